@@ -1,0 +1,186 @@
+"""From YAML file and overrides to a validated configuration object, and back.
+
+Order: defaults < base files < file < overrides `dotted.key=value`. Everything that is wrong is reported at once, each with its file and line.
+Relative paths inside a configuration stay relative to the working directory; only `base:` is relative to its file (config/locate.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_share4v.config.base import Conflict, ConflictError
+from megatron_share4v.config.locate import BASE, COMMAND_LINE, Reader, Section, merge
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import ConfigError
+
+T = TypeVar("T")
+Keys = tuple[str, ...]
+UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a training run. Raises ConfigError that lists every problem."""
+    return load(RunConfig, path, overrides)
+
+
+def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """A `@config` class from a YAML file and `dotted.key=value` overrides. Raises ConfigError that lists every problem."""
+    reader = Reader()
+    tree = reader.read_file(Path(path))
+    for override in overrides:
+        tree = merge(tree, reader.read_override(override))
+    problems = list(reader.problems)
+    result = None
+    if reader.complete:
+        validation = _Validation(cls, tree)
+        result = validation.run()
+        problems += validation.problems
+    if problems:
+        raise ConfigError("\n".join(sorted(problems, key=_reading_order)))
+    return result
+
+
+def dump(config: Any) -> str:
+    """YAML of a whole configuration, defaults included; `load` reads it back to an equal object."""
+    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def restore(cls: type[T], text: str) -> T:
+    """The object whose `dump` is `text`."""
+    return TypeAdapter(cls).validate_python(yaml.safe_load(text))
+
+
+def json_schema(cls: type) -> dict[str, Any]:
+    """JSON schema of a configuration class for editors, with `base` allowed in every section."""
+    schema = TypeAdapter(cls).json_schema()
+    for section in (schema, *schema.get("$defs", {}).values()):
+        section.get("properties", {})[BASE] = {"description": "YAML file or files whose values this section starts from"}
+    return schema
+
+
+class _Validation:
+    """Validates a tree again and again, each time without what was found wrong, so that the checks that look at many values get their turn too.
+
+    A conflict that involves a value already found wrong says nothing about what the user meant and is left out.
+    """
+
+    ROUNDS = 12  # types, then conflicts of sections within sections, then those of the whole, with placeholders for required keys in between
+
+    def __init__(self, cls: type, tree: Section) -> None:
+        self.cls, self.tree, self.values = cls, tree, tree.plain()
+        self.known = dict(_fields(cls))
+        self.wrong: set[Keys] = set()
+        self.problems: list[str] = []
+
+    def run(self) -> Any:
+        """The object; it counts only if `problems` stays empty."""
+        for _ in range(self.ROUNDS):
+            try:
+                return TypeAdapter(self.cls).validate_python(self.values)
+            except ValidationError as error:
+                details = error.errors()
+            for detail in sorted(details, key=lambda detail: detail["type"] == UNKNOWN):
+                self._note(detail)
+        assert self.problems, "what cannot be validated has a problem that can be told"
+        return None
+
+    def _note(self, detail: Any) -> None:
+        """Report one error of pydantic, and repair the values so that the next round sees further."""
+        location = tuple(str(part) for part in detail["loc"])
+        cause = detail.get("ctx", {}).get("error")
+        if detail["type"] == UNKNOWN:
+            self._note_unknown(location)
+        elif isinstance(cause, ConflictError):
+            self._note_conflicts(location, cause.conflicts)
+        else:
+            while location not in self.known and location:  # inside a list, or in one branch of a union
+                location = location[:-1]
+            missing = detail["type"] == "missing"
+            self._note_value(location, "required key is missing" if missing else _sentence(detail["msg"], detail["input"]), missing=missing)
+
+    def _note_value(self, path: Keys, what: str, *, missing: bool) -> None:
+        placeholder = {} if self.known.get(path) else "?"
+        if not self._is_wrong(path):
+            self._report(path, what)
+        elif not missing and _get(self.values, path) == "?":
+            missing, placeholder = True, 1
+        self.wrong.add(path)
+        _remove(self.values, path)
+        if missing:
+            _put(self.values, path, placeholder)
+
+    def _note_unknown(self, path: Keys) -> None:
+        *section, key = path
+        siblings = {known[-1]: known for known in self.known if known[:-1] == tuple(section)}
+        near = get_close_matches(key, siblings, n=1)
+        elsewhere = [".".join(known) for known in self.known if known[-1] == key]
+        if near:
+            self.wrong.add(siblings[near[0]])
+        suggestion = f"did you mean '{(near or elsewhere)[0]}'?" if near or elsewhere else f"known here: {', '.join(siblings)}"
+        self._report(path, f"unknown key; {suggestion}")
+        _remove(self.values, path)
+
+    def _note_conflicts(self, section: Keys, conflicts: Sequence[Conflict]) -> None:
+        concerned = {conflict: [(*section, *key.split(".")) for key in conflict.keys] for conflict in conflicts}
+        for conflict, paths in concerned.items():
+            if not any(self._is_wrong(path) for path in paths):
+                written = [path for path in paths if self.tree.has(path)]
+                # The line that was written last is the likelier mistake.
+                overridden = [path for path in written if self.tree.place_of(path).startswith(COMMAND_LINE)]
+                self._report((overridden or written or paths)[0], conflict.message)
+        for path in {path for paths in concerned.values() for path in paths}:
+            self.wrong.add(path)
+            _remove(self.values, path)
+
+    def _is_wrong(self, path: Keys) -> bool:
+        return any(path[:length] in self.wrong for length in range(len(path) + 1))
+
+    def _report(self, path: Keys, what: str) -> None:
+        self.problems.append(": ".join(part for part in (self.tree.place_of(path), ".".join(path), what) if part))
+
+
+def _fields(cls: type, section: Keys = ()) -> Iterator[tuple[Keys, bool]]:
+    """Every key of a configuration class and of the classes inside it, and whether it is a section."""
+    for name, field in cls.__pydantic_fields__.items():
+        inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if dataclasses.is_dataclass(kind)]
+        yield (*section, name), bool(inner)
+        for kind in inner:
+            yield from _fields(kind, (*section, name))
+
+
+def _reading_order(problem: str) -> tuple[str, int]:
+    """File, then line; problems of one place stay in the order in which they were found."""
+    place = re.match(r"(.+?):(\d+): ", problem)
+    return (place[1], int(place[2])) if place else (problem.partition(":")[0], 0)
+
+
+def _sentence(message: str, value: Any) -> str:
+    what = message.replace("Input should", "should", 1).replace("a dictionary or an instance of", "a section of `key: value` lines for", 1)
+    return f"{what}, got {json.dumps(value, default=str, ensure_ascii=False)}"
+
+
+def _get(values: dict[str, Any], path: Keys) -> Any:
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _put(values: dict[str, Any], path: Keys, value: Any) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+    values[path[-1]] = value
+
+
+def _remove(values: dict[str, Any], path: Keys) -> None:
+    section = _get(values, path[:-1])
+    if path and isinstance(section, dict):
+        section.pop(path[-1], None)

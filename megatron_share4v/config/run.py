@@ -1,0 +1,196 @@
+"""Everything that one training run is told: the sections of a run's YAML file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import field
+from typing import Literal
+
+from megatron_share4v.config.base import Bool, Conflict, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
+from megatron_share4v.config.data import DataConfig
+from megatron_share4v.config.model import ModelConfig
+
+
+@config
+class RunSection:
+    """Where the run lives."""
+
+    directory: str
+    """config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and log/ are written here; a second start resumes from it."""
+    seed: Int = 42
+
+
+@config
+class ParallelConfig:
+    """Degrees of parallelism; data parallel is what the world size leaves."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual: PositiveInt = 1
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context: PositiveInt = 1
+    sequence: Bool = False
+    """Sequence parallelism in the language model (needs tensor > 1)."""
+    distributed_optimizer: Bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: Bool = False
+    timeout_s: PositiveInt = 600
+    """A collective that waits longer than this ends the job."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Degrees that need another one, or that are not available."""
+        if self.sequence and self.tensor == 1:
+            yield Conflict("sequence true needs tensor > 1, got tensor 1", ("sequence", "tensor"))
+        if self.virtual > 1 and self.pipeline == 1:
+            yield Conflict(f"virtual {self.virtual} needs pipeline > 1, got pipeline 1", ("virtual", "pipeline"))
+        if self.context > 1:
+            yield Conflict(f"context {self.context}: context parallelism is not available yet; use 1", ("context",))
+
+
+@config
+class PrecisionConfig:
+    """Arithmetic of weights and activations; the optimizer keeps fp32 weights and moments in either case."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+
+
+@config
+class OptimConfig:
+    """AdamW."""
+
+    learning_rate: PositiveFloat = 2e-5
+    projector_learning_rate: PositiveFloat | None = None
+    vision_learning_rate: PositiveFloat | None = None
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    """Applied to matrices only, not to biases and norms."""
+    clip_grad_norm: NonNegativeFloat = 1.0
+    """Global L2 norm; 0: off."""
+
+
+@config
+class ScheduleConfig:
+    """Learning rate over the steps, as a factor of each component's own rate."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps, rounded up."""
+    warmup_steps: NonNegativeInt | None = None
+    """Overrides warmup_ratio."""
+    final_ratio: Fraction = 0.0
+    """Factor at the last step of cosine and linear."""
+
+
+@config
+class LossConfig:
+    """How token losses become one number."""
+
+    normalize: Literal["tokens", "microbatch"] = "tokens"
+    """`tokens`: sum over the step / trained tokens of the step. `microbatch`: mean of micro-batch means, as LLaVA averages."""
+
+
+@config
+class TrainConfig:
+    """How much is trained, and how often it is checked."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
+    steps: PositiveInt | None = None
+    """None: what `epochs` asks for."""
+    epochs: PositiveFloat = 1.0
+    validate_every_steps: NonNegativeInt = 0
+    """0: never."""
+    validation_batches: PositiveInt = 4
+    """Global batches per validation, always the first ones of the validation set."""
+    preview_every_steps: NonNegativeInt = 0
+    """Write a held-out image with the model's own answer to TensorBoard; 0: never."""
+    preview_tokens: PositiveInt = 64
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A global batch that micro-batches do not fill."""
+        if self.global_batch_size % self.micro_batch_size:
+            message = f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            yield Conflict(message, ("global_batch_size", "micro_batch_size"))
+
+    def total_steps(self, num_samples: int) -> int:
+        """Steps of the whole run over a data set of `num_samples` samples; the last batch of an epoch is never dropped."""
+        return self.steps or max(1, math.ceil(num_samples * self.epochs / self.global_batch_size))
+
+
+@config
+class CheckpointConfig:
+    """When state is written, and what the run starts from."""
+
+    every_steps: NonNegativeInt = 0
+    """0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Older checkpoints are removed after a newer one is whole."""
+    keep_every_steps: NonNegativeInt = 0
+    """Checkpoints at multiples of this are never removed; 0: none."""
+    initialize_from: str | None = None
+    """A checkpoint whose weights alone start this run (stage 2 from stage 1), at any layout."""
+
+
+@config
+class LogConfig:
+    """What is written while training."""
+
+    every_steps: PositiveInt = 1
+    """Console lines; metrics.jsonl and TensorBoard have every step."""
+    sample_keys: Bool = False
+    """Write samples.jsonl: the keys of each global batch in plan order."""
+    tensorboard: Bool = True
+
+
+@config
+class RunConfig:
+    """One training run."""
+
+    run: RunSection
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A model that the layout cannot cut, and samples that the model cannot hold."""
+        yield from _layout_conflicts(self.model, self.parallel)
+        longest, limit = self.data.max_text_length + self.model.vision.num_patches - 1, self.model.language.max_position_embeddings
+        if longest > limit:
+            yield Conflict(
+                f"data.max_text_length {self.data.max_text_length} with one image takes {longest} positions; "
+                f"model.language.max_position_embeddings is {limit}",
+                ("data.max_text_length", "model.language.max_position_embeddings", "model.vision.image_size", "model.vision.patch_size"),
+            )
+
+
+def _layout_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Conflict]:
+    tensor = parallel.tensor
+    language, vision = model.language, model.vision
+    cut = {
+        "model.language.num_attention_heads": language.num_attention_heads,
+        "model.language.intermediate_size": language.intermediate_size,
+        "model.language.padded_vocab_size": language.padded_vocab_size,
+        "model.vision.num_attention_heads": vision.num_attention_heads,
+        "model.vision.intermediate_size": vision.intermediate_size,
+    }
+    for name, size in cut.items():
+        if size % tensor:
+            yield Conflict(f"{name} {size} is not divisible by parallel.tensor {tensor}", ("parallel.tensor", name))
+    groups = language.num_key_value_heads
+    if groups % tensor and tensor % groups:
+        message = f"model.language.num_key_value_heads {groups} and parallel.tensor {tensor} do not divide each other"
+        yield Conflict(message, ("parallel.tensor", "model.language.num_key_value_heads"))
+    stages = parallel.pipeline * parallel.virtual
+    if stages > language.num_layers:
+        message = f"parallel.pipeline x parallel.virtual {stages} exceeds model.language.num_layers {language.num_layers}"
+        yield Conflict(message, ("parallel.pipeline", "parallel.virtual", "model.language.num_layers"))

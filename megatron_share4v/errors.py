@@ -1,0 +1,56 @@
+"""The errors that a user can cause. Each message says what is wrong, the value, where, and what to do.
+
+A command ends with exit code 2 and the message alone (no traceback) for any of them; every other exception is our bug.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+
+
+class Share4VError(Exception):
+    """Base of all user-facing errors; `exit_code` is what the command ends with."""
+
+    exit_code = 2
+
+
+class ConfigError(Share4VError):
+    """The configuration, or the layout that it asks for, cannot be used."""
+
+
+class DataError(Share4VError):
+    """Annotations, images, shards, index or tokenizer are missing, damaged or do not belong together."""
+
+
+class CheckpointError(Share4VError):
+    """A checkpoint is missing, damaged, or does not fit the model or the run."""
+
+
+class ConversionError(Share4VError):
+    """Weights of another layout cannot be mapped onto this model."""
+
+
+class OpsError(Share4VError):
+    """A requested op or backend is not available on this machine."""
+
+
+@contextlib.contextmanager
+def reported(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
+    """End the process with the error's exit code and its message alone when the user is at fault.
+
+    Most such errors occur on all ranks alike: rank 0 speaks at once, the others a little later, by when the launcher has usually ended them.
+    """
+    try:
+        yield
+    except Share4VError as error:
+        if rank:
+            time.sleep(3.0)
+        where = f"rank {rank}: " if ranks > 1 else ""
+        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        # Peers may still be in a collective: leave without waiting for them.
+        sys.stderr.flush()
+        os._exit(error.exit_code)

@@ -1,0 +1,59 @@
+"""Package metadata. Installing compiles nothing and needs no torch; always name an extra that brings torch: `pip install -e ".[cpu]"` or `".[gpu]"`.
+
+`[cpu]` and `[gpu]` pin different versions of torch and exclude each other. There is no open `torch` requirement here on purpose: beside the pin of
+an extra it would only add a second opinion, and alone it would fetch the newest CUDA build.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (root / "megatron_share4v/__init__.py").read_text(encoding="utf-8"))[1]
+readme = root / "README.md"
+
+requirements = [
+    "megatron-core==0.16.1",  # the version that megatron_share4v/mcore was written against, on every Python
+    "numpy>=2,<3",
+    "pyyaml>=6",
+    "pydantic>=2.10,<3",
+    "typing-extensions>=4.8",
+    "pillow>=10",
+    "sentencepiece>=0.2.3",
+    "webdataset>=1.0",
+    "tensorboard>=2.16",
+    "tqdm>=4.60",
+    "psutil>=5.9",  # without it megatron-core's checkpoint writers hang
+    "einops>=0.8",
+    "packaging>=23",
+    "safetensors>=0.4.5",
+]
+
+extras = {
+    "cpu": ["torch==2.13.0"],
+    "gpu": ["torch>=2.11,<2.12", "setuptools<82"],
+    # After `gpu`, with --no-build-isolation: it is compiled against the torch that is installed. Never on a machine without CUDA.
+    "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
+    "fp8": ["torchao==0.18.0"],
+    "dali": ["nvidia-dali-cuda130>=2,<3"],
+    "liger": ["liger-kernel==0.8.5"],
+    "fa": ["flash-attn-4>=4.0.0b36"],
+    "serve": ["starlette>=1.0,<2", "uvicorn>=0.30"],
+    "dev": ["pytest>=8", "transformers==5.23.0", "ninja", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"],
+}
+
+setup(
+    name="megatron_share4v",
+    version=version,
+    description="3D-parallel training of ShareGPT4V-style vision-language models on megatron-core",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The megatron_share4v authors",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_share4v", "megatron_share4v.*"]),
+    package_data={"megatron_share4v": ["serve/*.html"]},
+    install_requires=requirements,
+    extras_require=extras,
+)

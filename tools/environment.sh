@@ -1,0 +1,46 @@
+# Sourced by tests/run.sh and examples/quickstart/run.sh, not run by itself.
+#
+#   source tools/environment.sh        from the root of the checkout
+#   prepare_environment cpu,dev        the extras of setup.py that are needed
+#
+# Makes sure that `python` is 3.10 or newer and has this checkout with the extras installed: in the active virtual environment if there is one,
+# else in .venv, made when missing. An environment that is ready is left as it is, so this is cheap to call again.
+
+prepare_environment() {
+    local extras="$1" candidate stamp wanted
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        if [ ! -f .venv/bin/activate ]; then
+            candidate="$(_find_python)" || return 2
+            echo "making .venv with $("$candidate" --version)" >&2
+            "$candidate" -m venv .venv || return 2
+        fi
+        source .venv/bin/activate
+    elif python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+        # Whoever made this environment chose its torch (a CUDA build, a container's own); the pins of cpu and gpu would replace it.
+        extras="$(tr ',' '\n' <<<"$extras" | sed '/^[cg]pu$/d' | paste -s -d , -)"
+    fi
+    stamp="$VIRTUAL_ENV/share4v-${extras:-base}"
+    wanted="$(cat setup.py pyproject.toml | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && [ "$(_installed_from)" = "$(pwd -P)" ]; then
+        return 0
+    fi
+    echo "installing megatron_share4v[$extras] into $VIRTUAL_ENV" >&2
+    python -m pip install -e ".${extras:+[$extras]}" >&2 || return 2
+    echo "$wanted" >"$stamp"
+}
+
+_find_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    echo "no Python 3.10, 3.11 or 3.12 found on PATH: install one, or activate a virtual environment made with one" >&2
+    return 2
+}
+
+_installed_from() {
+    (cd / && python -c 'import megatron_share4v, pathlib; print(pathlib.Path(megatron_share4v.__file__).resolve().parents[1])' 2>/dev/null)
+}
