@@ -1,0 +1,139 @@
+"""Conversations to ids and labels, exactly as ShareGPT4V and LLaVA trained them; and prompts to ids.
+
+One tokenisation with character spans; a label is kept where the template says that the character is trained. Image positions are one
+IMAGE_TOKEN_INDEX each here; data/collate.py makes room for the patches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.text.template import GPT, HUMAN, IMAGE_PLACEHOLDER, Rendered, Template, Turn, render, render_prompt
+from megatron_share4v.text.tokenizer import Tokenizer
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN_INDEX = -200
+SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """input_ids: <s> first, IMAGE_TOKEN_INDEX for an image. labels: as long; the id itself where it is trained, else IGNORE_INDEX."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def encode_conversation(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool, max_length: int) -> Encoded:
+    """Ids and labels of a training sample, cut to `max_length` positions (an image counts as one).
+
+    Without an image, a literal "<image>" is text. Raises DataError for an empty conversation or turn, roles that do not alternate from human
+    to gpt, not exactly one placeholder with an image, and texts that the official code would give up on: it masks such samples whole, with a
+    warning ("tokenization mismatch").
+
+    mpt: the answer and its <|im_end|> are trained. (The published counts are right for its first version only; in later ones they never add
+    up, so that every sample is masked.)
+    """
+    turns = _checked(template, turns)
+    if turns[-1].role != GPT:
+        raise DataError(f"turn {len(turns)} is the last and {HUMAN}'s, so it has no answer to train; drop it")
+    if template.caption_only and (len(turns) != 2 or not has_image):
+        raise DataError(
+            f"template {template.name!r} is for an image and its caption, two turns; got {len(turns)} turns {_with(has_image)}; use another "
+            "template for conversations"
+        )
+    if template.caption_only and IMAGE_PLACEHOLDER not in turns[0].text:
+        raise DataError(f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; write it there")
+    rendered = render(template, turns, has_image=has_image)
+    _check_placeholders(rendered.text, has_image=has_image)
+    _check_marks(template, turns, rendered)
+    input_ids, labels = _label(tokenizer, rendered, has_image=has_image)
+    if tokenizer.pad_id in input_ids:
+        raise DataError("the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it from the record")
+    return Encoded(input_ids=tuple(input_ids[:max_length]), labels=tuple(labels[:max_length]))
+
+
+def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool) -> list[int]:
+    """The ids to generate from: <s>, the conversation, the open header of the answer. `turns` ends with the human's.
+
+    Raises DataError as encode_conversation does, except for marks and <unk> in a text: who asks may write what they like.
+    """
+    turns = _checked(template, turns)
+    if turns[-1].role != HUMAN:
+        raise DataError(f"turn {len(turns)} is the last and {GPT}'s, so there is nothing to answer; end with a {HUMAN} turn")
+    if template.caption_only and (len(turns) != 1 or not has_image):
+        raise DataError(f"template {template.name!r} asks for the caption of one image; got {len(turns)} turns {_with(has_image)}")
+    text = render_prompt(template, turns, has_image=has_image)
+    _check_placeholders(text, has_image=has_image)
+    return _label(tokenizer, Rendered(text=text, trained=()), has_image=has_image)[0]
+
+
+def _label(tokenizer: Tokenizer, rendered: Rendered, *, has_image: bool) -> tuple[list[int], list[int]]:
+    """Ids and labels. The text around an image is tokenised on each side by itself, hence with a leading space after the image, too."""
+    is_trained = bytearray(len(rendered.text))
+    for start, stop in rendered.trained:
+        is_trained[start:stop] = b"\1" * (stop - start)
+    input_ids, labels = [tokenizer.bos_id], [IGNORE_INDEX]
+    position = 0
+    chunks = rendered.text.split(IMAGE_PLACEHOLDER) if has_image else [rendered.text]
+    for number, chunk in enumerate(chunks):
+        if number:
+            input_ids.append(IMAGE_TOKEN_INDEX)
+            labels.append(IGNORE_INDEX)
+            position += len(IMAGE_PLACEHOLDER)
+        ids, spans = tokenizer.encode_with_offsets(chunk)
+        input_ids += ids
+        labels += [i if is_trained[position + begin] else IGNORE_INDEX for i, (begin, _) in zip(ids, spans)]
+        position += len(chunk)
+    return input_ids, labels
+
+
+def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
+    """`turns` in order, without a leading answer that nobody asked for. The official code keeps that in v0, and does not check there."""
+    if template.training.answer_mark and turns and turns[0].role == GPT:
+        turns = turns[1:]
+        if turns and turns[0].role == GPT:
+            raise DataError(f"the first two turns are both by {GPT}; the roles must alternate: join them or drop the record")
+    if not turns:
+        raise DataError(f"the conversation is empty (a leading {GPT} turn does not count); drop the record")
+    for number, turn in enumerate(turns, start=1):
+        if turn.role not in (HUMAN, GPT):
+            raise DataError(f"turn {number} is by {turn.role!r}; a turn is by {HUMAN!r} or {GPT!r}")
+        if not turn.text:
+            raise DataError(f"turn {number}, by {turn.role}, is empty; give it a text or drop the record")
+        if number > 1 and turn.role == turns[number - 2].role:
+            raise DataError(f"turns {number - 1} and {number} are both by {turn.role}; the roles must alternate: join them or drop the record")
+    return turns
+
+
+def _check_placeholders(text: str, *, has_image: bool) -> None:
+    count = text.count(IMAGE_PLACEHOLDER)
+    if has_image and count != 1:
+        raise DataError(f"{count} turns have an {IMAGE_PLACEHOLDER} for 1 image; write it in exactly one turn, best in the first")
+
+
+def _check_marks(template: Template, turns: Sequence[Turn], rendered: Rendered) -> None:
+    """Refuse a text in which the official code, which looks for the answers by splitting, would find others than there are."""
+    frame = template.training
+    if not frame.answer_mark:
+        return
+    for number, turn in enumerate(turns, start=1):
+        if frame.round_mark in turn.text:
+            raise DataError(f"turn {number} has {frame.round_mark!r} in its text, which ends an answer: {_shown(turn.text)}; remove it")
+    found = [match.end() for match in re.finditer(re.escape(frame.answer_mark), rendered.text)]
+    answers = [start + len(frame.answer[0]) for start, _ in rendered.trained]
+    if found != answers:
+        raise DataError(
+            f"a turn has {frame.answer_mark.strip()!r} in its text, which opens an answer in template {template.name!r}; remove it from the record"
+        )
+
+
+def _with(has_image: bool) -> str:
+    return "with an image" if has_image else "without an image"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}...")

@@ -1,0 +1,258 @@
+"""Conversation templates as data, and how turns are rendered with them: the text, and which of its characters are trained.
+
+Knows strings only: ids and labels are made in mask.py. All templates of ShareGPT4V and LLaVA are here; texts and rules are those of
+ShareGPT4V (arXiv 2311.12793) and LLaVA-1.5 (arXiv 2310.03744) as published, quirks included.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Protocol
+
+from megatron_share4v.errors import ConfigError
+
+IMAGE_PLACEHOLDER = "<image>"
+HUMAN, GPT = "human", "gpt"
+
+
+class Turn(Protocol):
+    """One message of a conversation; `role` is "human" or "gpt"."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Message:
+    """The plainest Turn."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The fixed text around the turns. `{system}` stands for the system prompt; opening and preamble are left out when there is none.
+
+    A conversation is: opening, then for each turn either `human` around its text or header plus `answer` around its text, then ending.
+    Trained are the answers with what is around them, and the ending; with a `signal`, that and the header too.
+    """
+
+    human: tuple[str, str]
+    header: str
+    """Opens an answer; a prompt ends with it."""
+    answer: tuple[str, str]
+    opening: str = ""
+    preamble: str = ""
+    """Stands inside the first human turn, before its text."""
+    between: str = ""
+    """Before every human turn but the first."""
+    signal: str = ""
+    """Before every turn, whoever speaks."""
+    ending: str = ""
+    answer_mark: str = ""
+    """Where the official training code, splitting the rendered text, takes an answer to begin; empty if it does not split."""
+    round_mark: str = ""
+    """Where it takes a round to end."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation format. `dataclasses.replace(template, system=...)` changes the system prompt.
+
+    training and prompt differ only in the v0 family, which was trained with one separator and is asked with another.
+    placeholder: what is written where the image goes. caption_only: nothing but the image and the answer is written (stage 1).
+    examples: rounds that open every prompt, never a training sample.
+    """
+
+    name: str
+    system: str
+    training: Frame
+    prompt: Frame
+    placeholder: str = IMAGE_PLACEHOLDER
+    caption_only: bool = False
+    examples: tuple[Message, ...] = ()
+
+    @property
+    def tags_image(self) -> bool:
+        """Whether the placeholder is written between tags (mmtag)."""
+        return self.placeholder != IMAGE_PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """`text`, and the half-open character spans (start, stop) of it that are trained, in order."""
+
+    text: str
+    trained: tuple[tuple[int, int], ...]
+
+
+def get_template(name: str) -> Template:
+    """The template of that name or alias. Raises ConfigError, naming the nearest, when there is none."""
+    if name not in TEMPLATES:
+        [nearest] = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
+        raise ConfigError(f"template {name!r} does not exist; the nearest is {nearest!r}. Choose one of {', '.join(sorted(TEMPLATES))}")
+    return TEMPLATES[name]
+
+
+def normalise_placeholders(text: str, *, placeholder: str = IMAGE_PLACEHOLDER) -> str:
+    """A turn of an image's record as it is trained: every <image> is taken out, one goes to the front on a line of its own.
+
+    A text without <image> is returned as it is; one with it is also stripped.
+    """
+    if IMAGE_PLACEHOLDER not in text:
+        return text
+    bare = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return f"{IMAGE_PLACEHOLDER}\n{bare}".strip().replace(IMAGE_PLACEHOLDER, placeholder)
+
+
+def render(template: Template, turns: Sequence[Turn], *, has_image: bool) -> Rendered:
+    """A whole conversation for training. `turns` must be in order and complete (mask.py checks); <image> is text unless `has_image`."""
+    if has_image:
+        turns = [Message(turn.role, normalise_placeholders(turn.text, placeholder=template.placeholder)) for turn in turns]
+    if template.caption_only:
+        # The published stage 1 throws the instruction away: image, caption, newline, and no end-of-sentence token.
+        turns = [Message(turn.role, IMAGE_PLACEHOLDER if turn.role == HUMAN else turn.text) for turn in turns]
+    text, trained = "", []
+    for part, is_trained in _parts(template.training, turns, system=template.system):
+        if part and is_trained:
+            start = trained.pop()[0] if trained and trained[-1][1] == len(text) else len(text)
+            trained.append((start, len(text) + len(part)))
+        text += part
+    return Rendered(text=text, trained=tuple(trained))
+
+
+def render_prompt(template: Template, turns: Sequence[Turn], *, has_image: bool) -> str:
+    """A conversation that ends with the human, for generation; its last characters are the open header of the answer ("ASSISTANT:").
+
+    A turn that opens with "<image>\\n" and has no other placeholder stays as it was written: the official evaluations do not strip questions.
+    """
+    if has_image:
+        turns = _placed_for_prompt(template, turns)
+    if template.caption_only:
+        turns = [Message(turn.role, IMAGE_PLACEHOLDER) for turn in turns]
+    parts = _parts(template.prompt, [*template.examples, *turns], system=template.system)
+    return "".join(part for part, _ in parts) + template.prompt.header
+
+
+def _placed_for_prompt(template: Template, turns: Sequence[Turn]) -> list[Message]:
+    placed: list[Message] = []
+    for turn in turns:
+        text = turn.text
+        if IMAGE_PLACEHOLDER in text and template.tags_image:
+            # The official chat gives a tagged image a round of its own, though training writes it into the question.
+            placed += [Message(HUMAN, template.placeholder), Message(GPT, "Received.")]
+            text = text.replace(IMAGE_PLACEHOLDER, "").strip()
+        elif not text.startswith(f"{IMAGE_PLACEHOLDER}\n") or text.count(IMAGE_PLACEHOLDER) > 1:
+            text = normalise_placeholders(text)
+        placed.append(Message(turn.role, text))
+    return placed
+
+
+def _parts(frame: Frame, turns: Sequence[Turn], *, system: str) -> Iterator[tuple[str, bool]]:
+    """The pieces of a conversation in order, each with whether it is trained."""
+    yield _with_system(frame.opening, system), False
+    between, preamble = "", _with_system(frame.preamble, system)
+    for turn in turns:
+        yield frame.signal, True
+        if turn.role == HUMAN:
+            yield between + frame.human[0] + preamble + turn.text + frame.human[1], False
+            between, preamble = frame.between, ""
+        else:
+            yield frame.header, bool(frame.signal)
+            yield frame.answer[0] + turn.text + frame.answer[1], True
+    yield frame.ending, True
+
+
+def _with_system(part: str, system: str) -> str:
+    return part.replace("{system}", system) if system else ""
+
+
+# The answer's leading space is trained and the header's colon is not; the closing </s> is trained too.
+_TWO = Frame(
+    opening="{system} ", human=("USER: ", " "), header="ASSISTANT:", answer=(" ", "</s>"), answer_mark=" ASSISTANT: ", round_mark="</s>"
+)
+_LLAMA_2 = Frame(
+    preamble="<<SYS>>\n{system}\n<</SYS>>\n\n", human=("[INST] ", " [/INST]"), header="", answer=(" ", " </s>"), between="<s>",
+    answer_mark="[/INST] ", round_mark="</s>",
+)  # fmt: skip
+_MPT = Frame(
+    opening="<|im_start|>system\n{system}<|im_end|>", human=("<|im_start|>user\n", "<|im_end|>"), header="<|im_start|>assistant\n",
+    answer=("", "<|im_end|>"), answer_mark="<|im_end|><|im_start|>assistant\n", round_mark="<|im_end|>",
+)  # fmt: skip
+# v0 is the odd one: "###" is trained before every turn, the human's too ("masked from the third token on": LLaMA writes "\n###" in two),
+# the whole of an assistant's turn is trained, its name included, and so is the "### " that follows the last turn.
+_V0_TRAINING = Frame(
+    opening="{system}\n\n", signal="###", human=(" Human: ", "\n"), header=" Assistant:", answer=(" ", "\n"), ending="### "
+)
+_V0_PROMPT = Frame(opening="{system}###", human=("Human: ", "###"), header="Assistant:", answer=(" ", "###"))
+_PLAIN = Frame(human=("", ""), header="", answer=("", "\n"))
+
+_ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+_USER_SYSTEM = f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT.format('user')}"
+_HUMAN_SYSTEM = f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT.format('human')}"
+# No space before "The visual content": so it was published and trained.
+_TAG_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language.The visual content will be provided with the following "
+    "format: <Image>visual content</Image>."
+)
+_TAG = f"<Image>{IMAGE_PLACEHOLDER}</Image>"
+_META_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers should not "
+    "include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially "
+    "unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and assist the "
+    "user with a variety of tasks using natural language."
+)
+_MPT_SYSTEM = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+_ENERGY_EXAMPLE = (
+    Message(HUMAN, "What are the key differences between renewable and non-renewable energy sources?"),
+    Message(
+        GPT,
+        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as solar, wind, hydro, "
+        "geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, such as coal, "
+        "oil, and natural gas. Here are some key differences between renewable and non-renewable energy sources:\n"
+        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are finite and will "
+        "eventually run out.\n"
+        "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable sources, which can lead to "
+        "air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower operational costs than "
+        "non-renewable sources.\n"
+        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than non-renewable sources.\n"
+        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and needs, while "
+        "non-renewable sources are more rigid and inflexible.\n"
+        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and their "
+        "depletion can lead to economic and social instability.\n",
+    ),
+)
+
+
+def _template(name: str, frame: Frame, system: str = "", *, prompt: Frame | None = None, **more: object) -> Template:
+    return Template(name=name, system=system, training=frame, prompt=prompt or frame, **more)
+
+
+_ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, its other names
+    (_template("plain", _PLAIN, caption_only=True), ("v0_plain",)),
+    (_template("vicuna_v1", _TWO, _USER_SYSTEM), ("v1",)),
+    (_template("share4v_v1", _TWO, _HUMAN_SYSTEM), ("llava_v1",)),
+    (_template("v1_mmtag", _TWO, _TAG_SYSTEM, placeholder=_TAG), ()),
+    (_template("vicuna_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT, examples=_ENERGY_EXAMPLE), ("v0", "default")),
+    (_template("share4v_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT), ("llava_v0",)),
+    (_template("v0_mmtag", _V0_TRAINING, _TAG_SYSTEM, prompt=_V0_PROMPT, placeholder=_TAG), ()),
+    (_template("llama_2", _LLAMA_2, _META_SYSTEM), ()),
+    (_template("share4v_llama_2", _LLAMA_2, _VISION_SYSTEM), ("llava_llama_2",)),
+    (_template("mistral_instruct", replace(_LLAMA_2, between="")), ()),
+    (_template("mpt", _MPT, _MPT_SYSTEM), ()),
+    (_template("chatml_direct", _MPT, "Answer the questions."), ("mistral_direct",)),
+)
+TEMPLATES: Mapping[str, Template] = MappingProxyType({name: row for row, others in _ROWS for name in (row.name, *others)})

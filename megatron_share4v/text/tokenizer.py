@@ -1,0 +1,118 @@
+"""The only door to sentencepiece: text to ids with character spans, ids to text.
+
+Reproduces LLaMA's slow tokenizer in its legacy form (transformers 4.31, `legacy=True`), the one that ShareGPT4V and LLaVA were trained with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_share4v.errors import DataError
+
+
+class Tokenizer:
+    """A sentencepiece `tokenizer.model`. Can be pickled. Raises DataError when the file is missing or is no usable model.
+
+    Legacy rule: a text is cut at its special tokens (`<s>`, `</s>`, `<unk>` and other control pieces of the model, written out), and what is
+    between them is tokenised on its own, each time with sentencepiece's leading space; so "</s>USER:" goes on with "▁USER".
+
+    bos_id, eos_id, pad_id: of `<s>`, `</s>` and `<unk>` (LLaMA has no padding token: <unk>, 0, stands in).
+    vocab_size: pieces in the model. fingerprint: sha256 of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        content = _read(self.path)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self._model = _load(content, self.path)
+        self.bos_id, self.eos_id, self.pad_id = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise DataError(f"tokenizer {self.path}: has no <s> or no </s>; use the tokenizer.model of a LLaMA-type language model")
+        self.vocab_size = self._model.get_piece_size()
+        special = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
+        self._special = {self._model.id_to_piece(i): i for i in special}
+        self._special_ids = frozenset(special)
+        self._cut = re.compile(f"({'|'.join(re.escape(piece) for piece in sorted(self._special, key=len, reverse=True))})")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without a leading <s>. Raises DataError for a text that is not valid Unicode."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids and, for each, the half-open span of the characters of `text` that it stands for.
+
+        The leading space that sentencepiece adds has no character: a token of it alone has an empty span, at the start of its part. Of the
+        tokens of one character written as bytes, the last has its span, the others an empty one at its start.
+        """
+        _check_unicode(text)
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for part in self._cut.split(text):
+            stop = start + len(part)
+            if part in self._special:
+                ids.append(self._special[part])
+                spans.append((start, stop))
+            else:
+                mapping = self._model.encode(part, return_type="offset_mapping")
+                ids += mapping["ids"]
+                spans += [(start + begin, start + end) for begin, end in mapping["offsets"]]
+            start = stop
+        return ids, spans
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; special tokens are left out or, without `skip_special`, written out, and then encode's input comes back.
+
+        Bytes that are not (yet) a whole UTF-8 character become U+FFFD: a stream holds back what ends with it until the next token.
+        """
+        if skip_special:
+            return self._decode(i for i in ids if i not in self._special_ids)
+        return "".join(self._decoded_runs(ids))
+
+    def _decoded_runs(self, ids: Iterable[int]) -> Iterator[str]:
+        for is_special, run in groupby(ids, key=self._special_ids.__contains__):
+            yield "".join(self._model.id_to_piece(i) for i in run) if is_special else self._decode(run)
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        ids = list(ids)
+        strangers = [i for i in ids if not 0 <= i < self.vocab_size]
+        assert not strangers, f"ids {strangers[:5]} are not among the {self.vocab_size} pieces of {self.path}"
+        return self._model.decode(ids)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {path}: cannot be read ({error.strerror}); give the path of a sentencepiece tokenizer.model, as it lies beside the "
+            "weights of the language model"
+        ) from error
+
+
+def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(content)
+    except RuntimeError as error:
+        raise DataError(
+            f"tokenizer {path}: is not a sentencepiece model, or is damaged ({len(content)} bytes); a LLaMA tokenizer.model has about 500 kB. "
+            "Fetch it again (a Git LFS pointer is not the file)"
+        ) from error
+    return model
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text has half a surrogate pair, {text[error.start]!r}, at character {error.start}, which is no Unicode; repair or drop the record"
+        ) from error

@@ -1,0 +1,49 @@
+"""Small sentencepiece models of LLaMA's kind, trained once per session."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_share4v.text.tokenizer import Tokenizer
+
+CORPUS = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa.",
+    "### Human: What is it doing? ### Assistant: ## It is looking at a bird, I think.",
+    "[INST] <<SYS>> You are a helpful language and vision assistant. <</SYS>> Describe it. [/INST] Two dogs run.",
+    "## What is it? ## Short questions have  short answers.   Long ones    do not.",
+]
+
+
+def _train(path: Path, *, control_symbols: Iterable[str] = ()) -> Path:
+    """BPE with byte fallback, a leading space, no normalisation, and LLaMA's special ids."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 10), model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        control_symbols=list(control_symbols), hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _train(tmp_path_factory.mktemp("text") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_path: Path) -> Tokenizer:
+    return Tokenizer(model_path)
+
+
+@pytest.fixture(scope="session")
+def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One that knows <|im_start|> and <|im_end|>, as the models do that speak chatml."""
+    return Tokenizer(_train(tmp_path_factory.mktemp("text") / "chatml.model", control_symbols=("<|im_start|>", "<|im_end|>")))
