@@ -1,0 +1,1 @@
+"""Samples: from annotation files through shards, index and plan to batches."""

@@ -1,0 +1,125 @@
+"""WebDataset shards (`shard-000000.tar` with `key.jpg|png|webp|...` and `key.json`): written in order, read member by member.
+
+Reading never parses a tar file: the index holds offset, length and crc32 of every member. What a member means is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_share4v.errors import DataError
+
+REMEDY = "copy the data set again from where it was prepared, or run tools/prepare_data.py again"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the bytes of one file inside a shard lie; `length` 0: the sample has no such file."""
+
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where one sample lies; `shard` counts from 0."""
+
+    shard: int
+    image: Member
+    text: Member
+
+
+def shard_name(number: int) -> str:
+    """File name of shard `number`."""
+    return f"shard-{number:06d}.tar"
+
+
+class ShardWriter:
+    """Writes samples in order, `samples_per_shard` to a file. The same samples give the same bytes."""
+
+    def __init__(self, directory: Path, *, samples_per_shard: int) -> None:
+        # Here and not above: loading webdataset takes a second, and whoever trains only reads.
+        from webdataset.writer import TarWriter
+
+        self._new_tar = TarWriter
+        self._directory = directory
+        self._samples_per_shard = samples_per_shard
+        self._tar: TarWriter | None = None
+        self._in_shard = 0
+        self.names: list[str] = []
+
+    def write(self, key: str, *, text: bytes, image: bytes, extension: str) -> Location:
+        """Add one sample: `text` as key.json and, unless empty, `image` as key.<extension>. `key` has no dot and at most 90 characters."""
+        if self._in_shard == self._samples_per_shard:
+            self.close()
+        if self._tar is None:
+            self.names.append(shard_name(len(self.names)))
+            self._tar = self._new_tar(str(self._directory / self.names[-1]), encoder=False, mtime=0)
+        self._in_shard += 1
+        image_member = self._add(key, extension, image) if image else Member(offset=0, length=0, crc32=0)
+        return Location(shard=len(self.names) - 1, image=image_member, text=self._add(key, "json", text))
+
+    def close(self) -> None:
+        """Finish the file that is open; call it after the last sample."""
+        if self._tar is not None:
+            self._tar.close()
+        self._tar, self._in_shard = None, 0
+
+    def _add(self, key: str, extension: str, data: bytes) -> Member:
+        self._tar.write({"__key__": key, extension: data})
+        # Counted from the end of the member, which is padded to whole blocks: headers vary in size.
+        blocks = -(-len(data) // tarfile.BLOCKSIZE)
+        return Member(offset=self._tar.tarstream.offset - blocks * tarfile.BLOCKSIZE, length=len(data), crc32=zlib.crc32(data))
+
+
+class ShardReader:
+    """Reads members by position, from any process: files are opened when first needed and never shared across processes."""
+
+    def __init__(self, directory: Path, names: tuple[str, ...]) -> None:
+        self.directory = directory
+        self.names = names
+        self._files: dict[int, int] = {}
+
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, tuple[str, ...]]]:
+        return ShardReader, (self.directory, self.names)
+
+    def read(self, shard: int, member: Member, *, key: str) -> bytes:
+        """The member's bytes, checked. Raises DataError naming shard and key when they are gone, cut or changed."""
+        name = self.names[shard]
+        data = os.pread(self._open(shard), member.length, member.offset)
+        if len(data) < member.length:
+            size = os.fstat(self._files[shard]).st_size
+            raise DataError(
+                f"{name}:{key}: the shard ends at byte {size}, the sample lies at {member.offset}..{member.offset + member.length} "
+                f"({self.directory / name}); {REMEDY}"
+            )
+        if zlib.crc32(data) != member.crc32:
+            raise DataError(
+                f"{name}:{key}: crc32 is {zlib.crc32(data):08x}, the index says {member.crc32:08x}: "
+                f"the shard has changed since it was prepared ({self.directory / name}); {REMEDY}"
+            )
+        return data
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _open(self, shard: int) -> int:
+        if shard not in self._files:
+            path = self.directory / self.names[shard]
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise DataError(f"shard {path}: cannot be opened ({error.strerror}); {REMEDY}") from error
+            if hasattr(os, "posix_fadvise"):
+                # Samples are read in random order: readahead would fetch neighbours that nobody wants.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            self._files[shard] = descriptor
+        return self._files[shard]

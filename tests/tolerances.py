@@ -1,0 +1,22 @@
+"""Every tolerance of the tests, with its reason. A number that is not here is compared exactly."""
+
+FP32_MODULE = 1e-5
+"""Largest difference from a Hugging Face module, relative to the largest value of the reference: fp32 sums of up to a few hundred terms in
+another order (fused query-key-value, tensor-parallel partial sums, another attention kernel) differ by a few units of 2**-24 each,
+and six layers multiply that by about ten."""
+
+LAYOUT_LOSS = 2e-6
+"""Absolute, on losses near 4.6 after up to 5 updates: a few fp32 roundings of the summed loss (2**-24 x 4.6 = 3e-7)."""
+
+LAYOUT_NORM = 2e-5
+"""Relative, of the gradient norm: partial sums over tensor and data ranks are added in another order."""
+
+LAYOUT_WEIGHT = 2e-4
+"""Absolute, after 5 updates of AdamW with learning rate 1e-3: where a gradient is near zero its rounding decides the first update, which
+has the size of the learning rate whatever the gradient's."""
+
+BF16_LOSS = 5e-2
+"""Absolute: weights and activations have 8 significant bits; sums over 32 channels and 8 layers on losses near 4.6."""
+
+RESUME_OTHER_LAYOUT_LOSS = 1e-4
+"""Absolute, over five updates after a resume at another layout: the layouts' rounding, through AdamW with learning rate 1e-3."""

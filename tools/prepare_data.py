@@ -1,0 +1,53 @@
+"""Turn LLaVA/ShareGPT4V annotations and their images into a data set for tools/train.py.
+
+Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json and rejected.jsonl to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_share4v import log
+from megatron_share4v.data.prepare import PrepareOptions, prepare
+from megatron_share4v.errors import Share4VError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepare, print a summary, return the exit code."""
+    options = PrepareOptions(**vars(_parser().parse_args(arguments)))
+    log.configure(rank=0)
+    try:
+        print(prepare(options))
+    except (Share4VError, OSError) as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--annotations", type=Path, required=True, help="JSON file: a list of records with id, image and conversations")
+    parser.add_argument("--images", type=Path, required=True, help="folder that the records' image paths are relative to")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write; published whole or not at all")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
+    parser.add_argument("--template", default="vicuna_v1", help="conversation template")
+    parser.add_argument("--max-text-length", type=_positive, default=2048, help="positions kept per sample, an image counted as one")
+    parser.add_argument("--samples-per-shard", type=_positive, default=10_000, help="samples in one tar file")
+    parser.add_argument("--max-rejected-fraction", type=float, default=0.05, help="end with exit code 2 when more records than this are bad")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
+    parser.add_argument("--overwrite", action="store_true", default=False, help="replace a data set that is already in --output")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
