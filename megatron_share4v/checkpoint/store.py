@@ -1,0 +1,190 @@
+"""Saving and loading a run: all ranks together write or read one directory, rank 0 alone checks and publishes it.
+
+`<run>/checkpoints/step_00000010/` holds the tensors (mcore/checkpointing.py) and manifest.json; `<run>/checkpoints/latest` names the
+newest. Every function that takes a mesh is collective, and an error that one rank finds is raised on all.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_share4v import __version__
+from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, start_writing
+from megatron_share4v.checkpoint.manifest import MANIFEST, Manifest, RunState, describe_files, flush_directory, verify, write_manifest
+from megatron_share4v.errors import CheckpointError
+from megatron_share4v.log import get_logger
+from megatron_share4v.mcore.checkpointing import count_updates, load_sharded, save_sharded
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.optimizer import MegatronOptimizer
+from megatron_share4v.model.initialize import SHARDING
+
+__all__ = ["RunState", "find_newest_whole", "load", "load_weights", "locate", "save", "write"]
+
+LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+T = TypeVar("T")
+
+
+def save(
+    directory: Path,
+    *,
+    step: int,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    mesh: Mesh,
+    state: RunState,
+    config_text: str,
+) -> Path:
+    """Write `directory`/step_<step> and name it in `directory`/latest. Leftovers of a killed save are removed first.
+
+    `config_text` is the run's whole configuration. Returns the new directory. Raises CheckpointError when it cannot be written; what was
+    there before is then untouched.
+    """
+    assert state.step == step, (state, step)
+    directory = Path(directory)
+    target = directory / directory_name(step)
+    write(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text)
+    _on_first_rank(mesh, lambda: _name_latest(directory, target.name))
+    return target
+
+
+def write(
+    target: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, mesh: Mesh, state: RunState, config_text: str
+) -> None:
+    """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
+    started = time.perf_counter()
+    temporary = _on_first_rank(mesh, lambda: _prepare(target))
+    updates = None if optimizer is None else count_updates(optimizer)
+    save_sharded(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING)
+
+    def finish() -> int:
+        files = describe_files(temporary)
+        versions = {"megatron_share4v": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
+        manifest = Manifest(state=state, updates=updates, layout=mesh.layout, config=config_text, versions=versions, files=files)
+        write_manifest(temporary, manifest)
+        publish(temporary, target)
+        return manifest.size
+
+    size = _on_first_rank(mesh, finish)
+    get_logger().info("checkpoint: wrote %s, %.3f GB in %.1f s", target, size / 1e9, time.perf_counter() - started)
+
+
+def load(path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, mesh: Mesh, verified: bool = False) -> RunState:
+    """Weights and optimizer state of the checkpoint `path` (see `locate`), in place; the state of the run that wrote it.
+
+    The layout may differ from the one it was written at. `verified`: find_newest_whole has just read every byte, do not do it again.
+    Raises CheckpointError when it is damaged, holds no optimizer state, or belongs to another model or other trained parts.
+    """
+    started = time.perf_counter()
+    checkpoint, manifest = _opened(path, mesh=mesh, contents=not verified)
+    if manifest.updates is None:
+        raise CheckpointError(f"{checkpoint}: holds weights alone, nothing to resume; start a run from it with checkpoint.initialize_from")
+    load_sharded(checkpoint, chunks=chunks, optimizer=optimizer, updates=manifest.updates, sharding=SHARDING)
+    _report("loaded", checkpoint, manifest, started)
+    return manifest.state
+
+
+def load_weights(path: Path, *, chunks: Sequence[torch.nn.Module], mesh: Mesh) -> Manifest:
+    """Weights alone, in place, whatever parts were trained; the manifest of the checkpoint `path` (see `locate`).
+
+    Call it before build_optimizer, which copies the weights that it finds. Raises CheckpointError as `load` does.
+    """
+    started = time.perf_counter()
+    checkpoint, manifest = _opened(path, mesh=mesh, contents=True)
+    load_sharded(checkpoint, chunks=chunks, optimizer=None, updates=0, sharding=SHARDING)
+    _report("loaded the weights of", checkpoint, manifest, started)
+    return manifest
+
+
+def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | None:
+    """The newest checkpoint in `directory` that is whole; those passed over are named in the log with the reason. None: there is none.
+
+    With a mesh: for a run that resumes. Rank 0 removes leftovers of a killed save, reads every byte, and tells the others.
+    Without: for a reader beside it. Any process may call it; presence and sizes of the files are compared alone.
+    """
+    directory = Path(directory)
+    if mesh is None:
+        return _newest_whole(directory, contents=False)
+
+    def find() -> Path | None:
+        remove_leftovers(directory)
+        return _newest_whole(directory, contents=True)
+
+    return _on_first_rank(mesh, find)
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, what a file `latest` names, or the newest whole one of a run directory or its checkpoints/.
+
+    Raises CheckpointError when a directory of checkpoints holds no whole one.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    holders = [directory for directory in (path, path / CHECKPOINTS) if checkpoint_directories(directory)]
+    if (path / MANIFEST).exists() or not holders:
+        return path
+    newest = _newest_whole(holders[0], contents=False)
+    if newest is None:
+        raise CheckpointError(f"{holders[0]}: holds no whole checkpoint; give the path of one")
+    return newest
+
+
+def _newest_whole(directory: Path, *, contents: bool) -> Path | None:
+    for path in reversed(checkpoint_directories(directory).values()):
+        try:
+            verify(path, contents=contents)
+        except CheckpointError as error:
+            get_logger().warning("checkpoint: passed over %s", error)
+        else:
+            return path
+    return None
+
+
+def _opened(path: Path, *, mesh: Mesh, contents: bool) -> tuple[Path, Manifest]:
+    def open_() -> tuple[Path, Manifest]:
+        checkpoint = locate(path)
+        return checkpoint, verify(checkpoint, contents=contents)
+
+    return _on_first_rank(mesh, open_)
+
+
+def _prepare(target: Path) -> Path:
+    remove_leftovers(target.parent)
+    return start_writing(target)
+
+
+def _name_latest(directory: Path, name: str) -> None:
+    temporary = directory / f".{LATEST}"
+    temporary.write_text(name + "\n", encoding="utf-8")
+    os.replace(temporary, directory / LATEST)
+    flush_directory(directory)
+
+
+def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> None:
+    seconds, size, step = time.perf_counter() - started, manifest.size / 1e9, manifest.state.step
+    get_logger().info("checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s", what, checkpoint, step, size, manifest.layout, seconds)
+
+
+def _on_first_rank(mesh: Mesh, action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, or CheckpointError with what it could not do, on all ranks."""
+    outcome: list[Any] = [None, None]
+    if mesh.rank == 0:
+        try:
+            outcome[0] = action()
+        except CheckpointError as error:
+            outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]

@@ -1,0 +1,37 @@
+"""The only door to megatron-core: version check, CPU door, groups, configuration, layer specs, schedule.
+
+Importing this package opens the CPU door (mcore/cpu.py) where there is no CUDA, and must come before any import of megatron.core.
+Every other package takes megatron-core's classes from here or from the modules beside this one.
+"""
+
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from megatron_share4v.errors import OpsError
+from megatron_share4v.mcore import cpu
+
+SUPPORTED = ("0.16.1",)
+
+
+def _check_environment() -> None:
+    """Refuse the set-ups in which megatron-core fails late or silently."""
+    found = version("megatron-core")
+    if found not in SUPPORTED:
+        raise OpsError(f"megatron-core {found} is installed; this version works with {' or '.join(SUPPORTED)}: pip install megatron-core=={SUPPORTED[-1]}")
+    if find_spec("apex") is not None and find_spec("apex.multi_tensor_apply") is None:
+        raise OpsError("the installed package 'apex' is not NVIDIA's and would be mistaken for it by megatron-core; pip uninstall apex")
+    # Without psutil the writer processes of dist_checkpointing die and a save never returns.
+    if find_spec("psutil") is None:
+        raise OpsError("psutil is missing: saving a checkpoint would hang; pip install psutil")
+
+
+def _quiet_upstream() -> None:
+    """Core's own use of deprecated torch names and its notes on absent optional packages; what is used instead is in the start-up lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")
+    warnings.filterwarnings("ignore", category=UserWarning, message="Transformer Engine and Apex are not installed")
+
+
+_check_environment()
+_quiet_upstream()
+cpu.open_door()

@@ -1,0 +1,65 @@
+"""The tensor-parallel layers and building blocks that the model rooms use, as megatron-core provides them."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+
+__all__ = [
+    "MLP",
+    "ColumnParallelLinear",
+    "LayerList",
+    "MegatronModule",
+    "ModelType",
+    "RotaryEmbedding",
+    "RowParallelLinear",
+    "ShardedTensor",
+    "ShardedTensorFactory",
+    "TransformerBlock",
+    "TransformerConfig",
+    "VocabParallelEmbedding",
+    "build_module",
+    "gather_from_sequence_parallel_region",
+    "mark_parallel_weights",
+    "scatter_to_sequence_parallel_region",
+    "vocab_parallel_cross_entropy",
+]
+
+
+class LayerList(torch.nn.ModuleList):
+    """Transformer layers that are all on this rank; checkpoints name them `<prefix><number>.…`, whatever the layout."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Core's own default would take the layers for unsplit tensors."""
+        sharded: dict = {}
+        for number, layer in enumerate(self):
+            sharded.update(sharded_state_dict_default(layer, f"{prefix}{number}.", sharded_offsets, metadata))
+        return sharded
+
+
+def mark_parallel_weights(model: torch.nn.Module) -> None:
+    """Tag split weights as such. Core does it only while drawing initial values, which this project does itself, and an
+    untagged weight would count on tensor rank 0 alone in the gradient norm."""
+    dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        if type(module) in dimension:
+            set_tensor_model_parallel_attributes(module.weight, True, dimension[type(module)], 1)

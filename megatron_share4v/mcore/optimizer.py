@@ -1,0 +1,115 @@
+"""Gradient buffers and AdamW through megatron-core: data-parallel wrapping, per-component learning rates, sharded optimizer state.
+
+Without Transformer Engine or apex, core's optimizer is torch's AdamW, which counts steps per parameter; core's own way of restoring them
+is wrong, so the functions at the end do it for mcore/checkpointing.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+from megatron_share4v.config.run import OptimConfig, ParallelConfig
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.schedule import attach_schedule
+
+__all__ = ["MegatronOptimizer", "build_optimizer", "set_learning_rate", "unwrap", "wrap_chunks"]
+
+
+def wrap_chunks(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Give trainable parameters fp32 gradient buffers that are reduced over the data-parallel group."""
+    config = chunks[0].config
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    wrapped = [
+        # Later chunks of a rank have nothing to overlap with, as in core's own set-up.
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0, pg_collection=mesh.groups)
+        for number, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        attach_schedule(chunk.config, wrapped, overlap_grad_reduce=parallel.overlap_grad_reduce)
+    return wrapped
+
+
+def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+    """The model chunk inside its data-parallel wrapper."""
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, dtype: torch.dtype) -> MegatronOptimizer:
+    """AdamW with fp32 weights and moments. Each parameter group carries `max_lr`, the rate that the schedule scales."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.learning_rate,
+        min_lr=0.0,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        clip_grad=optim.clip_grad_norm,
+    )
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(optim))
+    for group in optimizer.param_groups:
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    _give_each_parameter_a_state(optimizer)
+    return optimizer
+
+
+def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
+    """Learning rates by component; no weight decay on vectors."""
+    is_vector = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() < 2)
+    overrides: dict[ParamKey, dict[str, float]] = {ParamKey(predicate=is_vector): {"wd_mult": 0.0}}
+    for component, rate in (("projector", optim.projector_learning_rate), ("vision", optim.vision_learning_rate)):
+        if rate is not None:
+            predicate = ParamPredicate(name=component, fn=lambda parameter, component=component: parameter.component == component)
+            overrides[ParamKey(predicate=predicate)] = {"max_lr": rate}
+    return overrides
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
+    """Scale every group's own rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"] * factor
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+    """Core's optimizers inside its chain; none on a pipeline stage that trains nothing (projector-only training)."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:
+            yield part
+
+
+def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    for part in optimizer_parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, part.optimizer.state[parameter]
+
+
+def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
+    """torch's AdamW makes its state at the first step; a checkpoint may be written or read before."""
+    for parameter, state in _adam_states(optimizer):
+        if not state:
+            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=torch.tensor(0.0))
+
+
+def step_counts(optimizer: MegatronOptimizer) -> Iterable[int]:
+    """Updates that each parameter has had."""
+    return [int(state["step"]) for _, state in _adam_states(optimizer)]
+
+
+def restore_step_counts(optimizer: MegatronOptimizer, step: int) -> None:
+    """After loading: a step count of its own for each parameter (a shared tensor would advance once per parameter)."""
+    for _, state in _adam_states(optimizer):
+        state["step"] = torch.tensor(float(step))

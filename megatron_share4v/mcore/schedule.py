@@ -1,0 +1,57 @@
+"""The pipeline schedule of one step: micro-batches in, (loss sum, trained tokens) per micro-batch out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_share4v.mcore.groups import Mesh
+
+# A model chunk's output -> (number to differentiate, divisor count, record kept for the caller).
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[Any],
+    *,
+    mesh: Mesh,
+    sequence_length: int,
+    micro_batch_size: int,
+    loss_function: Callable[[Any], LossFunction],
+    forward_only: bool,
+    call: Callable[[torch.nn.Module, Any], torch.Tensor] = lambda chunk, batch: chunk(batch),
+) -> list[Any]:
+    """Forward and backward over all micro-batches of a step; gradients end up reduced and divided by the summed counts.
+
+    Each chunk runs as `call(chunk, batch)`; `loss_function(batch)` turns the last chunk's output into (loss, count, record).
+    Returns the records on the last pipeline stage and an empty list elsewhere.
+    """
+
+    def forward_step(iterator: Any, chunk: torch.nn.Module, *_: Any) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(iterator)
+        return call(chunk, batch), loss_function(batch)
+
+    records = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        # Under the interleaved schedule every chunk walks through the same micro-batches.
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    return records if mesh.holds_last_stage else []
+
+
+def attach_schedule(config: Any, chunks: Sequence[torch.nn.Module], *, overlap_grad_reduce: bool) -> None:
+    """Tell core's schedule how gradients are finished and, with overlap, when they must not be reduced yet."""
+    config.finalize_model_grads_func = finalize_model_grads
+    if overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

@@ -1,0 +1,115 @@
+"""Our configuration, translated once into megatron-core's TransformerConfig. Every value that core would otherwise guess is set here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import ParallelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Fusions that need Transformer Engine, apex or a CUDA kernel.
+_UNFUSED = dict(
+    gradient_accumulation_fusion=False,
+    masked_softmax_fusion=False,
+    persist_layer_norm=False,
+    apply_rope_fusion=False,
+    bias_activation_fusion=False,
+    bias_dropout_fusion=False,
+)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's activation. Core's own is handed to torch.compile, which wants a compiler at run time and recompiles for each shape."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _base(*, dtype: torch.dtype, parallel: ParallelConfig, init_std: float, num_layers: int) -> dict:
+    return dict(
+        tensor_model_parallel_size=parallel.tensor,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights are made on the CPU and filled by model/initialize.py or a checkpoint: core draws nothing.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        init_method_std=init_std,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Loss is a sum and a count; core divides gradients by the global count of the step.
+        calculate_per_token_loss=True,
+        num_layers=num_layers,
+        **_UNFUSED,
+    )
+
+
+def language_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, layers_per_stage: Sequence[int]) -> TransformerConfig:
+    """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases. `layers_per_stage` covers pipeline x virtual stages in order."""
+    language = model.language
+    stages = [["decoder"] * count for count in layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    interleaved = parallel.virtual > 1
+    return TransformerConfig(
+        **_base(dtype=dtype, parallel=parallel, init_std=model.init_std, num_layers=language.num_layers),
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
+        pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
+        # With two pipeline ranks, batched point-to-point calls of the interleaved schedule swap two messages without an error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        sequence_parallel=parallel.sequence,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=language.intermediate_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_key_value_heads,
+        kv_channels=language.hidden_size // language.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.rms_norm_eps,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+    )
+
+
+def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
+    (its 577 tokens would be duplicated, not split)."""
+    vision = model.vision
+    return TransformerConfig(
+        **_base(dtype=dtype, parallel=parallel, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=vision.num_attention_heads,
+        kv_channels=vision.hidden_size // vision.num_attention_heads,
+        normalization="LayerNorm",
+        layernorm_epsilon=vision.layer_norm_eps,
+        add_bias_linear=True,
+        gated_linear_unit=False,
+        activation_func=quick_gelu,
+    )
+
+
+def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Two linear layers of the language model's width with erf GELU between them (not core's fused tanh form)."""
+    width = model.language.hidden_size
+    return TransformerConfig(
+        **_base(dtype=dtype, parallel=parallel, init_std=model.init_std, num_layers=1),
+        hidden_size=width,
+        ffn_hidden_size=width,
+        num_attention_heads=model.language.num_attention_heads,
+        add_bias_linear=True,
+        gated_linear_unit=False,
+        activation_func=F.gelu,
+    )
+
+
+def residual_init_std(model: ModelConfig, *, num_layers: int) -> float:
+    """Standard deviation of matrices that write to the residual stream (GPT-2, section 2.3)."""
+    return model.init_std / math.sqrt(2 * num_layers)

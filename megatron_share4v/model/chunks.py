@@ -1,0 +1,37 @@
+"""All model chunks of one rank, built on its device, with the right parts frozen."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.model.share4v import ChunkPlace, Share4V
+from megatron_share4v.model.stages import estimate_costs, split_layers
+from megatron_share4v.model.trainable import apply_trainable
+
+# Mean caption length of ShareGPT4V-PT in tokens; only the balance of the pipeline depends on it.
+TYPICAL_TEXT_LENGTH = 200
+
+
+def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Decoder layers on each pipeline stage, counting tower, projector and head as cost."""
+    costs = estimate_costs(model, text_length=TYPICAL_TEXT_LENGTH)
+    return split_layers(model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs)
+
+
+def build_chunks(model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype) -> list[Share4V]:
+    """The chunks of this rank, in the order in which the interleaved schedule runs them; weights are not set yet."""
+    layout = mesh.layout
+    chunks = []
+    for number in range(layout.virtual):
+        place = ChunkPlace(
+            stage=layout.stage(pipeline_rank=mesh.coordinates.pipeline, chunk=number),
+            num_stages=layout.num_stages,
+            chunk=number if layout.virtual > 1 else None,
+        )
+        chunk = Share4V(model, mesh=mesh, parallel=parallel, dtype=dtype, layers_per_stage=layers_per_stage(model, parallel), place=place)
+        apply_trainable(chunk, model.trainable)
+        chunks.append(chunk.to(mesh.device.torch_device))
+    return chunks

@@ -1,0 +1,96 @@
+"""Greedy answers by running the whole sequence again for each token: slow, short, and at any layout. The reference for faster engines.
+
+S positions, B prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.data.sample import Batch
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.optimizer import unwrap
+from megatron_share4v.mcore.schedule import run_schedule
+from megatron_share4v.model.share4v import Share4V
+
+_EMPTY = {field.name: None for field in fields(Batch)}
+
+
+@torch.no_grad()
+def greedy_answers(
+    chunks: Sequence[torch.nn.Module], prompts: Sequence[Prompt], *, mesh: Mesh, max_new_tokens: int, stop_ids: frozenset[int]
+) -> list[list[int]]:
+    """Most likely continuation of each prompt, up to and without its first stop token. Every rank calls this with the same prompts and
+    gets the same answers; prompts are answered as one batch, right-padded, which causal attention never sees."""
+    device = mesh.device.torch_device
+    lengths = [prompt.token_ids.numel() for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    features = _features(chunks, prompts, mesh=mesh)
+    multiple = mesh.layout.tensor * 8
+    for _ in range(max_new_tokens):
+        longest = max(length + len(answer) for length, answer in zip(lengths, answers))
+        size = -(-longest // multiple) * multiple
+        batch = _batch(prompts, answers, size=size, mesh=mesh)
+        next_ids = _next_tokens(chunks, batch, features, mesh=mesh, size=size, count=len(prompts), device=device)
+        for row in list(open_rows):
+            if next_ids[row] in stop_ids:
+                open_rows.discard(row)
+            else:
+                answers[row].append(next_ids[row])
+        if not open_rows:
+            break
+    return answers
+
+
+def _features(chunks: Sequence[torch.nn.Module], prompts: Sequence[Prompt], *, mesh: Mesh) -> torch.Tensor | None:
+    """Image features of all prompts, once; [N, P, H] on the first stage, None elsewhere or without images."""
+    if not mesh.holds_first_stage:
+        return None
+    pixels = torch.cat([prompt.pixels for prompt in prompts]).to(mesh.device.torch_device)
+    first: Share4V = unwrap(chunks[0])
+    return first.image_features(pixels) if pixels.size(0) else None
+
+
+def _batch(prompts: Sequence[Prompt], answers: list[list[int]], *, size: int, mesh: Mesh) -> Batch:
+    """The prompts with what has been answered so far; `target_rows` asks for the logits after the last token of each."""
+    ids = torch.zeros(len(prompts), size, dtype=torch.int64)
+    last = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers)):
+        sequence = torch.cat([prompt.token_ids, torch.tensor(answer, dtype=torch.int64)])
+        ids[row, : sequence.numel()] = sequence
+        last.append(row * size + sequence.numel() - 1)
+    slots = torch.cat([prompt.image_slots + row * size for row, prompt in enumerate(prompts)])
+    device = mesh.device.torch_device
+    given = {"token_ids": ids.to(device), "image_slots": slots.to(device), "target_rows": torch.tensor(last, device=device)}
+    return Batch(**{**_EMPTY, **given})
+
+
+def _next_tokens(
+    chunks: Sequence[torch.nn.Module], batch: Batch, features: torch.Tensor | None, *, mesh: Mesh, size: int, count: int, device: torch.device
+) -> list[int]:
+    def keep_logits(_: Batch) -> Any:
+        return lambda logits: (logits.sum(), torch.zeros((), dtype=torch.int, device=device), logits)
+
+    def query(chunk: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return unwrap(chunk).query(batch, features=features)
+
+    # The interleaved schedule wants as many micro-batches as pipeline ranks; the first one's answer is taken.
+    repeats = mesh.layout.pipeline if mesh.layout.virtual > 1 else 1
+    records = run_schedule(
+        chunks, [batch] * repeats, mesh=mesh, sequence_length=size, micro_batch_size=count, loss_function=keep_logits, forward_only=True, call=query
+    )
+    chosen = torch.zeros(count, dtype=torch.int64, device=device)
+    if mesh.holds_last_stage:
+        parts = [torch.empty_like(records[0]) for _ in range(mesh.layout.tensor)]
+        dist.all_gather(parts, records[0].contiguous(), group=mesh.tensor_group)
+        chosen = torch.cat(parts, dim=-1).argmax(dim=-1)
+    if mesh.layout.pipeline > 1:
+        dist.broadcast(chosen, src=dist.get_global_rank(mesh.groups.pp, mesh.layout.pipeline - 1), group=mesh.groups.pp)
+    return chosen.tolist()

@@ -1,0 +1,88 @@
+"""Initial weights as a pure function of (seed, global name): the same model at every layout.
+
+Also the walk over global tensors that it rests on, which conversion uses too: each tensor of a checkpoint has one global name and shape,
+and each rank holds a slice of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.mcore.layers import ShardedTensor, ShardedTensorFactory
+from megatron_share4v.mcore.transformer import residual_init_std
+
+# Layers keep their own names, since some may be frozen and have no optimizer state.
+SHARDING = {"non_homogeneous_layers": True}
+# Rows beyond the vocabulary get no gradient and stay zero, so that conversion can cut them off and put them back.
+PADDED = ("language.embedding.weight", "language.head.weight")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's slice of one global tensor; `data` is a view of the parameter."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: torch.Tensor
+    replica: bool
+    """Another rank is the one that writes this slice."""
+
+    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of the global `tensor` that this shard is."""
+        return tensor[tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape))]
+
+
+def shards(chunks: Iterable[nn.Module]) -> Iterator[Shard]:
+    """All slices that this rank holds. Fused matrices appear as the parts that their factories name (gate and up)."""
+    for chunk in chunks:
+        for entry in chunk.sharded_state_dict(metadata=dict(SHARDING)).values():
+            yield from _unfold(entry)
+
+
+def _unfold(entry: object) -> Iterator[Shard]:
+    if isinstance(entry, ShardedTensorFactory):
+        parts = entry.build()
+        for part in parts.values() if isinstance(parts, dict) else parts:
+            yield from _unfold(part)
+    elif isinstance(entry, ShardedTensor):
+        replica = any(entry.replica_id) if isinstance(entry.replica_id, tuple) else bool(entry.replica_id)
+        yield Shard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), entry.data, replica)
+
+
+@torch.no_grad()
+def fill(chunks: Iterable[nn.Module], tensor_for: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Set every parameter from `tensor_for(global name, global shape)`, one global tensor in memory at a time."""
+    for shard in shards(chunks):
+        value = tensor_for(shard.key, shard.global_shape)
+        assert tuple(value.shape) == shard.global_shape, (shard.key, value.shape, shard.global_shape)
+        shard.data.copy_(shard.slice_of(value))
+
+
+def initial_value(key: str, shape: tuple[int, ...], *, seed: int, model: ModelConfig) -> torch.Tensor:
+    """fp32 initial value of the global tensor `key`: ones for norms, zeros for biases and padding of the vocabulary, normal for the rest."""
+    if key.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in key:
+        return torch.ones(shape)
+    std = model.init_std
+    if key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        num_layers = model.vision.num_layers if key.startswith("vision") else model.language.num_layers
+        std = residual_init_std(model, num_layers=num_layers)
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if key in PADDED:
+        value[model.language.vocab_size :] = 0.0
+    return value
+
+
+def initialize(chunks: Iterable[nn.Module], *, seed: int, model: ModelConfig) -> None:
+    """Fresh weights, equal for every layout."""
+    fill(chunks, lambda key, shape: initial_value(key, shape, seed=seed, model=model))

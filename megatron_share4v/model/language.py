@@ -1,0 +1,84 @@
+"""The LLaMA decoder of one pipeline stage: embedding on the first, decoder layers everywhere, head and loss on the last.
+
+S positions, B samples, H width; under sequence parallelism each tensor rank holds S / tensor positions between its matrices.
+Touvron et al. 2023 (LLaMA); Hugging Face `LlamaForCausalLM` semantics.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_share4v.config.model import LanguageConfig
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layers import (
+    ColumnParallelLinear,
+    MegatronModule,
+    RotaryEmbedding,
+    TransformerBlock,
+    TransformerConfig,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+)
+from megatron_share4v.mcore.specs import decoder_submodules
+
+
+class LanguageModel(MegatronModule):
+    """The decoder layers of one stage, with the ends that belong to it."""
+
+    def __init__(
+        self, config: TransformerConfig, *, language: LanguageConfig, mesh: Mesh, num_layers: int, first: bool, last: bool, chunk: int | None
+    ) -> None:
+        super().__init__(config)
+        self.language = language
+        self.mesh = mesh
+        if first:
+            self.embedding = VocabParallelEmbedding(
+                language.padded_vocab_size, language.hidden_size, init_method=config.init_method, config=config, tp_group=mesh.tensor_group
+            )
+        self.rotary = RotaryEmbedding(
+            kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=language.rope_theta, use_cpu_initialization=mesh.device.kind == "cpu"
+        )
+        self.decoder = TransformerBlock(
+            config, decoder_submodules(num_layers), pre_process=first, post_process=last, pg_collection=mesh.groups, vp_stage=chunk
+        )
+        if last:
+            self.head = ColumnParallelLinear(
+                language.hidden_size,
+                language.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=mesh.tensor_group,
+            )
+            # Rows are picked from the full sequence before the head, so the head itself must not gather it again.
+            self.head.sequence_parallel = False
+            self.head.allreduce_dgrad = mesh.layout.tensor > 1
+
+    def forward(self, hidden: torch.Tensor | None) -> torch.Tensor:
+        """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H]."""
+        held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
+        positions = self.rotary(held * self.mesh.layout.tensor if self.config.sequence_parallel else held)
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=positions)
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """This rank's columns of the fp32 logits, [T, vocab / tensor], of the flat positions `rows` ([T], b * S + s) of `hidden` [S, B, H].
+
+        Only rows that matter reach the head: in stage 1 about a quarter of all positions carry a label.
+        """
+        if self.config.sequence_parallel:
+            # The head's gradient is already summed over the tensor group, hence split, not reduce-scattered.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.mesh.tensor_group)
+        length, batch = hidden.shape[:2]
+        picked = hidden.transpose(0, 1).reshape(length * batch, -1).index_select(0, rows)
+        logits, _ = self.head(picked)
+        return self._without_padding(logits.float())
+
+    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Rows of the head beyond the vocabulary exist for divisibility alone and must not take probability."""
+        columns = logits.size(-1)
+        real = self.language.vocab_size - self.mesh.coordinates.tensor * columns
+        if real >= columns:
+            return logits
+        padding = torch.arange(columns, device=logits.device) >= real
+        return logits.masked_fill(padding, float("-inf"))

@@ -1,0 +1,34 @@
+"""Token losses of one micro-batch as a sum and a count; the division happens once, by the global count of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_share4v.mcore.layers import vocab_parallel_cross_entropy
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Detached numbers of one micro-batch: summed loss (fp32 scalar tensor) and trained tokens."""
+
+    total: torch.Tensor
+    tokens: int
+
+
+def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of -log p(target) over T rows; logits [T, vocab / tensor] of this rank, targets [T] global ids."""
+    return vocab_parallel_cross_entropy(logits, targets).sum()
+
+
+def divisor(total: torch.Tensor, *, tokens: int, normalize: Literal["tokens", "microbatch"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to differentiate, and what its gradient is later divided by (summed over micro-batches and ranks).
+
+    `tokens`: the sum and its count, so that the result does not depend on the layout. `microbatch`: the mean, counted once per micro-batch
+    that trains anything, which reproduces LLaVA's mean of per-device means.
+    """
+    if normalize == "microbatch":
+        total, tokens = total / max(tokens, 1), min(tokens, 1)
+    return total, torch.tensor(tokens, dtype=torch.int, device=total.device)

@@ -1,0 +1,29 @@
+"""The map from tower features to language-model embeddings: one linear layer, or Linear, erf GELU, Linear (LLaVA-1.5's mlp2x_gelu)."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layers import MLP, ColumnParallelLinear, MegatronModule, TransformerConfig
+from megatron_share4v.mcore.specs import mlp_submodules
+
+
+class Projector(MegatronModule):
+    """[P, N, V] features -> [P, N, H] embeddings; split over the tensor group, full result on every rank of it."""
+
+    def __init__(self, config: TransformerConfig, *, model: ModelConfig, mesh: Mesh) -> None:
+        super().__init__(config)
+        width = model.vision.hidden_size
+        if model.projector.type == "linear":
+            self.linear = ColumnParallelLinear(
+                width, model.language.hidden_size, config=config, init_method=config.init_method, gather_output=True, tp_group=mesh.tensor_group
+            )
+        else:
+            self.mlp = MLP(config, mlp_submodules(), input_size=width, ffn_hidden_size=config.ffn_hidden_size, tp_group=mesh.tensor_group)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Apply the map to every position."""
+        output, bias = self.linear(features) if hasattr(self, "linear") else self.mlp(features)
+        return output if bias is None else output + bias

@@ -1,0 +1,124 @@
+"""The whole model, one pipeline stage of it: tower -> projector -> image slots of the embedding -> decoder -> head -> loss.
+
+Shapes: B samples, S positions, N images, P slots per image, V tower width, H language width, T positions that carry a label.
+Image slots are already in the token ids (data/collate.py); forward only writes features at their positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.data.image import normalise
+from megatron_share4v.data.sample import Batch
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layers import MegatronModule, ModelType, mark_parallel_weights, scatter_to_sequence_parallel_region
+from megatron_share4v.mcore.transformer import language_config, projector_config, vision_config
+from megatron_share4v.model.language import LanguageModel
+from megatron_share4v.model.loss import summed_cross_entropy
+from megatron_share4v.model.projector import Projector
+from megatron_share4v.model.vision import VisionTower
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Which part of the model a chunk is. `chunk` is None unless a rank holds several (interleaved schedule)."""
+
+    stage: int
+    num_stages: int
+    chunk: int | None
+
+    @property
+    def first(self) -> bool:
+        """Holds tower, projector and embedding."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Holds the head."""
+        return self.stage == self.num_stages - 1
+
+
+class Share4V(MegatronModule):
+    """One model chunk. Called with a Batch, it returns hidden states for the next stage, or the summed loss on the last."""
+
+    def __init__(
+        self, model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, layers_per_stage: tuple[int, ...], place: ChunkPlace
+    ) -> None:
+        config = language_config(model, parallel=parallel, dtype=dtype, layers_per_stage=layers_per_stage)
+        super().__init__(config)
+        self.model, self.mesh, self.place, self.vp_stage = model, mesh, place, place.chunk
+        # Read by core's schedule and gradient finalisation.
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        self.pre_process, self.post_process = place.first, place.last
+        trainable = model.trainable
+        # Overlapped reduction waits for every bucket, so a micro-batch without images must still give the tower and the projector gradients.
+        self.needs_blank_image = parallel.overlap_grad_reduce and (trainable.projector or trainable.vision_from_block is not None)
+        if place.first:
+            self.vision = VisionTower(vision_config(model, parallel=parallel, dtype=dtype), vision=model.vision, mesh=mesh)
+            self.projector = Projector(projector_config(model, parallel=parallel, dtype=dtype), model=model, mesh=mesh)
+        self.language = LanguageModel(
+            config,
+            language=model.language,
+            mesh=mesh,
+            num_layers=layers_per_stage[place.stage],
+            first=place.first,
+            last=place.last,
+            chunk=place.chunk,
+        )
+        mark_parallel_weights(self)
+
+    def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Called by core's schedule with the previous stage's output."""
+        self.language.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """[S, B, H] hidden states, or the summed loss (scalar) on the last stage."""
+        hidden = self.language(self.embed(batch) if self.place.first else None)
+        return self.summed_loss(hidden, batch) if self.place.last else hidden
+
+    def query(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
+        """Like `forward`, but the last stage answers with its columns of the logits at `batch.target_rows`, [T, vocab / tensor].
+
+        `features` are image features computed before; without them `batch.pixels` goes through the tower.
+        """
+        hidden = self.language(self.embed(batch, features=features) if self.place.first else None)
+        return self.language.logits(hidden, batch.target_rows) if self.place.last else hidden
+
+    def summed_loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Sum over the labelled positions; a micro-batch without labels still runs the head, for the sake of its collectives."""
+        rows, targets = batch.target_rows, batch.targets
+        if rows.numel() == 0:
+            blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+            return 0.0 * summed_cross_entropy(self.language.logits(hidden, blank), blank)
+        return summed_cross_entropy(self.language.logits(hidden, rows), targets)
+
+    def embed(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings [S, B, H] (this rank's part of S under sequence parallelism) with image features at their slots."""
+        tokens = self.language.embedding(batch.token_ids)
+        samples, length, width = tokens.shape
+        flat = tokens.reshape(samples * length, width)
+        if features is None and batch.image_slots.numel():
+            features = self.image_features(batch.pixels)
+        if features is not None:
+            flat = flat.index_copy(0, batch.image_slots, features.reshape(-1, width))
+        elif self.needs_blank_image and torch.is_grad_enabled():
+            side = self.model.vision.image_size
+            blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)
+            flat = flat + 0.0 * self.image_features(blank).sum()
+        if not flat.requires_grad and torch.is_grad_enabled():
+            # A pipeline stage must hand on something differentiable, also when all of it is frozen.
+            flat = flat.requires_grad_()
+        embeddings = flat.view(samples, length, width).transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.mesh.tensor_group)
+        return embeddings
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[N, H, W, C] uint8 -> [N, P, H] embeddings, in slot order."""
+        normalised = normalise(pixels, dtype=self.config.params_dtype)
+        return self.projector(self.vision(normalised)).transpose(0, 1).contiguous()

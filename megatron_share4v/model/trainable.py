@@ -1,0 +1,56 @@
+"""Freezing: which parameters train, by component and block number, and a table that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import nn
+
+from megatron_share4v.config.model import TrainableConfig
+from megatron_share4v.model.share4v import Share4V
+
+Component = Literal["vision", "projector", "language"]
+COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
+
+
+def component_of(name: str) -> Component:
+    """The component that a parameter name (with or without wrapper prefixes) belongs to."""
+    for part in name.split("."):
+        if part in COMPONENTS:
+            return part
+    raise AssertionError(f"parameter {name} belongs to no component")
+
+
+def apply_trainable(chunk: Share4V, trainable: TrainableConfig) -> None:
+    """Switch gradients on and off. Must run before gradient buffers are made, so that frozen parts get none."""
+    for name, parameter in chunk.named_parameters():
+        component = component_of(name)
+        parameter.component = component
+        parameter.requires_grad_(_trains(name, component, trainable))
+
+
+def _trains(name: str, component: Component, trainable: TrainableConfig) -> bool:
+    if component != "vision":
+        return getattr(trainable, component)
+    start = trainable.vision_from_block
+    if start is None or start == -1:
+        return start is not None
+    parts = name.split(".")
+    return "layers" in parts and int(parts[parts.index("layers") + 1]) >= start
+
+
+def parameter_counts(chunks: list[nn.Module]) -> dict[tuple[Component, bool], int]:
+    """Elements on this rank by (component, trains)."""
+    counts = {(component, trains): 0 for component in COMPONENTS for trains in (True, False)}
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            counts[component_of(name), parameter.requires_grad] += parameter.numel()
+    return counts
+
+
+def table(counts: dict[tuple[Component, bool], int]) -> Iterator[str]:
+    """Lines of a table: what trains and what is frozen, in elements."""
+    yield f"{'component':<12}{'trained':>18}{'frozen':>18}"
+    for component in COMPONENTS:
+        yield f"{component:<12}{counts[component, True]:>18,}{counts[component, False]:>18,}"

@@ -1,0 +1,49 @@
+"""Joining the world that torchrun made, or a world of one without it. The only reader of launcher environment variables."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.parallel.device import Device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """What torchrun set; a world of one when it set nothing. ConfigError when it set only a part."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        missing = [name for name in names if name not in os.environ]
+        if len(missing) == len(names):
+            return cls(rank=0, size=1, local_rank=0, local_size=1)
+        if missing:
+            raise ConfigError(f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}; start with torchrun, or unset them all")
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+
+@contextlib.contextmanager
+def joined(world: World, device: Device, *, timeout_s: int) -> Iterator[None]:
+    """The default process group, for the length of the block."""
+    timeout = timedelta(seconds=timeout_s)
+    if world.size == 1:
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""Worlds of gloo processes for tests: `run_world(size, function, *args)` runs `function(*args)` in every process, joined, and
+returns what each rank returned, in rank order. One spawn should carry many checks; imports are paid once, in the fork server.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_S = 240
+_PRELOAD = ["torch", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.build", "megatron_share4v.mcore.optimizer"]
+
+
+def _meeting_point() -> Any:
+    """A store on a port that is already ours; a free port looked up in advance could be taken by a parallel test run before rank 0 listens."""
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    # As torchrun does when it hosts the store itself.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    import torch
+
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.launch import World, joined
+
+    torch.set_num_threads(1)
+    with joined(World.from_environment(), Device("cpu"), timeout_s=TIMEOUT_S):
+        try:
+            # Pickled here, by value: multiprocessing would share a tensor's memory, which ends with this process.
+            report = pickle.dumps((True, function(*args)))
+        except BaseException:
+            # Sent before the world is left, which makes the other ranks fail too: the first report is the cause.
+            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+            raise SystemExit(1) from None
+        pipe.send_bytes(report)
+
+
+def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
+    """Run `function(*args)` in `size` joined processes. The first failure ends the others and is raised with its traceback."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    store = _meeting_point()
+    pipes, processes = [], []
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_main, args=(function, rank, size, store.port, args, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < size:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = multiprocessing.connection.wait(waiting, timeout=TIMEOUT_S)
+            if not ready:
+                raise AssertionError(f"ranks {[rank for rank in range(size) if rank not in results]} sent nothing within {TIMEOUT_S} s")
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                try:
+                    succeeded, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    raise AssertionError(f"rank {rank} died without a word (exit code {processes[rank].exitcode})") from None
+                if not succeeded:
+                    raise AssertionError(f"rank {rank} failed:\n{value}")
+                results[rank] = value
+    finally:
+        for process in processes:
+            if len(results) < size:
+                process.kill()
+            process.join()
+    return [results[rank] for rank in range(size)]

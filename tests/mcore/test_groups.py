@@ -1,0 +1,69 @@
+"""A Mesh: its groups are the layout's, it knows its place, and it refuses a world of another size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_world
+
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.mcore.groups import open_mesh
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+
+
+def places(layouts: list[Layout]) -> list[dict]:
+    """On one rank: what the mesh of each layout says, one after the other in the same world."""
+    found = []
+    for layout in layouts:
+        with open_mesh(layout, device=Device("cpu")) as mesh:
+            found.append(
+                {
+                    "rank": mesh.rank,
+                    "coordinates": mesh.coordinates,
+                    "tensor": dist.get_process_group_ranks(mesh.tensor_group),
+                    "data": dist.get_process_group_ranks(mesh.data_group),
+                    "pipeline": dist.get_process_group_ranks(mesh.groups.pp),
+                    "source": mesh.tensor_source,
+                    "reads": mesh.reads_data,
+                    "first": mesh.holds_first_stage,
+                    "last": mesh.holds_last_stage,
+                }
+            )
+    return found
+
+
+def test_groups_are_those_of_the_layout() -> None:
+    layouts = [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4), Layout(tensor=2, data=2)]
+    for rank, found in enumerate(run_world(4, places, layouts)):
+        for layout, place in zip(layouts, found, strict=True):
+            coordinates = layout.coordinates(rank)
+            assert place["rank"] == rank and place["coordinates"] == coordinates
+            for axis in ("tensor", "data", "pipeline"):
+                assert place[axis] in layout.groups(axis) and rank in place[axis]
+            assert place["source"] == min(place["tensor"]) and place["reads"] == (place["source"] == rank)
+            assert place["first"] == (coordinates.pipeline == 0)
+            assert place["last"] == (coordinates.pipeline == layout.pipeline - 1)
+
+
+def timeouts(timeout_s: int) -> set[float]:
+    """On one rank: seconds that the mesh's groups wait."""
+    with open_mesh(Layout(tensor=2), device=Device("cpu"), timeout_s=timeout_s) as mesh:
+        groups = (mesh.tensor_group, mesh.data_group, mesh.groups.pp)
+        return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
+def test_groups_wait_as_long_as_they_are_told() -> None:
+    assert run_world(2, timeouts, 90) == [{90.0}, {90.0}]
+
+
+def test_a_world_of_another_size_is_refused() -> None:
+    device = Device("cpu")
+    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60):
+        with pytest.raises(ConfigError, match="needs 2 ranks; 1 joined"):
+            with open_mesh(Layout(tensor=2), device=device):
+                pass
+        with open_mesh(Layout(), device=device) as mesh:
+            assert mesh.layout == Layout()

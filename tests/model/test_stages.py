@@ -1,0 +1,69 @@
+"""Decoder layers over pipeline stages: never worse than the best of all ways, and the dear ends get fewer layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+
+from megatron_share4v.config.model import ModelConfig, TrainableConfig
+from megatron_share4v.model.stages import StageCosts, describe_stages, estimate_costs, split_layers
+
+
+def _slowest(counts: Sequence[int], pipeline: int, costs: StageCosts) -> float:
+    load = [costs.layer * sum(counts[rank::pipeline]) for rank in range(pipeline)]
+    load[0] += costs.first
+    load[-1] += costs.last
+    return max(load)
+
+
+def _all_ways(num_layers: int, stages: int) -> list[tuple[int, ...]]:
+    cuts = itertools.combinations(range(1, num_layers), stages - 1)
+    return [tuple(b - a for a, b in itertools.pairwise((0, *cut, num_layers))) for cut in cuts]
+
+
+@pytest.mark.parametrize("first", [0, 0.5, 3, 20])
+@pytest.mark.parametrize("last", [0, 1, 2.5])
+@pytest.mark.parametrize(("num_layers", "stages", "pipeline"), [(8, 2, 2), (9, 3, 3), (10, 4, 2), (8, 4, 4), (7, 6, 3), (4, 4, 2), (5, 1, 1)])
+def test_no_way_is_better(num_layers: int, stages: int, pipeline: int, first: float, last: float) -> None:
+    costs = StageCosts(layer=1, first=first, last=last)
+    counts = split_layers(num_layers, stages=stages, pipeline=pipeline, costs=costs)
+    assert sum(counts) == num_layers and min(counts) >= 1 and len(counts) == stages
+    best = min(_slowest(way, pipeline, costs) for way in _all_ways(num_layers, stages))
+    assert _slowest(counts, pipeline, costs) == pytest.approx(best)
+
+
+def test_equal_costs_give_equal_stages() -> None:
+    assert split_layers(32, stages=4, pipeline=4, costs=StageCosts(layer=1, first=0, last=0)) == (8, 8, 8, 8)
+
+
+def test_a_dear_tower_takes_layers_off_the_first_rank() -> None:
+    assert split_layers(32, stages=4, pipeline=4, costs=StageCosts(layer=1, first=4, last=0)) == (5, 9, 9, 9)
+    assert split_layers(8, stages=4, pipeline=2, costs=StageCosts(layer=1, first=4, last=0)) == (1, 3, 1, 3)
+
+
+def test_of_equal_ways_the_first_rank_gets_the_fewer_layers() -> None:
+    assert split_layers(5, stages=2, pipeline=2, costs=StageCosts(layer=1, first=0, last=0)) == (2, 3)
+
+
+def test_a_trained_part_costs_more_than_a_frozen_one() -> None:
+    frozen = estimate_costs(ModelConfig(), text_length=200)
+    half = estimate_costs(ModelConfig(trainable=TrainableConfig(vision_from_block=12)), text_length=200)
+    whole = estimate_costs(ModelConfig(trainable=TrainableConfig(vision_from_block=-1)), text_length=200)
+    assert frozen.first < half.first < whole.first
+    assert frozen.layer == half.layer == whole.layer
+    projector_only = estimate_costs(ModelConfig(trainable=TrainableConfig(language=False)), text_length=200)
+    assert projector_only.layer == pytest.approx(frozen.layer * 2 / 3)
+
+
+def test_the_7b_pipeline_is_balanced_within_one_layer() -> None:
+    model = ModelConfig(trainable=TrainableConfig(vision_from_block=12))
+    costs = estimate_costs(model, text_length=200)
+    counts = split_layers(32, stages=8, pipeline=8, costs=costs)
+    mean = (32 * costs.layer + costs.first + costs.last) / 8
+    assert _slowest(counts, 8, costs) - mean < costs.layer
+
+
+def test_the_log_line_shows_chunks_of_a_rank_together() -> None:
+    assert describe_stages((1, 2, 3, 4), pipeline=2) == "decoder layers per pipeline rank: 1+3, 2+4"

@@ -1,0 +1,106 @@
+"""A run in small: the tiny model at some layout, trained, saved and loaded. For tests/checkpoint, whose worlds import it by this name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tiny import GLOBAL_BATCH, MICRO_BATCH, micro_batches, step_items, tiny_model
+
+MICRO_BATCHES = 4
+TRAINABLE = {"half_tower": {"vision_from_block": 1}, "projector": {"language": False, "projector": True}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the tiny model is trained."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = True
+    dtype: str = "fp32"
+    trainable: str = "half_tower"
+    learning_rate: float = 1e-3
+    language_layers: int = 4
+    language_width: int = 48
+
+    @property
+    def degrees(self) -> tuple[int, int, int]:
+        return self.tensor, self.pipeline, self.virtual
+
+
+class Run:
+    """Fresh model and optimizer on a mesh."""
+
+    def __init__(self, mesh, setting: Setting, *, seed: int) -> None:
+        from megatron_share4v.config.run import OptimConfig, ParallelConfig
+        from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
+        from megatron_share4v.model.chunks import build_chunks
+        from megatron_share4v.model.initialize import initialize
+
+        self.mesh, self.setting = mesh, setting
+        names = ("tensor", "pipeline", "virtual", "sequence", "distributed_optimizer")
+        parallel = ParallelConfig(**{name: getattr(setting, name) for name in names})
+        model = tiny_model(**TRAINABLE[setting.trainable])
+        language = replace(model.language, num_layers=setting.language_layers, intermediate_size=setting.language_width)
+        self.model = replace(model, language=language)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype]
+        self.bare = build_chunks(self.model, mesh=mesh, parallel=parallel, dtype=dtype)
+        initialize(self.bare, seed=seed, model=self.model)
+        self.chunks = wrap_chunks(self.bare, mesh=mesh, parallel=parallel)
+        rate = setting.learning_rate
+        optim = OptimConfig(learning_rate=rate, projector_learning_rate=2 * rate, weight_decay=0.1, clip_grad_norm=1.0)
+        self.optimizer = build_optimizer(self.chunks, optim, parallel=parallel, dtype=dtype)
+
+    def train(self, first: int, last: int) -> list[tuple[float, float]]:
+        """Loss and gradient norm of the steps first .. last - 1."""
+        from megatron_share4v.train.feed import StepData
+        from megatron_share4v.train.step import train_step
+
+        results = []
+        for step in range(first, last):
+            mine = micro_batches(step)[:MICRO_BATCHES][self.mesh.coordinates.data :: self.mesh.layout.data]
+            data = StepData(step_items(step), mine, 0.0)
+            result = train_step(
+                self.chunks,
+                self.optimizer,
+                data,
+                mesh=self.mesh,
+                micro_batch_size=MICRO_BATCH,
+                normalize="tokens",
+                learning_rate_factor=1.0,
+                clip_grad_norm=1.0,
+            )
+            results.append((result.loss, result.grad_norm))
+        return results
+
+    def save(self, directory: Path, step: int) -> Path:
+        """A checkpoint of this run, with its optimizer."""
+        from megatron_share4v.checkpoint.store import RunState, save
+
+        state = RunState(step=step, consumed_samples=step * GLOBAL_BATCH, plan_fingerprint="plan")
+        return save(directory, step=step, chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, state=state, config_text="run: {}\n")
+
+    def load(self, path: Path, **options):
+        """Go on from `path`."""
+        from megatron_share4v.checkpoint.store import load
+
+        return load(path, chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, **options)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Copies of this rank's weights."""
+        return [parameter.detach().clone() for chunk in self.bare for parameter in chunk.parameters()]
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All global tensors of a checkpoint, weights and optimizer state, read in this process."""
+    from torch.distributed import checkpoint as torch_checkpoint
+
+    reader = torch_checkpoint.FileSystemReader(checkpoint)
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

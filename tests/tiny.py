@@ -1,0 +1,64 @@
+"""A tiny model and synthetic global batches, the same for every layout: what the distributed tests train."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
+from megatron_share4v.data.plan import StepItems
+from megatron_share4v.data.sample import Batch
+
+GLOBAL_BATCH, MICRO_BATCH, LENGTH, PATCHES = 16, 2, 24, 4
+
+
+def tiny_model(**trainable) -> ModelConfig:
+    """8 decoder layers (pipeline 4 x virtual 2), grouped queries, a vocabulary that needs padding, half-frozen tower by default."""
+    return ModelConfig(
+        vision=VisionConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=4),
+        language=LanguageConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        ),
+        trainable=TrainableConfig(**(trainable or {"vision_from_block": 1})),
+    )
+
+
+def micro_batches(step: int) -> list[Batch]:
+    """All micro-batches of one global batch: with two images, with one, with none (the last of the step too), one without any label."""
+    generator = torch.Generator().manual_seed(step)
+    result = []
+    for number in range(GLOBAL_BATCH // MICRO_BATCH):
+        images = (2, 1, 0, 2, 2, 1, 2, 0)[number]
+        ids = torch.randint(1, 100, (MICRO_BATCH, LENGTH), generator=generator)
+        slots = torch.cat([torch.arange(1, 1 + PATCHES) + sample * LENGTH for sample in range(images)] or [torch.zeros(0, dtype=torch.int64)])
+        ids.view(-1)[slots] = 0
+        labels = 0 if number == 4 else int(torch.randint(1, 20, (1,), generator=generator))
+        result.append(
+            Batch(
+                token_ids=ids,
+                image_slots=slots,
+                pixels=torch.randint(0, 256, (images, 16, 16, 3), generator=generator, dtype=torch.uint8),
+                target_rows=torch.randperm(MICRO_BATCH * LENGTH, generator=generator)[:labels].sort().values,
+                targets=torch.randint(1, 100, (labels,), generator=generator),
+            )
+        )
+    return result
+
+
+def step_items(step: int) -> StepItems:
+    """What a plan would say of the same step."""
+    batches = micro_batches(step)
+    return StepItems(
+        step=step,
+        rows=np.arange(GLOBAL_BATCH),
+        lengths=np.full(GLOBAL_BATCH, LENGTH),
+        sequence_length=LENGTH,
+        images=sum(batch.pixels.size(0) for batch in batches),
+        trained_tokens=sum(batch.targets.numel() for batch in batches),
+    )
