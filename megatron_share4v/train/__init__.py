@@ -1,0 +1,1 @@
+"""Training: build everything, then step until done."""

@@ -1,0 +1,164 @@
+"""The run as one story: join, build, step, write, save."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.checkpoint.keep import remove_old
+from megatron_share4v.checkpoint.store import RunState, save
+from megatron_share4v.config.load import dump
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.log import configure, get_logger
+from megatron_share4v.mcore.groups import open_mesh
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.train.build import Training, build
+from megatron_share4v.train.feed import StepData, feed
+from megatron_share4v.train.flops import peak_flops, step_flops
+from megatron_share4v.train.optim import learning_rate_factor
+from megatron_share4v.train.preview import preview
+from megatron_share4v.train.step import StepResult, train_step, validation_loss
+from megatron_share4v.train.writers import RunWriters, StepRecord
+
+
+def run(config: RunConfig) -> None:
+    """Train until the last step. A second call with the same run directory goes on from its newest whole checkpoint."""
+    world = World.from_environment()
+    layout = Layout.for_world(config.parallel, world_size=world.size)
+    device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
+    directory = Path(config.run.directory)
+    configure(rank=world.rank, directory=directory / "log")
+    if world.rank == 0:
+        (directory / "config.yaml").write_text(dump(config))
+    timeout_s = config.parallel.timeout_s
+    with joined(world, device, timeout_s=timeout_s), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
+        train(build(config, mesh=mesh))
+
+
+def train(training: Training) -> None:
+    """All remaining steps of a run that is built."""
+    config, mesh = training.config, training.mesh
+    if training.start_step >= training.total_steps:
+        get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
+        return
+    writers = _open_writers(training) if mesh.rank == 0 else None
+    steps = feed(training.source, mesh=mesh, start_step=training.start_step, stop_step=training.total_steps)
+    validation = _validation_steps(training)
+    for data in steps:
+        started = time.perf_counter()
+        step = data.items.step + 1
+        factor = learning_rate_factor(step - 1, schedule=config.schedule, total_steps=training.total_steps)
+        result = train_step(
+            training.chunks,
+            training.optimizer,
+            data,
+            mesh=mesh,
+            micro_batch_size=config.train.micro_batch_size,
+            normalize=config.loss.normalize,
+            learning_rate_factor=factor,
+            clip_grad_norm=config.optim.clip_grad_norm,
+        )
+        mesh.device.synchronize()
+        seconds = time.perf_counter() - started + data.wait_s
+        checked = _validate(training, validation) if _due(step, config.train.validate_every_steps, training) else None
+        if writers is not None:
+            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked)
+            writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
+        if _due(step, config.train.preview_every_steps, training):
+            _show(training, writers, step=step)
+        if step == training.total_steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            _save(training, step=step)
+    if writers is not None:
+        writers.close()
+
+
+def _due(step: int, every: int, training: Training) -> bool:
+    return bool(every) and (step % every == 0 or step == training.total_steps)
+
+
+def _open_writers(training: Training) -> RunWriters:
+    log = training.config.log
+    return RunWriters(
+        training.directory,
+        start_step=training.start_step,
+        total_steps=training.total_steps,
+        console_every=log.every_steps,
+        sample_keys=log.sample_keys,
+        tensorboard=log.tensorboard,
+    )
+
+
+def _validation_steps(training: Training) -> list[StepData]:
+    """The same few batches each time, read once."""
+    if training.validation is None:
+        return []
+    count = training.config.train.validation_batches
+    return list(feed(training.validation, mesh=training.mesh, start_step=0, stop_step=count))
+
+
+def _validate(training: Training, steps: list[StepData]) -> float | None:
+    if not steps:
+        return None
+    return validation_loss(training.chunks, steps, mesh=training.mesh, micro_batch_size=training.config.train.micro_batch_size)
+
+
+def _show(training: Training, writers: RunWriters | None, *, step: int) -> None:
+    source = training.validation or training.source
+    shown = preview(source, training.chunks, mesh=training.mesh, max_new_tokens=training.config.train.preview_tokens)
+    if shown is not None and writers is not None:
+        writers.preview(step=step, pixels=shown.pixels, text=shown.answer)
+
+
+def _save(training: Training, *, step: int) -> None:
+    config = training.config
+    state = RunState(
+        step=step,
+        consumed_samples=step * config.train.global_batch_size,
+        plan_fingerprint=training.source.plan.fingerprint,
+    )
+    save(
+        training.checkpoints,
+        step=step,
+        chunks=training.chunks,
+        optimizer=training.optimizer,
+        mesh=training.mesh,
+        state=state,
+        config_text=dump(config),
+    )
+    if training.mesh.rank == 0:
+        remove_old(training.checkpoints, keep_last=config.checkpoint.keep_last, keep_every_steps=config.checkpoint.keep_every_steps)
+    dist.barrier()
+
+
+def _record(training: Training, data: StepData, result: StepResult, *, seconds: float, factor: float, validation_loss: float | None) -> StepRecord:
+    config, mesh, items = training.config, training.mesh, data.items
+    flops = step_flops(
+        config.model, sequence_lengths=tuple(items.lengths.tolist()), images=items.images, trained_tokens=result.trained_tokens
+    )
+    world = mesh.layout.world_size
+    achieved = flops / seconds / world
+    peak = peak_flops(torch.cuda.get_device_name()) if mesh.device.kind == "cuda" else None
+    return StepRecord(
+        step=items.step + 1,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=config.optim.learning_rate * factor,
+        consumed_samples=(items.step + 1) * config.train.global_batch_size,
+        trained_tokens=result.trained_tokens,
+        tokens=items.tokens,
+        images=items.images,
+        padding_fraction=1.0 - items.tokens / (items.sequence_length * len(items.rows)),
+        step_time_s=seconds,
+        data_wait_s=data.wait_s,
+        tokens_per_s_per_gpu=items.tokens / seconds / world,
+        model_tflops_per_s_per_gpu=achieved / 1e12,
+        mfu=achieved / peak if peak else None,
+        peak_memory_bytes=mesh.device.peak_memory_bytes(),
+        skipped=result.skipped,
+        validation_loss=validation_loss,
+    )

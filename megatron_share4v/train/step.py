@@ -1,0 +1,104 @@
+"""One optimizer step, and one validation pass, over all micro-batches of this rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.data.sample import Batch
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, set_learning_rate
+from megatron_share4v.mcore.schedule import run_schedule
+from megatron_share4v.model.loss import TokenLoss, divisor
+from megatron_share4v.train.feed import StepData
+
+Normalize = Literal["tokens", "microbatch"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Equal on all ranks."""
+
+    loss: float
+    """Mean over the trained tokens of the step (`tokens`) or mean of micro-batch means (`microbatch`)."""
+    grad_norm: float
+    """Before clipping."""
+    trained_tokens: int
+    skipped: bool
+    """The loss or the gradient was not finite; weights and optimizer state were left alone."""
+
+
+def train_step(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    data: StepData,
+    *,
+    mesh: Mesh,
+    micro_batch_size: int,
+    normalize: Normalize,
+    learning_rate_factor: float,
+    clip_grad_norm: float,
+) -> StepResult:
+    """Forward, backward, clip, update."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _run(chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
+    loss, tokens = _reduce(losses, mesh=mesh, normalize=normalize)
+    set_learning_rate(optimizer, learning_rate_factor)
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    # Both numbers are global, so every rank decides alike.
+    skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    if not skipped:
+        if clip_grad_norm > 0:
+            optimizer.clip_grad_norm(clip_grad_norm)
+        optimizer.step_with_ready_grads()
+    return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, skipped=skipped)
+
+
+@torch.no_grad()
+def validation_loss(chunks: Sequence[torch.nn.Module], steps: Sequence[StepData], *, mesh: Mesh, micro_batch_size: int) -> float:
+    """Mean loss over the trained tokens of `steps`; 0 when they have none."""
+    losses: list[TokenLoss] = []
+    for data in steps:
+        losses += _run(chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize="tokens", forward_only=True)
+    return _reduce(losses, mesh=mesh, normalize="tokens")[0]
+
+
+def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro_batch_size: int, normalize: Normalize, forward_only: bool) -> list[TokenLoss]:
+    def loss_function(batch: Batch) -> Any:
+        def count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLoss]:
+            tokens = batch.targets.numel()
+            return *divisor(total, tokens=tokens, normalize=normalize), TokenLoss(total.detach(), tokens)
+
+        return count
+
+    return run_schedule(
+        chunks,
+        data.batches,
+        mesh=mesh,
+        sequence_length=data.items.sequence_length,
+        micro_batch_size=micro_batch_size,
+        loss_function=loss_function,
+        forward_only=forward_only,
+    )
+
+
+def _reduce(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize) -> tuple[float, int]:
+    """(loss, trained tokens) of all ranks. The last stage's first tensor rank speaks for its replica."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    if mesh.holds_last_stage and mesh.coordinates.tensor == 0:
+        for part in losses:
+            mean_weight = part.tokens if normalize == "tokens" else 1
+            value = float(part.total) if normalize == "tokens" else float(part.total) / max(part.tokens, 1)
+            sums += torch.tensor([value, mean_weight if part.tokens else 0, part.tokens], dtype=torch.float64)
+    sums = sums.to(mesh.device.torch_device)
+    dist.all_reduce(sums)
+    total, weight, tokens = sums.tolist()
+    return (total / weight if weight else 0.0), int(tokens)

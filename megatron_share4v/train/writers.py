@@ -1,0 +1,109 @@
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard and console lines, all from the same record.
+
+Only rank 0 writes. After a resume each step appears once in both files: lines beyond the resumed step are dropped at start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_share4v.log import get_logger
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One line of metrics.jsonl. Counts and times are of the whole step over all ranks, rates are per rank (GPU)."""
+
+    step: int
+    """1 after the first update."""
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    """Of the language model (or the default group)."""
+    consumed_samples: int
+    trained_tokens: int
+    tokens: int
+    """Positions that hold text or image features."""
+    images: int
+    padding_fraction: float
+    step_time_s: float
+    data_wait_s: float
+    tokens_per_s_per_gpu: float
+    model_tflops_per_s_per_gpu: float
+    mfu: float | None
+    """None where the device's peak is not known."""
+    peak_memory_bytes: int
+    skipped: bool
+    validation_loss: float | None = None
+
+
+class RunWriters:
+    """All files of one run directory, opened at the step from which the run goes on."""
+
+    def __init__(self, directory: Path, *, start_step: int, total_steps: int, console_every: int, sample_keys: bool, tensorboard: bool) -> None:
+        self._total_steps, self._console_every = total_steps, console_every
+        self._metrics = _reopen(directory / "metrics.jsonl", keep_to_step=start_step)
+        self._samples = _reopen(directory / "samples.jsonl", keep_to_step=start_step) if sample_keys else None
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if tensorboard else None
+
+    def write(self, record: StepRecord, *, keys: Sequence[str] | None = None) -> None:
+        """One step, everywhere."""
+        self._metrics.write(json.dumps(asdict(record)) + "\n")
+        self._metrics.flush()
+        if self._samples is not None:
+            self._samples.write(json.dumps({"step": record.step, "keys": list(keys or [])}) + "\n")
+            self._samples.flush()
+        if self._board is not None:
+            for name, value in asdict(record).items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"train/{name}", float(value), record.step)
+        if record.step % self._console_every == 0 or record.step == self._total_steps:
+            get_logger().info(self._line(record))
+
+    def preview(self, *, step: int, pixels: torch.Tensor, text: str) -> None:
+        """A held-out image [H, W, 3] uint8 with the model's own answer."""
+        get_logger().info("preview at step %d: %s", step, text)
+        if self._board is not None:
+            self._board.add_image("preview/image", pixels, step, dataformats="HWC")
+            self._board.add_text("preview/answer", text, step)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        for file in (self._metrics, self._samples, self._board):
+            if file is not None:
+                file.close()
+
+    def _line(self, record: StepRecord) -> str:
+        remaining = (self._total_steps - record.step) * record.step_time_s
+        validation = "" if record.validation_loss is None else f" | validation {record.validation_loss:.4f}"
+        return (
+            f"step {record.step}/{self._total_steps} | loss {record.loss:.4f}{validation} | grad {record.grad_norm:.3f} | "
+            f"lr {record.learning_rate:.2e} | {record.tokens_per_s_per_gpu:,.0f} tokens/s/rank | {record.step_time_s:.2f} s/step "
+            f"(data {record.data_wait_s:.2f}) | ETA {_duration(remaining)}" + (" | SKIPPED: not finite" if record.skipped else "")
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _reopen(path: Path, *, keep_to_step: int):
+    """Open for appending, without lines of later steps and without a line cut off by a crash."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= keep_to_step:
+                kept.append(line)
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(kept))
+        os.replace(replacement, path)
+    return path.open("a")

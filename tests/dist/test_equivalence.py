@@ -1,0 +1,181 @@
+"""Rung 4: every layout gives the one-rank loss, gradient norm and weights for the same global batches."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_world
+from tiny import MICRO_BATCH, micro_batches, step_items, tiny_model
+from tolerances import BF16_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train the same thing."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = True
+    overlap: bool = False
+    dtype: str = "fp32"
+    trainable: str = "half_tower"
+    normalize: str = "tokens"
+
+
+TRAINABLE = {
+    "half_tower": {"vision_from_block": 1},
+    "projector": {"language": False, "projector": True},
+    "frozen_tower": {"language": True, "projector": True},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses and gradient norms by step, and all global weights at the end (rank 0 only)."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def train_variant(mesh, variant: Variant) -> Outcome:
+    """Five steps of AdamW from the same seed."""
+    from megatron_share4v.config.run import OptimConfig, ParallelConfig
+    from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
+    from megatron_share4v.mcore.transformer import DTYPES
+    from megatron_share4v.model.chunks import build_chunks
+    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.train.feed import StepData
+    from megatron_share4v.train.step import train_step
+
+    model, dtype = tiny_model(**TRAINABLE[variant.trainable]), DTYPES[variant.dtype]
+    parallel = ParallelConfig(
+        tensor=variant.tensor,
+        pipeline=variant.pipeline,
+        virtual=variant.virtual,
+        sequence=variant.sequence,
+        distributed_optimizer=variant.distributed_optimizer,
+        overlap_grad_reduce=variant.overlap,
+    )
+    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype)
+    initialize(bare, seed=1, model=model)
+    chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+    optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, weight_decay=0.1, clip_grad_norm=1.0)
+    optimizer = build_optimizer(chunks, optim, parallel=parallel, dtype=dtype)
+    outcome = Outcome([], [], {})
+    for step in range(STEPS):
+        mine = micro_batches(step)[mesh.coordinates.data :: mesh.layout.data]
+        result = train_step(
+            chunks,
+            optimizer,
+            StepData(step_items(step), mine, 0.0),
+            mesh=mesh,
+            micro_batch_size=MICRO_BATCH,
+            normalize=variant.normalize,
+            learning_rate_factor=1.0,
+            clip_grad_norm=1.0,
+        )
+        assert not result.skipped
+        assert result.trained_tokens == step_items(step).trained_tokens
+        outcome.losses.append(result.loss)
+        outcome.norms.append(result.grad_norm)
+    outcome.weights.update(global_weights([unwrap(chunk) for chunk in chunks]))
+    return outcome
+
+
+def global_weights(chunks) -> dict[str, torch.Tensor]:
+    """All weights as global tensors, on rank 0."""
+    from megatron_share4v.model.initialize import shards
+
+    mine = [(s.key, s.global_shape, s.offset, s.data.detach().clone()) for s in shards(chunks) if not s.replica]
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, gathered)
+    weights: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in itertools.chain.from_iterable(gathered or []):
+        whole = weights.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
+        whole[tuple(slice(start, start + size) for start, size in zip(offset, data.shape))] = data
+    return weights
+
+
+def run_variants(groups: list[tuple[tuple[int, int, int], list[Variant]]]) -> list[tuple[Variant, Outcome]]:
+    """Train all variants of this world size; each group shares one mesh."""
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    results = []
+    for (tensor, pipeline, virtual), variants in groups:
+        layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline))
+        with open_mesh(layout, device=Device("cpu")) as mesh:
+            results += [(variant, train_variant(mesh, variant)) for variant in variants]
+    return results if dist.get_rank() == 0 else []
+
+
+def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Variant]:
+    """Sequence parallelism and distributed optimizer on and off, overlap, and for some layouts other trainable parts."""
+    place = dict(tensor=tensor, pipeline=pipeline, virtual=virtual)
+    variants = [
+        Variant(**place, sequence=sequence, distributed_optimizer=distributed)
+        for sequence in ([False, True] if tensor > 1 else [False])
+        for distributed in (True, False)
+    ]
+    if data > 1:
+        variants.append(Variant(**place, overlap=True))
+    if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
+        variants += [Variant(**place, trainable="projector"), Variant(**place, trainable="frozen_tower"), Variant(**place, normalize="microbatch")]
+    if (tensor, pipeline, virtual, data) == (2, 2, 1, 2):
+        variants.append(Variant(**place, dtype="bf16", sequence=True))
+    return variants
+
+
+def layouts_of(world: int) -> list[tuple[int, int, int]]:
+    """{tensor 1,2} x {pipeline 1,2,4} x {virtual 1,2} with data 1 or 2."""
+    return [
+        (tensor, pipeline, virtual)
+        for tensor, pipeline, virtual in itertools.product((1, 2), (1, 2, 4), (1, 2))
+        if world % (tensor * pipeline) == 0 and world // (tensor * pipeline) in (1, 2) and (pipeline > 1 or virtual == 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[tuple[str, str], Outcome]:
+    """One rank, for each trainable set and each normalisation."""
+    wanted = [Variant(trainable=name) for name in TRAINABLE] + [Variant(normalize="microbatch")]
+    [results] = run_world(1, run_variants, [((1, 1, 1), wanted)])
+    return {(variant.trainable, variant.normalize): outcome for variant, outcome in results}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str], Outcome]) -> None:
+    groups = [(layout, variants_of(*layout, world // (layout[0] * layout[1]))) for layout in layouts_of(world)]
+    results = run_world(world, run_variants, groups)[0]
+    assert len(results) == sum(len(variants) for _, variants in groups)
+    worst = {"loss": 0.0, "norm": 0.0, "weight": 0.0}
+    for variant, outcome in results:
+        expected = reference[variant.trainable, variant.normalize]
+        if variant.dtype == "bf16":
+            assert max(abs(a - b) for a, b in zip(outcome.losses, expected.losses)) < BF16_LOSS, variant
+            continue
+        loss = max(abs(a - b) for a, b in zip(outcome.losses, expected.losses))
+        norm = max(abs(a - b) / b for a, b in zip(outcome.norms, expected.norms))
+        assert outcome.weights.keys() == expected.weights.keys()
+        weight = max(float((outcome.weights[key] - expected.weights[key]).abs().max()) for key in expected.weights)
+        assert loss <= LAYOUT_LOSS and norm <= LAYOUT_NORM and weight <= LAYOUT_WEIGHT, (variant, loss, norm, weight)
+        worst = {"loss": max(worst["loss"], loss), "norm": max(worst["norm"], norm), "weight": max(worst["weight"], weight)}
+    print(f"\n{world} ranks, {len(results)} variants: worst difference {worst}")
+
+
+def test_frozen_parts_do_not_move(reference: dict[tuple[str, str], Outcome]) -> None:
+    """Only what is asked for trains, and it does."""
+    half, projector = reference["half_tower", "tokens"].weights, reference["projector", "tokens"].weights
+    moved = {key for key in half if not torch.equal(half[key], projector[key])}
+    assert {"vision.layers.1.mlp.linear_fc1.weight", "language.head.weight", "language.decoder.layers.7.mlp.linear_fc2.weight"} <= moved
+    assert not {key for key in moved if key.startswith("vision") and not key.startswith("vision.layers.1.")}

@@ -1,0 +1,242 @@
+"""tools/train.py as a user starts it: torchrun at tensor 2 x pipeline 2, killed and started again, at another layout, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from tolerances import RESUME_OTHER_LAYOUT_LOSS
+
+STEPS, EVERY = 10, 5
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A prepared data set, its tokenizer and a run's YAML file."""
+
+    root: Path
+    config: Path
+    data: Path
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.quickstart import write_dataset
+    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("run")
+    write_dataset(root / "scenes", train_scenes=40, held_out_scenes=64, seed=3, image_size=56)
+    annotations = root / "scenes" / "finetune.json"  # text-only records among those with images
+    texts = [turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]]
+    train_tokenizer(texts, root / "tokenizer.model", vocab_size=400)
+    train_tokenizer(reversed(texts[:200]), root / "other.model", vocab_size=380)
+    prepare(
+        PrepareOptions(
+            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "tokenizer.model", template="vicuna_v1",
+            max_text_length=400, samples_per_shard=16, max_rejected_fraction=0.0, workers=0, overwrite=False,
+        )
+    )  # fmt: skip
+    config = root / "run.yaml"
+    content = {
+        "run": {"directory": str(root / "unset"), "seed": 5},
+        "model": {"base": str(repository / "examples" / "models" / "tiny.yaml"), "trainable": {"vision_from_block": 1}},
+        "precision": {"dtype": "fp32"},
+        "data": {
+            "train": str(root / "data"), "validation": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 400,
+            "order": "group_by_modality_length", "num_workers": 0,
+        },
+        "optim": {"learning_rate": 1e-3},
+        "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": STEPS, "validate_every_steps": 5, "validation_batches": 1,
+                  "preview_every_steps": 10, "preview_tokens": 4},
+        "checkpoint": {"every_steps": EVERY},
+        "log": {"sample_keys": True},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(content))
+    return Bench(root, config, root / "data")
+
+
+def command(bench: Bench, ranks: int, *overrides: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    return [*launcher, "tools/train.py", str(bench.config), *overrides]
+
+
+def start(bench: Bench, repository: Path, ranks: int, *overrides: str, **options) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(bench, ranks, *overrides), cwd=repository, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench, repository: Path) -> Path:
+    """Ten steps at tensor 2 x pipeline 2."""
+    directory = bench.root / "undisturbed"
+    output = finish(start(bench, repository, 4, f"run.directory={directory}", *T2P2))
+    assert "tensor 2 x pipeline 2" in output and "ETA" in output and "vision" in output
+    return directory
+
+
+def test_run_directory(undisturbed: Path) -> None:
+    metrics = lines(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    wanted = "step loss grad_norm learning_rate consumed_samples trained_tokens tokens images padding_fraction step_time_s data_wait_s"
+    wanted += " tokens_per_s_per_gpu model_tflops_per_s_per_gpu mfu peak_memory_bytes skipped"
+    assert set(wanted.split()) <= metrics[0].keys()
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [line["step"] for line in metrics if line["validation_loss"] is not None] == [5, 10]
+    assert 0 <= metrics[0]["padding_fraction"] < 0.5 and metrics[0]["consumed_samples"] == 8
+    assert (undisturbed / "config.yaml").exists() and len(list((undisturbed / "log").glob("rank*.txt"))) == 4
+    assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
+    assert "answer" in " ".join(_board_tags(undisturbed)) and "preview/image" in _board_tags(undisturbed)
+
+
+def _board_tags(directory: Path) -> list[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    tags = board.Tags()
+    return [*tags["images"], *tags["tensors"], *tags["scalars"]]
+
+
+def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, repository: Path, undisturbed: Path) -> None:
+    directory = bench.root / "killed"
+    process = start(bench, repository, 4, f"run.directory={directory}", *T2P2)
+    deadline = time.monotonic() + 200
+    while not ((directory / "metrics.jsonl").exists() and len((directory / "metrics.jsonl").read_text().splitlines()) > EVERY):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    for survivor in _children_of_session(process.pid):
+        os.kill(survivor, signal.SIGKILL)
+    process.communicate()
+    shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
+    output = finish(start(bench, repository, 4, f"run.directory={directory}", *T2P2))
+    assert "resumed from" in output and "at step 5" in output
+    ours, theirs = lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl")
+    exact = ("step", "loss", "grad_norm", "learning_rate", "validation_loss", "consumed_samples", "trained_tokens")
+    assert [[line[name] for name in exact] for line in ours] == [[line[name] for name in exact] for line in theirs]
+    assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")
+    assert _weights(bench, directory) == _weights(bench, undisturbed)
+
+
+def _children_of_session(session: int) -> list[int]:
+    """torchrun starts its ranks in sessions of their own; find those that outlived it by their environment's marker."""
+    import psutil
+
+    return [p.pid for p in psutil.process_iter() if "tools/train.py" in " ".join(_arguments(p)) and p.ppid() == 1]
+
+
+def _arguments(process) -> list[str]:
+    import psutil
+
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _weights(bench: Bench, directory: Path) -> dict[str, str]:
+    """sha256 of every tensor file of the last checkpoint."""
+    import hashlib
+
+    checkpoint = directory / "checkpoints" / "step_00000010"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.glob("*.distcp"))}
+
+
+def test_another_layout_goes_on_with_the_same_samples(bench: Bench, repository: Path, undisturbed: Path) -> None:
+    """From tensor 2 x pipeline 2 x data 1 to data 2."""
+    directory = bench.root / "half"
+    assert (directory / "checkpoints" / "step_00000005").exists(), "made by the test before"
+    output = finish(start(bench, repository, 2, f"run.directory={directory}"))
+    assert "at step 5" in output and "data 2" in output
+    assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")[EVERY:]
+    theirs = {line["step"]: line["loss"] for line in lines(undisturbed / "metrics.jsonl")}
+    for line in lines(directory / "metrics.jsonl"):
+        assert abs(line["loss"] - theirs[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
+
+
+def refused(bench: Bench, repository: Path, *overrides: str) -> str:
+    process = start(bench, repository, 1, *overrides)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output, output
+    assert output.count("error: ") == 1, output
+    return output
+
+
+def test_bad_configuration_is_refused(bench: Bench, repository: Path) -> None:
+    message = refused(bench, repository, "parallel.tensr=2", "train.steps=two")
+    assert "did you mean 'tensor'?" in message and "train.steps" in message
+    message = refused(bench, repository, "parallel.tensor=2")
+    assert "world size 1 is not a multiple of" in message
+    message = refused(bench, repository, "parallel.tensor=8")
+    assert "model.language.num_attention_heads 4 is not divisible by parallel.tensor 8" in message
+    message = refused(bench, repository, f"data.tokenizer={bench.root / 'other.model'}", f"run.directory={bench.root / 'refused'}")
+    assert "tokenizer is" in message and "prepared with" in message
+
+
+def test_bad_data_is_refused(bench: Bench, repository: Path) -> None:
+    damaged = bench.root / "damaged"
+    shutil.copytree(bench.data, damaged)
+    shard = sorted(damaged.glob("*.tar"))[1]
+    shard.write_bytes(shard.read_bytes()[:5000])
+    message = refused(bench, repository, f"data.train={damaged}", f"run.directory={bench.root / 'refused'}")
+    assert shard.name in message and "5000 bytes" in message
+    shard.unlink()
+    message = refused(bench, repository, f"data.train={damaged}", f"run.directory={bench.root / 'refused'}")
+    assert f"{shard.name} is missing" in message
+
+
+def test_corrupt_checkpoint(bench: Bench, repository: Path, undisturbed: Path) -> None:
+    """Named explicitly it is refused; met on a resume it is passed over for the one before, and said so."""
+    directory = bench.root / "corrupt"
+    shutil.copytree(undisturbed, directory)
+    victim = max((directory / "checkpoints" / "step_00000010").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    named = directory / "checkpoints" / "step_00000010"
+    message = refused(bench, repository, f"checkpoint.initialize_from={named}", f"run.directory={bench.root / 'refused'}")
+    assert victim.name in message
+    output = finish(start(bench, repository, 1, f"run.directory={directory}"))
+    assert "passed over" in output and victim.name in output and "at step 5" in output
+
+
+def test_placeholders_that_do_not_match_are_refused(bench: Bench, repository: Path) -> None:
+    record = json.loads((bench.root / "scenes" / "finetune.json").read_text())[0]
+    record["conversations"][2]["value"] = "<image>\n" + record["conversations"][2]["value"]
+    annotations = bench.root / "two_placeholders.json"
+    annotations.write_text(json.dumps([record]))
+    arguments = [f"--annotations={annotations}", f"--images={bench.root / 'scenes'}", f"--output={bench.root / 'never'}"]
+    done = subprocess.run(
+        [sys.executable, "tools/prepare_data.py", *arguments, f"--tokenizer={bench.root / 'tokenizer.model'}"],
+        cwd=repository, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "placeholder" in done.stderr + "".join(path.read_text() for path in bench.root.glob("never*/**/rejected.jsonl"))

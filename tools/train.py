@@ -1,0 +1,27 @@
+"""Train: torchrun --nproc-per-node N tools/train.py CONFIG.yaml [dotted.key=value ...]; without torchrun, one process."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_share4v.config.load import load_run
+from megatron_share4v.errors import reported
+from megatron_share4v.parallel.launch import World
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace those of the file")
+    arguments = parser.parse_args()
+    with reported():
+        world = World.from_environment()
+    with reported(rank=world.rank, ranks=world.size):
+        config = load_run(arguments.config, arguments.overrides)
+        from megatron_share4v.train.loop import run  # after the checks above: this imports megatron-core
+
+        run(config)
+
+
+if __name__ == "__main__":
+    main()
