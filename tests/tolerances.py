@@ -8,10 +8,10 @@ and six layers multiply that by about ten."""
 LAYOUT_LOSS = 2e-6
 """Absolute, on losses near 4.6 after up to 5 updates: a few fp32 roundings of the summed loss (2**-24 x 4.6 = 3e-7)."""
 
-LAYOUT_NORM = 2e-5
+LAYOUT_NORM = 5e-6
 """Relative, of the gradient norm: partial sums over tensor and data ranks are added in another order."""
 
-LAYOUT_WEIGHT = 2e-4
+LAYOUT_WEIGHT = 5e-5
 """Absolute, after 5 updates of AdamW with learning rate 1e-3: where a gradient is near zero its rounding decides the first update, which
 has the size of the learning rate whatever the gradient's."""
 
@@ -20,3 +20,6 @@ BF16_LOSS = 5e-2
 
 RESUME_OTHER_LAYOUT_LOSS = 1e-4
 """Absolute, over five updates after a resume at another layout: the layouts' rounding, through AdamW with learning rate 1e-3."""
+
+GOLDEN_LOSS = 5e-6
+"""Absolute: another processor's vector width orders fp32 sums otherwise, as another layout does (LAYOUT_LOSS), through five updates."""

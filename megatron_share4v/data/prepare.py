@@ -96,7 +96,7 @@ def prepare(options: PrepareOptions) -> PrepareSummary:
             index_sha256="",
             keys_sha256="",
             tokenizer_fingerprint=tokenizer.fingerprint,
-            template=options.template,
+            template=template.name,
             max_text_length=options.max_text_length,
             sources=writer.source_counts(),
         )

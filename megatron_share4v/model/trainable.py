@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron_share4v.config.model import TrainableConfig
+from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
 
 Component = Literal["vision", "projector", "language"]
@@ -40,13 +43,17 @@ def _trains(name: str, component: Component, trainable: TrainableConfig) -> bool
     return "layers" in parts and int(parts[parts.index("layers") + 1]) >= start
 
 
-def parameter_counts(chunks: list[nn.Module]) -> dict[tuple[Component, bool], int]:
-    """Elements on this rank by (component, trains)."""
+def parameter_counts(chunks: Iterable[nn.Module], *, mesh: Mesh) -> dict[tuple[Component, bool], int]:
+    """Elements of the whole model by (component, trains). Collective: every rank counts what no other rank has counted."""
     counts = {(component, trains): 0 for component in COMPONENTS for trains in (True, False)}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            counts[component_of(name), parameter.requires_grad] += parameter.numel()
-    return counts
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if mesh.coordinates.data == 0 and (split or mesh.coordinates.tensor == 0):
+                counts[component_of(name), parameter.requires_grad] += parameter.numel()
+    totals = torch.tensor(list(counts.values()), device=mesh.device.torch_device)
+    dist.all_reduce(totals)
+    return dict(zip(counts, totals.tolist()))
 
 
 def table(counts: dict[tuple[Component, bool], int]) -> Iterator[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
 from tiny import MICRO_BATCH, micro_batches, step_items, tiny_model
-from tolerances import BF16_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
+from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
 STEPS = 5
 
@@ -39,10 +41,11 @@ TRAINABLE = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses and gradient norms by step, and all global weights at the end (rank 0 only)."""
+    """Losses and gradient norms by step, parameter counts of the whole model, and all global weights at the end (rank 0 only)."""
 
     losses: list[float]
     norms: list[float]
+    counts: dict[tuple[str, bool], int]
     weights: dict[str, torch.Tensor]
 
 
@@ -53,6 +56,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.trainable import parameter_counts
     from megatron_share4v.train.feed import StepData
     from megatron_share4v.train.step import train_step
 
@@ -70,7 +74,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, weight_decay=0.1, clip_grad_norm=1.0)
     optimizer = build_optimizer(chunks, optim, parallel=parallel, dtype=dtype)
-    outcome = Outcome([], [], {})
+    outcome = Outcome([], [], parameter_counts(bare, mesh=mesh), {})
     for step in range(STEPS):
         mine = micro_batches(step)[mesh.coordinates.data :: mesh.layout.data]
         result = train_step(
@@ -166,11 +170,19 @@ def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str
             continue
         loss = max(abs(a - b) for a, b in zip(outcome.losses, expected.losses))
         norm = max(abs(a - b) / b for a, b in zip(outcome.norms, expected.norms))
+        assert outcome.counts == expected.counts, variant
         assert outcome.weights.keys() == expected.weights.keys()
         weight = max(float((outcome.weights[key] - expected.weights[key]).abs().max()) for key in expected.weights)
         assert loss <= LAYOUT_LOSS and norm <= LAYOUT_NORM and weight <= LAYOUT_WEIGHT, (variant, loss, norm, weight)
         worst = {"loss": max(worst["loss"], loss), "norm": max(worst["norm"], norm), "weight": max(worst["weight"], weight)}
     print(f"\n{world} ranks, {len(results)} variants: worst difference {worst}")
+
+
+def test_losses_are_the_golden_ones(reference: dict[tuple[str, str], Outcome]) -> None:
+    """Rung 6: a change of the code must not change the mathematics. After an intended change: write the new losses into the file."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
+    for (trainable, normalize), outcome in reference.items():
+        assert outcome.losses == pytest.approx(golden[f"{trainable}, {normalize}"], abs=GOLDEN_LOSS), (trainable, normalize)
 
 
 def test_frozen_parts_do_not_move(reference: dict[tuple[str, str], Outcome]) -> None:

@@ -67,7 +67,7 @@ def test_freezing_changes_no_value(mesh: Mesh) -> None:
 
 def test_counts_and_table_agree_with_the_model(mesh: Mesh) -> None:
     chunk = _build(mesh, vision_from_block=1)
-    counts = parameter_counts([chunk])
+    counts = parameter_counts([chunk], mesh=mesh)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in chunk.parameters())
     assert counts["projector", False] == 0 and counts["vision", True] == sum(p.numel() for p in chunk.vision.layers[1].parameters())
     lines = list(table(counts))
