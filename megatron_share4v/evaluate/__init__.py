@@ -1,0 +1,1 @@
+"""Benchmarks: questions in, scores out."""

@@ -1,0 +1,107 @@
+"""Every command of the README runs as it is written, but for its directories and its number of steps."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) for line in block.splitlines() if line.strip()]
+QUICKSTART, TESTS = "bash examples/quickstart/run.sh", "bash tests/run.sh"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart, made brief: four steps of each stage."""
+    out = tmp_path_factory.mktemp("readme")
+    done = run(f"{QUICKSTART} --brief --out {out / 'quickstart'}", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith('{"layout": {"tensor": 2, "pipeline": 2')
+    return out
+
+
+def run(command: str, out: Path) -> subprocess.CompletedProcess:
+    command = command.replace("runs/", f"{out}/")
+    return subprocess.run(shlex.split(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def environment() -> dict[str, str]:
+    """This interpreter's environment as the active one, so that the scripts install nothing anew; also when it was not activated by a shell."""
+    prefix = Path(sys.executable).parent
+    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return own | {"VIRTUAL_ENV": str(prefix.parent), "PATH": f"{prefix}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    assert COMMANDS[:2] == [QUICKSTART, TESTS]
+    assert len(COMMANDS) == len(set(COMMANDS))
+
+
+def test_the_tests_command_passes_its_arguments_on(tmp_path: Path) -> None:
+    done = run(f"{TESTS} tests/test_architecture.py -k size_of_the_package", tmp_path)
+    assert done.returncode in (0, 5), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("torchrun", "python tools/train.py"))])
+def test_training_commands(command: str, quickstart: Path) -> None:
+    inputs = [f"data.{name}={quickstart}/quickstart/data/finetune{end}" for name, end in (("train", ""), ("validation", "_validation"))]
+    inputs += [f"data.tokenizer={quickstart}/quickstart/tokenizer.model", f"checkpoint.initialize_from={quickstart}/quickstart/pretrain/checkpoints/latest"]
+    done = run(" ".join([command, *inputs, "train.steps=2"]), quickstart)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "prepare_data" in c])
+def test_preparing(command: str, quickstart: Path) -> None:
+    done = run(command, quickstart)
+    assert done.returncode == 0, done.stderr
+    assert "no record rejected" in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "bench" in c])
+def test_benches_print_a_ratio(command: str, quickstart: Path) -> None:
+    done = run(f"{command} --samples 1 --steps 1", quickstart)
+    assert done.returncode == 0, done.stderr
+    assert "ratio of tokens per second" in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("tensorboard")])
+def test_tensorboard_shows_the_run(command: str, quickstart: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = f"{command} --port {port}".replace("runs/", f"{quickstart}/")
+    server = subprocess.Popen(shlex.split(command), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        assert "train/loss" in _page(f"http://127.0.0.1:{port}/data/plugin/scalars/tags", server)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def _page(address: str, server: subprocess.Popen) -> str:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError as error:
+            text = str(error)
+        if "train/loss" in text or time.monotonic() > deadline or server.poll() is not None:
+            return text
+        time.sleep(0.5)
+
+
+def test_every_command_is_run_by_one_of_these() -> None:
+    prefixes = (QUICKSTART, TESTS, "torchrun", "python tools/train.py", "python tools/prepare_data.py", "python tools/bench_", "tensorboard")
+    assert [command for command in COMMANDS if not command.startswith(prefixes)] == []
