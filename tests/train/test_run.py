@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,17 +63,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     return Bench(root, config, root / "data")
 
 
-def command(bench: Bench, ranks: int, *overrides: str) -> list[str]:
+def start(bench: Bench, repository: Path, ranks: int, *overrides: str, script: tuple[str, ...] = ("tools/train.py",)) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    return [*launcher, "tools/train.py", str(bench.config), *overrides]
-
-
-def start(bench: Bench, repository: Path, ranks: int, *overrides: str, **options) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(bench, ranks, *overrides), cwd=repository, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
+        [*launcher, *script, str(bench.config), *overrides], cwd=repository, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -126,15 +120,10 @@ def _board_tags(directory: Path) -> list[str]:
 
 def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, repository: Path, undisturbed: Path) -> None:
     directory = bench.root / "killed"
-    process = start(bench, repository, 4, f"run.directory={directory}", *T2P2)
-    deadline = time.monotonic() + 200
-    while not ((directory / "metrics.jsonl").exists() and len((directory / "metrics.jsonl").read_text().splitlines()) > EVERY):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    for survivor in _children_of_session(process.pid):
-        os.kill(survivor, signal.SIGKILL)
-    process.communicate()
+    process = start(bench, repository, 4, f"run.directory={directory}", *T2P2, script=("tests/train/killed_after.py", "7"))
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and "SIGKILL" in output, output
+    assert EVERY < len(lines(directory / "metrics.jsonl")) < STEPS
     shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
     output = finish(start(bench, repository, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
@@ -143,22 +132,6 @@ def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, repository: 
     assert [[line[name] for name in exact] for line in ours] == [[line[name] for name in exact] for line in theirs]
     assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")
     assert _weights(bench, directory) == _weights(bench, undisturbed)
-
-
-def _children_of_session(session: int) -> list[int]:
-    """torchrun starts its ranks in sessions of their own; find those that outlived it by their environment's marker."""
-    import psutil
-
-    return [p.pid for p in psutil.process_iter() if "tools/train.py" in " ".join(_arguments(p)) and p.ppid() == 1]
-
-
-def _arguments(process) -> list[str]:
-    import psutil
-
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def _weights(bench: Bench, directory: Path) -> dict[str, str]:
