@@ -36,9 +36,10 @@ extras = {
     # After `gpu`, with --no-build-isolation: it is compiled against the torch that is installed. Never on a machine without CUDA.
     "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
     "fp8": ["torchao==0.18.0"],
-    "dali": ["nvidia-dali-cuda130>=2,<3"],
+    "dali": ["nvidia-dali-cuda130>=2,<3; sys_platform == 'linux'"],  # decodes on the CPU as well, without a driver
     "liger": ["liger-kernel==0.8.5"],
     "fa": ["flash-attn-4>=4.0.0b36"],
+    "hf": ["transformers==5.23.0"],  # to compare exports with what they are for; training needs none of it
     "serve": ["starlette>=1.0,<2", "uvicorn>=0.30"],
     "dev": ["pytest>=8", "transformers==5.23.0", "ninja", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"],
 }

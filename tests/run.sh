@@ -7,6 +7,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
-prepare_environment cpu,dev
+prepare_environment cpu,dev,dali
 export OMP_NUM_THREADS=1  # several ranks share the cores of one machine
 exec python -m pytest "$@"

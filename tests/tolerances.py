@@ -23,3 +23,9 @@ RESUME_OTHER_LAYOUT_LOSS = 1e-4
 
 GOLDEN_LOSS = 5e-6
 """Absolute: another processor's vector width orders fp32 sums otherwise, as another layout does (LAYOUT_LOSS), through five updates."""
+
+PACKED_LOSS = 1e-6
+"""Absolute, on losses near 4.6: a pack's rows go through matrix products of another shape, whose fp32 sums are ordered otherwise."""
+
+PACKED_GRADIENT = 1e-6
+"""Absolute, on gradients up to about 0.1: the same samples, summed over positions in another order."""

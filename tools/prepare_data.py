@@ -1,6 +1,7 @@
 """Turn LLaVA/ShareGPT4V annotations and their images into a data set for tools/train.py.
 
-Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json and rejected.jsonl to --output.
+Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json, rejected.jsonl and duplicates.jsonl to --output. Started again after it was
+killed, it goes on where the last finished shard ends. docs/data.md says what to download.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (Share4VError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; the same command goes on after the last finished shard", file=sys.stderr)
+        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--annotations", type=Path, required=True, help="JSON file: a list of records with id, image and conversations")
-    parser.add_argument("--images", type=Path, required=True, help="folder that the records' image paths are relative to")
+    parser.add_argument("--images", type=Path, required=True, help="folder that the records' image paths are relative to; tar and zip archives in it need not be unpacked")
     parser.add_argument("--output", type=Path, required=True, help="directory to write; published whole or not at all")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
     parser.add_argument("--template", default="vicuna_v1", help="conversation template")
@@ -38,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples-per-shard", type=_positive, default=10_000, help="samples in one tar file")
     parser.add_argument("--max-rejected-fraction", type=float, default=0.05, help="end with exit code 2 when more records than this are bad")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
+    parser.add_argument("--in-place", action="store_true", default=False, help="index the images where they are, without copying them")
+    parser.add_argument("--repeat-images", action="store_true", default=False, help="store a shared image with each of its samples, not once")
+    parser.add_argument("--restart", action="store_true", default=False, help="begin anew instead of going on with an unfinished preparation")
     parser.add_argument("--overwrite", action="store_true", default=False, help="replace a data set that is already in --output")
     return parser
 

@@ -87,6 +87,16 @@ def remove_old(directory: Path, *, keep_last: int, keep_every_steps: int) -> lis
     return old
 
 
+def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
+    """`remove_old` for a user: of a run directory or its checkpoints/. Raises CheckpointError when nothing would be kept, or nothing is there."""
+    if keep_last < 1:
+        raise CheckpointError(f"--keep-last {keep_last}: at least the newest checkpoint is kept; give 1 or more")
+    found = next((path for path in (directory, directory / "checkpoints") if checkpoint_directories(path)), None)
+    if found is None:
+        raise CheckpointError(f"{directory}: holds no checkpoints; give a run directory")
+    return remove_old(found, keep_last=keep_last, keep_every_steps=keep_every_steps)
+
+
 def _hidden(target: Path) -> Path:
     hidden = target.with_name(f".{target.name}{_REMOVING}")
     os.rename(target, hidden)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_share4v import __version__
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.parallel.layout import Layout
 
@@ -32,6 +34,8 @@ class RunState:
     consumed_samples: int
     plan_fingerprint: str
     """Identifies the sequence of samples of which `consumed_samples` have been seen."""
+    data: dict[str, str | int | float | None] = field(default_factory=dict)
+    """What decides that sequence and its tensors, by name (data/state.py); empty in checkpoints of conversion."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class Manifest:
     config: str
     """The run's whole configuration, as YAML."""
     versions: dict[str, str]
+    source: str = ""
+    """What conversion or averaging made it from; "": a training run wrote it."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each component's weights (checkpoint/lazy.py) as conversion stored them; a training run, whose ranks hold slices, leaves it out."""
     files: dict[str, StoredFile] = field(default_factory=dict)
 
     @property
@@ -62,10 +70,16 @@ class Manifest:
         return sum(file.size for file in self.files.values())
 
 
-def describe_files(directory: Path) -> dict[str, StoredFile]:
-    """Size and SHA-256 of every file in `directory`, each flushed to the disk."""
-    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST)
-    return dict(zip((path.name for path in paths), _in_threads(_flushed, paths)))
+def current_versions() -> dict[str, str]:
+    """Of what writes checkpoints."""
+    return {"megatron_share4v": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
+
+
+def describe_files(directory: Path, *, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
+    """Size and SHA-256 of every file in `directory`, each flushed to the disk; those in `known` were, and are not read again."""
+    known = known or {}
+    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST and path.name not in known)
+    return {**known, **dict(zip((path.name for path in paths), _in_threads(_flushed, paths)))}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -101,6 +115,8 @@ def read_manifest(directory: Path) -> Manifest:
         layout=Layout(**content["layout"]),
         config=content["config"],
         versions=content["versions"],
+        source=content.get("source", ""),
+        weights=content.get("weights", {}),
         files={name: StoredFile(**file) for name, file in content["files"].items()},
     )
 

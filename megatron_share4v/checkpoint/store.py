@@ -7,18 +7,26 @@ newest. Every function that takes a mesh is collective, and an error that one ra
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_share4v import __version__
 from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, start_writing
-from megatron_share4v.checkpoint.manifest import MANIFEST, Manifest, RunState, describe_files, flush_directory, verify, write_manifest
+from megatron_share4v.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    RunState,
+    current_versions,
+    describe_files,
+    flush_directory,
+    verify,
+    write_manifest,
+)
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.checkpointing import count_updates, load_sharded, save_sharded
@@ -42,22 +50,30 @@ def save(
     mesh: Mesh,
     state: RunState,
     config_text: str,
+    companions: Sequence[Path] = (),
 ) -> Path:
     """Write `directory`/step_<step> and name it in `directory`/latest. Leftovers of a killed save are removed first.
 
-    `config_text` is the run's whole configuration. Returns the new directory. Raises CheckpointError when it cannot be written; what was
-    there before is then untouched.
+    `config_text` is the run's whole configuration; `companions` are files that are copied in (checkpoint/companions.py). Returns
+    the new directory. Raises CheckpointError when it cannot be written; what was there before is then untouched.
     """
     assert state.step == step, (state, step)
     directory = Path(directory)
     target = directory / directory_name(step)
-    write(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text)
+    write(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions)
     _on_first_rank(mesh, lambda: _name_latest(directory, target.name))
     return target
 
 
 def write(
-    target: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, mesh: Mesh, state: RunState, config_text: str
+    target: Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    mesh: Mesh,
+    state: RunState,
+    config_text: str,
+    companions: Sequence[Path] = (),
 ) -> None:
     """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
     started = time.perf_counter()
@@ -66,8 +82,10 @@ def write(
     save_sharded(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING)
 
     def finish() -> int:
+        for path in companions:
+            shutil.copyfile(path, temporary / path.name)
         files = describe_files(temporary)
-        versions = {"megatron_share4v": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
+        versions = current_versions()
         manifest = Manifest(state=state, updates=updates, layout=mesh.layout, config=config_text, versions=versions, files=files)
         write_manifest(temporary, manifest)
         publish(temporary, target)

@@ -115,9 +115,9 @@ class TrainConfig:
             message = f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             yield Conflict(message, ("global_batch_size", "micro_batch_size"))
 
-    def total_steps(self, num_samples: int) -> int:
-        """Steps of the whole run over a data set of `num_samples` samples; the last batch of an epoch is never dropped."""
-        return self.steps or max(1, math.ceil(num_samples * self.epochs / self.global_batch_size))
+    def total_steps(self, num_items: int) -> int:
+        """Steps of the whole run over epochs of `num_items` samples (or packs); the last batch of an epoch is never dropped."""
+        return self.steps or max(1, math.ceil(num_items * self.epochs / self.global_batch_size))
 
 
 @config
@@ -130,6 +130,8 @@ class CheckpointConfig:
     """Older checkpoints are removed after a newer one is whole."""
     keep_every_steps: NonNegativeInt = 0
     """Checkpoints at multiples of this are never removed; 0: none."""
+    allow_data_change: Bool = False
+    """Resume although the data set, its order, the tokenizer, the template or the image policy is not the checkpoint's; the log says what is not."""
     initialize_from: str | None = None
     """A checkpoint whose weights alone start this run (stage 2 from stage 1), at any layout."""
 
@@ -164,6 +166,10 @@ class RunConfig:
     def conflicts(self) -> Iterator[Conflict]:
         """A model that the layout cannot cut, and samples that the model cannot hold."""
         yield from _layout_conflicts(self.model, self.parallel)
+        pack_length, tensor = self.data.pack_length, self.parallel.tensor
+        if pack_length and self.parallel.sequence and pack_length % tensor:
+            message = f"data.pack_length {pack_length} is not divisible by parallel.tensor {tensor}, as parallel.sequence needs"
+            yield Conflict(message, ("data.pack_length", "parallel.tensor"))
         longest, limit = self.data.max_text_length + self.model.vision.num_patches - 1, self.model.language.max_position_embeddings
         if longest > limit:
             yield Conflict(

@@ -11,11 +11,13 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy, check_size
 from megatron_share4v.errors import DataError
 
+VERSION = f"pillow {PIL.__version__}"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "JPEG2000": "jp2", "AVIF": "avif"}
 
 # What Pillow's decoders raise for damaged files.
@@ -36,21 +38,42 @@ class ImageHeader:
 
 def inspect(data: bytes) -> ImageHeader:
     """Decode the whole image once, keeping only its header. Raises DataError when it cannot be decoded or is not accepted."""
-    image = _open(data)
+    image = open_header(data)
     _to_rgb(image)
     return ImageHeader(width=image.width, height=image.height, extension=EXTENSIONS[image.format])
 
 
 def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
     """One encoded image -> [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
-    image = _to_rgb(_open(data))
+    image = open_rgb(data)
+    size = policy.image_size
     if policy.aspect_ratio == "pad":
-        image = _pad_to_square(image)
-    image = image.resize(policy.resized(*image.size), resample=Image.Resampling.BICUBIC)
+        width, height = policy.canvas(*image.size)
+        if image.width > image.height:
+            # Pillow resizes sideways first and rounds in between, and rows of padding stay what they are: add them to the narrowed image.
+            image, width = image.resize((size, image.height), resample=Image.Resampling.BICUBIC), size
+        image = pad(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
+    else:
+        image = image.resize(policy.resized(*image.size), resample=Image.Resampling.BICUBIC)
     return np.asarray(image.crop(policy.crop_box(*image.size)))
 
 
-def _open(data: bytes) -> Image.Image:
+def open_rgb(data: bytes) -> Image.Image:
+    """The decoded image as 8-bit RGB. Raises DataError."""
+    return _to_rgb(open_header(data))
+
+
+def pad(image: Image.Image, *, width: int, height: int) -> Image.Image:
+    """LLaVA's expand2square to any size: the image in the middle, an odd pixel of padding at the right or bottom."""
+    if image.size == (width, height):
+        return image
+    canvas = Image.new("RGB", (width, height), PAD_COLOUR)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Format, mode and size are known and accepted, nothing is decoded. Raises DataError."""
     try:
         image = Image.open(io.BytesIO(data))
     except _UNREADABLE as error:
@@ -70,18 +93,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode.startswith("I;16"):
             # Pillow would clip 16-bit gray to white; this is the exact scale, rounded.
             image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     except _UNREADABLE as error:
         raise DataError(f"image cannot be decoded ({image.format}, {_text(error)}); replace the file or leave the record out") from error
 
 
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    """LLaVA's expand2square: the image in the middle, an odd pixel of padding at the right or bottom."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    # Without the address of the object that Pillow puts into this one: all ranks and runs shall give the same reason.
+    return "in no format that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else f"{type(error).__name__}: {error}"

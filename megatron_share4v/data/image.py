@@ -1,6 +1,6 @@
 """How an image becomes the tower's input, as numbers: CLIP's mean and deviation, sizes, padding, limits; and the last step, normalising.
 
-Decoding and resizing are in decode_pil.py. N images, S the tower's input side.
+Decoding and resizing are in decode_pil.py, decode_torch.py and decode_dali.py, behind decoder.py. N images, S the tower's input side.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 50
 
 
+class OversizedImage(DataError):
+    """An image declares a size that is not accepted."""
+
+
 @dataclass(frozen=True)
 class ImagePolicy:
     """image_size: S in pixels. `square` resizes the short side to S and crops the centre; `pad` first pads to a square with PAD_COLOUR."""
@@ -27,8 +31,13 @@ class ImagePolicy:
     image_size: int
     aspect_ratio: Literal["square", "pad"] = "pad"
 
+    def canvas(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of what is resized: the padded square, or the image itself."""
+        side = max(width, height)
+        return (side, side) if self.aspect_ratio == "pad" else (width, height)
+
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) after resizing, before the crop: the short side becomes S, the long side is truncated to an integer."""
+        """(width, height) of a canvas after resizing, before the crop: the short side becomes S, the long side is truncated to an integer."""
         short, long = sorted((width, height))
         size = self.image_size, int(self.image_size * long / short)
         return size if width <= height else size[::-1]
@@ -40,11 +49,11 @@ class ImagePolicy:
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse, before anything is decoded, sizes that cannot be an honest picture. Raises DataError."""
+    """Refuse, before anything is decoded, sizes that cannot be an honest picture. Raises OversizedImage."""
     if not width or not height or width * height > MAX_PIXELS:
-        raise DataError(f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out")
+        raise OversizedImage(f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave it out")
+        raise OversizedImage(f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave it out")
 
 
 def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

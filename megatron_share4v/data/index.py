@@ -21,11 +21,13 @@ from megatron_share4v.errors import DataError
 if TYPE_CHECKING:
     from megatron_share4v.text.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
+IN_PLACE = 0xFFFF  # as image_shard: the image is a file of its own, at the record's path below `images_root`
 
 ROW = np.dtype(
     [
-        ("shard", "<u2"),
+        ("shard", "<u2"),  # of the text
+        ("image_shard", "<u2"),  # another one than `shard` where samples share an image; IN_PLACE for a file outside the shards
         ("image_offset", "<u8"),
         ("image_length", "<u4"),
         ("image_crc32", "<u4"),
@@ -45,7 +47,7 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard's file name and size in bytes."""
+    """A shard's file name and size in bytes; an absolute path for an archive of images that is used where it lies."""
 
     name: str
     size: int
@@ -53,10 +55,13 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """How many records of one source (first folder of the image path) are in the data set, and how many were refused."""
+    """How many records of one source (first folder of the image path) are in the data set, how many were refused, and how many images the
+    former refer to, each counted once.
+    """
 
     samples: int
     rejected: int
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class DatasetInfo:
     template: str
     max_text_length: int
     sources: dict[str, SourceCount]
+    images_root: str | None = None  # folder of the images that were left in place
     version: int = VERSION
 
     @staticmethod
@@ -162,6 +168,8 @@ def _load(directory: Path) -> Index:
 
 def _file_problems(directory: Path, info: DatasetInfo) -> list[str]:
     problems = []
+    if info.images_root and not Path(info.images_root).is_dir():
+        problems.append(f"the images were left in place and their folder {info.images_root} is missing")
     for shard in info.shards:
         path = directory / shard.name
         if not path.is_file():

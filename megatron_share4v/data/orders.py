@@ -1,4 +1,4 @@
-"""In what order an epoch visits its samples: pure functions of (seed, epoch) and, for one of them, of the samples' lengths.
+"""In what order an epoch visits its items (samples or packs): pure functions of (seed, epoch) and, for one of them, of the samples' lengths.
 
 Random numbers are splitmix64 of a counter, sorted stably: unlike library generators, they cannot change between versions.
 N samples; an order is [N] int64 row numbers, each once.
@@ -9,12 +9,34 @@ from __future__ import annotations
 import numpy as np
 
 _MASK = 0xFFFFFFFFFFFFFFFF
-_IMAGES, _TEXTS, _GROUPS, _SAMPLES = range(4)  # independent streams of random keys within one epoch
+_IMAGES, _TEXTS, _GROUPS, _SAMPLES, _BLOCKS, _WITHIN, _SELECTION = range(7)  # independent streams of random keys within one epoch
 
 
 def random_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """A permutation of `count` samples."""
     return _permutation(count, seed=seed, epoch=epoch, stream=_SAMPLES)
+
+
+def block_order(count: int, *, block_size: int, window: int, seed: int, epoch: int) -> np.ndarray:
+    """For storage that likes consecutive reads: blocks of `block_size` consecutive rows are permuted, and samples are shuffled inside windows of
+    `window` blocks. So a window reads `window` contiguous pieces.
+    """
+    blocks = _permutation(-(-count // block_size), seed=seed, epoch=epoch, stream=_BLOCKS)
+    rows = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)
+    rows = rows[rows < count]
+    shuffled = _permutation(count, seed=seed, epoch=epoch, stream=_WITHIN)
+    return rows[shuffled[np.argsort(shuffled // (block_size * window), kind="stable")]]
+
+
+def selection(count: int, *, take: int, seed: int, epoch: int, source: int) -> np.ndarray:
+    """Which items of source number `source` (it has `count`) epoch `epoch` of a blend visits: [take], ascending, repeated where take > count.
+
+    Each epoch goes on where the one before stopped in one endless cycle over a permutation, so no item is ever two visits ahead of another.
+    """
+    if take == count:
+        return np.arange(count, dtype=np.int64)
+    cycle = _permutation(count, seed=seed, epoch=source, stream=_SELECTION)
+    return np.sort(cycle[np.arange(epoch * take, (epoch + 1) * take) % count])
 
 
 def modality_length_order(words: np.ndarray, *, group_size: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:

@@ -62,6 +62,8 @@ class Batch:
     pixels: [N, H, W, 3] uint8; first stage only. N may be 0.
     target_rows: [T] int64, flat positions b * S + s whose next token is trained; last stage only.
     targets: [T] int64, that next token; last stage only.
+    segments: for each of the B sequences the positions that each of its samples takes, in order; what is left of S is padding. None: each
+    sequence is one sample. Plain integers, known on every stage from the plan (data/plan.py): no sample sees another.
     """
 
     token_ids: torch.Tensor | None
@@ -69,3 +71,4 @@ class Batch:
     pixels: torch.Tensor | None
     target_rows: torch.Tensor | None
     targets: torch.Tensor | None
+    segments: tuple[tuple[int, ...], ...] | None = None

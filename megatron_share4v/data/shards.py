@@ -42,7 +42,8 @@ def shard_name(number: int) -> str:
 class ShardWriter:
     """Writes samples in order, `samples_per_shard` to a file. The same samples give the same bytes."""
 
-    def __init__(self, directory: Path, *, samples_per_shard: int) -> None:
+    def __init__(self, directory: Path, *, samples_per_shard: int, first: int = 0) -> None:
+        """first: how many shards are there already; they are left as they are."""
         # Here and not above: loading webdataset takes a second, and whoever trains only reads.
         from webdataset.writer import TarWriter
 
@@ -51,11 +52,21 @@ class ShardWriter:
         self._samples_per_shard = samples_per_shard
         self._tar: TarWriter | None = None
         self._in_shard = 0
-        self.names: list[str] = []
+        self.names = [shard_name(number) for number in range(first)]
+
+    @property
+    def is_full(self) -> bool:
+        """The open shard has all its samples; the next one goes into another."""
+        return self._in_shard == self._samples_per_shard
+
+    @property
+    def is_closed(self) -> bool:
+        """No shard is open: nothing was written since the last `close`."""
+        return self._tar is None
 
     def write(self, key: str, *, text: bytes, image: bytes, extension: str) -> Location:
         """Add one sample: `text` as key.json and, unless empty, `image` as key.<extension>. `key` has no dot and at most 90 characters."""
-        if self._in_shard == self._samples_per_shard:
+        if self.is_full:
             self.close()
         if self._tar is None:
             self.names.append(shard_name(len(self.names)))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_share4v.checkpoint.companions import tokenizer_of
+from megatron_share4v.checkpoint.handover import config_of
 from megatron_share4v.checkpoint.store import load_weights, locate
 from megatron_share4v.checkpoint.manifest import read_manifest
-from megatron_share4v.config.load import restore
 from megatron_share4v.config.run import ParallelConfig, RunConfig
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.image import ImagePolicy
@@ -46,21 +47,23 @@ class Session:
     encoder: Encoder
 
     @classmethod
-    def open(cls, checkpoint: Path, *, mesh: Mesh) -> Session:
+    def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None) -> Session:
         """The model of `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout, whatever it was trained at.
 
-        Raises CheckpointError, and DataError when the tokenizer that it was trained with is no longer where its configuration says.
+        It computes in `dtype` (fp32, bf16), or in that of its training.
+
+        Raises CheckpointError, and DataError when it has no tokenizer of its own and the file that its configuration names is gone.
         """
         path = locate(checkpoint)
-        config = restore(RunConfig, read_manifest(path).config)
+        config = config_of(read_manifest(path), where=path)
         parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
-        chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[config.precision.dtype])
+        chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype])
         load_weights(path, chunks=chunks, mesh=mesh)
         for chunk in chunks:
             chunk.eval()
         data = config.data
         encoder = Encoder(
-            tokenizer=Tokenizer(data.tokenizer),
+            tokenizer=Tokenizer(tokenizer_of(path, data)),
             template=get_template(data.template),
             max_text_length=data.max_text_length,
             images=ImagePolicy(image_size=config.model.vision.image_size, aspect_ratio=data.image_aspect_ratio),
@@ -69,8 +72,12 @@ class Session:
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """Greedy answers, all questions as one batch. Every rank of one model replica calls this with the same questions."""
+        answers = self.answer_ids(questions, max_new_tokens=max_new_tokens)
+        return [self.encoder.tokenizer.decode(ids).strip() for ids in answers]
+
+    def answer_ids(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
+        """The same answers as ids, without the end token."""
         patches, tokenizer = self.config.model.vision.num_patches, self.encoder.tokenizer
         prompts = [make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions]
-        stop = frozenset({tokenizer.eos_id})
-        answers = greedy_answers(self.chunks, prompts, mesh=self.mesh, max_new_tokens=max_new_tokens, stop_ids=stop)
-        return [tokenizer.decode(ids).strip() for ids in answers]
+        stop, vocabulary = frozenset({tokenizer.eos_id}), tokenizer.vocab_size
+        return greedy_answers(self.chunks, prompts, mesh=self.mesh, max_new_tokens=max_new_tokens, stop_ids=stop, vocabulary=vocabulary)

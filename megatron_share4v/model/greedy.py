@@ -24,10 +24,11 @@ _EMPTY = {field.name: None for field in fields(Batch)}
 
 @torch.no_grad()
 def greedy_answers(
-    chunks: Sequence[torch.nn.Module], prompts: Sequence[Prompt], *, mesh: Mesh, max_new_tokens: int, stop_ids: frozenset[int]
+    chunks: Sequence[torch.nn.Module], prompts: Sequence[Prompt], *, mesh: Mesh, max_new_tokens: int, stop_ids: frozenset[int], vocabulary: int
 ) -> list[list[int]]:
     """Most likely continuation of each prompt, up to and without its first stop token. Every rank calls this with the same prompts and
-    gets the same answers; prompts are answered as one batch, right-padded, which causal attention never sees."""
+    gets the same answers; prompts are answered as one batch, right-padded, which causal attention never sees. Ids below `vocabulary` alone
+    are chosen: a model may have more than its tokenizer, and a model that has learned little would pick them."""
     device = mesh.device.torch_device
     lengths = [prompt.token_ids.numel() for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
@@ -38,7 +39,8 @@ def greedy_answers(
         longest = max(length + len(answer) for length, answer in zip(lengths, answers))
         size = -(-longest // multiple) * multiple
         batch = _batch(prompts, answers, size=size, mesh=mesh)
-        next_ids = _next_tokens(chunks, batch, features, mesh=mesh, size=size, count=len(prompts), device=device)
+        logits = _next_logits(chunks, batch, features, mesh=mesh, size=size, count=len(prompts), device=device)
+        next_ids = _chosen(logits, mesh=mesh, count=len(prompts), vocabulary=vocabulary)
         for row in list(open_rows):
             if next_ids[row] in stop_ids:
                 open_rows.discard(row)
@@ -72,9 +74,11 @@ def _batch(prompts: Sequence[Prompt], answers: list[list[int]], *, size: int, me
     return Batch(**{**_EMPTY, **given})
 
 
-def _next_tokens(
+def _next_logits(
     chunks: Sequence[torch.nn.Module], batch: Batch, features: torch.Tensor | None, *, mesh: Mesh, size: int, count: int, device: torch.device
-) -> list[int]:
+) -> torch.Tensor | None:
+    """This rank's columns of the logits after the last tokens, [B, vocab / tensor], on the last stage; None elsewhere."""
+
     def keep_logits(_: Batch) -> Any:
         return lambda logits: (logits.sum(), torch.zeros((), dtype=torch.int, device=device), logits)
 
@@ -86,11 +90,16 @@ def _next_tokens(
     records = run_schedule(
         chunks, [batch] * repeats, mesh=mesh, sequence_length=size, micro_batch_size=count, loss_function=keep_logits, forward_only=True, call=query
     )
-    chosen = torch.zeros(count, dtype=torch.int64, device=device)
-    if mesh.holds_last_stage:
-        parts = [torch.empty_like(records[0]) for _ in range(mesh.layout.tensor)]
-        dist.all_gather(parts, records[0].contiguous(), group=mesh.tensor_group)
-        chosen = torch.cat(parts, dim=-1).argmax(dim=-1)
+    return records[0].contiguous() if mesh.holds_last_stage else None
+
+
+def _chosen(logits: torch.Tensor | None, *, mesh: Mesh, count: int, vocabulary: int) -> list[int]:
+    """The most likely ids, on every rank."""
+    chosen = torch.zeros(count, dtype=torch.int64, device=mesh.device.torch_device)
+    if logits is not None:
+        parts = [torch.empty_like(logits) for _ in range(mesh.layout.tensor)]
+        dist.all_gather(parts, logits, group=mesh.tensor_group)
+        chosen = torch.cat(parts, dim=-1)[:, :vocabulary].argmax(dim=-1)
     if mesh.layout.pipeline > 1:
         dist.broadcast(chosen, src=dist.get_global_rank(mesh.groups.pp, mesh.layout.pipeline - 1), group=mesh.groups.pp)
     return chosen.tolist()

@@ -1,6 +1,6 @@
 """The LLaMA decoder of one pipeline stage: embedding on the first, decoder layers everywhere, head and loss on the last.
 
-S positions, B samples, H width; under sequence parallelism each tensor rank holds S / tensor positions between its matrices.
+S positions, B sequences, H width; under sequence parallelism each tensor rank holds S / tensor positions between its matrices.
 Touvron et al. 2023 (LLaMA); Hugging Face `LlamaForCausalLM` semantics.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from megatron_share4v.config.model import LanguageConfig
+from megatron_share4v.mcore.attention import Segments, restarting_positions
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import (
     ColumnParallelLinear,
@@ -55,11 +56,19 @@ class LanguageModel(MegatronModule):
             self.head.sequence_parallel = False
             self.head.allreduce_dgrad = mesh.layout.tensor > 1
 
-    def forward(self, hidden: torch.Tensor | None) -> torch.Tensor:
-        """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H]."""
+    def forward(self, hidden: torch.Tensor | None, *, segments: tuple[tuple[int, ...], ...] | None = None) -> torch.Tensor:
+        """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H].
+
+        `segments` (see Batch): where the samples of packed sequences end; each sees itself alone and counts its positions from 0.
+        """
         held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
-        positions = self.rotary(held * self.mesh.layout.tensor if self.config.sequence_parallel else held)
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=positions)
+        length = held * self.mesh.layout.tensor if self.config.sequence_parallel else held
+        angles, packed = self.rotary(length), None
+        if segments is not None:
+            # [S, 1, 1, D] -> [S, B, 1, D]: each sequence has its own positions.
+            positions = restarting_positions(segments, length).to(angles.device, non_blocking=True)
+            angles, packed = angles[:, 0, :, :][positions], Segments(lengths=segments)
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the fp32 logits, [T, vocab / tensor], of the flat positions `rows` ([T], b * S + s) of `hidden` [S, B, H].

@@ -1,6 +1,6 @@
 """The whole model, one pipeline stage of it: tower -> projector -> image slots of the embedding -> decoder -> head -> loss.
 
-Shapes: B samples, S positions, N images, P slots per image, V tower width, H language width, T positions that carry a label.
+Shapes: B sequences, S positions, N images, P slots per image, V tower width, H language width, T positions that carry a label.
 Image slots are already in the token ids (data/collate.py); forward only writes features at their positions.
 """
 
@@ -78,7 +78,7 @@ class Share4V(MegatronModule):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """[S, B, H] hidden states, or the summed loss (scalar) on the last stage."""
-        hidden = self.language(self.embed(batch) if self.place.first else None)
+        hidden = self.language(self.embed(batch) if self.place.first else None, segments=batch.segments)
         return self.summed_loss(hidden, batch) if self.place.last else hidden
 
     def query(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Share4V(MegatronModule):
 
         `features` are image features computed before; without them `batch.pixels` goes through the tower.
         """
-        hidden = self.language(self.embed(batch, features=features) if self.place.first else None)
+        hidden = self.language(self.embed(batch, features=features) if self.place.first else None, segments=batch.segments)
         return self.language.logits(hidden, batch.target_rows) if self.place.last else hidden
 
     def summed_loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights
-from megatron_share4v.config.data import DataConfig
+from megatron_share4v.checkpoint.companions import keep_companions
+from megatron_share4v.checkpoint.handover import check_start
+from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate
+from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.run import RunConfig
+from megatron_share4v.data.blend import open_index, shares_of
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.index import Index
-from megatron_share4v.data.plan import Plan
-from megatron_share4v.errors import CheckpointError
+from megatron_share4v.data.loader import ReadOptions
+from megatron_share4v.data.pack import Packing
+from megatron_share4v.data.plan import Blocks, Plan
+from megatron_share4v.data.state import describe_data, differences
+from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
@@ -27,6 +32,8 @@ from megatron_share4v.model.stages import describe_stages
 from megatron_share4v.model.trainable import parameter_counts, table
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.train.backend import record_backend
 from megatron_share4v.train.feed import Source
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +67,10 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     Raises ConfigError, DataError or CheckpointError, on every rank alike, when something does not fit.
     """
     mesh.layout.check_micro_batches(global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size)
-    source = open_source(config, config.data.train, order=config.data.order)
-    validation = open_source(config, config.data.validation, order="sequential") if config.data.validation else None
+    options = read_options(config.data, device=mesh.device)
+    source = open_source(config, config.data.train, order=config.data.order, options=options)
+    validation = open_source(config, config.data.validation, order="sequential", options=options) if config.data.validation else None
+    record_backend(source, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype)
     _announce(config, mesh, bare)
@@ -69,12 +78,15 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     newest = find_newest_whole(checkpoints, mesh=mesh)
     if newest is None:
         _set_first_weights(config, bare, mesh=mesh)
+    if mesh.rank == 0:
+        start = config.checkpoint.initialize_from if newest is None else None
+        keep_companions(Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=locate(Path(start)) if start else None)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel)
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype)
     start_step = 0
     if newest is not None:
         state = load(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
-        _check_position(state, source.plan, newest)
+        _check_position(state, source, newest, allow_data_change=config.checkpoint.allow_data_change)
         start_step = state.step
         get_logger().info("resumed from %s at step %d, %d samples consumed", newest, state.step, state.consumed_samples)
     return Training(
@@ -84,16 +96,32 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         validation=validation,
         chunks=chunks,
         optimizer=optimizer,
-        total_steps=config.train.total_steps(len(source.index)),
+        total_steps=config.train.total_steps(source.plan.epoch_items),
         start_step=start_step,
     )
 
 
-def open_source(config: RunConfig, directory: str, *, order: str) -> Source:
-    """A prepared data set that belongs to this run's tokenizer and template; DataError otherwise."""
+def read_options(data: DataConfig, *, device: Device) -> ReadOptions:
+    """How this rank reads: DALI decodes on the GPU where there is one."""
+    return ReadOptions(
+        num_workers=data.num_workers,
+        prefetch=data.prefetch,
+        worker_timeout_s=data.worker_timeout_s,
+        image_backend=data.image_backend,
+        device_index=device.index if device.kind == "cuda" and data.image_backend == "dali" else None,
+    )
+
+
+def open_source(config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: str, options: ReadOptions) -> Source:
+    """Prepared data sets that belong to this run's tokenizer and template; DataError otherwise."""
     data = config.data
     tokenizer = Tokenizer(data.tokenizer)
-    index = Index.open(directory)
+    if tokenizer.vocab_size > config.model.language.vocab_size:
+        raise DataError(
+            f"{data.tokenizer}: has {tokenizer.vocab_size} pieces, more than model.language.vocab_size {config.model.language.vocab_size}; "
+            "name the model's own tokenizer, or give the model as many"
+        )
+    index = open_index(data_sets)
     index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
     plan = Plan(
         index,
@@ -105,9 +133,15 @@ def open_source(config: RunConfig, directory: str, *, order: str) -> Source:
         tokens_per_image=config.model.vision.num_patches,
         # Sequence parallelism cuts each sequence into `tensor` equal parts.
         pad_multiple=math.lcm(data.pad_multiple, config.parallel.tensor if config.parallel.sequence else 1),
+        blocks=Blocks(size=data.block_size, window=data.block_window),
+        packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
     )
+    for share in shares_of(index):
+        get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)
+    if plan.packing:
+        get_logger().info("data: an epoch is %d packs of %d positions, %.1f %% filled", plan.epoch_items, plan.packing.length, 100 * plan.fill)
     encoder = make_encoder(config.model.vision.image_size, data, tokenizer)
-    return Source(index=index, plan=plan, encoder=encoder, num_workers=data.num_workers, prefetch=data.prefetch)
+    return Source(index=index, plan=plan, encoder=encoder, options=options)
 
 
 def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
@@ -126,17 +160,26 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
         initialize(chunks, seed=config.run.seed, model=config.model)
         get_logger().info("weights: freshly initialised, seed %d", config.run.seed)
         return
-    load_weights(Path(start), chunks=chunks, mesh=mesh)
+    manifest = load_weights(Path(start), chunks=chunks, mesh=mesh)
+    check_start(manifest, config.model, where=Path(start))
     get_logger().info("weights: from %s", start)
 
 
-def _check_position(state: RunState, plan: Plan, path: Path) -> None:
-    if state.plan_fingerprint != plan.fingerprint:
+def _check_position(state: RunState, source: Source, path: Path, *, allow_data_change: bool) -> None:
+    """Refuse to go on with other data than the checkpoint's, or to land elsewhere in the same."""
+    plan = source.plan
+    changes = differences(state.data, describe_data(plan, source.encoder)) if state.data else []
+    if not changes and state.plan_fingerprint != plan.fingerprint:
+        changes = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
+    if changes and allow_data_change:
+        get_logger().warning("checkpoint.allow_data_change: %s was trained on other data, and training goes on. %s", path, "; ".join(changes))
+        return
+    if changes:
         raise CheckpointError(
-            f"{path}: was trained on another sequence of samples (plan {state.plan_fingerprint[:12]}, now {plan.fingerprint[:12]}): the data set, "
-            "its order or the seed has changed. Use another run.directory, with checkpoint.initialize_from to keep the weights"
+            f"{path}: was trained on other data. {'; '.join(changes)}. Restore that, or use another run.directory with checkpoint.initialize_from "
+            "to keep the weights, or set checkpoint.allow_data_change true to go on at the same step of the new data"
         )
-    if state.consumed_samples != state.step * plan.global_batch_size:
+    if state.consumed_samples != sum(plan.consumed(state.step).values()):
         raise CheckpointError(
             f"{path}: {state.consumed_samples} samples were consumed in {state.step} steps; train.global_batch_size {plan.global_batch_size} does not "
             "continue that. Restore the old value, or use another run.directory with checkpoint.initialize_from"

@@ -1,21 +1,31 @@
-"""From the loader to the ranks: one rank per tensor group reads, the others receive; middle pipeline stages need no data at all."""
+"""From the loader to the ranks: who reads what, which samples failed, and one complete batch per rank. Middle pipeline stages read nothing.
+
+On the first stage every rank of a tensor group decodes its share of the images; one of them, and one of the last stage's, reads the text.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 
-from megatron_share4v.data.loader import Role, batches
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.data.blend import Blend
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.index import Index
-from megatron_share4v.data.plan import Plan, StepItems
+from megatron_share4v.data.loader import NO_DATA, ImageShare, Loader, Reading, ReadOptions, Role
+from megatron_share4v.data.plan import MicroBatch, Plan, StepItems
+from megatron_share4v.data.quarantine import Fault
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.parallel.broadcast import broadcast_tensors
+from megatron_share4v.parallel.gather import gather_shares
+from megatron_share4v.train.ahead import on_device
 
-_FIELDS = [field.name for field in fields(Batch)]
-NO_DATA = Batch(**{name: None for name in _FIELDS})
+_TEXT = [field.name for field in fields(Batch) if field.name not in ("pixels", "segments")]  # every rank has the segments from the plan
 
 
 @dataclass(frozen=True)
@@ -26,57 +36,109 @@ class StepData:
     batches: list[Batch]
     wait_s: float
     """Time that this rank waited for its data."""
+    faulty_rows: frozenset[int] = frozenset()
+    """Samples of the step, in all data-parallel ranks, that some rank could not read; equal on all ranks."""
+    faults: tuple[Fault, ...] = field(default=())
+    """Those that this rank could not read, with reasons."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One prepared data set with the order in which it is read."""
 
-    index: Index
+    index: Index | Blend
     plan: Plan
     encoder: Encoder
-    num_workers: int
-    prefetch: int
+    options: ReadOptions
 
 
 def feed(source: Source, *, mesh: Mesh, start_step: int, stop_step: int) -> Iterator[StepData]:
-    """The data of steps start_step .. stop_step - 1, on this rank's device."""
-    layout, role = mesh.layout, Role(first=mesh.holds_first_stage, last=mesh.holds_last_stage)
-    reader = None
-    if mesh.reads_data and (role.first or role.last):
-        reader = batches(
-            source.index,
-            source.plan,
-            source.encoder,
-            role=role,
-            start_step=start_step,
-            stop_step=stop_step,
-            data_rank=mesh.coordinates.data,
-            data_size=layout.data,
-            num_workers=source.num_workers,
-            prefetch=source.prefetch,
-        )
-    for step in range(start_step, stop_step):
-        items = source.plan.step(step)
-        count = len(source.plan.micro_batches(items, data_rank=mesh.coordinates.data, data_size=layout.data))
-        started = time.perf_counter()
-        local = next(reader) if reader is not None else None
-        if role.first or role.last:
-            local = _share(local, count=count, mesh=mesh)
-        yield StepData(items, local or [NO_DATA] * count, time.perf_counter() - started)
+    """The data of steps start_step .. stop_step - 1, on this rank's device. All ranks must ask for the same steps."""
+    loader = _open_loader(source, mesh)
+    reading = on_device(loader.steps(start_step, stop_step), mesh.device) if loader else None
+    try:
+        for step in range(start_step, stop_step):
+            items = source.plan.step(step)
+            planned = source.plan.micro_batches(items, data_rank=mesh.coordinates.data, data_size=mesh.layout.data)
+            started = time.perf_counter()
+            readings = next(reading) if reading is not None else None
+            faults = tuple(fault for one in readings or [] for fault in one.faults)
+            faulty = _agree(items, faults, mesh)
+            batches = _batches(source, readings, planned, loader, faulty=faulty, mesh=mesh)
+            yield StepData(items, batches, time.perf_counter() - started, faulty, faults)
+    finally:
+        if reading is not None:
+            reading.close()
 
 
-def _share(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Batch]:
-    """Hand the reading rank's micro-batches to its tensor group."""
+def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
+    """None on ranks that read nothing."""
+    tensor, size = mesh.coordinates.tensor, mesh.layout.tensor
+    role = Role(first=mesh.holds_first_stage, last=mesh.holds_last_stage and tensor == 0)
+    if not (role.first or role.last):
+        source.plan.micro_batches_per_rank(data_size=mesh.layout.data)
+        return None
+    return Loader(
+        source.index,
+        source.plan,
+        source.encoder,
+        role=role,
+        data_rank=mesh.coordinates.data,
+        data_size=mesh.layout.data,
+        options=source.options,
+        share=ImageShare(tensor, size) if role.first else ImageShare(),
+    )
+
+
+def _agree(items: StepItems, faults: Sequence[Fault], mesh: Mesh) -> frozenset[int]:
+    """The rows of the step that any rank of the world could not read.
+
+    An image fails where it is decoded, on the first stage; its labels must be masked on the last. One byte per sample goes round, every step,
+    failure or not: all ranks make the same calls, so nothing can wait for a message that nobody sends.
+    """
+    rows = [fault.row for fault in faults]
+    flags = torch.from_numpy(np.isin(items.rows, rows).astype(np.uint8)).to(mesh.device.torch_device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return frozenset(items.rows[flags.cpu().numpy().astype(bool)].tolist())
+
+
+def _batches(
+    source: Source, readings: list[Reading] | None, planned: Sequence[MicroBatch], loader: Loader | None, *, faulty: frozenset[int], mesh: Mesh
+) -> list[Batch]:
+    """The whole micro-batches, from what this rank and the others of its tensor group have read."""
+    local = [reading.batch for reading in readings or []]
+    if faulty and loader is not None and local[0].targets is not None:
+        hit = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
+        local = [loader.without_labels(batch, plan, rows=rows) if rows else batch for batch, plan, rows in zip(local, planned, hit)]
+    whole = [NO_DATA] * len(planned)
+    if mesh.holds_first_stage or mesh.holds_last_stage:
+        whole = _share_text(local if mesh.reads_data else None, count=len(planned), mesh=mesh)
+    if mesh.holds_first_stage:
+        pixels = _share_pixels(local, [source.index.rows["n_img"][list(plan.rows)].sum() for plan in planned], mesh=mesh)
+        whole = [replace(batch, pixels=images) for batch, images in zip(whole, pixels)]
+    return [replace(batch, segments=plan.segments) for batch, plan in zip(whole, planned)]
+
+
+def _share_text(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Batch]:
+    """Hand what the reading rank has read, but for the pixels, to its tensor group."""
     device = mesh.device.torch_device
     if mesh.layout.tensor == 1:
         assert local is not None
-        return [Batch(**{name: _moved(getattr(batch, name), device) for name in _FIELDS}) for batch in local]
-    tensors = [getattr(batch, name) for batch in local for name in _FIELDS] if local is not None else None
-    width = len(_FIELDS)
+        return [replace(batch, **{name: _moved(getattr(batch, name), device) for name in _TEXT}) for batch in local]
+    tensors = [getattr(batch, name) for batch in local for name in _TEXT] if local is not None else None
+    width = len(_TEXT)
     received = broadcast_tensors(tensors, count=count * width, source=mesh.tensor_source, group=mesh.tensor_group, device=device)
-    return [Batch(**dict(zip(_FIELDS, received[i * width : (i + 1) * width]))) for i in range(count)]
+    return [replace(NO_DATA, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
 
 
-def _moved(tensor, device):
+def _share_pixels(local: list[Batch], counts: Sequence[int], *, mesh: Mesh) -> list[torch.Tensor]:
+    """The images of each micro-batch from the shares of the tensor group."""
+    device = mesh.device.torch_device
+    parts = [_moved(batch.pixels, device) for batch in local]
+    if mesh.layout.tensor == 1:
+        return parts
+    return gather_shares(parts, [int(count) for count in counts], group=mesh.tensor_group)
+
+
+def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True)

@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_share4v.checkpoint.companions import FOLDER, companions_of
 from megatron_share4v.checkpoint.keep import remove_old
 from megatron_share4v.checkpoint.store import RunState, save
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
+from megatron_share4v.data.state import describe_data
 from megatron_share4v.log import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.train.build import Training, build
+from megatron_share4v.train.faults import Quarantine, warn_of
 from megatron_share4v.train.feed import StepData, feed
 from megatron_share4v.train.flops import peak_flops, step_flops
 from megatron_share4v.train.optim import learning_rate_factor
@@ -49,6 +52,9 @@ def train(training: Training) -> None:
     writers = _open_writers(training) if mesh.rank == 0 else None
     steps = feed(training.source, mesh=mesh, start_step=training.start_step, stop_step=training.total_steps)
     validation = _validation_steps(training)
+    quarantine = Quarantine(
+        training.directory, mesh=mesh, start_step=training.start_step, max_fraction=config.data.max_faulty_fraction
+    )
     for data in steps:
         started = time.perf_counter()
         step = data.items.step + 1
@@ -66,13 +72,15 @@ def train(training: Training) -> None:
         mesh.device.synchronize()
         seconds = time.perf_counter() - started + data.wait_s
         checked = _validate(training, validation) if _due(step, config.train.validate_every_steps, training) else None
+        faulty = quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
         if writers is not None:
-            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked)
+            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty)
             writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
         if _due(step, config.train.preview_every_steps, training):
             _show(training, writers, step=step)
         if step == training.total_steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
             _save(training, step=step)
+    quarantine.close()
     if writers is not None:
         writers.close()
 
@@ -98,7 +106,9 @@ def _validation_steps(training: Training) -> list[StepData]:
     if training.validation is None:
         return []
     count = training.config.train.validation_batches
-    return list(feed(training.validation, mesh=training.mesh, start_step=0, stop_step=count))
+    steps = list(feed(training.validation, mesh=training.mesh, start_step=0, stop_step=count))
+    warn_of(steps, where="validation")
+    return steps
 
 
 def _validate(training: Training, steps: list[StepData]) -> float | None:
@@ -118,8 +128,9 @@ def _save(training: Training, *, step: int) -> None:
     config = training.config
     state = RunState(
         step=step,
-        consumed_samples=step * config.train.global_batch_size,
+        consumed_samples=sum(training.source.plan.consumed(step).values()),
         plan_fingerprint=training.source.plan.fingerprint,
+        data=describe_data(training.source.plan, training.source.encoder),
     )
     save(
         training.checkpoints,
@@ -129,17 +140,19 @@ def _save(training: Training, *, step: int) -> None:
         mesh=training.mesh,
         state=state,
         config_text=dump(config),
+        companions=companions_of(training.directory / FOLDER),
     )
     if training.mesh.rank == 0:
         remove_old(training.checkpoints, keep_last=config.checkpoint.keep_last, keep_every_steps=config.checkpoint.keep_every_steps)
     dist.barrier()
 
 
-def _record(training: Training, data: StepData, result: StepResult, *, seconds: float, factor: float, validation_loss: float | None) -> StepRecord:
+def _record(training: Training, data: StepData, result: StepResult, *, seconds: float, factor: float, validation_loss: float | None, faulty: int) -> StepRecord:
     config, mesh, items = training.config, training.mesh, data.items
     flops = step_flops(
         config.model, sequence_lengths=tuple(items.lengths.tolist()), images=items.images, trained_tokens=result.trained_tokens
     )
+    consumed = training.source.plan.consumed(items.step + 1)
     world = mesh.layout.world_size
     achieved = flops / seconds / world
     peak = peak_flops(torch.cuda.get_device_name()) if mesh.device.kind == "cuda" else None
@@ -148,11 +161,12 @@ def _record(training: Training, data: StepData, result: StepResult, *, seconds: 
         loss=result.loss,
         grad_norm=result.grad_norm,
         learning_rate=config.optim.learning_rate * factor,
-        consumed_samples=(items.step + 1) * config.train.global_batch_size,
+        consumed_samples=sum(consumed.values()),
+        consumed_by_source=consumed if len(consumed) > 1 else {},
         trained_tokens=result.trained_tokens,
         tokens=items.tokens,
         images=items.images,
-        padding_fraction=1.0 - items.tokens / (items.sequence_length * len(items.rows)),
+        padding_fraction=1.0 - items.tokens / (items.sequence_length * items.sequences),
         step_time_s=seconds,
         data_wait_s=data.wait_s,
         tokens_per_s_per_gpu=items.tokens / seconds / world,
@@ -160,5 +174,6 @@ def _record(training: Training, data: StepData, result: StepResult, *, seconds: 
         mfu=achieved / peak if peak else None,
         peak_memory_bytes=mesh.device.peak_memory_bytes(),
         skipped=result.skipped,
+        faulty_samples=faulty,
         validation_loss=validation_loss,
     )

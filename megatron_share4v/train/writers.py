@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,7 +41,11 @@ class StepRecord:
     """None where the device's peak is not known."""
     peak_memory_bytes: int
     skipped: bool
+    faulty_samples: int = 0
+    """Samples of the step that could not be read; see quarantine.jsonl."""
     validation_loss: float | None = None
+    consumed_by_source: dict[str, int] = field(default_factory=dict)
+    """Samples of each data set of a blend; empty for a single one."""
 
 
 class RunWriters:
@@ -49,8 +53,8 @@ class RunWriters:
 
     def __init__(self, directory: Path, *, start_step: int, total_steps: int, console_every: int, sample_keys: bool, tensorboard: bool) -> None:
         self._total_steps, self._console_every = total_steps, console_every
-        self._metrics = _reopen(directory / "metrics.jsonl", keep_to_step=start_step)
-        self._samples = _reopen(directory / "samples.jsonl", keep_to_step=start_step) if sample_keys else None
+        self._metrics = reopen(directory / "metrics.jsonl", keep_to_step=start_step)
+        self._samples = reopen(directory / "samples.jsonl", keep_to_step=start_step) if sample_keys else None
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if tensorboard else None
 
     def write(self, record: StepRecord, *, keys: Sequence[str] | None = None) -> None:
@@ -61,7 +65,9 @@ class RunWriters:
             self._samples.write(json.dumps({"step": record.step, "keys": list(keys or [])}) + "\n")
             self._samples.flush()
         if self._board is not None:
-            for name, value in asdict(record).items():
+            values = asdict(record)
+            values |= {f"consumed/{name}": count for name, count in values.pop("consumed_by_source").items()}
+            for name, value in values.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(f"train/{name}", float(value), record.step)
         if record.step % self._console_every == 0 or record.step == self._total_steps:
@@ -96,7 +102,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _reopen(path: Path, *, keep_to_step: int):
+def reopen(path: Path, *, keep_to_step: int):
     """Open for appending, without lines of later steps and without a line cut off by a crash."""
     kept = []
     if path.exists():

@@ -39,6 +39,20 @@ def test_mixed_batch():
     assert torch.equal(flat[batch.target_rows + 1], batch.targets)
 
 
+def test_packs():
+    """Two sequences: one holds three samples and no padding, the other one sample in a place that is longer than it."""
+    segments = ((4, 8, 6), (6,))
+    batch = collate([TEXT, WITH_IMAGE, CAPTION, TEXT], sequence_length=18, tokens_per_image=3, role=BOTH, segments=segments)
+    assert batch.segments == segments
+    assert batch.token_ids.tolist() == [[1, 5, 9, 2, 1, 5, 0, 0, 0, 6, 7, 2, 1, 0, 0, 0, 8, 13], [1, 5, 9, 2] + [0] * 14]
+    assert batch.image_slots.tolist() == [6, 7, 8, 13, 14, 15] and batch.pixels.shape == (2, 4, 4, 3)
+    flat = batch.token_ids.flatten()
+    # The last position of a sample does not predict the first token of the next one.
+    assert torch.equal(flat[batch.target_rows + 1], batch.targets) and not {3, 11, 17} & set(batch.target_rows.tolist())
+    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the 7 that the plan has for it"):
+        collate([TEXT, WITH_IMAGE], sequence_length=18, tokens_per_image=3, role=BOTH, segments=((4, 7),))
+
+
 def test_batch_without_images():
     batch = collate([TEXT, TEXT], sequence_length=8, tokens_per_image=3, role=BOTH)
     assert batch.pixels.shape == (0, 4, 4, 3) and batch.pixels.dtype == torch.uint8
@@ -58,7 +72,7 @@ def test_roles_fill_their_own_fields():
 
 def test_what_does_not_fit_is_named():
     collate([WITH_IMAGE], sequence_length=8, tokens_per_image=3, role=BOTH)
-    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the step's sequence length 7"):
+    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the 7 that the plan has for it"):
         collate([WITH_IMAGE], sequence_length=7, tokens_per_image=3, role=BOTH)
     with pytest.raises(DataError, match="s.tar:k: 1 image placeholders for 0 images"):
         collate([dataclasses.replace(WITH_IMAGE, pixels=TEXT.pixels)], sequence_length=9, tokens_per_image=3, role=BOTH)

@@ -1,6 +1,8 @@
 """Batches of a rank: the same content for any number of workers, ranks and any start; damage arrives as itself; nothing hangs."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,11 +12,12 @@ import pytest
 import torch
 
 from megatron_share4v.data.collate import Role
+from megatron_share4v.data.decoder import blank
 from megatron_share4v.data.index import Index
-from megatron_share4v.data.loader import batches
+from megatron_share4v.data.loader import ImageShare, Loader, ReadOptions
 from megatron_share4v.data.plan import Plan
 from megatron_share4v.data.sample import Batch
-from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.errors import ConfigError
 
 BOTH = Role(first=True, last=True)
 TOKENS_PER_IMAGE = 4
@@ -29,8 +32,12 @@ def _plan(index: Index, **changes: object) -> Plan:
 
 
 def _read(index: Index, encoder, *, plan: Plan | None = None, **changes: object) -> list[list[Batch]]:
-    settings = {"role": BOTH, "start_step": 0, "stop_step": 4, "data_rank": 0, "data_size": 1, "num_workers": 0, "prefetch": 2}
-    return list(batches(index, plan or _plan(index), encoder, **(settings | changes)))
+    settings = {"role": BOTH, "start_step": 0, "stop_step": 4, "data_rank": 0, "data_size": 1, "num_workers": 0} | changes
+    start, stop, options = (settings.pop(name) for name in ("start_step", "stop_step", "num_workers"))
+    loader = Loader(index, plan or _plan(index), encoder, options=ReadOptions(num_workers=options), **settings)
+    steps = list(loader.steps(start, stop))
+    assert not any(reading.faults for step in steps for reading in step)
+    return [[reading.batch for reading in step] for step in steps]
 
 
 def _same(left: Batch, right: Batch) -> bool:
@@ -96,22 +103,124 @@ def test_each_stage_reads_what_it_needs(prepared, encoder, one_rank, tmp_path: P
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_damage_arrives_as_a_data_error_when_its_step_is_reached(prepared, encoder, one_rank, tmp_path: Path, num_workers: int):
+def test_a_sample_that_cannot_be_read_keeps_its_slot(prepared, encoder, tmp_path: Path, num_workers: int):
+    """An image, a text, and an image whose bytes are whole but no image: named, replaced, and nothing else changes."""
     directory = Path(shutil.copytree(prepared.directory, tmp_path / "damaged"))
     index = Index.open(directory)
     plan = _plan(index, order="sequential")
-    entry = index.rows[9]
-    with (directory / f"shard-{entry['shard']:06d}.tar").open("r+b") as shard:
-        shard.seek(int(entry["image_offset"]) + 9)
-        shard.write(b"\0\0\0")
-    stream = batches(
-        index, plan, encoder, role=BOTH, start_step=0, stop_step=3, data_rank=0, data_size=1, num_workers=num_workers, prefetch=2
-    )
-    assert len(next(stream)) == 4
-    with pytest.raises(DataError) as error:
-        next(stream)
-    assert type(error.value) is DataError
-    assert str(error.value).startswith("shard-000001.tar:img_9: crc32 is") and "Traceback" not in str(error.value)
+    whole = _read(index, encoder, plan=plan, stop_step=3)
+    _overwrite(index, 9, "image", 9, b"\0\0\0")
+    _overwrite(index, 13, "text", 2, b"\0")
+    options = ReadOptions(num_workers=num_workers)
+    loader = Loader(index, plan, encoder, role=BOTH, data_rank=0, data_size=1, options=options)
+    steps = list(loader.steps(0, 3))
+    faults = {fault.row: fault for step in steps for reading in step for fault in reading.faults}
+    assert sorted(faults) == [9, 13] and faults[9].name == "shard-000001.tar:img_9"
+    assert all(fault.reason.startswith(f"{fault.name}: crc32 is") for fault in faults.values())
+    for step, expected in zip(steps, whole):
+        for reading, batch in zip(step, expected):
+            bad = [fault.row for fault in reading.faults]
+            if not bad:
+                assert _same(reading.batch, batch)
+                continue
+            [row] = bad
+            place = row % 2
+            spared = (batch.target_rows // plan.step(1).sequence_length) != place
+            assert torch.equal(reading.batch.targets, batch.targets[spared]) and torch.equal(reading.batch.target_rows, batch.target_rows[spared])
+            assert reading.batch.pixels.shape == batch.pixels.shape and len(reading.batch.image_slots) == len(batch.image_slots)
+            number = sum(int(index.rows[other]["n_img"]) for other in range(row - place, row))
+            assert torch.equal(reading.batch.pixels[number], blank(1, encoder.images)[0])
+            assert torch.equal(reading.batch.token_ids[1 - place], batch.token_ids[1 - place])
+
+
+def _overwrite(index: Index, row: int, kind: str, offset: int, content: bytes) -> None:
+    entry = index.rows[row]
+    with (index.directory / f"shard-{entry['shard']:06d}.tar").open("r+b") as shard:
+        shard.seek(int(entry[f"{kind}_offset"]) + offset)
+        shard.write(content)
+
+
+def test_labels_are_masked_for_what_other_ranks_could_not_read(prepared, encoder, one_rank):
+    plan = _plan(prepared.index)
+    loader = Loader(prepared.index, plan, encoder, role=Role(first=False, last=True), data_rank=0, data_size=1)
+    [step] = loader.steps(0, 1)
+    micro_batch = plan.micro_batches(plan.step(0), data_rank=0, data_size=1)[1]
+    masked = loader.without_labels(step[1].batch, micro_batch, rows=frozenset(micro_batch.rows[:1]))
+    spared = step[1].batch.target_rows >= micro_batch.sequence_length
+    assert torch.equal(masked.targets, step[1].batch.targets[spared]) and 0 < int(spared.sum()) < len(spared)
+
+
+def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
+    """Three ranks of a tensor group: the first reads the text as well."""
+    shares = [ImageShare(rank, 3) for rank in range(3)]
+    loaders = [Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, share=share) for share in shares]
+    for ranks, batches in zip(zip(*(loader.steps(0, 4) for loader in loaders), strict=True), one_rank, strict=True):
+        for readings, batch in zip(zip(*ranks), batches, strict=True):
+            for rank, reading in enumerate(readings):
+                assert torch.equal(reading.batch.pixels, batch.pixels[rank::3])
+            assert torch.equal(readings[0].batch.token_ids, batch.token_ids) and readings[1].batch.token_ids is None
+
+
+class DecodesInRank(ReadOptions):
+    """As on a GPU: workers hand on encoded files."""
+
+    decodes_in_rank = True
+
+
+def test_decoding_in_the_rank_gives_the_same(prepared, encoder, one_rank, tmp_path: Path):
+    loader = Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, options=DecodesInRank(num_workers=2))
+    for step, batches in zip(loader.steps(0, 4), one_rank, strict=True):
+        assert all(_same(reading.batch, batch) and not reading.files for reading, batch in zip(step, batches, strict=True))
+    index = Index.open(shutil.copytree(prepared.directory, tmp_path / "damaged"))
+    _overwrite(index, 9, "image", 9, b"\0\0\0")
+    plan = _plan(index, order="sequential")
+    (_, step) = Loader(index, plan, encoder, role=BOTH, data_rank=0, data_size=1, options=DecodesInRank()).steps(0, 2)
+    assert [[fault.row for fault in reading.faults] for reading in step] == [[9], [], [], []] and "crc32 is" in step[0].faults[0].reason
+
+
+class Dies:
+    """As an Encoder, but ends its process at one sample."""
+
+    def __init__(self, encoder, key: str) -> None:
+        self.encoder, self.key = encoder, key
+        self.images = encoder.images
+
+    def encode(self, sample, *, with_pixels: bool):
+        if sample.key == self.key:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.encoder.encode(sample, with_pixels=with_pixels)
+
+
+def test_a_micro_batch_that_kills_every_worker_is_given_up(prepared, encoder, one_rank):
+    plan = _plan(prepared.index, order="sequential")
+    whole = _read(prepared.index, encoder, plan=plan, stop_step=2)
+    loader = Loader(prepared.index, plan, Dies(encoder, "txt_5"), role=BOTH, data_rank=0, data_size=1, options=ReadOptions(num_workers=2))
+    readings = [reading for step in loader.steps(0, 2) for reading in step]
+    assert [[fault.row for fault in reading.faults] for reading in readings] == [[], [], [4, 5], [], [], [], [], []]
+    assert "killed by SIGKILL while it read this sample's micro-batch" in readings[2].faults[0].reason
+    expected = [batch for step in whole for batch in step]
+    assert all(_same(reading.batch, batch) for number, (reading, batch) in enumerate(zip(readings, expected)) if number != 2)
+    given_up = readings[2].batch
+    assert given_up.token_ids.shape == expected[2].token_ids.shape and not given_up.targets.numel()
+    assert len(given_up.image_slots) == len(expected[2].image_slots) and given_up.pixels.shape == expected[2].pixels.shape
+
+
+def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_rank, monkeypatch, caplog):
+    real, failures = os.pread, iter([True] * 3)
+
+    def flaky(*arguments):
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setattr("megatron_share4v.data.store.PAUSES_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "pread", flaky)
+    with caplog.at_level("WARNING", logger="megatron_share4v"):
+        assert all(_same(a, b) for a, b in zip(_read(prepared.index, encoder, stop_step=1)[0], one_rank[0]))
+    assert [record.getMessage().endswith("trying again in 0 s") for record in caplog.records] == [True] * 3
+    monkeypatch.setattr(os, "pread", lambda *arguments: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    [[reading]] = Loader(prepared.index, _plan(prepared.index, global_batch_size=2), encoder, role=BOTH, data_rank=0, data_size=1).steps(0, 1)
+    assert len(reading.faults) == 2 and "cannot be read, nor at 3 further attempts" in reading.faults[0].reason
 
 
 def test_ranks_that_cannot_share_are_refused(prepared, encoder):
@@ -126,7 +235,7 @@ SCRIPT = """
     from megatron_share4v.data.encode import Encoder
     from megatron_share4v.data.image import ImagePolicy
     from megatron_share4v.data.index import Index
-    from megatron_share4v.data.loader import batches
+    from megatron_share4v.data.loader import Loader, ReadOptions
     from megatron_share4v.data.plan import Plan
     from megatron_share4v.text.template import get_template
     from megatron_share4v.text.tokenizer import Tokenizer
@@ -135,9 +244,8 @@ SCRIPT = """
         index = Index.open(sys.argv[1])
         plan = Plan(index, order="random", group_size=None, seed=0, global_batch_size=4, micro_batch_size=2, tokens_per_image=4, pad_multiple=8)
         encoder = Encoder(Tokenizer(sys.argv[2]), get_template("vicuna_v1"), 512, ImagePolicy(28))
-        stream = batches(
-            index, plan, encoder, role=Role(True, True), start_step=0, stop_step=10**6, data_rank=0, data_size=1, num_workers=2, prefetch=4
-        )
+        options = ReadOptions(num_workers=2, prefetch=4)
+        stream = Loader(index, plan, encoder, role=Role(True, True), data_rank=0, data_size=1, options=options).steps(0, 10**6)
         next(stream)
         print("got one", flush=True)
         raise SystemExit(3)

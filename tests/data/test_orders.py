@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from megatron_share4v.data.orders import modality_length_order, random_order
+from megatron_share4v.data.orders import block_order, modality_length_order, random_order, selection
 
 
 def _hash(order: np.ndarray) -> str:
@@ -23,6 +23,8 @@ def test_golden_hashes():
     assert _hash(random_order(1000, seed=42, epoch=1)) == "c01f68b2939f6d6e"
     assert _hash(random_order(1000, seed=-1, epoch=0)) == "1dbc2888d9502d4e"
     assert _hash(modality_length_order(_words(1000), group_size=32, batch_size=4, seed=42, epoch=0)) == "3bfd37e22bb2c05b"
+    assert _hash(block_order(1000, block_size=16, window=8, seed=42, epoch=0)) == "c1024401867bc40e"
+    assert _hash(selection(1000, take=300, seed=42, epoch=3, source=1)) == "bd0f5308015af0fd"
 
 
 def test_random_order_visits_each_once_and_depends_on_seed_and_epoch():
@@ -73,3 +75,26 @@ def test_one_modality_alone():
     # The short last group is strided: 4 samples from long to short become 4 batches of one.
     assert np.all(np.diff(words[order[96:]]) <= 0)
     assert np.array_equal(np.sort(modality_length_order(-words, group_size=16, batch_size=4, seed=0, epoch=0)), np.arange(100))
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 1000])
+def test_blocks_are_permuted_and_shuffled_in_windows(count: int):
+    order = block_order(count, block_size=8, window=4, seed=1, epoch=2)
+    assert np.array_equal(np.sort(order), np.arange(count))
+    if count == 1000:
+        blocks = [set((window // 8).tolist()) for window in order.reshape(-1)[: 31 * 32].reshape(-1, 32)]
+        assert max(len(found) for found in blocks) <= 5, "a window reads few places"
+        assert len(set.union(*blocks)) >= 124
+        assert not np.array_equal(order[:32], np.sort(order[:32]))
+        assert _hash(order) != _hash(block_order(count, block_size=8, window=4, seed=1, epoch=3))
+
+
+def test_selection_visits_all_alike():
+    assert np.array_equal(selection(7, take=7, seed=0, epoch=5, source=0), np.arange(7))
+    for take in (3, 10, 25):
+        visits = np.zeros(10, dtype=int)
+        for epoch in range(8):
+            chosen = selection(10, take=take, seed=4, epoch=epoch, source=2)
+            assert len(chosen) == take and np.all(np.diff(chosen) >= 0)
+            visits += np.bincount(chosen, minlength=10)
+            assert visits.max() - visits.min() <= 1

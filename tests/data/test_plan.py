@@ -1,12 +1,14 @@
 """The plan: what a step trains, how long its sequences are, and that ranks and resuming do not change it."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_share4v.data.index import ROW, DatasetInfo, Index
-from megatron_share4v.data.plan import ORDERS, Plan
+from megatron_share4v.data.pack import Packing
+from megatron_share4v.data.plan import ORDERS, Blocks, Plan
 from megatron_share4v.errors import ConfigError, DataError
 
 
@@ -70,8 +72,9 @@ def test_micro_batches_do_not_depend_on_data_parallel_size(data_size: int):
     items = plan.step(1)
     slots = {}
     for rank in range(data_size):
-        for position, rows in enumerate(plan.micro_batches(items, data_rank=rank, data_size=data_size)):
-            slots[rank + position * data_size] = rows
+        for position, micro_batch in enumerate(plan.micro_batches(items, data_rank=rank, data_size=data_size)):
+            assert (micro_batch.sequence_length, micro_batch.segments) == (items.sequence_length, None)
+            slots[rank + position * data_size] = micro_batch.rows
     assert np.array_equal(np.concatenate([slots[slot] for slot in range(4)]), items.rows)
 
 
@@ -94,6 +97,88 @@ def test_fingerprint_covers_what_decides_the_sequence():
     index = _index(30)
     base = _plan(index).fingerprint
     assert base == _plan(index, global_batch_size=4, micro_batch_size=1, pad_multiple=64).fingerprint
-    assert len({base, _plan(index, seed=6).fingerprint, _plan(index, order="sequential").fingerprint}) == 3
+    others = [{"seed": 6}, {"order": "sequential"}, {"packing": PACKING}, {"packing": Packing(97, 40)}, {"order": "block"}]
+    others.append({"order": "block", "blocks": Blocks(size=8)})
+    assert len({base, *(_plan(index, **change).fingerprint for change in others)}) == 7
     grouped = [_plan(index, order="group_by_modality_length", group_size=size).fingerprint for size in (8, 16)]
     assert grouped[0] != grouped[1]
+
+
+PACKING = Packing(length=96, window=40)
+
+
+@pytest.mark.parametrize("order", ["sequential", "random", "block"])
+def test_packs_hold_every_sample_once_and_none_too_long(order: str):
+    index = _index(150)
+    plan = _plan(index, order=order, packing=PACKING, global_batch_size=4)
+    for epoch in range(3):
+        rows, counts = plan.rows_of(plan.epoch(epoch))
+        assert np.array_equal(np.sort(rows), np.arange(150)) and counts.sum() == 150
+        assert len(counts) == plan.epoch_items
+    items = plan.step(3)
+    assert items.sequence_length == 96 and items.sequences == 4 == len(items.counts) and len(items.rows) == items.counts.sum() == len(items.lengths)
+    micro_batches = plan.micro_batches(items, data_rank=0, data_size=1)
+    assert np.array_equal(np.concatenate([micro_batch.rows for micro_batch in micro_batches]), items.rows)
+    for micro_batch in micro_batches:
+        assert len(micro_batch.segments) == 2 and all(sum(lengths) <= 96 for lengths in micro_batch.segments)
+        assert sum(len(lengths) for lengths in micro_batch.segments) == len(micro_batch.rows)
+    assert items.tokens == sum(sum(lengths) for micro_batch in micro_batches for lengths in micro_batch.segments)
+    shared = [plan.micro_batches(items, data_rank=rank, data_size=2) for rank in range(2)]
+    assert [shared[slot % 2][slot // 2] for slot in range(2)] == micro_batches
+    assert 0.8 < plan.fill <= 1.0
+
+
+def test_a_sample_longer_than_a_pack_is_named():
+    with pytest.raises(DataError, match="sample k.* takes 74 positions, more than data.pack_length 64"):
+        _plan(_index(150), packing=Packing(length=64))
+    with pytest.raises(ConfigError, match="group_by_modality_length"):
+        _plan(_index(150), packing=PACKING, order="group_by_modality_length")
+
+
+def test_consumed_counts_samples():
+    index = _index(30)
+    assert _plan(index).consumed(7) == {"synthetic": 56}
+    packed = _plan(index, packing=PACKING, global_batch_size=4)
+    seen = 0
+    for step in range(20):
+        assert packed.consumed(step) == {"synthetic": seen}
+        seen += len(packed.step(step).rows)
+
+
+GOLDEN = {
+    "sequential": "81b93f3f32cd2f39",
+    "random": "ce7e96277e34c905",
+    "block": "1219ce1ae76f7cf4",
+    "group_by_modality_length": "63d9ad3a21472d15",
+    "packed random": "ed17c76970aa7c11",
+    "packed block": "1f0703713d4eaf3b",
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_plans(name: str):
+    """The first steps of each kind of plan, epoch boundary included: if this fails, old runs can no longer be resumed."""
+    order = name.removeprefix("packed ")
+    plan = _plan(_index(300), order=order, blocks=Blocks(size=8, window=4), packing=PACKING if name.startswith("packed") else None)
+    digest = hashlib.sha256()
+    for step in range(45):
+        items = plan.step(step)
+        digest.update(items.rows.astype("<i8").tobytes() + items.lengths.astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == GOLDEN[name]
+
+
+@pytest.mark.parametrize("packing", [None, PACKING])
+@pytest.mark.parametrize("order", ["random", "block"])
+def test_a_run_that_changes_its_data_parallel_size_sees_the_same_samples(order: str, packing: Packing | None):
+    """Sixty steps at data 2, resumed from a fresh plan at data 1, then at data 4."""
+    index = _index(300)
+    undisturbed = _plan(index, order=order, packing=packing)
+    steps = np.random.RandomState(0).choice(np.arange(1, 60), 2, replace=False)
+    seen = []
+    for first, last, size in zip((0, *sorted(steps)), (*sorted(steps), 60), (2, 1, 4)):
+        plan = _plan(index, order=order, packing=packing)
+        for step in range(first, last):
+            ranks = [plan.micro_batches(plan.step(step), data_rank=rank, data_size=size) for rank in range(size)]
+            seen.append([ranks[slot % size][slot // size] for slot in range(4)])
+    for step, micro_batches in enumerate(seen):
+        assert micro_batches == undisturbed.micro_batches(undisturbed.step(step), data_rank=0, data_size=1)

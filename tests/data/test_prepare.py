@@ -4,7 +4,9 @@ import dataclasses
 import json
 import runpy
 import shutil
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,10 +46,10 @@ def test_everything_good_is_kept(options):
     summary = prepare(options)
     assert str(summary) == f"{options.output}: 6 samples (4 with an image) in 2 shards; no record rejected"
     assert sorted(path.name for path in options.output.iterdir()) == [
-        "dataset.json", "index.npy", "keys.npy", "rejected.jsonl", "shard-000000.tar", "shard-000001.tar",
+        "dataset.json", "duplicates.jsonl", "index.npy", "keys.npy", "rejected.jsonl", "shard-000000.tar", "shard-000001.tar",
     ]  # fmt: skip
     info = json.loads((options.output / "dataset.json").read_text())
-    assert info["sources"] == {"coco": {"samples": 4, "rejected": 0}, "text-only": {"samples": 2, "rejected": 0}}
+    assert info["sources"] == {"coco": {"samples": 4, "rejected": 0, "images": 4}, "text-only": {"samples": 2, "rejected": 0, "images": 0}}
     assert (options.output / "rejected.jsonl").read_text() == ""
     assert [path.name for path in options.output.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -59,6 +61,13 @@ def test_workers_write_the_same_bytes(options):
         assert path.read_bytes() == (options.output.with_name("parallel") / path.name).read_bytes()
 
 
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that declares a size and has no pixels."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def _bad_records(images: Path) -> dict[str, object]:
     """One record for each reason, by the kind it must be refused under."""
     question, answer = {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red circle"}
@@ -66,6 +75,8 @@ def _bad_records(images: Path) -> dict[str, object]:
     (images / "coco" / "half.png").write_bytes(whole.read_bytes()[:200])
     (images / "coco" / "page.png").write_text("<html>not found</html>")
     (images / "coco" / "empty.png").write_bytes(b"")
+    (images / "coco" / "bomb.png").write_bytes(_png_header(60_000, 60_000))
+    (images / "coco" / "strip.png").write_bytes(_png_header(5_000, 10))
 
     def about(image: str, *turns: object) -> dict[str, object]:
         return {"id": "bad", "image": image, "conversations": list(turns)}
@@ -74,14 +85,23 @@ def _bad_records(images: Path) -> dict[str, object]:
     return {
         "missing image": [about("coco/none.png", question, answer), about("coco/empty.png", question, answer), about("a\0b", question, answer)],
         "corrupt image": [about("coco/half.png", question, answer), about("coco/page.png", question, answer)],
-        "bad record": ["text", {"id": "bad"}, about("coco/0.png", {"from": "bot", "value": "x"}, answer)],
+        "oversized image": [about("coco/bomb.png", question, answer), about("coco/strip.png", question, answer)],
+        "bad record": [
+            "text",
+            {"id": "bad"},
+            about("coco/0.png", {"from": "bot", "value": "x"}, answer),
+            about("../images/coco/0.png", question, answer),
+            about(str(whole), question, answer),
+        ],
         "bad conversation": [
-            about("coco/0.png", question, question),
+            about("coco/0.png", question, plain_question),
             about("coco/0.png", question, answer, answer),
+            about("coco/0.png", question, {"from": "gpt", "value": "\ud800"}),
+        ],
+        "placeholder mismatch": [
             about("coco/0.png", plain_question, answer),
             about("coco/0.png", question, answer, question, answer),
             about("coco/0.png", {"from": "human", "value": "what " * 600}, answer, question, answer),
-            about("coco/0.png", question, {"from": "gpt", "value": "\ud800"}),
         ],
         "no label": [{"id": "bad", "conversations": [{"from": "human", "value": "what " * 600}, answer]}],
     }
@@ -96,10 +116,13 @@ def test_every_bad_record_is_named_with_its_reason(options):
     assert [line["kind"] for line in lines] == [kind for kind, group in bad.items() for _ in group], [line["reason"] for line in lines]
     assert all(len(line["reason"]) > 20 for line in lines)
     assert summary.rejected == {kind: len(group) for kind, group in bad.items()}
-    assert "15 records rejected (6 bad conversation, 3 bad record, 2 corrupt image, 3 missing image, 1 no label" in str(summary)
+    assert (
+        "19 records rejected (3 bad conversation, 5 bad record, 2 corrupt image, 3 missing image, 1 no label, 2 oversized image, "
+        "3 placeholder mismatch; see rejected.jsonl)"
+    ) in str(summary)
     index = Index.open(options.output)
     assert len(index) == 6
-    assert index.info.sources["coco"].samples == 4 and index.info.sources["coco"].rejected == 11
+    assert index.info.sources["coco"].samples == 4 and index.info.sources["coco"].rejected == 13
 
 
 def test_too_many_bad_records_publish_nothing_but_the_list(options):
@@ -176,7 +199,7 @@ def test_the_command(options, command, capsys):
     assert command(arguments) == 0
     done = capsys.readouterr()
     assert done.out == f"{options.output}: 6 samples (4 with an image) in 2 shards; no record rejected\n"
-    assert "prepared 6 of 6 records" in done.err and "records/s" in done.err
+    assert "prepared 6 records (100% of the file)" in done.err and "records/s" in done.err
     assert command(arguments) == 2
     refused = capsys.readouterr()
     assert refused.out == "" and refused.err.startswith(f"prepare_data: output {options.output}: exists and is not empty")

@@ -1,12 +1,15 @@
 """Annotation files: what is read, and how a bad file or record is named."""
 
 import json
+import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from megatron_share4v.data import sources
 from megatron_share4v.data.sample import Turn
-from megatron_share4v.data.sources import parse_record, read_entries, source_of, word_count
+from megatron_share4v.data.sources import Annotations, parse_record, source_of, word_count
 from megatron_share4v.errors import DataError
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
@@ -15,22 +18,68 @@ TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
 def test_entries_carry_file_and_position(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"id": "x", "conversations": TURNS}, 7]), encoding="utf-8")
-    first, second = read_entries(path)
+    first, second = Annotations(path)
     assert first.where == "a.json, record 0 (id 'x')"
     assert (second.where, second.content) == ("a.json, record 1", 7)
 
 
-@pytest.mark.parametrize("text, message", [("[1, 2", "not JSON"), ('{"a": 1}', "holds a JSON dict"), ("\udcff", "not JSON")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1, 2", "after 2 records (the file ends early)"),
+        ('[{"a": 1}, {"a": 2', "after 1 records (Expecting ',' delimiter)"),
+        ('[{"a": "x', "after 0 records (Unterminated string"),
+        ("[1 2]", "after 1 records ('2' where a comma should be)"),
+        ("[1,]", "a comma before the end"),
+        ("[1], []", "',' after the end of the list"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": 1}', "holds a JSON object"),
+        ("", "holds a JSON document of nothing"),
+        ("[\udcff]", "not UTF-8"),
+    ],
+)
 def test_files_that_are_no_list_are_refused(tmp_path: Path, text: str, message: str):
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DataError, match=message):
-        read_entries(path)
+    with pytest.raises(DataError, match=re.escape(message)):
+        list(Annotations(path))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1 << 20])
+def test_chunks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int):
+    content = [{"id": "é\"\\", "x": [1, -2.5e-7, None, True, {}]}, 12345.678e-9, "]", -0.5, [], False, {"conversations": TURNS}, 100]
+    monkeypatch.setattr(sources, "CHUNK_BYTES", size)
+    for ascii_only, indent in ((True, None), (False, 1)):
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(content, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
+        assert [entry.content for entry in Annotations(path)] == content
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": str(n), "conversations": TURNS, "x": "y" * 9_000} for n in range(1_500)]), encoding="utf-8")
+    assert path.stat().st_size > 12 << 20
+    tracemalloc.start()
+    count = sum(1 for _ in Annotations(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 1_500 and peak < 6 * sources.CHUNK_BYTES
+
+
+def test_a_record_without_end_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "MAX_RECORD", 5_000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1_000)
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": "' + "x" * 100_000, encoding="utf-8")
+    annotations = Annotations(path)
+    with pytest.raises(DataError, match="a record longer than 5000 characters"):
+        list(annotations)
+    assert annotations.bytes_read < 20_000
 
 
 def test_missing_file_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="nothing.json: cannot be read"):
-        read_entries(tmp_path / "nothing.json")
+        Annotations(tmp_path / "nothing.json")
 
 
 def test_record_with_and_without_image():
@@ -48,6 +97,8 @@ def test_record_with_and_without_image():
         ({"id": "x"}, "'conversations' is None"),
         ({"conversations": []}, "'conversations' is"),
         ({"conversations": TURNS, "image": ["a", "b"]}, "expected one relative path"),
+        ({"conversations": TURNS, "image": "/etc/hosts"}, "outside the folder of images"),
+        ({"conversations": TURNS, "image": "a/../../b.jpg"}, "outside the folder of images"),
         ({"conversations": TURNS, "image": None}, "expected one relative path"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0: 'from' is 'bot'"),
         ({"conversations": [TURNS[0], {"from": "gpt", "value": None}]}, "turn 1: 'value' is None"),

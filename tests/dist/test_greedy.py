@@ -26,7 +26,7 @@ def prompts():
     return result
 
 
-def answers(tensor: int, pipeline: int, virtual: int, sequence: bool, alone: bool, stop: frozenset[int]) -> list[list[int]]:
+def answers(tensor: int, pipeline: int, virtual: int, sequence: bool, alone: bool, stop: frozenset[int], vocabulary: int = 100) -> list[list[int]]:
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
@@ -42,7 +42,8 @@ def answers(tensor: int, pipeline: int, virtual: int, sequence: bool, alone: boo
         chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
         initialize(chunks, seed=2, model=model)
         asked = [[prompt] for prompt in prompts()] if alone else [prompts()]
-        return [ids for part in asked for ids in greedy_answers(chunks, part, mesh=mesh, max_new_tokens=NEW_TOKENS, stop_ids=stop)]
+        options = {"max_new_tokens": NEW_TOKENS, "stop_ids": stop, "vocabulary": vocabulary}
+        return [ids for part in asked for ids in greedy_answers(chunks, part, mesh=mesh, **options)]
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,9 @@ def test_stop_ends_one_answer_and_not_the_others(expected: list[list[int]]) -> N
     stop = expected[0][2]
     [result] = run_world(1, answers, 1, 1, 1, False, False, frozenset({stop}))
     assert result == [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_chosen(expected: list[list[int]]) -> None:
+    lowest = min(token for ids in expected for token in ids)
+    for result in run_world(2, answers, 2, 1, 1, False, False, frozenset(), lowest):
+        assert all(token < lowest for ids in result for token in ids)

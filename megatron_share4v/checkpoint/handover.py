@@ -1,0 +1,49 @@
+"""Whether a checkpoint is of the model that a configuration describes: what a stage starts from, and what a comparison compares.
+
+Shapes alone do not tell: another feature layer, epsilon or rotary base gives other answers from the same tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megatron_share4v.checkpoint.manifest import Manifest
+from megatron_share4v.config.load import restore
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import CheckpointError
+
+FREE = ("language.max_position_embeddings",)
+"""May change from one stage to the next: it is a limit, no part of the computation."""
+
+
+def config_of(manifest: Manifest, *, where: Path) -> RunConfig:
+    """The configuration that a checkpoint carries. Raises CheckpointError when this version cannot read it."""
+    try:
+        return restore(RunConfig, manifest.config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{where}: its configuration is of another version ({key}: {first['msg']}); use the version that wrote it: {manifest.versions}"
+        ) from error
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object, object]]:
+    """(key, value of one, value of the other) where the computation differs."""
+    found = []
+    for section in ("vision", "projector", "language"):
+        first, second = vars(getattr(one, section)), vars(getattr(other, section))
+        found += [(f"{section}.{key}", first[key], second[key]) for key in first if not key.startswith("_") and first[key] != second[key]]
+    return [difference for difference in found if difference[0] not in FREE]
+
+
+def check_start(manifest: Manifest, model: ModelConfig, *, where: Path) -> None:
+    """Raises CheckpointError when a run of `model` does not compute what the checkpoint's weights were trained for."""
+    found = differences(model, config_of(manifest, where=where).model)
+    if found:
+        what = "another tower" if all(key.startswith("vision.") for key, _, _ in found) else "another model"
+        listed = "; ".join(f"model.{key} is {mine!r} here, {stored!r} in the checkpoint" for key, mine, stored in found)
+        raise CheckpointError(f"{where}: is of {what} than this run's: {listed}; use its model section, or start from another checkpoint")

@@ -1,0 +1,86 @@
+"""The image decoders behind one interface: many encoded files in, uint8 pixels out, with the failures named instead of raised.
+
+`pil` is the reference; gate.py measures the others against it. How each decodes is in decode_pil.py, decode_torch.py, decode_dali.py.
+N images, S the tower's input side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from megatron_share4v.data import decode_pil, decode_torch
+from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy
+from megatron_share4v.errors import DataError, OpsError
+
+Backend = Literal["pil", "torch_u8", "dali"]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """pixels: [N, S, S, 3] uint8, the mean colour where decoding failed; failures: position -> reason;
+    by_reference: positions that the backend left to Pillow (formats that it does not read).
+    """
+
+    pixels: torch.Tensor
+    failures: dict[int, str]
+    by_reference: tuple[int, ...] = ()
+
+
+class Decoder(Protocol):
+    """Decodes the images of one micro-batch; what an image becomes does not depend on the others."""
+
+    def decode_all(self, files: Sequence[bytes]) -> Decoded:
+        """N encoded files -> pixels and failures."""
+
+
+class EachAlone:
+    """A decoder made of a function for one image, which raises DataError."""
+
+    def __init__(self, function: Callable[[bytes, ImagePolicy], np.ndarray], policy: ImagePolicy) -> None:
+        self._function, self._policy = function, policy
+
+    def decode_all(self, files: Sequence[bytes]) -> Decoded:
+        """One after the other."""
+        pixels = blank(len(files), self._policy)
+        failures = {}
+        for position, data in enumerate(files):
+            try:
+                pixels[position] = torch.from_numpy(np.array(self._function(data, self._policy)))
+            except DataError as error:
+                failures[position] = str(error)
+        return Decoded(pixels, failures)
+
+
+def blank(count: int, policy: ImagePolicy) -> torch.Tensor:
+    """[count, S, S, 3] uint8 in the mean colour: what stands for an image that is not there."""
+    return torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
+
+
+def library(backend: Backend) -> str:
+    """Name and version of what decodes. Raises ImportError when it is not installed."""
+    if backend == "dali":
+        from megatron_share4v.data.decode_dali import VERSION
+
+        return VERSION
+    return decode_pil.VERSION if backend == "pil" else f"{decode_pil.VERSION}, torch {torch.__version__}"
+
+
+def open_decoder(backend: Backend, policy: ImagePolicy, *, device_index: int | None = None) -> Decoder:
+    """device_index: the GPU that `dali` decodes on; None: the CPU. Raises OpsError when the backend is not installed."""
+    if backend == "pil":
+        return EachAlone(decode_pil.decode, policy)
+    if backend == "torch_u8":
+        return EachAlone(decode_torch.decode, policy)
+    try:
+        from megatron_share4v.data.decode_dali import DaliDecoder
+    except ImportError as error:
+        raise OpsError(
+            f"data.image_backend dali: NVIDIA DALI cannot be imported ({error}); install it with pip install -e \".[dali]\", "
+            "or use data.image_backend pil or torch_u8"
+        ) from error
+    return DaliDecoder(policy, device_index=device_index)

@@ -1,0 +1,130 @@
+"""Packing: samples into sequences of a fixed length, inside windows. Pure arithmetic on lengths.
+
+N samples, K packs. The order in which packs are visited is made by orders.py; where a sample's tokens go inside its pack by collate.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TRIED_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class Packing:
+    """length: positions of every sequence; window: samples among which a pack is put together."""
+
+    length: int
+    window: int = 2048
+
+
+@dataclass(frozen=True)
+class Packs:
+    """rows: [N] int64, pack after pack; bounds: [K + 1] int64, where each pack starts in `rows`."""
+
+    rows: np.ndarray
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def rows_of(self, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the given packs one after the other, and how many each has."""
+        counts = self.bounds[packs + 1] - self.bounds[packs]
+        firsts = np.repeat(self.bounds[packs] - (np.cumsum(counts) - counts), counts)
+        return self.rows[firsts + np.arange(counts.sum())], counts
+
+
+def pack(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Packs:
+    """rows: [N] in the order in which windows are cut; lengths: [N] positions of each of them, 1 .. packing.length.
+
+    Of the two ways to fill, the one that needs fewer packs for a few windows fills all of them: which is better depends on how the lengths lie
+    to packing.length.
+    """
+    assert len(rows) == len(lengths) and (not len(lengths) or 0 < lengths.min() <= lengths.max() <= packing.length), "lengths that cannot be packed"
+    windows = [slice(start, start + packing.window) for start in range(0, len(rows), packing.window)]
+    tried = windows[:: max(1, len(windows) // TRIED_WINDOWS)][:TRIED_WINDOWS]
+    fill = min((even_fill, best_fit), key=lambda way: sum(way(_falling(lengths[window]), packing.length)[1] for window in tried))
+    placed, numbers, count = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)], 0
+    for window in windows:
+        chosen, opened = fill(_falling(lengths[window]), packing.length)
+        placed.append(rows[window][_longest_first(lengths[window])])
+        numbers.append(np.asarray(chosen, dtype=np.int64) + count)
+        count += opened
+    pack_of = np.concatenate(numbers)
+    by_pack = np.argsort(pack_of, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(pack_of, minlength=count))])
+    return Packs(rows=np.concatenate(placed)[by_pack], bounds=bounds.astype(np.int64))
+
+
+def join(parts: list[Packs], *, offsets: list[int]) -> Packs:
+    """The packs of several sources one after the other; the rows of each moved by its offset."""
+    rows = np.concatenate([part.rows + offset for part, offset in zip(parts, offsets)])
+    sizes = np.concatenate([np.diff(part.bounds) for part in parts])
+    return Packs(rows=rows, bounds=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+
+def _longest_first(lengths: np.ndarray) -> np.ndarray:
+    return np.argsort(-lengths, kind="stable")
+
+
+def _falling(lengths: np.ndarray) -> list[int]:
+    return lengths[_longest_first(lengths)].tolist()
+
+
+def best_fit(lengths: list[int], capacity: int) -> tuple[list[int], int]:
+    """(pack of each length, number of packs); lengths fall. Each goes to the pack that it leaves with the least room (best fit decreasing;
+    Johnson 1973). Good when many samples are short.
+    """
+    # Bit r of `rooms` says that some pack has room r: the best fit is the lowest bit from `length` up.
+    rooms, packs_with, chosen, count = 0, {}, [], 0
+    for length in lengths:
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            number = packs_with[room].pop()
+            if not packs_with[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = capacity, count
+            count += 1
+        chosen.append(number)
+        left = room - length
+        if left:
+            packs_with.setdefault(left, []).append(number)
+            rooms |= 1 << left
+    return chosen, count
+
+
+def even_fill(lengths: list[int], capacity: int) -> tuple[list[int], int]:
+    """(pack of each length, number of packs); lengths fall. A pack starts with the longest sample left; its room is then shared evenly among as
+    many samples as it should hold on average. Good when samples have like lengths, as captions of one image have, which best fit would sort
+    into packs of four too long for a fifth.
+    """
+    # Bit (capacity - length) of `left` says that some sample of this length is left: the longest up to a limit is the lowest bit from there up.
+    members: dict[int, list[int]] = {}
+    left = 0
+    for number, length in enumerate(lengths):
+        members.setdefault(length, []).append(number)
+        left |= 1 << (capacity - length)
+    chosen, count, samples, total = [0] * len(lengths), 0, len(lengths), sum(lengths)
+    while samples:
+        room, limit = capacity, capacity
+        while samples and room:
+            if not left >> (capacity - limit):
+                limit = room
+            fitting = left >> (capacity - limit)
+            if not fitting:
+                break
+            length = limit - (fitting & -fitting).bit_length() + 1
+            number = members[length].pop()
+            if not members[length]:
+                left ^= 1 << (capacity - length)
+            chosen[number] = count
+            room, samples, total = room - length, samples - 1, total - length
+            if samples:
+                limit = -(-room // max(1, (2 * room * samples + total) // (2 * total)))
+        count += 1
+    return chosen, count

@@ -1,0 +1,39 @@
+"""Blends and packing in the configuration: what is accepted, and what excludes each other."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_share4v.config.data import BlendSource
+from megatron_share4v.config.load import dump, load, load_run
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import ConfigError
+
+
+def _write(tmp_path: Path, train: str, more: str = "") -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: {{directory: runs/x}}\ndata:\n  tokenizer: t.model\n  train: {train}\n{more}train: {{global_batch_size: 8}}\n")
+    return path
+
+
+def test_a_blend_is_read_and_written(tmp_path: Path):
+    config = load_run(_write(tmp_path, "[{path: a, weight: 2.0}, {path: b, weight: 1}]"))
+    assert config.data.train == (BlendSource(path="a", weight=2.0), BlendSource(path="b", weight=1.0))
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load(RunConfig, tmp_path / "resolved.yaml") == config
+    assert load_run(_write(tmp_path, "only")).data.train == "only"
+
+
+@pytest.mark.parametrize(
+    ("train", "more", "message"),
+    [
+        ("[]", "", "train is an empty list"),
+        ("[{path: a, weight: 2}, {path: b}]", "", "train mixes weights and epochs"),
+        ("[{path: a, weight: 2}, {path: b, weight: 1, epochs: 2}]", "", "train mixes weights and epochs"),
+        ("a", "  pack_length: 512\n  order: group_by_modality_length\n", "pack_length 512 needs another order"),
+        ("a", "  pack_length: 511\nparallel: {tensor: 2, sequence: true}\n", "data.pack_length 511 is not divisible by parallel.tensor 2"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(tmp_path: Path, train: str, more: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_run(_write(tmp_path, train, more))

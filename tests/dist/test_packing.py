@@ -1,0 +1,128 @@
+"""Rung 9: packed sequences train exactly as the same samples one by one do, at every kind of layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_world
+from tiny import PATCHES, tiny_model
+from tolerances import PACKED_GRADIENT, PACKED_LOSS
+
+from megatron_share4v.data.collate import Role, collate
+from megatron_share4v.data.pack import Packing, pack
+from megatron_share4v.data.plan import StepItems
+from megatron_share4v.data.sample import Batch, Example
+
+SAMPLES, MICRO_BATCHES, PACK_LENGTH = 24, 4, 48
+LAYOUTS = {1: [(1, 1, 1, False)], 2: [(1, 1, 1, False), (1, 2, 1, False), (1, 2, 2, False), (2, 1, 1, True)], 4: [(2, 2, 1, True), (2, 2, 1, False)]}
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one way to feed the samples, on one rank."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def examples() -> list[Example]:
+    """Samples of 5 to 21 positions; one in four is text only, one in six trains nothing."""
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for number in range(SAMPLES):
+        length = int(torch.randint(5, 18, (1,), generator=generator))
+        ids = torch.randint(1, 100, (length,), generator=generator)
+        images = int(number % 4 != 1)
+        if images:
+            ids[1] = -200
+        labels = ids.clone()
+        labels[: length if number % 6 == 5 else 3] = -100
+        pixels = torch.randint(0, 256, (images, 16, 16, 3), generator=generator, dtype=torch.uint8)
+        result.append(Example(key=str(number), name=str(number), input_ids=ids, labels=labels, pixels=pixels))
+    return result
+
+
+def positions(samples: list[Example]) -> np.ndarray:
+    return np.array([len(sample.input_ids) + len(sample.pixels) * (PATCHES - 1) for sample in samples])
+
+
+def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
+    """(micro-batches, sequence length, sequences of each)."""
+    samples = examples()
+    lengths = positions(samples)
+    both = dict(tokens_per_image=PATCHES, role=Role(first=True, last=True))
+    if not packed:
+        size = int(-(-lengths.max() // 8) * 8)
+        per_batch = SAMPLES // MICRO_BATCHES
+        cut = [samples[start : start + per_batch] for start in range(0, SAMPLES, per_batch)]
+        return [collate(part, sequence_length=size, **both) for part in cut], size, per_batch
+    packs = pack(np.arange(SAMPLES), lengths, Packing(length=PACK_LENGTH, window=SAMPLES))
+    groups = [packs.rows[start:end].tolist() for start, end in zip(packs.bounds, packs.bounds[1:])]
+    assert len(groups) == 8, len(groups)
+    batches = []
+    for first in range(0, len(groups), 2):
+        pair = groups[first : first + 2]
+        segments = tuple(tuple(lengths[group].tolist()) for group in pair)
+        batches.append(collate([samples[row] for group in pair for row in group], sequence_length=PACK_LENGTH, segments=segments, **both))
+    return batches, PACK_LENGTH, 2
+
+
+def train(mesh, parallel, *, packed: bool, seed: int = 1) -> Result:
+    """Loss and gradients of one step."""
+    from megatron_share4v.mcore.optimizer import wrap_chunks
+    from megatron_share4v.model.chunks import build_chunks
+    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.train.feed import StepData
+    from megatron_share4v.train.step import _reduce, _run
+
+    model = tiny_model()
+    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
+    initialize(bare, seed=seed, model=model)
+    chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+    batches, length, sequences = micro_batches(packed=packed)
+    items = StepItems(0, np.arange(SAMPLES), positions(examples()), length, 0, 0)
+    mine = batches[mesh.coordinates.data :: mesh.layout.data]
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    losses = _run(chunks, StepData(items, mine, 0.0), mesh=mesh, micro_batch_size=sequences, normalize="tokens", forward_only=False)
+    loss, tokens = _reduce(losses, mesh=mesh, normalize="tokens")
+    assert tokens == sum(batch.targets.numel() for batch in batches)
+    gradients = {
+        f"{number}.{name}": weight.main_grad.clone()
+        for number, chunk in enumerate(chunks)
+        for name, weight in chunk.named_parameters()
+        if weight.requires_grad
+    }
+    return Result(loss, gradients)
+
+
+def compare(layouts: list[tuple[int, int, int, bool]]) -> list[tuple[tuple, float, float, float]]:
+    """(layout, loss, difference of the losses, largest difference of a gradient) on this rank."""
+    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    rows = []
+    for tensor, pipeline, virtual, sequence in layouts:
+        layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline))
+        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=sequence, distributed_optimizer=False)
+        with open_mesh(layout, device=Device("cpu")) as mesh:
+            alone, packed = train(mesh, parallel, packed=False), train(mesh, parallel, packed=True)
+        gradient = max(float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients)
+        assert max(float(gradient.abs().max()) for gradient in alone.gradients.values()) > 1e-3
+        rows.append(((tensor, pipeline, virtual, sequence, layout.data), packed.loss, abs(alone.loss - packed.loss), gradient))
+    return rows
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_packed_training_equals_training_one_by_one(world: int) -> None:
+    for rows in run_world(world, compare, LAYOUTS[world]):
+        for layout, loss, loss_difference, gradient_difference in rows:
+            print(layout, loss_difference, gradient_difference)
+            assert 4.0 < loss < 5.5
+            assert loss_difference <= PACKED_LOSS and gradient_difference <= PACKED_GRADIENT, (layout, loss_difference, gradient_difference)

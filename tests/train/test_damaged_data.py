@@ -1,0 +1,148 @@
+"""Shards damaged after preparing, 5 % of the samples in all ways: a run at tensor 2 x pipeline 2 finishes, names them, and equals one rank's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+STEPS, BATCH = 6, 16
+T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "data.num_workers=1")
+
+
+def bomb() -> bytes:
+    """A small PNG that says to be 60000 x 60000."""
+    content = b""
+    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+# Kind of damage -> (member, what becomes of its bytes, whether the index's crc32 is made to agree, part of the reason).
+DAMAGE = {
+    "bits flipped in an image": ("image", lambda data: data[:40] + bytes([data[40] ^ 16]) + data[41:], False, "crc32 is"),
+    "bits flipped in a text": ("text", lambda data: b"[" + data[1:], False, "crc32 is"),
+    "zeros": ("image", lambda data: bytes(len(data)), True, "image cannot be read"),
+    "truncated": ("image", lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), True, "image cannot be decoded"),
+    "bomb": ("image", lambda data: bomb() + bytes(len(data) - len(bomb())), True, "60000 x 60000 pixels|DecompressionBomb"),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """root: of all runs; damaged: key -> part of the reason."""
+
+    root: Path
+    config: Path
+    damaged: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("damaged")
+    (root / "images").mkdir()
+    records = []
+    for number in range(STEPS * BATCH):
+        pixels = np.random.RandomState(number).randint(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        answer = " ".join(["red", "green", "blue"][(number + i) % 3] for i in range(2 + number % 5))
+        turns = [{"from": "human", "value": "<image>\nwhat colours?" if number % 4 else "colours?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": str(number), "conversations": turns} | ({"image": f"{number}.png"} if number % 4 else {}))
+    (root / "annotations.json").write_text(json.dumps(records))
+    train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
+    prepare(
+        PrepareOptions(annotations=root / "annotations.json", images=root / "images", output=root / "data", tokenizer=root / "tokenizer.model",
+                       max_text_length=200, samples_per_shard=40)
+    )  # fmt: skip
+    content = {
+        "run": {"directory": str(root / "unset"), "seed": 5},
+        "model": {"base": str(repository / "examples" / "models" / "tiny.yaml"), "language": {"vocab_size": 300},
+                  "trainable": {"vision_from_block": 1}},
+        "precision": {"dtype": "fp32"},
+        "data": {"train": str(root / "data"), "validation": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 200,
+                 "order": "sequential", "num_workers": 0, "max_faulty_fraction": 0.1},
+        "train": {"global_batch_size": BATCH, "micro_batch_size": 4, "steps": STEPS, "validate_every_steps": 3, "validation_batches": 1,
+                  "preview_every_steps": STEPS, "preview_tokens": 2},
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(content))
+    return Bench(root, root / "run.yaml", _damage(root / "data"))
+
+
+def _damage(directory: Path) -> dict[str, str]:
+    """Damage samples of steps 1, 2, 3 and 5; the first image of all among them, which previews would show."""
+    from megatron_share4v.data.index import Index, write_index
+
+    index = Index.open(directory)
+    rows, keys = np.array(index.rows), np.load(directory / "keys.npy")
+    damaged = {}
+    for (member, change, agree, reason), row in zip(DAMAGE.values(), (1, 18, 21, 35, 70)):
+        shard = "image_shard" if member == "image" else "shard"
+        path = directory / index.info.shards[int(rows[row][shard])].name
+        start, length = int(rows[row][f"{member}_offset"]), int(rows[row][f"{member}_length"])
+        content = bytearray(path.read_bytes())
+        changed = change(bytes(content[start : start + length]))
+        assert len(changed) == length
+        content[start : start + length] = changed
+        path.write_bytes(content)
+        if agree:
+            rows[row][f"{member}_crc32"] = zlib.crc32(changed)
+        damaged[f"{path.name}:{index.key(row)}"] = reason
+    write_index(directory, rows=rows, keys=keys, info=index.info)
+    return damaged
+
+
+def train(bench: Bench, repository: Path, ranks: int, directory: Path, *overrides: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return subprocess.run(
+        [*launcher, "tools/train.py", str(bench.config), f"run.directory={directory}", *overrides], cwd=repository,
+        env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Bench, repository: Path) -> None:
+    four, one = bench.root / "four", bench.root / "one"
+    for ranks, directory, overrides in ((4, four, T2P2), (1, one, ())):
+        done = train(bench, repository, ranks, directory, *overrides)
+        assert done.returncode == 0, done.stdout
+        assert "their slots are kept without labels" in done.stdout and "validation: 1 samples could not be read" in done.stdout
+    listed = lines(four / "quarantine.jsonl")
+    assert [line["sample"] for line in listed] == list(bench.damaged) and [line["step"] for line in listed] == [1, 2, 2, 3, 5]
+    assert all(re.search(bench.damaged[line["sample"]], line["reason"]) for line in listed), listed
+    assert lines(one / "quarantine.jsonl") == listed
+    ours, theirs = lines(four / "metrics.jsonl"), lines(one / "metrics.jsonl")
+    assert [line["faulty_samples"] for line in ours] == [1, 2, 1, 0, 1, 0]
+    for left, right in zip(ours, theirs, strict=True):
+        assert left["trained_tokens"] == right["trained_tokens"] and abs(left["loss"] - right["loss"]) < 2e-5
+    assert json.loads((four / "image_backend.json").read_text())["backend"] == "pil"
+
+
+def test_too_many_end_the_run_with_the_list(bench: Bench, repository: Path) -> None:
+    directory = bench.root / "ended"
+    done = train(bench, repository, 4, directory, *T2P2, "data.max_faulty_fraction=0.0", "data.image_backend=torch_u8")
+    assert done.returncode != 0 and "Traceback" not in done.stdout.partition("error: ")[0], done.stdout
+    first = next(iter(bench.damaged))
+    assert f"error: rank 0: 1 of {BATCH} samples could not be read" in done.stdout and f"\n  {first}: crc32 is" in done.stdout
+    assert "exitcode  : 2" in done.stdout
+    assert [line["sample"] for line in lines(directory / "quarantine.jsonl")] == [first]
+    record = json.loads((directory / "image_backend.json").read_text())
+    assert record["backend"] == "torch_u8" and record["gate"]["max_error"] <= 2 and record["gate"]["images"] >= 12
+    assert "image backend torch_u8: against pil on" in done.stdout

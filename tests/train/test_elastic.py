@@ -1,0 +1,147 @@
+"""A packed, blended run of 60 steps, killed twice at random steps and resumed at other data-parallel sizes, trains an undisturbed run's samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+STEPS = 60
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Prepared data sets and a run's YAML file."""
+
+    root: Path
+    config: Path
+
+
+def sentence(number: int) -> str:
+    """Some words that depend on `number`."""
+    words = "red green blue circle square star left right above below small large what is the of in image there a an answer describe".split()
+    return " ".join(words[(number * 7 + i * i) % len(words)] for i in range(3 + number % 30))
+
+
+def record(number: int, images: Path, source: str) -> dict:
+    """One round; three in four are about an image."""
+    turns, fields = [sentence(number + 1), sentence(number)], {"id": f"{source}{number}"}
+    if number % 4:
+        Image.new("RGB", (20, 30), (number, 2 * number, 90)).save(images / f"{source}{number}.png")
+        turns[0], fields["image"] = f"<image>\n{turns[0]}", f"{source}{number}.png"
+    return fields | {"conversations": [{"from": role, "value": turn} for role, turn in zip(("human", "gpt"), turns)]}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("elastic")
+    (root / "images").mkdir()
+    texts = [sentence(number) for number in range(200)]
+    train_tokenizer(texts, root / "tokenizer.model", vocab_size=300)
+    for name, count in (("captions", 90), ("questions", 70)):
+        annotations = root / f"{name}.json"
+        annotations.write_text(json.dumps([record(number, root / "images", name) for number in range(count)]))
+        prepare(
+            PrepareOptions(
+                annotations=annotations, images=root / "images", output=root / name, tokenizer=root / "tokenizer.model", max_text_length=400,
+                max_rejected_fraction=0.0,
+            )
+        )  # fmt: skip
+    content = {
+        "run": {"directory": str(root / "unset"), "seed": 5},
+        "model": {
+            "base": str(repository / "examples" / "models" / "tiny.yaml"),
+            "language": {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64},
+        },
+        "precision": {"dtype": "fp32"},
+        "data": {
+            "train": [{"path": str(root / "captions"), "epochs": 1.5}, {"path": str(root / "questions")}], "tokenizer": str(root / "tokenizer.model"),
+            "max_text_length": 400, "pack_length": 512, "num_workers": 0,
+        },
+        "train": {"global_batch_size": 4, "micro_batch_size": 1, "steps": STEPS},
+        "checkpoint": {"every_steps": 6},
+        "log": {"sample_keys": True, "tensorboard": False},
+    }  # fmt: skip
+    config = root / "run.yaml"
+    config.write_text(yaml.safe_dump(content))
+    return Bench(root, config)
+
+
+def start(bench: Bench, repository: Path, ranks: int, *overrides: str, script: tuple[str, ...] = ("tools/train.py",)) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return subprocess.Popen(
+        [*launcher, *script, str(bench.config), *overrides], cwd=repository, env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_after(step: int, bench: Bench, repository: Path, ranks: int, *overrides: str) -> None:
+    """Start a run and kill it, all its ranks at once, when it has made `step` steps."""
+    process = start(bench, repository, ranks, *overrides, script=("tests/train/killed_after.py", str(step)))
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == -signal.SIGKILL or "SIGKILL" in output, output
+
+
+def lines(path: Path) -> list[dict]:
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench, repository: Path) -> Path:
+    directory = bench.root / "undisturbed"
+    output = finish(start(bench, repository, 2, f"run.directory={directory}"))
+    assert "packs of 512 positions" in output and "1.5 times per epoch" in output
+    return directory
+
+
+def test_killed_at_data_2_resumed_at_data_1_and_4(bench: Bench, repository: Path, undisturbed: Path) -> None:
+    first, second = random.randint(7, 25), random.randint(32, 50)
+    print("killed after steps", first, second)
+    directory = bench.root / "disturbed"
+    kill_after(first, bench, repository, 2, f"run.directory={directory}")
+    kill_after(second, bench, repository, 1, f"run.directory={directory}", "data.num_workers=2")
+    assert len(lines(directory / "samples.jsonl")) == second
+    output = finish(start(bench, repository, 4, f"run.directory={directory}"))
+    assert "data 4" in output and "resumed from" in output
+    ours, theirs = lines(directory / "samples.jsonl"), lines(undisturbed / "samples.jsonl")
+    assert len(theirs) == STEPS and ours == theirs
+    keys = [key for line in theirs for key in line["keys"]]
+    assert {key.split(":")[0] for key in keys} == {"captions", "questions"}
+    for one, other in zip(lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl"), strict=True):
+        for name in ("step", "consumed_samples", "consumed_by_source", "trained_tokens", "tokens", "images"):
+            assert one[name] == other[name]
+    last = lines(undisturbed / "metrics.jsonl")[-1]
+    assert last["consumed_samples"] == len(keys) == sum(last["consumed_by_source"].values())
+    # The last pack of each of these small data sets is part empty.
+    assert sum(line["padding_fraction"] for line in lines(undisturbed / "metrics.jsonl")) / STEPS < 0.3
+
+
+def test_changed_data_is_refused_by_name(bench: Bench, repository: Path, undisturbed: Path) -> None:
+    changes = ("data.order=sequential", "data.image_aspect_ratio=square", f"train.steps={STEPS + 1}", f"run.directory={undisturbed}")
+    process = start(bench, repository, 1, *changes)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "order: was random, is sequential; image policy aspect_ratio: was pad, is square." in output
+    assert "checkpoint.allow_data_change" in output
+    output = finish(start(bench, repository, 1, *changes, "checkpoint.allow_data_change=true"))
+    assert "training goes on. order: was random, is sequential" in output and f"step {STEPS + 1}/" in output

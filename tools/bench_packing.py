@@ -1,0 +1,133 @@
+"""The part of tools/bench_data.py that measures packing against padding: useful tokens per second of real training steps of a tiny model.
+
+All sides train samples of the same synthetic data set, turn by turn, within the same number of positions per micro-batch, hence the same memory.
+Padding takes samples in random order, or grouped by length as the recipes do, and pads a step to its longest sample. All lengths are a ninth of real ones,
+so an image takes 64 positions instead of 576: the tiny model's attention would otherwise cost more than everything else.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
+from bench_plan import write_synthetic_index
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
+from megatron_share4v.config.run import OptimConfig, ParallelConfig
+from megatron_share4v.data.blend import open_index
+from megatron_share4v.data.collate import Role, collate
+from megatron_share4v.data.index import Index
+from megatron_share4v.data.pack import Packing
+from megatron_share4v.data.plan import MicroBatch, Plan
+from megatron_share4v.data.sample import Batch, Example
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
+from megatron_share4v.model.chunks import build_chunks
+from megatron_share4v.model.initialize import initialize
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
+from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.step import train_step
+
+SCALE, SLOTS, PACK_LENGTH, PACKS, SAMPLES = 9, 64, 456, 2, 4096
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=64, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=2, num_attention_heads=2),
+    language=LanguageConfig(
+        vocab_size=1000, hidden_size=128, intermediate_size=344, num_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=512,
+    ),
+    trainable=TrainableConfig(),
+)
+
+
+class Side:
+    """One way to fill micro-batches: a plan, a model of its own, and what was measured."""
+
+    def __init__(self, index: Index, mesh: Mesh, *, order: str, size: int, micro_batches: int, packing: Packing | None) -> None:
+        self.index, self.mesh, self.size = index, mesh, size
+        sizes = dict(group_size=None, global_batch_size=micro_batches * size, micro_batch_size=size)
+        self.plan = Plan(index, order=order, packing=packing, seed=0, tokens_per_image=SLOTS, pad_multiple=8, **sizes)
+        parallel = ParallelConfig(distributed_optimizer=False)
+        bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
+        initialize(bare, seed=0, model=MODEL)
+        self.chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+        self.optimizer = build_optimizer(self.chunks, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32)
+        self.seconds, self.tokens, self.positions, self.most = 0.0, 0, 0, 0
+
+    def step(self, step: int) -> None:
+        """Train one step and count it; the first one, which makes buffers, is not counted."""
+        items = self.plan.step(step)
+        batches = [_batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)]
+        started = time.process_time()
+        train_step(
+            self.chunks, self.optimizer, StepData(items, batches, 0.0), mesh=self.mesh, micro_batch_size=self.size, normalize="tokens",
+            learning_rate_factor=1.0, clip_grad_norm=1.0,
+        )  # fmt: skip
+        self.most = max(self.most, batches[0].token_ids.numel())
+        if step:
+            self.seconds += time.process_time() - started
+            self.tokens += items.tokens
+            self.positions += items.sequences * items.sequence_length
+
+    def report(self) -> dict[str, float]:
+        """Useful tokens per second of one core, share of positions that are useful, most positions of a micro-batch."""
+        return {"tokens_per_s": self.tokens / self.seconds, "useful": self.tokens / self.positions, "positions": self.most}
+
+
+def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[str, float]]:
+    """What each side reports, and the ratio of packed to padded tokens per second; prints a line for each."""
+    torch.set_num_threads(1)  # then its own processor time is what a step costs, whatever else the machine does
+    with tempfile.TemporaryDirectory(prefix="bench-packing-") as name, _one_rank() as mesh:
+        write_synthetic_index(Path(name) / "data", samples=SAMPLES, seed=0, scale=SCALE)
+        index = open_index(str(Path(name) / "data"))
+        longest = int((index.rows["n_tok"] + index.rows["n_img"].astype(int) * (SLOTS - 1)).max())
+        samples = PACKS * PACK_LENGTH // longest
+        sides = {
+            "packed": Side(index, mesh, order="random", size=PACKS, micro_batches=micro_batches, packing=Packing(PACK_LENGTH)),
+            "padded": Side(index, mesh, order="random", size=samples, micro_batches=micro_batches, packing=None),
+            "grouped": Side(index, mesh, order="group_by_modality_length", size=samples, micro_batches=micro_batches, packing=None),
+        }
+        for step in range(steps + 1):
+            for side in sides.values():
+                side.step(step)
+    found = {name: side.report() for name, side in sides.items()}
+    for name, report in found.items():
+        print(
+            f"{name:8} {report['tokens_per_s']:8,.0f} useful tokens/s, {100 * report['useful']:5.1f} % of positions useful, up to "
+            f"{report['positions']:.0f} positions in a micro-batch of {sides[name].size} {'packs' if name == 'packed' else 'samples'}",
+            flush=True,
+        )
+    ratios = {f"packed_to_{name}": found["packed"]["tokens_per_s"] / found[name]["tokens_per_s"] for name in ("padded", "grouped")}
+    print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()) + f"; fill of all packs {100 * sides['packed'].plan.fill:.1f} %")
+    return {**found, "ratios": ratios, "fill": {"packed": sides["packed"].plan.fill}}
+
+
+def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
+    """Random tokens of the lengths that the index states."""
+    generator = torch.Generator().manual_seed(micro_batch.rows[0])
+    side, examples = MODEL.vision.image_size, []
+    for row in micro_batch.rows:
+        entry = index.rows[row]
+        ids = torch.randint(3, 1000, (int(entry["n_tok"]),), generator=generator)
+        labels = torch.full_like(ids, -100)
+        labels[-int(entry["n_lab"]) :] = ids[-int(entry["n_lab"]) :]
+        if entry["n_img"]:
+            ids[1] = IMAGE_TOKEN_INDEX
+        pixels = torch.zeros(int(entry["n_img"]), side, side, 3, dtype=torch.uint8)
+        examples.append(Example(key=str(row), name=str(row), input_ids=ids, labels=labels, pixels=pixels))
+    both = Role(first=True, last=True)
+    return collate(examples, sequence_length=micro_batch.sequence_length, tokens_per_image=SLOTS, role=both, segments=micro_batch.segments)
+
+
+@contextmanager
+def _one_rank() -> Iterator[Mesh]:
+    device = Device("cpu")
+    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+        yield mesh

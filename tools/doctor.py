@@ -1,0 +1,130 @@
+"""Look before a launch: `doctor.py data` examines annotations with their images, or a prepared data set, and names what is wrong.
+
+Exit code 0: clean, 1: findings (other than those of an allowed kind), 2: it could not look.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_share4v import log
+from megatron_share4v.data.audit import AUDIT_KINDS, AnnotatedRecords, Audit, Finding, PreparedRecords, Records, audit
+from megatron_share4v.data.audit_report import Shape, draw_histogram, report
+from megatron_share4v.data.audit_show import show_sample, write_preprocessed
+from megatron_share4v.data.examine import KINDS, Examine
+from megatron_share4v.data.image import ImagePolicy
+from megatron_share4v.data.image_files import ImageFiles, scan_images
+from megatron_share4v.data.index import Index
+from megatron_share4v.data.sources import Annotations
+from megatron_share4v.data.store import SampleStore
+from megatron_share4v.errors import Share4VError
+from megatron_share4v.text.template import get_template
+from megatron_share4v.text.tokenizer import Tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Look, print a report, return the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.prepared is None) == (options.annotations is None) or (options.annotations is None) != (options.images is None):
+        parser.error("give a prepared directory, or --annotations and --images")
+    if options.global_batch_size % options.micro_batch_size:
+        parser.error(f"--global-batch-size {options.global_batch_size} is not a multiple of --micro-batch-size {options.micro_batch_size}")
+    log.configure(rank=0)
+    try:
+        return _data(options)
+    except (Share4VError, OSError) as error:
+        print(f"doctor: {error}", file=sys.stderr)
+        return 2
+
+
+def _data(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = ("tokens_per_image", "micro_batch_size", "global_batch_size", "pad_multiple", "pack_length")
+    shape = Shape(**{name: getattr(options, name) for name in names})
+    with tempfile.TemporaryDirectory() as scratch, (options.out / "findings.jsonl").open("w", encoding="utf-8") as findings:
+
+        def write(finding: Finding) -> None:
+            findings.write(json.dumps(dataclasses.asdict(finding)) + "\n")
+
+        records = _records(options, Path(scratch))
+        result = audit(records, workers=options.workers, choose=options.show, on_finding=write)
+        text = report(result, shape, allowed=options.allow)
+        (options.out / "report.txt").write_text(text, encoding="utf-8")
+        if len(result.facts):
+            draw_histogram(result, shape).save(options.out / "lengths.png")
+        _show(options, records, result)
+    print(text + f"\nall findings, this report and the histogram are in {options.out}")
+    unexpected = sum(count for kind, count in result.counts.items() if kind not in options.allow)
+    return 1 if unexpected or not result.records else 0
+
+
+def _records(options: argparse.Namespace, scratch: Path) -> Records:
+    tokenizer = Tokenizer(options.tokenizer)
+    if options.prepared:
+        index = Index.open(options.prepared)
+        template, length = options.template or index.info.template, options.max_text_length or index.info.max_text_length
+        index.check(tokenizer=tokenizer, template=get_template(template).name, max_text_length=length)
+        nothing = ImageFiles(options.prepared, archives=(), table=None)
+        return PreparedRecords(SampleStore(index), Examine(nothing, tokenizer, get_template(template), length, keep_bytes=False))
+    images = scan_images(options.images, table=scratch / "archives", in_place=False)
+    template, length = get_template(options.template or "vicuna_v1"), options.max_text_length or 2048
+    return AnnotatedRecords(Annotations(options.annotations), Examine(images, tokenizer, template, length, keep_bytes=False))
+
+
+def _show(options: argparse.Namespace, records: Records, result: Audit) -> None:
+    policy = ImagePolicy(image_size=options.image_size, aspect_ratio=options.image_aspect_ratio)
+    examine = records.examine
+    for position, item in result.chosen:
+        sample = records.sample(item)
+        text = show_sample(
+            sample, tokenizer=examine.tokenizer, template=examine.template, max_text_length=examine.max_text_length,
+            tokens_per_image=options.tokens_per_image, colour=sys.stdout.isatty(),
+        )  # fmt: skip
+        print(text)
+        if sample.has_image:
+            path = options.out / f"sample-{position:07d}.png"
+            write_preprocessed(sample, path, policy=policy)
+            print(f"    image as the tower is given it: {path}")
+        print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("data", help="examine a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data.add_argument("prepared", type=Path, nargs="?", help="directory that tools/prepare_data.py has written")
+    data.add_argument("--annotations", type=Path, help="JSON file, as given to tools/prepare_data.py")
+    data.add_argument("--images", type=Path, help="folder of images, as given to tools/prepare_data.py")
+    data.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
+    data.add_argument("--template", help="conversation template (vicuna_v1, or what the directory was prepared with)")
+    data.add_argument("--max-text-length", type=_positive, help="positions kept, an image counted as one (2048, or as prepared)")
+    data.add_argument("--out", type=Path, default=Path("runs/doctor"), help="where findings.jsonl, report.txt and pictures are written")
+    data.add_argument("--show", type=int, default=0, metavar="K", help="print K samples as the model sees them, and write their images")
+    data.add_argument("--allow", action="append", default=[], choices=[*KINDS, *AUDIT_KINDS], help="a kind of finding that is not to fail")
+    data.add_argument("--tokens-per-image", type=_positive, default=576, help="positions that an image takes")
+    data.add_argument("--image-size", type=_positive, default=336, help="side of the tower's input")
+    data.add_argument("--image-aspect-ratio", choices=("pad", "square"), default="pad", help="pad to a square, or crop the centre")
+    data.add_argument("--micro-batch-size", type=_positive, default=8, help="for the padding")
+    data.add_argument("--global-batch-size", type=_positive, default=128, help="for the padding")
+    data.add_argument("--pad-multiple", type=_positive, default=8, help="sequences are rounded up to it")
+    data.add_argument("--pack-length", type=_positive, default=4096, help="positions of a pack")
+    data.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
