@@ -60,6 +60,7 @@ def summarise(arguments: argparse.Namespace, world: World) -> dict:
         "stage2_loss_first": second[0],
         "stage2_loss_last": second[-1],
         "held_out": asdict(held_out),
+        "hf_export": json.loads((out / "hf_export.json").read_text(encoding="utf-8")),
         "wall_s": round(time.time() - arguments.started, 1),
     }
 

@@ -7,8 +7,8 @@ Names and shapes of ours are those of `model.initialize.shards`: global, whateve
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 
@@ -93,6 +93,8 @@ class Drop:
     prefix: str
     suffix: str
     reason: str
+    weights: bool = False
+    """They are weights, which an export needs again; otherwise they follow from the configuration."""
 
     def covers(self, name: str) -> bool:
         """Whether `name` is dropped."""
@@ -175,28 +177,60 @@ def drops(model: ModelConfig, *, naming: Naming, components: Iterable[Component]
     """What of theirs is left out on purpose, and why."""
     for component in components:
         if component == "vision" and naming.tower is not None:
-            yield Drop(f"{naming.tower}post_layernorm.", "", "touches the pooled class token alone, which is not used")
+            yield Drop(f"{naming.tower}post_layernorm.", "", "touches the pooled class token alone, which is not used", weights=True)
             yield Drop(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
             for i in range(model.vision.num_built_layers, model.vision.num_layers):
-                yield Drop(f"{naming.tower}encoder.layers.{i}.", "", "comes after model.vision.feature_layer, so it is never computed")
+                reason = "comes after model.vision.feature_layer, so it is never computed"
+                yield Drop(f"{naming.tower}encoder.layers.{i}.", "", reason, weights=True)
         if component == "language" and naming.decoder is not None:
             yield Drop(f"{naming.decoder}layers.", "rotary_emb.inv_freq", "a buffer that follows from model.language.rope_theta")
 
 
-def to_ours(
-    theirs: Mapping[str, torch.Tensor], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
-) -> dict[str, torch.Tensor]:
-    """Global tensors of `components` by our names.
+def unused_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tower's weights that `drops` leaves out, by CLIP's own names without prefix: what an export has beyond our weights."""
+    tower = replace(model, vision=replace(model.vision, feature_layer=model.vision.num_layers))
+    built = {name for row in _vision_rows(model, "") for name in row.theirs}
+    unused = {name: shape for row in _vision_rows(tower, "") for name, shape in row.their_shapes().items() if name not in built}
+    width = (model.vision.hidden_size,)
+    return {**unused, "post_layernorm.weight": width, "post_layernorm.bias": width}
 
-    Raises ConversionError that names missing, unexpected and wrongly shaped tensors.
-    """
+
+class Shaped(Protocol):
+    """Whatever has a shape: a tensor, or the description of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+
+def check_theirs(
+    theirs: Mapping[str, Shaped], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> tuple[Row, ...]:
+    """The rows of `components`. Raises ConversionError that names missing, unexpected and wrongly shaped tensors of `theirs`."""
     components = tuple(components)
     table = tuple(rows(model, naming=naming, components=components))
     expected = {name: shape for row in table for name, shape in row.their_shapes().items()}
     dropped = tuple(drops(model, naming=naming, components=components))
     extra = [name for name in theirs if name not in expected and not any(drop.covers(name) for drop in dropped)]
     _check(theirs, expected, extra=extra, where=f"a model of layout {naming.title}")
+    return table
+
+
+def to_ours(
+    theirs: Mapping[str, torch.Tensor], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> dict[str, torch.Tensor]:
+    """Global tensors of `components` by our names. Raises ConversionError as `check_theirs` does."""
+    table = check_theirs(theirs, model, naming=naming, components=components)
     return {row.ours: row.transform.to_ours([theirs[name] for name in row.theirs]) for row in table}
+
+
+def check_ours(
+    ours: Mapping[str, Shaped], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> tuple[Row, ...]:
+    """The rows of `components`. Raises ConversionError that names missing and wrongly shaped tensors of `ours`; others are not looked at."""
+    table = tuple(rows(model, naming=naming, components=components))
+    _check(ours, {row.ours: row.shape for row in table}, extra=(), where="our own weights")
+    return table
 
 
 def to_theirs(
@@ -206,12 +240,11 @@ def to_theirs(
 
     Raises ConversionError that names missing and wrongly shaped tensors. Results may be views of `ours`.
     """
-    table = tuple(rows(model, naming=naming, components=components))
-    _check(ours, {row.ours: row.shape for row in table}, extra=(), where="our own weights")
+    table = check_ours(ours, model, naming=naming, components=components)
     return {name: part for row in table for name, part in zip(row.theirs, row.transform.to_theirs(ours[row.ours]), strict=True)}
 
 
-def _check(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str) -> None:
+def _check(tensors: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str) -> None:
     problems = [f"missing: {name}, of shape {shape}" for name, shape in expected.items() if name not in tensors]
     problems += [f"unexpected: {name}, of shape {tuple(tensors[name].shape)}" for name in extra]
     for name, shape in expected.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_share4v.data.quickstart import CAPTION_REQUESTS, Scene, answer_matches, caption_attribute_accuracy, load_held_out
+from megatron_share4v.data.quickstart import CAPTION_REQUESTS, HeldOutQuestion, Scene, answer_matches, caption_attribute_accuracy, load_held_out
 from megatron_share4v.data.quickstart_picture import captioned_picture
 from megatron_share4v.data.sample import Turn
 from megatron_share4v.errors import DataError
@@ -35,15 +35,18 @@ class HeldOutScores:
     vqa_accuracy_by_kind: dict[str, float]
 
 
+def held_out_questions(held_out: Path) -> list[Question]:
+    """Every question of `held_out` (held_out.json, pictures beside it) with its own picture. Raises DataError when it is not readable."""
+    _, questions = _load(held_out)
+    return [_ask(q.question, held_out.parent / q.image) for q in questions]
+
+
 def score(session: Session, held_out: Path, *, captions: int, output: Path) -> HeldOutScores:
     """Answer everything in `held_out` (held_out.json, pictures beside it), write answers.jsonl and sample pictures to `output`.
 
     Data-parallel ranks share the questions; every rank gets the result. Raises DataError when `held_out` is not readable.
     """
-    try:
-        scenes, questions = load_held_out(held_out)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{held_out}: {error}; run examples/quickstart/run.sh again") from error
+    scenes, questions = _load(held_out)
     folder = held_out.parent
     scenes = scenes[:captions]
     described = _answer(session, [_ask(CAPTION_REQUESTS[0], folder / image) for _, image in scenes], tokens=CAPTION_TOKENS, title="captions")
@@ -63,6 +66,13 @@ def score(session: Session, held_out: Path, *, captions: int, output: Path) -> H
         vqa_accuracy_image_swapped=_share(right_swapped),
         vqa_accuracy_by_kind={kind: _share([ok for ok, question in zip(right, questions) if question.kind == kind]) for kind in kinds},
     )
+
+
+def _load(held_out: Path) -> tuple[list[tuple[Scene, str]], list[HeldOutQuestion]]:
+    try:
+        return load_held_out(held_out)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{held_out}: {error}; run examples/quickstart/run.sh again") from error
 
 
 def _ask(text: str, picture: Path) -> Question:

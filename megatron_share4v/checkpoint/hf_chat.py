@@ -1,0 +1,102 @@
+"""A conversation template as the Jinja chat template that transformers and vLLM read: the text of text.template.render_prompt, after <s>.
+
+An image is a part of a message, {"type": "image"}; images go first, each on a line of its own. Text is written as it is.
+"""
+
+from __future__ import annotations
+
+import json
+
+from megatron_share4v.errors import ConversionError
+from megatron_share4v.text.template import HUMAN, IMAGE_PLACEHOLDER, Template
+
+# The capitals between bars are expressions that chat_template puts in. Every tag eats the whitespace around it: only expressions write text.
+_JINJA = """\
+{{- bos_token -}}
+{%- set start = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
+{%- set system = messages[0]['content'] if start else |SYSTEM| -%}
+{%- if system is not string -%}
+  {%- set system = system | map(attribute='text') | join('\\n') -%}
+{%- endif -%}
+{%- if system -%}
+  {{- |OPENING| -}}
+{%- endif -%}
+{{- |EXAMPLES| -}}
+{%- for message in messages[start:] -%}
+  {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
+    {{- raise_exception('messages must be an optional system message, then user and assistant in turn; one is by ' ~ message['role']) -}}
+  {%- endif -%}
+  {%- if message['content'] is string -%}
+    {%- set text = message['content'] -%}
+  {%- else -%}
+    {%- for part in message['content'] if part['type'] not in ['text', 'image'] -%}
+      {{- raise_exception('a message has a part of type ' ~ part['type'] ~ '; the model reads text and image') -}}
+    {%- endfor -%}
+    {%- set images = message['content'] | selectattr('type', 'equalto', 'image') | map(attribute='type') | list -%}
+    {%- set words = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | select | list -%}
+    {%- set text = (|PLACEHOLDER| * (images | length) + words) | join('\\n') -%}
+  {%- endif -%}
+  {%- if message['role'] == 'user' -%}
+    {{- (|FIRST| if loop.first else |LATER|) ~ |USER| ~ |HUMAN_END| -}}
+  {%- else -%}
+    {{- |HEADER| -}}
+    {%- generation -%}
+      {{- |ANSWER_START| ~ text ~ |ANSWER_END| -}}
+    {%- endgeneration -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- |HEADER| -}}
+{%- endif -%}
+"""
+
+
+def chat_template(template: Template) -> str:
+    """The Jinja source. A first message of role "system" replaces the template's system prompt; an empty one leaves it out.
+
+    Raises ConversionError for a template that writes its image into a round of its own, which messages with parts cannot say.
+    """
+    if template.tags_image:
+        raise ConversionError(
+            f"template {template.name!r} puts tags around the image and a round of its own before the question, which a Hugging Face chat template "
+            "cannot say; export with the layout share4v"
+        )
+    frame = template.prompt
+    assert not (frame.signal or frame.ending), f"template {template.name!r}: what only training writes stands in the frame of prompts"
+    human, later = frame.human[0], frame.between + frame.human[0]
+    expressions = {
+        "SYSTEM": _literal(template.system),
+        "OPENING": _around_system(frame.opening),
+        "EXAMPLES": _literal(_examples(template)),
+        "PLACEHOLDER": f"[{_literal(IMAGE_PLACEHOLDER)}]",
+        "FIRST": f"({_literal(human)} ~ ({_around_system(frame.preamble)} if system else ''))",
+        "LATER": _literal(later),
+        "USER": _literal(IMAGE_PLACEHOLDER) if template.caption_only else "text",
+        "HUMAN_END": _literal(frame.human[1]),
+        "HEADER": _literal(frame.header),
+        "ANSWER_START": _literal(frame.answer[0]),
+        "ANSWER_END": _literal(frame.answer[1]),
+    }
+    source = _JINJA
+    for name, expression in expressions.items():
+        source = source.replace(f"|{name}|", expression)
+    return source
+
+
+def _examples(template: Template) -> str:
+    """The rounds that open every prompt."""
+    frame = template.prompt
+    assert not (template.examples and (frame.between or frame.preamble)), f"template {template.name!r}: examples would have to be counted as turns"
+    return "".join(
+        frame.human[0] + turn.text + frame.human[1] if turn.role == HUMAN else frame.header + frame.answer[0] + turn.text + frame.answer[1]
+        for turn in template.examples
+    )
+
+
+def _around_system(text: str) -> str:
+    """The expression that writes `text` with the system prompt in its place."""
+    return " ~ system ~ ".join(_literal(part) for part in text.split("{system}"))
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text)

@@ -1,0 +1,53 @@
+"""What a checkpoint holds, as text: where it stands, its tree of tensors with shapes and dtypes, hashes, configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megatron_share4v.checkpoint.exporter import Opened, open_checkpoint
+from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, hash_components
+from megatron_share4v.mcore.checkpointing import STATE_PREFIX
+from megatron_share4v.mcore.tensor_files import stored_tensors
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def describe(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
+    """Lines for the console. `hashes`: read all weights to hash their components, if the manifest does not have that.
+
+    Layers that are alike are one line, unless `every_layer`. Raises CheckpointError.
+    """
+    opened = open_checkpoint(path)
+    manifest = opened.manifest
+    state = manifest.state
+    yield f"{opened.path}: {manifest.size / 1e9:.3f} GB in {len(manifest.files)} files"
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    yield f"source: {manifest.source or 'a training run'}; written at {manifest.layout} by {versions}"
+    yield f"step {state.step}, {state.consumed_samples} samples consumed, plan {state.plan_fingerprint or 'none'}"
+    optimizer = sum(name.startswith(STATE_PREFIX) for name in stored_tensors(opened.path))
+    yield f"optimizer: {f'{optimizer} tensors, {manifest.updates} updates' if optimizer else 'none (weights alone)'}"
+    yield from _tree(opened, every_layer=every_layer)
+    if opened.unused:
+        yield f"carried for exports, not computed: {len(opened.unused)} tensors"
+    weights = manifest.weights or (hash_components(opened.weights) if hashes else {})
+    yield from (f"{component}: sha256 {digest}" for component, digest in weights.items())
+    if not weights:
+        yield "hashes of the components: not stored by a training run; --hashes reads the weights for them"
+    yield "configuration:"
+    yield from (f"  {line}" for line in manifest.config.splitlines())
+
+
+def _tree(opened: Opened, *, every_layer: bool) -> Iterator[str]:
+    groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[tuple[str, LazyTensor]]] = {}
+    for name, tensor in opened.weights.items():
+        key = name if every_layer else _NUMBER.sub("*", name)
+        groups.setdefault((key, tensor.shape, tensor.dtype), []).append((name, tensor))
+    total = sum(torch.Size(tensor.shape).numel() for tensor in opened.weights.values())
+    yield f"weights: {len(opened.weights)} tensors, {total:,} parameters (padding of the vocabulary included)"
+    for (name, shape, dtype), members in groups.items():
+        times = f" x {len(members)}" if len(members) > 1 else ""
+        yield f"  {name}{times}: {list(shape)} {FLOAT_NAMES.get(dtype, str(dtype))}"

@@ -1,0 +1,167 @@
+"""Large directories written part by part beside their name and published by one rename; a write that was ended goes on where it stopped.
+
+A part that the journal names is on the disk for good. Nothing half-written ever has the target's name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from megatron_share4v.checkpoint.keep import publish
+from megatron_share4v.checkpoint.manifest import flush_directory
+from megatron_share4v.errors import ConversionError
+from megatron_share4v.log import get_logger
+
+SILENT_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file: its name inside the directory, about how many bytes it takes, and what writes it.
+
+    `write` gets the file and a function to call with the number of bytes that were done; the object of JSON that it returns is kept in the journal.
+    """
+
+    name: str
+    nbytes: int
+    write: Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A part that is done."""
+
+    name: str
+    size: int
+    sha256: str
+    note: dict[str, Any]
+
+
+class HashingFile:
+    """A file for writing that hashes what goes into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """As a file's."""
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """As a file's."""
+        self._file.flush()
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self._file.tell()
+
+    @property
+    def sha256(self) -> str:
+        """Of all bytes so far."""
+        return self._hash.hexdigest()
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a target is made: a directory beside it, and the journal of what is done."""
+
+    directory: Path
+    journal: Path
+
+
+@contextlib.contextmanager
+def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
+    """A workplace for the directory `target`, which gets its name when the block ends well.
+
+    What an ended process left there is used again if its `fingerprint` (of everything that decides the content) is the same.
+    Raises ConversionError when `target` is there already, or another process is writing it.
+    """
+    if target.exists():
+        raise ConversionError(f"{target}: is there already; remove it or give another directory")
+    place = Workplace(target.with_name(f".{target.name}.converting"), target.with_name(f".{target.name}.journal"))
+    place.directory.mkdir(parents=True, exist_ok=True)
+    with open(place.journal, "a+", encoding="utf-8") as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConversionError(f"{target}: is being written by another process; wait for it") from error
+        journal.seek(0)
+        if journal.readline().rstrip("\n") != json.dumps(fingerprint):
+            shutil.rmtree(place.directory)
+            place.directory.mkdir()
+            journal.truncate(0)
+            _append(journal, fingerprint)
+        elif not place.journal.read_text(encoding="utf-8").endswith("\n"):
+            journal.write("\n")  # after a last line that was cut short
+            journal.flush()
+        yield place
+        for folder in {path.parent for path in place.directory.rglob("*")}:
+            flush_directory(folder)
+        publish(place.directory, target)
+        place.journal.unlink()
+
+
+def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[str, Written]:
+    """Write those of `parts` that the journal does not have, with progress in bytes per second.
+
+    Raises ConversionError, before anything is written, when the disk is too full.
+    """
+    directory = place.directory
+    done = {name: written for name, written in _read_journal(place.journal).items() if _size(directory / name) == written.size}
+    left = [part for part in parts if part.name not in done]
+    needed, free = sum(part.nbytes for part in left), shutil.disk_usage(directory).free
+    if needed > free:
+        raise ConversionError(f"{directory}: takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again")
+    if done:
+        get_logger().info("%s: goes on with %d of %d files already written", title, len(done), len(parts))
+    total = sum(part.nbytes for part in parts)
+    with tqdm(total=total, initial=total - needed, desc=title, unit="B", unit_scale=True, mininterval=1.0, disable=total < SILENT_BYTES) as bar:
+        for part in left:
+            done[part.name] = _write(directory, part, bar.update)
+            with open(place.journal, "a", encoding="utf-8") as journal:
+                _append(journal, asdict(done[part.name]))
+    return {part.name: done[part.name] for part in parts}
+
+
+def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Written:
+    path = directory / part.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "wb") as file:
+            hashing = HashingFile(file)
+            note = part.write(hashing, progress)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+            return Written(part.name, file.tell(), hashing.sha256, note)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be written ({error.strerror}); free space or check the file system, then start again") from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _read_journal(path: Path) -> dict[str, Written]:
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    # A line without its end is of a process that was killed while it wrote it.
+    entries: list[Mapping[str, Any]] = [json.loads(line) for line in lines if line.endswith("}}")]
+    return {entry["name"]: Written(**entry) for entry in entries}
+
+
+def _append(journal: Any, content: Any) -> None:
+    journal.write(json.dumps(content) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+

@@ -1,0 +1,198 @@
+"""Whether a model of another layout and a checkpoint of ours are the same: names, shapes and bits, with the likely cause of what differs.
+
+Logits are compared where a model can be run (evaluate/agreement.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_share4v.checkpoint.exporter import Opened, open_checkpoint
+from megatron_share4v.checkpoint.handover import differences
+from megatron_share4v.checkpoint.hf_source import Request, Source, open_source
+from megatron_share4v.checkpoint.importer import our_tensors
+from megatron_share4v.checkpoint.lazy import LazyTensor, component_digests, digest_of
+from megatron_share4v.checkpoint.manifest import verify as verify_files
+from megatron_share4v.checkpoint.transforms import InterleaveHeads, Stack
+from megatron_share4v.checkpoint.weight_map import Row
+from megatron_share4v.errors import ConversionError
+
+SHOWN = 5
+BF16_STEP = 2**-7  # between neighbours, relative to the smaller
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of ours that is not what the other side makes of it."""
+
+    row: Row
+    where: tuple[int, ...]
+    """Index of the first different value, in our tensor."""
+    values: tuple[float, float]
+    """Theirs and ours, there."""
+    count: int
+    largest: float
+    is_small: bool
+    """Every value is off by no more than rounding to bf16 explains."""
+
+    def __str__(self) -> str:
+        theirs, ours = self.values
+        total = torch.Size(self.row.shape).numel()
+        return (
+            f"{self.row.ours} (from {', '.join(self.row.theirs)}): {self.count} of {total} values differ, by up to {self.largest:.3g}; "
+            f"first at {list(self.where)}: {theirs!r} there, {ours!r} in the checkpoint"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What was compared and found equal."""
+
+    tensors: int
+    names: int
+    """Tensors of theirs that made them, each once."""
+    rounded: int
+    """Of the tensors, those that are equal after rounding to the coarser of the two dtypes."""
+    unused: int
+    """Of the tower's weights that are not computed, those that the checkpoint carries; they are equal too."""
+    weights: dict[str, str]
+    """SHA-256 of each component of the checkpoint."""
+
+    def __str__(self) -> str:
+        how = f", {self.rounded} of them after rounding" if self.rounded else ", bit for bit"
+        lines = [f"{self.tensors} tensors equal, made of {self.names} of theirs{how}; {self.unused} unused ones of the tower carried and equal"]
+        return "\n".join([*lines, *(f"  {component}: sha256 {digest}" for component, digest in self.weights.items())])
+
+
+def verify(request: Request, checkpoint: Path) -> Verified:
+    """Compare every tensor. Raises ConversionError with the first differences and their likely cause, CheckpointError for a damaged checkpoint."""
+    source, opened = open_source(request), open_checkpoint(checkpoint)
+    verify_files(opened.path, contents=True)
+    if not source.has_projector:
+        raise ConversionError(f"{request.directory}: missing tensor: has no projector, so there is nothing to compare the checkpoint's with")
+    _check_models(source, opened)
+    theirs = our_tensors(source, seed=0)
+    different, digests, rounded = [], {}, 0
+    for row in source.rows:
+        expected, found = theirs[row.ours].read(), opened.weights[row.ours].read()
+        digests[row.ours] = (row.shape, found.dtype, digest_of(found))
+        rounded += expected.dtype != found.dtype
+        expected, found = _rounded_alike(expected, found)
+        if not _same_bits(expected, found):
+            different.append(_difference(row, expected, found))
+    unused = list(_unused_differences(source, opened))
+    if different or any(unused):
+        raise ConversionError(_report(request, opened, different, [name for name in unused if name], theirs))
+    return Verified(
+        tensors=len(source.rows),
+        names=sum(len(row.theirs) for row in source.rows),
+        rounded=rounded,
+        unused=len(unused),
+        weights=component_digests(digests),
+    )
+
+
+def _rounded_alike(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the dtype of the one that has fewer bits."""
+    dtype = one.dtype if one.dtype.itemsize <= other.dtype.itemsize else other.dtype
+    return one.to(dtype), other.to(dtype)
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # As integers, so that NaN equals itself and 0 is not -0.
+    whole = {2: torch.int16, 4: torch.int32}[one.dtype.itemsize]
+    return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+
+
+def _difference(row: Row, theirs: torch.Tensor, ours: torch.Tensor) -> Difference:
+    different = theirs != ours
+    different |= theirs.signbit() != ours.signbit()
+    where = tuple(int(i) for i in torch.nonzero(different)[0]) if different.any() else (0,) * theirs.dim()
+    largest = float((theirs.float() - ours.float()).abs().max())
+    size = torch.maximum(theirs.abs(), ours.abs()).float()
+    is_small = bool(((theirs.float() - ours.float()).abs() <= BF16_STEP * size).all())
+    return Difference(row, where, (float(theirs[where]), float(ours[where])), int(different.sum()), largest, is_small)
+
+
+def _unused_differences(source: Source, opened: Opened) -> Iterator[str]:
+    """For each tensor that both carry: its name when it differs, otherwise nothing."""
+    for name, tensor in source.unused().items():
+        own = opened.unused.get(f"vision.{name}")
+        if own is not None:
+            same = own.shape == tensor.shape and _same_bits(*_rounded_alike(own.read(), tensor.read()))
+            yield "" if same else name
+
+
+def _check_models(source: Source, opened: Opened) -> None:
+    found = differences(source.model, opened.config.model)
+    if found:
+        listed = "; ".join(f"{key} {theirs!r} there, {ours!r} in the checkpoint" for key, theirs, ours in found)
+        raise ConversionError(f"{opened.path}: is of another model: {listed}")
+
+
+def _report(request: Request, opened: Opened, different: list[Difference], unused: list[str], theirs: dict[str, LazyTensor]) -> str:
+    lines = [f"{opened.path} and {request.directory} differ in {len(different)} tensors:"]
+    lines += [f"  {difference}" for difference in different[:SHOWN]]
+    if len(different) > SHOWN:
+        lines.append(f"  and {len(different) - SHOWN} more")
+    lines += [f"  {name} (not computed, carried for exports) differs" for name in unused[:SHOWN]]
+    if different:
+        lines.append(f"likely cause: {_cause(different, theirs, opened)}")
+    return "\n".join(lines)
+
+
+def _cause(different: list[Difference], theirs: dict[str, LazyTensor], opened: Opened) -> str:
+    names = [difference.row.ours for difference in different]
+    if "vision.class_embedding" in names and not opened.weights["vision.class_embedding"].read().any():
+        return "a missing class token: vision.class_embedding is all zeros in the checkpoint"
+    if set(names) <= {"language.embedding.weight", "language.head.weight"}:
+        return "vocabulary padding: only embedding and head differ, so rows were cut, added or overwritten"
+    components = {name.partition(".")[0] for name in names}
+    first = different[0]
+    expected, found = theirs[first.row.ours].read(), opened.weights[first.row.ours].read()
+    for cause, change in _changes(first.row):
+        if torch.equal(change(expected.float()), found.float()):
+            return cause
+    if all(difference.is_small for difference in different):
+        return "rounding: one side went through a coarser dtype"
+    if components == {"vision"}:
+        total = sum(name.startswith("vision.") for name in theirs)
+        return f"the wrong tower: {len(names)} of its {total} tensors differ and nothing else does"
+    if components == {"projector"}:
+        return "another projector: nothing else differs"
+    return "other weights: one side was trained further, or comes from another model"
+
+
+def _changes(row: Row) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    """Mistakes that converters make, as functions of the right tensor."""
+    transform = row.transform
+    if isinstance(transform, InterleaveHeads):
+
+        def permuted(tensor: torch.Tensor) -> torch.Tensor:
+            query, key, value = transform.to_theirs(tensor)
+            return transform.to_ours([_rope_permuted(query, transform.head_dim), _rope_permuted(key, transform.head_dim), value])
+
+        def returned(tensor: torch.Tensor) -> torch.Tensor:
+            query, key, value = transform.to_theirs(tensor)
+            return transform.to_ours([_rope_returned(query, transform.head_dim), _rope_returned(key, transform.head_dim), value])
+
+        cause = "rope permutation: queries and keys are in the other order of rotary pairs (Meta's interleaved against Hugging Face's halves)"
+        yield cause, permuted
+        yield cause, returned
+        yield "query, key and value stand one after the other instead of by head", lambda tensor: torch.cat(transform.to_theirs(tensor))
+    elif isinstance(transform, Stack):
+        yield "gate and up are swapped", lambda tensor: torch.cat(transform.to_theirs(tensor)[::-1])
+    if len(row.shape) == 2 and row.shape[0] == row.shape[1]:
+        yield "the matrix is transposed", lambda tensor: tensor.t()
+
+
+def _rope_permuted(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _rope_returned(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -1,0 +1,164 @@
+"""Whether transformers computes from an exported model what we compute from its checkpoint: ids, pixels, logits, greedy answers. One process.
+
+The only door to transformers in the package. The export is loaded as a user would: through the Auto classes, offline, from its directory alone.
+L positions of a prompt with its image slots, V tokens of our vocabulary.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_share4v.data.decode_pil import open_rgb
+from megatron_share4v.data.image import normalise
+from megatron_share4v.data.prompt import Prompt, make_prompt
+from megatron_share4v.data.quickstart_scenes import draw_scene, make_scene
+from megatron_share4v.data.sample import Batch, Turn
+from megatron_share4v.errors import ConversionError, OpsError
+from megatron_share4v.infer.session import Question, Session
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.mcore.optimizer import unwrap
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER
+
+TOKENS = 16
+LOGIT_TOLERANCE = 1e-4
+"""fp32, absolute: sums in another order through a few dozen layers."""
+_QUESTIONS = ("Describe this image in detail.", "What is this?\nAnswer  in one word.", "What colour is the object on the left?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What was found equal over all questions."""
+
+    questions: int
+    ids_equal: bool
+    pixels_equal: bool
+    greedy_equal: bool
+    max_logit_diff: float
+    """Largest absolute difference over all positions and the V tokens of our vocabulary."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the export is the checkpoint's model."""
+        return self.ids_equal and self.pixels_equal and self.greedy_equal and self.max_logit_diff <= LOGIT_TOLERANCE
+
+    def __str__(self) -> str:
+        equal = {True: "equal", False: "DIFFERENT"}
+        return (
+            f"transformers against ours, fp32, {self.questions} questions: ids {equal[self.ids_equal]}, pixels {equal[self.pixels_equal]}, "
+            f"greedy answers {equal[self.greedy_equal]}, largest difference of a logit {self.max_logit_diff:.3g} (accepted: {LOGIT_TOLERANCE})"
+        )
+
+
+def compare_alone(checkpoint: Path, export: Path, *, questions: Sequence[Question]) -> Agreement:
+    """`compare` in a world of this process alone."""
+    device = Device("cpu")
+    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+        return compare(checkpoint, export, questions=questions, mesh=mesh)
+
+
+def compare(checkpoint: Path, export: Path, *, questions: Sequence[Question], mesh: Mesh, max_new_tokens: int = TOKENS) -> Agreement:
+    """Ask both models the same, in fp32 from the weights as stored. `mesh` has one rank.
+
+    Raises ConversionError when transformers finds a missing, unexpected or mismatched tensor in `export`.
+    """
+    assert mesh.layout.world_size == 1, mesh.layout
+    session = Session.open(checkpoint, mesh=mesh, dtype="fp32")
+    processor, model = _load(export)
+    patches = session.config.model.vision.num_patches
+    ids_equal = pixels_equal = greedy_equal = True
+    largest = 0.0
+    for question in questions:
+        prompt = make_prompt(session.encoder, question.turns, image=question.image, tokens_per_image=patches, name=question.name)
+        inputs = _inputs(processor, question)
+        ids_equal &= torch.equal(inputs["input_ids"][0], _their_ids(prompt, model))
+        if question.image is not None:
+            pixels_equal &= torch.equal(inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32))
+        largest = max(largest, logit_difference(session, model, prompt))
+        greedy_equal &= _greedy(model, session, inputs, max_new_tokens) == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
+    return Agreement(
+        questions=len(questions), ids_equal=ids_equal, pixels_equal=pixels_equal, greedy_equal=greedy_equal, max_logit_diff=largest
+    )
+
+
+def generated_questions() -> list[Question]:
+    """Drawn pictures, wide, high and square, and a question without one."""
+    result = []
+    for number, text in enumerate(_QUESTIONS):
+        picture = draw_scene(make_scene(0, "held_out", number), 96).crop((0, 0, 96 - 20 * (number == 1), 96 - 20 * (number == 2)))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        turn = Turn("human", f"{IMAGE_PLACEHOLDER}\n{text}")
+        result.append(Question(turns=(turn,), image=buffer.getvalue(), name=f"generated {number}"))
+    rounds = (Turn("human", "Who are you?"), Turn("gpt", "An assistant."), Turn("human", "What can you do?"))
+    return [*result, Question(turns=rounds, image=None, name="generated, text only")]
+
+
+def _load(export: Path) -> tuple[Any, Any]:
+    try:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+    except ImportError as error:
+        raise OpsError(f"transformers is needed to compare logits and is not installed ({error}); install transformers 4.57 or later") from error
+    try:
+        processor = AutoProcessor.from_pretrained(str(export), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{export}: transformers cannot load its processor ({error}); logits are compared with an export of ours") from error
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        str(export), local_files_only=True, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            raise ConversionError(f"{export}: transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])[:5]))}")
+    return processor, model.eval()
+
+
+def _inputs(processor: Any, question: Question) -> dict[str, torch.Tensor]:
+    """What the export's own processor and chat template make of the conversation."""
+    messages = []
+    for turn in question.turns:
+        text = turn.text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        if text != turn.text:
+            assert question.image is not None, question.name
+            parts.insert(0, {"type": "image", "image": open_rgb(question.image)})
+        messages.append({"role": "user" if turn.role == "human" else "assistant", "content": parts})
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+
+
+@torch.no_grad()
+def logit_difference(session: Session, model: Any, prompt: Prompt) -> float:
+    """Largest absolute difference over all L positions and V tokens between ours and transformers' `model`, from the same ids and pixels.
+
+    Infinite when one of them is not a number.
+    """
+    vocabulary = session.config.model.language.vocab_size
+    rows = torch.arange(prompt.token_ids.numel())
+    given = {"token_ids": prompt.token_ids.unsqueeze(0), "image_slots": prompt.image_slots, "pixels": prompt.pixels, "target_rows": rows}
+    batch = Batch(**{**{field.name: None for field in fields(Batch)}, **given})
+    ours = unwrap(session.chunks[0]).query(batch)[:, :vocabulary]
+    images = {"pixel_values": normalise(prompt.pixels, dtype=torch.float32)} if prompt.pixels.size(0) else {}
+    theirs = model(input_ids=_their_ids(prompt, model).unsqueeze(0), **images).logits[0, :, :vocabulary]
+    difference = float((ours - theirs).abs().max())
+    return math.inf if math.isnan(difference) else difference
+
+
+def _their_ids(prompt: Prompt, model: Any) -> torch.Tensor:
+    """Our ids with their image token at the slots."""
+    return prompt.token_ids.index_fill(0, prompt.image_slots, model.config.image_token_id)
+
+
+@torch.no_grad()
+def _greedy(model: Any, session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
+    """The new ids up to and without </s>."""
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :].tolist()
+    end = session.encoder.tokenizer.eos_id
+    return output[: output.index(end)] if end in output else output

@@ -1,0 +1,135 @@
+"""What a sentencepiece `tokenizer.model` file contains, as a record: its pieces, and how it was trained to cut text.
+
+Reads the file's protobuf fields itself: sentencepiece's own message classes need protobuf and clash with the copy that transformers registers.
+Tokenising is tokenizer.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from megatron_share4v.text.tokenizer import Tokenizer
+
+
+class PieceKind(IntEnum):
+    """ModelProto.SentencePiece.Type."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class ModelType(IntEnum):
+    """TrainerSpec.ModelType."""
+
+    UNIGRAM = 1
+    BPE = 2
+    WORD = 3
+    CHAR = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; of the merges that a text allows, BPE does that with the highest score first."""
+
+    text: str
+    score: float
+    kind: PieceKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceModel:
+    """pieces: by id. The rest as in TrainerSpec and NormalizerSpec, where absent fields have the values here."""
+
+    pieces: tuple[Piece, ...]
+    bos_id: int
+    eos_id: int
+    unk_id: int
+    model_type: ModelType = ModelType.UNIGRAM
+    byte_fallback: bool = False
+    treat_whitespace_as_suffix: bool = False
+    precompiled_charsmap: bytes = b""
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
+    escape_whitespaces: bool = True
+
+    @property
+    def bos(self) -> str:
+        """The piece that opens every text."""
+        return self.pieces[self.bos_id].text
+
+    @property
+    def eos(self) -> str:
+        """The piece that ends an answer."""
+        return self.pieces[self.eos_id].text
+
+    @property
+    def unk(self) -> str:
+        """The piece for what cannot be written."""
+        return self.pieces[self.unk_id].text
+
+
+# Field numbers of sentencepiece_model.proto.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_TRAINER_FIELDS = {3: ("model_type", ModelType), 24: ("treat_whitespace_as_suffix", bool), 35: ("byte_fallback", bool)}
+_NORMALIZER_FIELDS = {
+    2: ("precompiled_charsmap", bytes), 3: ("add_dummy_prefix", bool), 4: ("remove_extra_whitespaces", bool), 5: ("escape_whitespaces", bool)
+}  # fmt: skip
+
+
+def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel:
+    """Raises DataError, as Tokenizer does, when the file is missing or is no usable model."""
+    tokenizer = Tokenizer(path)
+    pieces: list[Piece] = []
+    settings: dict[str, object] = {}
+    for number, value in _fields(Path(path).read_bytes()):
+        if number == _PIECES:
+            pieces.append(_piece(value))
+        elif number in (_TRAINER, _NORMALIZER):
+            known = _TRAINER_FIELDS if number == _TRAINER else _NORMALIZER_FIELDS
+            for inner, content in _fields(value):
+                if inner in known:
+                    name, kind = known[inner]
+                    settings[name] = kind(content)
+    assert len(pieces) == tokenizer.vocab_size, f"read {len(pieces)} pieces of {tokenizer.vocab_size} from {path}"
+    return SentencePieceModel(pieces=tuple(pieces), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, unk_id=tokenizer.pad_id, **settings)
+
+
+def _piece(message: bytes) -> Piece:
+    fields = dict(_fields(message))
+    [score] = struct.unpack("<f", fields.get(2, bytes(4)))
+    return Piece(text=fields[1].decode("utf-8"), score=score, kind=PieceKind(fields.get(3, PieceKind.NORMAL)))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message in file order: an int for varints, bytes for everything else."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, at = _varint(message, at)
+        else:
+            assert wire_type in (1, 2, 5), f"wire type {wire_type} at byte {at}"
+            size, at = _varint(message, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+            value, at = message[at : at + size], at + size
+        yield key >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """The number that starts at byte `at`, and the byte after it."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at

@@ -1,0 +1,161 @@
+"""Writing in parts: what was ended goes on, nothing half-written has the target's name, and memory holds one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import read_weights, write_llava_hf
+from safetensors import safe_open
+
+from megatron_share4v.checkpoint import exporter, importer
+from megatron_share4v.checkpoint.exporter import export_model
+from megatron_share4v.checkpoint.hf_source import Request
+from megatron_share4v.checkpoint.hf_write import model_parts, write_index
+from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.lazy import LazyTensor
+from megatron_share4v.checkpoint.manifest import read_manifest, verify
+from megatron_share4v.checkpoint.parts import Part, write_parts, writing
+from megatron_share4v.errors import ConversionError
+
+
+class Ended(Exception):
+    """Stands for a signal."""
+
+
+def part(name: str, content: bytes, log: list[str]) -> Part:
+    def write(file, progress) -> dict:
+        log.append(name)
+        if content == b"end":
+            raise Ended
+        file.write(content)
+        progress(len(content))
+        return {"length": len(content)}
+
+    return Part(name, len(content), write)
+
+
+def test_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
+    target, log = tmp_path / "target", []
+    with pytest.raises(Ended), writing(target, fingerprint="a") as place:
+        write_parts(place, [part("one", b"1", log), part("two", b"22", log), part("three", b"end", log)], title="test")
+    assert not target.exists()
+    with open(tmp_path / ".target.journal", "a") as journal:
+        journal.write('{"name": "three", "size"')  # of a process that was killed while it wrote this
+    log.clear()
+    with writing(target, fingerprint="a") as place:
+        written = write_parts(place, [part("one", b"1", log), part("two", b"22", log), part("three", b"333", log)], title="test")
+    assert log == ["three"] and written["two"].note == {"length": 2}
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == {"one": b"1", "two": b"22", "three": b"333"}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_begins_anew_when_something_else_is_asked_for(tmp_path: Path) -> None:
+    target, log = tmp_path / "target", []
+    with pytest.raises(Ended), writing(target, fingerprint="a") as place:
+        write_parts(place, [part("one", b"1", log), part("two", b"end", log)], title="test")
+    with writing(target, fingerprint="b") as place:
+        assert not list(place.directory.iterdir())
+        write_parts(place, [part("two", b"2", log)], title="test")
+    assert [path.name for path in target.iterdir()] == ["two"]
+
+
+def test_a_part_that_lost_bytes_is_written_again(tmp_path: Path) -> None:
+    target, log = tmp_path / "target", []
+    with pytest.raises(Ended), writing(target, fingerprint="a") as place:
+        write_parts(place, [part("one", b"11", log), part("two", b"end", log)], title="test")
+    (tmp_path / ".target.converting" / "one").write_bytes(b"1")
+    log.clear()
+    with writing(target, fingerprint="a") as place:
+        write_parts(place, [part("one", b"11", log)], title="test")
+    assert log == ["one"]
+
+
+def test_two_writers_and_an_existing_target(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with writing(target, fingerprint="a"):
+        with pytest.raises(ConversionError, match="written by another process"), writing(target, fingerprint="a"):
+            pass
+    with pytest.raises(ConversionError, match="is there already"), writing(target, fingerprint="a"):
+        pass
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    huge = Part("huge", 10**18, lambda file, progress: {})
+    with pytest.raises(ConversionError, match=r"GB are free"), writing(tmp_path / "target", fingerprint="a") as place:
+        write_parts(place, [huge], title="test")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from megatron_share4v.checkpoint import importer, exporter, hf_write, parts
+from megatron_share4v.checkpoint.hf_source import Request
+importer.FILE_BYTES = 100_000
+count, write = 0, parts._write
+def dies(*arguments):
+    global count
+    count += 1
+    if count == 4:
+        os.kill(os.getpid(), 9)
+    return write(*arguments)
+parts._write = dies
+source, target = map(Path, sys.argv[2:])
+if sys.argv[1] == "import":
+    importer.import_model(Request(directory=source), target, options=importer.ImportOptions())
+else:
+    exporter.export_model(source, target, layout="llava-hf", shard_bytes=100_000)
+"""
+
+
+def killed(what: str, source: Path, target: Path, repository: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", KILLED, what, str(source), str(target)], env=environment, capture_output=True, text=True)
+    assert result.returncode == -9, result.stderr
+    assert not target.exists()
+
+
+def test_killed_conversions_go_on(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
+    monkeypatch.setattr(importer, "FILE_BYTES", 100_000)
+    killed("import", source, ours, repository)
+    with caplog.at_level("INFO", logger="megatron_share4v"):
+        manifest = import_model(Request(directory=source), ours, options=ImportOptions())
+        assert "goes on with 3 of" in caplog.text
+        caplog.clear()
+        killed("export", ours, back, repository)
+        export_model(ours, back, layout="llava-hf", shard_bytes=100_000)
+        assert "goes on with 3 of" in caplog.text
+    verify(ours, contents=True)
+    monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
+    assert import_model(Request(directory=source), tmp_path / "at_once", options=ImportOptions()).weights == manifest.weights
+    before, after = read_weights(source), read_weights(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert read_manifest(ours).source == "llava-hf: hf"
+
+
+def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.zeros(0, 4), "c": torch.tensor(2.0), "d": torch.randn(7).bfloat16(), "e": torch.randn(2, 2).half()}
+    lazy = {name: LazyTensor(tuple(tensor.shape), tensor.dtype, "", lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+    with writing(tmp_path / "target", fingerprint="a") as place:
+        write_parts(place, model_parts(lazy, max_bytes=60), title="test")
+        write_index(place.directory, lazy, max_bytes=60)
+    index = json.loads((tmp_path / "target" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) and list(index["weight_map"]) == list(tensors)
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "target" / file, framework="pt") as opened:
+            assert torch.equal(opened.get_tensor(name), tensors[name]) and opened.metadata() == {"format": "pt"}
+
+
+def test_the_modes_of_files_let_others_read(tmp_path: Path) -> None:
+    import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "back" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert exporter.SHARD_BYTES == 5_000_000_000

@@ -1,0 +1,134 @@
+"""Checkpoints to and from Hugging Face layouts, compared, looked into, averaged and pruned.
+
+import   --from DIR --to CKPT        llava-hf, ShareGPT4V/LLaVA, or parts (--tower, --projector, --base); --from may be a LoRA adapter or a delta
+export   --from CKPT --to DIR --layout llava-hf|share4v
+verify   --hf DIR --checkpoint CKPT  names and bits of every tensor, and with --logits what both models compute
+inspect  CKPT                        tensors, hashes, configuration, position in the data
+average  --from CKPT ... --to CKPT   mean of the weights; of one checkpoint: its weights alone
+prune    DIR --keep-last N           remove old checkpoints of a run
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_share4v.errors import ConversionError, reported
+from megatron_share4v.log import configure
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def main() -> None:
+    arguments = parse()
+    configure(rank=0)
+    with reported():
+        arguments.run(arguments)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    importing = add(commands, "import", import_)
+    importing.add_argument("--from", dest="source", type=Path, required=True, help="directory of a model, a LoRA adapter, or delta weights")
+    importing.add_argument("--to", type=Path, required=True, help="the checkpoint to make")
+    importing.add_argument("--dtype", choices=DTYPES, help="round all weights to this (default: each as it is)")
+    importing.add_argument("--template", default="vicuna_v1", help="conversation template that the checkpoint's configuration gets")
+    importing.add_argument("--seed", type=int, default=42, help="of a projector that no part brings")
+    add_source_options(importing)
+    exporting = add(commands, "export", export)
+    exporting.add_argument("--from", dest="source", type=Path, required=True, help="a checkpoint, or a run directory: its newest")
+    exporting.add_argument("--to", type=Path, required=True, help="the directory to make")
+    exporting.add_argument("--layout", choices=("llava-hf", "share4v"), required=True)
+    exporting.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    exporting.add_argument("--shard-gb", type=float, default=5.0, help="largest file")
+    verifying = add(commands, "verify", verify)
+    verifying.add_argument("--hf", dest="source", type=Path, required=True)
+    verifying.add_argument("--checkpoint", type=Path, required=True)
+    verifying.add_argument("--logits", action="store_true", help="run both models on generated images and prompts (llava-hf; needs transformers)")
+    add_source_options(verifying)
+    inspecting = add(commands, "inspect", inspect)
+    inspecting.add_argument("checkpoint", type=Path)
+    inspecting.add_argument("--hashes", action="store_true", help="hash the components even if that means to read all weights")
+    inspecting.add_argument("--every-layer", action="store_true")
+    averaging = add(commands, "average", average)
+    averaging.add_argument("--from", dest="sources", type=Path, nargs="+", required=True)
+    averaging.add_argument("--to", type=Path, required=True)
+    pruning = add(commands, "prune", prune)
+    pruning.add_argument("directory", type=Path, help="a run directory, or its checkpoints/; no process may be training in it")
+    pruning.add_argument("--keep-last", type=int, required=True)
+    pruning.add_argument("--keep-every-steps", type=int, default=0)
+    return parser.parse_args()
+
+
+def add(commands, name: str, run) -> argparse.ArgumentParser:
+    command = commands.add_parser(name)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_source_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", type=Path, help="the model that the LoRA adapter, delta or projector belongs to")
+    command.add_argument("--delta", action="store_true", help="the directory holds delta weights")
+    command.add_argument("--tower", type=Path, help="directory of the CLIP tower, when it is neither inside nor beside the model")
+    command.add_argument("--projector", type=Path, help="mm_projector.bin")
+    command.add_argument("--tokenizer", type=Path, help="tokenizer.model, when it is not beside the weights")
+    command.add_argument("--any-tower", action="store_true", help="take a tower other than the one that the model names")
+
+
+def request_of(arguments: argparse.Namespace):
+    from megatron_share4v.checkpoint.hf_source import Request
+
+    options = ("base", "delta", "tower", "projector", "tokenizer", "any_tower")
+    return Request(directory=arguments.source, **{name: getattr(arguments, name) for name in options})
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+
+    options = ImportOptions(dtype=arguments.dtype, template=arguments.template, seed=arguments.seed)
+    import_model(request_of(arguments), arguments.to, options=options)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.exporter import export_model
+
+    shard_bytes = int(arguments.shard_gb * 1e9)
+    export_model(arguments.source, arguments.to, layout=arguments.layout, dtype=arguments.dtype, shard_bytes=shard_bytes)
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.verify import verify as compare
+
+    print(compare(request_of(arguments), arguments.checkpoint))
+    if arguments.logits:
+        from megatron_share4v.evaluate.agreement import compare_alone, generated_questions
+
+        found = compare_alone(arguments.checkpoint, arguments.source, questions=generated_questions())
+        if not found.holds:
+            raise ConversionError(f"{arguments.source}: {found}")
+        print(found)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.inspect import describe
+
+    for line in describe(arguments.checkpoint, hashes=arguments.hashes, every_layer=arguments.every_layer):
+        print(line)
+
+
+def average(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.average import average as average_
+
+    average_(arguments.sources, arguments.to)
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.keep import prune as prune_
+
+    for path in prune_(arguments.directory, keep_last=arguments.keep_last, keep_every_steps=arguments.keep_every_steps):
+        print(f"removed {path}")
+
+
+if __name__ == "__main__":
+    main()
