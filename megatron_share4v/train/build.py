@@ -190,7 +190,7 @@ def _announce(config: RunConfig, mesh: Mesh, chunks: list) -> None:
     """Every choice that was made, once."""
     logger = get_logger()
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
-    logger.info("precision: %s; attention: torch scaled_dot_product_attention; optimizer: AdamW (torch)", config.precision.dtype)
+    logger.info("precision: %s; attention: torch scaled_dot_product_attention; optimizer: AdamW (torch, fused)", config.precision.dtype)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):
         logger.info(line)

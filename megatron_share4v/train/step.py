@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, set_learning_rate
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, clip_gradients, set_learning_rate
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, divisor
 from megatron_share4v.train.feed import StepData
@@ -57,7 +57,7 @@ def train_step(
     skipped = not (math.isfinite(loss) and math.isfinite(norm))
     if not skipped:
         if clip_grad_norm > 0:
-            optimizer.clip_grad_norm(clip_grad_norm)
+            clip_gradients(optimizer, max_norm=clip_grad_norm, norm=norm)
         optimizer.step_with_ready_grads()
     return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, skipped=skipped)
 
