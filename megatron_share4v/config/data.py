@@ -52,8 +52,9 @@ class DataConfig:
     """Loader processes on each rank that reads; 0: read in the training process."""
     prefetch: PositiveInt = 2
     """Micro-batches that each worker keeps ready."""
-    worker_timeout_s: PositiveInt = 300
-    """A loader process that gives nothing for so long is named, ended and started again at the same place."""
+    worker_timeout_s: PositiveInt = 120
+    """A loader process that gives nothing for so long is named, ended and started again at the same place; after a second time its micro-batch is
+    left out. Meanwhile the other ranks wait, so parallel.timeout_s must be longer than that."""
     image_backend: Literal["pil", "torch_u8", "dali"] = "pil"
     """`pil`: the reference, bit-equal to CLIP's image processor. `torch_u8`: 2 of 255 away at most, faster. `dali`: NVIDIA DALI, on the GPU
     where there is one (extra [dali]). Any but pil is measured against it on some images at start."""

@@ -11,6 +11,9 @@ from megatron_share4v.config.base import Bool, Conflict, Fraction, Int, NonNegat
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig
 
+RESTART_S = 60
+"""Accepted for starting a loader process again, twice."""
+
 
 @config
 class RunSection:
@@ -170,6 +173,13 @@ class RunConfig:
         if pack_length and self.parallel.sequence and pack_length % tensor:
             message = f"data.pack_length {pack_length} is not divisible by parallel.tensor {tensor}, as parallel.sequence needs"
             yield Conflict(message, ("data.pack_length", "parallel.tensor"))
+        hung, timeout_s = 2 * self.data.worker_timeout_s + RESTART_S, self.parallel.timeout_s
+        if self.data.num_workers and hung > timeout_s:
+            yield Conflict(
+                f"parallel.timeout_s {timeout_s} ends the job before a loader process that hangs twice is given up, after 2 x data.worker_timeout_s + "
+                f"{RESTART_S} = {hung} s",
+                ("parallel.timeout_s", "data.worker_timeout_s"),
+            )
         longest, limit = self.data.max_text_length + self.model.vision.num_patches - 1, self.model.language.max_position_embeddings
         if longest > limit:
             yield Conflict(

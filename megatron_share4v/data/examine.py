@@ -128,7 +128,7 @@ class Examine:
         if not n_lab:
             return Refused(NO_LABEL, f"nothing to train: no answer within the first {self.max_text_length} positions")
         words = word_count(turns)
-        identity = hashlib.blake2b("\0".join(f"{turn.role}\0{turn.text}" for turn in turns).encode("utf-8"), digest_size=8).digest()
+        identity = hashlib.blake2b("\0".join(f"{turn.role}\0{turn.text}" for turn in turns).encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return CheckedText(
             words=words if has_image else -words,
             n_tok=len(kept),

@@ -27,7 +27,7 @@ MEMBERS, PATHS = "members.npy", "paths.npy"
 PREPARED = {"dataset.json", "journal.jsonl"}  # mark a folder that prepare.py writes
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # path: hash of the path below the folder; method: one of those below; stored: bytes on disk, length: bytes of the image
-_MEMBER = np.dtype([("path", "<u8"), ("archive", "<u2"), ("method", "u1"), ("offset", "<u8"), ("stored", "<u4"), ("length", "<u4")])
+_MEMBER = np.dtype([("path", "<u8"), ("archive", "<u2"), ("method", "u1"), ("offset", "<u8"), ("stored", "<u8"), ("length", "<u8")])
 _RAW, _ZIP_STORED, _ZIP_DEFLATED, _UNREADABLE = range(4)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -127,16 +127,22 @@ def read_in_place(root: str | None, path: str | None, member: Member, *, key: st
     return data
 
 
+def find_archives(root: Path) -> list[Path]:
+    """The archives below `root`, sorted. Raises DataError for one that is compressed as a whole: its members cannot be reached one by one."""
+    paths = sorted(path for path in _files_below(root) if path.name.endswith((".tar", ".zip", *COMPRESSED)))
+    for path in paths:
+        if path.name.endswith(COMPRESSED):
+            raise DataError(f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar")
+    return paths
+
+
 def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
     """List the archives below `root` and write the table of their members into the folder `table`, both sorted: same images, same table.
 
     Raises DataError for an archive that is damaged, or compressed as a whole, so that its members cannot be reached one by one; with
     `in_place` also for one with compressed members, whose images are nowhere as they are.
     """
-    paths = sorted(path for path in _files_below(root) if path.name.endswith((".tar", ".zip", *COMPRESSED)))
-    for path in paths:
-        if path.name.endswith(COMPRESSED):
-            raise DataError(f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar")
+    paths = find_archives(root)
     archives = tuple(path.relative_to(root).as_posix() for path in paths)
     parts = []
     for number, path in enumerate(paths):

@@ -39,13 +39,16 @@ def selection(count: int, *, take: int, seed: int, epoch: int, source: int) -> n
     return np.sort(cycle[np.arange(epoch * take, (epoch + 1) * take) % count])
 
 
-def modality_length_order(words: np.ndarray, *, group_size: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+def modality_length_order(words: np.ndarray, *, group_size: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> np.ndarray:
     """LLaVA's group_by_modality_length: groups of one modality and near-equal length.
 
     words: [N], length of each sample, negative for text only, never 0. group_size is LLaVA's world size x accumulation x batch per device,
     batch_size its batch per device. Each modality is shuffled and cut into groups; a group is sorted from long to short and dealt into
     batches of near-equal total length; the groups of both modalities are shuffled, and each modality's last piece closes the epoch,
     merged and sorted by row. So all other groups hold one modality. Source: LLaVA, get_modality_length_grouped_indices.
+
+    offset: position in the stream of epochs at which this one begins. Where that is inside a group, as many of the merged samples open the epoch as
+    fill it: one group around each boundary may mix modalities, and no other. (LLaVA's epochs end with a short batch instead.)
     """
     lengths = np.abs(words.astype(np.int64))
     modalities = [(np.flatnonzero(words > 0), _IMAGES), (np.flatnonzero(words < 0), _TEXTS)]
@@ -59,8 +62,12 @@ def modality_length_order(words: np.ndarray, *, group_size: int, batch_size: int
     held_back = [(len(order) - 1) // group_size * group_size for order in orders]
     groups = np.concatenate([order[:end] for order, end in zip(orders, held_back)]).reshape(-1, group_size)
     groups = groups[_permutation(len(groups), seed=seed, epoch=epoch, stream=_GROUPS)]
-    last = np.sort(np.concatenate([order[end:] for order, end in zip(orders, held_back)]))
-    return np.concatenate([groups.reshape(-1), last])
+    last = np.concatenate([order[end:] for order, end in zip(orders, held_back)])
+    lead = -offset % group_size
+    if lead > len(last) and len(groups):
+        groups, last = groups[:-1], np.concatenate([groups[-1], last])
+    last = np.sort(last)
+    return np.concatenate([last[:lead], groups.reshape(-1), last[lead:]])
 
 
 def _deal_groups(rows: np.ndarray, lengths: np.ndarray, *, group_size: int, num_batches: int) -> np.ndarray:

@@ -239,7 +239,8 @@ class Plan:
             return visited[block_order(len(visited), block_size=size, window=window, seed=self.seed, epoch=epoch)]
         words = self._rows["words"][visited]
         group_size, batch_size = self.group_size, self.micro_batch_size
-        return visited[modality_length_order(words, group_size=group_size, batch_size=batch_size, seed=self.seed, epoch=epoch)]
+        offset = epoch * self.epoch_items
+        return visited[modality_length_order(words, group_size=group_size, batch_size=batch_size, seed=self.seed, epoch=epoch, offset=offset)]
 
     def _positions(self, entries: np.ndarray) -> np.ndarray:
         return entries["n_tok"].astype(np.int64) + entries["n_img"].astype(np.int64) * (self.tokens_per_image - 1)

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_share4v.data.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.examine import Accepted, Examine, Refused, examine_all
-from megatron_share4v.data.image_files import ImageFiles, scan_images
+from megatron_share4v.data.image_files import ImageFiles, find_archives, scan_images
 from megatron_share4v.data.index import IN_PLACE, ROW, VERSION, DatasetInfo, ShardFile, SourceCount, write_index
 from megatron_share4v.data.journal import NO_PATH, PATH_BYTES, REJECTED, Journal
 from megatron_share4v.data.shards import Member, ShardWriter
@@ -122,6 +122,8 @@ def _identity(options: PrepareOptions, annotations: Annotations, tokenizer: Toke
         "max_text_length": options.max_text_length,
         "samples_per_shard": options.samples_per_shard,
         "in_place": options.in_place,
+        # Rows that are written say which archive by its number.
+        "archives": [[str(path), path.stat().st_size] for path in find_archives(options.images)] if options.in_place else [],
         "repeat_images": options.repeat_images,
     }
 

@@ -149,6 +149,8 @@ def _element(window: _Window, path: Path, count: int) -> object:
                 raise _not_json(path, count, error.msg) from error
         except RecursionError as error:
             raise _not_json(path, count, "nested too deeply") from error
+        except ValueError as error:  # Python's limit on the digits of an integer
+            raise _not_json(path, count, str(error)) from error
         length = len(window.text) - window.start
         if length > MAX_RECORD:
             raise _not_json(path, count, f"a record longer than {MAX_RECORD} characters")

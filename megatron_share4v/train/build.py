@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.train.backend import record_backend
 from megatron_share4v.train.feed import Source
+
+DATA_CHANGES = "data_changes.jsonl"
+"""In the run directory: where a run went on with other data than its checkpoint's (checkpoint.allow_data_change)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -70,7 +75,6 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     options = read_options(config.data, device=mesh.device)
     source = open_source(config, config.data.train, order=config.data.order, options=options)
     validation = open_source(config, config.data.validation, order="sequential", options=options) if config.data.validation else None
-    record_backend(source, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype)
     _announce(config, mesh, bare)
@@ -86,9 +90,12 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     start_step = 0
     if newest is not None:
         state = load(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
-        _check_position(state, source, newest, allow_data_change=config.checkpoint.allow_data_change)
+        _check_position(
+            state, source, newest, allow_data_change=config.checkpoint.allow_data_change, directory=Path(config.run.directory) if mesh.rank == 0 else None
+        )
         start_step = state.step
         get_logger().info("resumed from %s at step %d, %d samples consumed", newest, state.step, state.consumed_samples)
+    record_backend(source, bare[0], mesh=mesh, directory=Path(config.run.directory))
     return Training(
         config=config,
         mesh=mesh,
@@ -165,14 +172,14 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
     get_logger().info("weights: from %s", start)
 
 
-def _check_position(state: RunState, source: Source, path: Path, *, allow_data_change: bool) -> None:
+def _check_position(state: RunState, source: Source, path: Path, *, allow_data_change: bool, directory: Path | None) -> None:
     """Refuse to go on with other data than the checkpoint's, or to land elsewhere in the same."""
     plan = source.plan
     changes = differences(state.data, describe_data(plan, source.encoder)) if state.data else []
     if not changes and state.plan_fingerprint != plan.fingerprint:
         changes = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
     if changes and allow_data_change:
-        get_logger().warning("checkpoint.allow_data_change: %s was trained on other data, and training goes on. %s", path, "; ".join(changes))
+        _record_change(state, changes, path, directory)
         return
     if changes:
         raise CheckpointError(
@@ -184,6 +191,18 @@ def _check_position(state: RunState, source: Source, path: Path, *, allow_data_c
             f"{path}: {state.consumed_samples} samples were consumed in {state.step} steps; train.global_batch_size {plan.global_batch_size} does not "
             "continue that. Restore the old value, or use another run.directory with checkpoint.initialize_from"
         )
+
+
+def _record_change(state: RunState, changes: Sequence[str], path: Path, directory: Path | None) -> None:
+    get_logger().warning(
+        "checkpoint.allow_data_change: %s was trained on other data, and training goes on. %s. Samples consumed are counted as if the new data had "
+        "been trained from the start",
+        path,
+        "; ".join(changes),
+    )
+    if directory is not None:
+        with open(directory / DATA_CHANGES, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.step, "checkpoint": path.name, "changes": list(changes)}) + "\n")
 
 
 def _announce(config: RunConfig, mesh: Mesh, chunks: list) -> None:

@@ -194,7 +194,7 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
     ).eval()
     with torch.no_grad():
         result = measure(
-            backend, open_decoder(backend, policy), files, policy, features=lambda pixels: tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+            backend, open_decoder(backend, policy), files, policy, features=lambda pixels: tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].flatten(1)
         )
     assert result.images == 7 and result.max_error <= LARGEST[backend] and result.mean_error <= MEAN[backend]
     assert result.cosine > 0.999 and 0 < result.different < 0.5
@@ -209,10 +209,12 @@ def test_the_gate_refuses_what_is_too_far_off(prepared) -> None:
     passed = pass_gate("torch_u8", policy, prepared.index, device_index=None)
     assert isinstance(passed, GateResult) and passed.images == len(probe(prepared.index)) == 16
     nearest = EachAlone(lambda data, policy: np.array(Image.open(io.BytesIO(data)).convert("RGB").resize((28, 28), Image.Resampling.NEAREST)), policy)
-    with pytest.raises(OpsError, match="accepted are 2 and a mean of 0.05"):
+    with pytest.raises(OpsError, match="accepted are 2, a mean of 0.05"):
         check(measure("torch_u8", nearest, probe(prepared.index), policy))
     with pytest.raises(OpsError, match="accepted are 24"):
         check(replace(passed, backend="dali", mean_error=0.6))
+    with pytest.raises(OpsError, match="a cosine of 0.999"):
+        check(replace(passed, cosine=0.998))
 
 
 def test_libraries_are_named() -> None:

@@ -46,6 +46,19 @@ def test_groups_hold_one_modality_and_the_rest_comes_last(count: int, group_size
     assert np.array_equal(order[whole:], np.sort(order[whole:]))
 
 
+@pytest.mark.parametrize("count", [1000, 203, 331])
+def test_over_epochs_only_the_groups_at_their_boundaries_mix(count: int):
+    words, group_size = _words(count), 32
+    options = {"group_size": group_size, "batch_size": 4, "seed": 3}
+    epochs = [modality_length_order(words, epoch=epoch, offset=epoch * count, **options) for epoch in range(4)]
+    assert all(np.array_equal(np.sort(order), np.arange(count)) for order in epochs)
+    stream = np.concatenate(epochs)
+    mixed = [n for n, group in enumerate(stream[: len(stream) // group_size * group_size].reshape(-1, group_size)) if len(set(np.sign(words[group]))) > 1]
+    # An epoch holds back less than two groups of each kind, around its end.
+    near = {end * count // group_size + shift for end in range(1, 5) for shift in (-2, -1, 0)}
+    assert set(mixed) <= near and len(mixed) < 3 * 4
+
+
 def _llava_batches(group: list[int], lengths: list[int], num_batches: int) -> list[list[int]]:
     """The dealing rule in its plain form: longest first, each to the lightest batch that has room."""
     room = len(group) // num_batches

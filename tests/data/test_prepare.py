@@ -54,6 +54,14 @@ def test_everything_good_is_kept(options):
     assert [path.name for path in options.output.parent.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_half_character_in_a_text_that_is_not_trained_stops_nothing(options):
+    """`plain` throws the human's text away, so nothing tokenises it."""
+    record = json.loads(options.annotations.read_text())[0]
+    record["conversations"] = [{"from": "human", "value": "<image>\n\ud800"}, {"from": "gpt", "value": "a red circle"}]
+    options.annotations.write_text(json.dumps([record]))
+    assert prepare(dataclasses.replace(options, template="plain")).samples == 1
+
+
 def test_workers_write_the_same_bytes(options):
     prepare(options)
     prepare(dataclasses.replace(options, output=options.output.with_name("parallel"), workers=2))

@@ -96,9 +96,8 @@ def _noted(items, noted: list):
         yield item
 
 
-@pytest.fixture
-def interrupted(options, monkeypatch) -> PrepareOptions:
-    """A preparation that was broken off within its third shard."""
+def _interrupt(options: PrepareOptions, monkeypatch) -> None:
+    """Break a preparation off within its third shard."""
     write, calls = prepare_module.ShardWriter.write, []
 
     def broken(self, *arguments, **named):
@@ -111,7 +110,34 @@ def interrupted(options, monkeypatch) -> PrepareOptions:
         context.setattr(prepare_module.ShardWriter, "write", broken)
         with pytest.raises(KeyboardInterrupt):
             prepare(options)
+
+
+@pytest.fixture
+def interrupted(options, monkeypatch) -> PrepareOptions:
+    """A preparation that was broken off within its third shard."""
+    _interrupt(options, monkeypatch)
     return options
+
+
+def test_other_archives_are_not_mixed_with_those_that_were_begun_in_place(options, monkeypatch):
+    """Rows name an archive by its number, which another archive would shift."""
+    options = dataclasses.replace(options, in_place=True)
+    _pack(options.images / "coco", options.images / "coco.tar")
+    _interrupt(options, monkeypatch)
+    (options.images / "more").mkdir()
+    shutil.copy(next(options.images.glob("*.tar")), options.images / "a.tar")
+    with pytest.raises(DataError, match=r"other inputs: archives was .*a\.tar.*--restart"):
+        prepare(options)
+    (options.images / "a.tar").unlink()
+    assert prepare(options).samples == 26
+
+
+def test_what_was_begun_is_kept_when_the_annotations_break_off(options):
+    text = options.annotations.read_text()
+    options.annotations.write_text(text[: len(text) * 9 // 10])
+    with pytest.raises(DataError, match="not JSON after"):
+        prepare(options)
+    assert len(list(options.output.with_name(".out.partial").glob("shard-*.tar"))) > 1
 
 
 def test_other_inputs_are_not_mixed_with_what_was_begun(interrupted):

@@ -33,6 +33,7 @@ def test_entries_carry_file_and_position(tmp_path: Path):
         ("[1,]", "a comma before the end"),
         ("[1], []", "',' after the end of the list"),
         ("[" * 100_000, "nested too deeply"),
+        (f"[{'9' * 5000}, 1]", "after 0 records (Exceeds the limit"),
         ('{"a": 1}', "holds a JSON object"),
         ("", "holds a JSON document of nothing"),
         ("[\udcff]", "not UTF-8"),

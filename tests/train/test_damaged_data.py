@@ -145,4 +145,5 @@ def test_too_many_end_the_run_with_the_list(bench: Bench, repository: Path) -> N
     assert [line["sample"] for line in lines(directory / "quarantine.jsonl")] == [first]
     record = json.loads((directory / "image_backend.json").read_text())
     assert record["backend"] == "torch_u8" and record["gate"]["max_error"] <= 2 and record["gate"]["images"] >= 12
+    assert 0.999 < record["gate"]["cosine"] <= 1.00001
     assert "image backend torch_u8: against pil on" in done.stdout

@@ -145,3 +145,5 @@ def test_changed_data_is_refused_by_name(bench: Bench, repository: Path, undistu
     assert "checkpoint.allow_data_change" in output
     output = finish(start(bench, repository, 1, *changes, "checkpoint.allow_data_change=true"))
     assert "training goes on. order: was random, is sequential" in output and f"step {STEPS + 1}/" in output
+    [change] = lines(undisturbed / "data_changes.jsonl")
+    assert change["step"] == STEPS and change["changes"][0] == "order: was random, is sequential"
