@@ -68,6 +68,20 @@ def test_preparing(command: str, quickstart: Path) -> None:
     assert "no record rejected" in done.stdout
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "doctor" in c])
+def test_looking_at_data(command: str, quickstart: Path) -> None:
+    done = run(command, quickstart)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "positions, 41 trained" in done.stdout and "all findings, this report and the histogram are in" in done.stdout
+
+
+def test_there_and_back(quickstart: Path) -> None:
+    """In the order of the README: each goes on with what the one before has made."""
+    said = [run(command, quickstart) for command in COMMANDS if "convert" in command]
+    assert [done.returncode for done in said] == [0, 0, 0], [done.stderr for done in said]
+    assert "greedy answers equal" in said[1].stdout and "projector: sha256" in said[2].stderr
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "bench" in c])
 def test_benches_print_a_ratio(command: str, quickstart: Path) -> None:
     done = run(f"{command} --samples 1 --steps 1", quickstart)
@@ -103,5 +117,6 @@ def _page(address: str, server: subprocess.Popen) -> str:
 
 
 def test_every_command_is_run_by_one_of_these() -> None:
-    prefixes = (QUICKSTART, TESTS, "torchrun", "python tools/train.py", "python tools/prepare_data.py", "python tools/bench_", "tensorboard")
+    prefixes = (QUICKSTART, TESTS, "torchrun", "python tools/train.py", "python tools/doctor.py", "python tools/prepare_data.py", "python tools/bench_")
+    prefixes += ("python tools/convert.py", "tensorboard")
     assert [command for command in COMMANDS if not command.startswith(prefixes)] == []
