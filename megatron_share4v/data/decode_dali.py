@@ -16,8 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from megatron_share4v.data import decode_pil
-from megatron_share4v.data.decoder import Decoded, blank
-from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy
+from megatron_share4v.data.image import PAD_COLOUR, Decoded, ImagePolicy, blank
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.log import get_logger
 

@@ -7,28 +7,16 @@ N images, S the tower's input side.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from megatron_share4v.data import decode_pil, decode_torch
-from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy
+from megatron_share4v.data.image import Decoded, ImagePolicy, blank
 from megatron_share4v.errors import DataError, OpsError
 
 Backend = Literal["pil", "torch_u8", "dali"]
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """pixels: [N, S, S, 3] uint8, the mean colour where decoding failed; failures: position -> reason;
-    by_reference: positions that the backend left to Pillow (formats that it does not read).
-    """
-
-    pixels: torch.Tensor
-    failures: dict[int, str]
-    by_reference: tuple[int, ...] = ()
 
 
 class Decoder(Protocol):
@@ -54,11 +42,6 @@ class EachAlone:
             except DataError as error:
                 failures[position] = str(error)
         return Decoded(pixels, failures)
-
-
-def blank(count: int, policy: ImagePolicy) -> torch.Tensor:
-    """[count, S, S, 3] uint8 in the mean colour: what stands for an image that is not there."""
-    return torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
 
 
 def library(backend: Backend) -> str:

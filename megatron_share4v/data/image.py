@@ -1,4 +1,4 @@
-"""How an image becomes the tower's input, as numbers: CLIP's mean and deviation, sizes, padding, limits; and the last step, normalising.
+"""How an image becomes the tower's input, as numbers: CLIP's mean and deviation, sizes, padding, limits; what every decoder gives; and the last step, normalising.
 
 Decoding and resizing are in decode_pil.py, decode_torch.py and decode_dali.py, behind decoder.py. N images, S the tower's input side.
 """
@@ -54,6 +54,22 @@ def check_size(width: int, height: int) -> None:
         raise OversizedImage(f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise OversizedImage(f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave it out")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """pixels: [N, S, S, 3] uint8, the mean colour where decoding failed; failures: position -> reason;
+    by_reference: positions that the backend left to Pillow (formats that it does not read).
+    """
+
+    pixels: torch.Tensor
+    failures: dict[int, str]
+    by_reference: tuple[int, ...] = ()
+
+
+def blank(count: int, policy: ImagePolicy) -> torch.Tensor:
+    """[count, S, S, 3] uint8 in the mean colour: what stands for an image that is not there."""
+    return torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
 
 
 def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

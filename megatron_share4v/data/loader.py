@@ -13,8 +13,9 @@ import torch
 
 from megatron_share4v.data.blend import Blend, BlendStore, open_store
 from megatron_share4v.data.collate import Role, collate
-from megatron_share4v.data.decoder import Backend, Decoder, blank, open_decoder
+from megatron_share4v.data.decoder import Backend, Decoder, open_decoder
 from megatron_share4v.data.encode import Encoder
+from megatron_share4v.data.image import blank
 from megatron_share4v.data.index import Index
 from megatron_share4v.data.plan import MicroBatch, Plan
 from megatron_share4v.data.quarantine import Fault, masked, stand_in

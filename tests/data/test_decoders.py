@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_share4v.data.decoder import EachAlone, blank, library, open_decoder
+from megatron_share4v.data.decoder import EachAlone, library, open_decoder
 from megatron_share4v.data.gate import GateResult, check, measure, pass_gate, probe
-from megatron_share4v.data.image import ImagePolicy
+from megatron_share4v.data.image import ImagePolicy, blank
 from megatron_share4v.errors import OpsError
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

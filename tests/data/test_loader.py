@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_share4v.data.collate import Role
-from megatron_share4v.data.decoder import blank
+from megatron_share4v.data.image import blank
 from megatron_share4v.data.index import Index
 from megatron_share4v.data.loader import ImageShare, Loader, ReadOptions
 from megatron_share4v.data.plan import Plan
