@@ -1,0 +1,12 @@
+// The one file that knows torch: every op's schema and the code between tensors and kernels. Add an op's schema.cpp here.
+#include "common/binding.h"
+
+#include "image_merge/schema.cpp"
+#include "norm/schema.cpp"
+#include "patchify/schema.cpp"
+
+#ifdef SHARE4V_EMULATE
+#include "emulate/fibres.h"
+// Another order in which the fibres of a block run.
+extern "C" __attribute__((visibility("default"))) void share4v_emulate_seed(unsigned seed) { emulate::machine().random.seed(seed); }
+#endif

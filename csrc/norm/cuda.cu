@@ -1,0 +1,177 @@
+// Norms on the GPU: one block per row forward; backward, blocks walk over rows and keep their share of the weight's gradient in shared memory.
+// A row is read twice, the second time from the cache.
+#include "../common/device.cuh"
+
+namespace {
+
+constexpr int kForwardThreads = 512, kBackwardThreads = 512, kColumnThreads = 256;
+
+template <class T, int V, bool kLayer, bool kResidual>
+__global__ void __launch_bounds__(kForwardThreads) forward(const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ weight,
+                                                           const T* __restrict__ bias, T* sum, T* __restrict__ y, float* __restrict__ mean,
+                                                           float* __restrict__ rstd, int64_t width, float eps) {
+  const int64_t start = blockIdx.x * width;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * V;
+  float totals[2] = {0.0f, 0.0f};  // of the values, of their squares
+  for (int64_t i = threadIdx.x * V; i < width; i += step) {
+    Vector<T, V> in = load<T, V>(x + start + i);
+    if (kResidual) {
+      const Vector<T, V> other = load<T, V>(residual + start + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) in.at[k] = from_float<T>(to_float(in.at[k]) + to_float(other.at[k]));
+      store<T, V>(sum + start + i, in);
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const float value = to_float(in.at[k]);
+      totals[0] += value;
+      if (!kLayer) totals[1] += value * value;
+    }
+  }
+  // What is normalised; with a residual, each thread reads back what it wrote itself.
+  const T* const row = (kResidual ? sum : x) + start;
+  block_sum(totals);
+  const float centre = kLayer ? totals[0] / width : 0.0f;
+  if (kLayer) {
+    // A second look rather than E[x^2] - E[x]^2, which cancels.
+    float squares[1] = {0.0f};
+    for (int64_t i = threadIdx.x * V; i < width; i += step) {
+      const Vector<T, V> in = load<T, V>(row + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) squares[0] += (to_float(in.at[k]) - centre) * (to_float(in.at[k]) - centre);
+    }
+    block_sum(squares);
+    totals[1] = squares[0];
+  }
+  const float scale = rsqrtf(totals[1] / width + eps);
+  for (int64_t i = threadIdx.x * V; i < width; i += step) {
+    const Vector<T, V> in = load<T, V>(row + i), by = load<T, V>(weight + i);
+    Vector<T, V> plus, out;
+    if (kLayer) plus = load<T, V>(bias + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const float value = (to_float(in.at[k]) - centre) * scale * to_float(by.at[k]);
+      out.at[k] = from_float<T>(kLayer ? value + to_float(plus.at[k]) : value);
+    }
+    store<T, V>(y + start + i, out);
+  }
+  if (threadIdx.x == 0) {
+    rstd[blockIdx.x] = scale;
+    if (kLayer) mean[blockIdx.x] = centre;
+  }
+}
+
+template <class T, int V, bool kLayer, bool kResidual>
+__global__ void __launch_bounds__(kBackwardThreads) backward(const T* __restrict__ grad, const T* __restrict__ grad_sum, const T* __restrict__ x,
+                                                             const T* __restrict__ weight, const float* __restrict__ mean,
+                                                             const float* __restrict__ rstd, T* __restrict__ grad_x, float* __restrict__ partial,
+                                                             int64_t rows, int64_t width) {
+  // A thread meets the same columns in every row, so its sums need no barrier. Element k of vector j lies at k * vectors + j: neighbouring threads,
+  // neighbouring banks.
+  SHARE4V_DYNAMIC_SHARED(weight_part);
+  float* const bias_part = weight_part + width;
+  const int vectors = static_cast<int>(width / V);
+  for (int i = threadIdx.x; i < (kLayer ? 2 : 1) * width; i += blockDim.x) weight_part[i] = 0.0f;
+  __syncthreads();
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T *g = grad + row * width, *in = x + row * width;
+    const float scale = rstd[row], centre = kLayer ? mean[row] : 0.0f;
+    float totals[kLayer ? 2 : 1] = {};  // of gradient * weight * normal, of gradient * weight
+    for (int j = threadIdx.x; j < vectors; j += blockDim.x) {
+      const Vector<T, V> slope = load<T, V>(g + j * V), value = load<T, V>(in + j * V), by = load<T, V>(weight + j * V);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const float product = to_float(slope.at[k]) * ((to_float(value.at[k]) - centre) * scale);
+        weight_part[k * vectors + j] += product;
+        totals[0] += product * to_float(by.at[k]);
+        if (kLayer) {
+          bias_part[k * vectors + j] += to_float(slope.at[k]);
+          totals[kLayer] += to_float(slope.at[k]) * to_float(by.at[k]);
+        }
+      }
+    }
+    block_sum(totals);
+    const float along = totals[0] / width, level = kLayer ? totals[kLayer] / width : 0.0f;
+    for (int j = threadIdx.x; j < vectors; j += blockDim.x) {
+      const Vector<T, V> slope = load<T, V>(g + j * V), value = load<T, V>(in + j * V), by = load<T, V>(weight + j * V);
+      Vector<T, V> straight, out;
+      if (kResidual) straight = load<T, V>(grad_sum + row * width + j * V);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const float normal = (to_float(value.at[k]) - centre) * scale;
+        float result = scale * (to_float(slope.at[k]) * to_float(by.at[k]) - level - normal * along);
+        if (kResidual) result += to_float(straight.at[k]);
+        out.at[k] = from_float<T>(result);
+      }
+      store<T, V>(grad_x + row * width + j * V, out);
+    }
+  }
+  float* const mine = partial + blockIdx.x * (kLayer ? 2 * width : width);
+  for (int j = threadIdx.x; j < vectors; j += blockDim.x) {
+    for (int k = 0; k < V; ++k) {
+      mine[j * V + k] = weight_part[k * vectors + j];
+      if (kLayer) mine[width + j * V + k] = bias_part[k * vectors + j];
+    }
+  }
+}
+
+// Columns of `partial` [chunks, stride] added up: a warp takes 32 neighbouring columns, the warps of a block every eighth chunk.
+template <class T>
+__global__ void __launch_bounds__(kColumnThreads) add_up(const float* __restrict__ partial, T* __restrict__ to, int64_t chunks, int64_t stride,
+                                                         int64_t width) {
+  constexpr int kWarps = kColumnThreads / kWarp;
+  __shared__ float sums[kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  float total = 0.0f;
+  if (column < width) {
+    for (int64_t chunk = warp; chunk < chunks; chunk += kWarps) total += partial[chunk * stride + column];
+  }
+  sums[warp][lane] = total;
+  __syncthreads();
+  if (warp == 0 && column < width) {
+    for (int i = 1; i < kWarps; ++i) total += sums[i][lane];
+    to[column] = from_float<T>(total);
+  }
+}
+
+}  // namespace
+
+extern "C" int share4v_norm_forward_cuda(int type, const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
+                                         float* mean, float* rstd, int64_t rows, int64_t width, float eps, void* stream) {
+  if (rows == 0) return kDone;
+  return with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    return with_vector<T>(can_vectorise<T>(width, x, residual, weight, bias, sum, y), [&](auto length) {
+      constexpr int V = decltype(length)::value;
+      const auto kernel = bias ? forward<T, V, true, false> : residual ? forward<T, V, false, true> : forward<T, V, false, false>;
+      return launch(kernel, dim3(static_cast<unsigned>(rows)), dim3(threads_for(width / V, kForwardThreads)), 0, stream, static_cast<const T*>(x),
+                    static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(sum),
+                    static_cast<T*>(y), mean, rstd, width, eps);
+    });
+  });
+}
+
+extern "C" int share4v_norm_backward_cuda(int type, const void* grad, const void* grad_sum, const void* x, const void* weight, const float* mean,
+                                          const float* rstd, void* grad_x, void* grad_weight, void* grad_bias, float* partial, int64_t chunks,
+                                          int64_t rows, int64_t width, void* stream) {
+  const int64_t stride = mean ? 2 * width : width;
+  const size_t shared = sizeof(float) * static_cast<size_t>(stride);
+  if (shared > kSharedLimit) return kTooWide;
+  return with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    int status = with_vector<T>(can_vectorise<T>(width, grad, grad_sum, x, weight, grad_x), [&](auto length) {
+      constexpr int V = decltype(length)::value;
+      const auto kernel = mean ? backward<T, V, true, false> : grad_sum ? backward<T, V, false, true> : backward<T, V, false, false>;
+      return launch(kernel, dim3(static_cast<unsigned>(chunks)), dim3(threads_for(width / V, kBackwardThreads)), shared, stream,
+                    static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
+                    static_cast<T*>(grad_x), partial, rows, width);
+    });
+    const dim3 columns(static_cast<unsigned>((width + kWarp - 1) / kWarp));
+    if (!status) status = launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial, static_cast<T*>(grad_weight), chunks, stride, width);
+    if (!status && mean) {
+      status = launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial + width, static_cast<T*>(grad_bias), chunks, stride, width);
+    }
+    return status;
+  });
+}

@@ -1,0 +1,198 @@
+"""Compiles csrc/ into one library, at first use into a cache or beforehand into a file. Which implementation is used is choose.py's to decide.
+
+No torch is compiled against beyond its stable C ABI, so the library serves every torch from 2.11 on and every Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_share4v.errors import OpsError
+
+LIBRARY = "share4v_ops.so"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
+CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-Wno-deprecated-gpu-targets")
+# One object code for A100, H100/H200 and B200 each, and PTX that newer ones translate.
+ARCHITECTURES = {
+    "compute_80": "arch=compute_80,code=[sm_80,compute_80]",
+    "compute_90a": "arch=compute_90a,code=sm_90a",
+    "compute_100": "arch=compute_100,code=sm_100",
+}
+TAIL = 30  # lines of a compiler's output that an error shows
+
+
+class BuildFailed(OpsError):
+    """csrc/ did not compile; the message shows the end of the compiler's output and where all of it is."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Compilers by path; `nvcc` None: the library is C++ only."""
+
+    cxx: str
+    nvcc: str | None = None
+
+    @property
+    def what(self) -> str:
+        """What it builds."""
+        return "C++ and CUDA" if self.nvcc else "C++"
+
+    def versions(self) -> str:
+        """What the compilers say of themselves, in one text."""
+        return "\n".join(_output([tool, "--version"]) for tool in (self.cxx, self.nvcc) if tool)
+
+    def gencodes(self) -> list[str]:
+        """nvcc's options for those ARCHITECTURES that it knows."""
+        known = _output([self.nvcc, "--list-gpu-arch"]).split()
+        # The list names compute_90 alone, which comes with 90a.
+        return [word for name, code in ARCHITECTURES.items() if name.removesuffix("a") in known for word in ("-gencode", code)]
+
+
+def find_toolchain(path: str | None = None) -> Toolchain | None:
+    """The compilers on `path` (default: PATH); None without one for C++."""
+    cxx = shutil.which("g++", path=path) or shutil.which("c++", path=path)
+    return Toolchain(cxx, shutil.which("nvcc", path=path)) if cxx else None
+
+
+def sources() -> Path:
+    """csrc/: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "csrc", package / "csrc"):
+        if (folder / "binding.cpp").is_file():
+            return folder
+    raise OpsError(f"the sources of the ops are neither in {package.parent / 'csrc'} nor in {package / 'csrc'}; install the package again")
+
+
+def source_hash(csrc: Path) -> str:
+    """sha256 over names and contents of all sources."""
+    digest = hashlib.sha256()
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix in (".cpp", ".cu", ".cuh", ".h"):
+            digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def default_cache() -> Path:
+    """Where libraries are kept between runs: `megatron_share4v/ops` in the user's cache directory (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_share4v" / "ops"
+
+
+def key(toolchain: Toolchain, csrc: Path) -> str:
+    """Changes with the sources, the flags, the compilers and their versions."""
+    flags = json.dumps([CXX_FLAGS, STABLE_ABI, (CUDA_FLAGS, toolchain.gencodes()) if toolchain.nvcc else None])
+    parts = (source_hash(csrc), flags, str(toolchain), toolchain.versions())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def built(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
+    """The library of `toolchain` in the cache, built now if it is not there; of many processes at once one builds, the others wait for it.
+
+    Raises BuildFailed; also, without trying again, when this very build has failed before.
+    """
+    folder = cache / key(toolchain, csrc)
+    library, failure = folder / LIBRARY, folder / "failed.log"
+    if library.is_file():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OpsError(f"the ops cannot be built: {folder} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a writable directory") from error
+    with _locked(folder / "lock"):
+        if library.is_file():
+            return library
+        if failure.is_file():
+            raise _failed(toolchain, failure)
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            try:
+                compile_library(toolchain, csrc=csrc, work=Path(name), to=library)
+            except CompilerError as error:
+                failure.write_text(str(error), encoding="utf-8")
+                raise _failed(toolchain, failure) from error
+    return library
+
+
+class CompilerError(Exception):
+    """A command that failed, with all that it said."""
+
+
+def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -> None:
+    """Compile every source, in parallel, into `work`, link, and move the whole library to `to`. Raises CompilerError."""
+    jobs = {work / "binding.o": _cxx(toolchain, csrc / "binding.cpp", *_torch_flags(toolchain))}
+    jobs |= {work / f"{path.parent.name}_cpu.o": _cxx(toolchain, path) for path in sorted(csrc.glob("*/cpu.cpp"))}
+    if toolchain.nvcc:
+        cuda = [toolchain.nvcc, "-ccbin", toolchain.cxx, *CUDA_FLAGS, *toolchain.gencodes()]
+        jobs |= {work / f"{path.parent.name}_cuda.o": [*cuda, "-c", str(path)] for path in sorted(csrc.glob("*/cuda.cu"))}
+    # The long ones first.
+    order = sorted(jobs, key=lambda output: not output.stem.endswith(("_cuda", "binding")))
+    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda output: run([*jobs[output], "-o", str(output)]), order))
+    linked = work / LIBRARY
+    libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
+    # nvcc knows where its own run-time library is.
+    linker = [toolchain.nvcc, "-ccbin", toolchain.cxx, "-shared", "-Xcompiler=-fopenmp"] if toolchain.nvcc else [toolchain.cxx, "-shared", "-fopenmp"]
+    run([*linker, *map(str, jobs), *libraries, "-o", str(linked)])
+    os.replace(linked, to)
+
+
+def prebuild(toolchain: Toolchain, *, csrc: Path, to: Path) -> Path:
+    """Build into the directory `to`, with a note of what it was built from: for a wheel, or an image of a machine. Raises BuildFailed."""
+    to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to) as name:
+        try:
+            compile_library(toolchain, csrc=csrc, work=Path(name), to=to / LIBRARY)
+        except CompilerError as error:
+            log = to / "failed.log"
+            log.write_text(str(error), encoding="utf-8")
+            raise _failed(toolchain, log) from error
+    note = {"sources": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
+    (to / "built.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+    return to / LIBRARY
+
+
+def run(command: list[str]) -> str:
+    """Output of a command, both streams. Raises CompilerError when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        raise CompilerError(f"{' '.join(command)}\nexit code {done.returncode}\n{said}")
+    return said
+
+
+def _cxx(toolchain: Toolchain, source: Path, *flags: str) -> list[str]:
+    return [toolchain.cxx, *CXX_FLAGS, *flags, "-c", str(source)]
+
+
+def _torch_flags(toolchain: Toolchain) -> list[str]:
+    include = Path(torch.__file__).parent / "include"
+    return ["-isystem", str(include), STABLE_ABI, *(["-DSHARE4V_CUDA"] if toolchain.nvcc else [])]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        # Given up by the system when the process ends, however it ends.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _failed(toolchain: Toolchain, log: Path) -> BuildFailed:
+    tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-TAIL:])
+    return BuildFailed(f"the ops do not compile ({toolchain.what}, {toolchain.cxx}); remove {log} to try again, or set ops: reference. It ends:\n{tail}")
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -1,0 +1,125 @@
+"""The one rule that decides between native ops and their references, and loading of the library that it decides for."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_share4v.errors import OpsError
+from megatron_share4v.log import get_logger
+from megatron_share4v.ops.build import LIBRARY, BuildFailed, Toolchain, built, default_cache, find_toolchain, key, source_hash, sources
+from megatron_share4v.ops.op import Implementation
+from megatron_share4v.ops.registry import OPS
+
+Requested = Literal["auto", "native", "reference"]
+REMEDY = "install g++ (and, for GPUs, CUDA's nvcc) and start again, or bring a library built by tools/build_ops.py, or set ops: reference"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What this process uses. Hand `implementation` to the ops' functions; record `line` with the run."""
+
+    implementation: Implementation
+    reason: str
+    library: Path | None = None
+
+    @property
+    def line(self) -> str:
+        """One line for the log and the run directory."""
+        return f"fused ops: {self.implementation} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Available:
+    """Where a library can come from; the defaults are this machine's."""
+
+    toolchain: Toolchain | None = field(default_factory=find_toolchain)
+    cache: Path = field(default_factory=default_cache)
+    csrc: Path = field(default_factory=sources)
+    prebuilt: Path = Path(__file__).parent / "prebuilt"
+
+
+def choose_ops(requested: Requested, *, device: str, available: Available | None = None) -> Choice:
+    """Decide, load what is decided for, and log it. `device`: "cpu" or "cuda", where the tensors will be.
+
+    native: a prebuilt library, else one built from csrc/ by the compilers that are there; both must serve `device`. reference: plain torch.
+    auto: native where it can be had, else reference, with the reason. Raises OpsError when `native` cannot be had.
+    """
+    choice = _decide(requested, device=device, available=available or Available())
+    if choice.library is not None:
+        load(choice.library)
+    get_logger().info(choice.line)
+    return choice
+
+
+def _decide(requested: Requested, *, device: str, available: Available) -> Choice:
+    if requested == "reference":
+        return Choice("reference", "as configured")
+    try:
+        return _native(device, available)
+    except OpsError as error:
+        if requested == "native":
+            raise OpsError(f"ops: native was asked for on {device}, and there is none: {error}. {REMEDY}") from error
+        return Choice("reference", str(error))
+
+
+def _native(device: str, available: Available) -> Choice:
+    toolchain, refused = available.toolchain, []
+    note = _prebuilt_note(available)
+    if note is not None and (device == "cpu" or note["cuda"]):
+        return Choice("native", f"prebuilt, {'C++ and CUDA' if note['cuda'] else 'C++'}", available.prebuilt / LIBRARY)
+    if toolchain is None:
+        raise OpsError("no C++ compiler (g++, c++) on PATH and no prebuilt library that fits")
+    if device != "cpu" and toolchain.nvcc is None:
+        raise OpsError("no nvcc on PATH and no prebuilt library with CUDA kernels")
+    if toolchain.nvcc is not None:
+        try:
+            return Choice("native", toolchain.what, built(toolchain, cache=available.cache, csrc=available.csrc))
+        except BuildFailed as error:
+            if device != "cpu":
+                raise
+            refused.append(f"; without CUDA kernels, since {error}")
+    alone = Toolchain(toolchain.cxx)
+    return Choice("native", alone.what + "".join(refused), built(alone, cache=available.cache, csrc=available.csrc))
+
+
+def _prebuilt_note(available: Available) -> dict | None:
+    """What a prebuilt library says of itself; None when there is none or it is of other sources."""
+    path = available.prebuilt / "built.json"
+    if not path.is_file() or not (available.prebuilt / LIBRARY).is_file():
+        return None
+    note = json.loads(path.read_text(encoding="utf-8"))
+    return note if note["sources"] == source_hash(available.csrc) else None
+
+
+@functools.cache
+def load(library: Path) -> None:
+    """Load the library into this process and give its ops their fake kernels and gradients. A process has one. Raises OpsError."""
+    loaded = {Path(path).resolve() for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY}
+    if loaded - {library.resolve()}:
+        raise OpsError(f"this process has the ops of {loaded.pop()} and cannot load those of {library} too")
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise OpsError(f"the ops in {library} cannot be loaded ({error}); remove that file to build them again, or set ops: reference") from error
+    for register in {op.register: None for op in OPS}:
+        register()
+
+
+def status(available: Available | None = None) -> str:
+    """What there is on this machine, in lines: compilers, sources, prebuilt library, cached library or failed build."""
+    available = available or Available()
+    toolchain = available.toolchain
+    lines = [f"ops: {', '.join(op.name for op in OPS)}", f"sources: {available.csrc} ({source_hash(available.csrc)[:12]})"]
+    lines.append(f"prebuilt: {available.prebuilt if _prebuilt_note(available) else 'none that fits'}")
+    if toolchain is None:
+        return "\n".join([*lines, "compilers: none"])
+    lines.append(f"compilers: {toolchain.cxx}, {toolchain.nvcc or 'no nvcc'}")
+    folder = available.cache / key(toolchain, available.csrc)
+    found = next((state for name, state in ((LIBRARY, "built"), ("failed.log", "failed, see failed.log")) if (folder / name).is_file()), "not built yet")
+    return "\n".join([*lines, f"cache: {folder} ({found})"])

@@ -1,0 +1,7 @@
+"""All ops, in one tuple: what tests, benchmarks and loading walk over."""
+
+from __future__ import annotations
+
+from megatron_share4v.ops import image_merge, norm, patchify
+
+OPS = (*norm.OPS, *image_merge.OPS, *patchify.OPS)
