@@ -101,8 +101,10 @@ extern "C" int share4v_norm_backward_cpu(int type, const void* grad, const void*
                                          int64_t rows, int64_t width, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const auto rows_of = mean ? backward_rows<T, true, false> : grad_sum ? backward_rows<T, false, true> : backward_rows<T, false, false>;
-    const int64_t stride = mean ? 2 * width : width;
+    // Not by `mean`, which is null as well where there are no rows.
+    const bool layer = grad_bias != nullptr;
+    const auto rows_of = layer ? backward_rows<T, true, false> : grad_sum ? backward_rows<T, false, true> : backward_rows<T, false, false>;
+    const int64_t stride = layer ? 2 * width : width;
     parallel_rows(chunks, rows / chunks * width, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         rows_of(static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
@@ -110,7 +112,7 @@ extern "C" int share4v_norm_backward_cpu(int type, const void* grad, const void*
       }
     });
     add_up(partial, static_cast<T*>(grad_weight), chunks, stride, 0, width);
-    if (mean) add_up(partial + width, static_cast<T*>(grad_bias), chunks, stride, 0, width);
+    if (layer) add_up(partial + width, static_cast<T*>(grad_bias), chunks, stride, 0, width);
     return static_cast<int>(kDone);
   });
 }

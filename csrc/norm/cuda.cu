@@ -155,21 +155,23 @@ extern "C" int share4v_norm_forward_cuda(int type, const void* x, const void* re
 extern "C" int share4v_norm_backward_cuda(int type, const void* grad, const void* grad_sum, const void* x, const void* weight, const float* mean,
                                           const float* rstd, void* grad_x, void* grad_weight, void* grad_bias, float* partial, int64_t chunks,
                                           int64_t rows, int64_t width, void* stream) {
-  const int64_t stride = mean ? 2 * width : width;
+  // Not by `mean`, which is null as well where there are no rows.
+  const bool layer = grad_bias != nullptr;
+  const int64_t stride = layer ? 2 * width : width;
   const size_t shared = sizeof(float) * static_cast<size_t>(stride);
   if (shared > kSharedLimit) return kTooWide;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     int status = with_vector<T>(can_vectorise<T>(width, grad, grad_sum, x, weight, grad_x), [&](auto length) {
       constexpr int V = decltype(length)::value;
-      const auto kernel = mean ? backward<T, V, true, false> : grad_sum ? backward<T, V, false, true> : backward<T, V, false, false>;
+      const auto kernel = layer ? backward<T, V, true, false> : grad_sum ? backward<T, V, false, true> : backward<T, V, false, false>;
       return launch(kernel, dim3(static_cast<unsigned>(chunks)), dim3(threads_for(width / V, kBackwardThreads)), shared, stream,
                     static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
                     static_cast<T*>(grad_x), partial, rows, width);
     });
     const dim3 columns(static_cast<unsigned>((width + kWarp - 1) / kWarp));
     if (!status) status = launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial, static_cast<T*>(grad_weight), chunks, stride, width);
-    if (!status && mean) {
+    if (!status && layer) {
       status = launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial + width, static_cast<T*>(grad_bias), chunks, stride, width);
     }
     return status;

@@ -3,7 +3,7 @@
 // x, residual (null: none), weight, bias (null: RMSNorm) -> sum (null without residual), y, mean (null for RMSNorm), rstd
 SHARE4V_KERNEL(share4v_norm_forward, int type, const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
                float* mean, float* rstd, int64_t rows, int64_t width, float eps);
-// grad, grad_sum (null: none), x, weight, mean (null: RMSNorm), rstd -> grad_x, grad_weight, grad_bias (null for RMSNorm);
+// grad, grad_sum (null: none), x, weight, mean (null for RMSNorm), rstd -> grad_x, grad_weight, grad_bias (null: RMSNorm);
 // partial: fp32 [chunks, width], for LayerNorm [chunks, 2, width]
 SHARE4V_KERNEL(share4v_norm_backward, int type, const void* grad, const void* grad_sum, const void* x, const void* weight, const float* mean,
                const float* rstd, void* grad_x, void* grad_weight, void* grad_bias, float* partial, int64_t chunks, int64_t rows, int64_t width);

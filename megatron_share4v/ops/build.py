@@ -25,7 +25,7 @@ from megatron_share4v.errors import OpsError
 LIBRARY = "share4v_ops.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
-CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-Wno-deprecated-gpu-targets")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Wno-deprecated-gpu-targets")
 # One object code for A100, H100/H200 and B200 each, and PTX that newer ones translate.
 ARCHITECTURES = {
     "compute_80": "arch=compute_80,code=[sm_80,compute_80]",
@@ -139,12 +139,14 @@ def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -
     # The long ones first.
     order = sorted(jobs, key=lambda output: not output.stem.endswith(("_cuda", "binding")))
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda output: run([*jobs[output], "-o", str(output)]), order))
+        said = list(pool.map(lambda output: run([*jobs[output], "-o", str(output)]), order))
     linked = work / LIBRARY
     libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
     # nvcc knows where its own run-time library is.
     linker = [toolchain.nvcc, "-ccbin", toolchain.cxx, "-shared", "-Xcompiler=-fopenmp"] if toolchain.nvcc else [toolchain.cxx, "-shared", "-fopenmp"]
     run([*linker, *map(str, jobs), *libraries, "-o", str(linked)])
+    # Warnings, and the registers and spills of every CUDA kernel.
+    to.with_name("build.log").write_text("\n".join(f"== {output.stem}\n{text}" for output, text in zip(order, said, strict=True)), encoding="utf-8")
     os.replace(linked, to)
 
 

@@ -26,10 +26,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`limit`: largest accepted difference from the reference in fp64, as a part of the largest value of that output (or gradient)."""
+    """`limit`: largest accepted difference from the reference in fp64, as a part of the largest value of that output (or gradient).
+
+    `floor`: that largest value is taken to be no smaller, for results that cancel to nothing.
+    """
 
     limit: float
     reason: str
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def patchify(pixels: torch.Tensor, *, table: torch.Tensor, patch: int, implement
     # [N, down, row, across, column, channel] -> [N, down, across, channel, row, column]
     blocks = pixels.reshape(images, height // patch, patch, width // patch, patch, 3).permute(0, 1, 3, 5, 2, 4)
     channels = torch.arange(3, device=pixels.device).mul_(256).view(3, 1, 1)
-    return table.flatten()[blocks.long() + channels].view(images, (height // patch) * (width // patch), 3 * patch * patch)
+    return table.flatten()[blocks.long() + channels].reshape(images, (height // patch) * (width // patch), 3 * patch * patch)
 
 
 def _fake(pixels: torch.Tensor, table: torch.Tensor, patch: int) -> torch.Tensor:

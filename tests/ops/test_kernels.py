@@ -1,0 +1,143 @@
+"""The CUDA kernels without a GPU: run on the host through csrc/emulate under AddressSanitizer, and compiled for every GPU within their budgets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_share4v.ops.build import LIBRARY, STABLE_ABI, Toolchain, built, default_cache, find_toolchain, sources
+from megatron_share4v.ops.registry import OPS
+
+TOOLCHAIN = find_toolchain()
+needs_cxx = pytest.mark.skipif(TOOLCHAIN is None, reason="no C++ compiler on PATH")
+needs_nvcc = pytest.mark.skipif(TOOLCHAIN is None or TOOLCHAIN.nvcc is None, reason="no nvcc on PATH")
+HOST_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fsanitize=address", "-Wall", "-Wno-unknown-pragmas", "-DSHARE4V_EMULATE")
+GPUS = {"sm_80", "sm_90a", "sm_100"}
+
+
+def sanitized() -> dict[str, str]:
+    """The environment in which a Python process can load code that was built with AddressSanitizer."""
+    runtime = subprocess.run([TOOLCHAIN.cxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library whose ops run the CUDA kernels on CPU tensors."""
+    csrc, folder = sources(), tmp_path_factory.mktemp("emulated")
+    torch_root = Path(torch.__file__).parent
+    compile_one = [TOOLCHAIN.cxx, *HOST_FLAGS, "-c", "-o"]
+    run([*compile_one, str(folder / "binding.o"), "-isystem", str(torch_root / "include"), STABLE_ABI, str(csrc / "binding.cpp")])
+    for kernel in sorted(csrc.glob("*/cuda.cu")):
+        run([*compile_one, str(folder / f"{kernel.parent.name}.o"), "-x", "c++", str(kernel)])
+    objects = map(str, sorted(folder.glob("*.o")))
+    library = folder / LIBRARY
+    run([TOOLCHAIN.cxx, "-shared", "-fsanitize=address", *objects, "-L", str(torch_root / "lib"), "-ltorch_cpu", "-lc10", "-ldl", "-o", str(library)])
+    return library
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+def walk(library: Path, *seed: str, env: dict[str, str]) -> str:
+    program = Path(__file__).parents[1] / "ops_walk.py"
+    done = subprocess.run([sys.executable, str(program), str(library), *seed], capture_output=True, text=True, check=False, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+@needs_cxx
+def test_emulated_kernels_give_values_and_gradients_of_the_reference(emulated: Path) -> None:
+    assert f"{sum(1 for op in OPS for _ in op.cases())} cases" in walk(emulated, "2", env=sanitized())
+
+
+@needs_cxx
+def test_library_without_cuda_gives_them_too(tmp_path: Path) -> None:
+    library = built(Toolchain(TOOLCHAIN.cxx), cache=tmp_path, csrc=sources())
+    assert "cases" in walk(library, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+PLANTED = {
+    "if (threadIdx.x < 3) __syncthreads();": "divergent barrier",
+    "__syncthreads(); if (threadIdx.x == 40) return; __syncthreads();": "divergent barrier",
+    "if (threadIdx.x % 2) __shfl_xor_sync(0xffffffffu, 1.0f, 1);": "lanes of this shuffle's mask never come",
+    "store<float, 4>(out + 1, load<float, 4>(out));": "misaligned vector access",
+    "out[threadIdx.x + 1] = 0.0f;": "heap-buffer-overflow",
+    "SHARE4V_DYNAMIC_SHARED(own); own[threadIdx.x + 8] = 0.0f;": "heap-buffer-overflow",
+    "__shared__ float own[64]; own[threadIdx.x + 1] = 0.0f; out[0] = own[threadIdx.x];": "global-buffer-overflow",
+    "if (threadIdx.x == 5) __trap();": "trap",
+    "out[threadIdx.x] = 1.0f;": "",
+}
+
+
+@needs_cxx
+def test_planted_faults_are_found(tmp_path: Path) -> None:
+    kernels = "\n".join(f"__global__ void kernel{number}(float* out) {{ {body} }}" for number, body in enumerate(PLANTED))
+    table = ", ".join(f"kernel{number}" for number in range(len(PLANTED)))
+    source = tmp_path / "planted.cu"
+    source.write_text(
+        f'#include "{sources()}/common/device.cuh"\n{kernels}\nint main(int, char** words) {{\n  void (*kernels[])(float*) = {{{table}}};\n'
+        "  float* out = static_cast<float*>(std::malloc(64 * sizeof(float)));\n"
+        "  return launch(kernels[std::atoi(words[1])], dim3(2), dim3(64), 64 * sizeof(float), nullptr, out);\n}\n"
+    )
+    run([TOOLCHAIN.cxx, *HOST_FLAGS, "-x", "c++", str(source), "-o", str(tmp_path / "planted")])
+    quiet = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    for number, (body, message) in enumerate(PLANTED.items()):
+        done = subprocess.run([str(tmp_path / "planted"), str(number)], capture_output=True, text=True, check=False, timeout=60, env=quiet)
+        assert (done.returncode == 0) == (not message) and message in done.stderr, f"{body}\n{done.stderr[:2000]}"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel on one GPU."""
+
+    op: str
+    kernel: str
+    gpu: str
+    registers: int
+    spilled: int
+
+
+def usages(log: str) -> Iterator[Usage]:
+    """Kernels of a build log; `kernel` is the mangled name."""
+    for section in re.split(r"^== ", log, flags=re.MULTILINE):
+        op, _, text = section.partition("_cuda\n")
+        for match in re.finditer(r"Compiling entry function '(\w+)' for '(\w+)'(.*?)Used (\d+) registers", text, re.DOTALL):
+            spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", match[3]))
+            yield Usage(op, match[1], match[2], int(match[4]), spilled)
+
+
+@needs_nvcc
+def test_kernels_keep_their_register_budgets() -> None:
+    csrc = sources()
+    # Of the build that the other tests use.
+    log = built(TOOLCHAIN, cache=default_cache(), csrc=csrc).with_name("build.log").read_text()
+    budgets = json.loads((csrc / "budgets.json").read_text())
+    found = list(usages(log))
+    assert {usage.op for usage in found} == {path.parent.name for path in csrc.glob("*/cuda.cu")} == set(budgets)
+    for usage in found:
+        named = [registers for name, registers in budgets[usage.op].items() if f"{len(name)}{name}" in usage.kernel]
+        assert len(named) == 1, f"{usage.op}: give {usage.kernel} one budget in csrc/budgets.json"
+        assert not usage.spilled, f"{usage} spills"
+        assert usage.registers <= named[0], f"{usage} is above its budget of {named[0]} registers"
+    for op, kernels in budgets.items():
+        for name in kernels:
+            compiled = {usage.gpu for usage in found if usage.op == op and f"{len(name)}{name}" in usage.kernel}
+            assert compiled == GPUS, f"{op}: {name} is compiled for {compiled}"
+
+
+def test_spills_are_seen() -> None:
+    entry = "ptxas info    : Compiling entry function '_Z7forwardv' for 'sm_80'\nptxas info    : Function properties for _Z7forwardv\n"
+    spills = "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info    : Used 40 registers, used 0 barriers\n"
+    assert list(usages(f"== norm_cuda\n{entry}{spills}")) == [Usage("norm", "_Z7forwardv", "sm_80", 40, 16)]

@@ -1,0 +1,115 @@
+"""One walk over the registry of ops: values, gradients, untouched inputs, torch's own checks. Run as a program, it does so with another library:
+
+    python tests/ops_walk.py LIBRARY [SEED]      the emulated CUDA kernels, under AddressSanitizer; the C++-only library
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from megatron_share4v.ops.choose import load
+from megatron_share4v.ops.op import NAMESPACE, Case, Implementation, Op
+from megatron_share4v.ops.registry import OPS
+
+Tensors = list[torch.Tensor]
+QUICK_CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+def poison_empty_memory() -> None:
+    """Make torch.empty give NaN, so that an output which no kernel wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+
+
+def call(op: Op, case: Case, implementation: Implementation, *, wide: bool = False) -> tuple[Tensors, Tensors]:
+    """(outputs, gradients of the differentiable arguments) of one case; `wide`: all floating arguments in fp64."""
+
+    def prepared(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach().double() if wide and value.is_floating_point() else value.detach()
+
+    arguments = {name: prepared(value) for name, value in case.arguments.items()}
+    leaves = [arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), torch.Tensor)]
+    kept = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    outputs = op.function(**arguments, implementation=implementation)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    gradients: Tensors = []
+    if leaves:
+        generator = torch.Generator().manual_seed(7)
+        slopes = [torch.randn(output.shape, generator=generator).to(case.dtype).to(output.dtype) for output in outputs]
+        gradients = list(torch.autograd.grad(outputs, leaves, slopes))
+    for name, value in kept.items():
+        assert torch.equal(value, arguments[name]), f"{op.name} changed its input {name}"
+        arguments[name].requires_grad_(False)
+    return [output.detach() for output in outputs], gradients
+
+
+def check(op: Op, case: Case, implementation: Implementation) -> None:
+    """Outputs and gradients against the reference in fp64, whose inputs are the same numbers."""
+    tolerance = op.tolerances[case.dtype]
+    truths, slopes = call(op, case, "reference", wide=True)
+    outputs, gradients = call(op, case, implementation)
+    names = [*(f"output {i}" for i in range(len(outputs))), *(f"gradient of {name}" for name in op.differentiable if name in case.arguments)]
+    for name, got, truth in zip(names, outputs + gradients, truths + slopes, strict=True):
+        where = f"{op.name} [{case.name}] {implementation}: {name}"
+        assert got.shape == truth.shape, f"{where} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+        assert not got.is_floating_point() or got.dtype in (case.dtype, torch.float32), f"{where} is {got.dtype}"
+        if truth.numel():
+            # `not <=` rather than `>`: NaN is different from everything.
+            difference, limit = (got.double() - truth).abs().max().item(), tolerance.limit * max(truth.abs().max().item(), tolerance.floor)
+            assert difference <= limit, f"{where} differs by {difference:.3g}, accepted {limit:.3g} ({tolerance.reason})"
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of an op of ours, forward or backward, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.namespace == NAMESPACE:
+            assert not kwargs, f"{function} is called by keyword; by position, opcheck can repeat it"
+            self.calls.append((function, tree_map(lambda value: value.detach().clone() if isinstance(value, torch.Tensor) else value, args)))
+        return function(*args, **(kwargs or {}))
+
+
+def check_registration(op: Op, case: Case, *, thorough: bool) -> int:
+    """torch.library.opcheck for every op of ours that the case calls; `thorough` also traces them through AOTAutograd. Returns how many."""
+    with Recorder() as recorder:
+        call(op, case, "native")
+    for function, args in recorder.calls:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "Autograd"):
+            args = tree_map(lambda value: value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value, args)
+        checks = (*QUICK_CHECKS, "test_aot_dispatch_dynamic") if thorough else QUICK_CHECKS
+        torch.library.opcheck(function, args, test_utils=checks)
+    return len(recorder.calls)
+
+
+def main() -> int:
+    """Walk over all cases with the library that is named on the command line."""
+    library = Path(sys.argv[1])
+    load(library)
+    if len(sys.argv) > 2:
+        ctypes.CDLL(str(library)).share4v_emulate_seed(int(sys.argv[2]))
+    poison_empty_memory()
+    walked = 0
+    for op in OPS:
+        for case in op.cases():
+            check(op, case, "native")
+            walked += 1
+    print(f"{walked} cases")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
