@@ -5,9 +5,12 @@ an extra it would only add a second opinion, and alone it would fetch the newest
 """
 
 import re
+import shutil
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (root / "megatron_share4v/__init__.py").read_text(encoding="utf-8"))[1]
@@ -44,6 +47,19 @@ extras = {
     "dev": ["pytest>=8", "transformers==5.23.0", "ninja", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"],
 }
 
+prebuilt = root / "megatron_share4v/ops/prebuilt/share4v_ops.so"  # by tools/build_ops.py; needs no particular Python, but this kind of machine
+platform = {"bdist_wheel": {"plat_name": re.sub("[-.]", "_", sysconfig.get_platform())}} if prebuilt.exists() else {}
+
+
+class BuildWithSources(build_py):
+    """An installed package carries the sources of its ops and compiles them at first use; a checkout uses csrc/ where it is."""
+
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            shutil.copytree(root / "csrc", Path(self.build_lib) / "megatron_share4v/csrc", dirs_exist_ok=True)
+
+
 setup(
     name="megatron_share4v",
     version=version,
@@ -54,7 +70,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_share4v", "megatron_share4v.*"]),
-    package_data={"megatron_share4v": ["serve/*.html"]},
+    package_data={"megatron_share4v": ["serve/*.html", "ops/prebuilt/*"]},
+    cmdclass={"build_py": BuildWithSources},
+    options=platform,
     install_requires=requirements,
     extras_require=extras,
 )

@@ -77,14 +77,14 @@ def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
     In fp32 bit-equal to Hugging Face's CLIPImageProcessorPil: a channel has only 256 values, so they are computed once, in its way.
     """
-    table = _normalised_values(pixels.device, dtype)
+    table = normalised_values(pixels.device, dtype).flatten()
     channels = torch.arange(3, device=pixels.device).mul_(256).view(1, 3, 1, 1)
     return table[pixels.permute(0, 3, 1, 2).long() + channels]
 
 
 @lru_cache(maxsize=8)
-def _normalised_values(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[3 * 256]: the normalised form of each value of each channel."""
+def normalised_values(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[3, 256]: the normalised form of each value of each channel. Shared by all callers: not to be written to."""
     scaled = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
     mean, std = (torch.tensor(numbers, dtype=torch.float32).unsqueeze(1) for numbers in (CLIP_MEAN, CLIP_STD))
-    return ((scaled - mean) / std).flatten().to(device=device, dtype=dtype)
+    return ((scaled - mean) / std).to(device=device, dtype=dtype)

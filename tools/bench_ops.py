@@ -1,0 +1,197 @@
+"""Time every fused op against eager torch and torch.compile in one run: medians of interleaved calls, with the bytes that must move at least.
+
+    tools/bench_ops.py [OP ...]         on the CPU, one thread (or `--threads N`)
+    tools/bench_ops.py --device cuda    on the GPU, at the shapes of ShareGPT4V-7B
+
+`fwd` is the forward pass without gradients, `fwd+bwd` both. `of copy` is the native bandwidth as a part of a plain copy's, measured in the same run.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_share4v.errors import reported
+from megatron_share4v.ops.choose import choose_ops
+from megatron_share4v.ops.op import Bench, Op
+from megatron_share4v.ops.registry import OPS
+
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 7, 50, 1.0  # per shape and pass, over all variants
+COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; times in microseconds, None: not measured."""
+
+    op: str
+    shape: str
+    direction: str
+    megabytes: float
+    native_us: float
+    eager_us: float
+    compiled_us: float | None
+    gigabytes_per_s: float
+    of_copy: float
+
+    @property
+    def text(self) -> str:
+        """As it is printed, under HEADER."""
+        compiled = f"{self.compiled_us:11.0f} {self.compiled_us / self.native_us:6.2f}" if self.compiled_us else f"{'-':>11} {'-':>6}"
+        return (
+            f"{self.op:14} {self.shape:22} {self.direction:8} {self.megabytes:9.2f} {self.native_us:10.0f} {self.eager_us:10.0f} "
+            f"{self.eager_us / self.native_us:6.2f} {compiled} {self.gigabytes_per_s:8.1f} {self.of_copy:8.2f}"
+        )
+
+
+HEADER = (
+    f"{'op':14} {'shape':22} {'pass':8} {'MB':>9} {'native us':>10} {'eager us':>10} {'ratio':>6} {'compiled us':>11} {'ratio':>6} {'GB/s':>8} {'of copy':>8}"
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    with reported():
+        choice = choose_ops("native", device=options.device)
+    where = "gpu" if options.device == "cuda" else "cpu"
+    copy = copy_bandwidth(options.device)
+    print(f"{_machine(options.device)}, {options.threads} thread(s), torch {torch.__version__}; {choice.line}; copy {copy:.1f} GB/s\n{HEADER}", flush=True)
+    rows: list[Row] = []
+    for op in OPS:
+        for bench in op.benches():
+            if bench.where == where and (not options.ops or op.name in options.ops):
+                for row in measure(op, bench, device=options.device, compiled=not options.no_compile, copy=copy):
+                    print(row.text, flush=True)
+                    rows.append(row)
+    print(json.dumps({"machine": _machine(options.device), "threads": options.threads, "copy_gb_s": copy, "rows": [asdict(row) for row in rows]}))
+    return 0
+
+
+def measure(op: Op, bench: Bench, *, device: str, compiled: bool, copy: float) -> list[Row]:
+    """The forward pass, and forward with backward where there is one."""
+    arguments = bench.make(device)
+
+    def native(**arguments: Any) -> Any:
+        return op.function(**arguments, implementation="native")
+
+    def reference(**arguments: Any) -> Any:
+        return op.function(**arguments, implementation="reference")
+
+    eager = bench.eager or reference
+    variants = {"native": native, "eager": eager}
+    if compiled:
+        torch.compiler.reset()
+        variants["compiled"] = torch.compile(eager, dynamic=False)
+    passes = {"fwd": (_forward, bench.bytes_forward)}
+    if bench.bytes_backward is not None:
+        passes["fwd+bwd"] = (_forward_and_backward, bench.bytes_forward + bench.bytes_backward)
+    rows = []
+    for direction, (once, size) in passes.items():
+        calls = {name: once(variant, arguments, op.differentiable) for name, variant in variants.items()}
+        times = medians(calls, device=device)
+        bandwidth = size / times["native"] / 1e9
+        microseconds = {name: 1e6 * seconds for name, seconds in times.items()}
+        rows.append(
+            Row(
+                op.name,
+                bench.name,
+                direction,
+                size / 1e6,
+                microseconds["native"],
+                microseconds["eager"],
+                microseconds.get("compiled"),
+                bandwidth,
+                bandwidth / copy,
+            )
+        )
+    return rows
+
+
+def medians(calls: dict[str, Callable[[], None]], *, device: str) -> dict[str, float]:
+    """Seconds per call. The variants take turns, so that what else happens on the machine happens to all of them."""
+    timed = _timed_on_gpu if device == "cuda" else _timed_on_cpu
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.perf_counter() - start > SECONDS:
+            break
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s of a plain copy, read and written bytes counted."""
+    size = COPY_BYTES[device]
+    source, target = torch.zeros(size, dtype=torch.uint8, device=device), torch.zeros(size, dtype=torch.uint8, device=device)
+    return 2 * size / medians({"copy": lambda: target.copy_(source)}, device=device)["copy"] / 1e9
+
+
+def _forward(variant: Callable[..., Any], arguments: dict[str, Any], differentiable: tuple[str, ...]) -> Callable[[], None]:
+    def call() -> None:
+        with torch.no_grad():
+            variant(**arguments)
+
+    return call
+
+
+def _forward_and_backward(variant: Callable[..., Any], arguments: dict[str, Any], differentiable: tuple[str, ...]) -> Callable[[], None]:
+    leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
+    outputs = variant(**arguments)
+    slopes = [torch.ones_like(output) for output in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
+
+    def call() -> None:
+        outputs = variant(**arguments | leaves)
+        torch.autograd.grad([outputs] if isinstance(outputs, torch.Tensor) else list(outputs), list(leaves.values()), slopes)
+
+    return call
+
+
+def _timed_on_cpu(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _timed_on_gpu(call: Callable[[], None]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.machine())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", metavar="OP", help="only these (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

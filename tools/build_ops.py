@@ -1,0 +1,50 @@
+"""Build the fused ops beforehand: without options into the cache where every process looks, with `--output DIR` into a directory.
+
+    tools/build_ops.py                                              this machine's cache, so that no run compiles
+    tools/build_ops.py --output megatron_share4v/ops/prebuilt       a library that `pip wheel .` takes along
+    tools/build_ops.py --status                                     what is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megatron_share4v.errors import OpsError, reported
+from megatron_share4v.ops.build import Toolchain, built, find_toolchain, prebuild
+from megatron_share4v.ops.choose import REMEDY, Available, status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, or say what is there."""
+    options = _parser().parse_args(arguments)
+    with reported():
+        if options.status:
+            print(status())
+            return 0
+        toolchain = find_toolchain()
+        if toolchain is None:
+            raise OpsError(f"no C++ compiler (g++, c++) on PATH. {REMEDY}")
+        if options.cpu_only:
+            toolchain = Toolchain(toolchain.cxx)
+        available, start = Available(toolchain=toolchain), time.perf_counter()
+        if options.output:
+            library = prebuild(toolchain, csrc=available.csrc, to=options.output)
+        else:
+            library = built(toolchain, cache=available.cache, csrc=available.csrc)
+        print(f"{library}: {toolchain.what}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write the library and a note of its sources here")
+    parser.add_argument("--cpu-only", action="store_true", help="leave CUDA kernels out although there is nvcc")
+    parser.add_argument("--status", action="store_true", help="say what there is and build nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
