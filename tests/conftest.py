@@ -1,4 +1,4 @@
-"""What every test may use. Worlds of processes live in harness.py."""
+"""What every test may use. Worlds of processes live in harness.py, which also says which ops they run with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from megatron_share4v.ops.build import find_toolchain
+from megatron_share4v.ops.choose import choose_ops
+
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def native_ops() -> None:
+    """The native ops are loaded into this process."""
+    if find_toolchain() is None:
+        pytest.skip("no C++ compiler on PATH")
+    choose_ops("native", device="cpu")

@@ -18,6 +18,7 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Trainable
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.data.image import normalise
 from megatron_share4v.data.sample import Batch
+from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
 from megatron_share4v.model.chunks import build_chunks
@@ -66,7 +67,8 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     from megatron_share4v.data.plan import StepItems
 
     parallel = ParallelConfig(distributed_optimizer=False)
-    chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
+    ops = agree_on_ops("auto", mesh=mesh).implementation
+    chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32, ops=ops)
     initialize(chunks, seed=0, model=MODEL)
     wrapped = wrap_chunks(chunks, mesh=mesh, parallel=parallel)
     optimizer = build_optimizer(wrapped, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32)

@@ -150,6 +150,9 @@ class LogConfig:
     tensorboard: Bool = True
 
 
+Ops = Literal["auto", "native", "reference"]
+
+
 @config
 class RunConfig:
     """One training run."""
@@ -158,6 +161,8 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    ops: Ops = "auto"
+    """Fused kernels of csrc/. `native`: these or an error; `reference`: plain torch; `auto`: native where they can be built, else reference."""
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

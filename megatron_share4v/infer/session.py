@@ -15,11 +15,12 @@ from megatron_share4v.checkpoint.companions import tokenizer_of
 from megatron_share4v.checkpoint.handover import config_of
 from megatron_share4v.checkpoint.store import load_weights, locate
 from megatron_share4v.checkpoint.manifest import read_manifest
-from megatron_share4v.config.run import ParallelConfig, RunConfig
+from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.image import ImagePolicy
 from megatron_share4v.data.prompt import make_prompt
 from megatron_share4v.data.sample import Turn
+from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.transformer import DTYPES
 from megatron_share4v.model.chunks import build_chunks
@@ -47,17 +48,19 @@ class Session:
     encoder: Encoder
 
     @classmethod
-    def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None) -> Session:
+    def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None, ops: Ops = "auto") -> Session:
         """The model of `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout, whatever it was trained at.
 
-        It computes in `dtype` (fp32, bf16), or in that of its training.
+        It computes in `dtype` (fp32, bf16), or in that of its training, with the fused ops that this machine has, whatever it was trained with.
 
-        Raises CheckpointError, and DataError when it has no tokenizer of its own and the file that its configuration names is gone.
+        Raises CheckpointError, DataError when it has no tokenizer of its own and the file that its configuration names is gone, and OpsError
+        when `ops` is "native" and there are none.
         """
         path = locate(checkpoint)
         config = config_of(read_manifest(path), where=path)
         parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
-        chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype])
+        implementation = agree_on_ops(ops, mesh=mesh).implementation
+        chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype], ops=implementation)
         load_weights(path, chunks=chunks, mesh=mesh)
         for chunk in chunks:
             chunk.eval()

@@ -21,7 +21,6 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "ShardedTensor",
     "ShardedTensorFactory",
     "TransformerBlock",
-    "TransformerConfig",
     "VocabParallelEmbedding",
     "build_module",
     "gather_from_sequence_parallel_region",

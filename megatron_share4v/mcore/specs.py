@@ -12,18 +12,43 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_share4v.mcore.attention import ScaledDotProductAttention
+from megatron_share4v.mcore.transformer import LayerConfig
+from megatron_share4v.ops.norm import layer_norm, rms_norm
+
+
+class NativeRMSNorm(torch.nn.RMSNorm):
+    """torch's, computed by our kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., W] -> [..., W]."""
+        return rms_norm(x, weight=self.weight, eps=self.eps, implementation="native")
+
+
+class NativeLayerNorm(torch.nn.LayerNorm):
+    """torch's, computed by our kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., W] -> [..., W]."""
+        return layer_norm(x, weight=self.weight, bias=self.bias, eps=self.eps, implementation="native")
+
+
+NORMS = {
+    ("RMSNorm", "native"): NativeRMSNorm,
+    ("LayerNorm", "native"): NativeLayerNorm,
+    # torch has these norms fused already: faster than the reference formulas that the kernels are tested against.
+    ("RMSNorm", "reference"): torch.nn.RMSNorm,
+    ("LayerNorm", "reference"): torch.nn.LayerNorm,
+}
 
 
 class Norm:
-    """torch's RMSNorm or LayerNorm, by `config.normalization`. Core's own wrapper refuses sequence parallelism."""
+    """RMSNorm or LayerNorm, by `config.normalization` and `config.ops`. Core's own wrapper refuses sequence parallelism."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
+    def __new__(cls, config: LayerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+        norm = NORMS[config.normalization, config.ops](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             # finalize_model_grads sums the gradients of tagged parameters over the tensor group.
             parameter.sequence_parallel = config.sequence_parallel

@@ -1,9 +1,10 @@
-"""Our configuration, translated once into megatron-core's TransformerConfig. Every value that core would otherwise guess is set here."""
+"""Our configuration, translated once into megatron-core's. Every value that core would otherwise guess is set here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.ops.op import Implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,13 +27,22 @@ _UNFUSED = dict(
 )
 
 
+@dataclass
+class LayerConfig(TransformerConfig):
+    """Core's configuration of a tower's layers, and what ours need beside it."""
+
+    ops: Implementation = "reference"
+    """Of the fused ops in these layers; choice.py decides."""
+
+
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """CLIP's activation. Core's own is handed to torch.compile, which wants a compiler at run time and recompiles for each shape."""
     return x * torch.sigmoid(1.702 * x)
 
 
-def _base(*, dtype: torch.dtype, parallel: ParallelConfig, init_std: float, num_layers: int) -> dict:
+def _base(*, dtype: torch.dtype, parallel: ParallelConfig, ops: Implementation, init_std: float, num_layers: int) -> dict:
     return dict(
+        ops=ops,
         tensor_model_parallel_size=parallel.tensor,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -49,15 +60,17 @@ def _base(*, dtype: torch.dtype, parallel: ParallelConfig, init_std: float, num_
     )
 
 
-def language_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, layers_per_stage: Sequence[int]) -> TransformerConfig:
+def language_config(
+    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, layers_per_stage: Sequence[int]
+) -> LayerConfig:
     """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases. `layers_per_stage` covers pipeline x virtual stages in order."""
     language = model.language
     stages = [["decoder"] * count for count in layers_per_stage]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     interleaved = parallel.virtual > 1
-    return TransformerConfig(
-        **_base(dtype=dtype, parallel=parallel, init_std=model.init_std, num_layers=language.num_layers),
+    return LayerConfig(
+        **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=language.num_layers),
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
         pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
@@ -78,12 +91,12 @@ def language_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torc
     )
 
 
-def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation) -> LayerConfig:
     """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
     (its 577 tokens would be duplicated, not split)."""
     vision = model.vision
-    return TransformerConfig(
-        **_base(dtype=dtype, parallel=parallel, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
+    return LayerConfig(
+        **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         num_attention_heads=vision.num_attention_heads,
@@ -96,11 +109,11 @@ def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.
     )
 
 
-def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation) -> LayerConfig:
     """Two linear layers of the language model's width with erf GELU between them (not core's fused tanh form)."""
     width = model.language.hidden_size
-    return TransformerConfig(
-        **_base(dtype=dtype, parallel=parallel, init_std=model.init_std, num_layers=1),
+    return LayerConfig(
+        **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=1),
         hidden_size=width,
         ffn_hidden_size=width,
         num_attention_heads=model.language.num_attention_heads,

@@ -10,6 +10,7 @@ from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
 from megatron_share4v.model.stages import estimate_costs, split_layers
 from megatron_share4v.model.trainable import apply_trainable
+from megatron_share4v.ops.op import Implementation
 
 # Mean caption length of ShareGPT4V-PT in tokens; only the balance of the pipeline depends on it.
 TYPICAL_TEXT_LENGTH = 200
@@ -21,8 +22,13 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int,
     return split_layers(model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs)
 
 
-def build_chunks(model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype) -> list[Share4V]:
-    """The chunks of this rank, in the order in which the interleaved schedule runs them; weights are not set yet."""
+def build_chunks(
+    model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation = "reference"
+) -> list[Share4V]:
+    """The chunks of this rank, in the order in which the interleaved schedule runs them; weights are not set yet.
+
+    With `ops` "native" the library must be loaded already (mcore/choice.py).
+    """
     layout = mesh.layout
     chunks = []
     for number in range(layout.virtual):
@@ -31,7 +37,9 @@ def build_chunks(model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dt
             num_stages=layout.num_stages,
             chunk=number if layout.virtual > 1 else None,
         )
-        chunk = Share4V(model, mesh=mesh, parallel=parallel, dtype=dtype, layers_per_stage=layers_per_stage(model, parallel), place=place)
+        chunk = Share4V(
+            model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops, layers_per_stage=layers_per_stage(model, parallel), place=place
+        )
         apply_trainable(chunk, model.trainable)
         chunks.append(chunk.to(mesh.device.torch_device))
     return chunks

@@ -16,18 +16,18 @@ from megatron_share4v.mcore.layers import (
     MegatronModule,
     RotaryEmbedding,
     TransformerBlock,
-    TransformerConfig,
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
 )
 from megatron_share4v.mcore.specs import decoder_submodules
+from megatron_share4v.mcore.transformer import LayerConfig
 
 
 class LanguageModel(MegatronModule):
     """The decoder layers of one stage, with the ends that belong to it."""
 
     def __init__(
-        self, config: TransformerConfig, *, language: LanguageConfig, mesh: Mesh, num_layers: int, first: bool, last: bool, chunk: int | None
+        self, config: LayerConfig, *, language: LanguageConfig, mesh: Mesh, num_layers: int, first: bool, last: bool, chunk: int | None
     ) -> None:
         super().__init__(config)
         self.language = language

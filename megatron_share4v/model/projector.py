@@ -6,14 +6,15 @@ import torch
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.layers import MLP, ColumnParallelLinear, MegatronModule, TransformerConfig
+from megatron_share4v.mcore.layers import MLP, ColumnParallelLinear, MegatronModule
 from megatron_share4v.mcore.specs import mlp_submodules
+from megatron_share4v.mcore.transformer import LayerConfig
 
 
 class Projector(MegatronModule):
     """[P, N, V] features -> [P, N, H] embeddings; split over the tensor group, full result on every rank of it."""
 
-    def __init__(self, config: TransformerConfig, *, model: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: LayerConfig, *, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__(config)
         width = model.vision.hidden_size
         if model.projector.type == "linear":

@@ -12,7 +12,6 @@ import torch
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.data.image import normalise
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import MegatronModule, ModelType, mark_parallel_weights, scatter_to_sequence_parallel_region
@@ -21,6 +20,8 @@ from megatron_share4v.model.language import LanguageModel
 from megatron_share4v.model.loss import summed_cross_entropy
 from megatron_share4v.model.projector import Projector
 from megatron_share4v.model.vision import VisionTower
+from megatron_share4v.ops.image_merge import image_merge
+from megatron_share4v.ops.op import Implementation
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,18 @@ class Share4V(MegatronModule):
     """One model chunk. Called with a Batch, it returns hidden states for the next stage, or the summed loss on the last."""
 
     def __init__(
-        self, model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, layers_per_stage: tuple[int, ...], place: ChunkPlace
+        self,
+        model: ModelConfig,
+        *,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        dtype: torch.dtype,
+        ops: Implementation,
+        layers_per_stage: tuple[int, ...],
+        place: ChunkPlace,
     ) -> None:
-        config = language_config(model, parallel=parallel, dtype=dtype, layers_per_stage=layers_per_stage)
+        shared = {"parallel": parallel, "dtype": dtype, "ops": ops}
+        config = language_config(model, layers_per_stage=layers_per_stage, **shared)
         super().__init__(config)
         self.model, self.mesh, self.place, self.vp_stage = model, mesh, place, place.chunk
         # Read by core's schedule and gradient finalisation.
@@ -59,8 +69,8 @@ class Share4V(MegatronModule):
         # Overlapped reduction waits for every bucket, so a micro-batch without images must still give the tower and the projector gradients.
         self.needs_blank_image = parallel.overlap_grad_reduce and (trainable.projector or trainable.vision_from_block is not None)
         if place.first:
-            self.vision = VisionTower(vision_config(model, parallel=parallel, dtype=dtype), vision=model.vision, mesh=mesh)
-            self.projector = Projector(projector_config(model, parallel=parallel, dtype=dtype), model=model, mesh=mesh)
+            self.vision = VisionTower(vision_config(model, **shared), vision=model.vision, mesh=mesh)
+            self.projector = Projector(projector_config(model, **shared), model=model, mesh=mesh)
         self.language = LanguageModel(
             config,
             language=model.language,
@@ -99,13 +109,14 @@ class Share4V(MegatronModule):
 
     def embed(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings [S, B, H] (this rank's part of S under sequence parallelism) with image features at their slots."""
-        tokens = self.language.embedding(batch.token_ids)
-        samples, length, width = tokens.shape
-        flat = tokens.reshape(samples * length, width)
+        samples, length = batch.token_ids.shape
+        # In the order [S, B] from the start: the decoder's, which would otherwise cost a copy.
+        flat = self.language.embedding(batch.token_ids.t()).flatten(0, 1)
         if features is None and batch.image_slots.numel():
             features = self.image_features(batch.pixels)
         if features is not None:
-            flat = flat.index_copy(0, batch.image_slots, features.reshape(-1, width))
+            slots = batch.image_slots % length * samples + batch.image_slots // length
+            flat = image_merge(flat, features=features.flatten(0, 1), slots=slots, implementation=self.config.ops)
         elif self.needs_blank_image and torch.is_grad_enabled():
             side = self.model.vision.image_size
             blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)
@@ -113,12 +124,11 @@ class Share4V(MegatronModule):
         if not flat.requires_grad and torch.is_grad_enabled():
             # A pipeline stage must hand on something differentiable, also when all of it is frozen.
             flat = flat.requires_grad_()
-        embeddings = flat.view(samples, length, width).transpose(0, 1).contiguous()
+        embeddings = flat.view(length, samples, -1)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.mesh.tensor_group)
         return embeddings
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, H, W, C] uint8 -> [N, P, H] embeddings, in slot order."""
-        normalised = normalise(pixels, dtype=self.config.params_dtype)
-        return self.projector(self.vision(normalised)).transpose(0, 1).contiguous()
+        return self.projector(self.vision(pixels)).transpose(0, 1).contiguous()

@@ -1,6 +1,6 @@
-"""The CLIP ViT tower: pixels in, patch features of the selected layer out. Nothing after that layer is built.
+"""The CLIP ViT tower: uint8 pixels in, patch features of the selected layer out. Nothing after that layer is built.
 
-N images of C channels, H x H pixels; P patches; V tower width. Radford et al. 2021 (CLIP); Hugging Face `CLIPVisionModel` names.
+N images of H x H pixels, p the side of a patch; P patches; V tower width. Radford et al. 2021 (CLIP); Hugging Face `CLIPVisionModel` names.
 """
 
 from __future__ import annotations
@@ -8,21 +8,40 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_share4v.config.model import VisionConfig
+from megatron_share4v.data.image import normalised_values
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.layers import LayerList, MegatronModule, TransformerConfig, build_module
+from megatron_share4v.mcore.layers import LayerList, MegatronModule, build_module
 from megatron_share4v.mcore.specs import Norm, layer_spec
+from megatron_share4v.mcore.transformer import LayerConfig
+from megatron_share4v.ops.patchify import patchify
+
+
+class PatchEmbedding(nn.Module):
+    """CLIP's patch convolution, whose stride is its side: one matrix product over normalised patches. Its weight is that of a Conv2d."""
+
+    def __init__(self, config: LayerConfig, *, vision: VisionConfig) -> None:
+        super().__init__()
+        self.patch, self.ops = vision.patch_size, config.ops
+        self.weight = nn.Parameter(torch.empty(vision.hidden_size, 3, self.patch, self.patch, dtype=config.params_dtype))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[N, H, H, 3] uint8 -> [N, P, V]."""
+        table = normalised_values(pixels.device, self.weight.dtype)
+        patches = patchify(pixels, table=table, patch=self.patch, implementation=self.ops)
+        return F.linear(patches, self.weight.flatten(1))
 
 
 class VisionTower(MegatronModule):
     """Class token and patches through pre-LayerNorm blocks; the class token is dropped at the end."""
 
-    def __init__(self, config: TransformerConfig, *, vision: VisionConfig, mesh: Mesh) -> None:
+    def __init__(self, config: LayerConfig, *, vision: VisionConfig, mesh: Mesh) -> None:
         super().__init__(config)
         width, dtype = vision.hidden_size, config.params_dtype
-        self.patch_embedding = nn.Conv2d(3, width, vision.patch_size, stride=vision.patch_size, bias=False, dtype=dtype)
+        self.patch_embedding = PatchEmbedding(config, vision=vision)
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
         self.position_embedding = nn.Parameter(torch.empty(vision.num_patches + 1, width, dtype=dtype))
         self.pre_layernorm = Norm(config, width, eps=vision.layer_norm_eps)
@@ -45,7 +64,7 @@ class VisionTower(MegatronModule):
         return frozen
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, H] normalised pixels -> [P, N, V] features."""
+        """[N, H, H, 3] uint8 -> [P, N, V] features."""
         frozen = self.num_frozen_blocks()
         prefix_is_frozen = frozen > 0 or not any(parameter.requires_grad for parameter in self.stem())
         # The frozen prefix keeps no activations.
@@ -58,6 +77,6 @@ class VisionTower(MegatronModule):
         return hidden[1:]
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).permute(2, 0, 1)
+        patches = self.patch_embedding(pixels).transpose(0, 1)
         class_token = self.class_embedding.expand(1, patches.size(1), -1)
         return self.pre_layernorm(torch.cat([class_token, patches]) + self.position_embedding.unsqueeze(1))

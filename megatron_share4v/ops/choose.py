@@ -6,17 +6,16 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from megatron_share4v.config.run import Ops
 from megatron_share4v.errors import OpsError
 from megatron_share4v.log import get_logger
 from megatron_share4v.ops.build import LIBRARY, BuildFailed, Toolchain, built, default_cache, find_toolchain, key, source_hash, sources
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.registry import OPS
 
-Requested = Literal["auto", "native", "reference"]
 REMEDY = "install g++ (and, for GPUs, CUDA's nvcc) and start again, or bring a library built by tools/build_ops.py, or set ops: reference"
 
 
@@ -44,7 +43,7 @@ class Available:
     prebuilt: Path = Path(__file__).parent / "prebuilt"
 
 
-def choose_ops(requested: Requested, *, device: str, available: Available | None = None) -> Choice:
+def choose_ops(requested: Ops, *, device: str, available: Available | None = None) -> Choice:
     """Decide, load what is decided for, and log it. `device`: "cpu" or "cuda", where the tensors will be.
 
     native: a prebuilt library, else one built from csrc/ by the compilers that are there; both must serve `device`. reference: plain torch.
@@ -57,7 +56,7 @@ def choose_ops(requested: Requested, *, device: str, available: Available | None
     return choice
 
 
-def _decide(requested: Requested, *, device: str, available: Available) -> Choice:
+def _decide(requested: Ops, *, device: str, available: Available) -> Choice:
     if requested == "reference":
         return Choice("reference", "as configured")
     try:

@@ -1,8 +1,12 @@
-"""image_backend.json: which decoder a run uses and how it measured against the reference at start, in pixels and in what the run's tower sees."""
+"""What a run decided at its start, written beside it, and a warning where that is not what it was at the start before.
+
+image_backend.json: which decoder is used and how it measured against the reference, in pixels and in what the run's tower sees. ops.json: which implementation of the fused ops.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,16 +17,18 @@ from megatron_share4v.data.gate import Features, pass_gate
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
+from megatron_share4v.ops.choose import Choice
 from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.train.feed import Source
 
 FILE = "image_backend.json"
+OPS_FILE = "ops.json"
 
 
 def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Path) -> None:
-    """`chunk`: this rank's first one, with its weights. Let the backend pass the gate on the ranks that decode, say so, and write it down. A change since the run's last start is said too.
+    """Let the backend pass the gate on the ranks that decode, say so, and write it down. A change since the run's last start is said too.
 
-    Raises OpsError when the backend is not installed or too far from the reference.
+    `chunk` is this rank's first one, with its weights. Raises OpsError when the backend is not installed or too far from the reference.
     """
     if not mesh.holds_first_stage:
         return
@@ -35,7 +41,8 @@ def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Pat
         get_logger().info(str(result))
         record["gate"] = asdict(result)
     if mesh.rank == 0:
-        _write(record, directory / FILE)
+        said = "images are decoded in another way than before in this run, so its pixels differ"
+        _write(record, directory / FILE, names=("backend", "on", "library"), said=said)
 
 
 def _tower(chunk: Share4V, mesh: Mesh) -> Features:
@@ -52,12 +59,19 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
     return features
 
 
-def _write(record: dict[str, object], path: Path) -> None:
-    names = ("backend", "on", "library")
+def record_ops(choice: Choice, *, mesh: Mesh, directory: Path) -> None:
+    """Write down what mcore/choice.py decided (and said). A change since the run's last start is said too."""
+    if mesh.rank == 0:
+        record = {"ops": choice.implementation, "on": mesh.device.kind, "reason": choice.reason, "library": str(choice.library or "")}
+        said = "the fused ops are others than before in this run, so its sums are rounded otherwise"
+        _write(record, directory / OPS_FILE, names=("ops", "on"), said=said)
+
+
+def _write(record: dict[str, object], path: Path, *, names: Sequence[str], said: str) -> None:
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changes = [f"{name} was {before.get(name)}, is {record[name]}" for name in names if before.get(name) != record[name]]
         if changes:
-            get_logger().warning("images are decoded in another way than before in this run, so its pixels differ: %s", "; ".join(changes))
+            get_logger().warning("%s: %s", said, "; ".join(changes))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

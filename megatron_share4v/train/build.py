@@ -24,6 +24,7 @@ from megatron_share4v.data.plan import Blocks, Plan
 from megatron_share4v.data.state import describe_data, differences
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
+from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
 from megatron_share4v.mcore.transformer import DTYPES
@@ -34,7 +35,7 @@ from megatron_share4v.model.trainable import parameter_counts, table
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.train.backend import record_backend
+from megatron_share4v.train.backend import record_backend, record_ops
 from megatron_share4v.train.feed import Source
 
 DATA_CHANGES = "data_changes.jsonl"
@@ -69,14 +70,16 @@ class Training:
 def build(config: RunConfig, *, mesh: Mesh) -> Training:
     """Data, model, optimizer, and the state of the newest whole checkpoint where there is one.
 
-    Raises ConfigError, DataError or CheckpointError, on every rank alike, when something does not fit.
+    Raises ConfigError, DataError, CheckpointError or OpsError, on every rank alike, when something does not fit.
     """
     mesh.layout.check_micro_batches(global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size)
     options = read_options(config.data, device=mesh.device)
     source = open_source(config, config.data.train, order=config.data.order, options=options)
     validation = open_source(config, config.data.validation, order="sequential", options=options) if config.data.validation else None
+    ops = agree_on_ops(config.ops, mesh=mesh)
+    record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
-    bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype)
+    bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation)
     _announce(config, mesh, bare)
     checkpoints = Path(config.run.directory) / "checkpoints"
     newest = find_newest_whole(checkpoints, mesh=mesh)

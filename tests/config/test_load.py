@@ -67,6 +67,7 @@ def test_no_overrides_needed(path: Path) -> None:
         ("log.tensorboard=1", "log.tensorboard: should be a valid boolean, got 1"),
         ("run.directory=", "run.directory: should be a valid string, got null"),
         ("precision.dtype=fp8", "precision.dtype: should be 'fp32' or 'bf16', got \"fp8\""),
+        ("ops=fused", "ops: should be 'auto', 'native' or 'reference', got \"fused\""),
         ("log=3", "log: should be a section of `key: value` lines for LogConfig, got 3"),
         ("train.steps.x=3", 'train.steps: should be a valid integer, got {"x": 3}'),
         ("parallel.sequence=true", "parallel.sequence: sequence true needs tensor > 1, got tensor 1"),

@@ -1,4 +1,7 @@
-"""Rung 4: every layout gives the one-rank loss, gradient norm and weights for the same global batches."""
+"""Rung 4: every layout gives the one-rank loss, gradient norm and weights for the same global batches.
+
+With the native ops where there is a compiler; with their references at some layouts.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tiny import MICRO_BATCH, micro_batches, step_items, tiny_model
 from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
 STEPS = 5
+OPS = ("auto", "reference")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Variant:
     dtype: str = "fp32"
     trainable: str = "half_tower"
     normalize: str = "tokens"
+    ops: str = "auto"
 
 
 TRAINABLE = {
@@ -52,6 +57,7 @@ class Outcome:
 def train_variant(mesh, variant: Variant) -> Outcome:
     """Five steps of AdamW from the same seed."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig
+    from megatron_share4v.mcore.choice import agree_on_ops
     from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
     from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
@@ -69,7 +75,8 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         distributed_optimizer=variant.distributed_optimizer,
         overlap_grad_reduce=variant.overlap,
     )
-    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype)
+    ops = agree_on_ops(variant.ops, mesh=mesh).implementation
+    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops)
     initialize(bare, seed=1, model=model)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, weight_decay=0.1, clip_grad_norm=1.0)
@@ -136,7 +143,9 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
     if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
         variants += [Variant(**place, trainable="projector"), Variant(**place, trainable="frozen_tower"), Variant(**place, normalize="microbatch")]
     if (tensor, pipeline, virtual, data) == (2, 2, 1, 2):
-        variants.append(Variant(**place, dtype="bf16", sequence=True))
+        variants += [Variant(**place, dtype="bf16", sequence=True, ops=ops) for ops in ("auto", "reference")]
+    if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
+        variants.append(Variant(**place, sequence=tensor > 1, ops="reference"))
     return variants
 
 
@@ -150,21 +159,21 @@ def layouts_of(world: int) -> list[tuple[int, int, int]]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[tuple[str, str], Outcome]:
-    """One rank, for each trainable set and each normalisation."""
-    wanted = [Variant(trainable=name) for name in TRAINABLE] + [Variant(normalize="microbatch")]
+def reference() -> dict[tuple[str, str, str], Outcome]:
+    """One rank, for each trainable set and each normalisation, with native ops and their references."""
+    wanted = [Variant(trainable=name, ops=ops) for name in TRAINABLE for ops in OPS] + [Variant(normalize="microbatch", ops=ops) for ops in OPS]
     [results] = run_world(1, run_variants, [((1, 1, 1), wanted)])
-    return {(variant.trainable, variant.normalize): outcome for variant, outcome in results}
+    return {(variant.trainable, variant.normalize, variant.ops): outcome for variant, outcome in results}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str], Outcome]) -> None:
+def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str, str], Outcome]) -> None:
     groups = [(layout, variants_of(*layout, world // (layout[0] * layout[1]))) for layout in layouts_of(world)]
     results = run_world(world, run_variants, groups)[0]
     assert len(results) == sum(len(variants) for _, variants in groups)
     worst = {"loss": 0.0, "norm": 0.0, "weight": 0.0}
     for variant, outcome in results:
-        expected = reference[variant.trainable, variant.normalize]
+        expected = reference[variant.trainable, variant.normalize, variant.ops]
         if variant.dtype == "bf16":
             assert max(abs(a - b) for a, b in zip(outcome.losses, expected.losses)) < BF16_LOSS, variant
             continue
@@ -178,16 +187,17 @@ def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str
     print(f"\n{world} ranks, {len(results)} variants: worst difference {worst}")
 
 
-def test_losses_are_the_golden_ones(reference: dict[tuple[str, str], Outcome]) -> None:
+def test_losses_are_the_golden_ones(reference: dict[tuple[str, str, str], Outcome]) -> None:
     """Rung 6: a change of the code must not change the mathematics. After an intended change: write the new losses into the file."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
-    for (trainable, normalize), outcome in reference.items():
-        assert outcome.losses == pytest.approx(golden[f"{trainable}, {normalize}"], abs=GOLDEN_LOSS), (trainable, normalize)
+    for (trainable, normalize, ops), outcome in reference.items():
+        assert outcome.losses == pytest.approx(golden[f"{trainable}, {normalize}"], abs=GOLDEN_LOSS), (trainable, normalize, ops)
 
 
-def test_frozen_parts_do_not_move(reference: dict[tuple[str, str], Outcome]) -> None:
+@pytest.mark.parametrize("ops", OPS)
+def test_frozen_parts_do_not_move(ops: str, reference: dict[tuple[str, str, str], Outcome]) -> None:
     """Only what is asked for trains, and it does."""
-    half, projector = reference["half_tower", "tokens"].weights, reference["projector", "tokens"].weights
+    half, projector = reference["half_tower", "tokens", ops].weights, reference["projector", "tokens", ops].weights
     moved = {key for key in half if not torch.equal(half[key], projector[key])}
     assert {"vision.layers.1.mlp.linear_fc1.weight", "language.head.weight", "language.decoder.layers.7.mlp.linear_fc2.weight"} <= moved
     assert not {key for key in moved if key.startswith("vision") and not key.startswith("vision.layers.1.")}

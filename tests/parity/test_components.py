@@ -14,11 +14,13 @@ from tolerances import FP32_MODULE
 from megatron_share4v.checkpoint.weight_map import CLIP_IN_MEMORY, SHARE4V, to_ours
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.data.image import normalise
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import fill, initial_value
 from megatron_share4v.model.share4v import Share4V
+from megatron_share4v.ops.op import Implementation
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
@@ -42,9 +44,17 @@ def _language() -> LanguageConfig:
     return LanguageConfig(vocab_size=50, hidden_size=32, intermediate_size=40, num_layers=2, num_attention_heads=4, num_key_value_heads=1)
 
 
-def _build(model: ModelConfig, mesh: Mesh, weights: dict[str, torch.Tensor]) -> Share4V:
+@pytest.fixture(params=["native", "reference"])
+def ops(request: pytest.FixtureRequest) -> Implementation:
+    """Both implementations of the fused ops."""
+    if request.param == "native":
+        request.getfixturevalue("native_ops")
+    return request.param
+
+
+def _build(model: ModelConfig, mesh: Mesh, weights: dict[str, torch.Tensor], ops: Implementation = "reference") -> Share4V:
     """With `weights`, and fresh ones where those say nothing."""
-    (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32)
+    (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32, ops=ops)
     fill([chunk], lambda name, shape: weights[name] if name in weights else initial_value(name, shape, seed=0, model=model))
     return chunk
 
@@ -74,12 +84,12 @@ def _clip(vision: VisionConfig) -> torch.nn.Module:
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, 1, 0])
 @torch.no_grad()
-def test_tower_equals_clip(feature_layer: int, mesh: Mesh) -> None:
+def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) -> None:
     model = ModelConfig(vision=_vision(feature_layer), language=_language())
     clip = _clip(model.vision)
-    chunk = _build(model, mesh, to_ours(clip.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",)))
-    pixels = torch.randn(3, 3, 24, 24)
-    theirs = clip(pixels, output_hidden_states=True).hidden_states[feature_layer][:, 1:]
+    chunk = _build(model, mesh, to_ours(clip.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",)), ops)
+    pixels = torch.randint(0, 256, (3, 24, 24, 3), dtype=torch.uint8)
+    theirs = clip(normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[feature_layer][:, 1:]
     difference = (chunk.vision(pixels).transpose(0, 1) - theirs).abs().max() / theirs.abs().max()
     assert len(chunk.vision.layers) == model.vision.num_built_layers
     assert difference <= FP32_MODULE
@@ -89,14 +99,14 @@ def test_tower_equals_clip(feature_layer: int, mesh: Mesh) -> None:
 def test_an_early_patch_sees_a_late_one(mesh: Mesh) -> None:
     model = ModelConfig(vision=_vision(), language=_language())
     tower = _build(model, mesh, to_ours(_clip(model.vision).state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))).vision
-    pixels = torch.randn(1, 3, 24, 24)
+    pixels = torch.randint(0, 256, (1, 24, 24, 3), dtype=torch.uint8)
     changed = pixels.clone()
-    changed[..., -8:, -8:] += 1.0
+    changed[:, -8:, -8:] ^= 255
     assert (tower(pixels)[0] - tower(changed)[0]).abs().max() > 1e-3, "the last patch does not reach the first: the tower is causal"
 
 
 @torch.no_grad()
-def test_decoder_equals_llama(mesh: Mesh) -> None:
+def test_decoder_equals_llama(mesh: Mesh, ops: Implementation) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     language = _language()
@@ -116,7 +126,7 @@ def test_decoder_equals_llama(mesh: Mesh) -> None:
             )
         )
     )
-    chunk = _build(model, mesh, to_ours(llama.state_dict(), model, naming=SHARE4V, components=("language",)))
+    chunk = _build(model, mesh, to_ours(llama.state_dict(), model, naming=SHARE4V, components=("language",)), ops)
     tokens = torch.randint(0, language.vocab_size, (2, 12))
     none = torch.zeros(0, dtype=torch.int64)
     batch = Batch(token_ids=tokens, image_slots=none, pixels=torch.zeros(0, 24, 24, 3, dtype=torch.uint8), target_rows=torch.arange(24), targets=none)

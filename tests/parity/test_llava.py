@@ -17,9 +17,10 @@ from tolerances import FP32_MODULE
 
 from megatron_share4v.checkpoint.weight_map import LLAVA_IN_MEMORY, to_ours
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.run import Ops, ParallelConfig
 from megatron_share4v.data.image import normalise
 from megatron_share4v.data.sample import Batch
+from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import wrap_chunks
 from megatron_share4v.mcore.schedule import run_schedule
@@ -173,7 +174,7 @@ def _forward_differences(chunk: Share4V, reference: dict, mesh: Mesh) -> dict[st
     whole = _micro_batch(reference, slice(None))
     if mesh.holds_first_stage:
         with torch.no_grad():
-            features = chunk.vision(normalise(whole.pixels, dtype=torch.float32)).transpose(0, 1)
+            features = chunk.vision(whole.pixels).transpose(0, 1)
             found["features"] = _relative(features, reference["features"])
             found["projected"] = _relative(chunk.image_features(whole.pixels), reference["projected"])
     logits = _logits(chunk, whole, mesh)
@@ -182,12 +183,13 @@ def _forward_differences(chunk: Share4V, reference: dict, mesh: Mesh) -> dict[st
     return found
 
 
-def differences(path: Path, parallel: ParallelConfig) -> dict[str, float]:
+def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, float]:
     """On one rank: largest relative difference of each quantity that this rank holds."""
     reference = torch.load(path)
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
-        chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
+        implementation = agree_on_ops(ops, mesh=mesh).implementation
+        chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32, ops=implementation)
         fill(chunks, lambda name, shape: reference["weights"][name])
         found = _forward_differences(chunks[0], reference, mesh) if parallel.virtual == 1 else {}
         records = run_schedule(
@@ -217,11 +219,12 @@ def _loss_function(batch: Batch):
     return finish
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_equals_transformers(name: str, reference: Path) -> None:
+@pytest.mark.parametrize(("name", "ops"), [*((name, "auto") for name in LAYOUTS), *((name, "reference") for name in ("tensor 1", list(LAYOUTS)[-1]))])
+def test_equals_transformers(name: str, ops: Ops, reference: Path) -> None:
+    """With native ops where there is a compiler, and with their references."""
     parallel = LAYOUTS[name]
     found: dict[str, float] = {}
-    for rank in run_world(parallel.tensor * parallel.pipeline, differences, reference, parallel):
+    for rank in run_world(parallel.tensor * parallel.pipeline, differences, reference, parallel, ops):
         for quantity, difference in rank.items():
             found[quantity] = max(found.get(quantity, 0.0), difference)
     expected = QUANTITIES if parallel.virtual == 1 else ("loss", "gradients")

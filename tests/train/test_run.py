@@ -14,6 +14,8 @@ import pytest
 import yaml
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
+from megatron_share4v.ops.build import find_toolchain
+
 STEPS, EVERY = 10, 5
 
 
@@ -63,10 +65,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     return Bench(root, config, root / "data")
 
 
-def start(bench: Bench, repository: Path, ranks: int, *overrides: str, script: tuple[str, ...] = ("tools/train.py",)) -> subprocess.Popen:
+def start(
+    bench: Bench, repository: Path, ranks: int, *overrides: str, script: tuple[str, ...] = ("tools/train.py",), path: str | None = None
+) -> subprocess.Popen:
+    """`path` replaces PATH."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({} if path is None else {"PATH": path})
     return subprocess.Popen(
         [*launcher, *script, str(bench.config), *overrides], cwd=repository, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -92,6 +97,7 @@ def undisturbed(bench: Bench, repository: Path) -> Path:
     directory = bench.root / "undisturbed"
     output = finish(start(bench, repository, 4, f"run.directory={directory}", *T2P2))
     assert "tensor 2 x pipeline 2" in output and "ETA" in output and "vision" in output
+    assert output.count("fused ops: ") == 1
     return directory
 
 
@@ -105,6 +111,7 @@ def test_run_directory(undisturbed: Path) -> None:
     assert [line["step"] for line in metrics if line["validation_loss"] is not None] == [5, 10]
     assert 0 <= metrics[0]["padding_fraction"] < 0.5 and metrics[0]["consumed_samples"] == 8
     assert (undisturbed / "config.yaml").exists() and len(list((undisturbed / "log").glob("rank*.txt"))) == 4
+    assert json.loads((undisturbed / "ops.json").read_text())["ops"] == ("reference" if find_toolchain() is None else "native")
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
     assert "answer" in " ".join(_board_tags(undisturbed)) and "preview/image" in _board_tags(undisturbed)
 
@@ -154,8 +161,23 @@ def test_another_layout_goes_on_with_the_same_samples(bench: Bench, repository: 
         assert abs(line["loss"] - theirs[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
 
 
-def refused(bench: Bench, repository: Path, *overrides: str) -> str:
-    process = start(bench, repository, 1, *overrides)
+def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench, repository: Path) -> None:
+    """What a fresh clone does on a machine that can build nothing; then the same run where it can."""
+    directory = bench.root / "uncompiled"
+    few = (f"run.directory={directory}", "train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0")
+    output = finish(start(bench, repository, 1, "train.steps=2", *few, path=""))
+    assert "fused ops: reference (no C++ compiler" in output and len(lines(directory / "metrics.jsonl")) == 2
+    record = json.loads((directory / "ops.json").read_text())
+    assert record["ops"] == "reference" and "no C++ compiler" in record["reason"]
+    message = refused(bench, repository, "ops=native", *few, path="")
+    assert "error: ops: native was asked for on cpu" in message and "install g++" in message and "or set ops: reference" in message
+    if find_toolchain() is not None:
+        output = finish(start(bench, repository, 1, "ops=native", "train.steps=3", *few))
+        assert "the fused ops are others than before in this run" in output and "ops was reference, is native" in output
+
+
+def refused(bench: Bench, repository: Path, *overrides: str, path: str | None = None) -> str:
+    process = start(bench, repository, 1, *overrides, path=path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "Traceback" not in output, output
