@@ -4,6 +4,7 @@ Importing this package opens the CPU door (mcore/cpu.py) where there is no CUDA,
 Every other package takes megatron-core's classes from here or from the modules beside this one.
 """
 
+import logging
 import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,6 +31,8 @@ def _quiet_upstream() -> None:
     """Core's own use of deprecated torch names and its notes on absent optional packages; what is used instead is in the start-up lines."""
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")
     warnings.filterwarnings("ignore", category=UserWarning, message="Transformer Engine and Apex are not installed")
+    # Core says so of every MLP class that is not its own; ours is given all that core's would be (specs.py).
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
 
 
 _check_environment()

@@ -1,7 +1,7 @@
 """Core attention on torch's scaled_dot_product_attention: runs on CPU and GPU, without Transformer Engine.
 
 Shapes: q, k, v [S, B, heads, head_dim] with B sequences of S positions; the result is [S, B, heads * head_dim]. A sequence is one sample, or
-several of them one after the other (a pack), each of which sees itself alone.
+several of them one after the other (a pack), each of which sees itself alone. Rotary positions (Su et al. 2021) are applied here as well.
 """
 
 from __future__ import annotations
@@ -19,11 +19,37 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass
-class Segments(PackedSeqParams):
-    """How core carries `Batch.segments` through its layers to ours. Not in the `thd` format: sequences keep their fixed shape."""
+class Places(PackedSeqParams):
+    """What core carries through its layers to our attention. Not in the `thd` format: sequences keep their fixed shape."""
 
     qkv_format: str = "sbhd"
-    lengths: tuple[tuple[int, ...], ...] = ()
+    positions: torch.Tensor | None = None
+    """[S, B] int64: of each token in its own sample."""
+    cosines: torch.Tensor | None = None
+    """[positions, head_dim] fp32, with `sines`; None: nothing is rotated."""
+    sines: torch.Tensor | None = None
+    lengths: tuple[tuple[int, ...], ...] | None = None
+    """`Batch.segments`."""
+
+
+def places(angles: torch.Tensor, *, batch: int, segments: tuple[tuple[int, ...], ...] | None) -> Places:
+    """For B = `batch` sequences of S positions; angles [S, head_dim], `segments` as in Batch."""
+    if segments is None:
+        positions = torch.arange(angles.size(0), device=angles.device).unsqueeze(1).expand(-1, batch)
+    else:
+        positions = restarting_positions(segments, angles.size(0)).to(angles.device, non_blocking=True)
+    return Places(positions=positions, cosines=angles.cos(), sines=angles.sin(), lengths=segments)
+
+
+def rotated(query: torch.Tensor, key: torch.Tensor, at: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys [S, B, heads, head_dim] turned by their positions; the two halves of a head are the parts of its complex numbers."""
+    cosines, sines = (table[at.positions].unsqueeze(2).to(query.dtype) for table in (at.cosines, at.sines))
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        real, imaginary = x.chunk(2, dim=-1)
+        return x * cosines + torch.cat([-imaginary, real], dim=-1) * sines
+
+    return turn(query), turn(key)
 
 
 def filled(lengths: Sequence[int], size: int) -> list[int]:
@@ -67,16 +93,19 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Places | None = None,
     ) -> torch.Tensor:
         """Causality comes from the layer spec and the ends of samples from `packed_seq_params`, so that no mask is ever materialised."""
         assert attention_mask is None and attention_bias is None, "this attention takes no explicit mask"
         length, batch = query.shape[:2]
+        at = packed_seq_params or Places()
+        if at.cosines is not None:
+            query, key = rotated(query, key, at)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if packed_seq_params is None:
+        if at.lengths is None:
             context = self._attend(query, key, value)
         else:
-            context = self._attend_inside(query, key, value, segments=packed_seq_params.lengths)
+            context = self._attend_inside(query, key, value, segments=at.lengths)
         return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

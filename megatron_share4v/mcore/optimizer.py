@@ -63,9 +63,15 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optim: OptimConfi
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(optim))
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-        group["fused"] = True  # one pass over each weight and its state instead of a dozen, on CPU and GPU
+    _update_in_one_pass(optimizer)
     _give_each_parameter_a_state(optimizer)
     return optimizer
+
+
+def _update_in_one_pass(optimizer: MegatronOptimizer) -> None:
+    """Over each weight and its state, instead of a dozen: torch's fused AdamW, on CPU and GPU."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
 
 
 def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:

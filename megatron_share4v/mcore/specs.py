@@ -9,12 +9,14 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_share4v.mcore.attention import ScaledDotProductAttention
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.mlp import ActivatedMLP
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.norm import layer_norm, rms_norm
 
@@ -60,7 +62,7 @@ def mlp_submodules() -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
 
-def layer_spec(*, causal: bool) -> ModuleSpec:
+def layer_spec(*, causal: bool, mesh: Mesh) -> ModuleSpec:
     """A pre-norm transformer layer. `causal=False` is for the vision tower (core's own ViT spec is causal, which CLIP is not)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear)
@@ -71,12 +73,12 @@ def layer_spec(*, causal: bool) -> ModuleSpec:
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules()),
+            mlp=ModuleSpec(module=ActivatedMLP, submodules=mlp_submodules(), params={"tp_group": mesh.tensor_group}),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def decoder_submodules(num_layers: int) -> TransformerBlockSubmodules:
+def decoder_submodules(num_layers: int, *, mesh: Mesh) -> TransformerBlockSubmodules:
     """The decoder layers of one stage and the final norm (built on the last stage alone)."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(causal=True)] * num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(causal=True, mesh=mesh)] * num_layers, layer_norm=Norm)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.mcore.mlp import gelu, quick_gelu, swiglu
 from megatron_share4v.ops.op import Implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,11 +33,8 @@ class LayerConfig(TransformerConfig):
 
     ops: Implementation = "reference"
     """Of the fused ops in these layers; choice.py decides."""
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's activation. Core's own is handed to torch.compile, which wants a compiler at run time and recompiles for each shape."""
-    return x * torch.sigmoid(1.702 * x)
+    activation: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = gelu
+    """Between the matrices of an MLP, with the bias of the first (mlp.py). Core's own `activation_func` is not used."""
 
 
 def _base(*, dtype: torch.dtype, parallel: ParallelConfig, ops: Implementation, init_std: float, num_layers: int) -> dict:
@@ -87,7 +84,7 @@ def language_config(
         layernorm_epsilon=language.rms_norm_eps,
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation=swiglu,
     )
 
 
@@ -105,12 +102,12 @@ def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.
         layernorm_epsilon=vision.layer_norm_eps,
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation_func=quick_gelu,
+        activation=quick_gelu,
     )
 
 
 def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation) -> LayerConfig:
-    """Two linear layers of the language model's width with erf GELU between them (not core's fused tanh form)."""
+    """Two linear layers of the language model's width with erf GELU between them."""
     width = model.language.hidden_size
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=1),
@@ -119,7 +116,7 @@ def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: tor
         num_attention_heads=model.language.num_attention_heads,
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation_func=F.gelu,
+        activation=gelu,
     )
 
 

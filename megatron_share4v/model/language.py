@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from megatron_share4v.config.model import LanguageConfig
-from megatron_share4v.mcore.attention import Segments, restarting_positions
+from megatron_share4v.mcore.attention import places
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import (
     ColumnParallelLinear,
@@ -21,6 +21,7 @@ from megatron_share4v.mcore.layers import (
 )
 from megatron_share4v.mcore.specs import decoder_submodules
 from megatron_share4v.mcore.transformer import LayerConfig
+from megatron_share4v.model.loss import summed_cross_entropy
 
 
 class LanguageModel(MegatronModule):
@@ -40,7 +41,7 @@ class LanguageModel(MegatronModule):
             kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=language.rope_theta, use_cpu_initialization=mesh.device.kind == "cpu"
         )
         self.decoder = TransformerBlock(
-            config, decoder_submodules(num_layers), pre_process=first, post_process=last, pg_collection=mesh.groups, vp_stage=chunk
+            config, decoder_submodules(num_layers, mesh=mesh), pre_process=first, post_process=last, pg_collection=mesh.groups, vp_stage=chunk
         )
         if last:
             self.head = ColumnParallelLinear(
@@ -61,27 +62,37 @@ class LanguageModel(MegatronModule):
 
         `segments` (see Batch): where the samples of packed sequences end; each sees itself alone and counts its positions from 0.
         """
-        held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
+        held, batch = (self.decoder.input_tensor if hidden is None else hidden).shape[:2]
         length = held * self.mesh.layout.tensor if self.config.sequence_parallel else held
-        angles, packed = self.rotary(length), None
-        if segments is not None:
-            # [S, 1, 1, D] -> [S, B, 1, D]: each sequence has its own positions.
-            positions = restarting_positions(segments, length).to(angles.device, non_blocking=True)
-            angles, packed = angles[:, 0, :, :][positions], Segments(lengths=segments)
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)
+        at = places(self.rotary(length)[:, 0, 0], batch=batch, segments=segments)
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
+
+    def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Sum of -log p(target), an fp32 scalar, over the flat positions `rows` [T] (as in `logits`); targets [T] ids.
+
+        Without any the head still runs, for the sake of its collectives.
+        """
+        if rows.numel() == 0:
+            blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+            return 0.0 * summed_cross_entropy(self.logits(hidden, blank), blank)
+        return summed_cross_entropy(self.logits(hidden, rows), targets)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """This rank's columns of the fp32 logits, [T, vocab / tensor], of the flat positions `rows` ([T], b * S + s) of `hidden` [S, B, H].
 
         Only rows that matter reach the head: in stage 1 about a quarter of all positions carry a label.
         """
+        logits, _ = self.head(self._picked(hidden, rows))
+        return self._without_padding(logits.float())
+
+    def _picked(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[T, H]."""
         if self.config.sequence_parallel:
             # The head's gradient is already summed over the tensor group, hence split, not reduce-scattered.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.mesh.tensor_group)
         length, batch = hidden.shape[:2]
-        picked = hidden.transpose(0, 1).reshape(length * batch, -1).index_select(0, rows)
-        logits, _ = self.head(picked)
-        return self._without_padding(logits.float())
+        # Positions are counted sequence by sequence, `hidden` is not: no copy of it is made to pick from.
+        return hidden.flatten(0, 1).index_select(0, rows % length * batch + rows // length)
 
     def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
         """Rows of the head beyond the vocabulary exist for divisibility alone and must not take probability."""

@@ -6,7 +6,8 @@ import torch
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.layers import MLP, ColumnParallelLinear, MegatronModule
+from megatron_share4v.mcore.layers import ColumnParallelLinear, MegatronModule
+from megatron_share4v.mcore.mlp import ActivatedMLP
 from megatron_share4v.mcore.specs import mlp_submodules
 from megatron_share4v.mcore.transformer import LayerConfig
 
@@ -22,7 +23,7 @@ class Projector(MegatronModule):
                 width, model.language.hidden_size, config=config, init_method=config.init_method, gather_output=True, tp_group=mesh.tensor_group
             )
         else:
-            self.mlp = MLP(config, mlp_submodules(), input_size=width, ffn_hidden_size=config.ffn_hidden_size, tp_group=mesh.tensor_group)
+            self.mlp = ActivatedMLP(config, mlp_submodules(), input_size=width, ffn_hidden_size=config.ffn_hidden_size, tp_group=mesh.tensor_group)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Apply the map to every position."""

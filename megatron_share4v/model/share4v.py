@@ -17,7 +17,6 @@ from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import MegatronModule, ModelType, mark_parallel_weights, scatter_to_sequence_parallel_region
 from megatron_share4v.mcore.transformer import language_config, projector_config, vision_config
 from megatron_share4v.model.language import LanguageModel
-from megatron_share4v.model.loss import summed_cross_entropy
 from megatron_share4v.model.projector import Projector
 from megatron_share4v.model.vision import VisionTower
 from megatron_share4v.ops.image_merge import image_merge
@@ -89,7 +88,7 @@ class Share4V(MegatronModule):
     def forward(self, batch: Batch) -> torch.Tensor:
         """[S, B, H] hidden states, or the summed loss (scalar) on the last stage."""
         hidden = self.language(self.embed(batch) if self.place.first else None, segments=batch.segments)
-        return self.summed_loss(hidden, batch) if self.place.last else hidden
+        return self.language.summed_loss(hidden, batch.target_rows, batch.targets) if self.place.last else hidden
 
     def query(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
         """Like `forward`, but the last stage answers with its columns of the logits at `batch.target_rows`, [T, vocab / tensor].
@@ -98,14 +97,6 @@ class Share4V(MegatronModule):
         """
         hidden = self.language(self.embed(batch, features=features) if self.place.first else None, segments=batch.segments)
         return self.language.logits(hidden, batch.target_rows) if self.place.last else hidden
-
-    def summed_loss(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Sum over the labelled positions; a micro-batch without labels still runs the head, for the sake of its collectives."""
-        rows, targets = batch.target_rows, batch.targets
-        if rows.numel() == 0:
-            blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-            return 0.0 * summed_cross_entropy(self.language.logits(hidden, blank), blank)
-        return summed_cross_entropy(self.language.logits(hidden, rows), targets)
 
     def embed(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
         """Token embeddings [S, B, H] (this rank's part of S under sequence parallelism) with image features at their slots."""

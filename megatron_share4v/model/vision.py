@@ -45,7 +45,7 @@ class VisionTower(MegatronModule):
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
         self.position_embedding = nn.Parameter(torch.empty(vision.num_patches + 1, width, dtype=dtype))
         self.pre_layernorm = Norm(config, width, eps=vision.layer_norm_eps)
-        spec = layer_spec(causal=False)
+        spec = layer_spec(causal=False, mesh=mesh)
         self.layers = LayerList(
             build_module(spec, config=config, layer_number=number, pg_collection=mesh.groups) for number in range(1, vision.num_built_layers + 1)
         )

@@ -46,7 +46,7 @@ def test_gradients_arrive_where_something_trains_and_nowhere_else(mesh: Mesh, tr
 
 
 def test_the_frozen_prefix_keeps_nothing_for_the_way_back(mesh: Mesh) -> None:
-    pixels = torch.randn(1, 3, 16, 16)
+    pixels = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
     kept: list[torch.Tensor] = []
 
     def elements_kept(chunk: Share4V) -> int:
