@@ -1,6 +1,7 @@
 """One walk over the registry of ops: values, gradients, untouched inputs, torch's own checks. Run as a program, it does so with another library:
 
     python tests/ops_walk.py LIBRARY [SEED]      the emulated CUDA kernels, under AddressSanitizer; the C++-only library
+    python tests/ops_walk.py --cuda              the CUDA kernels on this machine's GPU, against references on its CPU
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from megatron_share4v.ops.choose import load
+from megatron_share4v.ops.choose import choose_ops, load
 from megatron_share4v.ops.op import NAMESPACE, Case, Implementation, Op
 from megatron_share4v.ops.registry import OPS
 
@@ -29,13 +30,14 @@ def poison_empty_memory() -> None:
     assert torch.empty(3).isnan().all()
 
 
-def call(op: Op, case: Case, implementation: Implementation, *, wide: bool = False) -> tuple[Tensors, Tensors]:
-    """(outputs, gradients of the differentiable arguments) of one case; `wide`: all floating arguments in fp64."""
+def call(op: Op, case: Case, implementation: Implementation, *, wide: bool = False, device: str = "cpu") -> tuple[Tensors, Tensors]:
+    """(outputs, gradients of the differentiable arguments) of one case, on the CPU; `wide`: all floating arguments in fp64."""
 
     def prepared(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.detach().double() if wide and value.is_floating_point() else value.detach()
+        value = _moved(value.detach(), device)
+        return value.double() if wide and value.is_floating_point() else value
 
     arguments = {name: prepared(value) for name, value in case.arguments.items()}
     leaves = [arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), torch.Tensor)]
@@ -45,19 +47,28 @@ def call(op: Op, case: Case, implementation: Implementation, *, wide: bool = Fal
     gradients: Tensors = []
     if leaves:
         generator = torch.Generator().manual_seed(7)
-        slopes = [torch.randn(output.shape, generator=generator).to(case.dtype).to(output.dtype) for output in outputs]
+        slopes = [torch.randn(output.shape, generator=generator).to(case.dtype).to(output.dtype).to(device) for output in outputs]
         gradients = list(torch.autograd.grad(outputs, leaves, slopes))
     for name, value in kept.items():
         assert torch.equal(value, arguments[name]), f"{op.name} changed its input {name}"
         arguments[name].requires_grad_(False)
-    return [output.detach() for output in outputs], gradients
+    return [output.detach().cpu() for output in outputs], [gradient.cpu() for gradient in gradients]
 
 
-def check(op: Op, case: Case, implementation: Implementation) -> None:
-    """Outputs and gradients against the reference in fp64, whose inputs are the same numbers."""
+def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """With its strides and the offset of its first element: plain `.to` would pack what is there to be strided or misaligned."""
+    if device == "cpu":
+        return tensor
+    size = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    whole = tensor.as_strided((tensor.storage_offset() + size,), (1,), 0).to(device)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def check(op: Op, case: Case, implementation: Implementation, *, device: str = "cpu") -> None:
+    """Outputs and gradients against the reference in fp64 on the CPU, whose inputs are the same numbers."""
     tolerance = op.tolerances[case.dtype]
     truths, slopes = call(op, case, "reference", wide=True)
-    outputs, gradients = call(op, case, implementation)
+    outputs, gradients = call(op, case, implementation, device=device)
     names = [*(f"output {i}" for i in range(len(outputs))), *(f"gradient of {name}" for name in op.differentiable if name in case.arguments)]
     for name, got, truth in zip(names, outputs + gradients, truths + slopes, strict=True):
         where = f"{op.name} [{case.name}] {implementation}: {name}"
@@ -96,8 +107,9 @@ def check_registration(op: Op, case: Case, *, thorough: bool) -> int:
 
 
 def main() -> int:
-    """Walk over all cases with the library that is named on the command line."""
-    library = Path(sys.argv[1])
+    """Walk over all cases with the library that is named on the command line, or on the GPU."""
+    device = "cuda" if sys.argv[1] == "--cuda" else "cpu"
+    library = choose_ops("native", device=device).library if device == "cuda" else Path(sys.argv[1])
     load(library)
     if len(sys.argv) > 2:
         ctypes.CDLL(str(library)).share4v_emulate_seed(int(sys.argv[2]))
@@ -105,9 +117,9 @@ def main() -> int:
     walked = 0
     for op in OPS:
         for case in op.cases():
-            check(op, case, "native")
+            check(op, case, "native", device=device)
             walked += 1
-    print(f"{walked} cases")
+    print(f"{walked} cases on {torch.cuda.get_device_name() if device == 'cuda' else 'cpu'}")
     return 0
 
 

@@ -75,7 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
                 for row in measure(op, bench, device=options.device, compiled=not options.no_compile, copy=copy):
                     print(row.text, flush=True)
                     rows.append(row)
-    print(json.dumps({"machine": _machine(options.device), "threads": options.threads, "copy_gb_s": copy, "rows": [asdict(row) for row in rows]}))
+    said = {
+        "command": " ".join(["tools/bench_ops.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(options.device),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "ops": choice.line,
+        "copy_gb_s": copy,
+    }
+    print(json.dumps(said | {"rows": [asdict(row) for row in rows]}))
     return 0
 
 

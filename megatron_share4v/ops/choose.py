@@ -6,15 +6,18 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_share4v.config.run import Ops
 from megatron_share4v.errors import OpsError
 from megatron_share4v.log import get_logger
 from megatron_share4v.ops.build import LIBRARY, BuildFailed, Toolchain, built, default_cache, find_toolchain, key, source_hash, sources
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.registry import OPS
+
+if TYPE_CHECKING:  # the ops can be tested and measured where nothing but torch is installed
+    from megatron_share4v.config.run import Ops
 
 REMEDY = "install g++ (and, for GPUs, CUDA's nvcc) and start again, or bring a library built by tools/build_ops.py, or set ops: reference"
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 
 from megatron_share4v.ops.build import LIBRARY, STABLE_ABI, Toolchain, built, default_cache, find_toolchain, sources
 from megatron_share4v.ops.registry import OPS
+from megatron_share4v.ops.usage import Usage, usages
 
 TOOLCHAIN = find_toolchain()
 needs_cxx = pytest.mark.skipif(TOOLCHAIN is None, reason="no C++ compiler on PATH")
@@ -96,26 +94,6 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     for number, (body, message) in enumerate(PLANTED.items()):
         done = subprocess.run([str(tmp_path / "planted"), str(number)], capture_output=True, text=True, check=False, timeout=60, env=quiet)
         assert (done.returncode == 0) == (not message) and message in done.stderr, f"{body}\n{done.stderr[:2000]}"
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What ptxas says of one kernel on one GPU."""
-
-    op: str
-    kernel: str
-    gpu: str
-    registers: int
-    spilled: int
-
-
-def usages(log: str) -> Iterator[Usage]:
-    """Kernels of a build log; `kernel` is the mangled name."""
-    for section in re.split(r"^== ", log, flags=re.MULTILINE):
-        op, _, text = section.partition("_cuda\n")
-        for match in re.finditer(r"Compiling entry function '(\w+)' for '(\w+)'(.*?)Used (\d+) registers", text, re.DOTALL):
-            spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", match[3]))
-            yield Usage(op, match[1], match[2], int(match[4]), spilled)
 
 
 @needs_nvcc

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: builds the ops there, compares every op with its reference on the GPU (fp32 and bf16, poisoned outputs), looks
+# for memory faults and races with compute-sanitizer where that runs, and measures all ops. Without a GPU it says that it measured nothing.
+#   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu
+# Takes the active environment, or a python3 whose torch sees the GPU (PYTHON=... names another), or makes .venv with CUDA's torch.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+out="${1:-runs/gpu}"
+
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "tests/gpu: no NVIDIA GPU here (nvidia-smi lists none): nothing was compared and nothing was measured"
+    exit 0
+fi
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    source tools/environment.sh
+    prepare_environment gpu,dev
+    python=python
+fi
+export PYTHONPATH="$PWD" CUBLAS_WORKSPACE_CONFIG=:4096:8  # cuBLAS wants it before it is deterministic, which poisoned outputs need
+mkdir -p "$out"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1
+
+echo "== build"
+"$python" tools/build_ops.py
+echo "== every op against its reference"
+"$python" tests/ops_walk.py --cuda
+for tool in memcheck racecheck; do
+    echo "== compute-sanitizer $tool"
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer is not installed: nothing was checked"
+        continue
+    fi
+    log="$out/$tool.txt" code=0
+    # Caching would hide accesses between tensors of one block of memory.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tests/ops_walk.py --cuda >"$log" 2>&1 || code=$?
+    if grep -q "Device not supported" "$log"; then
+        echo "compute-sanitizer cannot use this device: nothing was checked"
+    elif [ "$code" -ne 0 ]; then
+        tail -n 40 "$log" >&2
+        echo "error: $tool found faults, or the walk failed under it (exit code $code); all of it is in $log" >&2
+        exit 1
+    else
+        tail -n 2 "$log"
+    fi
+done
+echo "== speed"
+"$python" tools/bench_ops.py --device cuda | tee "$out/ops_gpu.txt"
