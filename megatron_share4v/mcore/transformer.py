@@ -33,8 +33,8 @@ class LayerConfig(TransformerConfig):
 
     ops: Implementation = "reference"
     """Of the fused ops in these layers; choice.py decides."""
-    activation: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = gelu
-    """Between the matrices of an MLP, with the bias of the first (mlp.py). Core's own `activation_func` is not used."""
+    activation: Callable[..., torch.Tensor] = gelu
+    """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
 
 
 def _base(*, dtype: torch.dtype, parallel: ParallelConfig, ops: Implementation, init_std: float, num_layers: int) -> dict:
