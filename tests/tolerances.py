@@ -31,7 +31,7 @@ PACKED_GRADIENT = 1e-6
 """Absolute, on gradients up to about 0.1: the same samples, summed over positions in another order."""
 
 FP32_CURVE = 5e-6
-"""Absolute, on each of 48 losses from 6.6 to 0.4 of the shortened quickstart: some fp32 roundings of a loss (2**-24 x 6.6 = 4e-7). Cutting the same
+"""Absolute, on each of 32 losses from 6.6 to 0.5 of the shortened quickstart: some fp32 roundings of a loss (2**-24 x 6.6 = 4e-7). Cutting the same
 global batches into smaller micro-batches, which is another order of the same sums, moves the curve by 4e-7 to 8e-7."""
 
 BF16_CURVE = 2e-2

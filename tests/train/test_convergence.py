@@ -11,7 +11,7 @@ from tolerances import BF16_CURVE, FP32_CURVE
 
 from megatron_share4v.ops.build import find_toolchain
 
-STEPS = 48
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
