@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from megatron_share4v.data.blend import Blend, open_store
 from megatron_share4v.data.decoder import Backend, Decoder, open_decoder
-from megatron_share4v.data.image import ImagePolicy, normalise
+from megatron_share4v.data.image import ImagePolicy
 from megatron_share4v.data.index import Index
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.log import get_logger
@@ -25,7 +25,7 @@ PROBES = 16
 LIMITS: dict[Backend, tuple[int, float, float]] = {"pil": (0, 0.0, 1.0), "torch_u8": (2, 0.05, 0.999), "dali": (24, 0.5, 0.99)}
 
 Features = Callable[[torch.Tensor], torch.Tensor]
-"""[N, 3, S, S] float32, normalised -> [N, D]."""
+"""[N, S, S, 3] uint8 -> [N, D]."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def measure(backend: Backend, decoder: Decoder, files: Sequence[bytes], policy: 
     error = (ours.int() - theirs.int()).abs()
     cosine = None
     if features is not None:
-        found, wanted = (features(normalise(pixels, dtype=torch.float32)).float() for pixels in (ours, theirs))
+        found, wanted = (features(pixels).float() for pixels in (ours, theirs))
         cosine = float(cosine_similarity(found, wanted).min()) if len(found) else None
     return GateResult(
         backend=backend,

@@ -53,7 +53,7 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
     def features(pixels: torch.Tensor) -> torch.Tensor:
         shared = broadcast_tensors([pixels] if mesh.reads_data else None, count=1, source=mesh.tensor_source, group=mesh.tensor_group, device=device)
         [images] = shared
-        seen = [chunk.vision(image.unsqueeze(0).to(chunk.config.params_dtype)).flatten() for image in images]
+        seen = [chunk.vision(image.unsqueeze(0)).flatten() for image in images]
         return torch.stack(seen) if seen else torch.empty(0, 1)
 
     return features

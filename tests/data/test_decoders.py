@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_share4v.data.decoder import EachAlone, library, open_decoder
 from megatron_share4v.data.gate import GateResult, check, measure, pass_gate, probe
-from megatron_share4v.data.image import ImagePolicy, blank
+from megatron_share4v.data.image import ImagePolicy, blank, normalise
 from megatron_share4v.errors import OpsError
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
@@ -152,8 +152,6 @@ def test_exif_orientation_changes_nothing(backend: str) -> None:
 
 
 def test_the_mean_colour_is_the_towers_zero() -> None:
-    from megatron_share4v.data.image import normalise
-
     assert normalise(blank(2, POLICIES[0]), dtype=torch.float32).abs().max() < 0.02
 
 
@@ -194,7 +192,7 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
     ).eval()
     with torch.no_grad():
         result = measure(
-            backend, open_decoder(backend, policy), files, policy, features=lambda pixels: tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].flatten(1)
+            backend, open_decoder(backend, policy), files, policy, features=lambda pixels: tower(pixel_values=normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[-2].flatten(1)
         )
     assert result.images == 7 and result.max_error <= LARGEST[backend] and result.mean_error <= MEAN[backend]
     assert result.cosine > 0.999 and 0 < result.different < 0.5
