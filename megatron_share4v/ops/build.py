@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_share4v.errors import OpsError
+from megatron_share4v.log import get_logger
 
 LIBRARY = "share4v_ops.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
@@ -116,6 +117,7 @@ def built(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
             return library
         if failure.is_file():
             raise _failed(toolchain, failure)
+        get_logger().info("fused ops: compiling them (%s), once, into %s", toolchain.what, folder)
         with tempfile.TemporaryDirectory(dir=folder) as name:
             try:
                 compile_library(toolchain, csrc=csrc, work=Path(name), to=library)
