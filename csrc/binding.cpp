@@ -2,6 +2,7 @@
 #include "common/binding.h"
 
 #include "image_merge/schema.cpp"
+#include "linear_cross_entropy/schema.cpp"
 #include "norm/schema.cpp"
 #include "patchify/schema.cpp"
 

@@ -48,6 +48,8 @@ class Bench:
     bytes_backward: int | None
     eager: Callable[..., Any] | None = field(default=None, repr=False)
     """The usual way in eager torch where it is not the reference; same arguments."""
+    native: Callable[..., Any] | None = field(default=None, repr=False)
+    """What is measured where it is more, or less, than the function; same arguments."""
 
 
 @dataclass(frozen=True)
