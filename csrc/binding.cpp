@@ -1,6 +1,7 @@
 // The one file that knows torch: every op's schema and the code between tensors and kernels. Add an op's schema.cpp here.
 #include "common/binding.h"
 
+#include "adamw/schema.cpp"
 #include "image_merge/schema.cpp"
 #include "linear_cross_entropy/schema.cpp"
 #include "norm/schema.cpp"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from megatron_share4v.ops import image_merge, linear_cross_entropy, norm, patchify
+from megatron_share4v.ops import adamw, image_merge, linear_cross_entropy, norm, patchify
 
-OPS = (*norm.OPS, *image_merge.OPS, *patchify.OPS, *linear_cross_entropy.OPS)
+OPS = (*norm.OPS, *image_merge.OPS, *patchify.OPS, *linear_cross_entropy.OPS, *adamw.OPS)

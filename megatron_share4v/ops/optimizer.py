@@ -1,0 +1,138 @@
+"""AdamW as a torch Optimizer over the fused op: takes the place of torch's, also inside Megatron's distributed optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_share4v.errors import OpsError
+from megatron_share4v.ops.adamw import Step, adamw_, keys_for
+from megatron_share4v.ops.op import Implementation
+
+UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
+
+
+@dataclass
+class _Batch:
+    """What one call updates: tensors of one group, one device, one set of element types and one step count."""
+
+    weights: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    means: list[torch.Tensor] = field(default_factory=list)
+    squares: list[torch.Tensor] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with the update as one fused op over all parameters; state names, step counts and checkpoints are torch's.
+
+    `gradient_scale`: set before `step` to one fp32 on the parameters' device, e.g. `clip_coefficient`; gradients are multiplied by it as they are
+    read, and the host never reads it. It holds for one step. `seed`: parameters and squares in bf16 are rounded stochastically, reproducible
+    by seed, step and the parameter's place; None: to nearest. `average_dtype`: of averages that are made at the first step, fp32 or bf16.
+    amsgrad, maximize, capturable and differentiable raise OpsError, and so do sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        average_dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+        implementation: Implementation,
+    ) -> None:
+        if average_dtype not in (torch.float32, torch.bfloat16):
+            raise OpsError(f"FusedAdamW: averages in {average_dtype} were asked for; use float32 or bfloat16")
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False)
+        self.average_dtype, self.seed, self.implementation = average_dtype, seed, implementation
+        self.gradient_scale: torch.Tensor | None = None
+
+    @classmethod
+    def in_place_of(
+        cls,
+        optimizer: torch.optim.AdamW,
+        *,
+        average_dtype: torch.dtype = torch.float32,
+        seed: int | None = None,
+        implementation: Implementation,
+    ) -> FusedAdamW:
+        """One with the very parameter groups (the same dicts) and state of `optimizer`, which is not to be used any more."""
+        defaults = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        if not optimizer.param_groups:
+            raise OpsError("FusedAdamW cannot take the place of an optimizer without parameter groups")
+        new = cls(optimizer.param_groups, **defaults, average_dtype=average_dtype, seed=seed, implementation=implementation)
+        new.state = optimizer.state
+        return new
+
+    def _init_group_state(self, parameter: torch.Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(parameter, dtype=self.average_dtype, memory_format=torch.contiguous_format)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure`, if any, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, self.gradient_scale = self.gradient_scale, None
+        for group, count, batch in self._batches():
+            beta1, beta2 = group["betas"]
+            step = Step(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], count)
+            adamw_(
+                batch.weights,
+                grads=batch.grads,
+                means=batch.means,
+                squares=batch.squares,
+                step=step,
+                scale=scale,
+                keys=() if self.seed is None else keys_for(seed=self.seed, step=count, numbers=batch.numbers),
+                implementation=self.implementation,
+            )
+        return loss
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any], int, _Batch]]:
+        """Counts one step on and yields what has to be updated with which count."""
+        number = -1
+        for group in self.param_groups:
+            if asked := [name for name in UNSUPPORTED if group.get(name)]:
+                raise OpsError(f"FusedAdamW has no {asked[0]}; leave it out or use torch.optim.AdamW")
+            batches: dict[tuple, _Batch] = {}
+            for parameter in group["params"]:
+                number += 1
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise OpsError("FusedAdamW takes dense gradients, got a sparse one; use torch.optim.SparseAdam for it")
+                state = self._init_group_state(parameter)
+                state["step"] += 1
+                # Counts live on the host, as torch keeps them: reading one waits for nothing.
+                kind = (int(state["step"]), parameter.device, parameter.dtype, parameter.grad.dtype, state["exp_avg"].dtype)
+                batch = batches.setdefault(kind, _Batch())
+                batch.weights.append(parameter)
+                batch.grads.append(parameter.grad.contiguous())
+                batch.means.append(state["exp_avg"])
+                batch.squares.append(state["exp_avg_sq"])
+                batch.numbers.append(number)
+            yield from ((group, kind[0], batch) for kind, batch in batches.items())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but averages keep the type in which they were saved, where torch would give them their parameter's."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                saved = state_dict["state"].get(number, {}).get(name)
+                if saved is not None and saved.dtype != self.state[parameter][name].dtype:
+                    self.state[parameter][name] = saved.to(parameter.device, copy=True)

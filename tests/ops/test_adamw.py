@@ -1,0 +1,193 @@
+"""The fused AdamW beside torch's, its stochastic rounding, clipping without the host, and its life as an Optimizer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from megatron_share4v.errors import OpsError
+from megatron_share4v.ops.adamw import Step, adamw_, clip_coefficient, keys_for, sum_of_squares
+from megatron_share4v.ops.op import Implementation, draw
+from megatron_share4v.ops.optimizer import FusedAdamW
+
+SHAPES = ((33, 5), (7,), (1,), (64, 16))
+implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def native(native_ops: None) -> None:
+    """Both implementations are there."""
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(draw(shape, dtype=dtype, seed=seed)) for seed, shape in enumerate(SHAPES)]
+
+
+def give_gradients(of: list[torch.nn.Parameter], step: int) -> None:
+    for seed, parameter in enumerate(of):
+        parameter.grad = draw(tuple(parameter.shape), dtype=parameter.dtype, seed=100 * step + seed) / 4
+
+
+def grouped(of: list[torch.nn.Parameter]) -> list[dict]:
+    return [{"params": of[:2], "lr": 3e-3}, {"params": of[2:], "weight_decay": 0.0}]
+
+
+@implementations
+def test_twenty_steps_are_those_of_torch(implementation: Implementation) -> None:
+    ours, theirs = parameters(), parameters()
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    fused = FusedAdamW(grouped(ours), **options, implementation=implementation)
+    torchs = torch.optim.AdamW(grouped(theirs), **options)
+    for step in range(20):
+        for optimizer, held in ((fused, ours), (torchs, theirs)):
+            give_gradients(held, step)
+            # One parameter starts late: it has a count of its own.
+            held[1].grad = None if step < 3 else held[1].grad
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
+        state, expected = fused.state[a], torchs.state[b]
+        assert state.keys() == expected.keys() and state["step"] == expected["step"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            # Gradients of size 1/4 can cancel in an average; what is left has the error of what was added.
+            torch.testing.assert_close(state[name], expected[name], rtol=1e-6, atol=1e-6 / 4)
+
+
+@implementations
+def test_clipping_by_a_coefficient_on_the_device_is_torchs_clipping(implementation: Implementation) -> None:
+    ours, theirs = parameters(), parameters()
+    fused, torchs = FusedAdamW(ours, lr=1e-2, implementation=implementation), torch.optim.AdamW(theirs, lr=1e-2)
+    for max_norm in (0.5, 1e6):
+        give_gradients(ours, 1), give_gradients(theirs, 1)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        squared = sum_of_squares([parameter.grad for parameter in ours], implementation=implementation)
+        torch.testing.assert_close(squared.sqrt(), norm, rtol=2e-6, atol=0)
+        fused.gradient_scale = clip_coefficient(squared, max_norm=max_norm)
+        kept = ours[0].grad.clone()
+        fused.step(), torchs.step()
+        assert torch.equal(ours[0].grad, kept) and fused.gradient_scale is None
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def one_step(weight: torch.Tensor, *, keys: list[int], implementation: Implementation, rate: float = 1e-3) -> torch.Tensor:
+    """Every gradient is 1 at the first step, so that each weight is to fall by `rate`."""
+    weight = weight.clone()
+    zeros = [torch.zeros(weight.shape) for _ in range(2)]
+    adamw_(
+        [weight],
+        grads=[torch.ones_like(weight)],
+        means=zeros[:1],
+        squares=zeros[1:],
+        step=Step(rate, 0.9, 0.999, 1e-8, 0.0, 1),
+        keys=keys,
+        implementation=implementation,
+    )
+    return weight
+
+
+@implementations
+def test_stochastic_rounding_keeps_the_mean_of_steps_that_are_lost_to_nearest(implementation: Implementation) -> None:
+    count, rate = 20_000, 1e-3
+    weight = torch.full((count,), 1.5, dtype=torch.bfloat16)  # units of 2**-7, the step is an eighth of one
+    assert torch.equal(one_step(weight, keys=[], implementation=implementation, rate=rate), weight)
+    moved = one_step(weight, keys=keys_for(seed=5, step=1, numbers=[0]), implementation=implementation, rate=rate)
+    share = (moved != weight).double().mean().item()
+    assert set(moved.double().unique().tolist()) == {1.5, 1.5 - 2**-7}
+    expected = rate * 2**7
+    # Five standard deviations of a mean of `count` draws.
+    assert abs(share - expected) < 5 * (expected * (1 - expected) / count) ** 0.5
+
+
+@implementations
+def test_noise_depends_on_seed_step_and_tensor_and_on_nothing_else(implementation: Implementation) -> None:
+    weight = draw((4000,), dtype=torch.bfloat16)
+    keys = {name: keys_for(**of) for name, of in {
+        "here": {"seed": 1, "step": 2, "numbers": [3]},
+        "other seed": {"seed": 2, "step": 2, "numbers": [3]},
+        "other step": {"seed": 1, "step": 3, "numbers": [3]},
+        "other tensor": {"seed": 1, "step": 2, "numbers": [4]},
+    }.items()}  # fmt: skip
+    moved = {name: one_step(weight, keys=key, implementation=implementation) for name, key in keys.items()}
+    assert torch.equal(moved["here"], one_step(weight, keys=keys["here"], implementation=implementation))
+    for name in keys.keys() - {"here"}:
+        assert (moved[name] != moved["here"]).float().mean() > 0.1, name
+
+
+def test_native_and_reference_draw_the_same_bits() -> None:
+    weight, keys = draw((30_000,), dtype=torch.bfloat16), keys_for(seed=1, step=1, numbers=[0])
+    native, reference = (one_step(weight, keys=keys, implementation=which) for which in ("native", "reference"))
+    # Before it is rounded a value may differ by a unit of 2**-24, which tips one rounding in 2**15 or so.
+    assert (native != reference).float().mean() < 1e-3
+
+
+@implementations
+def test_bf16_squares_fall_when_gradients_vanish(implementation: Implementation) -> None:
+    """0.999 of a bf16 value rounds to that value: to nearest it would stay for ever."""
+    for seed, expected in ((None, 1.0), (3, 0.999**400)):
+        parameter = torch.nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
+        optimizer = FusedAdamW([parameter], lr=0.0, average_dtype=torch.bfloat16, seed=seed, implementation=implementation)
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.state[parameter]["exp_avg_sq"].fill_(1.0)
+        for _ in range(400):
+            optimizer.step()
+        mean = optimizer.state[parameter]["exp_avg_sq"].double().mean().item()
+        # Each roundings' deviation is at most half a unit, 2**-9; 400 of them over 2000 elements give under 1e-3.
+        assert abs(mean - expected) < 5e-3
+
+
+def test_not_finite_stays_so() -> None:
+    weight = torch.tensor([float("inf"), float("nan"), 1.0], dtype=torch.bfloat16)
+    moved = one_step(weight, keys=keys_for(seed=0, step=0, numbers=[0]), implementation="native")
+    assert moved[0] == float("inf") and moved[1].isnan() and moved[2].isfinite()
+
+
+@pytest.mark.parametrize("average_dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_state_goes_on_bit_for_bit(average_dtype: torch.dtype) -> None:
+    def fresh(held: list[torch.nn.Parameter]) -> FusedAdamW:
+        return FusedAdamW(grouped(held), lr=1e-2, average_dtype=average_dtype, seed=4, implementation="native")
+
+    held = parameters(torch.bfloat16)
+    optimizer = fresh(held)
+    for step in range(3):
+        give_gradients(held, step)
+        optimizer.step()
+    again = [torch.nn.Parameter(parameter.detach().clone()) for parameter in held]
+    resumed = fresh(again)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(3, 5):
+        for of, which in ((held, optimizer), (again, resumed)):
+            give_gradients(of, step)
+            which.step()
+    for a, b in zip(held, again, strict=True):
+        assert torch.equal(a, b)
+        assert optimizer.state[a]["exp_avg"].dtype == resumed.state[b]["exp_avg"].dtype == average_dtype
+
+
+def test_it_takes_the_place_of_torchs_with_groups_and_state() -> None:
+    ours, theirs = parameters(), parameters()
+    old, torchs = (torch.optim.AdamW(grouped(held), lr=1e-2, weight_decay=0.1) for held in (ours, theirs))
+    give_gradients(ours, 0), give_gradients(theirs, 0)
+    old.step(), torchs.step()
+    new = FusedAdamW.in_place_of(old, implementation="native")
+    assert all(a is b for a, b in zip(old.param_groups, new.param_groups, strict=True)) and isinstance(new, torch.optim.AdamW)
+    assert new.state[ours[0]]["exp_avg"] is old.state[ours[0]]["exp_avg"]
+    give_gradients(ours, 1), give_gradients(theirs, 1)
+    new.step(), torchs.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = FusedAdamW([{"params": [parameter], "amsgrad": True}], implementation="native")
+    with pytest.raises(OpsError, match="no amsgrad"):
+        optimizer.step()
+    with pytest.raises(OpsError, match="float16"):
+        FusedAdamW([parameter], average_dtype=torch.float16, implementation="native")
+    with pytest.raises(RuntimeError, match="number 0 of gradients is Float"):
+        adamw_([torch.ones(2)], grads=[torch.ones(3)], means=[torch.ones(2)], squares=[torch.ones(2)], step=Step(1, 0, 0, 0, 0, 1), implementation="native")

@@ -1,0 +1,140 @@
+"""Head and cross-entropy in one beside the usual form, over a tensor group, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import run_world
+
+from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_share4v.ops.op import Implementation, draw
+
+ROWS, WIDTH, COLUMNS, REAL = 23, 12, 48, 41
+implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
+
+
+@pytest.fixture(autouse=True)
+def native(native_ops: None) -> None:
+    """Both implementations are there."""
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    targets = torch.randint(0, REAL, (ROWS,), generator=torch.Generator().manual_seed(3))
+    return draw((ROWS, WIDTH), dtype=dtype).requires_grad_(), draw((COLUMNS, WIDTH), dtype=dtype, seed=1).requires_grad_(), targets
+
+
+def usual(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = (hidden @ weight.t()).float()
+    padded = torch.arange(COLUMNS) >= REAL
+    return torch.nn.functional.cross_entropy(logits.masked_fill(padded, float("-inf")), targets, reduction="sum")
+
+
+@implementations
+@pytest.mark.parametrize("block", [None, 7, 16, 41])
+def test_loss_and_gradients_are_those_of_the_usual_form(implementation: Implementation, block: int | None) -> None:
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=block, implementation=implementation)
+    expected = usual(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)  # other order of sums of 41 and 23 terms
+    for got, truth in zip(torch.autograd.grad(loss * 0.3, (hidden, weight)), torch.autograd.grad(expected * 0.3, (hidden, weight)), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-5, atol=2e-6)
+    assert not torch.autograd.grad(usual(hidden, weight, targets), weight)[0][REAL:].any()
+
+
+def test_in_bf16_the_weights_gradient_is_bit_for_bit_that_of_the_usual_form() -> None:
+    """One product over all rows, of logits' gradients that are rounded as usual: only where e^x differs by its last unit is there another bf16."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=16, implementation="native")
+    [got], [truth] = (torch.autograd.grad(value, weight) for value in (loss, usual(hidden, weight, targets)))
+    assert (got == truth).float().mean() > 0.98
+
+
+@implementations
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_gradient_only_where_it_is_wanted(implementation: Implementation, frozen: str) -> None:
+    hidden, weight, targets = inputs()
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, implementation=implementation).backward()
+    assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
+
+
+@pytest.mark.parametrize("target", [-100, REAL])
+def test_target_outside_is_refused(target: int) -> None:
+    hidden, weight, targets = inputs()
+    targets[4] = target
+    with pytest.raises(RuntimeError, match="index outside its range"):
+        linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, implementation="native")
+
+
+def test_nan_is_not_hidden() -> None:
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        hidden[2, 3] = float("nan")
+    loss = linear_cross_entropy(hidden, weight=weight, targets=targets, implementation="native")
+    loss.backward()
+    assert loss.isnan() and weight.grad.isnan().any()
+
+
+SETTINGS = [
+    (ROWS, "native", torch.float32),
+    (ROWS, "reference", torch.float32),
+    (ROWS, "native", torch.bfloat16),
+    (0, "native", torch.float32),
+]
+
+
+def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
+    """For each of SETTINGS: loss, and gradients of hidden states and of this rank's weight, by today's modules and by the op."""
+    import torch.distributed as dist
+
+    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.mcore.layers import ColumnParallelLinear, TransformerConfig
+    from megatron_share4v.model.loss import summed_cross_entropy
+    from megatron_share4v.ops.choose import choose_ops
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    choose_ops("native", device="cpu")
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    own, results = slice(COLUMNS // ranks * rank, COLUMNS // ranks * (rank + 1)), []
+    padded = torch.arange(COLUMNS)[own] >= REAL
+    with open_mesh(Layout.for_world(ParallelConfig(tensor=ranks), world_size=ranks), device=Device("cpu")) as mesh:
+        for rows, implementation, dtype in SETTINGS:
+            hidden, weight, targets = inputs(dtype)
+            hidden, targets = hidden[:rows].detach().requires_grad_(), targets[:rows]
+            options = {"num_layers": 1, "hidden_size": WIDTH, "num_attention_heads": ranks, "tensor_model_parallel_size": ranks}
+            config = TransformerConfig(**options, use_cpu_initialization=True, params_dtype=dtype)
+            head = ColumnParallelLinear(WIDTH, COLUMNS, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=mesh.tensor_group)
+            with torch.no_grad():
+                head.weight.copy_(weight[own])
+            loss = linear_cross_entropy(
+                hidden, weight=head.weight, targets=targets, vocabulary=REAL, group=mesh.tensor_group, block_columns=10, implementation=implementation
+            )
+            got = loss.detach(), *torch.autograd.grad(loss / 7, (hidden, head.weight))
+            today = got
+            if rows:
+                loss = summed_cross_entropy(head(hidden)[0].float().masked_fill(padded, float("-inf")), targets)
+                today = loss.detach(), *torch.autograd.grad(loss / 7, (hidden, head.weight))
+            results.append((*got, *today))
+    return results
+
+
+def test_over_a_tensor_group_it_is_todays_head_and_loss_and_that_of_one_rank() -> None:
+    for rank, of_settings in enumerate(run_world(2, on_a_rank)):
+        for (rows, _, dtype), (loss, grad_hidden, grad_weight, today, today_hidden, today_weight) in zip(SETTINGS, of_settings, strict=True):
+            hidden, weight, targets = inputs(dtype)
+            whole = usual(hidden[:rows], weight, targets[:rows])
+            one_hidden, one_weight = torch.autograd.grad(whole / 7, (hidden, weight))
+            # Other orders of sums; in bf16, the ranks' partial gradients of hidden states are rounded to 8 bits before they are added.
+            close = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-6, "atol": 2**-7}
+            torch.testing.assert_close(loss, today, rtol=1e-6, atol=0)
+            torch.testing.assert_close(loss, whole.detach(), rtol=1e-6, atol=0)
+            own = slice(COLUMNS // 2 * rank, COLUMNS // 2 * (rank + 1))
+            for got, expected in (
+                (grad_hidden, today_hidden),
+                (grad_hidden, one_hidden[:rows]),
+                (grad_weight, today_weight),
+                (grad_weight, one_weight[own]),
+            ):
+                torch.testing.assert_close(got, expected, **close)
