@@ -4,13 +4,17 @@
     tools/bench_ops.py --device cuda    on the GPU, at the shapes of ShareGPT4V-7B
 
 `fwd` is the forward pass without gradients, `fwd+bwd` both. `of copy` is the native bandwidth as a part of a plain copy's, measured in the same run.
+`peak MB` is what one call allocates at most beside its arguments, results included; the ratio is eager's over native's. Below 0.1 MB: -.
 The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
+import os
 import platform
 import statistics
 import sys
@@ -43,19 +47,23 @@ class Row:
     compiled_us: float | None
     gigabytes_per_s: float
     of_copy: float
+    native_peak_mb: float
+    eager_peak_mb: float
 
     @property
     def text(self) -> str:
         """As it is printed, under HEADER."""
+        memory = f"{self.native_peak_mb:8.1f} {self.eager_peak_mb / self.native_peak_mb:6.1f}" if self.native_peak_mb > 0.1 else f"{'-':>8} {'-':>6}"
         compiled = f"{self.compiled_us:11.0f} {self.compiled_us / self.native_us:6.2f}" if self.compiled_us else f"{'-':>11} {'-':>6}"
         return (
-            f"{self.op:14} {self.shape:22} {self.direction:8} {self.megabytes:9.2f} {self.native_us:10.0f} {self.eager_us:10.0f} "
-            f"{self.eager_us / self.native_us:6.2f} {compiled} {self.gigabytes_per_s:8.1f} {self.of_copy:8.2f}"
+            f"{self.op:20} {self.shape:22} {self.direction:8} {self.megabytes:9.2f} {self.native_us:10.0f} {self.eager_us:10.0f} "
+            f"{self.eager_us / self.native_us:6.2f} {compiled} {self.gigabytes_per_s:8.1f} {self.of_copy:8.2f} {memory}"
         )
 
 
 HEADER = (
-    f"{'op':14} {'shape':22} {'pass':8} {'MB':>9} {'native us':>10} {'eager us':>10} {'ratio':>6} {'compiled us':>11} {'ratio':>6} {'GB/s':>8} {'of copy':>8}"
+    f"{'op':20} {'shape':22} {'pass':8} {'MB':>9} {'native us':>10} {'eager us':>10} {'ratio':>6} {'compiled us':>11} {'ratio':>6} {'GB/s':>8} {'of copy':>8} "
+    f"{'peak MB':>8} {'ratio':>6}"
 )
 
 
@@ -92,15 +100,10 @@ def measure(op: Op, bench: Bench, *, device: str, compiled: bool, copy: float) -
     """The forward pass, and forward with backward where there is one."""
     arguments = bench.make(device)
 
-    def native(**arguments: Any) -> Any:
-        return op.function(**arguments, implementation="native")
-
-    def reference(**arguments: Any) -> Any:
-        return op.function(**arguments, implementation="reference")
-
-    eager = bench.eager or reference
+    native = bench.native or functools.partial(op.function, implementation="native")
+    eager = bench.eager or functools.partial(op.function, implementation="reference")
     variants = {"native": native, "eager": eager}
-    if compiled:
+    if compiled and bench.compiles:
         torch.compiler.reset()
         variants["compiled"] = torch.compile(eager, dynamic=False)
     passes = {"fwd": (_forward, bench.bytes_forward)}
@@ -110,6 +113,7 @@ def measure(op: Op, bench: Bench, *, device: str, compiled: bool, copy: float) -
     for direction, (once, size) in passes.items():
         calls = {name: once(variant, arguments, op.differentiable) for name, variant in variants.items()}
         times = medians(calls, device=device)
+        peaks = {name: peak_bytes(calls[name], device=device) / 1e6 for name in ("native", "eager")}
         bandwidth = size / times["native"] / 1e9
         microseconds = {name: 1e6 * seconds for name, seconds in times.items()}
         rows.append(
@@ -123,6 +127,8 @@ def measure(op: Op, bench: Bench, *, device: str, compiled: bool, copy: float) -
                 microseconds.get("compiled"),
                 bandwidth,
                 bandwidth / copy,
+                peaks["native"],
+                peaks["eager"],
             )
         )
     return rows
@@ -142,6 +148,23 @@ def medians(calls: dict[str, Callable[[], None]], *, device: str) -> dict[str, f
         for name, call in calls.items():
             times[name].append(timed(call))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(call: Callable[[], None], *, device: str) -> int:
+    """What torch's allocator holds at most during the call, beyond what it held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Its log, of every start and stop, would go between the lines of the table.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def copy_bandwidth(device: str) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw as torch_adamw
 
 from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, widened
 
@@ -195,7 +196,7 @@ def _native(*, weights: Tensors, grads: Tensors, means: Tensors, squares: Tensor
 
 def _torch_adamw(**how: bool) -> Any:
     def run(*, weights: Tensors, grads: Tensors, means: Tensors, squares: Tensors, counts: Tensors) -> tuple:
-        torch.optim.adamw.adamw(
+        torch_adamw(
             *(list(tensors) for tensors in (weights, grads, means, squares)), [], list(counts),
             amsgrad=False, lr=1e-6, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, maximize=False, **how,
         )  # fmt: skip
@@ -219,7 +220,7 @@ def _benches() -> Iterator[Bench]:
             def make(device: str, shape: tuple[int, ...] = shape, dtype: torch.dtype = dtype) -> dict[str, Any]:
                 return _bench_arguments(device, shape, dtype)
 
-            yield Bench(name, where, make, 7 * dtype.itemsize * sum(shape), None, eager, _native)
+            yield Bench(name, where, make, 7 * dtype.itemsize * sum(shape), None, eager, _native, compiles=False)
 
 
 def _squares_benches() -> Iterator[Bench]:

@@ -25,7 +25,10 @@ from megatron_share4v.log import get_logger
 
 LIBRARY = "share4v_ops.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
-CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+# errno and floating-point traps, of which nobody asks, would keep loops with roots and choices from being vectorised.
+CXX_FLAGS = (
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"
+)  # fmt: skip
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Wno-deprecated-gpu-targets")
 # One object code for A100, H100/H200 and B200 each, and PTX that newer ones translate.
 ARCHITECTURES = {

@@ -50,6 +50,8 @@ class Bench:
     """The usual way in eager torch where it is not the reference; same arguments."""
     native: Callable[..., Any] | None = field(default=None, repr=False)
     """What is measured where it is more, or less, than the function; same arguments."""
+    compiles: bool = True
+    """Whether torch.compile takes the eager form."""
 
 
 @dataclass(frozen=True)
