@@ -62,13 +62,21 @@ class FusedAdamW(torch.optim.AdamW):
         seed: int | None = None,
         implementation: Implementation,
     ) -> FusedAdamW:
-        """One with the very parameter groups (the same dicts) and state of `optimizer`, which is not to be used any more."""
+        """One with the very parameter groups and state of `optimizer`, which is not to be used any more."""
         defaults = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        if not optimizer.param_groups:
-            raise OpsError("FusedAdamW cannot take the place of an optimizer without parameter groups")
-        new = cls(optimizer.param_groups, **defaults, average_dtype=average_dtype, seed=seed, implementation=implementation)
-        new.state = optimizer.state
+        # Not through the constructor: Megatron's groups hold views of weights, which it would refuse as no leaves of autograd's graph.
+        new = cls([torch.empty(0)], **defaults, average_dtype=average_dtype, seed=seed, implementation=implementation)
+        new.param_groups, new.state = optimizer.param_groups, optimizer.state
+        new._keep_counts_on_the_host()
         return new
+
+    def _keep_counts_on_the_host(self) -> None:
+        """torch's fused form has them on the device, where reading one would wait for it; groups that say `fused` would put them there again."""
+        for group in self.param_groups:
+            group["fused"] = False
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = state["step"].cpu()
 
     def _init_group_state(self, parameter: torch.Tensor) -> dict[str, Any]:
         state = self.state[parameter]
@@ -129,6 +137,7 @@ class FusedAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but averages keep the type in which they were saved, where torch would give them their parameter's."""
         super().load_state_dict(state_dict)
+        self._keep_counts_on_the_host()
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):

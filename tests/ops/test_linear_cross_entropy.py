@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from harness import run_world
 
 from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_share4v.ops.op import Implementation, draw
+from megatron_share4v.ops.registry import OPS
+from tools.bench_ops import peak_bytes
 
 ROWS, WIDTH, COLUMNS, REAL = 23, 12, 48, 41
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
@@ -73,6 +77,22 @@ def test_nan_is_not_hidden() -> None:
     loss = linear_cross_entropy(hidden, weight=weight, targets=targets, implementation="native")
     loss.backward()
     assert loss.isnan() and weight.grad.isnan().any()
+
+
+def test_peak_memory_is_under_a_fifth_of_the_usual_forms() -> None:
+    op = next(op for op in OPS if op.name == "linear_cross_entropy")
+    bench = next(bench for bench in op.benches() if bench.where == "cpu")
+    arguments = bench.make("cpu")
+    assert arguments["weight"].size(0) == 32_000 and 4 * len(arguments["rows"]) == len(arguments["hidden"])
+    leaves = [arguments[name].requires_grad_() for name in op.differentiable]
+
+    def peak(form: Callable[..., torch.Tensor]) -> int:
+        return peak_bytes(lambda: torch.autograd.grad(form(**arguments), leaves), device="cpu")
+
+    logits = 2 * 256 * 32_000
+    assert peak(bench.eager) > 5 * peak(bench.native)
+    # Beside the gradients, which every form needs, not even the labelled rows' logits.
+    assert peak(bench.native) < sum(leaf.nbytes for leaf in leaves) + logits
 
 
 SETTINGS = [
