@@ -18,6 +18,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.schedule import attach_schedule
+from megatron_share4v.ops.op import Implementation
+from megatron_share4v.ops.optimizer import FusedAdamW
 
 __all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "set_learning_rate", "unwrap", "wrap_chunks"]
 
@@ -63,15 +65,18 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optim: OptimConfi
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(optim))
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-    _update_in_one_pass(optimizer)
     _give_each_parameter_a_state(optimizer)
+    _update_in_one_pass(optimizer, ops=unwrap(chunks[0]).config.ops)
     return optimizer
 
 
-def _update_in_one_pass(optimizer: MegatronOptimizer) -> None:
-    """Over each weight and its state, instead of a dozen: torch's fused AdamW, on CPU and GPU."""
+def _update_in_one_pass(optimizer: MegatronOptimizer, *, ops: Implementation) -> None:
+    """Over each weight and its state, instead of a dozen: our AdamW, or torch's fused one where our ops are not there."""
     for group in optimizer.param_groups:
         group["fused"] = True
+    if ops == "native":
+        for part in optimizer_parts(optimizer):
+            part.optimizer = FusedAdamW.in_place_of(part.optimizer, implementation=ops)
 
 
 def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
@@ -92,9 +97,16 @@ def set_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
 
 
 def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float) -> None:
-    """Scale gradients of global L2 norm `norm` down to `max_norm`; core's own way would compute the norm once more."""
+    """Scale gradients of global L2 norm `norm` down to `max_norm`; core's own way would compute the norm once more.
+
+    Our own AdamW scales them as it reads them.
+    """
+    coefficient = max_norm / (norm + 1e-6)  # core's and torch's
     for part in optimizer_parts(optimizer):
-        clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm, norm)
+        if not isinstance(part.optimizer, FusedAdamW):
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm, norm)
+        elif coefficient < 1.0 and part.get_parameters():
+            part.optimizer.gradient_scale = torch.tensor([coefficient], dtype=torch.float32, device=part.get_parameters()[0].device)
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:

@@ -22,6 +22,7 @@ from megatron_share4v.mcore.layers import (
 from megatron_share4v.mcore.specs import decoder_submodules
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.model.loss import summed_cross_entropy
+from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class LanguageModel(MegatronModule):
@@ -70,8 +71,17 @@ class LanguageModel(MegatronModule):
     def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of -log p(target), an fp32 scalar, over the flat positions `rows` [T] (as in `logits`); targets [T] ids.
 
-        Without any the head still runs, for the sake of its collectives.
+        Without any the head still runs, for the sake of its collectives. With native ops the logits are never in memory together.
         """
+        if self.config.ops == "native":
+            return linear_cross_entropy(
+                self._picked(hidden, rows),
+                weight=self.head.weight,
+                targets=targets,
+                vocabulary=self.language.vocab_size,
+                group=self.mesh.tensor_group,
+                implementation="native",
+            )
         if rows.numel() == 0:
             blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
             return 0.0 * summed_cross_entropy(self.logits(hidden, blank), blank)

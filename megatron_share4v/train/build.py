@@ -32,6 +32,7 @@ from megatron_share4v.model.chunks import build_chunks, layers_per_stage
 from megatron_share4v.model.initialize import initialize
 from megatron_share4v.model.stages import describe_stages
 from megatron_share4v.model.trainable import parameter_counts, table
+from megatron_share4v.ops.choose import Choice
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.parallel.device import Device
@@ -80,7 +81,7 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation)
-    _announce(config, mesh, bare)
+    _announce(config, mesh, bare, ops=ops)
     checkpoints = Path(config.run.directory) / "checkpoints"
     newest = find_newest_whole(checkpoints, mesh=mesh)
     if newest is None:
@@ -208,11 +209,12 @@ def _record_change(state: RunState, changes: Sequence[str], path: Path, director
             file.write(json.dumps({"step": state.step, "checkpoint": path.name, "changes": list(changes)}) + "\n")
 
 
-def _announce(config: RunConfig, mesh: Mesh, chunks: list) -> None:
+def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice) -> None:
     """Every choice that was made, once."""
     logger = get_logger()
+    update = "our fused op" if ops.implementation == "native" else "torch, fused"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
-    logger.info("precision: %s; attention: torch scaled_dot_product_attention; optimizer: AdamW (torch, fused)", config.precision.dtype)
+    logger.info("precision: %s; attention: torch scaled_dot_product_attention; optimizer: AdamW (%s)", config.precision.dtype, update)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):
         logger.info(line)
