@@ -100,7 +100,8 @@ def export(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.verify import verify as compare
 
-    print(compare(request_of(arguments), arguments.checkpoint))
+    # An error leaves without emptying buffers.
+    print(compare(request_of(arguments), arguments.checkpoint), flush=True)
     if arguments.logits:
         from megatron_share4v.evaluate.agreement import compare_alone, generated_questions
 

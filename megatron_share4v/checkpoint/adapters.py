@@ -19,6 +19,8 @@ from megatron_share4v.log import get_logger
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 REST = "non_lora_trainables.bin"
+BUFFERS = ("inv_freq", "position_ids")
+"""How the names of tensors end that follow from the configuration; differences of them mean nothing."""
 
 
 def is_adapter(directory: Path) -> bool:
@@ -57,6 +59,8 @@ def with_delta(base: Tensors, delta: Tensors) -> dict[str, LazyTensor]:
     """Delta weights added to `base`, as LLaVA's apply_delta does: the projector and the tower are whole, new rows of the vocabulary too."""
     result = {}
     for name, tensor in delta.items():
+        if name.endswith(BUFFERS):
+            continue
         if name not in base:
             if "mm_projector" not in name and "vision_tower" not in name:
                 raise ConversionError(f"{tensor.origin}: {name} is not in the base model; give the base that the delta was made from")
@@ -67,7 +71,7 @@ def with_delta(base: Tensors, delta: Tensors) -> dict[str, LazyTensor]:
         if shape != other and not (vocabulary and shape[1:] == other[1:] and shape[0] > other[0]):
             raise ConversionError(f"{tensor.origin}: wrong shape: {name} is {shape} in the delta, {other} in the base")
         result[name] = replace(tensor, read=_DeltaSum(base[name], tensor))
-    lost = [name for name in base if name not in delta and not name.endswith("inv_freq")]
+    lost = [name for name in base if name not in delta and not name.endswith(BUFFERS)]
     if lost:
         raise ConversionError(f"missing tensor: {lost[0]} is in the base and not in the delta; copy the delta again")
     return result

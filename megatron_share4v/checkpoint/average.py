@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.companions import TOKENIZER, companions_of
+from megatron_share4v.checkpoint.added_rows import ROWS_OF
+from megatron_share4v.checkpoint.companions import TOKENIZER, UNUSED
 from megatron_share4v.checkpoint.exporter import Opened, open_checkpoint
+from megatron_share4v.checkpoint.hf_write import write_file
 from megatron_share4v.checkpoint.importer import report_weights, write_checkpoint
-from megatron_share4v.checkpoint.lazy import LazyTensor
+from megatron_share4v.checkpoint.lazy import LazyTensor, Tensors
 from megatron_share4v.checkpoint.manifest import Manifest, verify
 from megatron_share4v.checkpoint.parts import writing
 from megatron_share4v.errors import ConversionError
@@ -30,7 +32,7 @@ def average(checkpoints: Sequence[Path], target: Path) -> Manifest:
     first = opened[0]
     for other in opened[1:]:
         _check_same(first, other)
-    ours = {name: LazyTensor(tensor.shape, tensor.dtype, tensor.origin, _mean(opened, name)) for name, tensor in first.weights.items()}
+    ours = {name: _mean([one.weights for one in opened], name) for name in first.weights}
     names = ", ".join(one.path.name for one in opened)
     files = [[str(one.path.resolve()), *(file.sha256 for file in one.manifest.files.values())] for one in opened]
     with writing(target, fingerprint=hashlib.sha256(json.dumps(files).encode()).hexdigest()) as place:
@@ -40,7 +42,7 @@ def average(checkpoints: Sequence[Path], target: Path) -> Manifest:
             config=first.config,
             state=opened[-1].manifest.state,
             source=f"mean of {names}" if len(opened) > 1 else f"weights of {names}",
-            companions=lambda: _copy_companions(first, place.directory),
+            companions=lambda: _write_companions(opened, place.directory),
         )
     report_weights(target, manifest)
     return manifest
@@ -54,21 +56,28 @@ def _check_same(first: Opened, other: Opened) -> None:
             raise ConversionError(f"{other.path}: cannot be averaged with {first.path}: {name} is {described[1]}, there {described[0]}")
 
 
-def _mean(opened: Sequence[Opened], name: str) -> Callable[[], torch.Tensor]:
+def _mean(checkpoints: Sequence[Tensors], name: str) -> LazyTensor:
+    first = checkpoints[0][name]
+
     def read() -> torch.Tensor:
-        total = opened[0].weights[name].read()
-        if len(opened) == 1:
+        total = first.read()
+        if len(checkpoints) == 1:
             return total
-        dtype, total = total.dtype, total.float()
-        for one in opened[1:]:
-            total += one.weights[name].read().float()
-        return (total / len(opened)).to(dtype)
+        total = total.float()
+        for tensors in checkpoints[1:]:
+            total += tensors[name].read().float()
+        return (total / len(checkpoints)).to(first.dtype)
 
-    return read
+    return LazyTensor(first.shape, first.dtype, first.origin, read)
 
 
-def _copy_companions(opened: Opened, directory: Path) -> None:
-    for path in companions_of(opened.path):
-        shutil.copyfile(path, directory / path.name)
-    if not (directory / TOKENIZER).is_file() and opened.tokenizer.is_file():
-        shutil.copyfile(opened.tokenizer, directory / TOKENIZER)
+def _write_companions(opened: Sequence[Opened], directory: Path) -> None:
+    """The first one's tokenizer, and the mean of what all carry; added rows belong to imports, so they go when one was trained."""
+    if opened[0].tokenizer.is_file():
+        shutil.copyfile(opened[0].tokenizer, directory / TOKENIZER)
+    carried = [one.unused for one in opened]
+    shared = [name for name, tensor in carried[0].items() if all(name in other and other[name].shape == tensor.shape for other in carried)]
+    if any(one.manifest.state.step for one in opened):
+        shared = [name for name in shared if name not in ROWS_OF.values()]
+    if shared:
+        write_file(directory / UNUSED, {name: _mean(carried, name) for name in shared})

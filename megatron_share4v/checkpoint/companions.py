@@ -28,16 +28,18 @@ def tokenizer_of(checkpoint: Path, data: DataConfig) -> Path:
     return own if own.is_file() else Path(data.tokenizer)
 
 
-def keep_companions(run: Path, *, tokenizer: Path, start: Path | None) -> Path:
+def keep_companions(run: Path, *, tokenizer: Path, start: Path | None, resumes: bool) -> Path:
     """A run's own copies, for the checkpoints that it will write: of its tokenizer, and of the unused weights of the checkpoint it starts from.
 
-    Returns their directory. Run it on one rank, each time a run starts or resumes.
+    A run that resumes keeps the latter; one that starts anew does not inherit those of an earlier start. Returns their directory. Run it on one rank.
     """
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     _copy(tokenizer, folder / TOKENIZER)
     if start is not None and (start / UNUSED).is_file():
         _copy(start / UNUSED, folder / UNUSED)
+    elif not resumes:
+        (folder / UNUSED).unlink(missing_ok=True)
     return folder
 
 

@@ -1,7 +1,6 @@
 """A checkpoint of ours to the layout of transformers' LLaVA or of ShareGPT4V, one tensor at a time. hf_files writes all that is no weight.
 
-llava-hf has rows for `<image>`, `<pad>` and alignment after the tokenizer's. An imported model that was not trained gets its own ones back; otherwise
-they are the mean of the others, as rows of zeros could win a greedy answer and random ones would make exports differ.
+llava-hf has rows for `<image>`, `<pad>` and alignment after the tokenizer's (checkpoint/added_rows.py).
 """
 
 from __future__ import annotations
@@ -10,32 +9,34 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_share4v.checkpoint import hf_files
+from megatron_share4v.checkpoint.added_rows import ROWS_OF, added_rows
 from megatron_share4v.checkpoint.companions import UNUSED, tokenizer_of
 from megatron_share4v.checkpoint.handover import config_of
 from megatron_share4v.checkpoint.hf_read import open_file
 from megatron_share4v.checkpoint.hf_write import model_parts, write_index
 from megatron_share4v.checkpoint.importer import PROVENANCE
-from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, FLOATS, LastRead, LazyTensor, hash_components
+from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, FLOATS, LastRead, LazyTensor, cast_checked, component_digests, digest_of
 from megatron_share4v.checkpoint.manifest import Manifest, current_versions, verify
-from megatron_share4v.checkpoint.parts import write_parts, writing
+from megatron_share4v.checkpoint.parts import discard, stated, write_parts, writing
 from megatron_share4v.checkpoint.store import locate
-from megatron_share4v.checkpoint.weight_map import CLIP, COMPONENTS, LLAVA_HF, SHARE4V, Component, Naming, check_ours, unused_shapes
+from megatron_share4v.checkpoint.weight_map import CLIP, COMPONENTS, LLAVA_HF, SHARE4V, Component, Naming, Row, check_ours, unused_shapes
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.errors import ConversionError
+from megatron_share4v.errors import CheckpointError, ConversionError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.checkpointing import STATE_PREFIX
 from megatron_share4v.mcore.tensor_files import stored_tensors
 from megatron_share4v.model.initialize import initial_value
 
 Layout = Literal["llava-hf", "share4v"]
-TOWER_FOLDER = "vision_tower"
+TOWER_FOLDER = "clip"
+"""SGLang takes a tower for one only when its path has this in it."""
 SHARD_BYTES = 5_000_000_000
 
 
@@ -72,71 +73,101 @@ def open_checkpoint(path: Path) -> Opened:
 def export_model(checkpoint: Path, target: Path, *, layout: Layout, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write the directory `target`, in `dtype` (fp32, bf16, fp16) or as stored; the checkpoint that was read.
 
-    Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is damaged and ConversionError when it
-    does not fit the layout; `target` is then not there.
+    Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is damaged, and forgets what was written
+    from it, and ConversionError when it does not fit the layout; `target` is then not there.
     """
     opened = open_checkpoint(checkpoint)
-    stored = {FLOAT_NAMES[tensor.dtype] for tensor in opened.weights.values()}
-    if dtype is None and len(stored) > 1:
-        raise ConversionError(f"{opened.path}: holds weights in {', '.join(sorted(stored))}; say which one to write with --dtype")
-    chosen = dtype or stored.pop()
+    stored_as = {FLOAT_NAMES[tensor.dtype] for tensor in opened.weights.values()}
+    if dtype is None and len(stored_as) > 1:
+        raise ConversionError(f"{opened.path}: holds weights in {', '.join(sorted(stored_as))}; say which one to write with --dtype")
+    chosen = dtype or stored_as.pop()
+    seen = None if _hashes_hold(opened, chosen) else _Seen(FLOATS[chosen])
     folders = {
         folder: {name: cast_checked(name, tensor, chosen) for name, tensor in tensors.items()}
-        for folder, tensors in their_tensors(opened, layout=layout).items()
+        for folder, tensors in their_tensors(opened, layout=layout, seen=seen).items()
     }
-    fingerprint = hashlib.sha256(json.dumps([str(opened.path.resolve()), _files(opened), layout, chosen, shard_bytes]).encode())
-    with writing(target, fingerprint=fingerprint.hexdigest()) as place, ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(verify, opened.path, contents=True)
-        parts = [part for folder, tensors in folders.items() for part in model_parts(tensors, max_bytes=shard_bytes, folder=folder)]
-        write_parts(place, parts, title=f"export {layout}")
+    files = {name: file.sha256 for name, file in opened.manifest.files.items()}
+    # The hashes are what the files should hold; what was read from them in fact, before it was compared, goes by their state on the disk.
+    content = [stated(opened.path / name for name in files), files, layout, chosen, shard_bytes, current_versions()]
+    with writing(target, fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest()) as place:
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                verified = pool.submit(verify, opened.path, contents=True)
+                parts = [part for folder, tensors in folders.items() for part in model_parts(tensors, max_bytes=shard_bytes, folder=folder)]
+                try:
+                    write_parts(place, parts, title=f"export {layout}")
+                finally:  # a damaged file explains whatever else went wrong
+                    verified.result()
+        except CheckpointError:
+            discard(place)
+            raise
         for folder, tensors in folders.items():
             write_index(place.directory / folder, tensors, max_bytes=shard_bytes)
-        _write_files(place.directory, opened, layout=layout, dtype=chosen)
-        verified.result()
+        weights = opened.manifest.weights if seen is None else seen.components(opened)
+        _write_files(place.directory, opened, layout=layout, dtype=chosen, weights=weights)
     get_logger().info("%s: %s in %s, from %s (step %d)", target, layout, chosen, opened.path, opened.manifest.state.step)
+    for component, digest in weights.items():
+        get_logger().info("  %s: sha256 %s", component, digest)
     return opened.path
 
 
-def their_tensors(opened: Opened, *, layout: Layout) -> dict[str, dict[str, LazyTensor]]:
-    """Every tensor of an export by folder ("" or "vision_tower/") and name, as stored. Raises ConversionError when one of ours is missing."""
+@dataclass(frozen=True)
+class _Seen:
+    """Hashes of our tensors, rounded as the export has them, taken while they are read."""
+
+    dtype: torch.dtype
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        self.digests[name] = digest_of(values.to(self.dtype))
+
+    def components(self, opened: Opened) -> dict[str, str]:
+        """One per component. What an earlier process wrote, whose export this one finished, is read again."""
+        for name, tensor in opened.weights.items():
+            if name not in self.digests:
+                self.add(name, tensor.read())
+        return component_digests({name: (tensor.shape, self.dtype, self.digests[name]) for name, tensor in opened.weights.items()})
+
+
+def _hashes_hold(opened: Opened, dtype: str) -> bool:
+    """Whether the manifest's hashes of the components are those of the export."""
+    return set(opened.manifest.weights) == set(COMPONENTS) and all(tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values())
+
+
+def their_tensors(opened: Opened, *, layout: Layout, seen: _Seen | None = None) -> dict[str, dict[str, LazyTensor]]:
+    """Every tensor of an export by folder ("" or "clip/") and name, as stored. Raises ConversionError when one of ours is missing."""
     if layout == "llava-hf":
-        plain = _renamed(opened, LLAVA_HF, ("language", "projector", "vision"))
+        plain = _renamed(opened, LLAVA_HF, ("language", "projector", "vision"), seen)
         return {"": {**_with_added_rows(opened, plain), **_unused(opened, prefix=LLAVA_HF.tower or "")}}
-    main = _renamed(opened, SHARE4V, ("language", "projector"))
-    tower = {**_renamed(opened, CLIP, ("vision",)), **_unused(opened, prefix=CLIP.tower or "")}
+    main = _renamed(opened, SHARE4V, ("language", "projector"), seen)
+    tower = {**_renamed(opened, CLIP, ("vision",), seen), **_unused(opened, prefix=CLIP.tower or "")}
     return {"": main, f"{TOWER_FOLDER}/": tower}
 
 
-def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """`tensor` rounded to `dtype`; a value that fp16 cannot hold is an error when it is read, not an infinity."""
-    rounded = tensor.cast(FLOATS[dtype])
-    if dtype != "fp16" or tensor.dtype == rounded.dtype:
-        return rounded
-
-    def read() -> torch.Tensor:
-        values = rounded.read()
-        if not torch.isfinite(values).all():
-            raise ConversionError(f"{tensor.origin}: {name} has values beyond fp16's 65504; export in bf16 or fp32")
-        return values
-
-    return LazyTensor(rounded.shape, rounded.dtype, rounded.origin, read)
-
-
-def _renamed(opened: Opened, naming: Naming, components: tuple[Component, ...]) -> dict[str, LazyTensor]:
+def _renamed(opened: Opened, naming: Naming, components: tuple[Component, ...], seen: _Seen | None) -> dict[str, LazyTensor]:
     assert set(components) <= set(COMPONENTS)
     last = LastRead()
     result = {}
     for row in check_ours(opened.weights, opened.config.model, naming=naming, components=components):
         whole = opened.weights[row.ours]
+        split = _splitter(row, whole, seen)
         for number, (name, shape) in enumerate(row.their_shapes().items()):
-            result[name] = LazyTensor(shape, whole.dtype, whole.origin, _part(last, row.ours, whole, row.transform.to_theirs, number))
+            result[name] = LazyTensor(shape, whole.dtype, whole.origin, _part(last, row.ours, split, number))
     return result
 
 
-def _part(
-    last: LastRead, name: str, whole: LazyTensor, split: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], number: int
-) -> Callable[[], torch.Tensor]:
-    return lambda: last.parts(name, lambda: split(whole.read()))[number]
+def _splitter(row: Row, whole: LazyTensor, seen: _Seen | None) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def split() -> tuple[torch.Tensor, ...]:
+        values = whole.read()
+        if seen is not None:
+            seen.add(row.ours, values)
+        return row.transform.to_theirs(values)
+
+    return split
+
+
+def _part(last: LastRead, name: str, split: Callable[[], tuple[torch.Tensor, ...]], number: int) -> Callable[[], torch.Tensor]:
+    return lambda: last.parts(name, split)[number]
 
 
 def _unused(opened: Opened, *, prefix: str) -> dict[str, LazyTensor]:
@@ -162,26 +193,20 @@ def _unused(opened: Opened, *, prefix: str) -> dict[str, LazyTensor]:
 
 def _with_added_rows(opened: Opened, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     rows = hf_files.llava_vocab_rows(opened.config.model)
-    changed = {}
-    for part, name in {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}.items():
-        changed[name] = _extended(plain[name], rows, own=opened.unused.get(f"{part}.added_rows") if opened.manifest.state.step == 0 else None)
-    return {**plain, **changed}
+    names = {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}
+    carried = opened.unused if opened.manifest.state.step == 0 else {}
+    return {**plain, **{name: _extended(plain[name], rows, carried.get(ROWS_OF[part])) for part, name in names.items()}}
 
 
-def _extended(tensor: LazyTensor, rows: int, *, own: LazyTensor | None) -> LazyTensor:
-    missing = rows - tensor.shape[0]
-
+def _extended(tensor: LazyTensor, rows: int, carried: LazyTensor | None) -> LazyTensor:
     def read() -> torch.Tensor:
         values = tensor.read()
-        if own is not None and own.shape[0] == missing:
-            return torch.cat([values, own.read().to(values.dtype)])
-        mean = values.mean(0, dtype=torch.float32).to(values.dtype)
-        return torch.cat([values, mean.expand(missing, -1)])
+        return torch.cat([values, added_rows(values, rows - tensor.shape[0], carried=carried)])
 
     return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, tensor.origin, read)
 
 
-def _write_files(directory: Path, opened: Opened, *, layout: Layout, dtype: str) -> None:
+def _write_files(directory: Path, opened: Opened, *, layout: Layout, dtype: str, weights: dict[str, str]) -> None:
     config = opened.config
     aspect = config.data.image_aspect_ratio
     if layout == "llava-hf":
@@ -192,10 +217,5 @@ def _write_files(directory: Path, opened: Opened, *, layout: Layout, dtype: str)
         hf_files.write_share4v_files(
             directory, model=config.model, tokenizer=opened.tokenizer, tower_path=TOWER_FOLDER, image_aspect_ratio=aspect, dtype=dtype
         )
-    vision = {name: tensor.cast(FLOATS[dtype]) for name, tensor in opened.weights.items() if name.startswith("vision.")}
-    content = {"step": opened.manifest.state.step, "dtype": dtype, "weights": hash_components(vision), "versions": current_versions()}
+    content = {"step": opened.manifest.state.step, "dtype": dtype, "weights": weights, "versions": current_versions()}
     (directory / PROVENANCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _files(opened: Opened) -> dict[str, str]:
-    return {name: file.sha256 for name, file in opened.manifest.files.items()}

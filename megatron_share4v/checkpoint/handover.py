@@ -1,6 +1,7 @@
 """Whether a checkpoint is of the model that a configuration describes: what a stage starts from, and what a comparison compares.
 
-Shapes alone do not tell: another feature layer, epsilon or rotary base gives other answers from the same tensors.
+Shapes alone do not tell: another feature layer, epsilon or rotary base gives other answers from the same tensors. Nor does the configuration tell
+everything: OpenAI's CLIP and a tower that was tuned from it have the same one. The hash of the tower's weights tells them apart.
 """
 
 from __future__ import annotations
@@ -40,10 +41,25 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object,
     return [difference for difference in found if difference[0] not in FREE]
 
 
-def check_start(manifest: Manifest, model: ModelConfig, *, where: Path) -> None:
-    """Raises CheckpointError when a run of `model` does not compute what the checkpoint's weights were trained for."""
+def check_start(manifest: Manifest, model: ModelConfig, *, where: Path, expect_tower: str | None = None) -> None:
+    """Raises CheckpointError when a run of `model` does not compute what the checkpoint's weights were trained for, or has another tower.
+
+    expect_tower: SHA-256 of the tower's weights that the run asks for; None: any.
+    """
     found = differences(model, config_of(manifest, where=where).model)
     if found:
         what = "another tower" if all(key.startswith("vision.") for key, _, _ in found) else "another model"
         listed = "; ".join(f"model.{key} is {mine!r} here, {stored!r} in the checkpoint" for key, mine, stored in found)
         raise CheckpointError(f"{where}: is of {what} than this run's: {listed}; use its model section, or start from another checkpoint")
+    stored = manifest.weights.get("vision")
+    if expect_tower is None or stored == expect_tower:
+        return
+    if stored is None:
+        raise CheckpointError(
+            f"{where}: does not state its tower's hash, which checkpoint.expect_tower asks for; look it up with `tools/convert.py inspect --hashes`, "
+            "and leave checkpoint.expect_tower out if it is the right one"
+        )
+    raise CheckpointError(
+        f"{where}: has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expect_tower}; start from the checkpoint that "
+        "goes with it, or correct checkpoint.expect_tower"
+    )

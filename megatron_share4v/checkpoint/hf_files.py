@@ -65,7 +65,7 @@ def write_share4v_files(directory: Path, *, model: ModelConfig, tokenizer: Path,
     _check_image_policy(image_aspect_ratio)
     folder = directory / Path(tower_path).name
     if folder == directory:
-        raise ConversionError(f"tower path {tower_path!r} has no name for the folder of the vision tower; write for example vision_tower")
+        raise ConversionError(f"tower path {tower_path!r} has no name for the folder of the vision tower; write for example clip")
     tokens = read_sentencepiece_model(tokenizer)
     if len(tokens.pieces) > model.language.vocab_size:
         raise ConversionError(

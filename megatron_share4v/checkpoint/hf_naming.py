@@ -24,12 +24,17 @@ def recognise(names: Iterable[str], *, title: str) -> Naming:
     Raises ConversionError naming two tensors when there are two towers, projectors or language models.
     """
     names = tuple(names)
-    mlp = None
+    mlp, projectors = None, []
     for first, second in PROJECTORS_MLP:
         prefix = _prefix(names, f"{first}weight", what="projectors")
         if prefix is not None:
             mlp = (f"{prefix}{first}", f"{prefix}{second}")
+            projectors.append(f"{prefix}{first}weight")
     linear = _prefix(names, f"{PROJECTOR_LINEAR}weight", what="projectors")
+    if linear is not None:
+        projectors.append(f"{linear}{PROJECTOR_LINEAR}weight")
+    if len(projectors) > 1:
+        raise ConversionError(f"two projectors: {projectors[0]} and {projectors[1]}; leave one of them out")
     head = _prefix(names, HEAD, what="heads")
     return Naming(
         title=title,

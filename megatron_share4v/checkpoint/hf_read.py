@@ -128,7 +128,13 @@ class _Range:
 
     def __call__(self) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        left = bytes_of(tensor)
+        try:
+            self._fill(bytes_of(tensor))
+        except OSError as error:
+            raise ConversionError(f"{self.path}: cannot be read ({error.strerror}); check where it lies, or {AGAIN}") from error
+        return tensor
+
+    def _fill(self, left: memoryview) -> None:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             while left:
@@ -136,7 +142,6 @@ class _Range:
                 if not count:
                     raise ConversionError(f"{self.path}: became shorter while it was read; {AGAIN}")
                 left = left[count:]
-        return tensor
 
 
 class _MappedFile:

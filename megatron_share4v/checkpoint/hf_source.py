@@ -14,14 +14,14 @@ from megatron_share4v.checkpoint.hf_config import HfConfig, read_model, read_tow
 from megatron_share4v.checkpoint.hf_naming import DECODER, HEAD, TOWER, components_of, recognise
 from megatron_share4v.checkpoint.hf_read import has_weights, open_directory, open_file, read_json
 from megatron_share4v.checkpoint.lazy import LazyTensor, check_floats, merged
-from megatron_share4v.checkpoint.weight_map import COMPONENTS, Component, Naming, Row, check_theirs, drops
+from megatron_share4v.checkpoint.weight_map import COMPONENTS, LLAVA_HF, SHARE4V, Component, Naming, Row, check_theirs, drops
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.log import get_logger
 from megatron_share4v.text.tokenizer import Tokenizer
 
 CONFIG, PREPROCESSOR, TOKENIZER, PROJECTOR = "config.json", "preprocessor_config.json", "tokenizer.model", "mm_projector.bin"
-TOWER_FOLDERS = ("vision_tower", "clip")
+TOWER_FOLDERS = ("clip", "vision_tower")
 CLIP_HEAD = 64
 CLIP_TEXT = ("text_model.", "text_projection", "visual_projection", "logit_scale")
 
@@ -76,6 +76,8 @@ def open_source(request: Request) -> Source:
         raise ConversionError(f"{request.directory}: there is no such directory; give the directory of a model")
     config_path = _config_path(request)
     config = read_model(read_json(config_path), where=str(config_path))
+    if config.kind == "llava-hf" and request.tower is not None:
+        raise ConversionError(f"two towers: {request.directory} is llava-hf, which has one among its weights, and {request.tower}; leave --tower out")
     tensors = _with_projector(_main_tensors(request), request)
     tower_folder = None if config.kind == "llava-hf" else _tower_folder(request, config, tensors)
     vision = config.model.vision
@@ -119,6 +121,9 @@ def _main_tensors(request: Request) -> dict[str, LazyTensor]:
     directory, base = request.directory, request.base
     adapter = is_adapter(directory)
     alone = not adapter and not has_weights(directory) and (directory / PROJECTOR).is_file()
+    if request.delta and (adapter or alone):
+        what = "a LoRA adapter" if adapter else "a projector alone"
+        raise ConversionError(f"{directory}: is {what}, no delta weights; leave --delta out")
     if base is None:
         if adapter or alone or request.delta:
             what = "a LoRA adapter" if adapter else "a projector alone" if alone else "delta weights"
@@ -150,6 +155,8 @@ def _tower_folder(request: Request, config: HfConfig, tensors: dict[str, LazyTen
     named = []
     if config.tower is not None:
         named = [Path(config.tower), request.directory / config.tower, request.directory.parent / Path(config.tower).name]
+        if (request.directory / config.tower / CONFIG).is_file():  # certain; the others are guesses
+            named = [request.directory / config.tower]
     if request.tower is not None:
         if config.tower is not None and not request.any_tower and not any(request.tower.resolve() == path.resolve() for path in named):
             if request.tower.name != Path(config.tower).name:
@@ -166,8 +173,9 @@ def _tower_folder(request: Request, config: HfConfig, tensors: dict[str, LazyTen
         raise ConversionError(f"{request.tower}: is no tower (no {CONFIG}); give the directory of a CLIPVisionModel")
     if inside is not None and full:
         raise ConversionError(f"two towers: {inside} inside {request.directory}, and another in {full[0]}; leave one of them out")
-    if request.tower is None and len({path.resolve() for path in full}) > 1:
-        raise ConversionError(f"two towers: in {full[0]} and in {full[1]}; say which one with --tower")
+    distinct = list({path.resolve(): path for path in full}.values())
+    if request.tower is None and len(distinct) > 1:
+        raise ConversionError(f"two towers: in {distinct[0]} and in {distinct[1]}; say which one with --tower")
     if inside is None and not full:
         named_as = f" ({CONFIG} names {config.tower})" if config.tower else ""
         raise ConversionError(f"{request.directory}: missing tensor: {TOWER}: has no vision tower{named_as}; give its directory with --tower")
@@ -207,7 +215,14 @@ def _components(naming: Naming, config: HfConfig, request: Request) -> tuple[Com
     if naming.tower is None:
         raise ConversionError(f"{request.directory}: missing tensor: {TOWER}: has no vision tower")
     # A stage-1 start may lack the projector; a model that was trained may not.
-    return there if config.kind == "llama" else COMPONENTS
+    if config.kind == "llama":
+        return there
+    layout = LLAVA_HF if config.kind == "llava-hf" else SHARE4V
+    linear = config.model.projector.type == "linear"
+    if (naming.projector_linear if linear else naming.projector_mlp) is None:
+        prefix = layout.projector_linear if linear else (layout.projector_mlp or ("",))[0]
+        raise ConversionError(f"{request.directory}: missing tensor: {prefix}weight: has no projector ({config.model.projector.type}); copy it again")
+    return COMPONENTS
 
 
 def _projector_type(config: HfConfig, naming: Naming) -> str:
@@ -236,8 +251,13 @@ def _cut_vocabulary(
             raise ConversionError(f"vocabulary too small: {name} has {rows} rows, the tokenizer {pieces} pieces; give the tokenizer of this model")
         if rows != stated:
             raise ConversionError(f"wrong shape: {name} has {rows} rows, {CONFIG} states vocab_size {stated}")
-    if config.image_token is None or not pieces <= config.image_token < stated:
+    if config.image_token is None:
         return model, tensors, {}
+    if not pieces <= config.image_token < stated:
+        raise ConversionError(
+            f"image_token_index {config.image_token} in {CONFIG} lies outside {pieces} .. {stated - 1}: the tokenizer has {pieces} pieces, the model "
+            f"{stated} rows, and <image> comes after the pieces; give the tokenizer of this model with --tokenizer, or correct the configuration"
+        )
     vocabulary = config.image_token
     added = {part: tensors[name].rows(vocabulary, stated) for part, name in names.items()}
     cut = {name: tensors[name].rows(0, vocabulary) for name in names.values()}

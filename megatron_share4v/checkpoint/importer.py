@@ -16,13 +16,14 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_share4v.checkpoint.added_rows import ROWS_OF
 from megatron_share4v.checkpoint.companions import TOKENIZER, UNUSED
 from megatron_share4v.checkpoint.hf_read import read_json
 from megatron_share4v.checkpoint.hf_source import Request, Source, open_source
 from megatron_share4v.checkpoint.hf_write import shards, write_file
-from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, FLOATS, LazyTensor, Tensors, component_digests, read_ahead
+from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, Tensors, cast_checked, component_digests, hash_components, read_ahead
 from megatron_share4v.checkpoint.manifest import Manifest, RunState, StoredFile, current_versions, describe_files, write_manifest
-from megatron_share4v.checkpoint.parts import Part, Workplace, write_parts, writing
+from megatron_share4v.checkpoint.parts import Part, Workplace, stated, write_parts, writing
 from megatron_share4v.checkpoint.weight_map import LLAVA_HF, SHARE4V, Row, rows
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.load import dump
@@ -32,6 +33,7 @@ from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.tensor_files import Placed, describe_tensors, write_tensor
 from megatron_share4v.model.initialize import initial_value
 from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.text.template import get_template
 
 FILE_BYTES = 1 << 30
 PROVENANCE = "provenance.json"
@@ -51,8 +53,11 @@ class ImportOptions:
 
 def import_model(request: Request, target: Path, *, options: ImportOptions) -> Manifest:
     """Make the checkpoint `target`. Raises ConversionError naming the tensor, key or file that does not fit; `target` is then not there."""
+    get_template(options.template)
     source = open_source(request)
-    ours = _in_dtype(our_tensors(source, seed=options.seed), options.dtype)
+    as_stored = our_tensors(source, seed=options.seed)
+    _check_tower(request, as_stored)
+    ours = _in_dtype(as_stored, options.dtype)
     with writing(target, fingerprint=_fingerprint(source, ours, options)) as place:
         manifest = write_checkpoint(
             place,
@@ -62,7 +67,6 @@ def import_model(request: Request, target: Path, *, options: ImportOptions) -> M
             source=f"{source.naming.title}: {', '.join(path.name for path in source.directories)}",
             companions=lambda: _write_companions(source, place.directory, options.dtype),
         )
-        _check_tower(request, manifest, ours)
     report_weights(target, manifest)
     return manifest
 
@@ -122,7 +126,7 @@ def _initialiser(row: Row, source: Source, seed: int, dtype: torch.dtype) -> Cal
 
 
 def _in_dtype(tensors: dict[str, LazyTensor], dtype: str | None) -> dict[str, LazyTensor]:
-    return tensors if dtype is None else {name: tensor.cast(FLOATS[dtype]) for name, tensor in tensors.items()}
+    return tensors if dtype is None else {name: cast_checked(name, tensor, dtype) for name, tensor in tensors.items()}
 
 
 def _tensor_writer(group: Tensors) -> Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]:
@@ -141,7 +145,7 @@ def _tensor_writer(group: Tensors) -> Callable[[BinaryIO, Callable[[int], Any]],
 def _write_companions(source: Source, directory: Path, dtype: str | None) -> None:
     shutil.copyfile(source.tokenizer, directory / TOKENIZER)
     unused = {f"vision.{name}": tensor for name, tensor in source.unused().items()}
-    added = {f"{part}.added_rows": tensor for part, tensor in source.added_rows.items()}
+    added = {ROWS_OF[part]: tensor for part, tensor in source.added_rows.items()}
     if unused or added:
         write_file(directory / UNUSED, _in_dtype({**unused, **added}, dtype))
 
@@ -165,22 +169,20 @@ def _config(source: Source, ours: Tensors, options: ImportOptions, target: Path)
 
 def _fingerprint(source: Source, ours: Tensors, options: ImportOptions) -> str:
     files = [path for directory in source.directories for path in (sorted(directory.iterdir()) if directory.is_dir() else [directory])]
-    stated = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+    files.append(source.tokenizer)
     tensors = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in ours.items()]
-    return hashlib.sha256(json.dumps([stated, tensors, str(options), current_versions()]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([stated(path for path in files if path.is_file()), tensors, str(options), current_versions()]).encode()).hexdigest()
 
 
-def _check_tower(request: Request, manifest: Manifest, ours: Tensors) -> None:
-    """An export of ours says which tower belongs to it; another one beside it would silently give other answers."""
+def _check_tower(request: Request, ours: Tensors) -> None:
+    """An export of ours says which tower belongs to it; another one beside it would silently give other answers. Costs one more reading of it."""
     path = request.directory / PROVENANCE
-    if request.any_tower or not path.is_file():
+    expected = read_json(path).get("weights", {}).get("vision") if path.is_file() and not request.any_tower else None
+    if expected is None:
         return
-    stated = read_json(path)
-    dtypes = {FLOAT_NAMES[tensor.dtype] for name, tensor in ours.items() if name.startswith("vision.")}
-    digest = manifest.weights["vision"]
-    if dtypes == {stated.get("dtype")} and stated.get("weights", {}).get("vision") not in (None, digest):
-        given, expected = request.tower or request.directory, stated["weights"]["vision"]
+    digest = hash_components({name: tensor for name, tensor in ours.items() if name.startswith("vision.")})["vision"]
+    if digest != expected:
         raise ConversionError(
-            f"{given}: another tower than {path} says (sha256 {digest[:12]}, stated {expected[:12]}); "
+            f"{request.tower or request.directory}: another tower than {path} says (sha256 {digest[:12]}, stated {expected[:12]}); "
             "give the one that it was exported with, or say --any-tower"
         )

@@ -33,10 +33,11 @@ def describe(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
     yield from _tree(opened, every_layer=every_layer)
     if opened.unused:
         yield f"carried for exports, not computed: {len(opened.unused)} tensors"
-    weights = manifest.weights or (hash_components(opened.weights) if hashes else {})
+    missing = {name: tensor for name, tensor in opened.weights.items() if name.partition(".")[0] not in manifest.weights}
+    weights = {**manifest.weights, **(hash_components(missing) if hashes else {})}
     yield from (f"{component}: sha256 {digest}" for component, digest in weights.items())
-    if not weights:
-        yield "hashes of the components: not stored by a training run; --hashes reads the weights for them"
+    if missing and not hashes:
+        yield "hashes of the other components: not stored by a training run; --hashes reads the weights for them"
     yield "configuration:"
     yield from (f"  {line}" for line in manifest.config.splitlines())
 

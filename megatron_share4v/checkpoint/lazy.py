@@ -44,6 +44,23 @@ class LazyTensor:
 Tensors = Mapping[str, LazyTensor]
 
 
+def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
+    """`tensor` rounded to `dtype` (fp32, bf16, fp16); a number that it cannot hold is a ConversionError when it is read, not an infinity."""
+    rounded = tensor.cast(FLOATS[dtype])
+    if rounded.dtype == tensor.dtype:
+        return tensor
+
+    def read() -> torch.Tensor:
+        values = tensor.read()
+        result = values.to(rounded.dtype)
+        if not torch.isfinite(result).all() and bool((torch.isinf(result) & torch.isfinite(values)).any()):
+            largest = torch.finfo(rounded.dtype).max
+            raise ConversionError(f"{tensor.origin}: {name} has values beyond {dtype}'s {largest:.6g}; use a dtype that holds them, fp32 or bf16")
+        return result
+
+    return replace(rounded, read=read)
+
+
 class LastRead:
     """Reads a tensor of which several parts are wanted once, as long as they are asked for one after the other."""
 

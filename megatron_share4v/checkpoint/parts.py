@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from megatron_share4v.checkpoint.keep import publish
 from megatron_share4v.checkpoint.manifest import flush_directory
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.log import get_logger
@@ -86,10 +85,9 @@ def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
     """A workplace for the directory `target`, which gets its name when the block ends well.
 
     What an ended process left there is used again if its `fingerprint` (of everything that decides the content) is the same.
-    Raises ConversionError when `target` is there already, or another process is writing it.
+    Raises ConversionError when `target` is there already, at the end too, or another process is writing it; what is there is never touched.
     """
-    if target.exists():
-        raise ConversionError(f"{target}: is there already; remove it or give another directory")
+    _refuse_existing(target)
     place = Workplace(target.with_name(f".{target.name}.converting"), target.with_name(f".{target.name}.journal"))
     place.directory.mkdir(parents=True, exist_ok=True)
     with open(place.journal, "a+", encoding="utf-8") as journal:
@@ -97,6 +95,7 @@ def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConversionError(f"{target}: is being written by another process; wait for it") from error
+        _refuse_existing(target)  # by a process that had the lock until now
         journal.seek(0)
         if journal.readline().rstrip("\n") != json.dumps(fingerprint):
             shutil.rmtree(place.directory)
@@ -107,10 +106,30 @@ def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
             journal.write("\n")  # after a last line that was cut short
             journal.flush()
         yield place
-        for folder in {path.parent for path in place.directory.rglob("*")}:
-            flush_directory(folder)
-        publish(place.directory, target)
+        _flush(place)
+        _refuse_existing(target)
+        try:
+            os.rename(place.directory, target)
+        except OSError as error:  # somebody was faster
+            raise ConversionError(f"{target}: cannot be given its name ({error.strerror}); remove what is there, then start again") from error
+        flush_directory(target.parent)
         place.journal.unlink()
+
+
+def discard(place: Workplace) -> None:
+    """Forget what was written, because it turned out wrong: nothing of it may be taken for done later."""
+    os.truncate(place.journal, 0)
+    shutil.rmtree(place.directory)
+    place.journal.unlink()
+
+
+def stated(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
+    """For a fingerprint: what changes when one of these files is written again, repaired or exchanged, even by one of the same size and age."""
+    found = []
+    for path in paths:
+        status = path.stat()
+        found.append((str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+    return found
 
 
 def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[str, Written]:
@@ -135,6 +154,23 @@ def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[
     return {part.name: done[part.name] for part in parts}
 
 
+def _refuse_existing(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise ConversionError(f"{target}: is there already; remove it or give another directory")
+
+
+def _flush(place: Workplace) -> None:
+    """To the disk: every file that is no part of the journal, which was flushed when it was entered, and every folder."""
+    journaled = {place.directory / name for name in _read_journal(place.journal)}
+    entries = list(place.directory.rglob("*"))
+    for path in entries:
+        if path.is_file() and path not in journaled:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    for folder in {place.directory, *(path for path in entries if path.is_dir())}:
+        flush_directory(folder)
+
+
 def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Written:
     path = directory / part.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +182,8 @@ def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Writt
             os.fsync(file.fileno())
             return Written(part.name, file.tell(), hashing.sha256, note)
     except OSError as error:
+        if error.filename not in (None, str(path)):
+            raise ConversionError(f"{error.filename}: cannot be read ({error.strerror}); check where it lies, then start again") from error
         raise ConversionError(f"{path}: cannot be written ({error.strerror}); free space or check the file system, then start again") from error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_share4v.checkpoint.added_rows import ROWS_OF, added_rows
 from megatron_share4v.checkpoint.exporter import Opened, open_checkpoint
 from megatron_share4v.checkpoint.handover import differences
 from megatron_share4v.checkpoint.hf_source import Request, Source, open_source
@@ -18,10 +19,12 @@ from megatron_share4v.checkpoint.importer import our_tensors
 from megatron_share4v.checkpoint.lazy import LazyTensor, component_digests, digest_of
 from megatron_share4v.checkpoint.manifest import verify as verify_files
 from megatron_share4v.checkpoint.transforms import InterleaveHeads, Stack
-from megatron_share4v.checkpoint.weight_map import Row
+from megatron_share4v.checkpoint.weight_map import Row, check_ours
 from megatron_share4v.errors import ConversionError
 
 SHOWN = 5
+CHUNK = 1 << 22
+"""Values of a tensor that are looked at together where several intermediate results are needed."""
 BF16_STEP = 2**-7  # between neighbours, relative to the smaller
 
 
@@ -56,15 +59,23 @@ class Verified:
     names: int
     """Tensors of theirs that made them, each once."""
     rounded: int
-    """Of the tensors, those that are equal after rounding to the coarser of the two dtypes."""
+    """Of the tensors, those whose dtypes differ and of which one is the other, rounded."""
     unused: int
     """Of the tower's weights that are not computed, those that the checkpoint carries; they are equal too."""
+    not_carried: tuple[str, ...]
+    """Those that it does not carry; exports get fresh ones."""
+    added: int
+    """Tensors whose rows after the vocabulary were compared with what an export would have there."""
     weights: dict[str, str]
     """SHA-256 of each component of the checkpoint."""
 
     def __str__(self) -> str:
         how = f", {self.rounded} of them after rounding" if self.rounded else ", bit for bit"
         lines = [f"{self.tensors} tensors equal, made of {self.names} of theirs{how}; {self.unused} unused ones of the tower carried and equal"]
+        if self.added:
+            lines.append(f"  rows after the vocabulary: those that an export has, in {self.added} tensors")
+        if self.not_carried:
+            lines.append(f"  unused ones of the tower that the checkpoint does not carry, so that exports get fresh ones: {', '.join(self.not_carried)}")
         return "\n".join([*lines, *(f"  {component}: sha256 {digest}" for component, digest in self.weights.items())])
 
 
@@ -75,31 +86,35 @@ def verify(request: Request, checkpoint: Path) -> Verified:
     if not source.has_projector:
         raise ConversionError(f"{request.directory}: missing tensor: has no projector, so there is nothing to compare the checkpoint's with")
     _check_models(source, opened)
+    _check_names(source, opened)
     theirs = our_tensors(source, seed=0)
     different, digests, rounded = [], {}, 0
     for row in source.rows:
         expected, found = theirs[row.ours].read(), opened.weights[row.ours].read()
         digests[row.ours] = (row.shape, found.dtype, digest_of(found))
         rounded += expected.dtype != found.dtype
-        expected, found = _rounded_alike(expected, found)
-        if not _same_bits(expected, found):
-            different.append(_difference(row, expected, found))
-    unused = list(_unused_differences(source, opened))
-    if different or any(unused):
-        raise ConversionError(_report(request, opened, different, [name for name in unused if name], theirs))
+        if not _same_rounded(expected, found):
+            rounded_either_way = ((expected.to(found.dtype), found), (expected, found.to(expected.dtype)))
+            different.append(min((_difference(row, *pair) for pair in rounded_either_way), key=lambda difference: difference.count))
+    carried = {name: tensor for name, tensor in source.unused().items() if f"vision.{name}" in opened.unused}
+    others = [f"{name} (not computed, carried for exports) differs" for name in _different_unused(carried, opened)]
+    others += _different_added_rows(source, opened)
+    if different or others:
+        raise ConversionError(_report(request, opened, different, others, theirs))
     return Verified(
         tensors=len(source.rows),
         names=sum(len(row.theirs) for row in source.rows),
         rounded=rounded,
-        unused=len(unused),
+        unused=len(carried),
+        not_carried=tuple(name for name in source.unused() if name not in carried),
+        added=len(source.added_rows),
         weights=component_digests(digests),
     )
 
 
-def _rounded_alike(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the dtype of the one that has fewer bits."""
-    dtype = one.dtype if one.dtype.itemsize <= other.dtype.itemsize else other.dtype
-    return one.to(dtype), other.to(dtype)
+def _same_rounded(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one of them is the other, rounded to its own dtype. Neither of fp16 and bf16 is the coarser one for all values: both ways are tried."""
+    return _same_bits(one.to(other.dtype), other) or _same_bits(other.to(one.dtype), one)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -109,22 +124,37 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _difference(row: Row, theirs: torch.Tensor, ours: torch.Tensor) -> Difference:
-    different = theirs != ours
-    different |= theirs.signbit() != ours.signbit()
-    where = tuple(int(i) for i in torch.nonzero(different)[0]) if different.any() else (0,) * theirs.dim()
-    largest = float((theirs.float() - ours.float()).abs().max())
-    size = torch.maximum(theirs.abs(), ours.abs()).float()
-    is_small = bool(((theirs.float() - ours.float()).abs() <= BF16_STEP * size).all())
-    return Difference(row, where, (float(theirs[where]), float(ours[where])), int(different.sum()), largest, is_small)
+    """Chunk by chunk: a large tensor's differences in fp32 would take several times its memory."""
+    first, count, largest, is_small = 0, 0, 0.0, True
+    pairs = zip(theirs.reshape(-1).split(CHUNK), ours.reshape(-1).split(CHUNK))
+    for number, (one, other) in enumerate(pairs):
+        different = (one != other) | (one.signbit() != other.signbit())
+        here = int(different.sum())
+        if here and not count:
+            first = number * CHUNK + int(different.view(torch.uint8).argmax())  # of equal values, the first one
+        count += here
+        gap = (one.float() - other.float()).abs()
+        largest = max(largest, float(gap.max()))
+        is_small &= bool((gap <= BF16_STEP * torch.maximum(one.abs(), other.abs()).float()).all())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), theirs.shape))
+    return Difference(row, where, (float(theirs[where]), float(ours[where])), count, largest, is_small)
 
 
-def _unused_differences(source: Source, opened: Opened) -> Iterator[str]:
-    """For each tensor that both carry: its name when it differs, otherwise nothing."""
-    for name, tensor in source.unused().items():
-        own = opened.unused.get(f"vision.{name}")
-        if own is not None:
-            same = own.shape == tensor.shape and _same_bits(*_rounded_alike(own.read(), tensor.read()))
-            yield "" if same else name
+def _different_unused(carried: dict[str, LazyTensor], opened: Opened) -> Iterator[str]:
+    for name, tensor in carried.items():
+        own = opened.unused[f"vision.{name}"]
+        if own.shape != tensor.shape or not _same_rounded(own.read(), tensor.read()):
+            yield name
+
+
+def _different_added_rows(source: Source, opened: Opened) -> Iterator[str]:
+    """Where the rows after the vocabulary are not what an export of the checkpoint has there."""
+    for part, theirs in source.added_rows.items():
+        carried = opened.unused.get(ROWS_OF[part]) if opened.manifest.state.step == 0 else None
+        values = opened.weights[f"language.{part}.weight"].read()[: source.model.language.vocab_size]
+        if not _same_rounded(theirs.read(), added_rows(values, theirs.shape[0], carried=carried)):
+            kind = "the mean of the others" if carried is None or carried.shape[0] != theirs.shape[0] else "the ones that were imported"
+            yield f"{part}: its {theirs.shape[0]} rows after the vocabulary are not {kind}, which an export would have there"
 
 
 def _check_models(source: Source, opened: Opened) -> None:
@@ -134,12 +164,23 @@ def _check_models(source: Source, opened: Opened) -> None:
         raise ConversionError(f"{opened.path}: is of another model: {listed}")
 
 
-def _report(request: Request, opened: Opened, different: list[Difference], unused: list[str], theirs: dict[str, LazyTensor]) -> str:
-    lines = [f"{opened.path} and {request.directory} differ in {len(different)} tensors:"]
+def _check_names(source: Source, opened: Opened) -> None:
+    """Each tensor of ours is there once, with its shape, and no other."""
+    try:
+        table = check_ours(opened.weights, source.model, naming=source.naming)
+    except ConversionError as error:
+        raise ConversionError(f"{opened.path}: {error}") from error
+    extra = sorted(opened.weights.keys() - {row.ours for row in table})
+    if extra:
+        raise ConversionError(f"{opened.path}: unexpected: {', '.join(extra[:SHOWN])}: no tensor of the model that its configuration describes")
+
+
+def _report(request: Request, opened: Opened, different: list[Difference], others: list[str], theirs: dict[str, LazyTensor]) -> str:
+    lines = [f"{opened.path} and {request.directory} differ in {len(different) + len(others)} tensors:"]
     lines += [f"  {difference}" for difference in different[:SHOWN]]
     if len(different) > SHOWN:
         lines.append(f"  and {len(different) - SHOWN} more")
-    lines += [f"  {name} (not computed, carried for exports) differs" for name in unused[:SHOWN]]
+    lines += [f"  {line}" for line in others[:SHOWN]]
     if different:
         lines.append(f"likely cause: {_cause(different, theirs, opened)}")
     return "\n".join(lines)
@@ -155,7 +196,7 @@ def _cause(different: list[Difference], theirs: dict[str, LazyTensor], opened: O
     first = different[0]
     expected, found = theirs[first.row.ours].read(), opened.weights[first.row.ours].read()
     for cause, change in _changes(first.row):
-        if torch.equal(change(expected.float()), found.float()):
+        if _same_rounded(change(expected), found):
             return cause
     if all(difference.is_small for difference in different):
         return "rounding: one side went through a coarser dtype"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from typing import Literal
@@ -137,6 +138,16 @@ class CheckpointConfig:
     """Resume although the data set, its order, the tokenizer, the template or the image policy is not the checkpoint's; the log says what is not."""
     initialize_from: str | None = None
     """A checkpoint whose weights alone start this run (stage 2 from stage 1), at any layout."""
+    expect_tower: str | None = None
+    """SHA-256 of the tower's weights that `initialize_from` must have, as import, every save and `convert.py inspect` print it; null: any. OpenAI's
+    CLIP and a tower tuned from it differ in nothing else."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A hash that is none, or of nothing."""
+        if self.expect_tower is not None and not re.fullmatch("[0-9a-f]{64}", self.expect_tower):
+            yield Conflict(f"expect_tower {self.expect_tower!r} is no SHA-256; write its 64 hexadecimal digits", ("expect_tower",))
+        if self.expect_tower is not None and self.initialize_from is None:
+            yield Conflict("expect_tower is set and initialize_from is not, so there is no tower to check", ("expect_tower", "initialize_from"))
 
 
 @config

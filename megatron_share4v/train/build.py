@@ -12,7 +12,7 @@ import torch
 
 from megatron_share4v.checkpoint.companions import keep_companions
 from megatron_share4v.checkpoint.handover import check_start
-from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate
+from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate, read_start
 from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.blend import open_index, shares_of
@@ -88,7 +88,8 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         _set_first_weights(config, bare, mesh=mesh)
     if mesh.rank == 0:
         start = config.checkpoint.initialize_from if newest is None else None
-        keep_companions(Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=locate(Path(start)) if start else None)
+        begin = locate(Path(start)) if start else None
+        keep_companions(Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel)
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype)
     start_step = 0
@@ -171,9 +172,10 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
         initialize(chunks, seed=config.run.seed, model=config.model)
         get_logger().info("weights: freshly initialised, seed %d", config.run.seed)
         return
-    manifest = load_weights(Path(start), chunks=chunks, mesh=mesh)
-    check_start(manifest, config.model, where=Path(start))
-    get_logger().info("weights: from %s", start)
+    where, manifest = read_start(Path(start), mesh=mesh)
+    check_start(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
+    load_weights(where, chunks=chunks, mesh=mesh)
+    get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 
 def _check_position(state: RunState, source: Source, path: Path, *, allow_data_change: bool, directory: Path | None) -> None:

@@ -85,6 +85,42 @@ def test_two_writers_and_an_existing_target(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
+def test_what_appears_meanwhile_is_not_touched(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(ConversionError, match="is there already"), writing(target, fingerprint="a") as place:
+        write_parts(place, [part("one", b"1", [])], title="test")
+        if kind == "file":
+            target.write_text("precious")
+        else:
+            target.mkdir()
+        if kind == "folder":
+            (target / "precious").write_text("")
+    assert target.read_text() == "precious" if kind == "file" else [path.name for path in target.iterdir()] == ["precious"] * (kind == "folder")
+    assert (tmp_path / ".target.converting" / "one").read_bytes() == b"1"
+
+
+def test_everything_is_on_the_disk_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def rename(source: Path, target: Path) -> None:
+        expected = {str(path) for path in Path(source).rglob("*")} | {str(source)}
+        assert expected <= set(flushed), expected - set(flushed)
+        renamed(source, target)
+
+    renamed = os.rename
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    with writing(tmp_path / "target", fingerprint="a") as place:
+        write_parts(place, [part("one", b"1", []), part("folder/two", b"2", [])], title="test")
+        (place.directory / "three").write_text("3")
+        (place.directory / "folder" / "four").write_text("4")
+    assert (tmp_path / "target").is_dir() and flushed.count(str(tmp_path / ".target.converting" / "one")) == 1
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
     huge = Part("huge", 10**18, lambda file, progress: {})
     with pytest.raises(ConversionError, match=r"GB are free"), writing(tmp_path / "target", fingerprint="a") as place:

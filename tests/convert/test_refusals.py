@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.verify import verify
 from megatron_share4v.checkpoint.weight_map import LLAVA_HF, SHARE4V
-from megatron_share4v.errors import CheckpointError, ConversionError
+from megatron_share4v.errors import CheckpointError, ConfigError, ConversionError
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 EMBEDDING, CLASS = "language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.class_embedding"
@@ -66,7 +67,8 @@ TENSORS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing": (_drop(DOWN), ("missing", DOWN)),
     "missing class token": (_drop(CLASS), ("class_embedding", "no vision tower")),
     "missing head": (_drop("language_model.lm_head.weight"), ("missing tensor", "lm_head.weight")),
-    "missing projector": (_drop("multi_modal_projector.linear_1.weight"), ("projector",)),
+    "missing projector": (_drop("multi_modal_projector.linear_1.weight"), ("missing tensor: multi_modal_projector.linear_1.weight",)),
+    "two projectors": (lambda tensors: tensors.update({"model.mm_projector.0.weight": torch.zeros(2, 2)}), ("two projectors", "mm_projector.0.weight")),
     "unexpected": (lambda tensors: tensors.update({"language_model.model.layers.9.x": torch.zeros(2)}), ("unexpected", "layers.9.x")),
     "wrong shape": (_set(QUERY, lambda tensor: tensor[:-1]), ("wrong shape", QUERY)),
     "transposed": (_set(DOWN, lambda tensor: tensor.t()), ("wrong shape", DOWN)),
@@ -184,10 +186,13 @@ def test_an_export_knows_its_tower(tmp_path: Path) -> None:
     write_clip(tmp_path / "tower")
     import_model(Request(directory=write_share4v(tmp_path / "s4v"), tower=tmp_path / "tower"), tmp_path / "ours", options=ImportOptions())
     export_model(tmp_path / "ours", tmp_path / "out", layout="share4v")
-    tensors = read_weights(tmp_path / "out" / "vision_tower")
-    write_weights(tmp_path / "out" / "vision_tower", {name: tensor + 1 for name, tensor in tensors.items()})
+    tensors = read_weights(tmp_path / "out" / "clip")
+    write_weights(tmp_path / "out" / "clip", {name: tensor + 1 for name, tensor in tensors.items()})
     message = refused(Request(directory=tmp_path / "out"), tmp_path / "again")
     assert "another tower than" in message and "provenance.json" in message
+    for dtype in ("bf16", "fp32"):
+        with pytest.raises(ConversionError, match="another tower than"):
+            import_model(Request(directory=tmp_path / "out"), tmp_path / "again", options=ImportOptions(dtype=dtype))
     import_model(Request(directory=tmp_path / "out", any_tower=True), tmp_path / "again", options=ImportOptions())
 
 
@@ -224,14 +229,114 @@ def test_exports(llava: Path, tmp_path: Path) -> None:
     data.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     with pytest.raises(CheckpointError, match="other content than was written|cannot be read"):
         export_model(ours, target, layout="llava-hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]  # what was written from damaged weights is forgotten
     data.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match="__0_0.distcp has"):
         export_model(ours, target, layout="llava-hf")
     data.write_bytes(whole)
     assert not target.exists()
     export_model(ours, target, layout="llava-hf")
+    before, after = read_weights(llava), read_weights(target)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         export_model(tmp_path / "nowhere", tmp_path / "out2", layout="llava-hf")
+
+
+def test_an_export_that_was_ended_before_the_damage_was_seen(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts hold damaged weights and are in the journal; they must not be published once the checkpoint was repaired."""
+    from megatron_share4v.checkpoint import exporter
+
+    ours, target = tmp_path / "ours", tmp_path / "out"
+    import_model(Request(directory=llava), ours, options=ImportOptions())
+    data = ours / "__0_0.distcp"
+    whole = bytearray(data.read_bytes())
+    place = whole.find(read_weights(llava)[DOWN].numpy().tobytes())
+    assert place > 0
+    damaged = whole.copy()
+    damaged[place] ^= 1
+
+    def ended(path: Path, *, contents: bool) -> object:
+        if contents:
+            raise KeyboardInterrupt
+        return checked(path, contents=contents)
+
+    checked = exporter.verify
+    status = data.stat()
+    data.write_bytes(damaged)
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
+    monkeypatch.setattr(exporter, "verify", ended)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(ours, target, layout="llava-hf")
+    assert (tmp_path / ".out.converting" / "model.safetensors").is_file()
+    monkeypatch.setattr(exporter, "verify", checked)
+    data.write_bytes(whole)
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # a copying tool keeps times
+    export_model(ours, target, layout="llava-hf")
+    before, after = read_weights(llava), read_weights(target)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fp16_that_overflows_while_it_is_imported(copy: Path, tmp_path: Path) -> None:
+    tensors = read_weights(copy)
+    unused = "vision_tower.vision_model.post_layernorm.weight"
+    for name, value in ((DOWN, 1e6), (unused, -1e5), (EMBEDDING, 7e4)):
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        changed[name].view(-1)[-1] = value
+        write_weights(copy, changed)
+        with pytest.raises(ConversionError, match="has values beyond fp16's 65504"):
+            import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
+        assert not (tmp_path / "ours").exists()
+    changed[EMBEDDING].view(-1)[-1] = float("inf")  # as it was
+    write_weights(copy, changed)
+    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
+
+
+def test_a_template_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="template 'nope' does not exist"):
+        import_model(Request(directory=tmp_path / "not looked at"), tmp_path / "ours", options=ImportOptions(template="nope"))
+
+
+def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
+    tower, target = write_clip(tmp_path / "clip"), tmp_path / "ours"
+    message = refused(Request(directory=copy, tower=tower), target)
+    assert "two towers" in message and str(tower) in message and "--tower" in message
+    write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
+    write_json(tmp_path / "lora" / "config.json", json.loads((copy / "config.json").read_text()))
+    for base in (None, copy):
+        assert "is a LoRA adapter, no delta weights; leave --delta out" in refused(Request(directory=tmp_path / "lora", base=base, delta=True), target)
+
+
+@pytest.mark.parametrize("token", [7, 299, 320, -1])
+def test_an_image_token_that_is_no_added_one(token: int, copy: Path, tmp_path: Path) -> None:
+    write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "image_token_index": token})
+    message = refused(Request(directory=copy), tmp_path / "ours")
+    assert f"image_token_index {token}" in message and "300 .. 319" in message
+
+
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+def test_a_share4v_model_without_its_projector(kind: str, tmp_path: Path) -> None:
+    source = write_share4v(tmp_path / "s4v", inside=True)
+    write_json(source / "config.json", {**json.loads((source / "config.json").read_text()), "mm_projector_type": kind})
+    for path in source.glob("*.bin"):
+        torch.save({name: tensor for name, tensor in torch.load(path).items() if "mm_projector" not in name}, path)
+    (source / "pytorch_model.bin.index.json").unlink()
+    name = "model.mm_projector.weight" if kind == "linear" else "model.mm_projector.0.weight"
+    assert f"missing tensor: {name}" in refused(Request(directory=source), tmp_path / "ours")
+
+
+def test_a_source_that_cannot_be_read(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the target is at fault."""
+    from megatron_share4v.checkpoint import importer
+
+    started = importer.write_checkpoint
+
+    def lost(*arguments: object, **options: object) -> object:
+        (copy / "model.safetensors").unlink()
+        return started(*arguments, **options)
+
+    monkeypatch.setattr(importer, "write_checkpoint", lost)
+    message = refused(Request(directory=copy), tmp_path / "ours")
+    assert f"{copy / 'model.safetensors'}: cannot be read (No such file" in message and "written" not in message
 
 
 def test_fp16_that_overflows(copy: Path, tmp_path: Path) -> None:
@@ -242,70 +347,6 @@ def test_fp16_that_overflows(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="down_proj.weight has values beyond fp16"):
         export_model(tmp_path / "ours", tmp_path / "out", layout="llava-hf", dtype="fp16")
     assert not (tmp_path / "out").exists()
-
-
-def _rope_permuted(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1, 2, 6, 48).transpose(1, 2).reshape(tensor.shape)
-
-
-def _both(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    def apply(tensors: dict[str, torch.Tensor]) -> None:
-        for name in tensors:
-            if name.endswith(("q_proj.weight", "k_proj.weight")) and name.startswith("language"):
-                tensors[name] = change(tensors[name]).contiguous()
-
-    return apply
-
-
-def _all_of(prefix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    return lambda tensors: tensors.update({name: change(tensor) for name, tensor in tensors.items() if name.startswith(prefix)})
-
-
-CAUSES: dict[str, tuple[Change, str]] = {
-    "nothing": (lambda tensors: None, ""),
-    "rope permutation": (_both(_rope_permuted), "rope permutation"),
-    "wrong tower": (_all_of("vision_tower.", lambda tensor: tensor * 1.5), "wrong tower"),
-    "vocabulary padding": (_set(EMBEDDING, lambda tensor: torch.cat([tensor[:299], tensor[300:], tensor[:1]])), "vocabulary padding"),
-    "other projector": (_all_of("multi_modal_projector.", lambda tensor: tensor + 1), "another projector"),
-    "rounding": (_all_of("language_model.model.layers", lambda tensor: tensor.bfloat16().float()), "rounding"),
-    "further training": (_all_of("", lambda tensor: tensor + 0.5), "other weights"),
-    "zero is not minus zero": (_set(DOWN, lambda tensor: tensor.index_fill(0, torch.tensor([0]), -0.0)), DOWN),
-}
-
-
-@pytest.mark.parametrize("case", CAUSES)
-def test_verify_names_the_first_difference_and_its_likely_cause(case: str, copy: Path, tmp_path: Path) -> None:
-    change, words = CAUSES[case]
-    tensors = read_weights(copy)
-    if case == "zero is not minus zero":
-        tensors[DOWN][0] = 0.0
-        write_weights(copy, tensors)
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
-    change(tensors)
-    write_weights(copy, tensors)
-    if case == "nothing":
-        assert verify(Request(directory=copy), tmp_path / "ours").tensors == 72
-        return
-    with pytest.raises(ConversionError) as caught:
-        verify(Request(directory=copy), tmp_path / "ours")
-    assert words in str(caught.value) and "first at [" in str(caught.value), caught.value
-
-
-def test_verify_needs_the_same_model(copy: Path, tmp_path: Path) -> None:
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
-    config = json.loads((copy / "config.json").read_text())
-    write_json(copy / "config.json", {**config, "text_config": {**config["text_config"], "rope_theta": 5e5}})
-    with pytest.raises(ConversionError, match=r"another model: language.rope_theta 500000.0 there, 10000.0"):
-        verify(Request(directory=copy), tmp_path / "ours")
-
-
-def test_a_class_token_of_zeros(copy: Path, tmp_path: Path) -> None:
-    tensors = read_weights(copy)
-    write_weights(copy, {**tensors, CLASS: torch.zeros(32)})
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
-    write_weights(copy, tensors)
-    with pytest.raises(ConversionError, match="missing class token"):
-        verify(Request(directory=copy), tmp_path / "ours")
 
 
 def test_linear_projector_has_no_place_in_llava_hf(tmp_path: Path) -> None:

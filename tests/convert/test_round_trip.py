@@ -41,7 +41,7 @@ def test_share4v_comes_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     ours = import_model(request, tmp_path / "ours", options=ImportOptions())
     export_model(tmp_path / "ours", tmp_path / "back", layout="share4v")
     assert equal(read_weights(tmp_path / "back"), theirs(MODEL, SHARE4V, "projector", "language", dtype=dtype))
-    assert equal(read_weights(tmp_path / "back" / "vision_tower"), theirs(MODEL, CLIP, "vision", dtype=dtype))
+    assert equal(read_weights(tmp_path / "back" / "clip"), theirs(MODEL, CLIP, "vision", dtype=dtype))
     again = import_model(Request(directory=tmp_path / "back"), tmp_path / "again", options=ImportOptions())
     assert again.weights == ours.weights
     assert verify(Request(directory=tmp_path / "back"), tmp_path / "ours").unused == 18
