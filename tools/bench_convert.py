@@ -1,7 +1,9 @@
 """Time and peak memory of import and export against a plain copy of the same bytes, flushed to the disk, in one run.
 
-The model is random, with the widths of Vicuna-7B (or --hidden) and as many layers as asked for; several sizes show how memory grows with the model.
-Each conversion runs in a process of its own, whose peak resident memory is taken from the kernel.
+The model is random, with the widths of Vicuna-7B (or --hidden) and as many layers as asked for. Each conversion runs in a process of its own, whose
+peak resident memory is taken from the kernel. Of several sizes, the slope of the memory is extrapolated to 13B, whose largest tensors (embedding and
+head, 32064 x 5120) are added where --hidden is smaller. Exit code 1: a conversion of the largest size took more than twice the copy's time, or one
+needs, or would need at 13B, more memory than its largest file and 1 GiB.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +28,11 @@ from megatron_share4v.checkpoint.weight_map import LLAVA_HF, rows, unused_shapes
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 BLOCK = 1 << 20
+COMMANDS = ("import", "export")
+MOST_OVER_COPY, MOST_OVER_SHARD_GB = 2.0, (1 << 30) / 1e9
+GB_OF_13B = 26.7  # 13.35 billion weights in bf16
+LARGEST_GB_OF_13B = 32064 * 5120 * 2 / 1e9
+TENSORS_AT_ONCE = 4  # read, cut, written, hashed
 
 
 def main() -> None:
@@ -33,14 +41,52 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of at most 32000 pieces; without one a tiny one is trained")
+    parser.add_argument("--repeat", type=int, default=1, help="the fastest of so many counts, of the copy too")
     parser.add_argument("--directory", type=Path, required=True, help="for the files; about four times the model's bytes")
     parser.add_argument("--child", nargs=3, metavar=("COMMAND", "FROM", "TO"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         convert(*arguments.child, shard_bytes=int(arguments.shard_gb * 1e9))
         return
+    measured = []
     for layers in arguments.layers:
-        print(json.dumps(measure(layers, arguments)), flush=True)
+        measured.append(measure(layers, arguments))
+        print(json.dumps(measured[-1]), flush=True)
+    lines, problems = judge(measured, hidden=arguments.hidden)
+    print("\n".join([*lines, *(f"FAILED: {problem}" for problem in problems)]))
+    sys.exit(1 if problems else 0)
+
+
+def judge(measured: Sequence[dict[str, float]], *, hidden: int) -> tuple[list[str], list[str]]:
+    """(lines that say how memory grows, what is beyond its bounds)."""
+    lines, problems = [], list(_beyond(measured))
+    if len(measured) > 1:
+        missing = max(0.0, LARGEST_GB_OF_13B - 32064 * hidden * 2 / 1e9) * TENSORS_AT_ONCE
+        for command in COMMANDS:
+            slope, start = line_through([(one["gb"], one[f"{command}_peak_over_start_gb"]) for one in measured])
+            at_13b = start + slope * GB_OF_13B + missing
+            bound = measured[-1]["file_gb"] + MOST_OVER_SHARD_GB
+            lines.append(f"{command}: {slope:+.4f} GB of memory per GB of model; at 13B ({GB_OF_13B} GB) {at_13b:.2f} GB of at most {bound:.2f}")
+            if at_13b > bound:
+                problems.append(f"{command} would need {at_13b:.2f} GB at 13B, at most {bound:.2f}")
+    return lines, problems
+
+
+def _beyond(measured: Sequence[dict[str, float]]) -> Iterator[str]:
+    for command in COMMANDS:
+        # Of small models, starting is a large part of the time.
+        if (ratio := measured[-1][f"{command}_over_copy"]) > MOST_OVER_COPY:
+            yield f"{command} of {measured[-1]['gb']} GB took {ratio} times as long as a copy, at most {MOST_OVER_COPY}"
+        for one in measured:
+            if (peak := one[f"{command}_peak_over_start_gb"]) > (bound := one["largest_shard_gb"] + MOST_OVER_SHARD_GB):
+                yield f"{command} of {one['gb']} GB needed {peak} GB, at most {bound:.2f}"
+
+
+def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(slope, value at 0) of least squares."""
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return slope, mean_y - slope * mean_x
 
 
 def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -52,11 +98,13 @@ def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
     found: dict[str, float] = {"layers": layers, "gb": round(size / 1e9, 3), "largest_shard_gb": round(largest / 1e9, 3)}
-    found["copy_s"] = copied = timed_copy(source, copy)
+    found["file_gb"] = arguments.shard_gb
+    found["copy_s"] = copied = min(timed_copy(source, copy) for _ in range(arguments.repeat))
     shutil.rmtree(copy)
     for command, start, end in (("import", source, ours), ("export", ours, back)):
-        seconds, peak, baseline = child(command, start, end, arguments)
+        seconds, peak, baseline, cpu = min(child(command, start, end, arguments) for _ in range(arguments.repeat))
         found |= {f"{command}_s": seconds, f"{command}_gb_per_s": round(size / 1e9 / seconds, 3), f"{command}_over_copy": round(seconds / copied, 2)}
+        found[f"{command}_cpu_s"] = cpu
         found |= {f"{command}_peak_gb": peak, f"{command}_peak_over_start_gb": round(peak - baseline, 3)}
     return found
 
@@ -101,6 +149,7 @@ def write_tokenizer(path: Path, given: Path | None) -> None:
 
 def timed_copy(source: Path, target: Path) -> float:
     """Seconds of copying the weights and flushing them."""
+    shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     started = time.perf_counter()
     for path in source.glob("*.safetensors"):
@@ -110,12 +159,12 @@ def timed_copy(source: Path, target: Path) -> float:
     return round(time.perf_counter() - started, 2)
 
 
-def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """(seconds, peak and initial resident memory in GB) of one conversion, imports not counted in the time."""
+def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -> tuple[float, float, float, float]:
+    """(seconds, peak and initial resident memory in GB, seconds of processors) of one conversion, imports not counted in the times."""
+    shutil.rmtree(end, ignore_errors=True)
     base = [sys.executable, __file__, "--directory", str(arguments.directory), "--shard-gb", str(arguments.shard_gb)]
     done = subprocess.run([*base, "--child", command, str(start), str(end)], check=True, stdout=subprocess.PIPE, text=True)
-    seconds, peak, baseline = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak, baseline
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
@@ -124,12 +173,12 @@ def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
     from megatron_share4v.checkpoint.hf_source import Request
     from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 
-    baseline, started = resident(), time.perf_counter()
+    baseline, started, cpu = resident(), time.perf_counter(), time.process_time()
     if command == "import":
         import_model(Request(directory=Path(start)), Path(end), options=ImportOptions())
     else:
         export_model(Path(start), Path(end), layout="llava-hf", shard_bytes=shard_bytes)
-    print(json.dumps([round(time.perf_counter() - started, 2), resident(), baseline]))
+    print(json.dumps([round(time.perf_counter() - started, 2), resident(), baseline, round(time.process_time() - cpu, 2)]))
 
 
 def resident() -> float:

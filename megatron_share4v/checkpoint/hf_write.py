@@ -34,7 +34,7 @@ def shards(tensors: Tensors, *, max_bytes: int) -> list[dict[str, LazyTensor]]:
 def model_parts(tensors: Tensors, *, max_bytes: int, folder: str = "") -> list[Part]:
     """The files of a model's weights, below `folder`: one, or shards."""
     cut = shards(tensors, max_bytes=max_bytes)
-    return [Part(folder + name, sum(tensor.nbytes for tensor in shard.values()), _writer(shard)) for name, shard in zip(_names(len(cut)), cut)]
+    return [Part(folder + name, sum(tensor.nbytes for tensor in shard.values()), _writer(shard), hashed=False) for name, shard in zip(_names(len(cut)), cut)]
 
 
 def write_index(directory: Path, tensors: Tensors, *, max_bytes: int) -> None:
@@ -67,7 +67,7 @@ def _writer(tensors: Tensors) -> Callable[[BinaryIO, Callable[[int], Any]], dict
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the library aligns its data too
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor, _ in read_ahead(tensors.items(), digest=False):
+        for _, tensor in read_ahead(tensors.items()):
             file.write(bytes_of(tensor))
             progress(tensor.nbytes)
         return {}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +22,7 @@ from megatron_share4v.checkpoint.companions import TOKENIZER, UNUSED
 from megatron_share4v.checkpoint.hf_read import read_json
 from megatron_share4v.checkpoint.hf_source import Request, Source, open_source
 from megatron_share4v.checkpoint.hf_write import shards, write_file
-from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, Tensors, cast_checked, component_digests, hash_components, read_ahead
+from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, Tensors, cast_checked, component_digests, digest_of, hash_components, read_ahead
 from megatron_share4v.checkpoint.manifest import Manifest, RunState, StoredFile, current_versions, describe_files, write_manifest
 from megatron_share4v.checkpoint.parts import Part, Workplace, stated, write_parts, writing
 from megatron_share4v.checkpoint.weight_map import LLAVA_HF, SHARE4V, Row, rows
@@ -132,11 +133,13 @@ def _in_dtype(tensors: dict[str, LazyTensor], dtype: str | None) -> dict[str, La
 def _tensor_writer(group: Tensors) -> Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]:
     def write(file: BinaryIO, progress: Callable[[int], Any]) -> dict[str, Any]:
         placed = {}
-        for name, tensor, digest in read_ahead(group.items(), digest=True):
-            start = file.tell()
-            write_tensor(file, tensor)
-            placed[name] = (start, file.tell() - start, digest)
-            progress(tensor.nbytes)
+        with ThreadPoolExecutor(1) as hashing:
+            for name, tensor in read_ahead(group.items()):
+                digest = hashing.submit(digest_of, tensor)  # as slow as writing it
+                start = file.tell()
+                write_tensor(file, tensor)
+                placed[name] = (start, file.tell() - start, digest.result())
+                progress(tensor.nbytes)
         return placed
 
     return write

@@ -96,14 +96,14 @@ def check_floats(tensors: Tensors) -> None:
             raise ConversionError(f"{tensor.origin}: wrong dtype: {name} is {tensor.dtype}; read are {known}: use weights that are not quantised")
 
 
-def read_ahead(tensors: Iterable[tuple[str, LazyTensor]], *, digest: bool) -> Iterator[tuple[str, torch.Tensor, str]]:
-    """(name, tensor, SHA-256 of its values or ""): the next one is read and hashed by another thread while the caller works on this one."""
+def read_ahead(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor): the next one is read by another thread while the caller works on this one."""
 
-    def load(item: tuple[str, LazyTensor]) -> tuple[str, torch.Tensor, str]:
+    def load(item: tuple[str, LazyTensor]) -> tuple[str, torch.Tensor]:
         name, lazy = item
         tensor = lazy.read().contiguous()
         assert (tuple(tensor.shape), tensor.dtype) == (lazy.shape, lazy.dtype), (name, tensor.shape, tensor.dtype, lazy)
-        return name, tensor, digest_of(tensor) if digest else ""
+        return name, tensor
 
     with ThreadPoolExecutor(1) as pool:
         coming = None
@@ -141,4 +141,4 @@ def component_digests(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, 
 
 def hash_components(tensors: Tensors) -> dict[str, str]:
     """`component_digests` of tensors that are read for it."""
-    return component_digests({name: (tuple(tensor.shape), tensor.dtype, digest) for name, tensor, digest in read_ahead(tensors.items(), digest=True)})
+    return component_digests({name: (tuple(tensor.shape), tensor.dtype, digest_of(tensor)) for name, tensor in read_ahead(tensors.items())})

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from megatron_share4v.errors import ConversionError
 from megatron_share4v.log import get_logger
 
 SILENT_BYTES = 100_000_000
+LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Part:
     name: str
     nbytes: int
     write: Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]
+    hashed: bool = True
+    """Whether the SHA-256 of the whole file is wanted."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,26 @@ class Written:
     name: str
     size: int
     sha256: str
+    """"" when it was not wanted."""
     note: dict[str, Any]
 
 
 class HashingFile:
-    """A file for writing that hashes what goes into it."""
+    """A file for writing that hashes what goes into it, with another thread for large pieces: it takes as long as writing them."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool, self._hash = file, pool, hashlib.sha256()
 
     def write(self, data: Any) -> int:
         """As a file's."""
-        self._hash.update(data)
-        return self._file.write(data)
+        if len(data) < LARGE_BYTES:
+            self._hash.update(data)
+            return self._file.write(data)
+        hashed = self._pool.submit(self._hash.update, data)
+        try:
+            return self._file.write(data)
+        finally:
+            hashed.result()  # before the caller uses the memory again
 
     def flush(self) -> None:
         """As a file's."""
@@ -175,12 +186,12 @@ def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Writt
     path = directory / part.name
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(path, "wb") as file:
-            hashing = HashingFile(file)
-            note = part.write(hashing, progress)  # type: ignore[arg-type]
+        with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
+            hashing = HashingFile(file, pool)
+            note = part.write(hashing if part.hashed else file, progress)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
-            return Written(part.name, file.tell(), hashing.sha256, note)
+            return Written(part.name, file.tell(), hashing.sha256 if part.hashed else "", note)
     except OSError as error:
         if error.filename not in (None, str(path)):
             raise ConversionError(f"{error.filename}: cannot be read ({error.strerror}); check where it lies, then start again") from error

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -63,12 +64,40 @@ class StoredTensor:
     def _read(self, chunk: _Chunk) -> torch.Tensor:
         path = self.directory / chunk.place.file
         try:
-            with open(path, "rb") as file:
-                file.seek(chunk.place.offset)
-                return torch.load(io.BytesIO(file.read(chunk.place.length)), map_location="cpu", weights_only=True)
+            with open(path, "rb", buffering=0) as file:
+                return torch.load(_Window(file, chunk.place), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path}: {self.name} cannot be read ({reason}); use another checkpoint, or copy this one again") from error
+
+
+class _Window(io.RawIOBase):
+    """One tensor's part of a file as a file, so that its values are read to where they stay."""
+
+    def __init__(self, file: io.RawIOBase, place: Placed) -> None:
+        self._file, self._place, self._position = file, place, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._place.length}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        left = memoryview(buffer).cast("B")[: max(0, self._place.length - self._position)]
+        total = 0
+        self._file.seek(self._place.offset + self._position)
+        while total < len(left) and (count := self._file.readinto(left[total:])):
+            total += count
+        self._position += total
+        return total
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
