@@ -16,7 +16,7 @@ from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.data.prompt import make_prompt
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.evaluate.agreement import LOGIT_TOLERANCE, compare, generated_questions, logit_difference
+from megatron_share4v.evaluate.agreement import LOGIT_TOLERANCE, Agreement, compare, generated_questions, logit_difference
 from megatron_share4v.infer.session import Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
@@ -45,6 +45,14 @@ def test_an_export_computes_what_its_checkpoint_does(exported: tuple[Path, Path]
     found = compare(*exported, questions=generated_questions(), mesh=mesh, max_new_tokens=12)
     assert found.holds, found
     assert found.questions == 4 and found.max_logit_diff <= LOGIT_TOLERANCE
+
+
+def test_the_tolerance_grows_with_the_logits_alone() -> None:
+    """A trained 7B model has logits of about 30, from sums whose last bits depend on their order."""
+    found = Agreement(questions=1, ids_equal=True, pixels_equal=True, greedy_equal=True, max_logit_diff=1e-3, logit_scale=30.0)
+    assert found.holds and "accepted: 0.003, for logits up to 30" in str(found)
+    assert not replace(found, max_logit_diff=4e-3).holds and not replace(found, logit_scale=1e-3).holds
+    assert replace(found, logit_scale=1e-3, max_logit_diff=9e-5).holds and not replace(found, greedy_equal=False).holds
 
 
 def test_a_difference_is_seen(exported: tuple[Path, Path], mesh: Mesh) -> None:

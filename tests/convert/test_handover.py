@@ -14,12 +14,14 @@ import torch
 import yaml
 from foreign import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
 
+from megatron_share4v.checkpoint.companions import companions_of, keep_companions
 from megatron_share4v.checkpoint.exporter import export_model
 from megatron_share4v.checkpoint.handover import check_start
 from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.config.load import dump
+from megatron_share4v.config.run import CheckpointConfig
 from megatron_share4v.errors import CheckpointError
 
 SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
@@ -72,12 +74,17 @@ def train(stage: Path, repository: Path, *overrides: str, ranks: int = 1) -> sub
 def test_two_stages_and_an_export(stage: Path, repository: Path) -> None:
     first, second = stage / "first", stage / "second"
     frozen = ("model.trainable.language=false", "model.trainable.projector=true")
-    done = train(stage, repository, f"run.directory={first}", f"checkpoint.initialize_from={stage / 'start'}", *frozen)
+    tower = read_manifest(stage / "start").weights["vision"]
+    start = (f"checkpoint.initialize_from={stage / 'start'}", f"checkpoint.expect_tower={tower}")
+    done = train(stage, repository, f"run.directory={first}", *start, *frozen)
     assert done.returncode == 0, done.stderr
+    assert f"tower sha256 {tower}" in done.stderr
+    assert read_manifest(first / "checkpoints" / "step_00000001").weights == {"vision": tower}  # frozen, and known without a look at the import
     layout = ("parallel.tensor=2", "parallel.sequence=true")
     done = train(stage, repository, f"run.directory={second}", f"checkpoint.initialize_from={first}", *layout, ranks=2)
     assert done.returncode == 0, done.stderr
     checkpoint = second / "checkpoints" / "step_00000001"
+    assert read_manifest(checkpoint).weights == {"vision": tower}  # the same at every layout
     assert (checkpoint / "tokenizer.model").read_bytes() == (stage / "llama" / "tokenizer.model").read_bytes()
     export_model(second, stage / "out", layout="llava-hf")
     weights, tower = read_weights(stage / "out"), theirs(MODEL, CLIP, "vision")
@@ -88,10 +95,46 @@ def test_two_stages_and_an_export(stage: Path, repository: Path) -> None:
 
 
 def test_another_tower_is_refused(stage: Path, repository: Path) -> None:
+    """By its configuration, and before its tensors are missed."""
     start = f"checkpoint.initialize_from={stage / 'start'}"
-    done = train(stage, repository, f"run.directory={stage / 'refused'}", start, "model.vision.layer_norm_eps=1e-6")
+    done = train(stage, repository, f"run.directory={stage / 'refused'}", start, "model.vision.feature_layer=-3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "is of another tower than this run's: model.vision.layer_norm_eps is 1e-06 here, 1e-05 in the checkpoint" in done.stderr
+    assert "is of another tower than this run's: model.vision.feature_layer is -3 here, -2 in the checkpoint" in done.stderr
+
+
+def test_another_tower_of_the_same_shape_is_refused(stage: Path, repository: Path) -> None:
+    """As OpenAI's CLIP and the one that ShareGPT4V tuned."""
+    tuned = Request(directory=stage / "llama", tower=write_clip(stage / "tuned", seed=5))
+    import_model(tuned, stage / "other", options=ImportOptions())
+    expected, stored = (read_manifest(stage / name).weights["vision"] for name in ("start", "other"))
+    assert expected != stored
+    start = (f"checkpoint.initialize_from={stage / 'other'}", f"checkpoint.expect_tower={expected}")
+    done = train(stage, repository, f"run.directory={stage / 'refused'}", *start)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expected}" in done.stderr
+    manifest = read_manifest(stage / "other")
+    check_start(manifest, SIZED, where=stage, expect_tower=stored)
+    with pytest.raises(CheckpointError, match="does not state its tower's hash"):
+        check_start(replace(manifest, weights={}), SIZED, where=stage, expect_tower=stored)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"expect_tower": "5ca1ab1e", "initialize_from": "x"}, "is no SHA-256"), ({"expect_tower": "0" * 64}, "there is no tower to check")],
+)
+def test_a_hash_that_checks_nothing(options: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CheckpointConfig(**options)
+
+
+def test_unused_weights_of_an_earlier_start_are_not_inherited(stage: Path, tmp_path: Path) -> None:
+    tokenizer = stage / "llama" / "tokenizer.model"
+    folder = keep_companions(tmp_path, tokenizer=tokenizer, start=stage / "start", resumes=False)
+    assert len(companions_of(folder)) == 2
+    keep_companions(tmp_path, tokenizer=tokenizer, start=None, resumes=True)
+    assert len(companions_of(folder)) == 2
+    keep_companions(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint that carries none
+    assert [path.name for path in companions_of(folder)] == ["tokenizer.model"]
 
 
 def test_another_model_is_refused_and_a_longer_one_is_not(stage: Path) -> None:

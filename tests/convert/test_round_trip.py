@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from harness import run_world
 from megatron_share4v.checkpoint.exporter import export_model
 from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.manifest import RunState, read_manifest
+from megatron_share4v.checkpoint.manifest import RunState, describe_files, read_manifest, write_manifest
 from megatron_share4v.checkpoint.verify import verify
 from megatron_share4v.config.model import LanguageConfig, VisionConfig
 
@@ -32,6 +33,31 @@ def test_llava_hf_comes_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     again = import_model(Request(directory=tmp_path / "back"), tmp_path / "again", options=ImportOptions())
     assert again.weights == read_manifest(tmp_path / "ours").weights
+    assert provenance(tmp_path / "back") == again.weights
+
+
+def provenance(directory: Path) -> dict[str, str]:
+    return json.loads((directory / "provenance.json").read_text())["weights"]
+
+
+def test_an_export_states_the_hashes_of_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded, of a checkpoint whose manifest has the tower's alone, and when an earlier process wrote a part of it: what an import finds there."""
+    from megatron_share4v.checkpoint import exporter, parts
+
+    import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    manifest = read_manifest(tmp_path / "ours")
+    write_manifest(tmp_path / "ours", replace(manifest, weights={"vision": manifest.weights["vision"]}))
+    for dtype in ("fp32", "bf16"):
+        options = {"layout": "llava-hf", "dtype": dtype, "shard_bytes": 100_000}
+        whole, ended = parts._write, iter([False, False, True])
+        monkeypatch.setattr(parts, "_write", lambda *arguments: whole(*arguments) if not next(ended) else exit())
+        with pytest.raises(SystemExit):
+            export_model(tmp_path / "ours", tmp_path / dtype, **options)
+        monkeypatch.setattr(parts, "_write", whole)
+        exporter.export_model(tmp_path / "ours", tmp_path / dtype, **options)
+        again = import_model(Request(directory=tmp_path / dtype), tmp_path / f"again_{dtype}", options=ImportOptions())
+        assert provenance(tmp_path / dtype) == again.weights and len(again.weights) == 3
+    assert again.weights.keys() == manifest.weights.keys() and again.weights != manifest.weights
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -106,10 +132,6 @@ def test_dtype_is_rounded_once_and_noticed(tmp_path: Path) -> None:
 
 
 def test_a_trained_model_gets_mean_rows_and_an_old_one_without_companions_fresh_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import json
-
-    from megatron_share4v.checkpoint.manifest import describe_files, write_manifest
-
     import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
     (tmp_path / "ours" / "unused.safetensors").unlink()
     manifest = read_manifest(tmp_path / "ours")

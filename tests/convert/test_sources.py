@@ -198,8 +198,11 @@ def test_lora_is_merged(tmp_path: Path) -> None:
 
 
 def test_delta_is_added(tmp_path: Path) -> None:
+    """And buffers of old releases are no weights, on either side."""
     base, whole = theirs(MODEL, SHARE4V, "language", seed=1), theirs(MODEL, SHARE4V, "projector", "language")
     delta = {name: tensor - base[name] if name in base else tensor for name, tensor in whole.items()}
+    delta["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
+    delta["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     write_weights(tmp_path / "delta", delta, suffix="bin")
     write_json(tmp_path / "delta" / "config.json", share4v_config(MODEL, tower="clip-large"))
     write_clip(tmp_path / "clip-large")

@@ -6,18 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from foreign import read_weights, write_clip, write_llama, write_llava_hf
+from foreign import read_weights, write_clip, write_llama, write_llava_hf, write_weights
 
 from megatron_share4v.checkpoint.average import average
-from megatron_share4v.checkpoint.exporter import open_checkpoint
+from megatron_share4v.checkpoint.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.inspect import describe
 from megatron_share4v.checkpoint.keep import prune
+from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.errors import CheckpointError, ConversionError
 
 
@@ -36,6 +38,7 @@ def test_there_and_back(convert, tmp_path: Path) -> None:
     assert done.returncode == 0 and "vision: sha256" in done.stderr, done.stderr
     done = convert("export", "--from", ours, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001")
     assert done.returncode == 0 and len(list(back.glob("model-*"))) > 1, done.stderr
+    assert done.stderr.count(": sha256 ") == 3
     done = convert("verify", "--hf", back, "--checkpoint", ours)
     assert done.returncode == 0 and "72 tensors equal" in done.stdout and "72 of them after rounding" in done.stdout, done.stderr
 
@@ -71,6 +74,27 @@ def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
     assert alone.weights == open_checkpoint(checkpoints[0]).manifest.weights
 
 
+def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> None:
+    names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    paths = []
+    for factor in (1, 3):
+        source = write_llava_hf(tmp_path / f"hf{factor}")
+        write_weights(source, {name: tensor * factor for name, tensor in read_weights(source).items()})
+        paths.append(tmp_path / f"ours{factor}")
+        import_model(Request(directory=source), paths[-1], options=ImportOptions())
+    before = read_weights(tmp_path / "hf1")
+    average(paths, tmp_path / "mean")
+    export_model(tmp_path / "mean", tmp_path / "out", layout="llava-hf")
+    after = read_weights(tmp_path / "out")
+    assert all(torch.allclose(after[name], 2 * before[name]) for name in before)
+    manifest = read_manifest(paths[1])
+    write_manifest(paths[1], replace(manifest, state=replace(manifest.state, step=4)))
+    average(paths[::-1], tmp_path / "trained")  # its step is the import's, 0
+    export_model(tmp_path / "trained", tmp_path / "out2", layout="llava-hf")
+    rows = read_weights(tmp_path / "out2")[names[0]]
+    assert torch.equal(rows[300:], rows[:300].mean(0, keepdim=True).expand(20, -1))
+
+
 def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> None:
     write_llama(tmp_path / "half", dtype="bf16")
     import_model(Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions())
@@ -79,8 +103,6 @@ def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> Non
 
 
 def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path: Path) -> None:
-    from megatron_share4v.checkpoint.exporter import export_model
-
     write_llama(tmp_path / "half", dtype="bf16")
     import_model(Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions())
     with pytest.raises(ConversionError, match="weights in bf16, fp32; say which one to write with --dtype"):
