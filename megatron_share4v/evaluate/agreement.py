@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_share4v.checkpoint.hf_read import read_json
 from megatron_share4v.data.decode_pil import open_rgb
 from megatron_share4v.data.image import normalise
 from megatron_share4v.data.prompt import Prompt, make_prompt
@@ -76,13 +77,14 @@ def compare_alone(checkpoint: Path, export: Path, *, questions: Sequence[Questio
 
 
 def compare(checkpoint: Path, export: Path, *, questions: Sequence[Question], mesh: Mesh, max_new_tokens: int = TOKENS) -> Agreement:
-    """Ask both models the same, in fp32 from the weights as stored. `mesh` has one rank.
+    """Ask both models the same, in fp32. `mesh` has one rank. Ours are rounded as the export's are, so that what is compared is the computation.
 
     Raises ConversionError when transformers finds a missing, unexpected or mismatched tensor in `export`.
     """
     assert mesh.layout.world_size == 1, mesh.layout
     session = Session.open(checkpoint, mesh=mesh, dtype="fp32")
     processor, model = _load(export)
+    _round(session, getattr(torch, read_json(export / "config.json").get("torch_dtype", "float32")))
     patches = session.config.model.vision.num_patches
     ids_equal = pixels_equal = greedy_equal = True
     largest = scale = 0.0
@@ -134,6 +136,12 @@ def _load(export: Path) -> tuple[Any, Any]:
         if report.get(kind):
             raise ConversionError(f"{export}: transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])[:5]))}")
     return processor, model.eval()
+
+
+@torch.no_grad()
+def _round(session: Session, dtype: torch.dtype) -> None:
+    for parameter in (parameter for chunk in session.chunks for parameter in chunk.parameters()):
+        parameter.copy_(parameter.to(dtype))
 
 
 def _inputs(processor: Any, question: Question) -> dict[str, torch.Tensor]:

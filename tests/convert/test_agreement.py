@@ -47,6 +47,12 @@ def test_an_export_computes_what_its_checkpoint_does(exported: tuple[Path, Path]
     assert found.questions == 4 and found.max_logit_diff <= LOGIT_TOLERANCE
 
 
+def test_an_export_that_was_rounded_is_compared_with_what_was_rounded(exported: tuple[Path, Path], mesh: Mesh, tmp_path: Path) -> None:
+    export_model(exported[0], tmp_path / "out", layout="llava-hf", dtype="bf16")
+    found = compare(exported[0], tmp_path / "out", questions=generated_questions()[:1], mesh=mesh, max_new_tokens=4)
+    assert found.holds and found.max_logit_diff <= LOGIT_TOLERANCE, found
+
+
 def test_the_tolerance_grows_with_the_logits_alone() -> None:
     """A trained 7B model has logits of about 30, from sums whose last bits depend on their order."""
     found = Agreement(questions=1, ids_equal=True, pixels_equal=True, greedy_equal=True, max_logit_diff=1e-3, logit_scale=30.0)
