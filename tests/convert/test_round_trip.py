@@ -19,6 +19,9 @@ from megatron_share4v.checkpoint.verify import verify
 from megatron_share4v.config.model import LanguageConfig, VisionConfig
 
 
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+
+
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     assert one.keys() == other.keys()
     return all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
@@ -88,7 +91,8 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
     tensor, pipeline = degrees
     manifest = read_manifest(source)
     config = config_of(manifest, where=source)
-    with open_mesh(Layout(tensor=tensor, pipeline=pipeline), device=Device("cpu")) as mesh:
+    data = torch.distributed.get_world_size() // (tensor * pipeline)
+    with open_mesh(Layout(tensor=tensor, pipeline=pipeline, data=data), device=Device("cpu")) as mesh:
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
         chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[config.precision.dtype])
         load_weights(source, chunks=chunks, mesh=mesh)
@@ -96,7 +100,7 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
         write(target, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text=manifest.config, companions=companions)
 
 
-@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda degrees: f"tensor{degrees[0]}_pipeline{degrees[1]}")
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: f"tensor{degrees[0]}_pipeline{degrees[1]}")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_through_every_layout(degrees: tuple[int, int], dtype: str, tmp_path: Path) -> None:
     source = write_llava_hf(tmp_path / "hf", dtype=dtype)
@@ -107,6 +111,27 @@ def test_through_every_layout(degrees: tuple[int, int], dtype: str, tmp_path: Pa
     assert report.weights == read_manifest(tmp_path / "ours").weights
     export_model(tmp_path / "there", tmp_path / "back", layout="llava-hf")
     assert equal(read_weights(source), read_weights(tmp_path / "back"))
+
+
+def at_all_layouts(source: Path, target: Path) -> None:
+    for number, degrees in enumerate(LAYOUTS):
+        trained_elsewhere(source if number == 0 else target / f"{number - 1}", target / f"{number}", degrees)
+
+
+def test_heads_of_7b_in_fp32_through_one_layout_after_the_other(tmp_path: Path) -> None:
+    """Heads of 128 and 64 channels and the proportions of 7B, two blocks of it, which pipeline 2 cuts."""
+    vision = VisionConfig(image_size=28, hidden_size=256, intermediate_size=1024, num_layers=2, num_attention_heads=4)
+    language = LanguageConfig(
+        vocab_size=300, hidden_size=1024, intermediate_size=2752, num_layers=2, num_attention_heads=8, num_key_value_heads=8
+    )
+    source = write_llava_hf(tmp_path / "hf", replace(MODEL, vision=vision, language=language))
+    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    run_world(4, at_all_layouts, tmp_path / "ours", tmp_path)
+    weights = read_manifest(tmp_path / "ours").weights
+    assert all(read_manifest(tmp_path / f"{number}").weights == {"vision": weights["vision"]} for number in range(4))
+    export_model(tmp_path / "3", tmp_path / "back", layout="llava-hf")
+    assert equal(read_weights(source), read_weights(tmp_path / "back"))
+    assert provenance(tmp_path / "back") == weights
 
 
 def test_widths_of_7b(tmp_path: Path) -> None:
