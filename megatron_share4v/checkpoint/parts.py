@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +25,7 @@ from megatron_share4v.log import get_logger
 
 SILENT_BYTES = 100_000_000
 LARGE_BYTES = 1 << 20
+SENT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -52,22 +53,31 @@ class Written:
     note: dict[str, Any]
 
 
-class HashingFile:
-    """A file for writing that hashes what goes into it, with another thread for large pieces: it takes as long as writing them."""
+class Output:
+    """A file for writing. What goes into it is hashed, if wanted, and sent to the disk by other threads meanwhile: each takes as long as writing."""
 
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool, self._hash = file, pool, hashlib.sha256()
+    def __init__(self, file: BinaryIO, *, hashed: bool, threads: ThreadPoolExecutor) -> None:
+        self._file, self._threads = file, threads
+        self._hash = hashlib.sha256() if hashed else None
+        self._unsent, self._sending = 0, threads.submit(lambda: None)
 
     def write(self, data: Any) -> int:
         """As a file's."""
         if len(data) < LARGE_BYTES:
-            self._hash.update(data)
+            if self._hash is not None:
+                self._hash.update(data)
             return self._file.write(data)
-        hashed = self._pool.submit(self._hash.update, data)
+        hashed = None if self._hash is None else self._threads.submit(self._hash.update, data)
         try:
-            return self._file.write(data)
+            count = self._file.write(data)
         finally:
-            hashed.result()  # before the caller uses the memory again
+            if hashed is not None:
+                hashed.result()  # before the caller uses the memory again
+        self._unsent += count
+        if self._unsent >= SENT_BYTES and self._sending.done():
+            self._sending.result()
+            self._unsent, self._sending = 0, self._threads.submit(os.fsync, self._file.fileno())
+        return count
 
     def flush(self) -> None:
         """As a file's."""
@@ -77,10 +87,12 @@ class HashingFile:
         """As a file's."""
         return self._file.tell()
 
-    @property
-    def sha256(self) -> str:
-        """Of all bytes so far."""
-        return self._hash.hexdigest()
+    def finish(self) -> str:
+        """Everything to the disk; the SHA-256 of it, or "" when it was not wanted."""
+        self._file.flush()
+        self._sending.result()
+        os.fsync(self._file.fileno())
+        return "" if self._hash is None else self._hash.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -158,11 +170,24 @@ def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[
         get_logger().info("%s: goes on with %d of %d files already written", title, len(done), len(parts))
     total = sum(part.nbytes for part in parts)
     with tqdm(total=total, initial=total - needed, desc=title, unit="B", unit_scale=True, mininterval=1.0, disable=total < SILENT_BYTES) as bar:
-        for part in left:
-            done[part.name] = _write(directory, part, bar.update)
-            with open(place.journal, "a", encoding="utf-8") as journal:
-                _append(journal, asdict(done[part.name]))
+        with ThreadPoolExecutor(1) as finishing:
+            entered: Future[None] | None = None
+            for part in left:
+                # The disk is still busy with one part while the next one is begun.
+                finish = _write(directory, part, bar.update)
+                if entered is not None:
+                    entered.result()
+                entered = finishing.submit(_enter, place, finish)
+            if entered is not None:
+                entered.result()
+    done = _read_journal(place.journal)
     return {part.name: done[part.name] for part in parts}
+
+
+def _enter(place: Workplace, finish: Callable[[], Written]) -> None:
+    written = finish()
+    with open(place.journal, "a", encoding="utf-8") as journal:
+        _append(journal, asdict(written))
 
 
 def _refuse_existing(target: Path) -> None:
@@ -182,16 +207,28 @@ def _flush(place: Workplace) -> None:
         flush_directory(folder)
 
 
-def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Written:
+def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Callable[[], Written]:
+    """Write it, and leave what is to be called for its last bytes to reach the disk."""
     path = directory / part.name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _blaming(path), contextlib.ExitStack() as opened:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = opened.enter_context(open(path, "wb"))
+        output = Output(file, hashed=part.hashed, threads=opened.enter_context(ThreadPoolExecutor(2)))
+        note = part.write(output, progress)  # type: ignore[arg-type]
+        kept = opened.pop_all()
+
+    def finish() -> Written:
+        with _blaming(path), kept:
+            return Written(part.name, file.tell(), output.finish(), note)
+
+    return finish
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """For an OSError: a message about the file that could not be read, or else about `path`, which could not be written."""
     try:
-        with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
-            hashing = HashingFile(file, pool)
-            note = part.write(hashing if part.hashed else file, progress)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-            return Written(part.name, file.tell(), hashing.sha256 if part.hashed else "", note)
+        yield
     except OSError as error:
         if error.filename not in (None, str(path)):
             raise ConversionError(f"{error.filename}: cannot be read ({error.strerror}); check where it lies, then start again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,11 +163,11 @@ def test_killed_conversions_go_on(tmp_path: Path, repository: Path, monkeypatch:
     killed("import", source, ours, repository)
     with caplog.at_level("INFO", logger="megatron_share4v"):
         manifest = import_model(Request(directory=source), ours, options=ImportOptions())
-        assert "goes on with 3 of" in caplog.text
+        assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
         caplog.clear()
         killed("export", ours, back, repository)
         export_model(ours, back, layout="llava-hf", shard_bytes=100_000)
-        assert "goes on with 3 of" in caplog.text
+        assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
     verify(ours, contents=True)
     monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
     assert import_model(Request(directory=source), tmp_path / "at_once", options=ImportOptions()).weights == manifest.weights
