@@ -126,6 +126,11 @@ class _Range:
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.path, self.offset, self.shape, self.dtype = path, offset, shape, dtype
 
+    def rows(self, start: int, stop: int) -> _Range:
+        """Of rows start .. stop - 1."""
+        size = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+        return _Range(self.path, self.offset + start * size, (stop - start, *self.shape[1:]), self.dtype)
+
     def __call__(self) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         try:

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +17,14 @@ from megatron_share4v.errors import ConversionError
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """What reads a tensor, and can read some of its rows alone."""
+
+    def rows(self, start: int, stop: int) -> Callable[[], torch.Tensor]:
+        """What reads rows start .. stop - 1."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,11 @@ class LazyTensor:
         return self if dtype == self.dtype else replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
     def rows(self, start: int, stop: int) -> LazyTensor:
-        """Rows start .. stop - 1 alone."""
-        return replace(self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop])
+        """Rows start .. stop - 1 alone; of what can read those alone, no others are read."""
+        shape = (stop - start, *self.shape[1:])
+        if isinstance(self.read, ReadsRows):
+            return replace(self, shape=shape, read=self.read.rows(start, stop))
+        return replace(self, shape=shape, read=lambda: self.read()[start:stop])
 
 
 Tensors = Mapping[str, LazyTensor]

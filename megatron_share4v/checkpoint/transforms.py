@@ -85,6 +85,8 @@ class PadVocabulary:
     def to_ours(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[V, W] -> [padded, W]"""
         (tensor,) = parts
+        if self.padded == self.rows:  # padding with nothing would copy
+            return tensor
         return F.pad(tensor, (0, 0, 0, self.padded - self.rows))
 
     def to_theirs(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
