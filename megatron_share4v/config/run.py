@@ -193,7 +193,7 @@ class RunConfig:
         if self.data.num_workers and hung > timeout_s:
             yield Conflict(
                 f"parallel.timeout_s {timeout_s} ends the job before a loader process that hangs twice is given up, after 2 x data.worker_timeout_s + "
-                f"{RESTART_S} = {hung} s",
+                f"{RESTART_S} = {hung} s; raise the one or lower the other",
                 ("parallel.timeout_s", "data.worker_timeout_s"),
             )
         longest, limit = self.data.max_text_length + self.model.vision.num_patches - 1, self.model.language.max_position_embeddings

@@ -1,6 +1,7 @@
 """What a run decided at its start, written beside it, and a warning where that is not what it was at the start before.
 
-image_backend.json: which decoder is used and how it measured against the reference, in pixels and in what the run's tower sees. ops.json: which implementation of the fused ops.
+image_backend.json: which decoder is used and how it measured against the reference, in pixels and in what the run's tower sees. ops.json: which
+implementation of the fused ops.
 """
 
 from __future__ import annotations

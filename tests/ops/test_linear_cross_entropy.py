@@ -109,7 +109,8 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
 
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.mcore.layers import ColumnParallelLinear, TransformerConfig
+    from megatron_share4v.mcore.layers import ColumnParallelLinear
+    from megatron_share4v.mcore.transformer import LayerConfig
     from megatron_share4v.model.loss import summed_cross_entropy
     from megatron_share4v.ops.choose import choose_ops
     from megatron_share4v.parallel.device import Device
@@ -124,7 +125,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
             hidden, weight, targets = inputs(dtype)
             hidden, targets = hidden[:rows].detach().requires_grad_(), targets[:rows]
             options = {"num_layers": 1, "hidden_size": WIDTH, "num_attention_heads": ranks, "tensor_model_parallel_size": ranks}
-            config = TransformerConfig(**options, use_cpu_initialization=True, params_dtype=dtype)
+            config = LayerConfig(**options, use_cpu_initialization=True, params_dtype=dtype)
             head = ColumnParallelLinear(WIDTH, COLUMNS, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=mesh.tensor_group)
             with torch.no_grad():
                 head.weight.copy_(weight[own])
@@ -140,7 +141,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     return results
 
 
-def test_over_a_tensor_group_it_is_todays_head_and_loss_and_that_of_one_rank() -> None:
+def test_over_a_tensor_group_it_is_todays_head_and_loss_and_that_of_one_rank(native_ops: None) -> None:
     for rank, of_settings in enumerate(run_world(2, on_a_rank)):
         for (rows, _, dtype), (loss, grad_hidden, grad_weight, today, today_hidden, today_weight) in zip(SETTINGS, of_settings, strict=True):
             hidden, weight, targets = inputs(dtype)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
-import subprocess
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from launching import finish, lines, start
 from PIL import Image
 
 STEPS, BATCH = 6, 16
@@ -105,25 +103,11 @@ def _damage(directory: Path) -> dict[str, str]:
     return damaged
 
 
-def train(bench: Bench, repository: Path, ranks: int, directory: Path, *overrides: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return subprocess.run(
-        [*launcher, "tools/train.py", str(bench.config), f"run.directory={directory}", *overrides], cwd=repository,
-        env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
-    )  # fmt: skip
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Bench, repository: Path) -> None:
+def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Bench) -> None:
     four, one = bench.root / "four", bench.root / "one"
     for ranks, directory, overrides in ((4, four, T2P2), (1, one, ())):
-        done = train(bench, repository, ranks, directory, *overrides)
-        assert done.returncode == 0, done.stdout
-        assert "their slots are kept without labels" in done.stdout and "validation: 1 samples could not be read" in done.stdout
+        output = finish(start(bench.config, ranks, f"run.directory={directory}", *overrides))
+        assert "their slots are kept without labels" in output and "validation: 1 samples could not be read" in output
     listed = lines(four / "quarantine.jsonl")
     assert [line["sample"] for line in listed] == list(bench.damaged) and [line["step"] for line in listed] == [1, 2, 2, 3, 5]
     assert all(re.search(bench.damaged[line["sample"]], line["reason"]) for line in listed), listed
@@ -135,15 +119,16 @@ def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Benc
     assert json.loads((four / "image_backend.json").read_text())["backend"] == "pil"
 
 
-def test_too_many_end_the_run_with_the_list(bench: Bench, repository: Path) -> None:
+def test_too_many_end_the_run_with_the_list(bench: Bench) -> None:
     directory = bench.root / "ended"
-    done = train(bench, repository, 4, directory, *T2P2, "data.max_faulty_fraction=0.0", "data.image_backend=torch_u8")
-    assert done.returncode != 0 and "Traceback" not in done.stdout.partition("error: ")[0], done.stdout
+    process = start(bench.config, 4, f"run.directory={directory}", *T2P2, "data.max_faulty_fraction=0.0", "data.image_backend=torch_u8")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0 and "Traceback" not in output.partition("error: ")[0], output
     first = next(iter(bench.damaged))
-    assert f"error: rank 0: 1 of {BATCH} samples could not be read" in done.stdout and f"\n  {first}: crc32 is" in done.stdout
-    assert "exitcode  : 2" in done.stdout
+    assert f"error: rank 0: 1 of {BATCH} samples could not be read" in output and f"\n  {first}: crc32 is" in output
+    assert "exitcode  : 2" in output
     assert [line["sample"] for line in lines(directory / "quarantine.jsonl")] == [first]
     record = json.loads((directory / "image_backend.json").read_text())
     assert record["backend"] == "torch_u8" and record["gate"]["max_error"] <= 2 and record["gate"]["images"] >= 12
     assert 0.999 < record["gate"]["cosine"] <= 1.00001
-    assert "image backend torch_u8: against pil on" in done.stdout
+    assert "image backend torch_u8: against pil on" in output

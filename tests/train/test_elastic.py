@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from launching import finish, killed_after, lines, start
 from PIL import Image
 
 STEPS = 60
@@ -79,49 +77,29 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     return Bench(root, config)
 
 
-def start(bench: Bench, repository: Path, ranks: int, *overrides: str, script: tuple[str, ...] = ("tools/train.py",)) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return subprocess.Popen(
-        [*launcher, *script, str(bench.config), *overrides], cwd=repository, env=environment | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_after(step: int, bench: Bench, repository: Path, ranks: int, *overrides: str) -> None:
+def kill_after(step: int, bench: Bench, ranks: int, *overrides: str) -> None:
     """Start a run and kill it, all its ranks at once, when it has made `step` steps."""
-    process = start(bench, repository, ranks, *overrides, script=("tests/train/killed_after.py", str(step)))
+    process = start(bench.config, ranks, *overrides, script=killed_after(step))
     output, _ = process.communicate(timeout=500)
     assert process.returncode == -signal.SIGKILL or "SIGKILL" in output, output
 
 
-def lines(path: Path) -> list[dict]:
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 @pytest.fixture(scope="module")
-def undisturbed(bench: Bench, repository: Path) -> Path:
+def undisturbed(bench: Bench) -> Path:
     directory = bench.root / "undisturbed"
-    output = finish(start(bench, repository, 2, f"run.directory={directory}"))
+    output = finish(start(bench.config, 2, f"run.directory={directory}"))
     assert "packs of 512 positions" in output and "1.5 times per epoch" in output
     return directory
 
 
-def test_killed_at_data_2_resumed_at_data_1_and_4(bench: Bench, repository: Path, undisturbed: Path) -> None:
+def test_killed_at_data_2_resumed_at_data_1_and_4(bench: Bench, undisturbed: Path) -> None:
     first, second = random.randint(7, 25), random.randint(32, 50)
     print("killed after steps", first, second)
     directory = bench.root / "disturbed"
-    kill_after(first, bench, repository, 2, f"run.directory={directory}")
-    kill_after(second, bench, repository, 1, f"run.directory={directory}", "data.num_workers=2")
+    kill_after(first, bench, 2, f"run.directory={directory}")
+    kill_after(second, bench, 1, f"run.directory={directory}", "data.num_workers=2")
     assert len(lines(directory / "samples.jsonl")) == second
-    output = finish(start(bench, repository, 4, f"run.directory={directory}"))
+    output = finish(start(bench.config, 4, f"run.directory={directory}"))
     assert "data 4" in output and "resumed from" in output
     ours, theirs = lines(directory / "samples.jsonl"), lines(undisturbed / "samples.jsonl")
     assert len(theirs) == STEPS and ours == theirs
@@ -136,14 +114,14 @@ def test_killed_at_data_2_resumed_at_data_1_and_4(bench: Bench, repository: Path
     assert sum(line["padding_fraction"] for line in lines(undisturbed / "metrics.jsonl")) / STEPS < 0.3
 
 
-def test_changed_data_is_refused_by_name(bench: Bench, repository: Path, undisturbed: Path) -> None:
+def test_changed_data_is_refused_by_name(bench: Bench, undisturbed: Path) -> None:
     changes = ("data.order=sequential", "data.image_aspect_ratio=square", f"train.steps={STEPS + 1}", f"run.directory={undisturbed}")
-    process = start(bench, repository, 1, *changes)
+    process = start(bench.config, 1, *changes)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 2 and "Traceback" not in output, output
     assert "order: was random, is sequential; image policy aspect_ratio: was pad, is square." in output
     assert "checkpoint.allow_data_change" in output
-    output = finish(start(bench, repository, 1, *changes, "checkpoint.allow_data_change=true"))
+    output = finish(start(bench.config, 1, *changes, "checkpoint.allow_data_change=true"))
     assert "training goes on. order: was random, is sequential" in output and f"step {STEPS + 1}/" in output
     [change] = lines(undisturbed / "data_changes.jsonl")
     assert change["step"] == STEPS and change["changes"][0] == "order: was random, is sequential"

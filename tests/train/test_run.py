@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launching import finish, killed_after, lines, start
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
 from megatron_share4v.ops.build import find_toolchain
@@ -66,37 +66,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     return Bench(root, config, root / "data")
 
 
-def start(
-    bench: Bench, repository: Path, ranks: int, *overrides: str, script: tuple[str, ...] = ("tools/train.py",), path: str | None = None
-) -> subprocess.Popen:
-    """`path` replaces PATH."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({} if path is None else {"PATH": path})
-    return subprocess.Popen(
-        [*launcher, *script, str(bench.config), *overrides], cwd=repository, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    return output
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bench: Bench, repository: Path) -> Path:
+def undisturbed(bench: Bench) -> Path:
     """Ten steps at tensor 2 x pipeline 2."""
     directory = bench.root / "undisturbed"
-    output = finish(start(bench, repository, 4, f"run.directory={directory}", *T2P2))
+    output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "tensor 2 x pipeline 2" in output and "ETA" in output and "vision" in output
     assert len(re.findall("fused ops: (?:native|reference)", output)) == 1
     return directory
@@ -126,14 +103,14 @@ def _board_tags(directory: Path) -> list[str]:
     return [*tags["images"], *tags["tensors"], *tags["scalars"]]
 
 
-def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, repository: Path, undisturbed: Path) -> None:
+def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, undisturbed: Path) -> None:
     directory = bench.root / "killed"
-    process = start(bench, repository, 4, f"run.directory={directory}", *T2P2, script=("tests/train/killed_after.py", "7"))
+    process = start(bench.config, 4, f"run.directory={directory}", *T2P2, script=killed_after(7))
     output, _ = process.communicate(timeout=240)
     assert process.returncode != 0 and "SIGKILL" in output, output
     assert EVERY < len(lines(directory / "metrics.jsonl")) < STEPS
     shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
-    output = finish(start(bench, repository, 4, f"run.directory={directory}", *T2P2))
+    output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
     ours, theirs = lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl")
     exact = ("step", "loss", "grad_norm", "learning_rate", "validation_loss", "consumed_samples", "trained_tokens")
@@ -150,11 +127,11 @@ def _weights(bench: Bench, directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.glob("*.distcp"))}
 
 
-def test_another_layout_goes_on_with_the_same_samples(bench: Bench, repository: Path, undisturbed: Path) -> None:
+def test_another_layout_goes_on_with_the_same_samples(bench: Bench, undisturbed: Path) -> None:
     """From tensor 2 x pipeline 2 x data 1 to data 2."""
     directory = bench.root / "half"
     assert (directory / "checkpoints" / "step_00000005").exists(), "made by the test before"
-    output = finish(start(bench, repository, 2, f"run.directory={directory}"))
+    output = finish(start(bench.config, 2, f"run.directory={directory}"))
     assert "at step 5" in output and "data 2" in output
     assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")[EVERY:]
     theirs = {line["step"]: line["loss"] for line in lines(undisturbed / "metrics.jsonl")}
@@ -162,23 +139,23 @@ def test_another_layout_goes_on_with_the_same_samples(bench: Bench, repository: 
         assert abs(line["loss"] - theirs[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
 
 
-def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench, repository: Path) -> None:
+def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> None:
     """What a fresh clone does on a machine that can build nothing; then the same run where it can."""
     directory = bench.root / "uncompiled"
     few = (f"run.directory={directory}", "train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0")
-    output = finish(start(bench, repository, 1, "train.steps=2", *few, path=""))
+    output = finish(start(bench.config, 1, "train.steps=2", *few, path=""))
     assert "fused ops: reference (no C++ compiler" in output and len(lines(directory / "metrics.jsonl")) == 2
     record = json.loads((directory / "ops.json").read_text())
     assert record["ops"] == "reference" and "no C++ compiler" in record["reason"]
-    message = refused(bench, repository, "ops=native", *few, path="")
+    message = refused(bench, "ops=native", *few, path="")
     assert "error: ops: native was asked for on cpu" in message and "install g++" in message and "or set ops: reference" in message
     if find_toolchain() is not None:
-        output = finish(start(bench, repository, 1, "ops=native", "train.steps=3", *few))
+        output = finish(start(bench.config, 1, "ops=native", "train.steps=3", *few))
         assert "the fused ops are others than before in this run" in output and "ops was reference, is native" in output
 
 
-def refused(bench: Bench, repository: Path, *overrides: str, path: str | None = None) -> str:
-    process = start(bench, repository, 1, *overrides, path=path)
+def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
+    process = start(bench.config, 1, *overrides, path=path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "Traceback" not in output, output
@@ -187,13 +164,13 @@ def refused(bench: Bench, repository: Path, *overrides: str, path: str | None = 
 
 
 def test_bad_configuration_is_refused(bench: Bench, repository: Path) -> None:
-    message = refused(bench, repository, "parallel.tensr=2", "train.steps=two")
+    message = refused(bench, "parallel.tensr=2", "train.steps=two")
     assert "did you mean 'tensor'?" in message and "train.steps" in message
-    message = refused(bench, repository, "parallel.tensor=2")
+    message = refused(bench, "parallel.tensor=2")
     assert "world size 1 is not a multiple of" in message
-    message = refused(bench, repository, "parallel.tensor=8")
+    message = refused(bench, "parallel.tensor=8")
     assert "model.language.num_attention_heads 4 is not divisible by parallel.tensor 8" in message
-    message = refused(bench, repository, f"data.tokenizer={bench.root / 'other.model'}", f"run.directory={bench.root / 'refused'}")
+    message = refused(bench, f"data.tokenizer={bench.root / 'other.model'}", f"run.directory={bench.root / 'refused'}")
     assert "tokenizer is" in message and "prepared with" in message
 
 
@@ -202,10 +179,10 @@ def test_bad_data_is_refused(bench: Bench, repository: Path) -> None:
     shutil.copytree(bench.data, damaged)
     shard = sorted(damaged.glob("*.tar"))[1]
     shard.write_bytes(shard.read_bytes()[:5000])
-    message = refused(bench, repository, f"data.train={damaged}", f"run.directory={bench.root / 'refused'}")
+    message = refused(bench, f"data.train={damaged}", f"run.directory={bench.root / 'refused'}")
     assert shard.name in message and "5000 bytes" in message
     shard.unlink()
-    message = refused(bench, repository, f"data.train={damaged}", f"run.directory={bench.root / 'refused'}")
+    message = refused(bench, f"data.train={damaged}", f"run.directory={bench.root / 'refused'}")
     assert f"{shard.name} is missing" in message
 
 
@@ -218,9 +195,9 @@ def test_corrupt_checkpoint(bench: Bench, repository: Path, undisturbed: Path) -
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     named = directory / "checkpoints" / "step_00000010"
-    message = refused(bench, repository, f"checkpoint.initialize_from={named}", f"run.directory={bench.root / 'refused'}")
+    message = refused(bench, f"checkpoint.initialize_from={named}", f"run.directory={bench.root / 'refused'}")
     assert victim.name in message
-    output = finish(start(bench, repository, 1, f"run.directory={directory}"))
+    output = finish(start(bench.config, 1, f"run.directory={directory}"))
     assert "passed over" in output and victim.name in output and "at step 5" in output
 
 

@@ -1,0 +1,42 @@
+"""tools/train.py as a user starts it: under torchrun with several ranks, alone with one. For tests/train."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ("tools/train.py",)
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def start(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> subprocess.Popen:
+    """Its standard output holds what all ranks say, errors too. `path`: another PATH, to hide compilers."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    environment = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS} | {"OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PATH"] = path
+    return subprocess.Popen(
+        [*launcher, *script, str(config), *overrides], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def killed_after(step: int) -> tuple[str, ...]:
+    """The script of a run whose ranks all end by SIGKILL when `step` steps are made."""
+    return "tests/train/killed_after.py", str(step)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it said. It must end well."""
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    return output
+
+
+def lines(path: Path) -> list[dict]:
+    """The whole lines of a JSONL file that a run may be writing; none where it is not there yet."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
