@@ -1,11 +1,14 @@
 // The one file that knows torch: every op's schema and the code between tensors and kernels. Add an op's schema.cpp here.
 #include "common/binding.h"
 
+#include "activation/schema.cpp"
 #include "adamw/schema.cpp"
+#include "fp8/schema.cpp"
 #include "image_merge/schema.cpp"
 #include "linear_cross_entropy/schema.cpp"
 #include "norm/schema.cpp"
 #include "patchify/schema.cpp"
+#include "rope/schema.cpp"
 
 #ifdef SHARE4V_EMULATE
 #include "emulate/fibres.h"

@@ -37,3 +37,13 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
 #endif
   if (rows > 0) body(int64_t{0}, rows);
 }
+
+// Columns [begin, end) of `partial` [chunks, stride], added up into `to`.
+template <class T>
+SHARE4V_CLONES static void add_up(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    float total = 0.0f;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * stride + i];
+    to[i] = from_float<T>(total);
+  }
+}

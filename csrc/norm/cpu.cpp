@@ -72,15 +72,6 @@ SHARE4V_CLONES void backward_rows(const T* grad, const T* grad_sum, const T* x, 
   }
 }
 
-template <class T>
-SHARE4V_CLONES void add_up(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    float total = 0.0f;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * stride + i];
-    to[i] = from_float<T>(total);
-  }
-}
-
 }  // namespace
 
 extern "C" int share4v_norm_forward_cpu(int type, const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,

@@ -1,10 +1,10 @@
 // Norms on the GPU: one block per row forward; backward, blocks walk over rows and keep their share of the weight's gradient in shared memory.
 // A row is read twice, the second time from the cache.
-#include "../common/device.cuh"
+#include "../common/add_up.cuh"
 
 namespace {
 
-constexpr int kForwardThreads = 512, kBackwardThreads = 512, kColumnThreads = 256;
+constexpr int kForwardThreads = 512, kBackwardThreads = 512;
 
 template <class T, int V, bool kLayer, bool kResidual>
 __global__ void __launch_bounds__(kForwardThreads) forward(const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ weight,
@@ -115,26 +115,6 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(const T* __restrict
   }
 }
 
-// Columns of `partial` [chunks, stride] added up: a warp takes 32 neighbouring columns, the warps of a block every eighth chunk.
-template <class T>
-__global__ void __launch_bounds__(kColumnThreads) add_up(const float* __restrict__ partial, T* __restrict__ to, int64_t chunks, int64_t stride,
-                                                         int64_t width) {
-  constexpr int kWarps = kColumnThreads / kWarp;
-  __shared__ float sums[kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
-  float total = 0.0f;
-  if (column < width) {
-    for (int64_t chunk = warp; chunk < chunks; chunk += kWarps) total += partial[chunk * stride + column];
-  }
-  sums[warp][lane] = total;
-  __syncthreads();
-  if (warp == 0 && column < width) {
-    for (int i = 1; i < kWarps; ++i) total += sums[i][lane];
-    to[column] = from_float<T>(total);
-  }
-}
-
 }  // namespace
 
 extern "C" int share4v_norm_forward_cuda(int type, const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
@@ -169,11 +149,8 @@ extern "C" int share4v_norm_backward_cuda(int type, const void* grad, const void
                     static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
                     static_cast<T*>(grad_x), partial, rows, width);
     });
-    const dim3 columns(static_cast<unsigned>((width + kWarp - 1) / kWarp));
-    if (!status) status = launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial, static_cast<T*>(grad_weight), chunks, stride, width);
-    if (!status && layer) {
-      status = launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial + width, static_cast<T*>(grad_bias), chunks, stride, width);
-    }
+    if (!status) status = launch_add_up(partial, static_cast<T*>(grad_weight), chunks, stride, width, stream);
+    if (!status && layer) status = launch_add_up(partial + width, static_cast<T*>(grad_bias), chunks, stride, width, stream);
     return status;
   });
 }

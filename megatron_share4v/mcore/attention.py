@@ -17,39 +17,28 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_share4v.ops.rope import rope, rope_table
+
 
 @dataclass
 class Places(PackedSeqParams):
     """What core carries through its layers to our attention. Not in the `thd` format: sequences keep their fixed shape."""
 
     qkv_format: str = "sbhd"
+    table: torch.Tensor | None = None
+    """[places, head_dim] fp32, cosines before sines; None: nothing is rotated."""
     positions: torch.Tensor | None = None
-    """[S, B] int64: of each token in its own sample."""
-    cosines: torch.Tensor | None = None
-    """[positions, head_dim] fp32, with `sines`; None: nothing is rotated."""
-    sines: torch.Tensor | None = None
+    """[S, B] int64, places in the table: of each token in its own sample. None: 0 to S - 1 in each sequence."""
     lengths: tuple[tuple[int, ...], ...] | None = None
     """`Batch.segments`."""
 
 
-def places(angles: torch.Tensor, *, batch: int, segments: tuple[tuple[int, ...], ...] | None) -> Places:
-    """For B = `batch` sequences of S positions; angles [S, head_dim], `segments` as in Batch."""
-    if segments is None:
-        positions = torch.arange(angles.size(0), device=angles.device).unsqueeze(1).expand(-1, batch)
-    else:
+def places(angles: torch.Tensor, *, segments: tuple[tuple[int, ...], ...] | None) -> Places:
+    """For sequences of S positions; angles [S, head_dim / 2], `segments` as in Batch."""
+    positions = None
+    if segments is not None:
         positions = restarting_positions(segments, angles.size(0)).to(angles.device, non_blocking=True)
-    return Places(positions=positions, cosines=angles.cos(), sines=angles.sin(), lengths=segments)
-
-
-def rotated(query: torch.Tensor, key: torch.Tensor, at: Places) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys [S, B, heads, head_dim] turned by their positions; the two halves of a head are the parts of its complex numbers."""
-    cosines, sines = (table[at.positions].unsqueeze(2).to(query.dtype) for table in (at.cosines, at.sines))
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        real, imaginary = x.chunk(2, dim=-1)
-        return x * cosines + torch.cat([-imaginary, real], dim=-1) * sines
-
-    return turn(query), turn(key)
+    return Places(table=rope_table(angles), positions=positions, lengths=segments)
 
 
 def filled(lengths: Sequence[int], size: int) -> list[int]:
@@ -99,8 +88,8 @@ class ScaledDotProductAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None, "this attention takes no explicit mask"
         length, batch = query.shape[:2]
         at = packed_seq_params or Places()
-        if at.cosines is not None:
-            query, key = rotated(query, key, at)
+        if at.table is not None:
+            query, key = rope(query, key=key, table=at.table, positions=at.positions, implementation=self.config.ops)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if at.lengths is None:
             context = self._attend(query, key, value)

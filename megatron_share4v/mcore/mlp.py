@@ -8,29 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.mlp import MLP
-
-
-def swiglu(x: torch.Tensor, *, bias: torch.Tensor | None) -> torch.Tensor:
-    """silu(gate) * up; Shazeer 2020."""
-    gate, up = _biased(x, bias).chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def gelu(x: torch.Tensor, *, bias: torch.Tensor | None) -> torch.Tensor:
-    """With erf, as in LLaVA's projector; core's fused form is the tanh approximation."""
-    return F.gelu(_biased(x, bias))
-
-
-def quick_gelu(x: torch.Tensor, *, bias: torch.Tensor | None) -> torch.Tensor:
-    """CLIP's activation, x * sigmoid(1.702 x). Core's own is handed to torch.compile, which wants a compiler at run time and recompiles for each shape."""
-    x = _biased(x, bias)
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return x if bias is None else x + bias
 
 
 class ActivatedMLP(MLP):

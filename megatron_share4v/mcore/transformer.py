@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.mcore.mlp import gelu, quick_gelu, swiglu
+from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +34,7 @@ class LayerConfig(TransformerConfig):
 
     ops: Implementation = "reference"
     """Of the fused ops in these layers; choice.py decides."""
-    activation: Callable[..., torch.Tensor] = gelu
+    activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")
     """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
 
 
@@ -84,7 +85,7 @@ def language_config(
         layernorm_epsilon=language.rms_norm_eps,
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation=swiglu,
+        activation=partial(bias_swiglu, implementation=ops),
     )
 
 
@@ -102,7 +103,7 @@ def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.
         layernorm_epsilon=vision.layer_norm_eps,
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation=quick_gelu,
+        activation=partial(bias_quick_gelu, implementation=ops),
     )
 
 
@@ -116,7 +117,7 @@ def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: tor
         num_attention_heads=model.language.num_attention_heads,
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation=gelu,
+        activation=partial(bias_gelu, implementation=ops),
     )
 
 

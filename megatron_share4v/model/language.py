@@ -63,9 +63,11 @@ class LanguageModel(MegatronModule):
 
         `segments` (see Batch): where the samples of packed sequences end; each sees itself alone and counts its positions from 0.
         """
-        held, batch = (self.decoder.input_tensor if hidden is None else hidden).shape[:2]
+        held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
         length = held * self.mesh.layout.tensor if self.config.sequence_parallel else held
-        at = places(self.rotary(length)[:, 0, 0], batch=batch, segments=segments)
+        # Core gives each angle twice, once for either half of a head.
+        angles = self.rotary(length)[:, 0, 0].chunk(2, dim=-1)[0]
+        at = places(angles, segments=segments)
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
 
     def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -145,6 +145,7 @@ def _micro_batch(reference: dict[str, torch.Tensor], samples: slice) -> Batch:
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert ours.isfinite().all(), "NaN would hide in a maximum"
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
