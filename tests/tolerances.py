@@ -36,3 +36,7 @@ global batches into smaller micro-batches, which is another order of the same su
 
 BF16_CURVE = 5e-2
 """As FP32_CURVE, in bf16 (8 significant bits): other micro-batches move a loss by up to 1.4e-2, most where the curve is steepest."""
+
+LAYOUT_LOGPROB = 1e-4
+"""Absolute, of log-probabilities from logits up to about 10 at another tensor size, where partial sums are added in another order through 8 layers
+whose weights are made large."""

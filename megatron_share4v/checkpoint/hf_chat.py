@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.text.template import HUMAN, IMAGE_PLACEHOLDER, Template
+from megatron_share4v.text.template import HUMAN, IMAGE_PLACEHOLDER, TEMPLATES, Template
 
 # The capitals between bars are expressions that chat_template puts in. Every tag eats the whitespace around it: only expressions write text.
 _JINJA = """\
@@ -81,6 +81,12 @@ def chat_template(template: Template) -> str:
     for name, expression in expressions.items():
         source = source.replace(f"|{name}|", expression)
     return source
+
+
+def recognise_template(source: str) -> str | None:
+    """The name of the template whose chat template `source` is; None when it is none of ours."""
+    plain = (template for name, template in TEMPLATES.items() if name == template.name and not template.tags_image)
+    return next((template.name for template in plain if chat_template(template) == source), None)
 
 
 def _examples(template: Template) -> str:

@@ -28,7 +28,7 @@ from megatron_share4v.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from megatron_share4v.errors import CheckpointError
+from megatron_share4v.errors import CheckpointError, Share4VError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.checkpointing import count_updates, load_sharded, save_sharded
 from megatron_share4v.mcore.groups import Mesh
@@ -36,7 +36,7 @@ from megatron_share4v.mcore.optimizer import MegatronOptimizer
 from megatron_share4v.mcore.tensor_files import stored_tensors
 from megatron_share4v.model.initialize import SHARDING
 
-__all__ = ["RunState", "find_newest_whole", "load", "load_weights", "locate", "read_start", "save", "write"]
+__all__ = ["RunState", "find_newest_whole", "load", "load_weights", "locate", "on_first_rank", "read_start", "save", "write"]
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
@@ -63,7 +63,7 @@ def save(
     directory = Path(directory)
     target = directory / directory_name(step)
     write(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions)
-    _on_first_rank(mesh, lambda: _name_latest(directory, target.name))
+    on_first_rank(mesh, lambda: _name_latest(directory, target.name))
     return target
 
 
@@ -79,7 +79,7 @@ def write(
 ) -> None:
     """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
     started = time.perf_counter()
-    temporary = _on_first_rank(mesh, lambda: _prepare(target))
+    temporary = on_first_rank(mesh, lambda: _prepare(target))
     updates = None if optimizer is None else count_updates(optimizer)
     save_sharded(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING)
 
@@ -93,7 +93,7 @@ def write(
         publish(temporary, target)
         return manifest.size, weights.get("vision", "none")
 
-    size, tower = _on_first_rank(mesh, finish)
+    size, tower = on_first_rank(mesh, finish)
     get_logger().info("checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s", target, size / 1e9, time.perf_counter() - started, tower)
 
 
@@ -143,7 +143,7 @@ def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | No
         remove_leftovers(directory)
         return _newest_whole(directory, contents=True)
 
-    return _on_first_rank(mesh, find)
+    return on_first_rank(mesh, find)
 
 
 def locate(path: Path) -> Path:
@@ -179,7 +179,7 @@ def _opened(path: Path, *, mesh: Mesh, contents: bool) -> tuple[Path, Manifest]:
         checkpoint = locate(path)
         return checkpoint, verify(checkpoint, contents=contents)
 
-    return _on_first_rank(mesh, open_)
+    return on_first_rank(mesh, open_)
 
 
 def _tower_hash(directory: Path) -> dict[str, str]:
@@ -208,17 +208,17 @@ def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> 
     get_logger().info("checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s", what, checkpoint, step, size, manifest.layout, seconds)
 
 
-def _on_first_rank(mesh: Mesh, action: Callable[[], T]) -> T:
-    """What `action` gives on rank 0, or CheckpointError with what it could not do, on all ranks."""
+def on_first_rank(mesh: Mesh, action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0, or the user's error that it raises there, on all ranks. Collective."""
     outcome: list[Any] = [None, None]
     if mesh.rank == 0:
         try:
             outcome[0] = action()
-        except CheckpointError as error:
-            outcome[1] = str(error)
+        except Share4VError as error:
+            outcome[1] = error
         except OSError as error:
-            outcome[1] = f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+            outcome[1] = CheckpointError(f"{error.filename}: {error.strerror}; check the path, its permissions and the free space")
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
+        raise outcome[1]
     return outcome[0]

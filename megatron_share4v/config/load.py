@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -47,6 +47,19 @@ def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     if problems:
         raise ConfigError("\n".join(sorted(problems, key=_reading_order)))
     return result
+
+
+def from_options(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A `@config` class from options of a command, those left out being defaults. Raises ConfigError that lists every problem with its option."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        problems = []
+        for detail in error.errors():
+            cause, place = detail.get("ctx", {}).get("error"), "_".join(str(part) for part in detail["loc"][:1])
+            what = str(cause) if isinstance(cause, ConflictError) else _sentence(detail["msg"], detail["input"])
+            problems.append(f"--{place.replace('_', '-')}: {what}" if place else what)
+        raise ConfigError("\n".join(problems)) from error
 
 
 def dump(config: Any) -> str:

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_share4v.checkpoint.companions import tokenizer_of
+from megatron_share4v.checkpoint.foreign import as_checkpoint
 from megatron_share4v.checkpoint.handover import config_of
-from megatron_share4v.checkpoint.store import load_weights, locate
+from megatron_share4v.checkpoint.store import load_weights
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.prompt import make_prompt
+from megatron_share4v.data.prompt import Prompt, make_prompt, make_question
 from megatron_share4v.data.sample import Turn
+from megatron_share4v.errors import DataError
 from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.transformer import DTYPES
@@ -51,27 +54,38 @@ class Session:
     def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None, ops: Ops = "auto") -> Session:
         """The model of `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout, whatever it was trained at.
 
-        It computes in `dtype` (fp32, bf16), or in that of its training, with the fused ops that this machine has, whatever it was trained with.
+        It may also be a model of another layout, an export for instance, which is imported for the moment. It computes in `dtype` (fp32, bf16), or
+        in that of its training, with the fused ops that this machine has, whatever it was trained with.
 
-        Raises CheckpointError, DataError when it has no tokenizer of its own and the file that its configuration names is gone, and OpsError
-        when `ops` is "native" and there are none.
+        Raises CheckpointError or ConversionError, DataError when it has no tokenizer of its own and the file that its configuration names is gone,
+        and OpsError when `ops` is "native" and there are none.
         """
-        path = locate(checkpoint)
-        config = config_of(read_manifest(path), where=path)
-        parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
         implementation = agree_on_ops(ops, mesh=mesh).implementation
-        chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype], ops=implementation)
-        load_weights(path, chunks=chunks, mesh=mesh)
+        with as_checkpoint(Path(checkpoint), mesh=mesh) as path:
+            config = config_of(read_manifest(path), where=path)
+            parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
+            chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype], ops=implementation)
+            load_weights(path, chunks=chunks, mesh=mesh)
+            tokenizer = Tokenizer(tokenizer_of(path, config.data))
+            if tokenizer.vocab_size > config.model.language.vocab_size:
+                raise DataError(
+                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} knows {config.model.language.vocab_size} "
+                    "ids; put the tokenizer that it was trained with in its place"
+                )
+            dist.barrier()  # only when all have read may what was imported for the moment go
         for chunk in chunks:
             chunk.eval()
-        data = config.data
-        encoder = Encoder(
-            tokenizer=Tokenizer(tokenizer_of(path, data)),
-            template=get_template(data.template),
-            max_text_length=data.max_text_length,
-            images=ImagePolicy(image_size=config.model.vision.image_size, aspect_ratio=data.image_aspect_ratio),
-        )
+        images = ImagePolicy(image_size=config.model.vision.image_size, aspect_ratio=config.data.image_aspect_ratio)
+        template, length = get_template(config.data.template), config.data.max_text_length
+        encoder = Encoder(tokenizer=tokenizer, template=template, max_text_length=length, images=images)
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder)
+
+    def prompt(self, turns: Sequence[Turn], *, images: Sequence[bytes | None]) -> Prompt:
+        """What the engine is given for a conversation that somebody typed: `images` has an encoded file or None per turn; an <image> in a text is text.
+
+        Raises DataError for a bad conversation or image.
+        """
+        return make_question(self.encoder, turns, images=images, tokens_per_image=self.config.model.vision.num_patches)
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """Greedy answers, all questions as one batch. Every rank of one model replica calls this with the same questions."""

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.ops.rope import rope, rope_table
 
 
@@ -73,6 +74,7 @@ class ScaledDotProductAttention(MegatronModule):
         assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask), attn_mask_type
         self.causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = softmax_scale
+        self.layer_number = layer_number
 
     def forward(
         self,
@@ -82,7 +84,7 @@ class ScaledDotProductAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Places | None = None,
+        packed_seq_params: Places | CachedStep | None = None,
     ) -> torch.Tensor:
         """Causality comes from the layer spec and the ends of samples from `packed_seq_params`, so that no mask is ever materialised."""
         assert attention_mask is None and attention_bias is None, "this attention takes no explicit mask"
@@ -90,6 +92,8 @@ class ScaledDotProductAttention(MegatronModule):
         at = packed_seq_params or Places()
         if at.table is not None:
             query, key = rope(query, key=key, table=at.table, positions=at.positions, implementation=self.config.ops)
+        if isinstance(at, CachedStep):
+            return at.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if at.lengths is None:
             context = self._attend(query, key, value)

@@ -6,10 +6,14 @@ Touvron et al. 2023 (LLaMA); Hugging Face `LlamaForCausalLM` semantics.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
+
 import torch
 
 from megatron_share4v.config.model import LanguageConfig
 from megatron_share4v.mcore.attention import places
+from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import (
     ColumnParallelLinear,
@@ -23,6 +27,7 @@ from megatron_share4v.mcore.specs import decoder_submodules
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.model.loss import summed_cross_entropy
 from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_share4v.ops.rope import rope_table
 
 
 class LanguageModel(MegatronModule):
@@ -58,17 +63,30 @@ class LanguageModel(MegatronModule):
             self.head.sequence_parallel = False
             self.head.allreduce_dgrad = mesh.layout.tensor > 1
 
-    def forward(self, hidden: torch.Tensor | None, *, segments: tuple[tuple[int, ...], ...] | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor | None, *, segments: tuple[tuple[int, ...], ...] | None = None, step: CachedStep | None = None
+    ) -> torch.Tensor:
         """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H].
 
         `segments` (see Batch): where the samples of packed sequences end; each sees itself alone and counts its positions from 0.
+        `step`: hidden [T, 1, H] are the new positions of a generation step, whose earlier ones are in the cache.
         """
+        if step is not None:
+            at = replace(step, table=self._table)
+            return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
         held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
         length = held * self.mesh.layout.tensor if self.config.sequence_parallel else held
-        # Core gives each angle twice, once for either half of a head.
-        angles = self.rotary(length)[:, 0, 0].chunk(2, dim=-1)[0]
-        at = places(angles, segments=segments)
+        at = places(self._angles(length), segments=segments)
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        """For generation, whose steps are too short to make it anew."""
+        return rope_table(self._angles(self.language.max_position_embeddings))
+
+    def _angles(self, length: int) -> torch.Tensor:
+        """[length, head_dim / 2]. Core gives each angle twice, once for either half of a head."""
+        return self.rotary(length)[:, 0, 0].chunk(2, dim=-1)[0]
 
     def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of -log p(target), an fp32 scalar, over the flat positions `rows` [T] (as in `logits`); targets [T] ids.

@@ -13,6 +13,7 @@ import torch
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.data.sample import Batch
+from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import MegatronModule, ModelType, mark_parallel_weights, scatter_to_sequence_parallel_region
 from megatron_share4v.mcore.transformer import language_config, projector_config, vision_config
@@ -90,12 +91,13 @@ class Share4V(MegatronModule):
         hidden = self.language(self.embed(batch) if self.place.first else None, segments=batch.segments)
         return self.language.summed_loss(hidden, batch.target_rows, batch.targets) if self.place.last else hidden
 
-    def query(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
+    def query(self, batch: Batch, *, features: torch.Tensor | None = None, step: CachedStep | None = None) -> torch.Tensor:
         """Like `forward`, but the last stage answers with its columns of the logits at `batch.target_rows`, [T, vocab / tensor].
 
-        `features` are image features computed before; without them `batch.pixels` goes through the tower.
+        `features` [..., H] are image features computed before, in slot order; without them `batch.pixels` goes through the tower. `step` says that the batch is one row of
+        new positions of several sequences, and where their earlier ones are kept.
         """
-        hidden = self.language(self.embed(batch, features=features) if self.place.first else None, segments=batch.segments)
+        hidden = self.language(self.embed(batch, features=features) if self.place.first else None, segments=batch.segments, step=step)
         return self.language.logits(hidden, batch.target_rows) if self.place.last else hidden
 
     def embed(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,7 +109,7 @@ class Share4V(MegatronModule):
             features = self.image_features(batch.pixels)
         if features is not None:
             slots = batch.image_slots % length * samples + batch.image_slots // length
-            flat = image_merge(flat, features=features.flatten(0, 1), slots=slots, implementation=self.config.ops)
+            flat = image_merge(flat, features=features.flatten(0, -2), slots=slots, implementation=self.config.ops)
         elif self.needs_blank_image and torch.is_grad_enabled():
             side = self.model.vision.image_size
             blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.text.template import GPT, HUMAN, IMAGE_PLACEHOLDER, Rendered, Template, Turn, render, render_prompt
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.template import GPT, HUMAN, IMAGE_PLACEHOLDER, Message, Rendered, Template, Turn, render, render_prompt
+from megatron_share4v.text.tokenizer import Tokenizer, check_unicode
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 SHOWN_CHARACTERS = 40
+TYPED_PLACEHOLDER = "\ud800"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,36 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
     text = render_prompt(template, turns, has_image=has_image)
     _check_placeholders(text, has_image=has_image)
     return _label(tokenizer, Rendered(text=text, trained=()), has_image=has_image)[0]
+
+
+def encode_question(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, images: Sequence[bool]) -> list[int]:
+    """As encode_prompt, where texts are what somebody typed: an <image> in them is text. `images`: for each turn, whether an image belongs to it;
+    its IMAGE_TOKEN_INDEX goes before the turn's text, on a line of its own. A turn with an image may be empty.
+
+    Raises DataError as encode_prompt does, and for a text that is not valid Unicode.
+    """
+    for turn in turns:
+        check_unicode(turn.text)
+    check_unicode(template.system)
+    # Half a surrogate pair: the one thing that a text that passed the check cannot hold.
+    typed = [Message(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)) for turn in turns]
+    system = template.system.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
+    opened = [Message(turn.role, _on_a_line_of_its_own(turn.text)) if image else turn for turn, image in zip(typed, images, strict=True)]
+    opened = _checked(template, opened)
+    if opened[-1].role != HUMAN:
+        raise DataError(f"the last turn is by {GPT}, so there is nothing to answer; end with a {HUMAN} turn")
+    if template.caption_only and (len(opened) != 1 or not any(images)):
+        raise DataError(f"template {template.name!r} asks for the caption of one image; got {len(opened)} turns {_with(any(images))}")
+    text = render_prompt(replace(template, system=system), opened, has_image=any(images))
+    first, *others = text.split(IMAGE_PLACEHOLDER)
+    ids = [tokenizer.bos_id, *tokenizer.encode(first.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER))]
+    for part in others:
+        ids += [IMAGE_TOKEN_INDEX, *tokenizer.encode(part.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER))]
+    return ids
+
+
+def _on_a_line_of_its_own(text: str) -> str:
+    return f"{IMAGE_PLACEHOLDER}\n{text}" if text else IMAGE_PLACEHOLDER
 
 
 def _label(tokenizer: Tokenizer, rendered: Rendered, *, has_image: bool) -> tuple[list[int], list[int]]:

@@ -16,6 +16,8 @@ import sentencepiece
 
 from megatron_share4v.errors import DataError
 
+WORD_START = "\u2581"  # what sentencepiece writes for a space
+
 
 class Tokenizer:
     """A sentencepiece `tokenizer.model`. Can be pickled. Raises DataError when the file is missing or is no usable model.
@@ -24,7 +26,7 @@ class Tokenizer:
     between them is tokenised on its own, each time with sentencepiece's leading space; so "</s>USER:" goes on with "▁USER".
 
     bos_id, eos_id, pad_id: of `<s>`, `</s>` and `<unk>` (LLaMA has no padding token: <unk>, 0, stands in).
-    vocab_size: pieces in the model. fingerprint: sha256 of the file.
+    vocab_size: pieces in the model. longest_piece: characters of the longest one. fingerprint: sha256 of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -39,6 +41,7 @@ class Tokenizer:
         special = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self._special = {self._model.id_to_piece(i): i for i in special}
         self._special_ids = frozenset(special)
+        self.longest_piece = max(len(self._model.id_to_piece(i)) for i in range(self.vocab_size))
         self._cut = re.compile(f"({'|'.join(re.escape(piece) for piece in sorted(self._special, key=len, reverse=True))})")
 
     def encode(self, text: str) -> list[int]:
@@ -51,7 +54,7 @@ class Tokenizer:
         The leading space that sentencepiece adds has no character: a token of it alone has an empty span, at the start of its part. Of the
         tokens of one character written as bytes, the last has its span, the others an empty one at its start.
         """
-        _check_unicode(text)
+        check_unicode(text)
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         start = 0
@@ -75,6 +78,13 @@ class Tokenizer:
         if skip_special:
             return self._decode(i for i in ids if i not in self._special_ids)
         return "".join(self._decoded_runs(ids))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text that has begun: its UTF-8, a leading space included; one byte of a character; or a special token's name."""
+        piece = self._model.id_to_piece(token_id)
+        if self._model.is_byte(token_id):
+            return bytes([int(piece[3:-1], 16)])
+        return (piece if token_id in self._special_ids else piece.replace(WORD_START, " ")).encode()
 
     def _decoded_runs(self, ids: Iterable[int]) -> Iterator[str]:
         for is_special, run in groupby(ids, key=self._special_ids.__contains__):
@@ -109,7 +119,8 @@ def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     return model
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Raise DataError for half a surrogate pair, which JSON can write and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,0 +1,196 @@
+"""Beam search and beam sampling over the engine's ranks and cache: several continuations of a prompt are followed, the best one is the answer.
+
+The algorithm is transformers' (length penalty 1, early stopping off): of the 2n likeliest continuations of n beams, or of 2n that are drawn without
+replacement, those that end are kept with their mean log-probability, and the best n others go on. It ends when none of these can beat the worst of
+n kept ones. Drawing 2n at once is taking the 2n largest after Gumbel noise (Kool et al. 2019, arXiv 1903.06059). V ids of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.infer.engine import Engine
+from megatron_share4v.infer.plan import Copy, Picture, StepPlan
+from megatron_share4v.infer.prefix import image_digest
+from megatron_share4v.infer.request import Event, Request
+from megatron_share4v.infer.room import Place, Room
+from megatron_share4v.infer.sampler import GREEDY_BELOW
+from megatron_share4v.mcore.cache import Span
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """ids: generated so far, their summed log-probability, and the row where its keys and values begin."""
+
+    ids: tuple[int, ...]
+    score: float
+    start: int
+
+
+@dataclass
+class _Search:
+    """One request. place: its rows of the cache; places: the first rows of its n runs among them. finished: (mean, ids, why) of the best n that have
+    ended, best first."""
+
+    request: Request
+    place: Place
+    places: list[int]
+    beams: list[_Beam] = field(default_factory=list)
+    finished: list[tuple[float, tuple[int, ...], str]] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+
+
+class BeamEngine:
+    """Takes requests and gives events as Engine does, but all of an answer's at its end. Lives on the first rank; `engine` itself must stay idle. A
+    beam counts as one of the engine's max_requests.
+
+    temperature 0 searches, above it samples. The repetition penalty counts generated ids only, and the first token is never the end, as in the
+    published captioner. top_p, min_p, top_k, the other penalties and logprobs are refused.
+    """
+
+    def __init__(self, engine: Engine, *, beams: int) -> None:
+        self.limits, self._engine, self._count = engine.limits, engine, beams
+        self._waiting: deque[Request] = deque()
+        self._going: list[_Search] = []
+        self._room = Room(engine.limits.cache_positions)
+        self._encoded: tuple[bytes, ...] = ()
+
+    def add(self, request: Request) -> None:
+        """Raises ConfigError for settings that beams do not know, DataError when n runs of prompt and answer do not fit into the cache."""
+        given = request.sampling
+        if (given.top_p, given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty, given.logprobs) != (1.0, 0, 0.0, 0.0, 0.0, None):
+            raise ConfigError("beams know temperature and repetition penalty only; leave top_p and the others out, or take one beam")
+        size, limits = self._size(request), self.limits
+        if size > limits.max_positions or size * self._count > limits.cache_positions:
+            raise DataError(
+                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, of {self._count} beams {size * self._count}; possible are "
+                f"{limits.max_positions}, of all beams {limits.cache_positions}: ask for fewer tokens or beams"
+            )
+        self._waiting.append(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._waiting or self._going)
+
+    def step(self) -> list[Event]:
+        """One forward of all beams."""
+        while self._waiting and len(self._going) < max(1, self.limits.max_requests // self._count):
+            size = self._size(self._waiting[0])
+            reservation = self._room.reserve(size * self._count, ())
+            if reservation is None:
+                break
+            places = [reservation.place.start + size * number for number in range(self._count)]
+            self._going.append(_Search(self._waiting.popleft(), reservation.place, places))
+        if not self._going:
+            return []
+        logits = self._engine.ranks.run(self._plan())[:, : self._engine.vocabulary].float().log_softmax(dim=-1).cpu()
+        events, at = [], 0
+        for search in list(self._going):
+            rows = max(1, len(search.beams))
+            if self._advance(search, logits[at : at + rows]):
+                events += _events(search)
+                self._going.remove(search)
+                self._room.release(search.place)
+            at += rows
+        return events
+
+    @staticmethod
+    def _size(request: Request) -> int:
+        return request.prompt.token_ids.numel() + request.sampling.max_new_tokens
+
+    def _plan(self) -> StepPlan:
+        ids: list[int] = []
+        spans, copies, encode, pictures, wanted = [], [], {}, [], []
+        for search in self._going:
+            prompt = search.request.prompt
+            length = prompt.token_ids.numel()
+            copies += search.copies
+            for beam in search.beams:
+                spans.append(Span(start=beam.start, count=1, end=length + len(beam.ids)))
+                ids.append(beam.ids[-1])
+                wanted.append(len(ids) - 1)
+            if not search.beams:
+                digests = [image_digest(image) for image in prompt.pixels]
+                encode |= dict(zip(digests, prompt.pixels))
+                for digest, slots in zip(digests, prompt.image_slots.chunk(max(1, len(digests)))):
+                    pictures.append(Picture(digest=digest, slots=slots + len(ids), rows=torch.arange(slots.numel())))
+                spans.append(Span(start=search.places[0], count=length, end=length))
+                ids += prompt.token_ids.tolist()
+                wanted.append(len(ids) - 1)
+        forget, self._encoded = self._encoded, tuple(encode)  # features are read in the step that makes them, and never again
+        return StepPlan(
+            copies=tuple(copies), forget=forget, encode=tuple(encode.items()), token_ids=torch.tensor(ids), spans=tuple(spans),
+            pictures=tuple(pictures), wanted=torch.tensor(wanted),
+        )  # fmt: skip
+
+    def _advance(self, search: _Search, logits: torch.Tensor) -> bool:
+        """Log-probabilities [beams, V] after each beam -> whether the search has ended."""
+        given, eos, count = search.request.sampling, self._engine.eos_id, self._count
+        beams = search.beams or [_Beam((), 0.0, search.places[0])]
+        scores, length = self._scores(search, beams, logits), len(beams[0].ids) + 1
+        order = scores.flatten()
+        if given.temperature > GREEDY_BELOW:
+            order = order + _noise(given.seed or 0, length, order.numel())
+        chosen = order.topk(min(2 * count, order.numel())).indices
+        chosen = chosen[scores.flatten()[chosen].argsort(descending=True, stable=True)].tolist()
+        going: list[tuple[int, int, float]] = []
+        for rank, place in enumerate(chosen):
+            parent, token = divmod(place, scores.size(1))
+            score = float(scores[parent, token])
+            if rank < count and (token == eos or length == given.max_new_tokens):
+                ids = beams[parent].ids if token == eos else (*beams[parent].ids, token)
+                search.finished.append((score / length, ids, "stop" if token == eos else "length"))
+            elif token != eos and len(going) < count:
+                going.append((parent, token, score))
+        search.finished = sorted(search.finished, key=lambda one: one[0], reverse=True)[:count]
+        if length == given.max_new_tokens or not going:
+            return True
+        self._follow(search, beams, going)
+        return len(search.finished) == count and search.beams[0].score / length <= search.finished[-1][0]
+
+    def _scores(self, search: _Search, beams: list[_Beam], values: torch.Tensor) -> torch.Tensor:
+        given = search.request.sampling
+        values = values.clone()
+        for row, beam in zip(values, beams):
+            if given.repetition_penalty != 1.0 and beam.ids:
+                row[list(set(beam.ids))] *= given.repetition_penalty  # logarithms of probabilities: all negative
+        if not beams[0].ids:
+            values[:, self._engine.eos_id] = float("-inf")
+        if given.temperature > GREEDY_BELOW:
+            values = values / given.temperature
+        return values + torch.tensor([beam.score for beam in beams]).unsqueeze(1)
+
+    def _follow(self, search: _Search, beams: list[_Beam], going: list[tuple[int, int, float]]) -> None:
+        """A beam's first continuation takes its rows over; further ones get a copy in rows that nobody goes on with."""
+        length = search.request.prompt.token_ids.numel()
+        kept = {beams[parent].start for parent, _, _ in going}
+        spare, taken = [place for place in search.places if place not in kept], set()
+        search.copies, search.beams = [], []
+        for parent, token, score in going:
+            beam, start = beams[parent], beams[parent].start
+            if start in taken:
+                start = spare.pop()
+                search.copies.append(Copy(beam.start, start, length + len(beam.ids)))
+            taken.add(start)
+            search.beams.append(_Beam((*beam.ids, token), score, start))
+
+
+def _events(search: _Search) -> list[Event]:
+    name, (_, ids, why) = search.request.id, search.finished[0]
+    events = [Event(name, token) for token in ids]
+    if why == "stop":
+        return [*events, Event(name, None, finish="stop")]
+    return [*events[:-1], Event(name, ids[-1], finish="length")]
+
+
+def _noise(seed: int, number: int, size: int) -> torch.Tensor:
+    """[size] standard Gumbel of a request's `number`-th step."""
+    digest = hashlib.sha256(f"beams:{seed}:{number}".encode()).digest()
+    uniform = torch.rand(size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), dtype=torch.float64)
+    return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()

@@ -1,0 +1,200 @@
+"""Requests of ids and pixels in, token events out: one step at a time, each a single forward of all running requests' next positions.
+
+Runs on the first rank of a tensor group; the others follow (ranks.py). Every request may be answered in any company: what it gets does not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.infer.ranks import Ranks
+from megatron_share4v.infer.request import Event, Request, TokenLogprobs
+from megatron_share4v.infer.runner import Runner
+from megatron_share4v.infer.sampler import choose, describe
+from megatron_share4v.infer.scheduler import Chunk, Scheduler
+from megatron_share4v.infer.sequence import Sequence
+from megatron_share4v.infer.session import Session
+from megatron_share4v.log import get_logger
+from megatron_share4v.mcore.cache import KeyValueCache
+from megatron_share4v.model.share4v import Share4V
+
+CACHE_SHARE = 0.5
+"""Of free memory, at most, when no size is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """How things stand, and Counts. cache_usage: share of the cache's rows that running requests have."""
+
+    running: int
+    waiting: int
+    cache_usage: float
+    prompt_tokens: int
+    computed_prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    encoder_calls: int
+    image_cache_queries: int
+    image_cache_hits: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimits:
+    """max_positions: of a request, prompt and answer together. cache_positions: of all that run."""
+
+    max_requests: int
+    max_positions: int
+    cache_positions: int
+
+
+class Engine:
+    """Not thread safe: one thread owns it. On every rank of a tensor group the same call makes one; the first rank's is used, the others' followed.
+
+    Only ids below `vocabulary` are generated: a model may have more than its tokenizer.
+    """
+
+    def __init__(self, model: Share4V, *, config: EngineConfig, vocabulary: int, eos_id: int) -> None:
+        language = model.model.language
+        positions = config.max_positions or language.max_position_embeddings
+        if positions > language.max_position_embeddings:
+            raise ConfigError(
+                f"max_positions {positions} is more than the model's {language.max_position_embeddings}, beyond which it was never trained"
+            )
+        rows = config.cache_positions or _default_rows(model, config.max_requests * positions)
+        self.vocabulary, self.eos_id = vocabulary, eos_id
+        self.limits = EngineLimits(max_requests=config.max_requests, max_positions=min(positions, rows), cache_positions=rows)
+        self.ranks = Ranks(Runner(model, rows=rows))
+        image_bytes = model.model.vision.num_patches * language.hidden_size * model.config.params_dtype.itemsize
+        self._scheduler = Scheduler(config, rows=rows, image_bytes=image_bytes)
+        self._cancelled: deque[str] = deque()
+        get_logger().info("engine: %s", self.limits)
+
+    @classmethod
+    def open(cls, session: Session, config: EngineConfig) -> Engine:
+        """For the session's model and tokenizer. Raises ConfigError when its mesh has pipeline stages."""
+        if session.mesh.layout.num_stages > 1:
+            raise ConfigError(f"generation knows tensor and data parallel ranks alone, got {session.mesh.layout}; the weights of any layout load at pipeline 1")
+        tokenizer = session.encoder.tokenizer
+        return cls(session.chunks[0], config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+
+    def add(self, request: Request) -> None:
+        """It waits its turn. Raises DataError when its prompt is empty, has ids that are none, or leaves no room for the answer."""
+        self._check(request)
+        self._scheduler.add(Sequence(request, eos_id=self.eos_id))
+
+    def cancel(self, request_id: str) -> None:
+        """End it before its time: the next step says so. Nothing happens if it has ended already."""
+        self._cancelled.append(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return bool(self._cancelled or self._scheduler.waiting or self._scheduler.running)
+
+    @property
+    def stats(self) -> EngineStats:
+        """As of now."""
+        scheduler = self._scheduler
+        usage = scheduler.room.used / self.limits.cache_positions
+        return EngineStats(running=len(scheduler.running), waiting=len(scheduler.waiting), cache_usage=usage, **vars(scheduler.counts))
+
+    def step(self) -> list[Event]:
+        """The events of one forward; without work, nothing."""
+        events = self._drop_cancelled()
+        step = self._scheduler.next_step()
+        if step is None:
+            return events
+        plan, chunks = step
+        logits = self.ranks.run(plan)[:, : self.vocabulary]
+        self._scheduler.counts.steps += 1
+        return events + self._handle(chunks, logits)
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        self.ranks.close()
+
+    def _check(self, request: Request) -> None:
+        prompt, sampling = request.prompt, request.sampling
+        length, ids = prompt.token_ids.numel(), prompt.token_ids
+        if not length:
+            raise DataError("the prompt is empty; give it at least one token")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+            raise DataError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}; the tokenizer has 0 to {self.vocabulary - 1}")
+        wanted, limit = length + sampling.max_new_tokens, self.limits.max_positions
+        if wanted > limit:
+            raise DataError(
+                f"the prompt's {length} positions and {sampling.max_new_tokens} new tokens are {wanted} positions; {limit} are possible: "
+                "ask for fewer tokens or shorten the conversation"
+            )
+
+    def _drop_cancelled(self) -> list[Event]:
+        events = []
+        while self._cancelled:
+            sequence = self._scheduler.remove(self._cancelled.popleft())
+            if sequence is not None:
+                events.append(Event(request_id=sequence.id, token_id=None, finish="cancelled"))
+        return events
+
+    def _handle(self, chunks: Items[Chunk], logits: torch.Tensor) -> list[Event]:
+        at, rows, due = 0, [], []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.in_prompt and sequence.sampling.prompt_logprobs:
+                self._note_prompt(chunk, logits[at : at + chunk.count])
+                at += chunk.count - chunk.completes
+            completes = chunk.completes
+            self._scheduler.advance(chunk)
+            if completes:
+                rows.append(at)
+                due.append(sequence)
+                at += 1
+        if not due:
+            return []
+        picked = logits[torch.tensor(rows, device=logits.device)]
+        tokens = choose(picked, [sequence.row() for sequence in due])
+        return [self._event(sequence, token, picked[number]) for number, (sequence, token) in enumerate(zip(due, tokens))]
+
+    def _note_prompt(self, chunk: Chunk, logits: torch.Tensor) -> None:
+        """Log-probabilities of the prompt's own tokens; those of image slots are none."""
+        sequence = chunk.sequence
+        following = sequence.tokens[sequence.computed + 1 : sequence.computed + 1 + chunk.count]
+        slots = set(sequence.request.prompt.image_slots.tolist())
+        found = describe(logits[: len(following)], following, alternatives=sequence.sampling.logprobs or 0)
+        first = sequence.computed + 1
+        sequence.prompt_logprobs += [None if first + number in slots else entry for number, entry in enumerate(found)]
+
+    def _event(self, sequence: Sequence, token: int, logits: torch.Tensor) -> Event:
+        prompt_logprobs = None
+        if sequence.sampling.prompt_logprobs and len(sequence.tokens) == sequence.prompt_length:
+            prompt_logprobs = tuple(sequence.prompt_logprobs)
+        finish = sequence.take(token) if sequence.sampling.max_new_tokens else "length"
+        shown = sequence.sampling.max_new_tokens > 0 and finish != "stop"
+        logprobs: TokenLogprobs | None = None
+        if shown and sequence.sampling.logprobs is not None:
+            [logprobs] = describe(logits.unsqueeze(0), [token], alternatives=sequence.sampling.logprobs)
+        self._scheduler.counts.generation_tokens += shown
+        if finish is not None:
+            self._scheduler.remove(sequence.id)
+        return Event(sequence.id, token if shown else None, logprobs, finish, prompt_logprobs)
+
+
+def _default_rows(model: Share4V, wanted: int) -> int:
+    """As many rows as are `wanted`, or as fit; the same on all ranks of the tensor group."""
+    mesh, row = model.mesh, KeyValueCache.bytes_per_row(model.config)
+    if mesh.device.kind == "cuda":
+        free = torch.cuda.mem_get_info(mesh.device.index)[0]
+    else:
+        free = psutil.virtual_memory().available // mesh.layout.tensor
+    fitting = torch.tensor(int(free * CACHE_SHARE) // row, device=mesh.device.torch_device)
+    dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=mesh.tensor_group)
+    return min(wanted, int(fitting))

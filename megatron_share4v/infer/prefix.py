@@ -1,0 +1,49 @@
+"""Names for the beginnings of sequences: equal if, and only if, all ids, images and positions from the start on are.
+
+A sequence is cut into blocks of BLOCK positions. A block's key is a hash of its content and of the key before it. At an image slot the content is
+the hash of the image's pixels: slots of all images have the same token id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_share4v.data.prompt import Prompt
+
+BLOCK = 16
+_WORDS = 4  # 64-bit words in a hash
+
+
+def image_digest(pixels: torch.Tensor) -> bytes:
+    """SHA-256 of one image, [H, W, 3] uint8 as it goes into the tower."""
+    return hashlib.sha256(pixels.contiguous().numpy().tobytes()).digest()
+
+
+def prompt_content(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
+    """[L, 4] int64: what each position of a prompt holds; `digests` are its images'."""
+    content = text_content(prompt.token_ids.tolist())
+    if digests:
+        images = np.frombuffer(b"".join(digests), dtype=np.int64).reshape(len(digests), _WORDS)
+        content[prompt.image_slots.numpy()] = images.repeat(prompt.image_slots.numel() // len(digests), axis=0)
+    return content
+
+
+def text_content(ids: Sequence[int]) -> np.ndarray:
+    """[L, 4] int64 of plain tokens."""
+    content = np.full((len(ids), _WORDS), -1, dtype=np.int64)
+    content[:, 0] = ids
+    return content
+
+
+def block_keys(content: np.ndarray, *, before: Sequence[bytes] = ()) -> list[bytes]:
+    """Keys of the whole blocks of a sequence's content [L, 4]; `before`: those that are known already, to be gone on from. New ones only."""
+    keys = list(before[-1:])
+    first = len(before)
+    for number in range(first, len(content) // BLOCK):
+        block = content[number * BLOCK : (number + 1) * BLOCK]
+        keys.append(hashlib.sha256((keys[-1] if keys else b"") + block.tobytes()).digest())
+    return keys[len(before[-1:]) :]

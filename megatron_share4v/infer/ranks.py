@@ -1,0 +1,66 @@
+"""One engine over several tensor ranks: the first sends each step's plan, all carry it out, and the first alone decides and answers.
+
+A rank that fails ends the job: its exception leaves `follow` (or `step` on the first rank), its process ends with the traceback, and the launcher
+ends the others; where they wait in a collective of gloo, that fails too.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.infer.plan import StepPlan
+from megatron_share4v.infer.runner import Runner
+
+if TYPE_CHECKING:
+    from megatron_share4v.infer.engine import Engine
+
+LEAVE = "leave"
+IDLE = timedelta(days=3650)
+"""Followers wait as long as nobody asks anything. A peer that ends breaks the connection, which is noticed at once."""
+
+
+class Ranks:
+    """The runners of one model replica, of which this rank has one. All ranks of the tensor group make theirs together."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self._mesh, self._group = runner, runner.mesh, None
+        if runner.mesh.layout.tensor > 1:
+            members = dist.get_process_group_ranks(runner.mesh.tensor_group)
+            # Of its own: plans are host memory, whatever the model runs on, and the model's collectives keep their time limit.
+            self._group = dist.new_group(members, backend="gloo", timeout=IDLE, use_local_synchronization=True)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank decides; the others follow."""
+        return self._mesh.coordinates.tensor == 0
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """[R, V] logits; on the first rank."""
+        self._send(plan)
+        return self.runner.run(plan)
+
+    def close(self) -> None:
+        """The others leave `follow`."""
+        self._send(LEAVE)
+
+    def receive(self) -> StepPlan | str:
+        """What the first rank has sent; waits for it."""
+        assert not self.leads
+        message: list[StepPlan | str | None] = [None]
+        dist.broadcast_object_list(message, src=self._mesh.tensor_source, group=self._group)
+        return message[0]
+
+    def _send(self, message: StepPlan | str) -> None:
+        assert self.leads, "only the first rank of a tensor group decides; the others call follow(engine)"
+        if self._group is not None:
+            dist.broadcast_object_list([message], src=self._mesh.tensor_source, group=self._group)
+
+
+def follow(engine: Engine) -> None:
+    """The loop of every rank but the first of its tensor group, until that one closes its engine."""
+    while (message := engine.ranks.receive()) != LEAVE:
+        engine.ranks.runner.run(message)

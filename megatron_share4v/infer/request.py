@@ -1,0 +1,62 @@
+"""What goes into the engine and what comes out: records only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_share4v.data.prompt import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, and when to end. temperature up to 0.001: greedy. top_k 0: off. logprobs: how many alternatives, None: none at all.
+
+    stop_ids end the answer and are not part of it; ignore_eos: the end token does not. min_tokens: before so many, nothing ends it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue. `id` is the caller's and unique among the requests in flight."""
+
+    id: str
+    prompt: Prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities: of the token that was taken, and of the likeliest (id, value), falling."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of one request. The end token is not a token of the answer: it comes as token_id None with finish "stop".
+
+    prompt_logprobs: on the first event only, where asked for; one entry per prompt position, None for the first.
+    """
+
+    request_id: str
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    finish: Literal["stop", "length", "cancelled"] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None

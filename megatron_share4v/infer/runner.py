@@ -1,0 +1,56 @@
+"""Carries out steps on one rank: holds its part of the model, its heads' keys and values, and the features of images. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+import torch.distributed as dist
+
+from megatron_share4v.data.sample import Batch
+from megatron_share4v.infer.plan import StepPlan
+from megatron_share4v.mcore.cache import CachedStep, KeyValueCache
+from megatron_share4v.model.share4v import Share4V
+
+_EMPTY = {field.name: None for field in fields(Batch)}
+
+
+class Runner:
+    """All tensor ranks of a model replica run the same plans, in the same order."""
+
+    def __init__(self, model: Share4V, *, rows: int) -> None:
+        assert model.place.first and model.place.last and not model.config.sequence_parallel, "generation wants the whole depth on each rank"
+        self.model, self.mesh = model, model.mesh
+        self.device = model.mesh.device.torch_device
+        self.cache = KeyValueCache(model.config, rows=rows, device=self.device)
+        self._features: dict[bytes, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """[R, V] fp32 logits, of the whole padded vocabulary on every rank."""
+        for copy in plan.copies:
+            self.cache.copy(copy.source, copy.target, copy.count)
+        for digest in plan.forget:
+            del self._features[digest]
+        for digest, pixels in plan.encode:
+            # One by one, so that an image's features do not depend on what else is asked.
+            self._features[digest] = self.model.image_features(pixels.unsqueeze(0).to(self.device))[0]
+        batch, features = self._batch(plan)
+        logits = self.model.query(batch, features=features, step=CachedStep(cache=self.cache, spans=plan.spans))
+        return self._whole(logits)
+
+    def _batch(self, plan: StepPlan) -> tuple[Batch, torch.Tensor | None]:
+        device = self.device
+        slots, features = torch.zeros(0, dtype=torch.int64, device=device), None
+        if plan.pictures:
+            slots = torch.cat([picture.slots for picture in plan.pictures]).to(device)
+            features = torch.cat([self._features[picture.digest][picture.rows.to(device)] for picture in plan.pictures])
+        given = {"token_ids": plan.token_ids.unsqueeze(0).to(device), "image_slots": slots, "target_rows": plan.wanted.to(device)}
+        return Batch(**{**_EMPTY, **given}), features
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.mesh.layout.tensor == 1 or not logits.size(0):
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(self.mesh.layout.tensor)]
+        dist.all_gather(parts, logits.contiguous(), group=self.mesh.tensor_group)
+        return torch.cat(parts, dim=-1)

@@ -1,0 +1,122 @@
+"""Logits to tokens: penalties, filters, and noise that depends on the request's seed and the token's number alone, never on the batch.
+
+R rows, one per request that gets a token in this step; V ids of the tokenizer. Penalties: Keskar et al. 2019 (CTRL, section 4.1) for repetition, OpenAI's
+for presence and frequency. Nucleus: Holtzman et al. 2020. A token is drawn by the Gumbel-max trick: the likeliest after independent noise; unlike a
+draw from cumulated probabilities it is not moved by the last bits of tokens that have nothing to do with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_share4v.infer.request import Sampling, TokenLogprobs
+
+GREEDY_BELOW = 1e-3
+_CANDIDATES = 256
+"""A nucleus is looked for among so many first; sorting all ids takes twenty times as long."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request that gets its token number len(generated). prompt_ids: distinct ids of its prompt, image slots left out. forbidden: ids that may not
+    come now."""
+
+    sampling: Sampling
+    seed: int
+    prompt_ids: frozenset[int]
+    generated: Sequence[int]
+    forbidden: frozenset[int] = frozenset()
+
+
+def choose(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+    """[R, V] fp32 logits -> the id of each row."""
+    logits = _penalised(logits, rows)
+    chosen = logits.argmax(dim=-1)
+    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > GREEDY_BELOW]
+    if drawn:
+        places = torch.tensor(drawn, device=logits.device)
+        chosen[places] = _draw(logits[places], [rows[number] for number in drawn])
+    return chosen.tolist()
+
+
+def describe(logits: torch.Tensor, ids: Sequence[int], *, alternatives: int) -> list[TokenLogprobs]:
+    """Log-probabilities of `ids` [R] under raw logits [R, V], and the likeliest `alternatives` ids of each row."""
+    values = logits.log_softmax(dim=-1)
+    chosen = values.gather(1, torch.tensor(ids, device=values.device).unsqueeze(1)).squeeze(1).tolist()
+    top = values.topk(min(alternatives, values.size(1)), dim=-1)
+    pairs = zip(top.indices.tolist(), top.values.tolist())
+    return [TokenLogprobs(chosen=value, top=tuple(zip(*pair))) for value, pair in zip(chosen, pairs)]
+
+
+def _penalised(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """A copy, where anything changes."""
+    changed = logits
+    for number, row in enumerate(rows):
+        given = row.sampling
+        if not (row.forbidden or given.repetition_penalty != 1.0 or given.presence_penalty or given.frequency_penalty):
+            continue
+        if changed is logits:
+            changed = logits.clone()
+        values = changed[number]
+        if given.repetition_penalty != 1.0 and (row.prompt_ids or row.generated):
+            seen = torch.tensor(sorted(row.prompt_ids.union(row.generated)), device=values.device)
+            found = values[seen]
+            values[seen] = torch.where(found > 0, found / given.repetition_penalty, found * given.repetition_penalty)
+        if row.generated and (given.presence_penalty or given.frequency_penalty):
+            ids, counts = torch.tensor(row.generated, device=values.device).unique(return_counts=True)
+            values[ids] -= given.presence_penalty + given.frequency_penalty * counts
+        if row.forbidden:
+            values[torch.tensor(sorted(row.forbidden), device=values.device)] = float("-inf")
+    return changed
+
+
+def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """[R] ids from the filtered distributions: temperature, then top-k, then the nucleus among what is left, then min-p. Ties at an edge stay."""
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([getattr(row.sampling, name) for row in rows], device=logits.device).unsqueeze(1)
+
+    logits = logits / column("temperature")
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    if any(row.sampling.top_k for row in rows):
+        logits = _keep_top_k(logits, [row.sampling.top_k for row in rows])
+    if any(row.sampling.top_p < 1.0 for row in rows):
+        logits = _keep_nucleus(logits, column("top_p"))
+    if any(row.sampling.min_p for row in rows):
+        logits = logits.masked_fill(logits < column("min_p").log(), float("-inf"))
+    noise = torch.stack([_noise(row.seed, len(row.generated), logits.size(1)) for row in rows])
+    return (logits + noise.to(logits.device)).argmax(dim=-1)
+
+
+def _keep_top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    size = logits.size(1)
+    limits = torch.tensor([min(count or size, size) for count in counts], device=logits.device).unsqueeze(1)
+    largest = logits.topk(max((min(count, size) for count in counts if count), default=1), dim=-1).values
+    edge = largest.gather(1, limits.clamp(max=largest.size(1)) - 1)
+    return logits.masked_fill((logits < edge) & (limits < size), float("-inf"))
+
+
+def _keep_nucleus(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The smallest set of likeliest ids that has at least `share` [R, 1] of the probability."""
+    total = logits.exp().sum(dim=-1, keepdim=True)
+    largest = logits.topk(min(_CANDIDATES, logits.size(1)), dim=-1).values
+    mass = largest.exp().cumsum(dim=-1) / total
+    if bool(((mass[:, -1:] < share) & (share < 1.0)).any()):
+        largest = logits.sort(dim=-1, descending=True).values
+        mass = largest.exp().cumsum(dim=-1) / total
+    last = (mass < share).sum(dim=-1, keepdim=True).clamp(max=largest.size(1) - 1)
+    edge = largest.gather(1, last)
+    return logits.masked_fill((logits < edge) & (share < 1.0), float("-inf"))
+
+
+def _noise(seed: int, number: int, size: int) -> torch.Tensor:
+    """[size] standard Gumbel, of the `number`-th token of a request."""
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    # rand gives multiples of 2**-24 from 0 on: 0 would always win.
+    uniform = torch.rand(size, generator=generator) + 2.0**-25
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))

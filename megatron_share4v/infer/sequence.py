@@ -1,0 +1,104 @@
+"""A request on its way: what it consists of, how much of it has been computed, and whether a token ends it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Literal
+
+import numpy as np
+import torch
+
+from megatron_share4v.infer.plan import Picture
+from megatron_share4v.infer.prefix import BLOCK, block_keys, image_digest, prompt_content, text_content
+from megatron_share4v.infer.request import Request, TokenLogprobs
+from megatron_share4v.infer.room import Place
+from megatron_share4v.infer.sampler import Row
+
+
+class Sequence:
+    """tokens: the prompt's ids and those generated; the first `computed` of them have their keys and values in `place`. asked: images whose features
+    it has wanted."""
+
+    def __init__(self, request: Request, *, eos_id: int) -> None:
+        prompt, sampling = request.prompt, request.sampling
+        self.request, self.sampling = request, sampling
+        self.tokens: list[int] = prompt.token_ids.tolist()
+        self.prompt_length = len(self.tokens)
+        self.computed = 0
+        self.place: Place | None = None
+        self.digests = [image_digest(image) for image in prompt.pixels]
+        self.asked: set[bytes] = set()
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        slots = set(prompt.image_slots.tolist())
+        self._content = prompt_content(prompt, self.digests)
+        self.prompt_keys = tuple(block_keys(self._content))
+        self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._prompt_ids = frozenset(token for position, token in enumerate(self.tokens) if position not in slots)
+        self._ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | {eos_id}
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.request.id
+
+    @property
+    def generated(self) -> list[int]:
+        """Without the prompt."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def positions(self) -> int:
+        """Of the prompt and the longest answer; the last token of an answer is never read."""
+        return self.prompt_length + max(0, self.sampling.max_new_tokens - 1)
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether some of the prompt is yet to be computed."""
+        return self.computed < self.prompt_length
+
+    def row(self) -> Row:
+        """What the sampler must know to choose the next token."""
+        generated = self.generated
+        forbidden = self._ends if len(generated) < self.sampling.min_tokens else frozenset()
+        return Row(sampling=self.sampling, seed=self._seed, prompt_ids=self._prompt_ids, generated=generated, forbidden=forbidden)
+
+    def take(self, token: int) -> Literal[None, "stop", "length"]:
+        """Go on with `token`, unless it ends the answer: "stop", and then it is not part of it. "length": it was the last one."""
+        if token in self._ends:
+            return "stop"
+        self.tokens.append(token)
+        return "length" if len(self.tokens) - self.prompt_length >= self.sampling.max_new_tokens else None
+
+    def new_keys(self) -> list[bytes]:
+        """Keys of the blocks that have been filled beyond those that `place` has."""
+        if self.computed // BLOCK == len(self.place.keys):
+            return []
+        known = len(self._content)
+        if self.computed > known:
+            self._content = np.concatenate([self._content, text_content(self.tokens[known : self.computed])])
+        return block_keys(self._content[: self.computed], before=self.place.keys)
+
+    def pictures(self, first: int, last: int, *, at: int) -> list[Picture]:
+        """The images of positions first .. last - 1, which are computed as positions `at` on of a step."""
+        slots = self.request.prompt.image_slots
+        if not self.digests or first >= self.prompt_length:
+            return []
+        size = slots.numel() // len(self.digests)
+        found = []
+        for digest, own in zip(self.digests, slots.split(size)):
+            rows = ((own >= first) & (own < last)).nonzero().flatten()
+            if rows.numel():
+                found.append(Picture(digest=digest, slots=own[rows] - first + at, rows=rows))
+        return found
+
+    def pending_digests(self) -> set[bytes]:
+        """Images some of whose slots are yet to be computed."""
+        slots = self.request.prompt.image_slots
+        if not self.digests or not self.in_prompt:
+            return set()
+        size = slots.numel() // len(self.digests)
+        return {digest for digest, own in zip(self.digests, slots.split(size)) if bool((own >= self.computed).any())}
+
+    def pixels_of(self, digest: bytes) -> torch.Tensor:
+        """[H, W, 3] uint8."""
+        return self.request.prompt.pixels[self.digests.index(digest)]

@@ -1,0 +1,58 @@
+"""Token ids to text as they come: never half a character, never a part of what may become a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from megatron_share4v.text.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Feed ids, get the text that is new. `stopped` is the stop string that was met; from then on nothing comes.
+
+    after: the ids before, whose text is known; without any, the first token's leading space is left out, as sentencepiece does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False, *, after: Sequence[int] = ()) -> None:
+        self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop
+        self._ids = list(after)
+        self._start, self._shown = 0, len(self._ids)
+        self._held = ""
+        self.stopped: str | None = None
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that `ids` complete."""
+        if self.stopped is not None:
+            return ""
+        self._ids += ids
+        return self._release(self._decoded(final=False), final=False)
+
+    def finish(self) -> str:
+        """What was held back. Half a character becomes U+FFFD."""
+        return "" if self.stopped is not None else self._release(self._decoded(final=True), final=True)
+
+    def _decoded(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith(REPLACEMENT) and not final:
+            return ""
+        # The window goes on from what has just been shown: long enough for sentencepiece's spaces, and the cost of a step does not grow.
+        self._start, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+    def _release(self, text: str, *, final: bool) -> str:
+        self._held += text
+        found = [(self._held.find(stop), stop) for stop in self._stop if stop in self._held]
+        if found:
+            place, self.stopped = min(found, key=lambda one: one[0])
+            return self._held[: place + len(self.stopped) * self._include_stop]
+        keep = 0 if final else max((self._overlap(stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end may be the start of `stop`."""
+        return next((size for size in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:size])), 0)

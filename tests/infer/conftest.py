@@ -1,0 +1,27 @@
+"""A world of one, in this process, and the small model in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from asking import build
+
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """Closed again before the next module."""
+    device = Device("cpu")
+    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def chunks(mesh: Mesh) -> list:
+    """See asking.build."""
+    return build(mesh)

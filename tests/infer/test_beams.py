@@ -1,0 +1,136 @@
+"""Beams: search equals transformers' token for token, whatever the company; sampling comes from the seed and follows the model's distribution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from asking import drain
+from foreign import write_llava_hf
+
+from megatron_share4v.checkpoint.exporter import export_model
+from megatron_share4v.checkpoint.hf_source import Request as Source
+from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.data.prompt import make_prompt
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.evaluate.agreement import _inputs, _load, generated_questions
+from megatron_share4v.infer.beams import BeamEngine
+from megatron_share4v.infer.engine import Engine
+from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.session import Session
+
+NEW = 14
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("beams")
+    import_model(Source(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions())
+    export_model(root / "ours", root / "export", layout="llava-hf")
+    return root / "export"
+
+
+@pytest.fixture(scope="module")
+def session(export: Path, mesh) -> Session:
+    return Session.open(export.parent / "ours", mesh=mesh, dtype="fp32")
+
+
+def prompts(session: Session) -> list:
+    patches = session.config.model.vision.num_patches
+    return [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
+
+
+Answer = tuple[list[int], str]
+
+
+def ask(session: Session, asked: list, *, beams: int, requests=16, seeds=itertools.repeat(None), eos: int | None = None, **options) -> list[Answer]:
+    """(ids, why it ended) of each."""
+    engine = Engine.open(session, EngineConfig(max_requests=requests, cache_positions=4096))
+    engine.eos_id = engine.eos_id if eos is None else eos
+    engine = BeamEngine(engine, beams=beams)
+    sampling = Sampling(**{"max_new_tokens": NEW, **options})
+    for number, (prompt, seed) in enumerate(zip(asked, seeds)):
+        engine.add(Request(f"r{number}", prompt, replace(sampling, seed=seed)))
+    found: dict[str, tuple[list[int], str]] = {f"r{number}": ([], "") for number in range(len(asked))}
+    for event in drain(engine):
+        ids, why = found[event.request_id]
+        assert not why, "nothing comes after the end"
+        found[event.request_id] = (ids + [event.token_id] * (event.token_id is not None), event.finish or "")
+    return list(found.values())
+
+
+@torch.no_grad()
+def theirs(export: Path, *, beams: int, eos: int) -> list[list[int]]:
+    processor, model = _load(export)
+    vocabulary = model.config.image_token_id  # ids from here on are not the tokenizer's
+    suppressed = list(range(vocabulary, model.config.text_config.vocab_size))
+    answers = []
+    for question in generated_questions():
+        inputs = _inputs(processor, question)
+        output = model.generate(
+            **inputs, do_sample=False, num_beams=beams, max_new_tokens=NEW, min_new_tokens=1, eos_token_id=eos, pad_token_id=eos,
+            suppress_tokens=suppressed,
+        )[0, inputs["input_ids"].shape[1] :].tolist()
+        answers.append(output[: output.index(eos)] if eos in output else output)
+    return answers
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_search_equals_transformers(beams: int, export: Path, session: Session) -> None:
+    asked = prompts(session)
+    likely = Counter(token for ids, _ in ask(session, asked, beams=beams) for token in ids).most_common(12)
+    ended = Counter()
+    for eos in [2, *(token for token, _ in likely[::3])]:  # a random model never says </s>: let other ids end the answer
+        answers = ask(session, asked, beams=beams, eos=eos)
+        assert [ids for ids, _ in answers] == theirs(export, beams=beams, eos=eos)
+        ended.update(why for _, why in answers)
+    assert ended["stop"] and ended["length"], ended
+
+
+def test_company_does_not_matter(session: Session) -> None:
+    asked = prompts(session)
+    for options in ({}, {"temperature": 1.0, "repetition_penalty": 1.5}):
+        together = ask(session, asked, beams=3, seeds=range(4), **options)
+        assert together == ask(session, asked, beams=3, requests=1, seeds=range(4), **options)
+        alone = [ask(session, [prompt], beams=3, seeds=[seed], **options)[0] for seed, prompt in enumerate(asked)]
+        assert together == alone
+
+
+def test_the_seed_alone_decides(session: Session) -> None:
+    one = prompts(session)[0]
+    answers = ask(session, [one] * 6, beams=3, seeds=[1, 2, 3, 1, 2, 3], temperature=1.0)
+    assert answers[:3] == answers[3:] and len({tuple(ids) for ids, _ in answers}) > 1
+
+
+def test_draws_are_without_replacement_by_probability(session: Session) -> None:
+    """With one beam and one token, two are drawn and the likelier is the answer: P(max of two draws = i) has a closed form."""
+    one, count = prompts(session)[0], 600
+    engine = Engine.open(session, EngineConfig())
+    engine.add(Request("x", one, Sampling(max_new_tokens=1, logprobs=20)))
+    [event] = drain(engine)
+    top = [math.exp(value / 1.0) for _, value in event.logprobs.top]
+    found = Counter(ids[0] for ids, _ in ask(session, [one] * count, beams=1, seeds=range(count), max_new_tokens=1, temperature=1.0))
+    share = found[event.token_id] / count
+    expected = top[0] + sum(p * top[0] / (1 - p) for p in top[1:])  # first, or second after any other
+    spread = 4 * math.sqrt(share * (1 - share) / count) + (1 - sum(top)) * top[0]  # four deviations, and the tail left out of the sum
+    assert abs(share - expected) < spread, (share, expected, spread)
+
+
+def test_repetition_is_punished(session: Session) -> None:
+    one = prompts(session)[0]
+    plain, punished = (ask(session, [one], beams=3, repetition_penalty=penalty, max_new_tokens=60)[0][0] for penalty in (1.0, 50.0))
+    assert len(set(punished)) == len(punished) and len(set(plain)) < len(plain)
+
+
+def test_what_beams_do_not_know_and_what_does_not_fit(session: Session) -> None:
+    one = prompts(session)[0]
+    with pytest.raises(ConfigError, match="beams know"):
+        ask(session, [one], beams=3, top_p=0.5)
+    with pytest.raises(DataError, match="ask for fewer tokens or beams"):
+        ask(session, [one], beams=3, max_new_tokens=2000)

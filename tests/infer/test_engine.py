@@ -1,0 +1,117 @@
+"""Whatever way an answer is computed, cached, in company, in chunks, with what others left, it is the one of the plain reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from asking import EOS, VOCABULARY, ask, engine_of, mixed_prompts, prompt
+
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.model.greedy import greedy_answers
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def expected(chunks: list, mesh) -> list[list[int]]:
+    """By running the whole sequence again for each token."""
+    found = greedy_answers(chunks, mixed_prompts(), mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY)
+    assert len({tuple(answer) for answer in found}) == 6 and len({token for answer in found for token in answer}) > 20
+    return found
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "together"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_requests": 2}, {"prefix_cache": False}, {"step_positions": 16}, {"step_positions": 16, "cache_positions": 64}],
+    ids=str,
+)
+def test_answers_are_those_of_the_reference(chunks: list, expected: list[list[int]], options: dict, alone: bool) -> None:
+    engine = engine_of(chunks, **options)
+    assert ask(engine, mixed_prompts(), alone=alone) == expected
+    assert ask(engine, mixed_prompts(), alone=alone) == expected  # now with whatever the first round left
+    assert engine.stats.running == engine.stats.waiting == engine.stats.cache_usage == 0
+
+
+def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> None:
+    prompts, seeds = [prompt(seed, length=8 + seed) for seed in range(16)], list(range(16))
+    kinds = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "frequency_penalty": 0.2, "ignore_eos": True}
+    alone = ask(engine_of(chunks), prompts, alone=True, seeds=seeds, **kinds)
+    engine = engine_of(chunks)
+    assert ask(engine, prompts, seeds=seeds, **kinds) == alone
+    assert engine.stats.steps < 40  # and they did run together
+    assert ask(engine, prompts[::-1], seeds=seeds[::-1], **kinds) == alone[::-1]
+    others = ask(engine, prompts, seeds=[seed + 100 for seed in seeds], **kinds)
+    assert sum(one != other for one, other in zip(alone, others)) > 12
+
+
+def test_same_text_with_another_image_shares_nothing_after_the_image(chunks: list, mesh) -> None:
+    one, other = (prompt(1, length=44, image_seed=seed) for seed in (1, 2))
+    reference = greedy_answers(chunks, [one, other], mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY)
+    assert reference[0] != reference[1]
+    engine = engine_of(chunks)
+    assert ask(engine, [one, other, one], alone=True) == [*reference, reference[0]]
+    # The first block has image slots: nothing of `one` serves `other`. The third request computes the rest of a block alone.
+    assert engine.stats.prefix_cache_queries == 3 * 48 and engine.stats.prefix_cache_hits == 32
+    assert engine.stats.encoder_calls == engine.stats.image_cache_queries == 2
+    assert ask(engine_of(chunks, prefix_cache=False), [one, other, one]) == [*reference, reference[0]]
+
+
+def test_the_next_turn_computes_new_words_only(chunks: list) -> None:
+    engine = engine_of(chunks, max_positions=64)
+    first = prompt(3, length=24)
+    [answer] = ask(engine, [first], ignore_eos=True)
+    turn = first.token_ids.tolist() + answer + [5, 6, 7, 8]
+    second = type(first)(token_ids=torch.tensor(turn), image_slots=first.image_slots, pixels=first.pixels)
+    before = engine.stats.computed_prompt_tokens
+    [found] = ask(engine, [second], ignore_eos=True)
+    assert engine.stats.prefix_cache_hits == 32 and engine.stats.computed_prompt_tokens - before == len(turn) - 32
+    assert engine.stats.encoder_calls == 1
+    assert [found] == ask(engine_of(chunks, prefix_cache=False), [second], ignore_eos=True)
+
+
+def test_equal_prompts_are_computed_once(chunks: list) -> None:
+    engine = engine_of(chunks)
+    prompts = [prompt(3, length=44)] * 8
+    answers = ask(engine, prompts)
+    assert len({tuple(answer) for answer in answers}) == 1
+    # 47 of 48 positions could be shared, 32 are whole blocks.
+    assert engine.stats.computed_prompt_tokens == 48 + 7 * 16 and engine.stats.encoder_calls == 1
+
+
+def test_an_image_is_encoded_once_and_forgotten_when_there_is_no_room_for_it(chunks: list) -> None:
+    asked = [prompt(seed, image_seed=seed % 3) for seed in range(6)]
+    expected = ask(engine_of(chunks, prefix_cache=False), asked)
+    for limit, calls in ((1 << 20, 3), (0, 6)):
+        engine = engine_of(chunks, prefix_cache=False, image_cache_bytes=limit)
+        assert ask(engine, asked, alone=True) == expected
+        assert (engine.stats.image_cache_queries, engine.stats.encoder_calls) == (6, calls)
+        assert engine.stats.image_cache_hits == 6 - calls
+    engine = engine_of(chunks, prefix_cache=False, image_cache_bytes=0, step_positions=16)
+    assert ask(engine, asked) == expected and engine.stats.encoder_calls <= 6
+
+
+def test_a_long_prompt_holds_nobody_up_for_more_than_a_step(chunks: list) -> None:
+    engine = engine_of(chunks, step_positions=16, max_requests=4)
+    engine.add(Request("short", prompt(1, length=5, images=0), Sampling(max_new_tokens=30, ignore_eos=True)))
+    engine.step()
+    engine.add(Request("long", prompt(2, length=50, images=1), Sampling(max_new_tokens=2, ignore_eos=True)))
+    steps = [[event.request_id for event in engine.step()] for _ in range(6)]
+    assert all("short" in names for names in steps) and ["long" in names for names in steps] == [False] * 3 + [True, True, False]
+    assert engine.stats.computed_prompt_tokens == 5 + 54
+
+
+def test_what_does_not_fit_is_refused(chunks: list) -> None:
+    engine = engine_of(chunks)
+    ids = prompt(1, images=0)
+    with pytest.raises(DataError, match="20 positions and 45 new tokens are 65 positions; 64 are possible"):
+        engine.add(Request("a", ids, Sampling(max_new_tokens=45)))
+    with pytest.raises(DataError, match="ids from 1 to 100; the tokenizer has 0 to 99"):
+        engine.add(Request("a", type(ids)(torch.tensor([1, 100]), ids.image_slots, ids.pixels), Sampling(max_new_tokens=1)))
+    with pytest.raises(DataError, match="prompt is empty"):
+        engine.add(Request("a", type(ids)(torch.zeros(0, dtype=torch.int64), ids.image_slots, ids.pixels), Sampling(max_new_tokens=1)))
+    with pytest.raises(ConfigError, match="max_positions 65 is more than the model's 64"):
+        engine_of(chunks, max_positions=65)
+    assert not engine.has_work and engine.step() == []
+    assert ask(engine, [ids], max_new_tokens=44, ignore_eos=True)[0] != []

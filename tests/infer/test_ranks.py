@@ -1,0 +1,104 @@
+"""Generation over tensor ranks, from a checkpoint of another layout; and a rank that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import run_world
+from tolerances import LAYOUT_LOGPROB
+
+
+def write_checkpoint(directory: Path) -> list[list[int]] | None:
+    """At tensor 2 x pipeline 2; greedy answers of the plain reference."""
+    import asking
+
+    from megatron_share4v.checkpoint.store import RunState, write
+    from megatron_share4v.model.greedy import greedy_answers
+
+    with opened(tensor=2, pipeline=2) as mesh:
+        chunks = asking.build(mesh)
+        state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
+        write(directory, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
+        options = {"max_new_tokens": 12, "stop_ids": frozenset({asking.EOS}), "vocabulary": asking.VOCABULARY}
+        return greedy_answers(chunks, asking.mixed_prompts(), mesh=mesh, **options)
+
+
+def opened(**degrees: int):
+    import torch.distributed as dist
+
+    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    layout = Layout.for_world(ParallelConfig(**degrees), world_size=dist.get_world_size())
+    return open_mesh(layout, device=Device("cpu"))
+
+
+def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[int]], list[float]] | None:
+    """On the first rank: greedy answers, sampled ones, and a few probabilities; other ranks follow."""
+    import asking
+
+    from megatron_share4v.checkpoint.store import load_weights
+    from megatron_share4v.infer.ranks import follow
+    from megatron_share4v.infer.request import Request, Sampling
+
+    with opened(tensor=tensor) as mesh:
+        chunks = asking.build(mesh, seed=99)
+        load_weights(directory, chunks=chunks, mesh=mesh)
+        engine = asking.engine_of(chunks, step_positions=16)
+        if not engine.ranks.leads:
+            return follow(engine)
+        greedy = asking.ask(engine, asking.mixed_prompts())
+        assert engine.step() == []  # nothing to do, nothing sent
+        sampled = asking.ask(engine, asking.mixed_prompts(), seeds=list(range(6)), temperature=1.0, top_p=0.9, repetition_penalty=1.2)
+        engine.add(Request("p", asking.prompt(1), Sampling(max_new_tokens=1, logprobs=2, prompt_logprobs=True)))
+        [event] = asking.drain(engine)
+        engine.close()
+        return greedy, sampled, [entry.chosen for entry in event.prompt_logprobs if entry is not None]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+    directory = tmp_path_factory.mktemp("generation") / "checkpoint"
+    return directory, run_world(4, write_checkpoint, directory)[0]
+
+
+def test_every_tensor_size_answers_alike_from_a_pipeline_checkpoint(checkpoint: tuple[Path, list[list[int]]]) -> None:
+    directory, expected = checkpoint
+    [one] = run_world(1, generate, directory, 1)
+    assert one[0] == expected
+    two, follower = run_world(2, generate, directory, 2)
+    assert follower is None and two[:2] == one[:2]
+    assert max(abs(a - b) for a, b in zip(two[2], one[2], strict=True)) <= LAYOUT_LOGPROB
+
+
+def fail(rank: int) -> None:
+    """`rank` fails in its third step."""
+    import asking
+    import torch.distributed as dist
+
+    from megatron_share4v.infer.ranks import follow
+
+    with opened(tensor=2) as mesh:
+        engine = asking.engine_of(asking.build(mesh))
+        runner, steps = engine.ranks.runner, iter(range(100))
+        run = runner.run
+
+        def failing(plan):
+            if dist.get_rank() == rank and next(steps) == 2:
+                raise RuntimeError(f"rank {rank} has had enough")
+            return run(plan)
+
+        runner.run = failing
+        if engine.ranks.leads:
+            asking.ask(engine, asking.mixed_prompts())
+        else:
+            follow(engine)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_ends_all_with_its_traceback(rank: int) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)rank {rank} failed:.*in failing.*rank {rank} has had enough"):
+        run_world(2, fail, rank)

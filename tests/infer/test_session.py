@@ -1,0 +1,103 @@
+"""A session opens checkpoints and models of other layouts alike, and its engine answers what its plain reference does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from asking import ask
+from foreign import write_llava_hf
+from harness import run_world
+
+from megatron_share4v.checkpoint.exporter import export_model
+from megatron_share4v.checkpoint.hf_source import Request
+from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.data.prompt import make_prompt
+from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+from megatron_share4v.errors import ConfigError, ConversionError, DataError
+from megatron_share4v.evaluate.agreement import generated_questions
+from megatron_share4v.infer.engine import Engine
+from megatron_share4v.infer.session import Session
+from megatron_share4v.parallel.layout import Layout
+
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint and its export."""
+    root = tmp_path_factory.mktemp("models")
+    import_model(Request(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions(template="share4v_v1"))
+    export_model(root / "ours", root / "export", layout="llava-hf")
+    return root / "ours", root / "export"
+
+
+def engine_answers(session: Session) -> list[list[int]]:
+    patches = session.config.model.vision.num_patches
+    prompts = [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
+    return ask(Engine.open(session, EngineConfig()), prompts, max_new_tokens=NEW)
+
+
+def test_checkpoint_and_export_answer_alike(models: tuple[Path, Path], mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    checkpoint, export = (Session.open(path, mesh=mesh, dtype="fp32") for path in models)
+    assert not list(tmp_path.iterdir())
+    assert export.encoder.template == checkpoint.encoder.template and export.encoder.images == checkpoint.encoder.images
+    assert export.encoder.tokenizer.fingerprint == checkpoint.encoder.tokenizer.fingerprint
+    expected = checkpoint.answer_ids(generated_questions(), max_new_tokens=NEW)
+    assert engine_answers(checkpoint) == engine_answers(export) == expected
+
+
+def test_transformers_answers_what_the_engine_does(models: tuple[Path, Path], mesh) -> None:
+    from megatron_share4v.evaluate import agreement
+
+    session = Session.open(models[1], mesh=mesh, dtype="fp32")
+    processor, model = agreement._load(models[1])
+    asked = [agreement._inputs(processor, question) for question in generated_questions()]
+    assert engine_answers(session) == [agreement._greedy(model, session, inputs, NEW) for inputs in asked]
+
+
+def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
+    train_tokenizer(["some words to make other pieces of"] * 9 + [chr(n) * 2 for n in range(0x4E00, 0x4E60)], tmp_path / "larger", vocab_size=400)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_share4v.infer.session.tokenizer_of", lambda *_: tmp_path / "larger")
+        with pytest.raises(DataError, match="larger: has 400 pieces, the model of .* knows 300 ids"):
+            Session.open(models[0], mesh=mesh)
+
+
+def test_pipeline_stages_are_refused_before_anything_is_computed(models: tuple[Path, Path], mesh) -> None:
+    session = Session.open(models[0], mesh=mesh)
+    staged = replace(session, mesh=replace(mesh, layout=Layout(pipeline=2)))
+    with pytest.raises(ConfigError, match="load at pipeline 1"):
+        Engine.open(staged, EngineConfig())
+
+
+def on_a_rank(path: Path) -> list[list[int]] | str | None:
+    from megatron_share4v.infer.ranks import follow
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    with open_mesh(Layout(tensor=2), device=Device("cpu")) as mesh:
+        try:
+            session = Session.open(path, mesh=mesh, dtype="fp32")
+        except ConversionError as error:
+            return str(error)
+        if mesh.rank:
+            return follow(Engine.open(session, EngineConfig()))
+        patches = session.config.model.vision.num_patches
+        prompts = [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
+        engine = Engine.open(session, EngineConfig())
+        answers = ask(engine, prompts, max_new_tokens=NEW)
+        engine.close()
+        return answers
+
+
+def test_an_export_at_tensor_two(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
+    expected = Session.open(models[0], mesh=mesh, dtype="fp32").answer_ids(generated_questions(), max_new_tokens=NEW)
+    assert run_world(2, on_a_rank, models[1]) == [expected, None]
+    (tmp_path / "config.json").write_text("{}")
+    first, second = run_world(2, on_a_rank, tmp_path)
+    assert first == second and str(tmp_path) in first
