@@ -1,0 +1,141 @@
+"""Megatron-LM's own text generation API, PUT /api, with its fields; bad values are answered with 400 and the error object.
+
+Unlike the original, top_k and top_p can be combined, stop_token is the model's own end token by default, and prompts may have images: `images` holds
+a list of data URLs for each prompt, which then has one <image> for each of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from megatron_share4v.infer.request import Sampling
+from megatron_share4v.serve.exchange import Bodies, JsonResponse, while_connected
+from megatron_share4v.serve.fields import Fields
+from megatron_share4v.serve.generation import Generation, Order, Token
+from megatron_share4v.serve.metrics import Metrics
+from megatron_share4v.serve.preparation import Asked, Preparation
+from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.replies import LEAST_LOGPROB
+from megatron_share4v.serve.worker import Served, Worker
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER
+
+MAX_PROMPTS, MAX_SEED = 128, 2**63 - 1
+_GONE = ("max_len", "sentences", "beam_width")  # names that Megatron-LM itself refuses
+_INERT = {"top_p_decay": 0.0, "top_p_bound": 0.0, "length_penalty": 1.0, "prevent_newline_after_colon": False}
+
+
+@dataclass
+class Megatron:
+    """The route."""
+
+    worker: Worker
+    bodies: Bodies
+    preparation: Preparation
+    metrics: Metrics
+    max_images: int
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        return [Route("/api", self.generate, methods=["PUT"])]
+
+    async def generate(self, request: Request) -> Response:
+        """PUT /api."""
+        asked, order, wants_logprobs = await self._read(request)
+        if not asked:
+            return Response()  # to nobody: the client has gone
+        generation = Generation(self.worker, asked, order, metrics=self.metrics, param="prompts")
+        try:
+            found = await while_connected(request.receive, _collect(generation, len(asked)))
+        finally:
+            generation.close()
+        if found is None:
+            return Response()
+        return JsonResponse(_reply(self.worker.require(), asked, found, wants_logprobs=wants_logprobs))
+
+    async def _read(self, request: Request) -> tuple[list[Asked], Order, bool]:
+        served = self.worker.require()
+        async with self.bodies.read(request) as fields:
+            order, wants_logprobs = read_order(fields, served)
+            prompts = fields.items("prompts", shortest=1, longest=MAX_PROMPTS, kind=str)
+            if not all(prompts):
+                raise Refusal("prompts must not be empty", param="prompts")
+            images = _images(fields, prompts, max_images=self.max_images)
+            add_bos = fields.boolean("add_BOS")
+            asked = await while_connected(request.receive, self._prepare(served, prompts, images, add_bos))
+        return asked or [], order, wants_logprobs
+
+    async def _prepare(self, served: Served, prompts: list[str], images: list[list[str]], add_bos: bool) -> list[Asked]:
+        asked = []
+        for number, (prompt, own) in enumerate(zip(prompts, images)):
+            pieces = prompt.split(IMAGE_PLACEHOLDER) if own else [prompt]
+            asked.append(await self.preparation.with_images(served, pieces, own, place=f"prompts[{number}]", add_bos=add_bos))
+        return asked
+
+
+def read_order(fields: Fields, served: Served) -> tuple[Order, bool]:
+    """How to generate, and whether logprobs are wanted. Raises Refusal."""
+    for name in _GONE:
+        if fields.has(name):
+            raise Refusal(f"{name} is not accepted; use tokens_to_generate and prompts, without beams", param=name)
+    for name, inert in _INERT.items():
+        if fields.has(name) and fields.values[name] != inert:
+            raise Refusal(f"{name} other than {inert} is not supported by this server; leave it out", param=name)
+    tokenizer = served.encoder.tokenizer
+    tokens = fields.integer("tokens_to_generate", 64, low=0)
+    wants_logprobs = fields.boolean("logprobs")
+    if not tokens and not wants_logprobs:
+        raise Refusal("tokens_to_generate 0 needs logprobs true: there would be nothing to answer", param="tokens_to_generate")
+    top_k = fields.integer("top_k", 0, low=0, high=1000)
+    stops = [text for name, text in (("stop_on_eol", "\n"), ("stop_on_double_eol", "\n\n")) if fields.boolean(name)]
+    sampling = Sampling(
+        max_new_tokens=max(1, tokens),
+        temperature=0.0 if top_k == 1 else fields.number("temperature", 1.0, low=0, high=100, above=True),
+        top_k=top_k,
+        top_p=fields.number("top_p", 0.0, low=0, high=1) or 1.0,  # 0 is off, as in Megatron-LM
+        seed=fields.integer("random_seed", None, low=0, high=MAX_SEED),
+        stop_ids=frozenset({fields.integer("stop_token", tokenizer.eos_id, low=0, high=tokenizer.vocab_size - 1)}),
+        logprobs=0 if wants_logprobs else None,
+        prompt_logprobs=wants_logprobs,
+    )
+    return Order(sampling=sampling, max_tokens=tokens, stop=tuple(stops), include_stop=True, continues=True), wants_logprobs
+
+
+def _images(fields: Fields, prompts: list[str], *, max_images: int) -> list[list[str]]:
+    if not fields.has("images"):
+        return [[] for _ in prompts]
+    images = fields.items("images", shortest=len(prompts), longest=len(prompts), kind=list)
+    for number, (prompt, own) in enumerate(zip(prompts, images)):
+        place = f"images[{number}]"
+        if len(own) > max_images or not all(type(url) is str for url in own):
+            raise Refusal(f"{place} must be an array of at most {max_images} data URLs", param=place)
+        if own and prompt.count(IMAGE_PLACEHOLDER) != len(own):
+            raise Refusal(f"{place} has {len(own)} images and prompts[{number}] has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER}", param=place)
+    return images
+
+
+async def _collect(generation: Generation, count: int) -> list[tuple[str, list[Token], list[Token]]]:
+    """For each prompt: the text that was added, the prompt's tokens if their logprobs were asked for, the new tokens."""
+    texts, prompts, tokens = [""] * count, [[] for _ in range(count)], [[] for _ in range(count)]
+    async for piece in generation.pieces():
+        texts[piece.index] += piece.text
+        prompts[piece.index] += piece.prompt
+        tokens[piece.index] += piece.tokens
+    return list(zip(texts, prompts, tokens))
+
+
+def _reply(served: Served, asked: list[Asked], found: list[tuple[str, list[Token], list[Token]]], *, wants_logprobs: bool) -> dict[str, Any]:
+    """`text`, `segments` and `tokens` are of prompt and continuation; `logprobs` has one entry less than `tokens`: the first has no predecessor."""
+    tokenizer = served.encoder.tokenizer
+    ids = [[*one.prompt.token_ids.tolist(), *(token.token_id for token in new)] for one, (_, _, new) in zip(asked, found)]
+    logprobs = [[LEAST_LOGPROB if t.logprobs is None else max(t.logprobs.chosen, LEAST_LOGPROB) for t in (*old, *new)][1:] for _, old, new in found]
+    return {
+        "text": [tokenizer.decode(one.prompt.token_ids.tolist()) + text for one, (text, _, _) in zip(asked, found)],
+        "segments": [[tokenizer.token_bytes(i).decode("utf-8", "replace") for i in row] for row in ids],
+        "tokens": ids,
+        "logprobs": logprobs if wants_logprobs else None,
+    }

@@ -1,0 +1,217 @@
+"""OpenAI's routes: chat and bare completions, models; and vLLM's tokenize, detokenize and tokenizer_info."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from megatron_share4v import __version__
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.log import get_logger
+from megatron_share4v.serve.exchange import Bodies, EventStream, JsonResponse, while_connected
+from megatron_share4v.serve.fields import Fields
+from megatron_share4v.serve.generation import Generation, Order, Token
+from megatron_share4v.serve.metrics import Metrics
+from megatron_share4v.serve.preparation import Asked, Preparation
+from megatron_share4v.serve.protocol import KNOWN, Bounds, Options, read_chat, read_completion, read_messages
+from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.replies import DONE, Envelope, event, usage
+from megatron_share4v.serve.worker import Served, Worker
+
+MAX_DETOKENIZED = 1 << 20
+MAX_NOTED = 256
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A request of which only what is still needed is kept. No prompts: the client has gone."""
+
+    prompts: list[Asked]
+    options: Options
+    echo: bool = False
+
+
+@dataclass
+class OpenAi:
+    """The routes. noted: unknown fields that were logged already."""
+
+    config: ServeConfig
+    worker: Worker
+    bodies: Bodies
+    preparation: Preparation
+    metrics: Metrics
+    started: int
+    noted: set[str] = field(default_factory=set)
+
+    def routes(self) -> list[Route]:
+        """For the application."""
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", self.model, methods=["GET"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info, methods=["GET"]),
+            Route("/version", self.version, methods=["GET"]),
+        ]
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._answer(request, await self._read_chat(request), chat=True)
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._answer(request, await self._read_completion(request), chat=False)
+
+    # A body, with the images in it, is in memory only until these return.
+
+    async def _read_chat(self, request: Request) -> _Read:
+        served = self.worker.require()
+        async with self.bodies.read(request) as fields:
+            self._check_model(fields)
+            asked = read_chat(fields, self._bounds(served))
+            prompt = await while_connected(request.receive, self.preparation.question(served, asked.system, asked.messages))
+        return _Read([] if prompt is None else [prompt], asked.options)
+
+    async def _read_completion(self, request: Request) -> _Read:
+        served = self.worker.require()
+        async with self.bodies.read(request) as fields:
+            self._check_model(fields)
+            asked = read_completion(fields, self._bounds(served))
+            prompts = await while_connected(request.receive, self.preparation.texts(served, asked.prompts))
+        return _Read(prompts or [], asked.options, echo=asked.echo)
+
+    async def _answer(self, request: Request, read: _Read, *, chat: bool) -> Response:
+        if not read.prompts:
+            return Response()  # to nobody: the client has gone
+        options = read.options
+        order = Order(
+            sampling=options.sampling, max_tokens=options.max_tokens, choices=options.choices, stop=options.stop, include_stop=options.include_stop,
+            continues=not chat,
+        )  # fmt: skip
+        generation = Generation(self.worker, read.prompts, order, metrics=self.metrics, param="messages" if chat else "prompt")
+        envelope = Envelope(self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None)
+        echoes = [one.text if read.echo else "" for one in read.prompts for _ in range(options.choices)]
+        if options.stream:
+            return EventStream(_stream(generation, envelope, echoes, options), close=generation.close)
+        try:
+            body = await while_connected(request.receive, _collect(generation, envelope, echoes))
+        finally:
+            generation.close()
+        return Response() if body is None else JsonResponse(body)
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JsonResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}."""
+        self._check_name(request.path_params["model"])
+        return JsonResponse(self._card())
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: `prompt`, or `messages` as the model would read them (0 at image positions)."""
+        served = self.worker.require()
+        tokenizer = served.encoder.tokenizer
+        async with self.bodies.read(request) as fields:
+            self._check_model(fields)
+            if fields.has("messages"):
+                asked = await self.preparation.question(served, *read_messages(fields, max_images=self.config.max_images))
+                ids = asked.prompt.token_ids.tolist()
+            else:
+                text = fields.text("prompt", "", longest=served.engine.limits.max_positions * tokenizer.longest_piece)
+                ids = await self.preparation.run(tokenizer.encode, text)
+                if fields.boolean("add_special_tokens", True):
+                    ids = [tokenizer.bos_id, *ids]
+            wants_strings = fields.boolean("return_token_strs")
+        strings = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if wants_strings else None
+        return JsonResponse({"count": len(ids), "max_model_len": served.engine.limits.max_positions, "tokens": ids, "token_strs": strings})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        tokenizer = self.worker.require().encoder.tokenizer
+        async with self.bodies.read(request) as fields:
+            self._check_model(fields)
+            ids = fields.items("tokens", longest=MAX_DETOKENIZED, kind=int)
+            if not all(0 <= i < tokenizer.vocab_size for i in ids):
+                raise Refusal(f"tokens must be from 0 to {tokenizer.vocab_size - 1}", param="tokens")
+            text = await self.preparation.run(lambda: tokenizer.decode(ids, skip_special=False))
+        return JsonResponse({"prompt": text})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """GET /tokenizer_info: the tokenizer and the template that prompts are made with."""
+        encoder = self.worker.require().encoder
+        tokenizer, template = encoder.tokenizer, encoder.template
+        return JsonResponse(
+            {
+                "tokenizer_class": "LlamaTokenizer", "legacy": True, "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "sha256": tokenizer.fingerprint, "template": template.name,
+                "system": template.system,
+            }
+        )  # fmt: skip
+
+    async def version(self, request: Request) -> Response:
+        """GET /version."""
+        return JsonResponse({"version": __version__})
+
+    def _card(self) -> dict[str, Any]:
+        served = self.worker.require()
+        return {
+            "id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "megatron_share4v", "root": self.config.model_name,
+            "parent": None, "max_model_len": served.engine.limits.max_positions, "max_images": self.config.max_images,
+            "max_image_bytes": self.config.max_image_bytes, "tokens_per_image": served.tokens_per_image,
+        }  # fmt: skip
+
+    def _check_model(self, fields: Fields) -> None:
+        self._check_name(fields.text("model", self.config.model_name))
+        for name in fields.values:
+            # Logged once, and not without end: names come from whoever asks.
+            if name not in KNOWN and name not in self.noted and len(self.noted) < MAX_NOTED:
+                self.noted.add(name)
+                get_logger().info("a request has the unknown field %r, which is ignored", name[:100])
+
+    def _check_name(self, name: str) -> None:
+        if name != self.config.model_name:
+            raise Refusal(f"the model {name[:100]!r} does not exist; this server has {self.config.model_name!r}", status=404, param="model")
+
+    def _bounds(self, served: Served) -> Bounds:
+        tokenizer = served.encoder.tokenizer
+        return Bounds(
+            vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, max_images=self.config.max_images, max_choices=self.config.max_choices
+        )
+
+
+async def _collect(generation: Generation, envelope: Envelope, echoes: list[str]) -> dict[str, Any]:
+    texts, finishes = list(echoes), [""] * len(echoes)
+    tokens: list[list[Token]] = [[] for _ in echoes]
+    async for piece in generation.pieces():
+        texts[piece.index] += piece.text
+        tokens[piece.index] += (*piece.prompt, *piece.tokens)
+        finishes[piece.index] = piece.finish or ""
+    choices = [envelope.choice(index, texts[index], finishes[index], tokens[index]) for index in range(len(echoes))]
+    return envelope.whole(choices, usage(generation))
+
+
+async def _stream(generation: Generation, envelope: Envelope, echoes: list[str], options: Options) -> AsyncIterator[str]:
+    offsets = [0] * len(echoes)
+    try:
+        for index in range(len(echoes) if envelope.chat else 0):
+            yield event(envelope.chunk([envelope.opening(index)]))
+        async for piece in generation.pieces():
+            if echoes[piece.index]:
+                piece = replace(piece, text=echoes[piece.index] + piece.text)
+                echoes[piece.index] = ""
+            for part in envelope.parts(piece, offset=offsets[piece.index]):
+                yield event(envelope.chunk([part], usage(generation) if options.continuous_usage else None))
+            offsets[piece.index] += len(piece.text)
+        if options.include_usage:
+            yield event(envelope.chunk([], usage(generation)))
+    except Refusal as refusal:
+        yield event(refusal.body())
+    yield DONE

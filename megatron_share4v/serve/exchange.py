@@ -1,0 +1,228 @@
+"""HTTP beneath the routes: bodies read within limits, the client's disappearance noticed, server-sent events, OpenAI's error shape for everything."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.log import get_logger
+from megatron_share4v.serve.fields import Fields, parse_object
+from megatron_share4v.serve.metrics import Metrics
+from megatron_share4v.serve.refusal import Refusal, unavailable
+from megatron_share4v.serve.replies import to_json
+
+T = TypeVar("T")
+OPEN_PATHS = ("/", "/health", "/favicon.ico")  # the page holds nothing of the model, and a browser cannot send a key before it is loaded
+BODY_READ = "share4v.body_read"  # set in a request's scope
+LINGER_S, PING_S = 1.0, 15.0
+SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cross-origin-resource-policy", b"same-origin")]
+
+
+class JsonResponse(Response):
+    """Strict JSON in one line."""
+
+    media_type = "application/json"
+
+    def __init__(self, value: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> None:
+        super().__init__(to_json(value).encode("utf-8", "replace"), status_code, headers)
+
+
+class RefusalResponse(JsonResponse):
+    """An error object. A body that is still coming in is thrown away for a moment, so that the client gets to read this."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.body(), refusal.status, refusal.headers)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        unread = scope["method"] in ("POST", "PUT") and not scope.get(BODY_READ)
+        if unread:
+            self.headers["connection"] = "close"
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        if unread:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    while (await receive()).get("more_body"):
+                        await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class EventStream(Response):
+    """Server-sent events from an async iterator. When they end, or the client has gone, `close` is called. A comment keeps idle connections open."""
+
+    def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
+        super().__init__(status_code=200, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._events, self._close = events, close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await while_connected(receive, self._pump(send))
+        finally:
+            self._close()
+
+    async def _pump(self, send: Any) -> None:
+        following: asyncio.Task | None = None
+        try:
+            while True:
+                following = following or asyncio.ensure_future(anext(self._events, None))
+                await asyncio.wait({following}, timeout=PING_S)
+                text = ": still here\n\n"
+                if following.done():
+                    text, following = following.result(), None
+                if text is None:
+                    break
+                await send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
+        finally:
+            if following is not None:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+            await self._events.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def while_connected(receive: Any, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None when the client has gone first, and then `work` is cancelled. The request's body has been read."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        await asyncio.sleep(0)
+
+
+class Bodies:
+    """Reads bodies, and knows how much of them is in memory: a request's bytes count until it is prepared."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self.buffered = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[Fields]:
+        """The body as an object. Raises Refusal: 400, 408, 413, 415, 429."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Also what keeps pages of other origins out: a browser asks before it sends this type, and the answer is no.
+            raise Refusal("content-type must be application/json", status=415)
+        counted = 0
+        try:
+            body = bytearray()
+            self._check_size(_declared_size(request))
+            deadline = time.monotonic() + self._config.body_timeout_s
+            while True:
+                message = await self._next(request, deadline)
+                chunk = message.get("body", b"")
+                self._check_size(len(body) + len(chunk))
+                self._check_room(len(chunk))
+                counted += len(chunk)
+                self.buffered += len(chunk)
+                body += chunk
+                if not message.get("more_body"):
+                    break
+            request.scope[BODY_READ] = True
+            fields = parse_object(bytes(body))
+            del body
+            yield fields
+        finally:
+            self.buffered -= counted
+
+    async def _next(self, request: Request, deadline: float) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                message = await request.receive()
+        except TimeoutError as error:
+            raise Refusal(f"the body did not arrive within {self._config.body_timeout_s:g} s", status=408) from error
+        if message["type"] == "http.disconnect":
+            raise Refusal("the client has gone", status=400)
+        return message
+
+    def _check_size(self, size: int) -> None:
+        if size > self._config.max_body_bytes:
+            raise Refusal(f"the body has more than {self._config.max_body_bytes} bytes, which is what this server accepts", status=413)
+
+    def _check_room(self, size: int) -> None:
+        if self.buffered + size > self._config.max_buffered_bytes:
+            raise Refusal("too many large requests at once; try again later", status=429, headers={"Retry-After": "2"})
+
+
+def _declared_size(request: Request) -> int:
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
+
+
+class Guard:
+    """Around the whole application: asks for the key, adds headers, counts refusals."""
+
+    def __init__(self, app: Any, *, config: ServeConfig, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+        self._key = None if config.api_key is None else _digest(config.api_key.encode())
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        started = False
+
+        async def send_guarded(message: Any) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message.get("headers", ()), *SAFE_HEADERS]
+                if message["status"] >= 400:
+                    self._metrics.refused[message["status"]] += 1
+            await send(message)
+
+        if not self._allows(scope):
+            refusal = Refusal("a valid key is needed: send the header Authorization: Bearer KEY", status=401, headers={"WWW-Authenticate": "Bearer"})
+            await RefusalResponse(refusal)(scope, receive, send_guarded)
+            return
+        try:
+            await self._app(scope, receive, send_guarded)
+        except asyncio.CancelledError:
+            # The time that running answers are given at the end is over. This task has nothing to do after this, so the cancellation may end here.
+            get_logger().info("the server is stopping: an answer was cut off")
+            if not started:
+                await RefusalResponse(unavailable("the server is stopping"))(scope, receive, send_guarded)
+
+    def _allows(self, scope: Any) -> bool:
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        # Digests have one length, so the time of the comparison says nothing of the key.
+        return hmac.compare_digest(_digest(key.strip()), self._key) and scheme.lower() == b"bearer"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """For Starlette: our refusals, its own (unknown path, wrong method), and what should not happen."""
+    if isinstance(error, Refusal):
+        return RefusalResponse(error)
+    if isinstance(error, HTTPException):
+        what = {404: f"{request.url.path[:200]} does not exist", 405: f"{request.method[:20]} is not a method of {request.url.path[:200]}"}
+        return RefusalResponse(Refusal(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers))
+    get_logger().error("%s %s failed", request.method, request.url.path[:200], exc_info=error)
+    return RefusalResponse(Refusal("the server has failed at this request; see its log", status=500))

@@ -1,0 +1,122 @@
+"""A JSON body, and one object of it read field by field; what is wrong is a Refusal that names the field, its value and what is accepted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_share4v.serve.refusal import Refusal
+
+SHOWN = 60
+INT64 = 2**63
+_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "an integer", float: "a number", type(None): "null"}
+
+
+def parse_object(body: bytes) -> Fields:
+    """The body of a request. Raises Refusal unless it is one JSON object."""
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise Refusal("the body is nested too deeply; no field needs more than a few levels") from error
+    except UnicodeDecodeError as error:
+        raise Refusal(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise Refusal(f"the body is not JSON: {str(error)[:200]}") from error
+    return Fields.of(value, "")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its kind, and itself when it is short."""
+    if isinstance(value, (dict, list)):
+        return f"{_NAMES[type(value)]} of {len(value)}"
+    if isinstance(value, str):
+        return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}...").encode("ascii", "backslashreplace").decode()
+    if isinstance(value, int) and abs(value) >= INT64:
+        return "an integer of more than 64 bits"
+    return json.dumps(value)
+
+
+class Fields:
+    """`path` is where the object stands in the body, for messages. A field that is absent or null is its default."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self.values, self.path = values, path
+
+    @classmethod
+    def of(cls, value: Any, path: str) -> Fields:
+        """Raises Refusal unless `value` is an object."""
+        if not isinstance(value, dict):
+            raise Refusal(f"{path or 'the body'} must be an object, got {shown(value)}", param=path or None)
+        return cls(value, path)
+
+    def name(self, key: str) -> str:
+        """The field's dotted name."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def has(self, key: str) -> bool:
+        """Whether it is there and not null."""
+        return self.values.get(key) is not None
+
+    def refuse(self, key: str, wanted: str) -> Refusal:
+        """To raise: the field must be `wanted`."""
+        return Refusal(f"{self.name(key)} must be {wanted}, got {shown(self.values.get(key))}", param=self.name(key))
+
+    def integer(self, key: str, default: Any = None, *, low: int = -INT64, high: int = INT64 - 1) -> Any:
+        """A whole number from low to high; 3.0 is none, and neither is true."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or not low <= value <= high:
+            raise self.refuse(key, f"an integer from {low} to {high}" if low > -INT64 or high < INT64 - 1 else "an integer of at most 64 bits")
+        return value
+
+    def number(self, key: str, default: Any = None, *, low: float, high: float, above: bool = False) -> Any:
+        """A finite number from low to high; `above`: low itself is not accepted."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not low <= value <= high or (above and value == low) or not math.isfinite(value):
+            raise self.refuse(key, f"a number {'above' if above else 'from'} {low:g} {'up ' * above}to {high:g}")
+        return float(value)
+
+    def boolean(self, key: str, default: bool = False) -> bool:
+        """true or false."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.refuse(key, "true or false")
+        return value
+
+    def text(self, key: str, default: Any = None, *, longest: int | None = None) -> Any:
+        """A string."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not str:
+            raise self.refuse(key, "a string")
+        if longest is not None and len(value) > longest:
+            raise Refusal(f"{self.name(key)} has {len(value)} characters; accepted are {longest}", param=self.name(key))
+        return value
+
+    def items(self, key: str, *, longest: int, kind: type, shortest: int = 0) -> list[Any]:
+        """An array of that many values of one kind; absent: empty."""
+        value = self.values.get(key)
+        if value is None and not shortest:
+            return []
+        if type(value) is not list or not shortest <= len(value) <= longest:
+            raise self.refuse(key, f"an array of {shortest} to {longest} values")
+        for place, item in enumerate(value):
+            if type(item) is not kind:
+                raise Refusal(f"{self.name(key)}[{place}] must be {_NAMES[kind]}, got {shown(item)}", param=f"{self.name(key)}[{place}]")
+        return value
+
+    def child(self, key: str) -> Fields:
+        """An object; absent: an empty one."""
+        return Fields.of(self.values.get(key) if self.has(key) else {}, self.name(key))

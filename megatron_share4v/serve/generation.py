@@ -1,0 +1,138 @@
+"""Answers in the making: requests to the engine, its events back as pieces of text, with stop strings, counts and metrics."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_share4v.infer.request import Request, Sampling, TokenLogprobs
+from megatron_share4v.infer.text import TextStream
+from megatron_share4v.serve.metrics import Metrics
+from megatron_share4v.serve.preparation import Asked, room
+from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.worker import Job, Tick, Worker
+
+CONTEXT_TOKENS = 4  # of a bare prompt, before its continuation: enough for sentencepiece's spaces
+INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, or of a prompt whose logprobs were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new in one choice. prompt: on the first piece, the prompt's tokens, where their logprobs were asked for."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: Literal["stop", "length"] | None = None
+    prompt: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """How prompts are answered: `choices` times each. max_tokens None: as many as fit; 0: none, the prompt alone is of interest."""
+
+    sampling: Sampling
+    max_tokens: int | None
+    choices: int = 1
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    continues: bool = False
+    """The answer goes on a text: its first token keeps its leading space."""
+
+
+@dataclass
+class _Choice:
+    index: int
+    request: Request
+    stream: TextStream
+    asked: Asked
+    tokens: int = 0
+    last: float | None = None
+
+
+class Generation:
+    """Submitted at once, or refused at once. Must be closed."""
+
+    def __init__(self, worker: Worker, asked: Sequence[Asked], order: Order, *, metrics: Metrics, param: str) -> None:
+        """Raises Refusal: no room in the context (`param` is to blame), a full queue, a model that is not ready."""
+        served = worker.require()
+        self._metrics, self._order = metrics, order
+        self._choices: dict[str, _Choice] = {}
+        self._refused = False
+        for number in range(len(asked) * order.choices):
+            one = asked[number // order.choices]
+            space = room(served, one.prompt, param=param)
+            limit = max(1, min(space, space if order.max_tokens is None else order.max_tokens))
+            seed = order.sampling.seed
+            sampling = replace(order.sampling, max_new_tokens=limit, seed=None if seed is None else (seed + number + INT64) % (2 * INT64) - INT64)
+            after = one.prompt.token_ids[-CONTEXT_TOKENS:].tolist() if order.continues else []
+            stream = TextStream(served.encoder.tokenizer, order.stop, order.include_stop, after=after)
+            request = Request(uuid.uuid4().hex, one.prompt, sampling)
+            self._choices[request.id] = _Choice(index=number, request=request, stream=stream, asked=one)
+        self.prompt_tokens = sum(one.prompt.token_ids.numel() for one in asked)
+        self._job: Job = worker.submit([choice.request for choice in self._choices.values()])
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(choice.tokens for choice in self._choices.values())
+
+    def close(self) -> None:
+        """Cancel what still runs. Whoever made this object calls it in any case."""
+        self._metrics.finished["error" if self._refused else "abort"] += len(self._job.open)
+        self._job.close()
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The answers as they come. Raises Refusal."""
+        async for tick in self._events():
+            choice = self._choices[tick.request_id]
+            piece = self._piece(choice, tick)
+            if piece.finish is not None:
+                self._job.cancel(tick.request_id)
+                self._metrics.finished[piece.finish] += 1
+                self._metrics.end_to_end.observe(tick.at - self._job.submitted)
+            yield piece
+
+    async def _events(self) -> AsyncIterator[Tick]:
+        try:
+            async for tick in self._job.events():
+                yield tick
+        except Refusal:
+            self._refused = True
+            raise
+
+    def _piece(self, choice: _Choice, tick: Tick) -> Piece:
+        event, finish, tokens, text = tick.event, tick.event.finish, (), ""
+        if event.token_id is not None and self._order.max_tokens != 0:
+            self._clock(choice, tick.at)
+            choice.tokens += 1
+            tokens = (Token(event.token_id, event.logprobs),)
+            text = choice.stream.feed([event.token_id])
+        if finish is not None:
+            text += choice.stream.finish()
+        if choice.stream.stopped is not None:
+            finish = "stop"
+        elif self._order.max_tokens == 0:
+            finish = "length"
+        prompt: tuple[Token, ...] = ()
+        if event.prompt_logprobs is not None:
+            ids = choice.asked.prompt.token_ids.tolist()
+            prompt = tuple(Token(i, logprobs) for i, logprobs in zip(ids, event.prompt_logprobs, strict=True))
+        return Piece(choice.index, text, tokens, finish, prompt)
+
+    def _clock(self, choice: _Choice, at: float) -> None:
+        if choice.last is None:
+            self._metrics.time_to_first_token.observe(at - self._job.submitted)
+        else:
+            self._metrics.inter_token_latency.observe(at - choice.last)
+        choice.last = at

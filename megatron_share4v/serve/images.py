@@ -1,0 +1,54 @@
+"""From the URL of an image in a request to the bytes of a file that is safe to decode.
+
+Accepted: PNG, JPEG, WebP, GIF (its first frame) and BMP. Size in pixels is read from the header before anything is decoded. EXIF orientation is
+ignored, as in training. Decoding itself is data/decode_pil.py's, and refuses truncated files.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.data.decode_pil import open_header
+from megatron_share4v.serve.refusal import Refusal
+
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
+_DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]{0,100})*;base64,", re.ASCII | re.IGNORECASE)
+
+
+def is_inline(url: str) -> bool:
+    """Whether the URL carries the image itself."""
+    return url[:5].lower() == "data:"
+
+
+def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
+    """The file in `data:image/...;base64,...`. Raises Refusal; `place` is the image's name in the request."""
+    head = _DATA_URI.match(url[:512])
+    if not head or not (head["type"] or "image/").lower().startswith("image/"):
+        raise Refusal(f"{place}: the data URL must begin with data:image/TYPE;base64,", param=place)
+    size = (len(url) - head.end()) * 3 // 4
+    if size > max_bytes + 2:
+        raise too_large(size, place=place, max_bytes=max_bytes)
+    try:
+        data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise Refusal(f"{place}: the data URL's base64 is damaged; use the plain alphabet with padding and no line breaks", param=place) from error
+    return data
+
+
+def check_image(data: bytes, config: ServeConfig, *, place: str) -> None:
+    """Refuse what is too large or in no accepted format. Raises Refusal, and DataError for a header that cannot be read."""
+    if len(data) > config.max_image_bytes:
+        raise too_large(len(data), place=place, max_bytes=config.max_image_bytes)
+    if not data.startswith(_SIGNATURES) and not (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+        raise Refusal(f"{place}: not an image in PNG, JPEG, WebP, GIF or BMP format ({len(data)} bytes)", param=place)
+    width, height = open_header(data).size
+    if width * height > config.max_image_pixels:
+        raise Refusal(f"{place}: {width} x {height} pixels; accepted are {config.max_image_pixels}. Scale it down", param=place)
+
+
+def too_large(size: int, *, place: str, max_bytes: int) -> Refusal:
+    """For a file that has too many bytes."""
+    return Refusal(f"{place}: the image has {size} bytes; accepted are {max_bytes}", param=place)

@@ -1,0 +1,132 @@
+"""From a checked request to the engine's prompts: images decoded, conversations tokenised, on threads of their own. And what room is left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.data.prompt import Prompt, make_question, spread_prompt
+from megatron_share4v.data.sample import Turn
+from megatron_share4v.errors import DataError
+from megatron_share4v.serve.fetch import Fetcher
+from megatron_share4v.serve.images import check_image, decode_data_uri, is_inline
+from megatron_share4v.serve.protocol import Message
+from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.worker import Served
+from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One prompt. text: what it says, for echo; None where nobody will ask."""
+
+    prompt: Prompt
+    text: str | None = None
+
+
+class Preparation:
+    """Makes prompts. At most `config.image_workers` at a time; the rest wait."""
+
+    def __init__(self, config: ServeConfig, *, fetcher: Fetcher | None = None) -> None:
+        self._config = config
+        self._pool = ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare")
+        self._fetching = asyncio.Semaphore(4 * config.image_workers)
+        self.fetcher = fetcher
+        if fetcher is None and config.allow_image_urls is not None:
+            domains = tuple(domain.lower().strip(".") for domain in config.allow_image_urls)
+            self.fetcher = Fetcher(domains=domains, max_bytes=config.max_image_bytes, timeout_s=config.image_timeout_s)
+
+    def close(self) -> None:
+        """No more work is taken."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def question(self, served: Served, system: str | None, messages: Sequence[Message]) -> Asked:
+        """The prompt of a conversation. Raises Refusal."""
+        check_length(served, [system or "", *(message.text for message in messages)], param="messages")
+        sources = [None if m.image is None else m.image if is_inline(m.image) else await self._fetch(m.image, m.place) for m in messages]
+        return await self.run(_question, served, system, messages, sources, self._config)
+
+    async def texts(self, served: Served, prompts: Sequence[str | tuple[int, ...]]) -> list[Asked]:
+        """The prompts of bare texts, which get <s>, and of ids, which are taken as they are. Raises Refusal."""
+        for prompt in prompts:
+            check_length(served, [prompt], param="prompt")
+        return [await self.run(_text, served, prompt) for prompt in prompts]
+
+    async def with_images(self, served: Served, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool) -> Asked:
+        """Texts with an image between each two. Raises Refusal."""
+        check_length(served, pieces, param=place)
+        sources = [image if is_inline(image) else await self._fetch(image, place) for image in images]
+        return await self.run(_pieces, served, pieces, sources, place, add_bos, self._config)
+
+    async def run(self, function: Callable[..., T], *args: object) -> T:
+        """A function on one of the threads; its DataError becomes a Refusal."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        except DataError as error:
+            raise Refusal(str(error)) from error
+
+    async def _fetch(self, url: str, place: str) -> bytes:
+        if self.fetcher is None:
+            raise Refusal(f"{place}: this server does not fetch images; send them as data:image/...;base64,... URLs", param=place)
+        async with self._fetching:
+            return await self.fetcher.fetch(url, place=place)
+
+
+def check_length(served: Served, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
+    """Refuse, before it is tokenised, what cannot fit whatever its tokens are. Raises Refusal."""
+    characters = sum(map(len, texts))
+    if characters > served.engine.limits.max_positions * served.encoder.tokenizer.longest_piece:
+        raise Refusal(f"a prompt of {characters} characters is longer than this model can read", param=param, kind="context_length_exceeded")
+
+
+def room(served: Served, prompt: Prompt, *, param: str) -> int:
+    """How many tokens an answer can have. Raises Refusal when none."""
+    length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
+    if length >= limit:
+        raise Refusal(
+            f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a new conversation, or shorten it",
+            param=param,
+            kind="context_length_exceeded",
+        )
+    return limit - length
+
+
+def _image(source: str | bytes | None, place: str, config: ServeConfig) -> bytes | None:
+    if source is None:
+        return None
+    data = decode_data_uri(source, place=place, max_bytes=config.max_image_bytes) if isinstance(source, str) else source
+    check_image(data, config, place=place)
+    return data
+
+
+def _question(served: Served, system: str | None, messages: Sequence[Message], sources: Sequence[str | bytes | None], config: ServeConfig) -> Asked:
+    images = [_image(source, message.place, config) for source, message in zip(sources, messages)]
+    encoder = served.encoder
+    if system is not None:
+        encoder = replace(encoder, template=replace(encoder.template, system=system))
+    turns = [Turn(message.role, message.text) for message in messages]
+    return Asked(make_question(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
+
+
+def _text(served: Served, prompt: str | tuple[int, ...]) -> Asked:
+    tokenizer = served.encoder.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    return Asked(spread_prompt(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text)
+
+
+def _pieces(served: Served, pieces: Sequence[str], sources: Sequence[str | bytes], place: str, add_bos: bool, config: ServeConfig) -> Asked:
+    images = [_image(source, place, config) for source in sources]
+    tokenizer = served.encoder.tokenizer
+    ids = [tokenizer.bos_id] if add_bos else []
+    for number, piece in enumerate(pieces):
+        ids += [IMAGE_TOKEN_INDEX] * (number > 0) + tokenizer.encode(piece)
+    if not ids:
+        raise Refusal(f"{place} is empty", param=place)
+    return Asked(spread_prompt(served.encoder, ids, images=images, tokens_per_image=served.tokens_per_image, name=place))

@@ -1,0 +1,28 @@
+"""What a client is told when it does not get what it asked for: status and OpenAI's error object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
+
+
+class Refusal(Exception):
+    """Becomes a response with `status`. param: the field at fault, dotted. kind: the error's type where the status alone does not say it."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, param: str | None = None, kind: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.headers = status, param, dict(headers or {})
+        self.kind = kind or TYPES.get(status, "invalid_request_error")
+
+    def body(self) -> dict[str, Any]:
+        """The error object that the openai SDK turns into its exception classes."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
+
+
+def unavailable(message: str) -> Refusal:
+    """503: not yet, or not any more."""
+    return Refusal(message, status=503, headers={"Retry-After": "2"})

@@ -1,0 +1,120 @@
+"""Answers in OpenAI's form: whole ones and the chunks of streams. No logic of generation here."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_share4v.infer.request import TokenLogprobs
+from megatron_share4v.serve.generation import Generation, Piece, Token
+from megatron_share4v.text.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0  # JSON has no -inf
+DONE = "data: [DONE]\n\n"
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON. Half a surrogate pair, which UTF-8 cannot carry, does not occur: texts come from the tokenizer."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def event(value: Any) -> str:
+    """One server-sent event."""
+    return f"data: {to_json(value)}\n\n"
+
+
+def usage(generation: Generation) -> dict[str, int]:
+    """Counts of a request; image positions are prompt tokens."""
+    prompt, completion = generation.prompt_tokens, generation.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all chunks of one reply have in common. chat: /v1/chat/completions, else /v1/completions."""
+
+    model: str
+    chat: bool
+    tokenizer: Tokenizer
+    wants_logprobs: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:24])
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: Sequence[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
+        """The reply of a request that does not stream."""
+        return {**self._frame("chat.completion"), "choices": list(choices), "usage": counts}
+
+    def chunk(self, choices: Sequence[dict[str, Any]], counts: dict[str, int] | None = None) -> dict[str, Any]:
+        """One chunk of a stream; with counts and no choices, the last one."""
+        body = {**self._frame("chat.completion.chunk"), "choices": list(choices)}
+        return body if counts is None else {**body, "usage": counts}
+
+    def choice(self, index: int, text: str, finish: str | None, tokens: Sequence[Token], *, offset: int = 0) -> dict[str, Any]:
+        """A finished choice; for a stream of bare text also a part of one, `offset` characters into it."""
+        logprobs = self._logprobs(tokens, offset) if self.wants_logprobs else None
+        if self.chat:
+            return {"index": index, "message": {"role": "assistant", "content": text}, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of a chat's choice."""
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+
+    def parts(self, piece: Piece, *, offset: int) -> list[dict[str, Any]]:
+        """The chunks of one piece: text, then in a chunk of its own why it ended. Empty when there is nothing to say yet."""
+        tokens = (*piece.prompt, *piece.tokens)
+        if not self.chat:
+            says = piece.text or piece.finish or (self.wants_logprobs and tokens)
+            return [self.choice(piece.index, piece.text, piece.finish, tokens, offset=offset)] if says else []
+        logprobs = self._logprobs(tokens, offset) if self.wants_logprobs and tokens else None
+        parts = []
+        if piece.text or logprobs:
+            parts.append({"index": piece.index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None})
+        if piece.finish:
+            parts.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish})
+        return parts
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        prefix, kind = ("chatcmpl", kind) if self.chat else ("cmpl", "text_completion")
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+        if self.chat:
+            return {"content": [self._entry(token.token_id, token.logprobs) for token in tokens]}
+        names, values, tops, offsets = [], [], [], []
+        for token in tokens:
+            name = self._name(token.token_id)
+            names.append(name)
+            offsets.append(offset)
+            offset += len(name)
+            values.append(None if token.logprobs is None else _number(token.logprobs.chosen))
+            tops.append(None if token.logprobs is None else {self._name(i): _number(value) for i, value in _likeliest(token)})
+        return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _entry(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+        own = self._alternative(token_id, logprobs.chosen)
+        return {**own, "top_logprobs": [self._alternative(i, value) for i, value in logprobs.top]}
+
+    def _alternative(self, token_id: int, value: float) -> dict[str, Any]:
+        return {"token": self._name(token_id), "logprob": _number(value), "bytes": list(self.tokenizer.token_bytes(token_id))}
+
+    def _name(self, token_id: int) -> str:
+        data = self.tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _likeliest(token: Token) -> list[tuple[int, float]]:
+    """The alternatives and, where it is not among them, the token itself."""
+    top = list(token.logprobs.top)
+    return top if any(i == token.token_id for i, _ in top) else [*top, (token.token_id, token.logprobs.chosen)]
+
+
+def _number(value: float) -> float:
+    return max(value, LEAST_LOGPROB)

@@ -1,0 +1,130 @@
+"""The application put together, and run until it is told to stop or its engine fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.log import get_logger
+from megatron_share4v.serve import page
+from megatron_share4v.serve.api_megatron import Megatron
+from megatron_share4v.serve.api_openai import OpenAi
+from megatron_share4v.serve.exchange import Bodies, Guard, JsonResponse, refused
+from megatron_share4v.serve.fetch import Fetcher
+from megatron_share4v.serve.metrics import CONTENT_TYPE, Metrics
+from megatron_share4v.serve.preparation import Preparation
+from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.worker import Served, Worker
+
+
+def build_app(
+    config: ServeConfig, load: Callable[[], Served], *, fetcher: Fetcher | None = None, on_failure: Callable[[Worker], None] = lambda worker: None
+) -> Starlette:
+    """The ASGI application; its lifespan owns the engine's thread, in which `load` runs. `app.state.worker` and `.metrics` are there for tests."""
+    metrics = Metrics()
+    worker = Worker(load, max_waiting=config.max_waiting, metrics=metrics, on_failure=lambda: on_failure(worker))
+    bodies, preparation = Bodies(config), Preparation(config, fetcher=fetcher)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            preparation.close()
+            await worker.stop()
+
+    async def health(request: Request) -> Response:
+        try:
+            worker.require()
+        except Refusal as refusal:
+            return JsonResponse({"status": "failed" if worker.failure else "loading"}, 503, refusal.headers)
+        return JsonResponse({"status": "ok"})
+
+    async def show_metrics(request: Request) -> Response:
+        stats = worker.served.engine.stats if worker.served else None
+        return Response(metrics.text(model=config.model_name, waiting=worker.waiting, stats=stats), media_type=CONTENT_TYPE)
+
+    openai = OpenAi(config, worker, bodies, preparation, metrics, started=int(time.time()))
+    megatron = Megatron(worker, bodies, preparation, metrics, max_images=config.max_images)
+    app = Starlette(
+        routes=[
+            Route("/health", health, methods=["GET"]), Route("/metrics", show_metrics, methods=["GET"]),
+            *openai.routes(), *megatron.routes(), *page.routes(),
+        ],
+        middleware=[Middleware(Guard, config=config, metrics=metrics)],
+        exception_handlers={Refusal: refused, HTTPException: refused, Exception: refused},
+        lifespan=lifespan,
+    )  # fmt: skip
+    app.router.redirect_slashes = False
+    app.state.worker, app.state.metrics, app.state.bodies = worker, metrics, bodies
+    return app
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, which after a graceful end returns instead of dying of the signal that asked for it. A second signal ends at once."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # Signals come to the main thread only; whoever runs this in another sets should_exit.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
+def http_server(app: Starlette, config: ServeConfig) -> HttpServer:
+    """uvicorn with our settings."""
+    settings = uvicorn.Config(
+        app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=config.drain_s, timeout_keep_alive=15,
+    )  # fmt: skip
+    return HttpServer(settings)
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """The port, taken before anything is loaded. Raises ConfigError when it cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=512)
+    except OSError as error:
+        raise ConfigError(f"host {config.host}, port {config.port}: cannot listen there ({error.strerror or error}); choose another --host or --port") from error
+
+
+def serve(config: ServeConfig, load: Callable[[], Served]) -> None:
+    """Listen, load, answer; return after SIGINT or SIGTERM once running answers have ended (`config.drain_s` at most).
+
+    Raises ConfigError when it cannot listen, and what `load` or the engine raised.
+    """
+    log = get_logger()
+    listening = listen(config)
+    failed: list[BaseException] = []
+
+    def end(worker: Worker) -> None:
+        failed.append(worker.failure)
+        server.should_exit = True
+
+    server = http_server(build_app(config, load, on_failure=end), config)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    if config.is_open:
+        log.warning("WARNING: listening on %s without a key: everybody who can reach this port can use the model. Set --api-key, or --host 127.0.0.1.", config.host)
+    log.info("page and API at http://%s:%d/ (loading the model; /health tells when it is ready)", host, listening.getsockname()[1])
+    server.run(sockets=[listening])
+    if failed:
+        raise failed[0]
+    log.info("stopped")

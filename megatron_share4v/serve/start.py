@@ -1,0 +1,45 @@
+"""From a checkpoint to a running server, on every rank: the first listens and answers, the others follow its engine."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import torch
+
+from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.infer.engine import Engine
+from megatron_share4v.infer.ranks import follow
+from megatron_share4v.infer.session import Session
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.serve.server import serve
+from megatron_share4v.serve.worker import Served
+
+
+def serve_checkpoint(checkpoint: Path, world: World, *, config: ServeConfig, engine: EngineConfig, dtype: str | None = None) -> None:
+    """Serve until a signal says otherwise. All ranks of `world` share the model's matrices, whatever layout it was trained at.
+
+    Raises ConfigError, CheckpointError, ConversionError or DataError for what cannot be served, and whatever the engine fails with.
+    """
+    device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
+    with joined(world, device, timeout_s=600), open_mesh(Layout(tensor=world.size), device=device) as mesh:
+        if world.rank == 0:
+            serve(config, lambda: _load(checkpoint, mesh, engine, dtype))
+            return
+        # The launcher tells every rank to stop; the first ends its answers first, and then lets the others go.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        follow(Engine.open(Session.open(checkpoint, mesh=mesh, dtype=dtype), engine))
+
+
+def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None) -> Served:
+    """In the engine's thread: the current GPU is a thread's own."""
+    if mesh.device.kind == "cuda":
+        torch.cuda.set_device(mesh.device.index)
+    session = Session.open(checkpoint, mesh=mesh, dtype=dtype)
+    engine = Engine.open(session, config)
+    return Served(engine=engine, encoder=session.encoder, tokens_per_image=session.config.model.vision.num_patches, close=engine.close)

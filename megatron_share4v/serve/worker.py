@@ -1,0 +1,242 @@
+"""The one thread that owns the engine, and its door to the event loop.
+
+The loop side submits requests and receives Ticks; the thread side keeps the queue, feeds the engine and steps it. Nothing else touches the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_share4v.data.encode import Encoder
+from megatron_share4v.errors import DataError
+from megatron_share4v.infer.request import Event, Request
+from megatron_share4v.log import get_logger
+from megatron_share4v.serve.metrics import Metrics
+from megatron_share4v.serve.refusal import Refusal, unavailable
+
+
+class Limits(Protocol):
+    """max_requests: in the engine at once; max_positions: of one request, prompt and answer together."""
+
+    max_requests: int
+    max_positions: int
+
+
+class Engine(Protocol):
+    """What is used of infer.engine.Engine."""
+
+    limits: Limits
+    stats: Any
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def step(self) -> list[Event]: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """The engine, and what makes its prompts. tokens_per_image: slots that an image takes. close: called in the engine's thread at the end."""
+
+    engine: Engine
+    encoder: Encoder
+    tokens_per_image: int
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One event, or why there will be none. at: seconds of time.monotonic."""
+
+    request_id: str
+    event: Event | None
+    refusal: Refusal | None
+    at: float
+
+
+@dataclass
+class Job:
+    """Requests that were submitted together, seen from the loop."""
+
+    worker: Worker
+    open: set[str]
+    submitted: float
+    ticks: asyncio.Queue[Tick] = field(default_factory=asyncio.Queue)
+
+    async def events(self) -> AsyncIterator[Tick]:
+        """What the engine says of the requests, until all have ended. Raises Refusal when one of them cannot be answered."""
+        while self.open:
+            tick = await self.ticks.get()
+            if tick.refusal is not None:
+                raise tick.refusal
+            if tick.request_id in self.open:
+                if tick.event.finish is not None:
+                    self.open.discard(tick.request_id)
+                yield tick
+
+    def cancel(self, request_id: str) -> None:
+        """No more of this one; the engine is told."""
+        if request_id in self.open:
+            self.open.discard(request_id)
+            self.worker.drop(request_id)
+
+    def close(self) -> None:
+        """Cancel what is still open. Called in any case, by whoever submitted."""
+        for request_id in tuple(self.open):
+            self.cancel(request_id)
+
+
+class Worker:
+    """State: loading, ready, or failed. `served` is None until ready; `failure` is what ended it.
+
+    load: makes the engine, in the thread. on_failure: called on the loop, once, when loading or a step raised.
+    """
+
+    def __init__(self, load: Callable[[], Served], *, max_waiting: int, metrics: Metrics, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._load, self._max_waiting, self._metrics, self._on_failure = load, max_waiting, metrics, on_failure
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._jobs: dict[str, Job] = {}
+        self._waiting: set[str] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.served: Served | None = None
+        self.failure: BaseException | None = None
+
+    # The loop's side.
+
+    def start(self) -> None:
+        """Called on the loop. Loading starts; `served` is set when it has ended."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after its present step; what still runs is cancelled. Returns when the engine is closed."""
+        self._inbox.put(("stop", None))
+        while self._thread.is_alive():
+            await asyncio.sleep(0.01)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not in the engine yet."""
+        return len(self._waiting)
+
+    def require(self) -> Served:
+        """What is served. Raises Refusal (503) while it is not ready, and after a failure."""
+        if self.failure is not None:
+            raise unavailable("the engine has failed and the server is stopping; see its log")
+        if self.served is None:
+            raise unavailable("the model is still loading; try again in a moment")
+        return self.served
+
+    def submit(self, requests: Sequence[Request]) -> Job:
+        """Queue requests. Raises Refusal: 503 when not ready, 429 when the queue is full, 400 when it could never hold them."""
+        limits = self.require().engine.limits
+        if len(requests) > self._max_waiting + limits.max_requests:
+            raise Refusal(f"{len(requests)} answers in one request; this server can take {self._max_waiting + limits.max_requests} at once")
+        free = max(0, limits.max_requests - (len(self._jobs) - len(self._waiting)))
+        if len(self._waiting) + len(requests) > self._max_waiting + free:
+            mean = self._metrics.end_to_end.total / max(1, self._metrics.end_to_end.count)
+            seconds = min(60, max(1, round(mean * (1 + len(self._waiting) / limits.max_requests))))
+            raise Refusal(
+                f"{len(self._waiting)} requests are waiting and {self._max_waiting} may; try again later", status=429, headers={"Retry-After": str(seconds)}
+            )
+        job = Job(worker=self, open={request.id for request in requests}, submitted=time.monotonic())
+        for request in requests:
+            self._jobs[request.id] = job
+            self._waiting.add(request.id)
+            self._inbox.put(("add", request))
+        return job
+
+    def drop(self, request_id: str) -> None:
+        """Nobody waits for this request any more."""
+        if self._jobs.pop(request_id, None) is not None:
+            self._waiting.discard(request_id)
+            self._inbox.put(("cancel", request_id))
+
+    def _deliver(self, admitted: list[tuple[str, float]], ticks: list[Tick]) -> None:
+        for request_id, at in admitted:
+            if request_id in self._waiting:
+                self._waiting.discard(request_id)
+                self._metrics.queue_time.observe(at - self._jobs[request_id].submitted)
+        for tick in ticks:
+            job = self._jobs.get(tick.request_id)
+            if tick.refusal is not None or tick.event.finish is not None:
+                self._jobs.pop(tick.request_id, None)
+                self._waiting.discard(tick.request_id)
+            if job is not None:
+                job.ticks.put_nowait(tick)
+
+    def _become_ready(self, served: Served) -> None:
+        self.served = served
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        for request_id, job in self._jobs.items():
+            job.ticks.put_nowait(Tick(request_id, None, unavailable("the engine has failed and the server is stopping; see its log"), 0.0))
+        self._jobs.clear()
+        self._waiting.clear()
+        self._on_failure()
+
+    # The thread's side.
+
+    def _run(self) -> None:
+        try:
+            served = self._load()
+            self._loop.call_soon_threadsafe(self._become_ready, served)
+            try:
+                self._serve(served.engine)
+            finally:
+                served.close()
+        except BaseException as error:
+            get_logger().debug("the engine's thread ended", exc_info=True)
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _serve(self, engine: Engine) -> None:
+        queued: deque[Request] = deque()
+        inside: set[str] = set()
+        while self._take_orders(engine, queued, inside):
+            admitted, ticks = [], []
+            while queued and len(inside) < engine.limits.max_requests:
+                request = queued.popleft()
+                admitted.append((request.id, time.monotonic()))
+                try:
+                    engine.add(request)
+                    inside.add(request.id)
+                except DataError as error:
+                    ticks.append(Tick(request.id, None, Refusal(str(error)), time.monotonic()))
+            events = engine.step() if engine.has_work else []
+            now = time.monotonic()
+            inside.difference_update(event.request_id for event in events if event.finish is not None)
+            ticks += [Tick(event.request_id, event, None, now) for event in events]
+            if admitted or ticks:
+                self._loop.call_soon_threadsafe(self._deliver, admitted, ticks)
+
+    def _take_orders(self, engine: Engine, queued: deque[Request], inside: set[str]) -> bool:
+        """Obey what the loop has asked for, waiting for the next order when there is nothing to compute. False: to end."""
+        idle = not engine.has_work and not queued
+        while idle or not self._inbox.empty():
+            order, subject = self._inbox.get()
+            idle = False
+            if order == "stop":
+                return False
+            if order == "add":
+                queued.append(subject)
+            elif subject in inside:
+                inside.discard(subject)
+                engine.cancel(subject)
+            else:
+                kept = [request for request in queued if request.id != subject]
+                queued.clear()
+                queued.extend(kept)
+        return True

@@ -1,0 +1,81 @@
+"""A small engine and requests for it, for the tests of generation; worlds of processes import it by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from tiny import PATCHES, tiny_model
+
+VOCABULARY, EOS = 100, 2
+
+
+def build(mesh, *, seed: int = 2, scale: float = 3.0):
+    """The tiny model, whose weights are large enough that answers differ with what was asked."""
+    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.model.chunks import build_chunks
+    from megatron_share4v.model.initialize import initialize
+
+    parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
+    model = tiny_model()
+    chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
+    initialize(chunks, seed=seed, model=model)
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(scale)
+            chunk.eval()
+    return chunks
+
+
+def engine_of(chunks, **options):
+    from megatron_share4v.config.engine import EngineConfig
+    from megatron_share4v.infer.engine import Engine
+
+    return Engine(chunks[0], config=EngineConfig(**options), vocabulary=VOCABULARY, eos_id=EOS)
+
+
+def prompt(seed: int, *, length: int = 20, images: int = 1, image_seed: int | None = None, text_seed: int | None = None):
+    """Text with `images` images in it; text and images from their own seeds, where given."""
+    from megatron_share4v.data.prompt import Prompt
+
+    text = torch.Generator().manual_seed(seed if text_seed is None else text_seed)
+    picture = torch.Generator().manual_seed(seed if image_seed is None else image_seed)
+    ids = torch.randint(3, VOCABULARY, (length + images * PATCHES,), generator=text)
+    slots = torch.cat([torch.arange(3, 3 + PATCHES) + number * (PATCHES + 2) for number in range(images)] or [torch.zeros(0, dtype=torch.int64)])
+    ids[slots] = 0
+    pixels = torch.randint(0, 256, (images, 16, 16, 3), generator=picture, dtype=torch.uint8)
+    return Prompt(token_ids=ids, image_slots=slots, pixels=pixels)
+
+
+def mixed_prompts(count: int = 6):
+    """With an image, with none, with two, of different lengths."""
+    return [prompt(seed, length=8 + 5 * seed % 23, images=(1, 0, 2)[seed % 3]) for seed in range(count)]
+
+
+def ask(engine, prompts, *, alone: bool = False, **options) -> list[list[int]]:
+    """The answers to all prompts, one request each, together or one after the other. `seeds`: one per request."""
+    from megatron_share4v.infer.request import Request, Sampling
+
+    seeds = options.pop("seeds", [None] * len(prompts))
+    requests = [
+        Request(f"r{number}", given, dataclasses.replace(Sampling(**{"max_new_tokens": 12, **options}), seed=seed))
+        for number, (given, seed) in enumerate(zip(prompts, seeds))
+    ]
+    groups = [[request] for request in requests] if alone else [requests]
+    answers: dict[str, list[int]] = {request.id: [] for request in requests}
+    for group in groups:
+        for request in group:
+            engine.add(request)
+        for event in drain(engine):
+            if event.token_id is not None:
+                answers[event.request_id].append(event.token_id)
+    return list(answers.values())
+
+
+def drain(engine) -> list:
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events

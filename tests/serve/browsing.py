@@ -1,0 +1,34 @@
+"""What the tests of the page do with it, again and again. The browser itself is a fixture in conftest.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+from served import picture, until
+
+SHOTS = Path(__file__).resolve().parents[1] / "artifacts" / "page"
+SLOW_S = 0.03
+PNG = {"name": "harbour.png", "mimeType": "image/png", "buffer": picture(size=(300, 200))}
+
+
+def say(page: Page, text: str) -> None:
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def ended(page: Page, count: int = 1) -> None:
+    expect(page.locator(".answer[aria-busy=false]")).to_have_count(count)
+
+
+def wait(page: Page, expression: str, argument: object = None) -> None:
+    """Until it is true. (Playwright's own wait_for_function needs eval in the page, which its policy forbids.)"""
+    until(lambda: page.evaluate(expression, argument) or page.wait_for_timeout(10))
+
+
+def bodies_of(page: Page) -> list[dict]:
+    """What the page will send from now on."""
+    found: list[dict] = []
+    page.on("request", lambda request: found.append(json.loads(request.post_data)) if request.method == "POST" else None)
+    return found

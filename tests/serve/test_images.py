@@ -1,0 +1,227 @@
+"""Images in requests: which are read, as training reads them, and which are refused; and fetching from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import io
+import ipaddress
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+from abuse import BOMBS
+from PIL import Image
+from served import Running, data_url, picture, running
+
+from megatron_share4v.data.decode_pil import decode
+from megatron_share4v.data.encode import Encoder
+from megatron_share4v.serve.fetch import Fetcher, is_public
+from megatron_share4v.serve.refusal import Refusal
+
+
+def ask(server: Running, url: str) -> httpx.Response:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    return httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}], "max_tokens": 1}, timeout=20)
+
+
+def saved(mode: str, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture(size=(50, 30)))).convert(mode).save(file, form, **options)
+    return file.getvalue()
+
+
+def animation() -> bytes:
+    frames = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved("RGB", "JPEG", exif=exif)
+
+
+def deep() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(file, "PNG")
+    return file.getvalue()
+
+
+READ = {
+    **{f"{form} {mode}": saved(mode, form) for form, mode in [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "L"), ("JPEG", "CMYK")]},
+    **{form: saved("RGB", form) for form in ("WEBP", "GIF", "BMP")},
+    "animated GIF": animation(), "turned by EXIF": turned(), "16 bit": deep(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_read_as_in_training(server: Running, encoder: Encoder, name: str) -> None:
+    answer = ask(server, data_url(READ[name], "image/whatever"))
+    assert answer.status_code == 200, answer.text
+    assert np.array_equal(server.engine.requests[0].prompt.pixels[0].numpy(), decode(READ[name], encoder.images))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_truncated_is_refused(server: Running, form: str) -> None:
+    data = picture(form=form, size=(80, 60))
+    answer = ask(server, data_url(data[: len(data) * 2 // 3]))
+    assert answer.status_code == 400 and "image" in answer.json()["error"]["message"] and not server.engine.requests
+
+
+@pytest.mark.parametrize("number", range(len(BOMBS)))
+def test_bombs_are_refused_at_once(server: Running, number: int) -> None:
+    begun = time.monotonic()
+    answer = ask(server, data_url(BOMBS[number]))
+    assert answer.status_code == 400 and time.monotonic() - begun < 2, answer.text
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (data_url(saved("RGB", "TIFF")), "not an image in PNG, JPEG, WebP, GIF or BMP format"),
+        (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "not an image in PNG"),
+        (data_url(picture(), "text/html"), "must begin with data:image/TYPE;base64,"),
+        (data_url(picture())[:-1], "base64 is damaged"),
+        (data_url(picture()) + "\n", "base64 is damaged"),
+        ("data:image/png,abc", "must begin with"),
+        ("https://example.com/a.png", "does not fetch images"),
+        ("file:///etc/passwd", "does not fetch images"),
+    ],
+)
+def test_refused_with_its_place(server: Running, url: str, words: str) -> None:
+    answer = ask(server, url)
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"] and answer.json()["error"]["param"] == "messages[0]", answer.text
+
+
+def test_limits_in_bytes(encoder: Encoder) -> None:
+    data = picture(size=(80, 60))
+    with running(encoder, max_image_bytes=len(data)) as server:
+        assert ask(server, data_url(data)).status_code == 200
+        answer = ask(server, data_url(data + b"0"))
+        assert answer.status_code == 400 and f"{len(data) + 1} bytes; accepted are {len(data)}" in answer.json()["error"]["message"]
+
+
+def test_typed_placeholder_is_text(server: Running, encoder: Encoder) -> None:
+    parts = [{"type": "text", "text": "<image> a<image>b"}, {"type": "image_url", "image_url": data_url(picture())}]
+    httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
+    httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "<image>"}]})
+    httpx.post(f"{server.url}/v1/completions", json={"prompt": "<image>"})
+    first, second, third = (request.prompt for request in server.engine.requests)
+    tokenizer = encoder.tokenizer
+    assert first.image_slots.numel() == 16 and first.pixels.size(0) == 1
+    after = first.token_ids[int(first.image_slots[-1]) + 1 :].tolist()
+    assert after == tokenizer.encode("\n<image> a<image>b ASSISTANT:")
+    assert second.image_slots.numel() == 0 and "USER: <image> ASSISTANT:" in tokenizer.decode(second.token_ids.tolist())
+    assert third.token_ids.tolist() == [1, *tokenizer.encode("<image>")]
+
+
+# Fetching.
+
+PRIVATE = """127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 240.0.0.1 255.255.255.255 198.18.0.1 192.0.2.1 ::1 :: fe80::1 fc00::1 ff02::1
+             ::ffff:10.0.0.1 64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1:: 2001:0:7f00:1:: ::7f00:1 2001:db8::1""".split()
+
+
+def test_public_addresses() -> None:
+    assert [text for text in PRIVATE if is_public(ipaddress.ip_address(text))] == []
+    assert all(is_public(ipaddress.ip_address(text)) for text in ("8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8"))
+
+
+class Elsewhere(http.server.BaseHTTPRequestHandler):
+    """A server on the internet, for the tests."""
+
+    def do_GET(self) -> None:
+        data = picture()
+        if self.path == "/redirect":
+            self.send_response(302)
+            self.send_header("Location", "/a.png")
+            self.end_headers()
+            return
+        if self.path == "/slow":
+            time.sleep(1.5)
+        self.send_response(200)
+        if self.path == "/large":
+            data = b"x" * 200_000
+        if self.path != "/endless":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+class Names:
+    """A resolver that says what it is told, and counts."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers, self.asked = list(answers), []
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.asked.append(host)
+        return self.answers.pop(0)
+
+
+def fetch(url: str, *answers: list[str], accepts=lambda address: True, domains: tuple[str, ...] = (), **options) -> bytes:
+    settings = {"max_bytes": 100_000, "timeout_s": 1.0} | options
+    fetcher = Fetcher(domains=domains, accepts=accepts, resolve=Names(*answers) if answers else Names(["127.0.0.1"]), **settings)
+    return asyncio.run(fetcher.fetch(url, place="here"))
+
+
+def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
+    names = Names(["127.0.0.1"])  # a second question would raise
+    fetcher = Fetcher(domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=names)
+    assert asyncio.run(fetcher.fetch(f"http://cdn.pictures.example:{elsewhere}/a.png?b=c", place="here")) == picture()
+    assert names.asked == ["cdn.pictures.example"]
+    assert fetch(f"http://a.example:{elsewhere}/endless") == picture()
+
+
+@pytest.mark.parametrize(
+    ("url", "answers", "accepts", "words"),
+    [
+        ("http://a.example:{port}/", [["8.8.8.8", "127.0.0.1"]], is_public, "not on the public internet"),
+        ("http://a.example:{port}/", [["::ffff:127.0.0.1"]], is_public, "not on the public internet"),
+        ("http://a.example:{port}/", [["fe80::1%eth0"]], is_public, "not on the public internet"),
+        ("http://a.example:{port}/", [[]], is_public, "not on the public internet"),
+        ("http://a.example:{port}/redirect", [], None, "answers 302; redirects are not followed"),
+        ("http://a.example:{port}/large", [], None, "more than 100000 bytes"),
+        ("http://a.example:{port}/slow", [], None, "did not arrive within 1 s"),
+        ("http://me:secret@a.example:{port}/", [], None, "credentials"),
+        ("http://a.example:99999/", [], None, "cannot be read"),
+        ("http://a.example :{port}/", [], None, "ASCII without spaces"),
+        ("http://a.example\\@b/", [], None, "ASCII without spaces and backslashes"),
+        ("ftp://a.example/", [], None, "must be http"),
+        ("http:///a", [], None, "must be http"),
+        ("http://a.example:1/", [], None, "cannot be fetched"),
+    ],
+)
+def test_not_fetched(elsewhere: int, url: str, answers: list[list[str]], accepts, words: str) -> None:
+    options = {"accepts": accepts} if accepts else {}
+    with pytest.raises(Refusal, match=words):
+        fetch(url.format(port=elsewhere), *answers, **options)
+
+
+def test_only_allowed_domains(elsewhere: int) -> None:
+    for host in ("b.example", "xa.example", "a.example.evil"):
+        with pytest.raises(Refusal, match="from a.example only"):
+            fetch(f"http://{host}:{elsewhere}/", domains=("a.example",))
+
+
+def test_served_when_allowed(encoder: Encoder, elsewhere: int) -> None:
+    fetcher = Fetcher(domains=(), max_bytes=100_000, timeout_s=5, accepts=lambda address: True)
+    with running(encoder, allow_image_urls=(), fetcher=fetcher) as server:
+        assert ask(server, f"http://127.0.0.1:{elsewhere}/a.png").status_code == 200
+        assert server.engine.requests[0].prompt.pixels.size(0) == 1

@@ -1,0 +1,53 @@
+"""Serve a checkpoint, a run directory (its newest) or a Hugging Face export: OpenAI's API, and a page at /. Stop it with Ctrl-C.
+
+python tools/serve.py CKPT                                    one process, http://127.0.0.1:8000/
+torchrun --nproc-per-node 2 tools/serve.py CKPT               tensor parallel over two, whatever it was trained at
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_share4v.config.load import from_options
+from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.errors import reported
+from megatron_share4v.log import configure
+from megatron_share4v.parallel.launch import World
+
+
+def main() -> None:
+    arguments = vars(parse())
+    world = World.from_environment()
+    configure(rank=world.rank)
+    with reported(rank=world.rank, ranks=world.size):
+        configs = [from_options(cls, {name: arguments[name] for name in cls.__pydantic_fields__ if name in arguments}) for cls in (ServeConfig, EngineConfig)]
+        from megatron_share4v.serve.start import serve_checkpoint  # after the checks above: this imports megatron-core
+
+        serve_checkpoint(arguments["checkpoint"], world, config=configs[0], engine=configs[1], dtype=arguments["dtype"])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="what it computes in (default: as in training)")
+    for title, cls in (("server", ServeConfig), ("engine", EngineConfig)):
+        group = parser.add_argument_group(title)
+        for name, field in cls.__pydantic_fields__.items():
+            group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **_kind(name, field))
+    return parser.parse_args()
+
+
+def _kind(name: str, field: Any) -> dict[str, Any]:
+    text = f"{(field.description or '').replace('%', '%%')} (default: {field.default})".strip()
+    if name == "allow_image_urls":
+        return {"nargs": "*", "metavar": "DOMAIN", "help": text}
+    return {"type": str if "str" in str(field.annotation) else yaml.safe_load, "metavar": "VALUE", "help": text}
+
+
+if __name__ == "__main__":
+    main()
