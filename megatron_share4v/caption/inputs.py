@@ -1,0 +1,113 @@
+"""Which images: lists (JSON, JSONL), folders, globs and tar archives become Pictures, in order, each with an id that never changes.
+
+An entry's path is what results are known by. All paths are relative to one root, so that they can be those of a data set's records.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from megatron_share4v.caption.records import Picture
+from megatron_share4v.data.image_files import COMPRESSED, SUFFIXES
+from megatron_share4v.errors import DataError
+
+Place = tuple[str | None, str, str, int, int | None]
+"""id as given, path, file, offset, size: see Picture."""
+
+
+def read_pictures(*, images_file: Path | None, images: Sequence[str], root: Path) -> list[Picture]:
+    """The entries of `images_file`, then those of `images` (folders, globs, archives, files below `root`); repeated entries stay.
+
+    An id is the list's own or the hash of the path; the k-th entry of the same id gets "~k". Raises DataError for a list that is none, for what
+    does not exist, and when there is nothing at all.
+    """
+    places: list[Place] = []
+    if images_file is not None:
+        places += _listed(images_file, root)
+    for item in images:
+        places += _found(item, root)
+    if not places:
+        raise DataError(f"{images_file or ', '.join(images)}: has no images; looked for {', '.join(SUFFIXES)} and .tar below {root}")
+    return list(_with_ids(places))
+
+
+def _with_ids(places: Iterable[Place]) -> Iterator[Picture]:
+    used: dict[str, int] = {}
+    for given, path, file, offset, size in places:
+        first = given or hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        name, count = first, used.get(first, 0) + 1
+        while count > 1 and (name := f"{first}~{count}") in used:
+            count += 1
+        used[first] = count
+        used.setdefault(name, 1)
+        yield Picture(id=name, path=path, file=file, offset=offset, size=size)
+
+
+def _listed(path: Path, root: Path) -> Iterator[Place]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); --images-file is a JSON list of image paths, or JSONL with one entry a line") from error
+    try:
+        if path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a line") from error
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: holds a JSON {type(entries).__name__}; expected a list of image paths")
+    for number, entry in enumerate(entries):
+        name, image = (entry.get("id"), entry.get("image", entry.get("path"))) if isinstance(entry, dict) else (None, entry)
+        if not isinstance(image, str) or not image:
+            raise DataError(f"{path}, entry {number}: is {str(entry)[:60]!r}; expected an image path, or an object with 'image' and perhaps 'id'")
+        yield None if name is None else str(name), image, str(root / image), 0, None
+
+
+def _found(item: str, root: Path) -> Iterator[Place]:
+    if (root / item).exists():
+        yield from _at(item, root, asked=True)
+        return
+    matches = sorted(glob.glob(item, root_dir=root, recursive=True)) if glob.has_magic(item) else []
+    if not matches:
+        raise DataError(f"--images {item}: no such file, folder or match below {root.resolve()}; quote a pattern, and mind --images-root")
+    for match in matches:
+        yield from _at(match, root, asked=False)
+
+
+def _at(item: str, root: Path, *, asked: bool) -> Iterator[Place]:
+    """asked: the user has named it, so that it is an image whatever its suffix."""
+    path, lower = root / item, item.lower()
+    if path.is_dir():
+        for folder, below, names in os.walk(path):
+            below.sort()
+            for name in sorted(names):
+                yield from _at(PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix(), root, asked=False)
+    elif lower.endswith(COMPRESSED):
+        raise DataError(f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar")
+    elif lower.endswith(".tar"):
+        yield from _members(item, path)
+    elif asked or lower.endswith((*SUFFIXES, ".tiff")):
+        yield None, PurePosixPath(item).as_posix(), str(path), 0, None
+
+
+def _members(item: str, path: Path) -> Iterator[Place]:
+    """`a/b.tar` has a/b/<member>: the path under which data preparation finds it too (data/image_files.py)."""
+    folder = PurePosixPath(item).with_suffix("")
+    try:
+        end = path.stat().st_size
+        with tarfile.open(path, "r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # else the whole list is kept
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"ends within {member.name}")
+                if member.isreg() and not member.issparse() and member.name.lower().endswith((*SUFFIXES, ".tiff")):
+                    yield None, str(folder / member.name), str(path), member.offset_data, member.size
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"archive {path}: is damaged ({error}); fetch it again") from error

@@ -1,0 +1,124 @@
+"""One job from its inputs to its files: who captions what, what is done already, and what is written at the end.
+
+Ranks share the pictures that are left; each has a journal of its own; the first merges them when all have finished.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_share4v.caption.inputs import read_pictures
+from megatron_share4v.caption.journal import Done, Journal, Share
+from megatron_share4v.caption.outputs import check_targets, is_trainable, write_annotations, write_jsonl, write_official, write_shards
+from megatron_share4v.caption.progress import Progress
+from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.log import get_logger
+
+Captioner = Callable[[Iterator[Picture]], Iterator[list[Row]]]
+SHOWN_ERRORS = 5
+SAMPLES_PER_SHARD = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """images: folders, globs, archives and files below images_root. restart: forget what was done; retry_errors: try again what became an error."""
+
+    save_path: Path
+    images_file: Path | None = None
+    images: tuple[str, ...] = ()
+    images_root: Path = Path()
+    jsonl: Path | None = None
+    annotations: Path | None = None
+    shards: Path | None = None
+    samples_per_shard: int = SAMPLES_PER_SHARD
+    restart: bool = False
+    retry_errors: bool = False
+
+    @property
+    def journals(self) -> Path:
+        """Where the ranks write what they have."""
+        return self.save_path.with_name(f"{self.save_path.name}.journal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Of the whole job; the rates are of this start and this process."""
+
+    images: int
+    captions: int
+    errors: int
+    trainable: int
+    images_per_s: float
+    tokens_per_s: float
+
+    @property
+    def exit_code(self) -> int:
+        """3 when there are error rows."""
+        return 3 if self.errors else 0
+
+
+def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, model: str, share: Share) -> Summary | None:
+    """Caption what is left of the inputs and write the files. Returns None on all but the first process.
+
+    model: what names the model in the journal, so that captions of two are never mixed. Raises DataError.
+    """
+    pictures = read_pictures(images_file=options.images_file, images=options.images, root=options.images_root)
+    check_targets(annotations=options.annotations, shards=options.shards, pictures=pictures)
+    job: dict[str, object] = {"model": model, **vars(settings)}
+    journal = Journal(options.journals, rank=share.rank)
+    try:
+        done = _take_up(journal, options, job, share)
+        left = [picture for picture in pictures if picture.id not in done or options.retry_errors and picture.id in done.errors]
+        share.meet()  # all have read the journals: now they may grow
+        mine = left[share.rank :: share.size]
+        before = (len(pictures) - len(left)) // share.size
+        progress = Progress(total=before + len(mine), done=before)
+        for rows in captioner(iter(mine)):
+            journal.append(rows)
+            progress.advance(rows)
+        get_logger().info(str(progress))
+        share.meet()
+    finally:
+        journal.close()
+    return _write(options, pictures, settings, Done(options.journals, job=job), progress) if share.rank == 0 else None
+
+
+def _take_up(journal: Journal, options: JobOptions, job: dict[str, object], share: Share) -> Done:
+    if options.restart and share.rank == 0:
+        own = {f"rank{rank}.jsonl" for rank in range(share.size)}
+        for path in options.journals.glob("rank*.jsonl"):
+            if path.name not in own:
+                path.unlink()
+    journal.begin(job, restart=options.restart)
+    share.meet()
+    return Done(options.journals, job=job)
+
+
+def _write(options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done, progress: Progress) -> Summary:
+    """Every file from the journals anew: it is the same, however often the job was killed."""
+    counts: Counter[str] = Counter()
+    for row in done.rows(pictures):
+        counts["errors" if row.error is not None else "captions"] += 1
+        counts["trainable"] += is_trainable(row)
+        if row.error is not None and counts["errors"] <= SHOWN_ERRORS:
+            get_logger().warning("%s: %s", row.path, row.error)
+    if counts["errors"]:
+        get_logger().warning("%d images have no caption; each has a line with its error in %s", counts["errors"], options.jsonl or options.journals)
+    write_official(options.save_path, done.rows(pictures))
+    if options.jsonl:
+        write_jsonl(options.jsonl, done.rows(pictures))
+    if options.annotations:
+        write_annotations(options.annotations, done.rows(pictures), prompt=settings.prompt)
+    if options.shards:
+        write_shards(options.shards, done.rows(pictures), pictures, prompt=settings.prompt, samples_per_shard=options.samples_per_shard)
+    return Summary(
+        images=len(pictures),
+        captions=counts["captions"],
+        errors=counts["errors"],
+        trainable=counts["trainable"],
+        images_per_s=round(progress.images / progress.seconds, 3),
+        tokens_per_s=round(progress.tokens / progress.seconds, 1),
+    )

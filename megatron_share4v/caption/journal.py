@@ -1,0 +1,126 @@
+"""What has been captioned so far, on disk: one append-only file per rank, flushed to the disk before anything else happens.
+
+A killed job, started again with any number of ranks, goes on after the last whole line of each file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_share4v.caption.records import Picture, Row
+from megatron_share4v.errors import DataError
+
+_FILE_BITS = 20
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among those that share the work. meet: returns when all have come so far."""
+
+    rank: int = 0
+    size: int = 1
+    meet: Callable[[], None] = lambda: None
+
+
+class Journal:
+    """`directory`/rank<N>.jsonl of one process: a line with what the job is, then a line per row."""
+
+    def __init__(self, directory: Path, *, rank: int) -> None:
+        """Raises DataError when another process has it."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / f"rank{rank}.jsonl"
+        self._file = self.path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{self.path}: another process is at this job; wait for it or end it, or give another --save-path") from error
+
+    def begin(self, job: dict[str, object], *, restart: bool) -> None:
+        """Cut off a line that was not written to its end, and all others with `restart`; name the job if nothing is left."""
+        whole = 0 if restart else self.path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(whole)
+        if not whole:
+            self._append([{"job": job}])
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """They are on the disk when this returns."""
+        self._append([asdict(row) for row in rows])
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
+
+    def _append(self, lines: Sequence[dict[str, object]]) -> None:
+        self._file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class Done:
+    """The rows of all journals in a directory, found by id: a caption rather than an error, where there are both, and else the later one.
+
+    Keeps where they are, not what they say: about 150 bytes a row.
+    """
+
+    def __init__(self, directory: Path, *, job: dict[str, object]) -> None:
+        """Raises DataError when a journal is another job's, or damaged before its last line."""
+        self._paths = sorted(directory.glob("rank*.jsonl"))
+        assert len(self._paths) < 1 << _FILE_BITS
+        self._places: dict[str, int] = {}
+        self.errors: set[str] = set()
+        for number, path in enumerate(self._paths):
+            self._scan(number, path, job)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def rows(self, pictures: Iterable[Picture]) -> Iterator[Row]:
+        """Those of `pictures`, in their order."""
+        files = [path.open("rb") for path in self._paths]
+        try:
+            for picture in pictures:
+                place = self._places[picture.id]
+                file = files[place & ((1 << _FILE_BITS) - 1)]
+                file.seek(place >> _FILE_BITS)
+                yield Row(**json.loads(file.readline()))
+        finally:
+            for file in files:
+                file.close()
+
+    def _scan(self, number: int, path: Path, job: dict[str, object]) -> None:
+        with path.open("rb") as file:
+            offset = 0
+            for count, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    content = json.loads(line)
+                    if count > 1:
+                        self._note(content["id"], content["error"], offset << _FILE_BITS | number)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{path}:{count}: is damaged ({error}); remove this line, or begin anew with --restart") from error
+                if count == 1:
+                    _check_job(path, content.get("job"), job)
+                offset += len(line)
+
+    def _note(self, name: str, error: str | None, place: int) -> None:
+        if error is not None and name in self._places and name not in self.errors:
+            return
+        self._places[name] = place
+        (self.errors.discard if error is None else self.errors.add)(name)
+
+
+def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
+    if found == job:
+        return
+    before = found if isinstance(found, dict) else {}
+    differences = [f"{name} was {before.get(name)!r}, now {job.get(name)!r}" for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
+    raise DataError(
+        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with --restart, or give "
+        "another --save-path"
+    )

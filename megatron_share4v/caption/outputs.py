@@ -1,0 +1,110 @@
+"""Captions as files, from rows in the order of the input: the official list, JSONL, annotations to train with, WebDataset shards.
+
+Each is written whole or not at all; the same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from megatron_share4v.caption.records import Picture, Row
+from megatron_share4v.checkpoint.manifest import flush_directory
+from megatron_share4v.data.decode_pil import EXTENSIONS, open_header
+from megatron_share4v.data.shards import ShardWriter
+from megatron_share4v.errors import DataError
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER
+
+MAX_KEY_LENGTH = 80
+
+
+def write_official(path: Path, rows: Iterable[Row]) -> None:
+    """The published tool's list of {path: caption}, as json.dump with indent 4 writes it; pictures without a caption are left out."""
+    _write_list(path, ({row.path: row.caption} for row in rows if row.error is None))
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """All rows, errors too."""
+    with _replacing(path) as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def write_annotations(path: Path, rows: Iterable[Row], *, prompt: str) -> None:
+    """ShareGPT4V's records of the rows that can be trained: see `is_trainable`."""
+    _write_list(path, (_record(row, prompt=prompt) for row in rows if is_trainable(row)))
+
+
+def write_shards(directory: Path, rows: Iterable[Row], pictures: Sequence[Picture], *, prompt: str, samples_per_shard: int) -> None:
+    """`key.jpg|png|...` and `key.json`, the annotation record, of the rows that can be trained. Replaces earlier shards in `directory`.
+
+    Raises DataError when an image has gone since it was captioned.
+    """
+    staging = directory.parent / f".{directory.name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    writer, used = ShardWriter(staging, samples_per_shard=samples_per_shard), set()
+    for row, picture in zip(rows, pictures, strict=True):
+        if not is_trainable(row):
+            continue
+        data = picture.read()
+        key = re.sub(r"[^A-Za-z0-9_~-]", "_", row.id)[:MAX_KEY_LENGTH]
+        key = f"{key}~{len(used)}" if key in used else key
+        used.add(key)
+        text = json.dumps(_record(row, prompt=prompt)).encode()
+        writer.write(key, text=text, image=data, extension=EXTENSIONS[open_header(data).format])
+    writer.close()
+    if directory.exists():
+        shutil.rmtree(directory)
+    staging.rename(directory)
+    flush_directory(directory.parent)
+
+
+def is_trainable(row: Row) -> bool:
+    """A caption that says something, and does not contain the image's own placeholder."""
+    return row.error is None and bool(row.caption.strip()) and IMAGE_PLACEHOLDER not in row.caption
+
+
+def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Sequence[Picture]) -> None:
+    """Before the work: what could not be written after it. Raises DataError."""
+    if annotations or shards:
+        for picture in pictures:
+            if picture.path.startswith("/") or ".." in PurePosixPath(picture.path).parts:
+                raise DataError(
+                    f"image {picture.path}: annotations want paths inside one folder of images; name it with --images-root, and images relative to it"
+                )
+    if shards and shards.exists() and any(not path.name.startswith("shard-") for path in shards.iterdir()):
+        raise DataError(f"--shards {shards}: holds more than shards; give an empty or new directory")
+
+
+def _record(row: Row, *, prompt: str) -> dict[str, object]:
+    turns = [{"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{prompt}"}, {"from": "gpt", "value": row.caption}]
+    return {"id": row.id, "image": row.path, "conversations": turns}
+
+
+def _write_list(path: Path, items: Iterator[dict[str, object]]) -> None:
+    """What json.dump(list, indent=4) writes, without the list."""
+    with _replacing(path) as file:
+        opening = "[\n"
+        for item in items:
+            file.write(f"{opening}    " + json.dumps(item, indent=4).replace("\n", "\n    "))
+            opening = ",\n"
+        file.write("[]" if opening == "[\n" else "\n]")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush_directory(path.parent)

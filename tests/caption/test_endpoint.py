@@ -1,0 +1,184 @@
+"""An endpoint that answers, is busy, lies, breaks down, refuses: what becomes of the images each time."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+from fake_endpoint import FakeServer, caption_of, completion, image_of, serving
+from PIL import Image
+
+from megatron_share4v.caption.endpoint import LONGEST_WAIT_S, Endpoint, EndpointCaptioner
+from megatron_share4v.caption.inputs import read_pictures
+from megatron_share4v.caption.job import JobOptions, run_job
+from megatron_share4v.caption.journal import Share
+from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.errors import ConfigError
+
+COUNT = 12
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Picture]:
+    """COUNT images of different bytes."""
+    for number in range(COUNT):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(buffer, format="PNG" if number % 2 else "JPEG")
+        (tmp_path / f"{number:02}.{'png' if number % 2 else 'jpg'}").write_bytes(buffer.getvalue())
+    return read_pictures(images_file=None, images=["."], root=tmp_path)
+
+
+def ask(url: str, pictures: list[Picture], *, waits: list[float] | None = None, settings: Settings = Settings(), **more) -> dict[str, Row]:
+    endpoint = Endpoint(url=url, model="m", **{"concurrency": 4, "retries": 2, **more})
+    captioner = EndpointCaptioner(endpoint, settings=settings, sleep=([] if waits is None else waits).append)
+    return {row.path: row for rows in captioner(iter(pictures)) for row in rows}
+
+
+def expected(picture: Picture) -> Row:
+    return Row(picture.id, picture.path, caption=f"caption {sum(picture.read())}", tokens=4, finish_reason="stop")
+
+
+def all_captioned(rows: dict[str, Row], pictures: list[Picture]) -> bool:
+    return rows == {picture.path: expected(picture) for picture in pictures}
+
+
+def test_what_is_asked_and_what_comes(pictures: list[Picture]) -> None:
+    def slow(request: dict, number: int):
+        time.sleep(0.02)
+        return caption_of(request)
+
+    with serving(slow) as (url, server):
+        assert all_captioned(ask(url, pictures, key="secret", settings=Settings(prompt="What?", max_new_tokens=7)), pictures)
+    assert len(server.requests) == COUNT and 2 <= server.most_at_once <= 4
+    request = next(request for request in server.requests if image_of(request) == pictures[0].read())
+    assert request["messages"][0]["content"][1] == {"type": "text", "text": "What?"}
+    others = {name: value for name, value in request.items() if name != "messages"}
+    assert others == {"path": "/v1/chat/completions", "model": "m", "max_tokens": 7, "temperature": 0.0}
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
+    kinds = {request["messages"][0]["content"][0]["image_url"]["url"].partition(";")[0] for request in server.requests}
+    assert kinds == {"data:image/png", "data:image/jpeg"}
+
+
+def test_sampling_sends_a_seed_of_each_image(pictures: list[Picture]) -> None:
+    settings = Settings(temperature=0.5, top_p=0.7, repetition_penalty=1.5, seed=3)
+    with serving(lambda request, number: caption_of(request)) as (url, server):
+        ask(url, pictures, settings=settings)
+        ask(url, pictures[::-1], settings=settings)
+    seeds = {image_of(request): request["seed"] for request in server.requests[:COUNT]}
+    assert seeds == {image_of(request): request["seed"] for request in server.requests[COUNT:]} and len(set(seeds.values())) == COUNT
+    assert {(request["top_p"], request["repetition_penalty"]) for request in server.requests} == {(0.7, 1.5)}
+
+
+BROKEN = [
+    (200, {}, b"<html>proxy</html>"),
+    (200, {}, b'{"choices": []}'),
+    (200, {}, b'{"choices": [{"message": {"content": null}}]}'),
+    (200, {}, b'[{"choices": 3}]'),
+    (200, {}, b"\xff\xfe" * 10),
+    (200, {}, b"[" * 100_000),
+    (200, {"Content-Length": "5000"}, b'{"choices": '),
+    (429, {"Retry-After": "7"}, b"busy"),
+    (500, {}, b"oops"),
+    (503, {}, b""),
+    FakeServer.HANG_UP,
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]} {broken[2][:12]!r}")
+def test_what_passes_is_tried_again(broken, pictures: list[Picture]) -> None:
+    waits: list[float] = []
+    with serving(lambda request, number: broken if number < 2 else caption_of(request)) as (url, server):
+        assert all_captioned(ask(url, pictures, waits=waits, timeout_s=5.0), pictures)
+    assert len(server.requests) == 3 * COUNT and len(waits) == 2 * COUNT
+    assert set(waits) == {7.0} if broken[0] == 429 else all(0.7 < wait < 2.6 for wait in waits)
+
+
+def test_a_long_wait_is_cut(pictures: list[Picture]) -> None:
+    waits: list[float] = []
+    with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "86400"}, b"")) as (url, _):
+        ask(url, pictures, waits=waits)
+    assert set(waits) == {LONGEST_WAIT_S}
+
+
+@pytest.mark.parametrize("broken", [(500, {}, b"crashed"), (200, {}, b"{}"), (400, {}, b'{"error": {"message": "crashed: no such colour"}}')])
+def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Picture]) -> None:
+    bad = pictures[5].read()
+    with serving(lambda request, number: broken if image_of(request) == bad else caption_of(request)) as (url, server):
+        rows = ask(url, pictures)
+    error = rows.pop(pictures[5].path).error
+    assert ("crashed" in error or "no chat completion" in error) and all_captioned(rows, [*pictures[:5], *pictures[6:]])
+    assert len(server.requests) == COUNT - 1 + (1 if broken[0] == 400 else 3)
+
+
+@pytest.mark.parametrize("broken", [(503, {}, b"down"), (400, {}, b"max_tokens is too large"), FakeServer.HANG_UP])
+def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(broken, pictures: list[Picture], tmp_path: Path) -> None:
+    options = JobOptions(save_path=tmp_path / "out.json", images=(".",), images_root=tmp_path)
+    (tmp_path / "zz.png").write_bytes(b"broken")
+
+    def job(url: str):
+        captioner = EndpointCaptioner(Endpoint(url=url, model="m", concurrency=2, retries=1), settings=Settings(), sleep=lambda seconds: None)
+        return run_job(captioner, options, settings=Settings(), model="m", share=Share())
+
+    down = [False]
+    with serving(lambda request, number: broken if down[0] else caption_of(request)) as (url, _):
+        down[0] = True
+        with pytest.raises(ConfigError, match="got no caption.*what was captioned is kept"):
+            job(url)
+        assert not (tmp_path / "out.json").exists()
+        down[0] = False
+        summary = job(url)
+    assert (summary.captions, summary.errors) == (COUNT, 1)
+    assert json.loads((tmp_path / "out.json").read_text())[0] == {pictures[0].path: expected(pictures[0]).caption}
+
+
+def test_few_images_without_any_answer_end_the_job_too(pictures: list[Picture]) -> None:
+    with serving(lambda request, number: (500, {}, b"")) as (url, _), pytest.raises(ConfigError, match="the last 2 images"):
+        ask(url, pictures[:2])
+
+
+def test_nobody_there(pictures: list[Picture]) -> None:
+    with serving(lambda request, number: completion("x")) as (url, _):
+        pass
+    with pytest.raises(ConfigError, match="no answer"):
+        ask(url, pictures)
+
+
+@pytest.mark.parametrize("code", [401, 404, 307])
+def test_a_refusal_of_the_client_ends_the_job_at_once(code: int, pictures: list[Picture]) -> None:
+    with serving(lambda request, number: (code, {"Location": "http://127.0.0.1:9/elsewhere"}, b'{"error": "no"}')) as (url, server):
+        with pytest.raises(ConfigError, match=f"HTTP {code}.*check URL"):
+            ask(url, pictures, key="secret")
+    assert len(server.requests) <= 8
+
+
+def test_the_end_does_not_wait_for_pauses(pictures: list[Picture]) -> None:
+    last = pictures[3].read()
+
+    def answer(request: dict, number: int):
+        time.sleep(0.2 * (image_of(request) == last))
+        return (401, {}, b"") if image_of(request) == last else (429, {"Retry-After": "50"}, b"busy")
+
+    with serving(answer) as (url, _):
+        started = time.monotonic()
+        captioner = EndpointCaptioner(Endpoint(url=url, model="m", concurrency=4), settings=Settings())
+        with pytest.raises(ConfigError, match="HTTP 401"):
+            list(captioner(iter(pictures)))
+    assert time.monotonic() - started < 20, "others are in a pause of 50 s"
+
+
+def test_a_bad_image_is_not_sent(pictures: list[Picture], tmp_path: Path) -> None:
+    Path(pictures[0].file).write_bytes(b"no image")
+    Path(pictures[1].file).unlink()
+    with serving(lambda request, number: caption_of(request)) as (url, server):
+        rows = ask(url, pictures)
+    assert "no format that Pillow knows" in rows.pop(pictures[0].path).error and "No such file" in rows.pop(pictures[1].path).error
+    assert all_captioned(rows, pictures[2:]) and len(server.requests) == COUNT - 2
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "file:///etc", "http://"])
+def test_what_is_no_url(url: str) -> None:
+    with pytest.raises(ConfigError, match="no http"):
+        EndpointCaptioner(Endpoint(url=url, model="m"), settings=Settings())

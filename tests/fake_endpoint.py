@@ -1,0 +1,84 @@
+"""A server that speaks as much of OpenAI's chat completions as the captioner needs, and misbehaves as it is told."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def completion(text: str, *, tokens: int = 4, finish: str = "stop") -> Answer:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    body = {"choices": [choice], "usage": {"completion_tokens": tokens}}
+    return 200, {}, json.dumps(body).encode()
+
+
+def caption_of(request: dict[str, Any]) -> Answer:
+    """Tells images apart by their bytes."""
+    return completion(f" caption {sum(image_of(request))} ")
+
+
+def image_of(request: dict[str, Any]) -> bytes:
+    return base64.b64decode(request["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])
+
+
+class FakeServer:
+    """answer(request, number): number counts the tries of the same image from 0. `hang_up` closes the connection without a word."""
+
+    HANG_UP: Answer = (0, {}, b"")
+
+    def __init__(self, answer: Callable[[dict[str, Any], int], Answer]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.most_at_once = self._at_once = 0
+        self._tries: dict[bytes, int] = {}
+        self._lock, self._answer = threading.Lock(), answer
+
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
+        request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+            self.requests.append({"path": handler.path, **request})
+            self.headers.append(dict(handler.headers))
+            number = self._tries.get(image_of(request), 0)
+            self._tries[image_of(request)] = number + 1
+        code, headers, body = self._answer(request, number)
+        with self._lock:
+            self._at_once -= 1
+        if not code:
+            return
+        handler.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[tuple[str, FakeServer]]:
+    """Its URL, up to /v1."""
+    fake = FakeServer(answer)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            fake.handle(self)
+
+        def log_message(self, *arguments: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", fake
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,133 @@
+"""Caption images, with a model of ours or any OpenAI-compatible endpoint; the options and files of ShareGPT4V's share-cap_batch_infer.py, and more.
+
+Killed? Start the same command again: what was captioned is in SAVE_PATH.journal/ and is kept. torchrun --nproc-per-node N tools/caption.py ...
+captions with N models at once. Exit code 3: some images have no caption (each is named with its error). The last line is one JSON object. More is in
+docs/captioning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.log import configure
+from megatron_share4v.parallel.launch import World
+
+KEY = "OPENAI_API_KEY"
+DEFAULT_LIST = Path("images_to_describe.json")
+
+
+def main() -> int:
+    arguments = parse()
+    with reported():
+        world = World.from_environment()
+    configure(rank=world.rank)
+    try:
+        with reported(rank=world.rank, ranks=world.size):
+            summary = run(arguments, world)
+    except OSError as error:
+        print(f"caption: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("caption: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    if summary is None:
+        return 0
+    print(json.dumps(asdict(summary)), flush=True)
+    return summary.exit_code
+
+
+def run(arguments: argparse.Namespace, world: World):
+    from megatron_share4v.caption.endpoint import Endpoint, caption_with_endpoint
+    from megatron_share4v.caption.job import JobOptions
+    from megatron_share4v.caption.records import Settings
+
+    given = vars(arguments)
+    if arguments.images_file is None and not arguments.images:
+        given["images_file"] = DEFAULT_LIST
+    job = JobOptions(**{name: given[name] for name in JobOptions.__dataclass_fields__})
+    settings = Settings(**{name: given[name] for name in Settings.__dataclass_fields__})
+    if (arguments.model_name is None) == (arguments.endpoint is None):
+        raise ConfigError("give either --model-name (a checkpoint, a run directory or an export) or --endpoint")
+    if arguments.endpoint is None:
+        from megatron_share4v.caption.run import ModelOptions, caption_with_model  # this imports megatron-core: not for an endpoint
+
+        model = ModelOptions(
+            name=arguments.model_name, batch_size=arguments.batch_size, tensor=arguments.num_gpus, dtype=arguments.dtype, workers=arguments.workers
+        )
+        return caption_with_model(model, job, settings=settings, world=world)
+    if arguments.endpoint_model is None:
+        raise ConfigError("--endpoint also needs --endpoint-model, the model's name as the server's /v1/models lists it")
+    endpoint = Endpoint(
+        url=arguments.endpoint, model=arguments.endpoint_model, key=os.environ.get(KEY), concurrency=arguments.concurrency or arguments.batch_size,
+        retries=arguments.retries, timeout_s=arguments.timeout,
+    )  # fmt: skip
+    return caption_with_endpoint(endpoint, job, settings=settings, world=world)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    official = parser.add_argument_group("as the published tool (where the meaning differs, it is said)")
+    official.add_argument("--images-file", type=Path, help=f"JSON list of paths; also .jsonl, and records ({DEFAULT_LIST}, unless --images)")
+    official.add_argument("--save-path", type=Path, default=Path("captions.json"), help="JSON list of {path: caption} (captions.json)")
+    official.add_argument("--model-name", help="checkpoint, run directory or export; no default, and ShareCaptioner's own weights are not read")
+    official.add_argument("--batch-size", type=positive(int), default=16, help="images at the same time; one that ends makes room (16; there 4)")
+    official.add_argument("--num_gpus", type=positive(int), default=1, help="processes that one model is spread over, by tensor (1; there by layers)")
+    more = parser.add_argument_group("input")
+    more.add_argument("--images", nargs="+", default=(), help="folders, quoted globs, WebDataset tars, files; after those of --images-file")
+    more.add_argument("--images-root", type=Path, default=Path(), help="what all paths are relative to (.)")
+    out = parser.add_argument_group("further output")
+    out.add_argument("--jsonl", type=Path, help="all rows: id, path, caption, tokens, finish_reason, error")
+    out.add_argument("--annotations", type=Path, help="ShareGPT4V records, for tools/prepare_data.py --images IMAGES_ROOT")
+    out.add_argument("--shards", type=Path, help="directory of WebDataset shards with images and records; earlier shards in it are replaced")
+    out.add_argument("--samples-per-shard", type=positive(int), default=10_000)
+    out.add_argument("--restart", action="store_true", help="forget what an earlier start has captioned")
+    out.add_argument("--retry-errors", action="store_true", help="try images again that became errors")
+    add_generation(parser.add_argument_group("generation"))
+    endpoint = parser.add_argument_group(f"endpoint (key: from {KEY}, if set)")
+    endpoint.add_argument("--endpoint", help="an OpenAI-compatible server's URL, up to and with /v1")
+    endpoint.add_argument("--endpoint-model", help="the model's name there")
+    endpoint.add_argument("--concurrency", type=positive(int), help="requests at the same time (--batch-size)")
+    endpoint.add_argument("--retries", type=int, default=5, help="further tries of an image (5)")
+    endpoint.add_argument("--timeout", type=positive(float), default=300.0, help="seconds for one answer (300)")
+    return parser.parse_args()
+
+
+def add_generation(group: argparse._ArgumentGroup) -> None:
+    from megatron_share4v.caption.records import INSTRUCTION
+
+    group.add_argument("--prompt", default=INSTRUCTION, help=f"({INSTRUCTION})")
+    group.add_argument("--max-new-tokens", type=positive(int), default=500, help="(500)")
+    group.add_argument("--temperature", type=at_least_zero, default=0.0, help="0: greedy (0; there beam sampling at 1)")
+    group.add_argument("--top-p", type=positive(float), default=1.0, help="nucleus, when sampling (1)")
+    group.add_argument("--repetition-penalty", type=positive(float), default=1.0, help="(1; there 1.5)")
+    group.add_argument("--num-beams", type=positive(int), default=1, help="beam search, or with a temperature beam sampling (1; there 3)")
+    group.add_argument("--seed", type=int, default=0, help="of sampling; each image has its own noise from it, in whatever company (0)")
+    group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
+    group.add_argument("--workers", type=positive(int), default=4, help="threads that read and decode images (4)")
+
+
+def positive(kind: type):
+    def parsed(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+        return value
+
+    return parsed
+
+
+def at_least_zero(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
