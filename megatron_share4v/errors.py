@@ -38,6 +38,10 @@ class OpsError(Share4VError):
     """A requested op or backend is not available on this machine."""
 
 
+class ServeError(Share4VError):
+    """A server that was asked for, or asked, does not answer."""
+
+
 @contextlib.contextmanager
 def reported(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     """End the process with the error's exit code and its message alone when the user is at fault.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -26,7 +27,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("readme")
     done = run(f"{QUICKSTART} --brief --out {out / 'quickstart'}", out)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith('{"layout": {"tensor": 2, "pipeline": 2')
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["layout"] == {"tensor": 2, "pipeline": 2, "data": 1} and last["served"] == {"asked": 8, "equal": True}
     return out
 
 
@@ -89,21 +91,31 @@ def test_benches_print_a_ratio(command: str, quickstart: Path) -> None:
     assert "ratio of tokens per second" in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("tensorboard")])
-def test_tensorboard_shows_the_run(command: str, quickstart: Path) -> None:
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "caption" in c])
+def test_captioning(command: str, quickstart: Path) -> None:
+    done = run(command, quickstart)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((quickstart / "captions.json").read_text())) == 128
+
+
+@pytest.mark.parametrize(("command", "path", "wanted"), [
+    *((c, "/data/plugin/scalars/tags", "train/loss") for c in COMMANDS if c.startswith("tensorboard")),
+    *((c, "/health", '"ok"') for c in COMMANDS if "tools/serve.py" in c),
+])  # fmt: skip
+def test_pages_open(command: str, path: str, wanted: str, quickstart: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = f"{command} --port {port}".replace("runs/", f"{quickstart}/")
-    server = subprocess.Popen(shlex.split(command), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(shlex.split(command), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        assert "train/loss" in _page(f"http://127.0.0.1:{port}/data/plugin/scalars/tags", server)
+        assert wanted in _page(f"http://127.0.0.1:{port}{path}", wanted, server)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 
-def _page(address: str, server: subprocess.Popen) -> str:
+def _page(address: str, wanted: str, server: subprocess.Popen) -> str:
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -111,12 +123,12 @@ def _page(address: str, server: subprocess.Popen) -> str:
                 text = answer.read().decode()
         except OSError as error:
             text = str(error)
-        if "train/loss" in text or time.monotonic() > deadline or server.poll() is not None:
+        if wanted in text or time.monotonic() > deadline or server.poll() is not None:
             return text
         time.sleep(0.5)
 
 
 def test_every_command_is_run_by_one_of_these() -> None:
     prefixes = (QUICKSTART, TESTS, "torchrun", "python tools/train.py", "python tools/doctor.py", "python tools/prepare_data.py", "python tools/bench_")
-    prefixes += ("python tools/convert.py", "tensorboard")
+    prefixes += ("python tools/convert.py", "python tools/serve.py", "python tools/caption.py", "tensorboard")
     assert [command for command in COMMANDS if not command.startswith(prefixes)] == []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole main job on a plain CPU: draw scenes, prepare shards, train both stages at tensor 2 x pipeline 2, export to Hugging Face's layout and
-# compare with transformers, answer held-out questions.
+# compare with transformers, serve the model and ask it over HTTP, answer held-out questions.
 #   bash examples/quickstart/run.sh [--out DIR]     default: runs/quickstart; a second call goes on where the first one stopped
 set -euo pipefail
 started=$(date +%s)
@@ -14,7 +14,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 source tools/environment.sh
-prepare_environment cpu,hf
+prepare_environment cpu,hf,serve
 export OMP_NUM_THREADS=1  # several ranks share the cores of one machine
 
 stage() {  # NAME [dotted.key=value ...]
@@ -27,4 +27,5 @@ stage finetune checkpoint.initialize_from="$out/pretrain/checkpoints/latest"
 rm -rf "$out/hf"  # an export is of one checkpoint, and a second call may have trained further
 python tools/convert.py export --from "$out/finetune" --to "$out/hf" --layout llava-hf
 python examples/quickstart/compare_export.py --out "$out"
+python examples/quickstart/ask_server.py --out "$out"
 torchrun --nproc-per-node 2 examples/quickstart/score.py --out "$out" --started "$started" "${score[@]}"

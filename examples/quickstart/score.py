@@ -60,9 +60,17 @@ def summarise(arguments: argparse.Namespace, world: World) -> dict:
         "stage2_loss_first": second[0],
         "stage2_loss_last": second[-1],
         "held_out": asdict(held_out),
+        "served": compare_served(out / "served.json", out / "samples" / "answers.jsonl"),
         "hf_export": json.loads((out / "hf_export.json").read_text(encoding="utf-8")),
         "wall_s": round(time.time() - arguments.started, 1),
     }
+
+
+def compare_served(served: Path, scored: Path) -> dict:
+    """Whether the server's answers are those that were scored, question by question."""
+    over_http = json.loads(served.read_text(encoding="utf-8"))
+    scored_rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
+    return {"asked": len(over_http), "equal": [(row["question"], row["answer"]) for row in over_http] == [(r["question"], r["model"]) for r in scored_rows]}
 
 
 def losses(run: Path) -> list[float]:
@@ -79,6 +87,8 @@ def below_floors(summary: dict) -> list[str]:
         problems.append(f"vqa_accuracy {right} is below {VQA_FLOOR}")
     if right - swapped < LOOKING_FLOOR:
         problems.append(f"vqa_accuracy {right} is less than {LOOKING_FLOOR} above that with swapped images, {swapped}: the model does not look")
+    if not summary["served"]["equal"]:
+        problems.append("the server answered other than the model that was scored: compare served.json with samples/answers.jsonl")
     for stage in ("stage1", "stage2"):
         if summary[f"{stage}_loss_last"] >= summary[f"{stage}_loss_first"]:
             problems.append(f"{stage} loss did not fall")

@@ -22,7 +22,7 @@ from megatron_share4v.serve.refusal import Refusal, unavailable
 from megatron_share4v.serve.replies import to_json
 
 T = TypeVar("T")
-OPEN_PATHS = ("/", "/health", "/favicon.ico")  # the page holds nothing of the model, and a browser cannot send a key before it is loaded
+OPEN_PATHS = ("/", "/health", "/ping", "/favicon.ico")  # the page holds nothing of the model, and a browser cannot send a key before it is loaded
 BODY_READ = "share4v.body_read"  # set in a request's scope
 LINGER_S, PING_S = 1.0, 15.0
 SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cross-origin-resource-policy", b"same-origin")]

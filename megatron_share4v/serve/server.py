@@ -56,6 +56,10 @@ def build_app(
             return JsonResponse({"status": "failed" if worker.failure else "loading"}, 503, refusal.headers)
         return JsonResponse({"status": "ok"})
 
+    async def load_now(request: Request) -> Response:
+        stats = worker.served.engine.stats if worker.served else None
+        return JsonResponse({"server_load": worker.waiting + (stats.waiting + stats.running if stats else 0)})
+
     async def show_metrics(request: Request) -> Response:
         stats = worker.served.engine.stats if worker.served else None
         return Response(metrics.text(model=config.model_name, waiting=worker.waiting, stats=stats), media_type=CONTENT_TYPE)
@@ -64,7 +68,8 @@ def build_app(
     megatron = Megatron(worker, bodies, preparation, metrics, max_images=config.max_images)
     app = Starlette(
         routes=[
-            Route("/health", health, methods=["GET"]), Route("/metrics", show_metrics, methods=["GET"]),
+            Route("/health", health, methods=["GET"]), Route("/ping", health, methods=["GET", "POST"]),
+            Route("/load", load_now, methods=["GET"]), Route("/metrics", show_metrics, methods=["GET"]),
             *openai.routes(), *megatron.routes(), *page.routes(),
         ],
         middleware=[Middleware(Guard, config=config, metrics=metrics)],

@@ -109,7 +109,7 @@ def test_key_guards_all_but_health_and_page(encoder: Encoder) -> None:
                 answer = http.get(path, headers=header)
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == 401, (path, header)
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 401
-        for path in ("/", "/health", "/favicon.ico"):
+        for path in ("/", "/health", "/ping", "/favicon.ico"):
             assert http.get(path).status_code == 200
         assert http.get("/v1/models", headers={"authorization": f"bearer {key}"}).status_code == 200
 
@@ -140,7 +140,8 @@ def test_health_while_loading_and_after(encoder: Encoder) -> None:
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 503
         assert http.get("/").status_code == 200 and http.get("/metrics").status_code == 200
         until(lambda: http.get("/health").status_code == 200)
-        assert http.get("/health").json() == {"status": "ok"}
+        assert http.get("/health").json() == http.post("/ping").json() == {"status": "ok"}
+        assert http.get("/load").json() == {"server_load": 0}
 
 
 def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
