@@ -1,0 +1,59 @@
+"""GQA: exact match, over all questions, over those answered by a choice (binary), and over open ones.
+
+Sources: GQA's eval.py (its checks of validity, plausibility and distribution need files that testdev lacks); LLaVA's convert_gqa_for_eval.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_share4v.errors import DataError
+
+
+@dataclass(frozen=True)
+class GqaQuestion:
+    id: str
+    answer: str
+    structural: str  # types.structural of the official file: query, verify, choose, logical, compare
+    balanced: bool = True
+
+
+@dataclass(frozen=True)
+class GqaScores:
+    """Percent, not rounded. 0 for a kind without questions, as in eval.py."""
+
+    accuracy: float
+    binary: float
+    open: float
+    by_structure: dict[str, float]
+    questions: int
+
+    @property
+    def headline(self) -> float:
+        return self.accuracy
+
+
+def convert(text: str) -> str:
+    """A model's text as the converter writes it: periods at the end go, then lower case. Nothing is stripped."""
+    return text.rstrip(".").lower()
+
+
+def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> GqaScores:
+    """`predictions`: converted answers by question id. Only balanced questions count. Raises DataError when one of these has no prediction."""
+    asked = [question for question in questions if question.balanced]
+    missing = [question.id for question in asked if question.id not in predictions]
+    if missing:
+        raise DataError(f"GQA: no prediction for {len(missing)} of {len(asked)} questions, the first is {missing[0]}; finish the run first")
+    right = {question.id: predictions[question.id] == question.answer for question in asked}
+
+    def share(chosen: Sequence[GqaQuestion]) -> float:
+        return sum(right[question.id] for question in chosen) / len(chosen) * 100 if chosen else 0.0
+
+    return GqaScores(
+        accuracy=share(asked),
+        binary=share([question for question in asked if question.structural != "query"]),
+        open=share([question for question in asked if question.structural == "query"]),
+        by_structure={kind: share([q for q in asked if q.structural == kind]) for kind in sorted({q.structural for q in asked})},
+        questions=len(asked),
+    )

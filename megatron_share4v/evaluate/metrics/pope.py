@@ -1,0 +1,78 @@
+"""POPE: yes or no from the first sentence; the counts, and from them accuracy, precision, recall, F1 and the share of yes.
+
+Sources: AoiDragon/POPE evaluate.py, LLaVA eval_pope.py. The paper's number is the mean F1 of the splits random, popular and adversarial.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_share4v.evaluate.metrics.arithmetic import average, ratio
+from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
+
+NO_WORDS = {"No", "no", "not"}
+
+
+@dataclass(frozen=True)
+class PopeScores:
+    """Counts with "yes" as the positive class; the rest are shares between 0 and 1, not rounded."""
+
+    true_positives: int
+    false_positives: int
+    true_negatives: int
+    false_negatives: int
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+@dataclass(frozen=True)
+class PopeMeans:
+    """Means over the splits, in the order given; shares between 0 and 1."""
+
+    f1: float
+    accuracy: float
+    yes_ratio: float
+
+    @property
+    def headline(self) -> float:
+        return 100 * self.f1
+
+
+def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
+    """ "no" if the text up to the first period, commas deleted, has No, no or not as a word between single spaces; else "yes", also for nothing.
+
+    `corrected`: words in any case and between any other characters ("NO", "no\\n", "No!") and those that end in n't count.
+    """
+    sentence = text.split(".")[0]
+    if profile is OFFICIAL:
+        words = set(sentence.replace(",", "").split(" "))
+        return "no" if words & NO_WORDS else "yes"
+    return "no" if re.search(r"\b(no|not)\b|n't\b", sentence.lower()) else "yes"
+
+
+def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = OFFICIAL) -> PopeScores:
+    """One split: texts and labels in the same order. Any label but "no" is a yes.
+
+    As in the script, answers without a label (and labels without an answer) fall away, except in the share of yes. Where nothing is answered
+    or labelled yes, it divides by zero and stops: precision, recall or F1 are nan here. `corrected`: those are 0; see also `parse`.
+    """
+    said = [parse(text, profile=profile) == "yes" for text in answers]
+    pairs = list(zip(said, (label != "no" for label in labels)))
+    tp, fp, tn, fn = (pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True)))
+    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    if profile is not OFFICIAL:
+        precision, recall = (0.0 if math.isnan(share) else share for share in (precision, recall))
+    f1 = ratio(2 * precision * recall, precision + recall)
+    if profile is not OFFICIAL and math.isnan(f1):
+        f1 = 0.0
+    return PopeScores(tp, fp, tn, fn, ratio(tp + tn, len(pairs)), precision, recall, f1, ratio(said.count(True), len(said)))
+
+
+def mean(splits: Sequence[PopeScores]) -> PopeMeans:
+    return PopeMeans(average([s.f1 for s in splits]), average([s.accuracy for s in splits]), average([s.yes_ratio for s in splits]))

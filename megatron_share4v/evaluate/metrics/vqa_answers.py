@@ -1,0 +1,78 @@
+"""The answer normalisers of VQA: VQAEval's, and EvalAI's (LLaVA's m4c evaluator), which lower-cases and detaches 's first.
+
+Sources: GT-Vision-Lab/VQA vqaEval.py; EvalAIAnswerProcessor of LLaVA's m4c_evaluator.py. Both share everything after their first step: the
+m4c one has another rule for commas between digits, but has deleted all commas before.
+"""
+
+from __future__ import annotations
+
+import re
+
+from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
+
+MARKS = ';/[]"{}()=+\\_-><@`,?!'
+# Meant to keep the period of "3." by a look-behind, which is misspelt (?!<=\d) in the source and never holds: only what follows decides.
+PERIOD = re.compile(r"\.(?!\d)")
+MAX_PERIODS = 32  # re.UNICODE, passed where re.sub has its count
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS.split())}
+ARTICLES = ("a", "an", "the")
+
+_PLAIN = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've isn't it'd it'll
+ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
+someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're
+what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
+you've"""
+_WOULD_HAVE = "he I it she somebody someone something there they we who you"
+_NOT_HAVE = "could had might should would"
+
+
+def _contractions() -> dict[str, str]:
+    """The official table of 120. The keys with a capital I never match: words are lower-cased before."""
+    table = {word.replace("'", ""): word for word in _PLAIN.split()}
+    for stem in _WOULD_HAVE.split():
+        table |= dict.fromkeys((f"{stem}d've", f"{stem}'dve"), f"{stem}'d've")
+    for stem in _NOT_HAVE.split():
+        table |= dict.fromkeys((f"{stem}nt've", f"{stem}n'tve"), f"{stem}n't've")
+    table |= dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at")
+    table |= dict.fromkeys(("yall'll", "y'allll"), "y'all'll")
+    table |= dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've")
+    return table | {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
+
+
+CONTRACTIONS = _contractions()
+
+
+def replace_punctuation(text: str, *, profile: Profile = OFFICIAL) -> str:
+    """Each mark becomes nothing when it stands beside a space somewhere in `text`, or `text` has a comma between digits; else a space.
+
+    Then periods that no digit follows go. `corrected`: all of them (official: the first 32, because a flag is passed as the count).
+    """
+    number = COMMA_IN_NUMBER.search(text)
+    cleaned = text
+    for mark in MARKS:
+        apart = number or f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if apart else " ")
+    return PERIOD.sub("", cleaned, count=MAX_PERIODS if profile is OFFICIAL else 0)
+
+
+def replace_words(text: str) -> str:
+    """Lower-case words; number words become digits, articles go, contractions get their apostrophes; joined by single spaces."""
+    words = (DIGITS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def trim(text: str) -> str:
+    """What VQAEval does to every answer before it compares."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalise_vqa_eval(text: str, *, profile: Profile = OFFICIAL) -> str:
+    """VQAEval's normal form. Beware that VQAEval itself leaves answers alone when the annotators agree; `vqa.vqa_accuracy` knows."""
+    return replace_words(replace_punctuation(trim(text), profile=profile))
+
+
+def normalise_evalai(text: str, *, profile: Profile = OFFICIAL) -> str:
+    """EvalAI's normal form (m4c): for TextVQA's score, and in the submissions for VQA-v2 and VizWiz."""
+    return normalise_vqa_eval(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip(), profile=profile)
