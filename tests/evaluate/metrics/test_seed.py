@@ -59,7 +59,9 @@ def totals(answers: dict[int | str, str]) -> tuple[object, ...]:
 
 
 EXACT: list[Row] = [(f"exact: {quirk}", lambda t=text, a=letter: percent(t, a, False), 100.0 * right) for quirk, text, letter, right, _ in LETTERS]
-TOLERANT: list[Row] = [(f"tolerant: {quirk}", lambda t=text, a=letter: percent(t, a, True), 100.0 * right) for quirk, text, letter, _, right in LETTERS]
+TOLERANT: list[Row] = [
+    (f"tolerant: {quirk}", lambda t=text, a=letter: percent(t, a, True), 100.0 * right) for quirk, text, letter, _, right in LETTERS
+]
 TABLE: list[Row] = EXACT + TOLERANT + [(quirk, lambda given=given: totals(given), tuple(expected)) for quirk, given, *expected in TOTALS]
 
 is_right, score = seed.is_right, seed.score

@@ -118,9 +118,7 @@ PORT_ERRORS: dict[str, dict[str, object]] = {
     "no cap at 1": {"leave_one_out": _without_cap},
     "equal answers left out together": {"leave_one_out": _distinct},
     "exact match with any": {"leave_one_out": lambda prediction, answers: [float(prediction in answers)]},
-    "exact match with the most frequent": {
-        "leave_one_out": lambda prediction, answers: [float(prediction == max(answers, key=list(answers).count))]
-    },
+    "exact match with the most frequent": {"leave_one_out": lambda prediction, answers: [float(prediction == max(answers, key=list(answers).count))]},
     "contained is right": {"leave_one_out": lambda prediction, answers: [min(1.0, sum(a in prediction for a in answers) / 3)]},
 }
 V2_ERRORS = PORT_ERRORS | {
@@ -137,7 +135,11 @@ EVALAI_ERRORS = PORT_ERRORS | {
     "no normaliser": {"normalise_evalai": lambda text, **_: text.strip()},
     "lower case only": {"normalise_evalai": lambda text, **_: text.strip().lower()},
 }
-ERRORS = [(title, table, name, wrong) for title, table, errors in (("VQA-v2", V2, V2_ERRORS), ("TextVQA", TEXT, EVALAI_ERRORS), ("VizWiz", VIZWIZ, EVALAI_ERRORS)) for name, wrong in errors.items()]
+ERRORS = [
+    (title, table, name, wrong)
+    for title, table, errors in (("VQA-v2", V2, V2_ERRORS), ("TextVQA", TEXT, EVALAI_ERRORS), ("VizWiz", VIZWIZ, EVALAI_ERRORS))
+    for name, wrong in errors.items()
+]
 
 
 @pytest.mark.parametrize(("quirk", "call", "expected"), V2 + TEXT + VIZWIZ, ids=names(V2) + names(TEXT) + names(VIZWIZ))
@@ -151,8 +153,14 @@ def test_port_error_is_caught(title: str, table: list[Row], name: str, wrong: di
 
 
 def test_tables_by_type_and_question() -> None:
-    items = [VqaItem(p, a, q, t) for (p, a), q, t in [
-        (one("cat", "10 cat")[0], "what", "other"), (one("yes", "2 yes", "8 no")[0], "is", "yes/no"), (one("x", "10 y")[0], "what", "other")]]  # fmt: skip
+    items = [
+        VqaItem(p, a, q, t)
+        for (p, a), q, t in [
+            (one("cat", "10 cat")[0], "what", "other"),
+            (one("yes", "2 yes", "8 no")[0], "is", "yes/no"),
+            (one("x", "10 y")[0], "what", "other"),
+        ]
+    ]
     scores = vqa.vqa_accuracy(items)
     assert scores.by_question == (100.0, 60.0, 0.0)
     assert scores.by_question_type == {"what": 50.0, "is": 60.0}
@@ -166,7 +174,9 @@ def test_corrected_normalises_where_annotators_agree() -> None:
 
 
 def test_nothing_to_score_is_not_a_number() -> None:
-    assert math.isnan(vqa.vqa_accuracy([]).headline) and math.isnan(vqa.textvqa_accuracy([]).headline) and math.isnan(vqa.vizwiz_accuracy([]).headline)
+    assert (
+        math.isnan(vqa.vqa_accuracy([]).headline) and math.isnan(vqa.textvqa_accuracy([]).headline) and math.isnan(vqa.vizwiz_accuracy([]).headline)
+    )
 
 
 def test_textvqa_needs_ten_answers() -> None:
