@@ -101,6 +101,10 @@ def test_port_error_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert catches(TABLE, monkeypatch, seed, PORT_ERRORS[name])
 
 
+def test_exact_unless_asked_otherwise() -> None:
+    assert not seed.is_right("A.", "A") and seed.score(QUESTIONS[:1], {1: "A."}).total == 0.0
+
+
 def test_without_videos_their_accuracy_is_not_a_number() -> None:
     scores = seed.score(QUESTIONS[:2], {1: "A"})
     assert (scores.total, scores.image) == (50.0, 50.0) and math.isnan(scores.video)

@@ -167,6 +167,10 @@ def test_tables_by_type_and_question() -> None:
     assert scores.by_answer_type == {"other": 50.0, "yes/no": 60.0}
 
 
+def test_questions_are_rounded_too() -> None:
+    assert vqa.vqa_accuracy([VqaItem("cat", ["cat", "dog", "eel"])]).by_question == (22.22,)
+
+
 def test_corrected_normalises_where_annotators_agree() -> None:
     items = [VqaItem("Two.", ten("10 two"))]
     assert vqa.vqa_accuracy(items).headline == 0.0
