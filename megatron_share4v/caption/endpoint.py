@@ -19,10 +19,10 @@ from itertools import islice
 from urllib.parse import urlsplit
 
 from megatron_share4v.caption.job import JobOptions, Summary, run_job
-from megatron_share4v.caption.journal import Share
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.data.decode_pil import inspect
 from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.infer.journal import Share
 from megatron_share4v.parallel.launch import World
 
 TRIED_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
@@ -68,7 +68,7 @@ def caption_with_endpoint(endpoint: Endpoint, job: JobOptions, *, settings: Sett
 
 
 class EndpointCaptioner:
-    """Like LocalCaptioner."""
+    """Calls yield rows as they are finished; pictures are taken from the iterator only as they are needed."""
 
     def __init__(self, endpoint: Endpoint, *, settings: Settings, sleep: Callable[[float], object] | None = None) -> None:
         """Raises ConfigError for what is no URL."""

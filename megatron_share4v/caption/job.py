@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_share4v.caption.inputs import read_pictures
-from megatron_share4v.caption.journal import Done, Journal, Share
 from megatron_share4v.caption.outputs import check_targets, is_trainable, write_annotations, write_jsonl, write_official, write_shards
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.infer.journal import Done, Journal, Share
 from megatron_share4v.log import get_logger
 
 Captioner = Callable[[Iterator[Picture]], Iterator[list[Row]]]
@@ -83,10 +83,10 @@ def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, mo
         share.meet()
     finally:
         journal.close()
-    return _write(options, pictures, settings, Done(options.journals, job=job), progress) if share.rank == 0 else None
+    return _write(options, pictures, settings, Done(options.journals, job=job, row=Row), progress) if share.rank == 0 else None
 
 
-def _take_up(journal: Journal, options: JobOptions, job: dict[str, object], share: Share) -> Done:
+def _take_up(journal: Journal, options: JobOptions, job: dict[str, object], share: Share) -> Done[Row]:
     if options.restart and share.rank == 0:
         own = {f"rank{rank}.jsonl" for rank in range(share.size)}
         for path in options.journals.glob("rank*.jsonl"):
@@ -94,26 +94,27 @@ def _take_up(journal: Journal, options: JobOptions, job: dict[str, object], shar
                 path.unlink()
     journal.begin(job, restart=options.restart)
     share.meet()
-    return Done(options.journals, job=job)
+    return Done(options.journals, job=job, row=Row)
 
 
-def _write(options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done, progress: Progress) -> Summary:
+def _write(options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done[Row], progress: Progress) -> Summary:
     """Every file from the journals anew: it is the same, however often the job was killed."""
     counts: Counter[str] = Counter()
-    for row in done.rows(pictures):
+    ids = [picture.id for picture in pictures]
+    for row in done.rows(ids):
         counts["errors" if row.error is not None else "captions"] += 1
         counts["trainable"] += is_trainable(row)
         if row.error is not None and counts["errors"] <= SHOWN_ERRORS:
             get_logger().warning("%s: %s", row.path, row.error)
     if counts["errors"]:
         get_logger().warning("%d images have no caption; each has a line with its error in %s", counts["errors"], options.jsonl or options.journals)
-    write_official(options.save_path, done.rows(pictures))
+    write_official(options.save_path, done.rows(ids))
     if options.jsonl:
-        write_jsonl(options.jsonl, done.rows(pictures))
+        write_jsonl(options.jsonl, done.rows(ids))
     if options.annotations:
-        write_annotations(options.annotations, done.rows(pictures), prompt=settings.prompt)
+        write_annotations(options.annotations, done.rows(ids), prompt=settings.prompt)
     if options.shards:
-        write_shards(options.shards, done.rows(pictures), pictures, prompt=settings.prompt, samples_per_shard=options.samples_per_shard)
+        write_shards(options.shards, done.rows(ids), pictures, prompt=settings.prompt, samples_per_shard=options.samples_per_shard)
     return Summary(
         images=len(pictures),
         captions=counts["captions"],

@@ -14,7 +14,7 @@ from PIL import Image
 from megatron_share4v.caption.endpoint import LONGEST_WAIT_S, Endpoint, EndpointCaptioner
 from megatron_share4v.caption.inputs import read_pictures
 from megatron_share4v.caption.job import JobOptions, run_job
-from megatron_share4v.caption.journal import Share
+from megatron_share4v.infer.journal import Share
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.errors import ConfigError
 

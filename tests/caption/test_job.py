@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_share4v.caption.inputs import read_pictures
 from megatron_share4v.caption.job import JobOptions, run_job
-from megatron_share4v.caption.journal import Share
+from megatron_share4v.infer.journal import Share
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.errors import DataError

@@ -1,4 +1,4 @@
-"""What has been captioned so far, on disk: one append-only file per rank, flushed to the disk before anything else happens.
+"""What has been answered so far, on disk: one append-only file per rank, flushed to the disk before anything else happens.
 
 A killed job, started again with any number of ranks, goes on after the last whole line of each file.
 """
@@ -11,11 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from megatron_share4v.caption.records import Picture, Row
 from megatron_share4v.errors import DataError
 
 _FILE_BITS = 20
+R = TypeVar("R")
+"""A row: a dataclass of plain values with `id` and `error`, None where there is an answer."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{self.path}: another process is at this job; wait for it or end it, or give another --save-path") from error
+            raise DataError(f"{self.path}: another process is at this job; wait for it or end it, or have this one write elsewhere") from error
 
     def begin(self, job: dict[str, object], *, restart: bool) -> None:
         """Cut off a line that was not written to its end, and all others with `restart`; name the job if nothing is left."""
@@ -47,7 +49,7 @@ class Journal:
         if not whole:
             self._append([{"job": job}])
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[Any]) -> None:
         """They are on the disk when this returns."""
         self._append([asdict(row) for row in rows])
 
@@ -61,14 +63,15 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-class Done:
-    """The rows of all journals in a directory, found by id: a caption rather than an error, where there are both, and else the later one.
+class Done(Generic[R]):
+    """The rows of all journals in a directory, found by id: an answer rather than an error, where there are both, and else the later one.
 
     Keeps where they are, not what they say: about 150 bytes a row.
     """
 
-    def __init__(self, directory: Path, *, job: dict[str, object]) -> None:
+    def __init__(self, directory: Path, *, job: dict[str, object], row: type[R]) -> None:
         """Raises DataError when a journal is another job's, or damaged before its last line."""
+        self._row = row
         self._paths = sorted(directory.glob("rank*.jsonl"))
         assert len(self._paths) < 1 << _FILE_BITS
         self._places: dict[str, int] = {}
@@ -79,15 +82,15 @@ class Done:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def rows(self, pictures: Iterable[Picture]) -> Iterator[Row]:
-        """Those of `pictures`, in their order."""
+    def rows(self, ids: Iterable[str]) -> Iterator[R]:
+        """Those of `ids`, in their order."""
         files = [path.open("rb") for path in self._paths]
         try:
-            for picture in pictures:
-                place = self._places[picture.id]
+            for name in ids:
+                place = self._places[name]
                 file = files[place & ((1 << _FILE_BITS) - 1)]
                 file.seek(place >> _FILE_BITS)
-                yield Row(**json.loads(file.readline()))
+                yield self._row(**json.loads(file.readline()))
         finally:
             for file in files:
                 file.close()
@@ -121,6 +124,6 @@ def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
     before = found if isinstance(found, dict) else {}
     differences = [f"{name} was {before.get(name)!r}, now {job.get(name)!r}" for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
     raise DataError(
-        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with --restart, or give "
-        "another --save-path"
+        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with --restart, or have "
+        "this one write elsewhere"
     )

@@ -1,0 +1,82 @@
+"""A model on the ranks of a job: as many replicas as the world holds, each spread over `tensor` ranks, sharing the work. Without torchrun: one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_share4v.checkpoint.foreign import is_foreign
+from megatron_share4v.checkpoint.manifest import MANIFEST
+from megatron_share4v.checkpoint.store import locate
+from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.infer.engine import Engine
+from megatron_share4v.infer.journal import Share
+from megatron_share4v.infer.ranks import IDLE, follow
+from megatron_share4v.infer.session import Session
+from megatron_share4v.log import get_logger
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+
+TIMEOUT_S = 1800
+"""Of collectives while the model is opened."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What the leading rank of a replica holds. share: its place among the leaders. name: of the model, with what it computes in."""
+
+    session: Session
+    engine: Engine
+    share: Share
+    name: str
+
+
+@contextlib.contextmanager
+def opened_replica(
+    model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World
+) -> Iterator[Replica | None]:
+    """The replica that this rank leads; None, when the job is over, on a rank that follows another. dtype None: as trained.
+
+    Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when the world is no multiple of `tensor`.
+    """
+    path = model if is_foreign(model) else locate(model)  # now, so that a run that goes on training does not change the model under way
+    layout = Layout.for_world(ParallelConfig(tensor=tensor), world_size=world.size)
+    device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
+    with joined(world, device, timeout_s=TIMEOUT_S), open_mesh(layout, device=device, timeout_s=TIMEOUT_S) as mesh:
+        share = _share(mesh)
+        session = Session.open(path, mesh=mesh, dtype=dtype)
+        engine = Engine.open(session, EngineConfig(max_requests=max_requests))
+        if not engine.ranks.leads:
+            follow(engine)
+            yield None
+            return
+        get_logger().info("answering on %s, %s", device.describe(), layout)
+        yield Replica(session, engine, share, f"{fingerprint(path)} {dtype or session.config.precision.dtype}")
+        engine.close()
+
+
+def fingerprint(path: Path) -> str:
+    """Of a checkpoint's manifest, which has the hashes of all its files; of another layout's config.json and the names and sizes of its files."""
+    if not is_foreign(path):
+        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.iterdir()):
+        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _share(mesh: Mesh) -> Share:
+    """The leaders of the tensor groups share the work, and wait for each other as long as it takes."""
+    if mesh.layout.data == 1:
+        return Share()
+    leaders = [rank for rank in range(mesh.layout.world_size) if mesh.layout.coordinates(rank).tensor == 0]
+    group = dist.new_group(leaders, backend="gloo", timeout=IDLE)
+    return Share(rank=mesh.coordinates.data, size=mesh.layout.data, meet=lambda: dist.barrier(group))

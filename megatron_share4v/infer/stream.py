@@ -1,0 +1,91 @@
+"""Answers to a stream of questions: prompts are read and decoded ahead by threads, the engine answers as many at a time as it takes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.errors import DataError
+from megatron_share4v.infer.beams import BeamEngine
+from megatron_share4v.infer.engine import Engine
+from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.text.tokenizer import Tokenizer
+
+MOST_AT_ONCE = 64
+"""Outcomes of bad questions that are handed on together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One question. prompt: makes it, on another thread; raises DataError when it cannot be asked."""
+
+    id: str
+    prompt: Callable[[], Prompt]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An answer of `tokens` tokens, or an error. finish_reason: "stop" or "length"."""
+
+    id: str
+    text: str | None = None
+    tokens: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+def stream_answers(engine: Engine | BeamEngine, works: Iterator[Work], *, tokenizer: Tokenizer, workers: int) -> Iterator[list[Outcome]]:
+    """Outcomes as they are finished, in whatever order; works are taken from the iterator only as they are needed.
+
+    Raises DataError when a prompt and its longest answer do not fit into the model.
+    """
+    limit = engine.limits.max_requests
+    going: dict[str, list[int]] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        prompts, more = _ahead(pool, works, count=2 * limit), True
+        while more or going:
+            finished: list[Outcome] = []
+            while more and len(going) < limit and len(finished) < MOST_AT_ONCE:
+                work, prompt = next(prompts, (None, None))
+                more = work is not None
+                if isinstance(prompt, DataError):
+                    finished.append(Outcome(work.id, error=str(prompt)))
+                elif more:
+                    engine.add(Request(work.id, prompt, work.sampling))
+                    going[work.id] = []
+            finished += _step(engine, going, tokenizer)
+            if finished:
+                yield finished
+
+
+def _step(engine: Engine | BeamEngine, going: dict[str, list[int]], tokenizer: Tokenizer) -> Iterator[Outcome]:
+    for event in engine.step() if going else ():
+        ids = going[event.request_id]
+        if event.token_id is not None:
+            ids.append(event.token_id)
+        if event.finish is not None:
+            del going[event.request_id]
+            yield Outcome(event.request_id, text=tokenizer.decode(ids).strip(), tokens=len(ids), finish_reason=event.finish)
+
+
+def _ahead(pool: ThreadPoolExecutor, works: Iterator[Work], *, count: int) -> Iterator[tuple[Work, Prompt | DataError]]:
+    """In order, `count` of them on their way."""
+    waiting: deque[tuple[Work, Future]] = deque()
+    for work in works:
+        waiting.append((work, pool.submit(_prompt, work)))
+        if len(waiting) > count:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
+
+
+def _prompt(work: Work) -> Prompt | DataError:
+    try:
+        return work.prompt()
+    except DataError as error:
+        return error
