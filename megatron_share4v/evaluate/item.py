@@ -1,0 +1,97 @@
+"""What flows through an evaluation: an Item is asked, an Answer comes back, Decoding says how it was made, Scores is what the answers are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER
+
+ImageMode = Literal["pad", "crop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One question. id: unique in its benchmark and split, the same in every run. question_id: the official one, which may repeat (MME, TextVQA).
+
+    prompt: the user's turn without the placeholder of the image. image: a file, its bytes, or None for a question about text alone.
+    recorded: the prompt of the official answer file where that is not `prompt`. meta: what scoring and the official files need of the question.
+    """
+
+    id: str
+    question_id: int | str
+    prompt: str
+    image: Path | bytes | None = None
+    recorded: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turn(self) -> str:
+        """The user's turn as the model gets it."""
+        return self.prompt if self.image is None else f"{IMAGE_PLACEHOLDER}\n{self.prompt}"
+
+    def read_image(self) -> bytes | None:
+        """The encoded image. Raises DataError when it cannot be read or is empty."""
+        if not isinstance(self.image, Path):
+            return self.image
+        try:
+            data = self.image.read_bytes()
+        except OSError as error:
+            raise DataError(f"image {self.image} of question {self.question_id}: cannot be read ({error.strerror}); fetch it again") from error
+        if not data:
+            raise DataError(f"image {self.image} of question {self.question_id}: is an empty file; fetch it again")
+        return data
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to the item `id`, cleaned as Decoding.clean does. prompt: as it stands in the official answer file."""
+
+    id: str
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a benchmark's official script asks: always greedy. image_mode: padded to a square, or resized and cropped at the centre.
+
+    system: "a curious user" (vicuna_v1) or "a curious human" (share4v_v1).
+    """
+
+    max_new_tokens: int
+    image_mode: ImageMode
+    system: Literal["user", "human"] = "user"
+    stop: str = "</s>"
+
+    @property
+    def template(self) -> str:
+        """Its name in text/template.py."""
+        return {"user": "vicuna_v1", "human": "share4v_v1"}[self.system]
+
+    @property
+    def aspect_ratio(self) -> Literal["pad", "square"]:
+        """Of data/image.py's ImagePolicy."""
+        return "pad" if self.image_mode == "pad" else "square"
+
+    def clean(self, text: str) -> str:
+        """The official scripts' last step: strip, drop one closing stop string, strip."""
+        return text.strip().removesuffix(self.stop).strip()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Named numbers. headline: the name of the one in the paper's table; None where there is none yet, and `note` says what to do."""
+
+    values: Mapping[str, float]
+    headline: str | None
+    note: str = ""
+
+    @property
+    def json_values(self) -> dict[str, float | None]:
+        """For a file: JSON knows no nan."""
+        return {name: None if math.isnan(value) else value for name, value in self.values.items()}

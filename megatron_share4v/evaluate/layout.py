@@ -1,0 +1,110 @@
+"""The files of a benchmark on disk: which are needed, where they are below --data, where to get them, and reading them with errors that say so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_share4v.errors import DataError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Need:
+    """A file, or with a closing slash a folder. names: the paths below the benchmark's folder that it may have, "{split}" stands for the split.
+
+    source: where to get it. splits: the only ones that need it; empty: all.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    source: str
+    splits: tuple[str, ...] = ()
+
+
+class Folder:
+    """The folder of one benchmark, all of whose needs are there: folder["questions"] is a path."""
+
+    def __init__(self, data: Path, *, official: str, needs: Sequence[Need], split: str) -> None:
+        """data: the folder itself, or the one that holds all benchmarks under their official names. Raises DataError naming what is missing."""
+        self.root = data / official if official and (data / official).is_dir() else data
+        self.split = split
+        self._needs = [need for need in needs if not need.splits or split in need.splits]
+        self._paths = {need.key: path for need in self._needs if (path := self._find(need))}
+        missing = [need for need in self._needs if need.key not in self._paths]
+        if missing:
+            names = "; ".join(f"{self.root / self._names(need)[0]} does not exist" for need in missing)
+            raise DataError(f"{names}\n{self.layout}")
+
+    def __getitem__(self, key: str) -> Path:
+        return self._paths[key]
+
+    @property
+    def layout(self) -> str:
+        """What belongs where, and where it comes from."""
+        lines = [f"expected below --data {self.root}:"]
+        for need in self._needs:
+            mark = "" if need.key in self._paths else "MISSING "
+            lines.append(f"  {mark}{' or '.join(self._names(need))}: {need.source}")
+        return "\n".join(lines)
+
+    def image(self, name: object, key: str = "images") -> Path:
+        """An image of the folder `key`. Raises DataError when the file is not there."""
+        path = self[key] / str(name)
+        if not path.is_file():
+            raise DataError(f"image {path} does not exist\n{self.layout}")
+        return path
+
+    def _names(self, need: Need) -> list[str]:
+        return [name.replace("{split}", self.split) for name in need.names]
+
+    def _find(self, need: Need) -> Path | None:
+        paths = [(self.root / name, name.endswith("/")) for name in self._names(need)]
+        return next((path for path, is_folder in paths if (path.is_dir() if is_folder else path.is_file())), None)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The whole file, a list or dict as `kind` says. Raises DataError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no JSON ({error}); fetch it again") from error
+    if not isinstance(content, kind):
+        raise DataError(f"{path}: holds a JSON {type(content).__name__}, expected a {kind.__name__}; it is another file than the official one")
+    return content
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    """(file:line, object) of every line that is not empty. Raises DataError."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: is no JSON ({error}); expected one object a line") from error
+            if not isinstance(content, dict):
+                raise DataError(f"{path}:{number}: is a JSON {type(content).__name__}; expected one object a line")
+            yield f"{path}:{number}", content
+
+
+def pick(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, where: str) -> Any:
+    """row[key]. Raises DataError when it is not there or of another kind."""
+    value = row.get(key) if isinstance(row, Mapping) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f"{where}: {key!r} is {str(value)[:60]!r}; expected a {kinds}. The file is damaged, or another than the official one")
+    return value
+
+
+def require(row: Mapping[str, Any], *, where: str, **kinds: type | tuple[type, ...]) -> None:
+    """`pick` all of these."""
+    for key, kind in kinds.items():
+        pick(row, key, kind, where=where)

@@ -1,0 +1,57 @@
+"""Your own questions in the format of the official model_vqa.py: questions.jsonl with question_id, image and text; images beside it or in images/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.item import Item
+from megatron_share4v.evaluate.layout import Folder, Need, pick, read_jsonl
+from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
+from megatron_share4v.evaluate.task import CROPPED, Task, Texts, Values, item_ids
+
+
+def _read(folder: Folder) -> Iterator[Item]:
+    rows = list(read_jsonl(folder["questions"]))
+    names = item_ids(pick(row, "question_id", (int, str), where=where) for where, row in rows)
+    for name, (where, row) in zip(names, rows):
+        image = None
+        if row.get("image") is not None:
+            path = pick(row, "image", str, where=where)
+            image = next((p for p in (folder.root / "images" / path, folder.root / path) if p.is_file()), None)
+            if image is None:
+                raise DataError(f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}")
+        yield Item(id=name, question_id=row["question_id"], prompt=pick(row, "text", str, where=where), image=image, meta=row)
+
+
+def _accepted(item: Item) -> list[str]:
+    answer = item.meta.get("answer")
+    return [normalise_evalai(str(one)) for one in (answer if isinstance(answer, list) else [] if answer is None else [answer])]
+
+
+def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+    """The share of answers that are, in EvalAI's normal form, one of those in the row's own `answer`; of rows that have none nothing is said."""
+    known = [(item, accepted) for item in items if (accepted := _accepted(item))]
+    right = [normalise_evalai(texts.get(item.id, "")) in accepted for item, accepted in known]
+    return {"accuracy": 100 * sum(right) / len(right)} if right else {}
+
+
+TASKS = (
+    Task(
+        name="custom",
+        title="custom questions",
+        folder="",
+        official=CROPPED,
+        headline="accuracy",
+        needs=(
+            Need(
+                "questions",
+                ("questions.jsonl",),
+                'yours: one {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, perhaps with "answer"',
+            ),
+        ),
+        read=_read,
+        measure=_measure,
+    ),
+)

@@ -1,0 +1,137 @@
+"""LLaVA-Bench-in-the-Wild and MM-Vet: free answers that a language model grades. What it is asked is in judge_prompts.py, asking in judge.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.answers import answer_id
+from megatron_share4v.evaluate.item import Item
+from megatron_share4v.evaluate.judge_prompts import Grade, Review, Verdicts
+from megatron_share4v.evaluate.layout import Folder, Need, pick, read_json, read_jsonl, require
+from megatron_share4v.evaluate.metrics import llava_bench, mm_vet
+from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.task import CROPPED, Judged, Task, Texts, Values, as_json, as_jsonl
+from megatron_share4v.evaluate.tasks.questions import asked, items_of, playground
+
+CATEGORIES = ("conv", "detail", "complex")
+_WILD = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+_VET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
+
+
+def _read_wild(folder: Folder) -> Iterator[Item]:
+    contexts = {pick(row, "image", str, where=where): pick(row, "caption", (str, list), where=where) for where, row in read_jsonl(folder["contexts"])}
+    references = {pick(row, "question_id", int, where=where): row for where, row in read_jsonl(folder["references"])}
+    rows, meta = list(asked(folder)), {}
+    for where, row in rows:
+        reference = references.get(row["question_id"], {})
+        if row["image"] not in contexts or row.get("category") not in CATEGORIES or "text" not in reference:
+            raise DataError(
+                f"{where}: question {row['question_id']} needs a category ({', '.join(CATEGORIES)}), a context of its image {row['image']} and a "
+                f"reference answer; take all files of one release\n{folder.layout}"
+            )
+        caption = contexts[row["image"]]
+        context = "\n".join(caption) if isinstance(caption, list) else caption
+        meta[str(row["question_id"])] = {"category": f"llava_bench_{row['category']}", "context": context, "reference": reference}
+    yield from items_of(folder, rows, meta)
+
+
+def _wild_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list[Review]:
+    return [Review(item.id, item.meta["context"], item.prompt, item.meta["reference"]["text"], texts[item.id]) for item in items if item.id in texts]
+
+
+def _measure_wild(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -> Values:
+    judged = [item for item in items if verdicts.get(item.id)]
+    scores = [llava_bench.parse_review(verdicts[item.id][0], profile=profile) for item in judged]
+    found = llava_bench.summarise([llava_bench.Review(item.meta["category"], pair) for item, pair in zip(judged, scores)], profile=profile)
+    values = {}
+    for name, one in found.by_category.items():
+        values |= {
+            name: one.relative,
+            f"{name}, reference": one.reference,
+            f"{name}, model": one.model,
+            f"{name}, unreadable reviews": float(one.failed),
+        }
+    return values
+
+
+def _wild_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
+    """What the official summarize_gpt_review.py reads."""
+    rows = []
+    for number, item in enumerate((item for item in items if verdicts.get(item.id)), 1):
+        review, reference = verdicts[item.id][0], item.meta["reference"]
+        head = {"id": number, "question_id": item.question_id, "answer1_id": reference.get("answer_id", item.question_id)}
+        head |= {"answer2_id": answer_id(item.id, texts[item.id]), "category": item.meta["category"], "content": review}
+        rows.append(head | {"tuple": list(llava_bench.parse_review(review))})
+    return {"reviews.jsonl": as_jsonl(rows)}
+
+
+def _name(item: Item) -> str:
+    return f"v1_{item.question_id}"
+
+
+def _read_vet(folder: Folder) -> Iterator[Item]:
+    truths = read_json(folder["annotations"], dict)
+    for item in items_of(folder, asked(folder)):
+        where = f"{folder['annotations']}, {_name(item)}"
+        truth = pick(truths, _name(item), dict, where=where)
+        require(truth, where=where, question=str, answer=str, capability=list)
+        yield Item(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
+
+
+def _vet_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list[Grade]:
+    return [Grade(item.id, item.meta["question"], item.meta["answer"], texts[item.id], profile) for item in items if item.id in texts]
+
+
+def _measure_vet(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -> Values:
+    judged = [item for item in items if verdicts.get(item.id)]
+    grades = {item.id: [mm_vet.grade(verdicts[item.id], profile=profile)] for item in judged}
+    found = mm_vet.aggregate(grades, {item.id: item.meta["capability"] for item in items})
+    return {"total": found.total, **found.by_capability} | {f"together {name}": value for name, value in found.by_combination.items()}
+
+
+def _submit_vet(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+    return {"mm-vet.json": as_json({_name(item): texts[item.id] for item in items if item.id in texts}, indent=2)}
+
+
+def _vet_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
+    """The official evaluator's file of grades, by which it knows what is done."""
+    grades = {}
+    for item in items:
+        if replies := verdicts.get(item.id):
+            grades[_name(item)] = {"model": [judge], "content": [replies[-1].split(" ")[0].strip()], "score": [mm_vet.grade(replies)]}
+    return {"mm-vet-grade-1runs.json": as_json(grades, indent=4)}
+
+
+TASKS = (
+    Task(
+        name="llava_bench",
+        title="LLaVA-Bench (in the wild)",
+        folder="llava-bench-in-the-wild",
+        official=CROPPED,
+        headline="all",
+        needs=(
+            Need("questions", ("questions.jsonl",), _WILD),
+            Need("contexts", ("context.jsonl",), _WILD),
+            Need("references", ("answers_gpt4.jsonl",), _WILD),
+            Need("images", ("images/",), _WILD),
+        ),
+        read=_read_wild,
+        judged=Judged("gpt-4-0314", _wild_requests, _measure_wild, _wild_files),
+    ),
+    Task(
+        name="mm_vet",
+        title="MM-Vet",
+        folder="mm-vet",
+        official=CROPPED,
+        headline="total",
+        needs=(
+            playground("questions", "share4v-mm-vet.jsonl", "llava-mm-vet.jsonl"),
+            Need("annotations", ("mm-vet.json", "resources/mm-vet.json"), _VET),
+            Need("images", ("resources/images/", "images/"), _VET),
+        ),
+        read=_read_vet,
+        submit=_submit_vet,
+        judged=Judged("gpt-4-0613", _vet_requests, _measure_vet, _vet_files),
+    ),
+)

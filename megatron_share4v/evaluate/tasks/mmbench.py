@@ -1,0 +1,148 @@
+"""MMBench, English and Chinese: a TSV with images inside; the xlsx for the server; the local score, which asks no judge.
+
+Cells are read as pandas.read_table does for the official tool: quotes hold tabs and line breaks, and certain words mean "nothing".
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.evaluate.answers import answer_row
+from megatron_share4v.evaluate.item import Answer, Item
+from megatron_share4v.evaluate.layout import Folder, Need
+from megatron_share4v.evaluate.metrics import mmbench
+from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.task import MMBENCH, Task, Texts, Values
+from megatron_share4v.evaluate.tasks.questions import LETTER
+
+LETTER_CN = "\n请直接回答选项字母。"
+OPEN_ROWS = "rows that a judge would read"
+_LETTERS = "ABCD"
+_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
+_PLACE = 6  # of the column `prediction`
+# pandas' own list.
+_NOTHING = frozenset("|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|"))
+_LONGEST_CELL = 1 << 27
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """(file, row) with None for an empty cell."""
+    csv.field_size_limit(_LONGEST_CELL)  # an image is one cell
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, delimiter="\t"):
+                yield f"{path}, row {row.get('index')}", {key: None if value in _NOTHING else value for key, value in row.items() if key is not None}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
+
+
+def _absent(value: str | None) -> bool:
+    return value is None or value.lower() in ("nan", "none")
+
+
+def _options(row: Mapping[str, str | None]) -> list[str]:
+    """Up to the first one that is not there."""
+    present = [row.get(letter) for letter in _LETTERS]
+    return present[: next((place for place, value in enumerate(present) if _absent(value)), len(present))]
+
+
+def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Item:
+    missing = [name for name in ("index", "question", "image") if row.get(name) is None]
+    if missing or not row["index"].isdigit():
+        raise DataError(f"{where}: has no {', '.join(missing) or 'number in index'}; the file is damaged, or another than MMBench's")
+    try:
+        image = base64.b64decode(row["image"], validate=True)
+    except ValueError as error:
+        raise DataError(f"{where}: its image is no base64 ({error}); fetch the file again") from error
+    hint = row.get("hint")
+    text = "" if _absent(hint) else f"{hint}\n"
+    text += row["question"] + "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, _options(row)))
+    # The answer file's prompt lacks the directive.
+    return Item(id=row["index"], question_id=int(row["index"]), prompt=text + ending, recorded=text, image=image, meta={**row, "image": None})
+
+
+def _reader(ending: str):
+    def read(folder: Folder) -> Iterator[Item]:
+        for where, row in _rows(folder["questions"]):
+            yield _item(where, row, ending=ending)
+
+    return read
+
+
+def _answer_row(item: Item, answer: Answer, model: str) -> dict[str, Any]:
+    row = answer_row(item, answer, model)
+    # One round: the file itself holds the rotations of each question, as rows with index + n * 1,000,000.
+    own = {"round_id": 0, "options": _options(item.meta), "option_char": list(_LETTERS[: len(_options(item.meta))])}
+    order = ("question_id", "round_id", "prompt", "text", "options", "option_char", "answer_id", "model_id", "metadata")
+    return {name: (row | own)[name] for name in order}
+
+
+def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+    rows = []
+    for item in items:
+        choices = {letter: item.meta[letter] for letter in _LETTERS if item.meta.get(letter) is not None}
+        kinds = {name: item.meta.get(column) or "" for name, column in (("category", "category"), ("l2_category", "l2-category"))}
+        rows.append(mmbench.MmbenchRow(item.question_id, item.meta.get("answer") or "", texts.get(item.id, ""), choices, **kinds))
+    found = mmbench.score(rows)
+    values = {"accuracy": found.headline, OPEN_ROWS: float(len(found.open_rows))}
+    return values | {name: 100 * value for name, value in {**found.by_l2, **found.by_category}.items()}
+
+
+def _submit(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+    return {f"mmbench_{folder.split}.xlsx": _workbook([item.meta for item in items], [texts.get(item.id) for item in items])}
+
+
+def _workbook(rows: Sequence[Mapping[str, str | None]], predictions: Sequence[str | None]) -> bytes:
+    """Raises ConfigError without openpyxl."""
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError as error:
+        raise ConfigError('MMBench\'s server takes an xlsx file, and openpyxl is not installed; pip install -e ".[evaluate]"') from error
+    names = [name for name in rows[0] if name not in _LEFT_OUT]
+    names.insert(_PLACE, "prediction")
+    book = Workbook()
+    sheet = book.active
+    sheet.title = "Sheet1"
+    sheet.append(names)
+    for number, (row, prediction) in enumerate(zip(rows, predictions), 2):
+        for place, name in enumerate(names, 1):
+            value = prediction if name == "prediction" else row[name]
+            if value is not None:
+                cell = sheet.cell(number, place, int(value) if name == "index" else ILLEGAL_CHARACTERS_RE.sub("", value))
+                cell.data_type = "n" if name == "index" else "s"  # "=..." is no formula
+    buffer = io.BytesIO()
+    book.save(buffer)
+    return buffer.getvalue()
+
+
+def _task(name: str, title: str, splits: tuple[str, str], ending: str) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        folder="mmbench",
+        official=MMBENCH,
+        headline="accuracy",
+        splits=splits,
+        scored=splits[:1],
+        needs=(
+            Need("questions", ("mmbench_{split}.tsv",), f"https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_{splits[0]}.tsv"),
+        ),
+        read=_reader(ending),
+        row=_answer_row,
+        measure=_measure,
+        submit=_submit,
+        server="https://mmbench.opencompass.org.cn/mmbench-submission",
+    )
+
+
+TASKS = (
+    _task("mmbench", "MMBench", ("dev_20230712", "test_20230712"), LETTER),
+    _task("mmbench_cn", "MMBench-CN", ("dev_cn_20231003", "test_cn_20231003"), LETTER_CN),
+)

@@ -1,0 +1,49 @@
+"""Question files in LLaVA's JSONL format, which most benchmarks share, and where the published ones come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.item import Item
+from megatron_share4v.evaluate.layout import Folder, Need, Row, read_jsonl, require
+from megatron_share4v.evaluate.task import item_ids
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+PLAYGROUND = (
+    "playground.zip of ShareGPT4V (https://drive.google.com/file/d/1tdbFb1Q4WXvBzab2o0B6sVvDJY0lQGUp) "
+    "or eval.zip of LLaVA (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy)"
+)
+COCO = "http://images.cocodataset.org/zips/"
+
+
+def both(name: str) -> tuple[str, str]:
+    """The two names that a file of the playground has, by whose playground it is."""
+    return f"share4v_{name}", f"llava_{name}"
+
+
+def playground(key: str, *names: str, splits: tuple[str, ...] = ()) -> Need:
+    """A file of the playground."""
+    return Need(key, names, PLAYGROUND, splits)
+
+
+def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
+    """(file:line, row) of the JSONL `questions`, all of which have question_id, image and text.
+
+    ending: what the first text must end with. The official texts are complete; a file without it is another one, and its score would mean nothing.
+    """
+    for number, (where, row) in enumerate(read_jsonl(folder["questions"])):
+        require(row, where=where, question_id=(int, str), image=str, text=str)
+        if not number and not row["text"].endswith(ending):
+            raise DataError(f"{where}: the text is {row['text'][-80:]!r} and does not end with {ending!r}; take the official file\n{folder.layout}")
+        yield where, row
+
+
+def items_of(folder: Folder, rows: Iterable[tuple[str, Row]], meta: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Item]:
+    """An item per row; meta: by the unique id; without it, the row itself."""
+    rows = [row for _, row in rows]
+    for name, row in zip(item_ids(row["question_id"] for row in rows), rows):
+        image = folder.image(row["image"])
+        yield Item(id=name, question_id=row["question_id"], prompt=row["text"], image=image, meta=row if meta is None else meta[name])

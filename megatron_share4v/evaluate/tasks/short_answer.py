@@ -1,0 +1,205 @@
+"""VQA-v2, GQA, VizWiz, TextVQA: questions that a word or two answer, compared with what people or a scene graph said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.item import Item
+from megatron_share4v.evaluate.layout import Folder, Need, pick, read_json, read_jsonl
+from megatron_share4v.evaluate.metrics import gqa, vqa
+from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
+from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values, as_json
+from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, items_of, playground
+
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+_VQA = "https://visualqa.org/download.html"
+_TEST, _VAL = "test-dev2015", "val2014"
+
+
+def _read_vqav2(folder: Folder) -> Iterator[Item]:
+    if folder.split == _TEST:
+        yield from items_of(folder, asked(folder, ending=SHORT))
+        return
+    content = read_json(folder["annotations"], dict)
+    truths = {pick(row, "question_id", int, where=str(folder["annotations"])): row for row in pick(content, "annotations", list, where="annotations")}
+    where = str(folder["questions"])
+    for row in pick(read_json(folder["questions"], dict), "questions", list, where=where):
+        name = pick(row, "question_id", int, where=where)
+        if name not in truths:
+            raise DataError(f"{where}: question {name} is not in {folder['annotations']}; take both files of one split")
+        image = folder.image(f"COCO_{folder.split}_{pick(row, 'image_id', int, where=where):012}.jpg")
+        yield Item(id=str(name), question_id=name, prompt=pick(row, "question", str, where=where) + SHORT, image=image, meta=truths[name])
+
+
+def _vqa_items(items: Sequence[Item], texts: Texts) -> list[vqa.VqaItem]:
+    """What has no answer counts as an empty one, as in the submissions."""
+    result = []
+    for item in items:
+        truth = item.meta
+        answers = [str(answer["answer"] if isinstance(answer, dict) else answer) for answer in truth["answers"]]
+        result.append(vqa.VqaItem(texts.get(item.id, ""), answers, truth.get("question_type", ""), truth.get("answer_type", "")))
+    return result
+
+
+def _measure_vqav2(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+    found = vqa.vqa_accuracy(_vqa_items(items, texts), profile=profile)
+    return {"accuracy": found.overall} | {f"answer type {kind}": value for kind, value in found.by_answer_type.items()}
+
+
+def _submit_vqav2(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+    # EvalAI wants an answer to every question of test2015, also when only test-dev was asked: the others are empty.
+    path = folder["all"]
+    if path.suffix == ".json":
+        names = [pick(row, "question_id", int, where=str(path)) for row in pick(read_json(path, dict), "questions", list, where=str(path))]
+    else:
+        names = [pick(row, "question_id", int, where=where) for where, row in read_jsonl(path)]
+    said = {item.question_id: texts[item.id] for item in items if item.id in texts}
+    return {"vqav2_test2015.json": as_json([{"question_id": name, "answer": normalise_evalai(said[name]) if name in said else ""} for name in names])}
+
+
+def _read_gqa(folder: Folder) -> Iterator[Item]:
+    truths = read_json(folder["annotations"], dict)
+    rows = list(asked(folder, ending=SHORT))
+    meta = {}
+    for where, row in rows:
+        truth = truths.get(str(row["question_id"]))
+        if truth is None:
+            raise DataError(f"{where}: question {row['question_id']} is not in {folder['annotations']}; take the files of testdev_balanced")
+        pick(truth, "answer", str, where=f"{folder['annotations']}, {row['question_id']}")
+        meta[str(row["question_id"])] = truth
+    yield from items_of(folder, rows, meta)
+
+
+def _measure_gqa(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+    questions = [
+        gqa.GqaQuestion(item.id, item.meta["answer"], item.meta.get("types", {}).get("structural", ""), item.meta.get("isBalanced", True))
+        for item in items
+    ]
+    found = gqa.score(questions, {name: gqa.convert(text) for name, text in texts.items()})
+    return {"accuracy": found.accuracy, "binary": found.binary, "open": found.open} | {f"structure {k}": v for k, v in found.by_structure.items()}
+
+
+def _submit_gqa(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+    rows = [{"questionId": item.question_id, "prediction": gqa.convert(texts[item.id])} for item in items if item.id in texts]
+    return {"testdev_balanced_predictions.json": as_json(rows)}
+
+
+def _read_vizwiz(folder: Folder) -> Iterator[Item]:
+    if folder.split == "test":
+        yield from items_of(folder, asked(folder, ending=UNANSWERABLE + SHORT))
+        return
+    where = str(folder["annotations"])
+    for number, row in enumerate(read_json(folder["annotations"], list)):
+        pick(row, "answers", list, where=f"{where}, entry {number}")
+        name, question = (pick(row, key, str, where=f"{where}, entry {number}") for key in ("image", "question"))
+        yield Item(id=str(number), question_id=number, prompt=question + UNANSWERABLE + SHORT, image=folder.image(name), meta=row)
+
+
+def _measure_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+    return {"accuracy": vqa.vizwiz_accuracy(_vqa_items(items, texts)).accuracy}
+
+
+def _submit_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+    missing = [item.question_id for item in items if item.id not in texts]
+    if missing:  # the official converter asserts it
+        raise DataError(f"VizWiz: no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}; the server wants all")
+    return {f"vizwiz_{folder.split}.json": as_json([{"image": i.meta["image"], "answer": normalise_evalai(texts[i.id])} for i in items])}
+
+
+def _read_textvqa(folder: Folder) -> Iterator[Item]:
+    where, truths = str(folder["annotations"]), {}
+    for row in pick(read_json(folder["annotations"], dict), "data", list, where=where):
+        pick(row, "answers", list, where=where)
+        truths[pick(row, "image_id", str, where=where), pick(row, "question", str, where=where).lower()] = row
+    # The official key: image and question, from the prompt's first line. OCR tokens are in the text already: without them the score is ~12 lower.
+    for item in items_of(folder, asked(folder, ending=SHORT)):
+        truth = truths.get((str(item.question_id), vqa.textvqa_question(item.prompt)))
+        if truth is None:
+            raise DataError(f"{folder['questions']}: {item.question_id}, {item.prompt.splitlines()[0]!r} is not in {where}; take TextVQA 0.5.1 val")
+        yield Item(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
+
+
+def _measure_textvqa(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+    answered = [item for item in items if item.id in texts]  # the official script goes over the answers that there are
+    return {"accuracy": vqa.textvqa_accuracy(_vqa_items(answered, texts), profile=profile).accuracy}
+
+
+def _loader(**more: Any) -> Task:
+    return Task(official=LOADER, headline="accuracy", **more)
+
+
+TASKS = (
+    _loader(
+        name="vqav2",
+        title="VQA-v2",
+        folder="vqav2",
+        splits=(_TEST, _VAL),
+        scored=(_VAL,),
+        needs=(
+            playground("questions", *both("vqav2_mscoco_test-dev2015.jsonl"), splits=(_TEST,)),
+            Need("questions", ("v2_OpenEnded_mscoco_val2014_questions.json",), _VQA, (_VAL,)),
+            # The official converter asks for LLaVA's name whoever's playground it is.
+            Need(
+                "all",
+                (*both("vqav2_mscoco_test2015.jsonl")[::-1], "v2_OpenEnded_mscoco_test2015_questions.json"),
+                f"eval.zip of LLaVA, or {_VQA}",
+                (_TEST,),
+            ),
+            Need("annotations", ("v2_mscoco_val2014_annotations.json",), _VQA, (_VAL,)),
+            Need("images", ("test2015/",), f"{COCO}test2015.zip", (_TEST,)),
+            Need("images", ("val2014/",), f"{COCO}val2014.zip", (_VAL,)),
+        ),
+        read=_read_vqav2,
+        measure=_measure_vqav2,
+        submit=lambda folder, items, texts: _submit_vqav2(folder, items, texts) if folder.split == _TEST else {},
+        server="https://eval.ai/web/challenges/challenge-page/830 (phase test-dev)",
+    ),
+    _loader(
+        name="gqa",
+        title="GQA",
+        folder="gqa",
+        needs=(
+            playground("questions", *both("gqa_testdev_balanced.jsonl")),
+            Need(
+                "annotations",
+                ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json"),
+                "questions1.2.zip of https://cs.stanford.edu/people/dorarad/gqa/download.html",
+            ),
+            Need("images", ("images/", "data/images/"), "images.zip of the same page"),
+        ),
+        read=_read_gqa,
+        measure=_measure_gqa,
+        submit=_submit_gqa,
+    ),
+    _loader(
+        name="vizwiz",
+        title="VizWiz",
+        folder="vizwiz",
+        splits=("test", "val"),
+        scored=("val",),
+        needs=(
+            playground("questions", *both("test.jsonl"), splits=("test",)),
+            Need("annotations", ("val.json",), "https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip", ("val",)),
+            Need("images", ("{split}/",), "test.zip or val.zip of https://vizwiz.cs.colorado.edu/VizWiz_final/images"),
+        ),
+        read=_read_vizwiz,
+        measure=_measure_vizwiz,
+        submit=_submit_vizwiz,
+        server="https://eval.ai/web/challenges/challenge-page/2185 (it was 1911)",
+    ),
+    _loader(
+        name="textvqa",
+        title="TextVQA",
+        folder="textvqa",
+        needs=(
+            playground("questions", *both("textvqa_val_v051_ocr.jsonl")),
+            Need("annotations", ("TextVQA_0.5.1_val.json",), "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"),
+            Need("images", ("train_images/",), "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
+        ),
+        read=_read_textvqa,
+        measure=_measure_textvqa,
+    ),
+)

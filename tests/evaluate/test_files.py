@@ -1,0 +1,160 @@
+"""Missing, damaged and foreign files of every benchmark: one error that names the file, the expected layout, and where to get it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from official_files import WRITERS, as_json, jsonl
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.layout import Need
+from megatron_share4v.evaluate.tasks import get_task
+
+CASES = [
+    (name, split, need)
+    for name, split in WRITERS
+    for need in get_task(name).needs
+    if need.names != ("./",) and (not need.splits or get_task(name).split(split) in need.splits)
+]
+
+
+def items(name: str, data: Path, split: str | None = None) -> list:
+    task = get_task(name)
+    return task.items(task.open(data, split))
+
+
+@pytest.mark.parametrize(("name", "split", "need"), CASES, ids=lambda part: part.key if isinstance(part, Need) else str(part))
+def test_each_missing_file_is_named(name: str, split: str | None, need: Need, tmp_path: Path) -> None:
+    WRITERS[name, split](tmp_path)
+    paths = [tmp_path / known.replace("{split}", get_task(name).split(split)) for known in need.names]
+    removed = [path for path in paths if path.exists()]
+    assert removed, "the fixture has no such file"
+    for path in removed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(DataError) as raised:
+        items(name, tmp_path, split)
+    message = str(raised.value)
+    assert f"{paths[0]} does not exist" in message  # what
+    assert f"MISSING {' or '.join(known.replace('{split}', get_task(name).split(split)) for known in need.names)}: {need.source}" in message
+    assert f"expected below --data {tmp_path}:" in message and raised.value.exit_code == 2
+    for other in get_task(name).needs:
+        if not other.splits or get_task(name).split(split) in other.splits:
+            assert other.source in message  # the whole layout
+
+
+@pytest.mark.parametrize(("name", "split", "need"), [case for case in CASES if not case[2].names[0].endswith("/")], ids=str)
+def test_each_damaged_file_is_named(name: str, split: str | None, need: Need, tmp_path: Path) -> None:
+    WRITERS[name, split](tmp_path)
+    task = get_task(name)
+    path = task.open(tmp_path, split)[need.key]
+    path.write_bytes(path.read_bytes()[:-20] + b"\xff\xfe{")
+    with pytest.raises(DataError, match=path.name):
+        asked = items(name, tmp_path, split)
+        task.submission(task.open(tmp_path, split), asked, [])  # test2015's list of VQA-v2 is read only there
+
+
+@pytest.mark.parametrize(("name", "split"), [case for case in WRITERS if not case[0].startswith("mmbench")])
+def test_a_missing_image_is_named_before_anything_is_asked(name: str, split: str | None, tmp_path: Path) -> None:
+    WRITERS[name, split](tmp_path)
+    gone = next(item.image for item in items(name, tmp_path, split)[2:] if item.image)
+    gone.unlink()
+    with pytest.raises(DataError, match=gone.name):
+        items(name, tmp_path, split)
+
+
+@pytest.mark.parametrize("name", [name for name, split in WRITERS if split is None])
+def test_no_questions_at_all(name: str, tmp_path: Path) -> None:
+    WRITERS[name, None](tmp_path)
+    path = get_task(name).open(tmp_path)["questions"]
+    header = path.read_text().split("\n")[0] + "\n" if path.suffix == ".tsv" else ""
+    path.write_text("[]" if path.suffix == ".json" else header)
+    with pytest.raises(DataError, match="not one question"):
+        items(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "vizwiz", "textvqa", "mme", "pope", "seed"])
+def test_questions_without_the_official_directive_are_another_file(name: str, tmp_path: Path) -> None:
+    WRITERS[name, None](tmp_path)
+    path = get_task(name).open(tmp_path)["questions"]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    jsonl(path, [{**row, "text": row["text"].split("\n")[0]} for row in rows])
+    with pytest.raises(DataError, match=rf"{path.name}:1: the text is .* does not end with"):
+        items(name, tmp_path)
+
+
+FOREIGN = [  # benchmark, file, what it holds, what is said
+    ("gqa", "data/testdev_balanced_questions.json", {"1": {}}, "question 201307251 is not in"),
+    ("textvqa", "TextVQA_0.5.1_val.json", {"data": []}, "'what is the brand of this camera\\?' is not in"),
+    ("science_qa", "problems.json", {}, "entry 0: problem 21192 is not in the test split"),
+    ("science_qa", "pid_splits.json", {"test": ["21195"]}, "problem 21192 is not in the test split"),
+    ("seed", "SEED-Bench.json", {"questions": []}, "llava-seed-bench.jsonl:1: question 101669 is not in"),
+    ("mm_vet", "mm-vet.json", {"v1_0": {"question": "q", "answer": "a", "capability": []}}, "v1_1: 'v1_1' is 'None'; expected a dict"),
+    ("mm_vet", "mm-vet.json", [], "holds a JSON list, expected a dict"),
+    ("qbench", "llvisionqa_dev.json", [{"question": "q", "candidates": ["a"]}], "entry 0: 'correct_ans' is 'None'"),
+    ("qbench", "llvisionqa_dev.json", [3], "entry 0: 'question' is 'None'"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "content", "message"), FOREIGN, ids=lambda part: part if isinstance(part, str) else "")
+def test_files_that_do_not_belong_together(name: str, file: str, content: object, message: str, tmp_path: Path) -> None:
+    WRITERS[name, None](tmp_path)
+    as_json(tmp_path / file, content)
+    with pytest.raises(DataError, match=message):
+        items(name, tmp_path)
+
+
+def test_mme_without_its_own_text_files(tmp_path: Path) -> None:
+    WRITERS["mme", None](tmp_path)
+    text = tmp_path / "MME_Benchmark_release_version/posters/questions_answers_YN/tt0116209.txt"
+    text.write_text("Is it another question? Please answer yes or no.\tYes\n")
+    with pytest.raises(DataError, match="MME has no question 'Is this movie titled moonstruck"):
+        items("mme", tmp_path)
+    text.unlink()
+    with pytest.raises(DataError, match="questions_answers_YN has no .txt(.|\n)*expected below"):
+        items("mme", tmp_path)
+
+
+def test_pope_with_an_unknown_category(tmp_path: Path) -> None:
+    WRITERS["pope", None](tmp_path)
+    path = tmp_path / "llava_pope_test.jsonl"
+    path.write_text(path.read_text().replace('"popular"', '"common"'))
+    with pytest.raises(DataError, match=r"llava_pope_test.jsonl:9: category 'common' is none of random, popular, adversarial"):
+        items("pope", tmp_path)
+
+
+def test_llava_bench_without_a_reference(tmp_path: Path) -> None:
+    WRITERS["llava_bench", None](tmp_path)
+    lines = (tmp_path / "answers_gpt4.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers_gpt4.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(DataError, match=r"questions.jsonl:4: question 3 needs .* a reference answer"):
+        items("llava_bench", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"), [("\t/9j/", "\t!!", "row 241: its image is no base64"), ("\n300\t", "\nx\t", "row x: has no number in index")]
+)
+def test_mmbench_with_a_damaged_row(old: str, new: str, message: str, tmp_path: Path) -> None:
+    WRITERS["mmbench", None](tmp_path)
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        items("mmbench", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mme", "MME"), ("mm_vet", "mm-vet"), ("llava_bench", "llava-bench-in-the-wild"), ("seed", "seed_bench")]
+)
+def test_the_playground_itself_may_be_the_data(name: str, folder: str, tmp_path: Path) -> None:
+    (tmp_path / folder).mkdir()
+    WRITERS[name, None](tmp_path / folder)
+    assert items(name, tmp_path) == items(name, tmp_path / folder)
+
+
+def test_share4vs_files_come_before_llavas(tmp_path: Path) -> None:
+    WRITERS["pope", None](tmp_path)
+    rows = (tmp_path / "llava_pope_test.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "share4v_pope_test.jsonl").write_text("".join(rows[:8]))
+    assert len(items("pope", tmp_path)) == 8

@@ -1,0 +1,310 @@
+"""Every benchmark from its official files to its score: prompts to the letter, answer rows, submission files, and what a stub's answers are worth."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from official_files import WRITERS, jsonl, picture
+
+from megatron_share4v.data.decode_pil import inspect
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.evaluate.answers import answer_id, make_answer, read_answers, write_rows
+from megatron_share4v.evaluate.item import Answer, Decoding, Item
+from megatron_share4v.evaluate.metrics.profile import CORRECTED
+from megatron_share4v.evaluate.tasks import TASKS, get_task
+
+LOADER, MMBENCH, CROPPED = Decoding(128, "pad", "user"), Decoding(1024, "pad", "user"), Decoding(1024, "crop", "user")
+QBENCH = Decoding(1024, "crop", "human")
+
+SHORT, LETTER = "\nAnswer the question using a single word or phrase.", "\nAnswer with the option's letter from the given choices directly."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+# benchmark and split: decoding, questions, number of one question, its question_id, the user's turn, the answer file's prompt
+PROMPTS = {
+    ("vqav2", None): (LOADER, 6, 1, 1001, "<image>\nIs it raining?" + SHORT, "Is it raining?" + SHORT),
+    ("vqav2", "val2014"): (LOADER, 6, 2, 262148002, "<image>\nHow many dogs?" + SHORT, "How many dogs?" + SHORT),
+    ("gqa", None): (LOADER, 6, 3, "20341097", "<image>\nWhere is that fire hydrant?" + SHORT, "Where is that fire hydrant?" + SHORT),
+    ("vizwiz", None): (LOADER, 5, 1, 1, "<image>\nThis is a box." + UNANSWERABLE + SHORT, "This is a box." + UNANSWERABLE + SHORT),
+    ("vizwiz", "val"): (LOADER, 5, 0, 0, "<image>\nWhat is this?" + UNANSWERABLE + SHORT, "What is this?" + UNANSWERABLE + SHORT),
+    ("textvqa", None): (
+        LOADER,
+        5,
+        2,
+        "8cfd3916eac85404",
+        "<image>\nWhat is the highest number on the players shorts?\nReference OCR token: R, Reebo, Ex" + SHORT,
+        "What is the highest number on the players shorts?\nReference OCR token: R, Reebo, Ex" + SHORT,
+    ),
+    ("science_qa", None): (
+        CROPPED,
+        5,
+        3,
+        "21200",
+        "<image>\nContext: A bulldozer clears a path.\nWhat is the direction of this push?\nA. away from the bulldozer\nB. toward the bulldozer"
+        + LETTER,
+        "<image>\nContext: A bulldozer clears a path.\nWhat is the direction of this push?\nA. away from the bulldozer\nB. toward the bulldozer"
+        + LETTER,
+    ),
+    ("mme", None): (
+        LOADER,
+        6,
+        3,
+        "posters/images/tt0116209.jpg",
+        "<image>\nIs this movie directed by jing wong?" + SHORT,
+        "Is this movie directed by jing wong?" + SHORT,
+    ),
+    ("pope", None): (LOADER, 12, 4, 10000001, "<image>\nIs there a snowboard in the image?" + SHORT, "Is there a snowboard in the image?" + SHORT),
+    ("seed", None): (
+        LOADER,
+        5,
+        1,
+        101670,
+        "<image>\nHow many towels are in image 1?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER,
+        "How many towels are in image 1?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER,
+    ),
+    ("qbench", None): (QBENCH, 5, 1, 1, "<image>\nIs it bright?\nChoose between one of the options as follows:\nA. Yes\nB. No\n", None),
+    ("qbench", "test"): (
+        QBENCH,
+        5,
+        0,
+        0,
+        "<image>\nHow is the clarity?\nChoose between one of the options as follows:\nA. Clear\nB. Blurry\nC. Fair\n",
+        None,
+    ),
+    ("mmbench", None): (
+        MMBENCH,
+        6,
+        0,
+        241,
+        '<image>\nMagnets pull.\nOr push.\nIdentify the question that can be answered.\nA. Is it iron?\nB. Does "it" float?' + LETTER,
+        'Magnets pull.\nOr push.\nIdentify the question that can be answered.\nA. Is it iron?\nB. Does "it" float?',
+    ),
+    ("mmbench_cn", None): (
+        MMBENCH,
+        6,
+        2,
+        300,
+        "<image>\nWhere is the cat?\nA. On the mat\nB. Under it\n请直接回答选项字母。",
+        "Where is the cat?\nA. On the mat\nB. Under it",
+    ),
+    ("llava_bench", None): (CROPPED, 5, 2, 2, "<image>\nWhy?", "Why?"),
+    ("mm_vet", None): (CROPPED, 5, 0, 0, "<image>\nWhat is x in the equation?", "What is x in the equation?"),
+    ("custom", None): (CROPPED, 5, 1, 1, "<image>\nWhat is it, 1?", "What is it, 1?"),
+}
+
+# what the stub says to each question in order, and what that is worth, by hand
+WORTH = {
+    ("vqav2", "val2014"): (["Red", "yes", "Two", "An umbrella", "the park", "Stop"], {"accuracy": 66.67, "answer type other": 50.0}),
+    # "Red" and "the park": all ten agree, so VQAEval compares literally; "Stop" is literally right
+    ("gqa", None): (["No.", "Women", "right", "on the sidewalk", "Yes", " man"], {"accuracy": 400 / 6, "binary": 100.0, "open": 100 / 3}),
+    ("vizwiz", "val"): (["Soda", "Unanswerable.", "dog", "the vanilla", "yes"], {"accuracy": (100 + 100 + 60 + 100 + 0) / 5}),
+    ("textvqa", None): (["Dakota", "Reebok.", "twenty two", "9 1", "MOO"], {"accuracy": 80.0}),
+    ("science_qa", None): (["B", "B. peach", "The answer is B.", "C", "FAILED"], {"image accuracy": 200 / 3, "accuracy": 60.0}),
+    ("mme", None): (["Yes", "No", "yes, it is", "Hardly", "No", "No."], {"existence": 200.0, "posters": 50.0, "code_reasoning": 50.0}),
+    ("pope", None): (["Yes", "No", "Yes", "Yes"] * 3, {"f1": 80.0, "accuracy": 75.0, "yes ratio": 75.0, "random precision": 200 / 3}),
+    ("seed", None): (["A", "B", "C.", "A", "A"], {"image accuracy": 60.0, "image accuracy, first character": 80.0, "Scene Understanding": 200 / 3}),
+    ("qbench", None): (["B. Blurry", "Yes", "C. Road", "A", "Dull"], {"accuracy": 80.0}),
+    ("mmbench", None): (["B", "A", "On the mat", "A", "D", "2 or 3"], {"accuracy": 75.0, "FP-S": 0.0, "rows that a judge would read": 1.0}),
+    ("mmbench_cn", None): (["B", "A", "A", "A", "D", "C"], {"accuracy": 100.0, "rows that a judge would read": 0.0}),
+    ("custom", None): (["two", "Dog", "a cat", "the puppy", "I am"], {"accuracy": 75.0}),
+}
+
+
+@pytest.fixture(params=WRITERS, ids=lambda case: "-".join(filter(None, case)))
+def case(request: pytest.FixtureRequest) -> tuple[str, str | None]:
+    return request.param
+
+
+@pytest.fixture
+def data(case: tuple[str, str | None], tmp_path: Path) -> Path:
+    WRITERS[case](tmp_path)
+    return tmp_path
+
+
+def test_official_prompt(case: tuple[str, str | None], data: Path) -> None:
+    task = get_task(case[0])
+    items = task.items(task.open(data, case[1]))
+    decoding, count, number, question_id, turn, recorded = PROMPTS[case]
+    item = items[number]
+    assert task.decoding() == decoding
+    assert len(items) == count == len({each.id for each in items})
+    assert (item.question_id, item.turn) == (question_id, turn)
+    if recorded is not None:
+        [row] = task.rows(items, [make_answer(item, "x")], model="m")
+        assert row["prompt"] == recorded
+    assert all(inspect(each.read_image()).width == 12 for each in items if each.image is not None)
+    assert [each.id for each in task.items(task.open(data, case[1]))] == [each.id for each in items]
+
+
+def test_answers_to_score(case: tuple[str, str | None], data: Path, tmp_path: Path) -> None:
+    """The answer file is read again as it was written, and what is in it is worth what the table says."""
+    task = get_task(case[0])
+    folder = task.open(data, case[1])
+    items = task.items(folder)
+    said, worth = WORTH.get(case, (["A"] * len(items), {}))
+    answers = [make_answer(item, text) for item, text in zip(items, said, strict=True)]
+    write_rows(tmp_path / "out/answers.jsonl", task.rows(items, reversed(answers), model="tiny"))
+    assert [answer.text for answer in read_answers(tmp_path / "out/answers.jsonl", items)] == said
+    assert read_answers(tmp_path / "out/answers.jsonl", items) == answers
+    scores = task.score(folder, items, answers)
+    assert {name: scores.values[name] for name in worth} == pytest.approx(worth)
+    assert bool(worth) == bool(scores.values)
+    is_whole = case in WORTH and case[0] != "mme"  # there: 3 of 14 subtasks
+    assert scores.headline == (task.headline if is_whole else None)
+    assert is_whole or scores.note
+    json.dumps(scores.json_values, allow_nan=False)
+
+
+def test_official_rows(tmp_path: Path) -> None:
+    """Fields and their order, of the common format, of MMBench's and of Q-Bench's."""
+    rows = {}
+    for name in ("vqav2", "mmbench", "qbench"):
+        WRITERS[name, None](tmp_path)
+        items = TASKS[name].items(TASKS[name].open(tmp_path))
+        [rows[name]] = TASKS[name].rows(items, [make_answer(items[2], "B")], model="llava")
+    common = {"question_id": 1002, "prompt": "How many dogs?\nAnswer the question using a single word or phrase.", "text": "B"}
+    assert list(rows["vqav2"].items()) == [*common.items(), ("answer_id", answer_id("1002", "B")), ("model_id", "llava"), ("metadata", {})]
+    assert list(rows["mmbench"].items()) == [
+        ("question_id", 300),
+        ("round_id", 0),
+        ("prompt", "Where is the cat?\nA. On the mat\nB. Under it"),
+        ("text", "B"),
+        ("options", ["On the mat", "Under it"]),
+        ("option_char", ["A", "B"]),
+        ("answer_id", answer_id("300", "B")),
+        ("model_id", "llava"),
+        ("metadata", {}),
+    ]
+    assert list(rows["qbench"]) == ["img_path", "question", "candidates", "type", "concern", "correct_ans", "response"]
+
+
+def submission(name: str, split: str | None, root: Path, said: list[str]) -> dict[str, bytes]:
+    WRITERS[name, split](root)
+    task = get_task(name)
+    folder = task.open(root, split)
+    items = task.items(folder)
+    return dict(task.submission(folder, items, [make_answer(item, text) for item, text in zip(items, said)]))
+
+
+def test_vqav2_submission_has_every_question_of_test2015(tmp_path: Path) -> None:
+    [(name, content)] = submission("vqav2", None, tmp_path, ["Red.", "Yes, it is", "two", "An umbrella", "at Joe's"]).items()
+    said = {999: "", 1000: "red", 1001: "yes it is", 1002: "2", 1003: "umbrella", 1004: "at joe 's", 1005: ""}  # the last was not answered
+    assert name == "vqav2_test2015.json" and json.loads(content) == [{"question_id": k, "answer": text} for k, text in said.items()]
+
+
+def test_gqa_submission(tmp_path: Path) -> None:
+    [content] = submission("gqa", None, tmp_path, ["No..", "Women"]).values()
+    assert content == b'[{"questionId": "201307251", "prediction": "no"}, {"questionId": "201640614", "prediction": "women"}]'
+
+
+def test_vizwiz_submission_wants_every_answer(tmp_path: Path) -> None:
+    [content] = submission("vizwiz", None, tmp_path, ["A dog", "Unanswerable", "two", "x", "y"]).values()
+    assert json.loads(content)[0] == {"image": "VizWiz_test_00000000.jpg", "answer": "dog"} and len(json.loads(content)) == 5
+    with pytest.raises(DataError, match="no answer to 1 of 5 questions, the first is 4"):
+        submission("vizwiz", None, tmp_path, ["a"] * 4)
+
+
+def test_mme_files_are_those_of_the_official_tool(tmp_path: Path) -> None:
+    files = submission("mme", None, tmp_path, ["Yes", "No", "Yes", "No", "Yes", "Maybe"])
+    assert files["posters.txt"].decode().splitlines() == [
+        "tt0116209.txt\tIs this movie titled moonstruck (1987)? Please answer yes or no.\tYes\tYes",
+        "tt0116209.txt\tIs this movie directed by jing wong?  Please answer yes or no.\tNo\tNo",
+    ]
+    assert sorted(files) == ["code_reasoning.txt", "existence.txt", "posters.txt"]
+
+
+def test_seed_submission_keeps_the_annotations_ids(tmp_path: Path) -> None:
+    [content] = submission("seed", None, tmp_path, list("ABCDA")).values()
+    assert content.splitlines()[0] == b'{"question_id": "101669", "prediction": "A"}' and len(content.splitlines()) == 5
+
+
+def test_mm_vet_submission(tmp_path: Path) -> None:
+    [content] = submission("mm_vet", None, tmp_path, ["x = -1", "b"]).values()
+    assert content == b'{\n  "v1_0": "x = -1",\n  "v1_1": "b"\n}'
+
+
+def test_mmbench_submission_is_the_official_sheet(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="the extra [evaluate] is not installed")
+    [(name, content)] = submission("mmbench", None, tmp_path, ["B", "=A1", "A\x01", "A", "D"]).items()
+    book = openpyxl.load_workbook(io.BytesIO(content))
+    rows = list(book.active.iter_rows(values_only=True))
+    assert name == "mmbench_dev_20230712.xlsx" and book.sheetnames == ["Sheet1"]
+    assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert rows[1] == (241, "Identify the question that can be answered.", "Is it iron?", 'Does "it" float?', None, None, "B", "B", "dev")
+    assert [row[6] for row in rows[1:]] == ["B", "=A1", "A", "A", "D", None] and book.active.cell(3, 7).data_type == "s"
+    assert rows[2][2:6] == ("Left", None, "Right", None)
+
+
+def test_qbench_test_split_is_handed_in(tmp_path: Path) -> None:
+    [(name, content)] = submission("qbench", "test", tmp_path, ["A", "B"]).items()
+    assert name == "llvisionqa_test_answers.jsonl" and json.loads(content.splitlines()[1])["response"] == "B"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_corrected_profile_pads_and_asks_as_in_training(name: str) -> None:
+    official, corrected = get_task(name).decoding(), get_task(name).decoding(CORRECTED)
+    assert (corrected.image_mode, corrected.system, corrected.max_new_tokens) == ("pad", "user", official.max_new_tokens)
+    assert (official != corrected) == (name in {"science_qa", "llava_bench", "mm_vet", "qbench", "custom"})
+    assert {"pad": "pad", "crop": "square"}[official.image_mode] == official.aspect_ratio
+    assert official.template == ("share4v_v1" if name == "qbench" else "vicuna_v1")
+
+
+def test_corrected_profile_reaches_the_scores(tmp_path: Path) -> None:
+    WRITERS["science_qa", None](tmp_path)
+    task = get_task("science_qa")
+    folder = task.open(tmp_path)
+    items = task.items(folder)
+    answers = [make_answer(item, "B.") for item in items]
+    assert task.score(folder, items, answers).values["accuracy"] == 0.0
+    assert task.score(folder, items, answers, profile=CORRECTED).values["accuracy"] == 80.0
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"), [(" A </s>", "A"), ("A</s></s>", "A</s>"), ("</s>", ""), (" a\n", "a"), ("A </s> ", "A"), ("A</s>.", "A</s>.")]
+)
+def test_output_is_cleaned_as_by_the_scripts(text: str, clean: str) -> None:
+    assert LOADER.clean(text) == clean
+
+
+def test_answer_ids_are_of_question_and_text_alone() -> None:
+    assert answer_id("1", "yes") == answer_id("1", "yes") and len(answer_id("1", "yes")) == 22
+    assert len({answer_id(name, text) for name in ("1", "2", "1~2") for text in ("yes", "no", "")}) == 9
+
+
+def test_repeated_question_ids_have_ids_of_their_own(tmp_path: Path) -> None:
+    WRITERS["mme", None](tmp_path)
+    items = get_task("mme").items(get_task("mme").open(tmp_path))
+    assert [item.id for item in items[:2]] == ["existence/000000006040.jpg", "existence/000000006040.jpg~2"]
+    answers = [Answer(item.id, item.prompt, str(k)) for k, item in enumerate(items)]
+    write_rows(tmp_path / "a.jsonl", get_task("mme").rows(items, answers, model="m"))
+    assert read_answers(tmp_path / "a.jsonl", items) == answers
+
+
+def test_foreign_answers_are_refused(tmp_path: Path) -> None:
+    items = [Item(id="1", question_id=1, prompt="p")]
+    jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "text": "a"}, {"question_id": 1, "text": "b"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: answers question 1, which is not asked, or has its answer already"):
+        read_answers(tmp_path / "a.jsonl", items)
+    jsonl(tmp_path / "a.jsonl", [{"question_id": 1}])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'text' is 'None'"):
+        read_answers(tmp_path / "a.jsonl", items)
+
+
+def test_images_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    assert Item(id="1", question_id=1, prompt="p", image=picture(1)).read_image() == picture(1)
+    assert Item(id="1", question_id=1, prompt="p").read_image() is None
+    for name, why in (("gone.png", "cannot be read"), ("empty.png", "empty file")):
+        with pytest.raises(DataError, match=f"{name} of question 7: .*{why}"):
+            Item(id="1", question_id=7, prompt="p", image=tmp_path / name).read_image()
+
+
+def test_unknown_names() -> None:
+    assert get_task("MM-Vet") is TASKS["mm_vet"]
+    with pytest.raises(ConfigError, match="nearest is textvqa"):
+        get_task("text_vqa2")
+    with pytest.raises(ConfigError, match="no such split; test-dev2015, val2014"):
+        get_task("vqav2").split("train")
+    with pytest.raises(ConfigError, match="only one"):
+        get_task("gqa").split("test")
