@@ -1,0 +1,173 @@
+"""Asking a judge, and keeping what it says: every raw reply goes to a journal at once, so that no question is paid for twice.
+
+Without an endpoint the open questions become a file in the format of OpenAI's Batch API, and its output file is read where it is put.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.answers import write_rows
+from megatron_share4v.evaluate.judge_prompts import Body, Request, Verdicts
+from megatron_share4v.evaluate.layout import pick, read_jsonl
+from megatron_share4v.remote.chat import Chat, Reply, parse_completion
+
+JOURNAL, REQUESTS, REPLIES = "judge.jsonl", "judge_requests.jsonl", "judge_replies.jsonl"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """verdicts: all raw replies by the request's id. model: as asked for. answered_as: what the servers called themselves."""
+
+    verdicts: Verdicts
+    model: str
+    answered_as: tuple[str, ...]
+    seed: int | None
+    replies: int
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A body to be sent. name: of request, attempt and content, so that a reply to another answer, or of another judge, is never taken for it."""
+
+    name: str
+    body: Body
+
+
+class Replies:
+    """All that judges have said, from the journal and the file of replies in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises DataError for a damaged file."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / JOURNAL
+        self._known: dict[str, Reply] = {}
+        self._mend()
+        for path in (self._path, directory / REPLIES):
+            for where, row in read_jsonl(path) if path.exists() else ():
+                self._known[pick(row, "custom_id", str, where=where)] = _reply_of(row, where=where)
+
+    def __getitem__(self, name: str) -> Reply | None:
+        return self._known.get(name)
+
+    def add(self, name: str, reply: Reply) -> None:
+        """It is on the disk when this returns."""
+        self._known[name] = reply
+        row = {"custom_id": name, "model": reply.model, "content": reply.text}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _mend(self) -> None:
+        """Cut off a line that a killed process did not finish."""
+        if self._path.exists():
+            with self._path.open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def judge(
+    requests: Sequence[Request],
+    directory: Path,
+    *,
+    model: str,
+    chat: Chat | None,
+    seed: int | None = None,
+    on_reply: Callable[[int], object] | None = None,
+) -> Judgement | None:
+    """All replies to `requests`; None without `chat` while some are open: those are then in `directory`/judge_requests.jsonl (see `how_to_go_on`).
+
+    model: of the judge. seed: sent if given. on_reply: told how many there are, as they come. Raises ConfigError when the endpoint refuses
+    key, model or path, and DataError when it gives no reply to some requests: what came is kept, and the same call goes on.
+    """
+    replies = Replies(directory)
+    extra = {"model": model} | ({} if seed is None else {"seed": seed})
+    while opened := [each for request in requests if (each := _next(request, replies, extra))]:
+        if chat is None:
+            write_rows(directory / REQUESTS, (_batch_row(each) for each in opened))
+            return None
+        _ask(opened, chat, replies, on_reply)
+    said = {request.id: list(_replies(request, replies, extra)) for request in requests}
+    flat = [reply for each in said.values() for reply in each]
+    verdicts = {name: [reply.text for reply in each] for name, each in said.items()}
+    return Judgement(verdicts, model, tuple(sorted({reply.model for reply in flat if reply.model})), seed, len(flat))
+
+
+def how_to_go_on(directory: Path, *, model: str) -> str:
+    """For the user, after `judge` has returned None."""
+    return (
+        f"the questions for the judge are in {directory / REQUESTS}. Either start the same command again with --judge-base-url (any server that "
+        f"speaks OpenAI's interface; it is asked for --judge-model {model}), or send the file to OpenAI's Batch API yourself, put its output at "
+        f"{directory / REPLIES}, and start the same command again. A line of yours may also be "
+        '{"custom_id": "...", "content": "the raw reply"}'
+    )
+
+
+def _ask(opened: Sequence[_Open], chat: Chat, replies: Replies, on_reply: Callable[[int], object] | None) -> None:
+    failures: list[tuple[str, DataError]] = []
+    pool = ThreadPoolExecutor(chat.endpoint.concurrency)
+    futures = {pool.submit(chat.ask, each.body): each.name for each in opened}
+    try:
+        for number, future in enumerate(as_completed(futures), 1):
+            try:
+                replies.add(futures[future], future.result())
+            except DataError as error:
+                failures.append((futures[future], error))
+            if on_reply:
+                on_reply(number - len(failures))
+            if len(failures) > chat.endpoint.concurrency and len(failures) == number:
+                chat.stop()  # it is the endpoint, not the questions
+                break
+    except BaseException:
+        chat.stop()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        name, error = failures[0]
+        raise DataError(
+            f"judge {chat.endpoint.model} at {chat.endpoint.url}: {len(failures)} of {len(opened)} requests got no reply; {name}: {error}. "
+            "See to it, and start the same command again: the replies that came are kept"
+        ) from error
+
+
+def _replies(request: Request, replies: Replies, extra: Mapping[str, object]) -> Iterator[Reply]:
+    """Those that are known, in order, each to the body that follows from the ones before it."""
+    said: list[Reply] = []
+    while (opened := _opened(request, said, extra)) and (reply := replies[opened.name]):
+        said.append(reply)
+        yield reply
+
+
+def _next(request: Request, replies: Replies, extra: Mapping[str, object]) -> _Open | None:
+    return _opened(request, list(_replies(request, replies, extra)), extra)
+
+
+def _opened(request: Request, said: Sequence[Reply], extra: Mapping[str, object]) -> _Open | None:
+    body = request.body([reply.text for reply in said])
+    if body is None:
+        return None
+    body = {**extra, **body}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+    return _Open(f"{request.id}/{len(said)}/{digest}", body)
+
+
+def _batch_row(opened: _Open) -> dict[str, object]:
+    return {"custom_id": opened.name, "method": "POST", "url": "/v1/chat/completions", "body": opened.body}
+
+
+def _reply_of(row: Mapping[str, object], *, where: str) -> Reply:
+    """A line of the journal, or of the Batch API's output."""
+    if "response" not in row:
+        return Reply(pick(row, "content", str, where=where), 0, None, str(row.get("model") or ""))
+    try:
+        return parse_completion(pick(row, "response", dict, where=where).get("body"))
+    except ValueError as error:
+        raise DataError(f"{where}: has no reply ({error}); take out the line, and the question is asked again") from error

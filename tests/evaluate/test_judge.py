@@ -1,0 +1,249 @@
+"""The judges: official questions, rereading and asking again, what is kept when it breaks off, and the way without an endpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from official_files import WRITERS
+
+from megatron_share4v.errors import ConfigError, DataError
+from megatron_share4v.evaluate.answers import make_answer
+from megatron_share4v.evaluate.judge import JOURNAL, REPLIES, REQUESTS, Judgement, how_to_go_on, judge
+from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
+from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
+from megatron_share4v.evaluate.task import by_id
+from megatron_share4v.evaluate.tasks import get_task
+from megatron_share4v.remote.chat import LONGEST_WAIT_S, Chat, Endpoint
+
+Reaction = tuple[int, dict[str, str], bytes]
+
+
+def says(text: object, model: str = "a-judge-of-ours") -> Reaction:
+    return 200, {}, json.dumps({"model": model, "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+
+@contextlib.contextmanager
+def judging(react: Callable[[dict], Reaction]) -> Iterator[tuple[str, list[dict]]]:
+    """A server: its URL, and the requests that came, with their headers."""
+    came, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                came.append({**request, "headers": dict(self.headers), "path": self.path})
+            code, headers, body = react(request)
+            if code:
+                self.send_response(code)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", came
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def chat(url: str, *, waits: list[float] | None = None, **more: object) -> Chat:
+    return Chat(Endpoint(url=url, model="judge", **{"concurrency": 3, "retries": 2, **more}), sleep=([] if waits is None else waits).append)
+
+
+def asked(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str, str], list[Request]]:
+    WRITERS[name, None](root)
+    task = get_task(name)
+    items = task.items(task.open(root))
+    texts = by_id(make_answer(item, f"{said} {item.id}") for item in items)
+    return items, texts, list(task.judged.requests(items, texts, OFFICIAL))
+
+
+def test_llava_bench_asks_as_the_official_script(tmp_path: Path) -> None:
+    _, _, requests = asked("llava_bench", tmp_path)
+    body = requests[4].body([])
+    assert body["messages"][0] == {"role": "system", "content": "You are a helpful and precise assistant for checking the quality of the answer."}
+    assert body["messages"][1]["role"] == "user" and (body["temperature"], body["max_tokens"]) == (0.2, 1024)
+    assert body["messages"][1]["content"] == (
+        "[Context]\nOne sentence.\nAnother.\n\n[Question]\nTell all.\n\n[Assistant 1]\nReference 4.\n\n[End of Assistant 1]\n\n"
+        "[Assistant 2]\nA view. 4\n\n[End of Assistant 2]\n\n[System]\n"
+        "We would like to request your feedback on the performance of two AI assistants in response to the user question displayed above. "
+        "The user asks the question on observing an image. For your reference, the visual content in the image is represented with a few sentences "
+        "describing the image. \nPlease rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an "
+        "overall score on a scale of 1 to 10, where a higher score indicates better overall performance.\nPlease first output a single line "
+        "containing only two values indicating the scores for Assistant 1 and 2, respectively. The two scores are separated by a space.\nIn the "
+        "subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the order in "
+        "which the responses were presented does not affect your judgment.\n\n"
+    )
+    assert requests[0].body(["nonsense"]) is None  # asked once, whatever came
+
+
+def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
+    _, _, requests = asked("mm_vet", tmp_path)
+    first, again = requests[0].body([]), requests[0].body(["about"])
+    content = first["messages"][0]["content"]
+    assert content.startswith(
+        "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in the ground"
+    )
+    assert content.endswith("unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0\n\n"
+                            "What is x in the equation? | -1 <AND> -5 | A view. 0 | ")  # fmt: skip
+    assert "space of the correctness score.\n\nQuestion | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\nWhat is x in the" in content
+    assert content.count("\nCan you explain this meme? | ") == 2 and len(content) == 2290 + 1 + 55  # of the published prompt, and of the question
+    assert again["messages"][0]["content"] == content + "\nPredict the correctness of the answer (digit): "
+    assert (first["max_tokens"], [message["role"] for message in first["messages"]]) == (3, ["user"])
+    heat = [requests[0].body(["about"] * count)["temperature"] for count in range(5)]
+    assert heat == [0.0, 0.0, 0.5, 1.0, 1.5] and requests[0].body(["about"] * 5) is None
+    assert requests[0].body(["0.5 "]) is None and requests[0].body(["x", "1.0"]) is None and requests[0].body(["1.1"]) is not None
+    assert "1.25 <OR> 5/4" in requests[1].body([])["messages"][0]["content"]
+    assert Grade("1", "q", "t", "a").body(["nan"]) is None and Grade("1", "q", "t", "a", CORRECTED).body(["nan"]) is not None
+
+
+def test_llava_bench_end_to_end(tmp_path: Path) -> None:
+    items, texts, requests = asked("llava_bench", tmp_path)
+    replies = {"0": "8 7\nGood.", "1": "8, 7\nA comma and a space: three parts.", "2": "10 5", "3": "9,9", "4": "8.5 9"}
+    with judging(lambda request: says(replies[request["messages"][1]["content"].split("A view. ")[1][0]])) as (url, came):
+        found = judge(requests, tmp_path / "out", model="judge", chat=chat(url, key="secret"), seed=3)
+    assert {(request["model"], request["seed"], request["path"]) for request in came} == {("judge", 3, "/v1/chat/completions")}
+    assert {request["headers"]["Authorization"] for request in came} == {"Bearer secret"} and len(came) == 5
+    assert found == Judgement({name: [text] for name, text in replies.items()}, "judge", ("a-judge-of-ours",), 3, 5)
+    task = get_task("llava_bench")
+    folder = task.open(tmp_path)
+    scores = task.score(folder, items, [], verdicts=found.verdicts)
+    # the unreadable review counts -1 for both: (7 - 1 + 5 + 9 + 9) / (8 - 1 + 10 + 9 + 8.5)
+    assert scores.headline == "all" and scores.values["all"] == round(5.8 / 6.9 * 100, 1)
+    assert scores.values["all, unreadable reviews"] == 1 and scores.values["llava_bench_complex"] == 50.0
+    assert task.score(folder, items, [], verdicts=found.verdicts, profile=CORRECTED).values["all"] == round(7.4 / 8.7 * 100, 1)
+    rows = [json.loads(line) for line in task.judged.files(items, texts, found.verdicts, "judge")["reviews.jsonl"].splitlines()]
+    assert list(rows[1]) == ["id", "question_id", "answer1_id", "answer2_id", "category", "content", "tuple"]
+    assert (rows[1]["id"], rows[1]["answer1_id"], rows[1]["category"], rows[1]["tuple"]) == (2, "ref1", "llava_bench_detail", [-1.0, -1.0])
+
+
+def test_mm_vet_asks_again_and_aggregates(tmp_path: Path) -> None:
+    items, texts, requests = asked("mm_vet", tmp_path)
+    stubborn = {"0": ["0.5"], "1": ["The", "1.0 yes"], "2": ["a", "b", "c", "d", "0.7"], "3": ["x"] * 5, "4": ["0.9"]}
+    left = {name: list(texts) for name, texts in stubborn.items()}
+    with judging(lambda request: says(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))) as (url, came):
+        found = judge(requests, tmp_path / "out", model="gpt-4-0613", chat=chat(url))
+    assert found.verdicts == stubborn and found.replies == len(came) == 14
+    assert sorted(request["temperature"] for request in came) == [0.0] * 8 + [0.5] * 2 + [1.0] * 2 + [1.5] * 2
+    task = get_task("mm_vet")
+    scores = task.score(task.open(tmp_path), items, [], verdicts=found.verdicts)
+    assert scores.values["total"] == scores.values[scores.headline] == 62.0  # (0.5 + 1 + 0.7 + 0 + 0.9) / 5
+    assert (scores.values["math"], scores.values["rec"], scores.values["gen"]) == (75.0, 53.3, 90.0)
+    assert scores.values["together rec"] == 70.0  # alone, without another capability
+    grades = json.loads(task.judged.files(items, texts, found.verdicts, "j")["mm-vet-grade-1runs.json"])
+    assert grades["v1_1"] == {"model": ["j"], "content": ["1.0"], "score": [1.0]} and grades["v1_3"]["score"] == [0.0]
+
+
+def test_what_was_said_is_never_asked_again(tmp_path: Path) -> None:
+    """Broken off in the middle, killed within a line, then with another answer and another judge."""
+    _, _, requests = asked("mm_vet", tmp_path)
+    out = tmp_path / "out"
+    broken = threading.Event()
+
+    def sometimes(request: dict) -> Reaction:
+        number = request["messages"][0]["content"].split("A view. ")[1][0]
+        return (400, {}, b"too long") if number == "3" and not broken.is_set() else says("0.5")
+
+    with judging(sometimes) as (url, came):
+        with pytest.raises(
+            DataError, match=r"1 of 5 requests got no reply; 3/0/\w+: the endpoint refused: HTTP 400: too long.*replies that came are kept"
+        ):
+            judge(requests, out, model="judge", chat=chat(url))
+        assert len(came) == 5
+        broken.set()
+        with (out / JOURNAL).open("a") as file:
+            file.write('{"custom_id": "3/0/')
+        assert judge(requests, out, model="judge", chat=chat(url)).replies == 5
+        assert len(came) == 6
+        assert judge(requests, out, model="judge", chat=None).replies == 5  # all is known: no endpoint is needed
+        changed = [Grade("0", "What?", "x", "another answer. A view. 0"), *requests[1:]]
+        assert judge(changed, out, model="judge", chat=chat(url)).replies == 5 and len(came) == 7
+        assert judge(requests, out, model="other", chat=chat(url)).model == "other" and len(came) == 12
+    journal = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+    assert {row["content"] for row in journal} == {"0.5"} and len(journal) == 11
+
+
+def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_path: Path) -> None:
+    _, _, requests = asked("mm_vet", tmp_path)
+    out = tmp_path / "out"
+    assert judge(requests, out, model="gpt-4-0613", chat=None) is None
+    rows = [json.loads(line) for line in (out / REQUESTS).read_text().splitlines()]
+    assert [row["custom_id"].split("/")[:2] for row in rows] == [[str(k), "0"] for k in range(5)]
+    assert rows[0]["method"] == "POST" and rows[0]["url"] == "/v1/chat/completions"
+    assert rows[0]["body"] == {"model": "gpt-4-0613", **requests[0].body([])}
+    message = how_to_go_on(out, model="gpt-4-0613")
+    assert all(part in message for part in (str(out / REQUESTS), "--judge-base-url", str(out / REPLIES), "start the same command again"))
+    # the Batch API's output, in another order, and one line by hand; one reply is no number, so that its question is asked once more
+    batch = [
+        {"id": "b", "custom_id": row["custom_id"], "error": None, "response": {"status_code": 200, "body": json.loads(says(text, "gpt-4-0613")[2])}}
+        for row, text in zip(rows[::-1], ["0.1", "0.2", "perhaps", "0.4"])
+    ]
+    lines = [json.dumps(row) + "\n" for row in (*batch, {"custom_id": rows[0]["custom_id"], "content": "1.0"})]
+    (out / REPLIES).write_text("".join(lines))
+    assert judge(requests, out, model="gpt-4-0613", chat=None) is None
+    [row] = [json.loads(line) for line in (out / REQUESTS).read_text().splitlines()]
+    assert row["custom_id"].startswith("2/1/") and row["body"]["messages"][0]["content"].endswith("(digit): ")
+    with (out / REPLIES).open("a") as file:
+        file.write(json.dumps({"custom_id": row["custom_id"], "content": "0.3"}) + "\n")
+    found = judge(requests, out, model="gpt-4-0613", chat=None)
+    assert found.verdicts == {"0": ["1.0"], "1": ["0.4"], "2": ["perhaps", "0.3"], "3": ["0.2"], "4": ["0.1"]}
+    assert found.answered_as == ("gpt-4-0613",)
+    (out / REPLIES).write_text('{"custom_id": "0/0/x", "response": {"body": {}}}\n')
+    with pytest.raises(DataError, match="judge_replies.jsonl:1: has no reply"):
+        judge(requests, out, model="gpt-4-0613", chat=None)
+
+
+def test_an_endpoint_that_never_answers_ends_the_job_soon(tmp_path: Path) -> None:
+    requests = [Review(str(k), "c", "q", "r", "a") for k in range(60)]
+    with judging(lambda request: (503, {}, b"")) as (url, came), pytest.raises(DataError, match="got no reply; .*HTTP 503.*, 3 times"):
+        judge(requests, tmp_path, model="judge", chat=chat(url))
+    assert len(came) < 60
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 302])
+def test_a_wrong_key_or_path_ends_the_job_at_once(code: int, tmp_path: Path) -> None:
+    requests = [Review(str(k), "c", "q", "r", "a") for k in range(30)]
+    with (
+        judging(lambda request: (code, {"Location": "/elsewhere"}, b"no")) as (url, came),
+        pytest.raises(ConfigError, match=f"HTTP {code}: .*check URL"),
+    ):
+        judge(requests, tmp_path, model="judge", chat=chat(url))
+    assert len(came) < 30 and {request["path"] for request in came} == {"/v1/chat/completions"}
+
+
+BROKEN = [
+    (200, {}, b"<html>proxy</html>"), (200, {}, b'{"choices": []}'), says(None), (200, {}, b'[{"choices": 3}]'), (200, {}, b"\xff\xfe" * 10),
+    (200, {}, b"[" * 100_000), (200, {"Content-Length": "5000"}, b'{"choices": '), (429, {"Retry-After": "7"}, b"busy"),
+    (500, {}, b"oops"), (0, {}, b""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]} {broken[2][:12]!r}")
+def test_it_is_asked_again_within_a_bound(broken: Reaction) -> None:
+    reactions, waits = [broken, broken, says("8 9")], []
+    with judging(lambda request: reactions.pop(0)) as (url, came):
+        assert chat(url, waits=waits).ask({"messages": []}).text == "8 9"
+    assert len(came) == 3 and len(waits) == 2 and all(0 < wait <= LONGEST_WAIT_S for wait in waits)
+    assert waits == [7.0, 7.0] if broken[0] == 429 else 1.5 <= waits[1] / 1.0 <= 2.5
+    with judging(lambda request: broken) as (url, came), pytest.raises(DataError, match="3 times"):
+        chat(url).ask({"messages": []})
+    assert len(came) == 3
+
+
+def test_no_url() -> None:
+    with pytest.raises(ConfigError, match="no http"):
+        chat("127.0.0.1:8000/v1")
