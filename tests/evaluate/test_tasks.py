@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,12 @@ def test_mmbench_submission_is_the_official_sheet(tmp_path: Path) -> None:
     assert rows[1] == (241, "Identify the question that can be answered.", "Is it iron?", 'Does "it" float?', None, None, "B", "B", "dev")
     assert [row[6] for row in rows[1:]] == ["B", "=A1", "A", "A", "D", None] and book.active.cell(3, 7).data_type == "s"
     assert rows[2][2:6] == ("Left", None, "Right", None)
+
+
+def test_mmbench_submission_without_openpyxl_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ConfigError, match=r'pip install -e ".\[evaluate\]"'):
+        submission("mmbench", None, tmp_path, ["B"])
 
 
 def test_qbench_test_split_is_handed_in(tmp_path: Path) -> None:
