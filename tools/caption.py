@@ -43,7 +43,8 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace, world: World):
-    from megatron_share4v.caption.endpoint import Endpoint, caption_with_endpoint
+    from megatron_share4v.caption.endpoint import caption_with_endpoint
+    from megatron_share4v.remote.chat import Endpoint
     from megatron_share4v.caption.job import JobOptions
     from megatron_share4v.caption.records import Settings
 

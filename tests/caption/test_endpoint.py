@@ -11,12 +11,13 @@ import pytest
 from fake_endpoint import FakeServer, caption_of, completion, image_of, serving
 from PIL import Image
 
-from megatron_share4v.caption.endpoint import LONGEST_WAIT_S, Endpoint, EndpointCaptioner
+from megatron_share4v.caption.endpoint import EndpointCaptioner
 from megatron_share4v.caption.inputs import read_pictures
 from megatron_share4v.caption.job import JobOptions, run_job
-from megatron_share4v.infer.journal import Share
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.errors import ConfigError
+from megatron_share4v.infer.journal import Share
+from megatron_share4v.remote.chat import LONGEST_WAIT_S, Endpoint
 
 COUNT = 12
 
