@@ -1,4 +1,4 @@
-"""A server that speaks as much of OpenAI's chat completions as the captioner needs, and misbehaves as it is told."""
+"""A server that speaks as much of OpenAI's chat completions as captioner and evaluation need, and misbehaves as it is told."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def image_of(request: dict[str, Any]) -> bytes:
 
 
 class FakeServer:
-    """answer(request, number): number counts the tries of the same image from 0. `hang_up` closes the connection without a word."""
+    """answer(request, number): number counts the tries of the same image (or whatever `key_of` says) from 0. `hang_up` closes the connection without a word."""
 
     HANG_UP: Answer = (0, {}, b"")
 
-    def __init__(self, answer: Callable[[dict[str, Any], int], Answer]) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any], int], Answer], key_of: Callable[[dict[str, Any]], bytes]) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = self._at_once = 0
         self._tries: dict[bytes, int] = {}
-        self._lock, self._answer = threading.Lock(), answer
+        self._lock, self._answer, self._key_of = threading.Lock(), answer, key_of
 
     def handle(self, handler: BaseHTTPRequestHandler) -> None:
         request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
@@ -47,8 +47,8 @@ class FakeServer:
             self.most_at_once = max(self.most_at_once, self._at_once)
             self.requests.append({"path": handler.path, **request})
             self.headers.append(dict(handler.headers))
-            number = self._tries.get(image_of(request), 0)
-            self._tries[image_of(request)] = number + 1
+            number = self._tries.get(self._key_of(request), 0)
+            self._tries[self._key_of(request)] = number + 1
         code, headers, body = self._answer(request, number)
         with self._lock:
             self._at_once -= 1
@@ -62,9 +62,9 @@ class FakeServer:
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[tuple[str, FakeServer]]:
+def serving(answer: Callable[[dict[str, Any], int], Answer], *, key_of: Callable[[dict[str, Any]], bytes] = image_of) -> Iterator[tuple[str, FakeServer]]:
     """Its URL, up to /v1."""
-    fake = FakeServer(answer)
+    fake = FakeServer(answer, key_of)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

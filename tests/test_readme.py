@@ -29,6 +29,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["layout"] == {"tensor": 2, "pipeline": 2, "data": 1} and last["served"] == {"asked": 8, "equal": True}
+    assert last["evaluation"]["benchmark"] == "custom" and last["evaluation"]["questions"] == 256
     return out
 
 
@@ -98,6 +99,13 @@ def test_captioning(command: str, quickstart: Path) -> None:
     assert len(json.loads((quickstart / "captions.json").read_text())) == 128
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "tools/evaluate.py" in c])
+def test_evaluating(command: str, quickstart: Path) -> None:
+    done = run(command, quickstart)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["headline"]["name"] == "accuracy"
+
+
 @pytest.mark.parametrize(("command", "path", "wanted"), [
     *((c, "/data/plugin/scalars/tags", "train/loss") for c in COMMANDS if c.startswith("tensorboard")),
     *((c, "/health", '"ok"') for c in COMMANDS if "tools/serve.py" in c),
@@ -130,5 +138,5 @@ def _page(address: str, wanted: str, server: subprocess.Popen) -> str:
 
 def test_every_command_is_run_by_one_of_these() -> None:
     prefixes = (QUICKSTART, TESTS, "torchrun", "python tools/train.py", "python tools/doctor.py", "python tools/prepare_data.py", "python tools/bench_")
-    prefixes += ("python tools/convert.py", "python tools/serve.py", "python tools/caption.py", "tensorboard")
+    prefixes += ("python tools/convert.py", "python tools/serve.py", "python tools/caption.py", "python tools/evaluate.py", "tensorboard")
     assert [command for command in COMMANDS if not command.startswith(prefixes)] == []

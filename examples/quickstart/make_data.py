@@ -1,4 +1,4 @@
-"""Draw the quickstart's scenes, train its tokenizer, and prepare the shards of both stages. What is already there is left alone."""
+"""Draw the quickstart's scenes and ask about them, train its tokenizer, and prepare the shards of both stages. What is already there is left alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_share4v.data.quickstart import finetune_record, make_scene, pretrain_record, write_dataset
+from megatron_share4v.data.quickstart import finetune_record, load_held_out, make_scene, pretrain_record, write_dataset
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.text.template import get_template
 
@@ -34,6 +34,7 @@ def main() -> None:
             scenes, train_scenes=arguments.train_scenes, held_out_scenes=arguments.held_out_scenes, seed=SEED, image_size=arguments.image_size
         )
         write_validation(scenes)
+        write_questions(scenes)
     if not tokenizer.exists():
         train_tokenizer(corpus(scenes), tokenizer, vocab_size=arguments.vocab_size)
     for (stage, template), split in itertools.product(STAGES.items(), ("", "_validation")):
@@ -47,6 +48,13 @@ def write_validation(scenes: Path) -> None:
     held_out = [make_scene(SEED, "held_out", number) for number in range(VALIDATION_SCENES)]
     for stage, record in (("pretrain", pretrain_record), ("finetune", finetune_record)):
         (scenes / f"{stage}_validation.json").write_text(json.dumps([record(scene) for scene in held_out]), encoding="utf-8")
+
+
+def write_questions(scenes: Path) -> None:
+    """The held-out questions as a benchmark of one's own, for tools/evaluate.py --benchmark custom."""
+    _, questions = load_held_out(scenes / "held_out.json")
+    rows = [{"question_id": n, "image": q.image, "text": q.question, "answer": q.answer} for n, q in enumerate(questions)]
+    (scenes / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def corpus(scenes: Path) -> Iterator[str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole main job on a plain CPU: draw scenes, prepare shards, train both stages at tensor 2 x pipeline 2, export to Hugging Face's layout and
-# compare with transformers, serve the model and ask it over HTTP, answer held-out questions.
+# compare with transformers, serve the model and ask it over HTTP, evaluate it on held-out questions.
 #   bash examples/quickstart/run.sh [--out DIR]     default: runs/quickstart; a second call goes on where the first one stopped
 set -euo pipefail
 started=$(date +%s)
@@ -28,4 +28,6 @@ rm -rf "$out/hf"  # an export is of one checkpoint, and a second call may have t
 python tools/convert.py export --from "$out/finetune" --to "$out/hf" --layout llava-hf
 python examples/quickstart/compare_export.py --out "$out"
 python examples/quickstart/ask_server.py --out "$out"
+rm -rf "$out/evaluation"
+torchrun --nproc-per-node 2 tools/evaluate.py "$out/finetune" --benchmark custom --data "$out/scenes" --out "$out/evaluation" --name quickstart
 torchrun --nproc-per-node 2 examples/quickstart/score.py --out "$out" --started "$started" "${score[@]}"

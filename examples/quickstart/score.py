@@ -61,6 +61,7 @@ def summarise(arguments: argparse.Namespace, world: World) -> dict:
         "stage2_loss_last": second[-1],
         "held_out": asdict(held_out),
         "served": compare_served(out / "served.json", out / "samples" / "answers.jsonl"),
+        "evaluation": evaluation(out / "evaluation" / "result.json"),
         "hf_export": json.loads((out / "hf_export.json").read_text(encoding="utf-8")),
         "wall_s": round(time.time() - arguments.started, 1),
     }
@@ -71,6 +72,12 @@ def compare_served(served: Path, scored: Path) -> dict:
     over_http = json.loads(served.read_text(encoding="utf-8"))
     scored_rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
     return {"asked": len(over_http), "equal": [(row["question"], row["answer"]) for row in over_http] == [(r["question"], r["model"]) for r in scored_rows]}
+
+
+def evaluation(result: Path) -> dict:
+    """What tools/evaluate.py found: answers that are right to the letter, in percent."""
+    content = json.loads(result.read_text(encoding="utf-8"))
+    return {"benchmark": content["benchmark"], "questions": content["questions"], "accuracy": round(content["headline"]["value"], 2)}
 
 
 def losses(run: Path) -> list[float]:

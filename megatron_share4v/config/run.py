@@ -110,7 +110,9 @@ class TrainConfig:
     validation_batches: PositiveInt = 4
     """Global batches per validation, always the first ones of the validation set."""
     preview_every_steps: NonNegativeInt = 0
-    """Write a held-out image with the model's own answer to TensorBoard; 0: never."""
+    """Write held-out images with the model's own answers to TensorBoard; 0: never."""
+    preview_samples: PositiveInt = 1
+    """Of the validation set, always the first ones; their share of answers that are the records' is a curve."""
     preview_tokens: PositiveInt = 64
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -63,6 +63,16 @@ def open_rgb(data: bytes) -> Image.Image:
     return _to_rgb(open_header(data))
 
 
+def centre_square(data: bytes) -> bytes:
+    """What `square` keeps of an image, in its own resolution, as PNG. Raises DataError."""
+    image = open_rgb(data)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    kept = io.BytesIO()
+    image.crop((left, top, left + side, top + side)).save(kept, format="PNG")
+    return kept.getvalue()
+
+
 def pad(image: Image.Image, *, width: int, height: int) -> Image.Image:
     """LLaVA's expand2square to any size: the image in the middle, an odd pixel of padding at the right or bottom."""
     if image.size == (width, height):

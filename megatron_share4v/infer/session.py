@@ -5,7 +5,7 @@ Everything that shapes a prompt comes from the configuration that the checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,8 @@ class Session:
     mesh: Mesh
     chunks: Sequence[torch.nn.Module]
     encoder: Encoder
+    weights: Mapping[str, str]
+    """SHA-256 of components, as far as the checkpoint's manifest has them; always of the tower."""
 
     @classmethod
     def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None, ops: Ops = "auto") -> Session:
@@ -62,7 +64,8 @@ class Session:
         """
         implementation = agree_on_ops(ops, mesh=mesh).implementation
         with as_checkpoint(Path(checkpoint), mesh=mesh) as path:
-            config = config_of(read_manifest(path), where=path)
+            manifest = read_manifest(path)
+            config = config_of(manifest, where=path)
             parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
             chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype], ops=implementation)
             load_weights(path, chunks=chunks, mesh=mesh)
@@ -78,7 +81,7 @@ class Session:
         images = ImagePolicy(image_size=config.model.vision.image_size, aspect_ratio=config.data.image_aspect_ratio)
         template, length = get_template(config.data.template), config.data.max_text_length
         encoder = Encoder(tokenizer=tokenizer, template=template, max_text_length=length, images=images)
-        return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder)
+        return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)
 
     def prompt(self, turns: Sequence[Turn], *, images: Sequence[bytes | None]) -> Prompt:
         """What the engine is given for a conversation that somebody typed: `images` has an encoded file or None per turn; an <image> in a text is text.

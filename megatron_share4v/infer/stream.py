@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_share4v.data.prompt import Prompt
 from megatron_share4v.errors import DataError
@@ -38,28 +38,45 @@ class Outcome:
     error: str | None = None
 
 
-def stream_answers(engine: Engine | BeamEngine, works: Iterator[Work], *, tokenizer: Tokenizer, workers: int) -> Iterator[list[Outcome]]:
+def stream_answers(
+    engine: Engine | BeamEngine, works: Iterator[Work], *, tokenizer: Tokenizer, workers: int, cut: bool = False
+) -> Iterator[list[Outcome]]:
     """Outcomes as they are finished, in whatever order; works are taken from the iterator only as they are needed.
 
-    Raises DataError when a prompt and its longest answer do not fit into the model.
+    cut: an answer that does not fit into the model ends where its room ends. Otherwise, and for a prompt that leaves no room at all, raises DataError.
     """
     limit = engine.limits.max_requests
     going: dict[str, list[int]] = {}
     with ThreadPoolExecutor(workers) as pool:
         prompts, more = _ahead(pool, works, count=2 * limit), True
-        while more or going:
-            finished: list[Outcome] = []
-            while more and len(going) < limit and len(finished) < MOST_AT_ONCE:
-                work, prompt = next(prompts, (None, None))
-                more = work is not None
-                if isinstance(prompt, DataError):
-                    finished.append(Outcome(work.id, error=str(prompt)))
-                elif more:
-                    engine.add(Request(work.id, prompt, work.sampling))
-                    going[work.id] = []
-            finished += _step(engine, going, tokenizer)
-            if finished:
-                yield finished
+        try:
+            while more or going:
+                finished: list[Outcome] = []
+                while more and len(going) < limit and len(finished) < MOST_AT_ONCE:
+                    work, prompt = next(prompts, (None, None))
+                    more = work is not None
+                    if isinstance(prompt, DataError):
+                        finished.append(Outcome(work.id, error=str(prompt)))
+                    elif more:
+                        engine.add(_request(work, prompt, engine.limits.max_positions if cut else None))
+                        going[work.id] = []
+                finished += _step(engine, going, tokenizer)
+                if finished:
+                    yield finished
+        except (DataError, GeneratorExit):
+            # Whoever breaks off leaves an engine behind that has nothing to do.
+            for name in going:
+                engine.cancel(name)
+            engine.step()
+            raise
+
+
+def _request(work: Work, prompt: Prompt, positions: int | None) -> Request:
+    """positions: that prompt and answer may have together."""
+    longest = work.sampling.max_new_tokens
+    if positions is not None:
+        longest = max(1, min(longest, positions - prompt.token_ids.numel()))
+    return Request(work.id, prompt, replace(work.sampling, max_new_tokens=longest))
 
 
 def _step(engine: Engine | BeamEngine, going: dict[str, list[int]], tokenizer: Tokenizer) -> Iterator[Outcome]:

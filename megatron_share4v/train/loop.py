@@ -119,9 +119,10 @@ def _validate(training: Training, steps: list[StepData]) -> float | None:
 
 def _show(training: Training, writers: RunWriters | None, *, step: int) -> None:
     source = training.validation or training.source
-    shown = preview(source, training.chunks, mesh=training.mesh, max_new_tokens=training.config.train.preview_tokens)
+    train = training.config.train
+    shown = preview(source, training.chunks, mesh=training.mesh, samples=train.preview_samples, max_new_tokens=train.preview_tokens)
     if shown is not None and writers is not None:
-        writers.preview(step=step, pixels=shown.pixels, text=shown.answer)
+        writers.preview(shown, step=step)
 
 
 def _save(training: Training, *, step: int) -> None:

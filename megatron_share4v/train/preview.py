@@ -1,4 +1,4 @@
-"""A held-out image with the model's own answer, now and then while training: it shows what the loss cannot say."""
+"""Held-out images with the model's own answers, now and then while training: they show what the loss cannot say."""
 
 from __future__ import annotations
 
@@ -22,41 +22,53 @@ CANDIDATES = 16
 
 @dataclass(frozen=True)
 class Preview:
-    """pixels: [H, W, 3] uint8, as the tower sees them before normalising."""
+    """pixels: [H, W, 3] uint8 of one sample, as the tower sees them before normalising. answers, wanted: of all samples, the first is the picture's."""
 
     pixels: torch.Tensor
-    answer: str
+    answers: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+    @property
+    def exact_match(self) -> float:
+        """The share of answers that are the record's, but for case and space around them: of use where answers are short."""
+        return sum(ours.strip().lower() == theirs.strip().lower() for ours, theirs in zip(self.answers, self.wanted)) / len(self.answers)
 
 
-def preview(source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, max_new_tokens: int) -> Preview | None:
-    """The answer to the first turn of the first readable sample with an image; None when there is none. Every rank calls this."""
-    row = _first_readable(source) if mesh.rank == 0 else None
+def preview(source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, samples: int, max_new_tokens: int) -> Preview | None:
+    """Answers to the first turns of the first `samples` readable samples with an image; None when there are none. Every rank calls this."""
+    rows = _readable(source, samples) if mesh.rank == 0 else None
     # One rank chooses for all: what it can read, another may fail to.
-    dist.broadcast_object_list(chosen := [row], src=0)
-    if chosen[0] is None:
+    dist.broadcast_object_list(chosen := [rows], src=0)
+    if not chosen[0]:
         return None
-    prompt = _prompt(source, chosen[0])
+    prompts, wanted = zip(*(_question(source, row) for row in chosen[0]))
     tokenizer = source.encoder.tokenizer
-    [ids] = greedy_answers(
-        chunks, [prompt], mesh=mesh, max_new_tokens=max_new_tokens, stop_ids=frozenset({tokenizer.eos_id}), vocabulary=tokenizer.vocab_size
+    answers = greedy_answers(
+        chunks, prompts, mesh=mesh, max_new_tokens=max_new_tokens, stop_ids=frozenset({tokenizer.eos_id}), vocabulary=tokenizer.vocab_size
     )
-    return Preview(pixels=prompt.pixels[0], answer=tokenizer.decode(ids))
+    return Preview(pixels=prompts[0].pixels[0], answers=tuple(tokenizer.decode(ids) for ids in answers), wanted=wanted)
 
 
-def _first_readable(source: Source) -> int | None:
-    """Row of the first sample with an image, among a few, that can be read."""
-    for row in np.flatnonzero(source.index.rows["n_img"])[:CANDIDATES].tolist():
+def _readable(source: Source, count: int) -> list[int]:
+    """Rows of the first `count` samples with an image that can be read, among a few more."""
+    found: list[int] = []
+    for row in np.flatnonzero(source.index.rows["n_img"])[: CANDIDATES + count].tolist():
         try:
-            _prompt(source, row)
+            _question(source, row)
         except DataError as error:
             get_logger().warning("preview: %s", error)
         else:
-            return row
-    return None
+            found.append(row)
+        if len(found) == count:
+            break
+    return found
 
 
-def _prompt(source: Source, row: int) -> Prompt:
+def _question(source: Source, row: int) -> tuple[Prompt, str]:
+    """The first turn, and the record's answer to it."""
     store = open_store(source.index)
     sample = store.read(row, with_image=True)
     store.close()
-    return make_prompt(source.encoder, sample.turns[:1], image=sample.image, tokens_per_image=source.plan.tokens_per_image, name=sample.name)
+    question, answer = sample.turns[:2]
+    prompt = make_prompt(source.encoder, [question], image=sample.image, tokens_per_image=source.plan.tokens_per_image, name=sample.name)
+    return prompt, answer.text

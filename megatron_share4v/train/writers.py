@@ -15,6 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_share4v.log import get_logger
+from megatron_share4v.train.preview import Preview
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,13 @@ class RunWriters:
         if record.step % self._console_every == 0 or record.step == self._total_steps:
             get_logger().info(self._line(record))
 
-    def preview(self, *, step: int, pixels: torch.Tensor, text: str) -> None:
-        """A held-out image [H, W, 3] uint8 with the model's own answer."""
-        get_logger().info("preview at step %d: %s", step, text)
+    def preview(self, shown: Preview, *, step: int) -> None:
+        """Held-out images with the model's own answers."""
+        get_logger().info("preview at step %d: %s (%d of its answers are the records', %.2f)", step, shown.answers[0], len(shown.answers), shown.exact_match)
         if self._board is not None:
-            self._board.add_image("preview/image", pixels, step, dataformats="HWC")
-            self._board.add_text("preview/answer", text, step)
+            self._board.add_image("preview/image", shown.pixels, step, dataformats="HWC")
+            self._board.add_text("preview/answer", "\n\n".join(f"{ours} (record: {theirs})" for ours, theirs in zip(shown.answers, shown.wanted)), step)
+            self._board.add_scalar("preview/exact_match", shown.exact_match, step)
 
     def close(self) -> None:
         """Flush and close all files."""

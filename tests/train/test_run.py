@@ -58,7 +58,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
         },
         "optim": {"learning_rate": 1e-3},
         "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": STEPS, "validate_every_steps": 5, "validation_batches": 1,
-                  "preview_every_steps": 10, "preview_tokens": 4},
+                  "preview_every_steps": 10, "preview_samples": 3, "preview_tokens": 4},
         "checkpoint": {"every_steps": EVERY},
         "log": {"sample_keys": True},
     }  # fmt: skip
@@ -91,7 +91,7 @@ def test_run_directory(undisturbed: Path) -> None:
     assert (undisturbed / "config.yaml").exists() and len(list((undisturbed / "log").glob("rank*.txt"))) == 4
     assert json.loads((undisturbed / "ops.json").read_text())["ops"] == ("reference" if find_toolchain() is None else "native")
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
-    assert "answer" in " ".join(_board_tags(undisturbed)) and "preview/image" in _board_tags(undisturbed)
+    assert "answer" in " ".join(_board_tags(undisturbed)) and {"preview/image", "preview/exact_match"} <= set(_board_tags(undisturbed))
 
 
 def _board_tags(directory: Path) -> list[str]:

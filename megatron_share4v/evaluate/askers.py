@@ -1,0 +1,76 @@
+"""Who answers the questions of a benchmark: a model of ours on this machine, or a server that speaks OpenAI's interface."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+from megatron_share4v.data.decode_pil import centre_square, inspect
+from megatron_share4v.data.image import ImagePolicy
+from megatron_share4v.data.prompt import Prompt, make_prompt
+from megatron_share4v.data.sample import Turn
+from megatron_share4v.evaluate.item import Decoding, Item
+from megatron_share4v.infer.replicas import Replica
+from megatron_share4v.infer.request import Sampling
+from megatron_share4v.infer.stream import Outcome, Work, stream_answers
+from megatron_share4v.remote.chat import Chat
+from megatron_share4v.text.template import get_template
+
+
+class LocalAsker:
+    """Calls yield answers as they are finished; items are taken from the iterator only as they are needed."""
+
+    def __init__(self, replica: Replica, *, decoding: Decoding, workers: int) -> None:
+        """The benchmark's template and image mode stand in for those of training."""
+        self._replica, self._decoding, self._workers = replica, decoding, workers
+        vision = replica.session.config.model.vision
+        images = ImagePolicy(image_size=vision.image_size, aspect_ratio=decoding.aspect_ratio)
+        self._encoder = replace(replica.session.encoder, template=get_template(decoding.template), images=images)
+        self._tokens_per_image = vision.num_patches
+
+    def __call__(self, items: Iterator[Item]) -> Iterator[list[Outcome]]:
+        """An answer that does not fit ends at the context's end. Outcomes with an error are of questions that cannot be asked."""
+        sampling = Sampling(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
+        works = (Work(item.id, partial(self._prompt, item), sampling) for item in items)
+        return stream_answers(self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, cut=True)
+
+    def _prompt(self, item: Item) -> Prompt:
+        turns = (Turn("human", item.turn),)
+        return make_prompt(self._encoder, turns, image=item.read_image(), tokens_per_image=self._tokens_per_image, name=f"question {item.question_id}")
+
+
+class RemoteAsker:
+    """The same from a server. It prepares images by its own configuration: where the benchmark crops, it gets the centre square, cut here, as PNG."""
+
+    def __init__(self, chat: Chat, *, decoding: Decoding) -> None:
+        self._chat, self._decoding = chat, decoding
+
+    def __call__(self, items: Iterator[Item]) -> Iterator[list[Outcome]]:
+        """Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a question."""
+        pool, count = ThreadPoolExecutor(self._chat.endpoint.concurrency), self._chat.endpoint.concurrency
+        going = {pool.submit(self._ask, item) for item in islice(items, count)}
+        try:
+            while going:
+                finished, going = wait(going, return_when=FIRST_COMPLETED)
+                going |= {pool.submit(self._ask, item) for item in islice(items, len(finished))}
+                yield [future.result() for future in finished]
+        finally:
+            self._chat.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, item: Item) -> Outcome:
+        content: list[dict[str, object]] = [{"type": "text", "text": item.prompt}]
+        if (image := item.read_image()) is not None:
+            content.insert(0, {"type": "image_url", "image_url": {"url": self._url(image)}})
+        messages = [{"role": "system", "content": get_template(self._decoding.template).system}, {"role": "user", "content": content}]
+        reply = self._chat.ask({"messages": messages, "max_tokens": self._decoding.max_new_tokens, "temperature": 0})
+        return Outcome(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)
+
+    def _url(self, image: bytes) -> str:
+        data = centre_square(image) if self._decoding.image_mode == "crop" else image
+        extension = inspect(data).extension
+        return f"data:image/{'jpeg' if extension == 'jpg' else extension};base64,{base64.b64encode(data).decode()}"

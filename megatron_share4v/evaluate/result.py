@@ -1,0 +1,82 @@
+"""result.json: the number, and everything that it depends on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_share4v.checkpoint.foreign import is_foreign
+from megatron_share4v.checkpoint.manifest import current_versions
+from megatron_share4v.checkpoint.store import locate
+from megatron_share4v.data.decode_pil import VERSION
+from megatron_share4v.data.image import PAD_COLOUR
+from megatron_share4v.evaluate.item import Scores
+from megatron_share4v.evaluate.judge import Judgement
+from megatron_share4v.infer.replicas import Replica
+from megatron_share4v.remote.chat import Endpoint
+from megatron_share4v.text.template import get_template
+
+if TYPE_CHECKING:
+    from megatron_share4v.evaluate.runner import Evaluation
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """name: under which results stand. fingerprint: changes with the weights and with what it computes in. facts: for result.json."""
+
+    name: str
+    fingerprint: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_replica(cls, replica: Replica, path: Path, *, name: str | None) -> ModelFacts:
+        """With the hashes of the checkpoint and of its tower."""
+        stored = path if is_foreign(path) else locate(path)
+        facts = {
+            "path": str(stored),
+            "sha256": replica.name.split()[0],
+            "tower_sha256": replica.session.weights.get("vision"),
+            "dtype": replica.name.split()[1],
+            "image_size": replica.session.config.model.vision.image_size,
+        }
+        return cls(name or path.resolve().name, replica.name, facts)
+
+    @classmethod
+    def of_endpoint(cls, endpoint: Endpoint, *, name: str | None) -> ModelFacts:
+        """What a server says about itself is all that is known."""
+        return cls(name or endpoint.model, f"{endpoint.url} {endpoint.model}", {"endpoint": endpoint.url, "model": endpoint.model})
+
+
+def result_of(evaluation: Evaluation, scores: Scores, *, model: ModelFacts, judgement: Judgement | None) -> dict[str, Any]:
+    """The content of result.json; published.Measured reads it."""
+    decoding, first = evaluation.decoding, evaluation.items[0]
+    judged = {"model": judgement.model, "answered_as": judgement.answered_as, "seed": judgement.seed, "replies": judgement.replies} if judgement else None
+    headline = None if scores.headline is None else {"name": scores.headline, "value": scores.json_values[scores.headline]}
+    return {
+        "model": model.name,
+        "benchmark": evaluation.task.name,
+        "split": evaluation.folder.split,
+        "profile": evaluation.profile.value,
+        "headline": headline,
+        "scores": scores.json_values,
+        "note": scores.note,
+        "judge": judged,
+        "complete": evaluation.complete,
+        "questions": len(evaluation.items),
+        "checkpoint": dict(model.facts),
+        "prompt": {"template": decoding.template, "system": get_template(decoding.template).system, "first": first.turn},
+        "preprocessing": {"image_mode": decoding.image_mode, "pad_colour": PAD_COLOUR, "decoder": VERSION},
+        "decoding": {"greedy": True, "beams": 1, "max_new_tokens": decoding.max_new_tokens, "stop": decoding.stop},
+        "versions": current_versions(),
+    }
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """Replaced when it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,110 @@
+"""Evaluate a checkpoint, a run (its newest checkpoint), a Hugging Face export, or a served model, on a benchmark of the ShareGPT4V suite.
+
+    python tools/evaluate.py CKPT --benchmark NAME --data DIR --out DIR
+    torchrun --nproc-per-node 8 tools/evaluate.py CKPT ...                    eight models share the questions
+    python tools/evaluate.py --endpoint URL/v1 --endpoint-model NAME ...      whoever answers there
+
+Killed? Start the same command again. What to download, and what the numbers mean: docs/evaluation.md. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.log import configure
+from megatron_share4v.parallel.launch import World
+
+KEY, JUDGE_KEY = "OPENAI_API_KEY", "JUDGE_API_KEY"
+SHOWN = ("model", "benchmark", "split", "profile", "headline", "scores", "judge", "questions", "note")
+
+
+def main() -> None:
+    arguments = parse()
+    world = World.from_environment()
+    configure(rank=world.rank)
+    with reported(rank=world.rank, ranks=world.size):
+        content = run(arguments, world)
+    if content is not None:
+        print(json.dumps({name: content[name] for name in SHOWN} | {"out": str(arguments.out)}), flush=True)
+
+
+def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
+    from megatron_share4v.evaluate.runner import Evaluation, Judge  # after the arguments are read: this imports megatron-core
+
+    if (given.checkpoint is None) == (given.endpoint is None):
+        raise ConfigError("give either CKPT (a checkpoint, a run directory or an export) or --endpoint")
+    benchmark = Evaluation(given.benchmark, data=given.data, out=given.out, split=given.split, profile=Profile(given.profile), limit=given.limit)
+    more = {"judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed), "compared": given.compare, "restart": given.restart}
+    return ask_endpoint(benchmark, given, world, more) if given.endpoint else ask_model(benchmark, given, world, more)
+
+
+def chat_of(given: argparse.Namespace) -> Any:
+    """The judge's endpoint, if one was given."""
+    from megatron_share4v.remote.chat import Chat, Endpoint
+
+    if given.judge_base_url is None:
+        return None
+    key = os.environ.get(JUDGE_KEY) or os.environ.get(KEY)
+    return Chat(Endpoint(url=given.judge_base_url, model=given.judge_model or "", key=key, concurrency=given.concurrency))
+
+
+def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any] | None:
+    from megatron_share4v.evaluate.askers import LocalAsker
+    from megatron_share4v.evaluate.result import ModelFacts
+    from megatron_share4v.infer.replicas import opened_replica
+
+    with opened_replica(given.checkpoint, tensor=given.tensor, max_requests=given.batch_size, dtype=given.dtype, world=world) as replica:
+        if replica is None:
+            return None
+        asker = LocalAsker(replica, decoding=benchmark.decoding, workers=given.workers)
+        return benchmark.run(asker, model=ModelFacts.of_replica(replica, given.checkpoint, name=given.name), share=replica.share, **more)
+
+
+def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
+    from megatron_share4v.evaluate.askers import RemoteAsker
+    from megatron_share4v.evaluate.result import ModelFacts
+    from megatron_share4v.infer.journal import Share
+    from megatron_share4v.remote.chat import Chat, Endpoint
+
+    if given.endpoint_model is None or world.size > 1:
+        raise ConfigError("--endpoint needs --endpoint-model, the model's name in the server's /v1/models, and one process: raise --concurrency instead")
+    endpoint = Endpoint(url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency)
+    asker = RemoteAsker(Chat(endpoint), decoding=benchmark.decoding)
+    return benchmark.run(asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT")
+    parser.add_argument("--benchmark", required=True, help="vqav2, gqa, vizwiz, textvqa, science_qa, mme, mmbench, ... (docs/evaluation.md)")
+    parser.add_argument("--data", type=Path, required=True, help="the benchmark's folder, or the one that holds all under their official names")
+    parser.add_argument("--out", type=Path, required=True, help="answers.jsonl, result.json, submission/, table.md, chart.png go there")
+    parser.add_argument("--split", help="where a benchmark has several")
+    parser.add_argument("--profile", choices=[profile.value for profile in Profile], default=Profile.OFFICIAL.value)
+    parser.add_argument("--limit", type=int, help="only the first questions: for a look")
+    parser.add_argument("--name", help="of the model in the results (default: its directory's)")
+    parser.add_argument("--compare", type=Path, nargs="*", default=[], metavar="RESULT", help="other result.json files for table.md and chart.png")
+    parser.add_argument("--restart", action="store_true", help="forget the answers of an earlier start")
+    ours = parser.add_argument_group("model")
+    ours.add_argument("--batch-size", type=int, default=16, help="questions at the same time (16); the answers do not depend on it in fp32")
+    ours.add_argument("--tensor", type=int, default=1, help="processes that one model is spread over (1)")
+    ours.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
+    ours.add_argument("--workers", type=int, default=4, help="threads that read and decode images (4)")
+    remote = parser.add_argument_group(f"endpoints (keys from {KEY} and, for the judge, {JUDGE_KEY})")
+    remote.add_argument("--endpoint", help="of the model that is evaluated: an OpenAI-compatible URL up to and with /v1")
+    remote.add_argument("--endpoint-model")
+    remote.add_argument("--judge-base-url", help="of the judge of llava_bench and mm_vet; without it, its questions are written to a file")
+    remote.add_argument("--judge-model", help="default: the official one")
+    remote.add_argument("--judge-seed", type=int)
+    remote.add_argument("--concurrency", type=int, default=8, help="requests at the same time (8)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
