@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from megatron_share4v.checkpoint.hf_read import DTYPES
 from megatron_share4v.checkpoint.lazy import LazyTensor, Tensors, bytes_of, read_ahead
-from megatron_share4v.checkpoint.parts import Part
+from megatron_share4v.checkpoint.parts import Output, Part
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,8 +57,8 @@ def _names(count: int) -> Sequence[str]:
     return [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _writer(tensors: Tensors) -> Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]:
-    def write(file: BinaryIO, progress: Callable[[int], Any]) -> dict[str, Any]:
+def _writer(tensors: Tensors) -> Callable[[BinaryIO | Output, Callable[[int], Any]], dict[str, Any]]:
+    def write(file: BinaryIO | Output, progress: Callable[[int], Any]) -> dict[str, Any]:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, tensor in tensors.items():

@@ -10,10 +10,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -23,8 +22,8 @@ from megatron_share4v.checkpoint.hf_read import read_json
 from megatron_share4v.checkpoint.hf_source import Request, Source, open_source
 from megatron_share4v.checkpoint.hf_write import shards, write_file
 from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, Tensors, cast_checked, component_digests, digest_of, hash_components, read_ahead
-from megatron_share4v.checkpoint.manifest import Manifest, RunState, StoredFile, current_versions, describe_files, write_manifest
-from megatron_share4v.checkpoint.parts import Part, Workplace, stated, write_parts, writing
+from megatron_share4v.checkpoint.manifest import Manifest, RunState, current_versions, describe_files, write_manifest
+from megatron_share4v.checkpoint.parts import Output, Part, Workplace, stated, write_parts, writing
 from megatron_share4v.checkpoint.weight_map import LLAVA_HF, SHARE4V, Row, rows
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.load import dump
@@ -95,7 +94,6 @@ def write_checkpoint(
     placed = {name: Placed(file, offset, length) for name, (file, offset, length, _) in notes.items()}
     describe_tensors(place.directory, placed, tensors=((name, tensor.shape, tensor.dtype) for name, tensor in ours.items()))
     companions()
-    known = {name: StoredFile(size=part.size, sha256=part.sha256) for name, part in written.items()}
     manifest = Manifest(
         state=state,
         updates=None,
@@ -104,7 +102,7 @@ def write_checkpoint(
         versions=current_versions(),
         source=source,
         weights=component_digests({name: (tensor.shape, tensor.dtype, notes[name][3]) for name, tensor in ours.items()}),
-        files=describe_files(place.directory, known=known),
+        files=describe_files(place.directory, known={name: part.stored for name, part in written.items()}),
     )
     write_manifest(place.directory, manifest)
     return manifest
@@ -130,16 +128,15 @@ def _in_dtype(tensors: dict[str, LazyTensor], dtype: str | None) -> dict[str, La
     return tensors if dtype is None else {name: cast_checked(name, tensor, dtype) for name, tensor in tensors.items()}
 
 
-def _tensor_writer(group: Tensors) -> Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]:
-    def write(file: BinaryIO, progress: Callable[[int], Any]) -> dict[str, Any]:
+def _tensor_writer(group: Tensors) -> Callable[[Output, Callable[[int], Any]], dict[str, Any]]:
+    def write(file: Output, progress: Callable[[int], Any]) -> dict[str, Any]:
         placed = {}
-        with ThreadPoolExecutor(1) as hashing:
-            for name, tensor in read_ahead(group.items()):
-                digest = hashing.submit(digest_of, tensor)  # as slow as writing it
-                start = file.tell()
-                write_tensor(file, tensor)
-                placed[name] = (start, file.tell() - start, digest.result())
-                progress(tensor.nbytes)
+        for name, tensor in read_ahead(group.items()):
+            start = file.tell()
+            write_tensor(file, tensor)
+            digest = file.digest_of(tensor.nbytes, since=start) or digest_of(tensor)  # the file's own hash of the same bytes
+            placed[name] = (start, file.tell() - start, digest)
+            progress(tensor.nbytes)
         return placed
 
     return write

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,9 +20,11 @@ from megatron_share4v.errors import CheckpointError
 from megatron_share4v.parallel.layout import Layout
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT, READABLE_FORMATS = 2, (1, 2)
+"""Of format 1 is what has no ranges."""
 HASHING_THREADS = 8
 SHOWN_FILES = 3
+BLOCK = 1 << 20
 REMEDY = "use another checkpoint, or copy this one again from where it is whole"
 
 
@@ -44,6 +46,10 @@ class StoredFile:
 
     size: int
     sha256: str
+    """Of the content, or with `ranges` what `digest_of_ranges` makes of it."""
+    ranges: tuple[int, ...] = ()
+    """Lengths of the pieces that were hashed one by one, in their order; together they are the file. Who hashes a tensor's values for another reason
+    has the hash of that piece already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,12 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())
+
+
+def digest_of_ranges(lengths: Sequence[int], digests: Sequence[str]) -> str:
+    """SHA-256 over the lengths and SHA-256 of a file's pieces. No byte and no border of a piece can change without changing it."""
+    lines = "".join(f"{length} {digest}\n" for length, digest in zip(lengths, digests, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def current_versions() -> dict[str, str]:
@@ -105,8 +117,9 @@ def read_manifest(directory: Path) -> Manifest:
         stated = content.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {FORMAT}; use the one that wrote it")
+    if content.get("format") not in READABLE_FORMATS:
+        readable = " and ".join(map(str, READABLE_FORMATS))
+        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {readable}; use the one that wrote it")
     if (digest := _digest_of(content)) != stated:
         raise CheckpointError(f"{path}: was changed after it was written (sha256 {digest[:12]}, stated {str(stated)[:12]}); {REMEDY}")
     return Manifest(
@@ -117,7 +130,7 @@ def read_manifest(directory: Path) -> Manifest:
         versions=content["versions"],
         source=content.get("source", ""),
         weights=content.get("weights", {}),
-        files={name: StoredFile(**file) for name, file in content["files"].items()},
+        files={name: StoredFile(file["size"], file["sha256"], tuple(file.get("ranges", ()))) for name, file in content["files"].items()},
     )
 
 
@@ -129,7 +142,7 @@ def verify(directory: Path, *, contents: bool) -> Manifest:
     manifest = read_manifest(directory)
     problems = list(_different_sizes(directory, manifest))
     if contents and not problems:
-        digests = _in_threads(_sha256, [directory / name for name in manifest.files])
+        digests = _in_threads(lambda name: _sha256(directory / name, manifest.files[name].ranges), list(manifest.files))
         for (name, file), digest in zip(manifest.files.items(), digests):
             if digest != file.sha256:
                 problems.append(f"{name} has other content than was written (sha256 {digest[:12]}, manifest {file.sha256[:12]})")
@@ -155,12 +168,14 @@ def _different_sizes(directory: Path, manifest: Manifest) -> Iterable[str]:
             yield f"{name} is missing"
         elif path.stat().st_size != file.size:
             yield f"{name} has {path.stat().st_size} bytes, manifest {file.size}"
+        elif file.ranges and sum(file.ranges) != file.size:
+            yield f"{name} has {file.size} bytes, its ranges in the manifest {sum(file.ranges)}"
 
 
-def _in_threads(function: Any, paths: list[Path]) -> list[Any]:
+def _in_threads(function: Any, values: list[Any]) -> list[Any]:
     # hashlib and fsync release the interpreter lock.
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        return list(pool.map(function, paths))
+        return list(pool.map(function, values))
 
 
 def _flushed(path: Path) -> StoredFile:
@@ -172,9 +187,17 @@ def _flushed(path: Path) -> StoredFile:
     return StoredFile(size=path.stat().st_size, sha256=_sha256(path))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, ranges: Sequence[int] = ()) -> str:
+    lengths = ranges or (path.stat().st_size,)
+    digests, block = [], memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        for length in lengths:
+            digest, left = hashlib.sha256(), length
+            while left and (count := file.readinto(block[:left])):
+                digest.update(block[:count])
+                left -= count
+            digests.append(digest.hexdigest())
+    return digest_of_ranges(lengths, digests) if ranges else digests[0]
 
 
 def _digest_of(content: dict[str, Any]) -> str:

@@ -13,13 +13,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from megatron_share4v.checkpoint.manifest import flush_directory
+from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, flush_directory
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.log import get_logger
 
@@ -37,9 +37,9 @@ class Part:
 
     name: str
     nbytes: int
-    write: Callable[[BinaryIO, Callable[[int], Any]], dict[str, Any]]
+    write: Callable[[Output, Callable[[int], Any]], dict[str, Any]]
     hashed: bool = True
-    """Whether the SHA-256 of the whole file is wanted."""
+    """Whether the SHA-256 of the file is wanted."""
 
 
 @dataclass(frozen=True)
@@ -50,29 +50,42 @@ class Written:
     size: int
     sha256: str
     """"" when it was not wanted."""
-    note: dict[str, Any]
+    ranges: tuple[int, ...] = field(default=(), kw_only=True)  # journals of earlier versions have none
+    note: dict[str, Any]  # the last: the end of a whole line of the journal
+
+    @property
+    def stored(self) -> StoredFile:
+        """What the manifest says of it."""
+        return StoredFile(self.size, self.sha256, tuple(self.ranges))
 
 
 class Output:
-    """A file for writing. What goes into it is hashed, if wanted, and sent to the disk by other threads meanwhile: each takes as long as writing."""
+    """A file for writing. What goes into it is hashed, if wanted, and sent to the disk by other threads meanwhile: each takes as long as writing.
+
+    A large piece that comes at once is hashed as a range of its own, all that is written between two of them as one (manifest.StoredFile).
+    """
 
     def __init__(self, file: BinaryIO, *, hashed: bool, threads: ThreadPoolExecutor) -> None:
         self._file, self._threads = file, threads
-        self._hash = hashlib.sha256() if hashed else None
+        self._hashed, self._between, self._start = hashed, hashlib.sha256(), 0
+        self._lengths: list[int] = []
+        self._digests: list[str] = []
         self._unsent, self._sending = 0, threads.submit(lambda: None)
 
     def write(self, data: Any) -> int:
         """As a file's."""
         if len(data) < LARGE_BYTES:
-            if self._hash is not None:
-                self._hash.update(data)
+            if self._hashed:
+                self._between.update(data)
             return self._file.write(data)
-        hashed = None if self._hash is None else self._threads.submit(self._hash.update, data)
+        hashing = self._threads.submit(hashlib.sha256, data) if self._hashed else None
+        self._end_between()
         try:
             count = self._file.write(data)
         finally:
-            if hashed is not None:
-                hashed.result()  # before the caller uses the memory again
+            digest = None if hashing is None else hashing.result()  # before the caller uses the memory again
+        if digest is not None:
+            self._add(count, digest)
         self._unsent += count
         if self._unsent >= SENT_BYTES and self._sending.done():
             self._sending.result()
@@ -87,12 +100,34 @@ class Output:
         """As a file's."""
         return self._file.tell()
 
-    def finish(self) -> str:
-        """Everything to the disk; the SHA-256 of it, or "" when it was not wanted."""
+    def digest_of(self, length: int, *, since: int) -> str | None:
+        """SHA-256 of the one piece of `length` bytes that was written after offset `since`; None: it was not large enough to be hashed alone."""
+        start = self._start
+        for size, digest in zip(reversed(self._lengths), reversed(self._digests)):
+            start -= size
+            if start < since:
+                return None
+            if size == length and length >= LARGE_BYTES:
+                return digest
+        return None
+
+    def finish(self) -> tuple[str, tuple[int, ...]]:
+        """Everything to the disk; the SHA-256 over its ranges and their lengths, or "" and none when it was not wanted."""
         self._file.flush()
         self._sending.result()
         os.fsync(self._file.fileno())
-        return "" if self._hash is None else self._hash.hexdigest()
+        self._end_between()
+        return (digest_of_ranges(self._lengths, self._digests), tuple(self._lengths)) if self._hashed else ("", ())
+
+    def _end_between(self) -> None:
+        if self._hashed and (length := self._file.tell() - self._start):
+            self._add(length, self._between)
+            self._between = hashlib.sha256()
+
+    def _add(self, length: int, digest: hashlib._Hash) -> None:
+        self._lengths.append(length)
+        self._digests.append(digest.hexdigest())
+        self._start += length
 
 
 @dataclass(frozen=True)
@@ -214,12 +249,13 @@ def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Calla
         path.parent.mkdir(parents=True, exist_ok=True)
         file = opened.enter_context(open(path, "wb"))
         output = Output(file, hashed=part.hashed, threads=opened.enter_context(ThreadPoolExecutor(2)))
-        note = part.write(output, progress)  # type: ignore[arg-type]
+        note = part.write(output, progress)
         kept = opened.pop_all()
 
     def finish() -> Written:
         with _blaming(path), kept:
-            return Written(part.name, file.tell(), output.finish(), note)
+            sha256, ranges = output.finish()
+            return Written(part.name, file.tell(), sha256, note, ranges=ranges)
 
     return finish
 
@@ -250,4 +286,3 @@ def _append(journal: Any, content: Any) -> None:
     journal.write(json.dumps(content) + "\n")
     journal.flush()
     os.fsync(journal.fileno())
-

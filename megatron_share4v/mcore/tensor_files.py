@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -24,6 +24,16 @@ from megatron_share4v.errors import CheckpointError
 
 COMMON = "common.pt"
 DESCRIPTION = ".metadata"
+
+
+class Appended(Protocol):
+    """What bytes are written to, one piece after the other."""
+
+    def write(self, data: Any) -> int:
+        """As a file's."""
+
+    def flush(self) -> None:
+        """As a file's."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     }
 
 
-def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+def write_tensor(file: Appended, tensor: torch.Tensor) -> None:
     """Append the bytes of `tensor` alone, in the format that `stored_tensors` and dist_checkpointing read."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.checkpoint.manifest import Manifest, RunState, describe_files, read_manifest, verify, write_manifest
+from megatron_share4v.checkpoint.manifest import (
+    BLOCK,
+    Manifest,
+    RunState,
+    StoredFile,
+    describe_files,
+    digest_of_ranges,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.parallel.layout import Layout
 
@@ -71,7 +82,7 @@ def other_json(checkpoint: Path) -> None:
 
 def newer_format(checkpoint: Path) -> None:
     path = checkpoint / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 3}))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +94,7 @@ def newer_format(checkpoint: Path) -> None:
         (cut_manifest, "manifest.json: cannot be read"),
         (other_json, "manifest.json: cannot be read"),
         (edit_manifest, "manifest.json: was changed after it was written"),
-        (newer_format, "has format 2, this version reads 1"),
+        (newer_format, "has format 3, this version reads 1 and 2; use the one that wrote it"),
     ],
 )
 @pytest.mark.parametrize("contents", [False, True])
@@ -98,6 +109,55 @@ def test_a_flipped_byte_is_found_where_contents_are_read(checkpoint: Path) -> No
     flip(checkpoint)
     verify(checkpoint, contents=False)
     with pytest.raises(CheckpointError, match=r"damaged: __0_0\.distcp has other content than was written \(sha256 \w{12}, manifest \w{12}\)"):
+        verify(checkpoint, contents=True)
+
+
+def in_ranges(content: bytes, lengths: tuple[int, ...]) -> StoredFile:
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    digests = [hashlib.sha256(content[start : start + length]).hexdigest() for start, length in zip(starts, lengths)]
+    return StoredFile(len(content), digest_of_ranges(lengths, digests), lengths)
+
+
+def test_a_file_hashed_in_ranges_is_covered_to_the_last_byte(tmp_path: Path) -> None:
+    lengths = (7, BLOCK + 3, 1, 90)  # one is read in two blocks
+    content = bytes(range(251)) * (sum(lengths) // 251 + 1)
+    content = content[: sum(lengths)]
+    path = tmp_path / "a.distcp"
+    path.write_bytes(content)
+    write_manifest(tmp_path, replace(MANIFEST, files={path.name: in_ranges(content, lengths)}))
+    assert verify(tmp_path, contents=True).files[path.name].ranges == lengths
+    for position in (0, 6, 7, BLOCK + 6, BLOCK + 9, BLOCK + 10, BLOCK + 11, len(content) - 1):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+        with pytest.raises(CheckpointError, match=r"damaged: a\.distcp has other content than was written"):
+            verify(tmp_path, contents=True)
+
+
+def test_other_borders_are_another_digest(tmp_path: Path) -> None:
+    (tmp_path / "a.distcp").write_bytes(b"abcdef")
+    stored = in_ranges(b"abcdef", (2, 4))
+    write_manifest(tmp_path, replace(MANIFEST, files={"a.distcp": replace(stored, ranges=(4, 2))}))
+    with pytest.raises(CheckpointError, match="other content"):
+        verify(tmp_path, contents=True)
+    write_manifest(tmp_path, replace(MANIFEST, files={"a.distcp": replace(stored, ranges=(2, 3))}))
+    with pytest.raises(CheckpointError, match="a.distcp has 6 bytes, its ranges in the manifest 5"):
+        verify(tmp_path, contents=False)
+
+
+def test_a_manifest_of_format_1_is_read(checkpoint: Path) -> None:
+    """Files had no ranges, and their digest is that of the content."""
+    path = checkpoint / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    content["format"] = 1
+    content["files"] = {
+        name: {"size": (checkpoint / name).stat().st_size, "sha256": hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}
+        for name in content["files"]
+    }
+    stated = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "sha256": stated}))
+    assert verify(checkpoint, contents=True).files["__0_0.distcp"].ranges == ()
+    flip(checkpoint)
+    with pytest.raises(CheckpointError, match="other content"):
         verify(checkpoint, contents=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,13 +15,13 @@ import torch
 from foreign import read_weights, write_llava_hf
 from safetensors import safe_open
 
-from megatron_share4v.checkpoint import exporter, importer
-from megatron_share4v.checkpoint.exporter import export_model
+from megatron_share4v.checkpoint import exporter, importer, parts
+from megatron_share4v.checkpoint.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.hf_write import model_parts, write_index
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.lazy import LazyTensor
-from megatron_share4v.checkpoint.manifest import read_manifest, verify
+from megatron_share4v.checkpoint.lazy import LazyTensor, digest_of, hash_components
+from megatron_share4v.checkpoint.manifest import digest_of_ranges, read_manifest, verify
 from megatron_share4v.checkpoint.parts import Part, write_parts, writing
 from megatron_share4v.errors import ConversionError
 
@@ -75,6 +76,52 @@ def test_a_part_that_lost_bytes_is_written_again(tmp_path: Path) -> None:
     with writing(target, fingerprint="a") as place:
         write_parts(place, [part("one", b"11", log)], title="test")
     assert log == ["one"]
+
+
+def test_a_large_piece_is_hashed_once_for_all(tmp_path: Path) -> None:
+    large = [os.urandom(parts.LARGE_BYTES + more) for more in (0, 1, 2)]
+    pieces = [b"head", large[0], large[1], b"be", b"tween", large[2], b"end"]
+    found = {}
+
+    def write(file: parts.Output, progress: object) -> dict:
+        for number, piece in enumerate(pieces):
+            start = file.tell()
+            file.write(piece)
+            found[number] = file.digest_of(len(piece), since=start)
+        assert file.digest_of(len(large[0]), since=5) is None and file.digest_of(len(large[0]), since=4) == found[1]
+        return {}
+
+    with writing(tmp_path / "target", fingerprint="a") as place:
+        written = write_parts(place, [Part("one", 1, write)], title="test")["one"]
+    ranges = [b"head", *large[:2], b"between", large[2], b"end"]
+    digests = [hashlib.sha256(piece).hexdigest() for piece in ranges]
+    assert (tmp_path / "target" / "one").read_bytes() == b"".join(pieces)
+    assert written.stored.ranges == tuple(map(len, ranges)) and written.sha256 == digest_of_ranges(written.ranges, digests)
+    assert found == {0: None, 1: digests[1], 2: digests[2], 3: None, 4: None, 5: digests[4], 6: None}
+
+
+def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "LARGE_BYTES", large := 2000)  # more than what surrounds a tensor in its file
+    again = []
+    monkeypatch.setattr(importer, "digest_of", lambda tensor: (again.append(tensor.nbytes), digest_of(tensor))[1])
+    manifest = import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    opened = open_checkpoint(tmp_path / "ours")
+    sizes = [tensor.nbytes for tensor in opened.weights.values()]
+    ranges = [length for file in manifest.files.values() for length in file.ranges]
+    assert sorted(again) == sorted(size for size in sizes if size < large)
+    assert sorted(length for length in ranges if length in sizes and length >= large) == sorted(size for size in sizes if size >= large) != []
+    assert manifest.weights == hash_components(opened.weights)
+    verify(tmp_path / "ours", contents=True)
+
+
+def test_a_journal_without_ranges_is_taken_up(tmp_path: Path) -> None:
+    with pytest.raises(Ended), writing(tmp_path / "target", fingerprint="a") as place:
+        write_parts(place, [part("one", b"1", []), part("two", b"end", [])], title="test")
+    journal = tmp_path / ".target.journal"
+    journal.write_text(re.sub(r'"ranges": \[1\], ', "", journal.read_text()))
+    assert "ranges" not in journal.read_text()
+    with writing(tmp_path / "target", fingerprint="a") as place:
+        assert write_parts(place, [part("one", b"end", [])], title="test")["one"].stored.ranges == ()
 
 
 def test_two_writers_and_an_existing_target(tmp_path: Path) -> None:
