@@ -116,8 +116,12 @@ class Output:
         self._file.flush()
         self._sending.result()
         os.fsync(self._file.fileno())
+        if not self._hashed:
+            return "", ()
         self._end_between()
-        return (digest_of_ranges(self._lengths, self._digests), tuple(self._lengths)) if self._hashed else ("", ())
+        if not self._lengths:  # no ranges would mean that the digest is of the content
+            self._add(0, self._between)
+        return digest_of_ranges(self._lengths, self._digests), tuple(self._lengths)
 
     def _end_between(self) -> None:
         if self._hashed and (length := self._file.tell() - self._start):

@@ -114,6 +114,12 @@ def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest
     verify(tmp_path / "ours", contents=True)
 
 
+def test_an_empty_part_is_hashed_like_others(tmp_path: Path) -> None:
+    with writing(tmp_path / "target", fingerprint="a") as place:
+        written = write_parts(place, [part("one", b"", [])], title="test")["one"]
+    assert written.stored.ranges == (0,) and written.sha256 == digest_of_ranges((0,), [hashlib.sha256().hexdigest()])
+
+
 def test_a_journal_without_ranges_is_taken_up(tmp_path: Path) -> None:
     with pytest.raises(Ended), writing(tmp_path / "target", fingerprint="a") as place:
         write_parts(place, [part("one", b"1", []), part("two", b"end", [])], title="test")
