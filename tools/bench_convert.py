@@ -163,7 +163,8 @@ def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -
     """(seconds, peak and initial resident memory in GB, seconds of processors) of one conversion, imports not counted in the times."""
     shutil.rmtree(end, ignore_errors=True)
     base = [sys.executable, __file__, "--directory", str(arguments.directory), "--shard-gb", str(arguments.shard_gb)]
-    done = subprocess.run([*base, "--child", command, str(start), str(end)], check=True, stdout=subprocess.PIPE, text=True)
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}  # as tools/convert.py has it
+    done = subprocess.run([*base, "--child", command, str(start), str(end)], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
