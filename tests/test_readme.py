@@ -29,7 +29,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert last["layout"] == {"tensor": 2, "pipeline": 2, "data": 1} and last["served"] == {"asked": 8, "equal": True}
-    assert last["evaluation"]["benchmark"] == "custom" and last["evaluation"]["questions"] == 256
+    asked = (out / "quickstart/scenes/questions.jsonl").read_text().count("\n")
+    assert last["evaluation"]["benchmark"] == "custom" and last["evaluation"]["questions"] == asked > 100
     return out
 
 
@@ -85,7 +86,7 @@ def test_there_and_back(quickstart: Path) -> None:
     assert "greedy answers equal" in said[1].stdout and "projector: sha256" in said[2].stderr
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "bench" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "tools/bench_" in c])
 def test_benches_print_a_ratio(command: str, quickstart: Path) -> None:
     done = run(f"{command} --samples 1 --steps 1", quickstart)
     assert done.returncode == 0, done.stderr
