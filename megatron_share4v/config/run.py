@@ -153,6 +153,22 @@ class CheckpointConfig:
 
 
 @config
+class ProfileConfig:
+    """Steps whose work is recorded, on every rank, into profile/ of the run directory. Recording slows them down."""
+
+    first_step: PositiveInt
+    """Counted from 1, as in metrics.jsonl; not the very first, which also warms up."""
+    last_step: PositiveInt
+    memory: Bool = False
+    """Allocations too; on CUDA also a snapshot of the allocator."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A range that ends before it begins."""
+        if self.last_step < self.first_step:
+            yield Conflict(f"last_step {self.last_step} comes before first_step {self.first_step}", ("first_step", "last_step"))
+
+
+@config
 class LogConfig:
     """What is written while training."""
 
@@ -161,6 +177,8 @@ class LogConfig:
     sample_keys: Bool = False
     """Write samples.jsonl: the keys of each global batch in plan order."""
     tensorboard: Bool = True
+    profile: ProfileConfig | None = None
+    """Record a trace of some steps with torch's profiler."""
 
 
 Ops = Literal["auto", "native", "reference"]

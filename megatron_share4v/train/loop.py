@@ -19,12 +19,15 @@ from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.plan.gpus import known_gpu
 from megatron_share4v.train.build import Training, build
 from megatron_share4v.train.faults import Quarantine, warn_of
 from megatron_share4v.train.feed import StepData, feed
-from megatron_share4v.train.flops import peak_flops, step_flops
+from megatron_share4v.train.flops import step_flops
+from megatron_share4v.train.goodput import Ledger, draw_goodput
 from megatron_share4v.train.optim import learning_rate_factor
 from megatron_share4v.train.preview import preview
+from megatron_share4v.train.profiling import Profiler
 from megatron_share4v.train.step import StepResult, train_step, validation_loss
 from megatron_share4v.train.writers import RunWriters, StepRecord
 
@@ -49,6 +52,9 @@ def train(training: Training) -> None:
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
+    ledger = Ledger(training.directory / "metrics.jsonl" if mesh.rank == 0 else None, device=mesh.device, start_step=training.start_step)
+    ledger.watch(training.chunks)
+    profiler = Profiler(config.log.profile, directory=training.directory, device=mesh.device, rank=mesh.rank)
     writers = _open_writers(training) if mesh.rank == 0 else None
     steps = feed(training.source, mesh=mesh, start_step=training.start_step, stop_step=training.total_steps)
     validation = _validation_steps(training)
@@ -59,27 +65,33 @@ def train(training: Training) -> None:
         started = time.perf_counter()
         step = data.items.step + 1
         factor = learning_rate_factor(step - 1, schedule=config.schedule, total_steps=training.total_steps)
-        result = train_step(
-            training.chunks,
-            training.optimizer,
-            data,
-            mesh=mesh,
-            micro_batch_size=config.train.micro_batch_size,
-            normalize=config.loss.normalize,
-            learning_rate_factor=factor,
-            clip_grad_norm=config.optim.clip_grad_norm,
-        )
+        with profiler.step(step):
+            result = train_step(
+                training.chunks,
+                training.optimizer,
+                data,
+                mesh=mesh,
+                micro_batch_size=config.train.micro_batch_size,
+                normalize=config.loss.normalize,
+                learning_rate_factor=factor,
+                clip_grad_norm=config.optim.clip_grad_norm,
+            )
         mesh.device.synchronize()
         seconds = time.perf_counter() - started + data.wait_s
+        booked = ledger.line(step_s=seconds - data.wait_s, data_wait_s=data.wait_s)
         checked = _validate(training, validation) if _due(step, config.train.validate_every_steps, training) else None
         faulty = quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
         if writers is not None:
-            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty)
+            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty, ledger=booked)
             writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
         if _due(step, config.train.preview_every_steps, training):
             _show(training, writers, step=step)
         if step == training.total_steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
-            _save(training, step=step)
+            with ledger.saving():
+                _save(training, step=step)
+            if mesh.rank == 0:
+                draw_goodput(training.directory)
+    profiler.close()
     quarantine.close()
     if writers is not None:
         writers.close()
@@ -148,15 +160,29 @@ def _save(training: Training, *, step: int) -> None:
     dist.barrier()
 
 
-def _record(training: Training, data: StepData, result: StepResult, *, seconds: float, factor: float, validation_loss: float | None, faulty: int) -> StepRecord:
+def _record(
+    training: Training,
+    data: StepData,
+    result: StepResult,
+    *,
+    seconds: float,
+    factor: float,
+    validation_loss: float | None,
+    faulty: int,
+    ledger: dict[str, float],
+) -> StepRecord:
     config, mesh, items = training.config, training.mesh, data.items
     flops = step_flops(
-        config.model, sequence_lengths=tuple(items.lengths.tolist()), images=items.images, trained_tokens=result.trained_tokens
+        config,
+        items,
+        trained_tokens=result.trained_tokens,
+        images_per_sample=training.source.index.rows["n_img"][items.rows],
+        fused_head=training.chunks[0].config.ops == "native",
     )
     consumed = training.source.plan.consumed(items.step + 1)
     world = mesh.layout.world_size
-    achieved = flops / seconds / world
-    peak = peak_flops(torch.cuda.get_device_name()) if mesh.device.kind == "cuda" else None
+    achieved, computed = flops.model / seconds / world, flops.hardware / seconds / world
+    gpu = known_gpu(torch.cuda.get_device_name()) if mesh.device.kind == "cuda" else None
     return StepRecord(
         step=items.step + 1,
         loss=result.loss,
@@ -172,9 +198,12 @@ def _record(training: Training, data: StepData, result: StepResult, *, seconds: 
         data_wait_s=data.wait_s,
         tokens_per_s_per_gpu=items.tokens / seconds / world,
         model_tflops_per_s_per_gpu=achieved / 1e12,
-        mfu=achieved / peak if peak else None,
+        mfu=achieved / gpu.bf16 if gpu else None,
+        hardware_tflops_per_s_per_gpu=computed / 1e12,
+        hfu=computed / gpu.bf16 if gpu else None,
         peak_memory_bytes=mesh.device.peak_memory_bytes(),
         skipped=result.skipped,
         faulty_samples=faulty,
         validation_loss=validation_loss,
+        ledger=ledger,
     )

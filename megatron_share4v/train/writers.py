@@ -39,7 +39,11 @@ class StepRecord:
     tokens_per_s_per_gpu: float
     model_tflops_per_s_per_gpu: float
     mfu: float | None
-    """None where the device's peak is not known."""
+    """Model FLOP/s over the device's BF16 peak; None where that is not known."""
+    hardware_tflops_per_s_per_gpu: float = 0.0
+    """With what padding, blank images and computing things twice add."""
+    hfu: float | None = None
+    """As mfu, of the hardware's."""
     peak_memory_bytes: int
     skipped: bool
     faulty_samples: int = 0
@@ -47,6 +51,8 @@ class StepRecord:
     validation_loss: float | None = None
     consumed_by_source: dict[str, int] = field(default_factory=dict)
     """Samples of each data set of a blend; empty for a single one."""
+    ledger: dict[str, float] = field(default_factory=dict)
+    """Where the time since the line before went (goodput.py); in the file each account is a key of its own."""
 
 
 class RunWriters:
@@ -60,17 +66,20 @@ class RunWriters:
 
     def write(self, record: StepRecord, *, keys: Sequence[str] | None = None) -> None:
         """One step, everywhere."""
-        self._metrics.write(json.dumps(asdict(record)) + "\n")
+        values = asdict(record)
+        ledger = values.pop("ledger")
+        self._metrics.write(json.dumps(values | ledger) + "\n")
         self._metrics.flush()
         if self._samples is not None:
             self._samples.write(json.dumps({"step": record.step, "keys": list(keys or [])}) + "\n")
             self._samples.flush()
         if self._board is not None:
-            values = asdict(record)
             values |= {f"consumed/{name}": count for name, count in values.pop("consumed_by_source").items()}
             for name, value in values.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(f"train/{name}", float(value), record.step)
+            for name in ledger.keys() - {"time"}:
+                self._board.add_scalar(f"goodput/{name}", ledger[name], record.step)
         if record.step % self._console_every == 0 or record.step == self._total_steps:
             get_logger().info(self._line(record))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from launching import finish, killed_after, lines, start
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
 from megatron_share4v.ops.build import find_toolchain
+from megatron_share4v.train.goodput import ACCOUNTS
 
 STEPS, EVERY = 10, 5
 
@@ -73,7 +75,8 @@ T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
 def undisturbed(bench: Bench) -> Path:
     """Ten steps at tensor 2 x pipeline 2."""
     directory = bench.root / "undisturbed"
-    output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2))
+    profile = ("log.profile.first_step=3", "log.profile.last_step=4", "log.profile.memory=true")
+    output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2, *profile))
     assert "tensor 2 x pipeline 2" in output and "ETA" in output and "vision" in output
     assert len(re.findall("fused ops: (?:native|reference)", output)) == 1
     return directory
@@ -92,6 +95,28 @@ def test_run_directory(undisturbed: Path) -> None:
     assert json.loads((undisturbed / "ops.json").read_text())["ops"] == ("reference" if find_toolchain() is None else "native")
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
     assert "answer" in " ".join(_board_tags(undisturbed)) and {"preview/image", "preview/exact_match"} <= set(_board_tags(undisturbed))
+
+
+def test_where_the_time_went(undisturbed: Path) -> None:
+    """All seconds of the run are on accounts, communication was seen, and the machine computed more than the mathematics asks for."""
+    metrics = lines(undisturbed / "metrics.jsonl")
+    for before, line in itertools.pairwise(metrics):
+        assert sum(line[name] for name in ACCOUNTS) == pytest.approx(line["time"] - before["time"], abs=1e-3)
+    assert metrics[0]["restart_s"] > 0.5 and not any(line["restart_s"] for line in metrics[1:])
+    assert all(0 < line["exposed_communication_s"] < line["step_time_s"] for line in metrics)
+    assert metrics[EVERY]["checkpoint_s"] > 0 and 0 < metrics[-1]["goodput"] < 1
+    assert all(line["hardware_tflops_per_s_per_gpu"] > line["model_tflops_per_s_per_gpu"] for line in metrics)
+    assert {"goodput/compute_s", "goodput/goodput"} <= set(_board_tags(undisturbed)) and "goodput/time" not in _board_tags(undisturbed)
+    assert (undisturbed / "goodput.png").stat().st_size > 1000
+
+
+def test_profile_of_some_steps(undisturbed: Path) -> None:
+    """A trace of each rank, with the allocations that were asked for."""
+    for rank in range(4):
+        [trace] = (undisturbed / "profile" / f"rank{rank}").glob("*.json")
+        events = json.loads(trace.read_text())["traceEvents"]
+        names = [event.get("name", "") for event in events]
+        assert trace.name == "steps_3_4.json" and "aten::mm" in names and "[memory]" in names
 
 
 def _board_tags(directory: Path) -> list[str]:
@@ -113,6 +138,7 @@ def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, undisturbed:
     output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
     ours, theirs = lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl")
+    assert ours[EVERY]["lost_s"] > 0 and ours[EVERY]["restart_s"] > 0.5
     exact = ("step", "loss", "grad_norm", "learning_rate", "validation_loss", "consumed_samples", "trained_tokens")
     assert [[line[name] for name in exact] for line in ours] == [[line[name] for name in exact] for line in theirs]
     assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")
@@ -166,6 +192,7 @@ def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
 def test_bad_configuration_is_refused(bench: Bench, repository: Path) -> None:
     message = refused(bench, "parallel.tensr=2", "train.steps=two")
     assert "did you mean 'tensor'?" in message and "train.steps" in message
+    assert "last_step 2 comes before first_step 3" in refused(bench, "log.profile.first_step=3", "log.profile.last_step=2")
     message = refused(bench, "parallel.tensor=2")
     assert "world size 1 is not a multiple of" in message
     message = refused(bench, "parallel.tensor=8")

@@ -1,0 +1,168 @@
+"""FLOPs of a step as pure arithmetic, of what the mathematics asks for and of what the machine does. Training logs and the planner count alike.
+
+A multiply-add is two FLOPs. Only products of matrices count, as in torch.utils.flop_counter, and causal attention as half of its square.
+S positions, V tower width, H language width. What a frozen part saves: a frozen matrix has no weight gradient, and where nothing trains before
+it, no gradient to its input either; a frozen prefix of the tower is a forward pass alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_share4v.config.model import ModelConfig
+
+Recompute = Literal["none", "attention", "full"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one part of the model. Attention's own products (scores, weighted values) apart: they run at another speed."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    attention_forward: float = 0.0
+    attention_backward: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of both passes."""
+        return self.forward + self.backward + self.attention_forward + self.attention_backward
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(self._values, other._values)))
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(*(value * factor for value in self._values))
+
+    @property
+    def _values(self) -> tuple[float, ...]:
+        return self.forward, self.backward, self.attention_forward, self.attention_backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """What goes through the model."""
+
+    positions: float
+    squares: float
+    """Sum of the squares of the lengths that attention sees: of each sample, not of a pack."""
+    images: float
+    head_rows: float
+    """Positions that carry a label: no others reach the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What a machine does beyond the mathematics, over Amounts that count padding."""
+
+    fused_head: bool = True
+    """ops/linear_cross_entropy.py computes the logits once more in its backward pass."""
+    flash: bool = True
+    """Attention kernels compute the scores once more in theirs."""
+    recompute: Recompute = "none"
+    """Of decoder layers: their attention, or all of them, once more before their backward pass."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """FLOPs by part; `layer` is one decoder layer."""
+
+    tower: Work
+    projector: Work
+    layer: Work
+    head: Work
+
+    def total(self, num_layers: int) -> float:
+        """Of the whole model."""
+        return self.tower.total + self.projector.total + num_layers * self.layer.total + self.head.total
+
+
+def model_flops(model: ModelConfig, amounts: Amounts) -> float:
+    """What the mathematics of one step asks for: the numerator of MFU. Amounts without padding."""
+    return parts(model, amounts).total(model.language.num_layers)
+
+
+def hardware_flops(model: ModelConfig, amounts: Amounts, execution: Execution = Execution()) -> float:
+    """What the machine computes in one step: the numerator of hardware utilisation. Amounts with padding and blank images."""
+    return parts(model, amounts, execution).total(model.language.num_layers)
+
+
+def parts(model: ModelConfig, amounts: Amounts, execution: Execution | None = None) -> Parts:
+    """FLOPs by part of the model; without `execution`, what the mathematics asks for."""
+    return Parts(
+        tower=_tower(model, execution) * amounts.images,
+        projector=_projector(model) * amounts.images,
+        layer=_layer(model, amounts, execution),
+        head=_head(model, amounts, execution),
+    )
+
+
+def _products(products: float, *, input_gradient: bool, weight_gradient: bool) -> Work:
+    """Of a matrix with `products` multiply-adds."""
+    return Work(forward=2 * products, backward=2 * products * (input_gradient + weight_gradient))
+
+
+def _attention(products: float, *, backward: bool, execution: Execution | None) -> Work:
+    """`products` multiply-adds for the scores and as many for the values; twice that backward, and the scores again in a flash kernel."""
+    again = 2.5 if execution and execution.flash else 2.0
+    return Work(attention_forward=4 * products, attention_backward=4 * products * again * backward)
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Elements of the matrices of one decoder layer."""
+    language = model.language
+    head_dim = language.hidden_size // language.num_attention_heads
+    attention = 2 * language.hidden_size * (language.hidden_size + language.num_key_value_heads * head_dim)
+    return attention + 3 * language.hidden_size * language.intermediate_size
+
+
+def _layer(model: ModelConfig, amounts: Amounts, execution: Execution | None) -> Work:
+    # Something before every layer trains, or nothing does; with a frozen language model it is the projector or the tower.
+    matrices = _products(amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language)
+    attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
+    again = execution.recompute if execution else "none"
+    return matrices + attention + Work(
+        backward=matrices.forward if again == "full" else 0.0,
+        attention_backward=0.0 if again == "none" else attention.attention_forward,
+    )
+
+
+def _head(model: ModelConfig, amounts: Amounts, execution: Execution | None) -> Work:
+    language = model.language
+    rows = language.vocab_size if execution is None else language.padded_vocab_size
+    work = _products(amounts.head_rows * language.hidden_size * rows, input_gradient=True, weight_gradient=model.trainable.language)
+    return work + Work(backward=work.forward) if execution and execution.fused_head else work
+
+
+def trained_blocks(model: ModelConfig) -> int:
+    """Blocks of the tower, counted from its end, that train."""
+    start = model.trainable.vision_from_block
+    return 0 if start is None else model.vision.num_built_layers - max(start, 0)
+
+
+def _tower(model: ModelConfig, execution: Execution | None) -> Work:
+    """For one image."""
+    vision, trained = model.vision, trained_blocks(model)
+    frozen, tokens = vision.num_built_layers - trained, vision.num_patches + 1
+    weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    stem = _products(
+        vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size,
+        input_gradient=False,  # pixels
+        weight_gradient=model.trainable.vision_from_block == -1,
+    )
+    # In the first block that trains, too: the LayerNorm before its first matrix wants its gradient.
+    block = _products(tokens * weights, input_gradient=True, weight_gradient=True)
+    block += _attention(tokens * tokens * vision.hidden_size, backward=True, execution=execution)
+    forward = Work(forward=block.forward, attention_forward=block.attention_forward)
+    return stem + forward * frozen + block * trained
+
+
+def _projector(model: ModelConfig) -> Work:
+    """For one image."""
+    width, patches, trains = model.language.hidden_size, model.vision.num_patches, model.trainable.projector
+    before = model.trainable.vision_from_block is not None
+    first = _products(patches * model.vision.hidden_size * width, input_gradient=before, weight_gradient=trains)
+    if model.projector.type == "linear":
+        return first
+    return first + _products(patches * width * width, input_gradient=before or trains, weight_gradient=trains)

@@ -1,0 +1,101 @@
+"""FLOPs as arithmetic against those that torch.utils.flop_counter sees in the real model, frozen in all ways, and packed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import LENGTH, MICRO_BATCH, PATCHES, micro_batches, tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_share4v.config.model import ModelConfig, ProjectorConfig, TrainableConfig
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.model.chunks import build_chunks
+from megatron_share4v.model.flops import Amounts, Execution, parts
+from megatron_share4v.model.initialize import initialize
+
+WITHIN = 0.005
+"""Core computes the gradient of what enters the projector also where nothing wants it, and a frozen matrix's products are batched ones, which are
+counted as attention's."""
+TRAINABLE = {
+    "stage 1": {"vision_from_block": 1},
+    "stage 2": {},
+    "projector": {"language": False},
+    "projector and tower": {"language": False, "vision_from_block": -1},
+    "everything": {"vision_from_block": -1},
+    "language": {"projector": False},
+    "tower": {"projector": False, "language": False, "vision_from_block": 1},
+}
+
+
+def counted(model: ModelConfig, batch, *, mesh: Mesh, ops: str, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """(products with weights, products of attention) that one forward and backward pass makes. Plain attention, whose products are seen one by one."""
+    [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=dtype, ops=ops)
+    initialize([chunk], seed=1, model=model)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        chunk(batch).backward()
+    by_op = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    attention = by_op.pop("aten.bmm")
+    return sum(by_op.values()), attention
+
+
+def computed(model: ModelConfig, amounts: Amounts, execution: Execution | None = None) -> tuple[float, float]:
+    """The same two; the counter sees the whole square of causal attention, of which half is needed."""
+    of = parts(model, amounts, execution)
+    layers = of.layer * model.language.num_layers
+    whole = of.tower + of.projector + layers + of.head
+    seen = whole.attention_forward + whole.attention_backward + layers.attention_forward + layers.attention_backward
+    return whole.forward + whole.backward, seen
+
+
+def without_padded_rows(model: ModelConfig) -> ModelConfig:
+    """A vocabulary that fills its head, whose rows for divisibility the mathematics does not ask for."""
+    return dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=model.language.padded_vocab_size))
+
+
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_unpacked(trainable: str, mesh: Mesh) -> None:
+    """Two full sequences with an image each: nothing is padding, so mathematics and machine agree."""
+    model = without_padded_rows(dataclasses.replace(tiny_model(), trainable=TrainableConfig(**TRAINABLE[trainable])))
+    batch = micro_batches(0)[0]
+    amounts = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
+
+
+def test_linear_projector(mesh: Mesh) -> None:
+    model = without_padded_rows(dataclasses.replace(tiny_model(vision_from_block=-1), projector=ProjectorConfig(type="linear")))
+    batch = micro_batches(0)[3]
+    amounts = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
+
+
+def test_packed_with_padding(mesh: Mesh) -> None:
+    """Attention sees each sample of a pack, and the padding at its end, by itself."""
+    model, segments = tiny_model(), ((10, 9), (17, 3))
+    batch = dataclasses.replace(micro_batches(0)[0], segments=segments)
+    pieces = np.array([10, 9, 5, 17, 3, 4])
+    done = Amounts(positions=2 * LENGTH, squares=int((pieces**2).sum()), images=2, head_rows=batch.targets.numel())
+    execution = Execution(fused_head=False, flash=False)
+    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, done, execution), rel=WITHIN)
+
+
+def test_native_head_computes_its_logits_twice(mesh: Mesh, native_ops: None) -> None:
+    model, batch = tiny_model(), micro_batches(0)[0]
+    done = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    # bf16: in fp32 the head adds its products in place, which the counter does not know.
+    matrices, _ = counted(model, batch, mesh=mesh, ops="native", dtype=torch.bfloat16)
+    assert matrices == computed(model, done, Execution(fused_head=True, flash=False))[0]
+    assert matrices > computed(model, done, Execution(fused_head=False, flash=False))[0]
+
+
+def test_recompute_adds_a_forward_pass() -> None:
+    model = tiny_model()
+    amounts = Amounts(positions=100, squares=5000, images=PATCHES, head_rows=10)
+    layers = {again: parts(model, amounts, Execution(recompute=again)).layer for again in ("none", "attention", "full")}
+    forward = layers["none"]
+    assert layers["attention"].total - forward.total == forward.attention_forward
+    assert layers["full"].total - forward.total == forward.forward + forward.attention_forward
