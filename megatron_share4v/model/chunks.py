@@ -8,18 +8,9 @@ from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
-from megatron_share4v.model.stages import estimate_costs, split_layers
+from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.model.trainable import apply_trainable
 from megatron_share4v.ops.op import Implementation
-
-# Mean caption length of ShareGPT4V-PT in tokens; only the balance of the pipeline depends on it.
-TYPICAL_TEXT_LENGTH = 200
-
-
-def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers on each pipeline stage, counting tower, projector and head as cost."""
-    costs = estimate_costs(model, text_length=TYPICAL_TEXT_LENGTH)
-    return split_layers(model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs)
 
 
 def build_chunks(

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import ParallelConfig
+
+
+# Mean caption length of ShareGPT4V-PT in tokens; only the balance of the pipeline depends on it.
+TYPICAL_TEXT_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,12 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
     projector = 3 * vision.num_patches * (vision.hidden_size + language.hidden_size) * language.hidden_size
     head = products * trained_share * text_length * language.hidden_size * language.padded_vocab_size
     return StageCosts(layer=layer, first=tower + projector, last=head)
+
+
+def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
+    """Decoder layers on each pipeline stage, counting tower, projector and head as cost."""
+    costs = estimate_costs(model, text_length=TYPICAL_TEXT_LENGTH)
+    return split_layers(model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs)
 
 
 def split_layers(num_layers: int, *, stages: int, pipeline: int, costs: StageCosts) -> tuple[int, ...]:

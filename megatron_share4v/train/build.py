@@ -28,9 +28,9 @@ from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
 from megatron_share4v.mcore.transformer import DTYPES
-from megatron_share4v.model.chunks import build_chunks, layers_per_stage
+from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
-from megatron_share4v.model.stages import describe_stages
+from megatron_share4v.model.stages import describe_stages, layers_per_stage
 from megatron_share4v.model.trainable import parameter_counts, table
 from megatron_share4v.ops.choose import Choice
 from megatron_share4v.text.template import get_template

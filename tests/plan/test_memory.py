@@ -1,0 +1,148 @@
+"""Bytes by class from shapes alone against those of models, gradient buffers, optimizers and kept activations that were really built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_world
+from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
+
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.model.flops import Amounts
+from megatron_share4v.model.stages import layers_per_stage
+from megatron_share4v.plan.memory import Chunk, Kept, activations, held
+
+WITHIN = 0.05
+"""What the planner promises; the sums below are off by the scalars that layers keep beside their tensors."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to hold the tiny model."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence: bool = False
+    sharded: bool = True
+    dtype: str = "bf16"
+    trainable: tuple = (("vision_from_block", 1),)
+    ops: str = "native"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes on one rank; activations of each of its chunks."""
+
+    pipeline_rank: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: list[int]
+
+
+def storages(tensors) -> dict[int, int]:
+    """Bytes by place in memory: views count once."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def kept_by_autograd(chunk, batch, *, width: int, length: int, dtype: torch.dtype) -> int:
+    """Bytes that one forward pass keeps for its backward pass, weights apart; with what the chunk hands on."""
+    own, seen = storages(chunk.parameters()).keys(), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.update(storages([tensor]))
+        return tensor
+
+    if not chunk.place.first:
+        chunk.set_input_tensor(torch.randn(length, MICRO_BATCH, width, dtype=dtype, requires_grad=True))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = chunk(batch)
+    if not chunk.place.last:
+        seen.update(storages([output]))
+    return sum(size for place, size in seen.items() if place not in own)
+
+
+def measure(cases: list[Case]) -> list[Measured]:
+    """Build each case as the trainer does and weigh it."""
+    from megatron_share4v.config.run import OptimConfig
+    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
+    from megatron_share4v.mcore.transformer import DTYPES
+    from megatron_share4v.model.chunks import build_chunks
+    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    results = []
+    for case in cases:
+        layout = Layout(tensor=case.tensor, pipeline=case.pipeline, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.pipeline))
+        with open_mesh(layout, device=Device("cpu")) as mesh:
+            model, dtype = tiny_model(**dict(case.trainable)), DTYPES[case.dtype]
+            names = ("tensor", "pipeline", "virtual", "sequence")
+            parallel = ParallelConfig(**{name: getattr(case, name) for name in names}, distributed_optimizer=case.sharded)
+            agree_on_ops(case.ops, mesh=mesh)
+            bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops)
+            initialize(bare, seed=1, model=model)
+            wrapped = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+            optimizer = build_optimizer(wrapped, OptimConfig(), parallel=parallel, dtype=dtype)
+            weights = storages(parameter for chunk in bare for parameter in chunk.parameters())
+            states = [
+                value
+                for part in optimizer_parts(optimizer)
+                for group in part.optimizer.param_groups
+                for parameter in group["params"]
+                for value in (parameter, *part.optimizer.state[parameter].values())
+            ]
+            gradients = storages(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers)
+            optimizer_bytes = sum(tensor.nbytes for tensor in states if tensor.dim() and tensor.untyped_storage().data_ptr() not in weights)
+            length = LENGTH // (case.tensor if case.sequence else 1)
+            kept = [
+                kept_by_autograd(chunk, micro_batches(0)[3], width=model.language.hidden_size, length=length, dtype=dtype) for chunk in bare
+            ]
+            results.append(Measured(mesh.coordinates.pipeline, sum(weights.values()), sum(gradients.values()), optimizer_bytes, kept))
+    return results
+
+
+STAGE_2, PROJECTOR, ALL = (("language", True),), (("language", False), ("projector", True)), (("vision_from_block", -1),)
+CASES = {
+    1: [Case(), Case(dtype="fp32"), Case(trainable=STAGE_2), Case(trainable=PROJECTOR), Case(trainable=ALL, sharded=False), Case(ops="reference", dtype="fp32")],
+    2: [Case(tensor=2), Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2), Case(pipeline=2, virtual=2, dtype="fp32")],
+    4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2), Case(tensor=2, trainable=ALL), Case(pipeline=4)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("world", CASES)
+def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
+    measured = run_world(world, measure, CASES[world])
+    batch = micro_batches(0)[3]
+    amounts = Amounts(positions=MICRO_BATCH * LENGTH, squares=0, images=batch.pixels.size(0), head_rows=batch.targets.numel())
+    worst = 0.0
+    for number, case in enumerate(CASES[world]):
+        model = tiny_model(**dict(case.trainable))
+        counts = layers_per_stage(model, ParallelConfig(pipeline=case.pipeline, virtual=case.virtual))
+        kept = Kept(tensor=case.tensor, sequence=case.sequence, element=2 if case.dtype == "bf16" else 4, native=case.ops == "native")
+        data = world // (case.tensor * case.pipeline)
+        for rank in range(case.pipeline):
+            chunks = [
+                Chunk(layers=counts[stage], first=stage == 0, last=stage == len(counts) - 1) for stage in range(rank, len(counts), case.pipeline)
+            ]
+            planned = held(model, chunks, kept, data=data, sharded=case.sharded)
+            mine = [ranks[number] for ranks in measured if ranks[number].pipeline_rank == rank]
+            assert len(mine) == case.tensor * data
+            for real in mine:
+                assert planned.weights == pytest.approx(real.weights, rel=WITHIN), (case, rank)
+                assert planned.gradients == pytest.approx(real.gradients, rel=WITHIN), (case, rank)
+                for chunk, bytes_kept in zip(chunks, real.activations, strict=True):
+                    expected = activations(model, chunk, amounts, kept, sequences=MICRO_BATCH)
+                    if case.ops == "reference":  # on the CPU torch's RMSNorm is no single operation, and keeps what it multiplies by its weight
+                        expected += (2 * chunk.layers + chunk.last) * amounts.positions * model.language.hidden_size * kept.element
+                    worst = max(worst, abs(expected / bytes_kept - 1))
+                    assert expected == pytest.approx(bytes_kept, rel=WITHIN), (case, rank, chunk)
+            # Shards begin and end inside weights, so that only their sum is even.
+            assert planned.optimizer * len(mine) == pytest.approx(sum(real.optimizer for real in mine), rel=WITHIN), (case, rank)
+    print(f"\n{world} ranks: activations off by {worst:.2%} at most")
