@@ -96,6 +96,9 @@ class LossConfig:
     """`tokens`: sum over the step / trained tokens of the step. `microbatch`: mean of micro-batch means, as LLaVA averages."""
 
 
+Recompute = Literal["none", "full", "selective"]
+
+
 @config
 class TrainConfig:
     """How much is trained, and how often it is checked."""
@@ -114,9 +117,23 @@ class TrainConfig:
     preview_samples: PositiveInt = 1
     """Of the validation set, always the first ones; their share of answers that are the records' is a curve."""
     preview_tokens: PositiveInt = 64
+    recompute: Recompute = "none"
+    """Activations of the language model that are computed again in the backward pass instead of kept. `full`: all of a layer but its input;
+    `selective`: those inside `recompute_modules`."""
+    recompute_layers: PositiveInt | None = None
+    """With `recompute: full`: layers of each pipeline stage that do so, from the first on; null: all."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "layernorm"], ...] = ("core_attn",)
+    """With `selective`. `layernorm` needs Transformer Engine, without which megatron-core cannot free the output of a norm."""
+    recompute_tower: Recompute = "none"
+    """The same for the trained blocks of the vision tower; the frozen ones before them keep nothing anyway."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A global batch that micro-batches do not fill."""
+        """A global batch that micro-batches do not fill, and a choice of what to recompute that means nothing."""
+        if self.recompute_layers is not None and self.recompute != "full":
+            message = f"recompute_layers {self.recompute_layers} counts whole layers and needs recompute full, got recompute {self.recompute}"
+            yield Conflict(message, ("recompute_layers", "recompute"))
+        if "selective" in (self.recompute, self.recompute_tower) and not self.recompute_modules:
+            yield Conflict("recompute selective of no module; name some in recompute_modules, or use none", ("recompute_modules", "recompute"))
         if self.global_batch_size % self.micro_batch_size:
             message = f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             yield Conflict(message, ("global_batch_size", "micro_batch_size"))

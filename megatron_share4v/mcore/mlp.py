@@ -14,8 +14,10 @@ from megatron.core.transformer.mlp import MLP
 class ActivatedMLP(MLP):
     """Core's, with `config.activation` between the matrices."""
 
-    def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[..., W] -> ([..., W], bias that the caller adds)."""
+    def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, None]:
+        """[..., W] -> ([..., W], None). The second bias is added here: handed to the caller, it would leave core's recomputation as a result of
+        it, which makes the weight part of a graph that ends in itself."""
         assert per_token_scale is None, "this MLP is no expert"
         between, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(self.config.activation(between, bias=bias))
+        output, bias = self.linear_fc2(self.config.activation(between, bias=bias))
+        return (output if bias is None else output + bias), None

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.mcore.options import LayerOptions
 from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation
 
@@ -59,7 +60,13 @@ def _base(*, dtype: torch.dtype, parallel: ParallelConfig, ops: Implementation, 
 
 
 def language_config(
-    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, layers_per_stage: Sequence[int]
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    ops: Implementation,
+    options: LayerOptions,
+    layers_per_stage: Sequence[int],
 ) -> LayerConfig:
     """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases. `layers_per_stage` covers pipeline x virtual stages in order."""
     language = model.language
@@ -69,6 +76,7 @@ def language_config(
     interleaved = parallel.virtual > 1
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=language.num_layers),
+        **options.language.settings(),
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
         pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
@@ -89,12 +97,15 @@ def language_config(
     )
 
 
-def vision_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation) -> LayerConfig:
+def vision_config(
+    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, options: LayerOptions
+) -> LayerConfig:
     """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
     (its 577 tokens would be duplicated, not split)."""
     vision = model.vision
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
+        **options.tower.settings(),
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         num_attention_heads=vision.num_attention_heads,

@@ -7,6 +7,7 @@ import torch
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.options import LayerOptions
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
 from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.model.trainable import apply_trainable
@@ -14,7 +15,13 @@ from megatron_share4v.ops.op import Implementation
 
 
 def build_chunks(
-    model: ModelConfig, *, mesh: Mesh, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation = "reference"
+    model: ModelConfig,
+    *,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    ops: Implementation = "reference",
+    options: LayerOptions = LayerOptions(),
 ) -> list[Share4V]:
     """The chunks of this rank, in the order in which the interleaved schedule runs them; weights are not set yet.
 
@@ -28,8 +35,9 @@ def build_chunks(
             num_stages=layout.num_stages,
             chunk=number if layout.virtual > 1 else None,
         )
+        counts = layers_per_stage(model, parallel)
         chunk = Share4V(
-            model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops, layers_per_stage=layers_per_stage(model, parallel), place=place
+            model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops, options=options, layers_per_stage=counts, place=place
         )
         apply_trainable(chunk, model.trainable)
         chunks.append(chunk.to(mesh.device.torch_device))

@@ -16,6 +16,7 @@ from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import MegatronModule, ModelType, mark_parallel_weights, scatter_to_sequence_parallel_region
+from megatron_share4v.mcore.options import LayerOptions
 from megatron_share4v.mcore.transformer import language_config, projector_config, vision_config
 from megatron_share4v.model.language import LanguageModel
 from megatron_share4v.model.projector import Projector
@@ -54,11 +55,12 @@ class Share4V(MegatronModule):
         parallel: ParallelConfig,
         dtype: torch.dtype,
         ops: Implementation,
+        options: LayerOptions,
         layers_per_stage: tuple[int, ...],
         place: ChunkPlace,
     ) -> None:
         shared = {"parallel": parallel, "dtype": dtype, "ops": ops}
-        config = language_config(model, layers_per_stage=layers_per_stage, **shared)
+        config = language_config(model, options=options, layers_per_stage=layers_per_stage, **shared)
         super().__init__(config)
         self.model, self.mesh, self.place, self.vp_stage = model, mesh, place, place.chunk
         # Read by core's schedule and gradient finalisation.
@@ -69,7 +71,7 @@ class Share4V(MegatronModule):
         # Overlapped reduction waits for every bucket, so a micro-batch without images must still give the tower and the projector gradients.
         self.needs_blank_image = parallel.overlap_grad_reduce and (trainable.projector or trainable.vision_from_block is not None)
         if place.first:
-            self.vision = VisionTower(vision_config(model, **shared), vision=model.vision, mesh=mesh)
+            self.vision = VisionTower(vision_config(model, options=options, **shared), vision=model.vision, mesh=mesh)
             self.projector = Projector(projector_config(model, **shared), model=model, mesh=mesh)
         self.language = LanguageModel(
             config,

@@ -10,6 +10,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.image import normalised_values
@@ -73,8 +74,19 @@ class VisionTower(MegatronModule):
             for layer in self.layers[:frozen]:
                 hidden, _ = layer(hidden_states=hidden, attention_mask=None)
         for layer in self.layers[frozen:]:
-            hidden, _ = layer(hidden_states=hidden, attention_mask=None)
+            hidden = self._run_trained(layer, hidden)
         return hidden[1:]
+
+    def _run_trained(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Core recomputes parts of a layer itself, and whole ones in its block alone. Its own way needs an input with a gradient, which the first
+        trained block does not have."""
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            return layer(hidden_states=hidden, attention_mask=None)[0]
+
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled():
+            return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+        return run(hidden)
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixels).transpose(0, 1)

@@ -26,6 +26,7 @@ from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.choice import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.options import LayerOptions, layer_options
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
 from megatron_share4v.mcore.transformer import DTYPES
 from megatron_share4v.model.chunks import build_chunks
@@ -74,14 +75,15 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     Raises ConfigError, DataError, CheckpointError or OpsError, on every rank alike, when something does not fit.
     """
     mesh.layout.check_micro_batches(global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size)
-    options = read_options(config.data, device=mesh.device)
-    source = open_source(config, config.data.train, order=config.data.order, options=options)
-    validation = open_source(config, config.data.validation, order="sequential", options=options) if config.data.validation else None
+    reading = read_options(config.data, device=mesh.device)
+    source = open_source(config, config.data.train, order=config.data.order, options=reading)
+    validation = open_source(config, config.data.validation, order="sequential", options=reading) if config.data.validation else None
     ops = agree_on_ops(config.ops, mesh=mesh)
     record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
-    bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation)
-    _announce(config, mesh, bare, ops=ops)
+    options = layer_options(config.train)
+    bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options)
+    _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
     newest = find_newest_whole(checkpoints, mesh=mesh)
     if newest is None:
@@ -211,12 +213,13 @@ def _record_change(state: RunState, changes: Sequence[str], path: Path, director
             file.write(json.dumps({"step": state.step, "checkpoint": path.name, "changes": list(changes)}) + "\n")
 
 
-def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice) -> None:
+def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, options: LayerOptions) -> None:
     """Every choice that was made, once."""
     logger = get_logger()
     update = "our fused op" if ops.implementation == "native" else "torch, fused"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
     logger.info("precision: %s; attention: torch scaled_dot_product_attention; optimizer: AdamW (%s)", config.precision.dtype, update)
+    logger.info("recomputed in the backward pass: language model %s; tower %s", options.language, options.tower)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):
         logger.info(line)

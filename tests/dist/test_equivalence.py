@@ -35,6 +35,7 @@ class Variant:
     trainable: str = "half_tower"
     normalize: str = "tokens"
     ops: str = "auto"
+    recompute: str = "none"
 
 
 TRAINABLE = {
@@ -56,9 +57,10 @@ class Outcome:
 
 def train_variant(mesh, variant: Variant) -> Outcome:
     """Five steps of AdamW from the same seed."""
-    from megatron_share4v.config.run import OptimConfig, ParallelConfig
+    from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
     from megatron_share4v.mcore.choice import agree_on_ops
     from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
+    from megatron_share4v.mcore.options import layer_options
     from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
@@ -76,7 +78,9 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         overlap_grad_reduce=variant.overlap,
     )
     ops = agree_on_ops(variant.ops, mesh=mesh).implementation
-    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops)
+    again = variant.recompute
+    settings = TrainConfig(global_batch_size=1, recompute=again, recompute_modules=("core_attn", "mlp"), recompute_tower=again)
+    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops, options=layer_options(settings))
     initialize(bare, seed=1, model=model)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, weight_decay=0.1, clip_grad_norm=1.0)
@@ -146,6 +150,7 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
         variants += [Variant(**place, dtype="bf16", sequence=True, ops=ops) for ops in ("auto", "reference")]
     if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
         variants.append(Variant(**place, sequence=tensor > 1, ops="reference"))
+        variants += [Variant(**place, sequence=tensor > 1, recompute=what, overlap=data > 1) for what in ("full", "selective")]
     return variants
 
 

@@ -11,6 +11,7 @@ from megatron_share4v.config.load import load
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.options import LayerOptions
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
 from megatron_share4v.model.stages import layers_per_stage
 
@@ -34,6 +35,7 @@ def test_parameter_counts_are_the_published_ones(name: str, mesh: Mesh, reposito
             parallel=parallel,
             dtype=torch.bfloat16,
             ops="reference",
+            options=LayerOptions(),
             layers_per_stage=layers_per_stage(model, parallel),
             place=ChunkPlace(stage=0, num_stages=1, chunk=None),
         )
