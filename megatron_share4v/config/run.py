@@ -199,6 +199,7 @@ class LogConfig:
 
 
 Ops = Literal["auto", "native", "reference"]
+Attention = Literal["auto", "sdpa", "varlen", "math", "te"]
 
 
 @config
@@ -211,6 +212,10 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     ops: Ops = "auto"
     """Fused kernels of csrc/. `native`: these or an error; `reference`: plain torch; `auto`: native where they can be built, else reference."""
+    attention: Attention = "auto"
+    """Kernel of the attention. `sdpa`: torch's scaled_dot_product_attention, sample by sample in packs. `varlen`: torch's for packs, all samples at
+    once (NVIDIA GPUs, bf16). `te`: Transformer Engine's (the same, with cuDNN). `math`: plain products, to compare with. `auto`: varlen for packs where it can be had,
+    else sdpa. All keep the samples of a pack apart."""
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

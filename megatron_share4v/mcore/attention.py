@@ -1,13 +1,15 @@
-"""Core attention on torch's scaled_dot_product_attention: runs on CPU and GPU, without Transformer Engine.
+"""Core attention without Transformer Engine: rotary positions (Su et al. 2021), then one of the kernels below, which choice.py picks for a run.
 
 Shapes: q, k, v [S, B, heads, head_dim] with B sequences of S positions; the result is [S, B, heads * head_dim]. A sequence is one sample, or
-several of them one after the other (a pack), each of which sees itself alone. Rotary positions (Su et al. 2021) are applied here as well.
+several of them one after the other (a pack), each of which sees itself alone, by every kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,9 +17,9 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.mcore.cache import CachedStep
+from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.rope import rope, rope_table
 
 
@@ -31,15 +33,30 @@ class Places(PackedSeqParams):
     positions: torch.Tensor | None = None
     """[S, B] int64, places in the table: of each token in its own sample. None: 0 to S - 1 in each sequence."""
     lengths: tuple[tuple[int, ...], ...] | None = None
-    """`Batch.segments`."""
+    """Of the samples of each sequence of a pack, its padding as one more; they add up to S. None: each sequence is one sample."""
+    ends: torch.Tensor | None = None
+    """[samples + 1] int32: where each sample (and the padding after a pack's last one) ends, sequence after sequence, from 0 on. Only for kernels that want it."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest of them."""
+        assert self.lengths is not None and self.ends is not None
+        return max(map(max, self.lengths))
 
 
-def places(angles: torch.Tensor, *, segments: tuple[tuple[int, ...], ...] | None) -> Places:
+def places(angles: torch.Tensor, *, segments: tuple[tuple[int, ...], ...] | None, kernel: str) -> Places:
     """For sequences of S positions; angles [S, head_dim / 2], `segments` as in Batch."""
-    positions = None
-    if segments is not None:
-        positions = restarting_positions(segments, angles.size(0)).to(angles.device, non_blocking=True)
-    return Places(table=rope_table(angles), positions=positions, lengths=segments)
+    if segments is None:
+        return Places(table=rope_table(angles))
+    size, device = angles.size(0), angles.device
+    positions = restarting_positions(segments, size).to(device, non_blocking=True)
+    whole = tuple(tuple(filled(lengths, size)) for lengths in segments)
+    ends = _ends(whole).to(device, non_blocking=True) if kernel in BY_ENDS else None
+    return Places(table=rope_table(angles), positions=positions, lengths=whole, ends=ends)
+
+
+def _ends(lengths: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(length for row in lengths for length in row)], dtype=torch.int32)
 
 
 def filled(lengths: Sequence[int], size: int) -> list[int]:
@@ -55,12 +72,12 @@ def restarting_positions(segments: Sequence[Sequence[int]], size: int) -> torch.
     return torch.stack(columns, dim=1)
 
 
-class ScaledDotProductAttention(MegatronModule):
+class CoreAttention(MegatronModule):
     """Attention of one layer over its own tensor-parallel heads; causal or full, by `attn_mask_type`."""
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: LayerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
@@ -75,6 +92,7 @@ class ScaledDotProductAttention(MegatronModule):
         self.causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = softmax_scale
         self.layer_number = layer_number
+        self.kernel = KERNELS[config.attention]
 
     def forward(
         self,
@@ -86,34 +104,74 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Places | CachedStep | None = None,
     ) -> torch.Tensor:
-        """Causality comes from the layer spec and the ends of samples from `packed_seq_params`, so that no mask is ever materialised."""
+        """Causality comes from the layer spec and the ends of samples from `packed_seq_params`."""
         assert attention_mask is None and attention_bias is None, "this attention takes no explicit mask"
-        length, batch = query.shape[:2]
         at = packed_seq_params or Places()
         if at.table is not None:
             query, key = rope(query, key=key, table=at.table, positions=at.positions, implementation=self.config.ops)
         if isinstance(at, CachedStep):
             return at.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if at.lengths is None:
-            context = self._attend(query, key, value)
+        return self.kernel(query, key, value, at=at, causal=self.causal, scale=self.softmax_scale)
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, which never has a mask in memory."""
+    length, batch = query.shape[:2]
+    heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=query.size(1) != key.size(1))
+
+    context = attend(*heads_first) if at.lengths is None else _one_by_one(attend, heads_first, at.lengths)
+    return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+def _one_by_one(attend: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], lengths: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """One kernel per sample: its cost is that of the sample's own square, and the lengths are known without asking the device."""
+    assert len(lengths) == tensors[0].size(0), (len(lengths), tensors[0].shape)
+    sequences = []
+    for row, row_lengths in enumerate(lengths):
+        # split, not slices: the gradients of all pieces are joined once, instead of being added into a full-size zero each.
+        pieces = [x[row : row + 1].split(row_lengths, dim=2) for x in tensors]
+        sequences.append(torch.cat([attend(*piece) for piece in zip(*pieces)], dim=2))
+    return torch.cat(sequences)
+
+
+def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:
+    """torch's kernel for samples of any lengths one after the other, all of them at once. NVIDIA GPUs, bf16."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
+
+    length, batch = query.shape[:2]
+    if at.lengths is None:
+        ends, longest = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device), length
+    else:
+        ends, longest = at.ends, at.longest
+    known = inspect.signature(varlen_attn).parameters
+    settings: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
+    if key.size(2) != query.size(2):
+        if "enable_gqa" in known:
+            settings["enable_gqa"] = True
         else:
-            context = self._attend_inside(query, key, value, segments=at.lengths)
-        return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+            key, value = (x.repeat_interleave(query.size(2) // key.size(2), dim=2) for x in (key, value))
+    flat = [x.transpose(0, 1).flatten(0, 1) for x in (query, key, value)]
+    context = varlen_attn(*flat, ends, ends, longest, longest, scale=scale, **settings)
+    return context.reshape(batch, length, -1).transpose(0, 1).contiguous()
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[B, heads, S, head_dim] each."""
-        grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, scale=self.softmax_scale, enable_gqa=grouped)
 
-    def _attend_inside(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, segments: tuple[tuple[int, ...], ...]
-    ) -> torch.Tensor:
-        """One kernel per sample: its cost is that of the sample's own square, and the lengths are known without asking the device."""
-        assert len(segments) == query.size(0), (len(segments), query.shape)
-        sequences = []
-        for row, lengths in enumerate(segments):
-            # split, not slices: the gradients of all pieces are joined once, instead of being added into a full-size zero each.
-            pieces = [x[row : row + 1].split(filled(lengths, x.size(2)), dim=2) for x in (query, key, value)]
-            sequences.append(torch.cat([self._attend(*piece) for piece in zip(*pieces)], dim=2))
-        return torch.cat(sequences)
+def math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:
+    """Products and a softmax in fp32, with the whole square of a sequence in memory: what the others are compared with."""
+    length, batch, heads, width = query.shape
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    key, value = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (key, value))
+    seen = torch.ones(batch, 1, length, length, dtype=torch.bool)
+    if at.lengths is not None:
+        owner = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in at.lengths])
+        seen = (owner[:, :, None] == owner[:, None, :]).unsqueeze(1)
+    seen = (seen.tril() if causal else seen).to(query.device, non_blocking=True)
+    scores = (query @ key.transpose(2, 3)).float() * (width**-0.5 if scale is None else scale)
+    context = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).to(value.dtype) @ value
+    return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {"sdpa": sdpa, "varlen": varlen, "math": math}
+BY_ENDS = ("varlen", "te")

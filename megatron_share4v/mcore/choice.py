@@ -1,11 +1,17 @@
-"""The fused ops of one run: each rank decides by ops/choose.py, and all must have come to the same."""
+"""What one run computes with: fused ops (each rank decides by ops/choose.py) and the attention kernel. All ranks must have come to the same."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 import torch.distributed as dist
 
-from megatron_share4v.config.run import Ops
+from megatron_share4v.config.run import Attention, Ops
 from megatron_share4v.errors import OpsError
+from megatron_share4v.mcore.engine import REMEDY, missing_engine
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.ops.choose import Available, Choice, choose_ops
 
@@ -15,8 +21,65 @@ def agree_on_ops(requested: Ops, *, mesh: Mesh, available: Available | None = No
 
     Raises OpsError on every rank, with one message, when `native` was asked for and some rank cannot have it, or when ranks would differ.
     """
+    remedy = f"ops: {requested} does not lead to the same on every rank; give all machines the same compilers, or set ops: reference."
+    return _agree(lambda: choose_ops(requested, device=mesh.device.kind, available=available), mesh=mesh, remedy=remedy)
+
+
+Chosen = TypeVar("Chosen", Choice, "AttentionChoice")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The kernel (attention.py) and why; `implementation` is its name. Record `line` with the run."""
+
+    implementation: str
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """One line for the log and the run directory."""
+        return f"attention: {self.implementation} ({self.reason})"
+
+
+def agree_on_attention(requested: Attention, *, mesh: Mesh, packed: bool, dtype: torch.dtype) -> AttentionChoice:
+    """Collective. Raises OpsError on every rank, with one message, when the kernel that was asked for cannot be had, or not for packs."""
+    remedy = f"attention: {requested} does not lead to the same on every rank; give all machines the same GPUs and packages, or set attention: sdpa."
+    return _agree(lambda: choose_attention(requested, device=mesh.device.torch_device, packed=packed, dtype=dtype), mesh=mesh, remedy=remedy)
+
+
+def choose_attention(requested: Attention, *, device: torch.device, packed: bool, dtype: torch.dtype) -> AttentionChoice:
+    """The one rule. Raises OpsError."""
+    if requested == "auto":
+        if not packed:
+            return AttentionChoice("sdpa", "samples are not packed")
+        refused = _refusal("varlen", device=device, packed=packed, dtype=dtype)
+        return AttentionChoice("sdpa", f"sample by sample, since varlen: {refused}") if refused else AttentionChoice("varlen", "samples are packed")
+    refused = _refusal(requested, device=device, packed=packed, dtype=dtype)
+    if refused:
+        raise OpsError(f"attention: {requested} was asked for on {device.type}: {refused}")
+    return AttentionChoice(requested, "as configured")
+
+
+def _refusal(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dtype) -> str | None:
+    if kernel == "varlen":
+        if device.type != "cuda":
+            return "torch has this kernel for NVIDIA GPUs alone; use sdpa or auto"
+        if dtype is not torch.bfloat16:
+            return "torch has this kernel for bf16 alone; use sdpa, auto or precision.dtype bf16"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0 (A100) or later; use sdpa or auto"
+    if kernel == "te":
+        missing = missing_engine()
+        if missing:
+            return f"{missing}; {REMEDY}"
+        if packed and dtype is not torch.bfloat16:
+            return "Transformer Engine's fused kernels, which alone keep the samples of a pack apart at their own cost, are for bf16; use precision.dtype bf16, sdpa, or no data.pack_length"
+    return None
+
+
+def _agree(choose: Callable[[], Chosen], *, mesh: Mesh, remedy: str) -> Chosen:
     try:
-        choice = choose_ops(requested, device=mesh.device.kind, available=available)
+        choice = choose()
         mine = choice.line
     except OpsError as error:
         choice, mine = None, str(error)
@@ -24,10 +87,10 @@ def agree_on_ops(requested: Ops, *, mesh: Mesh, available: Available | None = No
     dist.all_gather_object(ranks, (choice.implementation if choice else None, mine))
     if len({implementation for implementation, _ in ranks}) == 1 and choice:
         return choice
-    raise OpsError(_difference(requested, ranks))
+    raise OpsError(_difference(remedy, ranks))
 
 
-def _difference(requested: Ops, ranks: list[tuple[str | None, str]]) -> str:
+def _difference(remedy: str, ranks: list[tuple[str | None, str]]) -> str:
     """What each rank came to, ranks with the same outcome on one line."""
     members: dict[str, list[int]] = {}
     for rank, (_, said) in enumerate(ranks):
@@ -35,4 +98,4 @@ def _difference(requested: Ops, ranks: list[tuple[str | None, str]]) -> str:
     if len(members) == 1:
         return next(iter(members))
     lines = "".join(f"\nranks {', '.join(map(str, numbers))}: {said}" for said, numbers in members.items())
-    return f"ops: {requested} does not lead to the same on every rank; give all machines the same compilers, or set ops: reference.{lines}"
+    return remedy + lines

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_share4v.mcore.attention import ScaledDotProductAttention
+from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.mlp import ActivatedMLP
 from megatron_share4v.mcore.transformer import LayerConfig
@@ -65,7 +65,7 @@ def mlp_submodules() -> MLPSubmodules:
 def layer_spec(*, causal: bool, mesh: Mesh) -> ModuleSpec:
     """A pre-norm transformer layer. `causal=False` is for the vision tower (core's own ViT spec is causal, which CLIP is not)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=ScaledDotProductAttention, linear_proj=RowParallelLinear)
+    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

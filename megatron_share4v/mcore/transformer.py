@@ -35,6 +35,8 @@ class LayerConfig(TransformerConfig):
 
     ops: Implementation = "reference"
     """Of the fused ops in these layers; choice.py decides."""
+    attention: str = "sdpa"
+    """Kernel of the attention (attention.py); choice.py decides."""
     activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")
     """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
 
@@ -65,7 +67,7 @@ def language_config(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     ops: Implementation,
-    options: LayerOptions,
+    options: LayerOptions = LayerOptions(),
     layers_per_stage: Sequence[int],
 ) -> LayerConfig:
     """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases. `layers_per_stage` covers pipeline x virtual stages in order."""
@@ -76,6 +78,7 @@ def language_config(
     interleaved = parallel.virtual > 1
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=language.num_layers),
+        attention=options.attention,
         **options.language.settings(),
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
@@ -98,13 +101,14 @@ def language_config(
 
 
 def vision_config(
-    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, options: LayerOptions
+    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, options: LayerOptions = LayerOptions()
 ) -> LayerConfig:
     """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
     (its 577 tokens would be duplicated, not split)."""
     vision = model.vision
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
+        attention=options.tower_attention,
         **options.tower.settings(),
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,

@@ -76,7 +76,7 @@ class LanguageModel(MegatronModule):
             return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
         held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
         length = held * self.mesh.layout.tensor if self.config.sequence_parallel else held
-        at = places(self._angles(length), segments=segments)
+        at = places(self._angles(length), segments=segments, kernel=self.config.attention)
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
 
     @cached_property

@@ -1,7 +1,7 @@
 """What a run decided at its start, written beside it, and a warning where that is not what it was at the start before.
 
 image_backend.json: which decoder is used and how it measured against the reference, in pixels and in what the run's tower sees. ops.json: which
-implementation of the fused ops.
+implementation of the fused ops. attention.json: which attention kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from megatron_share4v.data.decoder import library
 from megatron_share4v.data.gate import Features, pass_gate
 from megatron_share4v.log import get_logger
+from megatron_share4v.mcore.choice import AttentionChoice
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.ops.choose import Choice
@@ -24,6 +25,7 @@ from megatron_share4v.train.feed import Source
 
 FILE = "image_backend.json"
 OPS_FILE = "ops.json"
+ATTENTION_FILE = "attention.json"
 
 
 def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Path) -> None:
@@ -66,6 +68,15 @@ def record_ops(choice: Choice, *, mesh: Mesh, directory: Path) -> None:
         record = {"ops": choice.implementation, "on": mesh.device.kind, "reason": choice.reason, "library": str(choice.library or "")}
         said = "the fused ops are others than before in this run, so its sums are rounded otherwise"
         _write(record, directory / OPS_FILE, names=("ops", "on"), said=said)
+
+
+def record_attention(choice: AttentionChoice, *, mesh: Mesh, directory: Path) -> None:
+    """The same for the attention kernel."""
+    get_logger().info(choice.line)
+    if mesh.rank == 0:
+        record = {"attention": choice.implementation, "on": mesh.device.kind, "reason": choice.reason}
+        said = "the attention kernel is another than before in this run, so its sums are rounded otherwise"
+        _write(record, directory / ATTENTION_FILE, names=("attention", "on"), said=said)
 
 
 def _write(record: dict[str, object], path: Path, *, names: Sequence[str], said: str) -> None:

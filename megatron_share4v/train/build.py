@@ -24,7 +24,8 @@ from megatron_share4v.data.plan import Blocks, Plan
 from megatron_share4v.data.state import describe_data, differences
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.choice import agree_on_ops
+from megatron_share4v.mcore.choice import agree_on_attention, agree_on_ops
+from megatron_share4v.mcore.engine import missing_engine
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.options import LayerOptions, layer_options
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
@@ -37,7 +38,7 @@ from megatron_share4v.ops.choose import Choice
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.train.backend import record_backend, record_ops
+from megatron_share4v.train.backend import record_attention, record_backend, record_ops
 from megatron_share4v.train.feed import Source
 
 DATA_CHANGES = "data_changes.jsonl"
@@ -81,7 +82,9 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     ops = agree_on_ops(config.ops, mesh=mesh)
     record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
-    options = layer_options(config.train)
+    attention = agree_on_attention(config.attention, mesh=mesh, packed=config.data.pack_length is not None, dtype=dtype)
+    record_attention(attention, mesh=mesh, directory=Path(config.run.directory))
+    options = layer_options(config.train, attention=attention.implementation, has_transformer_engine=missing_engine() is None)
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options)
     _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
@@ -218,7 +221,7 @@ def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, optio
     logger = get_logger()
     update = "our fused op" if ops.implementation == "native" else "torch, fused"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
-    logger.info("precision: %s; attention: torch scaled_dot_product_attention; optimizer: AdamW (%s)", config.precision.dtype, update)
+    logger.info("precision: %s; optimizer: AdamW (%s)", config.precision.dtype, update)
     logger.info("recomputed in the backward pass: language model %s; tower %s", options.language, options.tower)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):

@@ -18,6 +18,7 @@ from megatron_share4v.data.plan import StepItems
 from megatron_share4v.data.sample import Batch, Example
 
 SAMPLES, MICRO_BATCHES, PACK_LENGTH = 24, 4, 48
+KERNELS = ("sdpa", "math")
 LAYOUTS = {1: [(1, 1, 1, False)], 2: [(1, 1, 1, False), (1, 2, 1, False), (1, 2, 2, False), (2, 1, 1, True)], 4: [(2, 2, 1, True), (2, 2, 1, False)]}
 
 
@@ -71,16 +72,17 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
     return batches, PACK_LENGTH, 2
 
 
-def train(mesh, parallel, *, packed: bool, seed: int = 1) -> Result:
+def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) -> Result:
     """Loss and gradients of one step."""
     from megatron_share4v.mcore.optimizer import wrap_chunks
+    from megatron_share4v.mcore.options import LayerOptions
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.train.feed import StepData
     from megatron_share4v.train.step import _reduce, _run
 
     model = tiny_model()
-    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
+    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32, options=LayerOptions(attention=kernel))
     initialize(bare, seed=seed, model=model)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
     batches, length, sequences = micro_batches(packed=packed)
@@ -112,10 +114,12 @@ def compare(layouts: list[tuple[int, int, int, bool]]) -> list[tuple[tuple, floa
         layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline))
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=sequence, distributed_optimizer=False)
         with open_mesh(layout, device=Device("cpu")) as mesh:
-            alone, packed = train(mesh, parallel, packed=False), train(mesh, parallel, packed=True)
-        gradient = max(float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients)
-        assert max(float(gradient.abs().max()) for gradient in alone.gradients.values()) > 1e-3
-        rows.append(((tensor, pipeline, virtual, sequence, layout.data), packed.loss, abs(alone.loss - packed.loss), gradient))
+            alone = train(mesh, parallel, packed=False)
+            assert max(float(gradient.abs().max()) for gradient in alone.gradients.values()) > 1e-3
+            for kernel in KERNELS:
+                packed = train(mesh, parallel, packed=True, kernel=kernel)
+                gradient = max(float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients)
+                rows.append(((kernel, tensor, pipeline, virtual, sequence, layout.data), packed.loss, abs(alone.loss - packed.loss), gradient))
     return rows
 
 

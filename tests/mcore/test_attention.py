@@ -4,16 +4,20 @@ import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_share4v.mcore.attention import Places, ScaledDotProductAttention, restarting_positions
+from megatron_share4v.errors import OpsError
+from megatron_share4v.mcore import choice
+from megatron_share4v.mcore.attention import KERNELS, CoreAttention, Places, places, restarting_positions
+from megatron_share4v.mcore.choice import choose_attention
+from megatron_share4v.mcore.transformer import LayerConfig
 
-SEGMENTS = ((5, 1, 3), (12,))  # the first sequence has three positions of padding
+SEGMENTS = ((5, 1, 3, 3), (12,))  # the first sequence has three positions of padding
+kernels = pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "varlen"])  # which torch has for GPUs alone: tests/gpu
 
 
-def _attention() -> ScaledDotProductAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
-    return ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self")
+def _attention(kernel: str = "sdpa", mask: AttnMaskType = AttnMaskType.causal) -> CoreAttention:
+    config = LayerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention=kernel)
+    return CoreAttention(config, 1, mask, "self")
 
 
 def _inputs(seed: int) -> list[torch.Tensor]:
@@ -21,8 +25,9 @@ def _inputs(seed: int) -> list[torch.Tensor]:
     return [torch.randn(12, 2, heads, 4, generator=generator) for heads in (4, 2, 2)]
 
 
-def test_equals_each_sample_alone():
-    attention, (query, key, value) = _attention(), _inputs(0)
+@kernels
+def test_equals_each_sample_alone(kernel: str):
+    attention, (query, key, value) = _attention(kernel), _inputs(0)
     packed = attention(query, key, value, packed_seq_params=Places(lengths=SEGMENTS))
     assert packed.shape == (12, 2, 16)
     for sequence, start, end in ((0, 0, 5), (0, 5, 6), (0, 6, 9), (1, 0, 12)):
@@ -30,8 +35,9 @@ def test_equals_each_sample_alone():
         torch.testing.assert_close(packed[start:end, sequence], attention(*piece)[:, 0], rtol=0, atol=1e-6)
 
 
-def test_equals_an_explicit_block_mask():
-    attention, tensors = _attention(), [x.requires_grad_() for x in _inputs(1)]
+@kernels
+def test_equals_an_explicit_block_mask(kernel: str):
+    attention, tensors = _attention(kernel), [x.requires_grad_() for x in _inputs(1)]
     owner = torch.tensor([0] * 5 + [1] + [2] * 3 + [3] * 3)
     mask = (owner[:, None] == owner) & torch.ones(12, 12, dtype=torch.bool).tril()
     packed = attention(*tensors, packed_seq_params=Places(lengths=SEGMENTS))[:, 0]
@@ -46,9 +52,10 @@ def test_equals_an_explicit_block_mask():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@kernels
 @pytest.mark.parametrize("changed", [slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 12)])
-def test_a_changed_sample_changes_itself_alone(changed: slice):
-    attention, tensors = _attention(), _inputs(3)
+def test_a_changed_sample_changes_itself_alone(changed: slice, kernel: str):
+    attention, tensors = _attention(kernel), _inputs(3)
     before = attention(*tensors, packed_seq_params=Places(lengths=SEGMENTS))
     for tensor in tensors:
         tensor[changed, 0] += 1.0
@@ -60,4 +67,44 @@ def test_a_changed_sample_changes_itself_alone(changed: slice):
 
 
 def test_positions_restart():
-    assert restarting_positions(SEGMENTS, 12).T.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2], list(range(12))]
+    assert restarting_positions(((5, 1, 3), (12,)), 12).T.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2], list(range(12))]
+
+
+@pytest.mark.parametrize("mask", [AttnMaskType.causal, AttnMaskType.no_mask])
+@pytest.mark.parametrize("lengths", [None, SEGMENTS])
+def test_kernels_are_equal(mask: AttnMaskType, lengths: tuple[tuple[int, ...], ...] | None):
+    tensors, weight = [x.requires_grad_() for x in _inputs(4)], torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(5))
+    results = []
+    for kernel in ("math", "sdpa"):
+        context = _attention(kernel, mask)(*tensors, packed_seq_params=Places(lengths=lengths))
+        results.append((context, *torch.autograd.grad((context * weight).sum(), tensors)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_ends_of_samples():
+    angles = torch.zeros(12, 2)
+    at = places(angles, segments=((5, 1, 3), (12,)), kernel="varlen")
+    assert at.lengths == SEGMENTS and at.ends.tolist() == [0, 5, 6, 9, 12, 24] and at.ends.dtype == torch.int32 and at.longest == 12
+    assert places(angles, segments=((5, 1, 3), (12,)), kernel="sdpa").ends is None
+    assert places(angles, segments=None, kernel="varlen").lengths is None
+
+
+def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    fp32, bf16 = {"packed": True, "dtype": torch.float32}, {"packed": True, "dtype": torch.bfloat16}
+    assert choose_attention("auto", device=cpu, packed=False, dtype=torch.float32).line == "attention: sdpa (samples are not packed)"
+    chosen = choose_attention("auto", device=cpu, **bf16)
+    assert chosen.implementation == "sdpa" and "for NVIDIA GPUs alone" in chosen.reason
+    assert choose_attention("math", device=cpu, **fp32).implementation == "math"
+    for name, what in (("varlen", "for NVIDIA GPUs alone"), ("te", "built without CUDA; install it")):
+        with pytest.raises(OpsError, match=f"attention: {name} was asked for on cpu: .*{what}"):
+            choose_attention(name, device=cpu, **bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choice, "missing_engine", lambda: None)
+    assert choose_attention("auto", device=gpu, **bf16).implementation == "varlen"
+    assert choose_attention("auto", device=gpu, **fp32).implementation == "sdpa"
+    assert choose_attention("te", device=gpu, **bf16).implementation == "te"
+    for name, what in (("varlen", "for bf16 alone"), ("te", "keep the samples of a pack apart")):
+        with pytest.raises(OpsError, match=what):
+            choose_attention(name, device=gpu, **fp32)

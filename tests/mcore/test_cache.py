@@ -7,7 +7,7 @@ import torch
 from tolerances import FP32_MODULE
 
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.mcore.attention import ScaledDotProductAttention
+from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.cache import CachedStep, KeyValueCache, Span
 from megatron_share4v.mcore.transformer import language_config
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,8 +18,8 @@ HEADS, GROUPS, WIDTH = 4, 2, 8
 LAYER = 3
 
 
-def attention() -> ScaledDotProductAttention:
-    return ScaledDotProductAttention(CONFIG, LAYER, AttnMaskType.causal, "self")
+def attention() -> CoreAttention:
+    return CoreAttention(CONFIG, LAYER, AttnMaskType.causal, "self")
 
 
 def sequence(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -93,6 +93,7 @@ def test_run_directory(undisturbed: Path) -> None:
     assert 0 <= metrics[0]["padding_fraction"] < 0.5 and metrics[0]["consumed_samples"] == 8
     assert (undisturbed / "config.yaml").exists() and len(list((undisturbed / "log").glob("rank*.txt"))) == 4
     assert json.loads((undisturbed / "ops.json").read_text())["ops"] == ("reference" if find_toolchain() is None else "native")
+    assert json.loads((undisturbed / "attention.json").read_text()) == {"attention": "sdpa", "on": "cpu", "reason": "samples are not packed"}
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
     assert "answer" in " ".join(_board_tags(undisturbed)) and {"preview/image", "preview/exact_match"} <= set(_board_tags(undisturbed))
 
@@ -193,6 +194,8 @@ def test_bad_configuration_is_refused(bench: Bench, repository: Path) -> None:
     message = refused(bench, "parallel.tensr=2", "train.steps=two")
     assert "did you mean 'tensor'?" in message and "train.steps" in message
     assert "last_step 2 comes before first_step 3" in refused(bench, "log.profile.first_step=3", "log.profile.last_step=2")
+    message = refused(bench, "attention=te", f"run.directory={bench.root / 'no_engine'}", "data.pack_length=512", "data.order=random")
+    assert "attention: te was asked for on cpu: this torch is built without CUDA; install it" in message
     message = refused(bench, "parallel.tensor=2")
     assert "world size 1 is not a multiple of" in message
     message = refused(bench, "parallel.tensor=8")

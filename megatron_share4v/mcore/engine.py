@@ -1,0 +1,25 @@
+"""Whether NVIDIA's Transformer Engine can be used here. Nothing of it is imported by asking; specs_te.py does that where a run wants it."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+import torch
+
+REMEDY = "install it on a machine with an NVIDIA GPU (transformer-engine[pytorch], built for this torch), or choose another backend"
+
+
+@functools.cache
+def missing_engine() -> str | None:
+    """Why Transformer Engine cannot be used in this process; None where it can."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    if find_spec("transformer_engine_torch") is None:
+        return "Transformer Engine is not installed"
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    # Core looks for names inside it and, where a later version has dropped one, goes on without a word.
+    return None if HAVE_TE else "megatron-core does not recognise the installed Transformer Engine"
