@@ -35,7 +35,8 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
-    from megatron_share4v.evaluate.runner import Evaluation, Judge  # after the arguments are read: this imports megatron-core
+    from megatron_share4v.evaluate.evaluation import Evaluation
+    from megatron_share4v.evaluate.runner import Judge  # after the arguments are read: this imports megatron-core
 
     if (given.checkpoint is None) == (given.endpoint is None):
         raise ConfigError("give either CKPT (a checkpoint, a run directory or an export) or --endpoint")
@@ -57,18 +58,20 @@ def chat_of(given: argparse.Namespace) -> Any:
 def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any] | None:
     from megatron_share4v.evaluate.askers import LocalAsker
     from megatron_share4v.evaluate.result import ModelFacts
+    from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.replicas import opened_replica
 
     with opened_replica(given.checkpoint, tensor=given.tensor, max_requests=given.batch_size, dtype=given.dtype, world=world) as replica:
         if replica is None:
             return None
         asker = LocalAsker(replica, decoding=benchmark.decoding, workers=given.workers)
-        return benchmark.run(asker, model=ModelFacts.of_replica(replica, given.checkpoint, name=given.name), share=replica.share, **more)
+        return run_benchmark(benchmark, asker, model=ModelFacts.of_replica(replica, given.checkpoint, name=given.name), share=replica.share, **more)
 
 
 def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
     from megatron_share4v.evaluate.askers import RemoteAsker
     from megatron_share4v.evaluate.result import ModelFacts
+    from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.journal import Share
     from megatron_share4v.remote.chat import Chat, Endpoint
 
@@ -76,7 +79,7 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
         raise ConfigError("--endpoint needs --endpoint-model, the model's name in the server's /v1/models, and one process: raise --concurrency instead")
     endpoint = Endpoint(url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency)
     asker = RemoteAsker(Chat(endpoint), decoding=benchmark.decoding)
-    return benchmark.run(asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more)
+    return run_benchmark(benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more)
 
 
 def parse() -> argparse.Namespace:

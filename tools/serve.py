@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from megatron_share4v.config.load import from_options
 from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.config.load import from_options
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import reported
 from megatron_share4v.log import configure

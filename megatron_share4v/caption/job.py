@@ -14,7 +14,7 @@ from megatron_share4v.caption.inputs import read_pictures
 from megatron_share4v.caption.outputs import check_targets, is_trainable, write_annotations, write_jsonl, write_official, write_shards
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
-from megatron_share4v.infer.journal import Done, Journal, Share
+from megatron_share4v.infer.journal import Done, Journal, Share, take_up
 from megatron_share4v.log import get_logger
 
 Captioner = Callable[[Iterator[Picture]], Iterator[list[Row]]]
@@ -70,7 +70,7 @@ def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, mo
     job: dict[str, object] = {"model": model, **vars(settings)}
     journal = Journal(options.journals, rank=share.rank)
     try:
-        done = _take_up(journal, options, job, share)
+        done = take_up(journal, job=job, row=Row, share=share, restart=options.restart)
         left = [picture for picture in pictures if picture.id not in done or options.retry_errors and picture.id in done.errors]
         share.meet()  # all have read the journals: now they may grow
         mine = left[share.rank :: share.size]
@@ -84,17 +84,6 @@ def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, mo
     finally:
         journal.close()
     return _write(options, pictures, settings, Done(options.journals, job=job, row=Row), progress) if share.rank == 0 else None
-
-
-def _take_up(journal: Journal, options: JobOptions, job: dict[str, object], share: Share) -> Done[Row]:
-    if options.restart and share.rank == 0:
-        own = {f"rank{rank}.jsonl" for rank in range(share.size)}
-        for path in options.journals.glob("rank*.jsonl"):
-            if path.name not in own:
-                path.unlink()
-    journal.begin(job, restart=options.restart)
-    share.meet()
-    return Done(options.journals, job=job, row=Row)
 
 
 def _write(options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done[Row], progress: Progress) -> Summary:

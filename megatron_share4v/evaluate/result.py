@@ -7,21 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_share4v.checkpoint.foreign import is_foreign
 from megatron_share4v.checkpoint.manifest import current_versions
 from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.data.decode_pil import VERSION
 from megatron_share4v.data.image import PAD_COLOUR
+from megatron_share4v.evaluate.evaluation import Evaluation
 from megatron_share4v.evaluate.item import Scores
 from megatron_share4v.evaluate.judge import Judgement
 from megatron_share4v.infer.replicas import Replica
 from megatron_share4v.remote.chat import Endpoint
 from megatron_share4v.text.template import get_template
-
-if TYPE_CHECKING:
-    from megatron_share4v.evaluate.runner import Evaluation
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,19 @@ class Done(Generic[R]):
         (self.errors.discard if error is None else self.errors.add)(name)
 
 
+def take_up(journal: Journal, *, job: dict[str, object], row: type[R], share: Share, restart: bool) -> Done[R]:
+    """What is done of `job`, with which all that share it go on; restart: nothing, whoever did it. Raises DataError."""
+    directory = journal.path.parent
+    if restart and share.rank == 0:
+        own = {f"rank{rank}.jsonl" for rank in range(share.size)}
+        for path in directory.glob("rank*.jsonl"):
+            if path.name not in own:
+                path.unlink()
+    journal.begin(job, restart=restart)
+    share.meet()
+    return Done(directory, job=job, row=row)
+
+
 def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
     if found == job:
         return

@@ -7,16 +7,12 @@ ends the others; where they wait in a collective of gloo, that fails too.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_share4v.infer.plan import StepPlan
 from megatron_share4v.infer.runner import Runner
-
-if TYPE_CHECKING:
-    from megatron_share4v.infer.engine import Engine
 
 LEAVE = "leave"
 IDLE = timedelta(days=3650)
@@ -55,12 +51,12 @@ class Ranks:
         return message[0]
 
     def _send(self, message: StepPlan | str) -> None:
-        assert self.leads, "only the first rank of a tensor group decides; the others call follow(engine)"
+        assert self.leads, "only the first rank of a tensor group decides; the others call follow(engine.ranks)"
         if self._group is not None:
             dist.broadcast_object_list([message], src=self._mesh.tensor_source, group=self._group)
 
 
-def follow(engine: Engine) -> None:
-    """The loop of every rank but the first of its tensor group, until that one closes its engine."""
-    while (message := engine.ranks.receive()) != LEAVE:
-        engine.ranks.runner.run(message)
+def follow(ranks: Ranks) -> None:
+    """The loop of every rank but the first of its tensor group, until that one closes its own."""
+    while (message := ranks.receive()) != LEAVE:
+        ranks.runner.run(message)

@@ -55,7 +55,7 @@ def opened_replica(
         session = Session.open(path, mesh=mesh, dtype=dtype)
         engine = Engine.open(session, EngineConfig(max_requests=max_requests))
         if not engine.ranks.leads:
-            follow(engine)
+            follow(engine.ranks)
             yield None
             return
         get_logger().info("answering on %s, %s", device.describe(), layout)

@@ -33,7 +33,7 @@ def serve_checkpoint(checkpoint: Path, world: World, *, config: ServeConfig, eng
         # The launcher tells every rank to stop; the first ends its answers first, and then lets the others go.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        follow(Engine.open(Session.open(checkpoint, mesh=mesh, dtype=dtype), engine))
+        follow(Engine.open(Session.open(checkpoint, mesh=mesh, dtype=dtype), engine).ranks)
 
 
 def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None) -> Served:

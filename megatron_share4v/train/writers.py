@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_share4v.log import get_logger

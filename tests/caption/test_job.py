@@ -13,10 +13,10 @@ from PIL import Image
 
 from megatron_share4v.caption.inputs import read_pictures
 from megatron_share4v.caption.job import JobOptions, run_job
-from megatron_share4v.infer.journal import Share
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.errors import DataError
+from megatron_share4v.infer.journal import Share
 
 PATHS = [f"{number}.png" for number in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)]
 BAD = {"4.png"}

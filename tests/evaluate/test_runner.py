@@ -19,9 +19,10 @@ from official_files import WRITERS, jsonl, picture
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.askers import LocalAsker, RemoteAsker
+from megatron_share4v.evaluate.evaluation import Evaluation
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
 from megatron_share4v.evaluate.result import ModelFacts
-from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Evaluation, Judge
+from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
 from megatron_share4v.infer.journal import Share
 from megatron_share4v.infer.replicas import Replica, opened_replica
 from megatron_share4v.parallel.launch import World
@@ -58,7 +59,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(evaluation: Evaluation, replica: Replica, export: Path, **more: object) -> dict:
     asker = LocalAsker(replica, decoding=evaluation.decoding, workers=2)
-    return evaluation.run(asker, model=ModelFacts.of_replica(replica, export, name="tiny"), share=Share(), **more)
+    return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, export, name="tiny"), share=Share(), **more)
 
 
 @pytest.mark.parametrize(("name", "split"), WRITERS, ids=lambda part: part or "")
@@ -161,7 +162,8 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
 
     with serving(answer, key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
         endpoint = Endpoint(url=url, model="theirs", concurrency=2)
-        content = evaluation.run(RemoteAsker(Chat(endpoint), decoding=evaluation.decoding), model=ModelFacts.of_endpoint(endpoint, name=None), share=Share())
+        asker = RemoteAsker(Chat(endpoint), decoding=evaluation.decoding)
+        content = run_benchmark(evaluation, asker, model=ModelFacts.of_endpoint(endpoint, name=None), share=Share())
     assert content["headline"]["name"] == "accuracy" and content["model"] == "theirs"
     assert len(sent) == len(evaluation.items)
     system, user = sent[0]["messages"]

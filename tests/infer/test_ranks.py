@@ -49,7 +49,7 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
         load_weights(directory, chunks=chunks, mesh=mesh)
         engine = asking.engine_of(chunks, step_positions=16)
         if not engine.ranks.leads:
-            return follow(engine)
+            return follow(engine.ranks)
         greedy = asking.ask(engine, asking.mixed_prompts())
         assert engine.step() == []  # nothing to do, nothing sent
         sampled = asking.ask(engine, asking.mixed_prompts(), seeds=list(range(6)), temperature=1.0, top_p=0.9, repetition_penalty=1.2)
@@ -95,7 +95,7 @@ def fail(rank: int) -> None:
         if engine.ranks.leads:
             asking.ask(engine, asking.mixed_prompts())
         else:
-            follow(engine)
+            follow(engine.ranks)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

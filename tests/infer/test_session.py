@@ -86,7 +86,7 @@ def on_a_rank(path: Path) -> list[list[int]] | str | None:
         except ConversionError as error:
             return str(error)
         if mesh.rank:
-            return follow(Engine.open(session, EngineConfig()))
+            return follow(Engine.open(session, EngineConfig()).ranks)
         patches = session.config.model.vision.num_patches
         prompts = [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
         engine = Engine.open(session, EngineConfig())

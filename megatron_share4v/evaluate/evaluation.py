@@ -1,0 +1,36 @@
+"""A benchmark that is about to be asked: its files are all there, its questions read, before any model is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_share4v.evaluate.item import Decoding, Item
+from megatron_share4v.evaluate.layout import Folder
+from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
+from megatron_share4v.evaluate.task import Task
+from megatron_share4v.evaluate.tasks import get_task
+
+
+class Evaluation:
+    """digest: of all that the benchmark asks: answers to other questions with the same ids are not taken for this one's. complete: all of it is asked."""
+
+    def __init__(self, benchmark: str, *, data: Path, out: Path, split: str | None = None, profile: Profile = OFFICIAL, limit: int | None = None) -> None:
+        """data, split: Task.open. limit: only the first so many questions. Raises ConfigError, DataError."""
+        self.task: Task = get_task(benchmark)
+        self.out, self.profile = out, profile
+        self.folder: Folder = self.task.open(data, split)
+        every = self.task.items(self.folder)
+        self.items: Sequence[Item] = every if limit is None else every[:limit]
+        self.complete = len(self.items) == len(every)
+        self.digest = _digest(every)
+        self.decoding: Decoding = self.task.decoding(profile)
+
+
+def _digest(items: Sequence[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.id, item.prompt]).encode())
+    return digest.hexdigest()[:16]
