@@ -1,6 +1,6 @@
 """The errors that a user can cause. Each message says what is wrong, the value, where, and what to do.
 
-A command ends with exit code 2 and the message alone (no traceback) for any of them; every other exception is our bug.
+A command ends with the message alone (no traceback) and exit code 2, or the class's own, for any of them; every other exception is our bug.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 
 class Share4VError(Exception):
-    """Base of all user-facing errors; `exit_code` is what the command ends with."""
+    """Base of all user-facing errors; `exit_code` is what the command ends with, `word` what its message begins with."""
 
     exit_code = 2
+    word = "error"
 
 
 class ConfigError(Share4VError):
@@ -42,6 +43,13 @@ class ServeError(Share4VError):
     """A server that was asked for, or asked, does not answer."""
 
 
+class Stopped(Share4VError):
+    """A run ended in order before its last step, because it was asked to: all is saved, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    word = "stopped"
+
+
 @contextlib.contextmanager
 def reported(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     """End the process with the error's exit code and its message alone when the user is at fault.
@@ -51,10 +59,11 @@ def reported(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     try:
         yield
     except Share4VError as error:
-        if rank:
+        if rank and not isinstance(error, Stopped):
             time.sleep(3.0)
         where = f"rank {rank}: " if ranks > 1 else ""
-        print(f"error: {where}{error}", file=sys.stderr, flush=True)
+        if not (rank and isinstance(error, Stopped)):
+            print(f"{error.word}: {where}{error}", file=sys.stderr, flush=True)
         # Peers may still be in a collective: leave without waiting for them.
         sys.stderr.flush()
         os._exit(error.exit_code)

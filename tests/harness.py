@@ -13,20 +13,26 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 240
-_PRELOAD = ["torch", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.build", "megatron_share4v.mcore.optimizer"]
+PRELOAD = ["torch", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.build", "megatron_share4v.mcore.optimizer"]
 
 
-def _meeting_point() -> Any:
+def meeting_point() -> Any:
     """A store on a port that is already ours; a free port looked up in advance could be taken by a parallel test run before rank 0 listens."""
     import torch.distributed as dist
 
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
+def world_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """As torchrun sets it when it hosts the store itself."""
+    return {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+
+
 def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    # As torchrun does when it hosts the store itself.
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    os.environ.update(world_environment(rank, size, port))
     import torch
 
     from megatron_share4v.parallel.device import Device
@@ -47,8 +53,8 @@ def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe
 def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
     """Run `function(*args)` in `size` joined processes. The first failure ends the others and is raised with its traceback."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    store = _meeting_point()
+    context.set_forkserver_preload(PRELOAD)
+    store = meeting_point()
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)

@@ -23,6 +23,8 @@ class RunSection:
     directory: str
     """config.yaml, metrics.jsonl, tensorboard/, checkpoints/ and log/ are written here; a second start resumes from it."""
     seed: Int = 42
+    time_limit_minutes: PositiveFloat | None = None
+    """Counted from the start of the command: by then the run has been saved and has ended with exit code 75. Slurm's own limit counts without it."""
 
 
 @config
@@ -149,6 +151,11 @@ class CheckpointConfig:
 
     every_steps: NonNegativeInt = 0
     """0: only at the end."""
+    every_minutes: NonNegativeFloat = 0.0
+    """Also when so much time has passed since the last save; 0: never."""
+    before_time_limit_s: NonNegativeFloat = 120.0
+    """Where the job has a time limit (run.time_limit_minutes, or Slurm's), the run is saved and ends so long before it; one step and one save, as long
+    as the longest so far, are left beside."""
     keep_last: PositiveInt = 2
     """Older checkpoints are removed after a newer one is whole."""
     keep_every_steps: NonNegativeInt = 0

@@ -35,6 +35,18 @@ class World:
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
 
+def job_end() -> float | None:
+    """When the scheduler ends this job, in seconds since 1970 (Slurm says so since 22.05); None: it does not say. ConfigError when it says nonsense."""
+    name = "SLURM_JOB_END_TIME"
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, which is no time in seconds since 1970; unset it, or set run.time_limit_minutes") from error
+
+
 @contextlib.contextmanager
 def joined(world: World, device: Device, *, timeout_s: int) -> Iterator[None]:
     """The default process group, for the length of the block."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megatron_share4v.checkpoint.companions import FOLDER, companions_of
-from megatron_share4v.checkpoint.keep import remove_old
-from megatron_share4v.checkpoint.store import RunState, save
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.state import describe_data
+from megatron_share4v.errors import Stopped
 from megatron_share4v.log import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
@@ -25,10 +22,13 @@ from megatron_share4v.train.faults import Quarantine, warn_of
 from megatron_share4v.train.feed import StepData, feed
 from megatron_share4v.train.flops import step_flops
 from megatron_share4v.train.goodput import Ledger, draw_goodput
+from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.optim import learning_rate_factor
 from megatron_share4v.train.preview import preview
 from megatron_share4v.train.profiling import Profiler
+from megatron_share4v.train.saving import Saver
 from megatron_share4v.train.step import StepResult, train_step, validation_loss
+from megatron_share4v.train.stop import Agreed, Ballot, announce
 from megatron_share4v.train.writers import RunWriters, StepRecord
 
 
@@ -47,54 +47,89 @@ def run(config: RunConfig) -> None:
 
 
 def train(training: Training) -> None:
-    """All remaining steps of a run that is built."""
-    config, mesh = training.config, training.mesh
+    """All remaining steps of a run that is built. Raises Stopped, with everything saved, when it was asked to end before the last."""
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
-    ledger = Ledger(training.directory / "metrics.jsonl" if mesh.rank == 0 else None, device=mesh.device, start_step=training.start_step)
-    ledger.watch(training.chunks)
-    profiler = Profiler(config.log.profile, directory=training.directory, device=mesh.device, rank=mesh.rank)
-    writers = _open_writers(training) if mesh.rank == 0 else None
-    steps = feed(training.source, mesh=mesh, start_step=training.start_step, stop_step=training.total_steps)
-    validation = _validation_steps(training)
-    quarantine = Quarantine(
-        training.directory, mesh=mesh, start_step=training.start_step, max_fraction=config.data.max_faulty_fraction
-    )
-    for data in steps:
-        started = time.perf_counter()
-        step = data.items.step + 1
+    Loop(training).run()
+
+
+class Loop:
+    """What the steps of one run share. Every rank has one."""
+
+    def __init__(self, training: Training) -> None:
+        config, mesh, start, directory = training.config, training.mesh, training.start_step, training.directory
+        self.training = training
+        self.ledger = Ledger(directory / "metrics.jsonl" if mesh.rank == 0 else None, device=mesh.device, start_step=start)
+        self.ledger.watch(training.chunks)
+        self.profiler = Profiler(config.log.profile, directory=directory, device=mesh.device, rank=mesh.rank)
+        self.writers = _open_writers(training) if mesh.rank == 0 else None
+        self.timekeeper = Timekeeper(config) if mesh.rank == 0 else None
+        self.saver, self.ballot = Saver(training, timekeeper=self.timekeeper), Ballot(self.timekeeper)
+        self.validation = _validation_steps(training)
+        self.quarantine = Quarantine(directory, mesh=mesh, start_step=start, max_fraction=config.data.max_faulty_fraction)
+
+    def run(self) -> None:
+        """From the first remaining step to the last, or to the one after which the run was asked to end."""
+        training = self.training
+        steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps)
+        with self.ballot.listening(), contextlib.closing(steps):
+            for data in steps:
+                step, agreed = data.items.step + 1, self.make_step(data)
+                if self.timekeeper is not None:
+                    self.timekeeper.step_ended()
+                announce(agreed, step=step)
+                self.check_and_save(step, agreed)
+                if agreed.stop is not None:
+                    break
+        self.profiler.close()
+        self.quarantine.close()
+        if self.writers is not None:
+            self.writers.close()
+        if agreed.stop is not None and step < training.total_steps:
+            what = f"{agreed.stop}; saved after step {step} of {training.total_steps} in {training.checkpoints}"
+            raise Stopped(f"{what}. The same command goes on from there")
+
+    def make_step(self, data: StepData) -> Agreed:
+        """One update, and everything about it that is written."""
+        training, config, writers = self.training, self.training.config, self.writers
+        started, step = time.perf_counter(), data.items.step + 1
         factor = learning_rate_factor(step - 1, schedule=config.schedule, total_steps=training.total_steps)
-        with profiler.step(step):
-            result = train_step(
-                training.chunks,
-                training.optimizer,
-                data,
-                mesh=mesh,
-                micro_batch_size=config.train.micro_batch_size,
-                normalize=config.loss.normalize,
-                learning_rate_factor=factor,
-                clip_grad_norm=config.optim.clip_grad_norm,
-            )
-        mesh.device.synchronize()
+        with self.profiler.step(step):
+            result = self._train_step(data, factor=factor)
+        training.mesh.device.synchronize()
         seconds = time.perf_counter() - started + data.wait_s
-        booked = ledger.line(step_s=seconds - data.wait_s, data_wait_s=data.wait_s)
-        checked = _validate(training, validation) if _due(step, config.train.validate_every_steps, training) else None
-        faulty = quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
+        booked = self.ledger.line(step_s=seconds - data.wait_s, data_wait_s=data.wait_s)
+        checked = _validate(training, self.validation) if _due(step, config.train.validate_every_steps, training) else None
+        faulty = self.quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
         if writers is not None:
             record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty, ledger=booked)
             writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
         if _due(step, config.train.preview_every_steps, training):
             _show(training, writers, step=step)
-        if step == training.total_steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
-            with ledger.saving():
-                _save(training, step=step)
-            if mesh.rank == 0:
-                draw_goodput(training.directory)
-    profiler.close()
-    quarantine.close()
-    if writers is not None:
-        writers.close()
+        return self.ballot.count(result.votes)
+
+    def check_and_save(self, step: int, agreed: Agreed) -> None:
+        """What is due after `step`."""
+        if self.saver.is_due(step, agreed):
+            with self.ledger.saving():
+                self.saver.save(step)
+            if self.training.mesh.rank == 0:
+                draw_goodput(self.training.directory)
+
+    def _train_step(self, data: StepData, *, factor: float) -> StepResult:
+        training, config = self.training, self.training.config
+        return train_step(
+            training.chunks,
+            training.optimizer,
+            data,
+            mesh=training.mesh,
+            micro_batch_size=config.train.micro_batch_size,
+            normalize=config.loss.normalize,
+            learning_rate_factor=factor,
+            clip_grad_norm=config.optim.clip_grad_norm,
+            votes=self.ballot.votes,
+        )
 
 
 def _due(step: int, every: int, training: Training) -> bool:
@@ -135,29 +170,6 @@ def _show(training: Training, writers: RunWriters | None, *, step: int) -> None:
     shown = preview(source, training.chunks, mesh=training.mesh, samples=train.preview_samples, max_new_tokens=train.preview_tokens)
     if shown is not None and writers is not None:
         writers.preview(shown, step=step)
-
-
-def _save(training: Training, *, step: int) -> None:
-    config = training.config
-    state = RunState(
-        step=step,
-        consumed_samples=sum(training.source.plan.consumed(step).values()),
-        plan_fingerprint=training.source.plan.fingerprint,
-        data=describe_data(training.source.plan, training.source.encoder),
-    )
-    save(
-        training.checkpoints,
-        step=step,
-        chunks=training.chunks,
-        optimizer=training.optimizer,
-        mesh=training.mesh,
-        state=state,
-        config_text=dump(config),
-        companions=companions_of(training.directory / FOLDER),
-    )
-    if training.mesh.rank == 0:
-        remove_old(training.checkpoints, keep_last=config.checkpoint.keep_last, keep_every_steps=config.checkpoint.keep_every_steps)
-    dist.barrier()
 
 
 def _record(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class StepResult:
     trained_tokens: int
     skipped: bool
     """The loss or the gradient was not finite; weights and optimizer state were left alone."""
+    votes: tuple[float, ...] = ()
+    """Those of all ranks, added up."""
 
 
 def train_step(
@@ -43,13 +45,14 @@ def train_step(
     normalize: Normalize,
     learning_rate_factor: float,
     clip_grad_norm: float,
+    votes: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
-    """Forward, backward, clip, update."""
+    """Forward, backward, clip, update. What `votes` gives on each rank when its loss is known travels with the loss, so agreeing costs no message."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = _run(chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
-    loss, tokens = _reduce(losses, mesh=mesh, normalize=normalize)
+    loss, tokens, agreed = _reduce(losses, mesh=mesh, normalize=normalize, votes=votes())
     set_learning_rate(optimizer, learning_rate_factor)
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -59,7 +62,7 @@ def train_step(
         if clip_grad_norm > 0:
             clip_gradients(optimizer, max_norm=clip_grad_norm, norm=norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, skipped=skipped)
+    return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, skipped=skipped, votes=agreed)
 
 
 @torch.no_grad()
@@ -90,15 +93,15 @@ def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro
     )
 
 
-def _reduce(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize) -> tuple[float, int]:
-    """(loss, trained tokens) of all ranks. The last stage's first tensor rank speaks for its replica."""
+def _reduce(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float] = ()) -> tuple[float, int, tuple[float, ...]]:
+    """(loss, trained tokens, sums of votes) of all ranks. The last stage's first tensor rank speaks for its replica; every rank votes."""
     sums = torch.zeros(3, dtype=torch.float64)
     if mesh.holds_last_stage and mesh.coordinates.tensor == 0:
         for part in losses:
             mean_weight = part.tokens if normalize == "tokens" else 1
             value = float(part.total) if normalize == "tokens" else float(part.total) / max(part.tokens, 1)
             sums += torch.tensor([value, mean_weight if part.tokens else 0, part.tokens], dtype=torch.float64)
-    sums = sums.to(mesh.device.torch_device)
+    sums = torch.cat([sums, torch.tensor(votes, dtype=torch.float64)]).to(mesh.device.torch_device)
     dist.all_reduce(sums)
-    total, weight, tokens = sums.tolist()
-    return (total / weight if weight else 0.0), int(tokens)
+    total, weight, tokens, *agreed = sums.tolist()
+    return (total / weight if weight else 0.0), int(tokens), tuple(agreed)

@@ -1,0 +1,70 @@
+"""What one rank knows and all must act on at the same step: a signal has come, time is up, a save is due. Each votes; the step's own reduction counts.
+
+SIGTERM (Slurm before preemption, torchrun when it is ended) and SIGUSR1 (Slurm's --signal) end the run in order. Only a flag is set when they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_share4v.log import get_logger
+from megatron_share4v.train.keep_time import Timekeeper
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Equal on all ranks. stop: why the run ends after this step, None when it goes on; save: a save is due because of the time."""
+
+    stop: str | None
+    save: bool
+
+
+class Ballot:
+    """One rank's votes. `time` is the clock of the rank that keeps it; None on all others."""
+
+    def __init__(self, time: Timekeeper | None) -> None:
+        self._time = time
+        self._received = dict.fromkeys(SIGNALS, 0)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals count for the length of the block; afterwards they do what they did before. Python hears them on the main thread alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def votes(self) -> Sequence[float]:
+        """This rank's, one number for each question."""
+        return [*(float(count > 0) for count in self._received.values()), float(self._time is not None and self._time.is_up), self._due()]
+
+    def count(self, votes: Sequence[float]) -> Agreed:
+        """The decision from the votes of all ranks, added up."""
+        *signals, time_up, save_due = votes
+        reasons = [f"{number.name} on {int(count)} ranks" for number, count in zip(SIGNALS, signals) if count]
+        reasons += ["its time limit is near"] if time_up else []
+        return Agreed(stop=", ".join(reasons) or None, save=bool(save_due))
+
+    def _due(self) -> float:
+        return float(self._time is not None and self._time.save_is_due)
+
+    def _receive(self, number: int, frame: object) -> None:
+        # A flag and no more: this may interrupt anything, a write to the log too.
+        self._received[signal.Signals(number)] += 1
+
+
+def announce(agreed: Agreed, *, step: int) -> None:
+    """Say why a run is about to end."""
+    if agreed.stop is not None:
+        get_logger().warning("stopping in order after step %d: %s", step, agreed.stop)

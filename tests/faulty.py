@@ -1,0 +1,149 @@
+"""tools/train.py in which one rank meets a fault at a chosen step, whatever the machine's speed. Several are separated by commas.
+
+    torchrun ... tests/faulty.py KIND:RANK:STEP[:VALUE][,...] CONFIG.yaml [dotted.key=value ...]
+
+`train` starts the same ranks without torchrun, from the fork server that has imported everything: the many runs of tests/train/faults take a second
+each instead of ten. The few that are about the launcher start the real one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import PRELOAD, meeting_point, world_environment
+
+GRACE_S = 20.0
+TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens on `rank` when step `step` (the first is 1) begins."""
+
+    kind: str
+    rank: int
+    step: int
+    value: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        kind, rank, step, *value = text.split(":")
+        return cls(kind, int(rank), int(step), ":".join(value))
+
+
+def by_signal(number: int) -> Callable[[Fault, Any], None]:
+    return lambda fault, chunks: os.kill(os.getpid(), number)
+
+
+def spoil(fault: Fault, chunks: Any) -> None:
+    """One micro-batch of this step (number `value`) has no finite loss, nor gradient."""
+    calls: list[int] = []
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        calls.append(1)
+        if len(calls) == int(fault.value) + 1:
+            handle.remove()
+            return output * float("nan")
+        return None
+
+    handle = chunks[-1].register_forward_hook(hook)
+
+
+def limit_files(fault: Fault, chunks: Any) -> None:
+    """From now on no file of this process may be larger than `value` bytes: writing fails as on a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.value), resource.RLIM_INFINITY))
+
+
+def die_in_save(fault: Fault, chunks: Any) -> None:
+    """When all tensors are written but nothing is published."""
+    from megatron_share4v.checkpoint import store
+
+    store.describe_files = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+
+
+KINDS: dict[str, Callable[[Fault, Any], None]] = {
+    "kill": by_signal(signal.SIGKILL),
+    "stop": by_signal(signal.SIGSTOP),
+    "term": by_signal(signal.SIGTERM),
+    "usr1": by_signal(signal.SIGUSR1),
+    "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
+    "nan": spoil,
+    "full": limit_files,
+    "kill_in_save": die_in_save,
+}
+
+
+def meet(faults: str, arguments: list[str]) -> None:
+    """Be tools/train.py with these arguments, and meet the faults of this rank. Does not return when the run ends with an error."""
+    from megatron_share4v.train import loop
+
+    rank, train_step = int(os.environ.get("RANK", 0)), loop.train_step
+    mine = [fault for fault in map(Fault.parse, filter(None, faults.split(","))) if fault.rank == rank]
+
+    def meeting(chunks: Any, optimizer: Any, data: Any, **options: Any) -> Any:
+        for fault in mine:
+            if fault.step == data.items.step + 1:
+                KINDS[fault.kind](fault, chunks)
+        return train_step(chunks, optimizer, data, **options)
+
+    loop.train_step = meeting
+    sys.argv = ["tools/train.py", *arguments]
+    runpy.run_path(str(Path(__file__).parents[1] / "tools" / "train.py"), run_name="__main__")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. codes: by rank, negative for a signal; output: what all ranks said."""
+
+    codes: list[int]
+    output: str
+
+
+def train(config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}) -> Outcome:
+    """Run to its end. only: overrides of single ranks. When one rank has failed, the others are ended as torchrun does: SIGTERM, later SIGKILL."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    store, said, processes = meeting_point(), config.with_suffix(".said"), []
+    said.write_text("")
+    for rank in range(ranks):
+        arguments = [str(config), *overrides, *only.get(rank, ())]
+        environment = world_environment(rank, ranks, store.port)
+        processes.append(context.Process(target=_rank, args=(environment, str(said), faults, arguments), daemon=True))
+        processes[-1].start()
+    deadline, ending = time.monotonic() + TIMEOUT_S, False
+    while any(process.exitcode is None for process in processes):
+        if not ending and any(process.exitcode for process in processes):
+            deadline, ending = time.monotonic() + GRACE_S, True
+            for process in processes:
+                process.terminate()
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    return Outcome([int(process.exitcode) for process in processes], said.read_text())
+
+
+def _rank(environment: dict[str, str], said: str, faults: str, arguments: list[str]) -> None:
+    import torch
+
+    os.environ.update(environment)
+    output = os.open(said, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    torch.set_num_threads(1)
+    meet(faults, arguments)
+
+
+if __name__ == "__main__":
+    meet(sys.argv[1], sys.argv[2:])

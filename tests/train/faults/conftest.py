@@ -1,0 +1,67 @@
+"""One small data set, one run's YAML file and one undisturbed run for all faults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from faulty import train
+from launching import lines
+from PIL import Image
+
+STEPS, EVERY, BATCH = 8, 3, 4
+EXACT = ("step", "loss", "grad_norm", "learning_rate", "consumed_samples", "trained_tokens")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """root: of all runs; undisturbed: what metrics.jsonl of such a run says, without times."""
+
+    root: Path
+    config: Path
+    undisturbed: list[list[float]]
+
+    def curve(self, directory: Path) -> list[list[float]]:
+        """What must be bitwise equal, step by step."""
+        return curve(directory)
+
+
+def curve(directory: Path) -> list[list[float]]:
+    return [[line[name] for name in EXACT] for line in lines(directory / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("faults")
+    (root / "images").mkdir()
+    records = []
+    for number in range(STEPS * BATCH):
+        Image.new("RGB", (20, 30), (7 * number % 256, 2 * number, 90)).save(root / "images" / f"{number}.png")
+        answer = " ".join(["red", "green", "blue"][(number + i) % 3] for i in range(2 + number % 5))
+        turns = [{"from": "human", "value": "<image>\nwhat colours?" if number % 4 else "colours?"}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"s{number}", "conversations": turns} | ({"image": f"{number}.png"} if number % 4 else {}))
+    (root / "annotations.json").write_text(json.dumps(records))
+    train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
+    prepare(PrepareOptions(annotations=root / "annotations.json", images=root / "images", output=root / "data", tokenizer=root / "tokenizer.model", max_text_length=200))
+    tiny = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    content = {
+        "run": {"directory": str(root / "undisturbed"), "seed": 5},
+        "model": {"base": str(repository / "examples" / "models" / "tiny.yaml"), "language": {**tiny, "vocab_size": 300}},
+        "precision": {"dtype": "fp32"},
+        "ops": "reference",
+        "data": {"train": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 200, "num_workers": 0},
+        "optim": {"learning_rate": 1e-3},
+        "train": {"global_batch_size": BATCH, "micro_batch_size": 1, "steps": STEPS},
+        "checkpoint": {"every_steps": EVERY},
+        "log": {"tensorboard": False, "sample_keys": True},
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(content))
+    undisturbed = train(root / "run.yaml", 2)
+    assert undisturbed.codes == [0, 0], undisturbed.output
+    return Bench(root, root / "run.yaml", curve(root / "undisturbed"))
