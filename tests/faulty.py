@@ -27,7 +27,7 @@ TIMEOUT_S = 240.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens on `rank` when step `step` (the first is 1) begins."""
+    """What happens on `rank` when step `step` (the first is 1; 0: the start) begins."""
 
     kind: str
     rank: int
@@ -72,6 +72,13 @@ def die_in_save(fault: Fault, chunks: Any) -> None:
     store.describe_files = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
 
 
+def edit_code(fault: Fault, chunks: Any) -> None:
+    """This rank's package is not the others'; at step 0, before anything is built."""
+    from megatron_share4v.train import same_start
+
+    same_start.code_hash = lambda package: "0123456789ab"
+
+
 KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "kill": by_signal(signal.SIGKILL),
     "stop": by_signal(signal.SIGSTOP),
@@ -81,6 +88,7 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "nan": spoil,
     "full": limit_files,
     "kill_in_save": die_in_save,
+    "other_code": edit_code,
 }
 
 
@@ -90,6 +98,10 @@ def meet(faults: str, arguments: list[str]) -> None:
 
     rank, train_step = int(os.environ.get("RANK", 0)), loop.train_step
     mine = [fault for fault in map(Fault.parse, filter(None, faults.split(","))) if fault.rank == rank]
+
+    for fault in mine:
+        if fault.step == 0:
+            KINDS[fault.kind](fault, None)
 
     def meeting(chunks: Any, optimizer: Any, data: Any, **options: Any) -> Any:
         for fault in mine:

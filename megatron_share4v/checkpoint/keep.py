@@ -6,6 +6,7 @@ removed has a name that starts with a dot.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from megatron_share4v.errors import CheckpointError
 from megatron_share4v.log import get_logger
 
 _NAME = re.compile(r"step_(\d{8,})")
-_WRITING, _REMOVING = ".writing", ".removing"
+_WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"
 
 
 def directory_name(step: int) -> str:
@@ -59,6 +60,19 @@ def publish(temporary: Path, target: Path) -> None:
     else:
         os.rename(temporary, target)
     flush_directory(target.parent)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Give a damaged checkpoint a name under which nobody takes it for one, beside the others; the new path."""
+    target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}")
+    for number in itertools.count(2):
+        if not target.exists():
+            break
+        target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}_{number}")
+    os.rename(checkpoint, target)
+    flush_directory(checkpoint.parent)
+    get_logger().warning("checkpoint: set %s aside as %s; remove it when it has been looked at", checkpoint, target.name)
+    return target
 
 
 def remove_leftovers(directory: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, start_writing
+from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, set_aside, start_writing
 from megatron_share4v.checkpoint.lazy import LazyTensor, hash_components
 from megatron_share4v.checkpoint.manifest import (
     MANIFEST,
@@ -132,7 +132,8 @@ def read_start(path: Path, *, mesh: Mesh) -> tuple[Path, Manifest]:
 def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | None:
     """The newest checkpoint in `directory` that is whole; those passed over are named in the log with the reason. None: there is none.
 
-    With a mesh: for a run that resumes. Rank 0 removes leftovers of a killed save, reads every byte, and tells the others.
+    With a mesh: for a run that resumes. Rank 0 removes leftovers of a killed save, reads every byte, sets damaged ones aside and tells the others.
+    Raises CheckpointError when there are checkpoints but none is whole: a run does not start anew over them by itself.
     Without: for a reader beside it. Any process may call it; presence and sizes of the files are compared alone.
     """
     directory = Path(directory)
@@ -141,7 +142,18 @@ def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | No
 
     def find() -> Path | None:
         remove_leftovers(directory)
-        return _newest_whole(directory, contents=True)
+        passed: dict[Path, str] = {}
+        newest = _newest_whole(directory, contents=True, passed=passed)
+        if newest is None and passed:
+            raise CheckpointError(
+                f"{directory}: none of its {len(passed)} checkpoints is whole, the newest because: {next(iter(passed.values()))}. Copy one back from where it "
+                "is whole, or move them all away to start the run anew"
+            )
+        if newest is not None and passed:
+            for path in passed:
+                set_aside(path)
+            _name_latest(directory, newest.name)
+        return newest
 
     return on_first_rank(mesh, find)
 
@@ -163,12 +175,15 @@ def locate(path: Path) -> Path:
     return newest
 
 
-def _newest_whole(directory: Path, *, contents: bool) -> Path | None:
+def _newest_whole(directory: Path, *, contents: bool, passed: dict[Path, str] | None = None) -> Path | None:
+    """`passed` collects those that are not whole, newest first, with what is wrong."""
     for path in reversed(checkpoint_directories(directory).values()):
         try:
             verify(path, contents=contents)
         except CheckpointError as error:
             get_logger().warning("checkpoint: passed over %s", error)
+            if passed is not None:
+                passed[path] = str(error)
         else:
             return path
     return None

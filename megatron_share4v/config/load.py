@@ -67,6 +67,20 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """A configuration's values by dotted key."""
+    return dict(leaves(yaml.safe_load(dump(config))))
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all that is no section."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def restore(cls: type[T], text: str) -> T:
     """The object whose `dump` is `text`."""
     return TypeAdapter(cls).validate_python(yaml.safe_load(text))

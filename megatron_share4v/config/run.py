@@ -160,6 +160,9 @@ class CheckpointConfig:
     """Older checkpoints are removed after a newer one is whole."""
     keep_every_steps: NonNegativeInt = 0
     """Checkpoints at multiples of this are never removed; 0: none."""
+    accept_changes: Bool = False
+    """Resume although the configuration differs from the checkpoint's in what changes the mathematics (rates, schedule, loss, precision, steps). The
+    difference is shown in either case."""
     allow_data_change: Bool = False
     """Resume although the data set, its order, the tokenizer, the template or the image policy is not the checkpoint's; the log says what is not."""
     initialize_from: str | None = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_share4v.checkpoint.changes import changes, check_changes, describe
 from megatron_share4v.checkpoint.companions import keep_companions
 from megatron_share4v.checkpoint.handover import check_start
 from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate, read_start
@@ -43,6 +44,9 @@ from megatron_share4v.train.feed import Source
 
 DATA_CHANGES = "data_changes.jsonl"
 """In the run directory: where a run went on with other data than its checkpoint's (checkpoint.allow_data_change)."""
+
+CONFIG_CHANGES = "config_changes.jsonl"
+"""In the run directory: where a run went on with another configuration than its checkpoint's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +95,8 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     newest = find_newest_whole(checkpoints, mesh=mesh)
     if newest is None:
         _set_first_weights(config, bare, mesh=mesh)
+    else:
+        _check_configuration(config, newest, mesh=mesh)
     if mesh.rank == 0:
         start = config.checkpoint.initialize_from if newest is None else None
         begin = locate(Path(start)) if start else None
@@ -183,18 +189,30 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
     get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 
+def _check_configuration(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
+    """Show what became of the configuration since the checkpoint was written; refuse what it cannot be gone on with."""
+    _, manifest = read_start(path, mesh=mesh)
+    found = changes(manifest.config, config)
+    check_changes(found, where=path, accepted=config.checkpoint.accept_changes)
+    if not found:
+        return
+    get_logger().info("configuration: not that of %s:%s", path, describe(found))
+    if mesh.rank == 0:
+        _append(Path(config.run.directory) / CONFIG_CHANGES, {"step": manifest.state.step, "checkpoint": path.name, "changes": [str(change) for change in found]})
+
+
 def _check_position(state: RunState, source: Source, path: Path, *, allow_data_change: bool, directory: Path | None) -> None:
     """Refuse to go on with other data than the checkpoint's, or to land elsewhere in the same."""
     plan = source.plan
-    changes = differences(state.data, describe_data(plan, source.encoder)) if state.data else []
-    if not changes and state.plan_fingerprint != plan.fingerprint:
-        changes = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
-    if changes and allow_data_change:
-        _record_change(state, changes, path, directory)
+    changed = differences(state.data, describe_data(plan, source.encoder)) if state.data else []
+    if not changed and state.plan_fingerprint != plan.fingerprint:
+        changed = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
+    if changed and allow_data_change:
+        _record_change(state, changed, path, directory)
         return
-    if changes:
+    if changed:
         raise CheckpointError(
-            f"{path}: was trained on other data. {'; '.join(changes)}. Restore that, or use another run.directory with checkpoint.initialize_from "
+            f"{path}: was trained on other data. {'; '.join(changed)}. Restore that, or use another run.directory with checkpoint.initialize_from "
             "to keep the weights, or set checkpoint.allow_data_change true to go on at the same step of the new data"
         )
     if state.consumed_samples != sum(plan.consumed(state.step).values()):
@@ -204,16 +222,20 @@ def _check_position(state: RunState, source: Source, path: Path, *, allow_data_c
         )
 
 
-def _record_change(state: RunState, changes: Sequence[str], path: Path, directory: Path | None) -> None:
+def _record_change(state: RunState, changed: Sequence[str], path: Path, directory: Path | None) -> None:
     get_logger().warning(
         "checkpoint.allow_data_change: %s was trained on other data, and training goes on. %s. Samples consumed are counted as if the new data had "
         "been trained from the start",
         path,
-        "; ".join(changes),
+        "; ".join(changed),
     )
     if directory is not None:
-        with open(directory / DATA_CHANGES, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.step, "checkpoint": path.name, "changes": list(changes)}) + "\n")
+        _append(directory / DATA_CHANGES, {"step": state.step, "checkpoint": path.name, "changes": list(changed)})
+
+
+def _append(path: Path, record: dict[str, object]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, options: LayerOptions) -> None:

@@ -26,6 +26,7 @@ from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.optim import learning_rate_factor
 from megatron_share4v.train.preview import preview
 from megatron_share4v.train.profiling import Profiler
+from megatron_share4v.train.same_start import check_same_start
 from megatron_share4v.train.saving import Saver
 from megatron_share4v.train.step import StepResult, train_step, validation_loss
 from megatron_share4v.train.stop import Agreed, Ballot, announce
@@ -39,11 +40,14 @@ def run(config: RunConfig) -> None:
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     directory = Path(config.run.directory)
     configure(rank=world.rank, directory=directory / "log")
-    if world.rank == 0:
-        (directory / "config.yaml").write_text(dump(config))
     timeout_s = config.parallel.timeout_s
-    with joined(world, device, timeout_s=timeout_s), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
-        train(build(config, mesh=mesh))
+    with joined(world, device, timeout_s=timeout_s):
+        check_same_start(config)
+        with open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
+            training = build(config, mesh=mesh)
+            if mesh.rank == 0:
+                (directory / "config.yaml").write_text(dump(config))
+            train(training)
 
 
 def train(training: Training) -> None:

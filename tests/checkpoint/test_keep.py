@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, remove_old, start_writing
+from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, remove_old, set_aside, start_writing
 from megatron_share4v.checkpoint.manifest import Manifest, RunState, describe_files, write_manifest
 from megatron_share4v.log import get_logger
 from megatron_share4v.parallel.layout import Layout
@@ -94,3 +94,12 @@ def test_a_second_save_of_a_step_replaces_the_first(tmp_path: Path, messages: py
 def test_steps_beyond_eight_digits_sort_as_numbers(tmp_path: Path) -> None:
     make(tmp_path, 123456789, 2)
     assert steps(tmp_path) == [2, 123456789]
+
+
+def test_what_is_set_aside_is_no_checkpoint_any_more(tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        make(tmp_path, 1)
+        set_aside(tmp_path / "step_00000001")
+    make(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001.damaged", "step_00000001.damaged_2", "step_00000002"]
+    assert list(checkpoint_directories(tmp_path)) == [2] and "step_00000001.damaged_2" in messages.text

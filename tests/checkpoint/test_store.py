@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,7 @@ def failed_writes_are_agreed_on(directory: Path) -> str:
     return message
 
 
-def damage_is_agreed_on(directory: Path) -> tuple[str, Path | None, Path | None]:
+def damage_is_agreed_on(directory: Path) -> tuple[str, str, Path | None, Path | None]:
     """A flipped byte in the newest of two checkpoints."""
     from megatron_share4v.checkpoint.store import find_newest_whole
 
@@ -149,9 +150,16 @@ def damage_is_agreed_on(directory: Path) -> tuple[str, Path | None, Path | None]
         if mesh.rank == 0:
             flip_a_byte(next(newest.glob("*.distcp")))
         dist.barrier()
-        found = find_newest_whole(directory, mesh=mesh), find_newest_whole(directory)
-        run.load(found[0], verified=True)
-        return message_of(lambda: run.load(newest)), *found
+        message, by_size = message_of(lambda: run.load(newest)), find_newest_whole(directory)
+        dist.barrier()
+        with_contents = find_newest_whole(directory, mesh=mesh)
+        run.load(with_contents, verified=True)
+        alone = directory / "alone"
+        if mesh.rank == 0:
+            shutil.copytree(directory / "step_00000002.damaged", alone / "step_00000002")
+        dist.barrier()
+        refused = message_of(lambda: find_newest_whole(alone, mesh=mesh))
+        return message, refused, with_contents, by_size
 
 
 def flip_a_byte(path: Path) -> None:
@@ -250,18 +258,21 @@ def test_write_failure_of_one_rank_is_raised_on_all(results: dict) -> None:
 
 
 def test_damage_is_named_on_all_ranks_and_passed_over(results: dict) -> None:
-    message, with_contents, by_size = results["damage"]
+    message, refused, with_contents, by_size = results["damage"]
     assert "step_00000002: damaged: __" in message and ".distcp has other content than was written" in message
     assert with_contents.name == "step_00000001"
     assert by_size.name == "step_00000002", "without a mesh sizes alone are compared"
+    assert "none of its 1 checkpoints is whole" in refused and ".distcp has other content" in refused and "to start the run anew" in refused
 
 
 def test_latest_names_the_newest(results: dict, directory: Path) -> None:
     from megatron_share4v.checkpoint.store import locate
     from megatron_share4v.errors import CheckpointError
 
-    newest = directory / "damage" / "step_00000002"
-    assert (directory / "damage" / "latest").read_text() == "step_00000002\n"
+    newest, latest = directory / "damage" / "step_00000002", directory / "damage" / "latest"
+    assert latest.read_text() == "step_00000001\n" and not newest.exists(), "the damaged one was set aside"
+    (directory / "damage" / "step_00000002.damaged").rename(newest)
+    latest.write_text("step_00000002\n")
     assert locate(directory / "damage" / "latest") == locate(directory / "damage") == locate(newest) == newest
     (newest / "manifest.json").rename(newest / "elsewhere")
     assert locate(directory / "damage").name == "step_00000001"

@@ -115,7 +115,7 @@ def test_killed_at_data_2_resumed_at_data_1_and_4(bench: Bench, undisturbed: Pat
 
 
 def test_changed_data_is_refused_by_name(bench: Bench, undisturbed: Path) -> None:
-    changes = ("data.order=sequential", "data.image_aspect_ratio=square", f"train.steps={STEPS + 1}", f"run.directory={undisturbed}")
+    changes = ("data.order=sequential", "data.image_aspect_ratio=square", f"train.steps={STEPS + 1}", "checkpoint.accept_changes=true", f"run.directory={undisturbed}")
     process = start(bench.config, 1, *changes)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 2 and "Traceback" not in output, output

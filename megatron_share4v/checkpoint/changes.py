@@ -1,0 +1,99 @@
+"""What became of a run's configuration between its checkpoint and its next start: which keys differ, and what each difference does to the run.
+
+safe: another layout, log or file; the sums may be rounded otherwise. mathematics: another optimisation, which a user may want and says so.
+refused: the checkpoint cannot be continued with it. data: compared by content, not by name, in data/state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import yaml
+
+from megatron_share4v.config.load import flat, leaves
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import CheckpointError
+
+Effect = Literal["safe", "mathematics", "refused", "data"]
+
+# The first pattern that fits says it; what none fits is treated as mathematics, so that a new key is not let through by mistake.
+EFFECTS: tuple[tuple[str, Effect], ...] = (
+    ("model.language.max_position_embeddings", "safe"),
+    ("model.*", "refused"),
+    ("train.global_batch_size", "refused"),
+    ("run.seed", "data"),
+    ("run.*", "safe"),
+    ("parallel.*", "safe"),
+    ("ops", "safe"),
+    ("checkpoint.*", "safe"),
+    ("log.*", "safe"),
+    ("train.validat*", "safe"),
+    ("train.preview_*", "safe"),
+    ("data.validation", "safe"),
+    ("data.num_workers", "safe"),
+    ("data.prefetch", "safe"),
+    ("data.worker_timeout_s", "safe"),
+    ("data.max_faulty_fraction", "safe"),
+    ("data.pad_multiple", "safe"),
+    ("data.image_backend", "mathematics"),
+    ("data.*", "data"),
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose value is not the checkpoint's."""
+
+    key: str
+    before: Any
+    now: Any
+    effect: Effect
+
+    def __str__(self) -> str:
+        return f"{self.key}: was {self.before!r}, is {self.now!r}"
+
+
+def changes(before: str, config: RunConfig) -> list[Change]:
+    """Where `config` differs from the YAML text of a checkpoint's. Keys that only one version of this project knows are left out."""
+    old, new = dict(leaves(yaml.safe_load(before))), flat(config)
+    return [Change(key, old[key], new[key], _effect(key, config)) for key in new if key in old and old[key] != new[key]]
+
+
+def describe(found: Sequence[Change]) -> str:
+    """The difference, class by class, a line for each key."""
+    words = {
+        "refused": "cannot be changed",
+        "mathematics": "changes the mathematics",
+        "data": "data, compared by content",
+        "safe": "safe",
+    }
+    lines = [f"\n  {word}: {change}" for effect, word in words.items() for change in found if change.effect == effect]
+    return "".join(lines)
+
+
+def check_changes(found: Sequence[Change], *, where: object, accepted: bool) -> None:
+    """Raises CheckpointError for changes that a run cannot make, or may make but has not been told to (checkpoint.accept_changes)."""
+    effects = {change.effect for change in found}
+    if "refused" in effects:
+        raise CheckpointError(
+            f"{where}: cannot be gone on from with another model, other trained parts or another global batch:{describe(found)}\n"
+            "Restore the old values, or start another run.directory from its weights with checkpoint.initialize_from"
+        )
+    if "mathematics" in effects and not accepted:
+        raise CheckpointError(
+            f"{where}: was trained with other settings:{describe(found)}\n"
+            "Restore the old values, or set checkpoint.accept_changes true to go on with the new ones"
+        )
+
+
+def _effect(key: str, config: RunConfig) -> Effect:
+    if key in ("train.steps", "train.epochs"):
+        schedule = config.schedule
+        keeps_rate = schedule.kind == "constant" and (schedule.warmup_steps is not None or schedule.warmup_ratio == 0)
+        return "safe" if keeps_rate else "mathematics"
+    if key == "train.micro_batch_size":
+        return "safe" if config.loss.normalize == "tokens" else "mathematics"
+    return next((effect for pattern, effect in EFFECTS if fnmatch(key, pattern)), "mathematics")
