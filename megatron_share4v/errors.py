@@ -43,6 +43,10 @@ class ServeError(Share4VError):
     """A server that was asked for, or asked, does not answer."""
 
 
+class TrainingError(Share4VError):
+    """Training does not learn any more, and starting again would not change that."""
+
+
 class Stopped(Share4VError):
     """A run ended in order before its last step, because it was asked to: all is saved, and the same command goes on."""
 

@@ -58,6 +58,16 @@ def spoil(fault: Fault, chunks: Any) -> None:
     handle = chunks[-1].register_forward_hook(hook)
 
 
+def exaggerate(fault: Fault, chunks: Any) -> None:
+    """The first micro-batch of this step comes out `value` times as large."""
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        handle.remove()
+        return output * float(fault.value)
+
+    handle = chunks[-1].register_forward_hook(hook)
+
+
 def limit_files(fault: Fault, chunks: Any) -> None:
     """From now on no file of this process may be larger than `value` bytes: writing fails as on a full disk."""
     import resource
@@ -86,6 +96,7 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "usr1": by_signal(signal.SIGUSR1),
     "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
     "nan": spoil,
+    "spike": exaggerate,
     "full": limit_files,
     "kill_in_save": die_in_save,
     "other_code": edit_code,

@@ -102,6 +102,32 @@ Recompute = Literal["none", "full", "selective"]
 
 
 @config
+class BadStepConfig:
+    """Steps whose loss or gradient is not finite, or far above the usual one: weights and optimizer are left alone, on all ranks alike, and
+    bad_steps/step_<N>/ in the run directory tells which samples, micro-batches and modules it was."""
+
+    loss_factor: PositiveFloat | None = None
+    """A loss above so many times the median of the last good steps is bad; null: only one that is not finite is."""
+    gradient_factor: PositiveFloat | None = None
+    """The same for the gradient norm before clipping."""
+    window: PositiveInt = 64
+    """Good steps of which the median is taken; a quarter of them must have been made before anything is compared with it."""
+    samples: NonNegativeInt = 16
+    """Samples of the worst micro-batches that are written out, with their images."""
+    in_a_row: NonNegativeInt = 50
+    """So many one after another are too many; 0: any number is accepted."""
+    then: Literal["stop", "roll_back"] = "stop"
+    """What follows. `roll_back`: to the newest checkpoint of before, with all steps since passed over."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Factors that make every other step bad."""
+        for name in ("loss_factor", "gradient_factor"):
+            factor = getattr(self, name)
+            if factor is not None and factor <= 1.0:
+                yield Conflict(f"{name} {factor:g} calls half of all steps bad; use more than 1, or null", (name,))
+
+
+@config
 class TrainConfig:
     """How much is trained, and how often it is checked."""
 
@@ -128,6 +154,7 @@ class TrainConfig:
     """With `selective`. `layernorm` needs Transformer Engine, without which megatron-core cannot free the output of a norm."""
     recompute_tower: Recompute = "none"
     """The same for the trained blocks of the vision tower; the frozen ones before them keep nothing anyway."""
+    bad_steps: BadStepConfig = field(default_factory=BadStepConfig)
 
     def conflicts(self) -> Iterator[Conflict]:
         """A global batch that micro-batches do not fill, and a choice of what to recompute that means nothing."""

@@ -5,7 +5,7 @@ A sample that cannot be read does not stop the stream: its slot is kept and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -121,22 +121,23 @@ class Loader:
             backend=None if options.decodes_in_rank else options.image_backend,
         )
 
-    def steps(self, start: int, stop: int) -> Iterator[list[Reading]]:
-        """For each step in [start, stop): this rank's micro-batches, in the order in which they are run.
+    def steps(self, start: int, stop: int, *, without: Container[int] = ()) -> Iterator[list[Reading]]:
+        """For each step in [start, stop) that is not in `without`: this rank's micro-batches, in the order in which they are run.
 
         What is yielded depends neither on the number of workers nor on where reading started.
         """
         options, read = self._options, self._read
+        wanted = [step for step in range(start, stop) if step not in without]
         stream = ordered_map(
             read,
-            (request for step in range(start, stop) for request in self._requests(step)),
+            (request for step in wanted for request in self._requests(step)),
             num_workers=options.num_workers,
             prefetch=options.prefetch,
             timeout_s=options.worker_timeout_s,
             lost=read.lost,
         )
         try:
-            for _ in range(start, stop):
+            for _ in wanted:
                 yield [self._decoded(next(stream)) for _ in range(self._count)]
         finally:
             stream.close()

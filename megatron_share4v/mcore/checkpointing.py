@@ -43,7 +43,7 @@ def save_sharded(directory: Path, *, chunks: Sequence[torch.nn.Module], optimize
 
     `sharding` is passed to the chunks' sharded_state_dict. Raises CheckpointError, on all ranks, when something cannot be written.
     """
-    weights = _weights(chunks, sharding)
+    weights = named_weights(chunks, sharding)
     entries = _unfold(nested_values(weights))
     if optimizer is not None:
         entries += _unfold(_saved_state(optimizer, weights))
@@ -62,7 +62,7 @@ def load_sharded(
 
     `updates` becomes the step count of every trained parameter. Raises CheckpointError, on all ranks, when names or shapes differ.
     """
-    weights = _weights(chunks, sharding)
+    weights = named_weights(chunks, sharding)
     entries = _unfold(nested_values(weights))
     targets = [] if optimizer is None else list(_state_targets(optimizer, weights))
     entries += _unfold(target.entry for target in targets)
@@ -104,7 +104,7 @@ class ThreadedSave(TorchDistSaveShardedStrategy):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """What this rank keeps for one trained parameter: its fp32 weight and moments, by name, from flat position `start` on."""
 
     parameter: torch.nn.Parameter
@@ -128,7 +128,7 @@ class _Target:
             self.kept.view(-1).copy_(self.whole.view(-1)[self.start : self.start + self.kept.numel()])
 
 
-def _weights(chunks: Sequence[torch.nn.Module], sharding: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def named_weights(chunks: Sequence[torch.nn.Module], sharding: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Core's layers also name objects that only Transformer Engine fills; those are left out."""
     found = {f"chunk{number}": unwrap(chunk).sharded_state_dict(metadata=dict(sharding)) for number, chunk in enumerate(chunks)}
     return {chunk: {name: entry for name, entry in entries.items() if isinstance(entry, Entry)} for chunk, entries in found.items()}
@@ -163,31 +163,36 @@ def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Ite
     """Only of the parameters that this rank updates, so that the memory needed falls with the number of data-parallel ranks."""
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
     for part in optimizer_parts(optimizer):
-        for piece in _sharded_pieces(part) if isinstance(part, DistributedOptimizer) else _whole_pieces(part):
+        for piece in pieces(part):
             shape = piece.parameter.shape
             for name, kept in piece.tensors.items():
                 whole = kept.detach().view(shape) if kept.numel() == shape.numel() else torch.empty(shape, dtype=kept.dtype)
                 yield _Target(_state_entry(by_parameter[id(piece.parameter)], name, whole), whole, kept, piece.start)
 
 
-def _sharded_pieces(part: DistributedOptimizer) -> Iterator[_Piece]:
+def pieces(part: MegatronOptimizer) -> Iterator[Piece]:
+    """What one of core's optimizers keeps on this rank."""
+    return _sharded_pieces(part) if isinstance(part, DistributedOptimizer) else _whole_pieces(part)
+
+
+def _sharded_pieces(part: DistributedOptimizer) -> Iterator[Piece]:
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
                     group, position = part.model_param_group_index_map[parameter]
                     main = part.optimizer.param_groups[group]["params"][position]
-                    yield _Piece(parameter, ranges["param"].start, _kept(part, main))
+                    yield Piece(parameter, ranges["param"].start, _kept(part, main))
 
 
-def _whole_pieces(part: MegatronOptimizer) -> Iterator[_Piece]:
+def _whole_pieces(part: MegatronOptimizer) -> Iterator[Piece]:
     if isinstance(part, Float16OptimizerWithFloat16Params):
         halves, mains = (chain.from_iterable(groups) for groups in (part.float16_groups, part.fp32_from_float16_groups))
         pairs = [*zip(halves, mains), *((main, main) for main in chain.from_iterable(part.fp32_from_fp32_groups))]
     else:
         pairs = [(main, main) for group in part.param_groups for main in group["params"]]
     for parameter, main in pairs:
-        yield _Piece(parameter, 0, _kept(part, main))
+        yield Piece(parameter, 0, _kept(part, main))
 
 
 def _kept(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:

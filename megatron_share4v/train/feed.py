@@ -6,7 +6,7 @@ On the first stage every rank of a tensor group decodes its share of the images;
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -52,13 +52,19 @@ class Source:
     options: ReadOptions
 
 
-def feed(source: Source, *, mesh: Mesh, start_step: int, stop_step: int) -> Iterator[StepData]:
-    """The data of steps start_step .. stop_step - 1, on this rank's device. All ranks must ask for the same steps."""
+def feed(source: Source, *, mesh: Mesh, start_step: int, stop_step: int, without: Container[int] = ()) -> Iterator[StepData]:
+    """The data of steps start_step .. stop_step - 1, on this rank's device. All ranks must ask for the same steps.
+
+    Of the steps in `without` nothing is read; they have no batches.
+    """
     loader = _open_loader(source, mesh)
-    reading = on_device(loader.steps(start_step, stop_step), mesh.device) if loader else None
+    reading = on_device(loader.steps(start_step, stop_step, without=without), mesh.device) if loader else None
     try:
         for step in range(start_step, stop_step):
             items = source.plan.step(step)
+            if step in without:
+                yield StepData(items, [], 0.0)
+                continue
             planned = source.plan.micro_batches(items, data_rank=mesh.coordinates.data, data_size=mesh.layout.data)
             started = time.perf_counter()
             readings = next(reading) if reading is not None else None

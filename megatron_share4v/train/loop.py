@@ -17,20 +17,23 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.plan.gpus import known_gpu
+from megatron_share4v.train.bad_steps import BadSteps
 from megatron_share4v.train.build import Training, build
 from megatron_share4v.train.faults import Quarantine, warn_of
 from megatron_share4v.train.feed import StepData, feed
 from megatron_share4v.train.flops import step_flops
 from megatron_share4v.train.goodput import Ledger, draw_goodput
+from megatron_share4v.train.judge import Judge
 from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.optim import learning_rate_factor
 from megatron_share4v.train.preview import preview
 from megatron_share4v.train.profiling import Profiler
 from megatron_share4v.train.same_start import check_same_start
 from megatron_share4v.train.saving import Saver
-from megatron_share4v.train.step import StepResult, train_step, validation_loss
+from megatron_share4v.train.skips import shared_skips
+from megatron_share4v.train.step import StepResult, pass_over, train_step, validation_loss
 from megatron_share4v.train.stop import Agreed, Ballot, announce
-from megatron_share4v.train.writers import RunWriters, StepRecord
+from megatron_share4v.train.writers import METRICS, RunWriters, StepRecord
 
 
 def run(config: RunConfig) -> None:
@@ -64,19 +67,22 @@ class Loop:
     def __init__(self, training: Training) -> None:
         config, mesh, start, directory = training.config, training.mesh, training.start_step, training.directory
         self.training = training
-        self.ledger = Ledger(directory / "metrics.jsonl" if mesh.rank == 0 else None, device=mesh.device, start_step=start)
+        self.ledger = Ledger(directory / METRICS if mesh.rank == 0 else None, device=mesh.device, start_step=start)
         self.ledger.watch(training.chunks)
         self.profiler = Profiler(config.log.profile, directory=directory, device=mesh.device, rank=mesh.rank)
         self.writers = _open_writers(training) if mesh.rank == 0 else None
         self.timekeeper = Timekeeper(config) if mesh.rank == 0 else None
         self.saver, self.ballot = Saver(training, timekeeper=self.timekeeper), Ballot(self.timekeeper)
+        self.skips = shared_skips(directory, mesh=mesh, after=start)
+        self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training)
+        self.judge.remember(directory / METRICS, to_step=start)
         self.validation = _validation_steps(training)
         self.quarantine = Quarantine(directory, mesh=mesh, start_step=start, max_fraction=config.data.max_faulty_fraction)
 
     def run(self) -> None:
         """From the first remaining step to the last, or to the one after which the run was asked to end."""
-        training = self.training
-        steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps)
+        training, without = self.training, frozenset(step - 1 for step in self.skips)
+        steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps, without=without)
         with self.ballot.listening(), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)
@@ -109,6 +115,8 @@ class Loop:
         if writers is not None:
             record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty, ledger=booked)
             writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
+        if (weights_of := self.bad_steps.settle(data, result)) is not None:
+            self.judge.remember(training.directory / METRICS, to_step=weights_of)
         if _due(step, config.train.preview_every_steps, training):
             _show(training, writers, step=step)
         return self.ballot.count(result.votes)
@@ -123,6 +131,9 @@ class Loop:
 
     def _train_step(self, data: StepData, *, factor: float) -> StepResult:
         training, config = self.training, self.training.config
+        reason = self.skips.get(data.items.step + 1)
+        if reason is not None:
+            return pass_over(reason, mesh=training.mesh, votes=self.ballot.votes)
         return train_step(
             training.chunks,
             training.optimizer,
@@ -132,6 +143,7 @@ class Loop:
             normalize=config.loss.normalize,
             learning_rate_factor=factor,
             clip_grad_norm=config.optim.clip_grad_norm,
+            judge=self.judge,
             votes=self.ballot.votes,
         )
 
@@ -219,6 +231,7 @@ def _record(
         hfu=computed / gpu.bf16 if gpu else None,
         peak_memory_bytes=mesh.device.peak_memory_bytes(),
         skipped=result.skipped,
+        skip_reason=result.bad,
         faulty_samples=faulty,
         validation_loss=validation_loss,
         ledger=ledger,

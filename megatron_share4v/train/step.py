@@ -29,10 +29,23 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     trained_tokens: int
-    skipped: bool
-    """The loss or the gradient was not finite; weights and optimizer state were left alone."""
+    bad: str = ""
+    """Why weights and optimizer state were left alone (train/bad_steps.py); "": they were not."""
     votes: tuple[float, ...] = ()
     """Those of all ranks, added up."""
+    own_losses: tuple[TokenLoss, ...] = ()
+    """Not equal on all ranks: of the micro-batches whose loss this rank computed."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether weights and optimizer state were left alone."""
+        return bool(self.bad)
+
+
+def not_finite(loss: float, norm: float) -> str:
+    """What is bad about a step whatever came before. Both numbers are of the whole step, so every rank comes to the same."""
+    wrong = [f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)]
+    return " and ".join(wrong)
 
 
 def train_step(
@@ -45,9 +58,13 @@ def train_step(
     normalize: Normalize,
     learning_rate_factor: float,
     clip_grad_norm: float,
+    judge: Callable[[float, float], str] = not_finite,
     votes: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
-    """Forward, backward, clip, update. What `votes` gives on each rank when its loss is known travels with the loss, so agreeing costs no message."""
+    """Forward, backward, clip, update; no update when `judge` finds loss and gradient norm bad, for the same reason on all ranks.
+
+    What `votes` gives on each rank when its loss is known travels with the loss, so agreeing costs no message.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -56,13 +73,18 @@ def train_step(
     set_learning_rate(optimizer, learning_rate_factor)
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    # Both numbers are global, so every rank decides alike.
-    skipped = not (math.isfinite(loss) and math.isfinite(norm))
-    if not skipped:
+    bad = judge(loss, norm)
+    if not bad:
         if clip_grad_norm > 0:
             clip_gradients(optimizer, max_norm=clip_grad_norm, norm=norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, skipped=skipped, votes=agreed)
+    return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, bad=bad, votes=agreed, own_losses=tuple(losses))
+
+
+def pass_over(reason: str, *, mesh: Mesh, votes: Callable[[], Sequence[float]]) -> StepResult:
+    """A step that trains nothing, for `reason`. Its samples count as consumed."""
+    *_, agreed = _reduce((), mesh=mesh, normalize="tokens", votes=votes())
+    return StepResult(loss=math.nan, grad_norm=math.nan, trained_tokens=0, bad=reason, votes=agreed)
 
 
 @torch.no_grad()

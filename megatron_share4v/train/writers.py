@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_share4v.log import get_logger
 from megatron_share4v.train.preview import Preview
 
+METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
@@ -45,6 +46,8 @@ class StepRecord:
     """As mfu, of the hardware's."""
     peak_memory_bytes: int
     skipped: bool
+    """Weights and optimizer state were left alone."""
+    skip_reason: str = ""
     faulty_samples: int = 0
     """Samples of the step that could not be read; see quarantine.jsonl."""
     validation_loss: float | None = None
@@ -59,7 +62,7 @@ class RunWriters:
 
     def __init__(self, directory: Path, *, start_step: int, total_steps: int, console_every: int, sample_keys: bool, tensorboard: bool) -> None:
         self._total_steps, self._console_every = total_steps, console_every
-        self._metrics = reopen(directory / "metrics.jsonl", keep_to_step=start_step)
+        self._metrics = reopen(directory / METRICS, keep_to_step=start_step)
         self._samples = reopen(directory / "samples.jsonl", keep_to_step=start_step) if sample_keys else None
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if tensorboard else None
 
@@ -73,6 +76,7 @@ class RunWriters:
             self._samples.write(json.dumps({"step": record.step, "keys": list(keys or [])}) + "\n")
             self._samples.flush()
         if self._board is not None:
+            del values["skip_reason"]
             values |= {f"consumed/{name}": count for name, count in values.pop("consumed_by_source").items()}
             for name, value in values.items():
                 if name != "step" and value is not None:
@@ -102,7 +106,7 @@ class RunWriters:
         return (
             f"step {record.step}/{self._total_steps} | loss {record.loss:.4f}{validation} | grad {record.grad_norm:.3f} | "
             f"lr {record.learning_rate:.2e} | {record.tokens_per_s_per_gpu:,.0f} tokens/s/rank | {record.step_time_s:.2f} s/step "
-            f"(data {record.data_wait_s:.2f}) | ETA {_duration(remaining)}" + (" | SKIPPED: not finite" if record.skipped else "")
+            f"(data {record.data_wait_s:.2f}) | ETA {_duration(remaining)}" + (f" | SKIPPED: {record.skip_reason}" if record.skipped else "")
         )
 
 

@@ -65,7 +65,8 @@ def test_every_key_of_the_configuration_has_an_effect_on_purpose(found, tmp_path
     keys = [key for key in flat(config) if _effect(key, config) == "mathematics"]
     sections = {key.split(".")[0] for key in keys} - {"optim", "schedule", "loss", "precision"}
     assert sections == {"train", "data"}, keys
-    assert {key for key in keys if key.startswith(("train.", "data."))} == {"train.steps", "train.epochs", "data.image_backend"}
+    bad_steps = {f"train.bad_steps.{name}" for name in ("loss_factor", "gradient_factor", "window")}
+    assert {key for key in keys if key.startswith(("train.", "data."))} == {"train.steps", "train.epochs", "data.image_backend"} | bad_steps
 
 
 def test_a_yes_is_needed_for_mathematics_and_does_not_help_where_refused(found) -> None:

@@ -1,0 +1,47 @@
+"""The gradient by module: who is to blame when the norm of the whole is not what it should be. Not for every step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+from megatron_share4v.mcore.checkpointing import named_weights, pieces
+from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.optimizer import optimizer_parts
+
+_LAYER = re.compile(r"(.*\blayers\.\d+)\.")
+
+
+@torch.no_grad()
+def module_norms(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, mesh: Mesh, sharding: dict[str, Any]) -> dict[str, float]:
+    """L2 norm of the gradient that the optimizer was about to use, by layer and other module, under global names; equal on all ranks. Collective.
+
+    Call it after optimizer.prepare_grads() and before the gradients are scaled. Only trained modules have one.
+    """
+    names = {id(entry.data): entry.key for entry in nested_values(named_weights(chunks, sharding))}
+    squares: dict[str, float] = {}
+    for part in optimizer_parts(optimizer):
+        if not isinstance(part, DistributedOptimizer) and mesh.coordinates.data:
+            continue  # all data-parallel ranks hold the same
+        for piece in pieces(part):
+            gradient = piece.tensors["param"].grad
+            if gradient is not None and param_is_not_tensor_parallel_duplicate(piece.parameter):
+                module = _module(names[id(piece.parameter)])
+                squares[module] = squares.get(module, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+    told: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(told, squares)
+    modules = dict.fromkeys(module for part in told for module in part)
+    return {module: sum(part.get(module, 0.0) for part in told) ** 0.5 for module in modules}
+
+
+def _module(name: str) -> str:
+    layer = _LAYER.match(name)
+    return layer[1] if layer else name.rpartition(".")[0]

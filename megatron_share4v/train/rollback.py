@@ -1,0 +1,43 @@
+"""Going back to a checkpoint in the middle of a run, because what was trained since has spoiled the weights.
+
+The steps since then are put on the quarantine list (train/skips.py) and their checkpoints set aside, so that a run that is killed afterwards and
+started again comes to the same weights.
+"""
+
+from __future__ import annotations
+
+from megatron_share4v.checkpoint.keep import checkpoint_directories, is_whole, set_aside
+from megatron_share4v.checkpoint.store import load, on_first_rank
+from megatron_share4v.errors import TrainingError
+from megatron_share4v.log import get_logger
+from megatron_share4v.train.build import Training
+from megatron_share4v.train.skips import add_skips
+
+
+def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int:
+    """Load the newest whole checkpoint older than the weights that met the bad steps first_bad .. last; the step it is of. Collective.
+
+    Training goes on with step last + 1. Raises TrainingError when there is no such checkpoint.
+    """
+
+    def choose() -> int:
+        directories = checkpoint_directories(training.checkpoints)
+        older = [step for step, path in directories.items() if step < first_bad - 1 and is_whole(path)]
+        if not older:
+            raise TrainingError(
+                f"{why}, and {training.checkpoints} holds no checkpoint from before step {first_bad - 1} to roll back to; save more often, keep more "
+                "(checkpoint.keep_last), or lower the learning rate"
+            )
+        return older[-1]
+
+    def remember() -> None:
+        add_skips(training.directory, range(target + 1, last + 1), reason=f"rolled back after {why}")
+        for step, path in checkpoint_directories(training.checkpoints).items():
+            if step > target:
+                set_aside(path)
+
+    target = on_first_rank(training.mesh, choose)
+    get_logger().warning("rolling back to step %d: %s. Steps %d to %d are passed over from now on", target, why, target + 1, last)
+    load(checkpoint_directories(training.checkpoints)[target], chunks=training.chunks, optimizer=training.optimizer, mesh=training.mesh)
+    on_first_rank(training.mesh, remember)
+    return target
