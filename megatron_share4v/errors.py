@@ -47,6 +47,12 @@ class TrainingError(Share4VError):
     """Training does not learn any more, and starting again would not change that."""
 
 
+class DamageError(Share4VError):
+    """A rank's numbers are wrong though its program is right. Starting again from a checkpoint may help, on another node."""
+
+    exit_code = 77
+
+
 class Stopped(Share4VError):
     """A run ended in order before its last step, because it was asked to: all is saved, and the same command goes on."""
 

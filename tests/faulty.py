@@ -68,6 +68,27 @@ def exaggerate(fault: Fault, chunks: Any) -> None:
     handle = chunks[-1].register_forward_hook(hook)
 
 
+def flip(fault: Fault, chunks: Any) -> None:
+    """One bit of a frozen weight; trained ones are made anew from the optimizer's at each step."""
+    import torch
+
+    weight = next(parameter for name, parameter in chunks[0].named_parameters() if name.endswith("vision.class_embedding"))
+    weight.data.view(torch.int32).view(-1)[3] ^= 1 << 20
+
+
+def slow_down(fault: Fault, chunks: Any) -> None:
+    """From now on every forward pass takes `value` seconds longer."""
+    chunks[0].register_forward_pre_hook(lambda *_: time.sleep(float(fault.value)))
+
+
+def stop_loader(fault: Fault, chunks: Any) -> None:
+    """The loader processes of this rank hang."""
+    children = multiprocessing.active_children()
+    assert children, "no loader processes: set data.num_workers"
+    for child in children:
+        os.kill(child.pid, signal.SIGSTOP)
+
+
 def limit_files(fault: Fault, chunks: Any) -> None:
     """From now on no file of this process may be larger than `value` bytes: writing fails as on a full disk."""
     import resource
@@ -94,8 +115,12 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "stop": by_signal(signal.SIGSTOP),
     "term": by_signal(signal.SIGTERM),
     "usr1": by_signal(signal.SIGUSR1),
+    "sleep": lambda fault, chunks: time.sleep(float(fault.value)),
     "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
     "nan": spoil,
+    "stop_loader": stop_loader,
+    "flip": flip,
+    "slow": slow_down,
     "spike": exaggerate,
     "full": limit_files,
     "kill_in_save": die_in_save,
@@ -142,7 +167,7 @@ def train(config: Path, ranks: int, *overrides: str, faults: str = "", only: dic
     for rank in range(ranks):
         arguments = [str(config), *overrides, *only.get(rank, ())]
         environment = world_environment(rank, ranks, store.port)
-        processes.append(context.Process(target=_rank, args=(environment, str(said), faults, arguments), daemon=True))
+        processes.append(context.Process(target=_rank, args=(environment, str(said), faults, arguments)))
         processes[-1].start()
     deadline, ending = time.monotonic() + TIMEOUT_S, False
     while any(process.exitcode is None for process in processes):

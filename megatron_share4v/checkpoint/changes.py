@@ -29,6 +29,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("parallel.*", "safe"),
     ("ops", "safe"),
     ("checkpoint.*", "safe"),
+    ("watch.*", "safe"),
     ("log.*", "safe"),
     ("train.validat*", "safe"),
     ("train.preview_*", "safe"),

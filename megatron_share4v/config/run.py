@@ -43,6 +43,8 @@ class ParallelConfig:
     overlap_grad_reduce: Bool = False
     timeout_s: PositiveInt = 600
     """A collective that waits longer than this ends the job."""
+    check_replicas_every_steps: NonNegativeInt = 100
+    """Compare the weights of all data-parallel replicas, also before each save; one that differs ends the job with exit code 77. 0: never."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Degrees that need another one, or that are not available."""
@@ -223,6 +225,17 @@ class ProfileConfig:
 
 
 @config
+class WatchConfig:
+    """When a step takes too long. All ranks then write their stacks, a report in watch/ names the rank that differs, and the job ends with exit
+    code 76 before torch's own time-out would end it without a reason."""
+
+    step_s: PositiveFloat | None = None
+    """Seconds; null: what `factor` says."""
+    factor: PositiveFloat | None = 20.0
+    """So many times the median of the last steps, and at least as long as a loader process that hangs is given; null: no step is too long."""
+
+
+@config
 class LogConfig:
     """What is written while training."""
 
@@ -233,6 +246,10 @@ class LogConfig:
     tensorboard: Bool = True
     profile: ProfileConfig | None = None
     """Record a trace of some steps with torch's profiler."""
+    ranks_every_steps: NonNegativeInt = 50
+    """Compare how long the ranks compute and wait for data, and name the slow ones; 0: never."""
+    slow_rank_factor: PositiveFloat = 1.5
+    """A rank is slow that takes so many times the median of the others of its pipeline stage."""
 
 
 Ops = Literal["auto", "native", "reference"]
@@ -259,7 +276,13 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def loader_patience_s(self) -> float:
+        """How long a loader process that hangs twice holds up a step."""
+        return 2 * self.data.worker_timeout_s + RESTART_S if self.data.num_workers else 0
 
     def conflicts(self) -> Iterator[Conflict]:
         """A model that the layout cannot cut, and samples that the model cannot hold."""
@@ -268,12 +291,18 @@ class RunConfig:
         if pack_length and self.parallel.sequence and pack_length % tensor:
             message = f"data.pack_length {pack_length} is not divisible by parallel.tensor {tensor}, as parallel.sequence needs"
             yield Conflict(message, ("data.pack_length", "parallel.tensor"))
-        hung, timeout_s = 2 * self.data.worker_timeout_s + RESTART_S, self.parallel.timeout_s
-        if self.data.num_workers and hung > timeout_s:
+        hung, timeout_s = self.loader_patience_s, self.parallel.timeout_s
+        if hung > timeout_s:
             yield Conflict(
                 f"parallel.timeout_s {timeout_s} ends the job before a loader process that hangs twice is given up, after 2 x data.worker_timeout_s + "
                 f"{RESTART_S} = {hung} s; raise the one or lower the other",
                 ("parallel.timeout_s", "data.worker_timeout_s"),
+            )
+        if self.watch.step_s is not None and hung > self.watch.step_s:
+            yield Conflict(
+                f"watch.step_s {self.watch.step_s:g} ends the job before a loader process that hangs twice is given up, after {hung} s; raise it, or "
+                "lower data.worker_timeout_s",
+                ("watch.step_s", "data.worker_timeout_s"),
             )
         longest, limit = self.data.max_text_length + self.model.vision.num_patches - 1, self.model.language.max_position_embeddings
         if longest > limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.parallel.watch import Bounds, Watch
 from megatron_share4v.plan.gpus import known_gpu
 from megatron_share4v.train.bad_steps import BadSteps
 from megatron_share4v.train.build import Training, build
@@ -26,8 +28,10 @@ from megatron_share4v.train.goodput import Ledger, draw_goodput
 from megatron_share4v.train.judge import Judge
 from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.optim import learning_rate_factor
+from megatron_share4v.train.pace import Pace
 from megatron_share4v.train.preview import preview
 from megatron_share4v.train.profiling import Profiler
+from megatron_share4v.train.replicas import check_replicas
 from megatron_share4v.train.same_start import check_same_start
 from megatron_share4v.train.saving import Saver
 from megatron_share4v.train.skips import shared_skips
@@ -44,29 +48,34 @@ def run(config: RunConfig) -> None:
     directory = Path(config.run.directory)
     configure(rank=world.rank, directory=directory / "log")
     timeout_s = config.parallel.timeout_s
+    watch = Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
+    if world.rank == 0:
+        Watch.clear(directory)
     with joined(world, device, timeout_s=timeout_s):
         check_same_start(config)
-        with open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
+        with watch.running(), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
+            watch.enter("build")
             training = build(config, mesh=mesh)
             if mesh.rank == 0:
                 (directory / "config.yaml").write_text(dump(config))
-            train(training)
+            train(training, watch=watch)
 
 
-def train(training: Training) -> None:
+def train(training: Training, *, watch: Watch | None = None) -> None:
     """All remaining steps of a run that is built. Raises Stopped, with everything saved, when it was asked to end before the last."""
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
-    Loop(training).run()
+    mesh = training.mesh
+    Loop(training, watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size)).run()
 
 
 class Loop:
     """What the steps of one run share. Every rank has one."""
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, watch: Watch) -> None:
         config, mesh, start, directory = training.config, training.mesh, training.start_step, training.directory
-        self.training = training
+        self.training, self.watch = training, watch
         self.ledger = Ledger(directory / METRICS if mesh.rank == 0 else None, device=mesh.device, start_step=start)
         self.ledger.watch(training.chunks)
         self.profiler = Profiler(config.log.profile, directory=directory, device=mesh.device, rank=mesh.rank)
@@ -76,6 +85,7 @@ class Loop:
         self.skips = shared_skips(directory, mesh=mesh, after=start)
         self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training)
         self.judge.remember(directory / METRICS, to_step=start)
+        self.pace = Pace(training.chunks, mesh=mesh, every=config.log.ranks_every_steps, factor=config.log.slow_rank_factor)
         self.validation = _validation_steps(training)
         self.quarantine = Quarantine(directory, mesh=mesh, start_step=start, max_fraction=config.data.max_faulty_fraction)
 
@@ -83,6 +93,7 @@ class Loop:
         """From the first remaining step to the last, or to the one after which the run was asked to end."""
         training, without = self.training, frozenset(step - 1 for step in self.skips)
         steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps, without=without)
+        self.watch.enter("data", step=training.start_step + 1)
         with self.ballot.listening(), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)
@@ -92,6 +103,7 @@ class Loop:
                 self.check_and_save(step, agreed)
                 if agreed.stop is not None:
                     break
+                self.watch.enter("data", step=step + 1)
         self.profiler.close()
         self.quarantine.close()
         if self.writers is not None:
@@ -104,12 +116,17 @@ class Loop:
         """One update, and everything about it that is written."""
         training, config, writers = self.training, self.training.config, self.writers
         started, step = time.perf_counter(), data.items.step + 1
+        self.watch.enter("compute")
         factor = learning_rate_factor(step - 1, schedule=config.schedule, total_steps=training.total_steps)
         with self.profiler.step(step):
             result = self._train_step(data, factor=factor)
         training.mesh.device.synchronize()
         seconds = time.perf_counter() - started + data.wait_s
         booked = self.ledger.line(step_s=seconds - data.wait_s, data_wait_s=data.wait_s)
+        self.watch.pause("after")
+        paces = self.pace.step_ended(step, seconds=seconds, data_wait_s=data.wait_s)
+        if paces is not None and writers is not None:
+            writers.ranks(paces, step=step)
         checked = _validate(training, self.validation) if _due(step, config.train.validate_every_steps, training) else None
         faulty = self.quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
         if writers is not None:
@@ -123,7 +140,11 @@ class Loop:
 
     def check_and_save(self, step: int, agreed: Agreed) -> None:
         """What is due after `step`."""
-        if self.saver.is_due(step, agreed):
+        save_due, check_every = self.saver.is_due(step, agreed), self.training.config.parallel.check_replicas_every_steps
+        if check_every and (save_due or step % check_every == 0):
+            check_replicas(self.training.chunks, mesh=self.training.mesh, step=step)
+        if save_due:
+            self.watch.pause("save")
             with self.ledger.saving():
                 self.saver.save(step)
             if self.training.mesh.rank == 0:
@@ -137,7 +158,7 @@ class Loop:
         return train_step(
             training.chunks,
             training.optimizer,
-            data,
+            replace(data, batches=self.watch.counting(data.batches)),
             mesh=training.mesh,
             micro_batch_size=config.train.micro_batch_size,
             normalize=config.loss.normalize,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -85,6 +85,12 @@ class RunWriters:
                 self._board.add_scalar(f"goodput/{name}", ledger[name], record.step)
         if record.step % self._console_every == 0 or record.step == self._total_steps:
             get_logger().info(self._line(record))
+
+    def ranks(self, values: Mapping[str, float], *, step: int) -> None:
+        """How the ranks compare (train/pace.py)."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"ranks/{name}", value, step)
 
     def preview(self, shown: Preview, *, step: int) -> None:
         """Held-out images with the model's own answers."""

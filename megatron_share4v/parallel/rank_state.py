@@ -1,0 +1,94 @@
+"""Where one rank is, as a file that others can read: `watch/rank<N>.json` in the run directory. Who writes it is watch.py; who reads it, hang.py and the supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+PACKAGE = f"{os.sep}megatron_share4v{os.sep}"
+_OF_TORCH = f"torch{os.sep}distributed{os.sep}distributed_c10d.py"
+# Where megatron-core waits for what torch.distributed began earlier.
+_WAITS = ("p2p_communication.py", "param_and_grad_buffer.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """What one rank says of itself. beat: counts up while it lives; born: start time of its process, in the kernel's ticks."""
+
+    rank: int
+    host: str
+    pid: int
+    born: int
+    beat: int
+    step: int
+    phase: str
+    micro_batch: int
+    """-1: none yet."""
+    since_s: float
+    """In this phase and micro-batch."""
+    where: str
+    """Innermost line of this project on the main thread."""
+    collective: str
+    """The function that waits for other ranks; "": none does."""
+    ended: str | None = None
+    """None: it runs. "": it came to its end. Else the error that ended it."""
+    code: int | None = None
+    """What it ended with."""
+    events: list[str] = field(default_factory=list)
+
+    @property
+    def position(self) -> str:
+        """For messages."""
+        micro_batch = f", micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
+        return f"step {self.step}, {self.phase}{micro_batch}"
+
+
+def write_state(folder: Path, state: RankState) -> None:
+    """Replace the rank's file."""
+    write_json(folder / f"rank{state.rank}.json", asdict(state))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Whoever reads `path` finds the old content or the new."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_state(folder: Path, rank: int) -> RankState | None:
+    """None: the rank has not said anything."""
+    path = folder / f"rank{rank}.json"
+    return RankState(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def read_states(folder: Path) -> list[RankState]:
+    """Of all ranks that have said something, in their order."""
+    ranks = sorted(int(path.stem.removeprefix("rank")) for path in folder.glob("rank*.json"))
+    return [state for rank in ranks if (state := read_state(folder, rank)) is not None]
+
+
+def process_status(pid: int) -> tuple[str, int] | None:
+    """(letter of its state, start time in ticks) of a process of this host; None where there is none."""
+    path = Path(f"/proc/{pid}/stat")
+    try:
+        # The name in parentheses may contain anything.
+        fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return fields[0], int(fields[19])
+
+
+def locate(frame: FrameType | None) -> tuple[str, str]:
+    """(innermost line of this project, function that waits for other ranks) of a thread's stack; "" where there is none."""
+    where, collective = "", ""
+    # From the outermost call inwards; the first of torch's is the one that was asked for.
+    for entry in traceback.extract_stack(frame) if frame is not None else ():
+        if PACKAGE in entry.filename:
+            where, collective = f"{PACKAGE.strip(os.sep)}/{entry.filename.rpartition(PACKAGE)[2]}:{entry.lineno} {entry.name}", ""
+        elif entry.filename.endswith((_OF_TORCH, *_WAITS)) and not collective and entry.name != "wrapper":
+            collective = entry.name
+    return where, collective
