@@ -3,6 +3,7 @@
 #   source tools/environment.sh        from the root of the checkout
 #   prepare_environment cpu,dev        the extras of setup.py that are needed
 #   prepare_browser                    a Chromium, for the tests of the server's page
+#   prepare_shellcheck                 for the tests of the launch scripts
 #
 # Makes sure that `python` is 3.10 or newer and has this checkout with the extras installed: in the active virtual environment if there is one,
 # else in .venv, made when missing. An environment that is ready is left as it is, so this is cheap to call again.
@@ -32,16 +33,23 @@ prepare_environment() {
 
 # Makes sure that there is a Chromium for the tests of the page; says so, and goes on, where there is none and it cannot be installed.
 prepare_browser() {
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || _install chromium ||
+        echo "no chromium, and it could not be installed: the tests of the page will fail; install your distribution's chromium" >&2
+}
+
+# Makes sure that there is a shellcheck for the launch scripts; goes on without.
+prepare_shellcheck() {
+    command -v shellcheck >/dev/null || _install shellcheck ||
+        echo "no shellcheck, and it could not be installed: the launch scripts are checked by bash -n alone" >&2
+}
+
+# A package of the distribution, given apt-get and root.
+_install() {
     local sudo=()
-    if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then
-        return 0
-    fi
     [ "$(id -u)" = 0 ] || sudo=(sudo -n)
-    if command -v apt-get >/dev/null && "${sudo[@]}" true 2>/dev/null; then
-        echo "installing chromium" >&2
-        "${sudo[@]}" apt-get update -qq >&2 && "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >&2 && return 0
-    fi
-    echo "no chromium, and it could not be installed: the tests of the page will fail; install your distribution's chromium" >&2
+    command -v apt-get >/dev/null && "${sudo[@]}" true 2>/dev/null || return 1
+    echo "installing $1" >&2
+    "${sudo[@]}" apt-get update -qq >&2 && "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >&2
 }
 
 _find_python() {

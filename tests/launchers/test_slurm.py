@@ -1,0 +1,93 @@
+"""examples/slurm with a stub in Slurm's place: what each rank is told, which exit codes queue the job again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import stub_slurm
+
+# In the place of Python: writes down what a rank was told, and ends as its rank is asked to.
+RECORDER = """#!/usr/bin/env bash
+printf '%s %s %s %s %s %s %s\\n' "$RANK" "$WORLD_SIZE" "$LOCAL_RANK" "$LOCAL_WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" "$*" >>"$STUB_SLURM/ranks.txt"
+[ "$RANK" != 1 ] || exit "$CODE"
+[ "$HANGING" = 0 ] || exec sleep 60
+sleep 0.2
+exit "$CODE"
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    code: int
+    output: str
+    ranks: list[str]
+    requeued: bool
+
+
+def submit(root: Path, script: str, *arguments: str, code: int = 0, hanging: bool = False, **environment: str) -> Ended:
+    """Be sbatch: run the script with the variables of its header, from `root`, which has a checkout's folders."""
+    (root / "calls.txt").write_text("")
+    (root / "ranks.txt").write_text("")
+    variables = {
+        "STUB_SLURM": str(root), "STUB_SECOND": "0.02", "CODE": str(code), "HANGING": str(int(hanging)), "PATH": f"{root / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "",
+        "SLURM_JOB_ID": "77123", "SLURM_JOB_NODELIST": "first,second", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", f"examples/slurm/{script}.sbatch", *arguments], cwd=root, env={**os.environ, **variables, **environment}, text=True, timeout=60,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, sorted((root / "ranks.txt").read_text().splitlines()), "requeue 77123" in (root / "calls.txt").read_text())
+
+
+@pytest.fixture
+def root(tmp_path: Path, repository: Path) -> Path:
+    for folder in ("examples", "tools"):
+        (tmp_path / folder).symlink_to(repository / folder)
+    stub_slurm.link(tmp_path / "bin")
+    (tmp_path / "bin" / "python").write_text(RECORDER)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("recipe", ["share4v_7b", "share4v_13b"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_every_rank_is_told_its_place_and_the_recipe(root: Path, stage: str, recipe: str) -> None:
+    ended = submit(root, stage, recipe, "train.steps=7")
+    assert ended.code == 0 and not ended.requeued, ended.output
+    port = 20000 + 77123 % 20000
+    places = ["0 4 0 2", "1 4 1 2", "2 4 0 2", "3 4 1 2"]
+    assert ended.ranks == [f"{place} first {port} tools/train.py examples/{recipe}/{stage}.yaml train.steps=7" for place in places]
+
+
+@pytest.mark.parametrize(("code", "minutes", "requeued"), [(75, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)])
+def test_what_is_queued_again(root: Path, code: int, minutes: str, requeued: bool) -> None:
+    """Stopped in order: always. A user's mistake: never. A fault: unless at once. Minutes: what counts as at once; no test here lasts one."""
+    ended = submit(root, "pretrain", "share4v_7b", code=code, MIN_MINUTES=minutes)
+    assert ended.requeued == requeued, ended.output
+    assert requeued or ended.code == code
+    assert f"started 1 times: training ended with exit code {code} after 0 minutes" in ended.output
+
+
+def test_ranks_that_hang_when_one_has_failed_are_ended(root: Path) -> None:
+    ended = submit(root, "pretrain", "share4v_7b", code=1, hanging=True, MIN_MINUTES="0", SLURM_RESTART_COUNT="2")
+    assert ended.requeued and "started 3 times: training ended with exit code 137" in ended.output
+
+
+def test_another_folder_is_refused(root: Path) -> None:
+    ended = submit(root, "pretrain", "share4v_8b")
+    assert ended.code == 2 and "no examples/share4v_8b/pretrain.yaml" in ended.output and not ended.ranks
+
+
+def test_headers_give_the_run_time_to_save(repository: Path) -> None:
+    for stage in ("pretrain", "finetune"):
+        text = (repository / "examples" / "slurm" / f"{stage}.sbatch").read_text()
+        header = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH"))
+        assert header["signal"] == "USR1@300" and "requeue" in header and header["open-mode"] == "append"
+        assert header["ntasks-per-node"] == header["gpus-per-node"], json.dumps(header)
