@@ -2,7 +2,8 @@
 # What pretrain.sbatch and finetune.sbatch do in their allocation: train, and queue the job again while its run is not done.
 #   bash examples/slurm/stage.sh STAGE RECIPE [dotted.key=value ...]
 #
-# Exit code 75: saved and ended in order, because of preemption (SIGTERM), the time limit, or SIGUSR1 before it. The job is queued again, and goes on.
+# Exit code 75: saved and ended in order, because of preemption (SIGTERM), the time limit, or SIGUSR1 before it; 138 and 143: one of these signals came
+# before training had begun. The job is queued again, and goes on.
 # Exit code 2: the configuration, the data or a node cannot be used; it would be so again. Anything else is a fault: queued again, unless the job
 # failed within its first MIN_MINUTES, as it would for ever.
 set -euo pipefail
@@ -20,7 +21,12 @@ code=0
 # The others may end by themselves, with a code that says why, before the last of them are ended.
 srun --kill-on-bad-exit=0 --wait=60 bash examples/slurm/rank.sh tools/train.py "$config" "$@" || code=$?
 echo "job $SLURM_JOB_ID, started $((${SLURM_RESTART_COUNT:-0} + 1)) times: training ended with exit code $code after $((SECONDS / 60)) minutes" >&2
-if [ "$code" = 75 ] || { [ "$code" != 0 ] && [ "$code" != 2 ] && [ "$SECONDS" -ge $((60 * ${MIN_MINUTES:-10})) ]; }; then
+requeue() {
     exec scontrol requeue "$SLURM_JOB_ID"
-fi
+}
+case "$code" in
+    0 | 2) ;;
+    75 | 138 | 143) requeue ;;
+    *) [ "$SECONDS" -lt $((60 * ${MIN_MINUTES:-10})) ] || requeue ;;
+esac
 exit "$code"

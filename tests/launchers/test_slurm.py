@@ -66,7 +66,7 @@ def test_every_rank_is_told_its_place_and_the_recipe(root: Path, stage: str, rec
     assert ended.ranks == [f"{place} first {port} tools/train.py examples/{recipe}/{stage}.yaml train.steps=7" for place in places]
 
 
-@pytest.mark.parametrize(("code", "minutes", "requeued"), [(75, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)])
+@pytest.mark.parametrize(("code", "minutes", "requeued"), [(75, "10", True), (138, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)])
 def test_what_is_queued_again(root: Path, code: int, minutes: str, requeued: bool) -> None:
     """Stopped in order: always. A user's mistake: never. A fault: unless at once. Minutes: what counts as at once; no test here lasts one."""
     ended = submit(root, "pretrain", "share4v_7b", code=code, MIN_MINUTES=minutes)

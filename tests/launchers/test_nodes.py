@@ -1,0 +1,127 @@
+"""Two nodes, each a network namespace with an address of its own and nothing but a cable between them, run the torchrun scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import run_world
+from launching import lines
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+RANKS_PER_NODE, STEPS = 4, 3
+
+
+@dataclass(frozen=True)
+class Node:
+    """A namespace, and the address of its end of the cable."""
+
+    name: str
+    address: str
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
+        """A script of examples/launch on this node."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        settings = {"PATH": path, "VIRTUAL_ENV": str(Path(sys.executable).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.name}
+        command = ["ip", "netns", "exec", self.name, "bash", f"examples/launch/{script}.sh", *arguments]
+        return subprocess.Popen(
+            command, env={**os.environ, **settings, **environment}, cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[Node]]:
+    """Skips where namespaces cannot be made: without root or without iproute2, and in most containers."""
+    prefix = uuid.uuid4().hex[:6]
+    made = [Node(f"s4v{prefix}{number}", address) for number, address in enumerate(ADDRESSES)]
+    try:
+        for node in made:
+            _ip("netns", "add", node.name)
+        _ip("link", "add", made[0].name, "netns", made[0].name, "type", "veth", "peer", "name", made[1].name, "netns", made[1].name)
+        for node in made:
+            _ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", node.name)
+            _ip("-n", node.name, "link", "set", node.name, "up")
+            _ip("-n", node.name, "link", "set", "lo", "up")
+        yield made
+    except (FileNotFoundError, PermissionError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for node in made:
+            subprocess.run(["ip", "netns", "delete", node.name], capture_output=True)
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise PermissionError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("nodes")
+    turns = [{"from": "human", "value": "colours?"}, {"from": "gpt", "value": "red green blue"}]
+    (root / "annotations.json").write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(STEPS * 4)]))
+    train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
+    prepare(PrepareOptions(annotations=root / "annotations.json", images=root, output=root / "data", tokenizer=root / "tokenizer.model", max_text_length=200))
+    content = {
+        "run": {"directory": str(root / "unset"), "seed": 5},
+        "model": {
+            "base": str(repository / "examples" / "models" / "tiny.yaml"),
+            "language": {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 300},
+        },
+        "parallel": {"tensor": 2, "pipeline": 2, "sequence": True},
+        "precision": {"dtype": "fp32"},
+        "ops": "reference",
+        "data": {"train": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 200, "num_workers": 0},
+        "train": {"global_batch_size": 4, "micro_batch_size": 1, "steps": STEPS},
+        "log": {"tensorboard": False, "sample_keys": True},
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(content))
+    return root / "run.yaml"
+
+
+def train_here(config: Path, directory: Path) -> None:
+    """One rank of a node of eight. The world is the harness's."""
+    from megatron_share4v.config.load import load_run
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+    from megatron_share4v.train.build import build
+    from megatron_share4v.train.loop import train
+
+    run = load_run(config, [f"run.directory={directory}"])
+    layout = Layout.for_world(run.parallel, world_size=2 * RANKS_PER_NODE)
+    directory.mkdir(exist_ok=True)
+    with open_mesh(layout, device=Device("cpu"), timeout_s=120) as mesh:
+        train(build(run, mesh=mesh))
+
+
+def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
+    """Tensor 2 x pipeline 2 x data 2, met through the c10d rendezvous: bit for bit the losses and samples of eight ranks on one node."""
+    both, one = config.parent / "both", config.parent / "one"
+    shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": str(RANKS_PER_NODE), "RUN": "test"}
+    processes = [
+        node.start("multi_node_c10d", "tools/train.py", str(config), f"run.directory={both}",
+                   **shared, LOCAL_ADDR=node.address, MEET_HERE=str(node is nodes[0]).lower())
+        for node in nodes
+    ]  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+    run_world(2 * RANKS_PER_NODE, train_here, config, one)
+    names = ("step", "loss", "grad_norm", "consumed_samples", "trained_tokens")
+    ours, theirs = ([[line[name] for name in names] for line in lines(directory / "metrics.jsonl")] for directory in (both, one))
+    assert len(ours) == STEPS and ours == theirs
+    assert lines(both / "samples.jsonl") == lines(one / "samples.jsonl")
+    assert len(list((both / "log").glob("rank*.txt"))) == 2 * RANKS_PER_NODE
