@@ -188,8 +188,8 @@ def _opened(message: bytes) -> object:
 
 def _serve(function: Callable[[object], object], pipe: Connection) -> None:
     """The worker. Threads of their own receive and send, so that neither side ever waits for the other's buffer."""
-    # Some schedulers signal every process of a job. The rank decides when it ends, and its pipe tells.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    # Some schedulers signal every process of a job, and the rank decides what follows. SIGTERM is what multiprocessing itself ends workers with.
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     pipe.send_bytes(_READY)
