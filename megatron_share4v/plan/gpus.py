@@ -30,7 +30,7 @@ GPUS = {
     "gb200": Gpu(name="GB200", bf16=2.5e15, fp8=5e15, memory=186e9, bandwidth=8e12, link=900e9, per_server=4),
     "b300": Gpu(name="B300", bf16=2.25e15, fp8=4.5e15, memory=270e9, bandwidth=8e12, link=900e9, network=100e9),
     "b200": Gpu(name="B200", bf16=2.25e15, fp8=4.5e15, memory=180e9, bandwidth=8e12, link=900e9),
-    "h200": Gpu(name="H200", bf16=989e12, fp8=1979e12, memory=150e9, bandwidth=4.8e12, link=450e9),
+    "h200": Gpu(name="H200", bf16=989e12, fp8=1979e12, memory=149e9, bandwidth=4.8e12, link=450e9),
     "h100": Gpu(name="H100", bf16=989e12, fp8=1979e12, memory=85e9, bandwidth=3.35e12, link=450e9),
     "h800": Gpu(name="H800", bf16=989e12, fp8=1979e12, memory=85e9, bandwidth=3.35e12, link=200e9),
     "h20": Gpu(name="H20", bf16=148e12, fp8=296e12, memory=102e9, bandwidth=4e12, link=450e9),

@@ -11,11 +11,10 @@ from pathlib import Path
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.model.flops import Amounts
 
-# (text positions per sample, longest of a step, share of the text that is trained) where no data set is at hand: captions of ShareGPT4V-PT
-# without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md: half of all positions).
-CAPTIONS, INSTRUCTIONS = (200, 400, 1.0), (294, 1280, 0.55)
+# (text positions per sample, longest of a step, longest of all, share of the text that is trained) where no data set is at hand: captions of
+# ShareGPT4V-PT without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md: half of all positions).
+CAPTIONS, INSTRUCTIONS = (200, 400, 600, 1.0), (294, 1280, 2048, 0.55)
 SPREAD = 1.1  # mean square of the lengths over the square of their mean
-SAMPLED_STEPS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,8 @@ class Workload:
 
     length: int
     """Positions that a sequence takes, padding included: S."""
+    longest: int
+    """The same of the run's longest step, which the memory must hold."""
     positions: float
     """Of these, not padding."""
     squares: float
@@ -62,16 +63,19 @@ def workload_of(config: RunConfig, *, samples: int | None = None, text_length: i
     """
     paths = [config.data.train] if isinstance(config.data.train, str) else [source.path for source in config.data.train]
     if samples is None and text_length is None and longest is None and all((Path(path) / "dataset.json").exists() for path in paths):
-        return _measured(config)
+        from megatron_share4v.plan.measured import measured  # reading data sets takes torch; assuming them does not
+
+        return measured(config)
     return assumed(config, samples=samples, text_length=text_length, longest=longest)
 
 
 def assumed(config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None) -> Workload:
     """One image per sample, and texts as in CAPTIONS or INSTRUCTIONS, by the template."""
-    usual, usual_longest, trained = CAPTIONS if config.data.template == "plain" else INSTRUCTIONS
+    usual, usual_longest, usual_most, trained = CAPTIONS if config.data.template == "plain" else INSTRUCTIONS
     text = usual if text_length is None else text_length
     patches, data = config.model.vision.num_patches, config.data
-    most = max(text, min(longest or round(usual_longest * text / usual), data.max_text_length))
+    of_step = max(text, min(longest or round(usual_longest * text / usual), data.max_text_length))
+    of_run = max(of_step, min(usual_most, data.max_text_length))
     position = patches + text
     squares = SPREAD * position**2
     source = f"assumed: {text} text positions per sample, {trained:.0%} trained, one image"
@@ -82,59 +86,22 @@ def assumed(config: RunConfig, *, samples: int | None = None, text_length: int |
             length=data.pack_length,
             positions=per_pack * position,
             squares=per_pack * squares,
+            longest=data.pack_length,
             padded_squares=per_pack * squares + max(rest, 0.0) ** 2,
             images=per_pack,
             head_rows=per_pack * trained * text,
             sequences=None if samples is None else round(samples / per_pack),
             source=f"{source}, packs 99 % full",
         )
-    length = -(-(patches + most) // data.pad_multiple) * data.pad_multiple
+    length, worst = (-(-(patches + text) // data.pad_multiple) * data.pad_multiple for text in (of_step, of_run))
     return Workload(
         length=length,
+        longest=worst,
         positions=position,
         squares=squares,
         padded_squares=float(length) ** 2,
         images=1.0,
         head_rows=trained * text,
         sequences=samples,
-        source=f"{source}, padded to {length} (the longest of a step)",
-    )
-
-
-def _measured(config: RunConfig) -> Workload:
-    """Means over some steps of the run's own plan."""
-    import numpy as np  # with the data package's own: a plan without data stays light
-
-    from megatron_share4v.data.blend import open_index
-    from megatron_share4v.data.pack import Packing
-    from megatron_share4v.data.plan import Blocks, Plan
-
-    data, train = config.data, config.train
-    plan = Plan(
-        open_index(data.train),
-        order=data.order,
-        group_size=data.group_size,
-        seed=config.run.seed,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        tokens_per_image=config.model.vision.num_patches,
-        pad_multiple=data.pad_multiple,
-        blocks=Blocks(size=data.block_size, window=data.block_window),
-        packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
-    )
-    total = train.total_steps(plan.epoch_items)
-    steps = [plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))]
-    sequences = sum(items.sequences for items in steps)
-    lengths = np.concatenate([items.lengths for items in steps]).astype(float)
-    squares = float((lengths**2).sum()) / sequences
-    length = sum(items.sequence_length * items.sequences for items in steps) / sequences
-    return Workload(
-        length=round(length),
-        positions=float(lengths.sum()) / sequences,
-        squares=squares,
-        padded_squares=squares if data.pack_length else length**2,
-        images=sum(items.images for items in steps) / sequences,
-        head_rows=sum(items.trained_tokens for items in steps) / sequences,
-        sequences=plan.epoch_items,
-        source=f"measured: {len(steps)} of {total} steps of {data.train}",
+        source=f"{source}, padded to {length} (the longest of a step; {worst} in the longest step)",
     )

@@ -1,0 +1,110 @@
+"""One run on one layout, as values: what is predicted. Making one is making the trainer's own checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.model.flops import Amounts, Execution, Parts, parts
+from megatron_share4v.model.stages import layers_per_stage
+from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.plan.gpus import Gpu
+from megatron_share4v.plan.memory import Chunk, Kept
+from megatron_share4v.plan.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What no configuration says. Shares are of the GPU's data sheet (gpus.py)."""
+
+    matrices: float = 0.62
+    """Of the peak, in products with weights. A large one alone was measured at 0.80 of an H200's; in a step they are smaller and share the power.
+    With this value a text model of 8 B comes to the 47 % MFU that Megatron-LM publishes for H100."""
+    attention: float = 0.35
+    """Of the peak, in attention kernels."""
+    memory: float = 0.80
+    """Of the memory's bandwidth, in everything between the products."""
+    links: float = 0.75
+    """Of a link, in collectives."""
+    collective_s: float = 15e-6
+    """What a collective takes beside its bytes."""
+    layer_s: float = 1e-4
+    """What the forward pass of a layer takes at least, as the host must launch its kernels; twice that backward."""
+    step_s: float = 0.02
+    """Of each step, for reading the loss, the norm and the clock."""
+    reserve: float = 3e9
+    """Bytes of CUDA, NCCL and cuBLAS."""
+    fragments: float = 0.05
+    """Of what is allocated, lost between allocations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A configuration whose `parallel` and `train` have been put at a world of some size."""
+
+    config: RunConfig
+    layout: Layout
+    micro_batches: int
+    """Of each data-parallel rank in a step."""
+    workload: Workload
+    gpu: Gpu
+    assumptions: Assumptions = field(default_factory=Assumptions)
+
+    @classmethod
+    def of(cls, config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions = Assumptions()) -> Case:
+        """Raises ConfigError, as the trainer does, when world size or batch do not divide."""
+        layout = Layout.for_world(config.parallel, world_size=world_size)
+        train = config.train
+        count = layout.check_micro_batches(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
+        return cls(config=config, layout=layout, micro_batches=count, workload=workload, gpu=gpu, assumptions=assumptions)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Decoder layers of each stage."""
+        return layers_per_stage(self.config.model, self.config.parallel)
+
+    def chunk(self, stage: int) -> Chunk:
+        """What a stage holds."""
+        return Chunk(layers=self.counts[stage], first=stage == 0, last=stage == len(self.counts) - 1)
+
+    def stages(self, rank: int) -> range:
+        """Of a pipeline rank."""
+        return range(rank, len(self.counts), self.layout.pipeline)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """How ranks hold things."""
+        config = self.config
+        return Kept(
+            tensor=self.layout.tensor,
+            sequence=config.parallel.sequence,
+            element=2 if config.precision.dtype == "bf16" else 4,
+            native=config.ops != "reference",
+        )
+
+    @cached_property
+    def work(self) -> Parts:
+        """FLOPs of a micro-batch."""
+        return parts(self.config.model, self.micro_batch, self.execution)
+
+    @cached_property
+    def micro_batch(self) -> Amounts:
+        """What a micro-batch is made of on average, padding included."""
+        return self.workload.done(self.config.train.micro_batch_size)
+
+    @property
+    def largest_micro_batch(self) -> Amounts:
+        """Of the longest step."""
+        count, usual = self.config.train.micro_batch_size, self.workload
+        return Amounts(
+            positions=usual.longest * count,
+            squares=float(usual.longest) ** 2 * count,
+            images=usual.images * count,
+            head_rows=usual.head_rows * count * usual.longest / usual.length,
+        )
+
+    @property
+    def execution(self) -> Execution:
+        """What the machine computes twice."""
+        return Execution(fused_head=self.kept.native)

@@ -1,0 +1,157 @@
+"""Seconds and bytes of the pieces of a step, from shapes, a GPU's data sheet and stated assumptions. Collectives are counted as rings.
+
+n positions of a micro-batch, W width of the language model, T tensor ranks; a ring over k ranks sends (k - 1) / k of what it gathers or scatters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_share4v.model.flops import Work, trained_blocks
+from megatron_share4v.plan.case import Case
+from megatron_share4v.plan.memory import Chunk, tensors
+from megatron_share4v.plan.schedule import Kind
+
+FP32_SHARE = 1 / 15  # of the BF16 peak: plain fp32 products use no tensor cores (H100: 67 of 989 TFLOP/s)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in one step, by axis; of the pipeline rank that sends most."""
+
+    tensor: float
+    pipeline: float
+    data: float
+
+
+def ring(ranks: int) -> float:
+    """Share that each rank sends."""
+    return (ranks - 1) / ranks
+
+
+def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
+    """One pass of one micro-batch through a stage, its tensor-parallel messages included."""
+    chunk, of = case.chunk(stage), case.work
+    assumed, forward = case.assumptions, kind == "forward"
+    layers = _work_seconds(case, of.layer, forward) + _layer_bytes(case, forward) / _bandwidth(case)
+    seconds = chunk.layers * max(layers, assumed.layer_s * (1 if forward else 2))
+    if chunk.first:
+        tower = _work_seconds(case, of.tower + of.projector, forward) + _tower_bytes(case, forward) / _bandwidth(case)
+        blocks = case.config.model.vision.num_built_layers if forward else trained_blocks(case.config.model)
+        seconds += max(tower, blocks * assumed.layer_s * (1 if forward else 2)) if case.workload.images else 0.0
+    if chunk.last:
+        seconds += _work_seconds(case, of.head, forward)
+    if not forward:  # each micro-batch adds its gradients, made in the weights' type, to the fp32 buffer
+        seconds += _trained(case, chunk) * (2 * case.kept.element + 8) / _bandwidth(case)
+    sent, calls = tensor_bytes(case, chunk, forward)
+    return seconds + sent / (_tensor_link(case) * assumed.links) + calls * assumed.collective_s
+
+
+def _bandwidth(case: Case) -> float:
+    return case.gpu.bandwidth * case.assumptions.memory
+
+
+def _work_seconds(case: Case, work: Work, forward: bool) -> float:
+    """Products at their share of the peak, which narrow matrices lower."""
+    peak = case.gpu.bf16 * (1.0 if case.kept.element == 2 else FP32_SHARE)
+    narrowest = min(case.config.model.language.hidden_size / case.layout.tensor, case.micro_batch.positions)
+    matrices = peak * case.assumptions.matrices * narrowest / (narrowest + 64)
+    products, attention = (work.forward, work.attention_forward) if forward else (work.backward, work.attention_backward)
+    return (products / matrices + attention / (peak * case.assumptions.attention)) / case.layout.tensor
+
+
+def _layer_bytes(case: Case, forward: bool) -> float:
+    """Read and written between the products of a decoder layer: two norms, two residual sums, rotation, SwiGLU; twice as much backward."""
+    language, kept = case.config.model.language, case.kept
+    n = case.micro_batch.positions
+    rows = n / (kept.tensor if kept.sequence else 1)
+    grouped = language.num_key_value_heads * language.hidden_size // language.num_attention_heads
+    values = 10 * rows * language.hidden_size + n / kept.tensor * (2 * (language.hidden_size + grouped) + 3 * language.intermediate_size)
+    return kept.element * values * (1 if forward else 2)
+
+
+def _tower_bytes(case: Case, forward: bool) -> float:
+    vision, kept = case.config.model.vision, case.kept
+    tokens = case.micro_batch.images * (vision.num_patches + 1)
+    values = tokens * (10 * vision.hidden_size + 2 * vision.intermediate_size / kept.tensor)
+    return kept.element * values * (vision.num_built_layers if forward else 2 * trained_blocks(case.config.model))
+
+
+def _trained(case: Case, chunk: Chunk) -> int:
+    return sum(elements * count * trains for elements, count, trains in tensors(case.config.model, chunk, tensor=case.layout.tensor))
+
+
+def _tensor_link(case: Case) -> float:
+    return case.gpu.link if case.layout.tensor <= case.gpu.per_server else case.gpu.network
+
+
+def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
+    """(bytes that a rank sends, collectives) of one pass: two all-reduces per layer, or as many gathers and scatters under sequence parallelism."""
+    model, kept, amounts = case.config.model, case.kept, case.micro_batch
+    if kept.tensor == 1:
+        return 0.0, 0
+    language, share = model.language, ring(kept.tensor) * kept.element
+    whole = amounts.positions * language.hidden_size * share
+    again = kept.sequence and not forward and model.trainable.language  # the inputs of two matrices are gathered once more for their gradients
+    sent, calls = chunk.layers * whole * (6 if again else 4), chunk.layers * (6 if again else 4 if kept.sequence else 2)
+    if chunk.first:
+        blocks = model.vision.num_built_layers if forward else trained_blocks(model)
+        sent += blocks * 4 * amounts.images * (model.vision.num_patches + 1) * model.vision.hidden_size * share
+        sent += (2 * whole + 2 * amounts.images * model.vision.num_patches * language.hidden_size * share) * forward
+        calls += 2 * blocks + 2 * forward
+    if chunk.last:
+        sent += whole * forward * kept.sequence + 2 * amounts.head_rows * language.hidden_size * ring(kept.tensor) * 4 * (not forward)
+        calls += 3
+    return sent, calls
+
+
+def message_bytes(case: Case) -> float:
+    """Of one micro-batch from a stage to the next."""
+    rows = case.micro_batch.positions / (case.layout.tensor if case.kept.sequence else 1)
+    return rows * case.config.model.language.hidden_size * case.kept.element
+
+
+def message_seconds(case: Case) -> float:
+    """Of one micro-batch from a stage to the next. Neighbouring stages are tensor x context x data ranks apart."""
+    if case.layout.pipeline == 1:
+        return 0.0
+    link = case.gpu.link if case.layout.world_size <= case.gpu.per_server else case.gpu.network
+    return message_bytes(case) / (link * case.assumptions.links) + case.assumptions.collective_s
+
+
+def data_bytes(case: Case, trained: float) -> tuple[float, float]:
+    """(to reduce gradients, to gather weights) that a rank with so many trained weights sends in a step."""
+    share, sharded = ring(case.layout.data), case.config.parallel.distributed_optimizer
+    return trained * 4 * share * (1 if sharded else 2), trained * case.kept.element * share * sharded
+
+
+def data_link(case: Case) -> float:
+    """Of one rank in its data group. A ring enters and leaves a server through as many ports as the group has ranks there."""
+    per_server = max(1, case.gpu.per_server // (case.layout.tensor * case.layout.context))
+    if case.layout.data <= per_server:
+        return case.gpu.link
+    return min(case.gpu.link, case.gpu.network * per_server)
+
+
+def update_seconds(case: Case, trained: float) -> float:
+    """Clearing gradients, their norm, and AdamW: gradient, fp32 weight and two moments read, three of them and the weight written."""
+    mine = trained / (case.layout.data if case.config.parallel.distributed_optimizer else 1)
+    return (4 * trained + mine * (4 + 16 + 12 + case.kept.element)) / _bandwidth(case)
+
+
+def trained_weights(case: Case, rank: int) -> int:
+    """On a pipeline rank."""
+    return sum(_trained(case, case.chunk(stage)) for stage in case.stages(rank))
+
+
+def traffic(case: Case) -> Traffic:
+    """By axis, of the pipeline rank that sends most."""
+    ranks = range(case.layout.pipeline)
+    tensor = max(sum(tensor_bytes(case, case.chunk(stage), forward)[0] for stage in case.stages(rank) for forward in (True, False)) for rank in ranks)
+    stages = len(case.counts)
+    sends = max(sum((stage < stages - 1) + (stage > 0) for stage in case.stages(rank)) for rank in ranks)
+    return Traffic(
+        tensor=tensor * case.micro_batches,
+        pipeline=sends * message_bytes(case) * case.micro_batches if stages > 1 else 0.0,
+        data=max(sum(data_bytes(case, trained_weights(case, rank))) for rank in ranks),
+    )

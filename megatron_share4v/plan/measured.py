@@ -1,0 +1,54 @@
+"""The workload of a run whose prepared data lies here, by its own plan of the steps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.data.blend import open_index
+from megatron_share4v.data.pack import Packing
+from megatron_share4v.data.plan import Blocks, Plan
+from megatron_share4v.plan.workload import Workload
+
+SAMPLED_STEPS = 40
+
+
+def measured(config: RunConfig) -> Workload:
+    """Means over some steps of the run's own plan."""
+    data, train = config.data, config.train
+    plan = Plan(
+        open_index(data.train),
+        order=data.order,
+        group_size=data.group_size,
+        seed=config.run.seed,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        tokens_per_image=config.model.vision.num_patches,
+        pad_multiple=data.pad_multiple,
+        blocks=Blocks(size=data.block_size, window=data.block_window),
+        packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
+    )
+    total = train.total_steps(plan.epoch_items)
+    steps = [plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))]
+    sequences = sum(items.sequences for items in steps)
+    lengths = np.concatenate([items.lengths for items in steps]).astype(float)
+    squares = float((lengths**2).sum()) / sequences
+    length = sum(items.sequence_length * items.sequences for items in steps) / sequences
+    return Workload(
+        length=round(length),
+        longest=max(items.sequence_length for items in steps) if data.pack_length else _longest(plan),
+        positions=float(lengths.sum()) / sequences,
+        squares=squares,
+        padded_squares=squares if data.pack_length else length**2,
+        images=sum(items.images for items in steps) / sequences,
+        head_rows=sum(items.trained_tokens for items in steps) / sequences,
+        sequences=plan.epoch_items,
+        source=f"measured: {len(steps)} of {total} steps of {data.train}",
+    )
+
+
+def _longest(plan: Plan) -> int:
+    """Positions of the longest sample, rounded up as a step that has it would be."""
+    rows = plan.index.rows
+    positions = int((rows["n_tok"].astype(int) + rows["n_img"].astype(int) * (plan.tokens_per_image - 1)).max())
+    return -(-positions // plan.pad_multiple) * plan.pad_multiple

@@ -1,0 +1,161 @@
+"""What a case comes to: time of a step, where it goes, memory of each rank, utilisation, hours; and whether it can run at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_share4v.model.flops import hardware_flops, model_flops
+from megatron_share4v.plan.case import Case
+from megatron_share4v.plan.cost import Traffic, data_bytes, data_link, message_seconds, stage_seconds, traffic, trained_weights, update_seconds
+from megatron_share4v.plan.memory import Memory, activations, held, logits, workspace
+from megatron_share4v.plan.schedule import Timed, most_in_flight, simulate
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted, not measured."""
+
+    case: Case
+
+    @cached_property
+    def memory(self) -> list[Memory]:
+        """Of each pipeline rank."""
+        return [rank_memory(self.case, rank) for rank in range(self.case.layout.pipeline)]
+
+    @property
+    def needed(self) -> float:
+        """Bytes of the fullest rank, with what no class counts."""
+        assumed = self.case.assumptions
+        return max(memory.total for memory in self.memory) * (1 + assumed.fragments) + assumed.reserve
+
+    @cached_property
+    def stages(self) -> list[tuple[float, float]]:
+        """Seconds of a micro-batch's forward and backward pass through each stage."""
+        return [(stage_seconds(self.case, stage, "forward"), stage_seconds(self.case, stage, "backward")) for stage in range(len(self.case.counts))]
+
+    @cached_property
+    def loads(self) -> list[float]:
+        """Seconds that each pipeline rank works on one micro-batch."""
+        return [sum(sum(self.stages[stage]) for stage in self.case.stages(rank)) for rank in range(self.case.layout.pipeline)]
+
+    @property
+    def imbalance(self) -> float:
+        """The slowest pipeline rank over the mean, less one."""
+        return max(self.loads) * len(self.loads) / sum(self.loads) - 1
+
+    @cached_property
+    def timeline(self) -> list[list[Timed]]:
+        """Of the pipeline, without what follows it."""
+        layout = self.case.layout
+        took = {"forward": 0, "backward": 1}
+        return simulate(
+            lambda stage, kind: self.stages[stage][took[kind]],
+            pipeline=layout.pipeline,
+            virtual=layout.virtual,
+            micro_batches=self.case.micro_batches,
+            message=message_seconds(self.case),
+        )
+
+    @cached_property
+    def pipeline_s(self) -> float:
+        """From the first forward pass to the last backward pass."""
+        return max(row[-1].end for row in self.timeline)
+
+    @property
+    def least_pipeline_s(self) -> float:
+        """What no schedule is faster than: the slowest rank's work, and the way of one micro-batch to it and back through the first stages."""
+        slowest = max(range(len(self.loads)), key=lambda rank: self.loads[rank])
+        return self.loads[slowest] * self.case.micro_batches + sum(sum(times) for times in self.stages[:slowest])
+
+    @property
+    def bubble(self) -> float:
+        """Share of the pipeline's time in which ranks wait for each other, the unevenness of stages included."""
+        return max(0.0, 1 - sum(self.loads) * self.case.micro_batches / (self.pipeline_s * len(self.loads)))
+
+    @cached_property
+    def after_s(self) -> float:
+        """Exposed data-parallel messages and the update, after the pipeline, on the slowest rank."""
+        return max(self._after(rank) for rank in range(self.case.layout.pipeline))
+
+    def _after(self, rank: int) -> float:
+        case, trained = self.case, trained_weights(self.case, rank)
+        reduce, gather = (size / (data_link(case) * case.assumptions.links) for size in data_bytes(case, trained))
+        if case.config.parallel.overlap_grad_reduce:  # hidden behind the last micro-batch's backward pass, but for its last bucket
+            behind = 0.9 * sum(self.stages[stage][1] for stage in case.stages(rank))
+            reduce = max(0.1 * reduce, reduce - behind)
+        return reduce + gather + update_seconds(case, trained)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return self.pipeline_s + self.after_s + self.case.assumptions.step_s
+
+    @property
+    def least_step_s(self) -> float:
+        """As `step_s`, without simulating the schedule: never more than that."""
+        return self.least_pipeline_s + self.after_s + self.case.assumptions.step_s
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes by axis."""
+        return traffic(self.case)
+
+    @property
+    def model_tflops(self) -> float:
+        """Per second and GPU, without padding."""
+        case = self.case
+        flops = model_flops(case.config.model, case.workload.real(case.config.train.global_batch_size))
+        return flops / self.step_s / case.layout.world_size / 1e12
+
+    @property
+    def mfu(self) -> float:
+        """Of the BF16 peak."""
+        return self.model_tflops * 1e12 / self.case.gpu.bf16
+
+    @property
+    def hfu(self) -> float:
+        """With padding and what is computed twice."""
+        case = self.case
+        flops = hardware_flops(case.config.model, case.workload.done(case.config.train.global_batch_size), case.execution)
+        return flops / self.step_s / case.layout.world_size / case.gpu.bf16
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        """Positions that are not padding."""
+        case = self.case
+        return case.workload.positions * case.config.train.global_batch_size / self.step_s / case.layout.world_size
+
+    @property
+    def steps(self) -> int | None:
+        """Of the whole run; None where the number of samples is not known."""
+        train, sequences = self.case.config.train, self.case.workload.sequences
+        return train.total_steps(sequences) if sequences else train.steps
+
+    @property
+    def hours(self) -> float | None:
+        """Of the whole run, without validation, checkpoints and restarts."""
+        return None if self.steps is None else self.steps * self.step_s / 3600
+
+    def refusals(self) -> Iterator[str]:
+        """Why it cannot run on this GPU."""
+        case = self.case
+        if self.needed > case.gpu.memory:
+            fullest = max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
+            parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(self.memory[fullest]).items())
+            yield f"does not fit: pipeline rank {fullest} needs {self.needed / 1e9:.1f} GB of {case.gpu.name}'s {case.gpu.memory / 1e9:.0f} ({parts})"
+
+
+def rank_memory(case: Case, rank: int) -> Memory:
+    """Classes of one pipeline rank, in the run's longest step."""
+    model, layout, kept = case.config.model, case.layout, case.kept
+    chunks, amounts = [case.chunk(stage) for stage in case.stages(rank)], case.largest_micro_batch
+    sequences = case.config.train.micro_batch_size
+    each = [activations(model, chunk, amounts, kept, sequences=sequences) for chunk in chunks]
+    still = held(model, chunks, kept, data=layout.data, sharded=case.config.parallel.distributed_optimizer)
+    return still + Memory(
+        activations=most_in_flight(each, rank=rank, pipeline=layout.pipeline, micro_batches=case.micro_batches),
+        logits=logits(model, amounts.head_rows, kept) if chunks[-1].last else 0.0,
+        workspace=workspace(model, chunks, amounts, kept),
+    )

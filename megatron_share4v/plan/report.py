@@ -1,0 +1,141 @@
+"""A prediction as text for people, as JSON for programs. Pictures are in picture.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_share4v.plan.memory import tensors
+from megatron_share4v.plan.predict import Prediction
+from megatron_share4v.plan.search import Found
+
+PREDICTED = "predicted, not measured"
+CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
+
+
+def text(asked: Prediction | None, refusals: Sequence[str], found: Found, *, title: str) -> str:
+    """The whole report; `asked` is the layout of the configuration, None where it cannot be built, for the reasons in `refusals`."""
+    lines = [f"{title}: {PREDICTED}", ""]
+    lines += [f"refused: {reason}" for reason in refusals]
+    if asked is not None:
+        lines += ["", *_asked(asked)]
+    lines += ["", *ranking(found)]
+    first = asked or next(iter(found.best), None)
+    if first is not None:
+        lines += ["", *_assumptions(first)]
+    return "\n".join(lines) + "\n"
+
+
+def _asked(plan: Prediction) -> Iterator[str]:
+    case = plan.case
+    train, traffic = case.config.train, plan.traffic
+    weights = [entry for stage in range(len(case.counts)) for entry in tensors(case.config.model, case.chunk(stage), tensor=1)]
+    total, trained = (sum(elements * count * (trains or everything) for elements, count, trains in weights) for everything in (True, False))
+    yield f"model     {total / 1e6:,.0f} M weights, of which {trained / 1e6:,.0f} M train, {case.config.precision.dtype}"
+    yield f"workload  {case.workload.source}"
+    sequence = ", sequence parallel" if case.config.parallel.sequence else ""
+    yield f"layout    {case.layout}{sequence}; micro-batches of {train.micro_batch_size}, {case.micro_batches} per rank and step"
+    yield ""
+    yield f"{'rank':>4} {'layers':<12}" + "".join(f"{name:>12}" for name in CLASSES) + f"{'sum, GB':>10}{'fwd, ms':>9}{'bwd, ms':>9}"
+    for rank, memory in enumerate(plan.memory):
+        sizes = "".join(f"{getattr(memory, name) / 1e9:>12.2f}" for name in CLASSES)
+        forward, backward = (1000 * sum(plan.stages[stage][kind] for stage in case.stages(rank)) for kind in (0, 1))
+        yield f"{rank:>4} {_contents(plan, rank):<12}{sizes}{memory.total / 1e9:>10.1f}{forward:>9.1f}{backward:>9.1f}"
+    yield f"     with {case.assumptions.fragments:.0%} of fragments and a reserve: {plan.needed / 1e9:.1f} GB of {case.gpu.memory / 1e9:.0f} on the fullest rank"
+    yield ""
+    yield (
+        f"step      {plan.step_s:.3f} s: pipeline {plan.pipeline_s:.3f} (bubble {plan.bubble:.1%}, slowest rank {plan.imbalance:.1%} over the mean), "
+        f"gradients and update {plan.after_s:.3f}"
+    )
+    yield f"messages  per rank and step: tensor {traffic.tensor / 1e9:.2f} GB, pipeline {traffic.pipeline / 1e9:.2f} GB, data {traffic.data / 1e9:.2f} GB"
+    yield f"speed     {plan.tokens_per_s_per_gpu:,.0f} tokens/s, {plan.model_tflops:.0f} model TFLOP/s per GPU; MFU {plan.mfu:.1%}, hardware {plan.hfu:.1%}"
+    yield f"run       {duration(plan)}"
+
+
+def _contents(plan: Prediction, rank: int) -> str:
+    """Decoder layers of a rank's chunks, and the ends: T tower, projector and embedding, H head."""
+    chunks = [plan.case.chunk(stage) for stage in plan.case.stages(rank)]
+    return "+".join(f"{'T' * chunk.first}{chunk.layers}{'H' * chunk.last}" for chunk in chunks)
+
+
+def duration(plan: Prediction) -> str:
+    """Hours and GPU-hours, where the number of samples is known."""
+    if plan.hours is None:
+        return "hours are not known without the number of samples: give --samples, or the prepared data set"
+    gpus = plan.case.layout.world_size
+    return f"{plan.steps:,} steps, {plan.hours:.1f} h, {plan.hours * gpus:,.0f} GPU-hours, without validation, checkpoints and restarts"
+
+
+def ranking(found: Found) -> Iterator[str]:
+    """The best layouts, and counted reasons against the others."""
+    yield f"fastest of {found.tried} layouts that were tried:"
+    if found.best:
+        yield f"{'tensor':>7}{'pipeline':>9}{'virtual':>8}{'data':>6}{'micro':>6}{'step, s':>9}{'MFU':>7}{'bubble':>8}{'GB':>7}{'hours':>7}{'GPU-h':>8}"
+    for plan in found.best:
+        layout, hours = plan.case.layout, plan.hours
+        time = f"{hours:>7.1f}{hours * layout.world_size:>8,.0f}" if hours is not None else f"{'-':>7}{'-':>8}"
+        yield (
+            f"{layout.tensor:>7}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}{plan.case.config.train.micro_batch_size:>6}"
+            f"{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}{plan.needed / 1e9:>7.1f}{time}"
+        )
+    for reason, count in found.refused.most_common():
+        yield f"{count:>7} refused: {reason}"
+
+
+def _assumptions(plan: Prediction) -> Iterator[str]:
+    case, gpu, assumed = plan.case, plan.case.gpu, plan.case.assumptions
+    yield (
+        f"assumed: {gpu.name} with {gpu.bf16 / 1e12:.0f} TFLOP/s in BF16, {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.link / 1e9:.0f} GB/s between "
+        f"{gpu.per_server} GPUs of a server, {gpu.network / 1e9:.0f} GB/s each to other servers;"
+    )
+    yield (
+        f"  of these {assumed.matrices:.0%} in products with wide matrices, {assumed.attention:.0%} in attention, {assumed.memory:.0%} of the memory's "
+        f"bandwidth, {assumed.links:.0%} of the links;"
+    )
+    yield f"  {assumed.collective_s * 1e6:.0f} us per collective, {assumed.layer_s * 1e6:.0f} us per layer at least, {assumed.step_s * 1e3:.0f} ms per step."
+    hidden = "hidden behind the last backward pass" if case.config.parallel.overlap_grad_reduce else "not hidden (parallel.overlap_grad_reduce is off)"
+    yield f"  Tensor-parallel messages are not hidden; the reduction of gradients is {hidden}; data is never waited for."
+
+
+def record(plan: Prediction) -> dict[str, Any]:
+    """Everything that is predicted for one layout, as plain values; bytes and seconds."""
+    case = plan.case
+    return {
+        "layout": asdict(case.layout) | {"sequence": case.config.parallel.sequence, "micro_batch_size": case.config.train.micro_batch_size},
+        "micro_batches": case.micro_batches,
+        "layers_per_stage": list(case.counts),
+        "memory": [vars(memory) for memory in plan.memory],
+        "needed_bytes": plan.needed,
+        "stage_seconds": [{"forward": forward, "backward": backward} for forward, backward in plan.stages],
+        "step_s": plan.step_s,
+        "pipeline_s": plan.pipeline_s,
+        "after_pipeline_s": plan.after_s,
+        "bubble": plan.bubble,
+        "imbalance": plan.imbalance,
+        "traffic_bytes": vars(plan.traffic),
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
+        "model_tflops_per_s_per_gpu": plan.model_tflops,
+        "mfu": plan.mfu,
+        "hfu": plan.hfu,
+        "steps": plan.steps,
+        "hours": plan.hours,
+        "gpu_hours": None if plan.hours is None else plan.hours * case.layout.world_size,
+    }
+
+
+def as_json(asked: Prediction | None, refusals: Sequence[str], found: Found, *, title: str) -> dict[str, Any]:
+    """The whole report as plain values."""
+    first = asked or next(iter(found.best), None)
+    return {
+        "title": title,
+        "status": PREDICTED,
+        "refusals": list(refusals),
+        "asked": None if asked is None else record(asked),
+        "best": [record(plan) for plan in found.best],
+        "refused": dict(found.refused),
+        "tried": found.tried,
+        "gpu": None if first is None else asdict(first.case.gpu),
+        "assumptions": None if first is None else asdict(first.case.assumptions),
+        "workload": None if first is None else asdict(first.case.workload),
+    }

@@ -1,0 +1,179 @@
+"""docs/scaling.md and its pictures: the planner's answers for the published recipes at several sizes, as tables that a test can ask for again."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_share4v.config.load import load_run
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.plan.case import Assumptions
+from megatron_share4v.plan.gpus import GPUS
+from megatron_share4v.plan.picture import picture
+from megatron_share4v.plan.predict import Prediction
+from megatron_share4v.plan.report import PREDICTED
+from megatron_share4v.plan.search import Found, search
+from megatron_share4v.plan.workload import workload_of
+
+SAMPLES = {"pretrain": 1_246_000, "finetune": 665_298}
+STAGES = {"pretrain": "stage 1", "finetune": "stage 2"}
+MODELS, SIZES, LARGEST = ("share4v_7b", "share4v_13b"), (8, 16, 64, 1024), 16_384
+TOKENS = ("loss.normalize=tokens",)
+PACKED = (*TOKENS, "data.pack_length=4096", "data.order=random", "train.micro_batch_size=1")
+PACKS = {"pretrain": 48, "finetune": 24}  # per step: about as many samples as the recipe's global batch
+HEADER = (
+    "| model | stage | GPUs | tensor | pipeline | virtual | data | micro-batch | step, s | tokens/s/GPU | MFU | hardware | bubble | GB | hours | GPU-hours |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row: a recipe at a size."""
+
+    model: str
+    stage: str
+    gpus: int
+    gpu: str = "h200"
+    overrides: tuple[str, ...] = ()
+
+    def config(self, root: Path) -> RunConfig:
+        """The recipe under `root`/examples, changed."""
+        return load_run(root / "examples" / self.model / f"{self.stage}.yaml", self.overrides)
+
+
+def ask(question: Question, root: Path, *, config: RunConfig | None = None, keep: int = 1) -> Found:
+    """The best layouts for it."""
+    config = config or question.config(root)
+    workload = workload_of(config, samples=SAMPLES[question.stage])
+    return search(config, world_size=question.gpus, workload=workload, gpu=GPUS[question.gpu], assumptions=Assumptions(), keep=keep)
+
+
+def row(question: Question, root: Path) -> str:
+    """One line of a table; why there is none, where nothing runs."""
+    found = ask(question, root)
+    head = f"| {question.model.removeprefix('share4v_').upper()} | {STAGES[question.stage]} | {question.gpus:,} |"
+    if not found.best:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in found.refused.most_common(2))
+        return f"{head} none of {found.tried} runs: {reasons} |{' |' * 12}"
+    [plan] = found.best
+    layout, train = plan.case.layout, plan.case.config.train
+    return (
+        f"{head} {layout.tensor} | {layout.pipeline} | {layout.virtual} | {layout.data} | {train.micro_batch_size} | {plan.step_s:.2f} | "
+        f"{plan.tokens_per_s_per_gpu:,.0f} | {plan.mfu:.1%} | {plan.hfu:.1%} | {plan.bubble:.1%} | {plan.needed / 1e9:.0f} | {plan.hours:.1f} | "
+        f"{plan.hours * layout.world_size:,.0f} |"
+    )
+
+
+def table(questions: Sequence[Question], root: Path) -> str:
+    """Markdown."""
+    return "\n".join([HEADER, *(row(question, root) for question in questions)])
+
+
+def everything(overrides: tuple[str, ...] = ()) -> list[Question]:
+    """All recipes at all sizes."""
+    return [Question(model, stage, gpus, overrides=overrides) for model in MODELS for stage in STAGES for gpus in SIZES]
+
+
+def packed() -> list[Question]:
+    """Packs of 4,096 positions on 8 GPUs."""
+    return [
+        Question(model, stage, 8, overrides=(*PACKED, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES
+    ]
+
+
+def breaking(root: Path) -> Iterator[str]:
+    """What stands in the way of 16,384 GPUs, in the order in which one meets it."""
+    question = Question("share4v_7b", "pretrain", LARGEST)
+    config = question.config(root)
+    train, layers = config.train, config.model.language.num_layers
+    replica = GPUS[question.gpu].per_server * layers
+    widest = train.global_batch_size // train.micro_batch_size
+    nothing = ask(question, root)
+    yield (
+        f"1. **The global batch.** {train.global_batch_size} samples in micro-batches of {train.micro_batch_size}, which the official averaging makes part of the "
+        f"recipe, are work for {widest} data-parallel ranks. A replica has at most 8 x {layers} = {replica} GPUs (tensor inside a server, one layer per "
+        f"stage), so {widest * replica:,} GPUs can have work at all: of {nothing.tried} layouts of {LARGEST:,}, {len(nothing.best)} run."
+    )
+    [free] = ask(replace(question, overrides=TOKENS), root).best
+    layout = free.case.layout
+    yield (
+        f"2. **Then the work per GPU.** With `loss.normalize: tokens` the micro-batch may shrink to 1: the best layout (tensor {layout.tensor}, pipeline "
+        f"{layout.pipeline}, data {layout.data}) takes {free.step_s:.3f} s per step at {free.mfu:.1%} MFU, "
+        f"{free.hours * LARGEST:,.0f} GPU-hours for what 8 GPUs do in {ask(replace(question, gpus=8), root).best[0].hours * 8:.0f}. A layer's kernels take less time "
+        "than launching them, and the first stage, which alone has the tower, holds up the others."
+    )
+    batch, plan = train.global_batch_size, free
+    while plan.mfu < 0.3:
+        batch *= 2
+        grown = replace(question, overrides=(*TOKENS, f"train.global_batch_size={batch}"))
+        plan = ask(grown, root).best[0]
+    yield (
+        f"3. **What would carry it** is a larger global batch: 30 % MFU needs about {batch:,} samples per step (tensor {plan.case.layout.tensor}, pipeline "
+        f"{plan.case.layout.pipeline}, data {plan.case.layout.data}), {math.ceil(SAMPLES['pretrain'] / batch)} steps for all of stage 1: another recipe, not a "
+        "faster one. Larger models and data sets get there; this one does not want more than some hundred GPUs."
+    )
+    yield (
+        f"4. **Not predicted here, and sure to come**: {layout.data}-wide reductions over a network shared with others, a checkpoint written by {LARGEST:,} "
+        "ranks at once, a node lost every few hours (goodput.png shows what that costs), and one slow GPU that all others wait for."
+    )
+
+
+def draw(root: Path, pictures: Path) -> None:
+    """PNGs of less than 60 kB each."""
+    for name, question in (
+        ("plan_7b_8", Question("share4v_7b", "pretrain", 8)),
+        ("plan_7b_64", Question("share4v_7b", "pretrain", 64, overrides=TOKENS)),
+        ("plan_13b_64", Question("share4v_13b", "pretrain", 64, overrides=TOKENS)),
+    ):
+        found = ask(question, root, keep=20).best
+        shown = found[0] if name == "plan_7b_8" else next(plan for plan in found if plan.case.layout.pipeline > 1)
+        picture(shown, title=f"{question.model}, {STAGES[question.stage]}, {question.gpus} x H200: {shown.case.layout}").save(pictures / f"{name}.png")
+    overview({question: found[0] for question in everything(TOKENS) if (found := ask(question, root).best)}).save(pictures / "scaling.png")
+
+
+def overview(plans: dict[Question, Prediction]) -> Canvas:
+    """MFU of every recipe at every size, as groups of bars."""
+    canvas, left, floor, high = Canvas(1000, 330), 60, 250, 190
+    canvas.text(left, 12, f"MFU of the best layout on H200, any micro-batch size ({PREDICTED})", size=16)
+    for part in range(6):
+        y = floor - high * part / 5
+        canvas.line(left, y, 980, y, fill=FAINT)
+        canvas.text(left - 8, y - 7, f"{part * 10} %", size=11, align="right")
+    recipes = [(model, stage) for model in MODELS for stage in STAGES]
+    for group, gpus in enumerate(SIZES):
+        for number, (model, stage) in enumerate(recipes):
+            plan = plans.get(Question(model, stage, gpus, overrides=TOKENS))
+            if plan is not None:
+                x = left + 24 + group * 230 + number * 44
+                canvas.box(x, floor - high * plan.mfu / 0.5, 38, high * plan.mfu / 0.5, fill=PALETTE[number])
+                canvas.text(x + 19, floor - high * plan.mfu / 0.5 - 16, f"{100 * plan.mfu:.0f}", size=11, align="middle")
+        canvas.text(left + 24 + group * 230 + 88, floor + 8, f"{gpus:,} GPUs", align="middle")
+    names = [(f"{model.removeprefix('share4v_').upper()} {STAGES[stage]}", PALETTE[number]) for number, (model, stage) in enumerate(recipes)]
+    canvas.legend(left, floor + 40, names, columns=4, width=150)
+    return canvas
+
+
+def document(text: str, root: Path) -> str:
+    """docs/scaling.md with what stands between its marks (`<!-- plan NAME -->`, `<!-- end -->`) asked for anew."""
+    kinds = [Question("share4v_7b", "pretrain", 64, gpu=kind, overrides=TOKENS) for kind in ("a100", "h100", "h200", "b200")]
+    kinds.append(Question("share4v_7b", "pretrain", 16, gpu="a100"))
+    others = [row(question, root).replace(f"| {question.gpus} |", f"| {question.gpus} x {GPUS[question.gpu].name} |", 1) for question in kinds]
+    workloads = {stage: workload_of(Question("share4v_7b", stage, 8).config(root), samples=SAMPLES[stage]) for stage in STAGES}
+    parts = {
+        "recipes": table(everything(), root),
+        "free": table(everything(TOKENS), root),
+        "packed": table(packed(), root),
+        "gpus": "\n".join([HEADER, *others]),
+        "breaking": "\n".join(breaking(root)),
+        "workloads": "\n".join(f"- {STAGES[stage]}: {workload.source}" for stage, workload in workloads.items()),
+        "assumptions": "\n".join(f"- `{name}` {value:g}" for name, value in vars(Assumptions()).items()),
+    }
+    for name, part in parts.items():
+        text, count = re.subn(rf"(<!-- plan {name} -->\n).*?(<!-- end -->)", lambda marks: f"{marks[1]}{part}\n{marks[2]}", text, flags=re.DOTALL)
+        assert count == 1, f"docs/scaling.md has {count} places for {name}"
+    return text

@@ -1,0 +1,128 @@
+"""Predictions against hand arithmetic, against published speeds and parameter counts, and against the checks of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_share4v.config.load import load_run
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.plan.case import Assumptions, Case
+from megatron_share4v.plan.cost import data_bytes, data_link, tensor_bytes, traffic
+from megatron_share4v.plan.gpus import GPUS
+from megatron_share4v.plan.memory import Chunk, head_columns, tensors
+from megatron_share4v.plan.predict import Prediction
+from megatron_share4v.plan.search import search
+from megatron_share4v.plan.workload import Workload, assumed
+
+RECIPE = "examples/share4v_7b/pretrain.yaml"
+
+
+@pytest.fixture(scope="module")
+def config(repository: Path) -> RunConfig:
+    return load_run(repository / RECIPE)
+
+
+def case(config: RunConfig, world_size: int = 16, *, gpu: str = "h200", micro_batch: int = 16, **parallel) -> Case:
+    changed = replace(config, parallel=replace(config.parallel, **parallel), train=replace(config.train, micro_batch_size=micro_batch))
+    return Case.of(changed, world_size=world_size, workload=assumed(config, samples=1_246_000), gpu=GPUS[gpu])
+
+
+def test_weights_are_the_published_ones(config: RunConfig) -> None:
+    whole = Chunk(layers=32, first=True, last=True)
+    total = sum(elements * count for elements, count, _ in tensors(config.model, whole, tensor=1))
+    assert total == 6_738_415_616 + 20_979_712 + 303_507_456 - 12_596_224 - 2 * 1024
+    split = sum(elements * count for elements, count, _ in tensors(config.model, whole, tensor=8))
+    assert total / 8 < split < total / 8 * 1.01, "norms, biases behind rows and the tower's embeddings are on every rank"
+
+
+def test_memory_shrinks_where_the_layout_says(config: RunConfig) -> None:
+    one, sharded = (Prediction(case(config, world_size, tensor=2, pipeline=1)).memory[0] for world_size in (2, 16))
+    assert sharded.optimizer == pytest.approx(one.optimizer / 8, rel=1e-3) and sharded.weights == pytest.approx(one.weights, rel=1e-3)
+    assert one.weights + one.gradients + one.optimizer == pytest.approx(6_898e6 / 2 * (2 + 4 + 12) + 152e6 / 2 * 2, rel=0.01)
+    shallow, deep = (Prediction(case(config, tensor=2, pipeline=depth)).memory for depth in (1, 4))
+    assert sum(memory.weights for memory in deep) == pytest.approx(shallow[0].weights, rel=1e-3)
+    assert [memory.activations for memory in deep] == sorted((memory.activations for memory in deep), reverse=True)
+
+
+def test_a_text_model_of_8b_is_as_fast_as_megatron_publishes(config: RunConfig) -> None:
+    """What the share of the peak was chosen for: 47 % MFU in BF16 on H100 (its README), for shapes of Llama 3 8B at 8,192 positions."""
+    language = replace(config.model.language, vocab_size=128_256, intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=8192)
+    changed = replace(
+        config,
+        model=replace(config.model, language=language),
+        train=replace(config.train, global_batch_size=128, micro_batch_size=1),
+        parallel=replace(config.parallel, tensor=1, sequence=False),
+    )
+    text = Workload(
+        length=8192, longest=8192, positions=8192, squares=8192**2, padded_squares=8192**2, images=0, head_rows=8192, sequences=None, source="text"
+    )
+    plan = Prediction(Case.of(changed, world_size=8, workload=text, gpu=GPUS["h100"]))
+    assert 0.46 < plan.mfu < 0.48 and plan.hours is None
+
+
+def test_messages_are_those_of_rings(config: RunConfig) -> None:
+    plain, sequence = (case(config, 16, tensor=2, sequence=sequence) for sequence in (False, True))
+    message, layer = 16 * 976 * 4096 * 2, Chunk(layers=1, first=False, last=False)
+    assert tensor_bytes(plain, layer, True) == (2 * message, 2) and tensor_bytes(plain, layer, False) == (2 * message, 2)
+    assert tensor_bytes(sequence, layer, True) == (2 * message, 4) and tensor_bytes(sequence, layer, False) == (3 * message, 6)
+    assert data_bytes(sequence, 1000) == (1000 * 4 * 7 / 8, 1000 * 2 * 7 / 8)
+    assert data_bytes(case(config, 16, tensor=2, distributed_optimizer=False), 1000) == (1000 * 8 * 7 / 8, 0)
+    assert traffic(case(config, 1, tensor=1, sequence=False)) == type(traffic(plain))(0, 0, 0)
+    deep = case(config, 16, tensor=2, pipeline=4)
+    assert traffic(deep).pipeline == 2 * 16 * 976 * 4096 * 2 / 2 * deep.micro_batches, "a middle stage sends on and back, each half a sequence"
+
+
+def test_a_data_ring_uses_the_ports_of_its_ranks(config: RunConfig) -> None:
+    assert data_link(case(config, 8, tensor=1, sequence=False, pipeline=1)) == GPUS["h200"].link
+    assert data_link(case(config, 16, tensor=1, sequence=False)) == 400e9
+    assert data_link(case(config, 16, tensor=8)) == 50e9
+
+
+def test_the_trainers_own_checks_refuse(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match="world size 15 is not a multiple of parallel.tensor 2"):
+        case(config, 15)
+    with pytest.raises(ConfigError, match="train.global_batch_size 256 is not a multiple of train.micro_batch_size 16 x data-parallel size 24"):
+        case(config, 48)
+    with pytest.raises(ConfigError, match="multiple of parallel.pipeline"):
+        case(config, 48, pipeline=3, virtual=2)
+
+
+def test_what_does_not_fit_is_refused_with_its_classes(config: RunConfig) -> None:
+    [reason] = Prediction(case(config, 16, gpu="a100", tensor=1, sequence=False)).refusals()
+    assert reason.startswith("does not fit: pipeline rank 0 needs ") and "A100's 85 (weights 14.1, gradients 27.6" in reason
+    assert not list(Prediction(case(config, 16)).refusals())
+
+
+@pytest.mark.parametrize(("world_size", "overrides"), [(16, ()), (64, ("loss.normalize=tokens",))])
+def test_search_finds_the_fastest(repository: Path, world_size: int, overrides: tuple[str, ...]) -> None:
+    """The pruned search against all candidates simulated, and its bound against every one of them."""
+    config = load_run(repository / RECIPE, overrides)
+    setting = dict(world_size=world_size, workload=assumed(config, samples=1000), gpu=GPUS["h200"], assumptions=Assumptions())
+    few, every = search(config, **setting, keep=4), search(config, **setting, keep=10_000)
+    assert len(every.best) + sum(every.refused.values()) == every.tried and len(few.best) == 4
+    assert [plan.step_s for plan in few.best] == [plan.step_s for plan in every.best[:4]]
+    assert all(plan.least_step_s <= plan.step_s * (1 + 1e-9) for plan in every.best)
+    sizes = {plan.case.config.train.micro_batch_size for plan in every.best}
+    assert sizes == {16} if not overrides else len(sizes) > 3, "the official averaging makes the micro-batch size part of the recipe"
+
+
+def test_a_step_adds_up(config: RunConfig) -> None:
+    plan = Prediction(case(config, 16, tensor=2, pipeline=2, virtual=2))
+    busy = sum(plan.loads) / 2 * plan.case.micro_batches
+    assert plan.pipeline_s == pytest.approx(busy / (1 - plan.bubble)) and plan.step_s > plan.pipeline_s
+    assert plan.mfu < plan.hfu < plan.case.assumptions.matrices
+    assert plan.hours == pytest.approx(4868 * plan.step_s / 3600)
+    slower = replace(plan.case.config, parallel=replace(plan.case.config.parallel, overlap_grad_reduce=False))
+    assert Prediction(replace(plan.case, config=slower)).after_s > plan.after_s
+
+
+def test_blocks_of_logits_are_the_heads(config: RunConfig) -> None:
+    from megatron_share4v.ops.linear_cross_entropy import _block_columns
+
+    for rows in (0, 1, 200, 3200, 50_000):
+        for columns in (4000, 16_000, 32_000, 128_256):
+            assert head_columns(rows, columns) == _block_columns(rows, columns)

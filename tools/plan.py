@@ -1,0 +1,70 @@
+"""Predict a run before its launch: memory, time, balance and messages of its layout, and the fastest layouts of that many GPUs. Needs no GPU.
+
+python tools/plan.py examples/share4v_7b/pretrain.yaml --world-size 16 --samples 1246000 parallel.tensor=1 parallel.pipeline=2
+
+Exit code 2: the configuration cannot run there; the reason is said, and the layouts that can are ranked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_share4v.config.load import load_run
+from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.plan.case import Assumptions, Case
+from megatron_share4v.plan.gpus import GPUS
+from megatron_share4v.plan.picture import picture
+from megatron_share4v.plan.predict import Prediction
+from megatron_share4v.plan.report import as_json, text
+from megatron_share4v.plan.search import search
+from megatron_share4v.plan.workload import workload_of
+
+LARGEST = 16_384
+
+
+def main() -> int:
+    options = parse()
+    with reported():
+        if not 1 <= options.world_size <= LARGEST:
+            raise ConfigError(f"--world-size {options.world_size}: use 1 to {LARGEST}")
+        config = load_run(options.config, options.overrides)
+        workload = workload_of(config, samples=options.samples, text_length=options.text_length, longest=options.longest)
+        given = {"matrices": options.efficiency} if options.efficiency else {}
+        setting = dict(world_size=options.world_size, workload=workload, gpu=GPUS[options.gpu], assumptions=Assumptions(**given))
+        try:
+            asked = Prediction(Case.of(config, **setting))
+            refusals = list(asked.refusals())
+        except ConfigError as error:
+            asked, refusals = None, [str(error)]
+        found = search(config, **setting, keep=options.best)
+    title = f"{options.config} on {options.world_size} x {GPUS[options.gpu].name}"
+    print(text(asked, refusals, found, title=title), end="")
+    if options.json:
+        options.json.write_text(json.dumps(as_json(asked, refusals, found, title=title), indent=1) + "\n", encoding="utf-8")
+    drawn = asked or next(iter(found.best), None)
+    if options.png and drawn is not None:
+        picture(drawn, title=f"{title}, {drawn.case.layout}").save(options.png)
+    return 2 if refusals else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a run's YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="values that replace those of the file")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help=f"GPUs, up to {LARGEST}")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h200")
+    parser.add_argument("--samples", type=int, help="of the data set, where it is not prepared here")
+    parser.add_argument("--text-length", type=int, help="mean positions of a sample's text, where the data set is not prepared here")
+    parser.add_argument("--longest", type=int, help="text positions of the longest sample of a step")
+    parser.add_argument("--efficiency", type=float, help="share of the peak that wide products reach (default: 0.62)")
+    parser.add_argument("--best", type=int, default=10, metavar="K", help="layouts to rank")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Ask the planner anew for the tables of docs/scaling.md and for docs/pictures/: python tools/plan_scaling.py [--docs DIR]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_share4v.plan.scaling import document, draw
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that has scaling.md")
+    options = parser.parse_args()
+    page = options.docs / "scaling.md"
+    page.write_text(document(page.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+    draw(ROOT, options.docs / "pictures")
+
+
+if __name__ == "__main__":
+    main()
