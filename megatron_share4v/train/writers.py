@@ -18,6 +18,7 @@ from megatron_share4v.train.preview import Preview
 
 METRICS = "metrics.jsonl"
 
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One line of metrics.jsonl. Counts and times are of the whole step over all ranks, rates are per rank (GPU)."""
