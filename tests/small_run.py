@@ -26,6 +26,10 @@ class Setting:
     learning_rate: float = 1e-3
     language_layers: int = 4
     language_width: int = 48
+    moments: str = "fp32"
+    gradients: str = "fp32"
+    offload: bool = False
+    ops: str = "reference"
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -48,11 +52,12 @@ class Run:
         language = replace(model.language, num_layers=setting.language_layers, intermediate_size=setting.language_width)
         self.model = replace(model, language=language)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype]
-        self.bare = build_chunks(self.model, mesh=mesh, parallel=parallel, dtype=dtype)
+        self.bare = build_chunks(self.model, mesh=mesh, parallel=parallel, dtype=dtype, ops=setting.ops)
         initialize(self.bare, seed=seed, model=self.model)
-        self.chunks = wrap_chunks(self.bare, mesh=mesh, parallel=parallel)
+        self.chunks = wrap_chunks(self.bare, mesh=mesh, parallel=parallel, gradients=setting.gradients)
         rate = setting.learning_rate
-        optim = OptimConfig(learning_rate=rate, projector_learning_rate=2 * rate, weight_decay=0.1, clip_grad_norm=1.0)
+        kept = {"moments": setting.moments, "offload": setting.offload}
+        optim = OptimConfig(learning_rate=rate, projector_learning_rate=2 * rate, weight_decay=0.1, clip_grad_norm=1.0, **kept)
         self.optimizer = build_optimizer(self.chunks, optim, parallel=parallel, dtype=dtype)
 
     def train(self, first: int, last: int) -> list[tuple[float, float]]:

@@ -58,9 +58,16 @@ class ParallelConfig:
 
 @config
 class PrecisionConfig:
-    """Arithmetic of weights and activations; the optimizer keeps fp32 weights and moments in either case."""
+    """Arithmetic of weights and activations; the optimizer keeps fp32 weights in either case."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are added up over micro-batches and data-parallel ranks. bf16 halves the buffers and what is sent; sums lose bits."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Gradients that are shorter than what they are gradients of."""
+        if self.gradients == "bf16" and self.dtype == "fp32":
+            yield Conflict("gradients bf16 needs dtype bf16, got dtype fp32", ("gradients", "dtype"))
 
 
 @config
@@ -77,6 +84,10 @@ class OptimConfig:
     """Applied to matrices only, not to biases and norms."""
     clip_grad_norm: NonNegativeFloat = 1.0
     """Global L2 norm; 0: off."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """In which AdamW keeps its two averages. bf16 halves them; the squares are rounded stochastically, so that slow ones do not stand still."""
+    offload: Bool = False
+    """Keep the averages in pinned host memory; each is brought to the GPU for its update and taken back. Saves 8 bytes per parameter there (4 in bf16)."""
 
 
 @config

@@ -156,7 +156,7 @@ def _saved_state(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Itera
         else:
             for piece in _whole_pieces(part):
                 for name, tensor in piece.tensors.items():
-                    yield _state_entry(by_parameter[id(piece.parameter)], name, tensor)
+                    yield _state_entry(by_parameter[id(piece.parameter)], name, tensor.float())
 
 
 def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Iterator[_Target]:
@@ -166,7 +166,8 @@ def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Ite
         for piece in pieces(part):
             shape = piece.parameter.shape
             for name, kept in piece.tensors.items():
-                whole = kept.detach().view(shape) if kept.numel() == shape.numel() else torch.empty(shape, dtype=kept.dtype)
+                in_place = kept.numel() == shape.numel() and kept.dtype is torch.float32
+                whole = kept.detach().view(shape) if in_place else torch.empty(shape)
                 yield _Target(_state_entry(by_parameter[id(piece.parameter)], name, whole), whole, kept, piece.start)
 
 

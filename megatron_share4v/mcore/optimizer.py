@@ -7,7 +7,7 @@ is wrong, so the functions at the end do it for mcore/checkpointing.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -24,11 +24,13 @@ from megatron_share4v.ops.optimizer import FusedAdamW
 __all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "set_learning_rate", "unwrap", "wrap_chunks"]
 
 
-def wrap_chunks(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Give trainable parameters fp32 gradient buffers that are reduced over the data-parallel group."""
+def wrap_chunks(
+    chunks: Sequence[torch.nn.Module], *, mesh: Mesh, parallel: ParallelConfig, gradients: Literal["fp32", "bf16"] = "fp32"
+) -> list[DistributedDataParallel]:
+    """Give trainable parameters, and these alone, gradient buffers that are reduced over the data-parallel group; in bf16 if the weights are too."""
     config = chunks[0].config
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradients == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
@@ -47,8 +49,10 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 
-def build_optimizer(chunks: Sequence[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, dtype: torch.dtype) -> MegatronOptimizer:
-    """AdamW with fp32 weights and moments. Each parameter group carries `max_lr`, the rate that the schedule scales."""
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, dtype: torch.dtype, seed: int = 0
+) -> MegatronOptimizer:
+    """AdamW with fp32 weights. Each parameter group carries `max_lr`, the rate that the schedule scales. `seed`: of stochastic rounding."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.learning_rate,
@@ -65,18 +69,20 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], optim: OptimConfi
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(optim))
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    _update_in_one_pass(optimizer, optim, ops=unwrap(chunks[0]).config.ops, seed=seed)
     _give_each_parameter_a_state(optimizer)
-    _update_in_one_pass(optimizer, ops=unwrap(chunks[0]).config.ops)
     return optimizer
 
 
-def _update_in_one_pass(optimizer: MegatronOptimizer, *, ops: Implementation) -> None:
-    """Over each weight and its state, instead of a dozen: our AdamW, or torch's fused one where our ops are not there."""
+def _update_in_one_pass(optimizer: MegatronOptimizer, optim: OptimConfig, *, ops: Implementation, seed: int) -> None:
+    """Over each weight and its state, instead of a dozen: our AdamW, or torch's fused one where our ops are not there and nothing of ours is asked for."""
     for group in optimizer.param_groups:
         group["fused"] = True
-    if ops == "native":
+    short = optim.moments == "bf16"
+    if ops == "native" or short or optim.offload:
+        how: dict[str, Any] = {"seed": seed, "average_dtype": torch.bfloat16} if short else {}
         for part in optimizer_parts(optimizer):
-            part.optimizer = FusedAdamW.in_place_of(part.optimizer, implementation=ops)
+            part.optimizer = FusedAdamW.in_place_of(part.optimizer, on_host=optim.offload, implementation=ops, **how)
 
 
 def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
@@ -124,7 +130,12 @@ def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, d
 
 
 def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
-    """torch's AdamW makes its state at the first step; a checkpoint may be written or read before."""
+    """AdamW makes its state at the first step; a checkpoint may be written or read before."""
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, FusedAdamW):
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    part.optimizer.state_of(parameter)
     for parameter, state in _adam_states(optimizer):
         if not state:
             state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=torch.tensor(0.0))

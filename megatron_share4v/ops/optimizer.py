@@ -25,6 +25,11 @@ class _Batch:
     squares: list[torch.Tensor] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
 
+    def one_by_one(self) -> Iterator[_Batch]:
+        """A batch of each tensor."""
+        for parts in zip(self.weights, self.grads, self.means, self.squares, self.numbers):
+            yield _Batch(*([part] for part in parts))
+
 
 class FusedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW with the update as one fused op over all parameters; state names, step counts and checkpoints are torch's.
@@ -32,6 +37,7 @@ class FusedAdamW(torch.optim.AdamW):
     `gradient_scale`: set before `step` to one fp32 on the parameters' device, e.g. `clip_coefficient`; gradients are multiplied by it as they are
     read, and the host never reads it. It holds for one step. `seed`: parameters and squares in bf16 are rounded stochastically, reproducible
     by seed, step and the parameter's place; None: to nearest. `average_dtype`: of averages that are made at the first step, fp32 or bf16.
+    `on_host`: averages of parameters on a GPU are made in pinned host memory; one parameter's at a time is brought over, updated and taken back.
     amsgrad, maximize, capturable and differentiable raise OpsError, and so do sparse gradients.
     """
 
@@ -45,12 +51,13 @@ class FusedAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         average_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
+        on_host: bool = False,
         implementation: Implementation,
     ) -> None:
         if average_dtype not in (torch.float32, torch.bfloat16):
             raise OpsError(f"FusedAdamW: averages in {average_dtype} were asked for; use float32 or bfloat16")
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=False)
-        self.average_dtype, self.seed, self.implementation = average_dtype, seed, implementation
+        self.average_dtype, self.seed, self.on_host, self.implementation = average_dtype, seed, on_host, implementation
         self.gradient_scale: torch.Tensor | None = None
 
     @classmethod
@@ -60,12 +67,13 @@ class FusedAdamW(torch.optim.AdamW):
         *,
         average_dtype: torch.dtype = torch.float32,
         seed: int | None = None,
+        on_host: bool = False,
         implementation: Implementation,
     ) -> FusedAdamW:
         """One with the very parameter groups and state of `optimizer`, which is not to be used any more."""
         defaults = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
         # Not through the constructor: Megatron's groups hold views of weights, which it would refuse as no leaves of autograd's graph.
-        new = cls([torch.empty(0)], **defaults, average_dtype=average_dtype, seed=seed, implementation=implementation)
+        new = cls([torch.empty(0)], **defaults, average_dtype=average_dtype, seed=seed, on_host=on_host, implementation=implementation)
         new.param_groups, new.state = optimizer.param_groups, optimizer.state
         new._keep_counts_on_the_host()
         return new
@@ -78,12 +86,14 @@ class FusedAdamW(torch.optim.AdamW):
             if "step" in state:
                 state["step"] = state["step"].cpu()
 
-    def _init_group_state(self, parameter: torch.Tensor) -> dict[str, Any]:
+    def state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        """The parameter's step count and averages, made where there are none yet."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
+            place: dict[str, Any] = {"device": "cpu", "pin_memory": parameter.is_cuda} if self.on_host else {"device": parameter.device}
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(parameter, dtype=self.average_dtype, memory_format=torch.contiguous_format)
+                state[name] = torch.zeros(parameter.shape, dtype=self.average_dtype, **place)
         return state
 
     @torch.no_grad()
@@ -97,17 +107,26 @@ class FusedAdamW(torch.optim.AdamW):
         for group, count, batch in self._batches():
             beta1, beta2 = group["betas"]
             step = Step(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], count)
-            adamw_(
-                batch.weights,
-                grads=batch.grads,
-                means=batch.means,
-                squares=batch.squares,
-                step=step,
-                scale=scale,
-                keys=() if self.seed is None else keys_for(seed=self.seed, step=count, numbers=batch.numbers),
-                implementation=self.implementation,
-            )
+            for part in batch.one_by_one() if self.on_host else [batch]:
+                self._update(part, step, scale)
         return loss
+
+    def _update(self, batch: _Batch, step: Step, scale: torch.Tensor | None) -> None:
+        """Averages that lie elsewhere than their weights are copied there and back, in the stream's order: nothing waits."""
+        there = [[average.to(weight.device, non_blocking=True) for average, weight in zip(kept, batch.weights)] for kept in (batch.means, batch.squares)]
+        adamw_(
+            batch.weights,
+            grads=batch.grads,
+            means=there[0],
+            squares=there[1],
+            step=step,
+            scale=scale,
+            keys=() if self.seed is None else keys_for(seed=self.seed, step=step.number, numbers=batch.numbers),
+            implementation=self.implementation,
+        )
+        for kept, moved in zip((*batch.means, *batch.squares), (*there[0], *there[1])):
+            if kept is not moved:
+                kept.copy_(moved, non_blocking=True)
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], int, _Batch]]:
         """Counts one step on and yields what has to be updated with which count."""
@@ -122,7 +141,7 @@ class FusedAdamW(torch.optim.AdamW):
                     continue
                 if parameter.grad.is_sparse:
                     raise OpsError("FusedAdamW takes dense gradients, got a sparse one; use torch.optim.SparseAdam for it")
-                state = self._init_group_state(parameter)
+                state = self.state_of(parameter)
                 state["step"] += 1
                 # Counts live on the host, as torch keeps them: reading one waits for nothing.
                 kind = (int(state["step"]), parameter.device, parameter.dtype, parameter.grad.dtype, state["exp_avg"].dtype)
@@ -144,4 +163,4 @@ class FusedAdamW(torch.optim.AdamW):
             for name in ("exp_avg", "exp_avg_sq"):
                 saved = state_dict["state"].get(number, {}).get(name)
                 if saved is not None and saved.dtype != self.state[parameter][name].dtype:
-                    self.state[parameter][name] = saved.to(parameter.device, copy=True)
+                    self.state[parameter][name] = saved.to(self.state[parameter][name].device, copy=True)

@@ -101,8 +101,8 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         start = config.checkpoint.initialize_from if newest is None else None
         begin = locate(Path(start)) if start else None
         keep_companions(Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None)
-    chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel)
-    optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype)
+    chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
+    optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
     start_step = 0
     if newest is not None:
         state = load(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
@@ -241,9 +241,10 @@ def _append(path: Path, record: dict[str, object]) -> None:
 def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, options: LayerOptions) -> None:
     """Every choice that was made, once."""
     logger = get_logger()
-    update = "our fused op" if ops.implementation == "native" else "torch, fused"
+    ours = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
+    update = f"{'ours' if ours else 'torch, fused'}; moments in {config.optim.moments}{' on the host' if config.optim.offload else ''}"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
-    logger.info("precision: %s; optimizer: AdamW (%s)", config.precision.dtype, update)
+    logger.info("precision: %s, gradients summed in %s; optimizer: AdamW (%s)", config.precision.dtype, config.precision.gradients, update)
     logger.info("recomputed in the backward pass: language model %s; tower %s", options.language, options.tower)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):
