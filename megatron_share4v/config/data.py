@@ -62,7 +62,10 @@ class DataConfig:
     """Samples that cannot be read while training are replaced, without labels, and listed in quarantine.jsonl; more than this share of those
     consumed so far (and more than 8) end the run. 0: the first one ends it."""
     pad_multiple: PositiveInt = 8
-    """Sequences of a step are padded to the longest of the global batch, rounded up to this multiple."""
+    """Sequences are padded to the longest of `pad_to`, rounded up to this multiple."""
+    pad_to: Literal["step", "micro_batch"] = "step"
+    """`step`: one length for all micro-batches of a global batch. `micro_batch`: each has its own, and nothing longer is computed; pipeline stages then
+    tell each other the length before they send."""
 
     def conflicts(self) -> Iterator[Conflict]:
         """Orders and shares that exclude each other."""

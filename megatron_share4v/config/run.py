@@ -41,6 +41,11 @@ class ParallelConfig:
     distributed_optimizer: Bool = True
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: Bool = False
+    overlap_param_gather: Bool = False
+    """Gather updated weights while the next forward pass already runs on those that have come (needs distributed_optimizer and overlap_grad_reduce)."""
+    layout: Literal["auto"] | tuple[PositiveInt, ...] = "auto"
+    """Decoder layers on each of the pipeline x virtual stages, in the model's order. `auto`: so that the slowest pipeline rank is fastest, counting the
+    tower and the projector on the first stage and the head on the last, by what of them trains."""
     timeout_s: PositiveInt = 600
     """A collective that waits longer than this ends the job."""
     check_replicas_every_steps: NonNegativeInt = 100
@@ -52,6 +57,12 @@ class ParallelConfig:
             yield Conflict("sequence true needs tensor > 1, got tensor 1", ("sequence", "tensor"))
         if self.virtual > 1 and self.pipeline == 1:
             yield Conflict(f"virtual {self.virtual} needs pipeline > 1, got pipeline 1", ("virtual", "pipeline"))
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            needs = ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce")
+            yield Conflict("overlap_param_gather true needs distributed_optimizer true and overlap_grad_reduce true", needs)
+        if self.layout != "auto" and len(self.layout) != self.pipeline * self.virtual:
+            message = f"layout {list(self.layout)} names {len(self.layout)} stages; pipeline {self.pipeline} x virtual {self.virtual} has {self.pipeline * self.virtual}"
+            yield Conflict(message, ("layout", "pipeline", "virtual"))
         if self.context > 1:
             yield Conflict(f"context {self.context}: context parallelism is not available yet; use 1", ("context",))
 
@@ -298,6 +309,12 @@ class RunConfig:
     def conflicts(self) -> Iterator[Conflict]:
         """A model that the layout cannot cut, and samples that the model cannot hold."""
         yield from _layout_conflicts(self.model, self.parallel)
+        if self.data.pad_to == "micro_batch" and self.parallel.virtual > 1:
+            yield Conflict(
+                f"data.pad_to micro_batch makes micro-batches of different lengths, which the interleaved schedule (parallel.virtual {self.parallel.virtual}) "
+                "of megatron-core cannot pass on; use data.pad_to step, or parallel.virtual 1",
+                ("data.pad_to", "parallel.virtual"),
+            )
         pack_length, tensor = self.data.pack_length, self.parallel.tensor
         if pack_length and self.parallel.sequence and pack_length % tensor:
             message = f"data.pack_length {pack_length} is not divisible by parallel.tensor {tensor}, as parallel.sequence needs"
@@ -341,6 +358,9 @@ def _layout_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
     if groups % tensor and tensor % groups:
         message = f"model.language.num_key_value_heads {groups} and parallel.tensor {tensor} do not divide each other"
         yield Conflict(message, ("parallel.tensor", "model.language.num_key_value_heads"))
+    if parallel.layout != "auto" and sum(parallel.layout) != language.num_layers:
+        message = f"parallel.layout {list(parallel.layout)} adds up to {sum(parallel.layout)} layers; model.language.num_layers is {language.num_layers}"
+        yield Conflict(message, ("parallel.layout", "model.language.num_layers"))
     stages = parallel.pipeline * parallel.virtual
     if stages > language.num_layers:
         message = f"parallel.pipeline x parallel.virtual {stages} exceeds model.language.num_layers {language.num_layers}"

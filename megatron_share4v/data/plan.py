@@ -21,6 +21,7 @@ from megatron_share4v.data.pack import Packing, Packs, join, pack
 from megatron_share4v.errors import ConfigError, DataError
 
 ORDERS = ("sequential", "random", "block", "group_by_modality_length")
+PadTo = Literal["step", "micro_batch"]
 Order = Literal["sequential", "random", "block", "group_by_modality_length"]
 
 
@@ -37,8 +38,9 @@ class StepItems:
     """What one optimizer step trains, all data-parallel ranks together.
 
     rows: [n] row numbers of the index, in plan order. lengths: [n] positions of each sample, image slots included, padding not.
-    sequence_length: S of all its micro-batches. trained_tokens: positions that carry a label.
-    counts: [G] samples of each pack; None when each sample has a sequence of its own.
+    sequence_length: S of all its micro-batches, or of the longest one. trained_tokens: positions that carry a label.
+    counts: [G] samples of each pack; None when each sample has a sequence of its own. padded: [n] positions with padding, where not all
+    micro-batches have the same S.
     """
 
     step: int
@@ -48,6 +50,12 @@ class StepItems:
     images: int
     trained_tokens: int
     counts: np.ndarray | None = None
+    padded: np.ndarray | None = None
+
+    @property
+    def positions(self) -> int:
+        """What is computed, padding included."""
+        return self.sequence_length * self.sequences if self.padded is None else int(self.padded.sum())
 
     @property
     def tokens(self) -> int:
@@ -85,9 +93,10 @@ class Plan:
         pad_multiple: int,
         blocks: Blocks = Blocks(),
         packing: Packing | None = None,
+        pad_to: PadTo = "step",
     ) -> None:
         """group_size: samples per group of group_by_modality_length, None for the global batch size; tokens_per_image: positions that one
-        image takes; pad_multiple: S is rounded up to it, unless samples are packed. Raises ConfigError for sizes that do not divide, DataError
+        image takes; pad_multiple: S is rounded up to it, unless samples are packed; pad_to: whose longest sample S is. Raises ConfigError for sizes that do not divide, DataError
         for an empty index and for a sample that is longer than a pack.
         """
         if not len(index):
@@ -104,6 +113,7 @@ class Plan:
         self.order, self.seed, self.group_size, self.blocks, self.packing = order, seed, group_size, blocks, packing
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.tokens_per_image, self.pad_multiple = tokens_per_image, pad_multiple
+        self._own_lengths = pad_to == "micro_batch" and packing is None
         self.index = index
         self._rows = index.rows
         self._samples = shares_of(index)
@@ -165,11 +175,19 @@ class Plan:
             step=step,
             rows=rows,
             lengths=positions,
-            sequence_length=self.packing.length if self.packing else -(-int(positions.max()) // self.pad_multiple) * self.pad_multiple,
+            sequence_length=self.packing.length if self.packing else self._padded(positions),
             images=int(entries["n_img"].sum(dtype=np.int64)),
             trained_tokens=int(entries["n_lab"].sum(dtype=np.int64)),
             counts=counts if self.packing else None,
+            padded=self._padded_alone(positions) if self._own_lengths else None,
         )
+
+    def _padded_alone(self, positions: np.ndarray) -> np.ndarray:
+        longest = positions.reshape(-1, self.micro_batch_size).max(axis=1)
+        return np.repeat(-(-longest // self.pad_multiple) * self.pad_multiple, self.micro_batch_size)
+
+    def _padded(self, positions: np.ndarray) -> int:
+        return -(-int(positions.max()) // self.pad_multiple) * self.pad_multiple
 
     def micro_batches_per_rank(self, *, data_size: int) -> int:
         """How many micro-batches each of `data_size` data-parallel ranks runs per step. Raises ConfigError when M does not divide."""
@@ -193,7 +211,8 @@ class Plan:
             bounds = ends[first : first + self.micro_batch_size + 1].tolist()
             segments = tuple(tuple(items.lengths[start:end].tolist()) for start, end in zip(bounds, bounds[1:]))
             rows = tuple(items.rows[bounds[0] : bounds[-1]].tolist())
-            result.append(MicroBatch(rows=rows, sequence_length=items.sequence_length, segments=segments if self.packing else None))
+            length = self._padded(items.lengths[bounds[0] : bounds[-1]]) if self._own_lengths else items.sequence_length
+            result.append(MicroBatch(rows=rows, sequence_length=length, segments=segments if self.packing else None))
         return result
 
     def consumed(self, steps: int) -> dict[str, int]:

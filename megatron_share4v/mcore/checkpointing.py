@@ -29,7 +29,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.mcore.optimizer import optimizer_parts, restore_step_counts, step_counts, unwrap
+from megatron_share4v.mcore.optimizer import gather_weights, optimizer_parts, restore_step_counts, step_counts, unwrap
 
 STATE_PREFIX = "optimizer.state."
 WRITER_THREADS = 2
@@ -43,6 +43,7 @@ def save_sharded(directory: Path, *, chunks: Sequence[torch.nn.Module], optimize
 
     `sharding` is passed to the chunks' sharded_state_dict. Raises CheckpointError, on all ranks, when something cannot be written.
     """
+    gather_weights(chunks)
     weights = named_weights(chunks, sharding)
     entries = _unfold(nested_values(weights))
     if optimizer is not None:

@@ -57,5 +57,6 @@ def mark_parallel_weights(model: torch.nn.Module) -> None:
     untagged weight would count on tensor rank 0 alone in the gradient norm."""
     dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
-        if type(module) in dimension:
-            set_tensor_model_parallel_attributes(module.weight, True, dimension[type(module)], 1)
+        for kind, split in dimension.items():
+            if isinstance(module, kind):
+                set_tensor_model_parallel_attributes(module.weight, True, split, 1)

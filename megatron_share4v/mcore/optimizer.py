@@ -21,17 +21,27 @@ from megatron_share4v.mcore.schedule import attach_schedule
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.optimizer import FusedAdamW
 
-__all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "set_learning_rate", "unwrap", "wrap_chunks"]
+__all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "gather_weights", "set_learning_rate", "unwrap", "wrap_chunks"]
 
 
 def wrap_chunks(
-    chunks: Sequence[torch.nn.Module], *, mesh: Mesh, parallel: ParallelConfig, gradients: Literal["fp32", "bf16"] = "fp32"
+    chunks: Sequence[torch.nn.Module],
+    *,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    gradients: Literal["fp32", "bf16"] = "fp32",
+    bucket_elements: int | None = None,
 ) -> list[DistributedDataParallel]:
-    """Give trainable parameters, and these alone, gradient buffers that are reduced over the data-parallel group; in bf16 if the weights are too."""
+    """Give trainable parameters, and these alone, gradient buffers that are reduced over the data-parallel group; in bf16 if the weights are too.
+
+    `bucket_elements`: in parts of about that many, where communication overlaps; None: core's choice, 40 million or more.
+    """
     config = chunks[0].config
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=gradients == "fp32",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=bucket_elements,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     wrapped = [
@@ -42,6 +52,14 @@ def wrap_chunks(
     for chunk in wrapped:
         attach_schedule(chunk.config, wrapped, overlap_grad_reduce=parallel.overlap_grad_reduce)
     return wrapped
+
+
+def gather_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Bring all updated weights to this rank, before anything but a training step reads them: with overlap_param_gather, only those come by
+    themselves that the next forward pass of a training step asks for. Collective."""
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
@@ -64,6 +82,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
         clip_grad=optim.clip_grad_norm,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(optim))

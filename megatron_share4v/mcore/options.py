@@ -40,13 +40,18 @@ class LayerOptions:
     attention: str = "sdpa"
     """Kernel of the language model's attention."""
 
+    own_lengths: bool = False
+    """Micro-batches have lengths of their own, which pipeline stages must tell each other."""
+
     @property
     def tower_attention(self) -> str:
         """The tower's: its sequences are never packed, so kernels for packs have nothing to give there."""
         return "sdpa" if self.attention in ("varlen", "te") else self.attention
 
 
-def layer_options(train: TrainConfig, *, attention: str = "sdpa", has_transformer_engine: bool = False) -> LayerOptions:
+def layer_options(
+    train: TrainConfig, *, attention: str = "sdpa", own_lengths: bool = False, has_transformer_engine: bool = False
+) -> LayerOptions:
     """Of one run. Raises ConfigError for what this machine cannot do."""
     if "selective" in (train.recompute, train.recompute_tower) and "layernorm" in train.recompute_modules and not has_transformer_engine:
         raise ConfigError(
@@ -57,4 +62,5 @@ def layer_options(train: TrainConfig, *, attention: str = "sdpa", has_transforme
         language=Recomputation(granularity=train.recompute, modules=train.recompute_modules, layers=train.recompute_layers),
         tower=Recomputation(granularity=train.recompute_tower, modules=train.recompute_modules),
         attention=attention,
+        own_lengths=own_lengths,
     )

@@ -86,6 +86,8 @@ def language_config(
         # With two pipeline ranks, batched point-to-point calls of the interleaved schedule swap two messages without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        variable_seq_lengths=options.own_lengths and parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the default of core's refuses other lengths, also where there are no experts
         sequence_parallel=parallel.sequence,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.intermediate_size,

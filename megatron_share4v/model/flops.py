@@ -62,6 +62,8 @@ class Execution:
     """Attention kernels compute the scores once more in theirs."""
     recompute: Recompute = "none"
     """Of decoder layers: their attention, or all of them, once more before their backward pass."""
+    matrices_again: float = 0.0
+    """Share of a layer's matrix products computed once more, where that is not `full`."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _layer(model: ModelConfig, amounts: Amounts, execution: Execution | None) ->
     attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
     again = execution.recompute if execution else "none"
     return matrices + attention + Work(
-        backward=matrices.forward if again == "full" else 0.0,
+        backward=matrices.forward * (1.0 if again == "full" else execution.matrices_again if execution else 0.0),
         attention_backward=0.0 if again == "none" else attention.attention_forward,
     )
 

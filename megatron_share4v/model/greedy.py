@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_share4v.data.prompt import Prompt
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import unwrap
+from megatron_share4v.mcore.optimizer import gather_weights, unwrap
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.share4v import Share4V
 
@@ -29,6 +29,7 @@ def greedy_answers(
     """Most likely continuation of each prompt, up to and without its first stop token. Every rank calls this with the same prompts and
     gets the same answers; prompts are answered as one batch, right-padded, which causal attention never sees. Ids below `vocabulary` alone
     are chosen: a model may have more than its tokenizer, and a model that has learned little would pick them."""
+    gather_weights(chunks)
     device = mesh.device.torch_device
     lengths = [prompt.token_ids.numel() for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]

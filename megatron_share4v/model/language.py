@@ -30,6 +30,19 @@ from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_share4v.ops.rope import rope_table
 
 
+class Head(ColumnParallelLinear):
+    """Hidden states to this rank's columns of the logits, or straight to the summed loss. Both by a call of the module, which is what waits for
+    its weight where updated weights are gathered while the forward pass runs."""
+
+    def forward(self, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, vocabulary: int = 0) -> torch.Tensor:
+        """[T, H] -> [T, vocab / tensor]; with `targets` [T] -> the sum of -log p(target), with native ops, and no logits in memory."""
+        if targets is None:
+            return super().forward(hidden)[0]
+        return linear_cross_entropy(
+            hidden, weight=self.weight, targets=targets, vocabulary=vocabulary, group=self.tp_group, implementation="native"
+        )
+
+
 class LanguageModel(MegatronModule):
     """The decoder layers of one stage, with the ends that belong to it."""
 
@@ -50,7 +63,7 @@ class LanguageModel(MegatronModule):
             config, decoder_submodules(num_layers, mesh=mesh), pre_process=first, post_process=last, pg_collection=mesh.groups, vp_stage=chunk
         )
         if last:
-            self.head = ColumnParallelLinear(
+            self.head = Head(
                 language.hidden_size,
                 language.padded_vocab_size,
                 config=config,
@@ -94,14 +107,7 @@ class LanguageModel(MegatronModule):
         Without any the head still runs, for the sake of its collectives. With native ops the logits are never in memory together.
         """
         if self.config.ops == "native":
-            return linear_cross_entropy(
-                self._picked(hidden, rows),
-                weight=self.head.weight,
-                targets=targets,
-                vocabulary=self.language.vocab_size,
-                group=self.mesh.tensor_group,
-                implementation="native",
-            )
+            return self.head(self._picked(hidden, rows), targets=targets, vocabulary=self.language.vocab_size)
         if rows.numel() == 0:
             blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
             return 0.0 * summed_cross_entropy(self.logits(hidden, blank), blank)
@@ -112,8 +118,7 @@ class LanguageModel(MegatronModule):
 
         Only rows that matter reach the head: in stage 1 about a quarter of all positions carry a label.
         """
-        logits, _ = self.head(self._picked(hidden, rows))
-        return self._without_padding(logits.float())
+        return self._without_padding(self.head(self._picked(hidden, rows)).float())
 
     def _picked(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[T, H]."""

@@ -48,7 +48,9 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
 
 
 def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers on each pipeline stage, counting tower, projector and head as cost."""
+    """Decoder layers on each pipeline stage: as `parallel.layout` says, or counting tower, projector and head as cost."""
+    if parallel.layout != "auto":
+        return parallel.layout
     costs = estimate_costs(model, text_length=TYPICAL_TEXT_LENGTH)
     return split_layers(model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs)
 

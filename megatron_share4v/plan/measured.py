@@ -27,13 +27,14 @@ def measured(config: RunConfig) -> Workload:
         pad_multiple=data.pad_multiple,
         blocks=Blocks(size=data.block_size, window=data.block_window),
         packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
+        pad_to=data.pad_to,
     )
     total = train.total_steps(plan.epoch_items)
     steps = [plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))]
     sequences = sum(items.sequences for items in steps)
     lengths = np.concatenate([items.lengths for items in steps]).astype(float)
     squares = float((lengths**2).sum()) / sequences
-    length = sum(items.sequence_length * items.sequences for items in steps) / sequences
+    length = sum(items.positions for items in steps) / sequences
     return Workload(
         length=round(length),
         longest=max(items.sequence_length for items in steps) if data.pack_length else _longest(plan),

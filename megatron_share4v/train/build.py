@@ -88,7 +88,12 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     dtype = DTYPES[config.precision.dtype]
     attention = agree_on_attention(config.attention, mesh=mesh, packed=config.data.pack_length is not None, dtype=dtype)
     record_attention(attention, mesh=mesh, directory=Path(config.run.directory))
-    options = layer_options(config.train, attention=attention.implementation, has_transformer_engine=missing_engine() is None)
+    options = layer_options(
+        config.train,
+        attention=attention.implementation,
+        own_lengths=config.data.pad_to == "micro_batch",
+        has_transformer_engine=missing_engine() is None,
+    )
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options)
     _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
@@ -158,6 +163,7 @@ def open_source(config: RunConfig, data_sets: str | Sequence[BlendSource], *, or
         pad_multiple=math.lcm(data.pad_multiple, config.parallel.tensor if config.parallel.sequence else 1),
         blocks=Blocks(size=data.block_size, window=data.block_window),
         packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
+        pad_to=data.pad_to,
     )
     for share in shares_of(index):
         get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)

@@ -242,7 +242,7 @@ def _record(
         trained_tokens=result.trained_tokens,
         tokens=items.tokens,
         images=items.images,
-        padding_fraction=1.0 - items.tokens / (items.sequence_length * items.sequences),
+        padding_fraction=1.0 - items.tokens / items.positions,
         step_time_s=seconds,
         data_wait_s=data.wait_s,
         tokens_per_s_per_gpu=items.tokens / seconds / world,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, clip_gradients, set_learning_rate
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, clip_gradients, gather_weights, set_learning_rate
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, divisor
 from megatron_share4v.train.feed import StepData
@@ -90,6 +90,7 @@ def pass_over(reason: str, *, mesh: Mesh, votes: Callable[[], Sequence[float]]) 
 @torch.no_grad()
 def validation_loss(chunks: Sequence[torch.nn.Module], steps: Sequence[StepData], *, mesh: Mesh, micro_batch_size: int) -> float:
     """Mean loss over the trained tokens of `steps`; 0 when they have none."""
+    gather_weights(chunks)
     losses: list[TokenLoss] = []
     for data in steps:
         losses += _run(chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize="tokens", forward_only=True)

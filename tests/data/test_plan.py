@@ -186,3 +186,21 @@ def test_a_run_that_changes_its_data_parallel_size_sees_the_same_samples(order: 
             seen.append([ranks[slot % size][slot // size] for slot in range(4)])
     for step, micro_batches in enumerate(seen):
         assert micro_batches == undisturbed.micro_batches(undisturbed.step(step), data_rank=0, data_size=1)
+
+
+def test_micro_batches_may_have_lengths_of_their_own():
+    index = _index(30)
+    same, own = _plan(index), _plan(index, pad_to="micro_batch")
+    assert own.fingerprint == same.fingerprint
+    for step in range(6):
+        a, b = same.step(step), own.step(step)
+        assert np.array_equal(a.rows, b.rows) and a.sequence_length == b.sequence_length and a.positions == 8 * a.sequence_length
+        batches = [batch for rank in range(2) for batch in own.micro_batches(b, data_rank=rank, data_size=2)]
+        lengths = {row: length for row, length in zip(b.rows.tolist(), b.lengths.tolist())}
+        for batch in batches:
+            longest = max(lengths[row] for row in batch.rows)
+            assert longest <= batch.sequence_length < longest + 8 and batch.sequence_length % 8 == 0
+        assert b.positions == sum(2 * batch.sequence_length for batch in batches) < a.positions and (b.padded >= b.lengths).all()
+        assert max(batch.sequence_length for batch in batches) == b.sequence_length
+    packed = _plan(index, pad_to="micro_batch", packing=Packing(length=128, window=64)).step(0)
+    assert packed.positions == 8 * 128

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
-from megatron_share4v.model.stages import StageCosts, describe_stages, estimate_costs, split_layers
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.model.stages import StageCosts, describe_stages, estimate_costs, layers_per_stage, split_layers
 
 
 def _slowest(counts: Sequence[int], pipeline: int, costs: StageCosts) -> float:
@@ -67,3 +69,16 @@ def test_the_7b_pipeline_is_balanced_within_one_layer() -> None:
 
 def test_the_log_line_shows_chunks_of_a_rank_together() -> None:
     assert describe_stages((1, 2, 3, 4), pipeline=2) == "decoder layers per pipeline rank: 1+3, 2+4"
+
+
+def test_a_layout_by_hand() -> None:
+    model = ModelConfig()
+    assert layers_per_stage(model, ParallelConfig(pipeline=4, layout=(5, 9, 9, 9))) == (5, 9, 9, 9)
+    whole = replace(model, trainable=TrainableConfig(vision_from_block=-1))
+    frozen, trained = (layers_per_stage(one, ParallelConfig(pipeline=8)) for one in (model, whole))
+    # Of a decoder layer, the tower with its projector weighs 0.46 when it is frozen and 1.2 when all of it trains.
+    assert frozen == (4,) * 8 and sum(trained) == 32 and trained[0] == 3, (frozen, trained)
+    with pytest.raises(ValueError, match="names 2 stages; pipeline 4 x virtual 1 has 4"):
+        ParallelConfig(pipeline=4, layout=(16, 16))
+    with pytest.raises(ValueError, match="needs distributed_optimizer true and overlap_grad_reduce true"):
+        ParallelConfig(overlap_param_gather=True)

@@ -48,14 +48,17 @@ def test_only_labelled_positions_reach_the_head() -> None:
     assert many - few == pytest.approx(6 * 600 * 4096 * 32000)
 
 
-def of_step(*, lengths: tuple[int, ...], longest: int, images: tuple[int, ...], counts: tuple[int, ...] | None = None, overlap: bool = False) -> StepFlops:
+def of_step(
+    *, lengths: tuple[int, ...], longest: int, images: tuple[int, ...], counts: tuple[int, ...] | None = None, overlap: bool = False, padded: tuple[int, ...] | None = None, **recompute,
+) -> StepFlops:  # fmt: skip
     """Micro-batches of two sequences."""
     config = RunConfig(
         run=RunSection(directory="runs/none"), data=DataConfig(train="data", tokenizer="tokenizer.model"), parallel=ParallelConfig(overlap_grad_reduce=overlap),
-        train=TrainConfig(global_batch_size=len(counts or lengths), micro_batch_size=2),
+        train=TrainConfig(global_batch_size=len(counts or lengths), micro_batch_size=2, **recompute),
     )  # fmt: skip
     items = StepItems(
-        0, np.arange(len(lengths)), np.array(lengths), longest, sum(images), 100, None if counts is None else np.array(counts)
+        0, np.arange(len(lengths)), np.array(lengths), longest, sum(images), 100, None if counts is None else np.array(counts),
+        None if padded is None else np.array(padded),
     )
     return step_flops(config, items, trained_tokens=100, images_per_sample=np.array(images), fused_head=False)
 
@@ -93,3 +96,20 @@ def test_peak_is_known_or_none() -> None:
     assert known_gpu("NVIDIA H200").bf16 == 989e12 and known_gpu("NVIDIA A100-SXM4-80GB").bf16 == 312e12
     assert known_gpu("NVIDIA GB200").name == "GB200" and known_gpu("NVIDIA B200").name == "B200"
     assert known_gpu("some other device") is None and known_gpu("NVIDIA H100 PCIe") is None
+
+
+def test_micro_batches_of_their_own_length_compute_no_more_than_that() -> None:
+    alike = of_step(lengths=(10, 20, 30, 40), longest=40, images=(1, 1, 1, 1))
+    own = of_step(lengths=(10, 20, 30, 40), longest=40, images=(1, 1, 1, 1), padded=(20, 20, 40, 40))
+    as_long = of_step(lengths=(20, 20, 40, 40), longest=40, images=(1, 1, 1, 1), padded=(20, 20, 40, 40))
+    assert own.model == alike.model and own.hardware == as_long.hardware < alike.hardware
+
+
+def test_recomputation_is_work_of_the_machine_alone() -> None:
+    how = {"none": {}, "attention": {"recompute": "selective"}, "mlp": {"recompute": "selective", "recompute_modules": ("mlp",)}}
+    how |= {"half": {"recompute": "full", "recompute_layers": 16}, "full": {"recompute": "full"}}
+    work = {name: of_step(lengths=(600, 600), longest=600, images=(1, 1), **settings) for name, settings in how.items()}
+    assert len({one.model for one in work.values()}) == 1
+    more = {name: one.hardware - work["none"].hardware for name, one in work.items()}
+    assert 0 == more["none"] < more["attention"] < more["mlp"] < more["full"] and more["half"] == pytest.approx((more["full"] - more["attention"]) / 2)
+    assert more["mlp"] == pytest.approx(2 * 1200 * 32 * 3 * 4096 * 11008)
