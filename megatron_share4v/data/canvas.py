@@ -46,7 +46,7 @@ class Canvas:
             self.text(left + 18, top, name)
 
     def save(self, path: Path) -> None:
-        """As PNG of at most 64 colours."""
+        """As PNG of at most 256 colours."""
         small = self._image.resize((self.width, self.height), Image.Resampling.LANCZOS)
         path.parent.mkdir(parents=True, exist_ok=True)
-        small.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        small.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -8,11 +8,9 @@ it, no gradient to its input either; a frozen prefix of the tower is a forward p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_share4v.config.model import ModelConfig
-
-Recompute = Literal["none", "attention", "full"]
+from megatron_share4v.config.run import Recompute, RunConfig
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,25 @@ class Execution:
     flash: bool = True
     """Attention kernels compute the scores once more in theirs."""
     recompute: Recompute = "none"
-    """Of decoder layers: their attention, or all of them, once more before their backward pass."""
-    matrices_again: float = 0.0
-    """Share of a layer's matrix products computed once more, where that is not `full`."""
+    """What of decoder layers is computed once more before their backward pass."""
+    recompute_share: float = 1.0
+    """Of the layers, where `full` takes some of them alone."""
+    recompute_tower: Recompute = "none"
+    recompute_modules: tuple[str, ...] = ()
+    """With `selective`, in both."""
+
+    @classmethod
+    def of(cls, config: RunConfig, *, fused_head: bool, layers_per_stage: tuple[int, ...]) -> Execution:
+        """As a run is configured."""
+        train, most = config.train, config.train.recompute_layers
+        again = sum(layers_per_stage) if most is None else sum(min(most, count) for count in layers_per_stage)
+        return cls(
+            fused_head=fused_head,
+            recompute=train.recompute,
+            recompute_share=again / sum(layers_per_stage),
+            recompute_tower=train.recompute_tower,
+            recompute_modules=train.recompute_modules,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,10 +137,18 @@ def _layer(model: ModelConfig, amounts: Amounts, execution: Execution | None) ->
     # Something before every layer trains, or nothing does; with a frozen language model it is the projector or the tower.
     matrices = _products(amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language)
     attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
-    again = execution.recompute if execution else "none"
-    return matrices + attention + Work(
-        backward=matrices.forward * (1.0 if again == "full" else execution.matrices_again if execution else 0.0),
-        attention_backward=0.0 if again == "none" else attention.attention_forward,
+    mlp = 3 * model.language.hidden_size * model.language.intermediate_size / layer_weights(model)
+    again = _again(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp) if execution else Work()
+    share = execution.recompute_share if execution and execution.recompute == "full" else 1.0
+    return matrices + attention + again * share
+
+
+def _again(layer: Work, recompute: Recompute, modules: tuple[str, ...], *, mlp: float) -> Work:
+    """What the backward pass computes once more of a layer's forward pass; `mlp`: share of its matrices that the MLP has."""
+    whole, selective = recompute == "full", recompute == "selective"
+    return Work(
+        backward=layer.forward * (1.0 if whole else mlp * (selective and "mlp" in modules)),
+        attention_backward=layer.attention_forward * (whole or selective and "core_attn" in modules),
     )
 
 
@@ -157,6 +179,9 @@ def _tower(model: ModelConfig, execution: Execution | None) -> Work:
     block = _products(tokens * weights, input_gradient=True, weight_gradient=True)
     block += _attention(tokens * tokens * vision.hidden_size, backward=True, execution=execution)
     forward = Work(forward=block.forward, attention_forward=block.attention_forward)
+    if execution:
+        mlp = 2 * vision.hidden_size * vision.intermediate_size / weights
+        block += _again(forward, execution.recompute_tower, execution.recompute_modules, mlp=mlp)
     return stem + forward * frozen + block * trained
 
 

@@ -10,7 +10,7 @@ from megatron_share4v.model.flops import Amounts, Execution, Parts, parts
 from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.plan.gpus import Gpu
-from megatron_share4v.plan.memory import Chunk, Kept
+from megatron_share4v.plan.memory import Chunk, Kept, Recomputed
 from megatron_share4v.plan.workload import Workload
 
 
@@ -27,6 +27,8 @@ class Assumptions:
     """Of the memory's bandwidth, in everything between the products."""
     links: float = 0.75
     """Of a link, in collectives."""
+    host: float = 40e9
+    """Bytes/s between a GPU and its host's memory, each way."""
     collective_s: float = 15e-6
     """What a collective takes beside its bytes."""
     layer_s: float = 1e-4
@@ -75,12 +77,13 @@ class Case:
     @cached_property
     def kept(self) -> Kept:
         """How ranks hold things."""
-        config = self.config
+        config, train = self.config, self.config.train
         return Kept(
             tensor=self.layout.tensor,
             sequence=config.parallel.sequence,
             element=2 if config.precision.dtype == "bf16" else 4,
             native=config.ops != "reference",
+            recompute=Recomputed(train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules),
         )
 
     @cached_property
@@ -92,6 +95,16 @@ class Case:
     def micro_batch(self) -> Amounts:
         """What a micro-batch is made of on average, padding included."""
         return self.workload.done(self.config.train.micro_batch_size)
+
+    @property
+    def gradient(self) -> int:
+        """Bytes of a gradient in its buffer."""
+        return 2 if self.config.precision.gradients == "bf16" else 4
+
+    @property
+    def moments(self) -> int:
+        """Bytes of AdamW's two averages of a weight, wherever they are."""
+        return 4 if self.config.optim.moments == "bf16" else 8
 
     @property
     def largest_micro_batch(self) -> Amounts:
@@ -107,4 +120,4 @@ class Case:
     @property
     def execution(self) -> Execution:
         """What the machine computes twice."""
-        return Execution(fused_head=self.kept.native)
+        return Execution.of(self.config, fused_head=self.kept.native, layers_per_stage=self.counts)

@@ -41,8 +41,8 @@ def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
         seconds += max(tower, blocks * assumed.layer_s * (1 if forward else 2)) if case.workload.images else 0.0
     if chunk.last:
         seconds += _work_seconds(case, of.head, forward)
-    if not forward:  # each micro-batch adds its gradients, made in the weights' type, to the fp32 buffer
-        seconds += _trained(case, chunk) * (2 * case.kept.element + 8) / _bandwidth(case)
+    if not forward:  # each micro-batch adds its gradients, made in the weights' type, to the buffer
+        seconds += _trained(case, chunk) * 2 * (case.kept.element + case.gradient) / _bandwidth(case)
     sent, calls = tensor_bytes(case, chunk, forward)
     return seconds + sent / (_tensor_link(case) * assumed.links) + calls * assumed.collective_s
 
@@ -122,7 +122,7 @@ def message_seconds(case: Case) -> float:
 def data_bytes(case: Case, trained: float) -> tuple[float, float]:
     """(to reduce gradients, to gather weights) that a rank with so many trained weights sends in a step."""
     share, sharded = ring(case.layout.data), case.config.parallel.distributed_optimizer
-    return trained * 4 * share * (1 if sharded else 2), trained * case.kept.element * share * sharded
+    return trained * case.gradient * share * (1 if sharded else 2), trained * case.kept.element * share * sharded
 
 
 def data_link(case: Case) -> float:
@@ -134,9 +134,11 @@ def data_link(case: Case) -> float:
 
 
 def update_seconds(case: Case, trained: float) -> float:
-    """Clearing gradients, their norm, and AdamW: gradient, fp32 weight and two moments read, three of them and the weight written."""
+    """Clearing gradients, their norm, and AdamW: gradient, fp32 weight and two averages read, these three and the weight written."""
     mine = trained / (case.layout.data if case.config.parallel.distributed_optimizer else 1)
-    return (4 * trained + mine * (4 + 16 + 12 + case.kept.element)) / _bandwidth(case)
+    moved = case.gradient * trained + mine * (2 * case.gradient + 8 + 2 * case.moments + case.kept.element)
+    brought = mine * case.moments / case.assumptions.host if case.config.optim.offload else 0.0  # and taken back at the same time
+    return max(moved / _bandwidth(case), brought)
 
 
 def trained_weights(case: Case, rank: int) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import Recompute
 from megatron_share4v.model.flops import Amounts, trained_blocks
 
 FP32, INT64, INT32 = 4, 8, 4
@@ -49,6 +50,20 @@ class Chunk:
     last: bool
 
 
+@dataclass(frozen=True)
+class Recomputed:
+    """What is computed again instead of kept, as TrainConfig says it."""
+
+    language: Recompute = "none"
+    layers: int | None = None
+    tower: Recompute = "none"
+    modules: tuple[str, ...] = ()
+
+    def drops(self, what: Recompute, module: str) -> bool:
+        """Where `what` (of the tower or the language model) is selective."""
+        return what == "selective" and module in self.modules
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kept:
     """How a rank holds things."""
@@ -59,13 +74,12 @@ class Kept:
     """Bytes of a weight or an activation: 2 in bf16, 4 in fp32."""
     native: bool = True
     """The fused ops of csrc/; else their references, which keep more."""
-    recompute: bool = False
-    """Of decoder layers, only the input is kept."""
+    recompute: Recomputed = Recomputed()
 
 
 def tensors(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[tuple[int, int, bool]]:
     """(elements on one rank, how many of these, whether they train) of every weight of a chunk."""
-    language, vision, trains = model.language, model.vision, model.trainable
+    language, trains = model.language, model.trainable
     width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
     if chunk.first:
         yield from _tower(model, tensor)
@@ -124,8 +138,9 @@ def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, 
     e, n = kept.element, amounts.positions
     rows = n / (kept.tensor if kept.sequence else 1)
     width = model.language.hidden_size
-    total = chunk.layers * _layer(model, kept, n, rows)
-    if chunk.layers:
+    again = min(chunk.layers, kept.recompute.layers or chunk.layers) if kept.recompute.language == "full" else 0
+    total = again * e * rows * width + (chunk.layers - again) * _layer(model, kept, n, rows)
+    if chunk.layers > again:
         # The table of rotary positions, of one sequence's length.
         total += FP32 * n / sequences * width / model.language.num_attention_heads
     if chunk.first:
@@ -146,25 +161,36 @@ def _norm(kept: Kept, values: float, rows: float, *, output: bool, statistics: i
 def _layer(model: ModelConfig, kept: Kept, n: float, rows: float) -> float:
     language, e, split, trains = model.language, kept.element, kept.tensor, model.trainable.language
     width, inner = language.hidden_size, language.intermediate_size
-    if kept.recompute:
-        return e * rows * width
+    drops = kept.recompute.drops
     grouped = language.num_key_value_heads * width // language.num_attention_heads
     total = 2 * _norm(kept, rows * width, rows, output=trains)
-    # Keys and queries are turned into new tensors; the values are a view that keeps the whole projection.
-    total += e * n * (2 * width + 3 * grouped) / split
-    total += e * n * width / split + FP32 * n * language.num_attention_heads / split
-    between = e * 2 * inner if kept.native else FP32 * 3 * inner
-    return total + n / split * (between + e * inner * trains)
+    # The projection, of which the values are a view, and the result.
+    total += e * n * (2 * width + 2 * grouped) / split
+    if not drops(kept.recompute.language, "core_attn"):  # keys and queries, turned, and the kernel's sums
+        total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
+    elif grouped < width and language.num_key_value_heads > split:  # queries of several groups are no view of the projection
+        total += e * n * width / split
+    if not drops(kept.recompute.language, "mlp"):
+        between = e * 2 * inner if kept.native else FP32 * 3 * inner
+        total += n / split * (between + e * inner * trains)
+    return total
 
 
 def _tower_activations(model: ModelConfig, kept: Kept) -> float:
     """For one image: what the blocks that train keep, which is the tower's output too."""
     vision, e, split = model.vision, kept.element, kept.tensor
     width, inner, t = vision.hidden_size, vision.intermediate_size, vision.num_patches + 1
-    block = 2 * _norm(kept, t * width, t, output=True, statistics=2)
-    block += e * t * 4 * width / split + FP32 * t * vision.num_attention_heads / split
-    block += t * inner / split * (2 * e if kept.native else 2 * FP32 + e)
-    return trained_blocks(model) * block
+    stem = 0.0
+    if model.trainable.vision_from_block == -1:
+        stem = e * vision.num_patches * 3 * vision.patch_size**2 + _norm(kept, t * width, t, output=False, statistics=2)
+    if kept.recompute.tower == "full":
+        return stem + trained_blocks(model) * e * t * width
+    block = 2 * _norm(kept, t * width, t, output=True, statistics=2) + e * t * 4 * width / split
+    if not kept.recompute.drops(kept.recompute.tower, "core_attn"):
+        block += FP32 * t * vision.num_attention_heads / split
+    if not kept.recompute.drops(kept.recompute.tower, "mlp"):
+        block += t * inner / split * (2 * e if kept.native else 2 * FP32 + e)
+    return stem + trained_blocks(model) * block
 
 
 def _projector_activations(model: ModelConfig, kept: Kept) -> float:
@@ -197,7 +223,7 @@ def workspace(model: ModelConfig, chunks: list[Chunk], amounts: Amounts, kept: K
     language, e, split = model.language, kept.element, kept.tensor
     width, inner, n = language.hidden_size, language.intermediate_size, amounts.positions
     layer = e * n * (3 * inner / split + 3 * width) + e * 2 * inner * width / split * model.trainable.language
-    if kept.recompute:
-        layer += _layer(model, Kept(tensor=split, sequence=kept.sequence, element=e, native=kept.native), n, n / (split if kept.sequence else 1))
+    if kept.recompute.language != "none":
+        layer += _layer(model, replace(kept, recompute=Recomputed()), n, n / (split if kept.sequence else 1))
     ends = any(chunk.first or chunk.last for chunk in chunks) and model.trainable.language
     return max(layer, e * language.padded_vocab_size / split * width + e * n * width if ends else 0.0)

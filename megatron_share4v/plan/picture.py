@@ -8,7 +8,10 @@ from megatron_share4v.plan.report import CLASSES, PREDICTED
 
 WIDTH, LEFT, RIGHT = 1000, 70, 24
 ROWS = 16  # of more ranks, the first and the last ones are drawn
-FORWARD, BACKWARD = ((158, 190, 228), (108, 152, 206), (63, 105, 170), (36, 68, 120)), ((246, 203, 165), (238, 170, 116), (226, 135, 67), (180, 96, 34))
+FORWARD, BACKWARD = (
+    ((158, 190, 228), (108, 152, 206), (63, 105, 170), (36, 68, 120)),
+    ((246, 203, 165), (238, 170, 116), (226, 135, 67), (180, 96, 34)),
+)
 
 
 def picture(plan: Prediction, *, title: str) -> Canvas:
@@ -44,7 +47,12 @@ def _timeline(canvas: Canvas, plan: Prediction, shown: list[int], *, top: float,
     floor = top + len(shown) * tall
     for part in range(5):
         canvas.text(LEFT + width * part / 4, floor + 4, f"{whole * part / 4:.2f} s", size=11, align="middle")
-    entries: list[tuple[str, Colour]] = [("forward", FORWARD[2]), ("backward", BACKWARD[2]), ("gradients and update", PALETTE[2]), ("waiting", (243, 244, 246))]
+    entries: list[tuple[str, Colour]] = [
+        ("forward", FORWARD[2]),
+        ("backward", BACKWARD[2]),
+        ("gradients and update", PALETTE[2]),
+        ("waiting", (243, 244, 246)),
+    ]
     canvas.legend(LEFT, floor + 24, entries, columns=4, width=190)
 
 

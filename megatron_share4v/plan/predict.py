@@ -83,8 +83,9 @@ class Prediction:
         case, trained = self.case, trained_weights(self.case, rank)
         reduce, gather = (size / (data_link(case) * case.assumptions.links) for size in data_bytes(case, trained))
         if case.config.parallel.overlap_grad_reduce:  # hidden behind the last micro-batch's backward pass, but for its last bucket
-            behind = 0.9 * sum(self.stages[stage][1] for stage in case.stages(rank))
-            reduce = max(0.1 * reduce, reduce - behind)
+            reduce = max(0.1 * reduce, reduce - 0.9 * sum(self.stages[stage][1] for stage in case.stages(rank)))
+        if case.config.parallel.overlap_param_gather:  # and behind the first one's forward pass, but for the weights that it begins with
+            gather = max(0.1 * gather, gather - 0.9 * sum(self.stages[stage][0] for stage in case.stages(rank)))
         return reduce + gather + update_seconds(case, trained)
 
     @property
@@ -153,7 +154,9 @@ def rank_memory(case: Case, rank: int) -> Memory:
     chunks, amounts = [case.chunk(stage) for stage in case.stages(rank)], case.largest_micro_batch
     sequences = case.config.train.micro_batch_size
     each = [activations(model, chunk, amounts, kept, sequences=sequences) for chunk in chunks]
-    still = held(model, chunks, kept, data=layout.data, sharded=case.config.parallel.distributed_optimizer)
+    moments = 0 if case.config.optim.offload else case.moments
+    sharded = case.config.parallel.distributed_optimizer
+    still = held(model, chunks, kept, data=layout.data, sharded=sharded, gradient=case.gradient, moments=moments)
     return still + Memory(
         activations=most_in_flight(each, rank=rank, pipeline=layout.pipeline, micro_batches=case.micro_batches),
         logits=logits(model, amounts.head_rows, kept) if chunks[-1].last else 0.0,

@@ -11,13 +11,17 @@ from megatron_share4v.plan.predict import Prediction
 from megatron_share4v.plan.search import Found
 
 PREDICTED = "predicted, not measured"
+COLUMNS = {
+    "tensor": 7, "pipeline": 9, "virtual": 8, "data": 6, "micro": 6, "recompute": 11, "step, s": 9, "MFU": 7, "bubble": 8,
+    "GB": 7, "hours": 7, "GPU-h": 8,
+}  # fmt: skip
 CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 
 
 def text(asked: Prediction | None, refusals: Sequence[str], found: Found, *, title: str) -> str:
     """The whole report; `asked` is the layout of the configuration, None where it cannot be built, for the reasons in `refusals`."""
-    lines = [f"{title}: {PREDICTED}", ""]
-    lines += [f"refused: {reason}" for reason in refusals]
+    lines = [f"{title}: {PREDICTED}"]
+    lines += ["", *(f"refused: {reason}" for reason in refusals)] if refusals else []
     if asked is not None:
         lines += ["", *_asked(asked)]
     lines += ["", *ranking(found)]
@@ -35,21 +39,24 @@ def _asked(plan: Prediction) -> Iterator[str]:
     yield f"model     {total / 1e6:,.0f} M weights, of which {trained / 1e6:,.0f} M train, {case.config.precision.dtype}"
     yield f"workload  {case.workload.source}"
     sequence = ", sequence parallel" if case.config.parallel.sequence else ""
-    yield f"layout    {case.layout}{sequence}; micro-batches of {train.micro_batch_size}, {case.micro_batches} per rank and step"
+    yield f"layout    {case.layout}{sequence}, recompute {train.recompute}"
+    yield f"batch     {train.global_batch_size} in micro-batches of {train.micro_batch_size}, {case.micro_batches} on each data-parallel rank"
     yield ""
     yield f"{'rank':>4} {'layers':<12}" + "".join(f"{name:>12}" for name in CLASSES) + f"{'sum, GB':>10}{'fwd, ms':>9}{'bwd, ms':>9}"
     for rank, memory in enumerate(plan.memory):
         sizes = "".join(f"{getattr(memory, name) / 1e9:>12.2f}" for name in CLASSES)
         forward, backward = (1000 * sum(plan.stages[stage][kind] for stage in case.stages(rank)) for kind in (0, 1))
         yield f"{rank:>4} {_contents(plan, rank):<12}{sizes}{memory.total / 1e9:>10.1f}{forward:>9.1f}{backward:>9.1f}"
-    yield f"     with {case.assumptions.fragments:.0%} of fragments and a reserve: {plan.needed / 1e9:.1f} GB of {case.gpu.memory / 1e9:.0f} on the fullest rank"
+    needed, limit = plan.needed / 1e9, case.gpu.memory / 1e9
+    yield f"     the fullest rank, with {case.assumptions.fragments:.0%} of fragments and a reserve: {needed:.1f} GB of {limit:.0f}"
     yield ""
     yield (
         f"step      {plan.step_s:.3f} s: pipeline {plan.pipeline_s:.3f} (bubble {plan.bubble:.1%}, slowest rank {plan.imbalance:.1%} over the mean), "
         f"gradients and update {plan.after_s:.3f}"
     )
-    yield f"messages  per rank and step: tensor {traffic.tensor / 1e9:.2f} GB, pipeline {traffic.pipeline / 1e9:.2f} GB, data {traffic.data / 1e9:.2f} GB"
-    yield f"speed     {plan.tokens_per_s_per_gpu:,.0f} tokens/s, {plan.model_tflops:.0f} model TFLOP/s per GPU; MFU {plan.mfu:.1%}, hardware {plan.hfu:.1%}"
+    yield "messages  per rank and step: " + ", ".join(f"{axis} {size / 1e9:.2f} GB" for axis, size in vars(traffic).items())
+    speed = f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s, {plan.model_tflops:.0f} model TFLOP/s per GPU"
+    yield f"speed     {speed}; MFU {plan.mfu:.1%}, hardware {plan.hfu:.1%}"
     yield f"run       {duration(plan)}"
 
 
@@ -71,13 +78,13 @@ def ranking(found: Found) -> Iterator[str]:
     """The best layouts, and counted reasons against the others."""
     yield f"fastest of {found.tried} layouts that were tried:"
     if found.best:
-        yield f"{'tensor':>7}{'pipeline':>9}{'virtual':>8}{'data':>6}{'micro':>6}{'step, s':>9}{'MFU':>7}{'bubble':>8}{'GB':>7}{'hours':>7}{'GPU-h':>8}"
+        yield "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
     for plan in found.best:
         layout, hours = plan.case.layout, plan.hours
         time = f"{hours:>7.1f}{hours * layout.world_size:>8,.0f}" if hours is not None else f"{'-':>7}{'-':>8}"
         yield (
             f"{layout.tensor:>7}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}{plan.case.config.train.micro_batch_size:>6}"
-            f"{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}{plan.needed / 1e9:>7.1f}{time}"
+            f"{plan.case.config.train.recompute:>11}{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}{plan.needed / 1e9:>7.1f}{time}"
         )
     for reason, count in found.refused.most_common():
         yield f"{count:>7} refused: {reason}"
@@ -90,11 +97,14 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
         f"{gpu.per_server} GPUs of a server, {gpu.network / 1e9:.0f} GB/s each to other servers;"
     )
     yield (
-        f"  of these {assumed.matrices:.0%} in products with wide matrices, {assumed.attention:.0%} in attention, {assumed.memory:.0%} of the memory's "
-        f"bandwidth, {assumed.links:.0%} of the links;"
+        f"  of these {assumed.matrices:.0%} in products with wide matrices, {assumed.attention:.0%} in attention, {assumed.memory:.0%} of the "
+        f"memory's bandwidth, {assumed.links:.0%} of the links;"
     )
-    yield f"  {assumed.collective_s * 1e6:.0f} us per collective, {assumed.layer_s * 1e6:.0f} us per layer at least, {assumed.step_s * 1e3:.0f} ms per step."
-    hidden = "hidden behind the last backward pass" if case.config.parallel.overlap_grad_reduce else "not hidden (parallel.overlap_grad_reduce is off)"
+    collective, layer, step = assumed.collective_s * 1e6, assumed.layer_s * 1e6, assumed.step_s * 1e3
+    yield f"  {collective:.0f} us per collective, {layer:.0f} us per layer at least, {step:.0f} ms per step."
+    hidden = (
+        "hidden behind the last backward pass" if case.config.parallel.overlap_grad_reduce else "not hidden (parallel.overlap_grad_reduce is off)"
+    )
     yield f"  Tensor-parallel messages are not hidden; the reduction of gradients is {hidden}; data is never waited for."
 
 
@@ -102,7 +112,12 @@ def record(plan: Prediction) -> dict[str, Any]:
     """Everything that is predicted for one layout, as plain values; bytes and seconds."""
     case = plan.case
     return {
-        "layout": asdict(case.layout) | {"sequence": case.config.parallel.sequence, "micro_batch_size": case.config.train.micro_batch_size},
+        "layout": asdict(case.layout)
+        | {
+            "sequence": case.config.parallel.sequence,
+            "micro_batch_size": case.config.train.micro_batch_size,
+            "recompute": case.config.train.recompute,
+        },
         "micro_batches": case.micro_batches,
         "layers_per_stage": list(case.counts),
         "memory": [vars(memory) for memory in plan.memory],

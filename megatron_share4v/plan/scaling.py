@@ -25,10 +25,23 @@ MODELS, SIZES, LARGEST = ("share4v_7b", "share4v_13b"), (8, 16, 64, 1024), 16_38
 TOKENS = ("loss.normalize=tokens",)
 PACKED = (*TOKENS, "data.pack_length=4096", "data.order=random", "train.micro_batch_size=1")
 PACKS = {"pretrain": 48, "finetune": 24}  # per step: about as many samples as the recipe's global batch
-HEADER = (
-    "| model | stage | GPUs | tensor | pipeline | virtual | data | micro-batch | step, s | tokens/s/GPU | MFU | hardware | bubble | GB | hours | GPU-hours |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    "model",
+    "stage",
+    "GPUs",
+    "tensor",
+    "pipeline",
+    "virtual",
+    "data",
+    "micro-batch",
+    "recompute",
+    "step, s",
+    "tokens/s/GPU",
+    "MFU",
+    "hardware",
 )
+COLUMNS += ("bubble", "GB", "hours", "GPU-hours")
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 @dataclass(frozen=True)
@@ -56,17 +69,21 @@ def ask(question: Question, root: Path, *, config: RunConfig | None = None, keep
 def row(question: Question, root: Path) -> str:
     """One line of a table; why there is none, where nothing runs."""
     found = ask(question, root)
-    head = f"| {question.model.removeprefix('share4v_').upper()} | {STAGES[question.stage]} | {question.gpus:,} |"
+    head = [question.model.removeprefix("share4v_").upper(), STAGES[question.stage], f"{question.gpus:,}"]
     if not found.best:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in found.refused.most_common(2))
-        return f"{head} none of {found.tried} runs: {reasons} |{' |' * 12}"
+        cells = [*head, f"none of {found.tried} runs: {reasons}"]
+        return _line([*cells, *[""] * (len(COLUMNS) - len(cells))])
     [plan] = found.best
     layout, train = plan.case.layout, plan.case.config.train
-    return (
-        f"{head} {layout.tensor} | {layout.pipeline} | {layout.virtual} | {layout.data} | {train.micro_batch_size} | {plan.step_s:.2f} | "
-        f"{plan.tokens_per_s_per_gpu:,.0f} | {plan.mfu:.1%} | {plan.hfu:.1%} | {plan.bubble:.1%} | {plan.needed / 1e9:.0f} | {plan.hours:.1f} | "
-        f"{plan.hours * layout.world_size:,.0f} |"
-    )
+    how = [layout.tensor, layout.pipeline, layout.virtual, layout.data, train.micro_batch_size, train.recompute]
+    shares = [f"{share:.1%}" for share in (plan.mfu, plan.hfu, plan.bubble)]
+    cost = [f"{plan.needed / 1e9:.0f}", f"{plan.hours:.1f}", f"{plan.hours * layout.world_size:,.0f}"]
+    return _line([*head, *how, f"{plan.step_s:.2f}", f"{plan.tokens_per_s_per_gpu:,.0f}", *shares, *cost])
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def table(questions: Sequence[Question], root: Path) -> str:
@@ -81,9 +98,7 @@ def everything(overrides: tuple[str, ...] = ()) -> list[Question]:
 
 def packed() -> list[Question]:
     """Packs of 4,096 positions on 8 GPUs."""
-    return [
-        Question(model, stage, 8, overrides=(*PACKED, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES
-    ]
+    return [Question(model, stage, 8, overrides=(*PACKED, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES]
 
 
 def breaking(root: Path) -> Iterator[str]:
@@ -91,36 +106,38 @@ def breaking(root: Path) -> Iterator[str]:
     question = Question("share4v_7b", "pretrain", LARGEST)
     config = question.config(root)
     train, layers = config.train, config.model.language.num_layers
-    replica = GPUS[question.gpu].per_server * layers
-    widest = train.global_batch_size // train.micro_batch_size
+    replica, widest = GPUS[question.gpu].per_server * layers, train.global_batch_size // train.micro_batch_size
     nothing = ask(question, root)
     yield (
-        f"1. **The global batch.** {train.global_batch_size} samples in micro-batches of {train.micro_batch_size}, which the official averaging makes part of the "
-        f"recipe, are work for {widest} data-parallel ranks. A replica has at most 8 x {layers} = {replica} GPUs (tensor inside a server, one layer per "
-        f"stage), so {widest * replica:,} GPUs can have work at all: of {nothing.tried} layouts of {LARGEST:,}, {len(nothing.best)} run."
+        f"1. **The global batch.** {train.global_batch_size} samples in micro-batches of {train.micro_batch_size}, which the official averaging "
+        f"makes part of the recipe, are work for {widest} data-parallel ranks. A replica has at most 8 x {layers} = {replica} GPUs (tensor inside a "
+        f"server, one layer per stage), so {widest * replica:,} GPUs can have work at all: of {nothing.tried} layouts of {LARGEST:,}, "
+        f"{len(nothing.best)} run."
     )
-    [free] = ask(replace(question, overrides=TOKENS), root).best
-    layout = free.case.layout
+    [free], [small] = (ask(replace(question, gpus=gpus, overrides=overrides), root).best for gpus, overrides in ((LARGEST, TOKENS), (8, ())))
     yield (
-        f"2. **Then the work per GPU.** With `loss.normalize: tokens` the micro-batch may shrink to 1: the best layout (tensor {layout.tensor}, pipeline "
-        f"{layout.pipeline}, data {layout.data}) takes {free.step_s:.3f} s per step at {free.mfu:.1%} MFU, "
-        f"{free.hours * LARGEST:,.0f} GPU-hours for what 8 GPUs do in {ask(replace(question, gpus=8), root).best[0].hours * 8:.0f}. A layer's kernels take less time "
-        "than launching them, and the first stage, which alone has the tower, holds up the others."
+        f"2. **Then the work per GPU.** With `loss.normalize: tokens` the micro-batch may shrink to 1: the best layout ({_how(free)}) takes "
+        f"{free.step_s:.3f} s per step at {free.mfu:.1%} MFU, {free.hours * LARGEST:,.0f} GPU-hours for what 8 GPUs do in {small.hours * 8:.0f}. A "
+        "layer's kernels take less time than launching them, and the first stage, which alone has the tower, holds up the others."
     )
     batch, plan = train.global_batch_size, free
     while plan.mfu < 0.3:
         batch *= 2
-        grown = replace(question, overrides=(*TOKENS, f"train.global_batch_size={batch}"))
-        plan = ask(grown, root).best[0]
+        plan = ask(replace(question, overrides=(*TOKENS, f"train.global_batch_size={batch}")), root).best[0]
     yield (
-        f"3. **What would carry it** is a larger global batch: 30 % MFU needs about {batch:,} samples per step (tensor {plan.case.layout.tensor}, pipeline "
-        f"{plan.case.layout.pipeline}, data {plan.case.layout.data}), {math.ceil(SAMPLES['pretrain'] / batch)} steps for all of stage 1: another recipe, not a "
-        "faster one. Larger models and data sets get there; this one does not want more than some hundred GPUs."
+        f"3. **What would carry it** is a larger global batch: 30 % MFU needs about {batch:,} samples per step ({_how(plan)}), "
+        f"{math.ceil(SAMPLES['pretrain'] / batch)} steps for all of stage 1: another recipe, not a faster one. Larger models and data sets get "
+        "there; this one does not want more than some hundred GPUs."
     )
     yield (
-        f"4. **Not predicted here, and sure to come**: {layout.data}-wide reductions over a network shared with others, a checkpoint written by {LARGEST:,} "
-        "ranks at once, a node lost every few hours (goodput.png shows what that costs), and one slow GPU that all others wait for."
+        f"4. **Not predicted here, and sure to come**: {free.case.layout.data}-wide reductions over a network shared with others, a checkpoint "
+        f"written by {LARGEST:,} ranks at once, a node lost every few hours, and one slow GPU that all others wait for."
     )
+
+
+def _how(plan: Prediction) -> str:
+    layout = plan.case.layout
+    return f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}"
 
 
 def draw(root: Path, pictures: Path) -> None:
@@ -132,7 +149,9 @@ def draw(root: Path, pictures: Path) -> None:
     ):
         found = ask(question, root, keep=20).best
         shown = found[0] if name == "plan_7b_8" else next(plan for plan in found if plan.case.layout.pipeline > 1)
-        picture(shown, title=f"{question.model}, {STAGES[question.stage]}, {question.gpus} x H200: {shown.case.layout}").save(pictures / f"{name}.png")
+        picture(shown, title=f"{question.model}, {STAGES[question.stage]}, {question.gpus} x H200: {shown.case.layout}").save(
+            pictures / f"{name}.png"
+        )
     overview({question: found[0] for question in everything(TOKENS) if (found := ask(question, root).best)}).save(pictures / "scaling.png")
 
 

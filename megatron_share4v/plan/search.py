@@ -6,6 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from pydantic import ValidationError
 
@@ -29,7 +30,8 @@ class Found:
 
 
 def search(config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions, keep: int) -> Found:
-    """Over tensor (inside a server), pipeline, virtual and micro-batch size; everything else as `config` says, sequence parallelism with tensor.
+    """Over tensor (inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
+    sequence parallelism with tensor.
 
     The global batch is never changed. With `loss.normalize: microbatch` the micro-batch size is part of the recipe and is not changed either.
     """
@@ -65,13 +67,18 @@ def _fastest(fitting: list[Prediction], keep: int) -> list[Prediction]:
 def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[dict]:
     """Changed sections; those that cannot be built raise when they are put together."""
     sizes = [config.train.micro_batch_size] if config.loss.normalize == "microbatch" else _powers(config.train.global_batch_size)
+    recompute = list(dict.fromkeys((config.train.recompute, "none", "full")))
     for tensor in _powers(gpu.per_server):
         for pipeline in (size for size in range(1, config.model.language.num_layers + 1) if world_size % (tensor * size) == 0):
             for virtual in CHUNKS if pipeline > 1 else (1,):
-                parallel = replace(config.parallel, tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=tensor > 1)
-                for size in sizes:
+                own = config.parallel.layout  # made for so many stages alone
+                layout = own if own == "auto" or len(own) == pipeline * virtual else "auto"
+                degrees = dict(tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=tensor > 1, layout=layout)
+                parallel = replace(config.parallel, **degrees)
+                for size, again in product(sizes, recompute):
                     if config.train.global_batch_size % size == 0:
-                        yield {"parallel": parallel, "train": replace(config.train, micro_batch_size=size)}
+                        layers = config.train.recompute_layers if again == "full" == config.train.recompute else None
+                        yield {"parallel": parallel, "train": replace(config.train, micro_batch_size=size, recompute=again, recompute_layers=layers)}
 
 
 def _powers(most: int) -> list[int]:
@@ -84,7 +91,8 @@ def _kind(message: str) -> str:
         ("is not divisible by parallel.tensor", "parallel.tensor does not divide the model"),
         ("do not divide each other", "parallel.tensor does not divide the model"),
         ("exceeds model.language.num_layers", "more stages than layers"),
-        ("interleaved schedule", "micro-batches per rank are no multiple of parallel.pipeline, as parallel.virtual needs"),
+        ("data.pad_to micro_batch", "data.pad_to micro_batch excludes parallel.virtual"),
+        ("interleaved schedule needs", "micro-batches per rank are no multiple of parallel.pipeline, as parallel.virtual needs"),
         ("train.global_batch_size", "the global batch does not divide into micro-batches for so many data-parallel ranks"),
         ("world size", "the world does not divide"),
     ):

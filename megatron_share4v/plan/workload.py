@@ -14,6 +14,7 @@ from megatron_share4v.model.flops import Amounts
 # (text positions per sample, longest of a step, longest of all, share of the text that is trained) where no data set is at hand: captions of
 # ShareGPT4V-PT without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md: half of all positions).
 CAPTIONS, INSTRUCTIONS = (200, 400, 600, 1.0), (294, 1280, 2048, 0.55)
+UNGROUPED, GROUPED = 0.6, 0.1  # share of a step's padding that is left where each micro-batch is padded to its own longest
 SPREAD = 1.1  # mean square of the lengths over the square of their mean
 
 
@@ -42,7 +43,10 @@ class Workload:
     def real(self, sequences: float) -> Amounts:
         """Of so many sequences, without padding."""
         return Amounts(
-            positions=self.positions * sequences, squares=self.squares * sequences, images=self.images * sequences, head_rows=self.head_rows * sequences
+            positions=self.positions * sequences,
+            squares=self.squares * sequences,
+            images=self.images * sequences,
+            head_rows=self.head_rows * sequences,
         )
 
     def done(self, sequences: float) -> Amounts:
@@ -93,6 +97,10 @@ def assumed(config: RunConfig, *, samples: int | None = None, text_length: int |
             sequences=None if samples is None else round(samples / per_pack),
             source=f"{source}, packs 99 % full",
         )
+    said = "the longest of a step"
+    if data.pad_to == "micro_batch":
+        left = GROUPED if data.order == "group_by_modality_length" else UNGROUPED
+        of_step, said = round(text + left * (of_step - text)), "the longest of a micro-batch, on average"
     length, worst = (-(-(patches + text) // data.pad_multiple) * data.pad_multiple for text in (of_step, of_run))
     return Workload(
         length=length,
@@ -103,5 +111,5 @@ def assumed(config: RunConfig, *, samples: int | None = None, text_length: int |
         images=1.0,
         head_rows=trained * text,
         sequences=samples,
-        source=f"{source}, padded to {length} (the longest of a step; {worst} in the longest step)",
+        source=f"{source}, padded to {length} ({said}; {worst} at the longest)",
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.plan import StepItems
-from megatron_share4v.model.flops import Amounts, Execution, hardware_flops, layer_weights, model_flops
+from megatron_share4v.model.flops import Amounts, Execution, hardware_flops, model_flops
 from megatron_share4v.model.stages import layers_per_stage
 
 
@@ -39,19 +39,8 @@ def step_flops(config: RunConfig, items: StepItems, *, trained_tokens: int, imag
         filled = np.add.reduceat(items.lengths, np.cumsum([0, *items.counts[:-1]]))
         squares = _squares(items.lengths) + _squares(length - filled)
     done = Amounts(positions=items.positions, squares=squares, images=items.images + blank, head_rows=trained_tokens)
-    return StepFlops(model_flops(config.model, real), hardware_flops(config.model, done, _execution(config, fused_head=fused_head)))
-
-
-def _execution(config: RunConfig, *, fused_head: bool) -> Execution:
-    train, language = config.train, config.model.language
-    if train.recompute == "full" and train.recompute_layers is None:
-        return Execution(fused_head=fused_head, recompute="full")
-    if train.recompute == "full":
-        again = sum(min(count, train.recompute_layers) for count in layers_per_stage(config.model, config.parallel)) / language.num_layers
-        return Execution(fused_head=fused_head, matrices_again=again)
-    chosen = train.recompute_modules if train.recompute == "selective" else ()
-    mlp = 3 * language.hidden_size * language.intermediate_size / layer_weights(config.model)
-    return Execution(fused_head=fused_head, recompute="attention" if "core_attn" in chosen else "none", matrices_again=mlp if "mlp" in chosen else 0.0)
+    execution = Execution.of(config, fused_head=fused_head, layers_per_stage=layers_per_stage(config.model, config.parallel))
+    return StepFlops(model_flops(config.model, real), hardware_flops(config.model, done, execution))
 
 
 def _bounds(items: StepItems, micro_batch_size: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 compute_s: the step, less what is exposed. exposed_communication_s: reducing gradients after the last backward pass, and gathering weights after the
 update, with the wait for the slowest rank; messages inside forward and backward (tensor, context, pipeline) cannot be told from compute without
-stopping the device, and count as compute. data_wait_s: for the loader. checkpoint_s: saving, before this step; after the last step there is no line to
-book it on. restart_s: from the last line of the process before (or this process's begin) to the first step. lost_s: steps of an earlier process that are made once more, since it was not saved
-after them. other_s: validation, previews, logging.
+stopping the device, and count as compute. data_wait_s: for the loader. checkpoint_s: saving, before this step; after the last step there is no line
+to book it on. restart_s: from the last line of the process before (or this process's begin) to the first step. lost_s: steps of an earlier process
+that are made once more, since it was not saved after them. other_s: validation, previews, logging.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def draw_goodput(directory: Path) -> None:
         canvas.line(left - 4, y, left, y, fill=FAINT)
         canvas.text(left - 8, y - 7, f"{100 - 25 * part} %", align="right", size=12)
     sums = {name: sum(line[name] for line in lines) for name in ACCOUNTS}
-    entries = [(f"{name[:-2].replace('_', ' ')}  {_duration(value)}  {100 * value / max(whole, 1e-9):.1f} %", COLOURS[name]) for name, value in sums.items()]
+    entries = [
+        (f"{name[:-2].replace('_', ' ')}  {_duration(value)}  {100 * value / max(whole, 1e-9):.1f} %", COLOURS[name]) for name, value in sums.items()
+    ]
     canvas.legend(left, top + height + 44, entries, columns=3, width=310)
     canvas.save(directory / PICTURE)
 

@@ -7,13 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import LENGTH, MICRO_BATCH, PATCHES, micro_batches, tiny_model
+from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, ProjectorConfig, TrainableConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.options import LayerOptions, layer_options
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.flops import Amounts, Execution, parts
 from megatron_share4v.model.initialize import initialize
@@ -32,9 +34,11 @@ TRAINABLE = {
 }
 
 
-def counted(model: ModelConfig, batch, *, mesh: Mesh, ops: str, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """(products with weights, products of attention) that one forward and backward pass makes. Plain attention, whose products are seen one by one."""
-    [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=dtype, ops=ops)
+def counted(
+    model: ModelConfig, batch, *, mesh: Mesh, ops: str, dtype: torch.dtype = torch.float32, options: LayerOptions = LayerOptions()
+) -> tuple[float, float]:
+    """(products with weights, products of attention) of one forward and backward pass. Plain attention, whose products are seen one by one."""
+    [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=dtype, ops=ops, options=options)
     initialize([chunk], seed=1, model=model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         chunk(batch).backward()
@@ -92,10 +96,23 @@ def test_native_head_computes_its_logits_twice(mesh: Mesh, native_ops: None) -> 
     assert matrices > computed(model, done, Execution(fused_head=False, flash=False))[0]
 
 
-def test_recompute_adds_a_forward_pass() -> None:
-    model = tiny_model()
-    amounts = Amounts(positions=100, squares=5000, images=PATCHES, head_rows=10)
-    layers = {again: parts(model, amounts, Execution(recompute=again)).layer for again in ("none", "attention", "full")}
-    forward = layers["none"]
-    assert layers["attention"].total - forward.total == forward.attention_forward
-    assert layers["full"].total - forward.total == forward.forward + forward.attention_forward
+RECOMPUTED = {
+    "full": TrainConfig(global_batch_size=1, recompute="full"),
+    "some layers": TrainConfig(global_batch_size=1, recompute="full", recompute_layers=3),
+    "attention": TrainConfig(global_batch_size=1, recompute="selective", recompute_modules=("core_attn",)),
+    "mlp": TrainConfig(global_batch_size=1, recompute="selective", recompute_tower="selective", recompute_modules=("mlp", "core_attn")),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputation(name: str, mesh: Mesh) -> None:
+    """What core computes once more is what is counted once more."""
+    model, batch, train = tiny_model(), micro_batches(0)[0], RECOMPUTED[name]
+    data = DataConfig(train="data", tokenizer="tokenizer.model", max_text_length=20)
+    config = RunConfig(run=RunSection(directory="none"), data=data, model=model, train=train)
+    execution = dataclasses.replace(Execution.of(config, fused_head=False, layers_per_stage=(model.language.num_layers,)), flash=False)
+    done = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    expected = computed(model, done, execution)
+    assert counted(model, batch, mesh=mesh, ops="reference", options=layer_options(train)) == pytest.approx(expected, rel=WITHIN)
+    plain = computed(model, done, Execution(fused_head=False, flash=False))
+    assert sum(expected) > 1.02 * sum(plain)

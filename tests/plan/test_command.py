@@ -82,14 +82,22 @@ def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
 
     write_dataset(tmp_path / "scenes", train_scenes=24, held_out_scenes=64, seed=3, image_size=56)
     annotations = tmp_path / "scenes" / "finetune.json"
-    train_tokenizer([turn["value"] for entry in json.loads(annotations.read_text()) for turn in entry["conversations"]], tmp_path / "t.model", vocab_size=380)
+    train_tokenizer(
+        [turn["value"] for entry in json.loads(annotations.read_text()) for turn in entry["conversations"]], tmp_path / "t.model", vocab_size=380
+    )
     prepare(
         PrepareOptions(
             annotations=annotations, images=tmp_path / "scenes", output=tmp_path / "data", tokenizer=tmp_path / "t.model", template="vicuna_v1",
             max_text_length=384, samples_per_shard=16, max_rejected_fraction=0.0, workers=0, overwrite=False,
         )
     )  # fmt: skip
-    tiny = (f"data.train={tmp_path / 'data'}", "data.max_text_length=384", "train.global_batch_size=8", "train.micro_batch_size=2", "data.order=random")
+    tiny = (
+        f"data.train={tmp_path / 'data'}",
+        "data.max_text_length=384",
+        "train.global_batch_size=8",
+        "train.micro_batch_size=2",
+        "data.order=random",
+    )
     config = load_run(repository / "examples/quickstart/finetune.yaml", tiny)
     rows = Index.open(tmp_path / "data").rows
     lengths = rows["n_tok"] + rows["n_img"] * (config.model.vision.num_patches - 1.0)

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.run import ParallelConfig, TrainConfig
 from megatron_share4v.model.flops import Amounts
 from megatron_share4v.model.stages import layers_per_stage
-from megatron_share4v.plan.memory import Chunk, Kept, activations, held
+from megatron_share4v.plan.memory import Chunk, Kept, Recomputed, activations, held
 
 WITHIN = 0.05
 """What the planner promises; the sums below are off by the scalars that layers keep beside their tensors."""
@@ -31,6 +31,13 @@ class Case:
     dtype: str = "bf16"
     trainable: tuple = (("vision_from_block", 1),)
     ops: str = "native"
+    recompute: tuple = ()
+    short: bool = False
+    """Gradients and AdamW's averages in bf16."""
+
+    @property
+    def train(self) -> TrainConfig:
+        return TrainConfig(global_batch_size=1, **dict(self.recompute))
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ def measure(cases: list[Case]) -> list[Measured]:
     from megatron_share4v.mcore.choice import agree_on_ops
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
+    from megatron_share4v.mcore.options import layer_options
     from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
@@ -86,10 +94,11 @@ def measure(cases: list[Case]) -> list[Measured]:
             names = ("tensor", "pipeline", "virtual", "sequence")
             parallel = ParallelConfig(**{name: getattr(case, name) for name in names}, distributed_optimizer=case.sharded)
             agree_on_ops(case.ops, mesh=mesh)
-            bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops)
+            bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=layer_options(case.train))
             initialize(bare, seed=1, model=model)
-            wrapped = wrap_chunks(bare, mesh=mesh, parallel=parallel)
-            optimizer = build_optimizer(wrapped, OptimConfig(), parallel=parallel, dtype=dtype)
+            short = "bf16" if case.short else "fp32"
+            wrapped = wrap_chunks(bare, mesh=mesh, parallel=parallel, gradients=short)
+            optimizer = build_optimizer(wrapped, OptimConfig(moments=short), parallel=parallel, dtype=dtype)
             weights = storages(parameter for chunk in bare for parameter in chunk.parameters())
             states = [
                 value
@@ -101,19 +110,29 @@ def measure(cases: list[Case]) -> list[Measured]:
             gradients = storages(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers)
             optimizer_bytes = sum(tensor.nbytes for tensor in states if tensor.dim() and tensor.untyped_storage().data_ptr() not in weights)
             length = LENGTH // (case.tensor if case.sequence else 1)
-            kept = [
-                kept_by_autograd(chunk, micro_batches(0)[3], width=model.language.hidden_size, length=length, dtype=dtype) for chunk in bare
-            ]
+            kept = [kept_by_autograd(chunk, micro_batches(0)[3], width=model.language.hidden_size, length=length, dtype=dtype) for chunk in bare]
             results.append(Measured(mesh.coordinates.pipeline, sum(weights.values()), sum(gradients.values()), optimizer_bytes, kept))
     return results
 
 
 STAGE_2, PROJECTOR, ALL = (("language", True),), (("language", False), ("projector", True)), (("vision_from_block", -1),)
+FULL, SOME = (("recompute", "full"), ("recompute_tower", "full")), (("recompute", "full"), ("recompute_layers", 2))
+ATTENTION, MLP = (
+    (("recompute", "selective"), ("recompute_tower", "selective"), ("recompute_modules", modules))
+    for modules in (("core_attn",), ("core_attn", "mlp"))
+)
 CASES = {
-    1: [Case(), Case(dtype="fp32"), Case(trainable=STAGE_2), Case(trainable=PROJECTOR), Case(trainable=ALL, sharded=False), Case(ops="reference", dtype="fp32")],
-    2: [Case(tensor=2), Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2), Case(pipeline=2, virtual=2, dtype="fp32")],
+    1: [Case(), Case(dtype="fp32"), Case(trainable=STAGE_2), Case(trainable=PROJECTOR), Case(trainable=ALL, sharded=False),
+        Case(ops="reference", dtype="fp32"),
+        Case(recompute=FULL, trainable=ALL), Case(recompute=SOME), Case(recompute=ATTENTION, trainable=ALL), Case(recompute=MLP)],
+    2: [Case(tensor=2, recompute=ATTENTION), Case(tensor=2, short=True), Case(short=True), Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2),
+        Case(pipeline=2, virtual=2, dtype="fp32")],
     4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2), Case(tensor=2, trainable=ALL), Case(pipeline=4)],
 }  # fmt: skip
+
+
+def recomputed(train: TrainConfig) -> Recomputed:
+    return Recomputed(train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules)
 
 
 @pytest.mark.parametrize("world", CASES)
@@ -125,13 +144,20 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
     for number, case in enumerate(CASES[world]):
         model = tiny_model(**dict(case.trainable))
         counts = layers_per_stage(model, ParallelConfig(pipeline=case.pipeline, virtual=case.virtual))
-        kept = Kept(tensor=case.tensor, sequence=case.sequence, element=2 if case.dtype == "bf16" else 4, native=case.ops == "native")
+        kept = Kept(
+            tensor=case.tensor,
+            sequence=case.sequence,
+            element=2 if case.dtype == "bf16" else 4,
+            native=case.ops == "native",
+            recompute=recomputed(case.train),
+        )
         data = world // (case.tensor * case.pipeline)
         for rank in range(case.pipeline):
             chunks = [
                 Chunk(layers=counts[stage], first=stage == 0, last=stage == len(counts) - 1) for stage in range(rank, len(counts), case.pipeline)
             ]
-            planned = held(model, chunks, kept, data=data, sharded=case.sharded)
+            short = {"gradient": 2, "moments": 4} if case.short else {}
+            planned = held(model, chunks, kept, data=data, sharded=case.sharded, **short)
             mine = [ranks[number] for ranks in measured if ranks[number].pipeline_rank == rank]
             assert len(mine) == case.tensor * data
             for real in mine:

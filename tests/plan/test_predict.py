@@ -91,6 +91,31 @@ def test_the_trainers_own_checks_refuse(config: RunConfig) -> None:
         case(config, 48, pipeline=3, virtual=2)
 
 
+def test_options_of_memory_and_overlap_are_counted(config: RunConfig) -> None:
+    """Each saves what it says, and sends or hides what it says."""
+
+    def changed(section: str, **values) -> Prediction:
+        base = case(config, 16, tensor=2)
+        return Prediction(replace(base, config=replace(base.config, **{section: replace(getattr(base.config, section), **values)})))
+
+    plain, short, averages = Prediction(case(config, 16, tensor=2)), changed("precision", gradients="bf16"), changed("optim", moments="bf16")
+    assert short.memory[0].gradients == plain.memory[0].gradients / 2 and short.traffic.data == pytest.approx(plain.traffic.data * 4 / 6)
+    assert averages.memory[0].optimizer == pytest.approx(plain.memory[0].optimizer * 8 / 12)
+    away = changed("optim", offload=True)
+    assert away.memory[0].optimizer == pytest.approx(plain.memory[0].optimizer * 4 / 12) and away.after_s > plain.after_s
+    assert changed("parallel", overlap_param_gather=True).after_s < plain.after_s
+    again = changed("train", recompute="full")
+    assert again.memory[0].activations < plain.memory[0].activations / 10 and 1.2 < again.pipeline_s / plain.pipeline_s < 1.4
+    assert again.mfu < plain.mfu and again.hfu > 0.95 * plain.hfu
+    by_hand = case(config, 16, tensor=2, pipeline=2, layout=(10, 22))
+    assert by_hand.counts == (10, 22) and Prediction(by_hand).imbalance > Prediction(case(config, 16, tensor=2, pipeline=2)).imbalance
+
+
+def test_lengths_of_their_own_leave_less_padding(repository: Path) -> None:
+    lengths = [assumed(load_run(repository / RECIPE, [f"data.pad_to={whose}"])).length for whose in ("step", "micro_batch")]
+    assert lengths == [976, 896]
+
+
 def test_what_does_not_fit_is_refused_with_its_classes(config: RunConfig) -> None:
     [reason] = Prediction(case(config, 16, gpu="a100", tensor=1, sequence=False)).refusals()
     assert reason.startswith("does not fit: pipeline rank 0 needs ") and "A100's 85 (weights 14.1, gradients 27.6" in reason
