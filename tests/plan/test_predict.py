@@ -105,7 +105,7 @@ def test_options_of_memory_and_overlap_are_counted(config: RunConfig) -> None:
     assert away.memory[0].optimizer == pytest.approx(plain.memory[0].optimizer * 4 / 12) and away.after_s > plain.after_s
     assert changed("parallel", overlap_param_gather=True).after_s < plain.after_s
     again = changed("train", recompute="full")
-    assert again.memory[0].activations < plain.memory[0].activations / 10 and 1.2 < again.pipeline_s / plain.pipeline_s < 1.4
+    assert again.memory[0].activations < plain.memory[0].activations / 9 and 1.2 < again.pipeline_s / plain.pipeline_s < 1.4
     assert again.mfu < plain.mfu and again.hfu > 0.95 * plain.hfu
     by_hand = case(config, 16, tensor=2, pipeline=2, layout=(10, 22))
     assert by_hand.counts == (10, 22) and Prediction(by_hand).imbalance > Prediction(case(config, 16, tensor=2, pipeline=2)).imbalance
