@@ -1,6 +1,8 @@
-"""Look before a launch: `doctor.py data` examines annotations with their images, or a prepared data set, and names what is wrong.
+"""Look before a launch.
 
-Exit code 0: clean, 1: findings (other than those of an allowed kind), 2: it could not look.
+`doctor.py data` examines annotations with their images, or a prepared data set, and names what is wrong. Exit code 0: clean, 1: findings (other than
+those of an allowed kind), 2: it could not look. `doctor.py env` examines the machines, on every rank of a job: under torchrun or srun as
+tools/train.py. Exit code 0: a run is possible, and what will slow it down is said in warnings, 2: it is not, and why.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import tempfile
 from pathlib import Path
 
 from megatron_share4v import log
+from megatron_share4v.config.arguments import natural, positive
+from megatron_share4v.config.load import load_run
 from megatron_share4v.data.audit import AUDIT_KINDS, AnnotatedRecords, Audit, Finding, PreparedRecords, Records, audit
 from megatron_share4v.data.audit_report import Shape, draw_histogram, report
 from megatron_share4v.data.audit_show import show_sample, write_preprocessed
@@ -23,7 +27,8 @@ from megatron_share4v.data.image_files import ImageFiles, scan_images
 from megatron_share4v.data.index import Index
 from megatron_share4v.data.sources import Annotations
 from megatron_share4v.data.store import SampleStore
-from megatron_share4v.errors import Share4VError
+from megatron_share4v.errors import Share4VError, reported
+from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 
@@ -32,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Look, print a report, return the exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command == "env":
+        return _env(options)
     if (options.prepared is None) == (options.annotations is None) or (options.annotations is None) != (options.images is None):
         parser.error("give a prepared directory, or --annotations and --images")
     if options.global_batch_size % options.micro_batch_size:
@@ -42,6 +49,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (Share4VError, OSError) as error:
         print(f"doctor: {error}", file=sys.stderr)
         return 2
+
+
+def _env(options: argparse.Namespace) -> int:
+    with reported():
+        world = World.from_environment()
+    with reported(rank=world.rank, ranks=world.size):
+        config = load_run(options.config, options.overrides) if options.config else None
+        from megatron_share4v.train.preflight import check_nodes  # imports megatron-core, which `data` needs nothing of
+
+        log.configure(rank=world.rank)
+        report = check_nodes(config, shared=options.shared, timeout_s=options.timeout)
+    if report is not None:
+        print(report)
+    return 0
 
 
 def _data(options: argparse.Namespace) -> int:
@@ -104,26 +125,24 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--images", type=Path, help="folder of images, as given to tools/prepare_data.py")
     data.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
     data.add_argument("--template", help="conversation template (vicuna_v1, or what the directory was prepared with)")
-    data.add_argument("--max-text-length", type=_positive, help="positions kept, an image counted as one (2048, or as prepared)")
+    data.add_argument("--max-text-length", type=positive, help="positions kept, an image counted as one (2048, or as prepared)")
     data.add_argument("--out", type=Path, default=Path("runs/doctor"), help="where findings.jsonl, report.txt and pictures are written")
-    data.add_argument("--show", type=int, default=0, metavar="K", help="print K samples as the model sees them, and write their images")
+    data.add_argument("--show", type=natural, default=0, metavar="K", help="print K samples as the model sees them, and write their images")
     data.add_argument("--allow", action="append", default=[], choices=[*KINDS, *AUDIT_KINDS], help="a kind of finding that is not to fail")
-    data.add_argument("--tokens-per-image", type=_positive, default=576, help="positions that an image takes")
-    data.add_argument("--image-size", type=_positive, default=336, help="side of the tower's input")
+    data.add_argument("--tokens-per-image", type=positive, default=576, help="positions that an image takes")
+    data.add_argument("--image-size", type=positive, default=336, help="side of the tower's input")
     data.add_argument("--image-aspect-ratio", choices=("pad", "square"), default="pad", help="pad to a square, or crop the centre")
-    data.add_argument("--micro-batch-size", type=_positive, default=8, help="for the padding")
-    data.add_argument("--global-batch-size", type=_positive, default=128, help="for the padding")
-    data.add_argument("--pad-multiple", type=_positive, default=8, help="sequences are rounded up to it")
-    data.add_argument("--pack-length", type=_positive, default=4096, help="positions of a pack")
-    data.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
+    data.add_argument("--micro-batch-size", type=positive, default=8, help="for the padding")
+    data.add_argument("--global-batch-size", type=positive, default=128, help="for the padding")
+    data.add_argument("--pad-multiple", type=positive, default=8, help="sequences are rounded up to it")
+    data.add_argument("--pack-length", type=positive, default=4096, help="positions of a pack")
+    data.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
+    env = commands.add_parser("env", help="examine the machines", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    env.add_argument("config", nargs="?", help="the run's YAML file; without it only what every run needs is looked at")
+    env.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as tools/train.py will be given")
+    env.add_argument("--shared", type=Path, action="append", default=[], help="a folder that all ranks must share, besides run.directory")
+    env.add_argument("--timeout", type=positive, default=300, help="seconds that the ranks wait for each other")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_share4v import log
+from megatron_share4v.config.arguments import natural, positive
 from megatron_share4v.data.prepare import PrepareOptions, prepare
 from megatron_share4v.errors import Share4VError
 
@@ -38,22 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="directory to write; published whole or not at all")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
     parser.add_argument("--template", default="vicuna_v1", help="conversation template")
-    parser.add_argument("--max-text-length", type=_positive, default=2048, help="positions kept per sample, an image counted as one")
-    parser.add_argument("--samples-per-shard", type=_positive, default=10_000, help="samples in one tar file")
+    parser.add_argument("--max-text-length", type=positive, default=2048, help="positions kept per sample, an image counted as one")
+    parser.add_argument("--samples-per-shard", type=positive, default=10_000, help="samples in one tar file")
     parser.add_argument("--max-rejected-fraction", type=float, default=0.05, help="end with exit code 2 when more records than this are bad")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
+    parser.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
     parser.add_argument("--in-place", action="store_true", default=False, help="index the images where they are, without copying them")
     parser.add_argument("--repeat-images", action="store_true", default=False, help="store a shared image with each of its samples, not once")
     parser.add_argument("--restart", action="store_true", default=False, help="begin anew instead of going on with an unfinished preparation")
     parser.add_argument("--overwrite", action="store_true", default=False, help="replace a data set that is already in --output")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

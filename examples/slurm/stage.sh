@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What pretrain.sbatch and finetune.sbatch do in their allocation: train, and queue the job again while its run is not done.
+# What pretrain.sbatch and finetune.sbatch do in their allocation: examine the nodes, train, and queue the job again while its run is not done.
 #   bash examples/slurm/stage.sh STAGE RECIPE [dotted.key=value ...]
 #
 # Exit code 75: saved and ended in order, because of preemption (SIGTERM), the time limit, or SIGUSR1 before it; 138 and 143: one of these signals came
@@ -17,10 +17,13 @@ fi
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${nodes[0]}" MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-code=0
 # The others may end by themselves, with a code that says why, before the last of them are ended.
-srun --kill-on-bad-exit=0 --wait=60 bash examples/slurm/rank.sh tools/train.py "$config" "$@" || code=$?
-echo "job $SLURM_JOB_ID, started $((${SLURM_RESTART_COUNT:-0} + 1)) times: training ended with exit code $code after $((SECONDS / 60)) minutes" >&2
+on_every_gpu() {
+    srun --kill-on-bad-exit=0 --wait=60 bash examples/slurm/rank.sh "$@"
+}
+code=0
+on_every_gpu tools/doctor.py env "$config" "$@" && on_every_gpu tools/train.py "$config" "$@" || code=$?
+echo "job $SLURM_JOB_ID, started $((${SLURM_RESTART_COUNT:-0} + 1)) times: ended with exit code $code after $((SECONDS / 60)) minutes" >&2
 requeue() {
     exec scontrol requeue "$SLURM_JOB_ID"
 }

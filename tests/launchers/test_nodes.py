@@ -91,6 +91,16 @@ def config(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     return root / "run.yaml"
 
 
+def test_the_doctor_sees_both_nodes(nodes: list[Node], config: Path) -> None:
+    """Through the script for nodes with numbers."""
+    shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": "1"}
+    arguments = ("multi_node_static", "tools/doctor.py", "env", str(config), "parallel.tensor=1")
+    processes = [node.start(*arguments, **shared, NODE_RANK=str(number)) for number, node in enumerate(nodes)]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 ranks on" in outputs[0] and "all-reduce of 4 MB over 2 ranks" in outputs[0] and "2 ranks on" not in outputs[1]
+
+
 def train_here(config: Path, directory: Path) -> None:
     """One rank of a node of eight. The world is the harness's."""
     from megatron_share4v.config.load import load_run

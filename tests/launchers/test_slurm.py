@@ -63,7 +63,8 @@ def test_every_rank_is_told_its_place_and_the_recipe(root: Path, stage: str, rec
     assert ended.code == 0 and not ended.requeued, ended.output
     port = 20000 + 77123 % 20000
     places = ["0 4 0 2", "1 4 1 2", "2 4 0 2", "3 4 1 2"]
-    assert ended.ranks == [f"{place} first {port} tools/train.py examples/{recipe}/{stage}.yaml train.steps=7" for place in places]
+    commands = ("tools/doctor.py env", "tools/train.py")
+    assert ended.ranks == [f"{place} first {port} {command} examples/{recipe}/{stage}.yaml train.steps=7" for place in places for command in commands]
 
 
 @pytest.mark.parametrize(("code", "minutes", "requeued"), [(75, "10", True), (138, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)])
@@ -72,12 +73,17 @@ def test_what_is_queued_again(root: Path, code: int, minutes: str, requeued: boo
     ended = submit(root, "pretrain", "share4v_7b", code=code, MIN_MINUTES=minutes)
     assert ended.requeued == requeued, ended.output
     assert requeued or ended.code == code
-    assert f"started 1 times: training ended with exit code {code} after 0 minutes" in ended.output
+    assert f"started 1 times: ended with exit code {code} after 0 minutes" in ended.output
+
+
+def test_nodes_that_cannot_run_the_job_are_not_trained_on(root: Path) -> None:
+    ended = submit(root, "finetune", "share4v_7b", code=2)
+    assert ended.code == 2 and not ended.requeued and all("doctor.py" in rank for rank in ended.ranks), ended.output
 
 
 def test_ranks_that_hang_when_one_has_failed_are_ended(root: Path) -> None:
     ended = submit(root, "pretrain", "share4v_7b", code=1, hanging=True, MIN_MINUTES="0", SLURM_RESTART_COUNT="2")
-    assert ended.requeued and "started 3 times: training ended with exit code 137" in ended.output
+    assert ended.requeued and "started 3 times: ended with exit code 137" in ended.output
 
 
 def test_another_folder_is_refused(root: Path) -> None:
