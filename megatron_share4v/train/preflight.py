@@ -28,6 +28,7 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.plan.gpus import known_gpu
 from megatron_share4v.train.machine import Finding, error, examine_machine, existing, facts
 from megatron_share4v.train.same_start import code_hash, describe_start, different
@@ -61,6 +62,8 @@ def check_nodes(config: RunConfig | None, *, shared: Sequence[Path], timeout_s: 
     Raises ConfigError, on all ranks, when a run is impossible here; where ranks did not even meet, on those that waited.
     """
     world = World.from_environment()
+    if config is not None:
+        Layout.for_world(config.parallel, world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with contextlib.ExitStack() as stack:
         try:

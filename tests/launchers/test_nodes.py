@@ -94,7 +94,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 def test_the_doctor_sees_both_nodes(nodes: list[Node], config: Path) -> None:
     """Through the script for nodes with numbers."""
     shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": "1"}
-    arguments = ("multi_node_static", "tools/doctor.py", "env", str(config), "parallel.tensor=1")
+    arguments = ("multi_node_static", "tools/doctor.py", "env", str(config), "parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
     processes = [node.start(*arguments, **shared, NODE_RANK=str(number)) for number, node in enumerate(nodes)]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
