@@ -91,7 +91,7 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     for chunk in chunks:
         chunk.zero_grad_buffer()
     losses = _run(chunks, StepData(items, mine, 0.0), mesh=mesh, micro_batch_size=sequences, normalize="tokens", forward_only=False)
-    loss, tokens = _reduce(losses, mesh=mesh, normalize="tokens")
+    loss, tokens, _ = _reduce(losses, mesh=mesh, normalize="tokens")
     assert tokens == sum(batch.targets.numel() for batch in batches)
     gradients = {
         f"{number}.{name}": weight.main_grad.clone()
