@@ -8,11 +8,14 @@ each instead of ten. The few that are about the launcher start the real one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,10 +100,17 @@ def limit_files(fault: Fault, chunks: Any) -> None:
 
 
 def die_in_save(fault: Fault, chunks: Any) -> None:
-    """When all tensors are written but nothing is published."""
+    """When all tensors of the checkpoint of step `value` are written but nothing is published."""
     from megatron_share4v.checkpoint import store
 
-    store.describe_files = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+    describe_files = store.describe_files
+
+    def dying(directory: Path, **options: Any) -> Any:
+        if f"{int(fault.value):08d}" in directory.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return describe_files(directory, **options)
+
+    store.describe_files = dying
 
 
 def edit_code(fault: Fault, chunks: Any) -> None:
@@ -108,6 +118,39 @@ def edit_code(fault: Fault, chunks: Any) -> None:
     from megatron_share4v.train import same_start
 
     same_start.code_hash = lambda package: "0123456789ab"
+
+
+def lose_one_file(fault: Fault, chunks: Any) -> None:
+    """The disk is full for what a thread of torch's own writes, and has room for all else."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    create_stream, begun = FileSystem.create_stream, threading.Event()
+
+    @contextlib.contextmanager
+    def full(self: FileSystem, path: Any, mode: str) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(20.0)  # else it might write all files itself
+        else:
+            begun.set()
+        with create_stream(self, path, mode) as stream:
+            yield stream
+            if threading.current_thread() is not threading.main_thread():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    FileSystem.create_stream = full
+
+
+def write_slowly(fault: Fault, chunks: Any) -> None:
+    """From now on every save takes `value` seconds longer."""
+    from megatron_share4v.checkpoint import store
+
+    describe_files = store.describe_files
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(float(fault.value))
+        return describe_files(*args, **options)
+
+    store.describe_files = slow
 
 
 KINDS: dict[str, Callable[[Fault, Any], None]] = {
@@ -123,6 +166,8 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "slow": slow_down,
     "spike": exaggerate,
     "full": limit_files,
+    "lost_file": lose_one_file,
+    "slow_save": write_slowly,
     "kill_in_save": die_in_save,
     "other_code": edit_code,
 }

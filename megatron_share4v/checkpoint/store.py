@@ -30,17 +30,20 @@ from megatron_share4v.checkpoint.manifest import (
 )
 from megatron_share4v.errors import CheckpointError, Share4VError
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.checkpointing import count_updates, load_sharded, save_sharded
+from megatron_share4v.mcore.checkpointing import count_updates, load_sharded, take_snapshot
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer
+from megatron_share4v.mcore.snapshot import HostBuffers
 from megatron_share4v.mcore.tensor_files import stored_tensors
 from megatron_share4v.model.initialize import SHARDING
 
-__all__ = ["RunState", "find_newest_whole", "load", "load_weights", "locate", "on_first_rank", "read_start", "save", "write"]
+__all__ = ["Completion", "RunState", "begin_save", "find_newest_whole", "load", "load_weights", "locate", "on_first_rank", "read_start", "save", "write"]
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 T = TypeVar("T")
+Completion = Callable[[dist.ProcessGroup | None], Path]
+"""Writes what was taken, over a group of all ranks (None: the default one), and gives the checkpoint's directory. Collective."""
 
 
 def save(
@@ -59,12 +62,40 @@ def save(
     `config_text` is the run's whole configuration; `companions` are files that are copied in (checkpoint/companions.py). Returns
     the new directory. Raises CheckpointError when it cannot be written; what was there before is then untouched.
     """
+    return begin_save(
+        directory, step=step, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions
+    )(None)
+
+
+def begin_save(
+    directory: Path,
+    *,
+    step: int,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    mesh: Mesh,
+    state: RunState,
+    config_text: str,
+    companions: Sequence[Path] = (),
+    buffers: HostBuffers | None = None,
+) -> Completion:
+    """`save` in two: what is to be written is taken now, and the result writes and names it. With `buffers`, a thread may do so while training goes on.
+
+    One save must be complete before the next one begins.
+    """
     assert state.step == step, (state, step)
     directory = Path(directory)
     target = directory / directory_name(step)
-    write(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions)
-    on_first_rank(mesh, lambda: _name_latest(directory, target.name))
-    return target
+    complete = _begin(
+        target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions, buffers=buffers
+    )
+
+    def named(group: dist.ProcessGroup | None) -> Path:
+        complete(group)
+        on_first_rank(mesh, lambda: _name_latest(directory, target.name), group=group)
+        return target
+
+    return named
 
 
 def write(
@@ -78,10 +109,24 @@ def write(
     companions: Sequence[Path] = (),
 ) -> None:
     """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
+    _begin(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions)(None)
+
+
+def _begin(
+    target: Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    mesh: Mesh,
+    state: RunState,
+    config_text: str,
+    companions: Sequence[Path],
+    buffers: HostBuffers | None = None,
+) -> Completion:
     started = time.perf_counter()
     temporary = on_first_rank(mesh, lambda: _prepare(target))
     updates = None if optimizer is None else count_updates(optimizer)
-    save_sharded(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING)
+    snapshot = take_snapshot(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING, buffers=buffers)
 
     def finish() -> tuple[int, str]:
         for path in companions:
@@ -93,8 +138,13 @@ def write(
         publish(temporary, target)
         return manifest.size, weights.get("vision", "none")
 
-    size, tower = on_first_rank(mesh, finish)
-    get_logger().info("checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s", target, size / 1e9, time.perf_counter() - started, tower)
+    def complete(group: dist.ProcessGroup | None) -> Path:
+        snapshot.write(group)
+        size, tower = on_first_rank(mesh, finish, group=group)
+        get_logger().info("checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s", target, size / 1e9, time.perf_counter() - started, tower)
+        return target
+
+    return complete
 
 
 def load(path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, mesh: Mesh, verified: bool = False) -> RunState:
@@ -223,8 +273,8 @@ def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> 
     get_logger().info("checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s", what, checkpoint, step, size, manifest.layout, seconds)
 
 
-def on_first_rank(mesh: Mesh, action: Callable[[], T]) -> T:
-    """What `action` gives on rank 0, or the user's error that it raises there, on all ranks. Collective."""
+def on_first_rank(mesh: Mesh, action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
+    """What `action` gives on rank 0, or the user's error that it raises there, on all ranks. Collective over `group` of all ranks; None: the default one."""
     outcome: list[Any] = [None, None]
     if mesh.rank == 0:
         try:
@@ -233,7 +283,7 @@ def on_first_rank(mesh: Mesh, action: Callable[[], T]) -> T:
             outcome[1] = error
         except OSError as error:
             outcome[1] = CheckpointError(f"{error.filename}: {error.strerror}; check the path, its permissions and the free space")
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

@@ -204,6 +204,9 @@ class CheckpointConfig:
     """0: only at the end."""
     every_minutes: NonNegativeFloat = 0.0
     """Also when so much time has passed since the last save; 0: never."""
+    in_background: Bool = False
+    """Training waits only until what is to be written is copied to the host's memory, which takes as much of it again. It is written meanwhile; a save
+    that comes before the last one is written waits for it."""
     before_time_limit_s: NonNegativeFloat = 120.0
     """Where the job has a time limit (run.time_limit_minutes, or Slurm's), the run is saved and ends so long before it; one step and one save, as long
     as the longest so far, are left beside."""

@@ -9,7 +9,6 @@ What directories mean, and which of them are whole, is checkpoint/'s business.
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,7 +20,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
-from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy, mcore_to_pyt_state_dict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
@@ -30,30 +28,37 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.mcore.optimizer import gather_weights, optimizer_parts, restore_step_counts, step_counts, unwrap
+from megatron_share4v.mcore.snapshot import HostBuffers, Snapshot
 
 STATE_PREFIX = "optimizer.state."
-WRITER_THREADS = 2
 SHOWN_MISMATCHES = 5
 
 Entry = ShardedTensor | ShardedTensorFactory
 
 
-def save_sharded(directory: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, sharding: dict[str, Any]) -> None:
-    """Write all ranks' tensors into the empty `directory` (a file system that all ranks see). Collective.
+def take_snapshot(
+    directory: Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    sharding: dict[str, Any],
+    buffers: HostBuffers | None,
+) -> Snapshot:
+    """What this rank will write into the empty `directory` (on a file system that all ranks see). Collective.
 
-    `sharding` is passed to the chunks' sharded_state_dict. Raises CheckpointError, on all ranks, when something cannot be written.
+    `sharding` is passed to the chunks' sharded_state_dict. With `buffers`, copied to the host: training may go on before it is written. Raises CheckpointError, on all ranks, when there is no room.
     """
     gather_weights(chunks)
     weights = named_weights(chunks, sharding)
     entries = _unfold(nested_values(weights))
+    live = [parameter for chunk in chunks for parameter in chunk.parameters()]
     if optimizer is not None:
         entries += _unfold(_saved_state(optimizer, weights))
+        live += [tensor for part in optimizer_parts(optimizer) for piece in pieces(part) for tensor in piece.tensors.values()]
     _check_space(directory, entries)
-    try:
-        dist_checkpointing.save(_numbered(entries), str(directory), ThreadedSave("torch_dist", 1))
-    except torch_checkpoint.CheckpointException as error:
-        failures = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items()) or "another rank failed"
-        raise CheckpointError(f"{directory}: cannot be written ({failures}); free space or check the file system, then start again") from error
+    snapshot = Snapshot(buffers, live=live)
+    dist_checkpointing.save(_numbered(entries), str(directory), snapshot)
+    return snapshot
 
 
 def load_sharded(
@@ -83,25 +88,6 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
     different = set[int]().union(*counts)
     assert len(different) == 1, f"parameters had different numbers of updates: {sorted(different)}"
     return different.pop()
-
-
-class ThreadedSave(TorchDistSaveShardedStrategy):
-    """Core's torch_dist format, written by threads of this process.
-
-    Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them dies.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
-        """Write this rank's share: the tensors of which it is the main replica."""
-        owned: dict[str, list[ShardedTensor]] = defaultdict(list)
-        for tensor in nested_values(sharded_state_dict):
-            if is_main_replica(tensor.replica_id):
-                owned[tensor.key].append(tensor)
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(owned),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=WRITER_THREADS),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-        )
 
 
 @dataclass(frozen=True)

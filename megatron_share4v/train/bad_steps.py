@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,8 +42,9 @@ class MicroBatchLoss:
 class BadSteps:
     """The bad steps of one run. Every rank has one and calls it at every step."""
 
-    def __init__(self, training: Training) -> None:
-        self._training, self._in_a_row = training, 0
+    def __init__(self, training: Training, *, saved: Callable[[], None]) -> None:
+        """saved: waits until no checkpoint is being written, for a rollback looks at them."""
+        self._training, self._in_a_row, self._saved = training, 0, saved
         self._config = training.config.train.bad_steps
 
     def settle(self, data: StepData, result: StepResult) -> int | None:
@@ -67,6 +68,7 @@ class BadSteps:
                 "out, or set train.bad_steps.then roll_back"
             )
         self._in_a_row = 0
+        self._saved()
         return roll_back(self._training, first_bad=first, last=step, why=what)
 
     def _report(self, data: StepData, result: StepResult) -> None:

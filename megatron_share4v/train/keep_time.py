@@ -41,7 +41,14 @@ class Timekeeper:
         self._longest_step_s = max(self._longest_step_s, self._now() - self._last_step)
         self._last_step = self._now()
 
+    def save_began(self) -> None:
+        """The next save is due so long after this moment."""
+        self._last_save = self._now()
+
+    def training_goes_on(self) -> None:
+        """After a save, or what of it training waited for: the time until here is no step's."""
+        self._last_step = self._now()
+
     def save_ended(self, *, seconds: float) -> None:
-        """A save that held training up for `seconds` is done."""
+        """A save is complete, so long after it began. Another thread may say so."""
         self._longest_save_s = max(self._longest_save_s, seconds)
-        self._last_save = self._last_step = self._now()

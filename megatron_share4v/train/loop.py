@@ -81,9 +81,10 @@ class Loop:
         self.profiler = Profiler(config.log.profile, directory=directory, device=mesh.device, rank=mesh.rank)
         self.writers = _open_writers(training) if mesh.rank == 0 else None
         self.timekeeper = Timekeeper(config) if mesh.rank == 0 else None
-        self.saver, self.ballot = Saver(training, timekeeper=self.timekeeper), Ballot(self.timekeeper)
+        self.saver = Saver(training, timekeeper=self.timekeeper)
+        self.ballot = Ballot(self.timekeeper, failed=self.saver.has_failed)
         self.skips = shared_skips(directory, mesh=mesh, after=start)
-        self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training)
+        self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training, saved=self.saver.finish)
         self.judge.remember(directory / METRICS, to_step=start)
         self.pace = Pace(training.chunks, mesh=mesh, every=config.log.ranks_every_steps, factor=config.log.slow_rank_factor)
         self.validation = _validation_steps(training)
@@ -104,6 +105,8 @@ class Loop:
                 if agreed.stop is not None:
                     break
                 self.watch.enter("data", step=step + 1)
+        self.watch.pause("save")
+        self.saver.finish()
         self.profiler.close()
         self.quarantine.close()
         if self.writers is not None:
@@ -140,6 +143,8 @@ class Loop:
 
     def check_and_save(self, step: int, agreed: Agreed) -> None:
         """What is due after `step`."""
+        if agreed.failed:
+            self.saver.finish()
         save_due, check_every = self.saver.is_due(step, agreed), self.training.config.parallel.check_replicas_every_steps
         if check_every and (save_due or step % check_every == 0):
             check_replicas(self.training.chunks, mesh=self.training.mesh, step=step)

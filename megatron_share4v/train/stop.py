@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_share4v.log import get_logger
@@ -19,17 +19,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class Agreed:
-    """Equal on all ranks. stop: why the run ends after this step, None when it goes on; save: a save is due because of the time."""
+    """Equal on all ranks. stop: why the run ends after this step, None when it goes on; save: a save is due because of the time; failed: a save in
+    the background has failed."""
 
     stop: str | None
     save: bool
+    failed: bool = False
 
 
 class Ballot:
-    """One rank's votes. `time` is the clock of the rank that keeps it; None on all others."""
+    """One rank's votes. `time` is the clock of the rank that keeps it, None on all others; `failed` says whether a save has failed here."""
 
-    def __init__(self, time: Timekeeper | None) -> None:
-        self._time = time
+    def __init__(self, time: Timekeeper | None, *, failed: Callable[[], bool]) -> None:
+        self._time, self._failed = time, failed
         self._received = dict.fromkeys(SIGNALS, 0)
 
     @contextlib.contextmanager
@@ -47,17 +49,16 @@ class Ballot:
 
     def votes(self) -> Sequence[float]:
         """This rank's, one number for each question."""
-        return [*(float(count > 0) for count in self._received.values()), float(self._time is not None and self._time.is_up), self._due()]
+        time = self._time
+        asked = [time is not None and time.is_up, time is not None and time.save_is_due, self._failed()]
+        return [*(float(count > 0) for count in self._received.values()), *map(float, asked)]
 
     def count(self, votes: Sequence[float]) -> Agreed:
         """The decision from the votes of all ranks, added up."""
-        *signals, time_up, save_due = votes
+        *signals, time_up, save_due, failed = votes
         reasons = [f"{number.name} on {int(count)} ranks" for number, count in zip(SIGNALS, signals) if count]
         reasons += ["its time limit is near"] if time_up else []
-        return Agreed(stop=", ".join(reasons) or None, save=bool(save_due))
-
-    def _due(self) -> float:
-        return float(self._time is not None and self._time.save_is_due)
+        return Agreed(stop=", ".join(reasons) or None, save=bool(save_due), failed=bool(failed))
 
     def _receive(self, number: int, frame: object) -> None:
         # A flag and no more: this may interrupt anything, a write to the log too.

@@ -1,0 +1,133 @@
+"""What one rank has to write of a checkpoint, taken at one moment, and written then or later by another thread while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, TorchDistSaveShardedStrategy, mcore_to_pyt_state_dict
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from megatron_share4v.errors import CheckpointError
+
+WRITER_THREADS = 2
+
+
+class HostBuffers:
+    """Memory on the host into which a rank's tensors are copied, the same for every save: memory that a GPU can copy to at full speed is dear to get."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+
+    def copies(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of `tensors`, which are of the same shapes at every call. Those of the call before are overwritten."""
+        copied = []
+        for number, tensor in enumerate(tensors):
+            if number == len(self._buffers):
+                self._buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda))
+            self._buffers[number].copy_(tensor, non_blocking=True)
+            copied.append(self._buffers[number])
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return copied
+
+
+class NoticingFiles(FileSystem):
+    """Keeps what goes wrong while a file is written. torch's own threads lose it, and then take a checkpoint that lacks tensors for complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[Exception] = []
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        """An open file."""
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except Exception as error:
+            self.failures.append(_root(error))
+
+
+class NoticingWriter(torch_checkpoint.FileSystemWriter):
+    """Raises on the rank whose files could not be written."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, thread_count=WRITER_THREADS)
+        self.fs = NoticingFiles()
+
+    def write_data(self, plan: torch_checkpoint.SavePlan, planner: torch_checkpoint.SavePlanner) -> Any:
+        """This rank's tensors."""
+        written = super().write_data(plan, planner)
+        self._check()
+        assert len(written.value()) == len(plan.items), (len(written.value()), len(plan.items))
+        return written
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """What describes the tensors of all ranks."""
+        super().finish(metadata, results)
+        self._check()
+
+    def _check(self) -> None:
+        if self.fs.failures:
+            raise self.fs.failures[0]
+
+
+def _root(error: Exception) -> Exception:
+    """torch says `unexpected pos` when it closes a file that the system refused to write; what the system said is what it stumbled over."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+class Snapshot(TorchDistSaveShardedStrategy):
+    """This rank's share, in core's torch_dist format, written by threads of this process.
+
+    Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them dies.
+    """
+
+    def __init__(self, buffers: HostBuffers | None, *, live: Iterable[torch.Tensor]) -> None:
+        """buffers: where to copy what `live` tensors hold; None: nothing is copied, and it must be written before training goes on."""
+        super().__init__("torch_dist", 1)
+        self._buffers, self._live = buffers, {tensor.untyped_storage().data_ptr() for tensor in live}
+        self._directory: Path | None = None
+        self._content: dict[str, Any] = {}
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
+        """Called by core when it has checked that the ranks together have everything once: keep the tensors of which this rank is the main replica."""
+        tensors = [tensor for tensor in nested_values(sharded_state_dict) if is_main_replica(tensor.replica_id)]
+        if self._buffers is not None:
+            # What a sharded optimizer has gathered for this save alone need not be copied again.
+            changing = [tensor for tensor in tensors if tensor.data.untyped_storage().data_ptr() in self._live]
+            for tensor, copy in zip(changing, self._buffers.copies([tensor.data for tensor in changing])):
+                tensor.data = copy
+        owned: dict[str, list[ShardedTensor]] = defaultdict(list)
+        for tensor in tensors:
+            owned[tensor.key].append(tensor)
+        self._directory, self._content = Path(checkpoint_dir), mcore_to_pyt_state_dict(owned)
+
+    def write(self, group: dist.ProcessGroup | None) -> None:
+        """Collective over `group`, which no other thread uses meanwhile; None: the default one. Raises CheckpointError, on all ranks."""
+        try:
+            torch_checkpoint.save(
+                self._content,
+                storage_writer=NoticingWriter(self._directory),
+                planner=MCoreSavePlanner(flatten_state_dict=False),
+                process_group=group,
+            )
+        except torch_checkpoint.CheckpointException as error:
+            failures = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items()) or "another rank failed"
+            message = f"{self._directory}: cannot be written ({failures}); free space or check the file system, then start again"
+            raise CheckpointError(message) from error
+        finally:
+            self._content = {}
