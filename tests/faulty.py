@@ -92,6 +92,11 @@ def stop_loader(fault: Fault, chunks: Any) -> None:
         os.kill(child.pid, signal.SIGSTOP)
 
 
+def err(fault: Fault, chunks: Any) -> None:
+    """A mistake of this project, on one rank alone."""
+    raise ValueError(f"planted on rank {fault.rank}")
+
+
 def limit_files(fault: Fault, chunks: Any) -> None:
     """From now on no file of this process may be larger than `value` bytes: writing fails as on a full disk."""
     import resource
@@ -159,6 +164,7 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "term": by_signal(signal.SIGTERM),
     "usr1": by_signal(signal.SIGUSR1),
     "sleep": lambda fault, chunks: time.sleep(float(fault.value)),
+    "raise": err,
     "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
     "nan": spoil,
     "stop_loader": stop_loader,

@@ -36,6 +36,7 @@ DOORS = {  # library: files that may import it, paths inside the package or from
     "safetensors": ("checkpoint/*",),
     "tensorboard": ("train/writers.py",),
     "torch.utils.tensorboard": ("train/writers.py",),
+    "wandb": ("train/wandb_sink.py",),
     "webdataset": ("data/shards.py",),
     "sentencepiece": ("text/tokenizer.py", "data/quickstart*.py"),
     "nvidia.dali": ("data/decode_dali.py",),

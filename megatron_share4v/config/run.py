@@ -269,6 +269,8 @@ class LogConfig:
     sample_keys: Bool = False
     """Write samples.jsonl: the keys of each global batch in plan order."""
     tensorboard: Bool = True
+    wandb: str | None = None
+    """Weights & Biases too, under a project of this name; needs the package wandb. Its own variables say where to (WANDB_MODE=offline: nowhere)."""
     profile: ProfileConfig | None = None
     """Record a trace of some steps with torch's profiler."""
     ranks_every_steps: NonNegativeInt = 50

@@ -84,6 +84,12 @@ class Watch:
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
         (directory / FOLDER).mkdir(parents=True)
 
+    @property
+    def position(self) -> str:
+        """Where this rank is, for messages."""
+        phase, step, micro_batch, _ = self._place
+        return f"step {step}, {phase}" + (f", micro-batch {micro_batch}" if micro_batch >= 0 else "")
+
     def enter(self, phase: str, *, step: int | None = None) -> None:
         """The main thread begins something else. With `step`, that step begins, and the one before has ended."""
         now = time.monotonic()

@@ -15,6 +15,7 @@ from megatron_share4v.errors import Stopped
 from megatron_share4v.log import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.last_words import LastWords
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.parallel.watch import Bounds, Watch
@@ -32,11 +33,13 @@ from megatron_share4v.train.pace import Pace
 from megatron_share4v.train.preview import preview
 from megatron_share4v.train.profiling import Profiler
 from megatron_share4v.train.replicas import check_replicas
+from megatron_share4v.train.run_card import RunCard
 from megatron_share4v.train.same_start import check_same_start
 from megatron_share4v.train.saving import Saver
 from megatron_share4v.train.skips import shared_skips
 from megatron_share4v.train.step import StepResult, pass_over, train_step, validation_loss
 from megatron_share4v.train.stop import Agreed, Ballot, announce
+from megatron_share4v.train.wandb_sink import WandbSink, check_wandb
 from megatron_share4v.train.writers import METRICS, RunWriters, StepRecord
 
 
@@ -51,31 +54,33 @@ def run(config: RunConfig) -> None:
     watch = Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
     if world.rank == 0:
         Watch.clear(directory)
-    with joined(world, device, timeout_s=timeout_s):
+    check_wandb(config)
+    words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
+    with words.kept(), joined(world, device, timeout_s=timeout_s):
         check_same_start(config)
         with watch.running(), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
             watch.enter("build")
             training = build(config, mesh=mesh)
             if mesh.rank == 0:
                 (directory / "config.yaml").write_text(dump(config))
-            train(training, watch=watch)
+            train(training, watch=watch, words=words)
 
 
-def train(training: Training, *, watch: Watch | None = None) -> None:
+def train(training: Training, *, watch: Watch | None = None, words: LastWords | None = None) -> None:
     """All remaining steps of a run that is built. Raises Stopped, with everything saved, when it was asked to end before the last."""
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
     mesh = training.mesh
-    Loop(training, watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size)).run()
+    Loop(training, watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size), words).run()
 
 
 class Loop:
     """What the steps of one run share. Every rank has one."""
 
-    def __init__(self, training: Training, watch: Watch) -> None:
+    def __init__(self, training: Training, watch: Watch, words: LastWords | None) -> None:
         config, mesh, start, directory = training.config, training.mesh, training.start_step, training.directory
-        self.training, self.watch = training, watch
+        self.training, self.watch, self.words, self.card = training, watch, words, RunCard(training)
         self.ledger = Ledger(directory / METRICS if mesh.rank == 0 else None, device=mesh.device, start_step=start)
         self.ledger.watch(training.chunks)
         self.profiler = Profiler(config.log.profile, directory=directory, device=mesh.device, rank=mesh.rank)
@@ -95,7 +100,9 @@ class Loop:
         training, without = self.training, frozenset(step - 1 for step in self.skips)
         steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps, without=without)
         self.watch.enter("data", step=training.start_step + 1)
-        with self.ballot.listening(), contextlib.closing(steps):
+        # Said before signals are heard again: the launcher sends one to the ranks that are left when one has failed.
+        kept = self.words.kept() if self.words is not None else contextlib.nullcontext()
+        with self.ballot.listening(), kept, self.card.failing(), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)
                 if self.timekeeper is not None:
@@ -113,7 +120,9 @@ class Loop:
             self.writers.close()
         if agreed.stop is not None and step < training.total_steps:
             what = f"{agreed.stop}; saved after step {step} of {training.total_steps} in {training.checkpoints}"
+            self.card.end(f"stopped: {what}")
             raise Stopped(f"{what}. The same command goes on from there")
+        self.card.end("finished")
 
     def make_step(self, data: StepData) -> Agreed:
         """One update, and everything about it that is written."""
@@ -187,6 +196,7 @@ def _open_writers(training: Training) -> RunWriters:
         console_every=log.every_steps,
         sample_keys=log.sample_keys,
         tensorboard=log.tensorboard,
+        wandb=WandbSink(training.config) if log.wandb is not None else None,
     )
 
 

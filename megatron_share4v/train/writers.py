@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard and console lines, all from the same record.
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard (or Weights & Biases) and console lines, all from the same record.
 
 Only rank 0 writes. After a resume each step appears once in both files: lines beyond the resumed step are dropped at start.
 """
@@ -14,7 +14,9 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_share4v.log import get_logger
+from megatron_share4v.train.counters import Counters
 from megatron_share4v.train.preview import Preview
+from megatron_share4v.train.wandb_sink import WandbSink
 
 METRICS = "metrics.jsonl"
 
@@ -61,11 +63,15 @@ class StepRecord:
 class RunWriters:
     """All files of one run directory, opened at the step from which the run goes on."""
 
-    def __init__(self, directory: Path, *, start_step: int, total_steps: int, console_every: int, sample_keys: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, directory: Path, *, start_step: int, total_steps: int, console_every: int, sample_keys: bool, tensorboard: bool, wandb: WandbSink | None = None
+    ) -> None:
         self._total_steps, self._console_every = total_steps, console_every
         self._metrics = reopen(directory / METRICS, keep_to_step=start_step)
         self._samples = reopen(directory / "samples.jsonl", keep_to_step=start_step) if sample_keys else None
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if tensorboard else None
+        self._wandb = wandb
+        self._counters = Counters() if tensorboard or wandb is not None else None
 
     def write(self, record: StepRecord, *, keys: Sequence[str] | None = None) -> None:
         """One step, everywhere."""
@@ -76,22 +82,17 @@ class RunWriters:
         if self._samples is not None:
             self._samples.write(json.dumps({"step": record.step, "keys": list(keys or [])}) + "\n")
             self._samples.flush()
-        if self._board is not None:
-            del values["skip_reason"]
-            values |= {f"consumed/{name}": count for name, count in values.pop("consumed_by_source").items()}
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(f"train/{name}", float(value), record.step)
-            for name in ledger.keys() - {"time"}:
-                self._board.add_scalar(f"goodput/{name}", ledger[name], record.step)
+        del values["skip_reason"]
+        values |= {f"consumed/{name}": count for name, count in values.pop("consumed_by_source").items()}
+        scalars = {f"train/{name}": float(value) for name, value in values.items() if name != "step" and value is not None}
+        scalars |= {f"goodput/{name}": ledger[name] for name in sorted(ledger.keys() - {"time"})}
+        self._scalars(scalars | (self._counters.take() if self._counters is not None else {}), step=record.step)
         if record.step % self._console_every == 0 or record.step == self._total_steps:
             get_logger().info(self._line(record))
 
     def ranks(self, values: Mapping[str, float], *, step: int) -> None:
         """How the ranks compare (train/pace.py)."""
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"ranks/{name}", value, step)
+        self._scalars({f"ranks/{name}": value for name, value in values.items()}, step=step)
 
     def preview(self, shown: Preview, *, step: int) -> None:
         """Held-out images with the model's own answers."""
@@ -103,9 +104,16 @@ class RunWriters:
 
     def close(self) -> None:
         """Flush and close all files."""
-        for file in (self._metrics, self._samples, self._board):
+        for file in (self._metrics, self._samples, self._board, self._wandb, self._counters):
             if file is not None:
                 file.close()
+
+    def _scalars(self, values: Mapping[str, float], *, step: int) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(values, step=step)
 
     def _line(self, record: StepRecord) -> str:
         remaining = (self._total_steps - record.step) * record.step_time_s

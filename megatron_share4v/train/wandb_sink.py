@@ -1,0 +1,52 @@
+"""Weights & Biases, for those who want it (log.wandb): the scalars that TensorBoard gets, and the configuration. Everything else stays in the run directory.
+
+Its own environment variables decide where it sends them (WANDB_MODE=offline keeps them on this machine).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_share4v.config.load import flat
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import OpsError
+
+FILE = "wandb.json"
+
+
+def check_wandb(config: RunConfig) -> None:
+    """Raises OpsError when it is asked for and not installed."""
+    if config.log.wandb is not None and find_spec("wandb") is None:
+        raise OpsError(f"log.wandb is {config.log.wandb!r} and the package wandb is not installed; pip install wandb, or set log.wandb null")
+
+
+class WandbSink:
+    """The run's page. A run that goes on goes on there too: its identity is kept in the run directory."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Raises OpsError when wandb does not take the run (no login, no network)."""
+        import wandb
+
+        directory = Path(config.run.directory)
+        path = directory / FILE
+        if not path.exists():
+            path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
+        identity = json.loads(path.read_text())["id"]
+        try:
+            self._run = wandb.init(
+                project=config.log.wandb, name=directory.name, id=identity, resume="allow", dir=str(directory), config=flat(config)
+            )
+        except Exception as problem:
+            raise OpsError(f"log.wandb: wandb cannot begin a run: {problem}; wandb login, or WANDB_MODE=offline, or log.wandb null") from problem
+
+    def write(self, values: Mapping[str, float], *, step: int) -> None:
+        """Scalars of one step."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
