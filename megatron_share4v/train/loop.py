@@ -110,6 +110,7 @@ class Loop:
                 announce(agreed, step=step)
                 self.check_and_save(step, agreed)
                 if agreed.stop is not None:
+                    self.ballot.leave()
                     break
                 self.watch.enter("data", step=step + 1)
         self.watch.pause("save")

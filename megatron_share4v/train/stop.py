@@ -33,10 +33,14 @@ class Ballot:
     def __init__(self, time: Timekeeper | None, *, failed: Callable[[], bool]) -> None:
         self._time, self._failed = time, failed
         self._received = dict.fromkeys(SIGNALS, 0)
+        self._leaving = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals count for the length of the block; afterwards they do what they did before. Python hears them on the main thread alone."""
+        """Signals count for the length of the block; afterwards they do what they did before, or nothing (see `leave`).
+
+        Python hears them on the main thread alone.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -45,7 +49,11 @@ class Ballot:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._leaving else handler)
+
+    def leave(self) -> None:
+        """Every rank is about to end in order: when the first has ended, the launcher sends the others a signal, which must not cut them off."""
+        self._leaving = True
 
     def votes(self) -> Sequence[float]:
         """This rank's, one number for each question."""
