@@ -1,0 +1,70 @@
+"""docs/operations.md says what the program says: every message of its tables occurs in the sources, every file and option exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_share4v.config.load import flat, load_run
+from megatron_share4v.errors import DamageError, Share4VError, Stopped
+from megatron_share4v.parallel.watch import HUNG_EXIT_CODE
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def messages() -> list[str]:
+    """What stands between backticks in the first cell of each row of the troubleshooting table."""
+    rows = [row for row in section("Troubleshooting by message").splitlines() if row.startswith("| `")]
+    return [re.match(r"\| `(.+?)` \|", row)[1] for row in rows]
+
+
+@cache
+def literals() -> str:
+    """All text of the sources as the program would say it: strings with a mark where a value stands, and shell scripts."""
+    found = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").rglob("*.sh"))]
+    for path in sorted([*(ROOT / "megatron_share4v").rglob("*.py"), *(ROOT / "tools").glob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n\n".join(found)
+
+
+@pytest.mark.parametrize("message", messages())
+def test_message_occurs_in_the_sources(message: str) -> None:
+    pieces = [piece.strip() for piece in message.split("...") if piece.strip()]
+    pattern = r"[^\n]*".join(map(re.escape, pieces))
+    assert re.search(pattern, literals()), message
+
+
+def test_a_message_that_nobody_says_is_found() -> None:
+    assert len(messages()) > 20
+    assert not re.search(re.escape("the ranks are tired"), literals())
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|tools)/[\w/.]+\.(?:sh|sbatch|py|yaml)", TEXT))))
+def test_file_exists(path: str) -> None:
+    assert (ROOT / path).is_file()
+
+
+def test_options_exist() -> None:
+    known = flat(load_run(ROOT / "examples" / "share4v_7b" / "finetune.yaml"))
+    named = set(re.findall(r"`((?:run|parallel|data|train|checkpoint|log|watch)\.[a-z_]+)(?:=\w+|: \w+)?`", TEXT))
+    assert len(named) > 10
+    assert not {name for name in named if name not in known and not any(key.startswith(f"{name}.") for key in known)}
+
+
+def test_exit_codes_are_those_of_the_program() -> None:
+    rows = dict(re.findall(r"^\| (\d+) \| (.+?) \|", section("How a run ends"), flags=re.MULTILINE))
+    assert "SIGTERM" in rows[str(Stopped.exit_code)] and "hang" in rows[str(HUNG_EXIT_CODE)]
+    assert "damaged" in rows[str(DamageError.exit_code)] and "only you" in rows[str(Share4VError.exit_code)]
