@@ -2,7 +2,7 @@
 
 srun starts the command once per task with Slurm's variables; --wait=SECONDS after the first has ended, it ends all. SIGUSR1 and SIGTERM, which Slurm
 sends to a step's tasks, reach exactly these processes and not their children. scontrol lists hosts and writes down what else it is asked.
-STUB_SLURM names the folder where `calls.txt` (a line per call) is kept; STUB_SECOND is how long a second of --wait lasts.
+STUB_SLURM names the folder where `calls.txt` (a line per call) and `srun.pid` are kept; STUB_SECOND is how long a second of --wait lasts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def link(folder: Path) -> None:
 def srun(arguments: list[str]) -> int:
     """Run every task of the step; the largest exit code, 128 + signal for one that was killed, as srun has it."""
     options = dict(argument.split("=") for argument in arguments if argument.startswith("--"))
+    (Path(os.environ["STUB_SLURM"]) / "srun.pid").write_text(str(os.getpid()))
     command, deadline = arguments[len(options) :], float("inf")
     tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     processes = [

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import stub_slurm
+from launching import lines
 
 # In the place of Python: writes down what a rank was told, and ends as its rank is asked to.
 RECORDER = """#!/usr/bin/env bash
@@ -31,7 +36,7 @@ class Ended:
     requeued: bool
 
 
-def submit(root: Path, script: str, *arguments: str, code: int = 0, hanging: bool = False, **environment: str) -> Ended:
+def submit(root: Path, script: str, *arguments: str, code: int = 0, hanging: bool = False, timeout: float = 60, **environment: str) -> Ended:
     """Be sbatch: run the script with the variables of its header, from `root`, which has a checkout's folders."""
     (root / "calls.txt").write_text("")
     (root / "ranks.txt").write_text("")
@@ -40,7 +45,7 @@ def submit(root: Path, script: str, *arguments: str, code: int = 0, hanging: boo
         "SLURM_JOB_ID": "77123", "SLURM_JOB_NODELIST": "first,second", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2",
     }  # fmt: skip
     done = subprocess.run(
-        ["bash", f"examples/slurm/{script}.sbatch", *arguments], cwd=root, env={**os.environ, **variables, **environment}, text=True, timeout=60,
+        ["bash", f"examples/slurm/{script}.sbatch", *arguments], cwd=root, env={**os.environ, **variables, **environment}, text=True, timeout=timeout,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return Ended(done.returncode, done.stdout, sorted((root / "ranks.txt").read_text().splitlines()), "requeue 77123" in (root / "calls.txt").read_text())
@@ -84,6 +89,29 @@ def test_nodes_that_cannot_run_the_job_are_not_trained_on(root: Path) -> None:
 def test_ranks_that_hang_when_one_has_failed_are_ended(root: Path) -> None:
     ended = submit(root, "pretrain", "share4v_7b", code=1, hanging=True, MIN_MINUTES="0", SLURM_RESTART_COUNT="2")
     assert ended.requeued and "started 3 times: ended with exit code 137" in ended.output
+
+
+def test_a_real_run_is_stopped_saved_and_queued_again(root: Path, config: Path) -> None:
+    """The doctor and the trainer themselves, two ranks; SIGUSR1 as Slurm sends it before the time limit."""
+    (root / "bin" / "python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    (root / "examples").unlink()
+    (root / "examples" / "tiny").mkdir(parents=True)
+    (root / "examples" / "slurm").symlink_to(Path(__file__).parents[2] / "examples" / "slurm")
+    (root / "examples" / "tiny" / "pretrain.yaml").write_text(config.read_text())
+    directory, simple = root / "run", ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
+    variables = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "STUB_SECOND": "1"}
+    variables |= {"PYTHONPATH": str(Path(__file__).parents[2]), "VIRTUAL_ENV": str(Path(sys.executable).parents[1])}
+
+    def preempt() -> None:
+        while len(lines(directory / "metrics.jsonl")) < 3:
+            time.sleep(0.05)
+        os.kill(int((root / "srun.pid").read_text()), signal.SIGUSR1)
+
+    threading.Thread(target=preempt, daemon=True).start()
+    ended = submit(root, "pretrain", "tiny", f"run.directory={directory}", "train.steps=20000", *simple, timeout=300, **variables)
+    assert ended.requeued and "ended with exit code 75" in ended.output, ended.output
+    assert "2 ranks on 1 nodes" in ended.output and "stopped: rank 0: SIGUSR1 on 2 ranks; saved after step" in ended.output
+    assert (directory / "checkpoints" / "latest").exists()
 
 
 def test_another_folder_is_refused(root: Path) -> None:
