@@ -39,6 +39,10 @@ class OpsError(Share4VError):
     """A requested op or backend is not available on this machine."""
 
 
+class PrecisionError(Share4VError):
+    """FP8 has moved further from full precision than a run allows."""
+
+
 class ServeError(Share4VError):
     """A server that was asked for, or asked, does not answer."""
 

@@ -30,6 +30,9 @@ class Setting:
     gradients: str = "fp32"
     offload: bool = False
     ops: str = "reference"
+    fp8: tuple[tuple[str, object], ...] = ()
+    """Of PrecisionConfig."""
+    language_hidden: int = 32
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -40,8 +43,9 @@ class Run:
     """Fresh model and optimizer on a mesh."""
 
     def __init__(self, mesh, setting: Setting, *, seed: int) -> None:
-        from megatron_share4v.config.run import OptimConfig, ParallelConfig
+        from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
         from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
+        from megatron_share4v.mcore.options import layer_options
         from megatron_share4v.model.chunks import build_chunks
         from megatron_share4v.model.initialize import initialize
 
@@ -50,9 +54,12 @@ class Run:
         parallel = ParallelConfig(**{name: getattr(setting, name) for name in names})
         model = tiny_model(**TRAINABLE[setting.trainable])
         language = replace(model.language, num_layers=setting.language_layers, intermediate_size=setting.language_width)
+        language = replace(language, hidden_size=setting.language_hidden)
         self.model = replace(model, language=language)
+        self.precision = PrecisionConfig(dtype=setting.dtype, gradients=setting.gradients, **dict(setting.fp8))
+        options = layer_options(TrainConfig(global_batch_size=1), precision=self.precision)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype]
-        self.bare = build_chunks(self.model, mesh=mesh, parallel=parallel, dtype=dtype, ops=setting.ops)
+        self.bare = build_chunks(self.model, mesh=mesh, parallel=parallel, dtype=dtype, ops=setting.ops, options=options)
         initialize(self.bare, seed=seed, model=self.model)
         self.chunks = wrap_chunks(self.bare, mesh=mesh, parallel=parallel, gradients=setting.gradients)
         rate = setting.learning_rate

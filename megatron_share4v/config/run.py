@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_share4v.config.base import Bool, Conflict, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.precision import PrecisionConfig, fp8_conflicts, length_multiple
 
 RESTART_S = 60
 """Accepted for starting a loader process again, twice."""
@@ -65,20 +66,6 @@ class ParallelConfig:
             yield Conflict(message, ("layout", "pipeline", "virtual"))
         if self.context > 1:
             yield Conflict(f"context {self.context}: context parallelism is not available yet; use 1", ("context",))
-
-
-@config
-class PrecisionConfig:
-    """Arithmetic of weights and activations; the optimizer keeps fp32 weights in either case."""
-
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    gradients: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients are added up over micro-batches and data-parallel ranks. bf16 halves the buffers and what is sent; sums lose bits."""
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Gradients that are shorter than what they are gradients of."""
-        if self.gradients == "bf16" and self.dtype == "fp32":
-            yield Conflict("gradients bf16 needs dtype bf16, got dtype fp32", ("gradients", "dtype"))
 
 
 @config
@@ -297,6 +284,8 @@ class RunConfig:
     """Kernel of the attention. `sdpa`: torch's scaled_dot_product_attention, sample by sample in packs. `varlen`: torch's for packs, all samples at
     once (NVIDIA GPUs, bf16). `te`: Transformer Engine's (the same, with cuDNN). `math`: plain products, to compare with. `auto`: varlen for packs where it can be had,
     else sdpa. All keep the samples of a pack apart."""
+    transformer_engine: Literal["none", "language", "all"] = "none"
+    """Matrix products of the decoder layers (`all`: and of the tower) by NVIDIA's Transformer Engine."""
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -320,10 +309,14 @@ class RunConfig:
                 "of megatron-core cannot pass on; use data.pad_to step, or parallel.virtual 1",
                 ("data.pad_to", "parallel.virtual"),
             )
-        pack_length, tensor = self.data.pack_length, self.parallel.tensor
-        if pack_length and self.parallel.sequence and pack_length % tensor:
-            message = f"data.pack_length {pack_length} is not divisible by parallel.tensor {tensor}, as parallel.sequence needs"
-            yield Conflict(message, ("data.pack_length", "parallel.tensor"))
+        yield from fp8_conflicts(self.model, self.precision, tensor=self.parallel.tensor, engine=self.transformer_engine)
+        pack_length, multiple = self.data.pack_length, self.length_multiple(other=1)
+        if pack_length and pack_length % multiple:
+            message = (
+                f"data.pack_length {pack_length} is not divisible by {multiple}, as precision.fp8 {self.precision.fp8} with parallel.tensor "
+                f"{self.parallel.tensor} and parallel.sequence {str(self.parallel.sequence).lower()} needs; use {-(-pack_length // multiple) * multiple}"
+            )
+            yield Conflict(message, ("data.pack_length", "parallel.tensor", "precision.fp8"))
         hung, timeout_s = self.loader_patience_s, self.parallel.timeout_s
         if hung > timeout_s:
             yield Conflict(
@@ -344,6 +337,12 @@ class RunConfig:
                 f"model.language.max_position_embeddings is {limit}",
                 ("data.max_text_length", "model.language.max_position_embeddings", "model.vision.image_size", "model.vision.patch_size"),
             )
+
+    def length_multiple(self, *, other: int | None = None) -> int:
+        """Lengths of sequences are rounded up to this (config/precision.py); `other`: None: data.pad_multiple."""
+        parallel = self.parallel
+        other = self.data.pad_multiple if other is None else other
+        return length_multiple(self.precision, tensor=parallel.tensor, sequence=parallel.sequence, context=parallel.context, other=other)
 
 
 def _layout_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Conflict]:

@@ -9,11 +9,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.config.run import Attention, Ops
+from megatron_share4v.config.run import Attention, Ops, RunConfig
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.engine import REMEDY, missing_engine
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.ops.choose import Available, Choice, choose_ops
+from megatron_share4v.ops.fp8_linear import require_fp8
+
+BLACKWELL = (10, 0)
 
 
 def agree_on_ops(requested: Ops, *, mesh: Mesh, available: Available | None = None) -> Choice:
@@ -75,6 +78,18 @@ def _refusal(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dt
         if packed and dtype is not torch.bfloat16:
             return "Transformer Engine's fused kernels, which alone keep the samples of a pack apart at their own cost, are for bf16; use precision.dtype bf16, sdpa, or no data.pack_length"
     return None
+
+
+def check_precision(config: RunConfig, *, mesh: Mesh) -> None:
+    """Raise OpsError where this machine has no FP8 products, or no Transformer Engine, and the run asks for them."""
+    if config.transformer_engine != "none":
+        missing = missing_engine()
+        if missing:
+            raise OpsError(f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, or set transformer_engine: none")
+    if config.precision.fp8 != "none":
+        require_fp8(mesh.device.torch_device)
+    if config.precision.fp8 == "mxfp8" and torch.cuda.get_device_capability(mesh.device.torch_device) < BLACKWELL:
+        raise OpsError(f"precision.fp8: mxfp8 needs compute capability {BLACKWELL} (Blackwell); use tensorwise, delayed or blockwise")
 
 
 def _agree(choose: Callable[[], Chosen], *, mesh: Mesh, remedy: str) -> Chosen:

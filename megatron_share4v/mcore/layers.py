@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.utils import sharded_state_dict_default
 
@@ -27,6 +27,7 @@ __all__ = [
     "LayerList",
     "MegatronModule",
     "ModelType",
+    "ModuleSpec",
     "RotaryEmbedding",
     "RowParallelLinear",
     "ShardedTensor",

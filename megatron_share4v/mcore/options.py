@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from megatron_share4v.config.precision import PrecisionConfig, Recipe
 from megatron_share4v.config.run import Recompute, TrainConfig
 from megatron_share4v.errors import ConfigError
 
@@ -32,14 +33,48 @@ class Recomputation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp8:
+    """Which matrix products are in FP8; the fields are those of PrecisionConfig."""
+
+    recipe: Recipe = "none"
+    first_layers: int = 0
+    last_layers: int = 0
+    tower: bool = False
+    precise_weight_gradient: bool = False
+
+    def covers(self, layer: int, *, layers: int) -> bool:
+        """Whether decoder layer `layer` of `layers`, counted from 0, is among them."""
+        return self.recipe != "none" and self.first_layers <= layer < layers - self.last_layers
+
+    def engine_settings(self) -> dict[str, Any]:
+        """For core's configuration, where Transformer Engine does it. Blocks have scales of their own and no need for a second format."""
+        if self.recipe == "none":
+            return {}
+        return {
+            "fp8": "e4m3" if self.recipe in ("blockwise", "mxfp8") else "hybrid",
+            "fp8_recipe": self.recipe,
+            "fp8_wgrad": not self.precise_weight_gradient,
+            "first_last_layers_bf16": self.first_layers + self.last_layers > 0,
+            "num_layers_at_start_in_bf16": self.first_layers,
+            "num_layers_at_end_in_bf16": self.last_layers,
+        }
+
+    def __str__(self) -> str:
+        left_out = f", without the first {self.first_layers} and the last {self.last_layers} layers" if self.first_layers + self.last_layers else ""
+        return self.recipe + left_out + (", the tower too" if self.tower else "")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerOptions:
     """Defaults are those of inference and of conversion: plain layers that keep everything."""
 
     language: Recomputation = Recomputation()
     tower: Recomputation = Recomputation()
+    fp8: Fp8 = Fp8()
+    engine: Literal["none", "language", "all"] = "none"
+    """Which matrix products are Transformer Engine's."""
     attention: str = "sdpa"
     """Kernel of the language model's attention."""
-
     own_lengths: bool = False
     """Micro-batches have lengths of their own, which pipeline stages must tell each other."""
 
@@ -50,7 +85,13 @@ class LayerOptions:
 
 
 def layer_options(
-    train: TrainConfig, *, attention: str = "sdpa", own_lengths: bool = False, has_transformer_engine: bool = False
+    train: TrainConfig,
+    *,
+    precision: PrecisionConfig = PrecisionConfig(),
+    engine: Literal["none", "language", "all"] = "none",
+    attention: str = "sdpa",
+    own_lengths: bool = False,
+    has_transformer_engine: bool = False,
 ) -> LayerOptions:
     """Of one run. Raises ConfigError for what this machine cannot do."""
     if "selective" in (train.recompute, train.recompute_tower) and "layernorm" in train.recompute_modules and not has_transformer_engine:
@@ -61,6 +102,14 @@ def layer_options(
     return LayerOptions(
         language=Recomputation(granularity=train.recompute, modules=train.recompute_modules, layers=train.recompute_layers),
         tower=Recomputation(granularity=train.recompute_tower, modules=train.recompute_modules),
+        fp8=Fp8(
+            recipe=precision.fp8,
+            first_layers=precision.fp8_first_layers,
+            last_layers=precision.fp8_last_layers,
+            tower=precision.fp8_tower,
+            precise_weight_gradient=precision.fp8_weight_gradient == "dtype",
+        ),
+        engine=engine,
         attention=attention,
         own_lengths=own_lengths,
     )

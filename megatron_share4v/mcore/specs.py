@@ -1,7 +1,8 @@
-"""Layer specs: which norm, linear layers and attention a transformer layer is made of. No Transformer Engine."""
+"""Layer specs: which norm, linear layers and attention a transformer layer is made of."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_share4v.mcore.attention import CoreAttention
+from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.mlp import ActivatedMLP
+from megatron_share4v.mcore.options import LayerOptions
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.norm import layer_norm, rms_norm
 
@@ -57,28 +60,68 @@ class Norm:
         return norm
 
 
-def mlp_submodules() -> MLPSubmodules:
+@dataclass(frozen=True)
+class Linears:
+    """The matrices of a layer: split over their outputs, and over their inputs. All have the same parameters under the same names."""
+
+    column: type = ColumnParallelLinear
+    row: type = RowParallelLinear
+
+
+PLAIN = Linears()
+FP8 = Linears(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+
+
+def _choose(*, fp8: bool, engine: bool) -> Linears:
+    """`engine`: Transformer Engine's, which are told apart from FP8 ones by core's configuration, not by class."""
+    if engine:
+        from megatron_share4v.mcore.specs_te import COLUMN, ROW  # not importable without it
+
+        return Linears(COLUMN, ROW)
+    return FP8 if fp8 else PLAIN
+
+
+def mlp_submodules(linears: Linears = PLAIN) -> MLPSubmodules:
     """Column-parallel in, row-parallel out."""
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
 
 
-def layer_spec(*, causal: bool, mesh: Mesh) -> ModuleSpec:
+def layer_spec(*, causal: bool, mesh: Mesh, linears: Linears = PLAIN, attention: type = CoreAttention) -> ModuleSpec:
     """A pre-norm transformer layer. `causal=False` is for the vision tower (core's own ViT spec is causal, which CLIP is not)."""
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    attention = SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear)
+    submodules = SelfAttentionSubmodules(linear_qkv=linears.column, core_attention=attention, linear_proj=linears.row)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=ActivatedMLP, submodules=mlp_submodules(), params={"tp_group": mesh.tensor_group}),
+            mlp=ModuleSpec(module=ActivatedMLP, submodules=mlp_submodules(linears), params={"tp_group": mesh.tensor_group}),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def decoder_submodules(num_layers: int, *, mesh: Mesh) -> TransformerBlockSubmodules:
-    """The decoder layers of one stage and the final norm (built on the last stage alone)."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(causal=True, mesh=mesh)] * num_layers, layer_norm=Norm)
+def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: LayerOptions) -> TransformerBlockSubmodules:
+    """The decoder layers `numbers` (counted from 0) of `layers`, those of one stage, and the final norm (built on the last stage alone)."""
+    attention = CoreAttention
+    if options.attention == "te":
+        from megatron_share4v.mcore.specs_te import EngineAttention
+
+        attention = EngineAttention
+    specs = [
+        layer_spec(
+            causal=True,
+            mesh=mesh,
+            linears=_choose(fp8=options.fp8.covers(number, layers=layers), engine=options.engine != "none"),
+            attention=attention,
+        )
+        for number in numbers
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+
+
+def tower_spec(*, mesh: Mesh, options: LayerOptions) -> ModuleSpec:
+    """A block of the vision tower."""
+    return layer_spec(causal=False, mesh=mesh, linears=_choose(fp8=options.fp8.tower, engine=options.engine == "all"))

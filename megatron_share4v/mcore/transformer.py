@@ -37,6 +37,8 @@ class LayerConfig(TransformerConfig):
     """Of the fused ops in these layers; choice.py decides."""
     attention: str = "sdpa"
     """Kernel of the attention (attention.py); choice.py decides."""
+    precise_weight_gradient: bool = False
+    """In FP8 layers of ours (fp8.py)."""
     activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")
     """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
 
@@ -79,6 +81,8 @@ def language_config(
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=language.num_layers),
         attention=options.attention,
+        precise_weight_gradient=options.fp8.precise_weight_gradient,
+        **(options.fp8.engine_settings() if options.engine != "none" else {}),
         **options.language.settings(),
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
@@ -111,6 +115,7 @@ def vision_config(
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
         attention=options.tower_attention,
+        precise_weight_gradient=options.fp8.precise_weight_gradient,
         **options.tower.settings(),
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,

@@ -23,6 +23,7 @@ from megatron_share4v.mcore.layers import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
 )
+from megatron_share4v.mcore.options import LayerOptions
 from megatron_share4v.mcore.specs import decoder_submodules
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.model.loss import summed_cross_entropy
@@ -47,8 +48,18 @@ class LanguageModel(MegatronModule):
     """The decoder layers of one stage, with the ends that belong to it."""
 
     def __init__(
-        self, config: LayerConfig, *, language: LanguageConfig, mesh: Mesh, num_layers: int, first: bool, last: bool, chunk: int | None
+        self,
+        config: LayerConfig,
+        *,
+        language: LanguageConfig,
+        mesh: Mesh,
+        options: LayerOptions,
+        numbers: range,
+        first: bool,
+        last: bool,
+        chunk: int | None,
     ) -> None:
+        """`numbers`: the decoder layers of this stage, counted from 0."""
         super().__init__(config)
         self.language = language
         self.mesh = mesh
@@ -60,7 +71,12 @@ class LanguageModel(MegatronModule):
             kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=language.rope_theta, use_cpu_initialization=mesh.device.kind == "cpu"
         )
         self.decoder = TransformerBlock(
-            config, decoder_submodules(num_layers, mesh=mesh), pre_process=first, post_process=last, pg_collection=mesh.groups, vp_stage=chunk
+            config,
+            decoder_submodules(numbers, layers=language.num_layers, mesh=mesh, options=options),
+            pre_process=first,
+            post_process=last,
+            pg_collection=mesh.groups,
+            vp_stage=chunk,
         )
         if last:
             self.head = Head(

@@ -17,6 +17,7 @@ from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layers import MegatronModule, ModelType, mark_parallel_weights, scatter_to_sequence_parallel_region
 from megatron_share4v.mcore.options import LayerOptions
+from megatron_share4v.mcore.specs import tower_spec
 from megatron_share4v.mcore.transformer import language_config, projector_config, vision_config
 from megatron_share4v.model.language import LanguageModel
 from megatron_share4v.model.projector import Projector
@@ -71,13 +72,15 @@ class Share4V(MegatronModule):
         # Overlapped reduction waits for every bucket, so a micro-batch without images must still give the tower and the projector gradients.
         self.needs_blank_image = parallel.overlap_grad_reduce and (trainable.projector or trainable.vision_from_block is not None)
         if place.first:
-            self.vision = VisionTower(vision_config(model, options=options, **shared), vision=model.vision, mesh=mesh)
+            self.vision = VisionTower(vision_config(model, options=options, **shared), vision=model.vision, mesh=mesh, spec=tower_spec(mesh=mesh, options=options))
             self.projector = Projector(projector_config(model, **shared), model=model, mesh=mesh)
+        before = sum(layers_per_stage[: place.stage])
         self.language = LanguageModel(
             config,
             language=model.language,
             mesh=mesh,
-            num_layers=layers_per_stage[place.stage],
+            options=options,
+            numbers=range(before, before + layers_per_stage[place.stage]),
             first=place.first,
             last=place.last,
             chunk=place.chunk,

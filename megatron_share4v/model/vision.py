@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.image import normalised_values
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.layers import LayerList, MegatronModule, build_module
-from megatron_share4v.mcore.specs import Norm, layer_spec
+from megatron_share4v.mcore.layers import LayerList, MegatronModule, ModuleSpec, build_module
+from megatron_share4v.mcore.specs import Norm
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.patchify import patchify
 
@@ -39,14 +39,14 @@ class PatchEmbedding(nn.Module):
 class VisionTower(MegatronModule):
     """Class token and patches through pre-LayerNorm blocks; the class token is dropped at the end."""
 
-    def __init__(self, config: LayerConfig, *, vision: VisionConfig, mesh: Mesh) -> None:
+    def __init__(self, config: LayerConfig, *, vision: VisionConfig, mesh: Mesh, spec: ModuleSpec) -> None:
+        """`spec`: of a block (mcore/specs.py)."""
         super().__init__(config)
         width, dtype = vision.hidden_size, config.params_dtype
         self.patch_embedding = PatchEmbedding(config, vision=vision)
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype))
         self.position_embedding = nn.Parameter(torch.empty(vision.num_patches + 1, width, dtype=dtype))
         self.pre_layernorm = Norm(config, width, eps=vision.layer_norm_eps)
-        spec = layer_spec(causal=False, mesh=mesh)
         self.layers = LayerList(
             build_module(spec, config=config, layer_number=number, pg_collection=mesh.groups) for number in range(1, vision.num_built_layers + 1)
         )

@@ -24,7 +24,7 @@ def measured(config: RunConfig) -> Workload:
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
         tokens_per_image=config.model.vision.num_patches,
-        pad_multiple=data.pad_multiple,
+        pad_multiple=config.length_multiple(),
         blocks=Blocks(size=data.block_size, window=data.block_window),
         packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
         pad_to=data.pad_to,

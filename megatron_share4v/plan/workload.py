@@ -101,7 +101,8 @@ def assumed(config: RunConfig, *, samples: int | None = None, text_length: int |
     if data.pad_to == "micro_batch":
         left = GROUPED if data.order == "group_by_modality_length" else UNGROUPED
         of_step, said = round(text + left * (of_step - text)), "the longest of a micro-batch, on average"
-    length, worst = (-(-(patches + text) // data.pad_multiple) * data.pad_multiple for text in (of_step, of_run))
+    multiple = config.length_multiple()
+    length, worst = (-(-(patches + text) // multiple) * multiple for text in (of_step, of_run))
     return Workload(
         length=length,
         longest=worst,

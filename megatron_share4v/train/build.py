@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron_share4v.data.plan import Blocks, Plan
 from megatron_share4v.data.state import describe_data, differences
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.choice import agree_on_attention, agree_on_ops
+from megatron_share4v.mcore.choice import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.engine import missing_engine
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.options import LayerOptions, layer_options
@@ -88,8 +87,11 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     dtype = DTYPES[config.precision.dtype]
     attention = agree_on_attention(config.attention, mesh=mesh, packed=config.data.pack_length is not None, dtype=dtype)
     record_attention(attention, mesh=mesh, directory=Path(config.run.directory))
+    check_precision(config, mesh=mesh)
     options = layer_options(
         config.train,
+        precision=config.precision,
+        engine=config.transformer_engine,
         attention=attention.implementation,
         own_lengths=config.data.pad_to == "micro_batch",
         has_transformer_engine=missing_engine() is None,
@@ -159,8 +161,7 @@ def open_source(config: RunConfig, data_sets: str | Sequence[BlendSource], *, or
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         tokens_per_image=config.model.vision.num_patches,
-        # Sequence parallelism cuts each sequence into `tensor` equal parts.
-        pad_multiple=math.lcm(data.pad_multiple, config.parallel.tensor if config.parallel.sequence else 1),
+        pad_multiple=config.length_multiple(),
         blocks=Blocks(size=data.block_size, window=data.block_window),
         packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
         pad_to=data.pad_to,
@@ -250,7 +251,7 @@ def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, optio
     ours = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
     update = f"{'ours' if ours else 'torch, fused'}; moments in {config.optim.moments}{' on the host' if config.optim.offload else ''}"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
-    logger.info("precision: %s, gradients summed in %s; optimizer: AdamW (%s)", config.precision.dtype, config.precision.gradients, update)
+    logger.info("precision: %s, gradients summed in %s; FP8: %s; optimizer: AdamW (%s)", config.precision.dtype, config.precision.gradients, options.fp8, update)
     logger.info("recomputed in the backward pass: language model %s; tower %s", options.language, options.tower)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):

@@ -26,6 +26,7 @@ from megatron_share4v.train.faults import Quarantine, warn_of
 from megatron_share4v.train.feed import StepData, feed
 from megatron_share4v.train.flops import step_flops
 from megatron_share4v.train.goodput import Ledger, draw_goodput
+from megatron_share4v.train.guard import Gap, Guard
 from megatron_share4v.train.judge import Judge
 from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.optim import learning_rate_factor
@@ -92,6 +93,8 @@ class Loop:
         self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training, saved=self.saver.finish)
         self.judge.remember(directory / METRICS, to_step=start)
         self.pace = Pace(training.chunks, mesh=mesh, every=config.log.ranks_every_steps, factor=config.log.slow_rank_factor)
+        parts = {"chunks": training.chunks, "optimizer": training.optimizer, "mesh": mesh}
+        self.guard = Guard(precision=config.precision, micro_batch_size=config.train.micro_batch_size, **parts)
         self.validation = _validation_steps(training)
         self.quarantine = Quarantine(directory, mesh=mesh, start_step=start, max_fraction=config.data.max_faulty_fraction)
 
@@ -130,6 +133,7 @@ class Loop:
         training, config, writers = self.training, self.training.config, self.writers
         started, step = time.perf_counter(), data.items.step + 1
         self.watch.enter("compute")
+        gap = None if step in self.skips else self.guard.check(step, data)
         factor = learning_rate_factor(step - 1, schedule=config.schedule, total_steps=training.total_steps)
         with self.profiler.step(step):
             result = self._train_step(data, factor=factor)
@@ -143,7 +147,7 @@ class Loop:
         checked = _validate(training, self.validation) if _due(step, config.train.validate_every_steps, training) else None
         faulty = self.quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
         if writers is not None:
-            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty, ledger=booked)
+            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty, gap=gap, ledger=booked)
             writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
         if (weights_of := self.bad_steps.settle(data, result)) is not None:
             self.judge.remember(training.directory / METRICS, to_step=weights_of)
@@ -234,6 +238,7 @@ def _record(
     factor: float,
     validation_loss: float | None,
     faulty: int,
+    gap: Gap | None,
     ledger: dict[str, float],
 ) -> StepRecord:
     config, mesh, items = training.config, training.mesh, data.items
@@ -271,5 +276,7 @@ def _record(
         skip_reason=result.bad,
         faulty_samples=faulty,
         validation_loss=validation_loss,
+        fp8_loss_gap=gap.loss if gap else None,
+        fp8_norm_gap=gap.norm if gap else None,
         ledger=ledger,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -42,6 +42,17 @@ class StepResult:
         return bool(self.bad)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What is known when they lie in their buffers, as in StepResult."""
+
+    loss: float
+    tokens: int
+    norm: float
+    votes: tuple[float, ...]
+    own_losses: tuple[TokenLoss, ...]
+
+
 def not_finite(loss: float, norm: float) -> str:
     """What is bad about a step whatever came before. Both numbers are of the whole step, so every rank comes to the same."""
     wrong = [f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)]
@@ -65,26 +76,44 @@ def train_step(
 
     What `votes` gives on each rank when its loss is known travels with the loss, so agreeing costs no message.
     """
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = _run(chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
-    loss, tokens, agreed = _reduce(losses, mesh=mesh, normalize=normalize, votes=votes())
+    found = gradients_of(chunks, optimizer, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, votes=votes)
     set_learning_rate(optimizer, learning_rate_factor)
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    bad = judge(loss, norm)
+    bad = judge(found.loss, found.norm)
     if not bad:
         if clip_grad_norm > 0:
-            clip_gradients(optimizer, max_norm=clip_grad_norm, norm=norm)
+            clip_gradients(optimizer, max_norm=clip_grad_norm, norm=found.norm)
         optimizer.step_with_ready_grads()
-    return StepResult(loss=loss, grad_norm=norm, trained_tokens=tokens, bad=bad, votes=agreed, own_losses=tuple(losses))
+    return StepResult(
+        loss=found.loss, grad_norm=found.norm, trained_tokens=found.tokens, bad=bad, votes=found.votes, own_losses=found.own_losses
+    )
 
 
 def pass_over(reason: str, *, mesh: Mesh, votes: Callable[[], Sequence[float]]) -> StepResult:
     """A step that trains nothing, for `reason`. Its samples count as consumed."""
     *_, agreed = _reduce((), mesh=mesh, normalize="tokens", votes=votes())
     return StepResult(loss=math.nan, grad_norm=math.nan, trained_tokens=0, bad=reason, votes=agreed)
+
+
+def gradients_of(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    data: StepData,
+    *,
+    mesh: Mesh,
+    micro_batch_size: int,
+    normalize: Normalize,
+    votes: Callable[[], Sequence[float]] = tuple,
+    micro_batches: int | None = None,
+) -> Gradients:
+    """Forward and backward. `micro_batches`: only so many of this rank; None: all."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    some = data if micro_batches is None else replace(data, batches=data.batches[:micro_batches])
+    losses = _run(chunks, some, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
+    loss, tokens, agreed = _reduce(losses, mesh=mesh, normalize=normalize, votes=votes())
+    optimizer.prepare_grads()
+    return Gradients(loss, tokens, float(optimizer.get_grad_norm()), agreed, tuple(losses))
 
 
 @torch.no_grad()

@@ -54,6 +54,9 @@ class StepRecord:
     faulty_samples: int = 0
     """Samples of the step that could not be read; see quarantine.jsonl."""
     validation_loss: float | None = None
+    fp8_loss_gap: float | None = None
+    """Relative, where the guard has looked before this step (guard.py)."""
+    fp8_norm_gap: float | None = None
     consumed_by_source: dict[str, int] = field(default_factory=dict)
     """Samples of each data set of a blend; empty for a single one."""
     ledger: dict[str, float] = field(default_factory=dict)

@@ -181,6 +181,20 @@ def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> No
         assert "the fused ops are others than before in this run" in output and "ops was reference, is native" in output
 
 
+def test_fp8_is_watched(bench: Bench) -> None:
+    """A bound that FP8 keeps, and one that it cannot keep."""
+    few = ("train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0", "precision.fp8=tensorwise")
+    directory = bench.root / "fp8"
+    output = finish(start(bench.config, 1, f"run.directory={directory}", "train.steps=3", "precision.guard_every_steps=2", "precision.fp8_last_layers=1", *few))
+    assert "FP8: tensorwise, without the first 0 and the last 1 layers" in output
+    gaps = [(line["fp8_loss_gap"], line["fp8_norm_gap"]) for line in lines(directory / "metrics.jsonl")]
+    assert gaps[1] == (None, None) and all(0 < gap < 0.02 for gap in (gaps[0][0], gaps[2][0]))
+    message = refused(bench, f"run.directory={bench.root / 'far'}", "precision.guard_every_steps=1", "precision.guard_loss_gap=1e-9", *few)
+    assert "before step 1: FP8 (tensorwise): loss is" in message and "Nothing of this step was trained" in message
+    message = refused(bench, f"run.directory={bench.root / 'engine'}", "precision.fp8=delayed", "transformer_engine=language", "precision.dtype=bf16")
+    assert "transformer_engine: language was asked for: this torch is built without CUDA; install it" in message
+
+
 def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
     process = start(bench.config, 1, *overrides, path=path)
     output, _ = process.communicate(timeout=120)

@@ -1,0 +1,71 @@
+"""One rule for lengths, and what FP8 refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_share4v.config.data import DataConfig
+from megatron_share4v.config.model import LanguageConfig, ModelConfig
+from megatron_share4v.config.precision import PrecisionConfig, length_multiple
+from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("fp8", "tensor", "sequence", "context", "other", "multiple"),
+    [
+        ("none", 1, False, 1, 8, 8),
+        ("none", 3, True, 1, 8, 24),
+        ("tensorwise", 2, False, 1, 8, 16),
+        ("tensorwise", 4, True, 1, 8, 64),
+        ("mxfp8", 8, True, 1, 8, 256),  # tensor x 32
+        ("blockwise", 2, True, 2, 8, 1024),
+        ("delayed", 1, False, 2, 24, 192),
+    ],
+)
+def test_the_one_rule(fp8: Any, tensor: int, sequence: bool, context: int, other: int, multiple: int) -> None:
+    assert length_multiple(PrecisionConfig(fp8=fp8), tensor=tensor, sequence=sequence, context=context, other=other) == multiple
+
+
+def run(*, pack_length: int | None = None, model: ModelConfig = ModelConfig(), parallel: dict = {}, engine: Any = "none", **precision: Any) -> RunConfig:
+    return RunConfig(
+        run=RunSection(directory="runs/none"),
+        model=model,
+        parallel=ParallelConfig(**parallel),
+        precision=PrecisionConfig(**precision),
+        transformer_engine=engine,
+        data=DataConfig(train="data", tokenizer="tokenizer.model", pack_length=pack_length),
+        train=TrainConfig(global_batch_size=1),
+    )
+
+
+def test_a_run_pads_by_the_rule() -> None:
+    assert run().length_multiple() == 8
+    assert run(fp8="tensorwise", parallel={"tensor": 2, "sequence": True}, pack_length=4096).length_multiple() == 32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fp8": "tensorwise", "pack_length": 4104}, "data.pack_length 4104 is not divisible by 16, as precision.fp8 tensorwise .* use 4112"),
+        ({"fp8": "blockwise"}, "precision.fp8 blockwise is Transformer Engine's; set transformer_engine: language, or use tensorwise"),
+        ({"fp8": "delayed", "engine": "language", "fp8_first_layers": 1}, "delayed keeps its scales over the whole model"),
+        ({"fp8": "mxfp8", "engine": "language", "dtype": "fp32"}, "needs precision.dtype bf16"),
+        ({"fp8": "tensorwise", "engine": "all", "fp8_tower": True}, "an image has 577 positions"),
+        ({"fp8": "tensorwise", "fp8_first_layers": 16, "fp8_last_layers": 16}, "leave none of model.language.num_layers 32 in FP8"),
+        ({"fp8_tower": True}, "fp8_tower True needs fp8, which is none"),
+        ({"guard_every_steps": 100}, "guard_every_steps 100 needs fp8"),
+    ],
+)
+def test_what_fp8_refuses(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**wrong)
+
+
+def test_widths_on_a_rank() -> None:
+    narrow = ModelConfig(language=replace(LanguageConfig(), hidden_size=96, intermediate_size=176, num_attention_heads=6, num_key_value_heads=6))
+    run(fp8="tensorwise", model=narrow)
+    with pytest.raises(ValueError, match="multiples of 16; model.language.intermediate_size gives 88 on each of parallel.tensor 2 ranks"):
+        run(fp8="tensorwise", model=narrow, parallel={"tensor": 2})

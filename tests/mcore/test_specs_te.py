@@ -1,0 +1,95 @@
+"""What is handed to Transformer Engine, with a stand-in that takes what megatron-core's wrapper takes and computes by plain products. The engine itself: tests/gpu."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine as wrapper
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.mcore import specs_te
+from megatron_share4v.mcore.attention import Places, math, places
+from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear
+from megatron_share4v.mcore.layers import ColumnParallelLinear
+from megatron_share4v.mcore.options import Fp8, LayerOptions
+from megatron_share4v.mcore.specs import decoder_submodules, tower_spec
+from megatron_share4v.mcore.transformer import LayerConfig, language_config
+
+SEGMENTS = ((5, 1, 3), (12,))
+
+
+def wrapped_arguments(method: str) -> set[str]:
+    """Of the wrapper's method, read from its source: without the engine the class is not there."""
+    tree = ast.parse(inspect.getsource(wrapper))
+    [cls] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TEDotProductAttention"]
+    [function] = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method]
+    return {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+
+
+class StandIn(torch.nn.Module):
+    """[S, B, heads, width], or [T, heads, width] with ends, as the engine takes them."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__()
+        assert set(named) <= wrapped_arguments("__init__"), named
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, kind: AttnMaskType, **named: Any) -> torch.Tensor:
+        assert mask is None and set(named) <= wrapped_arguments("forward") and all(x.is_contiguous() or not named for x in (query, key, value))
+        causal = kind is AttnMaskType.causal
+        if not named:
+            return math(query, key, value, at=Places(), causal=causal, scale=None)
+        packs = named["packed_seq_params"]
+        assert packs.qkv_format == "thd" and query.dim() == 3 and packs.cu_seqlens_q is packs.cu_seqlens_kv and packs.cu_seqlens_q.dtype is torch.int32
+        lengths = packs.cu_seqlens_q.diff().tolist()
+        assert packs.max_seqlen_q == packs.max_seqlen_kv == max(lengths)
+        together = math(*(x.unsqueeze(1) for x in (query, key, value)), at=Places(lengths=(tuple(lengths),)), causal=causal, scale=None)
+        return together[:, 0]
+
+
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(specs_te, "TEDotProductAttention", StandIn)
+    config = LayerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention="te")
+    attention = specs_te.EngineAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=None, cp_comm_type=None, pg_collection=None)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(12, 2, heads, 4, generator=generator) for heads in (4, 2, 2))
+    at = places(torch.zeros(12, 2), segments=segments, kernel="te")
+    at.table = None
+    got = attention(query, key, value, packed_seq_params=at)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, math(query, key, value, at=at, causal=True, scale=None), rtol=0, atol=1e-6)
+
+
+def columns(options: LayerOptions) -> list[type]:
+    mesh = SimpleNamespace(tensor_group=None)
+    layers = decoder_submodules(range(2, 6), layers=6, mesh=mesh, options=options).layer_specs
+    return [layer.submodules.mlp.submodules.linear_fc1 for layer in (*layers, tower_spec(mesh=mesh, options=options))]
+
+
+def test_layers_are_made_of_what_was_chosen() -> None:
+    plain, own, engine = ColumnParallelLinear, Fp8ColumnParallelLinear, specs_te.COLUMN
+    assert columns(LayerOptions()) == [plain] * 5
+    fp8 = Fp8(recipe="tensorwise", first_layers=3, last_layers=1)
+    assert columns(LayerOptions(fp8=fp8)) == [plain, own, own, plain, plain]
+    assert columns(LayerOptions(fp8=Fp8(recipe="tensorwise", tower=True))) == [own] * 5
+    assert columns(LayerOptions(fp8=fp8, engine="language")) == [engine] * 4 + [plain]
+    assert columns(LayerOptions(engine="all")) == [engine] * 5
+    te = decoder_submodules(range(1), layers=1, mesh=SimpleNamespace(tensor_group=None), options=LayerOptions(attention="te")).layer_specs[0]
+    assert te.submodules.self_attention.submodules.core_attention is specs_te.EngineAttention
+
+
+@pytest.mark.parametrize(("recipe", "format"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")])
+def test_recipes_reach_core(recipe: Any, format: str) -> None:
+    first = 0 if recipe == "delayed" else 1
+    options = LayerOptions(fp8=Fp8(recipe=recipe, first_layers=first), engine="language")
+    config = language_config(ModelConfig(), parallel=ParallelConfig(), dtype=torch.bfloat16, ops="reference", options=options, layers_per_stage=(32,))
+    assert (config.fp8, config.fp8_recipe, config.fp8_wgrad) == (format, recipe, True)
+    assert (config.first_last_layers_bf16, config.num_layers_at_start_in_bf16) == (bool(first), first)

@@ -1,0 +1,106 @@
+"""FP8 by our own layers: a tiny model learns as in bf16, tensor parallel too, the guard measures the distance and ends a run that is beyond it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from harness import run_world
+from small_run import Setting
+from tolerances import FP8_CURVE, FP8_LAYOUT_LOSS
+
+STEPS = 80
+BF16 = Setting(dtype="bf16", language_layers=4, language_hidden=64, language_width=128, learning_rate=1e-3, ops="auto")
+FP8 = replace(BF16, fp8=(("fp8", "tensorwise"),))
+VARIANTS = {
+    "bf16": BF16,
+    "fp8": FP8,
+    "precise": replace(FP8, fp8=(*FP8.fp8, ("fp8_weight_gradient", "dtype"))),
+    "first and last": replace(FP8, fp8=(*FP8.fp8, ("fp8_first_layers", 1), ("fp8_last_layers", 1))),
+    "tower": replace(FP8, fp8=(*FP8.fp8, ("fp8_tower", True))),
+}
+TENSOR = {"bf16": replace(BF16, tensor=2, sequence=True), "fp8": replace(FP8, tensor=2, sequence=True), "fp8, plain": replace(FP8, tensor=2)}
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Losses by step, how many matrices are in FP8, and the guard's relative gaps at the end."""
+
+    losses: list[float]
+    matrices: int
+    gaps: tuple[float, float]
+    refused: str
+
+
+def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
+    """The same few batches again and again."""
+    from small_run import Run
+    from tiny import MICRO_BATCH, micro_batches, step_items
+
+    from megatron_share4v.errors import PrecisionError
+    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.fp8 import _ProductInFp8
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+    from megatron_share4v.train.feed import StepData
+    from megatron_share4v.train.guard import Guard
+
+    results = {}
+    for name, setting in variants.items():
+        with open_mesh(Layout(tensor=setting.tensor), device=Device("cpu")) as mesh:
+            setting = replace(setting, ops=agree_on_ops("auto", mesh=mesh).implementation)
+            run = Run(mesh, setting, seed=1)
+            losses = [loss for _ in range(steps // 4) for loss, _ in run.train(0, 4)]
+            data = StepData(step_items(0), micro_batches(0)[:1], 0.0)
+            watched = replace(run.precision, guard_every_steps=1) if setting.fp8 else run.precision
+            parts = dict(chunks=run.chunks, optimizer=run.optimizer, mesh=mesh, micro_batch_size=MICRO_BATCH)
+            gap, refused = Guard(precision=watched, **parts).check(1, data), ""
+            try:
+                Guard(precision=replace(watched, guard_loss_gap=1e-9), **parts).check(1, data)
+            except PrecisionError as error:
+                refused = str(error)
+            matrices = sum(isinstance(module, _ProductInFp8) for module in run.bare[0].modules())
+            results[name] = Learned(losses, matrices, (gap.loss, gap.norm) if gap else (0.0, 0.0), refused)
+    return results
+
+
+@pytest.fixture(scope="module")
+def learned() -> dict[str, Learned]:
+    return run_world(1, learn, VARIANTS, STEPS)[0]
+
+
+def test_the_chosen_matrices_are_in_fp8(learned: dict[str, Learned]) -> None:
+    # Four in each of 4 decoder layers, and in each of 2 tower blocks.
+    assert {name: one.matrices for name, one in learned.items()} == {"bf16": 0, "fp8": 16, "precise": 16, "first and last": 8, "tower": 24}
+
+
+def test_it_learns_as_in_bf16(learned: dict[str, Learned]) -> None:
+    truth = torch.tensor(learned["bf16"].losses)
+    assert truth[-4:].mean() < 0.5 * truth[:4].mean(), "little is learned: the curves say little"
+    for name in set(learned) - {"bf16"}:
+        losses = torch.tensor(learned[name].losses)
+        away = (losses - truth).view(-1, 4).mean(dim=1).abs()
+        print(f"\n{name}: {losses[0]:.3f} -> {losses[-4:].mean():.3f}, bf16 {truth[-4:].mean():.3f}, at most {away.max():.2g} away")
+        assert 0 < away.max() < FP8_CURVE, (name, away)
+
+
+def test_the_guard_measures_and_refuses(learned: dict[str, Learned]) -> None:
+    assert learned["bf16"].gaps == (0.0, 0.0) and not learned["bf16"].refused
+    for name in set(learned) - {"bf16"}:
+        loss, norm = learned[name].gaps
+        assert 0 < loss < 0.02 and 0 < norm < 0.2, (name, loss, norm)
+        refused = learned[name].refused
+        assert refused.startswith("before step 1: FP8 (tensorwise): loss is ") and "more than precision.guard_loss_gap 1e-09" in refused
+        assert "gradient norm" not in refused and "or with precision.fp8 none" in refused
+
+
+def test_two_tensor_ranks(learned: dict[str, Learned]) -> None:
+    """Each rank scales its own part of a weight: not the numbers of one rank, but as near to bf16."""
+    first, second = run_world(2, learn, TENSOR, 8)
+    for name, one in first.items():
+        assert one.losses == second[name].losses and one.gaps == second[name].gaps
+        alone = learned[name.split(",")[0]].losses[:8]
+        assert max(abs(a - b) for a, b in zip(one.losses, alone)) < FP8_LAYOUT_LOSS, name
+    assert first["fp8"].losses != first["bf16"].losses and first["fp8"].matrices == 16
