@@ -165,6 +165,7 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "usr1": by_signal(signal.SIGUSR1),
     "sleep": lambda fault, chunks: time.sleep(float(fault.value)),
     "raise": err,
+    "term_parent": lambda fault, chunks: os.kill(os.getppid(), signal.SIGTERM),
     "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
     "nan": spoil,
     "stop_loader": stop_loader,

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_share4v.log import get_logger
-from megatron_share4v.parallel.rank_state import RankState, process_status, read_state, write_json
+from megatron_share4v.parallel.process import process_status
+from megatron_share4v.parallel.rank_state import RankState, read_state, write_json
 
 REPORT, TEXT = "report.json", "report.txt"
 LISTED = 64

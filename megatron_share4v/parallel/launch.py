@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.process import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ def job_end() -> float | None:
         return float(text)
     except ValueError as error:
         raise ConfigError(f"{name} is {text!r}, which is no time in seconds since 1970; unset it, or set run.time_limit_minutes") from error
+
+
+def end_with_launcher() -> None:
+    """When torchrun is killed, so is this process: ranks that train on without it would write beside those of the next start. Linux alone can do it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 @contextlib.contextmanager

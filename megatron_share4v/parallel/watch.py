@@ -27,7 +27,8 @@ from typing import Any, TextIO
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Share4VError
 from megatron_share4v.parallel import hang
-from megatron_share4v.parallel.rank_state import RankState, locate, process_status, read_state, write_state
+from megatron_share4v.parallel.process import process_status
+from megatron_share4v.parallel.rank_state import Place, RankState, locate, read_state, write_state
 
 FOLDER, MARK = "watch", "hung"
 HUNG_EXIT_CODE = 76
@@ -72,6 +73,7 @@ class Watch:
         self._folder, self._rank, self._ranks, self._bounds = directory / FOLDER, rank, ranks, bounds
         # phase, step, micro-batch, since when: replaced as a whole, for the thread reads it at any time.
         self._place = ("start", 0, -1, time.monotonic())
+        self._kept: Place | None = None
         self._step_began: float | None = None
         self._durations: deque[float] = deque(maxlen=STEPS)
         self._events: deque[str] = deque(maxlen=EVENTS)
@@ -97,7 +99,7 @@ class Watch:
             if self._step_began is not None:
                 self._durations.append(now - self._step_began)
             self._step_began = now
-        self._place = (phase, self._place[1] if step is None else step, -1, now)
+        self._go_to(phase, self._place[1] if step is None else step, -1, now)
         self._events.append(f"{time.strftime('%H:%M:%S')} step {self._place[1]} {phase}")
 
     def pause(self, phase: str) -> None:
@@ -113,11 +115,17 @@ class Watch:
 
     def _begin_micro_batch(self, number: int) -> None:
         phase, step, _, _ = self._place
-        self._place = (phase, step, number, time.monotonic())
+        self._go_to(phase, step, number, time.monotonic())
+
+    def _go_to(self, phase: str, step: int, micro_batch: int, now: float) -> None:
+        self._place = (phase, step, micro_batch, now)
+        if self._kept is not None:
+            self._kept.set(step=step, phase=phase, micro_batch=micro_batch)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Publish and watch for the length of the block, and say at its end how it ended."""
+        self._kept = Place(self._folder, self._rank)
         with open(self._folder / f"rank{self._rank}.stacks.txt", "w", encoding="utf-8") as stacks:
             thread = threading.Thread(target=self._run, args=(stacks,), name="watch", daemon=True)
             thread.start()

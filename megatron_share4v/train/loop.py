@@ -16,7 +16,7 @@ from megatron_share4v.log import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.last_words import LastWords
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, end_with_launcher, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.parallel.watch import Bounds, Watch
 from megatron_share4v.plan.gpus import known_gpu
@@ -39,47 +39,48 @@ from megatron_share4v.train.same_start import check_same_start
 from megatron_share4v.train.saving import Saver
 from megatron_share4v.train.skips import shared_skips
 from megatron_share4v.train.step import StepResult, pass_over, train_step, validation_loss
-from megatron_share4v.train.stop import Agreed, Ballot, announce
+from megatron_share4v.train.stop import Agreed, Ballot, Signals, announce
 from megatron_share4v.train.wandb_sink import WandbSink, check_wandb
 from megatron_share4v.train.writers import METRICS, RunWriters, StepRecord
 
 
 def run(config: RunConfig) -> None:
     """Train until the last step. A second call with the same run directory goes on from its newest whole checkpoint."""
+    end_with_launcher()
     world = World.from_environment()
     layout = Layout.for_world(config.parallel, world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     directory = Path(config.run.directory)
     configure(rank=world.rank, directory=directory / "log")
     timeout_s = config.parallel.timeout_s
-    watch = Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
+    signals, watch = Signals(), Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
     if world.rank == 0:
         Watch.clear(directory)
     check_wandb(config)
     words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
-    with words.kept(), joined(world, device, timeout_s=timeout_s):
+    with signals.heard(), words.kept(), joined(world, device, timeout_s=timeout_s):
         check_same_start(config)
         with watch.running(), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
             watch.enter("build")
             training = build(config, mesh=mesh)
             if mesh.rank == 0:
                 (directory / "config.yaml").write_text(dump(config))
-            train(training, watch=watch, words=words)
+            train(training, watch=watch, signals=signals, words=words)
 
 
-def train(training: Training, *, watch: Watch | None = None, words: LastWords | None = None) -> None:
+def train(training: Training, *, watch: Watch | None = None, signals: Signals | None = None, words: LastWords | None = None) -> None:
     """All remaining steps of a run that is built. Raises Stopped, with everything saved, when it was asked to end before the last."""
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
     mesh = training.mesh
-    Loop(training, watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size), words).run()
+    Loop(training, watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size), signals or Signals(), words).run()
 
 
 class Loop:
     """What the steps of one run share. Every rank has one."""
 
-    def __init__(self, training: Training, watch: Watch, words: LastWords | None) -> None:
+    def __init__(self, training: Training, watch: Watch, signals: Signals, words: LastWords | None) -> None:
         config, mesh, start, directory = training.config, training.mesh, training.start_step, training.directory
         self.training, self.watch, self.words, self.card = training, watch, words, RunCard(training)
         self.ledger = Ledger(directory / METRICS if mesh.rank == 0 else None, device=mesh.device, start_step=start)
@@ -88,7 +89,7 @@ class Loop:
         self.writers = _open_writers(training) if mesh.rank == 0 else None
         self.timekeeper = Timekeeper(config) if mesh.rank == 0 else None
         self.saver = Saver(training, timekeeper=self.timekeeper)
-        self.ballot = Ballot(self.timekeeper, failed=self.saver.has_failed)
+        self.ballot = Ballot(signals, self.timekeeper, failed=self.saver.has_failed)
         self.skips = shared_skips(directory, mesh=mesh, after=start)
         self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training, saved=self.saver.finish)
         self.judge.remember(directory / METRICS, to_step=start)
@@ -103,9 +104,9 @@ class Loop:
         training, without = self.training, frozenset(step - 1 for step in self.skips)
         steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps, without=without)
         self.watch.enter("data", step=training.start_step + 1)
-        # Said before signals are heard again: the launcher sends one to the ranks that are left when one has failed.
+        # What a failing rank says is said before its world is left, which may take long.
         kept = self.words.kept() if self.words is not None else contextlib.nullcontext()
-        with self.ballot.listening(), kept, self.card.failing(), contextlib.closing(steps):
+        with kept, self.card.failing(), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)
                 if self.timekeeper is not None:
@@ -113,7 +114,6 @@ class Loop:
                 announce(agreed, step=step)
                 self.check_and_save(step, agreed)
                 if agreed.stop is not None:
-                    self.ballot.leave()
                     break
                 self.watch.enter("data", step=step + 1)
         self.watch.pause("save")

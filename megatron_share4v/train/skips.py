@@ -1,40 +1,13 @@
-"""skip_steps.jsonl: the quarantine list of steps. A step in it is passed over when it is played again: nothing of it is read, nothing is trained.
-
-Who puts a step there: a rollback (train/rollback.py), the supervisor for a step that ended the run twice (tools/supervise.py), or a person. One
-object per line: {"step": 7, "reason": "..."}; steps count from 1, as in metrics.jsonl.
-"""
+"""The quarantine list of steps (data/skip_steps.py) as all ranks of a run know it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 
-
 from megatron_share4v.checkpoint.store import on_first_rank
-from megatron_share4v.errors import DataError
+from megatron_share4v.data.skip_steps import FILE, read_skips
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.groups import Mesh
-
-FILE = "skip_steps.jsonl"
-
-
-def read_skips(directory: Path) -> dict[int, str]:
-    """Step -> reason; empty where there is no list. Raises DataError that names the line which is no such object."""
-    path, found = directory / FILE, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
-        try:
-            entry = json.loads(line)
-            found[int(entry["step"])] = str(entry["reason"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}:{number}: {line!r} is not like {{"step": 7, "reason": "..."}} ({error!r}); correct or remove the line') from error
-    return found
-
-
-def add_skips(directory: Path, steps: Iterable[int], *, reason: str) -> None:
-    """Put `steps` on the list, for one reason. Run it on one rank."""
-    with open(directory / FILE, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, "reason": reason}) + "\n" for step in steps)
 
 
 def shared_skips(directory: Path, *, mesh: Mesh, after: int) -> dict[int, str]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_share4v.errors import Stopped
 from megatron_share4v.log import get_logger
 from megatron_share4v.train.keep_time import Timekeeper
 
@@ -27,39 +28,48 @@ class Agreed:
     failed: bool = False
 
 
-class Ballot:
-    """One rank's votes. `time` is the clock of the rank that keeps it, None on all others; `failed` says whether a save has failed here."""
+class Signals:
+    """Those that ask a run to end. They only count: what comes while a rank goes down for another reason must not keep it from saying why."""
 
-    def __init__(self, time: Timekeeper | None, *, failed: Callable[[], bool]) -> None:
-        self._time, self._failed = time, failed
-        self._received = dict.fromkeys(SIGNALS, 0)
-        self._leaving = False
+    def __init__(self) -> None:
+        self.received = dict.fromkeys(SIGNALS, 0)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Signals count for the length of the block; afterwards they do what they did before, or nothing (see `leave`).
+    def heard(self) -> Iterator[None]:
+        """Signals count for the length of the block; afterwards they do what they did before, or nothing where the run was stopped in order.
 
         Python hears them on the main thread alone.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        after = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
+        except Stopped:
+            # When the first rank has ended, the launcher sends the others a signal, which must not cut them off.
+            after = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+            raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_IGN if self._leaving else handler)
+            for number, handler in after.items():
+                signal.signal(number, handler)
 
-    def leave(self) -> None:
-        """Every rank is about to end in order: when the first has ended, the launcher sends the others a signal, which must not cut them off."""
-        self._leaving = True
+    def _receive(self, number: int, frame: object) -> None:
+        # A flag and no more: this may interrupt anything, a write to the log too.
+        self.received[signal.Signals(number)] += 1
+
+
+class Ballot:
+    """One rank's votes. `time` is the clock of the rank that keeps it, None on all others; `failed` says whether a save has failed here."""
+
+    def __init__(self, signals: Signals, time: Timekeeper | None, *, failed: Callable[[], bool]) -> None:
+        self._signals, self._time, self._failed = signals, time, failed
 
     def votes(self) -> Sequence[float]:
         """This rank's, one number for each question."""
         time = self._time
         asked = [time is not None and time.is_up, time is not None and time.save_is_due, self._failed()]
-        return [*(float(count > 0) for count in self._received.values()), *map(float, asked)]
+        return [*(float(count > 0) for count in self._signals.received.values()), *map(float, asked)]
 
     def count(self, votes: Sequence[float]) -> Agreed:
         """The decision from the votes of all ranks, added up."""
@@ -67,10 +77,6 @@ class Ballot:
         reasons = [f"{number.name} on {int(count)} ranks" for number, count in zip(SIGNALS, signals) if count]
         reasons += ["its time limit is near"] if time_up else []
         return Agreed(stop=", ".join(reasons) or None, save=bool(save_due), failed=bool(failed))
-
-    def _receive(self, number: int, frame: object) -> None:
-        # A flag and no more: this may interrupt anything, a write to the log too.
-        self._received[signal.Signals(number)] += 1
 
 
 def announce(agreed: Agreed, *, step: int) -> None:

@@ -1,0 +1,147 @@
+"""Starting a run again until it is made: bounded, with the reason of each end written down, and without a step that ended it twice.
+
+This process imports neither torch nor megatron-core: it shall live when they do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_share4v.checkpoint.keep import checkpoint_directories
+from megatron_share4v.config.load import load_run
+from megatron_share4v.data.skip_steps import add_skips, read_skips
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.log import get_logger
+from megatron_share4v.parallel.aftermath import STOPPED_EXIT_CODE, Aftermath, examine
+from megatron_share4v.parallel.process import end_with_parent, process_status
+from megatron_share4v.parallel.rank_state import RankState, read_states
+from megatron_share4v.parallel.watch import FOLDER
+
+FILE = "restarts.jsonl"
+POLL_S, END_S = 0.2, 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """max_restarts: without a new checkpoint between them; pause_s: before each; leads: this one, of the supervisors on several nodes, writes files."""
+
+    max_restarts: int = 3
+    pause_s: float = 10.0
+    leads: bool = True
+
+
+def run_directory(command: Sequence[str]) -> Path:
+    """Of the run that a command line with tools/train.py starts: from its YAML file and the overrides behind. Raises ConfigError when it names none."""
+    for number, word in enumerate(command):
+        if word.endswith((".yaml", ".yml")):
+            return Path(load_run(word, [other for other in command[number + 1 :] if "=" in other and not other.startswith("-")]).run.directory)
+    raise ConfigError(f"{' '.join(command)}: names no YAML file; give the run directory with --run")
+
+
+class Supervisor:
+    """One run and the command that starts it."""
+
+    def __init__(self, command: Sequence[str], run: Path, policy: Policy) -> None:
+        self._command, self._run, self._policy = list(command), run, policy
+        self._asked: str | None = None
+
+    def supervise(self) -> int:
+        """Start, and start again; the exit code: 0, 75 when it was asked to end, else that of the last cause."""
+        before: Aftermath | None = None
+        failures, newest = 0, self._newest()
+        for attempt in range(1, 1_000_000):
+            code = self._start()
+            after = examine(self._run) if code else Aftermath("all ranks came to their end", 0)
+            if after.code == 0:
+                after = Aftermath(f"the launcher ended with exit code {code}, though all ranks that have begun came to their end", None) if code else after
+            progress, newest = self._newest() > newest, self._newest()
+            failures = 1 if progress else failures + 1
+            poisoned = before is not None and after.of_step and before.of_step and after.step == before.step > 0
+            ends = not code or not after.goes_on or self._asked is not None or failures > self._policy.max_restarts
+            if poisoned and not ends and self._policy.leads and after.step not in read_skips(self._run):
+                add_skips(self._run, [after.step], reason=f"ended the run twice: {after.reason}"[:500])
+                get_logger().warning("supervise: step %d has ended the run twice and is passed over from now on", after.step)
+            self._record(after, attempt=attempt, code=code, newest=newest, again=not ends)
+            if ends:
+                return self._last_word(after, code=code, failures=failures)
+            before = after
+            get_logger().warning("supervise: %s. Starting again in %.0f s (%d of %d)", after.reason, self._policy.pause_s, failures, self._policy.max_restarts)
+            time.sleep(self._policy.pause_s)
+        raise AssertionError("unreachable")
+
+    def _last_word(self, after: Aftermath, *, code: int, failures: int) -> int:
+        if not code:
+            return 0
+        if self._asked is not None and after.goes_on:
+            get_logger().warning("supervise: was asked to end by %s, and the run did not end in order: %s", self._asked, after.reason)
+        elif after.goes_on:
+            get_logger().error("supervise: giving up after %d starts without a new checkpoint: %s", failures, after.reason)
+        elif after.code == STOPPED_EXIT_CODE:
+            get_logger().info("supervise: %s", after.reason)
+        else:
+            get_logger().error("supervise: starting again would not help: %s", after.reason)
+        return after.code or 1
+
+    def _start(self) -> int:
+        """One start, to its end; the launcher's exit code. Nothing of it lives when this returns."""
+        if self._policy.leads:
+            shutil.rmtree(self._run / FOLDER, ignore_errors=True)
+        handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        process = subprocess.Popen(self._command, preexec_fn=end_with_parent, start_new_session=True)
+        told = False
+        try:
+            while process.poll() is None:
+                if self._asked is not None and not told:
+                    told = self._tell(process)
+                time.sleep(POLL_S)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        self._bury()
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = signal.Signals(number).name
+
+    def _tell(self, process: subprocess.Popen) -> bool:
+        """The ranks of this host are told, not the launcher, which would give them half a minute. Before any has begun, the launcher is."""
+        living = list(self._living())
+        for state in living:
+            os.kill(state.pid, signal.SIGUSR1)
+        if not living:
+            process.terminate()
+        return True
+
+    def _living(self) -> Iterator[RankState]:
+        for state in read_states(self._run / FOLDER):
+            status = process_status(state.pid) if state.host == socket.gethostname() else None
+            if status is not None and status[1] == state.born and status[0] != "Z":
+                yield state
+
+    def _bury(self) -> None:
+        """Ranks that outlive their launcher would write beside those of the next start."""
+        deadline = time.monotonic() + END_S
+        while (living := list(self._living())) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        for state in living:
+            os.kill(state.pid, signal.SIGKILL)
+
+    def _newest(self) -> int:
+        return max(checkpoint_directories(self._run / "checkpoints"), default=0)
+
+    def _record(self, after: Aftermath, *, attempt: int, code: int, newest: int, again: bool) -> None:
+        if not self._policy.leads:
+            return
+        self._run.mkdir(parents=True, exist_ok=True)
+        record = {"time": time.time(), "attempt": attempt, "launcher_code": code, "newest_checkpoint": newest, "again": again, **asdict(after)}
+        with open(self._run / FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,114 @@
+"""How much a save costs training: the tiny model with a large vocabulary, so that its state is large, saved while training waits and in the background.
+
+Prints for both ways how long training waits for each save, and the median time of steps of which more than half passes beside a save against those
+between saves. Give it at least
+two cores: one for training, one for what is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_share4v.config.load import load_run
+from megatron_share4v.data.prepare import PrepareOptions, prepare
+from megatron_share4v.data.quickstart import write_dataset
+from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+from megatron_share4v.train import loop
+from megatron_share4v.train.saving import Saver
+
+MODEL = Path(__file__).parents[1] / "examples" / "models" / "tiny.yaml"
+BYTES_PER_WEIGHT = 16  # fp32: the weight, the optimizer's and its two moments
+HIDDEN = 128
+
+
+class TimedSaver(Saver):
+    """Remembers from when to when it wrote."""
+
+    spans: list[tuple[float, float]] = []
+
+    def _complete(self, *arguments: Any) -> None:
+        began = time.time()
+        super()._complete(*arguments)
+        self.spans.append((began, time.time()))
+
+
+def make_run(root: Path) -> Path:
+    """A data set of the quickstart's kind; the run's YAML file."""
+    write_dataset(root / "scenes", train_scenes=40, held_out_scenes=64, seed=3, image_size=56)
+    annotations = root / "scenes" / "finetune.json"
+    texts = [turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]]
+    train_tokenizer(texts, root / "tokenizer.model", vocab_size=400)
+    prepare(
+        PrepareOptions(
+            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "tokenizer.model", max_text_length=400,
+            max_rejected_fraction=0.0, workers=0,
+        )
+    )  # fmt: skip
+    (root / "run.yaml").write_text(f"model:\n  base: {MODEL}\n")
+    return root / "run.yaml"
+
+
+def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int, background: bool) -> dict[str, float]:
+    """Seconds, and bytes of a checkpoint."""
+    root = config.parent
+    directory = root / ("background" if background else "waiting")
+    options = {
+        "run.directory": directory, "precision.dtype": "fp32", "data.train": root / "data", "data.tokenizer": root / "tokenizer.model",
+        "data.max_text_length": 400, "data.num_workers": 0, "model.language.vocab_size": megabytes * 10**6 // (2 * HIDDEN * BYTES_PER_WEIGHT) // 128 * 128,
+        "train.global_batch_size": batch, "train.micro_batch_size": 4, "train.steps": steps, "checkpoint.every_steps": every,
+        "checkpoint.keep_last": 1, "checkpoint.in_background": background, "log.tensorboard": False, "log.every_steps": 1000,
+    }  # fmt: skip
+    TimedSaver.spans.clear()
+    loop.run(load_run(config, [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]))
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][2:]
+    during, between = [], []
+    for line in lines:
+        began, ended = line["time"] - line["step_time_s"], line["time"]
+        beside = sum(max(0.0, min(last, ended) - max(first, began)) for first, last in TimedSaver.spans) / (ended - began)
+        if beside == 0.0 or beside > 0.5:
+            (during if beside else between).append(line["step_time_s"])
+    return {
+        "wait_s": statistics.median(line["checkpoint_s"] for line in lines if line["checkpoint_s"]),
+        "write_s": statistics.median(last - first for first, last in TimedSaver.spans),
+        "between_s": statistics.median(between),
+        "during_s": statistics.median(during) if during else math.nan,
+        "steps_during": len(during),
+        "bytes": sum(path.stat().st_size for path in next((directory / "checkpoints").glob("step_*")).iterdir()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, default=800, help="size of a checkpoint, about")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--every", type=int, default=12, help="steps from one save to the next")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--directory", type=Path, help="where to write; default: a temporary directory")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+        config = make_run(Path(name))
+        loop.Saver = TimedSaver
+        for background in (False, True):
+            found = measure(
+                config, megabytes=arguments.megabytes, steps=arguments.steps, every=arguments.every, batch=arguments.batch, background=background
+            )
+            way = "in the background" if background else "training waits"
+            print(f"{way}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; training stood still for {found['wait_s']:.2f} s per save")
+            if background:
+                ratio = found["during_s"] / found["between_s"]
+                print(f"{found['steps_during']} steps during a save: {found['during_s']:.3f} s each, between saves {found['between_s']:.3f} s, ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
