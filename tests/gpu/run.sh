@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: builds the ops there, compares every op with its reference on the GPU (fp32 and bf16, poisoned outputs), looks
-# for memory faults and races with compute-sanitizer where that runs, and measures all ops. Without a GPU it says that it measured nothing.
-#   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu
+# for memory faults and races with compute-sanitizer where that runs, compares layers (attention kernels on packs, FP8, Transformer Engine where it is
+# installed, recomputation, optimizer) with their plain forms, and measures all ops and training steps. Without a GPU it says that it measured nothing.
+#   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu; DIR/layers.txt; DIR/training/
 # Takes the active environment, or a python3 whose torch sees the GPU (PYTHON=... names another), or makes .venv with CUDA's torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -44,5 +45,9 @@ for tool in memcheck racecheck; do
         tail -n 2 "$log"
     fi
 done
-echo "== speed"
+echo "== layers"
+"$python" tests/gpu/layers.py | tee "$out/layers.txt"
+echo "== speed of the ops"
 "$python" tools/bench_ops.py --device cuda | tee "$out/ops_gpu.txt"
+echo "== speed of training"
+"$python" tools/bench_gpu.py --out "$out/training"

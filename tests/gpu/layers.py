@@ -1,0 +1,190 @@
+"""What the layers of this machine's GPU compute, against their plain forms: attention kernels on packs, FP8 by ours and by Transformer Engine, recomputation,
+averages of the optimizer on the host. One line per check; exit code 1 when one fails. On the CPU, the checks that need no GPU.
+
+    python tests/gpu/layers.py [--skip NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
+from megatron_share4v.config.precision import PrecisionConfig
+from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
+from megatron_share4v.data.sample import Batch
+from megatron_share4v.errors import OpsError
+from megatron_share4v.mcore.attention import KERNELS, places
+from megatron_share4v.mcore.choice import agree_on_ops, choose_attention
+from megatron_share4v.mcore.engine import missing_engine
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.mcore.optimizer import build_optimizer, clip_gradients, wrap_chunks
+from megatron_share4v.mcore.options import layer_options
+from megatron_share4v.model.chunks import build_chunks
+from megatron_share4v.model.initialize import initialize
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+
+LENGTH, PATCHES = 512, 16
+SEGMENTS = ((200, 30, 256), (512,))  # 26 positions of padding
+MODEL = ModelConfig(
+    vision=VisionConfig(image_size=56, hidden_size=128, intermediate_size=256, num_layers=3, num_attention_heads=2),
+    language=LanguageConfig(
+        vocab_size=1000, hidden_size=256, intermediate_size=512, num_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512
+    ),
+    trainable=TrainableConfig(vision_from_block=1),
+)
+BF16 = 3e-2
+"""Relative, of losses and norms of gradients in bf16: 2**-8 per number, through a few layers."""
+FP8 = 5e-2
+"""The same in FP8: factors are up to 2**-4 / sqrt(3) off."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of some updates of the model."""
+
+    losses: tuple[float, ...]
+    norm: float
+
+    def distance(self, other: Found) -> float:
+        """Largest relative difference."""
+        pairs = zip((*self.losses, self.norm), (*other.losses, other.norm))
+        return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def batch(device: torch.device) -> Batch:
+    """Two sequences, the first a pack of three samples; an image in each sample of over 100 positions."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 1000, (2, LENGTH), generator=generator)
+    slots = torch.cat([start + torch.arange(1, 1 + PATCHES) for start in (0, 230, LENGTH)])
+    ids.view(-1)[slots] = 0
+    rows = torch.cat([torch.arange(50, 199), torch.arange(205, 228), torch.arange(600, 1000)])
+    pixels = torch.randint(0, 256, (3, 56, 56, 3), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(1, 1000, (rows.numel(),), generator=generator)
+    given = {"token_ids": ids, "image_slots": slots, "pixels": pixels, "target_rows": rows, "targets": targets}
+    return Batch(**{name: tensor.to(device) for name, tensor in given.items()}, segments=SEGMENTS)
+
+
+def updated(mesh: Mesh, *, attention: str = "sdpa", train: dict | None = None, precision: dict | None = None, engine: str = "none", optim: dict | None = None) -> Found:
+    """Losses before the first and after each of two updates, and the first gradient's norm."""
+    parallel = ParallelConfig(distributed_optimizer=False)
+    settings = TrainConfig(global_batch_size=1, **(train or {}))
+    options = layer_options(settings, precision=PrecisionConfig(**(precision or {})), engine=engine, attention=attention, has_transformer_engine=engine != "none")
+    ops = agree_on_ops("auto", mesh=mesh).implementation
+    bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.bfloat16, ops=ops, options=options)
+    initialize(bare, seed=1, model=MODEL)
+    [chunk] = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+    optimizer = build_optimizer([chunk], OptimConfig(learning_rate=1e-3, **(optim or {})), parallel=parallel, dtype=torch.bfloat16)
+    data, losses = batch(mesh.device.torch_device), []
+    for _ in range(3):
+        chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = chunk(data) / data.targets.numel()
+        loss.backward()
+        chunk.finish_grad_sync()
+        optimizer.prepare_grads()
+        losses.append((float(loss.detach()), float(optimizer.get_grad_norm())))
+        clip_gradients(optimizer, max_norm=1.0, norm=losses[-1][1])
+        optimizer.step_with_ready_grads()
+    return Found(tuple(loss for loss, _ in losses), losses[0][1])
+
+
+def kernels(mesh: Mesh) -> str:
+    """Values and gradients of each attention kernel on packs, against the plain one in fp32."""
+    device, said = mesh.device.torch_device, []
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(LENGTH, 2, heads, 64, generator=generator).to(device) for heads in (4, 2, 2)]
+    slope = torch.randn(LENGTH, 2, 256, generator=generator).to(device)
+
+    def run(kernel: str, dtype: torch.dtype, causal: bool, packed: bool) -> list[torch.Tensor]:
+        at = places(torch.zeros(LENGTH, 32, device=device), segments=SEGMENTS if packed else None, kernel=kernel)
+        leaves = [x.to(dtype).requires_grad_() for x in drawn]
+        context = KERNELS[kernel](*leaves, at=at, causal=causal, scale=None)
+        return [context, *torch.autograd.grad(context, leaves, slope.to(dtype))]
+
+    for kernel in ("sdpa", "varlen"):
+        try:
+            choose_attention(kernel, device=device, packed=True, dtype=torch.bfloat16)
+        except OpsError as error:
+            said.append(f"{kernel} not here ({error})")
+            continue
+        for causal in (True, False):
+            for packed in (True, False):
+                truth = run("math", torch.float32, causal, packed)
+                for got, wanted in zip(run(kernel, torch.bfloat16, causal, packed), truth):
+                    away = float((got.detach().float() - wanted.detach()).norm() / wanted.detach().norm())
+                    assert away < 1e-2, (kernel, causal, packed, away)  # bf16's 2**-8, of sums that partly cancel
+        said.append(f"{kernel} equal")
+    return ", ".join(said)
+
+
+def engine(mesh: Mesh) -> str:
+    """Transformer Engine's layers and attention on packs, bf16 and every recipe of this GPU, against ours in bf16."""
+    if missing_engine():
+        return f"not here ({missing_engine()})"
+    plain = updated(mesh)
+    said = [f"attention {_near(updated(mesh, attention='te'), plain, BF16)}", f"bf16 {_near(updated(mesh, engine='all', attention='te'), plain, BF16)}"]
+    recipes = ["delayed", "tensorwise", "blockwise"] + ["mxfp8"] * (torch.cuda.get_device_capability() >= (10, 0))
+    said += [f"{recipe} {_near(updated(mesh, engine='language', precision={'fp8': recipe}), plain, FP8)}" for recipe in recipes]
+    return ", ".join(said)
+
+
+def own_fp8(mesh: Mesh) -> str:
+    """Our FP8 layers against bf16, all variants."""
+    if mesh.device.kind == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return "not here (no FP8 products)"
+    plain = updated(mesh)
+    variants = {"": {}, "precise ": {"fp8_weight_gradient": "dtype"}, "tower ": {"fp8_tower": True}}
+    return ", ".join(f"{name}{_near(updated(mesh, precision={'fp8': 'tensorwise', **more}), plain, FP8)}" for name, more in variants.items())
+
+
+def recomputation(mesh: Mesh) -> str:
+    """Recomputed activations are the kept ones."""
+    plain = updated(mesh)
+    variants = ({"recompute": "full", "recompute_tower": "full"}, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")})
+    return ", ".join(_near(updated(mesh, train=train), plain, 1e-3) for train in variants)  # atomic sums of kernels may come in another order
+
+
+def optimizer(mesh: Mesh) -> str:
+    """Averages on the host are those on the GPU; in bf16 they are near."""
+    plain = updated(mesh)
+    return f"host {_near(updated(mesh, optim={'offload': True}), plain, 1e-3)}, bf16 {_near(updated(mesh, optim={'moments': 'bf16'}), plain, BF16)}"
+
+
+def _near(found: Found, plain: Found, limit: float) -> str:
+    away = found.distance(plain)
+    assert away < limit, (found, plain, limit)
+    return f"{away:.1e}"
+
+
+CHECKS: tuple[Callable[[Mesh], str], ...] = (kernels, recomputation, optimizer, own_fp8, engine)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--skip", nargs="*", default=[], choices=[check.__name__ for check in CHECKS])
+    skipped = parser.parse_args().skip
+    device, failed = Device.detect(local_rank=0, local_world_size=1), 0
+    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+        print(f"layers on {device.describe()}, torch {torch.__version__}")
+        for check in CHECKS:
+            if check.__name__ in skipped:
+                continue
+            try:
+                print(f"{check.__name__}: {check(mesh)}", flush=True)
+            except Exception:
+                failed += 1
+                print(f"{check.__name__}: FAILED\n{traceback.format_exc()}", flush=True)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
