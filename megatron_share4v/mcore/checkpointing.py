@@ -27,10 +27,12 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_share4v.errors import CheckpointError
+from megatron_share4v.mcore.gathering import Gathering
 from megatron_share4v.mcore.optimizer import gather_weights, optimizer_parts, restore_step_counts, step_counts, unwrap
 from megatron_share4v.mcore.snapshot import HostBuffers, Snapshot
 
 STATE_PREFIX = "optimizer.state."
+STATES = ("param", "exp_avg", "exp_avg_sq")
 SHOWN_MISMATCHES = 5
 
 Entry = ShardedTensor | ShardedTensorFactory
@@ -52,11 +54,17 @@ def take_snapshot(
     weights = named_weights(chunks, sharding)
     entries = _unfold(nested_values(weights))
     live = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    gatherings: list[Gathering] = []
     if optimizer is not None:
-        entries += _unfold(_saved_state(optimizer, weights))
+        entries += _unfold(_saved_state(optimizer, weights, gatherings, buffers))
         live += [tensor for part in optimizer_parts(optimizer) for piece in pieces(part) for tensor in piece.tensors.values()]
     _check_space(directory, entries)
-    snapshot = Snapshot(buffers, live=live)
+
+    def fill(group: dist.ProcessGroup | None) -> None:
+        for gathering in gatherings:
+            gathering.complete(group)
+
+    snapshot = Snapshot(buffers, live=live, fill=fill)
     dist_checkpointing.save(_numbered(entries), str(directory), snapshot)
     return snapshot
 
@@ -133,13 +141,15 @@ def _numbered(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
     return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
-def _saved_state(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Iterator[Entry]:
-    """Collective: the data-parallel ranks of a sharded optimizer send their pieces to the first of them, in host memory."""
+def _saved_state(optimizer: MegatronOptimizer, weights: dict[str, Any], gatherings: list[Gathering], buffers: HostBuffers | None) -> Iterator[Entry]:
+    """What a sharded optimizer's ranks hold in pieces is announced by the first of them, and there when the new one of `gatherings` is complete."""
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
     for part in optimizer_parts(optimizer):
         if isinstance(part, DistributedOptimizer):
-            gathered = part.sharded_param_state_fully_reshardable(weights, metadata={"distrib_optim_fully_reshardable_mem_efficient": True})
-            yield from nested_values(gathered or {})
+            kept = {id(piece.parameter): piece.tensors for piece in _sharded_pieces(part)}
+            gatherings.append(Gathering(part, kept, names=STATES, buffers=buffers, label=str(len(gatherings))))
+            for (parameter, name), whole in gatherings[-1].wholes.items():
+                yield _state_entry(by_parameter[parameter], name, whole)
         else:
             for piece in _whole_pieces(part):
                 for name, tensor in piece.tensors.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,25 @@ class HostBuffers:
     """Memory on the host into which a rank's tensors are copied, the same for every save: memory that a GPU can copy to at full speed is dear to get."""
 
     def __init__(self) -> None:
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: dict[str, torch.Tensor] = {}
 
-    def copies(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of `tensors`, which are of the same shapes at every call. Those of the call before are overwritten."""
+    def copies(self, whose: str, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of `tensors`, which are of the same shapes at every call with the same name. Those of the call before are overwritten."""
         copied = []
         for number, tensor in enumerate(tensors):
-            if number == len(self._buffers):
-                self._buffers.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda))
-            self._buffers[number].copy_(tensor, non_blocking=True)
-            copied.append(self._buffers[number])
+            name = f"{whose} {number}"
+            if name not in self._buffers:
+                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copied.append(self._buffers[name].copy_(tensor, non_blocking=True))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return copied
+
+    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Room for fp32 values of that shape, the same at every call with the same name. Not pinned: most of it comes from other hosts."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(shape)
+        return self._buffers[name]
 
 
 class NoticingFiles(FileSystem):
@@ -96,20 +102,22 @@ class Snapshot(TorchDistSaveShardedStrategy):
     Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them dies.
     """
 
-    def __init__(self, buffers: HostBuffers | None, *, live: Iterable[torch.Tensor]) -> None:
-        """buffers: where to copy what `live` tensors hold; None: nothing is copied, and it must be written before training goes on."""
+    def __init__(self, buffers: HostBuffers | None, *, live: Iterable[torch.Tensor], fill: Callable[[dist.ProcessGroup | None], None]) -> None:
+        """buffers: where to copy what `live` tensors hold; None: nothing is copied, and it must be written before training goes on. fill: is called, with
+        the group that is written over, before anything is.
+        """
         super().__init__("torch_dist", 1)
         self._buffers, self._live = buffers, {tensor.untyped_storage().data_ptr() for tensor in live}
-        self._directory: Path | None = None
+        self._directory, self._fill = Path(), fill
         self._content: dict[str, Any] = {}
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
         """Called by core when it has checked that the ranks together have everything once: keep the tensors of which this rank is the main replica."""
         tensors = [tensor for tensor in nested_values(sharded_state_dict) if is_main_replica(tensor.replica_id)]
         if self._buffers is not None:
-            # What a sharded optimizer has gathered for this save alone need not be copied again.
+            # What is gathered for this save alone need not be copied again.
             changing = [tensor for tensor in tensors if tensor.data.untyped_storage().data_ptr() in self._live]
-            for tensor, copy in zip(changing, self._buffers.copies([tensor.data for tensor in changing])):
+            for tensor, copy in zip(changing, self._buffers.copies("weights", [tensor.data for tensor in changing])):
                 tensor.data = copy
         owned: dict[str, list[ShardedTensor]] = defaultdict(list)
         for tensor in tensors:
@@ -118,6 +126,7 @@ class Snapshot(TorchDistSaveShardedStrategy):
 
     def write(self, group: dist.ProcessGroup | None) -> None:
         """Collective over `group`, which no other thread uses meanwhile; None: the default one. Raises CheckpointError, on all ranks."""
+        self._fill(group)
         try:
             torch_checkpoint.save(
                 self._content,
