@@ -29,6 +29,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("parallel.*", "safe"),
     ("ops", "safe"),
     ("attention", "safe"),
+    ("transformer_engine", "safe"),
     ("checkpoint.*", "safe"),
     ("watch.*", "safe"),
     ("log.*", "safe"),
