@@ -30,6 +30,8 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("ops", "safe"),
     ("attention", "safe"),
     ("transformer_engine", "safe"),
+    ("precision.guard_*", "safe"),
+    ("optim.offload", "safe"),
     ("checkpoint.*", "safe"),
     ("watch.*", "safe"),
     ("log.*", "safe"),
@@ -45,6 +47,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("data.worker_timeout_s", "safe"),
     ("data.max_faulty_fraction", "safe"),
     ("data.pad_multiple", "safe"),
+    ("data.pad_to", "safe"),
     ("data.image_backend", "mathematics"),
     ("data.*", "data"),
 )

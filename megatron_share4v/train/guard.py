@@ -67,7 +67,7 @@ class Guard:
         if wrong:
             raise PrecisionError(
                 f"before step {step}: FP8 ({limits.fp8}): {'; '.join(wrong)}. Nothing of this step was trained. Go on from the last checkpoint with "
-                "precision.fp8_first_layers and fp8_last_layers, with precision.fp8_weight_gradient dtype, or with precision.fp8 none"
+                "precision.fp8_first_layers and fp8_last_layers, with precision.fp8_weight_gradient dtype, or with precision.fp8 none, and checkpoint.accept_changes true"
             )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.errors import DamageError
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import unwrap
+from megatron_share4v.mcore.optimizer import gather_weights, unwrap
 from megatron_share4v.parallel.layout import Layout
 
 SLICE = 1 << 22
@@ -31,6 +31,7 @@ def check_replicas(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, step: int) 
     """Raises DamageError, on all ranks, that names ranks and parameters whose weights after `step` are not those of the other replicas. Collective."""
     if mesh.layout.data == 1:
         return
+    gather_weights(chunks)
     sums = checksums(chunks)
     mine = torch.stack(list(sums.values())).to(mesh.device.torch_device)
     several = [torch.empty_like(mine) for _ in range(mesh.layout.data)]

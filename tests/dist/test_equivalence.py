@@ -65,13 +65,14 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     """Five steps of AdamW from the same seed."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
     from megatron_share4v.mcore.choice import agree_on_ops
-    from megatron_share4v.mcore.optimizer import build_optimizer, gather_weights, unwrap, wrap_chunks
+    from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
     from megatron_share4v.mcore.options import layer_options
     from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.model.trainable import parameter_counts
     from megatron_share4v.train.feed import StepData
+    from megatron_share4v.train.replicas import check_replicas
     from megatron_share4v.train.step import train_step
 
     model, dtype = tiny_model(**TRAINABLE[variant.trainable]), DTYPES[variant.dtype]
@@ -111,7 +112,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         assert result.trained_tokens == sum(batch.targets.numel() for batch in batches)
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
-    gather_weights(chunks)
+    check_replicas(chunks, mesh=mesh, step=STEPS)
     outcome.weights.update(global_weights([unwrap(chunk) for chunk in chunks]))
     return outcome
 
