@@ -23,6 +23,7 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.image import ImagePolicy
 from megatron_share4v.errors import DataError
+from megatron_share4v.infer.engine import EngineStats
 from megatron_share4v.infer.request import Event, Request, TokenLogprobs
 from megatron_share4v.serve.server import HttpServer, build_app, http_server
 from megatron_share4v.serve.worker import Served
@@ -78,22 +79,6 @@ class FakeLimits:
     max_positions: int = 512
 
 
-@dataclass
-class FakeStats:
-    running: int = 0
-    waiting: int = 0
-    prompt_tokens: int = 0
-    computed_prompt_tokens: int = 0
-    generation_tokens: int = 0
-    steps: int = 0
-    encoder_calls: int = 0
-    image_cache_queries: int = 0
-    image_cache_hits: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    cache_usage: float = 0.0
-
-
 def default_answer(engine: FakeEngine, request: Request) -> str:
     """Sentences chosen by the prompt's ids and pixels; when sampling, by the seed too."""
     prompt, sampling = request.prompt, request.sampling
@@ -112,7 +97,7 @@ class FakeEngine:
     limits: FakeLimits = field(default_factory=FakeLimits)
     step_s: float = 0.0
     answer: Callable[[FakeEngine, Request], str] = default_answer
-    stats: FakeStats = field(default_factory=FakeStats)
+    stats: EngineStats = field(default_factory=EngineStats)
     requests: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     broken: Exception | None = None

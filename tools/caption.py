@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_share4v.config.arguments import above_zero, at_least_zero, natural, positive
 from megatron_share4v.errors import ConfigError, reported
 from megatron_share4v.log import configure
 from megatron_share4v.parallel.launch import World
@@ -77,8 +78,8 @@ def parse() -> argparse.Namespace:
     official.add_argument("--images-file", type=Path, help=f"JSON list of paths; also .jsonl, and records ({DEFAULT_LIST}, unless --images)")
     official.add_argument("--save-path", type=Path, default=Path("captions.json"), help="JSON list of {path: caption} (captions.json)")
     official.add_argument("--model-name", help="checkpoint, run directory or export; no default, and ShareCaptioner's own weights are not read")
-    official.add_argument("--batch-size", type=positive(int), default=16, help="images at the same time; one that ends makes room (16; there 4)")
-    official.add_argument("--num_gpus", type=positive(int), default=1, help="processes that one model is spread over, by tensor (1; there by layers)")
+    official.add_argument("--batch-size", type=positive, default=16, help="images at the same time; one that ends makes room (16; there 4)")
+    official.add_argument("--num_gpus", type=positive, default=1, help="processes that one model is spread over, by tensor (1; there by layers)")
     more = parser.add_argument_group("input")
     more.add_argument("--images", nargs="+", default=(), help="folders, quoted globs, WebDataset tars, files; after those of --images-file")
     more.add_argument("--images-root", type=Path, default=Path(), help="what all paths are relative to (.)")
@@ -86,16 +87,16 @@ def parse() -> argparse.Namespace:
     out.add_argument("--jsonl", type=Path, help="all rows: id, path, caption, tokens, finish_reason, error")
     out.add_argument("--annotations", type=Path, help="ShareGPT4V records, for tools/prepare_data.py --images IMAGES_ROOT")
     out.add_argument("--shards", type=Path, help="directory of WebDataset shards with images and records; earlier shards in it are replaced")
-    out.add_argument("--samples-per-shard", type=positive(int), default=10_000)
+    out.add_argument("--samples-per-shard", type=positive, default=10_000)
     out.add_argument("--restart", action="store_true", help="forget what an earlier start has captioned")
     out.add_argument("--retry-errors", action="store_true", help="try images again that became errors")
     add_generation(parser.add_argument_group("generation"))
     endpoint = parser.add_argument_group(f"endpoint (key: from {KEY}, if set)")
     endpoint.add_argument("--endpoint", help="an OpenAI-compatible server's URL, up to and with /v1")
     endpoint.add_argument("--endpoint-model", help="the model's name there")
-    endpoint.add_argument("--concurrency", type=positive(int), help="requests at the same time (--batch-size)")
-    endpoint.add_argument("--retries", type=int, default=5, help="further tries of an image (5)")
-    endpoint.add_argument("--timeout", type=positive(float), default=300.0, help="seconds for one answer (300)")
+    endpoint.add_argument("--concurrency", type=positive, help="requests at the same time (--batch-size)")
+    endpoint.add_argument("--retries", type=natural, default=5, help="further tries of an image (5)")
+    endpoint.add_argument("--timeout", type=above_zero, default=300.0, help="seconds for one answer (300)")
     return parser.parse_args()
 
 
@@ -103,31 +104,14 @@ def add_generation(group: argparse._ArgumentGroup) -> None:
     from megatron_share4v.caption.records import INSTRUCTION
 
     group.add_argument("--prompt", default=INSTRUCTION, help=f"({INSTRUCTION})")
-    group.add_argument("--max-new-tokens", type=positive(int), default=500, help="(500)")
+    group.add_argument("--max-new-tokens", type=positive, default=500, help="(500)")
     group.add_argument("--temperature", type=at_least_zero, default=0.0, help="0: greedy (0; there beam sampling at 1)")
-    group.add_argument("--top-p", type=positive(float), default=1.0, help="nucleus, when sampling (1)")
-    group.add_argument("--repetition-penalty", type=positive(float), default=1.0, help="(1; there 1.5)")
-    group.add_argument("--num-beams", type=positive(int), default=1, help="beam search, or with a temperature beam sampling (1; there 3)")
+    group.add_argument("--top-p", type=above_zero, default=1.0, help="nucleus, when sampling (1)")
+    group.add_argument("--repetition-penalty", type=above_zero, default=1.0, help="(1; there 1.5)")
+    group.add_argument("--num-beams", type=positive, default=1, help="beam search, or with a temperature beam sampling (1; there 3)")
     group.add_argument("--seed", type=int, default=0, help="of sampling; each image has its own noise from it, in whatever company (0)")
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
-    group.add_argument("--workers", type=positive(int), default=4, help="threads that read and decode images (4)")
-
-
-def positive(kind: type):
-    def parsed(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
-        return value
-
-    return parsed
-
-
-def at_least_zero(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return value
+    group.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
 
 
 if __name__ == "__main__":

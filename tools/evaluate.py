@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_share4v.config.arguments import positive
 from megatron_share4v.errors import ConfigError, reported
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.log import configure
@@ -36,12 +37,13 @@ def main() -> None:
 
 def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
     from megatron_share4v.evaluate.evaluation import Evaluation
+    from megatron_share4v.evaluate.published import Measured
     from megatron_share4v.evaluate.runner import Judge  # after the arguments are read: this imports megatron-core
 
     if (given.checkpoint is None) == (given.endpoint is None):
         raise ConfigError("give either CKPT (a checkpoint, a run directory or an export) or --endpoint")
     benchmark = Evaluation(given.benchmark, data=given.data, out=given.out, split=given.split, profile=Profile(given.profile), limit=given.limit)
-    more = {"judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed), "compared": given.compare, "restart": given.restart}
+    more = {"judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed), "compared": [Measured.read(path) for path in given.compare], "restart": given.restart}
     return ask_endpoint(benchmark, given, world, more) if given.endpoint else ask_model(benchmark, given, world, more)
 
 
@@ -65,7 +67,7 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
         if replica is None:
             return None
         asker = LocalAsker(replica, decoding=benchmark.decoding, workers=given.workers)
-        return run_benchmark(benchmark, asker, model=ModelFacts.of_replica(replica, given.checkpoint, name=given.name), share=replica.share, **more)
+        return run_benchmark(benchmark, asker, model=ModelFacts.of_replica(replica, name=given.name or given.checkpoint.resolve().name), share=replica.share, **more)
 
 
 def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
@@ -90,22 +92,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="answers.jsonl, result.json, submission/, table.md, chart.png go there")
     parser.add_argument("--split", help="where a benchmark has several")
     parser.add_argument("--profile", choices=[profile.value for profile in Profile], default=Profile.OFFICIAL.value)
-    parser.add_argument("--limit", type=int, help="only the first questions: for a look")
+    parser.add_argument("--limit", type=positive, help="only the first questions: for a look")
     parser.add_argument("--name", help="of the model in the results (default: its directory's)")
     parser.add_argument("--compare", type=Path, nargs="*", default=[], metavar="RESULT", help="other result.json files for table.md and chart.png")
     parser.add_argument("--restart", action="store_true", help="forget the answers of an earlier start")
     ours = parser.add_argument_group("model")
-    ours.add_argument("--batch-size", type=int, default=16, help="questions at the same time (16); the answers do not depend on it in fp32")
-    ours.add_argument("--tensor", type=int, default=1, help="processes that one model is spread over (1)")
+    ours.add_argument("--batch-size", type=positive, default=16, help="questions at the same time (16); the answers do not depend on it in fp32")
+    ours.add_argument("--tensor", type=positive, default=1, help="processes that one model is spread over (1)")
     ours.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
-    ours.add_argument("--workers", type=int, default=4, help="threads that read and decode images (4)")
+    ours.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
     remote = parser.add_argument_group(f"endpoints (keys from {KEY} and, for the judge, {JUDGE_KEY})")
     remote.add_argument("--endpoint", help="of the model that is evaluated: an OpenAI-compatible URL up to and with /v1")
     remote.add_argument("--endpoint-model")
     remote.add_argument("--judge-base-url", help="of the judge of llava_bench and mm_vet; without it, its questions are written to a file")
     remote.add_argument("--judge-model", help="default: the official one")
     remote.add_argument("--judge-seed", type=int)
-    remote.add_argument("--concurrency", type=int, default=8, help="requests at the same time (8)")
+    remote.add_argument("--concurrency", type=positive, default=8, help="requests at the same time (8)")
     return parser.parse_args()
 
 

@@ -6,7 +6,6 @@ Run by examples/quickstart/run.sh, in one process. Writes OUT/served.json, which
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import json
 import re
@@ -17,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_share4v.data.decode_pil import data_url
 from megatron_share4v.errors import ServeError, reported
 
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"
@@ -65,7 +65,7 @@ def _address(server: subprocess.Popen, log: Path) -> str:
 
 def ask(url: str, question: str, picture: Path) -> str:
     """The greedy answer to `question` about `picture`."""
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"}}
+    image = {"type": "image_url", "image_url": {"url": data_url(picture.read_bytes())}}
     body = {
         "model": "share4v",
         "temperature": 0,

@@ -5,21 +5,19 @@ A refusal of one image becomes that image's error; an endpoint that answers noth
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
 from megatron_share4v.caption.job import JobOptions, Summary, run_job
 from megatron_share4v.caption.records import Picture, Row, Settings
-from megatron_share4v.data.decode_pil import inspect
+from megatron_share4v.data.decode_pil import data_url
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.journal import Share
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.remote.chat import Chat, Endpoint
 
 LEAST_FAILURES = 8
-_MIME = {"jpg": "jpeg", "tif": "tiff", "jp2": "jp2"}
 
 
 def caption_with_endpoint(endpoint: Endpoint, job: JobOptions, *, settings: Settings, world: World) -> Summary | None:
@@ -74,18 +72,16 @@ class EndpointCaptioner:
 
     def _row(self, picture: Picture) -> tuple[Row, bool]:
         try:
-            data = picture.read()
-            extension = inspect(data).extension
+            url = data_url(picture.read())
         except DataError as error:
             return Row(picture.id, picture.path, error=str(error)), True
         try:
-            reply = self._chat.ask(self._question(picture, data, extension))
+            reply = self._chat.ask(self._question(picture, url))
         except DataError as error:
             return Row(picture.id, picture.path, error=str(error)), False
         return Row(picture.id, picture.path, caption=reply.text.strip(), tokens=reply.tokens, finish_reason=reply.finish_reason), True
 
-    def _question(self, picture: Picture, data: bytes, extension: str) -> dict[str, object]:
-        url = f"data:image/{_MIME.get(extension, extension)};base64,{base64.b64encode(data).decode()}"
+    def _question(self, picture: Picture, url: str) -> dict[str, object]:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self._settings.prompt}]
         given = self._settings
         body = {"messages": [{"role": "user", "content": content}]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 
 
 def positive(text: str) -> int:
@@ -13,6 +15,26 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """A whole number from 0."""
     return _whole(text, least=0)
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    return _number(text, holds=lambda value: value > 0, wanted="above 0")
+
+
+def at_least_zero(text: str) -> float:
+    """A number from 0."""
+    return _number(text, holds=lambda value: value >= 0, wanted="from 0")
+
+
+def _number(text: str, *, holds: Callable[[float], bool], wanted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not holds(value) or math.isinf(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number {wanted}")
+    return value
 
 
 def _whole(text: str, *, least: int) -> int:

@@ -5,6 +5,7 @@ The same pixels as LLaVA's: EXIF orientation ignored, expand2square, then the re
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -19,6 +20,8 @@ from megatron_share4v.errors import DataError
 
 VERSION = f"pillow {PIL.__version__}"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "JPEG2000": "jp2", "AVIF": "avif"}
+_SUBTYPES = {"jpg": "jpeg", "tif": "tiff"}
+"""Of media types, where they are not the extension."""
 
 # What Pillow's decoders raise for damaged files.
 _UNREADABLE = (
@@ -61,6 +64,12 @@ def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
 def open_rgb(data: bytes) -> Image.Image:
     """The decoded image as 8-bit RGB. Raises DataError."""
     return _to_rgb(open_header(data))
+
+
+def data_url(data: bytes) -> str:
+    """The encoded image as data:image/TYPE;base64,... Raises DataError when it cannot be decoded."""
+    extension = inspect(data).extension
+    return f"data:image/{_SUBTYPES.get(extension, extension)};base64,{base64.b64encode(data).decode()}"
 
 
 def centre_square(data: bytes) -> bytes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from megatron_share4v.data.decode_pil import centre_square, inspect
+from megatron_share4v.data.decode_pil import centre_square, data_url
 from megatron_share4v.data.image import ImagePolicy
 from megatron_share4v.data.prompt import Prompt, make_prompt
 from megatron_share4v.data.sample import Turn
@@ -65,12 +64,8 @@ class RemoteAsker:
     def _ask(self, item: Item) -> Outcome:
         content: list[dict[str, object]] = [{"type": "text", "text": item.prompt}]
         if (image := item.read_image()) is not None:
-            content.insert(0, {"type": "image_url", "image_url": {"url": self._url(image)}})
+            shown = centre_square(image) if self._decoding.image_mode == "crop" else image
+            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(shown)}})
         messages = [{"role": "system", "content": get_template(self._decoding.template).system}, {"role": "user", "content": content}]
         reply = self._chat.ask({"messages": messages, "max_tokens": self._decoding.max_new_tokens, "temperature": 0})
         return Outcome(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)
-
-    def _url(self, image: bytes) -> str:
-        data = centre_square(image) if self._decoding.image_mode == "crop" else image
-        extension = inspect(data).extension
-        return f"data:image/{'jpeg' if extension == 'jpg' else extension};base64,{base64.b64encode(data).decode()}"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_share4v.errors import ConfigError
 from megatron_share4v.evaluate.item import Decoding, Item
 from megatron_share4v.evaluate.layout import Folder
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
@@ -19,6 +20,10 @@ class Evaluation:
 
     def __init__(self, benchmark: str, *, data: Path, out: Path, split: str | None = None, profile: Profile = OFFICIAL, limit: int | None = None) -> None:
         """data, split: Task.open. limit: only the first so many questions. Raises ConfigError, DataError."""
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {out}: cannot be a directory ({error.strerror}); give another one") from error
         self.task: Task = get_task(benchmark)
         self.out, self.profile = out, profile
         self.folder: Folder = self.task.open(data, split)

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.checkpoint.foreign import is_foreign
 from megatron_share4v.checkpoint.manifest import current_versions
-from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.data.decode_pil import VERSION
 from megatron_share4v.data.image import PAD_COLOUR
 from megatron_share4v.evaluate.evaluation import Evaluation
@@ -31,17 +29,16 @@ class ModelFacts:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_replica(cls, replica: Replica, path: Path, *, name: str | None) -> ModelFacts:
+    def of_replica(cls, replica: Replica, *, name: str) -> ModelFacts:
         """With the hashes of the checkpoint and of its tower."""
-        stored = path if is_foreign(path) else locate(path)
         facts = {
-            "path": str(stored),
-            "sha256": replica.name.split()[0],
+            "path": str(replica.path),
+            "sha256": replica.fingerprint,
             "tower_sha256": replica.session.weights.get("vision"),
-            "dtype": replica.name.split()[1],
+            "dtype": replica.dtype,
             "image_size": replica.session.config.model.vision.image_size,
         }
-        return cls(name or path.resolve().name, replica.name, facts)
+        return cls(name, replica.name, facts)
 
     @classmethod
     def of_endpoint(cls, endpoint: Endpoint, *, name: str | None) -> ModelFacts:

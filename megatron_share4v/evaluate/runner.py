@@ -46,14 +46,13 @@ def run_benchmark(
     model: ModelFacts,
     share: Share,
     judging: Judge = Judge(),
-    compared: Sequence[Path] = (),
+    compared: Sequence[Measured] = (),
     restart: bool = False,
 ) -> dict[str, Any] | None:
     """Ask what is left, write all files; the content of result.json on the first process, None on the others.
 
-    compared: other result.json files for table and chart. restart: forget earlier answers. Raises DataError for questions that cannot be asked.
+    compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that cannot be asked.
     """
-    others = [Measured.read(path) for path in compared]
     answers = _answers(evaluation, asker, model, share, restart)
     if answers is None:
         return None
@@ -65,7 +64,7 @@ def run_benchmark(
     content = result_of(evaluation, scores, model=model, judgement=verdict)
     write_result(evaluation.out / RESULT, content)
     _hand_in(evaluation, answers, verdict)
-    measured = [*others, Measured.read(evaluation.out / RESULT)]
+    measured = [*compared, Measured.read(evaluation.out / RESULT)]
     (evaluation.out / TABLE).write_text(table(measured), encoding="utf-8")
     save_chart(evaluation.out / CHART, measured)
     return content

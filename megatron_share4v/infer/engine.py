@@ -19,7 +19,7 @@ from megatron_share4v.infer.ranks import Ranks
 from megatron_share4v.infer.request import Event, Request, TokenLogprobs
 from megatron_share4v.infer.runner import Runner
 from megatron_share4v.infer.sampler import choose, describe
-from megatron_share4v.infer.scheduler import Chunk, Scheduler
+from megatron_share4v.infer.scheduler import Chunk, Counts, Scheduler
 from megatron_share4v.infer.sequence import Sequence
 from megatron_share4v.infer.session import Session
 from megatron_share4v.log import get_logger
@@ -30,22 +30,13 @@ CACHE_SHARE = 0.5
 """Of free memory, at most, when no size is given."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """How things stand, and Counts. cache_usage: share of the cache's rows that running requests have."""
+@dataclass(kw_only=True)
+class EngineStats(Counts):
+    """How things stand, beside what was counted. cache_usage: share of the cache's rows that running requests have."""
 
-    running: int
-    waiting: int
-    cache_usage: float
-    prompt_tokens: int
-    computed_prompt_tokens: int
-    generation_tokens: int
-    steps: int
-    encoder_calls: int
-    image_cache_queries: int
-    image_cache_hits: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
+    running: int = 0
+    waiting: int = 0
+    cache_usage: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,18 +31,23 @@ TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class Replica:
-    """What the leading rank of a replica holds. share: its place among the leaders. name: of the model, with what it computes in."""
+    """What the leading rank of a replica holds. share: its place among the leaders. path: of the very checkpoint or export; dtype: it computes in."""
 
     session: Session
     engine: Engine
     share: Share
-    name: str
+    path: Path
+    fingerprint: str
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        """Of the model as it answers here: for journals, whose answers are no other's."""
+        return f"{self.fingerprint} {self.dtype}"
 
 
 @contextlib.contextmanager
-def opened_replica(
-    model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World
-) -> Iterator[Replica | None]:
+def opened_replica(model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World) -> Iterator[Replica | None]:
     """The replica that this rank leads; None, when the job is over, on a rank that follows another. dtype None: as trained.
 
     Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when the world is no multiple of `tensor`.
@@ -59,7 +64,7 @@ def opened_replica(
             yield None
             return
         get_logger().info("answering on %s, %s", device.describe(), layout)
-        yield Replica(session, engine, share, f"{fingerprint(path)} {dtype or session.config.precision.dtype}")
+        yield Replica(session, engine, share, path, fingerprint(path), dtype or session.config.precision.dtype)
         engine.close()
 
 

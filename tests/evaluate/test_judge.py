@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fake_endpoint import FakeServer, serving
 from official_files import WRITERS
 
 from megatron_share4v.errors import ConfigError, DataError
@@ -28,36 +28,9 @@ def says(text: object, model: str = "a-judge-of-ours") -> Reaction:
     return 200, {}, json.dumps({"model": model, "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
 
 
-@contextlib.contextmanager
-def judging(react: Callable[[dict], Reaction]) -> Iterator[tuple[str, list[dict]]]:
-    """A server: its URL, and the requests that came, with their headers."""
-    came, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                came.append({**request, "headers": dict(self.headers), "path": self.path})
-            code, headers, body = react(request)
-            if code:
-                self.send_response(code)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, *arguments: object) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", came
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+def judging(react: Callable[[dict], Reaction]) -> contextlib.AbstractContextManager[tuple[str, FakeServer]]:
+    """A server that answers by the request alone, and keeps what came."""
+    return serving(lambda request, number: react(request), key_of=lambda request: b"")
 
 
 def chat(url: str, *, waits: list[float] | None = None, **more: object) -> Chat:
@@ -114,10 +87,10 @@ def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
 def test_llava_bench_end_to_end(tmp_path: Path) -> None:
     items, texts, requests = asked("llava_bench", tmp_path)
     replies = {"0": "8 7\nGood.", "1": "8, 7\nA comma and a space: three parts.", "2": "10 5", "3": "9,9", "4": "8.5 9"}
-    with judging(lambda request: says(replies[request["messages"][1]["content"].split("A view. ")[1][0]])) as (url, came):
+    with judging(lambda request: says(replies[request["messages"][1]["content"].split("A view. ")[1][0]])) as (url, server):
         found = judge(requests, tmp_path / "out", model="judge", chat=chat(url, key="secret"), seed=3)
-    assert {(request["model"], request["seed"], request["path"]) for request in came} == {("judge", 3, "/v1/chat/completions")}
-    assert {request["headers"]["Authorization"] for request in came} == {"Bearer secret"} and len(came) == 5
+    assert {(request["model"], request["seed"], request["path"]) for request in server.requests} == {("judge", 3, "/v1/chat/completions")}
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"} and len(server.requests) == 5
     assert found == Judgement({name: [text] for name, text in replies.items()}, "judge", ("a-judge-of-ours",), 3, 5)
     task = get_task("llava_bench")
     folder = task.open(tmp_path)
@@ -135,10 +108,10 @@ def test_mm_vet_asks_again_and_aggregates(tmp_path: Path) -> None:
     items, texts, requests = asked("mm_vet", tmp_path)
     stubborn = {"0": ["0.5"], "1": ["The", "1.0 yes"], "2": ["a", "b", "c", "d", "0.7"], "3": ["x"] * 5, "4": ["0.9"]}
     left = {name: list(texts) for name, texts in stubborn.items()}
-    with judging(lambda request: says(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))) as (url, came):
+    with judging(lambda request: says(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))) as (url, server):
         found = judge(requests, tmp_path / "out", model="gpt-4-0613", chat=chat(url))
-    assert found.verdicts == stubborn and found.replies == len(came) == 14
-    assert sorted(request["temperature"] for request in came) == [0.0] * 8 + [0.5] * 2 + [1.0] * 2 + [1.5] * 2
+    assert found.verdicts == stubborn and found.replies == len(server.requests) == 14
+    assert sorted(request["temperature"] for request in server.requests) == [0.0] * 8 + [0.5] * 2 + [1.0] * 2 + [1.5] * 2
     task = get_task("mm_vet")
     scores = task.score(task.open(tmp_path), items, [], verdicts=found.verdicts)
     assert scores.values["total"] == scores.values[scores.headline] == 62.0  # (0.5 + 1 + 0.7 + 0 + 0.9) / 5
@@ -158,21 +131,21 @@ def test_what_was_said_is_never_asked_again(tmp_path: Path) -> None:
         number = request["messages"][0]["content"].split("A view. ")[1][0]
         return (400, {}, b"too long") if number == "3" and not broken.is_set() else says("0.5")
 
-    with judging(sometimes) as (url, came):
+    with judging(sometimes) as (url, server):
         with pytest.raises(
             DataError, match=r"1 of 5 requests got no reply; 3/0/\w+: the endpoint refused: HTTP 400: too long.*replies that came are kept"
         ):
             judge(requests, out, model="judge", chat=chat(url))
-        assert len(came) == 5
+        assert len(server.requests) == 5
         broken.set()
         with (out / JOURNAL).open("a") as file:
             file.write('{"custom_id": "3/0/')
         assert judge(requests, out, model="judge", chat=chat(url)).replies == 5
-        assert len(came) == 6
+        assert len(server.requests) == 6
         assert judge(requests, out, model="judge", chat=None).replies == 5  # all is known: no endpoint is needed
         changed = [Grade("0", "What?", "x", "another answer. A view. 0"), *requests[1:]]
-        assert judge(changed, out, model="judge", chat=chat(url)).replies == 5 and len(came) == 7
-        assert judge(requests, out, model="other", chat=chat(url)).model == "other" and len(came) == 12
+        assert judge(changed, out, model="judge", chat=chat(url)).replies == 5 and len(server.requests) == 7
+        assert judge(requests, out, model="other", chat=chat(url)).model == "other" and len(server.requests) == 12
     journal = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
     assert {row["content"] for row in journal} == {"0.5"} and len(journal) == 11
 
@@ -209,20 +182,20 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
 
 def test_an_endpoint_that_never_answers_ends_the_job_soon(tmp_path: Path) -> None:
     requests = [Review(str(k), "c", "q", "r", "a") for k in range(60)]
-    with judging(lambda request: (503, {}, b"")) as (url, came), pytest.raises(DataError, match="got no reply; .*HTTP 503.*, 3 times"):
+    with judging(lambda request: (503, {}, b"")) as (url, server), pytest.raises(DataError, match="got no reply; .*HTTP 503.*, 3 times"):
         judge(requests, tmp_path, model="judge", chat=chat(url))
-    assert len(came) < 60
+    assert len(server.requests) < 60
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 302])
 def test_a_wrong_key_or_path_ends_the_job_at_once(code: int, tmp_path: Path) -> None:
     requests = [Review(str(k), "c", "q", "r", "a") for k in range(30)]
     with (
-        judging(lambda request: (code, {"Location": "/elsewhere"}, b"no")) as (url, came),
+        judging(lambda request: (code, {"Location": "/elsewhere"}, b"no")) as (url, server),
         pytest.raises(ConfigError, match=f"HTTP {code}: .*check URL"),
     ):
         judge(requests, tmp_path, model="judge", chat=chat(url))
-    assert len(came) < 30 and {request["path"] for request in came} == {"/v1/chat/completions"}
+    assert len(server.requests) < 30 and {request["path"] for request in server.requests} == {"/v1/chat/completions"}
 
 
 BROKEN = [
@@ -235,13 +208,13 @@ BROKEN = [
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]} {broken[2][:12]!r}")
 def test_it_is_asked_again_within_a_bound(broken: Reaction) -> None:
     reactions, waits = [broken, broken, says("8 9")], []
-    with judging(lambda request: reactions.pop(0)) as (url, came):
+    with judging(lambda request: reactions.pop(0)) as (url, server):
         assert chat(url, waits=waits).ask({"messages": []}).text == "8 9"
-    assert len(came) == 3 and len(waits) == 2 and all(0 < wait <= LONGEST_WAIT_S for wait in waits)
+    assert len(server.requests) == 3 and len(waits) == 2 and all(0 < wait <= LONGEST_WAIT_S for wait in waits)
     assert waits == [7.0, 7.0] if broken[0] == 429 else 1.5 <= waits[1] / 1.0 <= 2.5
-    with judging(lambda request: broken) as (url, came), pytest.raises(DataError, match="3 times"):
+    with judging(lambda request: broken) as (url, server), pytest.raises(DataError, match="3 times"):
         chat(url).ask({"messages": []})
-    assert len(came) == 3
+    assert len(server.requests) == 3
 
 
 def test_no_url() -> None:

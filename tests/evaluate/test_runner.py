@@ -57,22 +57,22 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(evaluation: Evaluation, replica: Replica, export: Path, **more: object) -> dict:
+def ask(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
     asker = LocalAsker(replica, decoding=evaluation.decoding, workers=2)
-    return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, export, name="tiny"), share=Share(), **more)
+    return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, name="tiny"), share=Share(), **more)
 
 
 @pytest.mark.parametrize(("name", "split"), WRITERS, ids=lambda part: part or "")
-def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Replica, export: Path, tmp_path: Path) -> None:
+def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Replica, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     WRITERS[name, split](tmp_path / "data")
     evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", split=split)
     if name == "mme":
         # Noise has line breaks in it, at which the official calculation.py breaks off.
         with pytest.raises(DataError, match="has a line break"):
-            ask(evaluation, replica, export)
+            ask(evaluation, replica)
         evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", profile=CORRECTED)
-    content = ask(evaluation, replica, export)
+    content = ask(evaluation, replica)
     rows = [json.loads(line) for line in (tmp_path / "out" / ANSWERS).read_text().splitlines()]
     assert len(rows) == len(evaluation.items) == content["questions"] >= 5
     assert all(row.get("model_id", "tiny") == "tiny" for row in rows)
@@ -130,24 +130,33 @@ def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path)
     done = run([*command(export, tmp_path / "nowhere", tmp_path / "out"), "--benchmark", "pope"])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    (tmp_path / "file").touch()
+    for given, wanted in (
+        (("--limit", "0"), "'0' is no whole number from 1"),
+        (("--out", tmp_path / "file"), "cannot be a directory"),
+        (("--compare", tmp_path / "file"), "is no JSON"),
+        (("--endpoint", "http://127.0.0.1:9/v1"), "give either CKPT"),
+    ):
+        wrong = run([*command(export, questions, tmp_path / "out"), *map(str, given)])
+        assert wrong.returncode == 2 and wanted in wrong.stderr and "Traceback" not in wrong.stderr and "answering on" not in wrong.stderr, wrong.stderr
     assert "does not exist" in message and "coco_pope_random.json" in done.stderr and "https://" in done.stderr
 
 
-def test_a_journal_of_other_questions_is_refused(replica: Replica, export: Path, questions: Path, tmp_path: Path) -> None:
-    ask(Evaluation("custom", data=questions, out=tmp_path, limit=2), replica, export)
-    content = ask(Evaluation("custom", data=questions, out=tmp_path, limit=3), replica, export)  # more of the same: goes on
+def test_a_journal_of_other_questions_is_refused(replica: Replica, questions: Path, tmp_path: Path) -> None:
+    ask(Evaluation("custom", data=questions, out=tmp_path, limit=2), replica)
+    content = ask(Evaluation("custom", data=questions, out=tmp_path, limit=3), replica)  # more of the same: goes on
     assert content["questions"] == 3 and not content["complete"]
     with pytest.raises(DataError, match=r"image_mode was 'crop', now 'pad'"):
-        ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, export)
-    assert ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, export, restart=True)["profile"] == "corrected"
+        ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica)
+    assert ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, restart=True)["profile"] == "corrected"
 
 
-def test_a_question_that_cannot_be_asked_is_named(replica: Replica, export: Path, tmp_path: Path) -> None:
+def test_a_question_that_cannot_be_asked_is_named(replica: Replica, tmp_path: Path) -> None:
     jsonl(tmp_path / "questions.jsonl", [{"question_id": n, "image": f"{n}.jpg", "text": "?"} for n in range(3)])
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(picture(number) if number != 1 else b"no picture")
     with pytest.raises(DataError, match=r"custom, question 1: .*cannot be read"):
-        ask(Evaluation("custom", data=tmp_path, out=tmp_path / "out"), replica, export)
+        ask(Evaluation("custom", data=tmp_path, out=tmp_path / "out"), replica)
 
 
 def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
@@ -171,11 +180,11 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
     assert sent[0]["temperature"] == 0 and sent[0]["max_tokens"] == 1024
 
 
-def test_a_judge_gives_the_number(replica: Replica, export: Path, tmp_path: Path) -> None:
+def test_a_judge_gives_the_number(replica: Replica, tmp_path: Path) -> None:
     WRITERS["mm_vet", None](tmp_path / "data")
     evaluation = Evaluation("mm_vet", data=tmp_path / "data", out=tmp_path / "out")
     with serving(lambda request, number: completion("0.5"), key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
         judging = Judge(model="another", chat=Chat(Endpoint(url=url, model="another")))
-        content = ask(evaluation, replica, export, judging=judging)
+        content = ask(evaluation, replica, judging=judging)
     assert content["headline"] == {"name": "total", "value": 50.0} and content["judge"]["model"] == "another"
     assert "judge another" in (tmp_path / "out/table.md").read_text(), "never under the paper's name"

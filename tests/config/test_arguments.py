@@ -1,0 +1,26 @@
+"""Command-line numbers that tools share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import pytest
+
+from megatron_share4v.config.arguments import above_zero, at_least_zero, natural, positive
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        (positive, {"1": 1, "12": 12}, ("0", "-1", "1.5", "", "x", "²")),
+        (natural, {"0": 0, "3": 3}, ("-1", "0.5", "")),
+        (above_zero, {"0.5": 0.5, "1e-3": 1e-3}, ("0", "-1", "nan", "inf", "x")),
+        (at_least_zero, {"0": 0.0, "2.5": 2.5}, ("-0.1", "nan", "inf", "")),
+    ],
+)
+def test_what_is_taken_and_what_is_not(check: Callable[[str], float], good: dict[str, float], bad: tuple[str, ...]) -> None:
+    assert {text: check(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is no (whole )?number"):
+            check(text)
