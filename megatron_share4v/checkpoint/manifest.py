@@ -22,7 +22,8 @@ from megatron_share4v.parallel.layout import Layout
 MANIFEST = "manifest.json"
 FORMAT, READABLE_FORMATS = 2, (1, 2)
 """Of format 1 is what has no ranges."""
-HASHING_THREADS = 8
+HASHING_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
+"""Half of the cores at most: the ranks train on the others when a save runs in the background."""
 SHOWN_FILES = 3
 BLOCK = 1 << 20
 REMEDY = "use another checkpoint, or copy this one again from where it is whole"

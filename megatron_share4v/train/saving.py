@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -22,7 +23,7 @@ from megatron_share4v.train.stop import Agreed
 
 LONGEST_SAVE = timedelta(hours=2)
 """In the background the ranks wait so long for the slowest writer, and for the hashes of what all have written."""
-NICE = 10
+NICE = 19
 
 
 class Saver:
@@ -85,8 +86,9 @@ class Saver:
             raise self._error
 
     def _complete_in_background(self, complete: Completion, started: float) -> None:
-        # Of this thread and those that it starts: training comes first.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+            # Of this thread and those that it starts: training comes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             self._complete(complete, started)
         except BaseException as error:
