@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from bench_plan import write_synthetic_index
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
-from bench_plan import write_synthetic_index
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.data.blend import open_index

@@ -3,6 +3,7 @@
     python tools/evaluate.py CKPT --benchmark NAME --data DIR --out DIR
     torchrun --nproc-per-node 8 tools/evaluate.py CKPT ...                    eight models share the questions
     python tools/evaluate.py --endpoint URL/v1 --endpoint-model NAME ...      whoever answers there
+    python tools/evaluate.py --answers FILE ...                               score an answer file of this or of the official tools
 
 Killed? Start the same command again. What to download, and what the numbers mean: docs/evaluation.md. The last line is one JSON object.
 """
@@ -40,10 +41,12 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
     from megatron_share4v.evaluate.published import Measured
     from megatron_share4v.evaluate.runner import Judge  # after the arguments are read: this imports megatron-core
 
-    if (given.checkpoint is None) == (given.endpoint is None):
-        raise ConfigError("give either CKPT (a checkpoint, a run directory or an export) or --endpoint")
+    if sum(source is not None for source in (given.checkpoint, given.endpoint, given.answers)) != 1:
+        raise ConfigError("give one of CKPT (a checkpoint, a run directory or an export), --endpoint and --answers")
     benchmark = Evaluation(given.benchmark, data=given.data, out=given.out, split=given.split, profile=Profile(given.profile), limit=given.limit)
     more = {"judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed), "compared": [Measured.read(path) for path in given.compare], "restart": given.restart}
+    if given.answers is not None:
+        return score_file(benchmark, given, world, more)
     return ask_endpoint(benchmark, given, world, more) if given.endpoint else ask_model(benchmark, given, world, more)
 
 
@@ -84,6 +87,18 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
     return run_benchmark(benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more)
 
 
+def score_file(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
+    from megatron_share4v.evaluate.answers import read_answers
+    from megatron_share4v.evaluate.result import ModelFacts
+    from megatron_share4v.evaluate.runner import write_results
+
+    if world.size > 1:
+        raise ConfigError("--answers is scored by one process; start it without torchrun")
+    answers = read_answers(given.answers, benchmark.items)
+    model = ModelFacts.of_answers(given.answers, name=given.name)
+    return write_results(benchmark, answers, model=model, judging=more["judging"], compared=more["compared"])
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT")
@@ -93,6 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", help="where a benchmark has several")
     parser.add_argument("--profile", choices=[profile.value for profile in Profile], default=Profile.OFFICIAL.value)
     parser.add_argument("--limit", type=positive, help="only the first questions: for a look")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="an answer file to score instead of asking a model")
     parser.add_argument("--name", help="of the model in the results (default: its directory's)")
     parser.add_argument("--compare", type=Path, nargs="*", default=[], metavar="RESULT", help="other result.json files for table.md and chart.png")
     parser.add_argument("--restart", action="store_true", help="forget the answers of an earlier start")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -39,6 +40,12 @@ class ModelFacts:
             "image_size": replica.session.config.model.vision.image_size,
         }
         return cls(name, replica.name, facts)
+
+    @classmethod
+    def of_answers(cls, path: Path, *, name: str | None) -> ModelFacts:
+        """Of an answer file nothing is known but its bytes."""
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return cls(name or path.stem, digest, {"answers": str(path), "sha256": digest})
 
     @classmethod
     def of_endpoint(cls, endpoint: Endpoint, *, name: str | None) -> ModelFacts:

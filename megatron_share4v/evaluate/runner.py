@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -54,8 +53,13 @@ def run_benchmark(
     compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that cannot be asked.
     """
     answers = _answers(evaluation, asker, model, share, restart)
-    if answers is None:
-        return None
+    return None if answers is None else write_results(evaluation, answers, model=model, judging=judging, compared=compared)
+
+
+def write_results(
+    evaluation: Evaluation, answers: Sequence[Answer], *, model: ModelFacts, judging: Judge = Judge(), compared: Sequence[Measured] = ()
+) -> dict[str, Any]:
+    """All files from the answers, wherever those come from; the content of result.json. A question without an answer counts as the benchmark says."""
     write_rows(evaluation.out / ANSWERS, evaluation.task.rows(evaluation.items, answers, model=model.name))
     verdict = _judged(evaluation, answers, judging)
     scores = evaluation.task.score(evaluation.folder, evaluation.items, answers, profile=evaluation.profile, verdicts=verdict.verdicts if verdict else None)

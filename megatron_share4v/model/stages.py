@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 
-
 # Mean caption length of ShareGPT4V-PT in tokens; only the balance of the pipeline depends on it.
 TYPICAL_TEXT_LENGTH = 200
 

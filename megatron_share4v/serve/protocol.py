@@ -16,7 +16,6 @@ MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS = 1024, 64, 128
 MAX_STOPS, MAX_STOP_IDS, MAX_STOP_LENGTH = 4, 64, 256
 MAX_ALTERNATIVES = 20
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-GREEDY = 0.001  # temperatures up to here
 # Fields that change an answer in a way that we cannot, with the values that change nothing.
 _INERT: dict[str, tuple] = {
     "tools": ([],), "functions": ([],), "logit_bias": ({},), "response_format": ({"type": "text"},), "suffix": ("",),

@@ -27,17 +27,17 @@ from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.choice import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.engine import missing_engine
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.options import LayerOptions, layer_options
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
+from megatron_share4v.mcore.options import LayerOptions, layer_options
 from megatron_share4v.mcore.transformer import DTYPES
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
 from megatron_share4v.model.stages import describe_stages, layers_per_stage
 from megatron_share4v.model.trainable import parameter_counts, table
 from megatron_share4v.ops.choose import Choice
+from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.parallel.device import Device
 from megatron_share4v.train.backend import record_attention, record_backend, record_ops
 from megatron_share4v.train.feed import Source
 

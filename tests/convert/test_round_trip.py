@@ -18,7 +18,6 @@ from megatron_share4v.checkpoint.manifest import RunState, describe_files, read_
 from megatron_share4v.checkpoint.verify import verify
 from megatron_share4v.config.model import LanguageConfig, VisionConfig
 
-
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
 

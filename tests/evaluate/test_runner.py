@@ -135,7 +135,7 @@ def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path)
         (("--limit", "0"), "'0' is no whole number from 1"),
         (("--out", tmp_path / "file"), "cannot be a directory"),
         (("--compare", tmp_path / "file"), "is no JSON"),
-        (("--endpoint", "http://127.0.0.1:9/v1"), "give either CKPT"),
+        (("--endpoint", "http://127.0.0.1:9/v1"), "give one of CKPT"),
     ):
         wrong = run([*command(export, questions, tmp_path / "out"), *map(str, given)])
         assert wrong.returncode == 2 and wanted in wrong.stderr and "Traceback" not in wrong.stderr and "answering on" not in wrong.stderr, wrong.stderr
@@ -149,6 +149,17 @@ def test_a_journal_of_other_questions_is_refused(replica: Replica, questions: Pa
     with pytest.raises(DataError, match=r"image_mode was 'crop', now 'pad'"):
         ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica)
     assert ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, restart=True)["profile"] == "corrected"
+
+
+def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: Path, tmp_path: Path) -> None:
+    asked = ask(Evaluation("custom", data=questions, out=tmp_path / "asked"), replica)
+    given = ["--benchmark", "custom", "--data", questions, "--out", tmp_path / "scored", "--answers", tmp_path / "asked" / ANSWERS]
+    done = run([sys.executable, *map(str, (ROOT / "tools/evaluate.py", *given))])
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["scores"] == asked["scores"] and shown["questions"] == QUESTIONS and shown["model"] == "answers"
+    wrong = run([sys.executable, *map(str, (ROOT / "tools/evaluate.py", *given[:-1], tmp_path / "nothing.jsonl"))])
+    assert wrong.returncode == 2 and "nothing.jsonl: cannot be read" in wrong.stderr
 
 
 def test_a_question_that_cannot_be_asked_is_named(replica: Replica, tmp_path: Path) -> None:

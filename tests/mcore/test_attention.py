@@ -1,10 +1,10 @@
 """Packed attention: each sample sees itself alone, exactly as it would without neighbours."""
 
-import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
+import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore import choice
 from megatron_share4v.mcore.attention import KERNELS, CoreAttention, Places, places, restarting_positions

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
+from tiny import tiny_model
 from tolerances import FP32_MODULE
 
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.cache import CachedStep, KeyValueCache, Span
 from megatron_share4v.mcore.transformer import language_config
-from megatron.core.transformer.enums import AttnMaskType
-from tiny import tiny_model
 
 CONFIG = language_config(tiny_model(), parallel=ParallelConfig(), dtype=torch.float32, ops="reference", layers_per_stage=(8,))
 HEADS, GROUPS, WIDTH = 4, 2, 8

@@ -7,12 +7,12 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
-import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 import pytest
 import torch
 from megatron.core.extensions import transformer_engine as wrapper
 from megatron.core.transformer.enums import AttnMaskType
 
+import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore import specs_te

@@ -14,6 +14,7 @@ from tolerances import LAYOUT_NORM
 from megatron_share4v.config.load import load_run
 from megatron_share4v.train.judge import Judge
 
+
 def same(ours: list[list[float]], theirs: list[list[float]]) -> bool:
     """Bitwise, where nan equals nan."""
     return json.dumps(ours) == json.dumps(theirs)
