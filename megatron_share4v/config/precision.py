@@ -56,8 +56,8 @@ class PrecisionConfig:
 
 def length_multiple(precision: PrecisionConfig, *, tensor: int, sequence: bool, context: int, other: int = 1) -> int:
     """The one rule for lengths of sequences and packs: what a rank holds of a sequence is a multiple of the recipe's rows. Sequence parallelism cuts
-    it into `tensor` parts, context parallelism into two per rank. `other`: a multiple wanted for another reason."""
-    parts = (tensor if sequence else 1) * (2 * context if context > 1 else 1)
+    it into `tensor` parts, context parallelism into `context`. `other`: a multiple wanted for another reason."""
+    parts = (tensor if sequence else 1) * context
     return math.lcm(ROWS[precision.fp8] * parts, other)
 
 

@@ -37,6 +37,7 @@ class ParallelConfig:
     virtual: PositiveInt = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
     context: PositiveInt = 1
+    """Ranks that share the positions of each sequence, for packs too long for one; between them attention shares heads, so that tensor x context divides those."""
     sequence: Bool = False
     """Sequence parallelism in the language model (needs tensor > 1)."""
     distributed_optimizer: Bool = True
@@ -64,8 +65,6 @@ class ParallelConfig:
         if self.layout != "auto" and len(self.layout) != self.pipeline * self.virtual:
             message = f"layout {list(self.layout)} names {len(self.layout)} stages; pipeline {self.pipeline} x virtual {self.virtual} has {self.pipeline * self.virtual}"
             yield Conflict(message, ("layout", "pipeline", "virtual"))
-        if self.context > 1:
-            yield Conflict(f"context {self.context}: context parallelism is not available yet; use 1", ("context",))
 
 
 @config
@@ -362,6 +361,14 @@ def _layout_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
     if groups % tensor and tensor % groups:
         message = f"model.language.num_key_value_heads {groups} and parallel.tensor {tensor} do not divide each other"
         yield Conflict(message, ("parallel.tensor", "model.language.num_key_value_heads"))
+    heads = language.num_attention_heads
+    if parallel.context > 1 and heads % (tensor * parallel.context):
+        message = f"model.language.num_attention_heads {heads} is not divisible by parallel.tensor {tensor} x parallel.context {parallel.context}"
+        yield Conflict(message, ("parallel.tensor", "parallel.context", "model.language.num_attention_heads"))
+    own = max(groups // tensor, 1)
+    if heads % (tensor * parallel.context) == 0 and own % parallel.context and parallel.context % own:
+        message = f"the {own} model.language.num_key_value_heads of a tensor rank and parallel.context {parallel.context} do not divide each other"
+        yield Conflict(message, ("parallel.tensor", "parallel.context", "model.language.num_key_value_heads"))
     if parallel.layout != "auto" and sum(parallel.layout) != language.num_layers:
         message = f"parallel.layout {list(parallel.layout)} adds up to {sum(parallel.layout)} layers; model.language.num_layers is {language.num_layers}"
         yield Conflict(message, ("parallel.layout", "model.language.num_layers"))

@@ -62,6 +62,9 @@ class Batch:
     pixels: [N, H, W, 3] uint8; first stage only. N may be 0.
     target_rows: [T] int64, flat positions b * S + s whose next token is trained; last stage only.
     targets: [T] int64, that next token; last stage only.
+    feature_rows: [K] int64, where context parallelism left K slots of those of N images (data/context.py): which of the N * P features they
+    receive. None: all, in their order.
+    trained: what the micro-batch trains in all, where context parallelism left a part of it in `targets`. None: `targets` is all.
     segments: for each of the B sequences the positions that each of its samples takes, in order; what is left of S is padding. None: each
     sequence is one sample. Plain integers, known on every stage from the plan (data/plan.py): no sample sees another.
     """
@@ -72,3 +75,5 @@ class Batch:
     target_rows: torch.Tensor | None
     targets: torch.Tensor | None
     segments: tuple[tuple[int, ...], ...] | None = None
+    feature_rows: torch.Tensor | None = None
+    trained: int | None = None

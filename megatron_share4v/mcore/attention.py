@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_share4v.mcore.cache import CachedStep
+from megatron_share4v.mcore.context import own_positions, whole_sequences
 from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.rope import rope, rope_table
 
@@ -73,7 +74,11 @@ def restarting_positions(segments: Sequence[Sequence[int]], size: int) -> torch.
 
 
 class CoreAttention(MegatronModule):
-    """Attention of one layer over its own tensor-parallel heads; causal or full, by `attn_mask_type`."""
+    """Attention of one layer over its own tensor-parallel heads; causal or full, by `attn_mask_type`.
+
+    Under context parallelism a rank comes with its positions of all these heads, and attends for its share of the heads over all positions (context.py):
+    rotation, packs and kernels are what they are without.
+    """
 
     def __init__(
         self,
@@ -87,11 +92,12 @@ class CoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config)
-        assert config.context_parallel_size == 1 and not config.attention_dropout, "neither context parallelism nor dropout here"
+        assert not config.attention_dropout, "no dropout here"
         assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask), attn_mask_type
         self.causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = softmax_scale
         self.layer_number = layer_number
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.kernel = KERNELS.get(config.attention)  # specs_te.py sets another
 
     def forward(
@@ -107,11 +113,14 @@ class CoreAttention(MegatronModule):
         """Causality comes from the layer spec and the ends of samples from `packed_seq_params`."""
         assert attention_mask is None and attention_bias is None, "this attention takes no explicit mask"
         at = packed_seq_params or Places()
+        if self.context_group is not None:
+            query, key, value = whole_sequences(query, key, value, group=self.context_group)
         if at.table is not None:
             query, key = rope(query, key=key, table=at.table, positions=at.positions, implementation=self.config.ops)
         if isinstance(at, CachedStep):
             return at.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
-        return self.kernel(query, key, value, at=at, causal=self.causal, scale=self.softmax_scale)
+        context = self.kernel(query, key, value, at=at, causal=self.causal, scale=self.softmax_scale)
+        return context if self.context_group is None else own_positions(context, group=self.context_group)
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:

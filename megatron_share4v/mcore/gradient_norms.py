@@ -29,8 +29,8 @@ def module_norms(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
     names = {id(entry.data): entry.key for entry in nested_values(named_weights(chunks, sharding))}
     squares: dict[str, float] = {}
     for part in optimizer_parts(optimizer):
-        if not isinstance(part, DistributedOptimizer) and mesh.coordinates.data:
-            continue  # all data-parallel ranks hold the same
+        if not isinstance(part, DistributedOptimizer) and not mesh.first_replica:
+            continue  # all replicas hold the same
         for piece in pieces(part):
             gradient = piece.tensors["param"].grad
             if gradient is not None and param_is_not_tensor_parallel_duplicate(piece.parameter):

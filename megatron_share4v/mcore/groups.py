@@ -39,18 +39,38 @@ class Mesh:
 
     @property
     def data_group(self) -> ProcessGroup:
-        """Ranks that hold the same weights as this one."""
+        """Ranks that do what this one does, with other samples."""
         return self.groups.dp
 
     @property
-    def tensor_source(self) -> int:
-        """Global rank of the tensor group's first member, which reads the data for the others."""
-        return dist.get_global_rank(self.groups.tp, 0)
+    def context_group(self) -> ProcessGroup:
+        """Ranks that hold other positions of the same sequences."""
+        return self.groups.cp
+
+    @property
+    def replica_group(self) -> ProcessGroup:
+        """Ranks that hold the same weights as this one: those of the data and the context axis."""
+        return self.groups.dp_cp
+
+    @property
+    def first_replica(self) -> bool:
+        """Of those, one that can speak for all."""
+        return self.coordinates.data == self.coordinates.context == 0
+
+    @property
+    def sample_group(self) -> ProcessGroup:
+        """Ranks of this pipeline rank that work on the same samples, tensor fastest: those of the tensor and the context axis."""
+        return self.groups.tp_cp
+
+    @property
+    def sample_source(self) -> int:
+        """Global rank of the first of them, which reads the data for the others."""
+        return dist.get_global_rank(self.groups.tp_cp, 0)
 
     @property
     def reads_data(self) -> bool:
-        """One rank per tensor group reads; the others receive."""
-        return self.coordinates.tensor == 0
+        """One rank per sample group reads text; the others receive."""
+        return self.coordinates.tensor == self.coordinates.context == 0
 
     @property
     def holds_first_stage(self) -> bool:

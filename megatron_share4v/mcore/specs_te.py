@@ -7,6 +7,7 @@ finds nothing missing. Written against Transformer Engine 2.20 and megatron-core
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,18 @@ from megatron_share4v.mcore.transformer import LayerConfig
 COLUMN, ROW = TEColumnParallelLinear, TERowParallelLinear
 
 
+def _alone(config: LayerConfig) -> LayerConfig:
+    """For an attention that knows nothing of context parallelism: its share of the heads, at all positions (context.py)."""
+    if config.context_parallel_size == 1:
+        return config
+    alone = copy.copy(config)
+    per_tensor_rank = max(config.num_query_groups // config.tensor_model_parallel_size, 1)
+    alone.num_attention_heads = config.num_attention_heads // config.context_parallel_size
+    alone.num_query_groups = max(per_tensor_rank // config.context_parallel_size, 1) * config.tensor_model_parallel_size
+    alone.context_parallel_size = 1
+    return alone
+
+
 class EngineAttention(CoreAttention):
     """Rotary positions as everywhere, then Transformer Engine's kernels; packs in its `thd` format, which keeps samples apart."""
 
@@ -27,7 +40,7 @@ class EngineAttention(CoreAttention):
         super().__init__(config, layer_number, attn_mask_type, attention_type, **others)
         self.mask = attn_mask_type
         self.engine = TEDotProductAttention(
-            config,
+            _alone(config),
             layer_number,
             attn_mask_type,
             attention_type,

@@ -93,6 +93,7 @@ def language_config(
         variable_seq_lengths=options.own_lengths and parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default of core's refuses other lengths, also where there are no experts
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.intermediate_size,
         num_attention_heads=language.num_attention_heads,
@@ -110,7 +111,7 @@ def vision_config(
     model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, options: LayerOptions = LayerOptions()
 ) -> LayerConfig:
     """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
-    (its 577 tokens would be duplicated, not split)."""
+    (its 577 tokens would be duplicated, not split); of the ranks that share a sequence, each has the images of its own positions."""
     vision = model.vision
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_share4v.data.context import context_part
 from megatron_share4v.data.prompt import Prompt
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
@@ -35,7 +36,7 @@ def greedy_answers(
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     features = _features(chunks, prompts, mesh=mesh)
-    multiple = mesh.layout.tensor * 8
+    multiple = mesh.layout.tensor * mesh.layout.context * 8
     for _ in range(max_new_tokens):
         longest = max(length + len(answer) for length, answer in zip(lengths, answers))
         size = -(-longest // multiple) * multiple
@@ -88,10 +89,18 @@ def _next_logits(
 
     # The interleaved schedule wants as many micro-batches as pipeline ranks; the first one's answer is taken.
     repeats = mesh.layout.pipeline if mesh.layout.virtual > 1 else 1
+    context, ranks = mesh.coordinates.context, mesh.layout.context
+    part = context_part(batch, rank=context, size=ranks, sequence_length=size)
     records = run_schedule(
-        chunks, [batch] * repeats, mesh=mesh, sequence_length=size, micro_batch_size=count, loss_function=keep_logits, forward_only=True, call=query
+        chunks, [part] * repeats, mesh=mesh, sequence_length=size, micro_batch_size=count, loss_function=keep_logits, forward_only=True, call=query
     )
-    return records[0].contiguous() if mesh.holds_last_stage else None
+    if not mesh.holds_last_stage or ranks == 1:
+        return records[0].contiguous() if records else None
+    # Each rank of a sequence has the last tokens that lie in its part of it.
+    logits = records[0].new_zeros(count, records[0].size(1))
+    logits[batch.target_rows % size // (size // ranks) == context] = records[0]
+    dist.all_reduce(logits, group=mesh.context_group)
+    return logits
 
 
 def _chosen(logits: torch.Tensor | None, *, mesh: Mesh, count: int, vocabulary: int) -> list[int]:

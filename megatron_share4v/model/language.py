@@ -104,7 +104,7 @@ class LanguageModel(MegatronModule):
             at = replace(step, table=self._table)
             return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
         held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
-        length = held * self.mesh.layout.tensor if self.config.sequence_parallel else held
+        length = held * self.mesh.layout.context * (self.mesh.layout.tensor if self.config.sequence_parallel else 1)
         at = places(self._angles(length), segments=segments, kernel=self.config.attention)
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
 
@@ -114,8 +114,8 @@ class LanguageModel(MegatronModule):
         return rope_table(self._angles(self.language.max_position_embeddings))
 
     def _angles(self, length: int) -> torch.Tensor:
-        """[length, head_dim / 2]. Core gives each angle twice, once for either half of a head."""
-        return self.rotary(length)[:, 0, 0].chunk(2, dim=-1)[0]
+        """[length, head_dim / 2]: of whole sequences, also where this rank holds a part of their positions."""
+        return self.rotary.get_freqs_non_repeated(length)
 
     def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of -log p(target), an fp32 scalar, over the flat positions `rows` [T] (as in `logits`); targets [T] ids.

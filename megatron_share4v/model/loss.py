@@ -12,10 +12,11 @@ from megatron_share4v.mcore.layers import vocab_parallel_cross_entropy
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Detached numbers of one micro-batch: summed loss (fp32 scalar tensor) and trained tokens."""
+    """Detached numbers of one micro-batch: summed loss (fp32 scalar tensor) and trained tokens of this rank's positions; `whole`: tokens of all of them."""
 
     total: torch.Tensor
     tokens: int
+    whole: int
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -23,12 +24,14 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
     return vocab_parallel_cross_entropy(logits, targets).sum()
 
 
-def divisor(total: torch.Tensor, *, tokens: int, normalize: Literal["tokens", "microbatch"]) -> tuple[torch.Tensor, torch.Tensor]:
+def divisor(
+    total: torch.Tensor, *, tokens: int, whole: int, first: bool, normalize: Literal["tokens", "microbatch"]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What to differentiate, and what its gradient is later divided by (summed over micro-batches and ranks).
 
     `tokens`: the sum and its count, so that the result does not depend on the layout. `microbatch`: the mean, counted once per micro-batch
-    that trains anything, which reproduces LLaVA's mean of per-device means.
+    that trains anything, which reproduces LLaVA's mean of per-device means. Of the ranks that share the micro-batch's `whole` tokens, the `first` counts it.
     """
     if normalize == "microbatch":
-        total, tokens = total / max(tokens, 1), min(tokens, 1)
+        total, tokens = total / max(whole, 1), min(whole, 1) if first else 0
     return total, torch.tensor(tokens, dtype=torch.int, device=total.device)

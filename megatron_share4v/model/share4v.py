@@ -114,7 +114,9 @@ class Share4V(MegatronModule):
             features = self.image_features(batch.pixels)
         if features is not None:
             slots = batch.image_slots % length * samples + batch.image_slots // length
-            flat = image_merge(flat, features=features.flatten(0, -2), slots=slots, implementation=self.config.ops)
+            rows = features.flatten(0, -2)
+            rows = rows if batch.feature_rows is None else rows.index_select(0, batch.feature_rows)
+            flat = image_merge(flat, features=rows, slots=slots, implementation=self.config.ops)
         elif self.needs_blank_image and torch.is_grad_enabled():
             side = self.model.vision.image_size
             blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)

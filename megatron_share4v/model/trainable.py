@@ -49,7 +49,7 @@ def parameter_counts(chunks: Iterable[nn.Module], *, mesh: Mesh) -> dict[tuple[C
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             split = getattr(parameter, "tensor_model_parallel", False)
-            if mesh.coordinates.data == 0 and (split or mesh.coordinates.tensor == 0):
+            if mesh.first_replica and (split or mesh.coordinates.tensor == 0):
                 counts[component_of(name), parameter.requires_grad] += parameter.numel()
     totals = torch.tensor(list(counts.values()), device=mesh.device.torch_device)
     dist.all_reduce(totals)

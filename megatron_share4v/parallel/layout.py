@@ -80,12 +80,12 @@ class Layout:
             rank = rank * getattr(self, axis) + getattr(coordinates, axis)
         return rank
 
-    def groups(self, axis: Axis) -> list[list[int]]:
-        """Ranks that differ on `axis` alone, one list per group, ordered by their first rank."""
+    def groups(self, *axes: Axis) -> list[list[int]]:
+        """Ranks that differ on `axes` alone, one list per group, ordered by their first rank."""
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             coordinates = self.coordinates(rank)
-            members.setdefault(tuple(getattr(coordinates, other) for other in AXES if other != axis), []).append(rank)
+            members.setdefault(tuple(getattr(coordinates, other) for other in AXES if other not in axes), []).append(rank)
         return sorted(members.values())
 
     def stage(self, *, pipeline_rank: int, chunk: int) -> int:

@@ -80,6 +80,7 @@ class Case:
         config, train = self.config, self.config.train
         return Kept(
             tensor=self.layout.tensor,
+            context=self.layout.context,
             sequence=config.parallel.sequence,
             element=2 if config.precision.dtype == "bf16" else 4,
             native=config.ops != "reference",
@@ -93,8 +94,18 @@ class Case:
 
     @cached_property
     def micro_batch(self) -> Amounts:
-        """What a micro-batch is made of on average, padding included."""
-        return self.workload.done(self.config.train.micro_batch_size)
+        """What a micro-batch is made of on average, padding included: of it, what one rank has (`_part`)."""
+        return self._part(self.workload.done(self.config.train.micro_batch_size))
+
+    def _part(self, whole: Amounts) -> Amounts:
+        """Of the context-parallel rank that has most. Images lie everywhere in a pack, but at the beginning of a sample."""
+        ranks = self.layout.context
+        return Amounts(
+            positions=whole.positions / ranks,
+            squares=whole.squares / ranks,
+            images=whole.images / (ranks if self.config.data.pack_length else 1),
+            head_rows=whole.head_rows / ranks,
+        )
 
     @property
     def gradient(self) -> int:
@@ -110,12 +121,19 @@ class Case:
     def largest_micro_batch(self) -> Amounts:
         """Of the longest step."""
         count, usual = self.config.train.micro_batch_size, self.workload
-        return Amounts(
-            positions=usual.longest * count,
-            squares=float(usual.longest) ** 2 * count,
-            images=usual.images * count,
-            head_rows=usual.head_rows * count * usual.longest / usual.length,
+        return self._part(
+            Amounts(
+                positions=usual.longest * count,
+                squares=float(usual.longest) ** 2 * count,
+                images=usual.images * count,
+                head_rows=usual.head_rows * count * usual.longest / usual.length,
+            )
         )
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights."""
+        return self.layout.data * self.layout.context
 
     @property
     def execution(self) -> Execution:

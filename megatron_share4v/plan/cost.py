@@ -1,6 +1,6 @@
 """Seconds and bytes of the pieces of a step, from shapes, a GPU's data sheet and stated assumptions. Collectives are counted as rings.
 
-n positions of a micro-batch, W width of the language model, T tensor ranks; a ring over k ranks sends (k - 1) / k of what it gathers or scatters.
+n positions of a micro-batch on a rank, W width of the language model, T tensor ranks; a ring over k ranks sends (k - 1) / k of what it gathers or scatters.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ class Traffic:
     """Bytes that one rank sends in one step, by axis; of the pipeline rank that sends most."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
+    """Between all ranks that hold the same weights."""
 
 
 def ring(ranks: int) -> float:
@@ -43,8 +45,10 @@ def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
         seconds += _work_seconds(case, of.head, forward)
     if not forward:  # each micro-batch adds its gradients, made in the weights' type, to the buffer
         seconds += _trained(case, chunk) * 2 * (case.kept.element + case.gradient) / _bandwidth(case)
-    sent, calls = tensor_bytes(case, chunk, forward)
-    return seconds + sent / (_tensor_link(case) * assumed.links) + calls * assumed.collective_s
+    for axes, (sent, calls) in ((1, tensor_bytes(case, chunk, forward)), (case.layout.context, context_bytes(case, chunk))):
+        link = case.gpu.link if case.layout.tensor * axes <= case.gpu.per_server else case.gpu.network
+        seconds += sent / (link * assumed.links) + calls * assumed.collective_s
+    return seconds
 
 
 def _bandwidth(case: Case) -> float:
@@ -81,10 +85,6 @@ def _trained(case: Case, chunk: Chunk) -> int:
     return sum(elements * count * trains for elements, count, trains in tensors(case.config.model, chunk, tensor=case.layout.tensor))
 
 
-def _tensor_link(case: Case) -> float:
-    return case.gpu.link if case.layout.tensor <= case.gpu.per_server else case.gpu.network
-
-
 def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
     """(bytes that a rank sends, collectives) of one pass: two all-reduces per layer, or as many gathers and scatters under sequence parallelism."""
     model, kept, amounts = case.config.model, case.kept, case.micro_batch
@@ -105,6 +105,16 @@ def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
     return sent, calls
 
 
+def context_bytes(case: Case, chunk: Chunk) -> tuple[float, int]:
+    """(bytes that a rank sends, collectives) of one pass, of either kind: queries, keys and values to attention, its result back."""
+    language, kept, ranks = case.config.model.language, case.kept, case.layout.context
+    if ranks == 1:
+        return 0.0, 0
+    grouped = kept.head_copies(case.config.model) * language.num_key_value_heads * language.hidden_size // language.num_attention_heads
+    values = case.micro_batch.positions / kept.tensor * (2 * language.hidden_size + 2 * grouped)
+    return chunk.layers * values * kept.element * ring(ranks), 2 * chunk.layers
+
+
 def message_bytes(case: Case) -> float:
     """Of one micro-batch from a stage to the next."""
     rows = case.micro_batch.positions / (case.layout.tensor if case.kept.sequence else 1)
@@ -121,21 +131,21 @@ def message_seconds(case: Case) -> float:
 
 def data_bytes(case: Case, trained: float) -> tuple[float, float]:
     """(to reduce gradients, to gather weights) that a rank with so many trained weights sends in a step."""
-    share, sharded = ring(case.layout.data), case.config.parallel.distributed_optimizer
+    share, sharded = ring(case.replicas), case.config.parallel.distributed_optimizer
     return trained * case.gradient * share * (1 if sharded else 2), trained * case.kept.element * share * sharded
 
 
 def data_link(case: Case) -> float:
-    """Of one rank in its data group. A ring enters and leaves a server through as many ports as the group has ranks there."""
-    per_server = max(1, case.gpu.per_server // (case.layout.tensor * case.layout.context))
-    if case.layout.data <= per_server:
+    """Of one rank among those with the same weights. A ring enters and leaves a server through as many ports as the group has ranks there."""
+    per_server = max(1, case.gpu.per_server // case.layout.tensor)
+    if case.replicas <= per_server:
         return case.gpu.link
     return min(case.gpu.link, case.gpu.network * per_server)
 
 
 def update_seconds(case: Case, trained: float) -> float:
     """Clearing gradients, their norm, and AdamW: gradient, fp32 weight and two averages read, these three and the weight written."""
-    mine = trained / (case.layout.data if case.config.parallel.distributed_optimizer else 1)
+    mine = trained / (case.replicas if case.config.parallel.distributed_optimizer else 1)
     moved = case.gradient * trained + mine * (2 * case.gradient + 8 + 2 * case.moments + case.kept.element)
     brought = mine * case.moments / case.assumptions.host if case.config.optim.offload else 0.0  # and taken back at the same time
     return max(moved / _bandwidth(case), brought)
@@ -150,10 +160,12 @@ def traffic(case: Case) -> Traffic:
     """By axis, of the pipeline rank that sends most."""
     ranks = range(case.layout.pipeline)
     tensor = max(sum(tensor_bytes(case, case.chunk(stage), forward)[0] for stage in case.stages(rank) for forward in (True, False)) for rank in ranks)
+    context = max(sum(2 * context_bytes(case, case.chunk(stage))[0] for stage in case.stages(rank)) for rank in ranks)
     stages = len(case.counts)
     sends = max(sum((stage < stages - 1) + (stage > 0) for stage in case.stages(rank)) for rank in ranks)
     return Traffic(
         tensor=tensor * case.micro_batches,
+        context=context * case.micro_batches,
         pipeline=sends * message_bytes(case) * case.micro_batches if stages > 1 else 0.0,
         data=max(sum(data_bytes(case, trained_weights(case, rank))) for rank in ranks),
     )

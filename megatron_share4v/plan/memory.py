@@ -69,12 +69,17 @@ class Kept:
     """How a rank holds things."""
 
     tensor: int
+    context: int = 1
     sequence: bool
     element: int
     """Bytes of a weight or an activation: 2 in bf16, 4 in fp32."""
     native: bool = True
     """The fused ops of csrc/; else their references, which keep more."""
     recompute: Recomputed = Recomputed()
+
+    def head_copies(self, model: ModelConfig) -> int:
+        """How often context parallelism sends each key/value head (mcore/context.py)."""
+        return max(1, self.context // max(1, model.language.num_key_value_heads // self.tensor))
 
 
 def tensors(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[tuple[int, int, bool]]:
@@ -141,8 +146,8 @@ def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, 
     again = min(chunk.layers, kept.recompute.layers or chunk.layers) if kept.recompute.language == "full" else 0
     total = again * e * rows * width + (chunk.layers - again) * _layer(model, kept, n, rows)
     if chunk.layers > again:
-        # The table of rotary positions, of one sequence's length.
-        total += FP32 * n / sequences * width / model.language.num_attention_heads
+        # The table of rotary positions, of one sequence's length, whoever holds it.
+        total += FP32 * kept.context * n / sequences * width / model.language.num_attention_heads
     if chunk.first:
         total += INT64 * n + amounts.images * (_tower_activations(model, kept) + _projector_activations(model, kept)) + INT32 * n * kept.native
     if chunk.last:
@@ -163,11 +168,13 @@ def _layer(model: ModelConfig, kept: Kept, n: float, rows: float) -> float:
     width, inner = language.hidden_size, language.intermediate_size
     drops = kept.recompute.drops
     grouped = language.num_key_value_heads * width // language.num_attention_heads
+    grouped *= kept.head_copies(model)
     total = 2 * _norm(kept, rows * width, rows, output=trains)
     # The projection, of which the values are a view, and the result.
     total += e * n * (2 * width + 2 * grouped) / split
     if not drops(kept.recompute.language, "core_attn"):  # keys and queries, turned, and the kernel's sums
         total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
+        total += e * n * width / split * (kept.context > 1)  # the result once more, before it is exchanged
     elif grouped < width and language.num_key_value_heads > split:  # queries of several groups are no view of the projection
         total += e * n * width / split
     if not drops(kept.recompute.language, "mlp"):

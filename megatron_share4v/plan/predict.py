@@ -156,7 +156,7 @@ def rank_memory(case: Case, rank: int) -> Memory:
     each = [activations(model, chunk, amounts, kept, sequences=sequences) for chunk in chunks]
     moments = 0 if case.config.optim.offload else case.moments
     sharded = case.config.parallel.distributed_optimizer
-    still = held(model, chunks, kept, data=layout.data, sharded=sharded, gradient=case.gradient, moments=moments)
+    still = held(model, chunks, kept, data=case.replicas, sharded=sharded, gradient=case.gradient, moments=moments)
     return still + Memory(
         activations=most_in_flight(each, rank=rank, pipeline=layout.pipeline, micro_batches=case.micro_batches),
         logits=logits(model, amounts.head_rows, kept) if chunks[-1].last else 0.0,

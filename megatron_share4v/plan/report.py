@@ -12,7 +12,7 @@ from megatron_share4v.plan.search import Found
 
 PREDICTED = "predicted, not measured"
 COLUMNS = {
-    "tensor": 7, "pipeline": 9, "virtual": 8, "data": 6, "micro": 6, "recompute": 11, "step, s": 9, "MFU": 7, "bubble": 8,
+    "tensor": 7, "context": 8, "pipeline": 9, "virtual": 8, "data": 6, "micro": 6, "recompute": 11, "step, s": 9, "MFU": 7, "bubble": 8,
     "GB": 7, "hours": 7, "GPU-h": 8,
 }  # fmt: skip
 CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
@@ -83,7 +83,7 @@ def ranking(found: Found) -> Iterator[str]:
         layout, hours = plan.case.layout, plan.hours
         time = f"{hours:>7.1f}{hours * layout.world_size:>8,.0f}" if hours is not None else f"{'-':>7}{'-':>8}"
         yield (
-            f"{layout.tensor:>7}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}{plan.case.config.train.micro_batch_size:>6}"
+            f"{layout.tensor:>7}{layout.context:>8}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}{plan.case.config.train.micro_batch_size:>6}"
             f"{plan.case.config.train.recompute:>11}{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}{plan.needed / 1e9:>7.1f}{time}"
         )
     for reason, count in found.refused.most_common():
@@ -105,7 +105,7 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
     hidden = (
         "hidden behind the last backward pass" if case.config.parallel.overlap_grad_reduce else "not hidden (parallel.overlap_grad_reduce is off)"
     )
-    yield f"  Tensor-parallel messages are not hidden; the reduction of gradients is {hidden}; data is never waited for."
+    yield f"  Messages of the tensor and the context axis are not hidden; the reduction of gradients is {hidden}; data is never waited for."
 
 
 def record(plan: Prediction) -> dict[str, Any]:

@@ -24,12 +24,14 @@ STAGES = {"pretrain": "stage 1", "finetune": "stage 2"}
 MODELS, SIZES, LARGEST = ("share4v_7b", "share4v_13b"), (8, 16, 64, 1024), 16_384
 TOKENS = ("loss.normalize=tokens",)
 PACKED = (*TOKENS, "data.pack_length=4096", "data.order=random", "train.micro_batch_size=1")
+LONG_PACKS, LONG_STEP = (4_096, 16_384, 65_536, 262_144), 524_288
 PACKS = {"pretrain": 48, "finetune": 24}  # per step: about as many samples as the recipe's global batch
 COLUMNS = (
     "model",
     "stage",
     "GPUs",
     "tensor",
+    "context",
     "pipeline",
     "virtual",
     "data",
@@ -76,7 +78,7 @@ def row(question: Question, root: Path) -> str:
         return _line([*cells, *[""] * (len(COLUMNS) - len(cells))])
     [plan] = found.best
     layout, train = plan.case.layout, plan.case.config.train
-    how = [layout.tensor, layout.pipeline, layout.virtual, layout.data, train.micro_batch_size, train.recompute]
+    how = [layout.tensor, layout.context, layout.pipeline, layout.virtual, layout.data, train.micro_batch_size, train.recompute]
     shares = [f"{share:.1%}" for share in (plan.mfu, plan.hfu, plan.bubble)]
     cost = [f"{plan.needed / 1e9:.0f}", f"{plan.hours:.1f}", f"{plan.hours * layout.world_size:,.0f}"]
     return _line([*head, *how, f"{plan.step_s:.2f}", f"{plan.tokens_per_s_per_gpu:,.0f}", *shares, *cost])
@@ -99,6 +101,12 @@ def everything(overrides: tuple[str, ...] = ()) -> list[Question]:
 def packed() -> list[Question]:
     """Packs of 4,096 positions on 8 GPUs."""
     return [Question(model, stage, 8, overrides=(*PACKED, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES]
+
+
+def longer() -> list[Question]:
+    """Packs of more and more positions, 524,288 of them per step, on 64 GPUs."""
+    sizes = {length: (*PACKED, f"data.pack_length={length}", f"train.global_batch_size={LONG_STEP // length}") for length in LONG_PACKS}
+    return [Question("share4v_7b", "finetune", 64, overrides=overrides) for overrides in sizes.values()]
 
 
 def breaking(root: Path) -> Iterator[str]:
@@ -183,10 +191,12 @@ def document(text: str, root: Path) -> str:
     kinds.append(Question("share4v_7b", "pretrain", 16, gpu="a100"))
     others = [row(question, root).replace(f"| {question.gpus} |", f"| {question.gpus} x {GPUS[question.gpu].name} |", 1) for question in kinds]
     workloads = {stage: workload_of(Question("share4v_7b", stage, 8).config(root), samples=SAMPLES[stage]) for stage in STAGES}
+    long = [row(question, root).replace("| stage 2 |", f"| packs of {length:,} |", 1) for question, length in zip(longer(), LONG_PACKS)]
     parts = {
         "recipes": table(everything(), root),
         "free": table(everything(TOKENS), root),
         "packed": table(packed(), root),
+        "long": "\n".join([HEADER.replace("stage", "stage 2 in", 1), *long]),
         "gpus": "\n".join([HEADER, *others]),
         "breaking": "\n".join(breaking(root)),
         "workloads": "\n".join(f"- {STAGES[stage]}: {workload.source}" for stage, workload in workloads.items()),

@@ -30,7 +30,7 @@ class Found:
 
 
 def search(config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions, keep: int) -> Found:
-    """Over tensor (inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
+    """Over tensor and, for packs, context (together inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
     sequence parallelism with tensor.
 
     The global batch is never changed. With `loss.normalize: microbatch` the micro-batch size is part of the recipe and is not changed either.
@@ -68,12 +68,13 @@ def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[dict]:
     """Changed sections; those that cannot be built raise when they are put together."""
     sizes = [config.train.micro_batch_size] if config.loss.normalize == "microbatch" else _powers(config.train.global_batch_size)
     recompute = list(dict.fromkeys((config.train.recompute, "none", "full")))
-    for tensor in _powers(gpu.per_server):
-        for pipeline in (size for size in range(1, config.model.language.num_layers + 1) if world_size % (tensor * size) == 0):
+    contexts = sorted({config.parallel.context, 1, *(_powers(gpu.per_server) if config.data.pack_length else ())})
+    for tensor, context in ((tensor, context) for tensor in _powers(gpu.per_server) for context in contexts if tensor * context <= gpu.per_server):
+        for pipeline in (size for size in range(1, config.model.language.num_layers + 1) if world_size % (tensor * context * size) == 0):
             for virtual in CHUNKS if pipeline > 1 else (1,):
                 own = config.parallel.layout  # made for so many stages alone
                 layout = own if own == "auto" or len(own) == pipeline * virtual else "auto"
-                degrees = dict(tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=tensor > 1, layout=layout)
+                degrees = dict(tensor=tensor, context=context, pipeline=pipeline, virtual=virtual, sequence=tensor > 1, layout=layout)
                 parallel = replace(config.parallel, **degrees)
                 for size, again in product(sizes, recompute):
                     if config.train.global_batch_size % size == 0:
@@ -88,6 +89,7 @@ def _powers(most: int) -> list[int]:
 def _kind(message: str) -> str:
     """A reason without its numbers, so that refusals of one kind are counted together."""
     for words, kind in (
+        ("x parallel.context", "parallel.tensor x parallel.context does not divide the heads"),
         ("is not divisible by parallel.tensor", "parallel.tensor does not divide the model"),
         ("do not divide each other", "parallel.tensor does not divide the model"),
         ("exceeds model.language.num_layers", "more stages than layers"),

@@ -49,12 +49,12 @@ def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Pat
 
 
 def _tower(chunk: Share4V, mesh: Mesh) -> Features:
-    """What the run's vision tower makes of images. All ranks of a tensor group run it on what the first of them has decoded."""
+    """What the run's vision tower makes of images. All ranks of a sample group run it on what the first of them has decoded."""
     device = mesh.device.torch_device
 
     @torch.no_grad()
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        shared = broadcast_tensors([pixels] if mesh.reads_data else None, count=1, source=mesh.tensor_source, group=mesh.tensor_group, device=device)
+        shared = broadcast_tensors([pixels] if mesh.reads_data else None, count=1, source=mesh.sample_source, group=mesh.sample_group, device=device)
         [images] = shared
         seen = [chunk.vision(image.unsqueeze(0)).flatten() for image in images]
         return torch.stack(seen) if seen else torch.empty(0, 1)

@@ -100,10 +100,14 @@ class BadSteps:
 def _blamed(training: Training, data: StepData, told: Sequence[list[tuple[float, int]]]) -> list[MicroBatchLoss]:
     """All micro-batches of a step, those without a finite loss first, then by loss."""
     layout, found = training.mesh.layout, []
+    by_data_rank: dict[int, list[list[tuple[float, int]]]] = {}
     for rank, losses in enumerate(told):
-        data_rank = layout.coordinates(rank).data
-        planned = training.source.plan.micro_batches(data.items, data_rank=data_rank, data_size=layout.data) if losses else []
-        for number, ((total, tokens), micro_batch) in enumerate(zip(losses, planned)):
+        if losses:  # several ranks under context parallelism, each with its positions
+            by_data_rank.setdefault(layout.coordinates(rank).data, []).append(losses)
+    for data_rank, parts in by_data_rank.items():
+        planned = training.source.plan.micro_batches(data.items, data_rank=data_rank, data_size=layout.data)
+        for number, (micro_batch, *losses) in enumerate(zip(planned, *parts)):
+            total, tokens = (sum(numbers) for numbers in zip(*losses))
             found.append(MicroBatchLoss(data_rank, number, total / max(tokens, 1), tokens, micro_batch.rows))
     return sorted(found, key=lambda part: (math.isfinite(part.loss), -part.loss if math.isfinite(part.loss) else 0.0))
 

@@ -1,19 +1,21 @@
 """From the loader to the ranks: who reads what, which samples failed, and one complete batch per rank. Middle pipeline stages read nothing.
 
-On the first stage every rank of a tensor group decodes its share of the images; one of them, and one of the last stage's, reads the text.
+On the first stage every rank of a sample group (tensor and context axis) decodes its share of the images; one of them, and one of the last stage's,
+reads the text. Of what they share, each keeps the positions that are its own (data/context.py).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_share4v.data.blend import Blend
+from megatron_share4v.data.context import context_part
 from megatron_share4v.data.encode import Encoder
 from megatron_share4v.data.index import Index
 from megatron_share4v.data.loader import NO_DATA, ImageShare, Loader, Reading, ReadOptions, Role
@@ -25,7 +27,7 @@ from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.parallel.gather import gather_shares
 from megatron_share4v.train.ahead import on_device
 
-_TEXT = [field.name for field in fields(Batch) if field.name not in ("pixels", "segments")]  # every rank has the segments from the plan
+_TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has the segments from the plan
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,7 @@ def feed(source: Source, *, mesh: Mesh, start_step: int, stop_step: int, without
 
 def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
     """None on ranks that read nothing."""
-    tensor, size = mesh.coordinates.tensor, mesh.layout.tensor
-    role = Role(first=mesh.holds_first_stage, last=mesh.holds_last_stage and tensor == 0)
+    role = Role(first=mesh.holds_first_stage, last=mesh.holds_last_stage and mesh.reads_data)
     if not (role.first or role.last):
         source.plan.micro_batches_per_rank(data_size=mesh.layout.data)
         return None
@@ -92,7 +93,7 @@ def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
         data_rank=mesh.coordinates.data,
         data_size=mesh.layout.data,
         options=source.options,
-        share=ImageShare(tensor, size) if role.first else ImageShare(),
+        share=ImageShare(mesh.sample_group.rank(), mesh.sample_group.size()) if role.first else ImageShare(),
     )
 
 
@@ -111,7 +112,7 @@ def _agree(items: StepItems, faults: Sequence[Fault], mesh: Mesh) -> frozenset[i
 def _batches(
     source: Source, readings: list[Reading] | None, planned: Sequence[MicroBatch], loader: Loader | None, *, faulty: frozenset[int], mesh: Mesh
 ) -> list[Batch]:
-    """The whole micro-batches, from what this rank and the others of its tensor group have read."""
+    """This rank's part of the micro-batches, from what it and the others of its sample group have read."""
     local = [reading.batch for reading in readings or []]
     if faulty and loader is not None and local[0].targets is not None:
         hit = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
@@ -122,28 +123,32 @@ def _batches(
     if mesh.holds_first_stage:
         pixels = _share_pixels(local, [source.index.rows["n_img"][list(plan.rows)].sum() for plan in planned], mesh=mesh)
         whole = [replace(batch, pixels=images) for batch, images in zip(whole, pixels)]
-    return [replace(batch, segments=plan.segments) for batch, plan in zip(whole, planned)]
+    rank, size = mesh.coordinates.context, mesh.layout.context
+    return [
+        context_part(replace(batch, segments=plan.segments), rank=rank, size=size, sequence_length=plan.sequence_length)
+        for batch, plan in zip(whole, planned)
+    ]
 
 
 def _share_text(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Batch]:
-    """Hand what the reading rank has read, but for the pixels, to its tensor group."""
+    """Hand what the reading rank has read, but for the pixels, to its sample group."""
     device = mesh.device.torch_device
-    if mesh.layout.tensor == 1:
+    if mesh.sample_group.size() == 1:
         assert local is not None
         return [replace(batch, **{name: _moved(getattr(batch, name), device) for name in _TEXT}) for batch in local]
     tensors = [getattr(batch, name) for batch in local for name in _TEXT] if local is not None else None
     width = len(_TEXT)
-    received = broadcast_tensors(tensors, count=count * width, source=mesh.tensor_source, group=mesh.tensor_group, device=device)
+    received = broadcast_tensors(tensors, count=count * width, source=mesh.sample_source, group=mesh.sample_group, device=device)
     return [replace(NO_DATA, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
 
 
 def _share_pixels(local: list[Batch], counts: Sequence[int], *, mesh: Mesh) -> list[torch.Tensor]:
-    """The images of each micro-batch from the shares of the tensor group."""
+    """The images of each micro-batch from the shares of the sample group."""
     device = mesh.device.torch_device
     parts = [_moved(batch.pixels, device) for batch in local]
-    if mesh.layout.tensor == 1:
+    if mesh.sample_group.size() == 1:
         return parts
-    return gather_shares(parts, [int(count) for count in counts], group=mesh.tensor_group)
+    return gather_shares(parts, [int(count) for count in counts], group=mesh.sample_group)
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

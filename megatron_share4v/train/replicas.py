@@ -29,13 +29,14 @@ class Sums:
 
 def check_replicas(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, step: int) -> None:
     """Raises DamageError, on all ranks, that names ranks and parameters whose weights after `step` are not those of the other replicas. Collective."""
-    if mesh.layout.data == 1:
+    replicas = mesh.layout.data * mesh.layout.context
+    if replicas == 1:
         return
     gather_weights(chunks)
     sums = checksums(chunks)
     mine = torch.stack(list(sums.values())).to(mesh.device.torch_device)
-    several = [torch.empty_like(mine) for _ in range(mesh.layout.data)]
-    dist.all_gather(several, mine, group=mesh.data_group)
+    several = [torch.empty_like(mine) for _ in range(replicas)]
+    dist.all_gather(several, mine, group=mesh.replica_group)
     differs = torch.tensor(float(any(not torch.equal(several[0], other) for other in several)), device=mesh.device.torch_device)
     dist.all_reduce(differs, op=dist.ReduceOp.MAX)
     if not differs.item():
@@ -68,7 +69,7 @@ def checksums(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
 def different(told: Sequence[Sums], layout: Layout) -> list[str]:
     """For each rank that differs from most of its replicas: where. Of two replicas nobody can say which is right, and both are named."""
     found = []
-    for group in layout.groups("data"):
+    for group in layout.groups("context", "data"):
         odd: dict[int, list[str]] = {}
         for name in told[group[0]].sums:
             values = [told[rank].sums[name] for rank in group]

@@ -130,7 +130,9 @@ def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro
     def loss_function(batch: Batch) -> Any:
         def count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLoss]:
             tokens = batch.targets.numel()
-            return *divisor(total, tokens=tokens, normalize=normalize), TokenLoss(total.detach(), tokens)
+            whole = tokens if batch.trained is None else batch.trained
+            first = mesh.coordinates.context == 0
+            return *divisor(total, tokens=tokens, whole=whole, first=first, normalize=normalize), TokenLoss(total.detach(), tokens, whole)
 
         return count
 
@@ -146,13 +148,15 @@ def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro
 
 
 def _reduce(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float] = ()) -> tuple[float, int, tuple[float, ...]]:
-    """(loss, trained tokens, sums of votes) of all ranks. The last stage's first tensor rank speaks for its replica; every rank votes."""
+    """(loss, trained tokens, sums of votes) of all ranks. The last stage's first tensor ranks speak, each for its positions; every rank votes."""
     sums = torch.zeros(3, dtype=torch.float64)
     if mesh.holds_last_stage and mesh.coordinates.tensor == 0:
         for part in losses:
-            mean_weight = part.tokens if normalize == "tokens" else 1
-            value = float(part.total) if normalize == "tokens" else float(part.total) / max(part.tokens, 1)
-            sums += torch.tensor([value, mean_weight if part.tokens else 0, part.tokens], dtype=torch.float64)
+            if normalize == "tokens":
+                value, weight = float(part.total), part.tokens
+            else:
+                value, weight = float(part.total) / max(part.whole, 1), min(part.whole, 1) if mesh.coordinates.context == 0 else 0
+            sums += torch.tensor([value, weight, part.tokens], dtype=torch.float64)
     sums = torch.cat([sums, torch.tensor(votes, dtype=torch.float64)]).to(mesh.device.torch_device)
     dist.all_reduce(sums)
     total, weight, tokens, *agreed = sums.tolist()

@@ -71,6 +71,7 @@ def test_no_overrides_needed(path: Path) -> None:
         ("log=3", "log: should be a section of `key: value` lines for LogConfig, got 3"),
         ("train.steps.x=3", 'train.steps: should be a valid integer, got {"x": 3}'),
         ("parallel.sequence=true", "parallel.sequence: sequence true needs tensor > 1, got tensor 1"),
+        ("parallel.context=3", "parallel.context: model.language.num_attention_heads 32 is not divisible by parallel.tensor 1 x parallel.context 3"),
         ("parallel.tensor=3", "parallel.tensor: model.language.num_attention_heads 32 is not divisible by parallel.tensor 3"),
         ("model.vision.image_size=335", "model.vision.image_size: image_size 335 is not a multiple of patch_size 14"),
         ("data.max_text_length=4000", "data.max_text_length: data.max_text_length 4000 with one image takes 4575 positions"),

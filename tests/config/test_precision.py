@@ -21,8 +21,8 @@ from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, T
         ("tensorwise", 2, False, 1, 8, 16),
         ("tensorwise", 4, True, 1, 8, 64),
         ("mxfp8", 8, True, 1, 8, 256),  # tensor x 32
-        ("blockwise", 2, True, 2, 8, 1024),
-        ("delayed", 1, False, 2, 24, 192),
+        ("blockwise", 2, True, 2, 8, 512),
+        ("delayed", 1, False, 2, 24, 96),
     ],
 )
 def test_the_one_rule(fp8: Any, tensor: int, sequence: bool, context: int, other: int, multiple: int) -> None:

@@ -17,6 +17,7 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_model
 from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
+from megatron_share4v.data.context import context_part
 from megatron_share4v.data.sample import Batch
 
 STEPS = 5
@@ -30,6 +31,7 @@ class Variant:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
+    context: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
     overlap: bool = False
@@ -80,6 +82,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         tensor=variant.tensor,
         pipeline=variant.pipeline,
         virtual=variant.virtual,
+        context=variant.context,
         sequence=variant.sequence,
         distributed_optimizer=variant.distributed_optimizer,
         overlap_grad_reduce=variant.overlap,
@@ -97,7 +100,10 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     outcome = Outcome([], [], parameter_counts(bare, mesh=mesh), {})
     for step in range(STEPS):
         batches = [_of_own_length(batch, number, variant.lengths) for number, batch in enumerate(micro_batches(step))]
-        mine = batches[mesh.coordinates.data :: mesh.layout.data]
+        mine = [
+            context_part(batch, rank=mesh.coordinates.context, size=variant.context, sequence_length=batch.token_ids.size(1))
+            for batch in batches[mesh.coordinates.data :: mesh.layout.data]
+        ]
         result = train_step(
             chunks,
             optimizer,
@@ -144,22 +150,23 @@ def global_weights(chunks) -> dict[str, torch.Tensor]:
     return weights
 
 
-def run_variants(groups: list[tuple[tuple[int, int, int], list[Variant]]]) -> list[tuple[Variant, Outcome]]:
+def run_variants(groups: list[tuple[tuple[int, int, int, int], list[Variant]]]) -> list[tuple[Variant, Outcome]]:
     """Train all variants of this world size; each group shares one mesh."""
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
     results = []
-    for (tensor, pipeline, virtual), variants in groups:
-        layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline))
+    for (tensor, pipeline, virtual, context), variants in groups:
+        data = dist.get_world_size() // (tensor * pipeline * context)
+        layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, context=context, data=data)
         with open_mesh(layout, device=Device("cpu")) as mesh:
             results += [(variant, train_variant(mesh, variant)) for variant in variants]
     return results if dist.get_rank() == 0 else []
 
 
 def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Variant]:
-    """Sequence parallelism and distributed optimizer on and off, overlap, and for some layouts other trainable parts."""
+    """Without context parallelism: sequence parallelism and distributed optimizer on and off, overlap, and for some layouts other trainable parts."""
     place = dict(tensor=tensor, pipeline=pipeline, virtual=virtual)
     variants = [
         Variant(**place, sequence=sequence, distributed_optimizer=distributed)
@@ -186,6 +193,28 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
     return variants
 
 
+WITH_CONTEXT: dict[int, dict[tuple[int, int, int, int], list[dict]]] = {
+    2: {(1, 1, 1, 2): [{}, {"overlap": True, "gather": True}, {"normalize": "microbatch", "distributed_optimizer": False}, {"trainable": "projector"}]},
+    4: {
+        (2, 1, 1, 2): [{"sequence": True}, {"ops": "reference", "recompute": "selective"}, {"lengths": "cropped"}],
+        (1, 2, 1, 2): [{"lengths": "cropped"}, {"recompute": "full"}, {"normalize": "microbatch"}],
+        (1, 1, 1, 2): [{"overlap": True}],
+        (1, 1, 1, 4): [{}, {"lengths": "cropped"}],  # of 3 and 5 positions on a rank, so that images of 4 lie across borders
+    },
+    8: {(2, 2, 2, 2): [{"sequence": True}]},
+}
+"""By world size: what is trained with positions shared between ranks, as changes of a Variant."""
+
+
+def groups_of(world: int) -> list[tuple[tuple[int, int, int, int], list[Variant]]]:
+    """(tensor, pipeline, virtual, context) and what is trained there."""
+    groups = [((*layout, 1), variants_of(*layout, world // (layout[0] * layout[1]))) for layout in layouts_of(world)]
+    for (tensor, pipeline, virtual, context), changes in WITH_CONTEXT.get(world, {}).items():
+        place = dict(tensor=tensor, pipeline=pipeline, virtual=virtual, context=context)
+        groups.append(((tensor, pipeline, virtual, context), [Variant(**place, **change) for change in changes]))
+    return groups
+
+
 def layouts_of(world: int) -> list[tuple[int, int, int]]:
     """{tensor 1,2} x {pipeline 1,2,4} x {virtual 1,2} with data 1 or 2."""
     return [
@@ -200,13 +229,13 @@ def reference() -> dict[tuple[str, str, str, str], Outcome]:
     """One rank, for each trainable set and each normalisation, with native ops and their references."""
     wanted = [Variant(trainable=name, ops=ops) for name in TRAINABLE for ops in OPS] + [Variant(normalize="microbatch", ops=ops) for ops in OPS]
     wanted.append(Variant(lengths="masked"))
-    [results] = run_world(1, run_variants, [((1, 1, 1), wanted)])
+    [results] = run_world(1, run_variants, [((1, 1, 1, 1), wanted)])
     return {(variant.trainable, variant.normalize, variant.ops, variant.lengths): outcome for variant, outcome in results}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str, str, str], Outcome]) -> None:
-    groups = [(layout, variants_of(*layout, world // (layout[0] * layout[1]))) for layout in layouts_of(world)]
+    groups = groups_of(world)
     results = run_world(world, run_variants, groups)[0]
     assert len(results) == sum(len(variants) for _, variants in groups)
     worst = {"loss": 0.0, "norm": 0.0, "weight": 0.0}

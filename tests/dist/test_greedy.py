@@ -26,7 +26,9 @@ def prompts():
     return result
 
 
-def answers(tensor: int, pipeline: int, virtual: int, sequence: bool, alone: bool, stop: frozenset[int], vocabulary: int = 100) -> list[list[int]]:
+def answers(
+    tensor: int, pipeline: int, virtual: int, context: int, sequence: bool, alone: bool, stop: frozenset[int], vocabulary: int = 100
+) -> list[list[int]]:
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
@@ -35,7 +37,7 @@ def answers(tensor: int, pipeline: int, virtual: int, sequence: bool, alone: boo
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=sequence)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual=virtual, context=context, sequence=sequence)
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
         model = tiny_model()
@@ -48,25 +50,26 @@ def answers(tensor: int, pipeline: int, virtual: int, sequence: bool, alone: boo
 
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    [result] = run_world(1, answers, 1, 1, 1, False, True, frozenset())
+    [result] = run_world(1, answers, 1, 1, 1, 1, False, True, frozenset())
     assert [len(ids) for ids in result] == [NEW_TOKENS] * 3 and len({tuple(ids) for ids in result}) == 3
     assert all(0 <= token < 100 for ids in result for token in ids), "a padding row of the head was chosen"
     return result
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1, False), (2, 1, 1, True), (2, 2, 1, True), (1, 2, 2, False)], ids=str)
-def test_every_layout_answers_alike(layout: tuple[int, int, int, bool], expected: list[list[int]]) -> None:
-    for result in run_world(layout[0] * layout[1], answers, *layout, False, frozenset()):
+@pytest.mark.parametrize("layout", [(1, 1, 1, 1, False), (2, 1, 1, 1, True), (2, 2, 1, 1, True), (1, 2, 2, 1, False), (1, 2, 1, 2, False)], ids=str)
+def test_every_layout_answers_alike(layout: tuple[int, int, int, int, bool], expected: list[list[int]]) -> None:
+    tensor, pipeline, _, context, _ = layout
+    for result in run_world(tensor * pipeline * context, answers, *layout, False, frozenset()):
         assert result == expected
 
 
 def test_stop_ends_one_answer_and_not_the_others(expected: list[list[int]]) -> None:
     stop = expected[0][2]
-    [result] = run_world(1, answers, 1, 1, 1, False, False, frozenset({stop}))
+    [result] = run_world(1, answers, 1, 1, 1, 1, False, False, frozenset({stop}))
     assert result == [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
 
 
 def test_ids_that_the_tokenizer_lacks_are_not_chosen(expected: list[list[int]]) -> None:
     lowest = min(token for ids in expected for token in ids)
-    for result in run_world(2, answers, 2, 1, 1, False, False, frozenset(), lowest):
+    for result in run_world(2, answers, 2, 1, 1, 1, False, False, frozenset(), lowest):
         assert all(token < lowest for ids in result for token in ids)

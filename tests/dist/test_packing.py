@@ -13,13 +13,19 @@ from tiny import PATCHES, tiny_model
 from tolerances import PACKED_GRADIENT, PACKED_LOSS
 
 from megatron_share4v.data.collate import Role, collate
+from megatron_share4v.data.context import context_part
 from megatron_share4v.data.pack import Packing, pack
 from megatron_share4v.data.plan import StepItems
 from megatron_share4v.data.sample import Batch, Example
 
 SAMPLES, MICRO_BATCHES, PACK_LENGTH = 24, 4, 48
 KERNELS = ("sdpa", "math")
-LAYOUTS = {1: [(1, 1, 1, False)], 2: [(1, 1, 1, False), (1, 2, 1, False), (1, 2, 2, False), (2, 1, 1, True)], 4: [(2, 2, 1, True), (2, 2, 1, False)]}
+LAYOUTS = {
+    1: [(1, 1, 1, 1, False)],
+    2: [(1, 1, 1, 1, False), (1, 2, 1, 1, False), (1, 2, 2, 1, False), (2, 1, 1, 1, True), (1, 1, 1, 2, False)],
+    4: [(2, 2, 1, 1, True), (2, 2, 1, 1, False), (2, 1, 1, 2, True), (1, 1, 1, 4, False)],
+}
+"""By world size: (tensor, pipeline, virtual, context, sequence)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,10 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
     batches, length, sequences = micro_batches(packed=packed)
     items = StepItems(0, np.arange(SAMPLES), positions(examples()), length, 0, 0)
-    mine = batches[mesh.coordinates.data :: mesh.layout.data]
+    mine = [
+        context_part(batch, rank=mesh.coordinates.context, size=mesh.layout.context, sequence_length=length)
+        for batch in batches[mesh.coordinates.data :: mesh.layout.data]
+    ]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     losses = _run(chunks, StepData(items, mine, 0.0), mesh=mesh, micro_batch_size=sequences, normalize="tokens", forward_only=False)
@@ -102,7 +111,7 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     return Result(loss, gradients)
 
 
-def compare(layouts: list[tuple[int, int, int, bool]]) -> list[tuple[tuple, float, float, float]]:
+def compare(layouts: list[tuple[int, int, int, int, bool]]) -> list[tuple[tuple, float, float, float]]:
     """(layout, loss, difference of the losses, largest difference of a gradient) on this rank."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
@@ -110,16 +119,19 @@ def compare(layouts: list[tuple[int, int, int, bool]]) -> list[tuple[tuple, floa
     from megatron_share4v.parallel.layout import Layout
 
     rows = []
-    for tensor, pipeline, virtual, sequence in layouts:
-        layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline))
-        parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual=virtual, sequence=sequence, distributed_optimizer=False)
+    for tensor, pipeline, virtual, context, sequence in layouts:
+        data = dist.get_world_size() // (tensor * pipeline * context)
+        layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, context=context, data=data)
+        parallel = ParallelConfig(
+            tensor=tensor, pipeline=pipeline, virtual=virtual, context=context, sequence=sequence, distributed_optimizer=False
+        )
         with open_mesh(layout, device=Device("cpu")) as mesh:
             alone = train(mesh, parallel, packed=False)
             assert max(float(gradient.abs().max()) for gradient in alone.gradients.values()) > 1e-3
             for kernel in KERNELS:
                 packed = train(mesh, parallel, packed=True, kernel=kernel)
                 gradient = max(float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients)
-                rows.append(((kernel, tensor, pipeline, virtual, sequence, layout.data), packed.loss, abs(alone.loss - packed.loss), gradient))
+                rows.append(((kernel, str(layout), sequence), packed.loss, abs(alone.loss - packed.loss), gradient))
     return rows
 
 

@@ -26,7 +26,12 @@ def places(layouts: list[Layout]) -> list[dict]:
                     "tensor": dist.get_process_group_ranks(mesh.tensor_group),
                     "data": dist.get_process_group_ranks(mesh.data_group),
                     "pipeline": dist.get_process_group_ranks(mesh.groups.pp),
-                    "source": mesh.tensor_source,
+                    "context": dist.get_process_group_ranks(mesh.context_group),
+                    "replicas": dist.get_process_group_ranks(mesh.replica_group),
+                    "samples": dist.get_process_group_ranks(mesh.sample_group),
+                    "place": mesh.sample_group.rank(),
+                    "first_replica": mesh.first_replica,
+                    "source": mesh.sample_source,
                     "reads": mesh.reads_data,
                     "first": mesh.holds_first_stage,
                     "last": mesh.holds_last_stage,
@@ -36,14 +41,17 @@ def places(layouts: list[Layout]) -> list[dict]:
 
 
 def test_groups_are_those_of_the_layout() -> None:
-    layouts = [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4), Layout(tensor=2, data=2)]
+    layouts = [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4), Layout(tensor=2, data=2), Layout(tensor=2, context=2), Layout(context=2, data=2)]
     for rank, found in enumerate(run_world(4, places, layouts)):
         for layout, place in zip(layouts, found, strict=True):
             coordinates = layout.coordinates(rank)
             assert place["rank"] == rank and place["coordinates"] == coordinates
-            for axis in ("tensor", "data", "pipeline"):
+            for axis in ("tensor", "context", "data", "pipeline"):
                 assert place[axis] in layout.groups(axis) and rank in place[axis]
-            assert place["source"] == min(place["tensor"]) and place["reads"] == (place["source"] == rank)
+            assert place["replicas"] in layout.groups("context", "data") and place["first_replica"] == (rank == min(place["replicas"]))
+            assert place["samples"] in layout.groups("tensor", "context")
+            assert place["place"] == coordinates.context * layout.tensor + coordinates.tensor
+            assert place["source"] == min(place["samples"]) and place["reads"] == (place["source"] == rank)
             assert place["first"] == (coordinates.pipeline == 0)
             assert place["last"] == (coordinates.pipeline == layout.pipeline - 1)
 

@@ -68,6 +68,18 @@ def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.Monke
     torch.testing.assert_close(got, math(query, key, value, at=at, causal=True, scale=None), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("groups", "tensor", "context", "expected"), [(8, 2, 2, (4, 4)), (2, 2, 4, (2, 2)), (8, 1, 1, (8, 8))])
+def test_the_engine_is_told_of_a_rank_s_heads_alone(groups: int, tensor: int, context: int, expected: tuple[int, int]) -> None:
+    """Context parallelism is ours (mcore/context.py): the engine's own must not start beside it."""
+    config = LayerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=8, num_query_groups=groups, tensor_model_parallel_size=tensor,
+        context_parallel_size=context, attention_dropout=0.0, attention="te",
+    )  # fmt: skip
+    alone = specs_te._alone(config)
+    assert (alone.num_attention_heads, alone.num_query_groups, alone.context_parallel_size) == (*expected, 1)
+    assert (config.num_attention_heads, config.context_parallel_size) == (8, context)
+
+
 def columns(options: LayerOptions) -> list[type]:
     mesh = SimpleNamespace(tensor_group=None)
     layers = decoder_submodules(range(2, 6), layers=6, mesh=mesh, options=options).layer_specs

@@ -11,6 +11,7 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
 from megatron_share4v.config.run import ParallelConfig, TrainConfig
+from megatron_share4v.data.context import context_part
 from megatron_share4v.model.flops import Amounts
 from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.plan.memory import Chunk, Kept, Recomputed, activations, held
@@ -26,6 +27,7 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
+    context: int = 1
     sequence: bool = False
     sharded: bool = True
     dtype: str = "bf16"
@@ -49,6 +51,9 @@ class Measured:
     gradients: int
     optimizer: int
     activations: list[int]
+    images: int
+    head_rows: int
+    """Of the micro-batch that was run, as far as this rank holds it."""
 
 
 def storages(tensors) -> dict[int, int]:
@@ -88,11 +93,11 @@ def measure(cases: list[Case]) -> list[Measured]:
 
     results = []
     for case in cases:
-        layout = Layout(tensor=case.tensor, pipeline=case.pipeline, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.pipeline))
+        degrees = {name: getattr(case, name) for name in ("tensor", "pipeline", "virtual", "context")}
+        layout = Layout(**degrees, data=dist.get_world_size() // (case.tensor * case.pipeline * case.context))
         with open_mesh(layout, device=Device("cpu")) as mesh:
             model, dtype = tiny_model(**dict(case.trainable)), DTYPES[case.dtype]
-            names = ("tensor", "pipeline", "virtual", "sequence")
-            parallel = ParallelConfig(**{name: getattr(case, name) for name in names}, distributed_optimizer=case.sharded)
+            parallel = ParallelConfig(**degrees, sequence=case.sequence, distributed_optimizer=case.sharded)
             agree_on_ops(case.ops, mesh=mesh)
             bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=layer_options(case.train))
             initialize(bare, seed=1, model=model)
@@ -109,9 +114,11 @@ def measure(cases: list[Case]) -> list[Measured]:
             ]
             gradients = storages(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers)
             optimizer_bytes = sum(tensor.nbytes for tensor in states if tensor.dim() and tensor.untyped_storage().data_ptr() not in weights)
-            length = LENGTH // (case.tensor if case.sequence else 1)
-            kept = [kept_by_autograd(chunk, micro_batches(0)[3], width=model.language.hidden_size, length=length, dtype=dtype) for chunk in bare]
-            results.append(Measured(mesh.coordinates.pipeline, sum(weights.values()), sum(gradients.values()), optimizer_bytes, kept))
+            length = LENGTH // case.context // (case.tensor if case.sequence else 1)
+            batch = context_part(micro_batches(0)[3], rank=mesh.coordinates.context, size=case.context, sequence_length=LENGTH)
+            kept = [kept_by_autograd(chunk, batch, width=model.language.hidden_size, length=length, dtype=dtype) for chunk in bare]
+            part = batch.pixels.size(0), batch.targets.numel()
+            results.append(Measured(mesh.coordinates.pipeline, sum(weights.values()), sum(gradients.values()), optimizer_bytes, kept, *part))
     return results
 
 
@@ -126,8 +133,9 @@ CASES = {
         Case(ops="reference", dtype="fp32"),
         Case(recompute=FULL, trainable=ALL), Case(recompute=SOME), Case(recompute=ATTENTION, trainable=ALL), Case(recompute=MLP)],
     2: [Case(tensor=2, recompute=ATTENTION), Case(tensor=2, short=True), Case(short=True), Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2),
-        Case(pipeline=2, virtual=2, dtype="fp32")],
-    4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2), Case(tensor=2, trainable=ALL), Case(pipeline=4)],
+        Case(pipeline=2, virtual=2, dtype="fp32"), Case(context=2), Case(context=2, recompute=ATTENTION)],
+    4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2), Case(tensor=2, trainable=ALL), Case(pipeline=4),
+        Case(tensor=2, context=2, sequence=True)],
 }  # fmt: skip
 
 
@@ -138,35 +146,36 @@ def recomputed(train: TrainConfig) -> Recomputed:
 @pytest.mark.parametrize("world", CASES)
 def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
     measured = run_world(world, measure, CASES[world])
-    batch = micro_batches(0)[3]
-    amounts = Amounts(positions=MICRO_BATCH * LENGTH, squares=0, images=batch.pixels.size(0), head_rows=batch.targets.numel())
     worst = 0.0
     for number, case in enumerate(CASES[world]):
         model = tiny_model(**dict(case.trainable))
         counts = layers_per_stage(model, ParallelConfig(pipeline=case.pipeline, virtual=case.virtual))
         kept = Kept(
             tensor=case.tensor,
+            context=case.context,
             sequence=case.sequence,
             element=2 if case.dtype == "bf16" else 4,
             native=case.ops == "native",
             recompute=recomputed(case.train),
         )
-        data = world // (case.tensor * case.pipeline)
+        replicas = world // (case.tensor * case.pipeline)
+        positions = MICRO_BATCH * LENGTH // case.context
         for rank in range(case.pipeline):
             chunks = [
                 Chunk(layers=counts[stage], first=stage == 0, last=stage == len(counts) - 1) for stage in range(rank, len(counts), case.pipeline)
             ]
             short = {"gradient": 2, "moments": 4} if case.short else {}
-            planned = held(model, chunks, kept, data=data, sharded=case.sharded, **short)
+            planned = held(model, chunks, kept, data=replicas, sharded=case.sharded, **short)
             mine = [ranks[number] for ranks in measured if ranks[number].pipeline_rank == rank]
-            assert len(mine) == case.tensor * data
+            assert len(mine) == case.tensor * replicas
             for real in mine:
                 assert planned.weights == pytest.approx(real.weights, rel=WITHIN), (case, rank)
                 assert planned.gradients == pytest.approx(real.gradients, rel=WITHIN), (case, rank)
+                amounts = Amounts(positions=positions, squares=0, images=real.images, head_rows=real.head_rows)
                 for chunk, bytes_kept in zip(chunks, real.activations, strict=True):
                     expected = activations(model, chunk, amounts, kept, sequences=MICRO_BATCH)
                     if case.ops == "reference":  # on the CPU torch's RMSNorm is no single operation, and keeps what it multiplies by its weight
-                        expected += (2 * chunk.layers + chunk.last) * amounts.positions * model.language.hidden_size * kept.element
+                        expected += (2 * chunk.layers + chunk.last) * positions * model.language.hidden_size * kept.element
                     worst = max(worst, abs(expected / bytes_kept - 1))
                     assert expected == pytest.approx(bytes_kept, rel=WITHIN), (case, rank, chunk)
             # Shards begin and end inside weights, so that only their sum is even.

@@ -11,7 +11,7 @@ from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.plan.case import Assumptions, Case
-from megatron_share4v.plan.cost import data_bytes, data_link, tensor_bytes, traffic
+from megatron_share4v.plan.cost import context_bytes, data_bytes, data_link, tensor_bytes, traffic
 from megatron_share4v.plan.gpus import GPUS
 from megatron_share4v.plan.memory import Chunk, head_columns, tensors
 from megatron_share4v.plan.predict import Prediction
@@ -71,9 +71,24 @@ def test_messages_are_those_of_rings(config: RunConfig) -> None:
     assert tensor_bytes(sequence, layer, True) == (2 * message, 4) and tensor_bytes(sequence, layer, False) == (3 * message, 6)
     assert data_bytes(sequence, 1000) == (1000 * 4 * 7 / 8, 1000 * 2 * 7 / 8)
     assert data_bytes(case(config, 16, tensor=2, distributed_optimizer=False), 1000) == (1000 * 8 * 7 / 8, 0)
-    assert traffic(case(config, 1, tensor=1, sequence=False)) == type(traffic(plain))(0, 0, 0)
+    assert traffic(case(config, 1, tensor=1, sequence=False)) == type(traffic(plain))(0, 0, 0, 0)
     deep = case(config, 16, tensor=2, pipeline=4)
     assert traffic(deep).pipeline == 2 * 16 * 976 * 4096 * 2 / 2 * deep.micro_batches, "a middle stage sends on and back, each half a sequence"
+
+
+def test_context_ranks_hold_a_part_and_exchange_heads(config: RunConfig) -> None:
+    long = replace(config, data=replace(config.data, pack_length=65_536, pad_to="step"), train=replace(config.train, global_batch_size=8, micro_batch_size=1))
+    one, four = (case(long, 8, micro_batch=1, tensor=1, sequence=False, context=context) for context in (1, 4))
+    layer = Chunk(layers=1, first=False, last=False)
+    # Queries, keys and values of 16,384 positions to attention, its result back: three of four parts each.
+    assert context_bytes(four, layer) == (16_384 * 4 * 4096 * 2 * 3 / 4, 2) and context_bytes(one, layer) == (0.0, 0)
+    assert traffic(four).context == 32 * 2 * context_bytes(four, layer)[0] * four.micro_batches and traffic(one).context == 0
+    assert four.layout.data == 2 and four.replicas == one.replicas == 8 and data_bytes(four, 1000) == data_bytes(one, 1000)
+    apart, together = Prediction(one).memory[0], Prediction(four).memory[0]
+    assert 0.25 < together.activations / apart.activations < 0.3, "a quarter, and attention's result once more"
+    assert (together.weights, together.optimizer) == (apart.weights, apart.optimizer)
+    work = Prediction(one).loads[0] / Prediction(four).loads[0]
+    assert 3.5 < work < 4, "a quarter of the work, and the exchange"
 
 
 def test_a_data_ring_uses_the_ports_of_its_ranks(config: RunConfig) -> None:

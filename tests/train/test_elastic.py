@@ -1,4 +1,4 @@
-"""A packed, blended run of 60 steps, killed twice at random steps and resumed at other data-parallel sizes, trains an undisturbed run's samples."""
+"""A packed, blended run of 60 steps, killed twice at random steps and resumed at other layouts, trains an undisturbed run's samples."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ def undisturbed(bench: Bench) -> Path:
     return directory
 
 
-def test_killed_at_data_2_resumed_at_data_1_and_4(bench: Bench, undisturbed: Path) -> None:
+def test_killed_at_context_2_resumed_on_one_rank_and_at_context_2_and_data_2(bench: Bench, undisturbed: Path) -> None:
     first, second = random.randint(7, 25), random.randint(32, 50)
     print("killed after steps", first, second)
     directory = bench.root / "disturbed"
-    kill_after(first, bench, 2, f"run.directory={directory}")
+    kill_after(first, bench, 2, f"run.directory={directory}", "parallel.context=2")
     kill_after(second, bench, 1, f"run.directory={directory}", "data.num_workers=2")
     assert len(lines(directory / "samples.jsonl")) == second
-    output = finish(start(bench.config, 4, f"run.directory={directory}"))
-    assert "data 4" in output and "resumed from" in output
+    output = finish(start(bench.config, 4, f"run.directory={directory}", "parallel.context=2"))
+    assert "data 2 x context 2" in output and "resumed from" in output
     ours, theirs = lines(directory / "samples.jsonl"), lines(undisturbed / "samples.jsonl")
     assert len(theirs) == STEPS and ours == theirs
     keys = [key for line in theirs for key in line["keys"]]

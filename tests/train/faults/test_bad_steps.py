@@ -47,6 +47,21 @@ def test_nan_in_one_micro_batch_of_one_rank(bench) -> None:
     assert same(bench.curve(listed)[4:], bench.curve(directory)[4:]) and not same(bench.curve(listed)[4:], bench.undisturbed[4:])
 
 
+def test_ranks_that_share_a_micro_batch_report_it_once(bench) -> None:
+    directory = bench.root / "shared"
+    outcome = train(bench.config, 2, f"run.directory={directory}", "parallel.context=2", "train.preview_every_steps=8", faults="nan:1:4:1")
+    assert outcome.codes == [0, 0], outcome.output
+    report = json.loads((directory / "bad_steps" / "step_4" / "report.json").read_text())
+    worst, *others = report["micro_batches"]
+    keys, line = lines(directory / "samples.jsonl")[3]["keys"], lines(directory / "metrics.jsonl")[3]
+    assert (worst["data_rank"], worst["number"], worst["keys"]) == (0, 1, [keys[1]]) and math.isnan(worst["loss"])
+    assert sorted(part["number"] for part in others) == [0, 2, 3]
+    assert sum(part["trained_tokens"] for part in report["micro_batches"]) == line["trained_tokens"] > 0 and line["skipped"]
+    # Until then it is the curve of two data-parallel ranks, but for the order of sums.
+    for ours, theirs in zip(bench.curve(directory)[:3], bench.undisturbed[:3]):
+        assert ours == pytest.approx(theirs, rel=LAYOUT_NORM)
+
+
 def test_bad_steps_in_a_row_end_the_run(bench) -> None:
     directory = bench.root / "in_a_row"
     outcome = train(bench.config, 2, f"run.directory={directory}", "train.bad_steps.in_a_row=2", faults="nan:0:3:0,nan:0:5:0,nan:0:6:0")

@@ -6,22 +6,22 @@ from faulty import train
 from launching import lines
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
-STARTS = (  # tensor, pipeline, sequence parallel, ranks, killed when this step begins; saved are steps 3, 6 and 8
-    (1, 1, "false", 2, 4),
-    (2, 1, "true", 4, 5),
-    (1, 2, "false", 2, 5),
-    (2, 2, "true", 4, 7),
-    (1, 1, "false", 4, None),
+STARTS = (  # tensor, pipeline, context, sequence parallel, ranks, killed when this step begins; saved are steps 3, 6 and 8
+    (1, 1, 1, "false", 2, 4),
+    (2, 1, 2, "true", 4, 5),
+    (1, 2, 1, "false", 2, 5),
+    (2, 2, 1, "true", 4, 7),
+    (1, 1, 2, "false", 4, None),
 )
 
 
 def test_every_start_at_another_layout(bench) -> None:
     directory = bench.root / "layouts"
-    for tensor, pipeline, sequence, ranks, killed in STARTS:
-        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.sequence={sequence}")
+    for tensor, pipeline, context, sequence, ranks, killed in STARTS:
+        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.context={context}", f"parallel.sequence={sequence}")
         outcome = train(bench.config, ranks, f"run.directory={directory}", *layout, faults=f"kill:0:{killed}" if killed else "")
         assert (outcome.codes[0] == -9) if killed else (outcome.codes == [0] * ranks), outcome.output
-        assert f"tensor {tensor} x pipeline {pipeline} (virtual 1) x data {ranks // tensor // pipeline}" in outcome.output
+        assert f"tensor {tensor} x pipeline {pipeline} (virtual 1) x data {ranks // tensor // pipeline // context} x context {context}" in outcome.output
     assert "at step 6" in outcome.output and outcome.output.count("parallel.pipeline: was 2, is 1") == 1, "the last start shows what became of the layout"
     assert lines(directory / "samples.jsonl") == lines(bench.root / "undisturbed" / "samples.jsonl")
     ours, theirs = lines(directory / "metrics.jsonl"), lines(bench.root / "undisturbed" / "metrics.jsonl")
