@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
 from megatron_share4v.ops.build import find_toolchain
 from megatron_share4v.ops.choose import choose_ops
 

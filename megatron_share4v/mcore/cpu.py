@@ -103,6 +103,11 @@ def _to(original: Callable, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> 
     return original(tensor, *args, **kwargs)
 
 
+def _as_written(original: Callable, function: Callable | None = None, **options: Any) -> Callable:
+    # Core decorates at import; that loads torch's compiler, a third of a process's start, for functions none of which our layers call.
+    return function if function is not None else lambda decorated: decorated
+
+
 def _type(original: Callable, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     # The optimizers compare tensor.type() with 'torch.cuda.FloatTensor'.
     result = original(tensor, *args, **kwargs)
@@ -133,6 +138,7 @@ def open_door() -> bool:
         _answer(owner, "set_rng_state", lambda original, state, *args, **kwargs: torch.set_rng_state(state))
     cuda.default_generators = _Generators()
     cuda.Stream, cuda.Event = NullStream, ClockEvent
+    _answer(torch, "compile", _as_written)
     for name in _FACTORIES:
         _answer(torch, name, _factory)
     _answer(torch.Tensor, "to", _to)

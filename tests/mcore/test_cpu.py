@@ -39,6 +39,8 @@ NOT_LISTED = {
     "module": ("torch.nn.Linear(1, 1).cuda()", "next(a.parameters()).device.type == 'cpu'"),
     "factory": ("torch.empty((2, 3), device=torch.device('cuda'), dtype=torch.int8)", "a.shape == (2, 3) and a.dtype is torch.int8"),
     "stream": ("torch.cuda.current_stream().wait_stream(torch.cuda.Stream())", "a is None"),
+    "compile": ("torch.compile(len)", "a is len"),
+    "compile with options": ("torch.compile(dynamic=True)(len)", "a is len"),
     "set_rng_state": ("torch.cuda.set_rng_state(torch.get_rng_state())", "a is None"),
 }
 # The rest is accepted by stock torch without CUDA and fails, if at all, at a later call.
@@ -92,6 +94,13 @@ def test_opening_twice_changes_nothing() -> None:
     assert cpu.open_door()
     after = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {"current": torch.cuda.current_device, "to": torch.Tensor.to}
     assert before == after
+
+
+def test_torchs_compiler_is_not_loaded() -> None:
+    """It would be a third of every start; that also says that nothing on the way compiles."""
+    script = "import sys, megatron_share4v.train.loop; print(*{'torch._dynamo', 'torch._inductor'} & set(sys.modules), 'torch' in sys.modules)"
+    finished = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert finished.stdout.split() == ["True"]
 
 
 def test_too_late_is_said() -> None:

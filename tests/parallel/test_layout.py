@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before megatron.core is imported)
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.layout import AXES, Layout
