@@ -13,7 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 240
-PRELOAD = ["torch", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.build", "megatron_share4v.mcore.optimizer"]
+PRELOAD = [
+    "torch", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.importer",
+    "megatron_share4v.checkpoint.exporter", "megatron_share4v.caption.run", "megatron_share4v.evaluate.runner",
+]  # fmt: skip
 
 
 def meeting_point() -> Any:
@@ -50,10 +53,16 @@ def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe
         pipe.send_bytes(report)
 
 
-def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
-    """Run `function(*args)` in `size` joined processes. The first failure ends the others and is raised with its traceback."""
+def forkserver() -> Any:
+    """The context whose processes are forked from a server that has imported what takes long; one server per session."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
+    """Run `function(*args)` in `size` joined processes. The first failure ends the others and is raised with its traceback."""
+    context = forkserver()
     store = meeting_point()
     pipes, processes = [], []
     for rank in range(size):

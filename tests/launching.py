@@ -1,4 +1,4 @@
-"""tools/train.py as a user starts it: under torchrun with several ranks, alone with one. For tests/train."""
+"""tools/train.py as a user starts it: under torchrun with several ranks, alone with one; and the same in short, forked. For tests/train."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from forked import OF_LAUNCHERS, ROOT, Tool
+
 TRAIN = ("tools/train.py",)
-OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def start(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> subprocess.Popen:
@@ -24,12 +24,17 @@ def start(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = T
     )
 
 
+def fork(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> Tool:
+    """As `start`, but by forked.py, without torchrun: for what is not about the start."""
+    return Tool(*script, config, *overrides, ranks=ranks, environment={} if path is None else {"PATH": path}, merged=True)
+
+
 def killed_after(step: int) -> tuple[str, ...]:
     """The script of a run whose ranks all end by SIGKILL when `step` steps are made."""
     return "tests/train/killed_after.py", str(step)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen | Tool) -> str:
     """What it said. It must end well."""
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from fake_endpoint import completion, serving
+from forked import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/captioning.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -20,12 +19,10 @@ HELD_OUT = 64
 BRIEF = "train.steps=2 train.global_batch_size=4 train.micro_batch_size=2"
 
 
-def run(command: str, out: Path) -> subprocess.CompletedProcess:
-    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OPENAI_API_KEY")}
-    own |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep), "OMP_NUM_THREADS": "1"}
+def run(command: str, out: Path) -> CompletedProcess:
     command = command.replace("--max-new-tokens 100", "--max-new-tokens 12").replace("runs/", f"{out}/")
-    command = command.replace("torchrun", "python -m torch.distributed.run --standalone")
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, env=own, capture_output=True, text=True, timeout=400)
+    ranks, words = re.fullmatch(r"(?:python|torchrun --nproc-per-node (\d+)) (.+)", command).groups()
+    done = run_tool(*shlex.split(words), ranks=int(ranks or 1), environment={"OPENAI_API_KEY": ""}, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

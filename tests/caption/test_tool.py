@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from fake_endpoint import caption_of, serving
 from foreign import write_llava_hf
+from forked import Tool, run_tool
 
 from megatron_share4v.caption.job import JobOptions
 from megatron_share4v.caption.records import Settings
@@ -24,7 +23,6 @@ from megatron_share4v.data.quickstart_scenes import draw_scene, make_scene
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.launch import World
 
-ROOT = Path(__file__).resolve().parents[2]
 IMAGES, TOKENS = 24, 40
 BROKEN = ("05.png", "17.png", "18.png")
 
@@ -45,23 +43,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(place: Path, out: Path, *more: str, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+def command(place: Path, out: Path, *more: str) -> list[object]:
     given = ["--images-file", place / "list.json", "--images-root", place / "images"]
     given += ["--save-path", out / "captions.json", "--jsonl", out / "rows.jsonl", "--annotations", out / "train.json"]
     given += ["--batch-size", "3", "--max-new-tokens", TOKENS]
     model = [] if "--endpoint" in more else ["--model-name", place / "model"]
-    return [sys.executable, *launcher, str(ROOT / "tools/caption.py"), *map(str, [*model, *given, *more])]
+    return ["tools/caption.py", *model, *given, *more]
 
 
-def environment(**more: str) -> dict[str, str]:
-    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OPENAI_API_KEY")}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return own | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
-def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=240)
+def run(place: Path, out: Path, *more: str, ranks: int = 1, **environment: str) -> CompletedProcess:
+    return run_tool(*command(place, out, *more), ranks=ranks, environment={"OPENAI_API_KEY": ""} | environment)
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -71,7 +62,7 @@ def results(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> dict[str, bytes]:
     """The results of one process that nobody kills."""
-    done = run(command(place, place / "whole"))
+    done = run(place, place / "whole")
     assert done.returncode == 3, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["images"], last["captions"], last["errors"]) == (IMAGES + 3, IMAGES - 1, 4)
@@ -92,16 +83,16 @@ def test_broken_images_are_rows_and_the_rest_is_captioned(undisturbed: dict[str,
 
 def test_kill_minus_nine_and_resume(undisturbed: dict[str, bytes], place: Path) -> None:
     out = place / "killed"
-    process = subprocess.Popen(command(place, out), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = Tool(*command(place, out))
     journal, deadline = out / "captions.json.journal/rank0.jsonl", time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 8):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline, process.said
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     kept = journal.read_bytes().count(b"\n") - 1
     assert 7 <= kept < IMAGES + 3 and not (out / "captions.json").exists()
-    done = run(command(place, out))
+    done = run(place, out)
     assert done.returncode == 3, done.stderr
     assert results(out) == undisturbed
     assert journal.read_bytes().count(b"\n") - 1 == IMAGES + 3, "nothing was captioned twice"
@@ -109,23 +100,23 @@ def test_kill_minus_nine_and_resume(undisturbed: dict[str, bytes], place: Path) 
 
 def test_two_ranks_equal_one(undisturbed: dict[str, bytes], place: Path) -> None:
     out = place / "two"
-    done = run(command(place, out, ranks=2))
-    assert done.returncode == 1 and '"errors": 4' in done.stdout, done.stderr  # torchrun's own code for a rank that ended with 3
+    done = run(place, out, ranks=2)
+    assert done.returncode == 3 and '"errors": 4' in done.stdout, done.stderr
     assert results(out) == undisturbed
     counts = [path.read_bytes().count(b"\n") - 1 for path in sorted((out / "captions.json.journal").iterdir())]
     assert counts == [14, 13]
 
 
 def test_one_model_over_two_ranks(undisturbed: dict[str, bytes], place: Path) -> None:
-    done = run(command(place, place / "tensor", "--num_gpus", "2", ranks=2))
+    done = run(place, place / "tensor", "--num_gpus", "2", ranks=2)
     assert '"errors": 4' in done.stdout, done.stderr
     assert results(place / "tensor") == undisturbed
 
 
 def test_beam_sampling_over_two_ranks_equals_one(place: Path) -> None:
     beams = ["--num-beams", "3", "--temperature", "1", "--repetition-penalty", "1.5", "--seed", "3", "--max-new-tokens", "12"]
-    one = run(command(place, place / "beams1", *beams))
-    two = run(command(place, place / "beams2", *beams, "--num_gpus", "2", "--batch-size", "1", ranks=2))
+    one = run(place, place / "beams1", *beams)
+    two = run(place, place / "beams2", *beams, "--num_gpus", "2", "--batch-size", "1", ranks=2)
     assert one.returncode == 3 and '"errors": 4' in two.stdout, one.stderr + two.stderr
     assert results(place / "beams1") == results(place / "beams2")
     repeated = [next(iter(entry.values())) for entry in json.loads((place / "beams1/captions.json").read_text()) if "03.png" in entry]
@@ -135,7 +126,7 @@ def test_beam_sampling_over_two_ranks_equals_one(place: Path) -> None:
 def test_an_endpoint_without_a_model(place: Path) -> None:
     with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "0"}, b"")) as (url, server):
         more = ["--endpoint", url, "--endpoint-model", "m", "--shards", str(place / "remote/shards")]
-        done = run(command(place, place / "remote", *more), OPENAI_API_KEY="sesame")
+        done = run(place, place / "remote", *more, OPENAI_API_KEY="sesame")
     assert done.returncode == 3, done.stderr
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer sesame"}
     rows = [json.loads(line) for line in (place / "remote/rows.jsonl").read_text().splitlines()]
@@ -145,23 +136,21 @@ def test_an_endpoint_without_a_model(place: Path) -> None:
 
 
 def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], place: Path) -> None:
-    serve = [sys.executable, str(ROOT / "tools/serve.py"), str(place / "model"), "--port", "0", "--api-key", "sesame", "--max-requests", "2"]
-    log = place / "serve.log"
-    with log.open("wb") as file:
-        server = subprocess.Popen([*serve, "--max-waiting", "1"], env=environment(), cwd=ROOT, stdout=file, stderr=file)
+    serve = ["tools/serve.py", place / "model", "--port", "0", "--api-key", "sesame", "--max-requests", "2", "--max-waiting", "1"]
+    server = Tool(*serve, merged=True)
     try:
         deadline = time.monotonic() + 120
-        while not (said := re.search(r"http://127.0.0.1:(\d+)/", log.read_text())) or not is_healthy(int(said[1])):
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+        while not (said := re.search(r"http://127.0.0.1:(\d+)/", server.said[0])) or not is_healthy(int(said[1])):
+            assert server.poll() is None and time.monotonic() < deadline, server.said
+            time.sleep(0.05)
         # More at a time than the server takes: some are refused with 429 and asked again.
         more = ["--endpoint", f"{said[0]}v1", "--endpoint-model", "share4v", "--concurrency", "6", "--retries", "20"]
-        done = run(command(place, place / "ours", *more), OPENAI_API_KEY="sesame")
-        wrong = run(command(place, place / "wrong", *more), OPENAI_API_KEY="wrong")
+        done = run(place, place / "ours", *more, OPENAI_API_KEY="sesame")
+        wrong = run(place, place / "wrong", *more, OPENAI_API_KEY="wrong")
     finally:
-        server.terminate()
-        server.wait()
-    assert done.returncode == 3, done.stderr + log.read_text()
+        server.send_signal(signal.SIGTERM)
+        log, _ = server.communicate()
+    assert done.returncode == 3, done.stderr + log
     files = results(place / "ours"), undisturbed
     theirs, ours = ([json.loads(line) for line in file["rows.jsonl"].splitlines()] for file in files)
     for row in (*theirs, *ours):
@@ -181,7 +170,7 @@ def is_healthy(port: int) -> bool:
 
 def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
     for more, message in ((["--endpoint", "http://127.0.0.1:9/v1"], "--endpoint-model"), (["--max-new-tokens", "5000"], "ask for fewer tokens")):
-        done = run(command(place, tmp_path, *more))
+        done = run(place, tmp_path, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 

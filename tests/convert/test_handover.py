@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 import yaml
 from foreign import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
+from forked import run_tool
 
 from megatron_share4v.checkpoint.companions import companions_of, keep_companions
 from megatron_share4v.checkpoint.exporter import export_model
@@ -64,24 +63,21 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def train(stage: Path, repository: Path, *overrides: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "tools/train.py", str(stage / "run.yaml"), *overrides]
-    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=240)
+def train(stage: Path, *overrides: str, ranks: int = 1) -> CompletedProcess:
+    return run_tool("tools/train.py", stage / "run.yaml", *overrides, ranks=ranks)
 
 
-def test_two_stages_and_an_export(stage: Path, repository: Path) -> None:
+def test_two_stages_and_an_export(stage: Path) -> None:
     first, second = stage / "first", stage / "second"
     frozen = ("model.trainable.language=false", "model.trainable.projector=true")
     tower = read_manifest(stage / "start").weights["vision"]
     start = (f"checkpoint.initialize_from={stage / 'start'}", f"checkpoint.expect_tower={tower}")
-    done = train(stage, repository, f"run.directory={first}", *start, *frozen)
+    done = train(stage, f"run.directory={first}", *start, *frozen)
     assert done.returncode == 0, done.stderr
     assert f"tower sha256 {tower}" in done.stderr
     assert read_manifest(first / "checkpoints" / "step_00000001").weights == {"vision": tower}  # frozen, and known without a look at the import
     layout = ("parallel.tensor=2", "parallel.sequence=true")
-    done = train(stage, repository, f"run.directory={second}", f"checkpoint.initialize_from={first}", *layout, ranks=2)
+    done = train(stage, f"run.directory={second}", f"checkpoint.initialize_from={first}", *layout, ranks=2)
     assert done.returncode == 0, done.stderr
     checkpoint = second / "checkpoints" / "step_00000001"
     assert read_manifest(checkpoint).weights == {"vision": tower}  # the same at every layout
@@ -94,22 +90,22 @@ def test_two_stages_and_an_export(stage: Path, repository: Path) -> None:
     assert not torch.equal(trained, theirs(SIZED, SHARE4V, "language")["model.layers.0.mlp.down_proj.weight"])
 
 
-def test_another_tower_is_refused(stage: Path, repository: Path) -> None:
+def test_another_tower_is_refused(stage: Path) -> None:
     """By its configuration, and before its tensors are missed."""
     start = f"checkpoint.initialize_from={stage / 'start'}"
-    done = train(stage, repository, f"run.directory={stage / 'refused'}", start, "model.vision.feature_layer=-3")
+    done = train(stage, f"run.directory={stage / 'refused'}", start, "model.vision.feature_layer=-3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "is of another tower than this run's: model.vision.feature_layer is -3 here, -2 in the checkpoint" in done.stderr
 
 
-def test_another_tower_of_the_same_shape_is_refused(stage: Path, repository: Path) -> None:
+def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
     """As OpenAI's CLIP and the one that ShareGPT4V tuned."""
     tuned = Request(directory=stage / "llama", tower=write_clip(stage / "tuned", seed=5))
     import_model(tuned, stage / "other", options=ImportOptions())
     expected, stored = (read_manifest(stage / name).weights["vision"] for name in ("start", "other"))
     assert expected != stored
     start = (f"checkpoint.initialize_from={stage / 'other'}", f"checkpoint.expect_tower={expected}")
-    done = train(stage, repository, f"run.directory={stage / 'refused'}", *start)
+    done = train(stage, f"run.directory={stage / 'refused'}", *start)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expected}" in done.stderr
     manifest = read_manifest(stage / "other")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from foreign import read_weights, write_clip, write_llama, write_llava_hf, write_weights
+from forked import run_tool
 
 from megatron_share4v.checkpoint.average import average
 from megatron_share4v.checkpoint.exporter import export_model, open_checkpoint
@@ -23,16 +22,11 @@ from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.errors import CheckpointError, ConversionError
 
 
-@pytest.fixture
-def convert(repository: Path):
-    def run(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "tools/convert.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=repository, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-    return run
+def convert(*arguments: object) -> CompletedProcess:
+    return run_tool("tools/convert.py", *arguments)
 
 
-def test_there_and_back(convert, tmp_path: Path) -> None:
+def test_there_and_back(tmp_path: Path) -> None:
     source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
     done = convert("import", "--from", source, "--to", ours)
     assert done.returncode == 0 and "vision: sha256" in done.stderr, done.stderr
@@ -46,7 +40,7 @@ def test_there_and_back(convert, tmp_path: Path) -> None:
     assert "72 tensors equal" in done.stdout and "72 of them after rounding" in done.stdout, done.stderr
 
 
-def test_mistakes_end_with_2_and_one_message(convert, tmp_path: Path) -> None:
+def test_mistakes_end_with_2_and_one_message(tmp_path: Path) -> None:
     done = convert("import", "--from", tmp_path / "nowhere", "--to", tmp_path / "ours")
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert "nowhere" in done.stderr

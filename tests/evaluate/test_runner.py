@@ -4,10 +4,7 @@ work is cut, and one message for a user's mistakes."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,20 +12,22 @@ from pathlib import Path
 import pytest
 from fake_endpoint import completion, serving
 from foreign import write_llava_hf
+from forked import Tool, run_tool
 from official_files import WRITERS, jsonl, picture
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.askers import LocalAsker, RemoteAsker
 from megatron_share4v.evaluate.evaluation import Evaluation
+from megatron_share4v.evaluate.item import Item
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
 from megatron_share4v.evaluate.result import ModelFacts
 from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
 from megatron_share4v.infer.journal import Share
 from megatron_share4v.infer.replicas import Replica, opened_replica
+from megatron_share4v.infer.stream import Outcome
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.remote.chat import Chat, Endpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = 18
 # Whose answers go to a server or into an official scorer's file.
 SUBMITTED = {(name, None) for name in ("vqav2", "gqa", "vizwiz", "mme", "seed", "mmbench", "mmbench_cn", "mm_vet")} | {("vizwiz", "val"), ("qbench", "test")}
@@ -62,15 +61,21 @@ def ask(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
     return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, name="tiny"), share=Share(), **more)
 
 
+def two_lines(items: Iterator[Item]) -> Iterator[list[Outcome]]:
+    """An asker whose first answer has a line break."""
+    yield [Outcome(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop") for number, item in enumerate(items)]
+
+
 @pytest.mark.parametrize(("name", "split"), WRITERS, ids=lambda part: part or "")
 def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Replica, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     WRITERS[name, split](tmp_path / "data")
     evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", split=split)
     if name == "mme":
-        # Noise has line breaks in it, at which the official calculation.py breaks off.
+        # An answer with a line break, at which the official calculation.py breaks off. The random model's may have one or not, as it is batched.
+        broken = Evaluation(name, data=tmp_path / "data", out=tmp_path / "broken")
         with pytest.raises(DataError, match="has a line break"):
-            ask(evaluation, replica)
+            run_benchmark(broken, two_lines, model=ModelFacts.of_replica(replica, name="tiny"), share=Share())
         evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", profile=CORRECTED)
     content = ask(evaluation, replica)
     rows = [json.loads(line) for line in (tmp_path / "out" / ANSWERS).read_text().splitlines()]
@@ -87,39 +92,28 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
         assert len((tmp_path / "out/judge_requests.jsonl").read_text().splitlines()) == len(rows)
 
 
-def command(export: Path, data: Path, out: Path, *more: object, ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    given = [ROOT / "tools/evaluate.py", export, "--benchmark", "custom", "--data", data, "--out", out, "--dtype", "fp32", "--name", "tiny", *more]
-    return [sys.executable, "-W", "ignore", *launcher, *map(str, given)]
-
-
-def environment() -> dict[str, str]:
-    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+def command(export: Path, data: Path, out: Path, *more: object) -> list[object]:
+    return ["tools/evaluate.py", export, "--benchmark", "custom", "--data", data, "--out", out, "--dtype", "fp32", "--name", "tiny", *more]
 
 
 def test_answers_do_not_depend_on_how_the_work_is_cut(export: Path, questions: Path, tmp_path: Path) -> None:
     """One by one; eight at a time on two ranks; killed with -9 in the middle and gone on with on two ranks."""
-    whole = run(command(export, questions, tmp_path / "alone", "--batch-size", 1))
+    whole = run_tool(*command(export, questions, tmp_path / "alone", "--batch-size", 1))
     assert whole.returncode == 0, whole.stderr
     shown = json.loads(whole.stdout.splitlines()[-1])
     assert shown["questions"] == QUESTIONS and shown["headline"]["name"] == "accuracy"
-    shared = run(command(export, questions, tmp_path / "shared", "--batch-size", 8, ranks=2))
+    shared = run_tool(*command(export, questions, tmp_path / "shared", "--batch-size", 8), ranks=2)
     assert shared.returncode == 0, shared.stderr
-    killed = subprocess.Popen(command(export, questions, tmp_path / "killed", "--batch-size", 2), env=environment(), stderr=subprocess.DEVNULL)
+    killed = Tool(*command(export, questions, tmp_path / "killed", "--batch-size", 2))
     journal, deadline = tmp_path / "killed" / JOURNAL / "rank0.jsonl", time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
         assert time.monotonic() < deadline and killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.communicate()
     before = journal.read_bytes()
     assert before.count(b"\n") < QUESTIONS and not (tmp_path / "killed" / ANSWERS).exists()
-    resumed = run(command(export, questions, tmp_path / "killed", "--batch-size", 8, ranks=2))
+    resumed = run_tool(*command(export, questions, tmp_path / "killed", "--batch-size", 8), ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert journal.read_bytes().startswith(before[: before.rfind(b"\n") + 1]), "what was answered is not asked again"
     answers = [(tmp_path / name / ANSWERS).read_bytes() for name in ("alone", "shared", "killed")]
@@ -127,7 +121,7 @@ def test_answers_do_not_depend_on_how_the_work_is_cut(export: Path, questions: P
 
 
 def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path) -> None:
-    done = run([*command(export, tmp_path / "nowhere", tmp_path / "out"), "--benchmark", "pope"])
+    done = run_tool(*command(export, tmp_path / "nowhere", tmp_path / "out"), "--benchmark", "pope")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     (tmp_path / "file").touch()
@@ -137,7 +131,7 @@ def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path)
         (("--compare", tmp_path / "file"), "is no JSON"),
         (("--endpoint", "http://127.0.0.1:9/v1"), "give one of CKPT"),
     ):
-        wrong = run([*command(export, questions, tmp_path / "out"), *map(str, given)])
+        wrong = run_tool(*command(export, questions, tmp_path / "out"), *given)
         assert wrong.returncode == 2 and wanted in wrong.stderr and "Traceback" not in wrong.stderr and "answering on" not in wrong.stderr, wrong.stderr
     assert "does not exist" in message and "coco_pope_random.json" in done.stderr and "https://" in done.stderr
 
@@ -154,11 +148,11 @@ def test_a_journal_of_other_questions_is_refused(replica: Replica, questions: Pa
 def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: Path, tmp_path: Path) -> None:
     asked = ask(Evaluation("custom", data=questions, out=tmp_path / "asked"), replica)
     given = ["--benchmark", "custom", "--data", questions, "--out", tmp_path / "scored", "--answers", tmp_path / "asked" / ANSWERS]
-    done = run([sys.executable, *map(str, (ROOT / "tools/evaluate.py", *given))])
+    done = run_tool("tools/evaluate.py", *given)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["scores"] == asked["scores"] and shown["questions"] == QUESTIONS and shown["model"] == "answers"
-    wrong = run([sys.executable, *map(str, (ROOT / "tools/evaluate.py", *given[:-1], tmp_path / "nothing.jsonl"))])
+    wrong = run_tool("tools/evaluate.py", *given[:-1], tmp_path / "nothing.jsonl")
     assert wrong.returncode == 2 and "nothing.jsonl: cannot be read" in wrong.stderr
 
 

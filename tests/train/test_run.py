@@ -1,4 +1,4 @@
-"""tools/train.py as a user starts it: torchrun at tensor 2 x pipeline 2, killed and started again, at another layout, and with bad input."""
+"""tools/train.py: started by torchrun at tensor 2 x pipeline 2; killed and started again, at another layout, and with bad input."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from launching import finish, killed_after, lines, start
+from forked import run_tool
+from launching import finish, fork, killed_after, lines, start
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
 from megatron_share4v.ops.build import find_toolchain
@@ -131,12 +131,12 @@ def _board_tags(directory: Path) -> list[str]:
 
 def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, undisturbed: Path) -> None:
     directory = bench.root / "killed"
-    process = start(bench.config, 4, f"run.directory={directory}", *T2P2, script=killed_after(7))
+    process = fork(bench.config, 4, f"run.directory={directory}", *T2P2, script=killed_after(7))
     output, _ = process.communicate(timeout=240)
-    assert process.returncode != 0 and "SIGKILL" in output, output
+    assert process.returncode == -signal.SIGKILL, output
     assert EVERY < len(lines(directory / "metrics.jsonl")) < STEPS
     shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
-    output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2))
+    output = finish(fork(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
     ours, theirs = lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl")
     assert ours[EVERY]["lost_s"] > 0 and ours[EVERY]["restart_s"] > 0.5
@@ -158,7 +158,7 @@ def test_another_layout_goes_on_with_the_same_samples(bench: Bench, undisturbed:
     """From tensor 2 x pipeline 2 x data 1 to data 2."""
     directory = bench.root / "half"
     assert (directory / "checkpoints" / "step_00000005").exists(), "made by the test before"
-    output = finish(start(bench.config, 2, f"run.directory={directory}"))
+    output = finish(fork(bench.config, 2, f"run.directory={directory}"))
     assert "at step 5" in output and "data 2" in output
     assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")[EVERY:]
     theirs = {line["step"]: line["loss"] for line in lines(undisturbed / "metrics.jsonl")}
@@ -170,14 +170,14 @@ def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> No
     """What a fresh clone does on a machine that can build nothing; then the same run where it can."""
     directory = bench.root / "uncompiled"
     few = (f"run.directory={directory}", "train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0")
-    output = finish(start(bench.config, 1, "train.steps=2", *few, path=""))
+    output = finish(fork(bench.config, 1, "train.steps=2", *few, path=""))
     assert "fused ops: reference (no C++ compiler" in output and len(lines(directory / "metrics.jsonl")) == 2
     record = json.loads((directory / "ops.json").read_text())
     assert record["ops"] == "reference" and "no C++ compiler" in record["reason"]
     message = refused(bench, "ops=native", *few, path="")
     assert "error: ops: native was asked for on cpu" in message and "install g++" in message and "or set ops: reference" in message
     if find_toolchain() is not None:
-        output = finish(start(bench.config, 1, "ops=native", "train.steps=3", "checkpoint.accept_changes=true", *few))
+        output = finish(fork(bench.config, 1, "ops=native", "train.steps=3", "checkpoint.accept_changes=true", *few))
         assert "the fused ops are others than before in this run" in output and "ops was reference, is native" in output
 
 
@@ -185,7 +185,7 @@ def test_fp8_is_watched(bench: Bench) -> None:
     """A bound that FP8 keeps, and one that it cannot keep."""
     few = ("train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0", "precision.fp8=tensorwise")
     directory = bench.root / "fp8"
-    output = finish(start(bench.config, 1, f"run.directory={directory}", "train.steps=3", "precision.guard_every_steps=2", "precision.fp8_last_layers=1", *few))
+    output = finish(fork(bench.config, 1, f"run.directory={directory}", "train.steps=3", "precision.guard_every_steps=2", "precision.fp8_last_layers=1", *few))
     assert "FP8: tensorwise, without the first 0 and the last 1 layers" in output
     gaps = [(line["fp8_loss_gap"], line["fp8_norm_gap"]) for line in lines(directory / "metrics.jsonl")]
     assert gaps[1] == (None, None) and all(0 < gap < 0.02 for gap in (gaps[0][0], gaps[2][0]))
@@ -196,7 +196,7 @@ def test_fp8_is_watched(bench: Bench) -> None:
 
 
 def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
-    process = start(bench.config, 1, *overrides, path=path)
+    process = fork(bench.config, 1, *overrides, path=path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "Traceback" not in output, output
@@ -204,7 +204,7 @@ def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
     return output
 
 
-def test_bad_configuration_is_refused(bench: Bench, repository: Path) -> None:
+def test_bad_configuration_is_refused(bench: Bench) -> None:
     message = refused(bench, "parallel.tensr=2", "train.steps=two")
     assert "did you mean 'tensor'?" in message and "train.steps" in message
     assert "last_step 2 comes before first_step 3" in refused(bench, "log.profile.first_step=3", "log.profile.last_step=2")
@@ -222,7 +222,7 @@ def test_bad_configuration_is_refused(bench: Bench, repository: Path) -> None:
     assert "tokenizer is" in message and "prepared with" in message
 
 
-def test_bad_data_is_refused(bench: Bench, repository: Path) -> None:
+def test_bad_data_is_refused(bench: Bench) -> None:
     damaged = bench.root / "damaged"
     shutil.copytree(bench.data, damaged)
     shard = sorted(damaged.glob("*.tar"))[1]
@@ -234,7 +234,7 @@ def test_bad_data_is_refused(bench: Bench, repository: Path) -> None:
     assert f"{shard.name} is missing" in message
 
 
-def test_corrupt_checkpoint(bench: Bench, repository: Path, undisturbed: Path) -> None:
+def test_corrupt_checkpoint(bench: Bench, undisturbed: Path) -> None:
     """Named explicitly it is refused; met on a resume it is passed over for the one before, and said so."""
     directory = bench.root / "corrupt"
     shutil.copytree(undisturbed, directory)
@@ -245,19 +245,16 @@ def test_corrupt_checkpoint(bench: Bench, repository: Path, undisturbed: Path) -
     named = directory / "checkpoints" / "step_00000010"
     message = refused(bench, f"checkpoint.initialize_from={named}", f"run.directory={bench.root / 'refused'}")
     assert victim.name in message
-    output = finish(start(bench.config, 1, f"run.directory={directory}"))
+    output = finish(fork(bench.config, 1, f"run.directory={directory}"))
     assert "passed over" in output and victim.name in output and "at step 5" in output
 
 
-def test_placeholders_that_do_not_match_are_refused(bench: Bench, repository: Path) -> None:
+def test_placeholders_that_do_not_match_are_refused(bench: Bench) -> None:
     record = json.loads((bench.root / "scenes" / "finetune.json").read_text())[0]
     record["conversations"][2]["value"] = "<image>\n" + record["conversations"][2]["value"]
     annotations = bench.root / "two_placeholders.json"
     annotations.write_text(json.dumps([record]))
     arguments = [f"--annotations={annotations}", f"--images={bench.root / 'scenes'}", f"--output={bench.root / 'never'}"]
-    done = subprocess.run(
-        [sys.executable, "tools/prepare_data.py", *arguments, f"--tokenizer={bench.root / 'tokenizer.model'}"],
-        cwd=repository, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_tool("tools/prepare_data.py", *arguments, f"--tokenizer={bench.root / 'tokenizer.model'}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "placeholder" in done.stderr + "".join(path.read_text() for path in bench.root.glob("never*/**/rejected.jsonl"))
