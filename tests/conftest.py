@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
 from megatron_share4v.ops.build import find_toolchain
 from megatron_share4v.ops.choose import choose_ops
+
+
+def pytest_collection_finish() -> None:
+    """The fork server of harness.py imports while the first tests run, if any file that was collected uses it."""
+    if "harness" in sys.modules:
+        sys.modules["harness"].start_forkserver()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import traceback
@@ -58,6 +59,12 @@ def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
+
+
+def start_forkserver() -> None:
+    """Start it now. A process has one such server; a data loader that came first would start one without what ranks import, for all later tests."""
+    forkserver()
+    multiprocessing.forkserver.ensure_running()
 
 
 def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
