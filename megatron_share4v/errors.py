@@ -23,6 +23,10 @@ class ConfigError(Share4VError):
     """The configuration, or the layout that it asks for, cannot be used."""
 
 
+class Occupied(ConfigError):
+    """Another job trains in the run directory. It says nothing there: that is the other's."""
+
+
 class DataError(Share4VError):
     """Annotations, images, shards, index or tokenizer are missing, damaged or do not belong together."""
 

@@ -15,6 +15,7 @@ import os
 import runpy
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -92,6 +93,13 @@ def stop_loader(fault: Fault, chunks: Any) -> None:
         os.kill(child.pid, signal.SIGSTOP)
 
 
+def wait_for(fault: Fault, chunks: Any) -> None:
+    """Go on when the file `value` is there."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not Path(fault.value).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def err(fault: Fault, chunks: Any) -> None:
     """A mistake of this project, on one rank alone."""
     raise ValueError(f"planted on rank {fault.rank}")
@@ -164,6 +172,7 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "term": by_signal(signal.SIGTERM),
     "usr1": by_signal(signal.SIGUSR1),
     "sleep": lambda fault, chunks: time.sleep(float(fault.value)),
+    "wait_for": wait_for,
     "raise": err,
     "term_parent": lambda fault, chunks: os.kill(os.getppid(), signal.SIGTERM),
     "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
@@ -210,28 +219,39 @@ class Outcome:
     output: str
 
 
+class Job:
+    """The ranks of a run that has begun. `store` is where they meet; it lives as long as this."""
+
+    def __init__(self, config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        descriptor, self._said = tempfile.mkstemp(suffix=".said", dir=config.parent)
+        os.close(descriptor)
+        self._store, self.processes = meeting_point(), []
+        for rank in range(ranks):
+            arguments = [str(config), *overrides, *only.get(rank, ())]
+            environment = world_environment(rank, ranks, self._store.port)
+            self.processes.append(context.Process(target=_rank, args=(environment, self._said, faults, arguments)))
+            self.processes[-1].start()
+
+    def ended(self) -> Outcome:
+        """Wait for it. When one rank has failed, the others are ended as torchrun does: SIGTERM, later SIGKILL."""
+        deadline, ending = time.monotonic() + TIMEOUT_S, False
+        while living := [process for process in self.processes if process.exitcode is None]:
+            if not ending and any(process.exitcode for process in self.processes):
+                deadline, ending = time.monotonic() + GRACE_S, True
+                for process in living:
+                    process.terminate()
+            if time.monotonic() > deadline:
+                for process in living:
+                    process.kill()
+            time.sleep(0.05)
+        return Outcome([int(process.exitcode) for process in self.processes], Path(self._said).read_text())
+
+
 def train(config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}) -> Outcome:
-    """Run to its end. only: overrides of single ranks. When one rank has failed, the others are ended as torchrun does: SIGTERM, later SIGKILL."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    store, said, processes = meeting_point(), config.with_suffix(".said"), []
-    said.write_text("")
-    for rank in range(ranks):
-        arguments = [str(config), *overrides, *only.get(rank, ())]
-        environment = world_environment(rank, ranks, store.port)
-        processes.append(context.Process(target=_rank, args=(environment, str(said), faults, arguments)))
-        processes[-1].start()
-    deadline, ending = time.monotonic() + TIMEOUT_S, False
-    while any(process.exitcode is None for process in processes):
-        if not ending and any(process.exitcode for process in processes):
-            deadline, ending = time.monotonic() + GRACE_S, True
-            for process in processes:
-                process.terminate()
-        if time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
-        time.sleep(0.05)
-    return Outcome([int(process.exitcode) for process in processes], said.read_text())
+    """Run to its end. only: overrides of single ranks."""
+    return Job(config, ranks, *overrides, faults=faults, only=only).ended()
 
 
 def _rank(environment: dict[str, str], said: str, faults: str, arguments: list[str]) -> None:

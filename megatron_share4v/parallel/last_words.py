@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_share4v.errors import Share4VError, Stopped
+from megatron_share4v.errors import Occupied, Share4VError, Stopped
 from megatron_share4v.log import get_logger
 
 FOLDER, MERGED = "errors", "errors.txt"
@@ -66,10 +66,10 @@ class LastWords:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Write down what leaves the block as an error; once, where blocks are nested. A run that was stopped in order has none."""
+        """Write down what leaves the block as an error; once, where blocks are nested. A run that was stopped in order, or must not begin, has none."""
         try:
             yield
-        except Stopped:
+        except (Stopped, Occupied):
             raise
         except BaseException as error:
             if not self._said:

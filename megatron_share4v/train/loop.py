@@ -20,6 +20,7 @@ from megatron_share4v.parallel.launch import World, end_with_launcher, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.parallel.watch import Bounds, Watch
 from megatron_share4v.plan.gpus import known_gpu
+from megatron_share4v.train.alone import alone_in
 from megatron_share4v.train.bad_steps import BadSteps
 from megatron_share4v.train.build import Training, build
 from megatron_share4v.train.faults import Quarantine, warn_of
@@ -54,11 +55,11 @@ def run(config: RunConfig) -> None:
     configure(rank=world.rank, directory=directory / "log")
     timeout_s = config.parallel.timeout_s
     signals, watch = Signals(), Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
-    if world.rank == 0:
-        Watch.clear(directory)
     check_wandb(config)
     words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
-    with signals.heard(), words.kept(), joined(world, device, timeout_s=timeout_s):
+    with signals.heard(), words.kept(), joined(world, device, timeout_s=timeout_s), alone_in(directory, rank=world.rank):
+        if world.rank == 0:
+            Watch.clear(directory)
         check_same_start(config)
         with watch.running(), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
             watch.enter("build")

@@ -19,11 +19,12 @@ from pathlib import Path
 from megatron_share4v.checkpoint.keep import checkpoint_directories
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.skip_steps import add_skips, read_skips
-from megatron_share4v.errors import ConfigError
+from megatron_share4v.errors import ConfigError, Occupied
 from megatron_share4v.log import get_logger
 from megatron_share4v.parallel.aftermath import STOPPED_EXIT_CODE, Aftermath, examine
 from megatron_share4v.parallel.process import end_with_parent, process_status
 from megatron_share4v.parallel.rank_state import RankState, read_states
+from megatron_share4v.parallel.run_lock import check_free
 from megatron_share4v.parallel.watch import FOLDER
 
 FILE = "restarts.jsonl"
@@ -92,8 +93,9 @@ class Supervisor:
         return after.code or 1
 
     def _start(self) -> int:
-        """One start, to its end; the launcher's exit code. Nothing of it lives when this returns."""
+        """One start, to its end; the launcher's exit code. Nothing of it lives when this returns. Raises Occupied when another job has the run directory."""
         if self._policy.leads:
+            check_free(self._run)
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
         handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         process = subprocess.Popen(self._command, preexec_fn=end_with_parent, start_new_session=True)
@@ -132,6 +134,13 @@ class Supervisor:
         deadline = time.monotonic() + END_S
         while (living := list(self._living())) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+        try:
+            check_free(self._run)
+        except Occupied:
+            # By now that is another job, and so are the ranks that can be seen here. On the other nodes it may be the first one's rank 0, still ending.
+            if self._policy.leads:
+                raise
+            return
         for state in living:
             os.kill(state.pid, signal.SIGKILL)
 

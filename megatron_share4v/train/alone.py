@@ -1,0 +1,29 @@
+"""A job has its run directory to itself (parallel/run_lock.py), and all its ranks know when it has not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_share4v.errors import Share4VError
+from megatron_share4v.parallel.run_lock import held
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, *, rank: int) -> Iterator[None]:
+    """Rank 0 holds the lock for the length of the block. Raises Occupied, on all ranks, when another job does. Collective."""
+    with contextlib.ExitStack() as stack:
+        refusal: list[Share4VError | None] = [None]
+        if rank == 0:
+            try:
+                stack.enter_context(held(directory))
+            except Share4VError as error:
+                refusal = [error]
+        # All end with the same exit code: a scheduler that sees another one from a rank that was killed would start the job again.
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise refusal[0]
+        yield
