@@ -6,10 +6,13 @@ A command ends with the message alone (no traceback) and exit code 2, or the cla
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class Share4VError(Exception):
@@ -66,6 +69,21 @@ class Stopped(Share4VError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
     word = "stopped"
+
+
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE)
+
+
+@contextlib.contextmanager
+def told_of_disk(directory: Path) -> Iterator[None]:
+    """A disk below `directory` that is full, lost or not ours to write is the user's to mend: ConfigError, from what the system says of a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OF_DISKS:
+            raise
+        where = error.filename or directory  # a flush does not say which file
+        raise ConfigError(f"{where} cannot be read or written on {socket.gethostname()}: {error.strerror}; see to the disk or its permissions, then start again") from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,18 @@ from pathlib import Path
 NAME = "megatron_share4v"
 
 
+class _File(logging.FileHandler):
+    """A log on a disk that is full says so once; it neither ends the program nor fills the screen with tracebacks."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What logging calls inside the except block of a record that could not be written."""
+        if not self.told:
+            self.told = True
+            print(f"{self.baseFilename}: some lines could not be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+
+
 def get_logger() -> logging.Logger:
     """The package's one logger; silent until `configure` is called."""
     return logging.getLogger(NAME)
@@ -29,7 +41,7 @@ def configure(*, rank: int, directory: Path | None = None, level: int = logging.
         logger.addHandler(console)
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(directory / f"rank{rank}.txt")
+        file = _File(directory / f"rank{rank}.txt")
         file.setFormatter(formatter)
         logger.addHandler(file)
     return logger

@@ -9,6 +9,7 @@ each instead of ten. The few that are about the launcher start the real one.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -112,6 +113,22 @@ def limit_files(fault: Fault, chunks: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.value), resource.RLIM_INFINITY))
 
 
+def enter(fault: Fault, chunks: Any) -> None:
+    """See the disks that process `value` sees. Before anything has begun a thread, as the kernel wants it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("user", "mnt"):
+        with open(f"/proc/{fault.value}/ns/{kind}") as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"setns {kind}")
+
+
+def fill(fault: Fault, chunks: Any) -> None:
+    """Someone else fills the disk of the file `value` to its last byte."""
+    with contextlib.suppress(OSError), open(fault.value, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
 def die_in_save(fault: Fault, chunks: Any) -> None:
     """When all tensors of the checkpoint of step `value` are written but nothing is published."""
     from megatron_share4v.checkpoint import store
@@ -182,6 +199,8 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "slow": slow_down,
     "spike": exaggerate,
     "full": limit_files,
+    "enter": enter,
+    "fill": fill,
     "lost_file": lose_one_file,
     "slow_save": write_slowly,
     "kill_in_save": die_in_save,

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_share4v.config.arguments import at_least_zero, natural
-from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.errors import ConfigError, reported, told_of_disk
 from megatron_share4v.log import configure
 from megatron_share4v.train.supervise import Policy, Supervisor, run_directory
 
@@ -32,7 +32,9 @@ def main() -> None:
         configure(rank=0)
         run = arguments.run or run_directory(command)
         policy = Policy(max_restarts=arguments.max_restarts, pause_s=arguments.pause_s, leads=not arguments.follow)
-        sys.exit(Supervisor(command, run, policy).supervise())
+        with told_of_disk(run):
+            code = Supervisor(command, run, policy).supervise()
+        sys.exit(code)
 
 
 if __name__ == "__main__":

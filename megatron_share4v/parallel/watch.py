@@ -26,6 +26,7 @@ from typing import Any, TextIO
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Share4VError
+from megatron_share4v.log import get_logger
 from megatron_share4v.parallel import hang
 from megatron_share4v.parallel.process import process_status
 from megatron_share4v.parallel.rank_state import Place, RankState, locate, read_state, write_state
@@ -79,6 +80,7 @@ class Watch:
         self._events: deque[str] = deque(maxlen=EVENTS)
         self._main, self._beat, self._over = threading.get_ident(), 0, threading.Event()
         self._ended: tuple[str | None, int | None] = (None, None)
+        self._unwritten = False
 
     @staticmethod
     def clear(directory: Path) -> None:
@@ -154,27 +156,35 @@ class Watch:
 
     def _publish(self) -> None:
         self._beat += 1
+        try:
+            write_state(self._folder, self._state())
+        except OSError as problem:
+            # A full disk must not end the thread that watches, nor hide what ended the run.
+            if not self._unwritten:
+                get_logger().warning("where rank %d is cannot be written: %s", self._rank, problem)
+            self._unwritten = True
+        else:
+            self._unwritten = False
+
+    def _state(self) -> RankState:
         phase, step, micro_batch, since = self._place
         where, collective = self._stack()
         status = process_status(os.getpid())
-        write_state(
-            self._folder,
-            RankState(
-                rank=self._rank,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                born=status[1] if status else 0,
-                beat=self._beat,
-                step=step,
-                phase=phase,
-                micro_batch=micro_batch,
-                since_s=round(time.monotonic() - since, 3),
-                where=where,
-                collective=collective,
-                ended=self._ended[0],
-                code=self._ended[1],
-                events=list(self._events),
-            ),
+        return RankState(
+            rank=self._rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            born=status[1] if status else 0,
+            beat=self._beat,
+            step=step,
+            phase=phase,
+            micro_batch=micro_batch,
+            since_s=round(time.monotonic() - since, 3),
+            where=where,
+            collective=collective,
+            ended=self._ended[0],
+            code=self._ended[1],
+            events=list(self._events),
         )
 
     def _stack(self) -> tuple[str, str]:

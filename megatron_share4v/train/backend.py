@@ -6,7 +6,6 @@ implementation of the fused ops. attention.json: which attention kernel.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +20,9 @@ from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.ops.choose import Choice
 from megatron_share4v.parallel.broadcast import broadcast_tensors
+from megatron_share4v.parallel.rank_state import write_json
 from megatron_share4v.train.feed import Source
+from megatron_share4v.train.records import read_object
 
 FILE = "image_backend.json"
 OPS_FILE = "ops.json"
@@ -80,10 +81,9 @@ def record_attention(choice: AttentionChoice, *, mesh: Mesh, directory: Path) ->
 
 
 def _write(record: dict[str, object], path: Path, *, names: Sequence[str], said: str) -> None:
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if before := read_object(path):
         changes = [f"{name} was {before.get(name)}, is {record[name]}" for name in names if before.get(name) != record[name]]
         if changes:
             get_logger().warning("%s: %s", said, "; ".join(changes))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(path, record)

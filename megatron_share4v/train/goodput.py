@@ -10,7 +10,6 @@ that are made once more, since it was not saved after them. other_s: validation,
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -22,6 +21,7 @@ import torch
 
 from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
 from megatron_share4v.parallel.device import Device
+from megatron_share4v.train.records import read_lines
 
 ACCOUNTS = ("compute_s", "exposed_communication_s", "data_wait_s", "checkpoint_s", "restart_s", "lost_s", "other_s")
 COLOURS = dict(zip(ACCOUNTS, (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2], PALETTE[3], PALETTE[6], PALETTE[7])))
@@ -109,10 +109,7 @@ class Ledger:
 
 def _times(metrics: Path | None, start_step: int) -> tuple[list[dict], float | None]:
     """(lines up to `start_step` that have accounts, time of the last line of all)."""
-    if metrics is None or not metrics.exists():
-        return [], None
-    whole = [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    timed = [line for line in whole if "time" in line]
+    timed = read_lines(metrics, "time", *ACCOUNTS) if metrics is not None else []
     return [line for line in timed if line["step"] <= start_step], timed[-1]["time"] if timed else None
 
 

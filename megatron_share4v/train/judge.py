@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.config.run import BadStepConfig
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.train.records import read_lines
 from megatron_share4v.train.step import not_finite
 
 
@@ -57,6 +57,6 @@ class Judge:
 
 
 def _good_steps(metrics: Path, *, to_step: int) -> list[tuple[float, float]]:
-    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if metrics.exists() else ()
+    lines = read_lines(metrics, "loss", "grad_norm", "skipped")
     good = [(line["loss"], line["grad_norm"]) for line in lines if line["step"] <= to_step and not line["skipped"]]
     return [pair for pair in good if all(map(math.isfinite, pair))]

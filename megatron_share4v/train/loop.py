@@ -11,7 +11,7 @@ import torch
 
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.errors import Stopped
+from megatron_share4v.errors import Stopped, told_of_disk
 from megatron_share4v.log import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
@@ -48,6 +48,11 @@ from megatron_share4v.train.writers import METRICS, RunWriters, StepRecord
 def run(config: RunConfig) -> None:
     """Train until the last step. A second call with the same run directory goes on from its newest whole checkpoint."""
     end_with_launcher()
+    with told_of_disk(Path(config.run.directory)):
+        _run(config)
+
+
+def _run(config: RunConfig) -> None:
     world = World.from_environment()
     layout = Layout.for_world(config.parallel, world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
@@ -57,7 +62,7 @@ def run(config: RunConfig) -> None:
     signals, watch = Signals(), Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
     check_wandb(config)
     words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
-    with signals.heard(), words.kept(), joined(world, device, timeout_s=timeout_s), alone_in(directory, rank=world.rank):
+    with signals.heard(), words.kept(), told_of_disk(directory), joined(world, device, timeout_s=timeout_s), alone_in(directory, rank=world.rank):
         if world.rank == 0:
             Watch.clear(directory)
         check_same_start(config)
@@ -107,7 +112,7 @@ class Loop:
         self.watch.enter("data", step=training.start_step + 1)
         # What a failing rank says is said before its world is left, which may take long.
         kept = self.words.kept() if self.words is not None else contextlib.nullcontext()
-        with kept, self.card.failing(), contextlib.closing(steps):
+        with kept, self.card.failing(), told_of_disk(training.directory), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)
                 if self.timekeeper is not None:

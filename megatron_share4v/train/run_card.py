@@ -35,6 +35,7 @@ from megatron_share4v.errors import CheckpointError
 from megatron_share4v.log import get_logger
 from megatron_share4v.train.build import Training
 from megatron_share4v.train.goodput import ACCOUNTS
+from megatron_share4v.train.records import read_lines, read_object
 from megatron_share4v.train.same_start import code_hash
 from megatron_share4v.train.writers import METRICS
 
@@ -54,7 +55,7 @@ class RunCard:
         self._metrics, self._path = training.directory / METRICS, training.directory / FILE
         self._card: dict[str, Any] | None = None
         if training.mesh.rank == 0:
-            self._card = start_card(training, hosts=hosts, before=_before(self._path))
+            self._card = start_card(training, hosts=hosts, before=read_object(self._path))
             write_card(self._path, self._card | {"status": "running"})
 
     def end(self, status: str) -> None:
@@ -88,7 +89,7 @@ def start_card(training: Training, *, hosts: Sequence[str], before: Mapping[str,
         "code": code(),
         "layout": str(training.mesh.layout),
         "machine": machine(training, hosts),
-        "decisions": {Path(name).stem: json.loads((directory / name).read_text()) for name in DECISIONS if (directory / name).exists()},
+        "decisions": {Path(name).stem: read_object(directory / name) for name in DECISIONS if (directory / name).exists()},
         "start_weights": start_weights(training),
         "data": {
             "plan": source.plan.fingerprint,
@@ -147,7 +148,7 @@ def start_weights(training: Training) -> dict[str, Any]:
 
 def figures(metrics: Path) -> dict[str, Any]:
     """The run in numbers, of all its starts, from metrics.jsonl; rates are medians over the steps."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    lines = read_lines(metrics, "loss", "consumed_samples", "tokens", "peak_memory_bytes", "skipped")
     if not lines:
         return {"steps": 0}
     last, validated = lines[-1], [line for line in lines if line.get("validation_loss") is not None]
@@ -199,10 +200,6 @@ def _items(value: Any) -> list[str]:
 
 def _brief(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _before(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -150,7 +150,10 @@ class Supervisor:
     def _record(self, after: Aftermath, *, attempt: int, code: int, newest: int, again: bool) -> None:
         if not self._policy.leads:
             return
-        self._run.mkdir(parents=True, exist_ok=True)
         record = {"time": time.time(), "attempt": attempt, "launcher_code": code, "newest_checkpoint": newest, "again": again, **asdict(after)}
-        with open(self._run / FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            self._run.mkdir(parents=True, exist_ok=True)
+            with open(self._run / FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as problem:  # the disk may be what ended the run
+            get_logger().warning("supervise: %s of %s cannot be written: %s; it was to say: %s", FILE, self._run, problem, after.reason)

@@ -5,7 +5,6 @@ Its own environment variables decide where it sends them (WANDB_MODE=offline kee
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,6 +13,8 @@ from pathlib import Path
 from megatron_share4v.config.load import flat
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import OpsError
+from megatron_share4v.parallel.rank_state import write_json
+from megatron_share4v.train.records import read_object
 
 FILE = "wandb.json"
 
@@ -33,9 +34,10 @@ class WandbSink:
 
         directory = Path(config.run.directory)
         path = directory / FILE
-        if not path.exists():
-            path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
-        identity = json.loads(path.read_text())["id"]
+        identity = read_object(path).get("id")
+        if identity is None:
+            identity = uuid.uuid4().hex[:12]
+            write_json(path, {"id": identity})
         try:
             self._run = wandb.init(
                 project=config.log.wandb, name=directory.name, id=identity, resume="allow", dir=str(directory), config=flat(config)

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_share4v.log import get_logger
 from megatron_share4v.train.counters import Counters
 from megatron_share4v.train.preview import Preview
+from megatron_share4v.train.records import parse_line, split_lines
 from megatron_share4v.train.wandb_sink import WandbSink
 
 METRICS = "metrics.jsonl"
@@ -135,13 +136,16 @@ def _duration(seconds: float) -> str:
 
 
 def reopen(path: Path, *, keep_to_step: int):
-    """Open for appending, without lines of later steps and without a line cut off by a crash."""
+    """Open for appending, without lines of later steps and without what is no line of a step: one cut off by a crash, or, with a warning, any other."""
     kept = []
+    for number, line in enumerate(split_lines(path), 1):
+        record = parse_line(line)
+        if record is None and line.endswith("\n"):
+            get_logger().warning("%s:%d: %.80r is not the line of a step; left out", path, number, line.strip())
+        if record is not None and record["step"] <= keep_to_step:
+            kept.append(line)
     if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= keep_to_step:
-                kept.append(line)
         replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(kept))
+        replacement.write_text("".join(kept), encoding="utf-8")
         os.replace(replacement, path)
-    return path.open("a")
+    return path.open("a", encoding="utf-8")
