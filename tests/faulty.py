@@ -49,6 +49,18 @@ def by_signal(number: int) -> Callable[[Fault, Any], None]:
     return lambda fault, chunks: os.kill(os.getpid(), number)
 
 
+def to_parent(number: int, program: str) -> Callable[[Fault, Any], None]:
+    """A signal to the process that has started this one, which must be the one that is meant: a rank whose launcher has died has another parent."""
+
+    def send(fault: Fault, chunks: Any) -> None:
+        parent = os.getppid()
+        command = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
+        assert any(word.endswith(program) for word in command), f"the parent of this rank is {command}, not {program}"
+        os.kill(parent, number)
+
+    return send
+
+
 def spoil(fault: Fault, chunks: Any) -> None:
     """One micro-batch of this step (number `value`) has no finite loss, nor gradient."""
     calls: list[int] = []
@@ -191,8 +203,8 @@ KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "sleep": lambda fault, chunks: time.sleep(float(fault.value)),
     "wait_for": wait_for,
     "raise": err,
-    "term_parent": lambda fault, chunks: os.kill(os.getppid(), signal.SIGTERM),
-    "kill_launcher": lambda fault, chunks: os.kill(os.getppid(), signal.SIGKILL),
+    "term_parent": to_parent(signal.SIGTERM, "tools/supervise.py"),
+    "kill_launcher": to_parent(signal.SIGKILL, "torch.distributed.run"),
     "nan": spoil,
     "stop_loader": stop_loader,
     "flip": flip,

@@ -1,0 +1,35 @@
+"""What would end a test run without a word (endings.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = """
+import os, signal
+from megatron_share4v.errors import ConfigError, reported
+def test_leaves():
+    with reported():
+        raise ConfigError("x")
+def test_child_may_leave():
+    child = os.fork()
+    if not child:
+        os._exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+def test_is_ended():
+    os.kill(os.getpid(), signal.SIGTERM)
+def test_never_begins():
+    pass
+"""
+
+
+def test_the_end_is_said(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "test_it.py").write_text(TESTS)
+    environment = os.environ | {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "endings", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 128 + 15 and "ended from outside, by SIGTERM" in done.stdout, done.stdout
+    assert "1 failed, 1 passed" in done.stdout, "test_leaves has left, or a child could not"
