@@ -98,6 +98,14 @@ def slow_down(fault: Fault, chunks: Any) -> None:
     chunks[0].register_forward_pre_hook(lambda *_: time.sleep(float(fault.value)))
 
 
+def kill_once(fault: Fault, chunks: Any) -> None:
+    """The first time alone; the file `value` remembers it."""
+    mark = Path(fault.value)
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def stop_loader(fault: Fault, chunks: Any) -> None:
     """The loader processes of this rank hang."""
     children = multiprocessing.active_children()
@@ -197,6 +205,7 @@ def write_slowly(fault: Fault, chunks: Any) -> None:
 
 KINDS: dict[str, Callable[[Fault, Any], None]] = {
     "kill": by_signal(signal.SIGKILL),
+    "kill_once": kill_once,
     "stop": by_signal(signal.SIGSTOP),
     "term": by_signal(signal.SIGTERM),
     "usr1": by_signal(signal.SIGUSR1),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import run_world
-from launching import lines
+from launching import ROOT, lines
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 RANKS_PER_NODE, STEPS = 4, 3  # of the config in conftest.py
@@ -20,18 +20,19 @@ RANKS_PER_NODE, STEPS = 4, 3  # of the config in conftest.py
 
 @dataclass(frozen=True)
 class Node:
-    """A namespace, and the address of its end of the cable."""
+    """A namespace, also its host's name, and the address of its end of the cable."""
 
     name: str
     address: str
 
-    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen:
-        """A script of examples/launch on this node."""
+    def start(self, script: str, *arguments: str, by: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
+        """A script of examples/launch on this node. by: what starts it."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {"PATH": path, "VIRTUAL_ENV": str(Path(sys.executable).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.name}
-        command = ["ip", "netns", "exec", self.name, "bash", f"examples/launch/{script}.sh", *arguments]
+        there = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        command = [*there, *by, "bash", f"examples/launch/{script}.sh", *arguments]
         return subprocess.Popen(
-            command, env={**os.environ, **settings, **environment}, cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, env={**os.environ, **settings, **environment}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
 
@@ -106,3 +107,22 @@ def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
     assert len(ours) == STEPS and ours == theirs
     assert lines(both / "samples.jsonl") == lines(one / "samples.jsonl")
     assert len(list((both / "log").glob("rank*.txt"))) == 2 * RANKS_PER_NODE
+
+
+def test_supervisors_of_both_nodes_start_again(nodes: list[Node], config: Path) -> None:
+    """The second node's rank is killed at the last step; its supervisor follows the first node's, which alone writes down why."""
+    directory, simple = config.parent / "supervised", ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
+    shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    fault, options = f"kill_once:1:{STEPS}:{config.parent / 'killed'}", (f"run.directory={directory}", "checkpoint.every_steps=1", *simple)
+    processes = [
+        node.start("multi_node_static", "tests/faulty.py", fault, str(config), *options,
+                   by=("python", "tools/supervise.py", "--pause-s", "0", *role, "--"), **shared, NODE_RANK=str(number))
+        for number, (node, role) in enumerate(zip(nodes, ((), ("--follow",))))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [line["step"] for line in lines(directory / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    first, last = lines(directory / "restarts.jsonl")
+    assert f"died without a word, as by kill -9 or for want of memory: rank 1 ({nodes[1].name}, " in first["reason"] and first["step"] == STEPS, first
+    assert (first["newest_checkpoint"], first["again"], last["newest_checkpoint"], last["code"]) == (STEPS - 1, True, STEPS, 0)
+    assert all("Starting again in 0 s (1 of 3)" in output for output in outputs) and f"at step {STEPS - 1}" in outputs[0]
