@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -21,7 +22,7 @@ from megatron_share4v.mcore.schedule import attach_schedule
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.optimizer import FusedAdamW
 
-__all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "gather_weights", "set_learning_rate", "unwrap", "wrap_chunks"]
+__all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "gather_weights", "set_learning_rate", "squared_norm", "unwrap", "wrap_chunks"]
 
 
 def wrap_chunks(
@@ -121,6 +122,18 @@ def set_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
         group["lr"] = group["max_lr"] * factor
 
 
+@torch.no_grad()
+def squared_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch.Tensor:
+    """[1] fp32: the square of the global L2 norm of the gradients, after optimizer.prepare_grads(). Collective, and nothing waits for it.
+
+    Core's own way gives a number of the host's, and asks the device for the norm of each weight where neither Transformer Engine nor apex is there.
+    """
+    gradients = [gradient for part in getattr(optimizer, "chained_optimizers", [optimizer]) for gradient in part.get_main_grads_for_grad_norm()]
+    squared = torch.nn.utils.get_total_norm(gradients).square().view(1) if gradients else torch.zeros(1, device=device)
+    dist.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
+    return squared
+
+
 def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float) -> None:
     """Scale gradients of global L2 norm `norm` down to `max_norm`; core's own way would compute the norm once more.
 
@@ -131,7 +144,7 @@ def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float
         if not isinstance(part.optimizer, FusedAdamW):
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm, norm)
         elif coefficient < 1.0 and part.get_parameters():
-            part.optimizer.gradient_scale = torch.tensor([coefficient], dtype=torch.float32, device=part.get_parameters()[0].device)
+            part.optimizer.gradient_scale = torch.full((1,), coefficient, dtype=torch.float32, device=part.get_parameters()[0].device)
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
@@ -141,11 +154,12 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]
             yield part
 
 
-def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any], torch.device]]:
+    """Each parameter with its state and where its count of steps is: with the parameter for torch's fused update, else on the host."""
     for part in optimizer_parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                yield parameter, part.optimizer.state[parameter]
+                yield parameter, part.optimizer.state[parameter], parameter.device if group["fused"] else torch.device("cpu")
 
 
 def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
@@ -155,17 +169,17 @@ def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     part.optimizer.state_of(parameter)
-    for parameter, state in _adam_states(optimizer):
+    for parameter, state, where in _adam_states(optimizer):
         if not state:
-            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=torch.tensor(0.0))
+            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=torch.tensor(0.0, device=where))
 
 
 def step_counts(optimizer: MegatronOptimizer) -> Iterable[int]:
     """Updates that each parameter has had."""
-    return [int(state["step"]) for _, state in _adam_states(optimizer)]
+    return [int(state["step"]) for _, state, _ in _adam_states(optimizer)]
 
 
 def restore_step_counts(optimizer: MegatronOptimizer, step: int) -> None:
     """After loading: a step count of its own for each parameter (a shared tensor would advance once per parameter)."""
-    for _, state in _adam_states(optimizer):
-        state["step"] = torch.tensor(float(step))
+    for _, state, where in _adam_states(optimizer):
+        state["step"] = torch.tensor(float(step), device=where)

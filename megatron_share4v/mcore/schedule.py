@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -51,7 +52,20 @@ def run_schedule(
 
 def attach_schedule(config: Any, chunks: Sequence[torch.nn.Module], *, overlap_grad_reduce: bool) -> None:
     """Tell core's schedule how gradients are finished and, with overlap, when they must not be reduced yet."""
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finish_gradients
     if overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def _finish_gradients(model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, *, pg_collection: Any, **others: Any) -> None:
+    """Core's, but for the division by the count of the step: core asks the device whether that is zero, and the host would wait for the answer."""
+    finalize_model_grads(model, None, pg_collection=pg_collection, **others)
+    if num_tokens is None:
+        return
+    pipeline = pg_collection.pp
+    dist.broadcast(num_tokens, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)  # the last stage alone counts
+    dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
+    scale = 1.0 / num_tokens.clamp(min=1)
+    for chunk in model:
+        chunk.scale_gradients(scale)

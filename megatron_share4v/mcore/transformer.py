@@ -90,6 +90,7 @@ def language_config(
         # With two pipeline ranks, batched point-to-point calls of the interleaved schedule swap two messages without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # a wait of the host after each message, which versions of torch needed that are long gone
         variable_seq_lengths=options.own_lengths and parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default of core's refuses other lengths, also where there are no experts
         sequence_parallel=parallel.sequence,

@@ -34,4 +34,5 @@ def divisor(
     """
     if normalize == "microbatch":
         total, tokens = total / max(whole, 1), min(whole, 1) if first else 0
-    return total, torch.tensor(tokens, dtype=torch.int, device=total.device)
+    # Filled in where it is wanted: a tensor of a number of the host's would be copied there, and waited for.
+    return total, torch.full((), tokens, dtype=torch.int, device=total.device)

@@ -1,4 +1,4 @@
-"""The device of one rank: a CUDA GPU where there is one, else the CPU. Decided once at start and passed as an argument."""
+"""The device of one rank: a CUDA GPU where there is one, else the CPU. Decided once at start and passed as an argument; and the way to it."""
 
 from __future__ import annotations
 
@@ -48,3 +48,9 @@ class Device:
     def describe(self) -> str:
         """One phrase for the start-up line."""
         return "cpu (gloo)" if self.kind == "cpu" else f"{torch.cuda.get_device_name(self.index)} (nccl)"
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, made on the host, on `device`, without a wait of the host for it: from memory that is pinned, which others are copied to first."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, clip_gradients, gather_weights, set_learning_rate
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, clip_gradients, gather_weights, set_learning_rate, squared_norm
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, divisor
+from megatron_share4v.parallel.device import sent
 from megatron_share4v.train.feed import StepData
 
 Normalize = Literal["tokens", "microbatch"]
@@ -105,15 +106,21 @@ def gradients_of(
     votes: Callable[[], Sequence[float]] = tuple,
     micro_batches: int | None = None,
 ) -> Gradients:
-    """Forward and backward. `micro_batches`: only so many of this rank; None: all."""
+    """Forward and backward. `micro_batches`: only so many of this rank; None: all.
+
+    The host waits for the device once, at the end, for loss, votes and norm together.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     some = data if micro_batches is None else replace(data, batches=data.batches[:micro_batches])
     losses = _run(chunks, some, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
-    loss, tokens, agreed = _reduce(losses, mesh=mesh, normalize=normalize, votes=votes())
+    sums = _summed(losses, mesh=mesh, normalize=normalize, votes=votes())
     optimizer.prepare_grads()
-    return Gradients(loss, tokens, float(optimizer.get_grad_norm()), agreed, tuple(losses))
+    squared = squared_norm(optimizer, device=mesh.device.torch_device)
+    *told, square = torch.cat([sums, squared.double()]).tolist()
+    loss, tokens, agreed = _told(told)
+    return Gradients(loss, tokens, square**0.5, agreed, tuple(losses))
 
 
 @torch.no_grad()
@@ -148,16 +155,29 @@ def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro
 
 
 def _reduce(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float] = ()) -> tuple[float, int, tuple[float, ...]]:
-    """(loss, trained tokens, sums of votes) of all ranks. The last stage's first tensor ranks speak, each for its positions; every rank votes."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    """(loss, trained tokens, sums of votes) of all ranks."""
+    return _told(_summed(losses, mesh=mesh, normalize=normalize, votes=votes).tolist())
+
+
+def _summed(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float]) -> torch.Tensor:
+    """[3 + votes] fp64 on the device, summed over all ranks: losses, their weights, trained tokens, votes. The last stage's first tensor ranks
+    speak, each for its positions; every rank votes. Nothing is asked of the device."""
+    device = mesh.device.torch_device
+    total, weight, tokens = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     if mesh.holds_last_stage and mesh.coordinates.tensor == 0:
         for part in losses:
             if normalize == "tokens":
-                value, weight = float(part.total), part.tokens
-            else:
-                value, weight = float(part.total) / max(part.whole, 1), min(part.whole, 1) if mesh.coordinates.context == 0 else 0
-            sums += torch.tensor([value, weight, part.tokens], dtype=torch.float64)
-    sums = torch.cat([sums, torch.tensor(votes, dtype=torch.float64)]).to(mesh.device.torch_device)
+                total, weight = total + part.total.double(), weight + part.tokens
+            else:  # one rank counts a micro-batch that several share
+                total, weight = total + part.total.double() / max(part.whole, 1), weight + min(part.whole, 1) * (mesh.coordinates.context == 0)
+            tokens += part.tokens
+    known = torch.tensor([weight, tokens, *votes], dtype=torch.float64)
+    sums = torch.cat([total.view(1), sent(known, device)])
     dist.all_reduce(sums)
-    total, weight, tokens, *agreed = sums.tolist()
+    return sums
+
+
+def _told(sums: Sequence[float]) -> tuple[float, int, tuple[float, ...]]:
+    """As `_reduce`, of what `_summed` has come to."""
+    total, weight, tokens, *agreed = sums
     return (total / weight if weight else 0.0), int(tokens), tuple(agreed)

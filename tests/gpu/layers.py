@@ -1,5 +1,6 @@
-"""What the layers of this machine's GPU compute, against their plain forms: attention kernels on packs, FP8 by ours and by Transformer Engine, recomputation,
-averages of the optimizer on the host. One line per check; exit code 1 when one fails. On the CPU, the checks that need no GPU.
+"""What the layers of this machine's GPU compute, against their plain forms: attention kernels on packs, FP8 by ours and by Transformer Engine,
+recomputation, averages of the optimizer on the host; and that forward and backward passes never make the host wait. One line per check; exit code 1
+when one fails. On the CPU, the checks that need no GPU.
 
     python tests/gpu/layers.py [--skip NAME]
 """
@@ -7,30 +8,36 @@ averages of the optimizer on the host. One line per check; exit code 1 when one 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
+from megatron_share4v.data.plan import StepItems
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.attention import KERNELS, places
 from megatron_share4v.mcore.choice import agree_on_ops, choose_attention
 from megatron_share4v.mcore.engine import missing_engine
 from megatron_share4v.mcore.groups import Mesh, open_mesh
-from megatron_share4v.mcore.optimizer import build_optimizer, clip_gradients, wrap_chunks
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, clip_gradients, wrap_chunks
 from megatron_share4v.mcore.options import layer_options
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
+from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.step import _run
 
 LENGTH, PATCHES = 512, 16
 SEGMENTS = ((200, 30, 256), (512,))  # 26 positions of padding
@@ -73,8 +80,10 @@ def batch(device: torch.device) -> Batch:
     return Batch(**{name: tensor.to(device) for name, tensor in given.items()}, segments=SEGMENTS)
 
 
-def updated(mesh: Mesh, *, attention: str = "sdpa", train: dict | None = None, precision: dict | None = None, engine: str = "none", optim: dict | None = None) -> Found:
-    """Losses before the first and after each of two updates, and the first gradient's norm."""
+def built(
+    mesh: Mesh, *, attention: str = "sdpa", train: dict | None = None, precision: dict | None = None, engine: str = "none", optim: dict | None = None
+) -> tuple[torch.nn.Module, MegatronOptimizer]:
+    """The model with its gradient buffers, and its optimizer."""
     parallel = ParallelConfig(distributed_optimizer=False)
     settings = TrainConfig(global_batch_size=1, **(train or {}))
     options = layer_options(settings, precision=PrecisionConfig(**(precision or {})), engine=engine, attention=attention, has_transformer_engine=engine != "none")
@@ -82,7 +91,12 @@ def updated(mesh: Mesh, *, attention: str = "sdpa", train: dict | None = None, p
     bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.bfloat16, ops=ops, options=options)
     initialize(bare, seed=1, model=MODEL)
     [chunk] = wrap_chunks(bare, mesh=mesh, parallel=parallel)
-    optimizer = build_optimizer([chunk], OptimConfig(learning_rate=1e-3, **(optim or {})), parallel=parallel, dtype=torch.bfloat16)
+    return chunk, build_optimizer([chunk], OptimConfig(learning_rate=1e-3, **(optim or {})), parallel=parallel, dtype=torch.bfloat16)
+
+
+def updated(mesh: Mesh, **how: object) -> Found:
+    """Losses before the first and after each of two updates, and the first gradient's norm. `how`: as `built` takes it."""
+    chunk, optimizer = built(mesh, **how)
     data, losses = batch(mesh.device.torch_device), []
     for _ in range(3):
         chunk.zero_grad_buffer()
@@ -95,6 +109,46 @@ def updated(mesh: Mesh, *, attention: str = "sdpa", train: dict | None = None, p
         clip_gradients(optimizer, max_norm=1.0, norm=losses[-1][1])
         optimizer.step_with_ready_grads()
     return Found(tuple(loss for loss, _ in losses), losses[0][1])
+
+
+@contextlib.contextmanager
+def waiting_forbidden(device: Device) -> Iterator[None]:
+    """torch raises where the host would wait for the GPU. On the CPU nothing of this can be seen: tests/train/test_waits.py looks for it there."""
+    if device.kind == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(mesh: Mesh) -> str:
+    """Of three micro-batches, the second without images, forward and backward, by each way to compute them; a first time makes tables that are kept."""
+    variants: dict[str, dict] = {"packed": {}, "recomputed": {"train": {"recompute": "full", "recompute_tower": "full"}}}
+    said = []
+    try:
+        choose_attention("varlen", device=mesh.device.torch_device, packed=True, dtype=torch.bfloat16)
+        variants["varlen"] = {"attention": "varlen"}
+    except OpsError as error:
+        said.append(f"varlen not here ({error})")
+    if mesh.device.kind == "cpu" or torch.cuda.get_device_capability() >= CAPABILITY:
+        variants["fp8"] = {"precision": {"fp8": "tensorwise"}}
+    if not missing_engine():
+        variants["engine"] = {"engine": "language", "attention": "te", "precision": {"fp8": "tensorwise"}}
+    first = batch(mesh.device.torch_device)
+    plain = replace(first, image_slots=first.image_slots[:0], pixels=first.pixels[:0])
+    data = StepData(StepItems(0, np.arange(4), np.full(4, LENGTH), LENGTH, 6, 0), [first, plain, first], 0.0)
+    for name, how in variants.items():
+        chunk, _ = built(mesh, **how)
+        run = {"mesh": mesh, "micro_batch_size": 2, "normalize": "tokens", "forward_only": False}
+        _run([chunk], data, **run)
+        with waiting_forbidden(mesh.device):
+            losses = _run([chunk], data, **run)
+        assert len(losses) == 3 and all(float(part.total) > 0 for part in losses)
+        said.append(f"{name} none")
+    return ", ".join(said)
 
 
 def kernels(mesh: Mesh) -> str:
@@ -139,7 +193,7 @@ def engine(mesh: Mesh) -> str:
 
 def own_fp8(mesh: Mesh) -> str:
     """Our FP8 layers against bf16, all variants."""
-    if mesh.device.kind == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if mesh.device.kind == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
         return "not here (no FP8 products)"
     plain = updated(mesh)
     variants = {"": {}, "precise ": {"fp8_weight_gradient": "dtype"}, "tower ": {"fp8_tower": True}}
@@ -165,7 +219,7 @@ def _near(found: Found, plain: Found, limit: float) -> str:
     return f"{away:.1e}"
 
 
-CHECKS: tuple[Callable[[Mesh], str], ...] = (kernels, recomputation, optimizer, own_fp8, engine)
+CHECKS: tuple[Callable[[Mesh], str], ...] = (kernels, waits, recomputation, optimizer, own_fp8, engine)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: builds the ops there, compares every op with its reference on the GPU (fp32 and bf16, poisoned outputs), looks
 # for memory faults and races with compute-sanitizer where that runs, compares layers (attention kernels on packs, FP8, Transformer Engine where it is
-# installed, recomputation, optimizer) with their plain forms, and measures all ops and training steps. Without a GPU it says that it measured nothing.
+# installed, recomputation, optimizer) with their plain forms, looks whether a step makes the host wait, and measures all ops and training steps.
+# Without a GPU it says that it measured nothing.
 #   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu; DIR/layers.txt; DIR/training/
 # Takes the active environment, or a python3 whose torch sees the GPU (PYTHON=... names another), or makes .venv with CUDA's torch.
 set -euo pipefail

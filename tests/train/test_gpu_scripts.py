@@ -20,6 +20,7 @@ def run(repository: Path, *command: str) -> str:
 def test_layers_are_compared(repository: Path) -> None:
     output = run(repository, "tests/gpu/layers.py")
     assert "kernels: sdpa equal, varlen not here" in output and "own_fp8: " in output and "engine: not here" in output and "FAILED" not in output
+    assert "packed none, recomputed none, fp8 none" in output
 
 
 def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
