@@ -3,7 +3,7 @@
 # for memory faults and races with compute-sanitizer where that runs, compares layers (attention kernels on packs, FP8, Transformer Engine where it is
 # installed, recomputation, optimizer) with their plain forms, looks whether a step makes the host wait, and measures all ops and training steps.
 # Without a GPU it says that it measured nothing.
-#   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu; DIR/layers.txt; DIR/training/
+#   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu; DIR/layers.txt; DIR/training/; DIR/fp8/
 # Takes the active environment, or a python3 whose torch sees the GPU (PYTHON=... names another), or makes .venv with CUDA's torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -52,3 +52,5 @@ echo "== speed of the ops"
 "$python" tools/bench_ops.py --device cuda | tee "$out/ops_gpu.txt"
 echo "== speed of training"
 "$python" tools/bench_gpu.py --out "$out/training"
+echo "== FP8 against BF16 over 200 steps"
+"$python" tools/bench_fp8.py --out "$out/fp8"

@@ -1,0 +1,182 @@
+"""Does FP8 learn as BF16 does? The quickstart's stage 1, its model scaled up, from the same weights on the same samples: BF16 against every FP8 recipe
+that this machine has, through the trainer as a user starts it.
+
+    python tools/bench_fp8.py [--out DIR] [--steps N] [--variants NAME ...] [--set KEY=VALUE ...]
+
+What decides is the largest relative gap between means of WINDOW losses in a row: one step's loss moves by its rounding alone, as "bf16, halves" shows
+(the same batches in micro-batches of half the size: another order of the same sums). Single steps' gaps are in the file too. Writes fp8.json, fp8.png
+and the run directories to DIR. Exit code 1 when a recipe is above the bound, 2 when none could be tried. Runs on the CPU at small sizes, with the same
+FP8 numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.errors import PrecisionError, TrainingError, reported
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALED = (
+    "model.language.hidden_size=1024", "model.language.intermediate_size=2816", "model.language.num_layers=16",
+    "model.language.num_attention_heads=16", "model.language.num_key_value_heads=16", "model.vision.hidden_size=512",
+    "model.vision.intermediate_size=1536", "model.vision.num_layers=8", "model.vision.num_attention_heads=8", "model.init_std=0.03",
+    "optim.learning_rate=3e-4", "train.global_batch_size=96", "train.micro_batch_size=48",
+)  # fmt: skip
+"""Of the quickstart's: about 230 million weights instead of 1.4, and a rate and first weights that such widths bear."""
+ENGINE = "transformer_engine=language"
+TRUTH, HALVES = "bf16", "bf16, halves"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    TRUTH: (),
+    HALVES: (),
+    "tensorwise": ("precision.fp8=tensorwise",),
+    "te tensorwise": ("precision.fp8=tensorwise", ENGINE),
+    "te delayed": ("precision.fp8=delayed", ENGINE),
+    "te blockwise": ("precision.fp8=blockwise", ENGINE),
+    "te mxfp8": ("precision.fp8=mxfp8", ENGINE),
+}
+USER_MISTAKE = 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of a run by step, or the trainer's own word on why this machine does not have it."""
+
+    variant: str
+    losses: tuple[float, ...] = ()
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Relative, from BF16's losses."""
+
+    window: float
+    """Largest, of means over the window."""
+    at_step: int
+    """Where that window ends, from 1."""
+    step: float
+    """Largest of single steps."""
+    last: float
+    """Of the last window."""
+
+
+def gap(losses: Sequence[float], truth: Sequence[float], *, window: int) -> Gap:
+    """Of equally many losses, at least as many as the window."""
+    mine, theirs = means(losses, window), means(truth, window)
+    away = [abs(a - b) / b for a, b in zip(mine, theirs, strict=True)]
+    largest = max(range(len(away)), key=away.__getitem__)
+    return Gap(away[largest], largest + window, max(abs(a - b) / b for a, b in zip(losses, truth, strict=True)), away[-1])
+
+
+def means(losses: Sequence[float], window: int) -> list[float]:
+    """Of each `window` losses in a row."""
+    return [sum(losses[end - window : end]) / window for end in range(window, len(losses) + 1)]
+
+
+def train(variant: str, arguments: argparse.Namespace) -> Curve:
+    """One run of tools/train.py, from its first step. Raises TrainingError when it breaks off."""
+    out, data = Path(arguments.out), Path(arguments.out) / "quickstart"
+    directory = out / variant.replace(", ", "_").replace(" ", "_")
+    overrides = [
+        "parallel.tensor=1", "parallel.pipeline=1", "precision.dtype=bf16", f"run.directory={directory}",
+        f"data.train={data / 'data' / 'pretrain'}", "data.validation=null", f"data.tokenizer={data / 'tokenizer.model'}",
+        "train.validate_every_steps=0", "train.preview_every_steps=0", "log.tensorboard=false", f"train.steps={arguments.steps}",
+        "checkpoint.every_steps=0", *SCALED, *arguments.set, *VARIANTS[variant],
+    ]  # fmt: skip
+    if variant == HALVES:
+        sizes = [setting.partition("=")[2] for setting in overrides if setting.startswith("train.micro_batch_size=")]
+        overrides.append(f"train.micro_batch_size={int(sizes[-1]) // 2}")
+    metrics = directory / "metrics.jsonl"
+    if metrics.exists():
+        raise TrainingError(f"{directory} has losses of an earlier comparison; name another --out, or remove it")
+    command = [sys.executable, "tools/train.py", "examples/quickstart/pretrain.yaml", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-1:] or ["no word"]
+    if done.returncode == USER_MISTAKE and variant not in (TRUTH, HALVES):
+        return Curve(variant, refused=said[-1])
+    if done.returncode:
+        what = f"tools/train.py ended with exit code {done.returncode}: {said[-1]}"
+        raise TrainingError(f"{variant}: {what}; its log: {directory / 'log'}")
+    return Curve(variant, tuple(json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()))
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    """All runs, one after the other, and the record that is written."""
+    out = Path(arguments.out)
+    scenes = [] if arguments.scenes is None else ["--train-scenes", str(arguments.scenes), "--held-out-scenes", "64"]
+    subprocess.run([sys.executable, "examples/quickstart/make_data.py", "--out", str(out / "quickstart"), *scenes], cwd=ROOT, check=True)
+    result: dict = {name: getattr(arguments, name) for name in ("steps", "window", "bound")}
+    result |= {"settings": [*SCALED, *arguments.set], "variants": {}}
+    curves: list[Curve] = []
+    for variant in dict.fromkeys((TRUTH, *arguments.variants)):
+        curve = train(variant, arguments)
+        curves.append(curve)
+        entry = asdict(curve)
+        if curve.losses:
+            entry["gap"] = asdict(gap(curve.losses, curves[0].losses, window=arguments.window))
+        result["variants"][variant] = entry
+        print(f"{variant:<15}" + (f"not run: {curve.refused}" if curve.refused else _line(entry)), flush=True)
+    judged = {name: entry["gap"]["window"] for name, entry in result["variants"].items() if "gap" in entry and name not in (TRUTH, HALVES)}
+    result |= {"largest_gap": max(judged.values(), default=None), "holds": bool(judged) and all(found <= arguments.bound for found in judged.values())}
+    (out / "fp8.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    draw([curve for curve in curves if curve.losses], arguments.window, out / "fp8.png")
+    return result
+
+
+def _line(entry: dict) -> str:
+    found, losses = entry["gap"], entry["losses"]
+    away = f"at most {found['window']:.3%} (step {found['at_step']}), single steps {found['step']:.3%}, last {found['last']:.3%}"
+    return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; from bf16 {away}"
+
+
+def draw(curves: Sequence[Curve], window: int, path: Path) -> None:
+    """Above, the losses (means of the window); below, their relative distance from BF16's, magnified to its own scale."""
+    canvas, left, width = Canvas(900, 520), 70, 800
+    smooth = {curve.variant: means(curve.losses, window) for curve in curves}
+    away = {name: [abs(a - b) / b for a, b in zip(line, smooth[TRUTH])] for name, line in smooth.items() if name != TRUTH}
+    canvas.text(left, 12, f"losses, means of {window} steps", size=15)
+    canvas.text(left, 286, "relative distance from bf16", size=15)
+    colours = dict(zip(smooth, PALETTE))
+    for lines, top, form in ((smooth, 40, "{:.2f}"), (away, 314, "{:.2%}")):
+        highest = max((max(line) for line in lines.values()), default=0.0) or 1.0
+        for part in range(5):
+            y = top + 160 * part / 4
+            canvas.line(left, y, left + width, y, fill=FAINT)
+            canvas.text(left - 8, y - 7, form.format(highest * (1 - part / 4)), align="right", size=12)
+        for name, line in lines.items():
+            places = [(left + width * number / max(1, len(line) - 1), top + 160 * (1 - value / highest)) for number, value in enumerate(line)]
+            for (x, y), (to_x, to_y) in zip(places, places[1:]):
+                canvas.line(x, y, to_x, to_y, fill=colours[name])
+    canvas.legend(left, 488, list(colours.items()), columns=6, width=135)
+    canvas.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/gpu/fp8")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--window", type=int, default=10)
+    parser.add_argument("--bound", type=float, default=0.01, help="largest relative gap that is accepted")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--scenes", type=int, help="to train on; default: the quickstart's 6,000")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configuration")
+    arguments = parser.parse_args()
+    with reported():
+        if not 0 < arguments.window <= arguments.steps:
+            raise TrainingError(f"--window {arguments.window} of --steps {arguments.steps}: give at least 1 and at most as many as there are steps")
+        result = compare(arguments)
+        if result["largest_gap"] is None:
+            raise PrecisionError(f"no FP8 recipe could be tried: {arguments.out}/fp8.json has the reason of each")
+    print(f"largest gap {result['largest_gap']:.3%}, bound {arguments.bound:.2%}: " + ("holds" if result["holds"] else "DOES NOT HOLD"))
+    sys.exit(0 if result["holds"] else 1)
+
+
+if __name__ == "__main__":
+    main()
