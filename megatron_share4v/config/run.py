@@ -302,12 +302,6 @@ class RunConfig:
     def conflicts(self) -> Iterator[Conflict]:
         """A model that the layout cannot cut, and samples that the model cannot hold."""
         yield from _layout_conflicts(self.model, self.parallel)
-        if self.data.pad_to == "micro_batch" and self.parallel.virtual > 1:
-            yield Conflict(
-                f"data.pad_to micro_batch makes micro-batches of different lengths, which the interleaved schedule (parallel.virtual {self.parallel.virtual}) "
-                "of megatron-core cannot pass on; use data.pad_to step, or parallel.virtual 1",
-                ("data.pad_to", "parallel.virtual"),
-            )
         yield from fp8_conflicts(self.model, self.precision, tensor=self.parallel.tensor, engine=self.transformer_engine)
         pack_length, multiple = self.data.pack_length, self.length_multiple(other=1)
         if pack_length and pack_length % multiple:

@@ -93,7 +93,6 @@ def _kind(message: str) -> str:
         ("is not divisible by parallel.tensor", "parallel.tensor does not divide the model"),
         ("do not divide each other", "parallel.tensor does not divide the model"),
         ("exceeds model.language.num_layers", "more stages than layers"),
-        ("data.pad_to micro_batch", "data.pad_to micro_batch excludes parallel.virtual"),
         ("interleaved schedule needs", "micro-batches per rank are no multiple of parallel.pipeline, as parallel.virtual needs"),
         ("train.global_batch_size", "the global batch does not divide into micro-batches for so many data-parallel ranks"),
         ("world size", "the world does not divide"),

@@ -188,7 +188,8 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
     uneven = {(2, 2, 1, 1): (5, 3), (1, 4, 1, 1): (1, 3, 3, 1), (1, 2, 2, 1): (1, 3, 2, 2)}.get((tensor, pipeline, virtual, data))
     if uneven is not None:
         variants.append(Variant(**place, sequence=tensor > 1, layout=uneven))
-    if (tensor, pipeline, virtual, data) in [(1, 1, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 2)]:
+    plain = [(1, 1, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 2)]
+    if (tensor, pipeline, virtual, data) in [*plain, (1, 2, 2, 1), (1, 4, 2, 1), (2, 2, 2, 2)]:
         variants.append(Variant(**place, sequence=tensor > 1, lengths="cropped"))
     return variants
 
