@@ -47,13 +47,13 @@ class Ranks:
         """What the first rank has sent; waits for it."""
         assert not self.leads
         message: list[StepPlan | str | None] = [None]
-        dist.broadcast_object_list(message, src=self._mesh.tensor_source, group=self._group)
+        dist.broadcast_object_list(message, src=self._mesh.sample_source, group=self._group)
         return message[0]
 
     def _send(self, message: StepPlan | str) -> None:
         assert self.leads, "only the first rank of a tensor group decides; the others call follow(engine.ranks)"
         if self._group is not None:
-            dist.broadcast_object_list([message], src=self._mesh.tensor_source, group=self._group)
+            dist.broadcast_object_list([message], src=self._mesh.sample_source, group=self._group)
 
 
 def follow(ranks: Ranks) -> None:
