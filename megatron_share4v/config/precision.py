@@ -41,6 +41,10 @@ class PrecisionConfig:
     guard_norm_gap: PositiveFloat = 0.2
     """Relative, of the gradient norm; a larger one ends the run."""
 
+    def fp8_layers(self, layers: int) -> range:
+        """Those in FP8 of so many decoder layers, counted from 0."""
+        return range(self.fp8_first_layers, layers - self.fp8_last_layers) if self.fp8 != "none" else range(0)
+
     def conflicts(self) -> Iterator[Conflict]:
         """Gradients that are shorter than what they are gradients of, and FP8 settings without FP8."""
         if self.gradients == "bf16" and self.dtype == "fp32":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_share4v.model.flops import Work, trained_blocks
+from megatron_share4v.model.flops import Work, layer_weights, trained_blocks
 from megatron_share4v.plan.case import Case
 from megatron_share4v.plan.memory import Chunk, tensors
 from megatron_share4v.plan.schedule import Kind
@@ -35,8 +35,12 @@ def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
     """One pass of one micro-batch through a stage, its tensor-parallel messages included."""
     chunk, of = case.chunk(stage), case.work
     assumed, forward = case.assumptions, kind == "forward"
-    layers = _work_seconds(case, of.layer, forward) + _layer_bytes(case, forward) / _bandwidth(case)
-    seconds = chunk.layers * max(layers, assumed.layer_s * (1 if forward else 2))
+    between, least = _layer_bytes(case, forward) / _bandwidth(case), assumed.layer_s * (1 if forward else 2)
+    plain = max(_work_seconds(case, of.layer, forward) + between, least)
+    seconds = (chunk.layers - len(chunk.fp8)) * plain
+    if chunk.fp8:
+        in_fp8 = _work_seconds(case, of.layer, forward, fp8=True) + between + _cast_bytes(case, forward) / _bandwidth(case)
+        seconds += len(chunk.fp8) * max(in_fp8, least)
     if chunk.first:
         tower = _work_seconds(case, of.tower + of.projector, forward) + _tower_bytes(case, forward) / _bandwidth(case)
         blocks = case.config.model.vision.num_built_layers if forward else trained_blocks(case.config.model)
@@ -55,13 +59,31 @@ def _bandwidth(case: Case) -> float:
     return case.gpu.bandwidth * case.assumptions.memory
 
 
-def _work_seconds(case: Case, work: Work, forward: bool) -> float:
-    """Products at their share of the peak, which narrow matrices lower."""
+def _work_seconds(case: Case, work: Work, forward: bool, *, fp8: bool = False) -> float:
+    """Products at their share of the peak, which narrow matrices lower. `fp8`: of FP8's, but for a weight gradient that is to be precise, and for
+    attention."""
     peak = case.gpu.bf16 * (1.0 if case.kept.element == 2 else FP32_SHARE)
     narrowest = min(case.config.model.language.hidden_size / case.layout.tensor, case.micro_batch.positions)
-    matrices = peak * case.assumptions.matrices * narrowest / (narrowest + 64)
+    wide = narrowest / (narrowest + 64)
     products, attention = (work.forward, work.attention_forward) if forward else (work.backward, work.attention_backward)
-    return (products / matrices + attention / (peak * case.assumptions.attention)) / case.layout.tensor
+    plain = products if not fp8 else work.forward if case.kept.fp8.precise and not forward and case.config.model.trainable.language else 0.0
+    seconds = plain / (peak * case.assumptions.matrices * wide) + attention / (peak * case.assumptions.attention)
+    if fp8:
+        seconds += (products - plain) / ((case.gpu.fp8 or peak) * case.assumptions.fp8 * wide)
+    return seconds / case.layout.tensor
+
+
+def _cast_bytes(case: Case, forward: bool) -> float:
+    """Read and written around a decoder layer's FP8 products: what goes in is read for its scale and again for its codes, written as they are and
+    transposed; backward the gradients of what came out in the same way. Weights are cast for every micro-batch by ours, by Transformer Engine once
+    in a step."""
+    language, kept = case.config.model.language, case.kept
+    e, n, width, inner = kept.element, case.micro_batch.positions, language.hidden_size, language.intermediate_size
+    grouped = language.num_key_value_heads * width // language.num_attention_heads
+    ins = n * (2 * width + (width + inner) / kept.tensor)
+    outs = n * (2 * width + (width + 2 * grouped + 2 * inner) / kept.tensor)
+    weights = layer_weights(case.config.model) / kept.tensor * (2 * e + 1 if forward else e + 1)
+    return (ins if forward else outs) * (2 * e + 2) + weights / (case.micro_batches if kept.fp8.engine else 1)
 
 
 def _layer_bytes(case: Case, forward: bool) -> float:

@@ -7,12 +7,12 @@ activations are what autograd keeps of our layers, tensor by tensor (tests compa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field, replace
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import Recompute
-from megatron_share4v.model.flops import Amounts, trained_blocks
+from megatron_share4v.model.flops import Amounts, layer_weights, trained_blocks
 
 FP32, INT64, INT32 = 4, 8, 4
 ALIGNMENT = 64  # elements: where megatron-core begins each weight in a sharded gradient buffer
@@ -48,6 +48,34 @@ class Chunk:
     layers: int
     first: bool
     last: bool
+    fp8: range = range(0)
+    """Those of its layers that are in FP8, counted from 0 in the chunk."""
+
+
+def chunk_of(stage: int, counts: Sequence[int], *, fp8: range = range(0)) -> Chunk:
+    """What a stage holds of a model with so many layers on each; `fp8`: layers in FP8, counted over the whole model."""
+    before, layers = sum(counts[:stage]), counts[stage]
+    own = range(min(max(fp8.start - before, 0), layers), max(min(fp8.stop - before, layers), 0))
+    return Chunk(layers=layers, first=stage == 0, last=stage == len(counts) - 1, fp8=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Kept:
+    """How FP8 layers keep what goes into their matrices. Ours as measured; Transformer Engine's as its 2.20 reads, not measured."""
+
+    engine: bool = False
+    """Transformer Engine's: under sequence parallelism it keeps this rank's rows and gathers them again, where ours keeps the gathered ones; and it
+    keeps two 8-bit forms of each weight over the step (WEIGHT_CODES)."""
+    code: float = 1.0
+    """Bytes of one value: its code, and its share of a block's scale."""
+    precise: bool = False
+    """Weight gradients from the values as they are, which are kept instead."""
+    tower: bool = False
+    """The tower's trained blocks too."""
+
+
+WEIGHT_CODES = 2.0
+"""Bytes per weight, in Transformer Engine's FP8 layers: cast once per step, as it is and transposed, since Hopper multiplies FP8 in one layout alone."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +104,8 @@ class Kept:
     native: bool = True
     """The fused ops of csrc/; else their references, which keep more."""
     recompute: Recomputed = Recomputed()
+    fp8: Fp8Kept = field(default_factory=Fp8Kept)
+    """Where there are FP8 layers."""
 
     def head_copies(self, model: ModelConfig) -> int:
         """How often context parallelism sends each key/value head (mcore/context.py)."""
@@ -134,8 +164,9 @@ def held(model: ModelConfig, chunks: list[Chunk], kept: Kept, *, data: int, shar
             mine += count * place * trains
             trained += count * elements * trains
         buffer += math.ceil(mine / math.lcm(data, 128)) * math.lcm(data, 128) if sharded else mine
+    codes = WEIGHT_CODES * kept.fp8.engine * sum(len(chunk.fp8) for chunk in chunks) * layer_weights(model) / kept.tensor
     state = moments + (FP32 if kept.element < FP32 else 0)  # and the fp32 weights that are updated
-    return Memory(weights=weights * kept.element, gradients=buffer * gradient, optimizer=trained * state / (data if sharded else 1))
+    return Memory(weights=weights * kept.element + codes, gradients=buffer * gradient, optimizer=trained * state / (data if sharded else 1))
 
 
 def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, *, sequences: int) -> float:
@@ -144,7 +175,9 @@ def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, 
     rows = n / (kept.tensor if kept.sequence else 1)
     width = model.language.hidden_size
     again = min(chunk.layers, kept.recompute.layers or chunk.layers) if kept.recompute.language == "full" else 0
-    total = again * e * rows * width + (chunk.layers - again) * _layer(model, kept, n, rows)
+    codes = sum(number >= again for number in chunk.fp8)
+    total = again * e * rows * width + codes * _layer(model, kept, n, rows, fp8=kept.fp8)
+    total += (chunk.layers - again - codes) * _layer(model, kept, n, rows)
     if chunk.layers > again:
         # The table of rotary positions, of one sequence's length, whoever holds it.
         total += FP32 * kept.context * n / sequences * width / model.language.num_attention_heads
@@ -163,24 +196,36 @@ def _norm(kept: Kept, values: float, rows: float, *, output: bool, statistics: i
     return kept.element * values * (1 + output) + FP32 * statistics * rows
 
 
-def _layer(model: ModelConfig, kept: Kept, n: float, rows: float) -> float:
+def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kept | None = None) -> float:
     language, e, split, trains = model.language, kept.element, kept.tensor, model.trainable.language
     width, inner = language.hidden_size, language.intermediate_size
-    drops = kept.recompute.drops
     grouped = language.num_key_value_heads * width // language.num_attention_heads
     grouped *= kept.head_copies(model)
-    total = 2 * _norm(kept, rows * width, rows, output=trains)
-    # The projection, of which the values are a view, and the result.
-    total += e * n * (2 * width + 2 * grouped) / split
-    if not drops(kept.recompute.language, "core_attn"):  # keys and queries, turned, and the kernel's sums
+    no_attention, no_mlp = (kept.recompute.drops(kept.recompute.language, module) for module in ("core_attn", "mlp"))
+
+    def taken(values: float, gathered: float) -> float:
+        """What a matrix keeps of its input, for its weight's gradient."""
+        return trains * (e * values if fp8 is None else _codes(kept, fp8, values, gathered))
+
+    total = 2 * _norm(kept, rows * width, rows, output=False) + taken(rows * width, n * width)
+    # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its place.
+    total += e * n * (width + 2 * grouped) / split + e * n * width / split * (fp8 is None or fp8.precise or not no_attention)
+    if fp8 is not None and not fp8.precise:
+        total += taken(n * width / split, n * width / split)
+    if not no_attention:  # keys and queries, turned, and the kernel's sums
         total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
-        total += e * n * width / split * (kept.context > 1)  # the result once more, before it is exchanged
+        total += e * n * width / split * (kept.context > 1) * (fp8 is None or fp8.precise)  # the result once more, before it is exchanged
     elif grouped < width and language.num_key_value_heads > split:  # queries of several groups are no view of the projection
         total += e * n * width / split
-    if not drops(kept.recompute.language, "mlp"):
-        between = e * 2 * inner if kept.native else FP32 * 3 * inner
-        total += n / split * (between + e * inner * trains)
-    return total
+    if no_mlp:
+        return total + e * rows * width * trains
+    total += taken(rows * width, n * width) + taken(n * inner / split, n * inner / split)
+    return total + n / split * (e * 2 * inner if kept.native else FP32 * 3 * inner)
+
+
+def _codes(kept: Kept, fp8: Fp8Kept, values: float, gathered: float) -> float:
+    """Bytes of an input in FP8: `values` on this rank, `gathered` once they have come together for the product."""
+    return (kept.element if fp8.precise else fp8.code) * (values if fp8.engine else gathered)
 
 
 def _tower_activations(model: ModelConfig, kept: Kept) -> float:
@@ -192,11 +237,15 @@ def _tower_activations(model: ModelConfig, kept: Kept) -> float:
         stem = e * vision.num_patches * 3 * vision.patch_size**2 + _norm(kept, t * width, t, output=False, statistics=2)
     if kept.recompute.tower == "full":
         return stem + trained_blocks(model) * e * t * width
-    block = 2 * _norm(kept, t * width, t, output=True, statistics=2) + e * t * 4 * width / split
-    if not kept.recompute.drops(kept.recompute.tower, "core_attn"):
+    no_attention, no_mlp = (kept.recompute.drops(kept.recompute.tower, module) for module in ("core_attn", "mlp"))
+    in_fp8 = kept.fp8.tower and not kept.fp8.precise
+    each = kept.fp8.code if in_fp8 else e  # of what goes into a matrix
+    block = 2 * _norm(kept, t * width, t, output=False, statistics=2) + each * t * width + (e if no_mlp else each) * t * width
+    block += e * t * (3 + (not in_fp8 or not no_attention)) * width / split + each * in_fp8 * t * width / split
+    if not no_attention:
         block += FP32 * t * vision.num_attention_heads / split
-    if not kept.recompute.drops(kept.recompute.tower, "mlp"):
-        block += t * inner / split * (2 * e if kept.native else 2 * FP32 + e)
+    if not no_mlp:
+        block += t * inner / split * (e + each if kept.native else 2 * FP32 + each)
     return stem + trained_blocks(model) * block
 
 
@@ -232,5 +281,7 @@ def workspace(model: ModelConfig, chunks: list[Chunk], amounts: Amounts, kept: K
     layer = e * n * (3 * inner / split + 3 * width) + e * 2 * inner * width / split * model.trainable.language
     if kept.recompute.language != "none":
         layer += _layer(model, replace(kept, recompute=Recomputed()), n, n / (split if kept.sequence else 1))
+    if any(chunk.fp8 for chunk in chunks):  # the codes of the largest matrix, and of its output's gradient as it is and transposed
+        layer += 2 * inner * width / split + 2 * n * 2 * inner / split
     ends = any(chunk.first or chunk.last for chunk in chunks) and model.trainable.language
     return max(layer, e * language.padded_vocab_size / split * width + e * n * width if ends else 0.0)

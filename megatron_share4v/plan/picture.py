@@ -22,7 +22,7 @@ def picture(plan: Prediction, *, title: str) -> Canvas:
     bar = max(12, min(26, 220 // len(shown)))
     canvas = Canvas(WIDTH, memory_top + 34 + len(shown) * bar + 60)
     canvas.text(LEFT, 12, title, size=16)
-    canvas.text(LEFT, 34, f"{PREDICTED}: step {plan.step_s:.3f} s, MFU {plan.mfu:.1%}, bubble {plan.bubble:.1%}", size=13)
+    canvas.text(LEFT, 34, f"{PREDICTED}: step {plan.step_s:.3f} s, {plan.utilisation}, bubble {plan.bubble:.1%}", size=13)
     _timeline(canvas, plan, shown, top=64, tall=tall)
     _memory(canvas, plan, shown, top=memory_top, tall=bar)
     return canvas

@@ -112,12 +112,24 @@ class Prediction:
 
     @property
     def mfu(self) -> float:
-        """Of the BF16 peak."""
+        """Of the BF16 peak, in FP8 too: so runs in both compare."""
         return self.model_tflops * 1e12 / self.case.gpu.bf16
 
     @property
+    def fp8_mfu(self) -> float | None:
+        """Of the FP8 peak; None where nothing is in FP8, or the GPU has no such units."""
+        gpu, fp8 = self.case.gpu, self.case.config.precision.fp8
+        return self.model_tflops * 1e12 / gpu.fp8 if gpu.fp8 and fp8 != "none" else None
+
+    @property
+    def utilisation(self) -> str:
+        """MFU with the peak that it is of."""
+        both = f" of the BF16 peak, {self.fp8_mfu:.1%} of the FP8 peak" if self.fp8_mfu is not None else ""
+        return f"MFU {self.mfu:.1%}{both}"
+
+    @property
     def hfu(self) -> float:
-        """With padding and what is computed twice."""
+        """With padding and what is computed twice; of the BF16 peak."""
         case = self.case
         flops = hardware_flops(case.config.model, case.workload.done(case.config.train.global_batch_size), case.execution)
         return flops / self.step_s / case.layout.world_size / case.gpu.bf16
@@ -142,6 +154,8 @@ class Prediction:
     def refusals(self) -> Iterator[str]:
         """Why it cannot run on this GPU."""
         case = self.case
+        if case.config.precision.fp8 != "none" and case.gpu.fp8 is None:
+            yield f"{case.gpu.name} has no FP8 products, which precision.fp8 {case.config.precision.fp8} asks for"
         if self.needed > case.gpu.memory:
             fullest = max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
             parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(self.memory[fullest]).items())

@@ -56,7 +56,7 @@ def _asked(plan: Prediction) -> Iterator[str]:
     )
     yield "messages  per rank and step: " + ", ".join(f"{axis} {size / 1e9:.2f} GB" for axis, size in vars(traffic).items())
     speed = f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s, {plan.model_tflops:.0f} model TFLOP/s per GPU"
-    yield f"speed     {speed}; MFU {plan.mfu:.1%}, hardware {plan.hfu:.1%}"
+    yield f"speed     {speed}; {plan.utilisation}, hardware {plan.hfu:.1%}"
     yield f"run       {duration(plan)}"
 
 
@@ -90,6 +90,13 @@ def ranking(found: Found) -> Iterator[str]:
         yield f"{count:>7} refused: {reason}"
 
 
+_FP8_BY_US = "Ours: one 8-bit form of each input is kept, and weights are cast for each micro-batch (memory as measured on the CPU)."
+_FP8_BY_ENGINE = (
+    "Transformer Engine: by reading its 2.20, not measured: one 8-bit form of this rank's rows of each input is kept, and of each weight two, cast "
+    "once in a step; all recipes as fast as each other, blocks' scales kept beside the codes."
+)
+
+
 def _assumptions(plan: Prediction) -> Iterator[str]:
     case, gpu, assumed = plan.case, plan.case.gpu, plan.case.assumptions
     yield (
@@ -102,6 +109,9 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
     )
     collective, layer, step = assumed.collective_s * 1e6, assumed.layer_s * 1e6, assumed.step_s * 1e3
     yield f"  {collective:.0f} us per collective, {layer:.0f} us per layer at least, {step:.0f} ms per step."
+    if case.config.precision.fp8 != "none" and gpu.fp8:
+        yield f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest of them in BF16."
+        yield f"  {_FP8_BY_ENGINE if case.kept.fp8.engine else _FP8_BY_US}"
     hidden = (
         "hidden behind the last backward pass" if case.config.parallel.overlap_grad_reduce else "not hidden (parallel.overlap_grad_reduce is off)"
     )
@@ -132,6 +142,8 @@ def record(plan: Prediction) -> dict[str, Any]:
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu,
         "model_tflops_per_s_per_gpu": plan.model_tflops,
         "mfu": plan.mfu,
+        "mfu_is_of": "bf16",
+        "mfu_of_fp8_peak": plan.fp8_mfu,
         "hfu": plan.hfu,
         "steps": plan.steps,
         "hours": plan.hours,

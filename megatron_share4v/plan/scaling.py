@@ -25,6 +25,7 @@ MODELS, SIZES, LARGEST = ("share4v_7b", "share4v_13b"), (8, 16, 64, 1024), 16_38
 TOKENS = ("loss.normalize=tokens",)
 PACKED = (*TOKENS, "data.pack_length=4096", "data.order=random", "train.micro_batch_size=1")
 LONG_PACKS, LONG_STEP = (4_096, 16_384, 65_536, 262_144), 524_288
+FP8 = ("precision.fp8=tensorwise",)
 PACKS = {"pretrain": 48, "finetune": 24}  # per step: about as many samples as the recipe's global batch
 COLUMNS = (
     "model",
@@ -98,9 +99,10 @@ def everything(overrides: tuple[str, ...] = ()) -> list[Question]:
     return [Question(model, stage, gpus, overrides=overrides) for model in MODELS for stage in STAGES for gpus in SIZES]
 
 
-def packed() -> list[Question]:
+def packed(overrides: tuple[str, ...] = ()) -> list[Question]:
     """Packs of 4,096 positions on 8 GPUs."""
-    return [Question(model, stage, 8, overrides=(*PACKED, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES]
+    how = (*PACKED, *overrides)
+    return [Question(model, stage, 8, overrides=(*how, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES]
 
 
 def longer() -> list[Question]:
@@ -197,6 +199,7 @@ def document(text: str, root: Path) -> str:
         "free": table(everything(TOKENS), root),
         "packed": table(packed(), root),
         "long": "\n".join([HEADER.replace("stage", "stage 2 in", 1), *long]),
+        "fp8": table(packed(FP8), root),
         "gpus": "\n".join([HEADER, *others]),
         "breaking": "\n".join(breaking(root)),
         "workloads": "\n".join(f"- {STAGES[stage]}: {workload.source}" for stage, workload in workloads.items()),

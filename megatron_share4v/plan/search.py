@@ -45,8 +45,8 @@ def search(config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, 
         except (ValidationError, ConfigError) as error:  # the first: values that the configuration itself refuses together
             refused[_kind(str(error))] += 1
             continue
-        if any(prediction.refusals()):
-            refused[f"does not fit {gpu.name}"] += 1
+        if (reason := next(prediction.refusals(), None)) is not None:
+            refused[f"does not fit {gpu.name}" if reason.startswith("does not fit") else reason] += 1
         else:
             fitting.append(prediction)
     return Found(_fastest(fitting, keep), refused, tried)

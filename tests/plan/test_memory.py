@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ import torch.distributed as dist
 from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, TrainConfig
 from megatron_share4v.data.context import context_part
 from megatron_share4v.model.flops import Amounts
 from megatron_share4v.model.stages import layers_per_stage
-from megatron_share4v.plan.memory import Chunk, Kept, Recomputed, activations, held
+from megatron_share4v.plan.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
 
 WITHIN = 0.05
 """What the planner promises; the sums below are off by the scalars that layers keep beside their tensors."""
@@ -36,10 +38,21 @@ class Case:
     recompute: tuple = ()
     short: bool = False
     """Gradients and AdamW's averages in bf16."""
+    fp8: tuple = ()
 
     @property
     def train(self) -> TrainConfig:
         return TrainConfig(global_batch_size=1, **dict(self.recompute))
+
+    @property
+    def model(self) -> ModelConfig:
+        """In FP8 with an MLP that two ranks can share in multiples of 16."""
+        model = tiny_model(**dict(self.trainable))
+        return replace(model, language=replace(model.language, intermediate_size=64)) if self.fp8 else model
+
+    @property
+    def precision(self) -> PrecisionConfig:
+        return PrecisionConfig(dtype=self.dtype, **dict(self.fp8))
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,10 @@ def measure(cases: list[Case]) -> list[Measured]:
         degrees = {name: getattr(case, name) for name in ("tensor", "pipeline", "virtual", "context")}
         layout = Layout(**degrees, data=dist.get_world_size() // (case.tensor * case.pipeline * case.context))
         with open_mesh(layout, device=Device("cpu")) as mesh:
-            model, dtype = tiny_model(**dict(case.trainable)), DTYPES[case.dtype]
+            model, dtype = case.model, DTYPES[case.dtype]
             parallel = ParallelConfig(**degrees, sequence=case.sequence, distributed_optimizer=case.sharded)
             agree_on_ops(case.ops, mesh=mesh)
-            bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=layer_options(case.train))
+            bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=layer_options(case.train, precision=case.precision))
             initialize(bare, seed=1, model=model)
             short = "bf16" if case.short else "fp32"
             wrapped = wrap_chunks(bare, mesh=mesh, parallel=parallel, gradients=short)
@@ -128,12 +141,17 @@ ATTENTION, MLP = (
     (("recompute", "selective"), ("recompute_tower", "selective"), ("recompute_modules", modules))
     for modules in (("core_attn",), ("core_attn", "mlp"))
 )
+FP8 = (("fp8", "tensorwise"),)
+PRECISE, ENDS, TOWER = ((*FP8, (name, value)) for name, value in (("fp8_weight_gradient", "dtype"), ("fp8_first_layers", 3), ("fp8_tower", True)))
 CASES = {
     1: [Case(), Case(dtype="fp32"), Case(trainable=STAGE_2), Case(trainable=PROJECTOR), Case(trainable=ALL, sharded=False),
         Case(ops="reference", dtype="fp32"),
+        Case(fp8=FP8), Case(fp8=PRECISE), Case(fp8=ENDS), Case(fp8=TOWER, trainable=ALL), Case(fp8=FP8, trainable=PROJECTOR),
+        Case(fp8=FP8, recompute=SOME), Case(fp8=TOWER, recompute=ATTENTION), Case(fp8=TOWER, recompute=MLP), Case(fp8=FP8, ops="reference", dtype="fp32"),
         Case(recompute=FULL, trainable=ALL), Case(recompute=SOME), Case(recompute=ATTENTION, trainable=ALL), Case(recompute=MLP)],
     2: [Case(tensor=2, recompute=ATTENTION), Case(tensor=2, short=True), Case(short=True), Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2),
-        Case(pipeline=2, virtual=2, dtype="fp32"), Case(context=2), Case(context=2, recompute=ATTENTION)],
+        Case(pipeline=2, virtual=2, dtype="fp32"), Case(context=2), Case(context=2, recompute=ATTENTION),
+        Case(tensor=2, sequence=True, fp8=FP8), Case(tensor=2, fp8=FP8), Case(pipeline=2, fp8=ENDS)],
     4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2), Case(tensor=2, trainable=ALL), Case(pipeline=4),
         Case(tensor=2, context=2, sequence=True)],
 }  # fmt: skip
@@ -148,7 +166,7 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
     measured = run_world(world, measure, CASES[world])
     worst = 0.0
     for number, case in enumerate(CASES[world]):
-        model = tiny_model(**dict(case.trainable))
+        model = case.model
         counts = layers_per_stage(model, ParallelConfig(pipeline=case.pipeline, virtual=case.virtual))
         kept = Kept(
             tensor=case.tensor,
@@ -157,13 +175,13 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
             element=2 if case.dtype == "bf16" else 4,
             native=case.ops == "native",
             recompute=recomputed(case.train),
+            fp8=Fp8Kept(precise=case.precision.fp8_weight_gradient == "dtype", tower=case.precision.fp8_tower),
         )
         replicas = world // (case.tensor * case.pipeline)
         positions = MICRO_BATCH * LENGTH // case.context
         for rank in range(case.pipeline):
-            chunks = [
-                Chunk(layers=counts[stage], first=stage == 0, last=stage == len(counts) - 1) for stage in range(rank, len(counts), case.pipeline)
-            ]
+            in_fp8 = case.precision.fp8_layers(model.language.num_layers)
+            chunks = [chunk_of(stage, counts, fp8=in_fp8) for stage in range(rank, len(counts), case.pipeline)]
             short = {"gradient": 2, "moments": 4} if case.short else {}
             planned = held(model, chunks, kept, data=replicas, sharded=case.sharded, **short)
             mine = [ranks[number] for ranks in measured if ranks[number].pipeline_rank == rank]
