@@ -34,6 +34,8 @@ class PrecisionConfig:
     """Matrix products of the vision tower in FP8 too."""
     fp8_weight_gradient: Literal["fp8", "dtype"] = "fp8"
     """`dtype`: gradients of weights by products in `dtype`, which keeps inputs in it (twice the memory)."""
+    fp8_param_gather: Bool = False
+    """Not available; see its refusal."""
     guard_every_steps: NonNegativeInt = 0
     """With fp8: so often one micro-batch of each data-parallel rank is also run in `dtype`, and the gaps of loss and gradient norm are logged; 0: never."""
     guard_loss_gap: PositiveFloat = 0.02
@@ -53,6 +55,13 @@ class PrecisionConfig:
             for name in ("fp8_first_layers", "fp8_last_layers", "fp8_tower", "guard_every_steps"):
                 if getattr(self, name):
                     yield Conflict(f"{name} {getattr(self, name)} needs fp8, which is none; use tensorwise, or leave {name} out", (name, "fp8"))
+        if self.fp8_param_gather:
+            message = (
+                "fp8_param_gather true is not available: megatron-core has it only for weights that are Transformer Engine's FP8 tensors from their "
+                "construction on, which first weights, checkpoints, the comparison of replicas and the guard's pass in bf16 here cannot read; "
+                "use false, and parallel.overlap_param_gather to hide the gather"
+            )
+            yield Conflict(message, ("fp8_param_gather",))
         if self.fp8 == "delayed" and (self.fp8_first_layers or self.fp8_last_layers):
             message = "fp8 delayed keeps its scales over the whole model and cannot leave out fp8_first_layers or fp8_last_layers; use tensorwise"
             yield Conflict(message, ("fp8", "fp8_first_layers", "fp8_last_layers"))

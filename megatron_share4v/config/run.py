@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_share4v.config.base import Bool, Conflict, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.overlap import overlap_conflicts
 from megatron_share4v.config.precision import PrecisionConfig, fp8_conflicts, length_multiple
 
 RESTART_S = 60
@@ -45,6 +46,8 @@ class ParallelConfig:
     overlap_grad_reduce: Bool = False
     overlap_param_gather: Bool = False
     """Gather updated weights while the next forward pass already runs on those that have come (needs distributed_optimizer and overlap_grad_reduce)."""
+    overlap_tensor: Bool = False
+    """Tensor-parallel messages behind the products that wait for them, by Transformer Engine's user buffers (config/overlap.py). No GPU has run it yet."""
     layout: Literal["auto"] | tuple[PositiveInt, ...] = "auto"
     """Decoder layers on each of the pipeline x virtual stages, in the model's order. `auto`: so that the slowest pipeline rank is fastest, counting the
     tower and the projector on the first stage and the head on the last, by what of them trains."""
@@ -62,6 +65,9 @@ class ParallelConfig:
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             needs = ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce")
             yield Conflict("overlap_param_gather true needs distributed_optimizer true and overlap_grad_reduce true", needs)
+        if self.overlap_tensor and not self.sequence:
+            message = f"overlap_tensor true needs tensor > 1 and sequence true, got tensor {self.tensor} and sequence false"
+            yield Conflict(message, ("overlap_tensor", "tensor", "sequence"))
         if self.layout != "auto" and len(self.layout) != self.pipeline * self.virtual:
             message = f"layout {list(self.layout)} names {len(self.layout)} stages; pipeline {self.pipeline} x virtual {self.virtual} has {self.pipeline * self.virtual}"
             yield Conflict(message, ("layout", "pipeline", "virtual"))
@@ -302,6 +308,10 @@ class RunConfig:
     def conflicts(self) -> Iterator[Conflict]:
         """A model that the layout cannot cut, and samples that the model cannot hold."""
         yield from _layout_conflicts(self.model, self.parallel)
+        if self.parallel.overlap_tensor:
+            yield from overlap_conflicts(
+                self.precision, engine=self.transformer_engine, pack_length=self.data.pack_length, preview=self.train.preview_every_steps
+            )
         yield from fp8_conflicts(self.model, self.precision, tensor=self.parallel.tensor, engine=self.transformer_engine)
         pack_length, multiple = self.data.pack_length, self.length_multiple(other=1)
         if pack_length and pack_length % multiple:

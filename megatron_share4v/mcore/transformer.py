@@ -95,6 +95,7 @@ def language_config(
         moe_token_dispatcher_type="alltoall",  # the default of core's refuses other lengths, also where there are no experts
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
+        tp_comm_overlap=parallel.overlap_tensor,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.intermediate_size,
         num_attention_heads=language.num_attention_heads,

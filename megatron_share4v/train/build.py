@@ -29,6 +29,7 @@ from megatron_share4v.mcore.engine import missing_engine
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
 from megatron_share4v.mcore.options import LayerOptions, layer_options
+from megatron_share4v.mcore.tensor_overlap import start_tensor_overlap
 from megatron_share4v.mcore.transformer import DTYPES
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
@@ -96,6 +97,7 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         own_lengths=config.data.pad_to == "micro_batch",
         has_transformer_engine=missing_engine() is None,
     )
+    start_tensor_overlap(config, mesh=mesh)
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options)
     _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
