@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 240
+# torch._dynamo: the first call of any optimizer imports it.
 PRELOAD = [
-    "torch", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.importer",
+    "torch", "torch._dynamo", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.importer",
     "megatron_share4v.checkpoint.exporter", "megatron_share4v.caption.run", "megatron_share4v.evaluate.runner",
 ]  # fmt: skip
 

@@ -8,20 +8,20 @@ import sys
 from pathlib import Path
 
 from forked import ROOT, Tool, run_tool
-from harness import run_world
+from harness import PRELOAD, run_world
 
 from megatron_share4v.data.workers import ordered_map
 
 WAITS = "import os, sys, time\nprint('here', os.environ['RANK'], *sys.argv[1:], file=sys.stderr)\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)\n"
 
 
-def has_megatron_core() -> bool:
-    return "megatron.core" in sys.modules and "megatron_share4v.train.loop" in sys.modules
+def missing() -> set[str]:
+    return set(PRELOAD) - set(sys.modules)
 
 
 def test_ranks_find_everything_imported_also_after_a_loader() -> None:
     assert list(ordered_map(abs, [-1], num_workers=1, prefetch=1)) == [1]
-    assert run_world(2, has_megatron_core) == [True, True]
+    assert run_world(2, missing) == [set(), set()]
 
 
 def test_a_forked_tool_says_and_ends_what_a_started_one_does() -> None:

@@ -105,6 +105,7 @@ def _to(original: Callable, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> 
 
 def _as_written(original: Callable, function: Callable | None = None, **options: Any) -> Callable:
     # Core decorates at import; that loads torch's compiler, a third of a process's start, for functions none of which our layers call.
+    # Where an optimizer is used, it loads a part of it later all the same.
     return function if function is not None else lambda decorated: decorated
 
 
