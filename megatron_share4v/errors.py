@@ -71,18 +71,19 @@ class Stopped(Share4VError):
     word = "stopped"
 
 
-OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE)
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
 
 
 @contextlib.contextmanager
 def told_of_disk(directory: Path) -> Iterator[None]:
-    """A disk below `directory` that is full, lost or not ours to write is the user's to mend: ConfigError, from what the system says of a file."""
+    """A disk that is full or lost, and a place below `directory` that is not ours to write, is the user's to mend: ConfigError, from the system's error."""
     try:
         yield
     except OSError as error:
-        if error.errno not in OF_DISKS:
+        where = Path(error.filename or directory)  # a flush does not say which file
+        if error.errno not in OF_DISKS and (error.errno not in OF_PLACES or not where.absolute().is_relative_to(directory.absolute())):
             raise
-        where = error.filename or directory  # a flush does not say which file
         raise ConfigError(f"{where} cannot be read or written on {socket.gethostname()}: {error.strerror}; see to the disk or its permissions, then start again") from error
 
 

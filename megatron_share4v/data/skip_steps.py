@@ -18,7 +18,10 @@ FILE = "skip_steps.jsonl"
 def read_skips(directory: Path) -> dict[int, str]:
     """Step -> reason; empty where there is no list. Raises DataError that names the line which is no such object."""
     path, found = directory / FILE, {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             found[int(entry["step"])] = str(entry["reason"])

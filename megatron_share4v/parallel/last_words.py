@@ -60,8 +60,9 @@ class LastWords:
         (self._folder / f"rank{rank}.json").unlink(missing_ok=True)
         if rank == 0:
             (log / MERGED).unlink(missing_ok=True)
+            own = {f"rank{number}.json" for number in range(ranks)}
             for path in self._folder.glob("rank*.json"):
-                if int(path.stem.removeprefix("rank")) >= ranks:
+                if path.name not in own:
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_share4v.errors import Share4VError
+from megatron_share4v.errors import Share4VError, told_of_disk
 from megatron_share4v.parallel.run_lock import held
 
 
@@ -19,7 +19,8 @@ def alone_in(directory: Path, *, rank: int) -> Iterator[None]:
         refusal: list[Share4VError | None] = [None]
         if rank == 0:
             try:
-                stack.enter_context(held(directory))
+                with told_of_disk(directory):
+                    stack.enter_context(held(directory))
             except Share4VError as error:
                 refusal = [error]
         # All end with the same exit code: a scheduler that sees another one from a rank that was killed would start the job again.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_share4v.checkpoint.store import on_first_rank
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Stopped, told_of_disk
@@ -69,8 +70,7 @@ def _run(config: RunConfig) -> None:
         with watch.running(), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
             watch.enter("build")
             training = build(config, mesh=mesh)
-            if mesh.rank == 0:
-                (directory / "config.yaml").write_text(dump(config))
+            on_first_rank(mesh, lambda: (directory / "config.yaml").write_text(dump(config)))
             train(training, watch=watch, signals=signals, words=words)
 
 

@@ -84,7 +84,7 @@ def start_card(training: Training, *, hosts: Sequence[str], before: Mapping[str,
     source = training.source
     return {
         "run": str(directory.absolute()),
-        "starts": [*before.get("starts", []), start],
+        "starts": [*(starts if isinstance(starts := before.get("starts"), list) else []), start],
         "versions": versions(),
         "code": code(),
         "layout": str(training.mesh.layout),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from faulty import train
@@ -12,6 +13,8 @@ from launching import lines
 from tolerances import LAYOUT_NORM
 
 from megatron_share4v.config.load import load_run
+from megatron_share4v.data.skip_steps import read_skips
+from megatron_share4v.errors import DataError
 from megatron_share4v.train.judge import Judge
 
 
@@ -121,10 +124,18 @@ def test_judge(bench) -> None:
     assert judge(2.9, 1.0) == "" and judge(math.inf, 1.0) == "loss is inf" and judge(1.0, math.nan) == "gradient norm is nan"
 
 
-@pytest.mark.parametrize("line", ['{"step": 4}', "7"])
-def test_a_list_that_cannot_be_read_is_refused(bench, line: str) -> None:
+@pytest.mark.parametrize("line", [b"7", b'{"step": 4', b"\xff"])
+def test_list_of_steps_as_people_write_it(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "skip_steps.jsonl").write_bytes(b'\n{"step": 3, "reason": "fine"}\n \n{"step": 3, "reason": "again"}')
+    assert read_skips(tmp_path) == {3: "again"}
+    (tmp_path / "skip_steps.jsonl").write_bytes(b'{"step": 3, "reason": "fine"}\n' + line)
+    with pytest.raises(DataError, match="skip_steps.jsonl:2: .* correct or remove the line"):
+        read_skips(tmp_path)
+
+
+def test_a_list_that_cannot_be_read_is_refused(bench) -> None:
     directory = bench.root / "unread"
     directory.mkdir(exist_ok=True)
-    (directory / "skip_steps.jsonl").write_text(f'{{"step": 3, "reason": "fine"}}\n{line}\n')
+    (directory / "skip_steps.jsonl").write_text('{"step": 3, "reason": "fine"}\n{"step": 4}\n')
     outcome = train(bench.config, 1, f"run.directory={directory}")
     assert outcome.codes == [2] and "skip_steps.jsonl:2: " in outcome.output, outcome.output

@@ -50,10 +50,13 @@ def test_a_killed_rank_is_missed(bench) -> None:
     outcome = train(bench.config, 2, f"run.directory={directory}", faults="kill:1:4")
     assert outcome.codes[1] == -9
     assert "the first to notice: rank 0 on " in outcome.output and "no last word from rank 1: ended from outside (kill -9" in outcome.output, outcome.output
+    for name in ("rank7.json", "rankx.json"):
+        (directory / "log" / "errors" / name).write_text("{")
+    (directory / "run_card.json").write_text('{"starts": 7}')
     again = train(bench.config, 2, f"run.directory={directory}")
     assert again.codes == [0, 0] and not (directory / "log" / "errors.txt").exists(), "what an earlier start left behind is not this one's"
     card = card_of(directory)
-    assert card["status"] == "finished" and [start["after_step"] for start in card["starts"]] == [0, 3]
+    assert card["status"] == "finished" and [start["after_step"] for start in card["starts"]] == [3], "what was spoiled is begun anew"
 
 
 def test_words_are_ordered_by_cause_then_time() -> None:

@@ -106,6 +106,8 @@ def test_what_a_full_disk_and_a_wrong_place_say(tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file/log cannot be read or written on .*: Not a directory; see to"), told_of_disk(tmp_path):
         (tmp_path / "file" / "log").mkdir()
+    with pytest.raises(FileNotFoundError), told_of_disk(tmp_path):
+        (tmp_path.parent / "no such file").read_text()
     with pytest.raises(ConnectionResetError), told_of_disk(tmp_path):
         raise ConnectionResetError("that is no disk")
 
