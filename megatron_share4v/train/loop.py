@@ -55,23 +55,23 @@ def run(config: RunConfig) -> None:
 
 def _run(config: RunConfig) -> None:
     world = World.from_environment()
-    layout = Layout.for_world(config.parallel, world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     directory = Path(config.run.directory)
     configure(rank=world.rank, directory=directory / "log")
     timeout_s = config.parallel.timeout_s
     signals, watch = Signals(), Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
-    check_wandb(config)
     words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
-    with signals.heard(), words.kept(), told_of_disk(directory), joined(world, device, timeout_s=timeout_s), alone_in(directory, rank=world.rank):
-        if world.rank == 0:
-            Watch.clear(directory)
-        check_same_start(config)
-        with watch.running(), open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
-            watch.enter("build")
-            training = build(config, mesh=mesh)
-            on_first_rank(mesh, lambda: (directory / "config.yaml").write_text(dump(config)))
-            train(training, watch=watch, signals=signals, words=words)
+    with signals.heard(), words.kept(), joined(world, device, timeout_s=timeout_s), alone_in(directory, rank=world.rank):
+        # Whatever a user has to do from here on, the watch says to whoever would start the run again.
+        with watch.running(), told_of_disk(directory):
+            check_same_start(config)
+            check_wandb(config)
+            layout = Layout.for_world(config.parallel, world_size=world.size)
+            with open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
+                watch.enter("build")
+                training = build(config, mesh=mesh)
+                on_first_rank(mesh, lambda: (directory / "config.yaml").write_text(dump(config)))
+                train(training, watch=watch, signals=signals, words=words)
 
 
 def train(training: Training, *, watch: Watch | None = None, signals: Signals | None = None, words: LastWords | None = None) -> None:

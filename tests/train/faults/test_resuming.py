@@ -8,6 +8,8 @@ import shutil
 from faulty import train
 from launching import lines
 
+from megatron_share4v.parallel.aftermath import examine
+
 
 def test_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(bench) -> None:
     directory = bench.root / "corrupt"
@@ -55,4 +57,7 @@ def test_one_rank_with_another_configuration_or_code_is_named(bench) -> None:
     assert re.search(r"error: rank 0: not all ranks started the same: optim.learning_rate is 0.002 on rank 1 \(.*\), 0.001 on 2 others", outcome.output)
     outcome = train(bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", faults="other_code:2:0")
     assert set(outcome.codes) <= {2, -15} and re.search(r"the same: code is 0123456789ab on rank 2 \(.*\), [0-9a-f]{12} on 2 others\.", outcome.output)
+    assert examine(directory).code == 2, "a supervisor knows that starting again would not help"
+    outcome = train(bench.config, 3, f"run.directory={directory}")
+    assert set(outcome.codes) <= {2, -15} and "train.global_batch_size 4 is not a multiple of" in outcome.output and examine(directory).code == 2, outcome.output
     assert not (directory / "metrics.jsonl").exists() and not (directory / "checkpoints").exists()
