@@ -16,6 +16,10 @@ def pytest_configure(config: pytest.Config) -> None:
     own, leave = os.getpid(), os._exit
 
     def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:  # a fork, which ends as any program does
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         pytest.exit(f"this test run was ended from outside, by {signal.Signals(number).name}", returncode=128 + number)
 
     def refuse(code: int) -> None:

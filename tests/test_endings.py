@@ -18,6 +18,12 @@ def test_child_may_leave():
     if not child:
         os._exit(5)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+def test_child_is_ended():
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(6)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -15
 def test_is_ended():
     os.kill(os.getpid(), signal.SIGTERM)
 def test_never_begins():
@@ -32,4 +38,4 @@ def test_the_end_is_said(tmp_path: Path, repository: Path) -> None:
         [sys.executable, "-m", "pytest", "-p", "endings", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 128 + 15 and "ended from outside, by SIGTERM" in done.stdout, done.stdout
-    assert "1 failed, 1 passed" in done.stdout, "test_leaves has left, or a child could not"
+    assert "1 failed, 2 passed" in done.stdout, "test_leaves has left, or a child could not"

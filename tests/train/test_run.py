@@ -214,8 +214,6 @@ def test_bad_configuration_is_refused(bench: Bench) -> None:
     assert "world size 1 is not a multiple of" in message
     message = refused(bench, "parallel.layout=[3, 3]", "parallel.pipeline=2", "data.pad_to=micro_batch", "parallel.virtual=2")
     assert "names 2 stages; pipeline 2 x virtual 2 has 4" in message
-    message = refused(bench, "data.pad_to=micro_batch", "parallel.pipeline=2", "parallel.virtual=2")
-    assert "the interleaved schedule (parallel.virtual 2) of megatron-core cannot pass on; use data.pad_to step" in message
     message = refused(bench, "parallel.tensor=8")
     assert "model.language.num_attention_heads 4 is not divisible by parallel.tensor 8" in message
     message = refused(bench, f"data.tokenizer={bench.root / 'other.model'}", f"run.directory={bench.root / 'refused'}")
