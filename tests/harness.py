@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT_S = 240
+TIMEOUT_S = 480
 # torch._dynamo: the first call of any optimizer imports it.
 PRELOAD = [
     "torch", "torch._dynamo", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.importer",

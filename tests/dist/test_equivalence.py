@@ -195,12 +195,19 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
 
 
 WITH_CONTEXT: dict[int, dict[tuple[int, int, int, int], list[dict]]] = {
-    2: {(1, 1, 1, 2): [{}, {"overlap": True, "gather": True}, {"normalize": "microbatch", "distributed_optimizer": False}, {"trainable": "projector"}]},
+    2: {
+        (1, 1, 1, 2): [
+            {"overlap": True, "gather": True},
+            {"normalize": "microbatch", "distributed_optimizer": False},
+            {"trainable": "projector"},
+            {"ops": "reference", "recompute": "selective"},
+        ]
+    },
     4: {
-        (2, 1, 1, 2): [{"sequence": True}, {"ops": "reference", "recompute": "selective"}, {"lengths": "cropped"}],
-        (1, 2, 1, 2): [{"lengths": "cropped"}, {"recompute": "full"}, {"normalize": "microbatch"}],
-        (1, 1, 1, 2): [{"overlap": True}],
-        (1, 1, 1, 4): [{}, {"lengths": "cropped"}],  # of 3 and 5 positions on a rank, so that images of 4 lie across borders
+        (2, 1, 1, 2): [{"sequence": True}],
+        (1, 2, 1, 2): [{"lengths": "cropped"}, {"recompute": "full", "normalize": "microbatch"}],
+        (1, 1, 1, 2): [{}],
+        (1, 1, 1, 4): [{"lengths": "cropped"}],  # 3 and 5 positions on a rank, so that images of 4 lie across borders
     },
     8: {(2, 2, 2, 2): [{"sequence": True}]},
 }
