@@ -203,15 +203,15 @@ def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kep
     grouped *= kept.head_copies(model)
     no_attention, no_mlp = (kept.recompute.drops(kept.recompute.language, module) for module in ("core_attn", "mlp"))
 
-    def taken(values: float, gathered: float) -> float:
-        """What a matrix keeps of its input, for its weight's gradient."""
-        return trains * (e * values if fp8 is None else _codes(kept, fp8, values, gathered))
+    def taken(on_rank: float, columns: float) -> float:
+        """What a matrix keeps of its input, of so many rows on this rank and n once they are gathered, for its weight's gradient."""
+        return trains * columns * (e * on_rank if fp8 is None else _codes(kept, fp8, on_rank, n))
 
-    total = 2 * _norm(kept, rows * width, rows, output=False) + taken(rows * width, n * width)
+    total = 2 * _norm(kept, rows * width, rows, output=False) + taken(rows, width)
     # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its place.
     total += e * n * (width + 2 * grouped) / split + e * n * width / split * (fp8 is None or fp8.precise or not no_attention)
     if fp8 is not None and not fp8.precise:
-        total += taken(n * width / split, n * width / split)
+        total += taken(n, width / split)
     if not no_attention:  # keys and queries, turned, and the kernel's sums
         total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
         total += e * n * width / split * (kept.context > 1) * (fp8 is None or fp8.precise)  # the result once more, before it is exchanged
@@ -219,13 +219,16 @@ def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kep
         total += e * n * width / split
     if no_mlp:
         return total + e * rows * width * trains
-    total += taken(rows * width, n * width) + taken(n * inner / split, n * inner / split)
+    total += taken(rows, width) + taken(n, inner / split)
     return total + n / split * (e * 2 * inner if kept.native else FP32 * 3 * inner)
 
 
-def _codes(kept: Kept, fp8: Fp8Kept, values: float, gathered: float) -> float:
-    """Bytes of an input in FP8: `values` on this rank, `gathered` once they have come together for the product."""
-    return (kept.element if fp8.precise else fp8.code) * (values if fp8.engine else gathered)
+def _codes(kept: Kept, fp8: Fp8Kept, rows: float, gathered: float) -> float:
+    """Bytes of a column of an input in FP8: `rows` on this rank, `gathered` once they have come together for the product. Our codes lie transposed, their
+    rows filled up to a multiple of 16."""
+    if fp8.precise:
+        return kept.element * (rows if fp8.engine else gathered)
+    return fp8.code * (rows if fp8.engine else math.ceil(gathered / 16) * 16)
 
 
 def _tower_activations(model: ModelConfig, kept: Kept) -> float:

@@ -151,7 +151,8 @@ CASES = {
         Case(recompute=FULL, trainable=ALL), Case(recompute=SOME), Case(recompute=ATTENTION, trainable=ALL), Case(recompute=MLP)],
     2: [Case(tensor=2, recompute=ATTENTION), Case(tensor=2, short=True), Case(short=True), Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2),
         Case(pipeline=2, virtual=2, dtype="fp32"), Case(context=2), Case(context=2, recompute=ATTENTION),
-        Case(tensor=2, sequence=True, fp8=FP8), Case(tensor=2, fp8=FP8), Case(pipeline=2, fp8=ENDS)],
+        Case(tensor=2, sequence=True, fp8=FP8), Case(tensor=2, fp8=FP8), Case(pipeline=2, fp8=ENDS),
+        Case(context=2, fp8=FP8), Case(context=2, fp8=FP8, recompute=ATTENTION)],
     4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2), Case(tensor=2, trainable=ALL), Case(pipeline=4),
         Case(tensor=2, context=2, sequence=True)],
 }  # fmt: skip

@@ -17,6 +17,7 @@ class Case:
     """One way to train."""
 
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
     virtual: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +53,7 @@ SHARED = [
     Case(parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}),
     Case(pipeline=2),
     Case(pipeline=2, virtual=2, packed=True),
+    Case(context=2, packed=True),
 ]
 
 
@@ -64,7 +66,8 @@ def waits_of(cases: list[Case]) -> list[list[str]]:
 
     results = []
     for case in cases:
-        layout = Layout(tensor=case.tensor, pipeline=case.pipeline, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.pipeline))
+        degrees = {"tensor": case.tensor, "context": case.context, "pipeline": case.pipeline}
+        layout = Layout(**degrees, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.context * case.pipeline))
         with open_mesh(layout, device=Device("cpu")) as mesh:
             agree_on_ops(case.ops, mesh=mesh)
             results.append(watched_step(mesh, case))
@@ -82,7 +85,7 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     from megatron_share4v.train.step import train_step
 
     data, model, sequences = step_data(mesh, packed=case.packed, trainable=case.trainable)
-    parallel = ParallelConfig(tensor=case.tensor, pipeline=case.pipeline, virtual=case.virtual, **case.parallel)
+    parallel = ParallelConfig(tensor=case.tensor, context=case.context, pipeline=case.pipeline, virtual=case.virtual, **case.parallel)
     precision = PrecisionConfig(dtype=case.dtype, **case.precision)
     options = layer_options(TrainConfig(global_batch_size=1, **case.train), precision=precision, attention=case.attention)
     dtype = DTYPES[case.dtype]
@@ -109,6 +112,7 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
     import tiny
 
     from megatron_share4v.data.collate import Role, collate
+    from megatron_share4v.data.context import context_part
     from megatron_share4v.data.plan import StepItems
     from megatron_share4v.data.sample import Example
     from megatron_share4v.train.feed import StepData
@@ -130,6 +134,8 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
             examples.append(Example(key="", name="", input_ids=ids, labels=labels, pixels=pixels))
         batches.append(collate(examples, sequence_length=48, segments=segments, tokens_per_image=tiny.PATCHES, role=Role(first=True, last=True)))
     items = StepItems(0, np.arange(20), np.full(20, 9), 48, 0, 0)
+    place = {"rank": mesh.coordinates.context, "size": mesh.layout.context, "sequence_length": 48}
+    batches = [context_part(batch, **place) for batch in batches]
     return StepData(items, batches[mesh.coordinates.data :: mesh.layout.data], 0.0), model, 2
 
 
