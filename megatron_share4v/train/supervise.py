@@ -98,9 +98,9 @@ class Supervisor:
             check_free(self._run)
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
         handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        process = subprocess.Popen(self._command, preexec_fn=end_with_parent, start_new_session=True)
         told = False
         try:
+            process = self._launch()
             while process.poll() is None:
                 if self._asked is not None and not told:
                     told = self._tell(process)
@@ -110,6 +110,12 @@ class Supervisor:
                 signal.signal(number, handler)
         self._bury()
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+    def _launch(self) -> subprocess.Popen:
+        try:
+            return subprocess.Popen(self._command, preexec_fn=end_with_parent, start_new_session=True)
+        except OSError as error:
+            raise ConfigError(f"{self._command[0]}: cannot be started: {error.strerror}; see what stands after --") from error
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = signal.Signals(number).name

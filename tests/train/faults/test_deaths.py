@@ -135,3 +135,5 @@ def test_run_directory_of_a_command(bench) -> None:
     assert run_directory(words) == Path("x/y")
     with pytest.raises(ConfigError, match="names no YAML file"):
         run_directory(words[:3])
+    with pytest.raises(ConfigError, match="no-such-launcher: cannot be started: No such file or directory; see what stands after --"):
+        Supervisor(["no-such-launcher", *words[1:]], bench.root / "unlaunched", Policy()).supervise()
