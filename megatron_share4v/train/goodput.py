@@ -82,7 +82,7 @@ class Ledger:
         """Around what saves a checkpoint; it is booked on the next line."""
         begun = self._now()
         yield
-        self._saving += self._now() - begun
+        self._saving += max(0.0, self._now() - begun)  # the clock may be set back
 
     def line(self, *, step_s: float, data_wait_s: float) -> dict[str, float]:
         """What happened since the line before, in seconds by account; `time` (seconds since 1970) and `goodput`, the share of compute in all so far.
