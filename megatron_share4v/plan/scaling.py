@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
-from megatron_share4v.plan.case import Assumptions
+from megatron_share4v.plan.case import Assumptions, Case
 from megatron_share4v.plan.gpus import GPUS
 from megatron_share4v.plan.picture import picture
 from megatron_share4v.plan.predict import Prediction
@@ -26,6 +26,13 @@ TOKENS = ("loss.normalize=tokens",)
 PACKED = (*TOKENS, "data.pack_length=4096", "data.order=random", "train.micro_batch_size=1")
 LONG_PACKS, LONG_STEP = (4_096, 16_384, 65_536, 262_144), 524_288
 FP8 = ("precision.fp8=tensorwise",)
+BENCH_SETTINGS = (
+    *PACKED, "train.global_batch_size=4", "parallel.tensor=1", "parallel.sequence=false", "parallel.overlap_grad_reduce=false",
+    "precision.dtype=bf16", "optim.moments=bf16", "precision.gradients=bf16",
+)  # fmt: skip
+BENCH_TEXT = {"pretrain": 200, "finetune": 350}
+BENCH = {"bf16": (), "fp8": FP8, "te bf16": ("transformer_engine=language",)}
+BENCH |= {f"te fp8 {recipe}": ("transformer_engine=language", f"precision.fp8={recipe}") for recipe in ("tensorwise", "delayed", "blockwise")}
 PACKS = {"pretrain": 48, "finetune": 24}  # per step: about as many samples as the recipe's global batch
 COLUMNS = (
     "model",
@@ -109,6 +116,17 @@ def longer() -> list[Question]:
     """Packs of more and more positions, 524,288 of them per step, on 64 GPUs."""
     sizes = {length: (*PACKED, f"data.pack_length={length}", f"train.global_batch_size={LONG_STEP // length}") for length in LONG_PACKS}
     return [Question("share4v_7b", "finetune", 64, overrides=overrides) for overrides in sizes.values()]
+
+
+def one_gpu(root: Path) -> Iterator[str]:
+    """Rows of the table that tools/bench_gpu.py measures on one H200, by its settings and the same texts."""
+    yield "| stage | variant | s/step | tokens/s | TFLOP/s | MFU | peak GB |\n|---|---|---|---|---|---|---|"
+    for stage, text in BENCH_TEXT.items():
+        for variant, overrides in BENCH.items():
+            config = Question("share4v_7b", stage, 1, overrides=(*BENCH_SETTINGS, *overrides)).config(root)
+            plan = Prediction(Case.of(config, world_size=1, workload=workload_of(config, text_length=text), gpu=GPUS["h200"]))
+            speed = f"{plan.step_s:.3f} | {plan.tokens_per_s_per_gpu:,.0f} | {plan.model_tflops:.0f} | {plan.mfu:.1%}"
+            yield f"| {stage} | {variant} | {speed} | {plan.needed / 1e9:.0f} |"
 
 
 def breaking(root: Path) -> Iterator[str]:
@@ -200,6 +218,7 @@ def document(text: str, root: Path) -> str:
         "packed": table(packed(), root),
         "long": "\n".join([HEADER.replace("stage", "stage 2 in", 1), *long]),
         "fp8": table(packed(FP8), root),
+        "one": "\n".join(one_gpu(root)),
         "gpus": "\n".join([HEADER, *others]),
         "breaking": "\n".join(breaking(root)),
         "workloads": "\n".join(f"- {STAGES[stage]}: {workload.source}" for stage, workload in workloads.items()),

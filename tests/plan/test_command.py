@@ -61,11 +61,13 @@ def test_the_largest_world_takes_seconds_and_no_torch(repository: Path) -> None:
 
 def test_the_page_says_what_the_planner_says(repository: Path) -> None:
     """One row of each table asked for again; after a change of the planner: python tools/plan_scaling.py."""
-    from megatron_share4v.plan.scaling import FP8, TOKENS, Question, packed, row
+    from megatron_share4v.plan.scaling import FP8, TOKENS, Question, longer, one_gpu, packed, row
 
     page = (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
     for question in (Question("share4v_13b", "finetune", 64), Question("share4v_7b", "pretrain", 16, overrides=TOKENS), packed()[0], packed(FP8)[0]):
         assert row(question, repository) in page, question
+    assert "\n".join(one_gpu(repository)) in page
+    assert row(longer()[2], repository).replace("stage 2", "packs of 65,536") in page
     assert page.count("| 7B |") == page.count("| 13B |") + 9 and "predicted, not measured" in page.lower()
     pictures = re.findall(r"\((pictures/\S+\.png)\)", page)
     assert len(pictures) == 4 and all((repository / "docs" / name).stat().st_size < 60_000 for name in pictures)
