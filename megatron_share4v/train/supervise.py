@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_share4v.checkpoint.keep import checkpoint_directories
 from megatron_share4v.config.load import load_run
@@ -28,7 +29,7 @@ from megatron_share4v.parallel.run_lock import check_free
 from megatron_share4v.parallel.watch import FOLDER
 
 FILE = "restarts.jsonl"
-POLL_S, END_S = 0.2, 60.0
+POLL_S, END_S, FOLLOW_S = 0.2, 60.0, 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Supervisor:
         before: Aftermath | None = None
         failures, newest = 0, self._newest()
         for attempt in range(1, 1_000_000):
+            told = len(self._told())
             code = self._start()
             after = examine(self._run) if code else Aftermath("all ranks came to their end", 0)
             if after.code == 0:
@@ -76,6 +78,10 @@ class Supervisor:
                 return self._last_word(after, code=code, failures=failures)
             before = after
             get_logger().warning("supervise: %s. Starting again in %.0f s (%d of %d)", after.reason, self._policy.pause_s, failures, self._policy.max_restarts)
+            leader = None if self._policy.leads else self._leader(told)
+            if leader is not None and not leader["again"]:
+                get_logger().info("supervise: the first node's supervisor does not start again: %s", leader["reason"])
+                return leader["code"] or 1
             time.sleep(self._policy.pause_s)
         raise AssertionError("unreachable")
 
@@ -149,6 +155,24 @@ class Supervisor:
             return
         for state in living:
             os.kill(state.pid, signal.SIGKILL)
+
+    def _leader(self, told: int) -> dict[str, Any] | None:
+        """What the first node's supervisor said of this start's end; `told` is what it had said before. None when it says nothing for too long.
+
+        It speaks when its launcher has ended. A node that began before that would join the start that is ending, and wait there for a long time.
+        """
+        deadline = time.monotonic() + FOLLOW_S
+        while len(records := self._told()) <= told:
+            if time.monotonic() > deadline:
+                get_logger().warning("supervise: the first node's supervisor has said nothing in %s for %.0f s; starting without it", self._run / FILE, FOLLOW_S)
+                return None
+            time.sleep(POLL_S)
+        return json.loads(records[-1])
+
+    def _told(self) -> list[str]:
+        """Whole lines of the record of ends, which the first node's supervisor writes."""
+        path = self._run / FILE
+        return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
 
     def _newest(self) -> int:
         return max(checkpoint_directories(self._run / "checkpoints"), default=0)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -113,6 +114,29 @@ def test_what_is_not_started_again(tmp_path: Path, code: int, starts: int) -> No
     assert Supervisor(script(tmp_path / "run", [other, ended], code=1), tmp_path / "run", Policy(max_restarts=2, pause_s=0.0)).supervise() == code
     records = lines(tmp_path / "run" / "restarts.jsonl")
     assert len(records) == starts and records[0]["reason"] == "rank 1: SomeError: because" and records[0]["code"] == code
+
+
+def test_a_follower_starts_when_the_first_node_has_ended(tmp_path: Path) -> None:
+    """Before that it would join the start that is ending there. Whether to go on is the first node's to say."""
+    starts, records = tmp_path / "starts", tmp_path / "restarts.jsonl"
+    records.write_text('{"again": true, "reason": "of another day", "code": null}\n')
+    command = [sys.executable, "-c", f"open({str(starts)!r}, 'a').write('x'); raise SystemExit(1)"]
+    seen = []
+
+    def first_node() -> None:
+        for number, (again, code) in enumerate(((True, None), (False, 77)), start=1):
+            while not (starts.exists() and len(starts.read_text()) == number):
+                time.sleep(0.02)
+            time.sleep(1.0)
+            seen.append(len(starts.read_text()))
+            with open(records, "a") as file:
+                file.write(json.dumps({"again": again, "reason": "a reason", "code": code}) + "\n")
+
+    node = threading.Thread(target=first_node)
+    node.start()
+    assert Supervisor(command, tmp_path, Policy(pause_s=0.0, leads=False)).supervise() == 77
+    node.join()
+    assert seen == [1, 2] and len(starts.read_text()) == 2 and len(lines(records)) == 3
 
 
 def test_who_failed_by_itself(tmp_path: Path) -> None:
