@@ -40,8 +40,8 @@ class Fragile:
 class Unloadable:
     """Cannot be loaded in another process, which therefore never begins."""
 
-    def __reduce__(self) -> tuple[object, tuple[int]]:
-        return os._exit, (5,)
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("import os; os._exit(5)",)
 
 
 def test_workers_that_cannot_begin_end_the_reading() -> None:

