@@ -24,6 +24,7 @@ class Ranks:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self._mesh, self._group = runner, runner.mesh, None
+        self._first = dist.get_global_rank(runner.mesh.tensor_group, 0)
         if runner.mesh.layout.tensor > 1:
             members = dist.get_process_group_ranks(runner.mesh.tensor_group)
             # Of its own: plans are host memory, whatever the model runs on, and the model's collectives keep their time limit.
@@ -47,13 +48,13 @@ class Ranks:
         """What the first rank has sent; waits for it."""
         assert not self.leads
         message: list[StepPlan | str | None] = [None]
-        dist.broadcast_object_list(message, src=self._mesh.sample_source, group=self._group)
+        dist.broadcast_object_list(message, src=self._first, group=self._group)
         return message[0]
 
     def _send(self, message: StepPlan | str) -> None:
         assert self.leads, "only the first rank of a tensor group decides; the others call follow(engine.ranks)"
         if self._group is not None:
-            dist.broadcast_object_list([message], src=self._mesh.sample_source, group=self._group)
+            dist.broadcast_object_list([message], src=self._first, group=self._group)
 
 
 def follow(ranks: Ranks) -> None:

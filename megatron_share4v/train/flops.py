@@ -25,7 +25,8 @@ class StepFlops:
 def step_flops(config: RunConfig, items: StepItems, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool) -> StepFlops:
     """FLOPs of a step over `items`; `images_per_sample` [n] belongs to items.rows, and `trained_tokens` were counted while training.
 
-    Blank images: with overlapped reduction a micro-batch without images sends one through the tower.
+    Blank images: with overlapped reduction a micro-batch without images sends one through the tower. Not counted is what context parallelism adds: an
+    image across a border goes through the tower of two ranks, and with overlap a rank without images of a micro-batch that has some sends a blank one.
     """
     real = Amounts(positions=items.tokens, squares=_squares(items.lengths), images=items.images, head_rows=trained_tokens)
     trainable = config.model.trainable

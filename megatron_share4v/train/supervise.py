@@ -27,6 +27,7 @@ from megatron_share4v.parallel.process import end_with_parent, process_status
 from megatron_share4v.parallel.rank_state import RankState, read_states
 from megatron_share4v.parallel.run_lock import check_free
 from megatron_share4v.parallel.watch import FOLDER
+from megatron_share4v.train.records import split_lines
 
 FILE = "restarts.jsonl"
 POLL_S, END_S, FOLLOW_S = 0.2, 60.0, 600.0
@@ -171,8 +172,7 @@ class Supervisor:
 
     def _told(self) -> list[str]:
         """Whole lines of the record of ends, which the first node's supervisor writes."""
-        path = self._run / FILE
-        return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+        return [line for line in split_lines(self._run / FILE) if line.endswith("\n")]
 
     def _newest(self) -> int:
         return max(checkpoint_directories(self._run / "checkpoints"), default=0)

@@ -63,10 +63,11 @@ def test_fp8_is_compared_over_many_steps(repository: Path, tmp_path: Path) -> No
     assert (tmp_path / "fp8.png").stat().st_size > 1000 and "holds" in output
 
 
-def bench_fp8(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_fp8", repository / "tools" / "bench_fp8.py")
+def loaded(path: Path) -> ModuleType:
+    """A tool as a module, under a name that dataclasses can find."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its records look for their annotations
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -74,7 +75,7 @@ def bench_fp8(repository: Path) -> ModuleType:
 @pytest.mark.parametrize(("above", "code"), [(0.009, 0), (0.011, 1)])
 def test_a_gap_above_one_percent_fails(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: float, code: int) -> None:
     """However good it is elsewhere; single steps may be further away, which rounding alone brings about."""
-    bench = bench_fp8(repository)
+    bench = loaded(repository / "tools" / "bench_fp8.py")
     truth = [6.0 - 0.02 * step for step in range(200)]
     curves = {
         "bf16": truth,
@@ -93,3 +94,13 @@ def test_a_gap_above_one_percent_fails(repository: Path, tmp_path: Path, monkeyp
     result = json.loads((tmp_path / "fp8.json").read_text())
     assert end.value.code == code and result["largest_gap"] == pytest.approx(above)
     assert result["variants"]["tensorwise"]["gap"]["at_step"] == 100 and result["variants"]["te delayed"]["gap"]["step"] == pytest.approx(0.05)
+
+
+def test_what_is_predicted_is_what_will_be_measured(repository: Path) -> None:
+    """docs/scaling.md has a row for each of ours, by the same settings and texts; the planner has no choice of attention."""
+    from megatron_share4v.plan import scaling
+
+    bench = loaded(repository / "tools" / "bench_gpu.py")
+    assert scaling.BENCH_TEXT == {stage: text for stage, (text, _) in bench.TEXT.items()} and set(bench.SHORT) <= set(scaling.BENCH_SETTINGS)
+    ours = {name: changes for name, changes in bench.VARIANTS.items() if not name.startswith("transformers")}
+    assert scaling.BENCH == {name: tuple(change for change in changes if not change.startswith("attention=")) for name, changes in ours.items()}
