@@ -47,7 +47,7 @@ extras = {
     "serve": ["starlette>=1.0,<2", "uvicorn>=0.30,<1", "h11>=0.14"],
     "dev": [
         "pytest>=8", "transformers==5.23.0", "ninja", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm", "openai>=2,<4", "httpx>=0.27", "playwright>=1.50",
-        "openpyxl>=3.1,<4",
+        "openpyxl>=3.1,<4", "ruff==0.17.6", "mypy==2.4.1", "mypy-baseline==0.7.4", "types-PyYAML",
     ],
 }
 

@@ -16,7 +16,7 @@ from megatron_share4v.checkpoint.weight_map import CLIP, LLAVA_HF, SHARE4V, Comp
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 PIECES = 300
-WORDS = "a cat sleeps on the sofa USER: what is this? ASSISTANT: it is red green blue circle square star left of right above below".split()
+WORDS = ["a", "cat", "sleeps", "on", "the", "sofa", "USER:", "what", "is", "this?", "ASSISTANT:", "it", "is", "red", "green", "blue", "circle", "square", "star", "left", "of", "right", "above", "below"]
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MODEL = ModelConfig(

@@ -181,7 +181,7 @@ NOT_TESTS: tuple[Rule, ...] = (third_parties_have_one_door, configuration_stays_
 
 def violations(source: Source, rule: Rule) -> list[str]:
     """One message per place, `file:line: rule: what`; none where the rule does not apply to such a file."""
-    applies = rule in EVERY_TEXT or source.is_python and (rule in EVERY_PYTHON or not source.path.startswith("tests/"))
+    applies = rule in EVERY_TEXT or (source.is_python and (rule in EVERY_PYTHON or not source.path.startswith("tests/")))
     found = dict.fromkeys(rule(source)) if applies else {}
     return [f"{source.path}:{line}: {rule.__name__}: {what}" for line, what in found]
 

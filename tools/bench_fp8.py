@@ -12,6 +12,7 @@ FP8 numbers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def draw(curves: Sequence[Curve], window: int, path: Path) -> None:
             canvas.text(left - 8, y - 7, form.format(highest * (1 - part / 4)), align="right", size=12)
         for name, line in lines.items():
             places = [(left + width * number / max(1, len(line) - 1), top + 160 * (1 - value / highest)) for number, value in enumerate(line)]
-            for (x, y), (to_x, to_y) in zip(places, places[1:]):
+            for (x, y), (to_x, to_y) in itertools.pairwise(places):
                 canvas.line(x, y, to_x, to_y, fill=colours[name])
     canvas.legend(left, 488, list(colours.items()), columns=6, width=135)
     canvas.save(path)

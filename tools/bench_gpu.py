@@ -88,7 +88,7 @@ def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[
     """The micro-batches of a step, one pack each: BOS, an image, then random text whose last part is trained."""
     generator = torch.Generator().manual_seed(0)
     vision, length = config.model.vision, config.data.pack_length
-    samples, text, trained = sizes(job, config)
+    samples, _text, trained = sizes(job, config)
     starts = torch.arange(len(samples)) * samples[0]
     batches = []
     for _ in range(config.train.global_batch_size):

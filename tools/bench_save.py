@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,7 +33,7 @@ HIDDEN = 128
 class TimedSaver(Saver):
     """Remembers from when to when it wrote."""
 
-    spans: list[tuple[float, float]] = []
+    spans: ClassVar[list[tuple[float, float]]] = []
 
     def _complete(self, *arguments: Any) -> None:
         began = time.time()

@@ -9,6 +9,7 @@ Needs transformers (extra [dev]).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -174,7 +175,7 @@ def measure(session: Session, engine: Engine, answer: Callable[[Prompt], tuple[l
 def note(records: dict[str, list[dict[str, float]]], name: str, times: list[list[float]], spent: float, *, measured: bool) -> None:
     """Of the requests of one round, from when each token came and the processor time that was spent."""
     if measured:
-        gaps = [later - earlier for row in times for earlier, later in zip(row, row[1:])]
+        gaps = [later - earlier for row in times for earlier, later in itertools.pairwise(row)]
         record = {"first_token_s": statistics.median(row[0] for row in times), "between_tokens_s": statistics.median(gaps)}
         tokens = sum(map(len, times))
         record |= {"tokens_per_s": tokens / max(row[-1] for row in times), "tokens_per_cpu_s": tokens / spent}

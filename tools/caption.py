@@ -57,7 +57,10 @@ def run(arguments: argparse.Namespace, world: World):
     if (arguments.model_name is None) == (arguments.endpoint is None):
         raise ConfigError("give either --model-name (a checkpoint, a run directory or an export) or --endpoint")
     if arguments.endpoint is None:
-        from megatron_share4v.caption.run import ModelOptions, caption_with_model  # this imports megatron-core: not for an endpoint
+        from megatron_share4v.caption.run import (  # this imports megatron-core: not for an endpoint
+            ModelOptions,
+            caption_with_model,
+        )
 
         model = ModelOptions(
             name=arguments.model_name, batch_size=arguments.batch_size, tensor=arguments.num_gpus, dtype=arguments.dtype, workers=arguments.workers

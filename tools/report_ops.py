@@ -87,7 +87,7 @@ def _resources(compiled: list[Usage]) -> Iterator[str]:
         for name, budget in kernels.items():
             found = [usage for usage in compiled if usage.op == op and f"{len(name)}{name}" in usage.kernel]
             by_gpu = {gpu: sorted(usage.registers for usage in found if usage.gpu == gpu) for gpu in gpus}
-            ranges = [f"{registers[0]}–{registers[-1]}" if registers else "not compiled" for registers in by_gpu.values()]
+            ranges = [f"{registers[0]}\N{EN DASH}{registers[-1]}" if registers else "not compiled" for registers in by_gpu.values()]
             rows.append((op, name, len(found) // len(gpus), *ranges, sum(usage.spilled for usage in found), budget))
     yield from _table(("op", "kernel", "instantiations", *(f"registers {gpu}" for gpu in gpus), "bytes spilled", "budget"), rows)
 

@@ -51,7 +51,7 @@ class EndpointCaptioner:
                 held += failures
                 if any(row.error is None for row in rows):
                     rows, held, lives = rows + held, [], True
-                if len(held) >= most or held and not going and not lives:
+                if len(held) >= most or (held and not going and not lives):
                     raise ConfigError(
                         f"endpoint {self._endpoint.url}: the last {len(held)} images got no caption ({held[-1].error}); see to it, and start "
                         "the same command again: what was captioned is kept"

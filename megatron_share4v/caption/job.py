@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_share4v.caption.inputs import read_pictures
-from megatron_share4v.caption.outputs import check_targets, is_trainable, write_annotations, write_jsonl, write_official, write_shards
+from megatron_share4v.caption.outputs import (
+    check_targets,
+    is_trainable,
+    write_annotations,
+    write_jsonl,
+    write_official,
+    write_shards,
+)
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.infer.journal import Done, Journal, Share, take_up
@@ -71,7 +78,7 @@ def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, mo
     journal = Journal(options.journals, rank=share.rank)
     try:
         done = take_up(journal, job=job, row=Row, share=share, restart=options.restart)
-        left = [picture for picture in pictures if picture.id not in done or options.retry_errors and picture.id in done.errors]
+        left = [picture for picture in pictures if picture.id not in done or (options.retry_errors and picture.id in done.errors)]
         share.meet()  # all have read the journals: now they may grow
         mine = left[share.rank :: share.size]
         before = (len(pictures) - len(left)) // share.size

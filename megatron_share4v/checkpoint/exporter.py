@@ -22,11 +22,29 @@ from megatron_share4v.checkpoint.handover import config_of
 from megatron_share4v.checkpoint.hf_read import open_file
 from megatron_share4v.checkpoint.hf_write import model_parts, write_index
 from megatron_share4v.checkpoint.importer import PROVENANCE
-from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, FLOATS, LastRead, LazyTensor, cast_checked, component_digests, digest_of
+from megatron_share4v.checkpoint.lazy import (
+    FLOAT_NAMES,
+    FLOATS,
+    LastRead,
+    LazyTensor,
+    cast_checked,
+    component_digests,
+    digest_of,
+)
 from megatron_share4v.checkpoint.manifest import Manifest, current_versions, verify
 from megatron_share4v.checkpoint.parts import discard, stated, write_parts, writing
 from megatron_share4v.checkpoint.store import locate
-from megatron_share4v.checkpoint.weight_map import CLIP, COMPONENTS, LLAVA_HF, SHARE4V, Component, Naming, Row, check_ours, unused_shapes
+from megatron_share4v.checkpoint.weight_map import (
+    CLIP,
+    COMPONENTS,
+    LLAVA_HF,
+    SHARE4V,
+    Component,
+    Naming,
+    Row,
+    check_ours,
+    unused_shapes,
+)
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import CheckpointError, ConversionError
 from megatron_share4v.log import get_logger

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.checkpoint.hf_chat import chat_template
-from megatron_share4v.checkpoint.hf_tokenizer import NEW_TOKENS, PAD, ExportedTokenizer, legacy_tokenizer_config, read_tokenizer, special_tokens_map
+from megatron_share4v.checkpoint.hf_tokenizer import (
+    NEW_TOKENS,
+    PAD,
+    ExportedTokenizer,
+    legacy_tokenizer_config,
+    read_tokenizer,
+    special_tokens_map,
+)
 from megatron_share4v.checkpoint.lazy import FLOATS
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.data.image import CLIP_MEAN, CLIP_STD

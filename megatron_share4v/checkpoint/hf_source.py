@@ -14,7 +14,16 @@ from megatron_share4v.checkpoint.hf_config import HfConfig, read_model, read_tow
 from megatron_share4v.checkpoint.hf_naming import DECODER, HEAD, TOWER, components_of, recognise
 from megatron_share4v.checkpoint.hf_read import has_weights, open_directory, open_file, read_json
 from megatron_share4v.checkpoint.lazy import LazyTensor, check_floats, merged
-from megatron_share4v.checkpoint.weight_map import COMPONENTS, LLAVA_HF, SHARE4V, Component, Naming, Row, check_theirs, drops
+from megatron_share4v.checkpoint.weight_map import (
+    COMPONENTS,
+    LLAVA_HF,
+    SHARE4V,
+    Component,
+    Naming,
+    Row,
+    check_theirs,
+    drops,
+)
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.log import get_logger
@@ -158,12 +167,12 @@ def _tower_folder(request: Request, config: HfConfig, tensors: dict[str, LazyTen
         if (request.directory / config.tower / CONFIG).is_file():  # certain; the others are guesses
             named = [request.directory / config.tower]
     if request.tower is not None:
-        if config.tower is not None and not request.any_tower and not any(request.tower.resolve() == path.resolve() for path in named):
-            if request.tower.name != Path(config.tower).name:
-                raise ConversionError(
-                    f"{request.tower}: another tower than {request.directory / CONFIG} says, which was trained with {config.tower}; give that one, "
-                    "or say --any-tower to take this one all the same"
-                )
+        known = any(request.tower.resolve() == path.resolve() for path in named)
+        if config.tower and not request.any_tower and not known and request.tower.name != Path(config.tower).name:
+            raise ConversionError(
+                f"{request.tower}: another tower than {request.directory / CONFIG} says, which was trained with {config.tower}; give that one, "
+                "or say --any-tower to take this one all the same"
+            )
         candidates = [request.tower]
     else:
         candidates = [*beside, *named]

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.text.sentencepiece_model import ModelType, Piece, PieceKind, SentencePieceModel, read_sentencepiece_model
+from megatron_share4v.text.sentencepiece_model import (
+    ModelType,
+    Piece,
+    PieceKind,
+    SentencePieceModel,
+    read_sentencepiece_model,
+)
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 PAD = "<pad>"

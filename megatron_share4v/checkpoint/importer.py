@@ -21,7 +21,16 @@ from megatron_share4v.checkpoint.companions import TOKENIZER, UNUSED
 from megatron_share4v.checkpoint.hf_read import read_json
 from megatron_share4v.checkpoint.hf_source import Request, Source, open_source
 from megatron_share4v.checkpoint.hf_write import shards, write_file
-from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, Tensors, cast_checked, component_digests, digest_of, hash_components, read_ahead
+from megatron_share4v.checkpoint.lazy import (
+    FLOAT_NAMES,
+    LazyTensor,
+    Tensors,
+    cast_checked,
+    component_digests,
+    digest_of,
+    hash_components,
+    read_ahead,
+)
 from megatron_share4v.checkpoint.manifest import Manifest, RunState, current_versions, describe_files, write_manifest
 from megatron_share4v.checkpoint.parts import Output, Part, Workplace, stated, write_parts, writing
 from megatron_share4v.checkpoint.weight_map import LLAVA_HF, SHARE4V, Row, rows

@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, set_aside, start_writing
+from megatron_share4v.checkpoint.keep import (
+    checkpoint_directories,
+    directory_name,
+    publish,
+    remove_leftovers,
+    set_aside,
+    start_writing,
+)
 from megatron_share4v.checkpoint.lazy import LazyTensor, hash_components
 from megatron_share4v.checkpoint.manifest import (
     MANIFEST,

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Literal
 
-from megatron_share4v.config.base import Bool, Conflict, Fraction, Int, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, config
+from megatron_share4v.config.base import (
+    Bool,
+    Conflict,
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    config,
+)
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.overlap import overlap_conflicts

@@ -8,6 +8,7 @@ begin in a pack, and nothing is communicated. G global batch, M micro-batches of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -209,7 +210,7 @@ class Plan:
         result = []
         for first in range(data_rank * self.micro_batch_size, self.global_batch_size, data_size * self.micro_batch_size):
             bounds = ends[first : first + self.micro_batch_size + 1].tolist()
-            segments = tuple(tuple(items.lengths[start:end].tolist()) for start, end in zip(bounds, bounds[1:]))
+            segments = tuple(tuple(items.lengths[start:end].tolist()) for start, end in itertools.pairwise(bounds))
             rows = tuple(items.rows[bounds[0] : bounds[-1]].tolist())
             length = self._padded(items.lengths[bounds[0] : bounds[-1]]) if self._own_lengths else items.sequence_length
             result.append(MicroBatch(rows=rows, sequence_length=length, segments=segments if self.packing else None))

@@ -99,7 +99,7 @@ class Grade:
 
     def body(self, replies: Sequence[str]) -> Body | None:
         """Temperature 0, then 0, 0.5, 1 and 1.5; 3 tokens."""
-        if len(replies) >= MAX_REPLIES or replies and parse_grade(replies[-1], profile=self.profile) is not None:
+        if len(replies) >= MAX_REPLIES or (replies and parse_grade(replies[-1], profile=self.profile) is not None):
             return None
         truth = self.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         content = f"{_GRADING}\n{self.question} | {truth} | {self.answer} | {_AGAIN if replies else ''}"

@@ -13,7 +13,14 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_share4v.data.quickstart import CAPTION_REQUESTS, HeldOutQuestion, Scene, answer_matches, caption_attribute_accuracy, load_held_out
+from megatron_share4v.data.quickstart import (
+    CAPTION_REQUESTS,
+    HeldOutQuestion,
+    Scene,
+    answer_matches,
+    caption_attribute_accuracy,
+    load_held_out,
+)
 from megatron_share4v.data.quickstart_picture import captioned_picture
 from megatron_share4v.data.sample import Turn
 from megatron_share4v.errors import DataError

@@ -11,7 +11,11 @@ import copy
 from typing import Any
 
 import torch
-from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TEDotProductAttention, TERowParallelLinear
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TERowParallelLinear,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 

@@ -18,7 +18,13 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # pickled into .metadata: the format names this class
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_share4v.errors import CheckpointError
 

@@ -39,7 +39,7 @@ class LayerConfig(TransformerConfig):
     """Kernel of the attention (attention.py); choice.py decides."""
     precise_weight_gradient: bool = False
     """In FP8 layers of ours (fp8.py)."""
-    activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")
+    activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")  # noqa: RUF009 (immutable)
     """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
 
 

@@ -148,7 +148,7 @@ def _again(layer: Work, recompute: Recompute, modules: tuple[str, ...], *, mlp: 
     whole, selective = recompute == "full", recompute == "selective"
     return Work(
         backward=layer.forward * (1.0 if whole else mlp * (selective and "mlp" in modules)),
-        attention_backward=layer.attention_forward * (whole or selective and "core_attn" in modules),
+        attention_backward=layer.attention_forward * (whole or (selective and "core_attn" in modules)),
     )
 
 

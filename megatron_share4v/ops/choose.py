@@ -12,7 +12,17 @@ import torch
 
 from megatron_share4v.errors import OpsError
 from megatron_share4v.log import get_logger
-from megatron_share4v.ops.build import LIBRARY, BuildFailed, Toolchain, built, default_cache, find_toolchain, key, source_hash, sources
+from megatron_share4v.ops.build import (
+    LIBRARY,
+    BuildFailed,
+    Toolchain,
+    built,
+    default_cache,
+    find_toolchain,
+    key,
+    source_hash,
+    sources,
+)
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.registry import OPS
 

@@ -8,7 +8,16 @@ from functools import cached_property
 
 from megatron_share4v.model.flops import hardware_flops, model_flops
 from megatron_share4v.plan.case import Case
-from megatron_share4v.plan.cost import Traffic, data_bytes, data_link, message_seconds, stage_seconds, traffic, trained_weights, update_seconds
+from megatron_share4v.plan.cost import (
+    Traffic,
+    data_bytes,
+    data_link,
+    message_seconds,
+    stage_seconds,
+    traffic,
+    trained_weights,
+    update_seconds,
+)
 from megatron_share4v.plan.memory import Memory, activations, held, logits, workspace
 from megatron_share4v.plan.schedule import Timed, most_in_flight, simulate
 

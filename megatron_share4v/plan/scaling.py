@@ -225,6 +225,6 @@ def document(text: str, root: Path) -> str:
         "assumptions": "\n".join(f"- `{name}` {value:g}" for name, value in vars(Assumptions()).items()),
     }
     for name, part in parts.items():
-        text, count = re.subn(rf"(<!-- plan {name} -->\n).*?(<!-- end -->)", lambda marks: f"{marks[1]}{part}\n{marks[2]}", text, flags=re.DOTALL)
+        text, count = re.subn(rf"(<!-- plan {name} -->\n).*?(<!-- end -->)", lambda marks, part=part: f"{marks[1]}{part}\n{marks[2]}", text, flags=re.DOTALL)
         assert count == 1, f"docs/scaling.md has {count} places for {name}"
     return text

@@ -22,8 +22,7 @@ _INERT: dict[str, tuple] = {
     "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "structured_outputs": (), "prompt_embeds": (), "audio": (),
 }  # fmt: skip
 _COMMON = frozenset(
-    "model messages prompt max_tokens max_completion_tokens n seed stop stop_token_ids include_stop_str_in_output ignore_eos min_tokens temperature "
-    "top_p top_k min_p repetition_penalty presence_penalty frequency_penalty stream stream_options logprobs top_logprobs echo user best_of".split()
+    ["model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "user", "best_of"]
 )
 KNOWN = _COMMON | frozenset(_INERT)
 

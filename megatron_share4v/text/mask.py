@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.text.template import GPT, HUMAN, IMAGE_PLACEHOLDER, Message, Rendered, Template, Turn, render, render_prompt
+from megatron_share4v.text.template import (
+    GPT,
+    HUMAN,
+    IMAGE_PLACEHOLDER,
+    Message,
+    Rendered,
+    Template,
+    Turn,
+    render,
+    render_prompt,
+)
 from megatron_share4v.text.tokenizer import Tokenizer, check_unicode
 
 IGNORE_INDEX = -100

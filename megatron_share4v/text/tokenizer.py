@@ -88,7 +88,7 @@ class Tokenizer:
 
     def _decoded_runs(self, ids: Iterable[int]) -> Iterator[str]:
         for is_special, run in groupby(ids, key=self._special_ids.__contains__):
-            yield "".join(self._model.id_to_piece(i) for i in run) if is_special else self._decode(run)
+            yield "".join(self._model.id_to_piece(i) for i in run) if is_special else self._decode(run)  # noqa: B031 (one branch uses it once)
 
     def _decode(self, ids: Iterable[int]) -> str:
         ids = list(ids)

@@ -75,7 +75,7 @@ def different(told: Sequence[Sums], layout: Layout) -> list[str]:
             values = [told[rank].sums[name] for rank in group]
             usual, count = Counter(values).most_common(1)[0]
             for rank, value in zip(group, values):
-                if value != usual or count * 2 <= len(group) and len(set(values)) > 1:
+                if value != usual or (count * 2 <= len(group) and len(set(values)) > 1):
                     odd.setdefault(rank, []).append(name)
         found += [f"rank {rank} ({told[rank].host}) in {_listed(names)}" for rank, names in odd.items()]
     return found

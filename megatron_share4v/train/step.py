@@ -12,7 +12,13 @@ import torch.distributed as dist
 
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, clip_gradients, gather_weights, set_learning_rate, squared_norm
+from megatron_share4v.mcore.optimizer import (
+    MegatronOptimizer,
+    clip_gradients,
+    gather_weights,
+    set_learning_rate,
+    squared_norm,
+)
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, divisor
 from megatron_share4v.parallel.device import sent

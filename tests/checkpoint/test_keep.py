@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.checkpoint.keep import checkpoint_directories, directory_name, publish, remove_leftovers, remove_old, set_aside, start_writing
+from megatron_share4v.checkpoint.keep import (
+    checkpoint_directories,
+    directory_name,
+    publish,
+    remove_leftovers,
+    remove_old,
+    set_aside,
+    start_writing,
+)
 from megatron_share4v.checkpoint.manifest import Manifest, RunState, describe_files, write_manifest
 from megatron_share4v.log import get_logger
 from megatron_share4v.parallel.layout import Layout

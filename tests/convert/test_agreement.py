@@ -16,7 +16,13 @@ from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.data.prompt import make_prompt
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.evaluate.agreement import LOGIT_TOLERANCE, Agreement, compare, generated_questions, logit_difference
+from megatron_share4v.evaluate.agreement import (
+    LOGIT_TOLERANCE,
+    Agreement,
+    compare,
+    generated_questions,
+    logit_difference,
+)
 from megatron_share4v.infer.session import Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device

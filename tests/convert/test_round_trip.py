@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import CLIP, MODEL, SHARE4V, read_weights, theirs, write_clip, write_llava_hf, write_share4v, write_tokenizer
+from foreign import (
+    CLIP,
+    MODEL,
+    SHARE4V,
+    read_weights,
+    theirs,
+    write_clip,
+    write_llava_hf,
+    write_share4v,
+    write_tokenizer,
+)
 from harness import run_world
 
 from megatron_share4v.checkpoint.exporter import export_model

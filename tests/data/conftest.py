@@ -22,7 +22,7 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 IMAGE_SIZE = 28
 MAX_TEXT_LENGTH = 512
-WORDS = "red green blue circle square star left right above below small large what is the of in image there a an answer describe".split()
+WORDS = ["red", "green", "blue", "circle", "square", "star", "left", "right", "above", "below", "small", "large", "what", "is", "the", "of", "in", "image", "there", "a", "an", "answer", "describe"]
 
 
 def _picture(number: int, *, mode: str = "RGB", size: tuple[int, int] | None = None, format: str = "PNG") -> bytes:

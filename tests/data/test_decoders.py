@@ -60,7 +60,7 @@ def rgb16() -> bytes:
 
 def good() -> dict[str, bytes]:
     image = smooth(61, 40)
-    gray16 = Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 257))
+    gray16 = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     palette = image.quantize(32)
     return {
         "jpeg": saved(image, "JPEG"),

@@ -130,7 +130,7 @@ def test_one_command_prepares_stage_2(layout: Path, run):
     index = Index.open(out)
     counts = {name: (count.samples, count.rejected, count.images) for name, count in index.info.sources.items()}
     assert len(FOLDERS) == 11
-    assert counts == {name: (EACH, 0, EACH) for name in FOLDERS} | {
+    assert counts == dict.fromkeys(FOLDERS, (EACH, 0, EACH)) | {
         "coco": (4, 0, 3), "vg": (4, 0, 4), "web-celebrity": (3, 1, 3), "text-only": (3, 0, 0),
     }  # fmt: skip
     [line] = (out / "rejected.jsonl").read_text().splitlines()

@@ -196,7 +196,7 @@ def test_micro_batches_may_have_lengths_of_their_own():
         a, b = same.step(step), own.step(step)
         assert np.array_equal(a.rows, b.rows) and a.sequence_length == b.sequence_length and a.positions == 8 * a.sequence_length
         batches = [batch for rank in range(2) for batch in own.micro_batches(b, data_rank=rank, data_size=2)]
-        lengths = {row: length for row, length in zip(b.rows.tolist(), b.lengths.tolist())}
+        lengths = dict(zip(b.rows.tolist(), b.lengths.tolist()))
         for batch in batches:
             longest = max(lengths[row] for row in batch.rows)
             assert longest <= batch.sequence_length < longest + 8 and batch.sequence_length % 8 == 0

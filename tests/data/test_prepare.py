@@ -212,4 +212,4 @@ def test_the_command(options, command, capsys):
     refused = capsys.readouterr()
     assert refused.out == "" and refused.err.startswith(f"prepare_data: output {options.output}: exists and is not empty")
     with pytest.raises(SystemExit, match="2"):
-        command(arguments + ["--samples-per-shard", "0"])
+        command([*arguments, "--samples-per-shard", "0"])

@@ -32,7 +32,7 @@ def options(tmp_path: Path, tokenizer_path: Path, picture, record) -> PrepareOpt
     """30 records, one in three text only, one in five bad; images as files."""
     folder = tmp_path / "images" / "coco"
     folder.mkdir(parents=True)
-    for number in range(0, COUNT):
+    for number in range(COUNT):
         if number % 5 != 4:
             (folder / f"{number}.png").write_bytes(picture(number))
     records = [record(n, image=n % 3 != 2, length=4) for n in range(COUNT)]

@@ -34,7 +34,7 @@ def test_every_file_is_in_the_table(document: str, task: Task) -> None:
         row = row_of(document, task.name, split)
         assert task.folder in row
         for need in task.needs:
-            if need.splits and split not in need.splits or need.names == ("./",):
+            if (need.splits and split not in need.splits) or need.names == ("./",):
                 continue
             names = [name.replace("{split}", split) for name in need.names]
             shortened = [re.sub(r"^(share4v|llava)(?=[_-])", "*", name) for name in names]

@@ -26,10 +26,10 @@ def cells(row: str) -> list[str]:
 def test_published_rows() -> None:
     rows = table([]).splitlines()
     assert cells(rows[0]) == ["model", *COLUMNS] and len(rows) == 6
-    assert cells(rows[2]) == "ShareGPT4V-7B 72.6 1567.4 376.4 68.8 62.2 69.7 37.6 63.4 68.4 80.6 57.2 63.3 60.4 -".split()
-    assert cells(rows[3]) == "ShareGPT4V-13B 79.9 1618.7 303.2 68.5 63.7 70.8 43.1 65.2 71.2 81.0 55.6 64.8 62.2 -".split()
-    assert cells(rows[4]) == "LLaVA-1.5-7B 65.4 1510.7 - 64.3 58.3 - 31.1 - 66.8 78.5 50.0 62.0 58.2 85.9".split()
-    assert cells(rows[5]) == "LLaVA-1.5-13B 72.5 1531.3 295.4 67.7 63.6 - 36.1 62.1 71.6 80.0 53.6 63.3 61.3 85.9".split()
+    assert cells(rows[2]) == ["ShareGPT4V-7B", "72.6", "1567.4", "376.4", "68.8", "62.2", "69.7", "37.6", "63.4", "68.4", "80.6", "57.2", "63.3", "60.4", "-"]
+    assert cells(rows[3]) == ["ShareGPT4V-13B", "79.9", "1618.7", "303.2", "68.5", "63.7", "70.8", "43.1", "65.2", "71.2", "81.0", "55.6", "64.8", "62.2", "-"]
+    assert cells(rows[4]) == ["LLaVA-1.5-7B", "65.4", "1510.7", "-", "64.3", "58.3", "-", "31.1", "-", "66.8", "78.5", "50.0", "62.0", "58.2", "85.9"]
+    assert cells(rows[5]) == ["LLaVA-1.5-13B", "72.5", "1531.3", "295.4", "67.7", "63.6", "-", "36.1", "62.1", "71.6", "80.0", "53.6", "63.3", "61.3", "85.9"]
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS.values() if task.name != "custom"], ids=lambda task: task.name)

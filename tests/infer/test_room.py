@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -84,7 +85,7 @@ def test_no_row_is_ever_given_twice(seed: int) -> None:
                 room.show(place, keys[: reused // BLOCK])
                 running.append((place, keys))
         taken = sorted((place.start, place.size) for place in [*(place for place, _ in running), *room._kept])
-        assert all(start + size <= other for (start, size), (other, _) in zip(taken, taken[1:]))
+        assert all(start + size <= other for (start, size), (other, _) in itertools.pairwise(taken))
         assert sum(size for _, size in taken) == room.filled and room.used == sum(place.size for place, _ in running)
     for place, _ in running:
         room.release(place)

@@ -11,7 +11,7 @@ from served import FakeEngine, FakeLimits, Running, default_answer, make_encoder
 
 from megatron_share4v.data.encode import Encoder
 
-ARGUMENTS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync".split()
+ARGUMENTS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
 
 
 @pytest.fixture(scope="session")

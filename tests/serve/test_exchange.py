@@ -153,8 +153,7 @@ def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
         values = dict(re.fullmatch(r"(share4v_\w+\{.*\}) (\S+)", line).groups() for line in answer.text.splitlines() if not line.startswith("#"))
         label = 'model_name="a\\"b"'
-        wanted = """num_requests_running num_requests_waiting prompt_tokens_total generation_tokens_total kv_cache_usage_perc image_cache_queries_total
-                    image_cache_hits_total prefix_cache_queries_total prefix_cache_hits_total""".split()
+        wanted = ["num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total", "kv_cache_usage_perc", "image_cache_queries_total", "image_cache_hits_total", "prefix_cache_queries_total", "prefix_cache_hits_total"]
         assert all(f"share4v_{name}{{{label}}}" in values for name in wanted)
         assert values[f'share4v_request_success_total{{{label},finished_reason="stop"}}'] == "2"
         assert values[f'share4v_request_success_total{{{label},finished_reason="length"}}'] == "1"

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.text.template import TEMPLATES, Message, get_template, normalise_placeholders, render, render_prompt
+from megatron_share4v.text.template import (
+    TEMPLATES,
+    Message,
+    get_template,
+    normalise_placeholders,
+    render,
+    render_prompt,
+)
 
 V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

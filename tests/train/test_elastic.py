@@ -26,7 +26,7 @@ class Bench:
 
 def sentence(number: int) -> str:
     """Some words that depend on `number`."""
-    words = "red green blue circle square star left right above below small large what is the of in image there a an answer describe".split()
+    words = ["red", "green", "blue", "circle", "square", "star", "left", "right", "above", "below", "small", "large", "what", "is", "the", "of", "in", "image", "there", "a", "an", "answer", "describe"]
     return " ".join(words[(number * 7 + i * i) % len(words)] for i in range(3 + number % 30))
 
 

@@ -101,6 +101,6 @@ def test_what_is_predicted_is_what_will_be_measured(repository: Path) -> None:
     from megatron_share4v.plan import scaling
 
     bench = loaded(repository / "tools" / "bench_gpu.py")
-    assert scaling.BENCH_TEXT == {stage: text for stage, (text, _) in bench.TEXT.items()} and set(bench.SHORT) <= set(scaling.BENCH_SETTINGS)
+    assert {stage: text for stage, (text, _) in bench.TEXT.items()} == scaling.BENCH_TEXT and set(bench.SHORT) <= set(scaling.BENCH_SETTINGS)
     ours = {name: changes for name, changes in bench.VARIANTS.items() if not name.startswith("transformers")}
-    assert scaling.BENCH == {name: tuple(change for change in changes if not change.startswith("attention=")) for name, changes in ours.items()}
+    assert {name: tuple(change for change in changes if not change.startswith("attention=")) for name, changes in ours.items()} == scaling.BENCH

@@ -58,7 +58,7 @@ def parse_review(review: str, *, profile: Profile = OFFICIAL) -> tuple[float, fl
         first, second = (float(one) for one in fields)
     except ValueError:
         return FAILED
-    return (first, second) if profile is OFFICIAL or 1 <= first <= 10 and 1 <= second <= 10 else FAILED
+    return (first, second) if profile is OFFICIAL or (1 <= first <= 10 and 1 <= second <= 10) else FAILED
 
 
 def summarise(reviews: Sequence[Review], *, profile: Profile = OFFICIAL) -> LlavaBenchScores:

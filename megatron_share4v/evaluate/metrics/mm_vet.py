@@ -39,7 +39,7 @@ def parse_grade(reply: str, *, profile: Profile = OFFICIAL) -> float | None:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
         return None
-    if grade > 1.0 or grade < 0.0 or profile is not OFFICIAL and math.isnan(grade):
+    if grade > 1.0 or grade < 0.0 or (profile is not OFFICIAL and math.isnan(grade)):
         return None
     return grade
 

@@ -37,7 +37,7 @@ class SeedScores:
 
 def is_right(text: str, answer: str, *, tolerant: bool = False) -> bool:
     """`text` is the letter; `tolerant`: or begins with it, whatever follows ("Blue" is a B)."""
-    return text == answer or tolerant and text[:1] == answer
+    return text == answer or (tolerant and text[:1] == answer)
 
 
 def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *, tolerant: bool = False) -> SeedScores:

@@ -27,7 +27,7 @@ _LETTERS = "ABCD"
 _LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 _PLACE = 6  # of the column `prediction`
 # pandas' own list.
-_NOTHING = frozenset("|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|"))
+_NOTHING = frozenset(["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"])
 _LONGEST_CELL = 1 << 27
 
 

@@ -79,7 +79,7 @@ def _variant(response: str, answer: QbenchAnswer) -> bool:
 
 def _from_the_end_too(answer: QbenchAnswer, **_: object) -> bool:
     place = ord(answer.response[:1] or " ") - ord("A")
-    return -len(answer.candidates) <= place < len(answer.candidates) and answer.candidates[place] == answer.correct or is_right(answer)
+    return (-len(answer.candidates) <= place < len(answer.candidates) and answer.candidates[place] == answer.correct) or is_right(answer)
 
 
 PORT_ERRORS: dict[str, dict[str, object]] = {

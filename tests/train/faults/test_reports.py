@@ -42,7 +42,7 @@ def test_the_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None
     text = (directory / "log" / "errors.txt").read_text()
     assert text.startswith("first to fail: rank 1 on ") and "in err\n    raise ValueError" in text
     assert text.index("ValueError: planted") < text.index("its peers were gone") < text.index("UTC, rank 1") < text.index("UTC, rank 0")
-    assert [word.rank for word in read_words(directory / "log" / "errors")][0] == 1
+    assert next(word.rank for word in read_words(directory / "log" / "errors")) == 1
 
 
 def test_a_killed_rank_is_missed(bench) -> None:
