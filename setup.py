@@ -46,12 +46,25 @@ extras = {
     "evaluate": ["openpyxl>=3.1,<4"],  # MMBench's server takes nothing but a sheet
     "serve": ["starlette>=1.0,<2", "uvicorn>=0.30,<1", "h11>=0.14"],
     "dev": [
-        "pytest>=8", "transformers==5.23.0", "ninja", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm", "openai>=2,<4", "httpx>=0.27", "playwright>=1.50",
-        "openpyxl>=3.1,<4", "ruff==0.17.6", "mypy==2.4.1", "mypy-baseline==0.7.4", "types-PyYAML",
+        "pytest>=8",
+        "transformers==5.23.0",
+        "ninja",
+        "nvidia-cuda-cuobjdump",
+        "nvidia-cuda-nvdisasm",
+        "openai>=2,<4",
+        "httpx>=0.27",
+        "playwright>=1.50",
+        "openpyxl>=3.1,<4",
+        "ruff==0.17.6",
+        "mypy==2.4.1",
+        "mypy-baseline==0.7.4",
+        "types-PyYAML",
     ],
 }
 
-prebuilt = root / "megatron_share4v/ops/prebuilt/share4v_ops.so"  # by tools/build_ops.py; needs no particular Python, but this kind of machine
+prebuilt = (
+    root / "megatron_share4v/ops/prebuilt/share4v_ops.so"
+)  # by tools/build_ops.py; needs no particular Python, but this kind of machine
 platform = {"bdist_wheel": {"plat_name": re.sub("[-.]", "_", sysconfig.get_platform())}} if prebuilt.exists() else {}
 
 

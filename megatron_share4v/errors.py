@@ -82,9 +82,13 @@ def told_of_disk(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = Path(error.filename or directory)  # a flush does not say which file
-        if error.errno not in OF_DISKS and (error.errno not in OF_PLACES or not where.absolute().is_relative_to(directory.absolute())):
+        if error.errno not in OF_DISKS and (
+            error.errno not in OF_PLACES or not where.absolute().is_relative_to(directory.absolute())
+        ):
             raise
-        raise ConfigError(f"{where} cannot be read or written on {socket.gethostname()}: {error.strerror}; see to the disk or its permissions, then start again") from error
+        raise ConfigError(
+            f"{where} cannot be read or written on {socket.gethostname()}: {error.strerror}; see to the disk or its permissions, then start again"
+        ) from error
 
 
 @contextlib.contextmanager

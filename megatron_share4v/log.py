@@ -18,7 +18,11 @@ class _File(logging.FileHandler):
         """What logging calls inside the except block of a record that could not be written."""
         if not self.told:
             self.told = True
-            print(f"{self.baseFilename}: some lines could not be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+            print(
+                f"{self.baseFilename}: some lines could not be written: {sys.exc_info()[1]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def get_logger() -> logging.Logger:

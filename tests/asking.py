@@ -36,14 +36,19 @@ def engine_of(chunks, **options):
     return Engine(chunks[0], config=EngineConfig(**options), vocabulary=VOCABULARY, eos_id=EOS)
 
 
-def prompt(seed: int, *, length: int = 20, images: int = 1, image_seed: int | None = None, text_seed: int | None = None):
+def prompt(
+    seed: int, *, length: int = 20, images: int = 1, image_seed: int | None = None, text_seed: int | None = None
+):
     """Text with `images` images in it; text and images from their own seeds, where given."""
     from megatron_share4v.data.prompt import Prompt
 
     text = torch.Generator().manual_seed(seed if text_seed is None else text_seed)
     picture = torch.Generator().manual_seed(seed if image_seed is None else image_seed)
     ids = torch.randint(3, VOCABULARY, (length + images * PATCHES,), generator=text)
-    slots = torch.cat([torch.arange(3, 3 + PATCHES) + number * (PATCHES + 2) for number in range(images)] or [torch.zeros(0, dtype=torch.int64)])
+    slots = torch.cat(
+        [torch.arange(3, 3 + PATCHES) + number * (PATCHES + 2) for number in range(images)]
+        or [torch.zeros(0, dtype=torch.int64)]
+    )
     ids[slots] = 0
     pixels = torch.randint(0, 256, (images, 16, 16, 3), generator=picture, dtype=torch.uint8)
     return Prompt(token_ids=ids, image_slots=slots, pixels=pixels)

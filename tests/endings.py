@@ -24,7 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     def refuse(code: int) -> None:
         if os.getpid() == own:
-            raise AssertionError(f"os._exit({code}) in the process of the tests: run what ends by it in a process of its own")
+            raise AssertionError(
+                f"os._exit({code}) in the process of the tests: run what ends by it in a process of its own"
+            )
         leave(code)
 
     for number in SIGNALS:

@@ -33,7 +33,9 @@ class FakeServer:
 
     HANG_UP: Answer = (0, {}, b"")
 
-    def __init__(self, answer: Callable[[dict[str, Any], int], Answer], key_of: Callable[[dict[str, Any]], bytes]) -> None:
+    def __init__(
+        self, answer: Callable[[dict[str, Any], int], Answer], key_of: Callable[[dict[str, Any]], bytes]
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = self._at_once = 0
@@ -62,7 +64,9 @@ class FakeServer:
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[dict[str, Any], int], Answer], *, key_of: Callable[[dict[str, Any]], bytes] = image_of) -> Iterator[tuple[str, FakeServer]]:
+def serving(
+    answer: Callable[[dict[str, Any], int], Answer], *, key_of: Callable[[dict[str, Any]], bytes] = image_of
+) -> Iterator[tuple[str, FakeServer]]:
     """Its URL, up to /v1."""
     fake = FakeServer(answer, key_of)
 

@@ -89,7 +89,9 @@ def flip(fault: Fault, chunks: Any) -> None:
     """One bit of a frozen weight; trained ones are made anew from the optimizer's at each step."""
     import torch
 
-    weight = next(parameter for name, parameter in chunks[0].named_parameters() if name.endswith("vision.class_embedding"))
+    weight = next(
+        parameter for name, parameter in chunks[0].named_parameters() if name.endswith("vision.class_embedding")
+    )
     weight.data.view(torch.int32).view(-1)[3] ^= 1 << 20
 
 
@@ -262,7 +264,9 @@ class Outcome:
 class Job:
     """The ranks of a run that has begun. `store` is where they meet; it lives as long as this."""
 
-    def __init__(self, config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}) -> None:
+    def __init__(
+        self, config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         descriptor, self._said = tempfile.mkstemp(suffix=".said", dir=config.parent)
@@ -289,7 +293,9 @@ class Job:
         return Outcome([int(process.exitcode) for process in self.processes], Path(self._said).read_text())
 
 
-def train(config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}) -> Outcome:
+def train(
+    config: Path, ranks: int, *overrides: str, faults: str = "", only: dict[int, tuple[str, ...]] = {}
+) -> Outcome:
     """Run to its end. only: overrides of single ranks."""
     return Job(config, ranks, *overrides, faults=faults, only=only).ended()
 

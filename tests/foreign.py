@@ -16,11 +16,38 @@ from megatron_share4v.checkpoint.weight_map import CLIP, LLAVA_HF, SHARE4V, Comp
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 PIECES = 300
-WORDS = ["a", "cat", "sleeps", "on", "the", "sofa", "USER:", "what", "is", "this?", "ASSISTANT:", "it", "is", "red", "green", "blue", "circle", "square", "star", "left", "of", "right", "above", "below"]
+WORDS = [
+    "a",
+    "cat",
+    "sleeps",
+    "on",
+    "the",
+    "sofa",
+    "USER:",
+    "what",
+    "is",
+    "this?",
+    "ASSISTANT:",
+    "it",
+    "is",
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "star",
+    "left",
+    "of",
+    "right",
+    "above",
+    "below",
+]
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=28, patch_size=14, hidden_size=32, intermediate_size=48, num_layers=4, num_attention_heads=2),
+    vision=VisionConfig(
+        image_size=28, patch_size=14, hidden_size=32, intermediate_size=48, num_layers=4, num_attention_heads=2
+    ),
     language=LanguageConfig(
         vocab_size=PIECES,
         hidden_size=48,
@@ -46,10 +73,16 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-def theirs(model: ModelConfig, naming: Naming, *components: Component, dtype: str = "fp32", seed: int = 0) -> dict[str, torch.Tensor]:
+def theirs(
+    model: ModelConfig, naming: Naming, *components: Component, dtype: str = "fp32", seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Random tensors of `components`, with the tower's unused ones."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {name: shape for row in rows(model, naming=naming, components=components) for name, shape in row.their_shapes().items()}
+    shapes = {
+        name: shape
+        for row in rows(model, naming=naming, components=components)
+        for name, shape in row.their_shapes().items()
+    }
     if "vision" in components:
         shapes |= {f"{naming.tower}{name}": shape for name, shape in unused_shapes(model).items()}
     return {name: _value(name, shape, generator).to(TORCH[dtype]) for name, shape in shapes.items()}
@@ -99,29 +132,40 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_weights(directory: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, suffix: str = "safetensors") -> None:
+def write_weights(
+    directory: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, suffix: str = "safetensors"
+) -> None:
     """One file or several with an index, by the libraries themselves."""
     directory.mkdir(parents=True, exist_ok=True)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
-    save: Callable = (lambda part, path: save_file(part, path, metadata={"format": "pt"})) if suffix == "safetensors" else torch.save
+    save: Callable = (
+        (lambda part, path: save_file(part, path, metadata={"format": "pt"})) if suffix == "safetensors" else torch.save
+    )
     if shards == 1:
         save(tensors, directory / f"{stem}.{suffix}")
         return
     names = list(tensors)
-    files = {name: f"{stem}-{1 + number * shards // len(names):05d}-of-{shards:05d}.{suffix}" for number, name in enumerate(names)}
+    files = {
+        name: f"{stem}-{1 + number * shards // len(names):05d}-of-{shards:05d}.{suffix}"
+        for number, name in enumerate(names)
+    }
     for file in sorted(set(files.values())):
         save({name: tensors[name] for name in names if files[name] == file}, directory / file)
     write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {}, "weight_map": files})
 
 
-def write_llava_hf(directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", shards: int = 1, naming: Naming = LLAVA_HF) -> Path:
+def write_llava_hf(
+    directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", shards: int = 1, naming: Naming = LLAVA_HF
+) -> Path:
     """As on the hub: <image> and <pad> after the tokenizer's pieces, rows up to a multiple of 64."""
     tensors = theirs(model, naming, "vision", "projector", "language", dtype=dtype)
     rows_there = -(-(model.language.vocab_size + 2) // 64) * 64
     generator = torch.Generator().manual_seed(1)
     for name in (f"{naming.decoder}embed_tokens.weight", f"{naming.head}weight"):
         # Small, as those on the hub: rows that win the argmax would be answered.
-        added = 0.01 * torch.randn(rows_there - model.language.vocab_size, model.language.hidden_size, generator=generator)
+        added = 0.01 * torch.randn(
+            rows_there - model.language.vocab_size, model.language.hidden_size, generator=generator
+        )
         tensors[name] = torch.cat([tensors[name], added.to(TORCH[dtype])])
     write_weights(directory, tensors, shards=shards)
     config = {
@@ -149,7 +193,9 @@ def write_clip(directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp3
     return directory
 
 
-def write_llama(directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", seed: int = 0, suffix: str = "safetensors") -> Path:
+def write_llama(
+    directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", seed: int = 0, suffix: str = "safetensors"
+) -> Path:
     """A Vicuna."""
     write_weights(directory, theirs(model, SHARE4V, "language", dtype=dtype, seed=seed), suffix=suffix)
     write_json(directory / "config.json", llama_config(model))
@@ -172,7 +218,14 @@ def share4v_config(model: ModelConfig, *, tower: str) -> dict[str, Any]:
     }
 
 
-def write_share4v(directory: Path, model: ModelConfig = MODEL, *, tower: str = "Lin-Chen/tower", inside: bool = False, dtype: str = "fp32") -> Path:
+def write_share4v(
+    directory: Path,
+    model: ModelConfig = MODEL,
+    *,
+    tower: str = "Lin-Chen/tower",
+    inside: bool = False,
+    dtype: str = "fp32",
+) -> Path:
     """As released: two .bin shards with the buffers of old releases; the tower elsewhere, or inside."""
     components: tuple[Component, ...] = ("projector", "language", *(("vision",) if inside else ()))
     tensors = theirs(model, SHARE4V, *components, dtype=dtype)
@@ -188,4 +241,6 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory's safetensors, by the library."""
     from safetensors.torch import load_file
 
-    return {name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()
+    }

@@ -33,11 +33,17 @@ class Tool:
     SIGKILL. returncode is then the failed one's. merged: what goes to standard error goes to standard output. environment: in addition to ours.
     """
 
-    def __init__(self, *command: object, ranks: int = 1, environment: Mapping[str, str] = {}, merged: bool = False) -> None:
+    def __init__(
+        self, *command: object, ranks: int = 1, environment: Mapping[str, str] = {}, merged: bool = False
+    ) -> None:
         self.args = [str(part) for part in command]
         self.returncode: int | None = None
         self._failed, self._deadline = 0, float("inf")
-        own = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS} | {"OMP_NUM_THREADS": "1"} | dict(environment)
+        own = (
+            {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
+            | {"OMP_NUM_THREADS": "1"}
+            | dict(environment)
+        )
         self._store = meeting_point() if ranks > 1 else None
         self._said = [tempfile.NamedTemporaryFile(prefix=name) for name in ("stdout", "stderr")]
         streams = [self._said[0].name, self._said[0 if merged else 1].name]

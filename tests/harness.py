@@ -86,13 +86,17 @@ def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
             waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
             ready = multiprocessing.connection.wait(waiting, timeout=TIMEOUT_S)
             if not ready:
-                raise AssertionError(f"ranks {[rank for rank in range(size) if rank not in results]} sent nothing within {TIMEOUT_S} s")
+                raise AssertionError(
+                    f"ranks {[rank for rank in range(size) if rank not in results]} sent nothing within {TIMEOUT_S} s"
+                )
             for pipe in ready:
                 rank = pipes.index(pipe)
                 try:
                     succeeded, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    raise AssertionError(f"rank {rank} died without a word (exit code {processes[rank].exitcode})") from None
+                    raise AssertionError(
+                        f"rank {rank} died without a word (exit code {processes[rank].exitcode})"
+                    ) from None
                 if not succeeded:
                     raise AssertionError(f"rank {rank} failed:\n{value}")
                 results[rank] = value

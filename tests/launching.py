@@ -13,20 +13,35 @@ from forked import OF_LAUNCHERS, ROOT, Tool
 TRAIN = ("tools/train.py",)
 
 
-def start(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> subprocess.Popen:
+def start(
+    config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None
+) -> subprocess.Popen:
     """Its standard output holds what all ranks say, errors too. `path`: another PATH, to hide compilers."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    environment = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS} | {"OMP_NUM_THREADS": "1"}
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else [sys.executable]
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS} | {
+        "OMP_NUM_THREADS": "1"
+    }
     if path is not None:
         environment["PATH"] = path
     return subprocess.Popen(
-        [*launcher, *script, str(config), *overrides], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*launcher, *script, str(config), *overrides],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
 def fork(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> Tool:
     """As `start`, but by forked.py, without torchrun: for what is not about the start."""
-    return Tool(*script, config, *overrides, ranks=ranks, environment={} if path is None else {"PATH": path}, merged=True)
+    return Tool(
+        *script, config, *overrides, ranks=ranks, environment={} if path is None else {"PATH": path}, merged=True
+    )
 
 
 def killed_after(step: int) -> tuple[str, ...]:

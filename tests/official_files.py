@@ -42,20 +42,40 @@ def _question(number: int | str, image: str, text: str, category: str = "default
     return {"question_id": number, "image": image, "text": text, "category": category}
 
 
-VQA = ("What color is the car?", "Is it raining?", "How many dogs?", "What is he holding?", "Where is this?", "What's on the sign?")
+VQA = (
+    "What color is the car?",
+    "Is it raining?",
+    "How many dogs?",
+    "What is he holding?",
+    "Where is this?",
+    "What's on the sign?",
+)
 
 
 def vqav2(root: Path) -> None:
     rows = [_question(1000 + k, f"COCO_test2015_{k:012}.jpg", text + SHORT) for k, text in enumerate(VQA)]
     pictures(root / "test2015", [row["image"] for row in rows])
     jsonl(root / "share4v_vqav2_mscoco_test-dev2015.jsonl", rows)
-    jsonl(root / "llava_vqav2_mscoco_test2015.jsonl", [_question(999, "COCO_test2015_000000000999.jpg", "Not asked?" + SHORT), *rows])
+    jsonl(
+        root / "llava_vqav2_mscoco_test2015.jsonl",
+        [_question(999, "COCO_test2015_000000000999.jpg", "Not asked?" + SHORT), *rows],
+    )
 
 
 def vqav2_val(root: Path) -> None:
     names = [262148000 + k for k in range(len(VQA))]
-    questions = [{"image_id": 262148 + k, "question": text, "question_id": name} for k, (name, text) in enumerate(zip(names, VQA))]
-    people = [["red"] * 10, ["yes"] * 9 + ["no"], ["2"] * 5 + ["two"] * 5, ["umbrella"] * 3 + ["an umbrella"] * 7, ["park"] * 10, ["Stop"] * 10]
+    questions = [
+        {"image_id": 262148 + k, "question": text, "question_id": name}
+        for k, (name, text) in enumerate(zip(names, VQA))
+    ]
+    people = [
+        ["red"] * 10,
+        ["yes"] * 9 + ["no"],
+        ["2"] * 5 + ["two"] * 5,
+        ["umbrella"] * 3 + ["an umbrella"] * 7,
+        ["park"] * 10,
+        ["Stop"] * 10,
+    ]
     annotations = [
         {
             "question_id": name,
@@ -83,7 +103,10 @@ GQA = (
 
 
 def gqa(root: Path) -> None:
-    jsonl(root / "llava_gqa_testdev_balanced.jsonl", [_question(name, f"n{name}.jpg", text + SHORT) for name, text, _, _ in GQA])
+    jsonl(
+        root / "llava_gqa_testdev_balanced.jsonl",
+        [_question(name, f"n{name}.jpg", text + SHORT) for name, text, _, _ in GQA],
+    )
     truth = {
         name: {
             "imageId": f"n{name}",
@@ -130,8 +153,18 @@ def vizwiz_val(root: Path) -> None:
 
 TEXTVQA = (
     ("003a8ae2ef43b901", "what is the brand of this camera?", "\nReference OCR token: Dakota, DIGITAL", "dakota"),
-    ("8cfd3916eac85404", "What brand is on the red and black jerseys?", "\nReference OCR token: R, Reebo, Ex", "reebok"),
-    ("8cfd3916eac85404", "What is the highest number on the players shorts?", "\nReference OCR token: R, Reebo, Ex", "22"),
+    (
+        "8cfd3916eac85404",
+        "What brand is on the red and black jerseys?",
+        "\nReference OCR token: R, Reebo, Ex",
+        "reebok",
+    ),
+    (
+        "8cfd3916eac85404",
+        "What is the highest number on the players shorts?",
+        "\nReference OCR token: R, Reebo, Ex",
+        "22",
+    ),
     ("ff9b80a751bc3ecc", "When is this being aired?", "\nReference OCR token: S, $, 9-1", "9-1"),
     ("2e45acd379e82164", "What is in the box?", "", "moo"),
 )
@@ -141,7 +174,14 @@ def textvqa(root: Path) -> None:
     rows = [_question(name, f"{name}.jpg", text + tokens + SHORT) for name, text, tokens, _ in TEXTVQA]
     jsonl(root / "llava_textvqa_val_v051_ocr.jsonl", rows)
     data = [
-        {"question": text, "image_id": name, "image_classes": [], "question_id": 34602 + k, "answers": [answer] * 10, "set_name": "val"}
+        {
+            "question": text,
+            "image_id": name,
+            "image_classes": [],
+            "question_id": 34602 + k,
+            "answers": [answer] * 10,
+            "set_name": "val",
+        }
         for k, (name, text, _, answer) in enumerate(TEXTVQA)
     ]
     as_json(root / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "dataset_name": "textvqa", "data": data})
@@ -150,8 +190,20 @@ def textvqa(root: Path) -> None:
 
 SCIENCE = (  # id, question with options as CQM-A writes them, number of options, right one, with an image?
     ("21192", "Which continent is highlighted?\nA. Africa\nB. South America\nC. North America\nD. Asia", 4, 1, True),
-    ("21195", "Which word would you find on a dictionary page with the following guide words?\npad - poison\nA. president\nB. peach", 2, 1, False),
-    ("21196", "Which of these states is farthest west?\nA. Alabama\nB. Illinois\nC. South Carolina\nD. Connecticut", 4, 1, True),
+    (
+        "21195",
+        "Which word would you find on a dictionary page with the following guide words?\npad - poison\nA. president\nB. peach",
+        2,
+        1,
+        False,
+    ),
+    (
+        "21196",
+        "Which of these states is farthest west?\nA. Alabama\nB. Illinois\nC. South Carolina\nD. Connecticut",
+        4,
+        1,
+        True,
+    ),
     (
         "21200",
         "Context: A bulldozer clears a path.\nWhat is the direction of this push?\nA. away from the bulldozer\nB. toward the bulldozer",
@@ -159,16 +211,31 @@ SCIENCE = (  # id, question with options as CQM-A writes them, number of options
         0,
         True,
     ),
-    ("21206", "Which is a complete sentence?\nA. Amy is from Greenwood now she lives in Wildgrove.\nB. This book explains it.", 2, 1, False),
+    (
+        "21206",
+        "Which is a complete sentence?\nA. Amy is from Greenwood now she lives in Wildgrove.\nB. This book explains it.",
+        2,
+        1,
+        False,
+    ),
 )
 
 
 def science_qa(root: Path) -> None:
     rows, problems = [], {}
     for name, text, choices, answer, has_image in SCIENCE:
-        turns = [{"from": "human", "value": f"<image>\n{text}" if has_image else text}, {"from": "gpt", "value": "ABCDE"[answer]}]
+        turns = [
+            {"from": "human", "value": f"<image>\n{text}" if has_image else text},
+            {"from": "gpt", "value": "ABCDE"[answer]},
+        ]
         rows.append({"id": name} | ({"image": f"{name}/image.png"} if has_image else {}) | {"conversations": turns})
-        problems[name] = {"question": "q", "choices": ["c"] * choices, "answer": answer, "image": "image.png" if has_image else None, "split": "test"}
+        problems[name] = {
+            "question": "q",
+            "choices": ["c"] * choices,
+            "answer": answer,
+            "image": "image.png" if has_image else None,
+            "split": "test",
+        }
     as_json(root / "llava_test_CQM-A.json", rows)
     as_json(root / "problems.json", problems)
     as_json(root / "pid_splits.json", {"train": [], "test": list(problems)})
@@ -176,8 +243,20 @@ def science_qa(root: Path) -> None:
 
 
 MME = (  # question as the text file has it, as the question file has it, truth
-    ("existence", "000000006040.jpg", "Is there a train in this image? Please answer yes or no.", "Is there a train in this image?", "Yes"),
-    ("existence", "000000006040.jpg", "Is there a laptop in this image? Please answer yes or no.", "Is there a laptop in this image?", "No"),
+    (
+        "existence",
+        "000000006040.jpg",
+        "Is there a train in this image? Please answer yes or no.",
+        "Is there a train in this image?",
+        "Yes",
+    ),
+    (
+        "existence",
+        "000000006040.jpg",
+        "Is there a laptop in this image? Please answer yes or no.",
+        "Is there a laptop in this image?",
+        "No",
+    ),
     (
         "posters",
         "images/tt0116209.jpg",
@@ -192,13 +271,28 @@ MME = (  # question as the text file has it, as the question file has it, truth
         "Is this movie directed by jing wong?",
         "No",
     ),
-    ("code_reasoning", "0001.png", 'Will it print "Hi"? Please answer yes or no.', 'Will it print "Hi"? Please answer yes or no.', "Yes"),
-    ("code_reasoning", "0001.png", 'Will it print "Ho"? Please answer yes or no.', 'Will it print "Ho"? Please answer yes or no.', "No"),
+    (
+        "code_reasoning",
+        "0001.png",
+        'Will it print "Hi"? Please answer yes or no.',
+        'Will it print "Hi"? Please answer yes or no.',
+        "Yes",
+    ),
+    (
+        "code_reasoning",
+        "0001.png",
+        'Will it print "Ho"? Please answer yes or no.',
+        'Will it print "Ho"? Please answer yes or no.',
+        "No",
+    ),
 )
 
 
 def mme(root: Path) -> None:
-    jsonl(root / "llava_mme.jsonl", [_question(f"{task}/{name}", f"{task}/{name}", asked + SHORT, task) for task, name, _, asked, _ in MME])
+    jsonl(
+        root / "llava_mme.jsonl",
+        [_question(f"{task}/{name}", f"{task}/{name}", asked + SHORT, task) for task, name, _, asked, _ in MME],
+    )
     images = root / "MME_Benchmark_release_version"
     pictures(images, {f"{task}/{name}" for task, name, *_ in MME})
     for task, name, text, _, truth in MME:
@@ -213,13 +307,19 @@ def pope(root: Path) -> None:
     for start, split in ((0, "adversarial"), (10_000_000, "random"), (20_000_000, "popular")):
         things = ["snowboard", "car", "person", "chair"]
         rows += [
-            _question(start + k + 1, f"COCO_val2014_{k:012}.jpg", f"Is there a {thing} in the image?{SHORT}", split) for k, thing in enumerate(things)
+            _question(start + k + 1, f"COCO_val2014_{k:012}.jpg", f"Is there a {thing} in the image?{SHORT}", split)
+            for k, thing in enumerate(things)
         ]
         labels = ["yes", "no", "yes", "no"]
         jsonl(
             root / f"coco/coco_pope_{split}.json",
             [
-                {"question_id": k + 1, "image": f"COCO_val2014_{k:012}.jpg", "text": f"Is there a {thing} in the image?", "label": label}
+                {
+                    "question_id": k + 1,
+                    "image": f"COCO_val2014_{k:012}.jpg",
+                    "text": f"Is there a {thing} in the image?",
+                    "label": label,
+                }
                 for k, (thing, label) in enumerate(zip(things, labels))
             ],
         )
@@ -248,7 +348,10 @@ def seed(root: Path) -> None:
             }
         )
     jsonl(root / "llava-seed-bench.jsonl", rows)
-    as_json(root / "SEED-Bench.json", {"questions": questions, "question_type": {"Scene Understanding": 1, "Instance Identity": 2}})
+    as_json(
+        root / "SEED-Bench.json",
+        {"questions": questions, "question_type": {"Scene Understanding": 1, "Instance Identity": 2}},
+    )
     pictures(root, [row["image"] for row in rows[:5]])
 
 
@@ -271,13 +374,50 @@ def qbench(root: Path, split: str = "dev") -> None:
     pictures(root / "images_llvisionqa", [row["img_path"] for row in rows])
 
 
-COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment", "split")
+COLUMNS = (
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "comment",
+    "split",
+)
 IDENTIFY = "Identify the question that can be answered."
 MMBENCH = (
-    ("241", IDENTIFY, "Magnets pull.\nOr push.", "Is it iron?", 'Does "it" float?', "", "", "B", "physics", "logic_reasoning"),
+    (
+        "241",
+        IDENTIFY,
+        "Magnets pull.\nOr push.",
+        "Is it iron?",
+        'Does "it" float?',
+        "",
+        "",
+        "B",
+        "physics",
+        "logic_reasoning",
+    ),
     ("252", "Which is right?", "", "Left", "None", "Right", "", "A", "attribute", "attribute_reasoning"),
     ("300", "Where is the cat?", "nan", "On the mat", "Under it", "N/A", "Above", "A", "spatial", "relation_reasoning"),
-    ("1000241", IDENTIFY, "Magnets pull.\nOr push.", 'Does "it" float?', "Is it iron?", "", "", "A", "physics", "logic_reasoning"),
+    (
+        "1000241",
+        IDENTIFY,
+        "Magnets pull.\nOr push.",
+        'Does "it" float?',
+        "Is it iron?",
+        "",
+        "",
+        "A",
+        "physics",
+        "logic_reasoning",
+    ),
     ("301", "How many?", "", "1", "2", "3", "4", "D", "count", "finegrained_perception (instance-level)"),
     ("1000301", "How many?", "", "2", "3", "4", "1", "C", "count", "finegrained_perception (instance-level)"),
 )
@@ -309,14 +449,24 @@ WILD = (
 
 
 def llava_bench(root: Path) -> None:
-    jsonl(root / "questions.jsonl", [_question(k, image, text, category) for k, (image, category, text) in enumerate(WILD)])
+    jsonl(
+        root / "questions.jsonl",
+        [_question(k, image, text, category) for k, (image, category, text) in enumerate(WILD)],
+    )
     jsonl(root / "context.jsonl", [{"id": f"{k}", "image": f"00{k}.jpg", "caption": f"Picture {k}."} for k in (1, 2)])
     with (root / "context.jsonl").open("a") as file:
         file.write(json.dumps({"id": "3", "image": "003.jpg", "caption": ["One sentence.", "Another."]}) + "\n")
     jsonl(
         root / "answers_gpt4.jsonl",
         [
-            {"question_id": k, "prompt": text, "answer_id": f"ref{k}", "model_id": "gpt4", "metadata": {}, "text": f"Reference {k}."}
+            {
+                "question_id": k,
+                "prompt": text,
+                "answer_id": f"ref{k}",
+                "model_id": "gpt4",
+                "metadata": {},
+                "text": f"Reference {k}.",
+            }
             for k, (_, _, text) in enumerate(WILD)
         ],
     )
@@ -333,9 +483,17 @@ VET = (
 
 
 def mm_vet(root: Path) -> None:
-    jsonl(root / "llava-mm-vet.jsonl", [_question(k, f"v1_{k}.png", text, "conv") for k, (text, _, _) in enumerate(VET)])
+    jsonl(
+        root / "llava-mm-vet.jsonl", [_question(k, f"v1_{k}.png", text, "conv") for k, (text, _, _) in enumerate(VET)]
+    )
     truth = {
-        f"v1_{k}": {"imagename": f"v1_{k}.png", "question": text, "answer": answer, "imagesource": "made here", "capability": capability}
+        f"v1_{k}": {
+            "imagename": f"v1_{k}.png",
+            "question": text,
+            "answer": answer,
+            "imagesource": "made here",
+            "capability": capability,
+        }
         for k, (text, answer, capability) in enumerate(VET)
     }
     as_json(root / "mm-vet.json", truth)
@@ -343,7 +501,15 @@ def mm_vet(root: Path) -> None:
 
 
 def custom(root: Path) -> None:
-    rows = [{"question_id": k, "image": f"{k}.png", "text": f"What is it, {k}?", "answer": ["a dog", "puppy"] if k else "Two"} for k in range(4)]
+    rows = [
+        {
+            "question_id": k,
+            "image": f"{k}.png",
+            "text": f"What is it, {k}?",
+            "answer": ["a dog", "puppy"] if k else "Two",
+        }
+        for k in range(4)
+    ]
     jsonl(root / "questions.jsonl", [*rows, {"question_id": "text", "text": "Who are you?"}])
     pictures(root / "images", ["0.png", "1.png"])
     pictures(root, ["2.png", "3.png"])

@@ -1,7 +1,7 @@
 """One walk over the registry of ops: values, gradients, untouched inputs, torch's own checks. Run as a program, it does so with another library:
 
-    python tests/ops_walk.py LIBRARY [SEED]      the emulated CUDA kernels, under AddressSanitizer; the C++-only library
-    python tests/ops_walk.py --cuda              the CUDA kernels on this machine's GPU, against references on its CPU
+python tests/ops_walk.py LIBRARY [SEED]      the emulated CUDA kernels, under AddressSanitizer; the C++-only library
+python tests/ops_walk.py --cuda              the CUDA kernels on this machine's GPU, against references on its CPU
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def poison_empty_memory() -> None:
     assert torch.empty(3).isnan().all()
 
 
-def call(op: Op, case: Case, implementation: Implementation, *, wide: bool = False, device: str = "cpu") -> tuple[Tensors, Tensors]:
+def call(
+    op: Op, case: Case, implementation: Implementation, *, wide: bool = False, device: str = "cpu"
+) -> tuple[Tensors, Tensors]:
     """(outputs, gradients of the differentiable arguments) of one case, on the CPU; `wide`: all floating arguments in fp64."""
 
     def prepared(value: Any) -> Any:
@@ -40,14 +42,19 @@ def call(op: Op, case: Case, implementation: Implementation, *, wide: bool = Fal
         return value.double() if wide and value.is_floating_point() else value
 
     arguments = {name: prepared(value) for name, value in case.arguments.items()}
-    leaves = [arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), torch.Tensor)]
+    leaves = [
+        arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), torch.Tensor)
+    ]
     kept = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     outputs = op.function(**arguments, implementation=implementation)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     gradients: Tensors = []
     if leaves:
         generator = torch.Generator().manual_seed(7)
-        slopes = [torch.randn(output.shape, generator=generator).to(case.dtype).to(output.dtype).to(device) for output in outputs]
+        slopes = [
+            torch.randn(output.shape, generator=generator).to(case.dtype).to(output.dtype).to(device)
+            for output in outputs
+        ]
         gradients = list(torch.autograd.grad(outputs, leaves, slopes))
     for name, value in kept.items():
         assert torch.equal(value, arguments[name]), f"{op.name} changed its input {name}"
@@ -59,7 +66,9 @@ def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """With its strides and the offset of its first element: plain `.to` would pack what is there to be strided or misaligned."""
     if device == "cpu":
         return tensor
-    size = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    size = (
+        sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride())) + 1 if tensor.numel() else 0
+    )
     whole = tensor.as_strided((tensor.storage_offset() + size,), (1,), 0).to(device)
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -69,15 +78,23 @@ def check(op: Op, case: Case, implementation: Implementation, *, device: str = "
     tolerance = op.tolerances[case.dtype]
     truths, slopes = call(op, case, "reference", wide=True)
     outputs, gradients = call(op, case, implementation, device=device)
-    names = [*(f"output {i}" for i in range(len(outputs))), *(f"gradient of {name}" for name in op.differentiable if name in case.arguments)]
+    names = [
+        *(f"output {i}" for i in range(len(outputs))),
+        *(f"gradient of {name}" for name in op.differentiable if name in case.arguments),
+    ]
     for name, got, truth in zip(names, outputs + gradients, truths + slopes, strict=True):
         where = f"{op.name} [{case.name}] {implementation}: {name}"
         assert got.shape == truth.shape, f"{where} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
         assert not got.is_floating_point() or got.dtype in (case.dtype, torch.float32), f"{where} is {got.dtype}"
         if truth.numel():
             # `not <=` rather than `>`: NaN is different from everything.
-            difference, limit = (got.double() - truth).abs().max().item(), tolerance.limit * max(truth.abs().max().item(), tolerance.floor)
-            assert difference <= limit, f"{where} differs by {difference:.3g}, accepted {limit:.3g} ({tolerance.reason})"
+            difference, limit = (
+                (got.double() - truth).abs().max().item(),
+                tolerance.limit * max(truth.abs().max().item(), tolerance.floor),
+            )
+            assert difference <= limit, (
+                f"{where} differs by {difference:.3g}, accepted {limit:.3g} ({tolerance.reason})"
+            )
 
 
 class Recorder(TorchDispatchMode):
@@ -90,7 +107,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace == NAMESPACE:
             assert not kwargs, f"{function} is called by keyword; by position, opcheck can repeat it"
-            self.calls.append((function, tree_map(lambda value: value.detach().clone() if isinstance(value, torch.Tensor) else value, args)))
+            self.calls.append(
+                (
+                    function,
+                    tree_map(lambda value: value.detach().clone() if isinstance(value, torch.Tensor) else value, args),
+                )
+            )
         return function(*args, **(kwargs or {}))
 
 
@@ -100,7 +122,12 @@ def check_registration(op: Op, case: Case, *, thorough: bool) -> int:
         call(op, case, "native")
     for function, args in recorder.calls:
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "Autograd"):
-            args = tree_map(lambda value: value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value, args)
+            args = tree_map(
+                lambda value: (
+                    value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                ),
+                args,
+            )
         checks = (*QUICK_CHECKS, "test_aot_dispatch_dynamic") if thorough else QUICK_CHECKS
         torch.library.opcheck(function, args, test_utils=checks)
     return len(recorder.calls)

@@ -39,7 +39,9 @@ def names(table: Sequence[Row]) -> list[str]:
     return quirks
 
 
-def catches(table: Sequence[Row], monkeypatch: pytest.MonkeyPatch, module: ModuleType, wrong: Mapping[str, object]) -> list[str]:
+def catches(
+    table: Sequence[Row], monkeypatch: pytest.MonkeyPatch, module: ModuleType, wrong: Mapping[str, object]
+) -> list[str]:
     """The quirks whose rows notice that these attributes of `module` are wrong ones. An exception is no answer: the variant must run."""
     for name, value in wrong.items():
         assert getattr(module, name) is not value

@@ -57,7 +57,12 @@ def train_tokenizer(path: Path) -> Path:
 def make_encoder(directory: Path) -> Encoder:
     """vicuna_v1 and pad, as most checkpoints."""
     tokenizer = Tokenizer(train_tokenizer(directory / "tokenizer.model"))
-    return Encoder(tokenizer=tokenizer, template=get_template("vicuna_v1"), max_text_length=2048, images=ImagePolicy(image_size=IMAGE_SIZE))
+    return Encoder(
+        tokenizer=tokenizer,
+        template=get_template("vicuna_v1"),
+        max_text_length=2048,
+        images=ImagePolicy(image_size=IMAGE_SIZE),
+    )
 
 
 def picture(*, size: tuple[int, int] = (60, 40), seed: int = 0, form: str = "PNG") -> bytes:
@@ -139,7 +144,10 @@ class FakeEngine:
         sampling = request.sampling
         prompt_logprobs = None
         if sampling.prompt_logprobs and place == 0:
-            prompt_logprobs = (None, *(self._logprobs(i, sampling.logprobs) for i in request.prompt.token_ids.tolist()[1:]))
+            prompt_logprobs = (
+                None,
+                *(self._logprobs(i, sampling.logprobs) for i in request.prompt.token_ids.tolist()[1:]),
+            )
         ends = place >= len(ids) or ids[place] in sampling.stop_ids
         if ends and not (sampling.ignore_eos and place >= len(ids)) and place >= sampling.min_tokens:
             return Event(request.id, None, None, "stop", prompt_logprobs)
@@ -147,11 +155,15 @@ class FakeEngine:
         self.running[request.id] = (request, ids, place + 1)
         self.stats.generation_tokens += 1
         logprobs = None if sampling.logprobs is None else self._logprobs(token, sampling.logprobs)
-        return Event(request.id, token, logprobs, "length" if place + 1 == sampling.max_new_tokens else None, prompt_logprobs)
+        return Event(
+            request.id, token, logprobs, "length" if place + 1 == sampling.max_new_tokens else None, prompt_logprobs
+        )
 
     def _logprobs(self, token: int, alternatives: int) -> TokenLogprobs:
         chosen = -0.01 * (token % 50)
-        others = tuple(((token + step) % self.encoder.tokenizer.vocab_size, chosen - step) for step in range(alternatives))
+        others = tuple(
+            ((token + step) % self.encoder.tokenizer.vocab_size, chosen - step) for step in range(alternatives)
+        )
         return TokenLogprobs(chosen=chosen, top=others)
 
 
@@ -171,7 +183,16 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(encoder: Encoder, *, engine: FakeEngine | None = None, load_s: float = 0.0, fetcher=None, wait: bool = True, port: int = 0, **settings) -> Iterator[Running]:
+def running(
+    encoder: Encoder,
+    *,
+    engine: FakeEngine | None = None,
+    load_s: float = 0.0,
+    fetcher=None,
+    wait: bool = True,
+    port: int = 0,
+    **settings,
+) -> Iterator[Running]:
     """A server in a thread; the settings are ServeConfig's."""
     engine = engine or FakeEngine(encoder)
     config = ServeConfig(**{"host": "127.0.0.1", "port": port, "drain_s": 2.0} | settings)

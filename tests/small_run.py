@@ -59,12 +59,16 @@ class Run:
         self.precision = PrecisionConfig(dtype=setting.dtype, gradients=setting.gradients, **dict(setting.fp8))
         options = layer_options(TrainConfig(global_batch_size=1), precision=self.precision)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setting.dtype]
-        self.bare = build_chunks(self.model, mesh=mesh, parallel=parallel, dtype=dtype, ops=setting.ops, options=options)
+        self.bare = build_chunks(
+            self.model, mesh=mesh, parallel=parallel, dtype=dtype, ops=setting.ops, options=options
+        )
         initialize(self.bare, seed=seed, model=self.model)
         self.chunks = wrap_chunks(self.bare, mesh=mesh, parallel=parallel, gradients=setting.gradients)
         rate = setting.learning_rate
         kept = {"moments": setting.moments, "offload": setting.offload}
-        optim = OptimConfig(learning_rate=rate, projector_learning_rate=2 * rate, weight_decay=0.1, clip_grad_norm=1.0, **kept)
+        optim = OptimConfig(
+            learning_rate=rate, projector_learning_rate=2 * rate, weight_decay=0.1, clip_grad_norm=1.0, **kept
+        )
         self.optimizer = build_optimizer(self.chunks, optim, parallel=parallel, dtype=dtype)
 
     def train(self, first: int, last: int) -> list[tuple[float, float]]:
@@ -94,7 +98,15 @@ class Run:
         from megatron_share4v.checkpoint.store import RunState, save
 
         state = RunState(step=step, consumed_samples=step * GLOBAL_BATCH, plan_fingerprint="plan")
-        return save(directory, step=step, chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, state=state, config_text="run: {}\n")
+        return save(
+            directory,
+            step=step,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            mesh=self.mesh,
+            state=state,
+            config_text="run: {}\n",
+        )
 
     def load(self, path: Path, **options):
         """Go on from `path`."""

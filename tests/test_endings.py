@@ -35,7 +35,10 @@ def test_the_end_is_said(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     environment = os.environ | {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "endings", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-p", "endings", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 128 + 15 and "ended from outside, by SIGTERM" in done.stdout, done.stdout
     assert "1 failed, 2 passed" in done.stdout, "test_leaves has left, or a child could not"

@@ -40,14 +40,20 @@ def test_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
 
 
 def test_recipe_table_is_complete() -> None:
-    found = {path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in FILES if path.stem in ("pretrain", "finetune")}
+    found = {
+        path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in FILES if path.stem in ("pretrain", "finetune")
+    }
     assert set(RECIPES) == found - {"quickstart/pretrain", "quickstart/finetune"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_batch_rate_and_length_of_each_recipe(name: str) -> None:
     config, (batch, micro_batch, rate, samples, steps, warmup) = recipe(name), RECIPES[name]
-    assert (config.train.global_batch_size, config.train.micro_batch_size, config.optim.learning_rate) == (batch, micro_batch, rate)
+    assert (config.train.global_batch_size, config.train.micro_batch_size, config.optim.learning_rate) == (
+        batch,
+        micro_batch,
+        rate,
+    )
     assert config.train.total_steps(samples) == steps
     assert warmup_steps(config.schedule, total_steps=steps) == warmup
     data_parallel = GPUS // (config.parallel.tensor * config.parallel.pipeline)
@@ -58,9 +64,20 @@ def test_batch_rate_and_length_of_each_recipe(name: str) -> None:
 def test_what_all_recipes_share(name: str) -> None:
     config = recipe(name)
     optim, schedule = config.optim, config.schedule
-    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_grad_norm) == (0.9, 0.999, 1e-8, 0.0, 0.0)
+    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_grad_norm) == (
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        0.0,
+    )
     assert (optim.projector_learning_rate, optim.vision_learning_rate) == (None, None)
-    assert (schedule.kind, schedule.warmup_ratio, schedule.warmup_steps, schedule.final_ratio) == ("cosine", 0.03, None, 0.0)
+    assert (schedule.kind, schedule.warmup_ratio, schedule.warmup_steps, schedule.final_ratio) == (
+        "cosine",
+        0.03,
+        None,
+        0.0,
+    )
     assert (config.precision.dtype, config.loss.normalize, config.train.epochs) == ("bf16", "microbatch", 1.0)
     assert (config.data.max_text_length, config.run.seed) == (2048, 42)
     assert config.model.vision.num_patches == 576
@@ -74,7 +91,9 @@ def test_the_two_stages(name: str) -> None:
     data, trainable = config.data, config.model.trainable
     if stage == "pretrain":
         assert (data.template, data.image_aspect_ratio, data.order) == ("plain", "square", "random")
-        assert (trainable.language, trainable.vision_from_block) == ((False, None) if family == "llava15_7b" else (True, 12))
+        assert (trainable.language, trainable.vision_from_block) == (
+            (False, None) if family == "llava15_7b" else (True, 12)
+        )
     else:
         assert (data.template, data.image_aspect_ratio, data.order) == ("vicuna_v1", "pad", "group_by_modality_length")
         assert (trainable.language, trainable.vision_from_block) == (True, None)

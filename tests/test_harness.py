@@ -26,7 +26,9 @@ def test_ranks_find_everything_imported_also_after_a_loader() -> None:
 
 def test_a_forked_tool_says_and_ends_what_a_started_one_does() -> None:
     for arguments in ((), ("--help",), ("nowhere.yaml",)):
-        started = subprocess.run([sys.executable, "tools/train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        started = subprocess.run(
+            [sys.executable, "tools/train.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         forked = run_tool("tools/train.py", *arguments)
         assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr)
 
@@ -34,7 +36,11 @@ def test_a_forked_tool_says_and_ends_what_a_started_one_does() -> None:
 def test_ranks_are_ended_with_the_one_that_failed(tmp_path: Path) -> None:
     (tmp_path / "waits.py").write_text(WAITS)
     done = run_tool(tmp_path / "waits.py", "there", ranks=2, merged=True, timeout=50)
-    assert done.returncode == 7 and sorted(done.stdout.splitlines()) == ["here 0 there", "here 1 there"] and done.stderr == ""
+    assert (
+        done.returncode == 7
+        and sorted(done.stdout.splitlines()) == ["here 0 there", "here 1 there"]
+        and done.stderr == ""
+    )
 
 
 def test_a_signal_is_the_exit_code(tmp_path: Path) -> None:

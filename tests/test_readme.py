@@ -17,7 +17,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) for line in block.splitlines() if line.strip()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
 QUICKSTART, TESTS = "bash examples/quickstart/run.sh", "bash tests/run.sh"
 
 
@@ -36,14 +41,24 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, out: Path) -> subprocess.CompletedProcess:
     command = command.replace("runs/", f"{out}/")
-    return subprocess.run(shlex.split(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        shlex.split(command), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+    )
 
 
 def environment() -> dict[str, str]:
     """This interpreter's environment as the active one, so that the scripts install nothing anew; also when it was not activated by a shell."""
     prefix = Path(sys.executable).parent
-    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    return own | {"VIRTUAL_ENV": str(prefix.parent), "PATH": f"{prefix}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    own = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
+    return own | {
+        "VIRTUAL_ENV": str(prefix.parent),
+        "PATH": f"{prefix}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def test_the_readme_has_the_two_commands() -> None:
@@ -58,8 +73,14 @@ def test_the_tests_command_passes_its_arguments_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("torchrun", "python tools/train.py"))])
 def test_training_commands(command: str, quickstart: Path) -> None:
-    inputs = [f"data.{name}={quickstart}/quickstart/data/finetune{end}" for name, end in (("train", ""), ("validation", "_validation"))]
-    inputs += [f"data.tokenizer={quickstart}/quickstart/tokenizer.model", f"checkpoint.initialize_from={quickstart}/quickstart/pretrain/checkpoints/latest"]
+    inputs = [
+        f"data.{name}={quickstart}/quickstart/data/finetune{end}"
+        for name, end in (("train", ""), ("validation", "_validation"))
+    ]
+    inputs += [
+        f"data.tokenizer={quickstart}/quickstart/tokenizer.model",
+        f"checkpoint.initialize_from={quickstart}/quickstart/pretrain/checkpoints/latest",
+    ]
     done = run(" ".join([command, *inputs, "train.steps=2"]), quickstart)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr
@@ -76,7 +97,9 @@ def test_preparing(command: str, quickstart: Path) -> None:
 def test_looking_at_data(command: str, quickstart: Path) -> None:
     done = run(command, quickstart)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "positions, 41 trained" in done.stdout and "all findings, this report and the histogram are in" in done.stdout
+    assert (
+        "positions, 41 trained" in done.stdout and "all findings, this report and the histogram are in" in done.stdout
+    )
 
 
 def test_there_and_back(quickstart: Path) -> None:
@@ -116,7 +139,14 @@ def test_pages_open(command: str, path: str, wanted: str, quickstart: Path) -> N
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = f"{command} --port {port}".replace("runs/", f"{quickstart}/")
-    server = subprocess.Popen(shlex.split(command), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = subprocess.Popen(
+        shlex.split(command),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         assert wanted in _page(f"http://127.0.0.1:{port}{path}", wanted, server)
     finally:
@@ -138,6 +168,20 @@ def _page(address: str, wanted: str, server: subprocess.Popen) -> str:
 
 
 def test_every_command_is_run_by_one_of_these() -> None:
-    prefixes = (QUICKSTART, TESTS, "torchrun", "python tools/train.py", "python tools/doctor.py", "python tools/prepare_data.py", "python tools/bench_")
-    prefixes += ("python tools/convert.py", "python tools/serve.py", "python tools/caption.py", "python tools/evaluate.py", "tensorboard")
+    prefixes = (
+        QUICKSTART,
+        TESTS,
+        "torchrun",
+        "python tools/train.py",
+        "python tools/doctor.py",
+        "python tools/prepare_data.py",
+        "python tools/bench_",
+    )
+    prefixes += (
+        "python tools/convert.py",
+        "python tools/serve.py",
+        "python tools/caption.py",
+        "python tools/evaluate.py",
+        "tensorboard",
+    )
     assert [command for command in COMMANDS if not command.startswith(prefixes)] == []

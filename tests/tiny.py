@@ -15,7 +15,9 @@ GLOBAL_BATCH, MICRO_BATCH, LENGTH, PATCHES = 16, 2, 24, 4
 def tiny_model(**trainable) -> ModelConfig:
     """8 decoder layers (pipeline 4 x virtual 2), grouped queries, a vocabulary that needs padding, half-frozen tower by default."""
     return ModelConfig(
-        vision=VisionConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=4),
+        vision=VisionConfig(
+            image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=4
+        ),
         language=LanguageConfig(
             vocab_size=100,
             hidden_size=32,
@@ -36,7 +38,10 @@ def micro_batches(step: int) -> list[Batch]:
     for number in range(GLOBAL_BATCH // MICRO_BATCH):
         images = (2, 1, 0, 2, 2, 1, 2, 0)[number]
         ids = torch.randint(1, 100, (MICRO_BATCH, LENGTH), generator=generator)
-        slots = torch.cat([torch.arange(1, 1 + PATCHES) + sample * LENGTH for sample in range(images)] or [torch.zeros(0, dtype=torch.int64)])
+        slots = torch.cat(
+            [torch.arange(1, 1 + PATCHES) + sample * LENGTH for sample in range(images)]
+            or [torch.zeros(0, dtype=torch.int64)]
+        )
         ids.view(-1)[slots] = 0
         labels = 0 if number == 4 else int(torch.randint(1, 20, (1,), generator=generator))
         result.append(

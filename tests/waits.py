@@ -17,10 +17,45 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "is_nonzero", "equal", "allclose"}
+READS = {
+    "item",
+    "tolist",
+    "numpy",
+    "cpu",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__array__",
+    "is_nonzero",
+    "equal",
+    "allclose",
+}
 OF_NUMBERS = {"tensor", "as_tensor", "from_numpy"}
-FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros"} | OF_NUMBERS
-SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "_local_scalar_dense", "equal", "bincount", "histc"}
+FACTORIES = {
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "zeros",
+} | OF_NUMBERS
+SIZED_BY_VALUES = {
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+    "unique_dim",
+    "_local_scalar_dense",
+    "equal",
+    "bincount",
+    "histc",
+}
 
 
 class Waits:
@@ -77,7 +112,9 @@ class _Functions(TorchFunctionMode):
         if name in READS and subject is not None and not self.waits.is_host(subject):
             self.waits.note(name)
         if name in FACTORIES and subject is None:
-            if name in OF_NUMBERS and any(isinstance(value, torch.Tensor) and not self.waits.is_host(value) for value in tree_iter(args)):
+            if name in OF_NUMBERS and any(
+                isinstance(value, torch.Tensor) and not self.waits.is_host(value) for value in tree_iter(args)
+            ):
                 self.waits.note(f"{name} of tensors")
             if kwargs.get("device") is None:
                 result = func(*args, **kwargs)
@@ -95,7 +132,10 @@ class _Functions(TorchFunctionMode):
         if not any(isinstance(value, (torch.device, str)) for value in (*args[1:], *kwargs.values())):
             return result
         caller = _caller()
-        by_sent = caller is not None and (caller.f_globals["__name__"], caller.f_code.co_name) == ("megatron_share4v.parallel.device", "sent")
+        by_sent = caller is not None and (caller.f_globals["__name__"], caller.f_code.co_name) == (
+            "megatron_share4v.parallel.device",
+            "sent",
+        )
         if not by_sent or not kwargs.get("non_blocking"):
             self.waits.note("copy to the device from memory that is not pinned")
         copy = result.clone()
@@ -132,7 +172,9 @@ class _Operations(TorchDispatchMode):
     def _waits(name: str, func: Any, args: Any) -> bool:
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-            return by_mask and not (name != "index" and args[2].numel() == 1)  # one value is filled in where the mask is
+            return by_mask and not (
+                name != "index" and args[2].numel() == 1
+            )  # one value is filled in where the mask is
         return name in SIZED_BY_VALUES or (name == "repeat_interleave" and isinstance(args[-1], torch.Tensor))
 
 

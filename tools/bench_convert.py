@@ -40,9 +40,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--shard-gb", type=float, default=5.0)
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model of at most 32000 pieces; without one a tiny one is trained")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.model of at most 32000 pieces; without one a tiny one is trained"
+    )
     parser.add_argument("--repeat", type=int, default=1, help="the fastest of so many counts, of the copy too")
-    parser.add_argument("--directory", type=Path, required=True, help="for the files; about four times the model's bytes")
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="for the files; about four times the model's bytes"
+    )
     parser.add_argument("--child", nargs=3, metavar=("COMMAND", "FROM", "TO"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -66,7 +70,9 @@ def judge(measured: Sequence[dict[str, float]], *, hidden: int) -> tuple[list[st
             slope, start = line_through([(one["gb"], one[f"{command}_peak_over_start_gb"]) for one in measured])
             at_13b = start + slope * GB_OF_13B + missing
             bound = measured[-1]["file_gb"] + MOST_OVER_SHARD_GB
-            lines.append(f"{command}: {slope:+.4f} GB of memory per GB of model; at 13B ({GB_OF_13B} GB) {at_13b:.2f} GB of at most {bound:.2f}")
+            lines.append(
+                f"{command}: {slope:+.4f} GB of memory per GB of model; at 13B ({GB_OF_13B} GB) {at_13b:.2f} GB of at most {bound:.2f}"
+            )
             if at_13b > bound:
                 problems.append(f"{command} would need {at_13b:.2f} GB at 13B, at most {bound:.2f}")
     return lines, problems
@@ -97,13 +103,21 @@ def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
     write_source(source, layers, arguments)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
-    found: dict[str, float] = {"layers": layers, "gb": round(size / 1e9, 3), "largest_shard_gb": round(largest / 1e9, 3)}
+    found: dict[str, float] = {
+        "layers": layers,
+        "gb": round(size / 1e9, 3),
+        "largest_shard_gb": round(largest / 1e9, 3),
+    }
     found["file_gb"] = arguments.shard_gb
     found["copy_s"] = copied = min(timed_copy(source, copy) for _ in range(arguments.repeat))
     shutil.rmtree(copy)
     for command, start, end in (("import", source, ours), ("export", ours, back)):
         seconds, peak, baseline, cpu = min(child(command, start, end, arguments) for _ in range(arguments.repeat))
-        found |= {f"{command}_s": seconds, f"{command}_gb_per_s": round(size / 1e9 / seconds, 3), f"{command}_over_copy": round(seconds / copied, 2)}
+        found |= {
+            f"{command}_s": seconds,
+            f"{command}_gb_per_s": round(size / 1e9 / seconds, 3),
+            f"{command}_over_copy": round(seconds / copied, 2),
+        }
         found[f"{command}_cpu_s"] = cpu
         found |= {f"{command}_peak_gb": peak, f"{command}_peak_over_start_gb": round(peak - baseline, 3)}
     return found
@@ -112,8 +126,14 @@ def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
 def write_source(directory: Path, layers: int, arguments: argparse.Namespace) -> None:
     """A random llava-hf model in bf16."""
     heads = arguments.hidden // 128
-    width = {"hidden_size": arguments.hidden, "intermediate_size": arguments.hidden * 43 // 16, "num_attention_heads": heads}
-    model = ModelConfig(vision=VisionConfig(), language=LanguageConfig(**width, num_layers=layers, num_key_value_heads=heads))
+    width = {
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.hidden * 43 // 16,
+        "num_attention_heads": heads,
+    }
+    model = ModelConfig(
+        vision=VisionConfig(), language=LanguageConfig(**width, num_layers=layers, num_key_value_heads=heads)
+    )
     table = rows(model, naming=LLAVA_HF, components=("language", "projector", "vision"))
     shapes = {name: shape for row in table for name, shape in row.their_shapes().items()}
     shapes |= {f"{LLAVA_HF.tower}{name}": shape for name, shape in unused_shapes(model).items()}
@@ -129,7 +149,13 @@ def write_source(directory: Path, layers: int, arguments: argparse.Namespace) ->
     with writing(directory, fingerprint="noise") as place:
         write_parts(place, model_parts(tensors, max_bytes=shard_bytes), title="noise")
         write_index(place.directory, tensors, max_bytes=shard_bytes)
-        text = {**width, "num_hidden_layers": layers, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+        text = {
+            **width,
+            "num_hidden_layers": layers,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        }
         tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         tower |= {"image_size": 336, "patch_size": 14}
         config = {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": tower}
@@ -164,7 +190,13 @@ def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -
     shutil.rmtree(end, ignore_errors=True)
     base = [sys.executable, __file__, "--directory", str(arguments.directory), "--shard-gb", str(arguments.shard_gb)]
     environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}  # as tools/convert.py has it
-    done = subprocess.run([*base, "--child", command, str(start), str(end)], env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*base, "--child", command, str(start), str(end)],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -179,7 +211,9 @@ def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
         import_model(Request(directory=Path(start)), Path(end), options=ImportOptions())
     else:
         export_model(Path(start), Path(end), layout="llava-hf", shard_bytes=shard_bytes)
-    print(json.dumps([round(time.perf_counter() - started, 2), resident(), baseline, round(time.process_time() - cpu, 2)]))
+    print(
+        json.dumps([round(time.perf_counter() - started, 2), resident(), baseline, round(time.process_time() - cpu, 2)])
+    )
 
 
 def resident() -> float:

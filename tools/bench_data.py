@@ -50,11 +50,39 @@ def _prepare(records: int) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prepare", type=int, nargs="?", const=RECORDS, metavar="N", help=f"build shards and index of N records ({RECORDS})")
-    parser.add_argument("--plans", type=int, nargs="?", const=RECORDS, metavar="N", help=f"time and memory of every plan of N samples ({RECORDS})")
-    parser.add_argument("--packing", action="store_true", help="useful tokens per second of packing against padding, tiny model")
-    parser.add_argument("--images", type=int, nargs="?", const=DECODED, metavar="N", help=f"images per second and core of each backend ({DECODED})")
-    parser.add_argument("--rounds", type=int, default=3, help="of --images: every way is measured so often, in turn, and its best round counts")
+    parser.add_argument(
+        "--prepare",
+        type=int,
+        nargs="?",
+        const=RECORDS,
+        metavar="N",
+        help=f"build shards and index of N records ({RECORDS})",
+    )
+    parser.add_argument(
+        "--plans",
+        type=int,
+        nargs="?",
+        const=RECORDS,
+        metavar="N",
+        help=f"time and memory of every plan of N samples ({RECORDS})",
+    )
+    parser.add_argument(
+        "--packing", action="store_true", help="useful tokens per second of packing against padding, tiny model"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        nargs="?",
+        const=DECODED,
+        metavar="N",
+        help=f"images per second and core of each backend ({DECODED})",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="of --images: every way is measured so often, in turn, and its best round counts",
+    )
     return parser
 
 

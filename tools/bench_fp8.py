@@ -73,7 +73,9 @@ def gap(losses: Sequence[float], truth: Sequence[float], *, window: int) -> Gap:
     mine, theirs = means(losses, window), means(truth, window)
     away = [abs(a - b) / b for a, b in zip(mine, theirs, strict=True)]
     largest = max(range(len(away)), key=away.__getitem__)
-    return Gap(away[largest], largest + window, max(abs(a - b) / b for a, b in zip(losses, truth, strict=True)), away[-1])
+    return Gap(
+        away[largest], largest + window, max(abs(a - b) / b for a, b in zip(losses, truth, strict=True)), away[-1]
+    )
 
 
 def means(losses: Sequence[float], window: int) -> list[float]:
@@ -99,7 +101,11 @@ def train(variant: str, arguments: argparse.Namespace) -> Curve:
         raise TrainingError(f"{directory} has losses of an earlier comparison; name another --out, or remove it")
     command = [sys.executable, "tools/train.py", "examples/quickstart/pretrain.yaml", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or done.stderr.splitlines()[-1:] or ["no word"]
+    said = (
+        [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        or done.stderr.splitlines()[-1:]
+        or ["no word"]
+    )
     if done.returncode == USER_MISTAKE and variant not in (TRUTH, HALVES):
         return Curve(variant, refused=said[-1])
     if done.returncode:
@@ -112,7 +118,11 @@ def compare(arguments: argparse.Namespace) -> dict:
     """All runs, one after the other, and the record that is written."""
     out = Path(arguments.out)
     scenes = [] if arguments.scenes is None else ["--train-scenes", str(arguments.scenes), "--held-out-scenes", "64"]
-    subprocess.run([sys.executable, "examples/quickstart/make_data.py", "--out", str(out / "quickstart"), *scenes], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "examples/quickstart/make_data.py", "--out", str(out / "quickstart"), *scenes],
+        cwd=ROOT,
+        check=True,
+    )
     result: dict = {name: getattr(arguments, name) for name in ("steps", "window", "bound")}
     result |= {"settings": [*SCALED, *arguments.set], "variants": {}}
     curves: list[Curve] = []
@@ -124,8 +134,15 @@ def compare(arguments: argparse.Namespace) -> dict:
             entry["gap"] = asdict(gap(curve.losses, curves[0].losses, window=arguments.window))
         result["variants"][variant] = entry
         print(f"{variant:<15}" + (f"not run: {curve.refused}" if curve.refused else _line(entry)), flush=True)
-    judged = {name: entry["gap"]["window"] for name, entry in result["variants"].items() if "gap" in entry and name not in (TRUTH, HALVES)}
-    result |= {"largest_gap": max(judged.values(), default=None), "holds": bool(judged) and all(found <= arguments.bound for found in judged.values())}
+    judged = {
+        name: entry["gap"]["window"]
+        for name, entry in result["variants"].items()
+        if "gap" in entry and name not in (TRUTH, HALVES)
+    }
+    result |= {
+        "largest_gap": max(judged.values(), default=None),
+        "holds": bool(judged) and all(found <= arguments.bound for found in judged.values()),
+    }
     (out / "fp8.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw([curve for curve in curves if curve.losses], arguments.window, out / "fp8.png")
     return result
@@ -141,7 +158,9 @@ def draw(curves: Sequence[Curve], window: int, path: Path) -> None:
     """Above, the losses (means of the window); below, their relative distance from BF16's, magnified to its own scale."""
     canvas, left, width = Canvas(900, 520), 70, 800
     smooth = {curve.variant: means(curve.losses, window) for curve in curves}
-    away = {name: [abs(a - b) / b for a, b in zip(line, smooth[TRUTH])] for name, line in smooth.items() if name != TRUTH}
+    away = {
+        name: [abs(a - b) / b for a, b in zip(line, smooth[TRUTH])] for name, line in smooth.items() if name != TRUTH
+    }
     canvas.text(left, 12, f"losses, means of {window} steps", size=15)
     canvas.text(left, 286, "relative distance from bf16", size=15)
     colours = dict(zip(smooth, PALETTE))
@@ -152,7 +171,10 @@ def draw(curves: Sequence[Curve], window: int, path: Path) -> None:
             canvas.line(left, y, left + width, y, fill=FAINT)
             canvas.text(left - 8, y - 7, form.format(highest * (1 - part / 4)), align="right", size=12)
         for name, line in lines.items():
-            places = [(left + width * number / max(1, len(line) - 1), top + 160 * (1 - value / highest)) for number, value in enumerate(line)]
+            places = [
+                (left + width * number / max(1, len(line) - 1), top + 160 * (1 - value / highest))
+                for number, value in enumerate(line)
+            ]
             for (x, y), (to_x, to_y) in itertools.pairwise(places):
                 canvas.line(x, y, to_x, to_y, fill=colours[name])
     canvas.legend(left, 488, list(colours.items()), columns=6, width=135)
@@ -167,15 +189,22 @@ def main() -> None:
     parser.add_argument("--bound", type=float, default=0.01, help="largest relative gap that is accepted")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--scenes", type=int, help="to train on; default: the quickstart's 6,000")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configuration")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configuration"
+    )
     arguments = parser.parse_args()
     with reported():
         if not 0 < arguments.window <= arguments.steps:
-            raise TrainingError(f"--window {arguments.window} of --steps {arguments.steps}: give at least 1 and at most as many as there are steps")
+            raise TrainingError(
+                f"--window {arguments.window} of --steps {arguments.steps}: give at least 1 and at most as many as there are steps"
+            )
         result = compare(arguments)
         if result["largest_gap"] is None:
             raise PrecisionError(f"no FP8 recipe could be tried: {arguments.out}/fp8.json has the reason of each")
-    print(f"largest gap {result['largest_gap']:.3%}, bound {arguments.bound:.2%}: " + ("holds" if result["holds"] else "DOES NOT HOLD"))
+    print(
+        f"largest gap {result['largest_gap']:.3%}, bound {arguments.bound:.2%}: "
+        + ("holds" if result["holds"] else "DOES NOT HOLD")
+    )
     sys.exit(0 if result["holds"] else 1)
 
 

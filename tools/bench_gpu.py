@@ -93,16 +93,28 @@ def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[
     batches = []
     for _ in range(config.train.global_batch_size):
         ids = torch.zeros(1, length, dtype=torch.int64)
-        ids[0, : sum(samples)] = torch.randint(3, config.model.language.vocab_size, (sum(samples),), generator=generator)
+        ids[0, : sum(samples)] = torch.randint(
+            3, config.model.language.vocab_size, (sum(samples),), generator=generator
+        )
         slots = (starts.unsqueeze(1) + 1 + torch.arange(vision.num_patches)).flatten()
         rows = (starts.unsqueeze(1) + samples[0] - 1 - trained + torch.arange(trained)).flatten()
         targets = ids[0, rows + 1]
         ids[0, slots] = 0
-        pixels = torch.randint(0, 256, (len(samples), vision.image_size, vision.image_size, 3), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 256, (len(samples), vision.image_size, vision.image_size, 3), generator=generator, dtype=torch.uint8
+        )
         given = {"token_ids": ids, "image_slots": slots, "pixels": pixels, "target_rows": rows, "targets": targets}
         batches.append(Batch(**{name: tensor.to(device) for name, tensor in given.items()}, segments=(tuple(samples),)))
     count = len(samples) * len(batches)
-    items = StepItems(0, np.arange(count), np.full(count, samples[0]), length, count, trained * count, np.full(len(batches), len(samples)))
+    items = StepItems(
+        0,
+        np.arange(count),
+        np.full(count, samples[0]),
+        length,
+        count,
+        trained * count,
+        np.full(len(batches), len(samples)),
+    )
     return batches, items
 
 
@@ -112,7 +124,9 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
     check_precision(config, mesh=mesh)
     attention = agree_on_attention(config.attention, mesh=mesh, packed=True, dtype=dtype)
     ops = agree_on_ops(config.ops, mesh=mesh).implementation
-    options = layer_options(config.train, precision=config.precision, engine=config.transformer_engine, attention=attention.implementation)
+    options = layer_options(
+        config.train, precision=config.precision, engine=config.transformer_engine, attention=attention.implementation
+    )
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops, options=options)
     with torch.no_grad():
         for name, parameter in bare[0].named_parameters():
@@ -122,7 +136,13 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
     batches, items = make_batches(job, config, device=mesh.device.torch_device)
 
     def step() -> float:
-        how = {"mesh": mesh, "micro_batch_size": 1, "normalize": "tokens", "learning_rate_factor": 1.0, "clip_grad_norm": 1.0}
+        how = {
+            "mesh": mesh,
+            "micro_batch_size": 1,
+            "normalize": "tokens",
+            "learning_rate_factor": 1.0,
+            "clip_grad_norm": 1.0,
+        }
         return train_step(chunks, optimizer, StepData(items, batches, 0.0), **how).loss
 
     return step, ops == "native"
@@ -151,7 +171,10 @@ def theirs(job: Job, config: RunConfig, device: torch.device) -> Callable[[], fl
     for name, parameter in model.named_parameters():
         if "vision_tower" in name:
             parts = name.split(".")
-            parameter.requires_grad_(start is not None and (start < 0 or ("layers" in parts and int(parts[parts.index("layers") + 1]) >= start)))
+            parameter.requires_grad_(
+                start is not None
+                and (start < 0 or ("layers" in parts and int(parts[parts.index("layers") + 1]) >= start))
+            )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.optim.learning_rate, weight_decay=0.0, fused=True)
     forward = torch.compile(model) if job.variant.endswith("compiled") else model
@@ -167,7 +190,9 @@ def theirs(job: Job, config: RunConfig, device: torch.device) -> Callable[[], fl
             ids = batch.token_ids.clone()
             ids[0, batch.image_slots] = image_id
             rows = [x[:, : sum(samples)].view(len(samples), samples[0]) for x in (ids, labels)]
-            loss = forward(input_ids=rows[0], pixel_values=normalise(batch.pixels, dtype=dtype), labels=rows[1], use_cache=False).loss / len(batches)
+            loss = forward(
+                input_ids=rows[0], pixel_values=normalise(batch.pixels, dtype=dtype), labels=rows[1], use_cache=False
+            ).loss / len(batches)
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -181,7 +206,10 @@ def measure(job: Job) -> dict[str, Any]:
     """Run one job in this process."""
     config = load_run(job.config, job.overrides)
     device = Device.detect(local_rank=0, local_world_size=1)
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         if job.variant.startswith("transformers"):
             step, fused = theirs(job, config, device.torch_device), False
         else:
@@ -192,9 +220,18 @@ def measure(job: Job) -> dict[str, Any]:
             losses.append(step())
             device.synchronize()
             times.append(time.perf_counter() - started)
-        memory, waits = device.peak_memory_bytes(), traced(step, Path(job.out) / f"{job.stage} {job.variant}.trace.json", device=device)
+        memory, waits = (
+            device.peak_memory_bytes(),
+            traced(step, Path(job.out) / f"{job.stage} {job.variant}.trace.json", device=device),
+        )
     _, items = make_batches(job, config, device=torch.device("cpu"))
-    flops = step_flops(config, items, trained_tokens=items.trained_tokens, images_per_sample=np.ones(len(items.rows), dtype=int), fused_head=fused)
+    flops = step_flops(
+        config,
+        items,
+        trained_tokens=items.trained_tokens,
+        images_per_sample=np.ones(len(items.rows), dtype=int),
+        fused_head=fused,
+    )
     seconds = statistics.median(times[WARM_UP:])
     return {
         "layers": config.model.language.num_layers, "seconds": seconds, "tokens_per_s": items.tokens / seconds, "model_tflops": flops.model / seconds / 1e12,
@@ -220,8 +257,14 @@ def peaks(size: int) -> dict[str, float]:
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     products: dict[str, Callable[[], torch.Tensor]] = {"bf16": lambda: left @ right}
     if device.type == "cuda" and torch.cuda.get_device_capability() >= CAPABILITY:
-        codes, other, one = left.to(torch.float8_e4m3fn), right.t().contiguous().to(torch.float8_e4m3fn), torch.ones((), device=device)
-        products["fp8"] = lambda: torch._scaled_mm(codes, other.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        codes, other, one = (
+            left.to(torch.float8_e4m3fn),
+            right.t().contiguous().to(torch.float8_e4m3fn),
+            torch.ones((), device=device),
+        )
+        products["fp8"] = lambda: torch._scaled_mm(
+            codes, other.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     found = {}
     for name, product in products.items():
         best = float("inf")
@@ -253,10 +296,29 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every job, and the peaks first."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    fixed = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false", "parallel.overlap_grad_reduce=false", "train.micro_batch_size=1", "data.order=random"]
-    fixed += [f"data.pack_length={arguments.pack}", f"train.global_batch_size={arguments.packs}", "precision.dtype=bf16", *SHORT, *arguments.set]
+    fixed = [
+        "parallel.tensor=1",
+        "parallel.pipeline=1",
+        "parallel.sequence=false",
+        "parallel.overlap_grad_reduce=false",
+        "train.micro_batch_size=1",
+        "data.order=random",
+    ]
+    fixed += [
+        f"data.pack_length={arguments.pack}",
+        f"train.global_batch_size={arguments.packs}",
+        "precision.dtype=bf16",
+        *SHORT,
+        *arguments.set,
+    ]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result: dict[str, Any] = {"device": gpu, "torch": torch.__version__, "engine": missing_engine() or "installed", "peaks": peaks(arguments.matrix), "rows": []}
+    result: dict[str, Any] = {
+        "device": gpu,
+        "torch": torch.__version__,
+        "engine": missing_engine() or "installed",
+        "peaks": peaks(arguments.matrix),
+        "rows": [],
+    }
     print(json.dumps(result), flush=True)
     gc.collect()
     if torch.cuda.is_available():
@@ -279,8 +341,15 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown for docs/measurements/."""
     peak = result["peaks"]["bf16"]
-    lines = [f"{result['device']}, torch {result['torch']}; measured peak of products: " + ", ".join(f"{name} {value:.0f} TFLOP/s" for name, value in result["peaks"].items()), ""]
-    lines += ["| stage | variant | layers | s/step | tokens/s | TFLOP/s | MFU | peak GB | host waits | loss from bf16 |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{result['device']}, torch {result['torch']}; measured peak of products: "
+        + ", ".join(f"{name} {value:.0f} TFLOP/s" for name, value in result["peaks"].items()),
+        "",
+    ]
+    lines += [
+        "| stage | variant | layers | s/step | tokens/s | TFLOP/s | MFU | peak GB | host waits | loss from bf16 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     truths = {row["stage"]: row["losses"] for row in result["rows"] if row["variant"] == "bf16" and "losses" in row}
     for row in result["rows"]:
         if "refused" in row:
@@ -310,7 +379,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0: as many as fit")
     parser.add_argument("--text", type=int, default=0, help="text positions of a sample; 0: the stage's mean")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices that give the peak")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configurations")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configurations"
+    )
     arguments = parser.parse_args()
     if arguments.job is None:
         print("\n" + table(run_all(arguments)))

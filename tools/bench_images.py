@@ -58,8 +58,14 @@ def bench_images(count: int, *, rounds: int = 3, workers: int = 2) -> dict[str, 
         found = {REFERENCE: {"images_per_core_s": best[REFERENCE], "ratio": 1.0}}
         for backend in backends:
             result = measure(backend, open_decoder(backend, POLICY), encoded, POLICY)
-            found[backend] = {"images_per_core_s": best[backend], "ratio": best[backend] / best[REFERENCE], "max_error": result.max_error}
-            print(f"{backend:<10} {best[backend]:7.1f} images/s per core, {found[backend]['ratio']:.2f} x the reference; {result}")
+            found[backend] = {
+                "images_per_core_s": best[backend],
+                "ratio": best[backend] / best[REFERENCE],
+                "max_error": result.max_error,
+            }
+            print(
+                f"{backend:<10} {best[backend]:7.1f} images/s per core, {found[backend]['ratio']:.2f} x the reference; {result}"
+            )
     return found
 
 
@@ -144,5 +150,7 @@ def _check_bit_equal(files: list[Path]) -> None:
     official, ours = _Official(files), open_decoder("pil", POLICY)
     for path in files:
         data = path.read_bytes()
-        assert torch.equal(normalise(ours.decode_all([data]).pixels, dtype=torch.float32)[0], official.process(data)), path
+        assert torch.equal(normalise(ours.decode_all([data]).pixels, dtype=torch.float32)[0], official.process(data)), (
+            path
+        )
     print(f"pil: bit-equal to CLIPImageProcessorPil on {len(files)} images, after normalising")

@@ -53,8 +53,16 @@ class Row:
     @property
     def text(self) -> str:
         """As it is printed, under HEADER."""
-        memory = f"{self.native_peak_mb:8.1f} {self.eager_peak_mb / self.native_peak_mb:6.1f}" if self.native_peak_mb > 0.1 else f"{'-':>8} {'-':>6}"
-        compiled = f"{self.compiled_us:11.0f} {self.compiled_us / self.native_us:6.2f}" if self.compiled_us else f"{'-':>11} {'-':>6}"
+        memory = (
+            f"{self.native_peak_mb:8.1f} {self.eager_peak_mb / self.native_peak_mb:6.1f}"
+            if self.native_peak_mb > 0.1
+            else f"{'-':>8} {'-':>6}"
+        )
+        compiled = (
+            f"{self.compiled_us:11.0f} {self.compiled_us / self.native_us:6.2f}"
+            if self.compiled_us
+            else f"{'-':>11} {'-':>6}"
+        )
         return (
             f"{self.op:20} {self.shape:22} {self.direction:8} {self.megabytes:9.2f} {self.native_us:10.0f} {self.eager_us:10.0f} "
             f"{self.eager_us / self.native_us:6.2f} {compiled} {self.gigabytes_per_s:8.1f} {self.of_copy:8.2f} {memory}"
@@ -75,7 +83,10 @@ def main(arguments: list[str] | None = None) -> int:
         choice = choose_ops("native", device=options.device)
     where = "gpu" if options.device == "cuda" else "cpu"
     copy = copy_bandwidth(options.device)
-    print(f"{_machine(options.device)}, {options.threads} thread(s), torch {torch.__version__}; {choice.line}; copy {copy:.1f} GB/s\n{HEADER}", flush=True)
+    print(
+        f"{_machine(options.device)}, {options.threads} thread(s), torch {torch.__version__}; {choice.line}; copy {copy:.1f} GB/s\n{HEADER}",
+        flush=True,
+    )
     rows: list[Row] = []
     for op in OPS:
         for bench in op.benches():
@@ -163,18 +174,27 @@ def peak_bytes(call: Callable[[], None], *, device: str) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def copy_bandwidth(device: str) -> float:
     """GB/s of a plain copy, read and written bytes counted."""
     size = COPY_BYTES[device]
-    source, target = torch.zeros(size, dtype=torch.uint8, device=device), torch.zeros(size, dtype=torch.uint8, device=device)
+    source, target = (
+        torch.zeros(size, dtype=torch.uint8, device=device),
+        torch.zeros(size, dtype=torch.uint8, device=device),
+    )
     return 2 * size / medians({"copy": lambda: target.copy_(source)}, device=device)["copy"] / 1e9
 
 
-def _forward(variant: Callable[..., Any], arguments: dict[str, Any], differentiable: tuple[str, ...]) -> Callable[[], None]:
+def _forward(
+    variant: Callable[..., Any], arguments: dict[str, Any], differentiable: tuple[str, ...]
+) -> Callable[[], None]:
     def call() -> None:
         with torch.no_grad():
             variant(**arguments)
@@ -182,14 +202,18 @@ def _forward(variant: Callable[..., Any], arguments: dict[str, Any], differentia
     return call
 
 
-def _forward_and_backward(variant: Callable[..., Any], arguments: dict[str, Any], differentiable: tuple[str, ...]) -> Callable[[], None]:
+def _forward_and_backward(
+    variant: Callable[..., Any], arguments: dict[str, Any], differentiable: tuple[str, ...]
+) -> Callable[[], None]:
     leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable}
     outputs = variant(**arguments)
     slopes = [torch.ones_like(output) for output in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
 
     def call() -> None:
         outputs = variant(**arguments | leaves)
-        torch.autograd.grad([outputs] if isinstance(outputs, torch.Tensor) else list(outputs), list(leaves.values()), slopes)
+        torch.autograd.grad(
+            [outputs] if isinstance(outputs, torch.Tensor) else list(outputs), list(leaves.values()), slopes
+        )
 
     return call
 
@@ -213,7 +237,9 @@ def _machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.machine())
+        return next(
+            (line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.machine()
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -38,9 +38,16 @@ from megatron_share4v.train.step import train_step
 
 SCALE, SLOTS, PACK_LENGTH, PACKS, SAMPLES = 9, 64, 456, 2, 4096
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=64, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=2, num_attention_heads=2),
+    vision=VisionConfig(
+        image_size=64, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=2, num_attention_heads=2
+    ),
     language=LanguageConfig(
-        vocab_size=1000, hidden_size=128, intermediate_size=344, num_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=344,
+        num_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=512,
     ),
     trainable=TrainableConfig(),
@@ -50,7 +57,9 @@ MODEL = ModelConfig(
 class Side:
     """One way to fill micro-batches: a plan, a model of its own, and what was measured."""
 
-    def __init__(self, index: Index, mesh: Mesh, *, order: str, size: int, micro_batches: int, packing: Packing | None) -> None:
+    def __init__(
+        self, index: Index, mesh: Mesh, *, order: str, size: int, micro_batches: int, packing: Packing | None
+    ) -> None:
         self.index, self.mesh, self.size = index, mesh, size
         sizes = dict(group_size=None, global_batch_size=micro_batches * size, micro_batch_size=size)
         self.plan = Plan(index, order=order, packing=packing, seed=0, tokens_per_image=SLOTS, pad_multiple=8, **sizes)
@@ -58,13 +67,17 @@ class Side:
         bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
         initialize(bare, seed=0, model=MODEL)
         self.chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
-        self.optimizer = build_optimizer(self.chunks, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32)
+        self.optimizer = build_optimizer(
+            self.chunks, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32
+        )
         self.seconds, self.tokens, self.positions, self.most = 0.0, 0, 0, 0
 
     def step(self, step: int) -> None:
         """Train one step and count it; the first one, which makes buffers, is not counted."""
         items = self.plan.step(step)
-        batches = [_batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)]
+        batches = [
+            _batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)
+        ]
         started = time.process_time()
         train_step(
             self.chunks, self.optimizer, StepData(items, batches, 0.0), mesh=self.mesh, micro_batch_size=self.size, normalize="tokens",
@@ -78,7 +91,11 @@ class Side:
 
     def report(self) -> dict[str, float]:
         """Useful tokens per second of one core, share of positions that are useful, most positions of a micro-batch."""
-        return {"tokens_per_s": self.tokens / self.seconds, "useful": self.tokens / self.positions, "positions": self.most}
+        return {
+            "tokens_per_s": self.tokens / self.seconds,
+            "useful": self.tokens / self.positions,
+            "positions": self.most,
+        }
 
 
 def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[str, float]]:
@@ -90,9 +107,13 @@ def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[s
         longest = int((index.rows["n_tok"] + index.rows["n_img"].astype(int) * (SLOTS - 1)).max())
         samples = PACKS * PACK_LENGTH // longest
         sides = {
-            "packed": Side(index, mesh, order="random", size=PACKS, micro_batches=micro_batches, packing=Packing(PACK_LENGTH)),
+            "packed": Side(
+                index, mesh, order="random", size=PACKS, micro_batches=micro_batches, packing=Packing(PACK_LENGTH)
+            ),
             "padded": Side(index, mesh, order="random", size=samples, micro_batches=micro_batches, packing=None),
-            "grouped": Side(index, mesh, order="group_by_modality_length", size=samples, micro_batches=micro_batches, packing=None),
+            "grouped": Side(
+                index, mesh, order="group_by_modality_length", size=samples, micro_batches=micro_batches, packing=None
+            ),
         }
         for step in range(steps + 1):
             for side in sides.values():
@@ -104,8 +125,14 @@ def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[s
             f"{report['positions']:.0f} positions in a micro-batch of {sides[name].size} {'packs' if name == 'packed' else 'samples'}",
             flush=True,
         )
-    ratios = {f"packed_to_{name}": found["packed"]["tokens_per_s"] / found[name]["tokens_per_s"] for name in ("padded", "grouped")}
-    print(", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items()) + f"; fill of all packs {100 * sides['packed'].plan.fill:.1f} %")
+    ratios = {
+        f"packed_to_{name}": found["packed"]["tokens_per_s"] / found[name]["tokens_per_s"]
+        for name in ("padded", "grouped")
+    }
+    print(
+        ", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items())
+        + f"; fill of all packs {100 * sides['packed'].plan.fill:.1f} %"
+    )
     return {**found, "ratios": ratios, "fill": {"packed": sides["packed"].plan.fill}}
 
 
@@ -123,11 +150,20 @@ def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
         pixels = torch.zeros(int(entry["n_img"]), side, side, 3, dtype=torch.uint8)
         examples.append(Example(key=str(row), name=str(row), input_ids=ids, labels=labels, pixels=pixels))
     both = Role(first=True, last=True)
-    return collate(examples, sequence_length=micro_batch.sequence_length, tokens_per_image=SLOTS, role=both, segments=micro_batch.segments)
+    return collate(
+        examples,
+        sequence_length=micro_batch.sequence_length,
+        tokens_per_image=SLOTS,
+        role=both,
+        segments=micro_batch.segments,
+    )
 
 
 @contextmanager
 def _one_rank() -> Iterator[Mesh]:
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         yield mesh

@@ -47,7 +47,14 @@ def write_synthetic_index(directory: Path, *, samples: int, seed: int, scale: in
     rows["words"] = np.where(rows["n_img"], 1, -1) * (answers * 3 // 4 + 1)
     keys = np.arange(samples).astype("S8")
     info = DatasetInfo(
-        samples=samples, shards=(), index_sha256="", keys_sha256="", tokenizer_fingerprint="", template="", max_text_length=2048, sources={}
+        samples=samples,
+        shards=(),
+        index_sha256="",
+        keys_sha256="",
+        tokenizer_fingerprint="",
+        template="",
+        max_text_length=2048,
+        sources={},
     )
     directory.mkdir()
     write_index(directory, rows=rows, keys=keys, info=info)
@@ -66,14 +73,28 @@ def bench_plans(samples: int) -> dict[str, dict[str, float]]:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 paths = [str(part) for part in parts] if plan.startswith("blend") else [str(whole)]
                 found[plan] = process.submit(measure, plan, paths).result()
-            print(f"plan {plan:26} {found[plan]['seconds']:6.2f} s  {found[plan]['peak_bytes'] / 2**20:6.0f} MiB", flush=True)
+            print(
+                f"plan {plan:26} {found[plan]['seconds']:6.2f} s  {found[plan]['peak_bytes'] / 2**20:6.0f} MiB",
+                flush=True,
+            )
     return found
 
 
 def measure(plan: str, paths: list[str]) -> dict[str, float]:
     """What bench_plans reports of one plan."""
-    index = open_index(paths[0]) if len(paths) == 1 else open_index([BlendSource(path=path, weight=1.0 + n) for n, path in enumerate(paths)])
-    settings = dict(group_size=None, seed=0, global_batch_size=GLOBAL_BATCH, micro_batch_size=8, tokens_per_image=SLOTS, pad_multiple=8)
+    index = (
+        open_index(paths[0])
+        if len(paths) == 1
+        else open_index([BlendSource(path=path, weight=1.0 + n) for n, path in enumerate(paths)])
+    )
+    settings = dict(
+        group_size=None,
+        seed=0,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=8,
+        tokens_per_image=SLOTS,
+        pad_multiple=8,
+    )
     started = time.perf_counter(), time.process_time()
     made = Plan(index, **settings, **PLANS[plan])
     made.step(0)

@@ -30,8 +30,14 @@ class FirstGlance:
     def __call__(self, request: tuple[Entry, bool]) -> Accepted:
         content, known = request[0].content, request[1]
         header = ImageHeader(width=640, height=480, extension="jpg")
-        image = None if known else CheckedImage(b"", 100_000, hash(content["id"]) & 0xFFFFFFFF, header, archive=None, offset=0)
-        text = CheckedText(words=140, n_tok=200, n_lab=190, full_tok=200, full_lab=190, identity=hash(content["id"]) & (1 << 63) - 1)
+        image = (
+            None
+            if known
+            else CheckedImage(b"", 100_000, hash(content["id"]) & 0xFFFFFFFF, header, archive=None, offset=0)
+        )
+        text = CheckedText(
+            words=140, n_tok=200, n_lab=190, full_tok=200, full_lab=190, identity=hash(content["id"]) & (1 << 63) - 1
+        )
         return Accepted(content["id"], content["image"], image, text)
 
 
@@ -46,7 +52,9 @@ def bench_prepare(directory: Path, *, records: int, tokenizer: Path) -> dict[str
     with _stage(f"read {path.stat().st_size / 1e9:.2f} GB of annotations as a stream", found, "read"):
         count = sum(1 for _ in Annotations(path))
     assert count == records, "the reader lost records"
-    options = PrepareOptions(annotations=path, images=images, output=directory / "out", tokenizer=tokenizer, template="plain", in_place=True)
+    options = PrepareOptions(
+        annotations=path, images=images, output=directory / "out", tokenizer=tokenizer, template="plain", in_place=True
+    )
     with _stage("build text shards, index and list of duplicates", found, "build"):
         prepare(options, judge=FirstGlance())
     with _stage("open and verify the index", found, "open"):
@@ -70,7 +78,11 @@ def bench_with_images(directory: Path, *, images: int, tokenizer: Path) -> dict[
     path = directory / "few.json"
     _write_annotations(path, images)
     options = PrepareOptions(
-        annotations=path, images=directory / "with-images", output=directory / "few", tokenizer=tokenizer, template="plain"
+        annotations=path,
+        images=directory / "with-images",
+        output=directory / "few",
+        tokenizer=tokenizer,
+        template="plain",
     )
     started = time.process_time()
     prepare(options)
@@ -83,7 +95,9 @@ def bench_with_images(directory: Path, *, images: int, tokenizer: Path) -> dict[
 def _photograph(seed: int) -> bytes:
     """A JPEG as big as a photograph of its size."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(
+        (640, 480), Image.Resampling.BICUBIC
+    )
     noisy = np.clip(np.asarray(coarse) + rng.normal(0, 8, (480, 640, 3)), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noisy).save(buffer, format="JPEG", quality=88)
@@ -112,4 +126,7 @@ def _stage(what: str, found: dict[str, float], name: str) -> Iterator[None]:
     seconds, cpu = time.monotonic() - started, time.process_time() - started_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found |= {f"{name}_s": round(seconds, 2), f"{name}_cpu_s": round(cpu, 2), f"{name}_peak_mib": round(peak)}
-    print(f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU ({found['records'] / cpu:.0f} records/s), peak memory {peak:.0f} MiB", flush=True)
+    print(
+        f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU ({found['records'] / cpu:.0f} records/s), peak memory {peak:.0f} MiB",
+        flush=True,
+    )

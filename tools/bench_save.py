@@ -68,12 +68,19 @@ def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int,
         "checkpoint.keep_last": 1, "checkpoint.in_background": background, "log.tensorboard": False, "log.every_steps": 1000,
     }  # fmt: skip
     TimedSaver.spans.clear()
-    loop.run(load_run(config, [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()]))
+    loop.run(
+        load_run(
+            config,
+            [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()],
+        )
+    )
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][2:]
     during, between = [], []
     for line in lines:
         began, ended = line["time"] - line["step_time_s"], line["time"]
-        beside = sum(max(0.0, min(last, ended) - max(first, began)) for first, last in TimedSaver.spans) / (ended - began)
+        beside = sum(max(0.0, min(last, ended) - max(first, began)) for first, last in TimedSaver.spans) / (
+            ended - began
+        )
         if beside == 0.0 or beside > 0.5:
             (during if beside else between).append(line["step_time_s"])
     return {
@@ -101,13 +108,22 @@ def main() -> None:
         loop.Saver = TimedSaver
         for background in (False, True):
             found = measure(
-                config, megabytes=arguments.megabytes, steps=arguments.steps, every=arguments.every, batch=arguments.batch, background=background
+                config,
+                megabytes=arguments.megabytes,
+                steps=arguments.steps,
+                every=arguments.every,
+                batch=arguments.batch,
+                background=background,
             )
             way = "in the background" if background else "training waits"
-            print(f"{way}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; training stood still for {found['wait_s']:.2f} s per save")
+            print(
+                f"{way}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; training stood still for {found['wait_s']:.2f} s per save"
+            )
             if background:
                 ratio = found["during_s"] / found["between_s"]
-                print(f"{found['steps_during']} steps during a save: {found['during_s']:.3f} s each, between saves {found['between_s']:.3f} s, ratio {ratio:.2f}")
+                print(
+                    f"{found['steps_during']} steps during a save: {found['during_s']:.3f} s each, between saves {found['between_s']:.3f} s, ratio {ratio:.2f}"
+                )
 
 
 if __name__ == "__main__":

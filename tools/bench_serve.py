@@ -53,7 +53,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = Device.detect(local_rank=0, local_world_size=1)
     world = World(rank=0, size=1, local_rank=0, local_size=1)
-    with tempfile.TemporaryDirectory() as holder, joined(world, device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+    with (
+        tempfile.TemporaryDirectory() as holder,
+        joined(world, device, timeout_s=600),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         model = arguments.model or random_model(Path(holder) / "model", arguments)
         session = Session.open(model, mesh=mesh, dtype=arguments.dtype)
         config = EngineConfig(max_requests=max(USERS), max_positions=None if arguments.model else 1024)
@@ -64,13 +68,34 @@ def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
     """As transformers saves it, with a tokenizer of LLaMA's size."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    tower = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 128, "patch_size": 16}
+    tower = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": 128,
+        "patch_size": 16,
+    }
     heads = arguments.width // 64
-    text = {"hidden_size": arguments.width, "intermediate_size": arguments.width * 43 // 16, "num_hidden_layers": arguments.layers}
-    text |= {"num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": 1024, "vocab_size": PIECES + 64}
+    text = {
+        "hidden_size": arguments.width,
+        "intermediate_size": arguments.width * 43 // 16,
+        "num_hidden_layers": arguments.layers,
+    }
+    text |= {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 1024,
+        "vocab_size": PIECES + 64,
+    }
     torch.manual_seed(0)
     LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=CLIPVisionConfig(**tower), text_config=LlamaConfig(**text), image_token_index=PIECES, tie_word_embeddings=False)
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower),
+            text_config=LlamaConfig(**text),
+            image_token_index=PIECES,
+            tie_word_embeddings=False,
+        )
     ).save_pretrained(directory)
     draw = random.Random(0)
     texts = (" ".join("".join(draw.choices(string.ascii_lowercase, k=8)) for _ in range(20)) for _ in range(3000))
@@ -78,13 +103,17 @@ def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
     return directory
 
 
-def theirs(directory: Path, arguments: argparse.Namespace, device: Device) -> Callable[[Prompt], tuple[list[int], list[float]]]:
+def theirs(
+    directory: Path, arguments: argparse.Namespace, device: Device
+) -> Callable[[Prompt], tuple[list[int], list[float]]]:
     """transformers' answer to one prompt: ids, and when each came, in seconds from the start."""
     from transformers import AutoModelForImageTextToText
     from transformers.generation.streamers import BaseStreamer
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    model = AutoModelForImageTextToText.from_pretrained(str(directory), local_files_only=True, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(
+        str(directory), local_files_only=True, dtype=dtype, attn_implementation="sdpa"
+    )
     model = model.eval().to(device.torch_device)
 
     class Clock(BaseStreamer):
@@ -100,7 +129,11 @@ def theirs(directory: Path, arguments: argparse.Namespace, device: Device) -> Ca
     @torch.no_grad()
     def answer(prompt: Prompt) -> tuple[list[int], list[float]]:
         clock, length = Clock(), prompt.token_ids.numel()
-        ids = prompt.token_ids.index_fill(0, prompt.image_slots, model.config.image_token_id).unsqueeze(0).to(device.torch_device)
+        ids = (
+            prompt.token_ids.index_fill(0, prompt.image_slots, model.config.image_token_id)
+            .unsqueeze(0)
+            .to(device.torch_device)
+        )
         pixels = normalise(prompt.pixels.to(device.torch_device), dtype=dtype)
         new = arguments.new_tokens
         output = model.generate(
@@ -118,14 +151,20 @@ def prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed
     slots = torch.arange(1, 1 + vision.num_patches)
     found = []
     for _ in range(count):
-        ids = torch.randint(300, session.encoder.tokenizer.vocab_size, (1 + vision.num_patches + arguments.words,), generator=generator)
+        ids = torch.randint(
+            300, session.encoder.tokenizer.vocab_size, (1 + vision.num_patches + arguments.words,), generator=generator
+        )
         ids[0], ids[slots] = session.encoder.tokenizer.bos_id, 0
-        pixels = torch.randint(0, 256, (1, vision.image_size, vision.image_size, 3), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 256, (1, vision.image_size, vision.image_size, 3), generator=generator, dtype=torch.uint8
+        )
         found.append(Prompt(token_ids=ids, image_slots=slots, pixels=pixels))
     return found
 
 
-def ours(engine: Engine, given: list[Prompt], arguments: argparse.Namespace) -> tuple[list[list[int]], list[list[float]]]:
+def ours(
+    engine: Engine, given: list[Prompt], arguments: argparse.Namespace
+) -> tuple[list[list[int]], list[list[float]]]:
     """Ids of all answers and when each came."""
     ids: dict[str, list[int]] = {str(number): [] for number in range(len(given))}
     times: dict[str, list[float]] = {name: [] for name in ids}
@@ -141,7 +180,12 @@ def ours(engine: Engine, given: list[Prompt], arguments: argparse.Namespace) -> 
     return list(ids.values()), list(times.values())
 
 
-def measure(session: Session, engine: Engine, answer: Callable[[Prompt], tuple[list[int], list[float]]], arguments: argparse.Namespace) -> None:
+def measure(
+    session: Session,
+    engine: Engine,
+    answer: Callable[[Prompt], tuple[list[int], list[float]]],
+    arguments: argparse.Namespace,
+) -> None:
     """One unmeasured round, then all rounds; a line of JSON for each kind, and the ratios."""
     records: dict[str, list[dict[str, float]]] = {}
     equal = asked = 0
@@ -153,7 +197,9 @@ def measure(session: Session, engine: Engine, answer: Callable[[Prompt], tuple[l
             ids, times = ours(engine, given, arguments)
             after, spent = engine.stats, time.process_time() - spent
             assert after.encoder_calls - before.encoder_calls == users
-            assert after.computed_prompt_tokens - before.computed_prompt_tokens == sum(prompt.token_ids.numel() for prompt in given)
+            assert after.computed_prompt_tokens - before.computed_prompt_tokens == sum(
+                prompt.token_ids.numel() for prompt in given
+            )
             first = first or (given[0], ids[0])
             note(records, f"engine, {users} users", times, spent, measured=number > 0)
         spent = time.process_time()
@@ -164,19 +210,29 @@ def measure(session: Session, engine: Engine, answer: Callable[[Prompt], tuple[l
     for name, rounds in records.items():
         medians[name] = {key: statistics.median(record[key] for record in rounds) for key in rounds[0]}
         print(json.dumps({"who": name, **{key: round(value, 4) for key, value in medians[name].items()}}))
-    most, one, theirs_ = (medians[name] for name in (f"engine, {USERS[-1]} users", f"engine, {USERS[0]} users", "transformers, one by one"))
+    most, one, theirs_ = (
+        medians[name]
+        for name in (f"engine, {USERS[-1]} users", f"engine, {USERS[0]} users", "transformers, one by one")
+    )
     for key in ("tokens_per_s", "tokens_per_cpu_s"):
-        print(f"{key}: {USERS[-1]} users / 1 user {most[key] / one[key]:.2f}, {USERS[-1]} users / transformers {most[key] / theirs_[key]:.2f}")
+        print(
+            f"{key}: {USERS[-1]} users / 1 user {most[key] / one[key]:.2f}, {USERS[-1]} users / transformers {most[key] / theirs_[key]:.2f}"
+        )
     parameters = sum(parameter.numel() for parameter in session.chunks[0].parameters())
     print(f"{parameters / 1e6:.0f}M parameters, {arguments.dtype}, {arguments.threads} threads, {arguments.words} words and an image, "
           f"{arguments.new_tokens} new tokens; greedy answers equal to transformers': {equal} of {asked}; {engine.stats}")  # fmt: skip
 
 
-def note(records: dict[str, list[dict[str, float]]], name: str, times: list[list[float]], spent: float, *, measured: bool) -> None:
+def note(
+    records: dict[str, list[dict[str, float]]], name: str, times: list[list[float]], spent: float, *, measured: bool
+) -> None:
     """Of the requests of one round, from when each token came and the processor time that was spent."""
     if measured:
         gaps = [later - earlier for row in times for earlier, later in itertools.pairwise(row)]
-        record = {"first_token_s": statistics.median(row[0] for row in times), "between_tokens_s": statistics.median(gaps)}
+        record = {
+            "first_token_s": statistics.median(row[0] for row in times),
+            "between_tokens_s": statistics.median(gaps),
+        }
         tokens = sum(map(len, times))
         record |= {"tokens_per_s": tokens / max(row[-1] for row in times), "tokens_per_cpu_s": tokens / spent}
         records.setdefault(name, []).append(record)

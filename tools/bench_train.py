@@ -31,9 +31,16 @@ from megatron_share4v.train.step import train_step
 
 IMAGE_ID = 31999
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=224, patch_size=16, hidden_size=384, intermediate_size=1536, num_layers=12, num_attention_heads=6),
+    vision=VisionConfig(
+        image_size=224, patch_size=16, hidden_size=384, intermediate_size=1536, num_layers=12, num_attention_heads=6
+    ),
     language=LanguageConfig(
-        hidden_size=512, intermediate_size=1376, num_layers=8, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=1024
+        hidden_size=512,
+        intermediate_size=1376,
+        num_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
     ),
     trainable=TrainableConfig(vision_from_block=6),
 )
@@ -58,7 +65,9 @@ def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
     image_slots = (torch.arange(samples).unsqueeze(1) * size + torch.arange(1, 1 + slots)).flatten()
     side = MODEL.vision.image_size
     pixels = torch.randint(0, 256, (samples, side, side, 3), generator=generator, dtype=torch.uint8)
-    batch = Batch(token_ids=ids, image_slots=image_slots, pixels=pixels, target_rows=rows, targets=shifted.flatten()[rows])
+    batch = Batch(
+        token_ids=ids, image_slots=image_slots, pixels=pixels, target_rows=rows, targets=shifted.flatten()[rows]
+    )
     return batch, labels
 
 
@@ -116,10 +125,13 @@ def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
     ids = batch.token_ids.clone()
     ids.view(-1)[batch.image_slots] = IMAGE_ID
+
     # Right padding needs no mask under causal attention; without one, transformers takes its fastest kernel.
     def step() -> float:
         optimizer.zero_grad()
-        loss = model(input_ids=ids, pixel_values=normalise(batch.pixels, dtype=torch.float32), labels=labels, use_cache=False).loss
+        loss = model(
+            input_ids=ids, pixel_values=normalise(batch.pixels, dtype=torch.float32), labels=labels, use_cache=False
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -137,7 +149,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     batch, labels = make_batch(samples=arguments.samples, seed=0)
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         sides = {"transformers": theirs(batch, labels), "megatron_share4v": ours(batch, mesh)}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for round_number in range(arguments.steps + 2):
@@ -149,9 +164,13 @@ def main() -> None:
                 print(f"round {round_number}: {name:<18} loss {loss:.4f}", flush=True)
     tokens = batch.token_ids.numel()
     for name, values in times.items():
-        print(f"{name:<18} median {statistics.median(values):.3f} s/step, {tokens / statistics.median(values):,.0f} positions/s")
+        print(
+            f"{name:<18} median {statistics.median(values):.3f} s/step, {tokens / statistics.median(values):,.0f} positions/s"
+        )
     ratio = statistics.median(times["transformers"]) / statistics.median(times["megatron_share4v"])
-    print(f"ratio of tokens per second, megatron_share4v / transformers: {ratio:.2f} ({arguments.threads} threads, {batch.targets.numel()} of {tokens} positions carry a label)")
+    print(
+        f"ratio of tokens per second, megatron_share4v / transformers: {ratio:.2f} ({arguments.threads} threads, {batch.targets.numel()} of {tokens} positions carry a label)"
+    )
 
 
 if __name__ == "__main__":

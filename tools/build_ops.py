@@ -1,8 +1,8 @@
 """Build the fused ops beforehand: without options into the cache where every process looks, with `--output DIR` into a directory.
 
-    tools/build_ops.py                                              this machine's cache, so that no run compiles
-    tools/build_ops.py --output megatron_share4v/ops/prebuilt       a library that `pip wheel .` takes along
-    tools/build_ops.py --status                                     what is there
+tools/build_ops.py                                              this machine's cache, so that no run compiles
+tools/build_ops.py --output megatron_share4v/ops/prebuilt       a library that `pip wheel .` takes along
+tools/build_ops.py --status                                     what is there
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
             library = prebuild(toolchain, csrc=available.csrc, to=options.output)
         else:
             library = built(toolchain, cache=available.cache, csrc=available.csrc)
-        print(f"{library}: {toolchain.what}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s")
+        print(
+            f"{library}: {toolchain.what}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
+        )
     return 0
 
 

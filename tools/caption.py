@@ -63,11 +63,17 @@ def run(arguments: argparse.Namespace, world: World):
         )
 
         model = ModelOptions(
-            name=arguments.model_name, batch_size=arguments.batch_size, tensor=arguments.num_gpus, dtype=arguments.dtype, workers=arguments.workers
+            name=arguments.model_name,
+            batch_size=arguments.batch_size,
+            tensor=arguments.num_gpus,
+            dtype=arguments.dtype,
+            workers=arguments.workers,
         )
         return caption_with_model(model, job, settings=settings, world=world)
     if arguments.endpoint_model is None:
-        raise ConfigError("--endpoint also needs --endpoint-model, the model's name as the server's /v1/models lists it")
+        raise ConfigError(
+            "--endpoint also needs --endpoint-model, the model's name as the server's /v1/models lists it"
+        )
     endpoint = Endpoint(
         url=arguments.endpoint, model=arguments.endpoint_model, key=os.environ.get(KEY), concurrency=arguments.concurrency or arguments.batch_size,
         retries=arguments.retries, timeout_s=arguments.timeout,
@@ -78,18 +84,48 @@ def run(arguments: argparse.Namespace, world: World):
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     official = parser.add_argument_group("as the published tool (where the meaning differs, it is said)")
-    official.add_argument("--images-file", type=Path, help=f"JSON list of paths; also .jsonl, and records ({DEFAULT_LIST}, unless --images)")
-    official.add_argument("--save-path", type=Path, default=Path("captions.json"), help="JSON list of {path: caption} (captions.json)")
-    official.add_argument("--model-name", help="checkpoint, run directory or export; no default, and ShareCaptioner's own weights are not read")
-    official.add_argument("--batch-size", type=positive, default=16, help="images at the same time; one that ends makes room (16; there 4)")
-    official.add_argument("--num_gpus", type=positive, default=1, help="processes that one model is spread over, by tensor (1; there by layers)")
+    official.add_argument(
+        "--images-file",
+        type=Path,
+        help=f"JSON list of paths; also .jsonl, and records ({DEFAULT_LIST}, unless --images)",
+    )
+    official.add_argument(
+        "--save-path", type=Path, default=Path("captions.json"), help="JSON list of {path: caption} (captions.json)"
+    )
+    official.add_argument(
+        "--model-name",
+        help="checkpoint, run directory or export; no default, and ShareCaptioner's own weights are not read",
+    )
+    official.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        help="images at the same time; one that ends makes room (16; there 4)",
+    )
+    official.add_argument(
+        "--num_gpus",
+        type=positive,
+        default=1,
+        help="processes that one model is spread over, by tensor (1; there by layers)",
+    )
     more = parser.add_argument_group("input")
-    more.add_argument("--images", nargs="+", default=(), help="folders, quoted globs, WebDataset tars, files; after those of --images-file")
+    more.add_argument(
+        "--images",
+        nargs="+",
+        default=(),
+        help="folders, quoted globs, WebDataset tars, files; after those of --images-file",
+    )
     more.add_argument("--images-root", type=Path, default=Path(), help="what all paths are relative to (.)")
     out = parser.add_argument_group("further output")
     out.add_argument("--jsonl", type=Path, help="all rows: id, path, caption, tokens, finish_reason, error")
-    out.add_argument("--annotations", type=Path, help="ShareGPT4V records, for tools/prepare_data.py --images IMAGES_ROOT")
-    out.add_argument("--shards", type=Path, help="directory of WebDataset shards with images and records; earlier shards in it are replaced")
+    out.add_argument(
+        "--annotations", type=Path, help="ShareGPT4V records, for tools/prepare_data.py --images IMAGES_ROOT"
+    )
+    out.add_argument(
+        "--shards",
+        type=Path,
+        help="directory of WebDataset shards with images and records; earlier shards in it are replaced",
+    )
     out.add_argument("--samples-per-shard", type=positive, default=10_000)
     out.add_argument("--restart", action="store_true", help="forget what an earlier start has captioned")
     out.add_argument("--retry-errors", action="store_true", help="try images again that became errors")
@@ -111,8 +147,12 @@ def add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=at_least_zero, default=0.0, help="0: greedy (0; there beam sampling at 1)")
     group.add_argument("--top-p", type=above_zero, default=1.0, help="nucleus, when sampling (1)")
     group.add_argument("--repetition-penalty", type=above_zero, default=1.0, help="(1; there 1.5)")
-    group.add_argument("--num-beams", type=positive, default=1, help="beam search, or with a temperature beam sampling (1; there 3)")
-    group.add_argument("--seed", type=int, default=0, help="of sampling; each image has its own noise from it, in whatever company (0)")
+    group.add_argument(
+        "--num-beams", type=positive, default=1, help="beam search, or with a temperature beam sampling (1; there 3)"
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, help="of sampling; each image has its own noise from it, in whatever company (0)"
+    )
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
     group.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
 

@@ -22,7 +22,9 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 def main() -> None:
     arguments = parse()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch comes: large pages for large tensors, which take less time to get
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # before torch comes: large pages for large tensors, which take less time to get
     configure(rank=0)
     with reported():
         arguments.run(arguments)
@@ -32,14 +34,20 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     importing = add(commands, "import", import_)
-    importing.add_argument("--from", dest="source", type=Path, required=True, help="directory of a model, a LoRA adapter, or delta weights")
+    importing.add_argument(
+        "--from", dest="source", type=Path, required=True, help="directory of a model, a LoRA adapter, or delta weights"
+    )
     importing.add_argument("--to", type=Path, required=True, help="the checkpoint to make")
     importing.add_argument("--dtype", choices=DTYPES, help="round all weights to this (default: each as it is)")
-    importing.add_argument("--template", default="vicuna_v1", help="conversation template that the checkpoint's configuration gets")
+    importing.add_argument(
+        "--template", default="vicuna_v1", help="conversation template that the checkpoint's configuration gets"
+    )
     importing.add_argument("--seed", type=int, default=42, help="of a projector that no part brings")
     add_source_options(importing)
     exporting = add(commands, "export", export)
-    exporting.add_argument("--from", dest="source", type=Path, required=True, help="a checkpoint, or a run directory: its newest")
+    exporting.add_argument(
+        "--from", dest="source", type=Path, required=True, help="a checkpoint, or a run directory: its newest"
+    )
     exporting.add_argument("--to", type=Path, required=True, help="the directory to make")
     exporting.add_argument("--layout", choices=("llava-hf", "share4v"), required=True)
     exporting.add_argument("--dtype", choices=DTYPES, help="default: as stored")
@@ -47,17 +55,25 @@ def parse() -> argparse.Namespace:
     verifying = add(commands, "verify", verify)
     verifying.add_argument("--hf", dest="source", type=Path, required=True)
     verifying.add_argument("--checkpoint", type=Path, required=True)
-    verifying.add_argument("--logits", action="store_true", help="run both models on generated images and prompts (llava-hf; needs transformers)")
+    verifying.add_argument(
+        "--logits",
+        action="store_true",
+        help="run both models on generated images and prompts (llava-hf; needs transformers)",
+    )
     add_source_options(verifying)
     inspecting = add(commands, "inspect", inspect)
     inspecting.add_argument("checkpoint", type=Path)
-    inspecting.add_argument("--hashes", action="store_true", help="hash the components even if that means to read all weights")
+    inspecting.add_argument(
+        "--hashes", action="store_true", help="hash the components even if that means to read all weights"
+    )
     inspecting.add_argument("--every-layer", action="store_true")
     averaging = add(commands, "average", average)
     averaging.add_argument("--from", dest="sources", type=Path, nargs="+", required=True)
     averaging.add_argument("--to", type=Path, required=True)
     pruning = add(commands, "prune", prune)
-    pruning.add_argument("directory", type=Path, help="a run directory, or its checkpoints/; no process may be training in it")
+    pruning.add_argument(
+        "directory", type=Path, help="a run directory, or its checkpoints/; no process may be training in it"
+    )
     pruning.add_argument("--keep-last", type=int, required=True)
     pruning.add_argument("--keep-every-steps", type=int, default=0)
     return parser.parse_args()
@@ -72,10 +88,14 @@ def add(commands, name: str, run) -> argparse.ArgumentParser:
 def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", type=Path, help="the model that the LoRA adapter, delta or projector belongs to")
     command.add_argument("--delta", action="store_true", help="the directory holds delta weights")
-    command.add_argument("--tower", type=Path, help="directory of the CLIP tower, when it is neither inside nor beside the model")
+    command.add_argument(
+        "--tower", type=Path, help="directory of the CLIP tower, when it is neither inside nor beside the model"
+    )
     command.add_argument("--projector", type=Path, help="mm_projector.bin")
     command.add_argument("--tokenizer", type=Path, help="tokenizer.model, when it is not beside the weights")
-    command.add_argument("--any-tower", action="store_true", help="take a tower other than the one that the model names")
+    command.add_argument(
+        "--any-tower", action="store_true", help="take a tower other than the one that the model names"
+    )
 
 
 def request_of(arguments: argparse.Namespace):
@@ -96,7 +116,9 @@ def export(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.exporter import export_model
 
     shard_bytes = int(arguments.shard_gb * 1e9)
-    export_model(arguments.source, arguments.to, layout=arguments.layout, dtype=arguments.dtype, shard_bytes=shard_bytes)
+    export_model(
+        arguments.source, arguments.to, layout=arguments.layout, dtype=arguments.dtype, shard_bytes=shard_bytes
+    )
 
 
 def verify(arguments: argparse.Namespace) -> None:

@@ -39,10 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "env":
         return _env(options)
-    if (options.prepared is None) == (options.annotations is None) or (options.annotations is None) != (options.images is None):
+    if (options.prepared is None) == (options.annotations is None) or (options.annotations is None) != (
+        options.images is None
+    ):
         parser.error("give a prepared directory, or --annotations and --images")
     if options.global_batch_size % options.micro_batch_size:
-        parser.error(f"--global-batch-size {options.global_batch_size} is not a multiple of --micro-batch-size {options.micro_batch_size}")
+        parser.error(
+            f"--global-batch-size {options.global_batch_size} is not a multiple of --micro-batch-size {options.micro_batch_size}"
+        )
     log.configure(rank=0)
     try:
         return _data(options)
@@ -69,7 +73,10 @@ def _data(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     names = ("tokens_per_image", "micro_batch_size", "global_batch_size", "pad_multiple", "pack_length")
     shape = Shape(**{name: getattr(options, name) for name in names})
-    with tempfile.TemporaryDirectory() as scratch, (options.out / "findings.jsonl").open("w", encoding="utf-8") as findings:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        (options.out / "findings.jsonl").open("w", encoding="utf-8") as findings,
+    ):
 
         def write(finding: Finding) -> None:
             findings.write(json.dumps(dataclasses.asdict(finding)) + "\n")
@@ -90,13 +97,20 @@ def _records(options: argparse.Namespace, scratch: Path) -> Records:
     tokenizer = Tokenizer(options.tokenizer)
     if options.prepared:
         index = Index.open(options.prepared)
-        template, length = options.template or index.info.template, options.max_text_length or index.info.max_text_length
+        template, length = (
+            options.template or index.info.template,
+            options.max_text_length or index.info.max_text_length,
+        )
         index.check(tokenizer=tokenizer, template=get_template(template).name, max_text_length=length)
         nothing = ImageFiles(options.prepared, archives=(), table=None)
-        return PreparedRecords(SampleStore(index), Examine(nothing, tokenizer, get_template(template), length, keep_bytes=False))
+        return PreparedRecords(
+            SampleStore(index), Examine(nothing, tokenizer, get_template(template), length, keep_bytes=False)
+        )
     images = scan_images(options.images, table=scratch / "archives", in_place=False)
     template, length = get_template(options.template or "vicuna_v1"), options.max_text_length or 2048
-    return AnnotatedRecords(Annotations(options.annotations), Examine(images, tokenizer, template, length, keep_bytes=False))
+    return AnnotatedRecords(
+        Annotations(options.annotations), Examine(images, tokenizer, template, length, keep_bytes=False)
+    )
 
 
 def _show(options: argparse.Namespace, records: Records, result: Audit) -> None:
@@ -119,28 +133,61 @@ def _show(options: argparse.Namespace, records: Records, result: Audit) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="examine a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = commands.add_parser(
+        "data", help="examine a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     data.add_argument("prepared", type=Path, nargs="?", help="directory that tools/prepare_data.py has written")
     data.add_argument("--annotations", type=Path, help="JSON file, as given to tools/prepare_data.py")
     data.add_argument("--images", type=Path, help="folder of images, as given to tools/prepare_data.py")
     data.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
     data.add_argument("--template", help="conversation template (vicuna_v1, or what the directory was prepared with)")
-    data.add_argument("--max-text-length", type=positive, help="positions kept, an image counted as one (2048, or as prepared)")
-    data.add_argument("--out", type=Path, default=Path("runs/doctor"), help="where findings.jsonl, report.txt and pictures are written")
-    data.add_argument("--show", type=natural, default=0, metavar="K", help="print K samples as the model sees them, and write their images")
-    data.add_argument("--allow", action="append", default=[], choices=[*KINDS, *AUDIT_KINDS], help="a kind of finding that is not to fail")
+    data.add_argument(
+        "--max-text-length", type=positive, help="positions kept, an image counted as one (2048, or as prepared)"
+    )
+    data.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/doctor"),
+        help="where findings.jsonl, report.txt and pictures are written",
+    )
+    data.add_argument(
+        "--show",
+        type=natural,
+        default=0,
+        metavar="K",
+        help="print K samples as the model sees them, and write their images",
+    )
+    data.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=[*KINDS, *AUDIT_KINDS],
+        help="a kind of finding that is not to fail",
+    )
     data.add_argument("--tokens-per-image", type=positive, default=576, help="positions that an image takes")
     data.add_argument("--image-size", type=positive, default=336, help="side of the tower's input")
-    data.add_argument("--image-aspect-ratio", choices=("pad", "square"), default="pad", help="pad to a square, or crop the centre")
+    data.add_argument(
+        "--image-aspect-ratio", choices=("pad", "square"), default="pad", help="pad to a square, or crop the centre"
+    )
     data.add_argument("--micro-batch-size", type=positive, default=8, help="for the padding")
     data.add_argument("--global-batch-size", type=positive, default=128, help="for the padding")
     data.add_argument("--pad-multiple", type=positive, default=8, help="sequences are rounded up to it")
     data.add_argument("--pack-length", type=positive, default=4096, help="positions of a pack")
-    data.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
-    env = commands.add_parser("env", help="examine the machines", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data.add_argument(
+        "--workers", type=natural, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone"
+    )
+    env = commands.add_parser(
+        "env", help="examine the machines", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     env.add_argument("config", nargs="?", help="the run's YAML file; without it only what every run needs is looked at")
     env.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="as tools/train.py will be given")
-    env.add_argument("--shared", type=Path, action="append", default=[], help="a folder that all ranks must share, besides run.directory")
+    env.add_argument(
+        "--shared",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder that all ranks must share, besides run.directory",
+    )
     env.add_argument("--timeout", type=positive, default=300, help="seconds that the ranks wait for each other")
     return parser
 

@@ -43,8 +43,19 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
 
     if sum(source is not None for source in (given.checkpoint, given.endpoint, given.answers)) != 1:
         raise ConfigError("give one of CKPT (a checkpoint, a run directory or an export), --endpoint and --answers")
-    benchmark = Evaluation(given.benchmark, data=given.data, out=given.out, split=given.split, profile=Profile(given.profile), limit=given.limit)
-    more = {"judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed), "compared": [Measured.read(path) for path in given.compare], "restart": given.restart}
+    benchmark = Evaluation(
+        given.benchmark,
+        data=given.data,
+        out=given.out,
+        split=given.split,
+        profile=Profile(given.profile),
+        limit=given.limit,
+    )
+    more = {
+        "judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed),
+        "compared": [Measured.read(path) for path in given.compare],
+        "restart": given.restart,
+    }
     if given.answers is not None:
         return score_file(benchmark, given, world, more)
     return ask_endpoint(benchmark, given, world, more) if given.endpoint else ask_model(benchmark, given, world, more)
@@ -57,7 +68,9 @@ def chat_of(given: argparse.Namespace) -> Any:
     if given.judge_base_url is None:
         return None
     key = os.environ.get(JUDGE_KEY) or os.environ.get(KEY)
-    return Chat(Endpoint(url=given.judge_base_url, model=given.judge_model or "", key=key, concurrency=given.concurrency))
+    return Chat(
+        Endpoint(url=given.judge_base_url, model=given.judge_model or "", key=key, concurrency=given.concurrency)
+    )
 
 
 def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any] | None:
@@ -66,11 +79,19 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
     from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.replicas import opened_replica
 
-    with opened_replica(given.checkpoint, tensor=given.tensor, max_requests=given.batch_size, dtype=given.dtype, world=world) as replica:
+    with opened_replica(
+        given.checkpoint, tensor=given.tensor, max_requests=given.batch_size, dtype=given.dtype, world=world
+    ) as replica:
         if replica is None:
             return None
         asker = LocalAsker(replica, decoding=benchmark.decoding, workers=given.workers)
-        return run_benchmark(benchmark, asker, model=ModelFacts.of_replica(replica, name=given.name or given.checkpoint.resolve().name), share=replica.share, **more)
+        return run_benchmark(
+            benchmark,
+            asker,
+            model=ModelFacts.of_replica(replica, name=given.name or given.checkpoint.resolve().name),
+            share=replica.share,
+            **more,
+        )
 
 
 def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
@@ -81,10 +102,16 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
     from megatron_share4v.remote.chat import Chat, Endpoint
 
     if given.endpoint_model is None or world.size > 1:
-        raise ConfigError("--endpoint needs --endpoint-model, the model's name in the server's /v1/models, and one process: raise --concurrency instead")
-    endpoint = Endpoint(url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency)
+        raise ConfigError(
+            "--endpoint needs --endpoint-model, the model's name in the server's /v1/models, and one process: raise --concurrency instead"
+        )
+    endpoint = Endpoint(
+        url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency
+    )
     asker = RemoteAsker(Chat(endpoint), decoding=benchmark.decoding)
-    return run_benchmark(benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more)
+    return run_benchmark(
+        benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more
+    )
 
 
 def score_file(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
@@ -102,25 +129,55 @@ def score_file(benchmark: Any, given: argparse.Namespace, world: World, more: di
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT")
-    parser.add_argument("--benchmark", required=True, help="vqav2, gqa, vizwiz, textvqa, science_qa, mme, mmbench, ... (docs/evaluation.md)")
-    parser.add_argument("--data", type=Path, required=True, help="the benchmark's folder, or the one that holds all under their official names")
-    parser.add_argument("--out", type=Path, required=True, help="answers.jsonl, result.json, submission/, table.md, chart.png go there")
+    parser.add_argument(
+        "--benchmark",
+        required=True,
+        help="vqav2, gqa, vizwiz, textvqa, science_qa, mme, mmbench, ... (docs/evaluation.md)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="the benchmark's folder, or the one that holds all under their official names",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="answers.jsonl, result.json, submission/, table.md, chart.png go there"
+    )
     parser.add_argument("--split", help="where a benchmark has several")
     parser.add_argument("--profile", choices=[profile.value for profile in Profile], default=Profile.OFFICIAL.value)
     parser.add_argument("--limit", type=positive, help="only the first questions: for a look")
-    parser.add_argument("--answers", type=Path, metavar="FILE", help="an answer file to score instead of asking a model")
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="an answer file to score instead of asking a model"
+    )
     parser.add_argument("--name", help="of the model in the results (default: its directory's)")
-    parser.add_argument("--compare", type=Path, nargs="*", default=[], metavar="RESULT", help="other result.json files for table.md and chart.png")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="RESULT",
+        help="other result.json files for table.md and chart.png",
+    )
     parser.add_argument("--restart", action="store_true", help="forget the answers of an earlier start")
     ours = parser.add_argument_group("model")
-    ours.add_argument("--batch-size", type=positive, default=16, help="questions at the same time (16); the answers do not depend on it in fp32")
+    ours.add_argument(
+        "--batch-size",
+        type=positive,
+        default=16,
+        help="questions at the same time (16); the answers do not depend on it in fp32",
+    )
     ours.add_argument("--tensor", type=positive, default=1, help="processes that one model is spread over (1)")
     ours.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
     ours.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
     remote = parser.add_argument_group(f"endpoints (keys from {KEY} and, for the judge, {JUDGE_KEY})")
-    remote.add_argument("--endpoint", help="of the model that is evaluated: an OpenAI-compatible URL up to and with /v1")
+    remote.add_argument(
+        "--endpoint", help="of the model that is evaluated: an OpenAI-compatible URL up to and with /v1"
+    )
     remote.add_argument("--endpoint-model")
-    remote.add_argument("--judge-base-url", help="of the judge of llava_bench and mm_vet; without it, its questions are written to a file")
+    remote.add_argument(
+        "--judge-base-url",
+        help="of the judge of llava_bench and mm_vet; without it, its questions are written to a file",
+    )
     remote.add_argument("--judge-model", help="default: the official one")
     remote.add_argument("--judge-seed", type=int)
     remote.add_argument("--concurrency", type=positive, default=8, help="requests at the same time (8)")

@@ -31,9 +31,13 @@ def main() -> int:
         if not 1 <= options.world_size <= LARGEST:
             raise ConfigError(f"--world-size {options.world_size}: use 1 to {LARGEST}")
         config = load_run(options.config, options.overrides)
-        workload = workload_of(config, samples=options.samples, text_length=options.text_length, longest=options.longest)
+        workload = workload_of(
+            config, samples=options.samples, text_length=options.text_length, longest=options.longest
+        )
         given = {"matrices": options.efficiency} if options.efficiency else {}
-        setting = dict(world_size=options.world_size, workload=workload, gpu=GPUS[options.gpu], assumptions=Assumptions(**given))
+        setting = dict(
+            world_size=options.world_size, workload=workload, gpu=GPUS[options.gpu], assumptions=Assumptions(**given)
+        )
         try:
             asked = Prediction(Case.of(config, **setting))
             refusals = list(asked.refusals())
@@ -43,7 +47,9 @@ def main() -> int:
     title = f"{options.config} on {options.world_size} x {GPUS[options.gpu].name}"
     print(text(asked, refusals, found, title=title), end="")
     if options.json:
-        options.json.write_text(json.dumps(as_json(asked, refusals, found, title=title), indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps(as_json(asked, refusals, found, title=title), indent=1) + "\n", encoding="utf-8"
+        )
     drawn = asked or next(iter(found.best), None)
     if options.png and drawn is not None:
         picture(drawn, title=f"{title}, {drawn.case.layout}").save(options.png)
@@ -53,11 +59,15 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a run's YAML file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value", help="values that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="values that replace those of the file"
+    )
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help=f"GPUs, up to {LARGEST}")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200")
     parser.add_argument("--samples", type=int, help="of the data set, where it is not prepared here")
-    parser.add_argument("--text-length", type=int, help="mean positions of a sample's text, where the data set is not prepared here")
+    parser.add_argument(
+        "--text-length", type=int, help="mean positions of a sample's text, where the data set is not prepared here"
+    )
     parser.add_argument("--longest", type=int, help="text positions of the longest sample of a step")
     parser.add_argument("--efficiency", type=float, help="share of the peak that wide products reach (default: 0.62)")
     parser.add_argument("--best", type=int, default=10, metavar="K", help="layouts to rank")

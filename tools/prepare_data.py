@@ -34,19 +34,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--annotations", type=Path, required=True, help="JSON file: a list of records with id, image and conversations")
-    parser.add_argument("--images", type=Path, required=True, help="folder that the records' image paths are relative to; tar and zip archives in it need not be unpacked")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, help="JSON file: a list of records with id, image and conversations"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder that the records' image paths are relative to; tar and zip archives in it need not be unpacked",
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory to write; published whole or not at all")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
     parser.add_argument("--template", default="vicuna_v1", help="conversation template")
-    parser.add_argument("--max-text-length", type=positive, default=2048, help="positions kept per sample, an image counted as one")
+    parser.add_argument(
+        "--max-text-length", type=positive, default=2048, help="positions kept per sample, an image counted as one"
+    )
     parser.add_argument("--samples-per-shard", type=positive, default=10_000, help="samples in one tar file")
-    parser.add_argument("--max-rejected-fraction", type=float, default=0.05, help="end with exit code 2 when more records than this are bad")
-    parser.add_argument("--workers", type=natural, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone")
-    parser.add_argument("--in-place", action="store_true", default=False, help="index the images where they are, without copying them")
-    parser.add_argument("--repeat-images", action="store_true", default=False, help="store a shared image with each of its samples, not once")
-    parser.add_argument("--restart", action="store_true", default=False, help="begin anew instead of going on with an unfinished preparation")
-    parser.add_argument("--overwrite", action="store_true", default=False, help="replace a data set that is already in --output")
+    parser.add_argument(
+        "--max-rejected-fraction",
+        type=float,
+        default=0.05,
+        help="end with exit code 2 when more records than this are bad",
+    )
+    parser.add_argument(
+        "--workers", type=natural, default=os.cpu_count() or 1, help="processes that decode; 0: this process alone"
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", default=False, help="index the images where they are, without copying them"
+    )
+    parser.add_argument(
+        "--repeat-images",
+        action="store_true",
+        default=False,
+        help="store a shared image with each of its samples, not once",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        default=False,
+        help="begin anew instead of going on with an unfinished preparation",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", default=False, help="replace a data set that is already in --output"
+    )
     return parser
 
 

@@ -66,7 +66,9 @@ def _document(measured: dict[str, dict], compiled: list[Usage], toolchain: Toolc
 
 
 def _floors(results: dict | None) -> Iterator[str]:
-    times = {(row["op"], row["shape"], row["direction"]): row["native_us"] for row in results["rows"]} if results else {}
+    times = (
+        {(row["op"], row["shape"], row["direction"]): row["native_us"] for row in results["rows"]} if results else {}
+    )
     rows = []
     for op in OPS:
         for bench in (bench for bench in op.benches() if bench.where == "gpu"):
@@ -75,7 +77,16 @@ def _floors(results: dict | None) -> Iterator[str]:
                 passes["fwd+bwd"] = bench.bytes_forward + bench.bytes_backward
             for direction, size in passes.items():
                 time = times.get((op.name, bench.name, direction))
-                rows.append((op.name, bench.name, direction, f"{size / 1e6:.1f}", f"{1e6 * size / COPY_H200:.1f}", f"{time:.1f}" if time else "not measured"))
+                rows.append(
+                    (
+                        op.name,
+                        bench.name,
+                        direction,
+                        f"{size / 1e6:.1f}",
+                        f"{1e6 * size / COPY_H200:.1f}",
+                        f"{time:.1f}" if time else "not measured",
+                    )
+                )
     yield from _table(("op", "shape", "pass", "MB", "floor µs", "measured µs"), rows)
 
 
@@ -87,15 +98,32 @@ def _resources(compiled: list[Usage]) -> Iterator[str]:
         for name, budget in kernels.items():
             found = [usage for usage in compiled if usage.op == op and f"{len(name)}{name}" in usage.kernel]
             by_gpu = {gpu: sorted(usage.registers for usage in found if usage.gpu == gpu) for gpu in gpus}
-            ranges = [f"{registers[0]}\N{EN DASH}{registers[-1]}" if registers else "not compiled" for registers in by_gpu.values()]
+            ranges = [
+                f"{registers[0]}\N{EN DASH}{registers[-1]}" if registers else "not compiled"
+                for registers in by_gpu.values()
+            ]
             rows.append((op, name, len(found) // len(gpus), *ranges, sum(usage.spilled for usage in found), budget))
-    yield from _table(("op", "kernel", "instantiations", *(f"registers {gpu}" for gpu in gpus), "bytes spilled", "budget"), rows)
+    yield from _table(
+        ("op", "kernel", "instantiations", *(f"registers {gpu}" for gpu in gpus), "bytes spilled", "budget"), rows
+    )
 
 
 def _measurement(results: dict) -> Iterator[str]:
     yield f"`{results['command']}` on {results['date']}: {results['machine']}, {results['threads']} CPU thread(s), torch {results['torch']}; {results['ops']};"
     yield f"copy {results['copy_gb_s']:.1f} GB/s. Medians of calls that take turns; ratios above 1: native is faster.\n"
-    heading = ("op", "shape", "pass", "MB", "native µs", "eager µs", "ratio", "torch.compile µs", "ratio", "GB/s", "of copy")
+    heading = (
+        "op",
+        "shape",
+        "pass",
+        "MB",
+        "native µs",
+        "eager µs",
+        "ratio",
+        "torch.compile µs",
+        "ratio",
+        "GB/s",
+        "of copy",
+    )
     yield from _table(heading, map(_measured_row, results["rows"]))
 
 
@@ -103,7 +131,15 @@ def _measured_row(row: dict) -> tuple:
     native, eager, compiled = row["native_us"], row["eager_us"], row["compiled_us"]
     against = (f"{compiled:.0f}", f"{compiled / native:.2f}") if compiled else ("-", "-")
     times = (f"{native:.0f}", f"{eager:.0f}", f"{eager / native:.2f}", *against)
-    return (row["op"], row["shape"], row["direction"], f"{row['megabytes']:.2f}", *times, f"{row['gigabytes_per_s']:.1f}", f"{row['of_copy']:.2f}")
+    return (
+        row["op"],
+        row["shape"],
+        row["direction"],
+        f"{row['megabytes']:.2f}",
+        *times,
+        f"{row['gigabytes_per_s']:.1f}",
+        f"{row['of_copy']:.2f}",
+    )
 
 
 def _table(heading: tuple[str, ...], rows: Iterable[tuple]) -> Iterator[str]:

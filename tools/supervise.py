@@ -19,10 +19,18 @@ from megatron_share4v.train.supervise import Policy, Supervisor, run_directory
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-restarts", type=natural, default=3, help="one after another without a new checkpoint (default 3)")
+    parser.add_argument(
+        "--max-restarts", type=natural, default=3, help="one after another without a new checkpoint (default 3)"
+    )
     parser.add_argument("--pause-s", type=at_least_zero, default=10.0, help="seconds before each (default 10)")
-    parser.add_argument("--run", type=Path, help="run directory; default: the one that the command's YAML file and overrides name")
-    parser.add_argument("--follow", action="store_true", help="on all nodes but the first: start again, but leave files to the first node's supervisor")
+    parser.add_argument(
+        "--run", type=Path, help="run directory; default: the one that the command's YAML file and overrides name"
+    )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="on all nodes but the first: start again, but leave files to the first node's supervisor",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what starts the run")
     arguments = parser.parse_args()
     with reported():

@@ -12,7 +12,9 @@ from megatron_share4v.parallel.launch import World
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="a run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="values that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="values that replace those of the file"
+    )
     arguments = parser.parse_args()
     with reported():
         world = World.from_environment()

@@ -34,7 +34,10 @@ def main() -> None:
         out = arguments.out
         _, questions = load_held_out(out / "scenes" / "held_out.json")
         with served(out / "finetune", log=out / "serve.log") as url:
-            rows = [{"question": q.question, "answer": ask(url, q.question, out / "scenes" / q.image)} for q in questions[: arguments.questions]]
+            rows = [
+                {"question": q.question, "answer": ask(url, q.question, out / "scenes" / q.image)}
+                for q in questions[: arguments.questions]
+            ]
         (out / "served.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"served {out / 'finetune'}; asked it {rows[0]['question']!r} over HTTP: {rows[0]['answer']!r}")
 
@@ -43,7 +46,9 @@ def main() -> None:
 def served(checkpoint: Path, *, log: Path) -> Iterator[str]:
     """The address of a server that answers. Raises ServeError when it ends, or is not ready in time."""
     with open(log, "w", encoding="utf-8") as file:
-        server = subprocess.Popen([sys.executable, str(SERVE), str(checkpoint), "--port", "0"], stdout=file, stderr=file)
+        server = subprocess.Popen(
+            [sys.executable, str(SERVE), str(checkpoint), "--port", "0"], stdout=file, stderr=file
+        )
     try:
         yield _address(server, log)
     finally:
@@ -72,7 +77,9 @@ def ask(url: str, question: str, picture: Path) -> str:
         "max_tokens": TOKENS,
         "messages": [{"role": "user", "content": [image, {"type": "text", "text": question}]}],
     }
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=ANSWER_S) as reply:
         return json.load(reply)["choices"][0]["message"]["content"].strip()
 

@@ -31,7 +31,11 @@ def main() -> None:
     scenes, tokenizer = arguments.out / "scenes", arguments.out / "tokenizer.model"
     if not (scenes / "held_out.json").exists():
         write_dataset(
-            scenes, train_scenes=arguments.train_scenes, held_out_scenes=arguments.held_out_scenes, seed=SEED, image_size=arguments.image_size
+            scenes,
+            train_scenes=arguments.train_scenes,
+            held_out_scenes=arguments.held_out_scenes,
+            seed=SEED,
+            image_size=arguments.image_size,
         )
         write_validation(scenes)
         write_questions(scenes)
@@ -47,13 +51,17 @@ def write_validation(scenes: Path) -> None:
     """Annotations of held-out scenes, for the validation loss."""
     held_out = [make_scene(SEED, "held_out", number) for number in range(VALIDATION_SCENES)]
     for stage, record in (("pretrain", pretrain_record), ("finetune", finetune_record)):
-        (scenes / f"{stage}_validation.json").write_text(json.dumps([record(scene) for scene in held_out]), encoding="utf-8")
+        (scenes / f"{stage}_validation.json").write_text(
+            json.dumps([record(scene) for scene in held_out]), encoding="utf-8"
+        )
 
 
 def write_questions(scenes: Path) -> None:
     """The held-out questions as a benchmark of one's own, for tools/evaluate.py --benchmark custom."""
     _, questions = load_held_out(scenes / "held_out.json")
-    rows = [{"question_id": n, "image": q.image, "text": q.question, "answer": q.answer} for n, q in enumerate(questions)]
+    rows = [
+        {"question_id": n, "image": q.image, "text": q.question, "answer": q.answer} for n, q in enumerate(questions)
+    ]
     (scenes / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -69,8 +77,26 @@ def corpus(scenes: Path) -> Iterator[str]:
 
 def prepare(scenes: Path, annotations: str, output: Path, *, tokenizer: Path, template: str) -> None:
     """tools/prepare_data.py, as a user would call it."""
-    command = [sys.executable, "tools/prepare_data.py", "--annotations", scenes / annotations, "--images", scenes, "--output", output]
-    options = ["--tokenizer", tokenizer, "--template", template, "--max-text-length", str(MAX_TEXT_LENGTH), "--workers", "0"]
+    command = [
+        sys.executable,
+        "tools/prepare_data.py",
+        "--annotations",
+        scenes / annotations,
+        "--images",
+        scenes,
+        "--output",
+        output,
+    ]
+    options = [
+        "--tokenizer",
+        tokenizer,
+        "--template",
+        template,
+        "--max-text-length",
+        str(MAX_TEXT_LENGTH),
+        "--workers",
+        "0",
+    ]
     subprocess.run([*command, *options], check=True)
 
 

@@ -71,13 +71,21 @@ def compare_served(served: Path, scored: Path) -> dict:
     """Whether the server's answers are those that were scored, question by question."""
     over_http = json.loads(served.read_text(encoding="utf-8"))
     scored_rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
-    return {"asked": len(over_http), "equal": [(row["question"], row["answer"]) for row in over_http] == [(r["question"], r["model"]) for r in scored_rows]}
+    return {
+        "asked": len(over_http),
+        "equal": [(row["question"], row["answer"]) for row in over_http]
+        == [(r["question"], r["model"]) for r in scored_rows],
+    }
 
 
 def evaluation(result: Path) -> dict:
     """What tools/evaluate.py found: answers that are right to the letter, in percent."""
     content = json.loads(result.read_text(encoding="utf-8"))
-    return {"benchmark": content["benchmark"], "questions": content["questions"], "accuracy": round(content["headline"]["value"], 2)}
+    return {
+        "benchmark": content["benchmark"],
+        "questions": content["questions"],
+        "accuracy": round(content["headline"]["value"], 2),
+    }
 
 
 def losses(run: Path) -> list[float]:
@@ -93,9 +101,13 @@ def below_floors(summary: dict) -> list[str]:
     if right < VQA_FLOOR:
         problems.append(f"vqa_accuracy {right} is below {VQA_FLOOR}")
     if right - swapped < LOOKING_FLOOR:
-        problems.append(f"vqa_accuracy {right} is less than {LOOKING_FLOOR} above that with swapped images, {swapped}: the model does not look")
+        problems.append(
+            f"vqa_accuracy {right} is less than {LOOKING_FLOOR} above that with swapped images, {swapped}: the model does not look"
+        )
     if not summary["served"]["equal"]:
-        problems.append("the server answered other than the model that was scored: compare served.json with samples/answers.jsonl")
+        problems.append(
+            "the server answered other than the model that was scored: compare served.json with samples/answers.jsonl"
+        )
     for stage in ("stage1", "stage2"):
         if summary[f"{stage}_loss_last"] >= summary[f"{stage}_loss_first"]:
             problems.append(f"{stage} loss did not fall")

@@ -23,17 +23,25 @@ LEAST_FAILURES = 8
 def caption_with_endpoint(endpoint: Endpoint, job: JobOptions, *, settings: Settings, world: World) -> Summary | None:
     """The captions of `job` from a server: see run_job. Raises ConfigError, DataError."""
     if world.size > 1:
-        raise ConfigError(f"--endpoint is asked by one process, and torchrun started {world.size}; start without it, and raise --concurrency")
-    return run_job(EndpointCaptioner(endpoint, settings=settings), job, settings=settings, model=endpoint.model, share=Share())
+        raise ConfigError(
+            f"--endpoint is asked by one process, and torchrun started {world.size}; start without it, and raise --concurrency"
+        )
+    return run_job(
+        EndpointCaptioner(endpoint, settings=settings), job, settings=settings, model=endpoint.model, share=Share()
+    )
 
 
 class EndpointCaptioner:
     """Calls yield rows as they are finished; pictures are taken from the iterator only as they are needed."""
 
-    def __init__(self, endpoint: Endpoint, *, settings: Settings, sleep: Callable[[float], object] | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, *, settings: Settings, sleep: Callable[[float], object] | None = None
+    ) -> None:
         """Raises ConfigError for what is no URL."""
         if settings.num_beams > 1:
-            raise ConfigError(f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with --model-name")
+            raise ConfigError(
+                f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with --model-name"
+            )
         self._endpoint, self._settings, self._chat = endpoint, settings, Chat(endpoint, sleep=sleep)
 
     def __call__(self, pictures: Iterator[Picture]) -> Iterator[list[Row]]:
@@ -68,7 +76,9 @@ class EndpointCaptioner:
     def _sorted(finished: set[Future]) -> tuple[list[Row], list[Row]]:
         """Rows that are certain, and failures."""
         results = [future.result() for future in finished]
-        return [row for row, is_certain in results if is_certain], [row for row, is_certain in results if not is_certain]
+        return [row for row, is_certain in results if is_certain], [
+            row for row, is_certain in results if not is_certain
+        ]
 
     def _row(self, picture: Picture) -> tuple[Row, bool]:
         try:
@@ -79,7 +89,9 @@ class EndpointCaptioner:
             reply = self._chat.ask(self._question(picture, url))
         except DataError as error:
             return Row(picture.id, picture.path, error=str(error)), False
-        return Row(picture.id, picture.path, caption=reply.text.strip(), tokens=reply.tokens, finish_reason=reply.finish_reason), True
+        return Row(
+            picture.id, picture.path, caption=reply.text.strip(), tokens=reply.tokens, finish_reason=reply.finish_reason
+        ), True
 
     def _question(self, picture: Picture, url: str) -> dict[str, object]:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self._settings.prompt}]

@@ -33,7 +33,9 @@ def read_pictures(*, images_file: Path | None, images: Sequence[str], root: Path
     for item in images:
         places += _found(item, root)
     if not places:
-        raise DataError(f"{images_file or ', '.join(images)}: has no images; looked for {', '.join(SUFFIXES)} and .tar below {root}")
+        raise DataError(
+            f"{images_file or ', '.join(images)}: has no images; looked for {', '.join(SUFFIXES)} and .tar below {root}"
+        )
     return list(_with_ids(places))
 
 
@@ -53,20 +55,28 @@ def _listed(path: Path, root: Path) -> Iterator[Place]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); --images-file is a JSON list of image paths, or JSONL with one entry a line") from error
+        raise DataError(
+            f"{path}: cannot be read ({error}); --images-file is a JSON list of image paths, or JSONL with one entry a line"
+        ) from error
     try:
         if path.suffix == ".jsonl":
             entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a line") from error
+        raise DataError(
+            f"{path}: is no JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a line"
+        ) from error
     if not isinstance(entries, list):
         raise DataError(f"{path}: holds a JSON {type(entries).__name__}; expected a list of image paths")
     for number, entry in enumerate(entries):
-        name, image = (entry.get("id"), entry.get("image", entry.get("path"))) if isinstance(entry, dict) else (None, entry)
+        name, image = (
+            (entry.get("id"), entry.get("image", entry.get("path"))) if isinstance(entry, dict) else (None, entry)
+        )
         if not isinstance(image, str) or not image:
-            raise DataError(f"{path}, entry {number}: is {str(entry)[:60]!r}; expected an image path, or an object with 'image' and perhaps 'id'")
+            raise DataError(
+                f"{path}, entry {number}: is {str(entry)[:60]!r}; expected an image path, or an object with 'image' and perhaps 'id'"
+            )
         yield None if name is None else str(name), image, str(root / image), 0, None
 
 
@@ -76,7 +86,9 @@ def _found(item: str, root: Path) -> Iterator[Place]:
         return
     matches = sorted(glob.glob(item, root_dir=root, recursive=True)) if glob.has_magic(item) else []
     if not matches:
-        raise DataError(f"--images {item}: no such file, folder or match below {root.resolve()}; quote a pattern, and mind --images-root")
+        raise DataError(
+            f"--images {item}: no such file, folder or match below {root.resolve()}; quote a pattern, and mind --images-root"
+        )
     for match in matches:
         yield from _at(match, root, asked=False)
 
@@ -88,9 +100,13 @@ def _at(item: str, root: Path, *, asked: bool) -> Iterator[Place]:
         for folder, below, names in os.walk(path):
             below.sort()
             for name in sorted(names):
-                yield from _at(PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix(), root, asked=False)
+                yield from _at(
+                    PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix(), root, asked=False
+                )
     elif lower.endswith(COMPRESSED):
-        raise DataError(f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar")
+        raise DataError(
+            f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar"
+        )
     elif lower.endswith(".tar"):
         yield from _members(item, path)
     elif asked or lower.endswith((*SUFFIXES, ".tiff")):

@@ -67,7 +67,9 @@ class Summary:
         return 3 if self.errors else 0
 
 
-def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, model: str, share: Share) -> Summary | None:
+def run_job(
+    captioner: Captioner, options: JobOptions, *, settings: Settings, model: str, share: Share
+) -> Summary | None:
     """Caption what is left of the inputs and write the files. Returns None on all but the first process.
 
     model: what names the model in the journal, so that captions of two are never mixed. Raises DataError.
@@ -78,7 +80,11 @@ def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, mo
     journal = Journal(options.journals, rank=share.rank)
     try:
         done = take_up(journal, job=job, row=Row, share=share, restart=options.restart)
-        left = [picture for picture in pictures if picture.id not in done or (options.retry_errors and picture.id in done.errors)]
+        left = [
+            picture
+            for picture in pictures
+            if picture.id not in done or (options.retry_errors and picture.id in done.errors)
+        ]
         share.meet()  # all have read the journals: now they may grow
         mine = left[share.rank :: share.size]
         before = (len(pictures) - len(left)) // share.size
@@ -90,10 +96,16 @@ def run_job(captioner: Captioner, options: JobOptions, *, settings: Settings, mo
         share.meet()
     finally:
         journal.close()
-    return _write(options, pictures, settings, Done(options.journals, job=job, row=Row), progress) if share.rank == 0 else None
+    return (
+        _write(options, pictures, settings, Done(options.journals, job=job, row=Row), progress)
+        if share.rank == 0
+        else None
+    )
 
 
-def _write(options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done[Row], progress: Progress) -> Summary:
+def _write(
+    options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done[Row], progress: Progress
+) -> Summary:
     """Every file from the journals anew: it is the same, however often the job was killed."""
     counts: Counter[str] = Counter()
     ids = [picture.id for picture in pictures]
@@ -103,14 +115,24 @@ def _write(options: JobOptions, pictures: Sequence[Picture], settings: Settings,
         if row.error is not None and counts["errors"] <= SHOWN_ERRORS:
             get_logger().warning("%s: %s", row.path, row.error)
     if counts["errors"]:
-        get_logger().warning("%d images have no caption; each has a line with its error in %s", counts["errors"], options.jsonl or options.journals)
+        get_logger().warning(
+            "%d images have no caption; each has a line with its error in %s",
+            counts["errors"],
+            options.jsonl or options.journals,
+        )
     write_official(options.save_path, done.rows(ids))
     if options.jsonl:
         write_jsonl(options.jsonl, done.rows(ids))
     if options.annotations:
         write_annotations(options.annotations, done.rows(ids), prompt=settings.prompt)
     if options.shards:
-        write_shards(options.shards, done.rows(ids), pictures, prompt=settings.prompt, samples_per_shard=options.samples_per_shard)
+        write_shards(
+            options.shards,
+            done.rows(ids),
+            pictures,
+            prompt=settings.prompt,
+            samples_per_shard=options.samples_per_shard,
+        )
     return Summary(
         images=len(pictures),
         captions=counts["captions"],

@@ -41,7 +41,9 @@ def write_annotations(path: Path, rows: Iterable[Row], *, prompt: str) -> None:
     _write_list(path, (_record(row, prompt=prompt) for row in rows if is_trainable(row)))
 
 
-def write_shards(directory: Path, rows: Iterable[Row], pictures: Sequence[Picture], *, prompt: str, samples_per_shard: int) -> None:
+def write_shards(
+    directory: Path, rows: Iterable[Row], pictures: Sequence[Picture], *, prompt: str, samples_per_shard: int
+) -> None:
     """`key.jpg|png|...` and `key.json`, the annotation record, of the rows that can be trained. Replaces earlier shards in `directory`.
 
     Raises DataError when an image has gone since it was captioned.

@@ -62,4 +62,9 @@ class Settings:
 
     def seed_of(self, picture: Picture) -> int:
         """Its own, so that a sampled caption depends neither on the others nor on where a killed job went on."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}:{picture.id}".encode("utf-8", "surrogateescape")).digest()[:4], "little") >> 1
+        return (
+            int.from_bytes(
+                hashlib.sha256(f"{self.seed}:{picture.id}".encode("utf-8", "surrogateescape")).digest()[:4], "little"
+            )
+            >> 1
+        )

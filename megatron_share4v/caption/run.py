@@ -44,7 +44,9 @@ def caption_with_model(model: ModelOptions, job: JobOptions, *, settings: Settin
             "itself has another architecture and is not read: a model of ours takes the same files and options)"
         )
     requests = model.batch_size * settings.num_beams
-    with opened_replica(Path(model.name), tensor=model.tensor, max_requests=requests, dtype=model.dtype, world=world) as replica:
+    with opened_replica(
+        Path(model.name), tensor=model.tensor, max_requests=requests, dtype=model.dtype, world=world
+    ) as replica:
         if replica is None:
             return None
         captioner = LocalCaptioner(replica, settings=settings, workers=model.workers)
@@ -56,7 +58,9 @@ class LocalCaptioner:
 
     def __init__(self, replica: Replica, *, settings: Settings, workers: int) -> None:
         self._session, self._settings, self._workers = replica.session, settings, workers
-        self._engine = replica.engine if settings.num_beams == 1 else BeamEngine(replica.engine, beams=settings.num_beams)
+        self._engine = (
+            replica.engine if settings.num_beams == 1 else BeamEngine(replica.engine, beams=settings.num_beams)
+        )
         self._turns = (Turn("human", f"{IMAGE_PLACEHOLDER}\n{settings.prompt}"),)
 
     def __call__(self, pictures: Iterator[Picture]) -> Iterator[list[Row]]:
@@ -68,12 +72,21 @@ class LocalCaptioner:
                 paths[picture.id] = picture.path
                 yield Work(picture.id, partial(self._prompt, picture), self._sampling(picture))
 
-        for outcomes in stream_answers(self._engine, works(), tokenizer=self._session.encoder.tokenizer, workers=self._workers):
-            yield [Row(o.id, paths.pop(o.id), caption=o.text, tokens=o.tokens, finish_reason=o.finish_reason, error=o.error) for o in outcomes]
+        for outcomes in stream_answers(
+            self._engine, works(), tokenizer=self._session.encoder.tokenizer, workers=self._workers
+        ):
+            yield [
+                Row(
+                    o.id, paths.pop(o.id), caption=o.text, tokens=o.tokens, finish_reason=o.finish_reason, error=o.error
+                )
+                for o in outcomes
+            ]
 
     def _prompt(self, picture: Picture) -> Prompt:
         patches = self._session.config.model.vision.num_patches
-        return make_prompt(self._session.encoder, self._turns, image=picture.read(), tokens_per_image=patches, name=picture.path)
+        return make_prompt(
+            self._session.encoder, self._turns, image=picture.read(), tokens_per_image=patches, name=picture.path
+        )
 
     def _sampling(self, picture: Picture) -> Sampling:
         given = self._settings

@@ -36,7 +36,9 @@ def with_lora(base: Tensors, directory: Path) -> dict[str, LazyTensor]:
     config = read_json(directory / CONFIG)
     for key, neutral in (("use_dora", False), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {})):
         if config.get(key) not in (None, neutral):
-            raise ConversionError(f"{directory / CONFIG}: {key} is {config[key]!r}; merge it with the tool that trained it")
+            raise ConversionError(
+                f"{directory / CONFIG}: {key} is {config[key]!r}; merge it with the tool that trained it"
+            )
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise ConversionError(f"{directory}: has {CONFIG} and none of {', '.join(WEIGHTS)}; copy the adapter again")
@@ -46,12 +48,22 @@ def with_lora(base: Tensors, directory: Path) -> dict[str, LazyTensor]:
     pairs = _pairs({_base_name(name): tensor for name, tensor in open_file(path).items()}, path)
     for name, (down, up) in pairs.items():
         if name not in base:
-            raise ConversionError(f"{path}: adapts {name}, which the base model does not have; give the base that it was trained on")
+            raise ConversionError(
+                f"{path}: adapts {name}, which the base model does not have; give the base that it was trained on"
+            )
         if (up.shape[0], down.shape[1]) != base[name].shape:
-            raise ConversionError(f"{path}: wrong shape: {name} is {base[name].shape} in the base, {(up.shape[0], down.shape[1])} in the adapter")
+            raise ConversionError(
+                f"{path}: wrong shape: {name} is {base[name].shape} in the base, {(up.shape[0], down.shape[1])} in the adapter"
+            )
         result[name] = replace(base[name], read=_LoraSum(base[name], down, up, scale))
-    rest = {_base_name(name): tensor for name, tensor in open_file(directory / REST).items()} if (directory / REST).is_file() else {}
-    get_logger().info("LoRA: %d matrices merged (rank %d, alpha %s), %d tensors beside it", len(pairs), rank, alpha, len(rest))
+    rest = (
+        {_base_name(name): tensor for name, tensor in open_file(directory / REST).items()}
+        if (directory / REST).is_file()
+        else {}
+    )
+    get_logger().info(
+        "LoRA: %d matrices merged (rank %d, alpha %s), %d tensors beside it", len(pairs), rank, alpha, len(rest)
+    )
     return {**result, **rest}
 
 
@@ -63,7 +75,9 @@ def with_delta(base: Tensors, delta: Tensors) -> dict[str, LazyTensor]:
             continue
         if name not in base:
             if "mm_projector" not in name and "vision_tower" not in name:
-                raise ConversionError(f"{tensor.origin}: {name} is not in the base model; give the base that the delta was made from")
+                raise ConversionError(
+                    f"{tensor.origin}: {name} is not in the base model; give the base that the delta was made from"
+                )
             result[name] = tensor
             continue
         vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))

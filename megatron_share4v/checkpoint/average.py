@@ -53,7 +53,9 @@ def _check_same(first: Opened, other: Opened) -> None:
         one, two = (opened.weights.get(name) for opened in (first, other))
         if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
             described = [f"{tensor.shape} {tensor.dtype}" if tensor else "not there" for tensor in (one, two)]
-            raise ConversionError(f"{other.path}: cannot be averaged with {first.path}: {name} is {described[1]}, there {described[0]}")
+            raise ConversionError(
+                f"{other.path}: cannot be averaged with {first.path}: {name} is {described[1]}, there {described[0]}"
+            )
 
 
 def _mean(checkpoints: Sequence[Tensors], name: str) -> LazyTensor:
@@ -76,7 +78,11 @@ def _write_companions(opened: Sequence[Opened], directory: Path) -> None:
     if opened[0].tokenizer.is_file():
         shutil.copyfile(opened[0].tokenizer, directory / TOKENIZER)
     carried = [one.unused for one in opened]
-    shared = [name for name, tensor in carried[0].items() if all(name in other and other[name].shape == tensor.shape for other in carried)]
+    shared = [
+        name
+        for name, tensor in carried[0].items()
+        if all(name in other and other[name].shape == tensor.shape for other in carried)
+    ]
     if any(one.manifest.state.step for one in opened):
         shared = [name for name in shared if name not in ROWS_OF.values()]
     if shared:

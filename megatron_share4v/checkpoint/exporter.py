@@ -88,7 +88,9 @@ def open_checkpoint(path: Path) -> Opened:
     return Opened(path, manifest, config_of(manifest, where=path), weights, unused)
 
 
-def export_model(checkpoint: Path, target: Path, *, layout: Layout, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
+def export_model(
+    checkpoint: Path, target: Path, *, layout: Layout, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """Write the directory `target`, in `dtype` (fp32, bf16, fp16) or as stored; the checkpoint that was read.
 
     Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is damaged, and forgets what was written
@@ -97,7 +99,9 @@ def export_model(checkpoint: Path, target: Path, *, layout: Layout, dtype: str |
     opened = open_checkpoint(checkpoint)
     stored_as = {FLOAT_NAMES[tensor.dtype] for tensor in opened.weights.values()}
     if dtype is None and len(stored_as) > 1:
-        raise ConversionError(f"{opened.path}: holds weights in {', '.join(sorted(stored_as))}; say which one to write with --dtype")
+        raise ConversionError(
+            f"{opened.path}: holds weights in {', '.join(sorted(stored_as))}; say which one to write with --dtype"
+        )
     chosen = dtype or stored_as.pop()
     seen = None if _hashes_hold(opened, chosen) else _Seen(FLOATS[chosen])
     folders = {
@@ -111,7 +115,11 @@ def export_model(checkpoint: Path, target: Path, *, layout: Layout, dtype: str |
         try:
             with ThreadPoolExecutor(1) as pool:
                 verified = pool.submit(verify, opened.path, contents=True)
-                parts = [part for folder, tensors in folders.items() for part in model_parts(tensors, max_bytes=shard_bytes, folder=folder)]
+                parts = [
+                    part
+                    for folder, tensors in folders.items()
+                    for part in model_parts(tensors, max_bytes=shard_bytes, folder=folder)
+                ]
                 try:
                     write_parts(place, parts, title=f"export {layout}")
                 finally:  # a damaged file explains whatever else went wrong
@@ -123,7 +131,9 @@ def export_model(checkpoint: Path, target: Path, *, layout: Layout, dtype: str |
             write_index(place.directory / folder, tensors, max_bytes=shard_bytes)
         weights = opened.manifest.weights if seen is None else seen.components(opened)
         _write_files(place.directory, opened, layout=layout, dtype=chosen, weights=weights)
-    get_logger().info("%s: %s in %s, from %s (step %d)", target, layout, chosen, opened.path, opened.manifest.state.step)
+    get_logger().info(
+        "%s: %s in %s, from %s (step %d)", target, layout, chosen, opened.path, opened.manifest.state.step
+    )
     for component, digest in weights.items():
         get_logger().info("  %s: sha256 %s", component, digest)
     return opened.path
@@ -144,12 +154,16 @@ class _Seen:
         for name, tensor in opened.weights.items():
             if name not in self.digests:
                 self.add(name, tensor.read())
-        return component_digests({name: (tensor.shape, self.dtype, self.digests[name]) for name, tensor in opened.weights.items()})
+        return component_digests(
+            {name: (tensor.shape, self.dtype, self.digests[name]) for name, tensor in opened.weights.items()}
+        )
 
 
 def _hashes_hold(opened: Opened, dtype: str) -> bool:
     """Whether the manifest's hashes of the components are those of the export."""
-    return set(opened.manifest.weights) == set(COMPONENTS) and all(tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values())
+    return set(opened.manifest.weights) == set(COMPONENTS) and all(
+        tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values()
+    )
 
 
 def their_tensors(opened: Opened, *, layout: Layout, seen: _Seen | None = None) -> dict[str, dict[str, LazyTensor]]:
@@ -162,7 +176,9 @@ def their_tensors(opened: Opened, *, layout: Layout, seen: _Seen | None = None) 
     return {"": main, f"{TOWER_FOLDER}/": tower}
 
 
-def _renamed(opened: Opened, naming: Naming, components: tuple[Component, ...], seen: _Seen | None) -> dict[str, LazyTensor]:
+def _renamed(
+    opened: Opened, naming: Naming, components: tuple[Component, ...], seen: _Seen | None
+) -> dict[str, LazyTensor]:
     assert set(components) <= set(COMPONENTS)
     last = LastRead()
     result = {}
@@ -184,7 +200,9 @@ def _splitter(row: Row, whole: LazyTensor, seen: _Seen | None) -> Callable[[], t
     return split
 
 
-def _part(last: LastRead, name: str, split: Callable[[], tuple[torch.Tensor, ...]], number: int) -> Callable[[], torch.Tensor]:
+def _part(
+    last: LastRead, name: str, split: Callable[[], tuple[torch.Tensor, ...]], number: int
+) -> Callable[[], torch.Tensor]:
     return lambda: last.parts(name, split)[number]
 
 
@@ -229,11 +247,21 @@ def _write_files(directory: Path, opened: Opened, *, layout: Layout, dtype: str,
     aspect = config.data.image_aspect_ratio
     if layout == "llava-hf":
         hf_files.write_llava_hf_files(
-            directory, model=config.model, tokenizer=opened.tokenizer, template=config.data.template, image_aspect_ratio=aspect, dtype=dtype
+            directory,
+            model=config.model,
+            tokenizer=opened.tokenizer,
+            template=config.data.template,
+            image_aspect_ratio=aspect,
+            dtype=dtype,
         )
     else:
         hf_files.write_share4v_files(
-            directory, model=config.model, tokenizer=opened.tokenizer, tower_path=TOWER_FOLDER, image_aspect_ratio=aspect, dtype=dtype
+            directory,
+            model=config.model,
+            tokenizer=opened.tokenizer,
+            tower_path=TOWER_FOLDER,
+            image_aspect_ratio=aspect,
+            dtype=dtype,
         )
     content = {"step": opened.manifest.state.step, "dtype": dtype, "weights": weights, "versions": current_versions()}
     (directory / PROVENANCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -47,6 +47,10 @@ def _import(path: Path, target: Path) -> Path:
     template = recognise_template(chat.read_text(encoding="utf-8")) if chat.is_file() else None
     options = ImportOptions() if template is None else ImportOptions(template=template)
     if template is None:
-        get_logger().warning("%s: has no chat template of ours; template %s is used. To choose another, import it with tools/convert.py", path, options.template)
+        get_logger().warning(
+            "%s: has no chat template of ours; template %s is used. To choose another, import it with tools/convert.py",
+            path,
+            options.template,
+        )
     import_model(Request(directory=path), target, options=options)
     return target

@@ -37,7 +37,11 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object,
     found = []
     for section in ("vision", "projector", "language"):
         first, second = vars(getattr(one, section)), vars(getattr(other, section))
-        found += [(f"{section}.{key}", first[key], second[key]) for key in first if not key.startswith("_") and first[key] != second[key]]
+        found += [
+            (f"{section}.{key}", first[key], second[key])
+            for key in first
+            if not key.startswith("_") and first[key] != second[key]
+        ]
     return [difference for difference in found if difference[0] not in FREE]
 
 
@@ -50,7 +54,9 @@ def check_start(manifest: Manifest, model: ModelConfig, *, where: Path, expect_t
     if found:
         what = "another tower" if all(key.startswith("vision.") for key, _, _ in found) else "another model"
         listed = "; ".join(f"model.{key} is {mine!r} here, {stored!r} in the checkpoint" for key, mine, stored in found)
-        raise CheckpointError(f"{where}: is of {what} than this run's: {listed}; use its model section, or start from another checkpoint")
+        raise CheckpointError(
+            f"{where}: is of {what} than this run's: {listed}; use its model section, or start from another checkpoint"
+        )
     stored = manifest.weights.get("vision")
     if expect_tower is None or stored == expect_tower:
         return

@@ -62,7 +62,9 @@ def chat_template(template: Template) -> str:
             "cannot say; export with the layout share4v"
         )
     frame = template.prompt
-    assert not (frame.signal or frame.ending), f"template {template.name!r}: what only training writes stands in the frame of prompts"
+    assert not (frame.signal or frame.ending), (
+        f"template {template.name!r}: what only training writes stands in the frame of prompts"
+    )
     human, later = frame.human[0], frame.between + frame.human[0]
     expressions = {
         "SYSTEM": _literal(template.system),
@@ -92,9 +94,13 @@ def recognise_template(source: str) -> str | None:
 def _examples(template: Template) -> str:
     """The rounds that open every prompt."""
     frame = template.prompt
-    assert not (template.examples and (frame.between or frame.preamble)), f"template {template.name!r}: examples would have to be counted as turns"
+    assert not (template.examples and (frame.between or frame.preamble)), (
+        f"template {template.name!r}: examples would have to be counted as turns"
+    )
     return "".join(
-        frame.human[0] + turn.text + frame.human[1] if turn.role == HUMAN else frame.header + frame.answer[0] + turn.text + frame.answer[1]
+        frame.human[0] + turn.text + frame.human[1]
+        if turn.role == HUMAN
+        else frame.header + frame.answer[0] + turn.text + frame.answer[1]
         for turn in template.examples
     )
 

@@ -16,9 +16,22 @@ from megatron_share4v.errors import ConversionError
 Kind = Literal["llava-hf", "share4v", "llama"]
 Json = Mapping[str, Any]
 
-LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}
+LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
 LLAMA_REST = {"vocab_size": 32000, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 32}
+CLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
 LLAVA_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 LLAVA_TOWER |= {"image_size": 336, "patch_size": 14}
 
@@ -73,7 +86,9 @@ def read_model(config: Json, *, where: str) -> HfConfig:
         projector = ProjectorConfig(type=config.get("mm_projector_type") or "linear")
         model = ModelConfig(vision=vision, language=language, projector=projector)
         tower = config.get("mm_vision_tower") or config.get("vision_tower")
-        return HfConfig(kind=kind, model=model, image_aspect_ratio=config.get("image_aspect_ratio") or "square", tower=tower)
+        return HfConfig(
+            kind=kind, model=model, image_aspect_ratio=config.get("image_aspect_ratio") or "square", tower=tower
+        )
     except (ConflictError, ValueError) as error:
         raise ConversionError(f"{where}: {error}") from error
 
@@ -83,7 +98,9 @@ def read_tower(config: Json, *, feature_layer: int, where: str) -> VisionConfig:
     if config.get("model_type") == "clip":
         config = config.get("vision_config") or {}
     elif config.get("model_type") != "clip_vision_model":
-        raise ConversionError(f"{where}: model_type {config.get('model_type')!r} is no CLIP ViT; give the directory of a CLIPVisionModel")
+        raise ConversionError(
+            f"{where}: model_type {config.get('model_type')!r} is no CLIP ViT; give the directory of a CLIPVisionModel"
+        )
     return _vision(config, CLIP, feature_layer=feature_layer, where=where)
 
 
@@ -109,22 +126,32 @@ def _read_llava_hf(config: Json, where: str) -> HfConfig:
         raise ConversionError(f"{where}: text_config.model_type {text['model_type']!r}; only llama is computed here")
     tower = config.get("vision_config") or {}
     if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
-        raise ConversionError(f"{where}: vision_config.model_type {tower['model_type']!r}; only clip_vision_model is computed here")
+        raise ConversionError(
+            f"{where}: vision_config.model_type {tower['model_type']!r}; only clip_vision_model is computed here"
+        )
     vision = _vision(tower, CLIP if tower else LLAVA_TOWER, feature_layer=layer, where=f"{where}: vision_config")
-    model = ModelConfig(vision=vision, language=_language(text, f"{where}: text_config"), projector=ProjectorConfig(type="mlp2x_gelu"))
+    model = ModelConfig(
+        vision=vision, language=_language(text, f"{where}: text_config"), projector=ProjectorConfig(type="mlp2x_gelu")
+    )
     token = config.get("image_token_index", config.get("image_token_id", 32000))
-    return HfConfig(kind="llava-hf", model=model, image_aspect_ratio=config.get("image_aspect_ratio"), image_token=token)
+    return HfConfig(
+        kind="llava-hf", model=model, image_aspect_ratio=config.get("image_aspect_ratio"), image_token=token
+    )
 
 
 def _language(config: Json, where: str) -> LanguageConfig:
     _refuse_foreign(config, LANGUAGE_ONLY, where)
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise ConversionError(f"{where}: rope_parameters.rope_type {rope['rope_type']!r}; only default is computed here")
+        raise ConversionError(
+            f"{where}: rope_parameters.rope_type {rope['rope_type']!r}; only default is computed here"
+        )
     size = {**LLAMA, **LLAMA_REST, **{key: value for key, value in config.items() if value is not None}}
     head = size["hidden_size"] // size["num_attention_heads"]
     if size.get("head_dim", head) != head:
-        raise ConversionError(f"{where}: head_dim {size['head_dim']} is not hidden_size / num_attention_heads = {head}, as computed here")
+        raise ConversionError(
+            f"{where}: head_dim {size['head_dim']} is not hidden_size / num_attention_heads = {head}, as computed here"
+        )
     return LanguageConfig(
         vocab_size=size["vocab_size"],
         hidden_size=size["hidden_size"],

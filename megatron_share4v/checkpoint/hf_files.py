@@ -38,7 +38,9 @@ def llava_vocab_rows(model: ModelConfig) -> int:
     return -(-(model.language.vocab_size + len(NEW_TOKENS)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
-def write_llava_hf_files(directory: Path, *, model: ModelConfig, tokenizer: Path, template: str, image_aspect_ratio: str, dtype: str) -> None:
+def write_llava_hf_files(
+    directory: Path, *, model: ModelConfig, tokenizer: Path, template: str, image_aspect_ratio: str, dtype: str
+) -> None:
     """All files of a llava-hf model but the weights, into `directory`, which is made.
 
     tokenizer: the sentencepiece file. template: of the conversations that the model is to be asked in. dtype: of the weights, "fp32", "bf16" or
@@ -46,24 +48,38 @@ def write_llava_hf_files(directory: Path, *, model: ModelConfig, tokenizer: Path
     """
     _check_image_policy(image_aspect_ratio)
     if model.projector.type != "mlp2x_gelu":
-        raise ConversionError(f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; use the layout share4v")
+        raise ConversionError(
+            f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; use the layout share4v"
+        )
     tokens = read_tokenizer(tokenizer, vocab_size=model.language.vocab_size)
     chat = chat_template(get_template(template))
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", _llava_config(model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype))
+    _write_json(
+        directory / "config.json", _llava_config(model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
+    )
     _write_json(directory / "generation_config.json", _generation_config(tokens.model, pad_id=tokens.pad_id))
     image = _image_processor(model.vision, "LlavaImageProcessor")
-    _write_json(directory / "preprocessor_config.json", {**image, "do_pad": image_aspect_ratio == "pad", "processor_class": "LlavaProcessor"})
+    _write_json(
+        directory / "preprocessor_config.json",
+        {**image, "do_pad": image_aspect_ratio == "pad", "processor_class": "LlavaProcessor"},
+    )
     _write_json(directory / "processor_config.json", _processor_config(model.vision))
     _write_json(directory / "tokenizer.json", tokens.tokenizer_json())
     shutil.copyfile(tokenizer, directory / "tokenizer.model")
-    _write_json(directory / "tokenizer_config.json", tokens.tokenizer_config(max_length=model.language.max_position_embeddings))
-    _write_json(directory / "special_tokens_map.json", {**special_tokens_map(tokens.model, pad=PAD), "image_token": IMAGE_PLACEHOLDER})
+    _write_json(
+        directory / "tokenizer_config.json", tokens.tokenizer_config(max_length=model.language.max_position_embeddings)
+    )
+    _write_json(
+        directory / "special_tokens_map.json",
+        {**special_tokens_map(tokens.model, pad=PAD), "image_token": IMAGE_PLACEHOLDER},
+    )
     (directory / "chat_template.jinja").write_text(chat, encoding="utf-8")
     _write_json(directory / "chat_template.json", {"chat_template": chat})
 
 
-def write_share4v_files(directory: Path, *, model: ModelConfig, tokenizer: Path, tower_path: str, image_aspect_ratio: str, dtype: str) -> None:
+def write_share4v_files(
+    directory: Path, *, model: ModelConfig, tokenizer: Path, tower_path: str, image_aspect_ratio: str, dtype: str
+) -> None:
     """All files of an official ShareGPT4V model but the weights, into `directory`, which is made (the config.json of ShareGPT4V-7B).
 
     tower_path: what config.json names as `mm_vision_tower`, as it is; the tower's own files go to the folder of its last name inside `directory`.
@@ -72,7 +88,9 @@ def write_share4v_files(directory: Path, *, model: ModelConfig, tokenizer: Path,
     _check_image_policy(image_aspect_ratio)
     folder = directory / Path(tower_path).name
     if folder == directory:
-        raise ConversionError(f"tower path {tower_path!r} has no name for the folder of the vision tower; write for example clip")
+        raise ConversionError(
+            f"tower path {tower_path!r} has no name for the folder of the vision tower; write for example clip"
+        )
     tokens = read_sentencepiece_model(tokenizer)
     if len(tokens.pieces) > model.language.vocab_size:
         raise ConversionError(
@@ -84,13 +102,21 @@ def write_share4v_files(directory: Path, *, model: ModelConfig, tokenizer: Path,
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", _generation_config(tokens, pad_id=tokens.unk_id))
     shutil.copyfile(tokenizer, directory / "tokenizer.model")
-    _write_json(directory / "tokenizer_config.json", legacy_tokenizer_config(tokens, max_length=model.language.max_position_embeddings))
+    _write_json(
+        directory / "tokenizer_config.json",
+        legacy_tokenizer_config(tokens, max_length=model.language.max_position_embeddings),
+    )
     _write_json(directory / "special_tokens_map.json", special_tokens_map(tokens, pad=tokens.unk))
-    _write_json(folder / "config.json", {"architectures": ["CLIPVisionModel"], **_vision_config(model.vision), "torch_dtype": _torch_name(dtype)})
+    _write_json(
+        folder / "config.json",
+        {"architectures": ["CLIPVisionModel"], **_vision_config(model.vision), "torch_dtype": _torch_name(dtype)},
+    )
     _write_json(folder / "preprocessor_config.json", _image_processor(model.vision, "CLIPImageProcessor"))
 
 
-def _llava_config(model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect_ratio: str, dtype: str) -> dict[str, Any]:
+def _llava_config(
+    model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect_ratio: str, dtype: str
+) -> dict[str, Any]:
     text = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": llava_vocab_rows(model)}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -112,7 +138,9 @@ def _llava_config(model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect
     }
 
 
-def _share4v_config(model: ModelConfig, tokens: SentencePieceModel, *, tower_path: str, image_aspect_ratio: str, dtype: str) -> dict[str, Any]:
+def _share4v_config(
+    model: ModelConfig, tokens: SentencePieceModel, *, tower_path: str, image_aspect_ratio: str, dtype: str
+) -> dict[str, Any]:
     return {
         "architectures": ["Share4VLlamaForCausalLM"],
         "model_type": "share4v",
@@ -219,7 +247,9 @@ def _torch_name(dtype: str) -> str:
 
 def _check_image_policy(image_aspect_ratio: str) -> None:
     if image_aspect_ratio not in _IMAGE_POLICIES:
-        raise ConversionError(f"image_aspect_ratio {image_aspect_ratio!r} cannot be exported; use {' or '.join(_IMAGE_POLICIES)}")
+        raise ConversionError(
+            f"image_aspect_ratio {image_aspect_ratio!r} cannot be exported; use {' or '.join(_IMAGE_POLICIES)}"
+        )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,7 +14,10 @@ from megatron_share4v.errors import ConversionError
 TOWER = "embeddings.class_embedding"
 DECODER = "embed_tokens.weight"
 HEAD = "lm_head.weight"
-PROJECTORS_MLP = (("multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."), ("mm_projector.0.", "mm_projector.2."))
+PROJECTORS_MLP = (
+    ("multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."),
+    ("mm_projector.0.", "mm_projector.2."),
+)
 PROJECTOR_LINEAR = "mm_projector."
 
 

@@ -45,10 +45,14 @@ def open_directory(directory: Path) -> dict[str, LazyTensor]:
     """The weights of a model's directory (no adapters, no projector files). Raises ConversionError for what is missing or damaged."""
     files = _weight_files(directory)
     if not files:
-        raise ConversionError(f"{directory}: holds no weights ({', '.join(WHOLE)}, or shards with an index); give the directory of a model")
+        raise ConversionError(
+            f"{directory}: holds no weights ({', '.join(WHOLE)}, or shards with an index); give the directory of a model"
+        )
     mapped = _MappedFile()
     tensors = merged(*(_open(path, mapped) for path in files))
-    index = next((directory / name for name, whole in zip(INDEXES, WHOLE) if files[0].suffix == Path(whole).suffix), None)
+    index = next(
+        (directory / name for name, whole in zip(INDEXES, WHOLE) if files[0].suffix == Path(whole).suffix), None
+    )
     if index is not None and index.is_file():
         for name, shard in read_json(index).get("weight_map", {}).items():
             if name not in tensors:
@@ -86,13 +90,17 @@ def _weight_files(directory: Path) -> list[Path]:
     """Safetensors before .bin, where a hub repository has both."""
     for index, whole, shards in zip(INDEXES, WHOLE, SHARDS):
         if (directory / index).is_file():
-            return [directory / name for name in sorted(set(read_json(directory / index).get("weight_map", {}).values()))]
+            return [
+                directory / name for name in sorted(set(read_json(directory / index).get("weight_map", {}).values()))
+            ]
         if (directory / whole).is_file():
             return [directory / whole]
         if found := sorted(directory.glob(shards)):
             count = int(found[0].stem.rpartition("-")[2])
             if len(found) != count:
-                raise ConversionError(f"{directory}: has {len(found)} of {count} weight shards ({found[0].name}, ...); {AGAIN}")
+                raise ConversionError(
+                    f"{directory}: has {len(found)} of {count} weight shards ({found[0].name}, ...); {AGAIN}"
+                )
             return found
     return []
 
@@ -107,13 +115,18 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         try:
             header = json.loads(file.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            described = [(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in entries.items()]
+            described = [
+                (name, DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in entries.items()
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"{path}: its header is no safetensors header ({error!r}); {AGAIN}") from error
     tensors = {}
     for name, dtype, shape, begin, end in described:
         if 8 + length + end > size:
-            raise ConversionError(f"{path}: truncated: {name} ends at byte {8 + length + end}, the file has {size}; {AGAIN}")
+            raise ConversionError(
+                f"{path}: truncated: {name} ends at byte {8 + length + end}, the file has {size}; {AGAIN}"
+            )
         if end - begin != torch.Size(shape).numel() * dtype.itemsize:
             raise ConversionError(f"{path}: {name} of shape {shape} and {dtype} has {end - begin} bytes; {AGAIN}")
         tensors[name] = LazyTensor(shape, dtype, str(path), _Range(path, 8 + length + begin, shape, dtype))
@@ -136,7 +149,9 @@ class _Range:
         try:
             self._fill(bytes_of(tensor))
         except OSError as error:
-            raise ConversionError(f"{self.path}: cannot be read ({error.strerror}); check where it lies, or {AGAIN}") from error
+            raise ConversionError(
+                f"{self.path}: cannot be read ({error.strerror}); check where it lies, or {AGAIN}"
+            ) from error
         return tensor
 
     def _fill(self, left: memoryview) -> None:
@@ -169,7 +184,10 @@ def _open_bin(path: Path, mapped: _MappedFile) -> dict[str, LazyTensor]:
     def reader(name: str) -> Callable[[], torch.Tensor]:
         return lambda: mapped.tensors(path)[name].clone(memory_format=torch.contiguous_format)
 
-    return {name: LazyTensor(tuple(tensor.shape), tensor.dtype, str(path), reader(name)) for name, tensor in mapped.tensors(path).items()}
+    return {
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, str(path), reader(name))
+        for name, tensor in mapped.tensors(path).items()
+    }
 
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -179,12 +197,16 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
             is_zip = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise ConversionError(f"{path}: holds something else than tensors, which is not read ({str(error).splitlines()[0]}); {AGAIN}") from error
+        raise ConversionError(
+            f"{path}: holds something else than tensors, which is not read ({str(error).splitlines()[0]}); {AGAIN}"
+        ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise ConversionError(f"{path}: truncated or damaged ({str(error).splitlines()[0]}); {AGAIN}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: holds {type(content).__name__} where named tensors are expected; {AGAIN}")
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
-            raise ConversionError(f"{path}: {name} is {type(value).__name__}, not a tensor; give a file of named tensors")
+            raise ConversionError(
+                f"{path}: {name} is {type(value).__name__}, not a tensor; give a file of named tensors"
+            )
     return content

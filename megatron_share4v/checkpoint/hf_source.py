@@ -29,7 +29,12 @@ from megatron_share4v.errors import ConversionError
 from megatron_share4v.log import get_logger
 from megatron_share4v.text.tokenizer import Tokenizer
 
-CONFIG, PREPROCESSOR, TOKENIZER, PROJECTOR = "config.json", "preprocessor_config.json", "tokenizer.model", "mm_projector.bin"
+CONFIG, PREPROCESSOR, TOKENIZER, PROJECTOR = (
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.model",
+    "mm_projector.bin",
+)
 TOWER_FOLDERS = ("clip", "vision_tower")
 CLIP_HEAD = 64
 CLIP_TEXT = ("text_model.", "text_projection", "visual_projection", "logit_scale")
@@ -76,7 +81,11 @@ class Source:
         """Weights of the tower that we do not compute, by CLIP's names."""
         kept = [drop for drop in drops(self.model, naming=self.naming, components=("vision",)) if drop.weights]
         prefix = self.naming.tower or ""
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if any(drop.covers(name) for drop in kept)}
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if any(drop.covers(name) for drop in kept)
+        }
 
 
 def open_source(request: Request) -> Source:
@@ -86,7 +95,9 @@ def open_source(request: Request) -> Source:
     config_path = _config_path(request)
     config = read_model(read_json(config_path), where=str(config_path))
     if config.kind == "llava-hf" and request.tower is not None:
-        raise ConversionError(f"two towers: {request.directory} is llava-hf, which has one among its weights, and {request.tower}; leave --tower out")
+        raise ConversionError(
+            f"two towers: {request.directory} is llava-hf, which has one among its weights, and {request.tower}; leave --tower out"
+        )
     tensors = _with_projector(_main_tensors(request), request)
     tower_folder = None if config.kind == "llava-hf" else _tower_folder(request, config, tensors)
     vision = config.model.vision
@@ -96,14 +107,20 @@ def open_source(request: Request) -> Source:
         if has_weights(tower_folder):
             tower = open_directory(tower_folder)
             # A whole CLIP model: its text half is of no use here.
-            tensors = merged(tensors, {name: tensor for name, tensor in tower.items() if not name.startswith(CLIP_TEXT)})
+            tensors = merged(
+                tensors, {name: tensor for name, tensor in tower.items() if not name.startswith(CLIP_TEXT)}
+            )
     naming = recognise(tensors, title=config.kind)
     if tower_folder is None and config.kind != "llava-hf" and naming.tower is not None:
         vision = _vision_from_shapes(vision, naming.tower, tensors)
     components = _components(naming, config, request)
     tokenizer = _tokenizer(request)
-    model = replace(config.model, vision=vision, projector=replace(config.model.projector, type=_projector_type(config, naming)))
-    model, tensors, added = _cut_vocabulary(model, tensors, naming, config=config, pieces=Tokenizer(tokenizer).vocab_size)
+    model = replace(
+        config.model, vision=vision, projector=replace(config.model.projector, type=_projector_type(config, naming))
+    )
+    model, tensors, added = _cut_vocabulary(
+        model, tensors, naming, config=config, pieces=Tokenizer(tokenizer).vocab_size
+    )
     rows = check_theirs(tensors, model, naming=naming, components=components)
     check_floats({name: tensors[name] for row in rows for name in row.theirs})
     _check_equal_dtypes(rows, tensors)
@@ -115,7 +132,9 @@ def open_source(request: Request) -> Source:
         added_rows=added,
         tokenizer=tokenizer,
         image_aspect_ratio=config.image_aspect_ratio or _aspect_of_processor(request.directory),
-        directories=tuple(path for path in (request.directory, request.base, tower_folder, request.projector) if path is not None),
+        directories=tuple(
+            path for path in (request.directory, request.base, tower_folder, request.projector) if path is not None
+        ),
     )
 
 
@@ -153,7 +172,9 @@ def _with_projector(tensors: dict[str, LazyTensor], request: Request) -> dict[st
     projector = open_file(request.projector)
     strangers = [name for name in projector if "mm_projector" not in name]
     if strangers:
-        raise ConversionError(f"{request.projector}: unexpected tensor: {strangers[0]}; give a projector's file (mm_projector.bin)")
+        raise ConversionError(
+            f"{request.projector}: unexpected tensor: {strangers[0]}; give a projector's file (mm_projector.bin)"
+        )
     return merged(tensors, projector)
 
 
@@ -163,7 +184,11 @@ def _tower_folder(request: Request, config: HfConfig, tensors: dict[str, LazyTen
     beside = [request.directory / name for name in TOWER_FOLDERS]
     named = []
     if config.tower is not None:
-        named = [Path(config.tower), request.directory / config.tower, request.directory.parent / Path(config.tower).name]
+        named = [
+            Path(config.tower),
+            request.directory / config.tower,
+            request.directory.parent / Path(config.tower).name,
+        ]
         if (request.directory / config.tower / CONFIG).is_file():  # certain; the others are guesses
             named = [request.directory / config.tower]
     if request.tower is not None:
@@ -181,13 +206,17 @@ def _tower_folder(request: Request, config: HfConfig, tensors: dict[str, LazyTen
     if request.tower is not None and not folders:
         raise ConversionError(f"{request.tower}: is no tower (no {CONFIG}); give the directory of a CLIPVisionModel")
     if inside is not None and full:
-        raise ConversionError(f"two towers: {inside} inside {request.directory}, and another in {full[0]}; leave one of them out")
+        raise ConversionError(
+            f"two towers: {inside} inside {request.directory}, and another in {full[0]}; leave one of them out"
+        )
     distinct = list({path.resolve(): path for path in full}.values())
     if request.tower is None and len(distinct) > 1:
         raise ConversionError(f"two towers: in {distinct[0]} and in {distinct[1]}; say which one with --tower")
     if inside is None and not full:
         named_as = f" ({CONFIG} names {config.tower})" if config.tower else ""
-        raise ConversionError(f"{request.directory}: missing tensor: {TOWER}: has no vision tower{named_as}; give its directory with --tower")
+        raise ConversionError(
+            f"{request.directory}: missing tensor: {TOWER}: has no vision tower{named_as}; give its directory with --tower"
+        )
     return full[0] if inside is None else folders[0] if folders else None
 
 
@@ -201,9 +230,16 @@ def _vision_from_shapes(vision: VisionConfig, prefix: str, tensors: dict[str, La
 
     width, patch = shape(TOWER)[0], shape("embeddings.patch_embedding.weight")[-1]
     side = round((shape("embeddings.position_embedding.weight")[0] - 1) ** 0.5)
-    layers = sum(name.startswith(f"{prefix}encoder.layers.") and name.endswith("layer_norm1.weight") for name in tensors)
+    layers = sum(
+        name.startswith(f"{prefix}encoder.layers.") and name.endswith("layer_norm1.weight") for name in tensors
+    )
     heads = max(1, width // CLIP_HEAD)
-    get_logger().info("tower inside, without configuration: %d layers of width %d seen, %d heads assumed (64 channels each)", layers, width, heads)
+    get_logger().info(
+        "tower inside, without configuration: %d layers of width %d seen, %d heads assumed (64 channels each)",
+        layers,
+        width,
+        heads,
+    )
     return replace(
         vision,
         image_size=side * patch,
@@ -218,9 +254,13 @@ def _vision_from_shapes(vision: VisionConfig, prefix: str, tensors: dict[str, La
 def _components(naming: Naming, config: HfConfig, request: Request) -> tuple[Component, ...]:
     there = components_of(naming)
     if naming.decoder is None:
-        raise ConversionError(f"{request.directory}: missing tensor: {DECODER}: has no language model; give its directory")
+        raise ConversionError(
+            f"{request.directory}: missing tensor: {DECODER}: has no language model; give its directory"
+        )
     if naming.head is None:
-        raise ConversionError(f"{request.directory}: missing tensor: {HEAD}; models whose head is their embedding are not computed here")
+        raise ConversionError(
+            f"{request.directory}: missing tensor: {HEAD}; models whose head is their embedding are not computed here"
+        )
     if naming.tower is None:
         raise ConversionError(f"{request.directory}: missing tensor: {TOWER}: has no vision tower")
     # A stage-1 start may lack the projector; a model that was trained may not.
@@ -230,7 +270,9 @@ def _components(naming: Naming, config: HfConfig, request: Request) -> tuple[Com
     linear = config.model.projector.type == "linear"
     if (naming.projector_linear if linear else naming.projector_mlp) is None:
         prefix = layout.projector_linear if linear else (layout.projector_mlp or ("",))[0]
-        raise ConversionError(f"{request.directory}: missing tensor: {prefix}weight: has no projector ({config.model.projector.type}); copy it again")
+        raise ConversionError(
+            f"{request.directory}: missing tensor: {prefix}weight: has no projector ({config.model.projector.type}); copy it again"
+        )
     return COMPONENTS
 
 
@@ -241,10 +283,16 @@ def _projector_type(config: HfConfig, naming: Naming) -> str:
 
 
 def _tokenizer(request: Request) -> Path:
-    candidates = [request.tokenizer] if request.tokenizer else [path / TOKENIZER for path in (request.directory, request.base) if path is not None]
+    candidates = (
+        [request.tokenizer]
+        if request.tokenizer
+        else [path / TOKENIZER for path in (request.directory, request.base) if path is not None]
+    )
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise ConversionError(f"{candidates[0]}: missing; give the model's sentencepiece file with --tokenizer (a tokenizer.json is not enough)")
+        raise ConversionError(
+            f"{candidates[0]}: missing; give the model's sentencepiece file with --tokenizer (a tokenizer.json is not enough)"
+        )
     return found
 
 
@@ -257,7 +305,9 @@ def _cut_vocabulary(
     for name in names.values():
         rows = tensors[name].shape[0]
         if rows < pieces:
-            raise ConversionError(f"vocabulary too small: {name} has {rows} rows, the tokenizer {pieces} pieces; give the tokenizer of this model")
+            raise ConversionError(
+                f"vocabulary too small: {name} has {rows} rows, the tokenizer {pieces} pieces; give the tokenizer of this model"
+            )
         if rows != stated:
             raise ConversionError(f"wrong shape: {name} has {rows} rows, {CONFIG} states vocab_size {stated}")
     if config.image_token is None:
@@ -278,7 +328,9 @@ def _check_equal_dtypes(rows: tuple[Row, ...], tensors: dict[str, LazyTensor]) -
         first = row.theirs[0]
         for name in row.theirs[1:]:
             if tensors[name].dtype != tensors[first].dtype:
-                raise ConversionError(f"wrong dtype: {name} is {tensors[name].dtype}, {first} {tensors[first].dtype}; they become one tensor of ours")
+                raise ConversionError(
+                    f"wrong dtype: {name} is {tensors[name].dtype}, {first} {tensors[first].dtype}; they become one tensor of ours"
+                )
 
 
 def _aspect_of_processor(directory: Path) -> str:

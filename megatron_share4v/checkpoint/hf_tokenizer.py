@@ -46,9 +46,16 @@ class ExportedTokenizer:
 
     def added_tokens(self) -> dict[int, dict[str, Any]]:
         """By id, what text is cut at before anything else: the model's special pieces and the two new tokens."""
-        special = {i: piece.text for i, piece in enumerate(self.model.pieces) if piece.kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)}
+        special = {
+            i: piece.text
+            for i, piece in enumerate(self.model.pieces)
+            if piece.kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)
+        }
         rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        return {i: {"content": text, **rules} for i, text in {**special, self.image_id: IMAGE_PLACEHOLDER, self.pad_id: PAD}.items()}
+        return {
+            i: {"content": text, **rules}
+            for i, text in {**special, self.image_id: IMAGE_PLACEHOLDER, self.pad_id: PAD}.items()
+        }
 
     def tokenizer_json(self) -> dict[str, Any]:
         """The content of tokenizer.json, which the library `tokenizers` reads."""
@@ -62,7 +69,9 @@ class ExportedTokenizer:
             "normalizer": _sequence("normalizers", {"type": "Prepend", "prepend": SPACE}, _replacement(" ", SPACE)),
             "pre_tokenizer": None,
             "post_processor": self._post_processor(),
-            "decoder": _sequence("decoders", _replacement(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, without_first_space),
+            "decoder": _sequence(
+                "decoders", _replacement(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, without_first_space
+            ),
             "model": {
                 "type": "BPE",
                 "dropout": None,
@@ -117,13 +126,20 @@ def read_tokenizer(path: Path, *, vocab_size: int) -> ExportedTokenizer:
     model = read_sentencepiece_model(path)
     problems = list(_problems(model, vocab_size))
     if problems:
-        raise ConversionError(f"tokenizer {path} cannot be exported: {'; '.join(problems)}. Give the tokenizer.model that the model was trained with")
+        raise ConversionError(
+            f"tokenizer {path} cannot be exported: {'; '.join(problems)}. Give the tokenizer.model that the model was trained with"
+        )
     return ExportedTokenizer(model=model, vocab_size=vocab_size)
 
 
 def legacy_tokenizer_config(model: SentencePieceModel, *, max_length: int) -> dict[str, Any]:
     """The content of the tokenizer_config.json of a ShareGPT4V model: tokenizer.model alone, <unk> as padding, at the right."""
-    return {**_class_settings(model, max_length=max_length), "pad_token": model.unk, "padding_side": "right", "use_fast": False}
+    return {
+        **_class_settings(model, max_length=max_length),
+        "pad_token": model.unk,
+        "padding_side": "right",
+        "use_fast": False,
+    }
 
 
 def special_tokens_map(model: SentencePieceModel, *, pad: str) -> dict[str, str]:

@@ -34,7 +34,10 @@ def shards(tensors: Tensors, *, max_bytes: int) -> list[dict[str, LazyTensor]]:
 def model_parts(tensors: Tensors, *, max_bytes: int, folder: str = "") -> list[Part]:
     """The files of a model's weights, below `folder`: one, or shards."""
     cut = shards(tensors, max_bytes=max_bytes)
-    return [Part(folder + name, sum(tensor.nbytes for tensor in shard.values()), _writer(shard), hashed=False) for name, shard in zip(_names(len(cut)), cut)]
+    return [
+        Part(folder + name, sum(tensor.nbytes for tensor in shard.values()), _writer(shard), hashed=False)
+        for name, shard in zip(_names(len(cut)), cut)
+    ]
 
 
 def write_index(directory: Path, tensors: Tensors, *, max_bytes: int) -> None:
@@ -54,7 +57,9 @@ def write_file(path: Path, tensors: Tensors) -> None:
 
 
 def _names(count: int) -> Sequence[str]:
-    return [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return (
+        [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    )
 
 
 def _writer(tensors: Tensors) -> Callable[[BinaryIO | Output, Callable[[int], Any]], dict[str, Any]]:

@@ -84,11 +84,15 @@ def our_tensors(source: Source, *, seed: int) -> dict[str, LazyTensor]:
     """All global tensors of ours. A projector that the source does not have is initialised from `seed`, and this is said."""
     ours = {row.ours: _joined(row, source.tensors) for row in source.rows}
     if not source.has_projector:
-        get_logger().warning("projector: none was given, so it is freshly initialised (seed %d), as stage 1 needs it", seed)
+        get_logger().warning(
+            "projector: none was given, so it is freshly initialised (seed %d), as stage 1 needs it", seed
+        )
         dtype = ours["language.embedding.weight"].dtype
         naming = LLAVA_HF if source.model.projector.type == "mlp2x_gelu" else SHARE4V
         for row in rows(source.model, naming=naming, components=("projector",)):
-            ours[row.ours] = LazyTensor(row.shape, dtype, f"initialised from seed {seed}", _initialiser(row, source, seed, dtype))
+            ours[row.ours] = LazyTensor(
+                row.shape, dtype, f"initialised from seed {seed}", _initialiser(row, source, seed, dtype)
+            )
     return ours
 
 
@@ -97,11 +101,16 @@ def write_checkpoint(
 ) -> Manifest:
     """Everything of a checkpoint of weights alone, in a workplace that is yet to be published. `companions` writes the files that go with it."""
     groups = shards(ours, max_bytes=FILE_BYTES)
-    parts = [Part(f"__0_{n}.distcp", sum(t.nbytes for t in group.values()), _tensor_writer(group)) for n, group in enumerate(groups)]
+    parts = [
+        Part(f"__0_{n}.distcp", sum(t.nbytes for t in group.values()), _tensor_writer(group))
+        for n, group in enumerate(groups)
+    ]
     written = write_parts(place, parts, title="import")
     notes = {name: (file, *note) for file, part in written.items() for name, note in part.note.items()}
     placed = {name: Placed(file, offset, length) for name, (file, offset, length, _) in notes.items()}
-    describe_tensors(place.directory, placed, tensors=((name, tensor.shape, tensor.dtype) for name, tensor in ours.items()))
+    describe_tensors(
+        place.directory, placed, tensors=((name, tensor.shape, tensor.dtype) for name, tensor in ours.items())
+    )
     companions()
     manifest = Manifest(
         state=state,
@@ -110,7 +119,9 @@ def write_checkpoint(
         config=dump(config),
         versions=current_versions(),
         source=source,
-        weights=component_digests({name: (tensor.shape, tensor.dtype, notes[name][3]) for name, tensor in ours.items()}),
+        weights=component_digests(
+            {name: (tensor.shape, tensor.dtype, notes[name][3]) for name, tensor in ours.items()}
+        ),
         files=describe_files(place.directory, known={name: part.stored for name, part in written.items()}),
     )
     write_manifest(place.directory, manifest)
@@ -126,7 +137,9 @@ def report_weights(checkpoint: Path, manifest: Manifest) -> None:
 
 def _joined(row: Row, theirs: Mapping[str, LazyTensor]) -> LazyTensor:
     parts = [theirs[name] for name in row.theirs]
-    return LazyTensor(row.shape, parts[0].dtype, parts[0].origin, lambda: row.transform.to_ours([part.read() for part in parts]))
+    return LazyTensor(
+        row.shape, parts[0].dtype, parts[0].origin, lambda: row.transform.to_ours([part.read() for part in parts])
+    )
 
 
 def _initialiser(row: Row, source: Source, seed: int, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -143,7 +156,9 @@ def _tensor_writer(group: Tensors) -> Callable[[Output, Callable[[int], Any]], d
         for name, tensor in read_ahead(group.items()):
             start = file.tell()
             write_tensor(file, tensor)
-            digest = file.digest_of(tensor.nbytes, since=start) or digest_of(tensor)  # the file's own hash of the same bytes
+            digest = file.digest_of(tensor.nbytes, since=start) or digest_of(
+                tensor
+            )  # the file's own hash of the same bytes
             placed[name] = (start, file.tell() - start, digest)
             progress(tensor.nbytes)
         return placed
@@ -170,17 +185,29 @@ def _config(source: Source, ours: Tensors, options: ImportOptions, target: Path)
         model=model,
         precision=PrecisionConfig(dtype="fp32" if FLOAT_NAMES[dtype] == "fp32" else "bf16"),
         data=DataConfig(
-            train="", tokenizer=TOKENIZER, template=options.template, max_text_length=text, image_aspect_ratio=source.image_aspect_ratio
+            train="",
+            tokenizer=TOKENIZER,
+            template=options.template,
+            max_text_length=text,
+            image_aspect_ratio=source.image_aspect_ratio,
         ),
         train=TrainConfig(global_batch_size=1),
     )
 
 
 def _fingerprint(source: Source, ours: Tensors, options: ImportOptions) -> str:
-    files = [path for directory in source.directories for path in (sorted(directory.iterdir()) if directory.is_dir() else [directory])]
+    files = [
+        path
+        for directory in source.directories
+        for path in (sorted(directory.iterdir()) if directory.is_dir() else [directory])
+    ]
     files.append(source.tokenizer)
     tensors = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in ours.items()]
-    return hashlib.sha256(json.dumps([stated(path for path in files if path.is_file()), tensors, str(options), current_versions()]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(
+            [stated(path for path in files if path.is_file()), tensors, str(options), current_versions()]
+        ).encode()
+    ).hexdigest()
 
 
 def _check_tower(request: Request, ours: Tensors) -> None:

@@ -33,7 +33,9 @@ def describe(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
     yield from _tree(opened, every_layer=every_layer)
     if opened.unused:
         yield f"carried for exports, not computed: {len(opened.unused)} tensors"
-    missing = {name: tensor for name, tensor in opened.weights.items() if name.partition(".")[0] not in manifest.weights}
+    missing = {
+        name: tensor for name, tensor in opened.weights.items() if name.partition(".")[0] not in manifest.weights
+    }
     weights = {**manifest.weights, **(hash_components(missing) if hashes else {})}
     yield from (f"{component}: sha256 {digest}" for component, digest in weights.items())
     if missing and not hashes:

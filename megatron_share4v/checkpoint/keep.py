@@ -29,7 +29,9 @@ def checkpoint_directories(directory: Path) -> dict[int, Path]:
     """Published checkpoints by step, oldest first; none when `directory` does not exist."""
     if not directory.is_dir():
         return {}
-    found = {int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
+    found = {
+        int(match[1]): path for path in directory.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
     return dict(sorted(found.items()))
 
 
@@ -71,7 +73,9 @@ def set_aside(checkpoint: Path) -> Path:
         target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}_{number}")
     os.rename(checkpoint, target)
     flush_directory(checkpoint.parent)
-    get_logger().warning("checkpoint: set %s aside as %s; remove it when it has been looked at", checkpoint, target.name)
+    get_logger().warning(
+        "checkpoint: set %s aside as %s; remove it when it has been looked at", checkpoint, target.name
+    )
     return target
 
 
@@ -80,7 +84,9 @@ def remove_leftovers(directory: Path) -> list[Path]:
     found = sorted(path for suffix in (_WRITING, _REMOVING) for path in directory.glob(f".*{suffix}"))
     for path in found:
         shutil.rmtree(path)
-        get_logger().warning("checkpoint: removed %s, left behind by a process that was ended in the middle of it", path)
+        get_logger().warning(
+            "checkpoint: removed %s, left behind by a process that was ended in the middle of it", path
+        )
     return found
 
 
@@ -94,7 +100,11 @@ def remove_old(directory: Path, *, keep_last: int, keep_every_steps: int) -> lis
     whole = [step for step, path in checkpoints.items() if is_whole(path)]
     if len(whole) < keep_last:
         return []
-    old = [path for step, path in checkpoints.items() if step < whole[-keep_last] and not (keep_every_steps and step % keep_every_steps == 0)]
+    old = [
+        path
+        for step, path in checkpoints.items()
+        if step < whole[-keep_last] and not (keep_every_steps and step % keep_every_steps == 0)
+    ]
     for path in old:
         shutil.rmtree(_hidden(path))
         get_logger().info("checkpoint: removed %s (checkpoint.keep_last %d)", path, keep_last)

@@ -67,7 +67,9 @@ def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
         result = values.to(rounded.dtype)
         if not torch.isfinite(result).all() and bool((torch.isinf(result) & torch.isfinite(values)).any()):
             largest = torch.finfo(rounded.dtype).max
-            raise ConversionError(f"{tensor.origin}: {name} has values beyond {dtype}'s {largest:.6g}; use a dtype that holds them, fp32 or bf16")
+            raise ConversionError(
+                f"{tensor.origin}: {name} has values beyond {dtype}'s {largest:.6g}; use a dtype that holds them, fp32 or bf16"
+            )
         return result
 
     return replace(rounded, read=read)
@@ -95,7 +97,9 @@ def merged(*parts: Tensors) -> dict[str, LazyTensor]:
     for part in parts:
         for name, tensor in part.items():
             if name in result:
-                raise ConversionError(f"{name} is there twice: in {result[name].origin} and in {tensor.origin}; leave one of them out")
+                raise ConversionError(
+                    f"{name} is there twice: in {result[name].origin} and in {tensor.origin}; leave one of them out"
+                )
             result[name] = tensor
     return result
 
@@ -105,7 +109,9 @@ def check_floats(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_NAMES:
             known = ", ".join(FLOATS)
-            raise ConversionError(f"{tensor.origin}: wrong dtype: {name} is {tensor.dtype}; read are {known}: use weights that are not quantised")
+            raise ConversionError(
+                f"{tensor.origin}: wrong dtype: {name} is {tensor.dtype}; read are {known}: use weights that are not quantised"
+            )
 
 
 def read_ahead(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,4 +159,6 @@ def component_digests(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, 
 
 def hash_components(tensors: Tensors) -> dict[str, str]:
     """`component_digests` of tensors that are read for it."""
-    return component_digests({name: (tuple(tensor.shape), tensor.dtype, digest_of(tensor)) for name, tensor in read_ahead(tensors.items())})
+    return component_digests(
+        {name: (tuple(tensor.shape), tensor.dtype, digest_of(tensor)) for name, tensor in read_ahead(tensors.items())}
+    )

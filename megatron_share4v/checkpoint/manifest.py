@@ -120,9 +120,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path}: cannot be read ({error}); {REMEDY}") from error
     if content.get("format") not in READABLE_FORMATS:
         readable = " and ".join(map(str, READABLE_FORMATS))
-        raise CheckpointError(f"{path}: has format {content.get('format')}, this version reads {readable}; use the one that wrote it")
+        raise CheckpointError(
+            f"{path}: has format {content.get('format')}, this version reads {readable}; use the one that wrote it"
+        )
     if (digest := _digest_of(content)) != stated:
-        raise CheckpointError(f"{path}: was changed after it was written (sha256 {digest[:12]}, stated {str(stated)[:12]}); {REMEDY}")
+        raise CheckpointError(
+            f"{path}: was changed after it was written (sha256 {digest[:12]}, stated {str(stated)[:12]}); {REMEDY}"
+        )
     return Manifest(
         state=RunState(**content["state"]),
         updates=content["updates"],
@@ -131,7 +135,10 @@ def read_manifest(directory: Path) -> Manifest:
         versions=content["versions"],
         source=content.get("source", ""),
         weights=content.get("weights", {}),
-        files={name: StoredFile(file["size"], file["sha256"], tuple(file.get("ranges", ()))) for name, file in content["files"].items()},
+        files={
+            name: StoredFile(file["size"], file["sha256"], tuple(file.get("ranges", ())))
+            for name, file in content["files"].items()
+        },
     )
 
 
@@ -146,7 +153,9 @@ def verify(directory: Path, *, contents: bool) -> Manifest:
         digests = _in_threads(lambda name: _sha256(directory / name, manifest.files[name].ranges), list(manifest.files))
         for (name, file), digest in zip(manifest.files.items(), digests):
             if digest != file.sha256:
-                problems.append(f"{name} has other content than was written (sha256 {digest[:12]}, manifest {file.sha256[:12]})")
+                problems.append(
+                    f"{name} has other content than was written (sha256 {digest[:12]}, manifest {file.sha256[:12]})"
+                )
     if problems:
         more = f"; and {len(problems) - SHOWN_FILES} more" if len(problems) > SHOWN_FILES else ""
         raise CheckpointError(f"{directory}: damaged: {'; '.join(problems[:SHOWN_FILES])}{more}; {REMEDY}")

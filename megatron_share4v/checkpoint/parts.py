@@ -173,7 +173,9 @@ def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
         try:
             os.rename(place.directory, target)
         except OSError as error:  # somebody was faster
-            raise ConversionError(f"{target}: cannot be given its name ({error.strerror}); remove what is there, then start again") from error
+            raise ConversionError(
+                f"{target}: cannot be given its name ({error.strerror}); remove what is there, then start again"
+            ) from error
         flush_directory(target.parent)
         place.journal.unlink()
 
@@ -200,15 +202,29 @@ def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[
     Raises ConversionError, before anything is written, when the disk is too full.
     """
     directory = place.directory
-    done = {name: written for name, written in _read_journal(place.journal).items() if _size(directory / name) == written.size}
+    done = {
+        name: written
+        for name, written in _read_journal(place.journal).items()
+        if _size(directory / name) == written.size
+    }
     left = [part for part in parts if part.name not in done]
     needed, free = sum(part.nbytes for part in left), shutil.disk_usage(directory).free
     if needed > free:
-        raise ConversionError(f"{directory}: takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again")
+        raise ConversionError(
+            f"{directory}: takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again"
+        )
     if done:
         get_logger().info("%s: goes on with %d of %d files already written", title, len(done), len(parts))
     total = sum(part.nbytes for part in parts)
-    with tqdm(total=total, initial=total - needed, desc=title, unit="B", unit_scale=True, mininterval=1.0, disable=total < SILENT_BYTES) as bar:
+    with tqdm(
+        total=total,
+        initial=total - needed,
+        desc=title,
+        unit="B",
+        unit_scale=True,
+        mininterval=1.0,
+        disable=total < SILENT_BYTES,
+    ) as bar:
         with ThreadPoolExecutor(1) as finishing:
             entered: Future[None] | None = None
             for part in left:
@@ -271,8 +287,12 @@ def _blaming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.filename not in (None, str(path)):
-            raise ConversionError(f"{error.filename}: cannot be read ({error.strerror}); check where it lies, then start again") from error
-        raise ConversionError(f"{path}: cannot be written ({error.strerror}); free space or check the file system, then start again") from error
+            raise ConversionError(
+                f"{error.filename}: cannot be read ({error.strerror}); check where it lies, then start again"
+            ) from error
+        raise ConversionError(
+            f"{path}: cannot be written ({error.strerror}); free space or check the file system, then start again"
+        ) from error
 
 
 def _size(path: Path) -> int:

@@ -44,7 +44,19 @@ from megatron_share4v.mcore.snapshot import HostBuffers
 from megatron_share4v.mcore.tensor_files import stored_tensors
 from megatron_share4v.model.initialize import SHARDING
 
-__all__ = ["Completion", "RunState", "begin_save", "find_newest_whole", "load", "load_weights", "locate", "on_first_rank", "read_start", "save", "write"]
+__all__ = [
+    "Completion",
+    "RunState",
+    "begin_save",
+    "find_newest_whole",
+    "load",
+    "load_weights",
+    "locate",
+    "on_first_rank",
+    "read_start",
+    "save",
+    "write",
+]
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
@@ -70,7 +82,14 @@ def save(
     the new directory. Raises CheckpointError when it cannot be written; what was there before is then untouched.
     """
     return begin_save(
-        directory, step=step, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions
+        directory,
+        step=step,
+        chunks=chunks,
+        optimizer=optimizer,
+        mesh=mesh,
+        state=state,
+        config_text=config_text,
+        companions=companions,
     )(None)
 
 
@@ -94,7 +113,14 @@ def begin_save(
     directory = Path(directory)
     target = directory / directory_name(step)
     complete = _begin(
-        target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions, buffers=buffers
+        target,
+        chunks=chunks,
+        optimizer=optimizer,
+        mesh=mesh,
+        state=state,
+        config_text=config_text,
+        companions=companions,
+        buffers=buffers,
     )
 
     def named(group: dist.ProcessGroup | None) -> Path:
@@ -116,7 +142,15 @@ def write(
     companions: Sequence[Path] = (),
 ) -> None:
     """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
-    _begin(target, chunks=chunks, optimizer=optimizer, mesh=mesh, state=state, config_text=config_text, companions=companions)(None)
+    _begin(
+        target,
+        chunks=chunks,
+        optimizer=optimizer,
+        mesh=mesh,
+        state=state,
+        config_text=config_text,
+        companions=companions,
+    )(None)
 
 
 def _begin(
@@ -140,7 +174,15 @@ def _begin(
             shutil.copyfile(path, temporary / path.name)
         files = describe_files(temporary)
         versions, weights = current_versions(), _tower_hash(temporary)
-        manifest = Manifest(state=state, updates=updates, layout=mesh.layout, config=config_text, versions=versions, weights=weights, files=files)
+        manifest = Manifest(
+            state=state,
+            updates=updates,
+            layout=mesh.layout,
+            config=config_text,
+            versions=versions,
+            weights=weights,
+            files=files,
+        )
         write_manifest(temporary, manifest)
         publish(temporary, target)
         return manifest.size, weights.get("vision", "none")
@@ -148,13 +190,21 @@ def _begin(
     def complete(group: dist.ProcessGroup | None) -> Path:
         snapshot.write(group)
         size, tower = on_first_rank(mesh, finish, group=group)
-        get_logger().info("checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s", target, size / 1e9, time.perf_counter() - started, tower)
+        get_logger().info(
+            "checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s",
+            target,
+            size / 1e9,
+            time.perf_counter() - started,
+            tower,
+        )
         return target
 
     return complete
 
 
-def load(path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, mesh: Mesh, verified: bool = False) -> RunState:
+def load(
+    path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, mesh: Mesh, verified: bool = False
+) -> RunState:
     """Weights and optimizer state of the checkpoint `path` (see `locate`), in place; the state of the run that wrote it.
 
     The layout may differ from the one it was written at. `verified`: find_newest_whole has just read every byte, do not do it again.
@@ -163,7 +213,9 @@ def load(path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOp
     started = time.perf_counter()
     checkpoint, manifest = _opened(path, mesh=mesh, contents=not verified)
     if manifest.updates is None:
-        raise CheckpointError(f"{checkpoint}: holds weights alone, nothing to resume; start a run from it with checkpoint.initialize_from")
+        raise CheckpointError(
+            f"{checkpoint}: holds weights alone, nothing to resume; start a run from it with checkpoint.initialize_from"
+        )
     load_sharded(checkpoint, chunks=chunks, optimizer=optimizer, updates=manifest.updates, sharding=SHARDING)
     _report("loaded", checkpoint, manifest, started)
     return manifest.state
@@ -260,7 +312,9 @@ def _tower_hash(directory: Path) -> dict[str, str]:
     Its 0.3 billion weights take 0.6 s in bf16 on one core, whatever the language model; of that all files were hashed before.
     """
     tower = {name: tensor for name, tensor in stored_tensors(directory).items() if name.startswith("vision.")}
-    return hash_components({name: LazyTensor(tensor.shape, tensor.dtype, str(directory), tensor.read) for name, tensor in tower.items()})
+    return hash_components(
+        {name: LazyTensor(tensor.shape, tensor.dtype, str(directory), tensor.read) for name, tensor in tower.items()}
+    )
 
 
 def _prepare(target: Path) -> Path:
@@ -277,7 +331,15 @@ def _name_latest(directory: Path, name: str) -> None:
 
 def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> None:
     seconds, size, step = time.perf_counter() - started, manifest.size / 1e9, manifest.state.step
-    get_logger().info("checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s", what, checkpoint, step, size, manifest.layout, seconds)
+    get_logger().info(
+        "checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s",
+        what,
+        checkpoint,
+        step,
+        size,
+        manifest.layout,
+        seconds,
+    )
 
 
 def on_first_rank(mesh: Mesh, action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
@@ -289,7 +351,9 @@ def on_first_rank(mesh: Mesh, action: Callable[[], T], *, group: dist.ProcessGro
         except Share4VError as error:
             outcome[1] = error
         except OSError as error:
-            outcome[1] = CheckpointError(f"{error.filename}: {error.strerror}; check the path, its permissions and the free space")
+            outcome[1] = CheckpointError(
+                f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
+            )
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]

@@ -71,11 +71,15 @@ class Verified:
 
     def __str__(self) -> str:
         how = f", {self.rounded} of them after rounding" if self.rounded else ", bit for bit"
-        lines = [f"{self.tensors} tensors equal, made of {self.names} of theirs{how}; {self.unused} unused ones of the tower carried and equal"]
+        lines = [
+            f"{self.tensors} tensors equal, made of {self.names} of theirs{how}; {self.unused} unused ones of the tower carried and equal"
+        ]
         if self.added:
             lines.append(f"  rows after the vocabulary: those that an export has, in {self.added} tensors")
         if self.not_carried:
-            lines.append(f"  unused ones of the tower that the checkpoint does not carry, so that exports get fresh ones: {', '.join(self.not_carried)}")
+            lines.append(
+                f"  unused ones of the tower that the checkpoint does not carry, so that exports get fresh ones: {', '.join(self.not_carried)}"
+            )
         return "\n".join([*lines, *(f"  {component}: sha256 {digest}" for component, digest in self.weights.items())])
 
 
@@ -84,7 +88,9 @@ def verify(request: Request, checkpoint: Path) -> Verified:
     source, opened = open_source(request), open_checkpoint(checkpoint)
     verify_files(opened.path, contents=True)
     if not source.has_projector:
-        raise ConversionError(f"{request.directory}: missing tensor: has no projector, so there is nothing to compare the checkpoint's with")
+        raise ConversionError(
+            f"{request.directory}: missing tensor: has no projector, so there is nothing to compare the checkpoint's with"
+        )
     _check_models(source, opened)
     _check_names(source, opened)
     theirs = our_tensors(source, seed=0)
@@ -95,7 +101,9 @@ def verify(request: Request, checkpoint: Path) -> Verified:
         rounded += expected.dtype != found.dtype
         if not _same_rounded(expected, found):
             rounded_either_way = ((expected.to(found.dtype), found), (expected, found.to(expected.dtype)))
-            different.append(min((_difference(row, *pair) for pair in rounded_either_way), key=lambda difference: difference.count))
+            different.append(
+                min((_difference(row, *pair) for pair in rounded_either_way), key=lambda difference: difference.count)
+            )
     carried = {name: tensor for name, tensor in source.unused().items() if f"vision.{name}" in opened.unused}
     others = [f"{name} (not computed, carried for exports) differs" for name in _different_unused(carried, opened)]
     others += _different_added_rows(source, opened)
@@ -153,7 +161,11 @@ def _different_added_rows(source: Source, opened: Opened) -> Iterator[str]:
         carried = opened.unused.get(ROWS_OF[part]) if opened.manifest.state.step == 0 else None
         values = opened.weights[f"language.{part}.weight"].read()[: source.model.language.vocab_size]
         if not _same_rounded(theirs.read(), added_rows(values, theirs.shape[0], carried=carried)):
-            kind = "the mean of the others" if carried is None or carried.shape[0] != theirs.shape[0] else "the ones that were imported"
+            kind = (
+                "the mean of the others"
+                if carried is None or carried.shape[0] != theirs.shape[0]
+                else "the ones that were imported"
+            )
             yield f"{part}: its {theirs.shape[0]} rows after the vocabulary are not {kind}, which an export would have there"
 
 
@@ -172,10 +184,14 @@ def _check_names(source: Source, opened: Opened) -> None:
         raise ConversionError(f"{opened.path}: {error}") from error
     extra = sorted(opened.weights.keys() - {row.ours for row in table})
     if extra:
-        raise ConversionError(f"{opened.path}: unexpected: {', '.join(extra[:SHOWN])}: no tensor of the model that its configuration describes")
+        raise ConversionError(
+            f"{opened.path}: unexpected: {', '.join(extra[:SHOWN])}: no tensor of the model that its configuration describes"
+        )
 
 
-def _report(request: Request, opened: Opened, different: list[Difference], others: list[str], theirs: dict[str, LazyTensor]) -> str:
+def _report(
+    request: Request, opened: Opened, different: list[Difference], others: list[str], theirs: dict[str, LazyTensor]
+) -> str:
     lines = [f"{opened.path} and {request.directory} differ in {len(different) + len(others)} tensors:"]
     lines += [f"  {difference}" for difference in different[:SHOWN]]
     if len(different) > SHOWN:
@@ -215,16 +231,23 @@ def _changes(row: Row) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Ten
 
         def permuted(tensor: torch.Tensor) -> torch.Tensor:
             query, key, value = transform.to_theirs(tensor)
-            return transform.to_ours([_rope_permuted(query, transform.head_dim), _rope_permuted(key, transform.head_dim), value])
+            return transform.to_ours(
+                [_rope_permuted(query, transform.head_dim), _rope_permuted(key, transform.head_dim), value]
+            )
 
         def returned(tensor: torch.Tensor) -> torch.Tensor:
             query, key, value = transform.to_theirs(tensor)
-            return transform.to_ours([_rope_returned(query, transform.head_dim), _rope_returned(key, transform.head_dim), value])
+            return transform.to_ours(
+                [_rope_returned(query, transform.head_dim), _rope_returned(key, transform.head_dim), value]
+            )
 
         cause = "rope permutation: queries and keys are in the other order of rotary pairs (Meta's interleaved against Hugging Face's halves)"
         yield cause, permuted
         yield cause, returned
-        yield "query, key and value stand one after the other instead of by head", lambda tensor: torch.cat(transform.to_theirs(tensor))
+        yield (
+            "query, key and value stand one after the other instead of by head",
+            lambda tensor: torch.cat(transform.to_theirs(tensor)),
+        )
     elif isinstance(transform, Stack):
         yield "gate and up are swapped", lambda tensor: torch.cat(transform.to_theirs(tensor)[::-1])
     if len(row.shape) == 2 and row.shape[0] == row.shape[1]:

@@ -101,7 +101,9 @@ class Drop:
         return name.startswith(self.prefix) and name.endswith(self.suffix)
 
 
-def _with_bias(ours: str, width: int, theirs: Iterable[str], transform: Transform, *, inputs: tuple[int, ...]) -> Iterator[Row]:
+def _with_bias(
+    ours: str, width: int, theirs: Iterable[str], transform: Transform, *, inputs: tuple[int, ...]
+) -> Iterator[Row]:
     yield Row(f"{ours}.weight", (width, *inputs), tuple(f"{name}.weight" for name in theirs), transform)
     yield Row(f"{ours}.bias", (width,), tuple(f"{name}.bias" for name in theirs), transform)
 
@@ -109,10 +111,19 @@ def _with_bias(ours: str, width: int, theirs: Iterable[str], transform: Transfor
 def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[Row]:
     vision, same = model.vision, Same()
     width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    heads = InterleaveHeads(groups=vision.num_attention_heads, queries_per_group=1, head_dim=width // vision.num_attention_heads)
+    heads = InterleaveHeads(
+        groups=vision.num_attention_heads, queries_per_group=1, head_dim=width // vision.num_attention_heads
+    )
     yield Row("vision.class_embedding", (width,), (f"{prefix}embeddings.class_embedding",), same)
-    yield Row("vision.patch_embedding.weight", (width, 3, patch, patch), (f"{prefix}embeddings.patch_embedding.weight",), same)
-    yield Row("vision.position_embedding", (vision.num_patches + 1, width), (f"{prefix}embeddings.position_embedding.weight",), same)
+    yield Row(
+        "vision.patch_embedding.weight", (width, 3, patch, patch), (f"{prefix}embeddings.patch_embedding.weight",), same
+    )
+    yield Row(
+        "vision.position_embedding",
+        (vision.num_patches + 1, width),
+        (f"{prefix}embeddings.position_embedding.weight",),
+        same,
+    )
     # CLIP's own spelling.
     yield from _with_bias("vision.pre_layernorm", width, [f"{prefix}pre_layrnorm"], same, inputs=())
     for i in range(vision.num_built_layers):
@@ -120,7 +131,9 @@ def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[Row]:
         qkv = [f"{theirs}.self_attn.{part}_proj" for part in "qkv"]
         yield from _with_bias(f"{ours}.input_layernorm", width, [f"{theirs}.layer_norm1"], same, inputs=())
         yield from _with_bias(f"{ours}.self_attention.linear_qkv", 3 * width, qkv, heads, inputs=(width,))
-        yield from _with_bias(f"{ours}.self_attention.linear_proj", width, [f"{theirs}.self_attn.out_proj"], same, inputs=(width,))
+        yield from _with_bias(
+            f"{ours}.self_attention.linear_proj", width, [f"{theirs}.self_attn.out_proj"], same, inputs=(width,)
+        )
         yield from _with_bias(f"{ours}.pre_mlp_layernorm", width, [f"{theirs}.layer_norm2"], same, inputs=())
         yield from _with_bias(f"{ours}.mlp.linear_fc1", inner, [f"{theirs}.mlp.fc1"], same, inputs=(width,))
         yield from _with_bias(f"{ours}.mlp.linear_fc2", width, [f"{theirs}.mlp.fc2"], same, inputs=(inner,))
@@ -134,25 +147,37 @@ def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
         yield from _with_bias("projector.mlp.linear_fc1", width, [first], same, inputs=(source,))
         yield from _with_bias("projector.mlp.linear_fc2", width, [second], same, inputs=(width,))
     elif kind == "linear" and naming.projector_linear is not None:
-        yield from _with_bias("projector.linear", width, [naming.projector_linear.removesuffix(".")], same, inputs=(source,))
+        yield from _with_bias(
+            "projector.linear", width, [naming.projector_linear.removesuffix(".")], same, inputs=(source,)
+        )
     else:
-        raise ConversionError(f"the layout {naming.title} has no projector of model.projector.type {kind}; use another layout")
+        raise ConversionError(
+            f"the layout {naming.title} has no projector of model.projector.type {kind}; use another layout"
+        )
 
 
 def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
     language, same = model.language, Same()
     width, inner, groups = language.hidden_size, language.intermediate_size, language.num_key_value_heads
-    heads = InterleaveHeads(groups=groups, queries_per_group=language.num_attention_heads // groups, head_dim=width // language.num_attention_heads)
+    heads = InterleaveHeads(
+        groups=groups,
+        queries_per_group=language.num_attention_heads // groups,
+        head_dim=width // language.num_attention_heads,
+    )
     vocabulary = PadVocabulary(rows=language.vocab_size, padded=language.padded_vocab_size)
     qkv_rows = groups * (heads.queries_per_group + 2) * heads.head_dim
-    yield Row("language.embedding.weight", (vocabulary.padded, width), (f"{naming.decoder}embed_tokens.weight",), vocabulary)
+    yield Row(
+        "language.embedding.weight", (vocabulary.padded, width), (f"{naming.decoder}embed_tokens.weight",), vocabulary
+    )
     for i in range(language.num_layers):
         ours, theirs = f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}"
         qkv = tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv")
         gate_up = tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up"))
         yield Row(f"{ours}.input_layernorm.weight", (width,), (f"{theirs}.input_layernorm.weight",), same)
         yield Row(f"{ours}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
-        yield Row(f"{ours}.self_attention.linear_proj.weight", (width, width), (f"{theirs}.self_attn.o_proj.weight",), same)
+        yield Row(
+            f"{ours}.self_attention.linear_proj.weight", (width, width), (f"{theirs}.self_attn.o_proj.weight",), same
+        )
         yield Row(f"{ours}.pre_mlp_layernorm.weight", (width,), (f"{theirs}.post_attention_layernorm.weight",), same)
         yield Row(f"{ours}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, Stack())
         yield Row(f"{ours}.mlp.linear_fc2.weight", (width, inner), (f"{theirs}.mlp.down_proj.weight",), same)
@@ -177,20 +202,34 @@ def drops(model: ModelConfig, *, naming: Naming, components: Iterable[Component]
     """What of theirs is left out on purpose, and why."""
     for component in components:
         if component == "vision" and naming.tower is not None:
-            yield Drop(f"{naming.tower}post_layernorm.", "", "touches the pooled class token alone, which is not used", weights=True)
+            yield Drop(
+                f"{naming.tower}post_layernorm.",
+                "",
+                "touches the pooled class token alone, which is not used",
+                weights=True,
+            )
             yield Drop(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
             for i in range(model.vision.num_built_layers, model.vision.num_layers):
                 reason = "comes after model.vision.feature_layer, so it is never computed"
                 yield Drop(f"{naming.tower}encoder.layers.{i}.", "", reason, weights=True)
         if component == "language" and naming.decoder is not None:
-            yield Drop(f"{naming.decoder}layers.", "rotary_emb.inv_freq", "a buffer that follows from model.language.rope_theta")
+            yield Drop(
+                f"{naming.decoder}layers.",
+                "rotary_emb.inv_freq",
+                "a buffer that follows from model.language.rope_theta",
+            )
 
 
 def unused_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tower's weights that `drops` leaves out, by CLIP's own names without prefix: what an export has beyond our weights."""
     tower = replace(model, vision=replace(model.vision, feature_layer=model.vision.num_layers))
     built = {name for row in _vision_rows(model, "") for name in row.theirs}
-    unused = {name: shape for row in _vision_rows(tower, "") for name, shape in row.their_shapes().items() if name not in built}
+    unused = {
+        name: shape
+        for row in _vision_rows(tower, "")
+        for name, shape in row.their_shapes().items()
+        if name not in built
+    }
     width = (model.vision.hidden_size,)
     return {**unused, "post_layernorm.weight": width, "post_layernorm.bias": width}
 
@@ -217,7 +256,11 @@ def check_theirs(
 
 
 def to_ours(
-    theirs: Mapping[str, torch.Tensor], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+    theirs: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    *,
+    naming: Naming,
+    components: Iterable[Component] = COMPONENTS,
 ) -> dict[str, torch.Tensor]:
     """Global tensors of `components` by our names. Raises ConversionError as `check_theirs` does."""
     table = check_theirs(theirs, model, naming=naming, components=components)
@@ -234,22 +277,34 @@ def check_ours(
 
 
 def to_theirs(
-    ours: Mapping[str, torch.Tensor], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+    ours: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    *,
+    naming: Naming,
+    components: Iterable[Component] = COMPONENTS,
 ) -> dict[str, torch.Tensor]:
     """Inverse of `to_ours`, without what `drops` leaves out. Other components of `ours` may be there and are not looked at.
 
     Raises ConversionError that names missing and wrongly shaped tensors. Results may be views of `ours`.
     """
     table = check_ours(ours, model, naming=naming, components=components)
-    return {name: part for row in table for name, part in zip(row.theirs, row.transform.to_theirs(ours[row.ours]), strict=True)}
+    return {
+        name: part
+        for row in table
+        for name, part in zip(row.theirs, row.transform.to_theirs(ours[row.ours]), strict=True)
+    }
 
 
-def _check(tensors: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str) -> None:
+def _check(
+    tensors: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str
+) -> None:
     problems = [f"missing: {name}, of shape {shape}" for name, shape in expected.items() if name not in tensors]
     problems += [f"unexpected: {name}, of shape {tuple(tensors[name].shape)}" for name in extra]
     for name, shape in expected.items():
         if name in tensors and tuple(tensors[name].shape) != shape:
-            problems.append(f"wrong shape: {name} is {tuple(tensors[name].shape)}; the model configuration asks for {shape}")
+            problems.append(
+                f"wrong shape: {name} is {tuple(tensors[name].shape)}; the model configuration asks for {shape}"
+            )
     if problems:
         more = [f"... and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
         heading = f"these tensors do not make {where}; compare the model configuration with where they come from:"

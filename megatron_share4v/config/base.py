@@ -54,4 +54,6 @@ def config(cls: type[T]) -> type[T]:
     if hasattr(cls, "conflicts"):
         assert "__post_init__" not in vars(cls), f"{cls.__name__}: a check belongs into conflicts()"
         cls.__post_init__ = _refuse_conflicts
-    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))(cls)
+    return pydantic_dataclass(
+        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    )(cls)

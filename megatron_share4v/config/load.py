@@ -64,7 +64,9 @@ def from_options(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def dump(config: Any) -> str:
     """YAML of a whole configuration, defaults included; `load` reads it back to an equal object."""
-    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
+    )
 
 
 def flat(config: Any) -> dict[str, Any]:
@@ -90,7 +92,9 @@ def json_schema(cls: type) -> dict[str, Any]:
     """JSON schema of a configuration class for editors, with `base` allowed in every section."""
     schema = TypeAdapter(cls).json_schema()
     for section in (schema, *schema.get("$defs", {}).values()):
-        section.get("properties", {})[BASE] = {"description": "YAML file or files whose values this section starts from"}
+        section.get("properties", {})[BASE] = {
+            "description": "YAML file or files whose values this section starts from"
+        }
     return schema
 
 
@@ -132,7 +136,11 @@ class _Validation:
             while location not in self.known and location:  # inside a list, or in one branch of a union
                 location = location[:-1]
             missing = detail["type"] == "missing"
-            self._note_value(location, "required key is missing" if missing else _sentence(detail["msg"], detail["input"]), missing=missing)
+            self._note_value(
+                location,
+                "required key is missing" if missing else _sentence(detail["msg"], detail["input"]),
+                missing=missing,
+            )
 
     def _note_value(self, path: Keys, what: str, *, missing: bool) -> None:
         placeholder = {} if self.known.get(path) else "?"
@@ -152,7 +160,9 @@ class _Validation:
         elsewhere = [".".join(known) for known in self.known if known[-1] == key]
         if near:
             self.wrong.add(siblings[near[0]])
-        suggestion = f"did you mean '{(near or elsewhere)[0]}'?" if near or elsewhere else f"known here: {', '.join(siblings)}"
+        suggestion = (
+            f"did you mean '{(near or elsewhere)[0]}'?" if near or elsewhere else f"known here: {', '.join(siblings)}"
+        )
         self._report(path, f"unknown key; {suggestion}")
         _remove(self.values, path)
 
@@ -191,7 +201,9 @@ def _reading_order(problem: str) -> tuple[str, int]:
 
 
 def _sentence(message: str, value: Any) -> str:
-    what = message.replace("Input should", "should", 1).replace("a dictionary or an instance of", "a section of `key: value` lines for", 1)
+    what = message.replace("Input should", "should", 1).replace(
+        "a dictionary or an instance of", "a section of `key: value` lines for", 1
+    )
     return f"{what}, got {json.dumps(value, default=str, ensure_ascii=False)}"
 
 

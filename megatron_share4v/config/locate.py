@@ -23,7 +23,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, except that `2e-5` is a number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Section:
 
     def plain(self) -> dict[str, Any]:
         """The values alone, as nested dicts."""
-        return {key: entry.plain() if isinstance(entry, Section) else entry.value for key, entry in self.entries.items()}
+        return {
+            key: entry.plain() if isinstance(entry, Section) else entry.value for key, entry in self.entries.items()
+        }
 
     def has(self, path: Iterable[str]) -> bool:
         """Whether something was written at `path`."""
@@ -99,7 +103,9 @@ class Reader:
         name = os.path.normpath(path)
         where = f"{asked_at}: base: {name}" if asked_at else name
         if path.resolve() in opened:
-            return self._unreadable(f"{where}: a file cannot be its own base ({' -> '.join(file.name for file in (*opened, path))})")
+            return self._unreadable(
+                f"{where}: a file cannot be its own base ({' -> '.join(file.name for file in (*opened, path))})"
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -159,7 +165,10 @@ class Reader:
             return self._unreadable(f"{base.place}: {BASE}: should be a path or a list of paths, got {paths!r}")
         section = Section({}, place)
         for path in paths:
-            section = merge(section, self.read_file(source.folder / Path(path).expanduser(), asked_at=base.place, opened=source.opened))
+            section = merge(
+                section,
+                self.read_file(source.folder / Path(path).expanduser(), asked_at=base.place, opened=source.opened),
+            )
         return merge(section, Section({key: entry for key, entry in entries.items() if key != BASE}, place))
 
 

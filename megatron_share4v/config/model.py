@@ -96,9 +96,15 @@ class TrainableConfig:
         """A block number that means nothing, and a model of which nothing trains."""
         block = self.vision_from_block
         if block is not None and block < -1:
-            yield Conflict(f"vision_from_block {block}: use a block number, -1 for the whole tower, or null to freeze it", ("vision_from_block",))
+            yield Conflict(
+                f"vision_from_block {block}: use a block number, -1 for the whole tower, or null to freeze it",
+                ("vision_from_block",),
+            )
         if not (self.language or self.projector or block is not None):
-            yield Conflict("nothing trains: switch on language, projector or vision_from_block", ("language", "projector", "vision_from_block"))
+            yield Conflict(
+                "nothing trains: switch on language, projector or vision_from_block",
+                ("language", "projector", "vision_from_block"),
+            )
 
 
 @config
@@ -116,10 +122,14 @@ class ModelConfig:
         """A first trained block beyond those that are built."""
         start, blocks = self.trainable.vision_from_block, self.vision.num_built_layers
         if start is not None and start >= blocks:
-            message = f"trainable.vision_from_block {start}: the tower has blocks 0..{blocks - 1} before its feature layer"
+            message = (
+                f"trainable.vision_from_block {start}: the tower has blocks 0..{blocks - 1} before its feature layer"
+            )
             yield Conflict(message, ("trainable.vision_from_block", "vision.num_layers", "vision.feature_layer"))
 
 
 def _indivisible(sizes: VisionConfig | LanguageConfig, whole: str, part: str) -> Iterator[Conflict]:
     if getattr(sizes, whole) % getattr(sizes, part):
-        yield Conflict(f"{whole} {getattr(sizes, whole)} is not a multiple of {part} {getattr(sizes, part)}", (whole, part))
+        yield Conflict(
+            f"{whole} {getattr(sizes, whole)} is not a multiple of {part} {getattr(sizes, part)}", (whole, part)
+        )

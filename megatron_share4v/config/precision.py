@@ -54,7 +54,10 @@ class PrecisionConfig:
         if self.fp8 == "none":
             for name in ("fp8_first_layers", "fp8_last_layers", "fp8_tower", "guard_every_steps"):
                 if getattr(self, name):
-                    yield Conflict(f"{name} {getattr(self, name)} needs fp8, which is none; use tensorwise, or leave {name} out", (name, "fp8"))
+                    yield Conflict(
+                        f"{name} {getattr(self, name)} needs fp8, which is none; use tensorwise, or leave {name} out",
+                        (name, "fp8"),
+                    )
         if self.fp8_param_gather:
             message = (
                 "fp8_param_gather true is not available: megatron-core has it only for weights that are Transformer Engine's FP8 tensors from their "
@@ -82,14 +85,19 @@ def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int
         message = f"precision.fp8 {precision.fp8} is Transformer Engine's; set transformer_engine: language, or use tensorwise"
         yield Conflict(message, ("precision.fp8", "transformer_engine"))
     if engine != "none" and precision.dtype == "fp32":
-        yield Conflict("precision.fp8 by Transformer Engine needs precision.dtype bf16, got fp32", ("precision.dtype", "transformer_engine"))
+        yield Conflict(
+            "precision.fp8 by Transformer Engine needs precision.dtype bf16, got fp32",
+            ("precision.dtype", "transformer_engine"),
+        )
     if engine != "none" and precision.fp8_tower:
         rows = model.vision.num_patches + 1
         message = f"precision.fp8_tower: an image has {rows} positions, and Transformer Engine's FP8 needs multiples of 8; keep the tower in bf16"
         yield Conflict(message, ("precision.fp8_tower", "transformer_engine"))
     if precision.fp8_first_layers + precision.fp8_last_layers >= model.language.num_layers:
         message = f"precision.fp8_first_layers and fp8_last_layers leave none of model.language.num_layers {model.language.num_layers} in FP8"
-        yield Conflict(message, ("precision.fp8_first_layers", "precision.fp8_last_layers", "model.language.num_layers"))
+        yield Conflict(
+            message, ("precision.fp8_first_layers", "precision.fp8_last_layers", "model.language.num_layers")
+        )
     language = model.language
     head = language.hidden_size // language.num_attention_heads
     groups = max(language.num_key_value_heads, tensor)  # fewer groups than ranks are repeated
@@ -100,7 +108,10 @@ def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int
     }
     widths["model.language.num_attention_heads "] = language.num_attention_heads * head // tensor
     if precision.fp8_tower:
-        widths |= {"model.vision.hidden_size": model.vision.hidden_size // tensor, "model.vision.intermediate_size": model.vision.intermediate_size // tensor}
+        widths |= {
+            "model.vision.hidden_size": model.vision.hidden_size // tensor,
+            "model.vision.intermediate_size": model.vision.intermediate_size // tensor,
+        }
     for name, width in widths.items():
         if width % WIDTH:
             message = f"precision.fp8 needs matrices of widths in multiples of {WIDTH}; {name.strip()} gives {width} on each of parallel.tensor {tensor} ranks"

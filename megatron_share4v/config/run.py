@@ -74,9 +74,13 @@ class ParallelConfig:
             yield Conflict(f"virtual {self.virtual} needs pipeline > 1, got pipeline 1", ("virtual", "pipeline"))
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             needs = ("overlap_param_gather", "distributed_optimizer", "overlap_grad_reduce")
-            yield Conflict("overlap_param_gather true needs distributed_optimizer true and overlap_grad_reduce true", needs)
+            yield Conflict(
+                "overlap_param_gather true needs distributed_optimizer true and overlap_grad_reduce true", needs
+            )
         if self.overlap_tensor and not self.sequence:
-            message = f"overlap_tensor true needs tensor > 1 and sequence true, got tensor {self.tensor} and sequence false"
+            message = (
+                f"overlap_tensor true needs tensor > 1 and sequence true, got tensor {self.tensor} and sequence false"
+            )
             yield Conflict(message, ("overlap_tensor", "tensor", "sequence"))
         if self.layout != "auto" and len(self.layout) != self.pipeline * self.virtual:
             message = f"layout {list(self.layout)} names {len(self.layout)} stages; pipeline {self.pipeline} x virtual {self.virtual} has {self.pipeline * self.virtual}"
@@ -188,7 +192,10 @@ class TrainConfig:
             message = f"recompute_layers {self.recompute_layers} counts whole layers and needs recompute full, got recompute {self.recompute}"
             yield Conflict(message, ("recompute_layers", "recompute"))
         if "selective" in (self.recompute, self.recompute_tower) and not self.recompute_modules:
-            yield Conflict("recompute selective of no module; name some in recompute_modules, or use none", ("recompute_modules", "recompute"))
+            yield Conflict(
+                "recompute selective of no module; name some in recompute_modules, or use none",
+                ("recompute_modules", "recompute"),
+            )
         if self.global_batch_size % self.micro_batch_size:
             message = f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             yield Conflict(message, ("global_batch_size", "micro_batch_size"))
@@ -230,9 +237,14 @@ class CheckpointConfig:
     def conflicts(self) -> Iterator[Conflict]:
         """A hash that is none, or of nothing."""
         if self.expect_tower is not None and not re.fullmatch("[0-9a-f]{64}", self.expect_tower):
-            yield Conflict(f"expect_tower {self.expect_tower!r} is no SHA-256; write its 64 hexadecimal digits", ("expect_tower",))
+            yield Conflict(
+                f"expect_tower {self.expect_tower!r} is no SHA-256; write its 64 hexadecimal digits", ("expect_tower",)
+            )
         if self.expect_tower is not None and self.initialize_from is None:
-            yield Conflict("expect_tower is set and initialize_from is not, so there is no tower to check", ("expect_tower", "initialize_from"))
+            yield Conflict(
+                "expect_tower is set and initialize_from is not, so there is no tower to check",
+                ("expect_tower", "initialize_from"),
+            )
 
 
 @config
@@ -248,7 +260,9 @@ class ProfileConfig:
     def conflicts(self) -> Iterator[Conflict]:
         """A range that ends before it begins."""
         if self.last_step < self.first_step:
-            yield Conflict(f"last_step {self.last_step} comes before first_step {self.first_step}", ("first_step", "last_step"))
+            yield Conflict(
+                f"last_step {self.last_step} comes before first_step {self.first_step}", ("first_step", "last_step")
+            )
 
 
 @config
@@ -320,9 +334,14 @@ class RunConfig:
         yield from _layout_conflicts(self.model, self.parallel)
         if self.parallel.overlap_tensor:
             yield from overlap_conflicts(
-                self.precision, engine=self.transformer_engine, pack_length=self.data.pack_length, preview=self.train.preview_every_steps
+                self.precision,
+                engine=self.transformer_engine,
+                pack_length=self.data.pack_length,
+                preview=self.train.preview_every_steps,
             )
-        yield from fp8_conflicts(self.model, self.precision, tensor=self.parallel.tensor, engine=self.transformer_engine)
+        yield from fp8_conflicts(
+            self.model, self.precision, tensor=self.parallel.tensor, engine=self.transformer_engine
+        )
         pack_length, multiple = self.data.pack_length, self.length_multiple(other=1)
         if pack_length and pack_length % multiple:
             message = (
@@ -343,19 +362,29 @@ class RunConfig:
                 "lower data.worker_timeout_s",
                 ("watch.step_s", "data.worker_timeout_s"),
             )
-        longest, limit = self.data.max_text_length + self.model.vision.num_patches - 1, self.model.language.max_position_embeddings
+        longest, limit = (
+            self.data.max_text_length + self.model.vision.num_patches - 1,
+            self.model.language.max_position_embeddings,
+        )
         if longest > limit:
             yield Conflict(
                 f"data.max_text_length {self.data.max_text_length} with one image takes {longest} positions; "
                 f"model.language.max_position_embeddings is {limit}",
-                ("data.max_text_length", "model.language.max_position_embeddings", "model.vision.image_size", "model.vision.patch_size"),
+                (
+                    "data.max_text_length",
+                    "model.language.max_position_embeddings",
+                    "model.vision.image_size",
+                    "model.vision.patch_size",
+                ),
             )
 
     def length_multiple(self, *, other: int | None = None) -> int:
         """Lengths of sequences are rounded up to this (config/precision.py); `other`: None: data.pad_multiple."""
         parallel = self.parallel
         other = self.data.pad_multiple if other is None else other
-        return length_multiple(self.precision, tensor=parallel.tensor, sequence=parallel.sequence, context=parallel.context, other=other)
+        return length_multiple(
+            self.precision, tensor=parallel.tensor, sequence=parallel.sequence, context=parallel.context, other=other
+        )
 
 
 def _layout_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Conflict]:
@@ -388,5 +417,7 @@ def _layout_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[
         yield Conflict(message, ("parallel.layout", "model.language.num_layers"))
     stages = parallel.pipeline * parallel.virtual
     if stages > language.num_layers:
-        message = f"parallel.pipeline x parallel.virtual {stages} exceeds model.language.num_layers {language.num_layers}"
+        message = (
+            f"parallel.pipeline x parallel.virtual {stages} exceeds model.language.num_layers {language.num_layers}"
+        )
         yield Conflict(message, ("parallel.pipeline", "parallel.virtual", "model.language.num_layers"))

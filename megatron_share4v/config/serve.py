@@ -53,7 +53,9 @@ class ServeConfig:
 
     def conflicts(self) -> Iterator[Conflict]:
         """A key that no client can send, and bodies that can never be read."""
-        if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.isprintable() or not self.api_key.strip()):
+        if self.api_key is not None and (
+            not self.api_key.isascii() or not self.api_key.isprintable() or not self.api_key.strip()
+        ):
             yield Conflict("api_key must be printable ASCII and not blank: it travels in a header", ("api_key",))
         if self.max_buffered_bytes < self.max_body_bytes:
             message = f"max_buffered_bytes {self.max_buffered_bytes} is less than max_body_bytes {self.max_body_bytes}"

@@ -29,7 +29,12 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.log import get_logger
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
-DAMAGED, OUTDATED, TRUNCATED, STRAY = "damaged sample", "outdated index", "truncated answer", "placeholder without image"
+DAMAGED, OUTDATED, TRUNCATED, STRAY = (
+    "damaged sample",
+    "outdated index",
+    "truncated answer",
+    "placeholder without image",
+)
 SAME_ID, SAME_RECORD, SAME_IMAGE = "repeated id", "repeated record", "equal images"
 AUDIT_KINDS = (DAMAGED, OUTDATED, TRUNCATED, STRAY, SAME_ID, SAME_RECORD, SAME_IMAGE)
 UNREADABLE = "(unreadable)"  # in place of the source of a sample whose record cannot be read
@@ -110,7 +115,14 @@ class AnnotatedRecords:
         path, stray = content.get("image"), False
         if isinstance(verdict, Accepted) and verdict.image_path is None:
             stray = any(IMAGE_PLACEHOLDER in turn.text for turn in parse_record(content, where=entry.where).turns)
-        return Seen(entry.where, str(content.get("id") or ""), source_of(content), verdict, path if isinstance(path, str) else "", stray)
+        return Seen(
+            entry.where,
+            str(content.get("id") or ""),
+            source_of(content),
+            verdict,
+            path if isinstance(path, str) else "",
+            stray,
+        )
 
     def sample(self, entry: Entry) -> Sample:
         """An accepted record with its image."""
@@ -146,10 +158,20 @@ class PreparedRecords:
             return Seen(where, "", UNREADABLE, Refused(DAMAGED, str(error)))
         image = check_image(FoundImage(sample.image), keep_bytes=False) if sample.has_image else None
         text = self.examine.check_text(sample.turns, has_image=sample.has_image)
-        verdict = next((v for v in (image, text) if isinstance(v, Refused)), None) or Accepted(key, content.get("image"), image, text)
+        verdict = next((v for v in (image, text) if isinstance(v, Refused)), None) or Accepted(
+            key, content.get("image"), image, text
+        )
         stray = not sample.has_image and any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns)
         outdated = "" if isinstance(verdict, Refused) else _differences(index.rows[row], verdict.text)
-        return Seen(where, str(content.get("id") or ""), source_of(content), verdict, content.get("image") or "", stray, outdated)
+        return Seen(
+            where,
+            str(content.get("id") or ""),
+            source_of(content),
+            verdict,
+            content.get("image") or "",
+            stray,
+            outdated,
+        )
 
     def sample(self, row: int) -> Sample:
         """A sample with its image."""
@@ -177,7 +199,14 @@ class Audit:
     facts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=FACTS))
 
 
-def audit(records: Records, *, workers: int, choose: int = 0, on_finding: Callable[[Finding], None] | None = None, examples: int = 3) -> Audit:
+def audit(
+    records: Records,
+    *,
+    workers: int,
+    choose: int = 0,
+    on_finding: Callable[[Finding], None] | None = None,
+    examples: int = 3,
+) -> Audit:
     """Look at all records. on_finding is called with each finding. choose: how many accepted records to pick at random, always the same."""
     result, collector = Audit(), _Collector(on_finding, examples)
     table, ids, numbers = Table(FACTS), Table(np.dtype([("id", "<u8"), ("position", "<u4")])), {}
@@ -202,7 +231,9 @@ def audit(records: Records, *, workers: int, choose: int = 0, on_finding: Callab
         if time.monotonic() - last >= PROGRESS_EVERY_S:
             last = time.monotonic()
             rate = result.records / (last - started)
-            get_logger().info(f"looked at {result.records} records, {rate:.0f} records/s, {collector.counts.total()} findings")
+            get_logger().info(
+                f"looked at {result.records} records, {rate:.0f} records/s, {collector.counts.total()} findings"
+            )
     result.facts, result.sources = table.rows, list(numbers)
     result.duplicates = _find_repeats(records, result.facts, ids.rows, collector)
     result.chosen = [(position, item) for _, position, item in sorted(heap, key=lambda entry: entry[1])]
@@ -235,16 +266,26 @@ def _remarks(seen: Seen) -> Iterator[tuple[str, str]]:
     if seen.outdated:
         yield OUTDATED, f"{seen.outdated}; prepare the data set again"
     if text.full_lab > text.n_lab:
-        yield TRUNCATED, (
-            f"{text.full_lab - text.n_lab} of {text.full_lab} trained positions are cut away: {text.full_tok} positions, kept are {text.n_tok}"
+        yield (
+            TRUNCATED,
+            (
+                f"{text.full_lab - text.n_lab} of {text.full_lab} trained positions are cut away: {text.full_tok} positions, kept are {text.n_tok}"
+            ),
         )
     if seen.stray:
-        yield STRAY, f"a turn has {IMAGE_PLACEHOLDER} and the record has no image: it is trained as text; give the image or remove it"
+        yield (
+            STRAY,
+            f"a turn has {IMAGE_PLACEHOLDER} and the record has no image: it is trained as text; give the image or remove it",
+        )
 
 
 def _facts(position: int, source: int, seen: Seen) -> tuple[int, ...]:
     text, image = seen.verdict.text, seen.verdict.image
-    of_image = (_hash(seen.image_path), image.length, image.crc32, image.header.width, image.header.height) if image else (0, 0, 0, 0, 0)
+    of_image = (
+        (_hash(seen.image_path), image.length, image.crc32, image.header.width, image.header.height)
+        if image
+        else (0, 0, 0, 0, 0)
+    )
     counts = (text.words, text.n_tok, text.n_lab, text.full_tok, text.full_lab, text.identity)
     return position, source, int(image is not None), *counts, *of_image
 
@@ -254,7 +295,9 @@ def _find_repeats(records: Records, facts: np.ndarray, ids: np.ndarray, collecto
     order = np.lexsort((ids["position"], ids["id"]))
     repeated = np.flatnonzero(ids["id"][order][1:] == ids["id"][order][:-1]) + 1
     for position in sorted(ids["position"][order][repeated].tolist()):
-        collector.add(SAME_ID, records.name(position), "an earlier record has the same id; its key will be <id>~<position>")
+        collector.add(
+            SAME_ID, records.name(position), "an earlier record has the same id; its key will be <id>~<position>"
+        )
     columns = {name: facts[name] for name in ("identity", "path", "n_img", "length", "crc32")}
     duplicates = find_duplicates(**columns)
     for kind, groups, what in (
@@ -281,7 +324,9 @@ def _content(index: Index, row: int, shards: tuple[str, ...], *, key: str) -> di
 
 def _differences(entry: np.void, text: CheckedText) -> str:
     ours = {"words": text.words, "n_tok": text.n_tok, "n_lab": text.n_lab}
-    return ", ".join(f"{name} is {value}, the index says {int(entry[name])}" for name, value in ours.items() if value != entry[name])
+    return ", ".join(
+        f"{name} is {value}, the index says {int(entry[name])}" for name, value in ours.items() if value != entry[name]
+    )
 
 
 def _hash(text: str) -> int:

@@ -67,7 +67,10 @@ def padding(audit: Audit, shape: Shape) -> list[Padding]:
     found = []
     for name, order in orders.items():
         ordered = lengths[order[:whole]]
-        shares = [1 - ordered.sum() / _padded(ordered, size, shape.pad_multiple) for size in (shape.micro_batch_size, shape.global_batch_size)]
+        shares = [
+            1 - ordered.sum() / _padded(ordered, size, shape.pad_multiple)
+            for size in (shape.micro_batch_size, shape.global_batch_size)
+        ]
         found.append(Padding(name, *shares))
     return found
 
@@ -79,7 +82,9 @@ def packing(audit: Audit, shape: Shape) -> PackingEstimate:
     rows = rows[lengths[rows] <= shape.pack_length]
     packs = len(pack(rows, lengths[rows], Packing(length=shape.pack_length)))
     positions = max(packs * shape.pack_length, 1)
-    return PackingEstimate(packs, float(lengths[rows].sum() / positions), len(rows) / max(packs, 1), len(lengths) - len(rows))
+    return PackingEstimate(
+        packs, float(lengths[rows].sum() / positions), len(rows) / max(packs, 1), len(lengths) - len(rows)
+    )
 
 
 def report(audit: Audit, shape: Shape, *, allowed: Sequence[str] = ()) -> str:
@@ -105,8 +110,12 @@ def draw_histogram(audit: Audit, shape: Shape) -> Image.Image:
     for number in range(0, len(edges), 5):
         draw.text((left + number * step, floor + 6), f"{edges[number]:.0f}", fill="black", font=font, anchor="ma")
     for share in (0.5, 1.0):
-        draw.text((left - 8, floor - (floor - top) * share), f"{highest * share:.0f}", fill="black", font=font, anchor="rm")
-    draw.text((width / 2, height - 24), "positions per sample, image slots included", fill="black", font=font, anchor="ma")
+        draw.text(
+            (left - 8, floor - (floor - top) * share), f"{highest * share:.0f}", fill="black", font=font, anchor="rm"
+        )
+    draw.text(
+        (width / 2, height - 24), "positions per sample, image slots included", fill="black", font=font, anchor="ma"
+    )
     draw.text((width / 2, 10), f"{len(audit.facts)} samples", fill="black", font=font, anchor="ma")
     return image
 
@@ -133,7 +142,9 @@ def _sources(audit: Audit, shape: Shape) -> Iterator[str]:
         mine = audit.facts["source"] == number
         facts, own = audit.facts[mine], lengths[mine]
         refused = audit.refused[name]
-        line = f"{name:<24}{len(facts) + refused:>10}{refused:>10}{len(np.unique(facts['path'][facts['n_img'] > 0])):>10}"
+        line = (
+            f"{name:<24}{len(facts) + refused:>10}{refused:>10}{len(np.unique(facts['path'][facts['n_img'] > 0])):>10}"
+        )
         if len(facts):
             line += f"{own.mean():>13.0f}{np.quantile(own, 0.95):>8.0f}{facts['n_lab'].sum() / own.sum():>9.1%}"
         yield line
@@ -141,7 +152,9 @@ def _sources(audit: Audit, shape: Shape) -> Iterator[str]:
 
 def _lengths(audit: Audit, shape: Shape) -> Iterator[str]:
     lengths = sample_lengths(audit, shape)
-    yield f"length in positions, an image as {shape.tokens_per_image}: mean {lengths.mean():.0f}, " + _quantiles(lengths)
+    yield f"length in positions, an image as {shape.tokens_per_image}: mean {lengths.mean():.0f}, " + _quantiles(
+        lengths
+    )
     counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
     for count, start, stop in zip(counts, edges, edges[1:]):
         yield f"  {start:>6.0f} ..{stop:>6.0f} {count:>9} {'#' * round(BAR * count / counts.max())}"

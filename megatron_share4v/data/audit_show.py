@@ -18,17 +18,31 @@ COLOUR, PLAIN = ("\033[1;32m", "\033[0m"), ("[[", "]]")
 
 
 def show_sample(
-    sample: Sample, *, tokenizer: Tokenizer, template: Template, max_text_length: int, tokens_per_image: int, colour: bool
+    sample: Sample,
+    *,
+    tokenizer: Tokenizer,
+    template: Template,
+    max_text_length: int,
+    tokens_per_image: int,
+    colour: bool,
 ) -> str:
     """The text that the ids stand for. Trained spans are green, or in [[ ]] without `colour`; other control characters are escaped."""
-    encoded = encode_conversation(tokenizer, template, sample.turns, has_image=sample.has_image, max_length=max_text_length)
+    encoded = encode_conversation(
+        tokenizer, template, sample.turns, has_image=sample.has_image, max_length=max_text_length
+    )
     opening, closing = COLOUR if colour else PLAIN
     pieces = []
     anchor = tokenizer.encode("x")  # a text that something precedes keeps its leading space
     pairs = zip(encoded.input_ids, encoded.labels)
-    for (is_image, is_trained), run in groupby(pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX)):
+    for (is_image, is_trained), run in groupby(
+        pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX)
+    ):
         ids = [token for token, _ in run]
-        text = f"<image: {tokens_per_image} positions>" if is_image else _printable(tokenizer.decode(anchor + ids, skip_special=False)[1:])
+        text = (
+            f"<image: {tokens_per_image} positions>"
+            if is_image
+            else _printable(tokenizer.decode(anchor + ids, skip_special=False)[1:])
+        )
         pieces.append(f"{opening}{text}{closing}" if is_trained else text)
     trained = sum(label != IGNORE_INDEX for label in encoded.labels[1:])
     positions = len(encoded.input_ids) + (tokens_per_image - 1) * sample.has_image
@@ -43,4 +57,6 @@ def write_preprocessed(sample: Sample, path: Path, *, policy: ImagePolicy) -> No
 
 def _printable(text: str) -> str:
     """No terminal is to act on what a data set contains."""
-    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text)
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
+    )

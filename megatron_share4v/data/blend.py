@@ -72,7 +72,9 @@ class Blend:
     def shares(self) -> tuple[Share, ...]:
         """The rows of each source."""
         counts = zip(self.parts, self._starts.tolist())
-        return tuple(Share(name=part.name, start=start, count=len(part.index), epochs=part.epochs) for part, start in counts)
+        return tuple(
+            Share(name=part.name, start=start, count=len(part.index), epochs=part.epochs) for part, start in counts
+        )
 
     def locate(self, row: int) -> tuple[int, int]:
         """(number of the part, row inside it)."""
@@ -134,4 +136,8 @@ def open_store(index: Index | Blend) -> SampleStore | BlendStore:
 
 def shares_of(index: Index | Blend) -> tuple[Share, ...]:
     """The sources of `index`; a single data set is one."""
-    return index.shares if isinstance(index, Blend) else (Share(name=Path(index.directory).name, start=0, count=len(index), epochs=1.0),)
+    return (
+        index.shares
+        if isinstance(index, Blend)
+        else (Share(name=Path(index.directory).name, start=0, count=len(index), epochs=1.0),)
+    )

@@ -33,10 +33,21 @@ class Canvas:
         """A hairline."""
         self._draw.line((x * SCALE, y * SCALE, to_x * SCALE, to_y * SCALE), fill=fill, width=SCALE)
 
-    def text(self, x: float, y: float, text: str, *, size: int = 13, align: Literal["left", "middle", "right"] = "left", fill: Colour = INK) -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: int = 13,
+        align: Literal["left", "middle", "right"] = "left",
+        fill: Colour = INK,
+    ) -> None:
         """One line, its upper edge at y."""
         anchor = {"left": "la", "middle": "ma", "right": "ra"}[align]
-        self._draw.text((x * SCALE, y * SCALE), text, fill=fill, font=ImageFont.load_default(size=size * SCALE), anchor=anchor)
+        self._draw.text(
+            (x * SCALE, y * SCALE), text, fill=fill, font=ImageFont.load_default(size=size * SCALE), anchor=anchor
+        )
 
     def legend(self, x: float, y: float, entries: list[tuple[str, Colour]], *, columns: int, width: float) -> None:
         """A coloured square before each name, row by row."""

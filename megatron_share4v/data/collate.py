@@ -48,7 +48,10 @@ def collate(
     """
     places = _places(segments or ((sequence_length,),) * len(examples), sequence_length=sequence_length)
     assert len(places) == len(examples), (len(places), len(examples))
-    spreads = [_spread(example, start, room, tokens_per_image=tokens_per_image) for example, (start, room) in zip(examples, places)]
+    spreads = [
+        _spread(example, start, room, tokens_per_image=tokens_per_image)
+        for example, (start, room) in zip(examples, places)
+    ]
     size = len(segments or examples) * sequence_length
     token_ids = image_slots = pixels = target_rows = targets = None
     if role.first:
@@ -57,7 +60,14 @@ def collate(
         pixels = torch.cat([example.pixels for example in examples])
     if role.last:
         target_rows, targets = _targets(examples, spreads)
-    return Batch(token_ids=token_ids, image_slots=image_slots, pixels=pixels, target_rows=target_rows, targets=targets, segments=segments)
+    return Batch(
+        token_ids=token_ids,
+        image_slots=image_slots,
+        pixels=pixels,
+        target_rows=target_rows,
+        targets=targets,
+        segments=segments,
+    )
 
 
 def _places(segments: tuple[tuple[int, ...], ...], *, sequence_length: int) -> list[tuple[int, int]]:
@@ -76,7 +86,9 @@ def _spread(example: Example, start: int, room: int, *, tokens_per_image: int) -
     is_image = example.input_ids == IMAGE_TOKEN_INDEX
     placeholders = int(is_image.sum())
     if example.pixels is not None and placeholders != len(example.pixels):
-        raise DataError(f"{example.name}: {placeholders} image placeholders for {len(example.pixels)} images; prepare the data set again")
+        raise DataError(
+            f"{example.name}: {placeholders} image placeholders for {len(example.pixels)} images; prepare the data set again"
+        )
     width = torch.where(is_image, tokens_per_image, 1)
     end = width.cumsum(0)
     length = int(end[-1])
@@ -88,7 +100,9 @@ def _spread(example: Example, start: int, room: int, *, tokens_per_image: int) -
     return _Spread(start=start + end - width, is_image=is_image)
 
 
-def _tokens(examples: list[Example], spreads: list[_Spread], *, size: int, tokens_per_image: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens(
+    examples: list[Example], spreads: list[_Spread], *, size: int, tokens_per_image: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     token_ids = torch.full((size,), PAD_ID, dtype=torch.int64)
     first_slots = []
     for example, spread in zip(examples, spreads):

@@ -29,7 +29,9 @@ def context_part(batch: Batch, *, rank: int, size: int, sequence_length: int) ->
     if batch.image_slots is not None:
         part |= _images(batch, *_inside(batch.image_slots, rank=rank, length=length, sequence_length=sequence_length))
     if batch.target_rows is not None:
-        kept, part["target_rows"] = _inside(batch.target_rows, rank=rank, length=length, sequence_length=sequence_length)
+        kept, part["target_rows"] = _inside(
+            batch.target_rows, rank=rank, length=length, sequence_length=sequence_length
+        )
         if batch.targets is not None:
             part |= {"targets": batch.targets[kept], "trained": batch.targets.numel()}
     return replace(batch, **part)

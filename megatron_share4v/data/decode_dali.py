@@ -27,7 +27,12 @@ MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK")
 
 
 def make_graph(
-    policy: ImagePolicy, *, decoding: Literal["cpu", "mixed"], device_index: int | None, batch_size: int, threads: int = 1
+    policy: ImagePolicy,
+    *,
+    decoding: Literal["cpu", "mixed"],
+    device_index: int | None,
+    batch_size: int,
+    threads: int = 1,
 ) -> Pipeline:
     """Inputs: `files`, encoded images; `canvas` and `resized`, [2] float (height, width) of each, from the policy. Output: [S, S, 3] uint8.
 
@@ -35,20 +40,30 @@ def make_graph(
     None), but neither built nor run.
     """
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=device_index, exec_dynamic=True, prefetch_queue_depth=1)
+    @pipeline_def(
+        batch_size=batch_size, num_threads=threads, device_id=device_index, exec_dynamic=True, prefetch_queue_depth=1
+    )
     def graph() -> object:
         files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
         canvas = fn.external_source(name="canvas", dtype=types.FLOAT, ndim=1)
         resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
         # The reference ignores EXIF orientation; fancy upsampling is what libjpeg does, and the GPU decoder by itself does not.
-        images = fn.decoders.image(files, device=decoding, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True)
+        images = fn.decoders.image(
+            files, device=decoding, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
+        )
         padded = fn.crop(
             images, crop_h=canvas[0], crop_w=canvas[1], crop_pos_x=0.5, crop_pos_y=0.5, rounding="truncate",
             out_of_bounds_policy="pad", fill_values=[float(value) for value in PAD_COLOUR],
         )  # fmt: skip
         # uint8: a float result would not be rounded and not be clipped where bicubic overshoots.
         scaled = fn.resize(
-            padded, resize_y=resized[0], resize_x=resized[1], mode="stretch", interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
+            padded,
+            resize_y=resized[0],
+            resize_x=resized[1],
+            mode="stretch",
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            dtype=types.UINT8,
         )
         size = policy.image_size
         return fn.crop(scaled, crop_h=size, crop_w=size, crop_pos_x=0.5, crop_pos_y=0.5, rounding="truncate")
@@ -64,7 +79,9 @@ class DaliDecoder:
         self._policy, self._device_index = policy, device_index
         self._graph: Pipeline | None = None
         if device_index is not None and not torch.cuda.is_available():
-            raise OpsError(f"data.image_backend dali: GPU {device_index} cannot be used; let it decode on the CPU, or check the driver")
+            raise OpsError(
+                f"data.image_backend dali: GPU {device_index} cannot be used; let it decode on the CPU, or check the driver"
+            )
 
     def decode_all(self, files: Sequence[bytes]) -> Decoded:
         """See Decoder. Pixels lie on the GPU when this decodes there."""
@@ -97,12 +114,16 @@ class DaliDecoder:
             shapes[position] = header.size if header.format in FORMATS and header.mode in MODES else None
         return shapes, failures
 
-    def _decode(self, files: Sequence[bytes], shapes: dict[int, tuple[int, int] | None], positions: list[int]) -> dict[int, torch.Tensor]:
+    def _decode(
+        self, files: Sequence[bytes], shapes: dict[int, tuple[int, int] | None], positions: list[int]
+    ) -> dict[int, torch.Tensor]:
         """[S, S, 3] by position; without those that DALI cannot decode."""
         if not positions:
             return {}
         try:
-            images = self._run([files[position] for position in positions], [shapes[position] for position in positions])
+            images = self._run(
+                [files[position] for position in positions], [shapes[position] for position in positions]
+            )
             return dict(zip(positions, images))
         except RuntimeError as error:
             # Any bad image fails the batch. Alone, so that an image's pixels never depend on its neighbours.

@@ -19,7 +19,17 @@ from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy, check_size
 from megatron_share4v.errors import DataError
 
 VERSION = f"pillow {PIL.__version__}"
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "JPEG2000": "jp2", "AVIF": "avif"}
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "JPEG2000": "jp2",
+    "AVIF": "avif",
+}
 _SUBTYPES = {"jpg": "jpeg", "tif": "tiff"}
 """Of media types, where they are not the extension."""
 
@@ -96,17 +106,23 @@ def open_header(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
     except _UNREADABLE as error:
-        raise DataError(f"image cannot be read ({len(data)} bytes, {_text(error)}); replace the file or leave the record out") from error
+        raise DataError(
+            f"image cannot be read ({len(data)} bytes, {_text(error)}); replace the file or leave the record out"
+        ) from error
     # Before anything is decoded: Pillow would run an interpreter for some formats (EPS).
     if image.format not in EXTENSIONS:
-        raise DataError(f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record out")
+        raise DataError(
+            f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record out"
+        )
     check_size(*image.size)
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise DataError(f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the record out")
+        raise DataError(
+            f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the record out"
+        )
     try:
         image.load()
         if image.mode.startswith("I;16"):
@@ -114,9 +130,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
         return image if image.mode == "RGB" else image.convert("RGB")
     except _UNREADABLE as error:
-        raise DataError(f"image cannot be decoded ({image.format}, {_text(error)}); replace the file or leave the record out") from error
+        raise DataError(
+            f"image cannot be decoded ({image.format}, {_text(error)}); replace the file or leave the record out"
+        ) from error
 
 
 def _text(error: BaseException) -> str:
     # Without the address of the object that Pillow puts into this one: all ranks and runs shall give the same reason.
-    return "in no format that Pillow knows" if isinstance(error, PIL.UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+    return (
+        "in no format that Pillow knows"
+        if isinstance(error, PIL.UnidentifiedImageError)
+        else f"{type(error).__name__}: {error}"
+    )

@@ -25,7 +25,9 @@ class Duplicates:
         """One line of JSON for each group, naming its samples by key."""
         with path.open("w", encoding="utf-8") as file:
             for kind, groups in (("record", self.records), ("image", self.images)):
-                file.writelines(json.dumps({"kind": kind, "keys": [keys[row] for row in group]}) + "\n" for group in groups)
+                file.writelines(
+                    json.dumps({"kind": kind, "keys": [keys[row] for row in group]}) + "\n" for group in groups
+                )
 
     def __str__(self) -> str:
         found = [(self.shared, "samples share another's image"), (len(self.records), "groups of equal records")]
@@ -33,7 +35,9 @@ class Duplicates:
         return ", ".join(f"{count} {what}" for count, what in found if count)
 
 
-def find_duplicates(*, identity: np.ndarray, path: np.ndarray, n_img: np.ndarray, length: np.ndarray, crc32: np.ndarray) -> Duplicates:
+def find_duplicates(
+    *, identity: np.ndarray, path: np.ndarray, n_img: np.ndarray, length: np.ndarray, crc32: np.ndarray
+) -> Duplicates:
     """All [N]: hash of the turns, number that stands for the image's path, images (0 or 1), bytes and crc32 of the image.
 
     crc32 and length together take two different images for equal about once in a thousand data sets of a million.
@@ -44,7 +48,9 @@ def find_duplicates(*, identity: np.ndarray, path: np.ndarray, n_img: np.ndarray
     records = np.stack([identity, np.where(n_img, path, 0).astype(np.uint64)], axis=1)
     images = np.stack([length[distinct], crc32[distinct]], axis=1)
     return Duplicates(
-        records=_groups(records, np.arange(len(identity))), images=_groups(images, distinct), shared=len(with_image) - len(distinct)
+        records=_groups(records, np.arange(len(identity))),
+        images=_groups(images, distinct),
+        shared=len(with_image) - len(distinct),
     )
 
 

@@ -115,9 +115,15 @@ class Examine:
 
     def check_text(self, turns: tuple[Turn, ...], *, has_image: bool) -> CheckedText | Refused:
         """Tokenise a conversation and count."""
-        kind = PLACEHOLDERS if has_image and sum(IMAGE_PLACEHOLDER in turn.text for turn in turns) != 1 else BAD_CONVERSATION
+        kind = (
+            PLACEHOLDERS
+            if has_image and sum(IMAGE_PLACEHOLDER in turn.text for turn in turns) != 1
+            else BAD_CONVERSATION
+        )
         try:
-            encoded = encode_conversation(self.tokenizer, self.template, turns, has_image=has_image, max_length=NO_LIMIT)
+            encoded = encode_conversation(
+                self.tokenizer, self.template, turns, has_image=has_image, max_length=NO_LIMIT
+            )
             kind = PLACEHOLDERS
             kept = encoded.input_ids[: self.max_text_length]
             check_placeholders(torch.as_tensor(kept), images=int(has_image))
@@ -128,7 +134,9 @@ class Examine:
         if not n_lab:
             return Refused(NO_LABEL, f"nothing to train: no answer within the first {self.max_text_length} positions")
         words = word_count(turns)
-        identity = hashlib.blake2b("\0".join(f"{turn.role}\0{turn.text}" for turn in turns).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        identity = hashlib.blake2b(
+            "\0".join(f"{turn.role}\0{turn.text}" for turn in turns).encode("utf-8", "surrogatepass"), digest_size=8
+        ).digest()
         return CheckedText(
             words=words if has_image else -words,
             n_tok=len(kept),
@@ -148,7 +156,12 @@ def check_image(found: FoundImage, *, keep_bytes: bool) -> CheckedImage | Refuse
         is_oversized = isinstance(error, OversizedImage) or isinstance(error.__cause__, Image.DecompressionBombError)
         return Refused(OVERSIZED if is_oversized else CORRUPT, str(error))
     return CheckedImage(
-        data=data if keep_bytes else b"", length=len(data), crc32=zlib.crc32(data), header=header, archive=found.archive, offset=found.offset
+        data=data if keep_bytes else b"",
+        length=len(data),
+        crc32=zlib.crc32(data),
+        header=header,
+        archive=found.archive,
+        offset=found.offset,
     )
 
 
@@ -176,4 +189,3 @@ class _Each:
 
     def __call__(self, chunk: tuple[object, ...]) -> list[object]:
         return [self.function(item) for item in chunk]
-

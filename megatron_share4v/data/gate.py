@@ -22,7 +22,11 @@ from megatron_share4v.log import get_logger
 PROBES = 16
 # (largest error of any value, mean error), of 255, and the smallest cosine of the tower's features. DALI does not round between its two passes, and
 # repeats edge pixels where Pillow renormalises: at most 7 on photographs, up to 24 where black meets white. Features lose less than rounding to bf16 does.
-LIMITS: dict[Backend, tuple[int, float, float]] = {"pil": (0, 0.0, 1.0), "torch_u8": (2, 0.05, 0.999), "dali": (24, 0.5, 0.99)}
+LIMITS: dict[Backend, tuple[int, float, float]] = {
+    "pil": (0, 0.0, 1.0),
+    "torch_u8": (2, 0.05, 0.999),
+    "dali": (24, 0.5, 0.99),
+}
 
 Features = Callable[[torch.Tensor], torch.Tensor]
 """[N, S, S, 3] uint8 -> [N, D]."""
@@ -48,7 +52,9 @@ class GateResult:
         )
 
 
-def measure(backend: Backend, decoder: Decoder, files: Sequence[bytes], policy: ImagePolicy, *, features: Features | None = None) -> GateResult:
+def measure(
+    backend: Backend, decoder: Decoder, files: Sequence[bytes], policy: ImagePolicy, *, features: Features | None = None
+) -> GateResult:
     """Decode `files` with `decoder` and with the reference. Files that the reference cannot decode are left out. `features` is called twice in any
     case, with as many images as are left: it may be a collective.
     """
@@ -76,7 +82,9 @@ def check(result: GateResult) -> None:
     """Raise OpsError when the errors are larger than those known of this backend: its library does something else than it did."""
     largest, mean, cosine = LIMITS[result.backend]
     if result.max_error > largest or result.mean_error > mean or (result.cosine is not None and result.cosine < cosine):
-        raise OpsError(f"{result}; accepted are {largest}, a mean of {mean:g} and a cosine of {cosine:g}. Use data.image_backend pil, or another version of the library")
+        raise OpsError(
+            f"{result}; accepted are {largest}, a mean of {mean:g} and a cosine of {cosine:g}. Use data.image_backend pil, or another version of the library"
+        )
 
 
 def probe(index: Index | Blend, *, count: int = PROBES) -> list[bytes]:
@@ -94,7 +102,12 @@ def probe(index: Index | Blend, *, count: int = PROBES) -> list[bytes]:
 
 
 def pass_gate(
-    backend: Backend, policy: ImagePolicy, index: Index | Blend, *, device_index: int | None, features: Features | None = None
+    backend: Backend,
+    policy: ImagePolicy,
+    index: Index | Blend,
+    *,
+    device_index: int | None,
+    features: Features | None = None,
 ) -> GateResult | None:
     """Measure `backend` on some images of the data set. None for the reference itself. Raises OpsError when it is not installed, or too far off."""
     decoder = open_decoder(backend, policy, device_index=device_index)

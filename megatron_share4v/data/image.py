@@ -51,9 +51,13 @@ class ImagePolicy:
 def check_size(width: int, height: int) -> None:
     """Refuse, before anything is decoded, sizes that cannot be an honest picture. Raises OversizedImage."""
     if not width or not height or width * height > MAX_PIXELS:
-        raise OversizedImage(f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out")
+        raise OversizedImage(
+            f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise OversizedImage(f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave it out")
+        raise OversizedImage(
+            f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class Decoded:
 
 def blank(count: int, policy: ImagePolicy) -> torch.Tensor:
     """[count, S, S, 3] uint8 in the mean colour: what stands for an image that is not there."""
-    return torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
+    return (
+        torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
+    )
 
 
 def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

@@ -27,7 +27,9 @@ MEMBERS, PATHS = "members.npy", "paths.npy"
 PREPARED = {"dataset.json", "journal.jsonl"}  # mark a folder that prepare.py writes
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # path: hash of the path below the folder; method: one of those below; stored: bytes on disk, length: bytes of the image
-_MEMBER = np.dtype([("path", "<u8"), ("archive", "<u2"), ("method", "u1"), ("offset", "<u8"), ("stored", "<u8"), ("length", "<u8")])
+_MEMBER = np.dtype(
+    [("path", "<u8"), ("archive", "<u2"), ("method", "u1"), ("offset", "<u8"), ("stored", "<u8"), ("length", "<u8")]
+)
 _RAW, _ZIP_STORED, _ZIP_DEFLATED, _UNREADABLE = range(4)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -65,7 +67,9 @@ class ImageFiles:
                 raise DataError(self._missing(path)) from error
             found = self._read_member(path, entry)
         except (OSError, ValueError) as error:
-            raise DataError(f"image {self.root / path}: cannot be read ({error}); replace the file or leave the record out") from error
+            raise DataError(
+                f"image {self.root / path}: cannot be read ({error}); replace the file or leave the record out"
+            ) from error
         if not found.data:
             raise DataError(f"image {self.root / path}: is an empty file; fetch it again or leave the record out")
         return found
@@ -93,7 +97,11 @@ class ImageFiles:
                 raise DataError(f"{where}: has no header where the archive's directory says; fetch the archive again")
             offset += _LOCAL_HEADER.size + sum(variable)
         data = self._pread(number, stored, offset, where=where)
-        return FoundImage(_inflated(data, int(entry["length"]), where=where)) if method == _ZIP_DEFLATED else FoundImage(data, number, offset)
+        return (
+            FoundImage(_inflated(data, int(entry["length"]), where=where))
+            if method == _ZIP_DEFLATED
+            else FoundImage(data, number, offset)
+        )
 
     def _pread(self, number: int, length: int, offset: int, *, where: str) -> bytes:
         if number not in self._files:
@@ -110,7 +118,11 @@ class ImageFiles:
         where = self.root / path
         others = [where.with_suffix(suffix) for suffix in SUFFIXES if suffix != where.suffix]
         near = [other.name for other in others if other.is_file()]
-        remedy = f"there is {near[0]} beside it: rename it, or correct the record" if near else "fetch it or leave the record out"
+        remedy = (
+            f"there is {near[0]} beside it: rename it, or correct the record"
+            if near
+            else "fetch it or leave the record out"
+        )
         return f"image {where}: cannot be read (no such file{', nor in an archive' if self.archives else ''}); {remedy}"
 
 
@@ -121,9 +133,13 @@ def read_in_place(root: str | None, path: str | None, member: Member, *, key: st
     try:
         data = where.read_bytes()
     except OSError as error:
-        raise DataError(f"{where}:{key}: cannot be read ({error.strerror}); the data set was prepared with --in-place: put the image back") from error
+        raise DataError(
+            f"{where}:{key}: cannot be read ({error.strerror}); the data set was prepared with --in-place: put the image back"
+        ) from error
     if len(data) != member.length or zlib.crc32(data) != member.crc32:
-        raise DataError(f"{where}:{key}: is not the image that was prepared (crc32 or size differs); put it back or prepare the data set again")
+        raise DataError(
+            f"{where}:{key}: is not the image that was prepared (crc32 or size differs); put it back or prepare the data set again"
+        )
     return data
 
 
@@ -132,7 +148,9 @@ def find_archives(root: Path) -> list[Path]:
     paths = sorted(path for path in _files_below(root) if path.name.endswith((".tar", ".zip", *COMPRESSED)))
     for path in paths:
         if path.name.endswith(COMPRESSED):
-            raise DataError(f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar")
+            raise DataError(
+                f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar"
+            )
     return paths
 
 
@@ -148,7 +166,9 @@ def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
     for number, path in enumerate(paths):
         parts.append(_members(path, archives[number], number))
         if in_place and (parts[-1]["method"] > _ZIP_STORED).any():
-            raise DataError(f"archive {path}: has compressed members, which cannot be used in place; unpack it, or leave out --in-place")
+            raise DataError(
+                f"archive {path}: has compressed members, which cannot be used in place; unpack it, or leave out --in-place"
+            )
         get_logger().info(f"archive {archives[number]}: {len(parts[-1]) // 2} members")
     if not archives:
         return ImageFiles(root, archives=(), table=None)
@@ -220,4 +240,6 @@ def _inflated(data: bytes, length: int, *, where: str) -> bytes:
 
 
 def _path_hash(path: str) -> int:
-    return int.from_bytes(hashlib.blake2b(str(PurePosixPath(path)).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(str(PurePosixPath(path)).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
+    )

@@ -27,7 +27,10 @@ IN_PLACE = 0xFFFF  # as image_shard: the image is a file of its own, at the reco
 ROW = np.dtype(
     [
         ("shard", "<u2"),  # of the text
-        ("image_shard", "<u2"),  # another one than `shard` where samples share an image; IN_PLACE for a file outside the shards
+        (
+            "image_shard",
+            "<u2",
+        ),  # another one than `shard` where samples share an image; IN_PLACE for a file outside the shards
         ("image_offset", "<u8"),
         ("image_length", "<u4"),
         ("image_crc32", "<u4"),
@@ -132,11 +135,21 @@ class Index:
     def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
         """Raise DataError, naming each difference, unless the data set was prepared with these."""
         ours = {"tokenizer": tokenizer.fingerprint, "template": template, "max_text_length": max_text_length}
-        theirs = {"tokenizer": self.info.tokenizer_fingerprint, "template": self.info.template, "max_text_length": self.info.max_text_length}
-        differences = [f"{name} is {_brief(ours[name])}, prepared with {_brief(theirs[name])}" for name in ours if ours[name] != theirs[name]]
+        theirs = {
+            "tokenizer": self.info.tokenizer_fingerprint,
+            "template": self.info.template,
+            "max_text_length": self.info.max_text_length,
+        }
+        differences = [
+            f"{name} is {_brief(ours[name])}, prepared with {_brief(theirs[name])}"
+            for name in ours
+            if ours[name] != theirs[name]
+        ]
         if differences:
             raise DataError(
-                f"data set {self.directory} does not belong to this run: " + "; ".join(differences) + ". Set the run's data section to what "
+                f"data set {self.directory} does not belong to this run: "
+                + "; ".join(differences)
+                + ". Set the run's data section to what "
                 "the data set was prepared with, or run tools/prepare_data.py again with the new values"
             )
 
@@ -145,7 +158,9 @@ def write_index(directory: Path, *, rows: np.ndarray, keys: np.ndarray, info: Da
     """Write index.npy, keys.npy and dataset.json; the two sha256 of `info` are filled in here."""
     np.save(directory / "index.npy", rows)
     np.save(directory / "keys.npy", keys)
-    info = dataclasses.replace(info, index_sha256=_sha256(directory / "index.npy"), keys_sha256=_sha256(directory / "keys.npy"))
+    info = dataclasses.replace(
+        info, index_sha256=_sha256(directory / "index.npy"), keys_sha256=_sha256(directory / "keys.npy")
+    )
     (directory / "dataset.json").write_text(info.to_json(), encoding="utf-8")
 
 
@@ -156,13 +171,21 @@ def _load(directory: Path) -> Index:
         rows = np.load(directory / "index.npy", mmap_mode="r")
         keys = np.load(directory / "keys.npy", mmap_mode="r")
     except OSError as error:
-        raise DataError(f"data set {directory}: {error}; give a directory that tools/prepare_data.py has written") from error
+        raise DataError(
+            f"data set {directory}: {error}; give a directory that tools/prepare_data.py has written"
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
-        raise DataError(f"data set {directory}: dataset.json, index.npy or keys.npy is damaged ({error}); {REMEDY}") from error
+        raise DataError(
+            f"data set {directory}: dataset.json, index.npy or keys.npy is damaged ({error}); {REMEDY}"
+        ) from error
     if info.version != VERSION or rows.dtype != ROW:
-        raise DataError(f"data set {directory}: format version {info.version}, this program reads {VERSION}; run tools/prepare_data.py again")
+        raise DataError(
+            f"data set {directory}: format version {info.version}, this program reads {VERSION}; run tools/prepare_data.py again"
+        )
     if not len(rows) == len(keys) == info.samples:
-        raise DataError(f"data set {directory}: {len(rows)} index rows, {len(keys)} keys, dataset.json says {info.samples}; {REMEDY}")
+        raise DataError(
+            f"data set {directory}: {len(rows)} index rows, {len(keys)} keys, dataset.json says {info.samples}; {REMEDY}"
+        )
     return Index(directory=directory, rows=rows, keys=keys, info=info)
 
 

@@ -21,7 +21,9 @@ REJECTED = "rejected.jsonl"
 NAME, ROWS, KEYS = "journal.jsonl", "rows.bin", "keys.txt"
 PATH_BYTES = 12
 NO_PATH = bytes(PATH_BYTES)
-KEPT_ROW = np.dtype([*ROW.descr, ("identity", "<u8"), ("path", f"V{PATH_BYTES}")])  # and the hashes of the turns and of the image's path
+KEPT_ROW = np.dtype(
+    [*ROW.descr, ("identity", "<u8"), ("path", f"V{PATH_BYTES}")]
+)  # and the hashes of the turns and of the image's path
 
 
 class Journal:
@@ -53,12 +55,18 @@ class Journal:
         try:
             fcntl.flock(journal._files[NAME], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{directory}: another process is preparing this data set; wait for it or end it") from error
+            raise DataError(
+                f"{directory}: another process is preparing this data set; wait for it or end it"
+            ) from error
         if restart:
             journal._files[NAME].truncate(0)
         lines = _whole_lines(directory / NAME)
         if lines and lines[0] != identity:
-            differences = [f"{name} was {lines[0].get(name)!r}, now {identity[name]!r}" for name in identity if lines[0].get(name) != identity[name]]
+            differences = [
+                f"{name} was {lines[0].get(name)!r}, now {identity[name]!r}"
+                for name in identity
+                if lines[0].get(name) != identity[name]
+            ]
             raise DataError(
                 f"{directory} holds an unfinished preparation with other inputs: {'; '.join(differences)}. Finish it with those, or begin anew "
                 "with --restart"

@@ -160,7 +160,9 @@ class Loader:
         else:
             rooms = [length for lengths in micro_batch.segments for length in lengths]
         known = zip(micro_batch.rows, entries["n_tok"].tolist(), entries["n_img"].tolist(), rooms)
-        samples = tuple(Wanted(row, _name(self._index, row), length, bool(images), room) for row, length, images, room in known)
+        samples = tuple(
+            Wanted(row, _name(self._index, row), length, bool(images), room) for row, length, images, room in known
+        )
         return _Request(micro_batch, samples)
 
     def _decoded(self, reading: Reading) -> Reading:
@@ -213,8 +215,14 @@ class _Read:
 
     def lost(self, request: _Request, reason: str) -> Reading:
         """What stands for a micro-batch that ends every process that reads it."""
-        faults = tuple(Fault(wanted.row, wanted.name, f"{reason} while it read this sample's micro-batch") for wanted in request.samples)
-        examples = [stand_in(wanted.name, text_length=wanted.text_length, has_image=wanted.has_image) for wanted in request.samples]
+        faults = tuple(
+            Fault(wanted.row, wanted.name, f"{reason} while it read this sample's micro-batch")
+            for wanted in request.samples
+        )
+        examples = [
+            stand_in(wanted.name, text_length=wanted.text_length, has_image=wanted.has_image)
+            for wanted in request.samples
+        ]
         batch = self._collate(request, examples, mask=frozenset()) if self.share.rank == 0 else NO_DATA
         owners = tuple(self._owners(request).values())
         pixels = blank(len(owners), self.encoder.images) if self.role.first else None
@@ -223,7 +231,10 @@ class _Read:
     def labels(self, request: _Request, *, mask: frozenset[int]) -> Batch:
         """The text of a request alone, with the labels of the rows `mask` left out."""
         faults: dict[int, Fault] = {}
-        examples = [self._example(wanted, self._sample(wanted, with_image=False, faults=faults), faults=faults) for wanted in request.samples]
+        examples = [
+            self._example(wanted, self._sample(wanted, with_image=False, faults=faults), faults=faults)
+            for wanted in request.samples
+        ]
         return self._collate(request, examples, mask=mask | frozenset(faults))
 
     def _owners(self, request: _Request) -> dict[int, Wanted]:
@@ -263,7 +274,8 @@ class _Read:
         # Pixels of no size: how many images there are is checked here, the images themselves are decoded together and put in later.
         counted = [
             replace(
-                masked(example) if wanted.row in mask else example, pixels=torch.empty(int(wanted.has_image), 0, 0, 3, dtype=torch.uint8)
+                masked(example) if wanted.row in mask else example,
+                pixels=torch.empty(int(wanted.has_image), 0, 0, 3, dtype=torch.uint8),
             )
             for wanted, example in zip(request.samples, examples)
         ]

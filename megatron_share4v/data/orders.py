@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 _MASK = 0xFFFFFFFFFFFFFFFF
-_IMAGES, _TEXTS, _GROUPS, _SAMPLES, _BLOCKS, _WITHIN, _SELECTION = range(7)  # independent streams of random keys within one epoch
+_IMAGES, _TEXTS, _GROUPS, _SAMPLES, _BLOCKS, _WITHIN, _SELECTION = range(
+    7
+)  # independent streams of random keys within one epoch
 
 
 def random_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -39,7 +41,9 @@ def selection(count: int, *, take: int, seed: int, epoch: int, source: int) -> n
     return np.sort(cycle[np.arange(epoch * take, (epoch + 1) * take) % count])
 
 
-def modality_length_order(words: np.ndarray, *, group_size: int, batch_size: int, seed: int, epoch: int, offset: int = 0) -> np.ndarray:
+def modality_length_order(
+    words: np.ndarray, *, group_size: int, batch_size: int, seed: int, epoch: int, offset: int = 0
+) -> np.ndarray:
     """LLaVA's group_by_modality_length: groups of one modality and near-equal length.
 
     words: [N], length of each sample, negative for text only, never 0. group_size is LLaVA's world size x accumulation x batch per device,

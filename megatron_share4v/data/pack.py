@@ -43,10 +43,15 @@ def pack(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Packs:
     Of the two ways to fill, the one that needs fewer packs for a few windows fills all of them: which is better depends on how the lengths lie
     to packing.length.
     """
-    assert len(rows) == len(lengths) and (not len(lengths) or 0 < lengths.min() <= lengths.max() <= packing.length), "lengths that cannot be packed"
+    assert len(rows) == len(lengths) and (not len(lengths) or 0 < lengths.min() <= lengths.max() <= packing.length), (
+        "lengths that cannot be packed"
+    )
     windows = [slice(start, start + packing.window) for start in range(0, len(rows), packing.window)]
     tried = windows[:: max(1, len(windows) // TRIED_WINDOWS)][:TRIED_WINDOWS]
-    fill = min((even_fill, best_fit), key=lambda way: sum(way(_falling(lengths[window]), packing.length)[1] for window in tried))
+    fill = min(
+        (even_fill, best_fit),
+        key=lambda way: sum(way(_falling(lengths[window]), packing.length)[1] for window in tried),
+    )
     placed, numbers, count = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)], 0
     for window in windows:
         chosen, opened = fill(_falling(lengths[window]), packing.length)

@@ -105,12 +105,18 @@ class Plan:
         if order not in ORDERS:
             raise ConfigError(f"data.order {order!r}: expected one of {', '.join(ORDERS)}")
         if packing and order == "group_by_modality_length":
-            raise ConfigError("data.order group_by_modality_length groups samples of one length, which packing makes pointless; use order random")
+            raise ConfigError(
+                "data.order group_by_modality_length groups samples of one length, which packing makes pointless; use order random"
+            )
         if global_batch_size % micro_batch_size:
-            raise ConfigError(f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size {micro_batch_size}")
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size {micro_batch_size}"
+            )
         group_size = group_size or global_batch_size
         if group_size % micro_batch_size:
-            raise ConfigError(f"data.group_size {group_size} is not a multiple of train.micro_batch_size {micro_batch_size}")
+            raise ConfigError(
+                f"data.group_size {group_size} is not a multiple of train.micro_batch_size {micro_batch_size}"
+            )
         self.order, self.seed, self.group_size, self.blocks, self.packing = order, seed, group_size, blocks, packing
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.tokens_per_image, self.pad_multiple = tokens_per_image, pad_multiple
@@ -130,13 +136,22 @@ class Plan:
 
         The global batch size is left out: it only says how far one step goes along the sequence.
         """
-        spec: dict[str, str | int | float] = {"version": 1, "index": self.index.fingerprint, "order": self.order, "seed": self.seed}
+        spec: dict[str, str | int | float] = {
+            "version": 1,
+            "index": self.index.fingerprint,
+            "order": self.order,
+            "seed": self.seed,
+        }
         if self.order == "group_by_modality_length":
             spec |= {"group_size": self.group_size, "micro_batch_size": self.micro_batch_size}
         if self.order == "block":
             spec |= {"block_size": self.blocks.size, "block_window": self.blocks.window}
         if self.packing:
-            spec |= {"pack_length": self.packing.length, "pack_window": self.packing.window, "tokens_per_image": self.tokens_per_image}
+            spec |= {
+                "pack_length": self.packing.length,
+                "pack_window": self.packing.window,
+                "tokens_per_image": self.tokens_per_image,
+            }
         return spec
 
     @property
@@ -152,7 +167,9 @@ class Plan:
     @property
     def fill(self) -> float:
         """Share of the positions of all packs that hold samples; 1 when samples are not packed."""
-        return float(self._positions(self._rows).sum() / (len(self._packs) * self.packing.length)) if self._packs else 1.0
+        return (
+            float(self._positions(self._rows).sum() / (len(self._packs) * self.packing.length)) if self._packs else 1.0
+        )
 
     def epoch(self, number: int) -> np.ndarray:
         """[epoch_items] int64: the items of epoch `number` in order; row numbers, or pack numbers when samples are packed."""
@@ -206,9 +223,13 @@ class Plan:
         The global batch is cut into M micro-batches whatever `data_size` is; rank r runs r, r + data_size, ... of them.
         """
         self.micro_batches_per_rank(data_size=data_size)
-        ends = np.arange(len(items.rows) + 1) if items.counts is None else np.concatenate([[0], np.cumsum(items.counts)])
+        ends = (
+            np.arange(len(items.rows) + 1) if items.counts is None else np.concatenate([[0], np.cumsum(items.counts)])
+        )
         result = []
-        for first in range(data_rank * self.micro_batch_size, self.global_batch_size, data_size * self.micro_batch_size):
+        for first in range(
+            data_rank * self.micro_batch_size, self.global_batch_size, data_size * self.micro_batch_size
+        ):
             bounds = ends[first : first + self.micro_batch_size + 1].tolist()
             segments = tuple(tuple(items.lengths[start:end].tolist()) for start, end in itertools.pairwise(bounds))
             rows = tuple(items.rows[bounds[0] : bounds[-1]].tolist())
@@ -260,7 +281,11 @@ class Plan:
         words = self._rows["words"][visited]
         group_size, batch_size = self.group_size, self.micro_batch_size
         offset = epoch * self.epoch_items
-        return visited[modality_length_order(words, group_size=group_size, batch_size=batch_size, seed=self.seed, epoch=epoch, offset=offset)]
+        return visited[
+            modality_length_order(
+                words, group_size=group_size, batch_size=batch_size, seed=self.seed, epoch=epoch, offset=offset
+            )
+        ]
 
     def _positions(self, entries: np.ndarray) -> np.ndarray:
         return entries["n_tok"].astype(np.int64) + entries["n_img"].astype(np.int64) * (self.tokens_per_image - 1)
@@ -278,7 +303,9 @@ class Plan:
             )
         parts = []
         for share in self._samples:
-            rows = random_order(share.count, seed=self.seed, epoch=0) if self.order == "random" else np.arange(share.count)
+            rows = (
+                random_order(share.count, seed=self.seed, epoch=0) if self.order == "random" else np.arange(share.count)
+            )
             parts.append(pack(rows, lengths[share.start + rows], self.packing))
         return join(parts, offsets=[share.start for share in self._samples])
 
@@ -289,4 +316,7 @@ def _item_shares(samples: tuple[Share, ...], packs: Packs | None) -> tuple[Share
         return samples
     starts = np.searchsorted(packs.bounds, [share.start for share in samples]).tolist()
     ends = [*starts[1:], len(packs)]
-    return tuple(Share(name=share.name, start=start, count=end - start, epochs=share.epochs) for share, start, end in zip(samples, starts, ends))
+    return tuple(
+        Share(name=share.name, start=start, count=end - start, epochs=share.epochs)
+        for share, start, end in zip(samples, starts, ends)
+    )

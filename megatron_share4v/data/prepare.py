@@ -76,9 +76,17 @@ class PrepareSummary:
     duplicates: Duplicates
 
     def __str__(self) -> str:
-        refused = f"{sum(self.rejected.values())} records rejected ({_by_kind(self.rejected)}; see {REJECTED})" if self.rejected else "no record rejected"
+        refused = (
+            f"{sum(self.rejected.values())} records rejected ({_by_kind(self.rejected)}; see {REJECTED})"
+            if self.rejected
+            else "no record rejected"
+        )
         same = str(self.duplicates)
-        repeated = f"; {same}" + (f" (see {DUPLICATES})" if self.duplicates.records or self.duplicates.images else "") if same else ""
+        repeated = (
+            f"; {same}" + (f" (see {DUPLICATES})" if self.duplicates.records or self.duplicates.images else "")
+            if same
+            else ""
+        )
         return f"{self.output}: {self.samples} samples ({self.images} with an image) in {self.shards} shards; {refused}{repeated}"
 
 
@@ -90,16 +98,31 @@ def prepare(options: PrepareOptions, *, judge: Judge | None = None) -> PrepareSu
     """
     tokenizer, template = Tokenizer(options.tokenizer), get_template(options.template)
     if not options.images.is_dir():
-        raise DataError(f"images {options.images}: not a folder; give the folder that the records' 'image' paths are relative to")
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())) and not options.overwrite:
-        raise DataError(f"output {options.output}: exists and is not empty; choose another directory or pass --overwrite")
+        raise DataError(
+            f"images {options.images}: not a folder; give the folder that the records' 'image' paths are relative to"
+        )
+    if (
+        options.output.exists()
+        and (not options.output.is_dir() or any(options.output.iterdir()))
+        and not options.overwrite
+    ):
+        raise DataError(
+            f"output {options.output}: exists and is not empty; choose another directory or pass --overwrite"
+        )
     annotations = Annotations(options.annotations)
     staging = options.output.parent / f".{options.output.name}.partial"
-    journal = Journal.open(staging, identity=_identity(options, annotations, tokenizer, template.name), restart=options.restart)
+    journal = Journal.open(
+        staging, identity=_identity(options, annotations, tokenizer, template.name), restart=options.restart
+    )
     try:
         images = scan_images(options.images, table=staging / ARCHIVES, in_place=options.in_place)
         examine = Examine(images, tokenizer, template, options.max_text_length, keep_bytes=not options.in_place)
-        writer = _Writer(journal, samples_per_shard=options.samples_per_shard, in_place=options.in_place, repeat_images=options.repeat_images)
+        writer = _Writer(
+            journal,
+            samples_per_shard=options.samples_per_shard,
+            in_place=options.in_place,
+            repeat_images=options.repeat_images,
+        )
         _write_samples(annotations, judge or examine, writer, workers=options.workers)
         _refuse_too_many(journal, options=options)
         summary = _finish(journal, options=options, tokenizer=tokenizer, template=template.name, images=images)
@@ -109,7 +132,9 @@ def prepare(options: PrepareOptions, *, judge: Judge | None = None) -> PrepareSu
     return summary
 
 
-def _identity(options: PrepareOptions, annotations: Annotations, tokenizer: Tokenizer, template: str) -> dict[str, object]:
+def _identity(
+    options: PrepareOptions, annotations: Annotations, tokenizer: Tokenizer, template: str
+) -> dict[str, object]:
     """What an unfinished preparation must have in common with this one to be gone on with."""
     return {
         "version": VERSION,
@@ -123,7 +148,9 @@ def _identity(options: PrepareOptions, annotations: Annotations, tokenizer: Toke
         "samples_per_shard": options.samples_per_shard,
         "in_place": options.in_place,
         # Rows that are written say which archive by its number.
-        "archives": [[str(path), path.stat().st_size] for path in find_archives(options.images)] if options.in_place else [],
+        "archives": [[str(path), path.stat().st_size] for path in find_archives(options.images)]
+        if options.in_place
+        else [],
         "repeat_images": options.repeat_images,
     }
 
@@ -169,10 +196,18 @@ class _Writer:
         owner = self._owners.get(path) if path != NO_PATH and not self._repeat_images else None
         content = entry.content
         if owner is not None and not self._in_place:
-            content = content | {"image_in": {"shard": self._shards.names[self.journal.rows[owner]["shard"]], "key": self.journal.keys[owner]}}
+            content = content | {
+                "image_in": {
+                    "shard": self._shards.names[self.journal.rows[owner]["shard"]],
+                    "key": self.journal.keys[owner],
+                }
+            }
         image = sample.image if owner is None else None
         location = self._shards.write(
-            key, text=json.dumps(content).encode("ascii"), image=image.data if image else b"", extension=image.header.extension if image else ""
+            key,
+            text=json.dumps(content).encode("ascii"),
+            image=image.data if image else b"",
+            extension=image.header.extension if image else "",
         )
         if owner is not None:
             image_place, width, height = self._place_of(owner)
@@ -191,7 +226,14 @@ class _Writer:
     def reject(self, entry: Entry, verdict: Refused) -> None:
         """List one refused record."""
         content = entry.content if isinstance(entry.content, dict) else {}
-        self.journal.reject({"position": entry.position, "id": content.get("id"), "image": content.get("image"), **dataclasses.asdict(verdict)})
+        self.journal.reject(
+            {
+                "position": entry.position,
+                "id": content.get("id"),
+                "image": content.get("image"),
+                **dataclasses.asdict(verdict),
+            }
+        )
         self.journal.sources[source_of(entry.content), "rejected"] += 1
         self._advance(entry)
 
@@ -250,9 +292,15 @@ class _Progress:
         self._last = time.monotonic()
         seconds = max(self._last - self._started, 1e-9)
         covered = self._fraction - (self._fraction_at_start or 0.0)
-        left = f", about {(1 - self._fraction) * seconds / covered:.0f} s left" if covered > 0 and self._fraction < 1 else ""
+        left = (
+            f", about {(1 - self._fraction) * seconds / covered:.0f} s left"
+            if covered > 0 and self._fraction < 1
+            else ""
+        )
         rate = (self._done - self._first) / seconds
-        get_logger().info(f"prepared {self._done} records ({self._fraction:.0%} of the file), {rate:.0f} records/s, {rejected} rejected{left}")
+        get_logger().info(
+            f"prepared {self._done} records ({self._fraction:.0%} of the file), {rate:.0f} records/s, {rejected} rejected{left}"
+        )
 
     @property
     def _fraction(self) -> float:
@@ -278,7 +326,9 @@ def _refuse_too_many(journal: Journal, *, options: PrepareOptions) -> None:
     )
 
 
-def _finish(journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, template: str, images: ImageFiles) -> PrepareSummary:
+def _finish(
+    journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, template: str, images: ImageFiles
+) -> PrepareSummary:
     """Write index, description and list of duplicates; the directory is complete then."""
     kept, shards = journal.rows, tuple(journal.shards)
     rows = np.empty(len(kept), dtype=ROW)
@@ -303,19 +353,30 @@ def _finish(journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, 
     write_index(journal.directory, rows=rows, keys=np.array(journal.keys, dtype=np.bytes_), info=info)
     path = np.frombuffer(kept["path"].tobytes(), dtype="u1").reshape(-1, PATH_BYTES)[:, :8].copy().view("<u8")[:, 0]
     duplicates = find_duplicates(
-        identity=kept["identity"], path=path, n_img=rows["n_img"], length=rows["image_length"], crc32=rows["image_crc32"]
+        identity=kept["identity"],
+        path=path,
+        n_img=rows["n_img"],
+        length=rows["image_length"],
+        crc32=rows["image_crc32"],
     )
     duplicates.write(journal.directory / DUPLICATES, keys=journal.keys)
     if (journal.directory / ARCHIVES).is_dir():
         shutil.rmtree(journal.directory / ARCHIVES)
     journal.remove()
-    return PrepareSummary(options.output, len(rows), int(rows["n_img"].sum()), len(journal.shards), dict(journal.rejected), duplicates)
+    return PrepareSummary(
+        options.output, len(rows), int(rows["n_img"].sum()), len(journal.shards), dict(journal.rejected), duplicates
+    )
 
 
 def _source_counts(journal: Journal) -> dict[str, SourceCount]:
     names = sorted({name for name, _ in journal.sources})
     counts = journal.sources
-    return {name: SourceCount(samples=counts[name, "samples"], rejected=counts[name, "rejected"], images=counts[name, "images"]) for name in names}
+    return {
+        name: SourceCount(
+            samples=counts[name, "samples"], rejected=counts[name, "rejected"], images=counts[name, "images"]
+        )
+        for name in names
+    }
 
 
 def _by_kind(rejected: dict[str, int]) -> str:

@@ -23,21 +23,29 @@ class Prompt:
     pixels: torch.Tensor
 
 
-def make_prompt(encoder: Encoder, turns: Sequence[Turn], *, image: bytes | None, tokens_per_image: int, name: str = "prompt") -> Prompt:
+def make_prompt(
+    encoder: Encoder, turns: Sequence[Turn], *, image: bytes | None, tokens_per_image: int, name: str = "prompt"
+) -> Prompt:
     """`turns` ends with the human's; `image` is an encoded file. Raises DataError for a bad conversation or image."""
     ids = encode_prompt(encoder.tokenizer, encoder.template, turns, has_image=image is not None)
     check_placeholders(torch.tensor(ids, dtype=torch.int64), images=int(image is not None))
-    return spread_prompt(encoder, ids, images=[] if image is None else [image], tokens_per_image=tokens_per_image, name=name)
+    return spread_prompt(
+        encoder, ids, images=[] if image is None else [image], tokens_per_image=tokens_per_image, name=name
+    )
 
 
-def make_question(encoder: Encoder, turns: Sequence[Turn], *, images: Sequence[bytes | None], tokens_per_image: int) -> Prompt:
+def make_question(
+    encoder: Encoder, turns: Sequence[Turn], *, images: Sequence[bytes | None], tokens_per_image: int
+) -> Prompt:
     """As make_prompt, of texts that somebody typed: `images` has one entry per turn, and an <image> in a text is text. Raises DataError."""
     ids = encode_question(encoder.tokenizer, encoder.template, turns, images=[image is not None for image in images])
     files = [image for image in images if image is not None]
     return spread_prompt(encoder, ids, images=files, tokens_per_image=tokens_per_image, name="question")
 
 
-def spread_prompt(encoder: Encoder, ids: Sequence[int], *, images: Sequence[bytes], tokens_per_image: int, name: str) -> Prompt:
+def spread_prompt(
+    encoder: Encoder, ids: Sequence[int], *, images: Sequence[bytes], tokens_per_image: int, name: str
+) -> Prompt:
     """Ids with one IMAGE_TOKEN_INDEX per image, in order, to a prompt with slots and pixels. Raises DataError for a bad image."""
     size = encoder.images.image_size
     decoded = [torch.tensor(decode(image, encoder.images)) for image in images]
@@ -45,5 +53,7 @@ def spread_prompt(encoder: Encoder, ids: Sequence[int], *, images: Sequence[byte
     input_ids = torch.tensor(ids, dtype=torch.int64)
     example = Example(key=name, name=name, input_ids=input_ids, labels=input_ids, pixels=pixels)
     length = input_ids.numel() + pixels.size(0) * (tokens_per_image - 1)
-    batch = collate([example], sequence_length=length, tokens_per_image=tokens_per_image, role=Role(first=True, last=False))
+    batch = collate(
+        [example], sequence_length=length, tokens_per_image=tokens_per_image, role=Role(first=True, last=False)
+    )
     return Prompt(token_ids=batch.token_ids[0], image_slots=batch.image_slots, pixels=batch.pixels)

@@ -205,8 +205,7 @@ def load_held_out(path: str | Path) -> tuple[list[tuple[Scene, str]], list[HeldO
     try:
         content = json.loads(text)
         scenes = [
-            (make_scene(entry["seed"], "held_out", entry["index"]), str(entry["image"]))
-            for entry in content["scenes"]
+            (make_scene(entry["seed"], "held_out", entry["index"]), str(entry["image"])) for entry in content["scenes"]
         ]
         questions = [HeldOutQuestion(**entry) for entry in content["questions"]]
     except (KeyError, TypeError, ValueError) as error:
@@ -240,9 +239,7 @@ def write_dataset(
     overwritten and the JSON files come last.
     """
     if train_scenes < 1 or held_out_scenes < 64:
-        raise ValueError(
-            f"need 1 training and 64 held-out scenes or more, not {train_scenes} and {held_out_scenes}"
-        )
+        raise ValueError(f"need 1 training and 64 held-out scenes or more, not {train_scenes} and {held_out_scenes}")
     out = Path(out_dir)
     (out / "images").mkdir(parents=True, exist_ok=True)
     train = [make_scene(seed, "train", index) for index in range(train_scenes)]

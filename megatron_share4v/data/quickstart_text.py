@@ -88,7 +88,9 @@ def caption(scene: Scene) -> str:
     parts = [_count_sentence(scene)]
     for item in scene.objects:
         parts.append(f"The {item.color} object is a {item.size} {item.shape} at the {item.place}.")
-    parts += [_relation_sentence(first, second) for first, second in zip(scene.objects, scene.objects[1:], strict=False)]
+    parts += [
+        _relation_sentence(first, second) for first, second in zip(scene.objects, scene.objects[1:], strict=False)
+    ]
     parts.append(f"The background is {scene.shade}.")
     return " ".join(parts)
 
@@ -121,7 +123,9 @@ _OPPOSITE = {
     "left of": "right of",
     "right of": "left of",
 }
-_OBJECT_RE = re.compile(rf"\bthe {_one_of(COLORS)} object is a {_one_of(SIZES)} {_one_of(SHAPES)} at the {_one_of(PLACES)}\b")
+_OBJECT_RE = re.compile(
+    rf"\bthe {_one_of(COLORS)} object is a {_one_of(SIZES)} {_one_of(SHAPES)} at the {_one_of(PLACES)}\b"
+)
 _BACKGROUND_RE = re.compile(rf"\bthe background is {_one_of(SHADES)}\b")
 _RELATION_RE = re.compile(
     rf"\bthe {_one_of(COLORS)} object is {_one_of(_DIRECTIONS)}(?: and {_one_of(_DIRECTIONS)})? the {_one_of(COLORS)} object\b"
@@ -143,8 +147,12 @@ def stated_facts(text: str) -> frozenset[Fact]:
     for shade in _BACKGROUND_RE.findall(plain):
         values.setdefault(("background", "shade"), set()).add(shade)
     facts = {(*key, next(iter(found))) for key, found in values.items() if len(found) == 1}
-    related = {(one, word, two) for one, first, second, two in _RELATION_RE.findall(plain) for word in (first, second) if word}
-    return frozenset(facts | {(one, word, two) for one, word, two in related if (one, _OPPOSITE[word], two) not in related})
+    related = {
+        (one, word, two) for one, first, second, two in _RELATION_RE.findall(plain) for word in (first, second) if word
+    }
+    return frozenset(
+        facts | {(one, word, two) for one, word, two in related if (one, _OPPOSITE[word], two) not in related}
+    )
 
 
 def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
@@ -167,7 +175,10 @@ def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str])
 
 
 def _attribute_question(item: SceneObject, given: str, asked: str) -> Question:
-    name, value = f"the {item.color} object" if given == "color" else f"the object at the {item.place}", str(getattr(item, asked))
+    name, value = (
+        f"the {item.color} object" if given == "color" else f"the object at the {item.place}",
+        str(getattr(item, asked)),
+    )
     text = f"Where is {name}?" if asked == "place" else f"What {asked} is {name}?"
     said = {"shape": f"a {value}", "place": f"at the {value}"}.get(asked, value)
     return Question(kind=asked, text=text, answer=f"{name[0].upper()}{name[1:]} is {said}.", value=value)
@@ -209,9 +220,7 @@ def _candidates(scene: Scene) -> list[Question]:
     return found
 
 
-def held_out_questions(
-    scenes: Sequence[Scene], per_kind: int
-) -> list[tuple[int, Question]]:
+def held_out_questions(scenes: Sequence[Scene], per_kind: int) -> list[tuple[int, Question]]:
     """``per_kind`` questions of each kind as ``(index into scenes, question)``.
 
     Within a kind the values take turns, so each is right equally
@@ -232,9 +241,7 @@ def held_out_questions(
             pool = pools[kind][answers[turn % len(answers)]] if answers else []
             free = next((entry for entry in pool if entry[0] not in used), None)
             if free is None:
-                raise ValueError(
-                    f"{len(scenes)} scenes are too few for {per_kind} questions on {kind}"
-                )
+                raise ValueError(f"{len(scenes)} scenes are too few for {per_kind} questions on {kind}")
             used.add(free[0])
             chosen.append(free)
     return chosen

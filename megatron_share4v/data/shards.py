@@ -85,7 +85,9 @@ class ShardWriter:
         self._tar.write({"__key__": key, extension: data})
         # Counted from the end of the member, which is padded to whole blocks: headers vary in size.
         blocks = -(-len(data) // tarfile.BLOCKSIZE)
-        return Member(offset=self._tar.tarstream.offset - blocks * tarfile.BLOCKSIZE, length=len(data), crc32=zlib.crc32(data))
+        return Member(
+            offset=self._tar.tarstream.offset - blocks * tarfile.BLOCKSIZE, length=len(data), crc32=zlib.crc32(data)
+        )
 
 
 class ShardReader:

@@ -26,7 +26,9 @@ def read_skips(directory: Path) -> dict[int, str]:
             entry = json.loads(line)
             found[int(entry["step"])] = str(entry["reason"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}:{number}: {line!r} is not like {{"step": 7, "reason": "..."}} ({error!r}); correct or remove the line') from error
+            raise DataError(
+                f'{path}:{number}: {line!r} is not like {{"step": 7, "reason": "..."}} ({error!r}); correct or remove the line'
+            ) from error
     return found
 
 

@@ -58,7 +58,9 @@ class Annotations:
         try:
             self.size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"annotations {path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file") from error
+            raise DataError(
+                f"annotations {path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file"
+            ) from error
 
     def __iter__(self) -> Iterator[Entry]:
         """The entries in order. Raises DataError, at its place, for what is not a JSON list."""
@@ -76,9 +78,13 @@ class Annotations:
                     yield decoder.decode(chunk)
                 yield decoder.decode(b"", final=True)
         except OSError as error:
-            raise DataError(f"annotations {self.path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file") from error
+            raise DataError(
+                f"annotations {self.path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file"
+            ) from error
         except UnicodeDecodeError as error:
-            raise DataError(f"annotations {self.path}: not JSON (not UTF-8 before byte {self.bytes_read}: {error}); fetch the file again") from error
+            raise DataError(
+                f"annotations {self.path}: not JSON (not UTF-8 before byte {self.bytes_read}: {error}); fetch the file again"
+            ) from error
 
 
 @dataclass
@@ -116,7 +122,9 @@ def _elements(annotations: Annotations) -> Iterator[object]:
     first = window.skip_space()
     if first != "[":
         kind = {"{": "object", '"': "string", "": "document of nothing"}.get(first, "value")
-        raise DataError(f"annotations {annotations.path}: holds a JSON {kind}; expected a list of records with 'conversations'")
+        raise DataError(
+            f"annotations {annotations.path}: holds a JSON {kind}; expected a list of records with 'conversations'"
+        )
     window.start += 1
     count, mark = 0, window.skip_space()
     while mark != "]":
@@ -128,7 +136,9 @@ def _elements(annotations: Annotations) -> Iterator[object]:
             if window.skip_space() == "]":
                 raise _not_json(annotations.path, count, "a comma before the end of the list")
         elif mark != "]":
-            raise _not_json(annotations.path, count, f"{mark!r} where a comma should be" if mark else "the file ends early")
+            raise _not_json(
+                annotations.path, count, f"{mark!r} where a comma should be" if mark else "the file ends early"
+            )
     window.start += 1
     if rest := window.skip_space():
         raise _not_json(annotations.path, count, f"{rest!r} after the end of the list")
@@ -167,9 +177,13 @@ def parse_record(content: object, *, where: str) -> Record:
         raise DataError(f"{where}: is a {type(content).__name__}; expected an object with 'conversations'")
     image = content.get("image")
     if "image" in content and not (isinstance(image, str) and image):
-        raise DataError(f"{where}: 'image' is {image!r}; expected one relative path, or no 'image' at all for text only")
+        raise DataError(
+            f"{where}: 'image' is {image!r}; expected one relative path, or no 'image' at all for text only"
+        )
     if image and (image.startswith("/") or ".." in PurePosixPath(image).parts):
-        raise DataError(f"{where}: 'image' is {_short(image)}, outside the folder of images; write a path relative to it")
+        raise DataError(
+            f"{where}: 'image' is {_short(image)}, outside the folder of images; write a path relative to it"
+        )
     conversations = content.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: 'conversations' is {_short(conversations)}; expected a list of {{'from', 'value'}}")

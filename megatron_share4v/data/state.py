@@ -19,7 +19,10 @@ def describe_data(plan: Plan, encoder: Encoder) -> dict[str, Value]:
     """Order of the samples, the data sets themselves, and how samples become ids, labels and pixels."""
     described: dict[str, Value] = dict(plan.spec)
     if isinstance(plan.index, Blend):
-        described |= {f"data set {part.name}": f"{part.index.fingerprint[:12]} x {part.epochs:g} epochs" for part in plan.index.parts}
+        described |= {
+            f"data set {part.name}": f"{part.index.fingerprint[:12]} x {part.epochs:g} epochs"
+            for part in plan.index.parts
+        }
     described |= {
         "tokenizer": encoder.tokenizer.fingerprint,
         "template": encoder.template.name,
@@ -31,7 +34,11 @@ def describe_data(plan: Plan, encoder: Encoder) -> dict[str, Value]:
 def differences(saved: Mapping[str, Value], now: Mapping[str, Value]) -> list[str]:
     """`name: was A, is B` for each name whose value is not the same in both."""
     names = [*saved, *(name for name in now if name not in saved)]
-    return [f"{name}: was {_shown(saved, name)}, is {_shown(now, name)}" for name in names if saved.get(name) != now.get(name)]
+    return [
+        f"{name}: was {_shown(saved, name)}, is {_shown(now, name)}"
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
 
 
 def _shown(described: Mapping[str, Value], name: str) -> str:

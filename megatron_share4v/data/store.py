@@ -43,7 +43,9 @@ class SampleStore:
             return self._read(row, with_image=with_image)
         except OSError as error:
             name = f"{self._shards.names[int(self.index.rows[row]['shard'])]}:{self.index.key(row)}"
-            raise DataError(f"{name}: cannot be read, nor at {len(PAUSES_S)} further attempts ({error}); check the storage") from error
+            raise DataError(
+                f"{name}: cannot be read, nor at {len(PAUSES_S)} further attempts ({error}); check the storage"
+            ) from error
 
     def _read(self, row: int, *, with_image: bool) -> Sample:
         entry = self.index.rows[row]
@@ -66,4 +68,6 @@ class SampleStore:
 
 
 def _member(entry: object, kind: str) -> Member:
-    return Member(offset=int(entry[f"{kind}_offset"]), length=int(entry[f"{kind}_length"]), crc32=int(entry[f"{kind}_crc32"]))
+    return Member(
+        offset=int(entry[f"{kind}_offset"]), length=int(entry[f"{kind}_length"]), crc32=int(entry[f"{kind}_crc32"])
+    )

@@ -102,10 +102,14 @@ class _Worker:
                 return _opened(message)
             reason = self._reason()
             if not self._is_ready and self._failures:
-                raise DataError(f"{reason} before it began, also when it was started again: no samples can be read. What it said is in stderr above")
+                raise DataError(
+                    f"{reason} before it began, also when it was started again: no samples can be read. What it said is in stderr above"
+                )
             self._failures += 1
             spent = self._failures == MAX_ATTEMPTS and self._is_ready
-            get_logger().warning("%s; %s", reason, "giving up on what it was doing" if spent else "started again at the same place")
+            get_logger().warning(
+                "%s; %s", reason, "giving up on what it was doing" if spent else "started again at the same place"
+            )
             self.close()
             self._start()
             if spent:
@@ -132,7 +136,9 @@ class _Worker:
         self._is_ready = False
         context = _context()
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._function, theirs), name=f"reader-{self._number}", daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(self._function, theirs), name=f"reader-{self._number}", daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -166,7 +172,9 @@ class _Worker:
 
     def _give_up(self, request: object, reason: str) -> object:
         if self._lost is None:
-            raise DataError(f"{reason}, {MAX_ATTEMPTS} times at the same place: {str(request)[:500]}. Leave that record out, or give workers more memory")
+            raise DataError(
+                f"{reason}, {MAX_ATTEMPTS} times at the same place: {str(request)[:500]}. Leave that record out, or give workers more memory"
+            )
         return self._lost(request, reason)
 
 

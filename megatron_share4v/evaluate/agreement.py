@@ -34,7 +34,11 @@ TOKENS = 16
 LOGIT_TOLERANCE = 1e-4
 """fp32: sums in another order through a few dozen layers. Absolute for logits up to 1, and relative to the largest one beyond: rounding errors grow with
 the values they are made of, and trained models of 32 layers and more have logits of some dozens. bf16 weights are compared in fp32 too."""
-_QUESTIONS = ("Describe this image in detail.", "What is this?\nAnswer  in one word.", "What colour is the object on the left?")
+_QUESTIONS = (
+    "Describe this image in detail.",
+    "What is this?\nAnswer  in one word.",
+    "What colour is the object on the left?",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,12 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether the export is the checkpoint's model."""
-        return self.ids_equal and self.pixels_equal and self.greedy_equal and self.max_logit_diff <= self.accepted_logit_diff
+        return (
+            self.ids_equal
+            and self.pixels_equal
+            and self.greedy_equal
+            and self.max_logit_diff <= self.accepted_logit_diff
+        )
 
     def __str__(self) -> str:
         equal = {True: "equal", False: "DIFFERENT"}
@@ -72,11 +81,16 @@ class Agreement:
 def compare_alone(checkpoint: Path, export: Path, *, questions: Sequence[Question]) -> Agreement:
     """`compare` in a world of this process alone."""
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         return compare(checkpoint, export, questions=questions, mesh=mesh)
 
 
-def compare(checkpoint: Path, export: Path, *, questions: Sequence[Question], mesh: Mesh, max_new_tokens: int = TOKENS) -> Agreement:
+def compare(
+    checkpoint: Path, export: Path, *, questions: Sequence[Question], mesh: Mesh, max_new_tokens: int = TOKENS
+) -> Agreement:
     """Ask both models the same, in fp32. `mesh` has one rank. Ours are rounded as the export's are, so that what is compared is the computation.
 
     Raises ConversionError when transformers finds a missing, unexpected or mismatched tensor in `export`.
@@ -89,14 +103,19 @@ def compare(checkpoint: Path, export: Path, *, questions: Sequence[Question], me
     ids_equal = pixels_equal = greedy_equal = True
     largest = scale = 0.0
     for question in questions:
-        prompt = make_prompt(session.encoder, question.turns, image=question.image, tokens_per_image=patches, name=question.name)
+        prompt = make_prompt(
+            session.encoder, question.turns, image=question.image, tokens_per_image=patches, name=question.name
+        )
         inputs = _inputs(processor, question)
         ids_equal &= torch.equal(inputs["input_ids"][0], _their_ids(prompt, model))
         if question.image is not None:
             pixels_equal &= torch.equal(inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32))
         ours, theirs = _logits(session, model, prompt)
         largest, scale = max(largest, _largest_difference(ours, theirs)), max(scale, float(ours.abs().max()))
-        greedy_equal &= _greedy(model, session, inputs, max_new_tokens) == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
+        greedy_equal &= (
+            _greedy(model, session, inputs, max_new_tokens)
+            == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
+        )
     return Agreement(
         questions=len(questions),
         ids_equal=ids_equal,
@@ -111,7 +130,9 @@ def generated_questions() -> list[Question]:
     """Drawn pictures, wide, high and square, and a question without one."""
     result = []
     for number, text in enumerate(_QUESTIONS):
-        picture = draw_scene(make_scene(0, "held_out", number), 96).crop((0, 0, 96 - 20 * (number == 1), 96 - 20 * (number == 2)))
+        picture = draw_scene(make_scene(0, "held_out", number), 96).crop(
+            (0, 0, 96 - 20 * (number == 1), 96 - 20 * (number == 2))
+        )
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
         turn = Turn("human", f"{IMAGE_PLACEHOLDER}\n{text}")
@@ -124,17 +145,23 @@ def _load(export: Path) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError as error:
-        raise OpsError(f"transformers is needed to compare logits and is not installed ({error}); install transformers 4.57 or later") from error
+        raise OpsError(
+            f"transformers is needed to compare logits and is not installed ({error}); install transformers 4.57 or later"
+        ) from error
     try:
         processor = AutoProcessor.from_pretrained(str(export), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{export}: transformers cannot load its processor ({error}); logits are compared with an export of ours") from error
+        raise ConversionError(
+            f"{export}: transformers cannot load its processor ({error}); logits are compared with an export of ours"
+        ) from error
     model, report = AutoModelForImageTextToText.from_pretrained(
         str(export), local_files_only=True, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
-            raise ConversionError(f"{export}: transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])[:5]))}")
+            raise ConversionError(
+                f"{export}: transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])[:5]))}"
+            )
     return processor, model.eval()
 
 
@@ -147,7 +174,9 @@ def _round(session: Session, dtype: torch.dtype) -> None:
 def _inputs(processor: Any, question: Question) -> dict[str, torch.Tensor]:
     """What the export's own processor and chat template make of the conversation."""
     messages = messages_of(question)
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
 
 
 def messages_of(question: Question) -> list[dict[str, Any]]:
@@ -188,7 +217,12 @@ def _logits(session: Session, model: Any, prompt: Prompt) -> tuple[torch.Tensor,
 def query(session: Session, prompt: Prompt) -> torch.Tensor:
     """[L, V] logits of ours, of the V tokens of our vocabulary alone."""
     rows = torch.arange(prompt.token_ids.numel())
-    given = {"token_ids": prompt.token_ids.unsqueeze(0), "image_slots": prompt.image_slots, "pixels": prompt.pixels, "target_rows": rows}
+    given = {
+        "token_ids": prompt.token_ids.unsqueeze(0),
+        "image_slots": prompt.image_slots,
+        "pixels": prompt.pixels,
+        "target_rows": rows,
+    }
     batch = Batch(**{**{field.name: None for field in fields(Batch)}, **given})
     return unwrap(session.chunks[0]).query(batch)[:, : session.config.model.language.vocab_size]
 
@@ -201,6 +235,8 @@ def _their_ids(prompt: Prompt, model: Any) -> torch.Tensor:
 @torch.no_grad()
 def _greedy(model: Any, session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
     """The new ids up to and without </s>."""
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1] :].tolist()
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[
+        0, inputs["input_ids"].shape[1] :
+    ].tolist()
     end = session.encoder.tokenizer.eos_id
     return output[: output.index(end)] if end in output else output

@@ -70,5 +70,7 @@ def read_answers(path: Path, items: Sequence[Item]) -> list[Answer]:
             raise DataError(
                 f"{where}: answers question {key!r}, which is not asked, or has its answer already; is it another benchmark's or split's?"
             )
-        answers.append(make_answer(waiting[key].popleft(), pick(row, "response" if is_numbered else "text", str, where=where)))
+        answers.append(
+            make_answer(waiting[key].popleft(), pick(row, "response" if is_numbered else "text", str, where=where))
+        )
     return answers

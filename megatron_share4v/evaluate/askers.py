@@ -35,11 +35,19 @@ class LocalAsker:
         """An answer that does not fit ends at the context's end. Outcomes with an error are of questions that cannot be asked."""
         sampling = Sampling(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
         works = (Work(item.id, partial(self._prompt, item), sampling) for item in items)
-        return stream_answers(self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, cut=True)
+        return stream_answers(
+            self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, cut=True
+        )
 
     def _prompt(self, item: Item) -> Prompt:
         turns = (Turn("human", item.turn),)
-        return make_prompt(self._encoder, turns, image=item.read_image(), tokens_per_image=self._tokens_per_image, name=f"question {item.question_id}")
+        return make_prompt(
+            self._encoder,
+            turns,
+            image=item.read_image(),
+            tokens_per_image=self._tokens_per_image,
+            name=f"question {item.question_id}",
+        )
 
 
 class RemoteAsker:
@@ -66,6 +74,9 @@ class RemoteAsker:
         if (image := item.read_image()) is not None:
             shown = centre_square(image) if self._decoding.image_mode == "crop" else image
             content.insert(0, {"type": "image_url", "image_url": {"url": data_url(shown)}})
-        messages = [{"role": "system", "content": get_template(self._decoding.template).system}, {"role": "user", "content": content}]
+        messages = [
+            {"role": "system", "content": get_template(self._decoding.template).system},
+            {"role": "user", "content": content},
+        ]
         reply = self._chat.ask({"messages": messages, "max_tokens": self._decoding.max_new_tokens, "temperature": 0})
         return Outcome(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)

@@ -18,7 +18,16 @@ from megatron_share4v.evaluate.tasks import get_task
 class Evaluation:
     """digest: of all that the benchmark asks: answers to other questions with the same ids are not taken for this one's. complete: all of it is asked."""
 
-    def __init__(self, benchmark: str, *, data: Path, out: Path, split: str | None = None, profile: Profile = OFFICIAL, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        benchmark: str,
+        *,
+        data: Path,
+        out: Path,
+        split: str | None = None,
+        profile: Profile = OFFICIAL,
+        limit: int | None = None,
+    ) -> None:
         """data, split: Task.open. limit: only the first so many questions. Raises ConfigError, DataError."""
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,9 @@ class Item:
         try:
             data = self.image.read_bytes()
         except OSError as error:
-            raise DataError(f"image {self.image} of question {self.question_id}: cannot be read ({error.strerror}); fetch it again") from error
+            raise DataError(
+                f"image {self.image} of question {self.question_id}: cannot be read ({error.strerror}); fetch it again"
+            ) from error
         if not data:
             raise DataError(f"image {self.image} of question {self.question_id}: is an empty file; fetch it again")
         return data

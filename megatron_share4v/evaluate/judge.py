@@ -170,4 +170,6 @@ def _reply_of(row: Mapping[str, object], *, where: str) -> Reply:
     try:
         return parse_completion(pick(row, "response", dict, where=where).get("body"))
     except ValueError as error:
-        raise DataError(f"{where}: has no reply ({error}); take out the line, and the question is asked again") from error
+        raise DataError(
+            f"{where}: has no reply ({error}); take out the line, and the question is asked again"
+        ) from error

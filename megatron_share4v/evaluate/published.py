@@ -110,14 +110,22 @@ def lines(measured: Sequence[Measured]) -> list[Line]:
             column = _COLUMN_OF.get((each.benchmark, name))
             if column and value is not None and math.isfinite(value):
                 found.setdefault((each.model, each.differs), {})[column] = value
-    return [Line(model, scores, differs) for (model, differs), scores in sorted(found.items(), key=lambda item: bool(item[0][1]))]
+    return [
+        Line(model, scores, differs)
+        for (model, differs), scores in sorted(found.items(), key=lambda item: bool(item[0][1]))
+    ]
 
 
 def table(measured: Sequence[Measured]) -> str:
     """Markdown: the published rows, then ours; columns that only published rows have stay."""
     rows = [["model", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
     for line in (*PUBLISHED, *lines(measured)):
-        rows.append([line.title.replace("|", "/"), *(f"{line.scores[column]:.1f}" if column in line.scores else "-" for column in COLUMNS)])
+        rows.append(
+            [
+                line.title.replace("|", "/"),
+                *(f"{line.scores[column]:.1f}" if column in line.scores else "-" for column in COLUMNS),
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
@@ -125,6 +133,11 @@ def save_chart(path: Path, measured: Sequence[Measured]) -> None:
     """A PNG of the columns that `measured` has; what is not comparable is striped."""
     ours = lines(measured)
     columns = [column for column in COLUMNS if any(column in line.scores for line in ours)]
-    series = [Series(line.title, [line.scores.get(column) for column in columns], bool(line.differs)) for line in (*PUBLISHED, *ours)]
+    series = [
+        Series(line.title, [line.scores.get(column) for column in columns], bool(line.differs))
+        for line in (*PUBLISHED, *ours)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar_chart("Published, and measured here; striped: not the paper's kind of number", columns, series).save(path, format="PNG")
+    bar_chart("Published, and measured here; striped: not the paper's kind of number", columns, series).save(
+        path, format="PNG"
+    )

@@ -56,13 +56,27 @@ def score(session: Session, held_out: Path, *, captions: int, output: Path) -> H
     scenes, questions = _load(held_out)
     folder = held_out.parent
     scenes = scenes[:captions]
-    described = _answer(session, [_ask(CAPTION_REQUESTS[0], folder / image) for _, image in scenes], tokens=CAPTION_TOKENS, title="captions")
-    answered = _answer(session, [_ask(q.question, folder / q.image) for q in questions], tokens=ANSWER_TOKENS, title="questions")
-    swapped = _answer(session, [_ask(q.question, folder / q.other_image) for q in questions], tokens=ANSWER_TOKENS, title="questions, swapped")
+    described = _answer(
+        session,
+        [_ask(CAPTION_REQUESTS[0], folder / image) for _, image in scenes],
+        tokens=CAPTION_TOKENS,
+        title="captions",
+    )
+    answered = _answer(
+        session, [_ask(q.question, folder / q.image) for q in questions], tokens=ANSWER_TOKENS, title="questions"
+    )
+    swapped = _answer(
+        session,
+        [_ask(q.question, folder / q.other_image) for q in questions],
+        tokens=ANSWER_TOKENS,
+        title="questions, swapped",
+    )
     right = [answer_matches(text, question.answer) for text, question in zip(answered, questions)]
     right_swapped = [answer_matches(text, question.answer) for text, question in zip(swapped, questions)]
     if session.mesh.rank == 0:
-        rows = [asdict(q) | {"model": text, "model_swapped": other} for q, text, other in zip(questions, answered, swapped)]
+        rows = [
+            asdict(q) | {"model": text, "model_swapped": other} for q, text, other in zip(questions, answered, swapped)
+        ]
         _write(output, rows, scenes, described, folder)
     kinds = sorted({question.kind for question in questions})
     return HeldOutScores(
@@ -71,7 +85,9 @@ def score(session: Session, held_out: Path, *, captions: int, output: Path) -> H
         questions=len(questions),
         vqa_accuracy=_share(right),
         vqa_accuracy_image_swapped=_share(right_swapped),
-        vqa_accuracy_by_kind={kind: _share([ok for ok, question in zip(right, questions) if question.kind == kind]) for kind in kinds},
+        vqa_accuracy_by_kind={
+            kind: _share([ok for ok, question in zip(right, questions) if question.kind == kind]) for kind in kinds
+        },
     )
 
 

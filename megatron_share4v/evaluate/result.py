@@ -50,14 +50,31 @@ class ModelFacts:
     @classmethod
     def of_endpoint(cls, endpoint: Endpoint, *, name: str | None) -> ModelFacts:
         """What a server says about itself is all that is known."""
-        return cls(name or endpoint.model, f"{endpoint.url} {endpoint.model}", {"endpoint": endpoint.url, "model": endpoint.model})
+        return cls(
+            name or endpoint.model,
+            f"{endpoint.url} {endpoint.model}",
+            {"endpoint": endpoint.url, "model": endpoint.model},
+        )
 
 
-def result_of(evaluation: Evaluation, scores: Scores, *, model: ModelFacts, judgement: Judgement | None) -> dict[str, Any]:
+def result_of(
+    evaluation: Evaluation, scores: Scores, *, model: ModelFacts, judgement: Judgement | None
+) -> dict[str, Any]:
     """The content of result.json; published.Measured reads it."""
     decoding, first = evaluation.decoding, evaluation.items[0]
-    judged = {"model": judgement.model, "answered_as": judgement.answered_as, "seed": judgement.seed, "replies": judgement.replies} if judgement else None
-    headline = None if scores.headline is None else {"name": scores.headline, "value": scores.json_values[scores.headline]}
+    judged = (
+        {
+            "model": judgement.model,
+            "answered_as": judgement.answered_as,
+            "seed": judgement.seed,
+            "replies": judgement.replies,
+        }
+        if judgement
+        else None
+    )
+    headline = (
+        None if scores.headline is None else {"name": scores.headline, "value": scores.json_values[scores.headline]}
+    )
     return {
         "model": model.name,
         "benchmark": evaluation.task.name,
@@ -70,7 +87,11 @@ def result_of(evaluation: Evaluation, scores: Scores, *, model: ModelFacts, judg
         "complete": evaluation.complete,
         "questions": len(evaluation.items),
         "checkpoint": dict(model.facts),
-        "prompt": {"template": decoding.template, "system": get_template(decoding.template).system, "first": first.turn},
+        "prompt": {
+            "template": decoding.template,
+            "system": get_template(decoding.template).system,
+            "first": first.turn,
+        },
         "preprocessing": {"image_mode": decoding.image_mode, "pad_colour": PAD_COLOUR, "decoder": VERSION},
         "decoding": {"greedy": True, "beams": 1, "max_new_tokens": decoding.max_new_tokens, "stop": decoding.stop},
         "versions": current_versions(),

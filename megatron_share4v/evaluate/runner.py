@@ -26,7 +26,14 @@ from megatron_share4v.log import get_logger
 from megatron_share4v.remote.chat import Chat
 
 Asker = Callable[[Iterator[Item]], Iterator[list[Outcome]]]
-JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = "journal", "answers.jsonl", "result.json", "submission", "table.md", "chart.png"
+JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = (
+    "journal",
+    "answers.jsonl",
+    "result.json",
+    "submission",
+    "table.md",
+    "chart.png",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +60,33 @@ def run_benchmark(
     compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that cannot be asked.
     """
     answers = _answers(evaluation, asker, model, share, restart)
-    return None if answers is None else write_results(evaluation, answers, model=model, judging=judging, compared=compared)
+    return (
+        None if answers is None else write_results(evaluation, answers, model=model, judging=judging, compared=compared)
+    )
 
 
 def write_results(
-    evaluation: Evaluation, answers: Sequence[Answer], *, model: ModelFacts, judging: Judge = Judge(), compared: Sequence[Measured] = ()
+    evaluation: Evaluation,
+    answers: Sequence[Answer],
+    *,
+    model: ModelFacts,
+    judging: Judge = Judge(),
+    compared: Sequence[Measured] = (),
 ) -> dict[str, Any]:
     """All files from the answers, wherever those come from; the content of result.json. A question without an answer counts as the benchmark says."""
     write_rows(evaluation.out / ANSWERS, evaluation.task.rows(evaluation.items, answers, model=model.name))
     verdict = _judged(evaluation, answers, judging)
-    scores = evaluation.task.score(evaluation.folder, evaluation.items, answers, profile=evaluation.profile, verdicts=verdict.verdicts if verdict else None)
+    scores = evaluation.task.score(
+        evaluation.folder,
+        evaluation.items,
+        answers,
+        profile=evaluation.profile,
+        verdicts=verdict.verdicts if verdict else None,
+    )
     if evaluation.task.judged and verdict is None:
-        scores = Scores({}, None, note=how_to_go_on(evaluation.out, model=judging.model or evaluation.task.judged.official))
+        scores = Scores(
+            {}, None, note=how_to_go_on(evaluation.out, model=judging.model or evaluation.task.judged.official)
+        )
     content = result_of(evaluation, scores, model=model, judgement=verdict)
     write_result(evaluation.out / RESULT, content)
     _hand_in(evaluation, answers, verdict)
@@ -74,9 +96,15 @@ def write_results(
     return content
 
 
-def _answers(evaluation: Evaluation, asker: Asker, model: ModelFacts, share: Share, restart: bool) -> list[Answer] | None:
+def _answers(
+    evaluation: Evaluation, asker: Asker, model: ModelFacts, share: Share, restart: bool
+) -> list[Answer] | None:
     """All of them, in order, on the first process."""
-    job: dict[str, object] = {"model": model.fingerprint, "benchmark": evaluation.task.name, "split": evaluation.folder.split}
+    job: dict[str, object] = {
+        "model": model.fingerprint,
+        "benchmark": evaluation.task.name,
+        "split": evaluation.folder.split,
+    }
     job |= asdict(evaluation.decoding) | {"questions": evaluation.digest}
     journal = Journal(evaluation.out / JOURNAL, rank=share.rank)
     try:
@@ -99,7 +127,9 @@ def _ask(evaluation: Evaluation, asker: Asker, items: Sequence[Item], journal: J
             journal.append(outcome for outcome in outcomes if outcome.error is None)
             bar.update(len(outcomes))
             if failed := next((outcome for outcome in outcomes if outcome.error is not None), None):
-                raise DataError(f"{evaluation.task.name}, question {failed.id}: {failed.error}. The answers so far are kept; the same command goes on")
+                raise DataError(
+                    f"{evaluation.task.name}, question {failed.id}: {failed.error}. The answers so far are kept; the same command goes on"
+                )
 
 
 def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -> Judgement | None:
@@ -108,7 +138,9 @@ def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -
     requests = evaluation.task.judged.requests(evaluation.items, by_id(answers), evaluation.profile)
     model = judging.model or evaluation.task.judged.official
     with tqdm(total=len(requests), desc="judge", unit="reply", disable=judging.chat is None) as bar:
-        return judge(requests, evaluation.out, model=model, chat=judging.chat, seed=judging.seed, on_reply=lambda _: bar.update())
+        return judge(
+            requests, evaluation.out, model=model, chat=judging.chat, seed=judging.seed, on_reply=lambda _: bar.update()
+        )
 
 
 def _hand_in(evaluation: Evaluation, answers: Sequence[Answer], verdict: Judgement | None) -> None:

@@ -104,7 +104,13 @@ class Task:
         return self.submit(folder, items, by_id(answers)) if self.submit else {}
 
     def score(
-        self, folder: Folder, items: Sequence[Item], answers: Iterable[Answer], *, profile: Profile = OFFICIAL, verdicts: Verdicts | None = None
+        self,
+        folder: Folder,
+        items: Sequence[Item],
+        answers: Iterable[Answer],
+        *,
+        profile: Profile = OFFICIAL,
+        verdicts: Verdicts | None = None,
     ) -> Scores:
         """The local score; verdicts: of the judge, where there is one. Without a local score `headline` is None and `note` says what to do."""
         if self.judged and verdicts is None:
@@ -115,10 +121,16 @@ class Task:
             values = self.measure(folder, items, by_id(answers), profile)
         else:
             return Scores(
-                {}, None, note=f"nobody has the right answers of {self.name} {folder.split} but {self.server}: upload the files of submission/"
+                {},
+                None,
+                note=f"nobody has the right answers of {self.name} {folder.split} but {self.server}: upload the files of submission/",
             )
         if math.isnan(values.get(self.headline, math.nan)):
-            return Scores(values, None, note=f"{self.headline} cannot be computed: questions, or right answers beside them, are missing")
+            return Scores(
+                values,
+                None,
+                note=f"{self.headline} cannot be computed: questions, or right answers beside them, are missing",
+            )
         return Scores(values, self.headline)
 
 

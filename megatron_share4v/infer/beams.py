@@ -63,8 +63,17 @@ class BeamEngine:
     def add(self, request: Request) -> None:
         """Raises ConfigError for settings that beams do not know, DataError when n runs of prompt and answer do not fit into the cache."""
         given = request.sampling
-        if (given.top_p, given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty, given.logprobs) != (1.0, 0, 0.0, 0.0, 0.0, None):
-            raise ConfigError("beams know temperature and repetition penalty only; leave top_p and the others out, or take one beam")
+        if (given.top_p, given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty, given.logprobs) != (
+            1.0,
+            0,
+            0.0,
+            0.0,
+            0.0,
+            None,
+        ):
+            raise ConfigError(
+                "beams know temperature and repetition penalty only; leave top_p and the others out, or take one beam"
+            )
         size, limits = self._size(request), self.limits
         if size > limits.max_positions or size * self._count > limits.cache_positions:
             raise DataError(
@@ -130,7 +139,10 @@ class BeamEngine:
                 spans.append(Span(start=search.places[0], count=length, end=length))
                 ids += prompt.token_ids.tolist()
                 wanted.append(len(ids) - 1)
-        forget, self._encoded = self._encoded, tuple(encode)  # features are read in the step that makes them, and never again
+        forget, self._encoded = (
+            self._encoded,
+            tuple(encode),
+        )  # features are read in the step that makes them, and never again
         return StepPlan(
             copies=tuple(copies), forget=forget, encode=tuple(encode.items()), token_ids=torch.tensor(ids), spans=tuple(spans),
             pictures=tuple(pictures), wanted=torch.tensor(wanted),
@@ -199,5 +211,7 @@ def _events(search: _Search) -> list[Event]:
 def _noise(seed: int, number: int, size: int) -> torch.Tensor:
     """[size] standard Gumbel of a request's `number`-th step."""
     digest = hashlib.sha256(f"beams:{seed}:{number}".encode()).digest()
-    uniform = torch.rand(size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), dtype=torch.float64)
+    uniform = torch.rand(
+        size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), dtype=torch.float64
+    )
     return -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12))).float()

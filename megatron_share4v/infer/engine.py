@@ -63,7 +63,9 @@ class Engine:
             )
         rows = config.cache_positions or _default_rows(model, config.max_requests * positions)
         self.vocabulary, self.eos_id = vocabulary, eos_id
-        self.limits = EngineLimits(max_requests=config.max_requests, max_positions=min(positions, rows), cache_positions=rows)
+        self.limits = EngineLimits(
+            max_requests=config.max_requests, max_positions=min(positions, rows), cache_positions=rows
+        )
         self.ranks = Ranks(Runner(model, rows=rows))
         image_bytes = model.model.vision.num_patches * language.hidden_size * model.config.params_dtype.itemsize
         self._scheduler = Scheduler(config, rows=rows, image_bytes=image_bytes)
@@ -74,7 +76,9 @@ class Engine:
     def open(cls, session: Session, config: EngineConfig) -> Engine:
         """For the session's model and tokenizer. Raises ConfigError when its mesh has pipeline stages."""
         if session.mesh.layout.num_stages > 1:
-            raise ConfigError(f"generation knows tensor and data parallel ranks alone, got {session.mesh.layout}; the weights of any layout load at pipeline 1")
+            raise ConfigError(
+                f"generation knows tensor and data parallel ranks alone, got {session.mesh.layout}; the weights of any layout load at pipeline 1"
+            )
         tokenizer = session.encoder.tokenizer
         return cls(session.chunks[0], config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
 
@@ -97,7 +101,9 @@ class Engine:
         """As of now."""
         scheduler = self._scheduler
         usage = scheduler.room.used / self.limits.cache_positions
-        return EngineStats(running=len(scheduler.running), waiting=len(scheduler.waiting), cache_usage=usage, **vars(scheduler.counts))
+        return EngineStats(
+            running=len(scheduler.running), waiting=len(scheduler.waiting), cache_usage=usage, **vars(scheduler.counts)
+        )
 
     def step(self) -> list[Event]:
         """The events of one forward; without work, nothing."""
@@ -120,7 +126,9 @@ class Engine:
         if not length:
             raise DataError("the prompt is empty; give it at least one token")
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
-            raise DataError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}; the tokenizer has 0 to {self.vocabulary - 1}")
+            raise DataError(
+                f"the prompt has ids from {int(ids.min())} to {int(ids.max())}; the tokenizer has 0 to {self.vocabulary - 1}"
+            )
         wanted, limit = length + sampling.max_new_tokens, self.limits.max_positions
         if wanted > limit:
             raise DataError(
@@ -153,7 +161,9 @@ class Engine:
             return []
         picked = logits[torch.tensor(rows, device=logits.device)]
         tokens = choose(picked, [sequence.row() for sequence in due])
-        return [self._event(sequence, token, picked[number]) for number, (sequence, token) in enumerate(zip(due, tokens))]
+        return [
+            self._event(sequence, token, picked[number]) for number, (sequence, token) in enumerate(zip(due, tokens))
+        ]
 
     def _note_prompt(self, chunk: Chunk, logits: torch.Tensor) -> None:
         """Log-probabilities of the prompt's own tokens; those of image slots are none."""

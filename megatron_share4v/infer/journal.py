@@ -40,7 +40,9 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise DataError(f"{self.path}: another process is at this job; wait for it or end it, or have this one write elsewhere") from error
+            raise DataError(
+                f"{self.path}: another process is at this job; wait for it or end it, or have this one write elsewhere"
+            ) from error
 
     def begin(self, job: dict[str, object], *, restart: bool) -> None:
         """Cut off a line that was not written to its end, and all others with `restart`; name the job if nothing is left."""
@@ -106,7 +108,9 @@ class Done(Generic[R]):
                     if count > 1:
                         self._note(content["id"], content["error"], offset << _FILE_BITS | number)
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{path}:{count}: is damaged ({error}); remove this line, or begin anew with --restart") from error
+                    raise DataError(
+                        f"{path}:{count}: is damaged ({error}); remove this line, or begin anew with --restart"
+                    ) from error
                 if count == 1:
                     _check_job(path, content.get("job"), job)
                 offset += len(line)
@@ -135,7 +139,11 @@ def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
     if found == job:
         return
     before = found if isinstance(found, dict) else {}
-    differences = [f"{name} was {before.get(name)!r}, now {job.get(name)!r}" for name in sorted({*before, *job}) if before.get(name) != job.get(name)]
+    differences = [
+        f"{name} was {before.get(name)!r}, now {job.get(name)!r}"
+        for name in sorted({*before, *job})
+        if before.get(name) != job.get(name)
+    ]
     raise DataError(
         f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with --restart, or have "
         "this one write elsewhere"

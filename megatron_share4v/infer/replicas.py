@@ -47,12 +47,16 @@ class Replica:
 
 
 @contextlib.contextmanager
-def opened_replica(model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World) -> Iterator[Replica | None]:
+def opened_replica(
+    model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World
+) -> Iterator[Replica | None]:
     """The replica that this rank leads; None, when the job is over, on a rank that follows another. dtype None: as trained.
 
     Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when the world is no multiple of `tensor`.
     """
-    path = model if is_foreign(model) else locate(model)  # now, so that a run that goes on training does not change the model under way
+    path = (
+        model if is_foreign(model) else locate(model)
+    )  # now, so that a run that goes on training does not change the model under way
     layout = Layout.for_world(ParallelConfig(tensor=tensor), world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with joined(world, device, timeout_s=TIMEOUT_S), open_mesh(layout, device=device, timeout_s=TIMEOUT_S) as mesh:

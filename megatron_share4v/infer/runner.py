@@ -19,7 +19,9 @@ class Runner:
     """All tensor ranks of a model replica run the same plans, in the same order."""
 
     def __init__(self, model: Share4V, *, rows: int) -> None:
-        assert model.place.first and model.place.last and not model.config.sequence_parallel, "generation wants the whole depth on each rank"
+        assert model.place.first and model.place.last and not model.config.sequence_parallel, (
+            "generation wants the whole depth on each rank"
+        )
         self.model, self.mesh = model, model.mesh
         self.device = model.mesh.device.torch_device
         self.cache = KeyValueCache(model.config, rows=rows, device=self.device)
@@ -45,7 +47,11 @@ class Runner:
         if plan.pictures:
             slots = torch.cat([picture.slots for picture in plan.pictures]).to(device)
             features = torch.cat([self._features[picture.digest][picture.rows.to(device)] for picture in plan.pictures])
-        given = {"token_ids": plan.token_ids.unsqueeze(0).to(device), "image_slots": slots, "target_rows": plan.wanted.to(device)}
+        given = {
+            "token_ids": plan.token_ids.unsqueeze(0).to(device),
+            "image_slots": slots,
+            "target_rows": plan.wanted.to(device),
+        }
         return Batch(**{**_EMPTY, **given}), features
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:

@@ -53,11 +53,15 @@ class Scheduler:
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: OrderedDict[str, Sequence] = OrderedDict()
         self._image_bytes = image_bytes
-        self._images: OrderedDict[bytes, None] = OrderedDict()  # whose features the runners hold, the least recently used first
+        self._images: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # whose features the runners hold, the least recently used first
 
     def add(self, sequence: Sequence) -> None:
         """It waits."""
-        assert sequence.id not in self.waiting and sequence.id not in self.running, f"request {sequence.id!r} is there already"
+        assert sequence.id not in self.waiting and sequence.id not in self.running, (
+            f"request {sequence.id!r} is there already"
+        )
         self.waiting[sequence.id] = sequence
 
     def remove(self, request_id: str) -> Sequence | None:
@@ -88,7 +92,9 @@ class Scheduler:
             copies=tuple(copies),
             forget=tuple(self._to_forget(pictures)),
             encode=tuple(encode.items()),
-            token_ids=torch.tensor([t for c in chunks for t in c.sequence.tokens[c.sequence.computed : c.sequence.computed + c.count]]),
+            token_ids=torch.tensor(
+                [t for c in chunks for t in c.sequence.tokens[c.sequence.computed : c.sequence.computed + c.count]]
+            ),
             spans=tuple(spans),
             pictures=tuple(pictures),
             wanted=_wanted(chunks),
@@ -98,7 +104,9 @@ class Scheduler:
     def advance(self, chunk: Chunk) -> None:
         """It has been computed."""
         sequence = chunk.sequence
-        self.counts.computed_prompt_tokens += max(0, min(sequence.computed + chunk.count, sequence.prompt_length) - sequence.computed)
+        self.counts.computed_prompt_tokens += max(
+            0, min(sequence.computed + chunk.count, sequence.prompt_length) - sequence.computed
+        )
         sequence.computed += chunk.count
         if self.config.prefix_cache:
             self.room.show(sequence.place, sequence.new_keys())
@@ -170,7 +178,9 @@ class Scheduler:
 
     def _to_forget(self, pictures: list[Picture]) -> list[bytes]:
         """Before what is new is encoded: so it never goes itself."""
-        needed = {picture.digest for picture in pictures}.union(*(sequence.pending_digests() for sequence in self.running.values()))
+        needed = {picture.digest for picture in pictures}.union(
+            *(sequence.pending_digests() for sequence in self.running.values())
+        )
         forget = []
         for digest in list(self._images):
             if len(self._images) * self._image_bytes <= self.config.image_cache_bytes:

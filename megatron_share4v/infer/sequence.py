@@ -60,7 +60,13 @@ class Sequence:
         """What the sampler must know to choose the next token."""
         generated = self.generated
         forbidden = self._ends if len(generated) < self.sampling.min_tokens else frozenset()
-        return Row(sampling=self.sampling, seed=self._seed, prompt_ids=self._prompt_ids, generated=generated, forbidden=forbidden)
+        return Row(
+            sampling=self.sampling,
+            seed=self._seed,
+            prompt_ids=self._prompt_ids,
+            generated=generated,
+            forbidden=forbidden,
+        )
 
     def take(self, token: int) -> Literal[None, "stop", "length"]:
         """Go on with `token`, unless it ends the answer: "stop", and then it is not part of it. "length": it was the last one."""

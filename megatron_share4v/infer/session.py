@@ -66,8 +66,16 @@ class Session:
         with as_checkpoint(Path(checkpoint), mesh=mesh) as path:
             manifest = read_manifest(path)
             config = config_of(manifest, where=path)
-            parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
-            chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[dtype or config.precision.dtype], ops=implementation)
+            parallel = ParallelConfig(
+                tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual
+            )
+            chunks = build_chunks(
+                config.model,
+                mesh=mesh,
+                parallel=parallel,
+                dtype=DTYPES[dtype or config.precision.dtype],
+                ops=implementation,
+            )
             load_weights(path, chunks=chunks, mesh=mesh)
             tokenizer = Tokenizer(tokenizer_of(path, config.data))
             if tokenizer.vocab_size > config.model.language.vocab_size:
@@ -98,6 +106,10 @@ class Session:
     def answer_ids(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
         """The same answers as ids, without the end token."""
         patches, tokenizer = self.config.model.vision.num_patches, self.encoder.tokenizer
-        prompts = [make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions]
+        prompts = [
+            make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions
+        ]
         stop, vocabulary = frozenset({tokenizer.eos_id}), tokenizer.vocab_size
-        return greedy_answers(self.chunks, prompts, mesh=self.mesh, max_new_tokens=max_new_tokens, stop_ids=stop, vocabulary=vocabulary)
+        return greedy_answers(
+            self.chunks, prompts, mesh=self.mesh, max_new_tokens=max_new_tokens, stop_ids=stop, vocabulary=vocabulary
+        )

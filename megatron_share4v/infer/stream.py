@@ -86,7 +86,9 @@ def _step(engine: Engine | BeamEngine, going: dict[str, list[int]], tokenizer: T
             ids.append(event.token_id)
         if event.finish is not None:
             del going[event.request_id]
-            yield Outcome(event.request_id, text=tokenizer.decode(ids).strip(), tokens=len(ids), finish_reason=event.finish)
+            yield Outcome(
+                event.request_id, text=tokenizer.decode(ids).strip(), tokens=len(ids), finish_reason=event.finish
+            )
 
 
 def _ahead(pool: ThreadPoolExecutor, works: Iterator[Work], *, count: int) -> Iterator[tuple[Work, Prompt | DataError]]:

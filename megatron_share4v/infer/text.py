@@ -15,7 +15,9 @@ class TextStream:
     after: the ids before, whose text is known; without any, the first token's leading space is left out, as sentencepiece does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False, *, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False, *, after: Sequence[int] = ()
+    ) -> None:
         self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop
         self._ids = list(after)
         self._start, self._shown = 0, len(self._ids)
@@ -55,4 +57,6 @@ class TextStream:
 
     def _overlap(self, stop: str) -> int:
         """How many characters at the end may be the start of `stop`."""
-        return next((size for size in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:size])), 0)
+        return next(
+            (size for size in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:size])), 0
+        )

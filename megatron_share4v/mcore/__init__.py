@@ -19,9 +19,13 @@ def _check_environment() -> None:
     """Refuse the set-ups in which megatron-core fails late or silently."""
     found = version("megatron-core")
     if found not in SUPPORTED:
-        raise OpsError(f"megatron-core {found} is installed; this version works with {' or '.join(SUPPORTED)}: pip install megatron-core=={SUPPORTED[-1]}")
+        raise OpsError(
+            f"megatron-core {found} is installed; this version works with {' or '.join(SUPPORTED)}: pip install megatron-core=={SUPPORTED[-1]}"
+        )
     if find_spec("apex") is not None and find_spec("apex.multi_tensor_apply") is None:
-        raise OpsError("the installed package 'apex' is not NVIDIA's and would be mistaken for it by megatron-core; pip uninstall apex")
+        raise OpsError(
+            "the installed package 'apex' is not NVIDIA's and would be mistaken for it by megatron-core; pip uninstall apex"
+        )
     # Without psutil the writer processes of dist_checkpointing die and a save never returns.
     if find_spec("psutil") is None:
         raise OpsError("psutil is missing: saving a checkpoint would hang; pip install psutil")
@@ -32,7 +36,9 @@ def _quiet_upstream() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")
     warnings.filterwarnings("ignore", category=UserWarning, message="Transformer Engine and Apex are not installed")
     # Core says so of every MLP class that is not its own; ours is given all that core's would be (specs.py).
-    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
+    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+        lambda record: "Unknown MLP type" not in record.getMessage()
+    )
 
 
 _check_environment()

@@ -124,19 +124,25 @@ class CoreAttention(MegatronModule):
         return context if self.context_group is None else own_positions(context, group=self.context_group)
 
 
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None
+) -> torch.Tensor:
     """torch's scaled_dot_product_attention, which never has a mask in memory."""
     length, batch = query.shape[:2]
     heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale, enable_gqa=query.size(1) != key.size(1))
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=scale, enable_gqa=query.size(1) != key.size(1)
+        )
 
     context = attend(*heads_first) if at.lengths is None else _one_by_one(attend, heads_first, at.lengths)
     return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
-def _one_by_one(attend: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], lengths: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+def _one_by_one(
+    attend: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], lengths: tuple[tuple[int, ...], ...]
+) -> torch.Tensor:
     """One kernel per sample: its cost is that of the sample's own square, and the lengths are known without asking the device."""
     assert len(lengths) == tensors[0].size(0), (len(lengths), tensors[0].shape)
     sequences = []
@@ -147,7 +153,9 @@ def _one_by_one(attend: Callable[..., torch.Tensor], tensors: Sequence[torch.Ten
     return torch.cat(sequences)
 
 
-def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:
+def varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None
+) -> torch.Tensor:
     """torch's kernel for samples of any lengths one after the other, all of them at once. NVIDIA GPUs, bf16."""
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
 
@@ -157,7 +165,9 @@ def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: P
     else:
         ends, longest = at.ends, at.longest
     known = inspect.signature(varlen_attn).parameters
-    settings: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
+    settings: dict[str, Any] = (
+        {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
+    )
     if key.size(2) != query.size(2):
         if "enable_gqa" in known:
             settings["enable_gqa"] = True
@@ -168,7 +178,9 @@ def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: P
     return context.reshape(batch, length, -1).transpose(0, 1).contiguous()
 
 
-def math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None) -> torch.Tensor:
+def math(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None
+) -> torch.Tensor:
     """Products and a softmax in fp32, with the whole square of a sequence in memory: what the others are compared with."""
     length, batch, heads, width = query.shape
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))

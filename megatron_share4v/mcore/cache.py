@@ -74,7 +74,9 @@ class CachedStep(PackedSeqParams):
     @cached_property
     def masks(self) -> tuple[torch.Tensor | None, ...]:
         """For each span [count, end], true where a new position sees an old one; None where nothing is hidden, or torch's own causality does."""
-        return tuple(None if span.count in (1, span.end) else _causal(span, self.cache.keys.device) for span in self.spans)
+        return tuple(
+            None if span.count in (1, span.end) else _causal(span, self.cache.keys.device) for span in self.spans
+        )
 
     @cached_property
     def together(self) -> _Together | None:
@@ -84,7 +86,9 @@ class CachedStep(PackedSeqParams):
         single = [span for span in self.spans if span.count == 1]
         return _Together.of(self.spans, device=self.cache.keys.device) if len(single) > 1 else None
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
+    ) -> torch.Tensor:
         """Keep the new keys and values of `layer` (from 1), then [T, 1, Q, D], [T, 1, G, D] twice -> [T, 1, Q * D]."""
         keys, values = self.cache.keys[layer - 1], self.cache.values[layer - 1]
         keys.index_copy_(0, self.rows, key.squeeze(1))
@@ -118,14 +122,19 @@ class _Together:
         single = [(at, span) for at, span in zip(starts, spans) if span.count == 1]
         # CUDA's kernels want masks whose rows are aligned.
         longest = -(-max(span.end for _, span in single) // _ALIGNED) * _ALIGNED
-        first, end = (torch.tensor(numbers).unsqueeze(1) for numbers in ([span.start for _, span in single], [span.end for _, span in single]))
+        first, end = (
+            torch.tensor(numbers).unsqueeze(1)
+            for numbers in ([span.start for _, span in single], [span.end for _, span in single])
+        )
         position = torch.arange(longest).unsqueeze(0)
         seen = position < end
         rows = torch.where(seen, first + position, first)
         places = torch.tensor([at for at, _ in single])
         return cls(places.to(device), rows.to(device), seen[:, None, None].to(device))
 
-    def attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float | None) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float | None
+    ) -> torch.Tensor:
         """[T, Q, D] queries, [rows, G, D] keys and values of the whole cache -> [B, Q, D]."""
         groups, width = keys.shape[1:]
         query = query[self.places].view(len(self.places), groups, -1, width)
@@ -134,11 +143,15 @@ class _Together:
         return result.reshape(len(self.places), -1, width)
 
 
-def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, mask: None, scale: float | None) -> torch.Tensor:
+def _attend_one(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, mask: None, scale: float | None
+) -> torch.Tensor:
     """One position sees everything: the query heads of a group become queries of one head, which spares repeating its keys. [1, Q, D]."""
     groups, width = keys.shape[1:]
     query = query.view(1, groups, -1, width)
-    result = F.scaled_dot_product_attention(query, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale=scale)
+    result = F.scaled_dot_product_attention(
+        query, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], scale=scale
+    )
     return result.reshape(1, -1, width)
 
 
@@ -148,7 +161,9 @@ def _attend_several(
     """[count, Q, D] queries, the last of [end, G, D] keys and values -> [count, Q, D]."""
     query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))
     grouped = query.size(1) != keys.size(1)
-    result = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    result = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return result[0].transpose(0, 1)
 
 

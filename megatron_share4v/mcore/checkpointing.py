@@ -57,7 +57,9 @@ def take_snapshot(
     gatherings: list[Gathering] = []
     if optimizer is not None:
         entries += _unfold(_saved_state(optimizer, weights, gatherings, buffers))
-        live += [tensor for part in optimizer_parts(optimizer) for piece in pieces(part) for tensor in piece.tensors.values()]
+        live += [
+            tensor for part in optimizer_parts(optimizer) for piece in pieces(part) for tensor in piece.tensors.values()
+        ]
     _check_space(directory, entries)
 
     def fill(group: dist.ProcessGroup | None) -> None:
@@ -70,7 +72,12 @@ def take_snapshot(
 
 
 def load_sharded(
-    directory: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer | None, updates: int, sharding: dict[str, Any]
+    directory: Path,
+    *,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer | None,
+    updates: int,
+    sharding: dict[str, Any],
 ) -> None:
     """Read weights, and with an optimizer its state, in place, at whatever layout they were written. Collective.
 
@@ -125,8 +132,14 @@ class _Target:
 
 def named_weights(chunks: Sequence[torch.nn.Module], sharding: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Core's layers also name objects that only Transformer Engine fills; those are left out."""
-    found = {f"chunk{number}": unwrap(chunk).sharded_state_dict(metadata=dict(sharding)) for number, chunk in enumerate(chunks)}
-    return {chunk: {name: entry for name, entry in entries.items() if isinstance(entry, Entry)} for chunk, entries in found.items()}
+    found = {
+        f"chunk{number}": unwrap(chunk).sharded_state_dict(metadata=dict(sharding))
+        for number, chunk in enumerate(chunks)
+    }
+    return {
+        chunk: {name: entry for name, entry in entries.items() if isinstance(entry, Entry)}
+        for chunk, entries in found.items()
+    }
 
 
 def _unfold(entries: Iterable[Entry]) -> list[ShardedTensor]:
@@ -141,7 +154,9 @@ def _numbered(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
     return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
-def _saved_state(optimizer: MegatronOptimizer, weights: dict[str, Any], gatherings: list[Gathering], buffers: HostBuffers | None) -> Iterator[Entry]:
+def _saved_state(
+    optimizer: MegatronOptimizer, weights: dict[str, Any], gatherings: list[Gathering], buffers: HostBuffers | None
+) -> Iterator[Entry]:
     """What a sharded optimizer's ranks hold in pieces is announced by the first of them, and there when the new one of `gatherings` is complete."""
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
     for part in optimizer_parts(optimizer):
@@ -213,7 +228,9 @@ def _check_space(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
     dist.all_gather_object(reports, (mine, shutil.disk_usage(directory).free))
     needed, free = sum(size for size, _ in reports), reports[0][1]
     if needed > free:
-        raise CheckpointError(f"{directory}: a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again")
+        raise CheckpointError(
+            f"{directory}: a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again"
+        )
 
 
 def _check_fit(directory: Path, tensors: Sequence[ShardedTensor], *, with_state: bool) -> None:
@@ -228,14 +245,21 @@ def _check_fit(directory: Path, tensors: Sequence[ShardedTensor], *, with_state:
     wrong.sort(key=lambda name: (name.startswith(STATE_PREFIX), name))
     if not wrong:
         return
-    lines = [f"  {name}: {_shape(here, name)} here, {_shape(stored, name)} in the checkpoint" for name in wrong[:SHOWN_MISMATCHES]]
+    lines = [
+        f"  {name}: {_shape(here, name)} here, {_shape(stored, name)} in the checkpoint"
+        for name in wrong[:SHOWN_MISMATCHES]
+    ]
     if len(wrong) > SHOWN_MISMATCHES:
         lines.append(f"  and {len(wrong) - SHOWN_MISMATCHES} more")
     if wrong[0].startswith(STATE_PREFIX):
         what, remedy = "holds optimizer state of other trained parts", "train the same parts (model.trainable)"
     else:
         what, remedy = "is of another model", "use the model section that it was made with (in its manifest.json)"
-    advice = f"{remedy}, or start another run.directory from its weights with checkpoint.initialize_from" if with_state else remedy
+    advice = (
+        f"{remedy}, or start another run.directory from its weights with checkpoint.initialize_from"
+        if with_state
+        else remedy
+    )
     raise CheckpointError("\n".join([f"{directory} {what}:", *lines, advice]))
 
 

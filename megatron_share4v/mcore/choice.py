@@ -47,16 +47,26 @@ class AttentionChoice:
 def agree_on_attention(requested: Attention, *, mesh: Mesh, packed: bool, dtype: torch.dtype) -> AttentionChoice:
     """Collective. Raises OpsError on every rank, with one message, when the kernel that was asked for cannot be had, or not for packs."""
     remedy = f"attention: {requested} does not lead to the same on every rank; give all machines the same GPUs and packages, or set attention: sdpa."
-    return _agree(lambda: choose_attention(requested, device=mesh.device.torch_device, packed=packed, dtype=dtype), mesh=mesh, remedy=remedy)
+    return _agree(
+        lambda: choose_attention(requested, device=mesh.device.torch_device, packed=packed, dtype=dtype),
+        mesh=mesh,
+        remedy=remedy,
+    )
 
 
-def choose_attention(requested: Attention, *, device: torch.device, packed: bool, dtype: torch.dtype) -> AttentionChoice:
+def choose_attention(
+    requested: Attention, *, device: torch.device, packed: bool, dtype: torch.dtype
+) -> AttentionChoice:
     """The one rule. Raises OpsError."""
     if requested == "auto":
         if not packed:
             return AttentionChoice("sdpa", "samples are not packed")
         refused = _refusal("varlen", device=device, packed=packed, dtype=dtype)
-        return AttentionChoice("sdpa", f"sample by sample, since varlen: {refused}") if refused else AttentionChoice("varlen", "samples are packed")
+        return (
+            AttentionChoice("sdpa", f"sample by sample, since varlen: {refused}")
+            if refused
+            else AttentionChoice("varlen", "samples are packed")
+        )
     refused = _refusal(requested, device=device, packed=packed, dtype=dtype)
     if refused:
         raise OpsError(f"attention: {requested} was asked for on {device.type}: {refused}")
@@ -85,11 +95,15 @@ def check_precision(config: RunConfig, *, mesh: Mesh) -> None:
     if config.transformer_engine != "none":
         missing = missing_engine()
         if missing:
-            raise OpsError(f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, or set transformer_engine: none")
+            raise OpsError(
+                f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, or set transformer_engine: none"
+            )
     if config.precision.fp8 != "none":
         require_fp8(mesh.device.torch_device)
     if config.precision.fp8 == "mxfp8" and torch.cuda.get_device_capability(mesh.device.torch_device) < BLACKWELL:
-        raise OpsError(f"precision.fp8: mxfp8 needs compute capability {BLACKWELL} (Blackwell); use tensorwise, delayed or blockwise")
+        raise OpsError(
+            f"precision.fp8: mxfp8 needs compute capability {BLACKWELL} (Blackwell); use tensorwise, delayed or blockwise"
+        )
 
 
 def _agree(choose: Callable[[], Chosen], *, mesh: Mesh, remedy: str) -> Chosen:

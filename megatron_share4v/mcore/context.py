@@ -21,7 +21,10 @@ def whole_sequences(
     ranks = group.size()
     # Fewer key/value heads than ranks: each serves the query heads of several ranks.
     copies = max(ranks // key.size(2), 1)
-    parts = [_by_rank(x, ranks) for x in (query, key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2))]
+    parts = [
+        _by_rank(x, ranks)
+        for x in (query, key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2))
+    ]
     sent = torch.cat(parts, dim=3)
     received = all_to_all(group, sent.flatten(0, 1)).view(-1, *sent.shape[2:])
     query, key, value = received.split([part.size(3) for part in parts], dim=2)

@@ -121,11 +121,22 @@ def open_door() -> bool:
         return False
     if isinstance(torch.cuda.default_generators, _Generators):
         return True
-    assert not any(name.startswith(_CALLER) for name in sys.modules), "the CPU door must be opened before megatron.core is imported"
+    assert not any(name.startswith(_CALLER) for name in sys.modules), (
+        "the CPU door must be opened before megatron.core is imported"
+    )
     with torch.device("cpu"):
-        torch.empty(0)  # at its first use `torch.device` as a context notes which functions are factories: these, not the ones put below
+        torch.empty(
+            0
+        )  # at its first use `torch.device` as a context notes which functions are factories: these, not the ones put below
     cuda = torch.cuda
-    constants = {"current_device": _CPU, "device_count": 1, "synchronize": None, "empty_cache": None, "set_device": None, "_lazy_init": None}
+    constants = {
+        "current_device": _CPU,
+        "device_count": 1,
+        "synchronize": None,
+        "empty_cache": None,
+        "set_device": None,
+        "_lazy_init": None,
+    }
     for name, value in constants.items():
         _answer(cuda, name, _constant(value))
     for name in ("current_stream", "default_stream", "stream"):

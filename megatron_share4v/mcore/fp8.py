@@ -33,7 +33,11 @@ class _ProductInFp8:
         **others: Any,
     ) -> torch.Tensor:
         if not self.in_fp8:
-            communication = {"allreduce_dgrad": allreduce_dgrad, "sequence_parallel": sequence_parallel, "tp_group": tp_group}
+            communication = {
+                "allreduce_dgrad": allreduce_dgrad,
+                "sequence_parallel": sequence_parallel,
+                "tp_group": tp_group,
+            }
             return super()._forward_impl(input=input, weight=weight, bias=bias, **communication, **others)
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
@@ -55,7 +59,12 @@ class Fp8RowParallelLinear(_ProductInFp8, RowParallelLinear):
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """All products of `chunks` in the type of their weights, ours and Transformer Engine's."""
     own = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _ProductInFp8)]
-    configs = {id(module.config): module.config for chunk in chunks for module in chunk.modules() if getattr(getattr(module, "config", None), "fp8", None)}
+    configs = {
+        id(module.config): module.config
+        for chunk in chunks
+        for module in chunk.modules()
+        if getattr(getattr(module, "config", None), "fp8", None)
+    }
     formats = {key: config.fp8 for key, config in configs.items()}
     try:
         for module in own:

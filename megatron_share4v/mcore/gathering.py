@@ -57,7 +57,9 @@ class Gathering:
         self._ranks = dist.get_process_group_ranks(part.data_parallel_group)
         mine = list(spans(part, rank=part.data_parallel_group.rank()))
         tensors = [kept[id(span.parameter)][name].detach().view(-1) for span in mine for name in names]
-        assert [len(tensor) for tensor in tensors] == [span.stop - span.start for span in mine for _ in names], "shares are not cut as core cuts them"
+        assert [len(tensor) for tensor in tensors] == [span.stop - span.start for span in mine for _ in names], (
+            "shares are not cut as core cuts them"
+        )
         self.wholes: dict[tuple[int, str], torch.Tensor] = {}
         self._sent: list[torch.Tensor] = []
         if dist.get_rank() != self._ranks[0]:

@@ -21,7 +21,9 @@ _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
 
 @torch.no_grad()
-def module_norms(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, mesh: Mesh, sharding: dict[str, Any]) -> dict[str, float]:
+def module_norms(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, mesh: Mesh, sharding: dict[str, Any]
+) -> dict[str, float]:
     """L2 norm of the gradient that the optimizer was about to use, by layer and other module, under global names; equal on all ranks. Collective.
 
     Call it after optimizer.prepare_grads() and before the gradients are scaled. Only trained modules have one.
@@ -35,7 +37,9 @@ def module_norms(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer
             gradient = piece.tensors["param"].grad
             if gradient is not None and param_is_not_tensor_parallel_duplicate(piece.parameter):
                 module = _module(names[id(piece.parameter)])
-                squares[module] = squares.get(module, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+                squares[module] = (
+                    squares.get(module, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+                )
     told: list[dict[str, float]] = [{}] * dist.get_world_size()
     dist.all_gather_object(told, squares)
     modules = dict.fromkeys(module for part in told for module in part)

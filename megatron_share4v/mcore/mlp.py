@@ -14,7 +14,9 @@ from megatron.core.transformer.mlp import MLP
 class ActivatedMLP(MLP):
     """Core's, with `config.activation` between the matrices."""
 
-    def forward(self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
         """[..., W] -> ([..., W], None). The second bias is added here: handed to the caller, it would leave core's recomputation as a result of
         it, which makes the weight part of a graph that ends in itself."""
         assert per_token_scale is None, "this MLP is no expert"

@@ -22,7 +22,16 @@ from megatron_share4v.mcore.schedule import attach_schedule
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.optimizer import FusedAdamW
 
-__all__ = ["MegatronOptimizer", "build_optimizer", "clip_gradients", "gather_weights", "set_learning_rate", "squared_norm", "unwrap", "wrap_chunks"]
+__all__ = [
+    "MegatronOptimizer",
+    "build_optimizer",
+    "clip_gradients",
+    "gather_weights",
+    "set_learning_rate",
+    "squared_norm",
+    "unwrap",
+    "wrap_chunks",
+]
 
 
 def wrap_chunks(
@@ -69,7 +78,12 @@ def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
 
 
 def build_optimizer(
-    chunks: Sequence[DistributedDataParallel], optim: OptimConfig, *, parallel: ParallelConfig, dtype: torch.dtype, seed: int = 0
+    chunks: Sequence[DistributedDataParallel],
+    optim: OptimConfig,
+    *,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
 ) -> MegatronOptimizer:
     """AdamW with fp32 weights. Each parameter group carries `max_lr`, the rate that the schedule scales. `seed`: of stochastic rounding."""
     config = OptimizerConfig(
@@ -111,7 +125,9 @@ def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
     overrides: dict[ParamKey, dict[str, float]] = {ParamKey(predicate=is_vector): {"wd_mult": 0.0}}
     for component, rate in (("projector", optim.projector_learning_rate), ("vision", optim.vision_learning_rate)):
         if rate is not None:
-            predicate = ParamPredicate(name=component, fn=lambda parameter, component=component: parameter.component == component)
+            predicate = ParamPredicate(
+                name=component, fn=lambda parameter, component=component: parameter.component == component
+            )
             overrides[ParamKey(predicate=predicate)] = {"max_lr": rate}
     return overrides
 
@@ -128,7 +144,11 @@ def squared_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch
 
     Core's own way gives a number of the host's, and asks the device for the norm of each weight where neither Transformer Engine nor apex is there.
     """
-    gradients = [gradient for part in getattr(optimizer, "chained_optimizers", [optimizer]) for gradient in part.get_main_grads_for_grad_norm()]
+    gradients = [
+        gradient
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        for gradient in part.get_main_grads_for_grad_norm()
+    ]
     squared = torch.nn.utils.get_total_norm(gradients).square().view(1) if gradients else torch.zeros(1, device=device)
     dist.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
     return squared
@@ -144,7 +164,9 @@ def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float
         if not isinstance(part.optimizer, FusedAdamW):
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm, norm)
         elif coefficient < 1.0 and part.get_parameters():
-            part.optimizer.gradient_scale = torch.full((1,), coefficient, dtype=torch.float32, device=part.get_parameters()[0].device)
+            part.optimizer.gradient_scale = torch.full(
+                (1,), coefficient, dtype=torch.float32, device=part.get_parameters()[0].device
+            )
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
@@ -159,7 +181,11 @@ def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, d
     for part in optimizer_parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                yield parameter, part.optimizer.state[parameter], parameter.device if group["fused"] else torch.device("cpu")
+                yield (
+                    parameter,
+                    part.optimizer.state[parameter],
+                    parameter.device if group["fused"] else torch.device("cpu"),
+                )
 
 
 def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
@@ -171,7 +197,11 @@ def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
                     part.optimizer.state_of(parameter)
     for parameter, state, where in _adam_states(optimizer):
         if not state:
-            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter), step=torch.tensor(0.0, device=where))
+            state.update(
+                exp_avg=torch.zeros_like(parameter),
+                exp_avg_sq=torch.zeros_like(parameter),
+                step=torch.tensor(0.0, device=where),
+            )
 
 
 def step_counts(optimizer: MegatronOptimizer) -> Iterable[int]:

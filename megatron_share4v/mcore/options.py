@@ -28,7 +28,11 @@ class Recomputation:
         return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": self.layers or 1}
 
     def __str__(self) -> str:
-        details = {"none": "", "full": f" ({self.layers} layers of each stage)" if self.layers else "", "selective": f" ({', '.join(self.modules)})"}
+        details = {
+            "none": "",
+            "full": f" ({self.layers} layers of each stage)" if self.layers else "",
+            "selective": f" ({', '.join(self.modules)})",
+        }
         return self.granularity + details[self.granularity]
 
 
@@ -60,7 +64,11 @@ class Fp8:
         }
 
     def __str__(self) -> str:
-        left_out = f", without the first {self.first_layers} and the last {self.last_layers} layers" if self.first_layers + self.last_layers else ""
+        left_out = (
+            f", without the first {self.first_layers} and the last {self.last_layers} layers"
+            if self.first_layers + self.last_layers
+            else ""
+        )
         return self.recipe + left_out + (", the tower too" if self.tower else "")
 
 
@@ -94,13 +102,19 @@ def layer_options(
     has_transformer_engine: bool = False,
 ) -> LayerOptions:
     """Of one run. Raises ConfigError for what this machine cannot do."""
-    if "selective" in (train.recompute, train.recompute_tower) and "layernorm" in train.recompute_modules and not has_transformer_engine:
+    if (
+        "selective" in (train.recompute, train.recompute_tower)
+        and "layernorm" in train.recompute_modules
+        and not has_transformer_engine
+    ):
         raise ConfigError(
             "train.recompute_modules has layernorm, which megatron-core can recompute only where Transformer Engine is installed; leave it out, or "
             "use train.recompute full"
         )
     return LayerOptions(
-        language=Recomputation(granularity=train.recompute, modules=train.recompute_modules, layers=train.recompute_layers),
+        language=Recomputation(
+            granularity=train.recompute, modules=train.recompute_modules, layers=train.recompute_layers
+        ),
         tower=Recomputation(granularity=train.recompute_tower, modules=train.recompute_modules),
         fp8=Fp8(
             recipe=precision.fp8,

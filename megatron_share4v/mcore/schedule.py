@@ -58,13 +58,17 @@ def attach_schedule(config: Any, chunks: Sequence[torch.nn.Module], *, overlap_g
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
-def _finish_gradients(model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, *, pg_collection: Any, **others: Any) -> None:
+def _finish_gradients(
+    model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, *, pg_collection: Any, **others: Any
+) -> None:
     """Core's, but for the division by the count of the step: core asks the device whether that is zero, and the host would wait for the answer."""
     finalize_model_grads(model, None, pg_collection=pg_collection, **others)
     if num_tokens is None:
         return
     pipeline = pg_collection.pp
-    dist.broadcast(num_tokens, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)  # the last stage alone counts
+    dist.broadcast(
+        num_tokens, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline
+    )  # the last stage alone counts
     dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
     scale = 1.0 / num_tokens.clamp(min=1)
     for chunk in model:

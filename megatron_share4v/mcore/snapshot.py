@@ -106,7 +106,13 @@ class Snapshot(TorchDistSaveShardedStrategy):
     Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them dies.
     """
 
-    def __init__(self, buffers: HostBuffers | None, *, live: Iterable[torch.Tensor], fill: Callable[[dist.ProcessGroup | None], None]) -> None:
+    def __init__(
+        self,
+        buffers: HostBuffers | None,
+        *,
+        live: Iterable[torch.Tensor],
+        fill: Callable[[dist.ProcessGroup | None], None],
+    ) -> None:
         """buffers: where to copy what `live` tensors hold; None: nothing is copied, and it must be written before training goes on. fill: is called, with
         the group that is written over, before anything is.
         """
@@ -139,7 +145,10 @@ class Snapshot(TorchDistSaveShardedStrategy):
                 process_group=group,
             )
         except torch_checkpoint.CheckpointException as error:
-            failures = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items()) or "another rank failed"
+            failures = (
+                "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
+                or "another rank failed"
+            )
             message = f"{self._directory}: cannot be written ({failures}); free space or check the file system, then start again"
             raise CheckpointError(message) from error
         finally:

@@ -97,7 +97,9 @@ def layer_spec(*, causal: bool, mesh: Mesh, linears: Linears = PLAIN, attention:
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=ActivatedMLP, submodules=mlp_submodules(linears), params={"tp_group": mesh.tensor_group}),
+            mlp=ModuleSpec(
+                module=ActivatedMLP, submodules=mlp_submodules(linears), params={"tp_group": mesh.tensor_group}
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -40,7 +40,9 @@ def _alone(config: LayerConfig) -> LayerConfig:
 class EngineAttention(CoreAttention):
     """Rotary positions as everywhere, then Transformer Engine's kernels; packs in its `thd` format, which keeps samples apart."""
 
-    def __init__(self, config: LayerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **others: Any) -> None:
+    def __init__(
+        self, config: LayerConfig, layer_number: int, attn_mask_type: AttnMaskType, attention_type: str, **others: Any
+    ) -> None:
         super().__init__(config, layer_number, attn_mask_type, attention_type, **others)
         self.mask = attn_mask_type
         self.engine = TEDotProductAttention(
@@ -54,13 +56,17 @@ class EngineAttention(CoreAttention):
         )
         self.kernel = self._run
 
-    def _run(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, **_: Any) -> torch.Tensor:
+    def _run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, **_: Any
+    ) -> torch.Tensor:
         """Causality and scale are the module's own."""
         if at.lengths is None:
             return self.engine(query, key, value, None, self.mask)
         length, batch = query.shape[:2]
         flat = [x.transpose(0, 1).flatten(0, 1).contiguous() for x in (query, key, value)]
         ends, longest = at.ends, at.longest
-        packs = PackedSeqParams(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        packs = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
         context = self.engine(*flat, None, self.mask, packed_seq_params=packs)
         return context.reshape(batch, length, -1).transpose(0, 1).contiguous()

@@ -84,7 +84,9 @@ class StoredTensor:
                 return torch.load(_Window(file, chunk.place), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: {self.name} cannot be read ({reason}); use another checkpoint, or copy this one again") from error
+            raise CheckpointError(
+                f"{path}: {self.name} cannot be read ({reason}); use another checkpoint, or copy this one again"
+            ) from error
 
 
 class _Window(io.RawIOBase):
@@ -121,7 +123,9 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     try:
         described = torch_checkpoint.FileSystemReader(directory).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{directory}: its {DESCRIPTION} cannot be read ({error}); use another checkpoint, or copy this one again") from error
+        raise CheckpointError(
+            f"{directory}: its {DESCRIPTION} cannot be read ({error}); use another checkpoint, or copy this one again"
+        ) from error
     assert described.storage_data is not None
     places: dict[str, list[_Chunk]] = {}
     for index, info in described.storage_data.items():
@@ -153,7 +157,9 @@ def _without_crc() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def describe_tensors(directory: Path, placed: Mapping[str, Placed], *, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> None:
+def describe_tensors(
+    directory: Path, placed: Mapping[str, Placed], *, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]
+) -> None:
     """Write what makes `directory`, with the data of `tensors` (name, shape, dtype) where `placed` says, a dist_checkpointing directory."""
     entries: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}

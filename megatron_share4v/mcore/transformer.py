@@ -43,7 +43,9 @@ class LayerConfig(TransformerConfig):
     """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
 
 
-def _base(*, dtype: torch.dtype, parallel: ParallelConfig, ops: Implementation, init_std: float, num_layers: int) -> dict:
+def _base(
+    *, dtype: torch.dtype, parallel: ParallelConfig, ops: Implementation, init_std: float, num_layers: int
+) -> dict:
     return dict(
         ops=ops,
         tensor_model_parallel_size=parallel.tensor,
@@ -110,13 +112,20 @@ def language_config(
 
 
 def vision_config(
-    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation, options: LayerOptions = LayerOptions()
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    ops: Implementation,
+    options: LayerOptions = LayerOptions(),
 ) -> LayerConfig:
     """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
     (its 577 tokens would be duplicated, not split); of the ranks that share a sequence, each has the images of its own positions."""
     vision = model.vision
     return LayerConfig(
-        **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)),
+        **_base(
+            dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=max(1, vision.num_built_layers)
+        ),
         attention=options.tower_attention,
         precise_weight_gradient=options.fp8.precise_weight_gradient,
         **options.tower.settings(),
@@ -132,7 +141,9 @@ def vision_config(
     )
 
 
-def projector_config(model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation) -> LayerConfig:
+def projector_config(
+    model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation
+) -> LayerConfig:
     """Two linear layers of the language model's width with erf GELU between them."""
     width = model.language.hidden_size
     return LayerConfig(

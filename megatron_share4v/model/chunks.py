@@ -37,7 +37,14 @@ def build_chunks(
         )
         counts = layers_per_stage(model, parallel)
         chunk = Share4V(
-            model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops, options=options, layers_per_stage=counts, place=place
+            model,
+            mesh=mesh,
+            parallel=parallel,
+            dtype=dtype,
+            ops=ops,
+            options=options,
+            layers_per_stage=counts,
+            place=place,
         )
         apply_trainable(chunk, model.trainable)
         chunks.append(chunk.to(mesh.device.torch_device))

@@ -135,10 +135,14 @@ def layer_weights(model: ModelConfig) -> int:
 
 def _layer(model: ModelConfig, amounts: Amounts, execution: Execution | None) -> Work:
     # Something before every layer trains, or nothing does; with a frozen language model it is the projector or the tower.
-    matrices = _products(amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language)
+    matrices = _products(
+        amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language
+    )
     attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
     mlp = 3 * model.language.hidden_size * model.language.intermediate_size / layer_weights(model)
-    again = _again(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp) if execution else Work()
+    again = (
+        _again(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp) if execution else Work()
+    )
     share = execution.recompute_share if execution and execution.recompute == "full" else 1.0
     return matrices + attention + again * share
 
@@ -155,7 +159,9 @@ def _again(layer: Work, recompute: Recompute, modules: tuple[str, ...], *, mlp: 
 def _head(model: ModelConfig, amounts: Amounts, execution: Execution | None) -> Work:
     language = model.language
     rows = language.vocab_size if execution is None else language.padded_vocab_size
-    work = _products(amounts.head_rows * language.hidden_size * rows, input_gradient=True, weight_gradient=model.trainable.language)
+    work = _products(
+        amounts.head_rows * language.hidden_size * rows, input_gradient=True, weight_gradient=model.trainable.language
+    )
     return work + Work(backward=work.forward) if execution and execution.fused_head else work
 
 

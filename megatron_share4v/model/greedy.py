@@ -25,7 +25,13 @@ _EMPTY = {field.name: None for field in fields(Batch)}
 
 @torch.no_grad()
 def greedy_answers(
-    chunks: Sequence[torch.nn.Module], prompts: Sequence[Prompt], *, mesh: Mesh, max_new_tokens: int, stop_ids: frozenset[int], vocabulary: int
+    chunks: Sequence[torch.nn.Module],
+    prompts: Sequence[Prompt],
+    *,
+    mesh: Mesh,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    vocabulary: int,
 ) -> list[list[int]]:
     """Most likely continuation of each prompt, up to and without its first stop token. Every rank calls this with the same prompts and
     gets the same answers; prompts are answered as one batch, right-padded, which causal attention never sees. Ids below `vocabulary` alone
@@ -72,12 +78,23 @@ def _batch(prompts: Sequence[Prompt], answers: list[list[int]], *, size: int, me
         last.append(row * size + sequence.numel() - 1)
     slots = torch.cat([prompt.image_slots + row * size for row, prompt in enumerate(prompts)])
     device = mesh.device.torch_device
-    given = {"token_ids": ids.to(device), "image_slots": slots.to(device), "target_rows": torch.tensor(last, device=device)}
+    given = {
+        "token_ids": ids.to(device),
+        "image_slots": slots.to(device),
+        "target_rows": torch.tensor(last, device=device),
+    }
     return Batch(**{**_EMPTY, **given})
 
 
 def _next_logits(
-    chunks: Sequence[torch.nn.Module], batch: Batch, features: torch.Tensor | None, *, mesh: Mesh, size: int, count: int, device: torch.device
+    chunks: Sequence[torch.nn.Module],
+    batch: Batch,
+    features: torch.Tensor | None,
+    *,
+    mesh: Mesh,
+    size: int,
+    count: int,
+    device: torch.device,
 ) -> torch.Tensor | None:
     """This rank's columns of the logits after the last tokens, [B, vocab / tensor], on the last stage; None elsewhere."""
 
@@ -92,7 +109,14 @@ def _next_logits(
     context, ranks = mesh.coordinates.context, mesh.layout.context
     part = context_part(batch, rank=context, size=ranks, sequence_length=size)
     records = run_schedule(
-        chunks, [part] * repeats, mesh=mesh, sequence_length=size, micro_batch_size=count, loss_function=keep_logits, forward_only=True, call=query
+        chunks,
+        [part] * repeats,
+        mesh=mesh,
+        sequence_length=size,
+        micro_batch_size=count,
+        loss_function=keep_logits,
+        forward_only=True,
+        call=query,
     )
     if not mesh.holds_last_stage or ranks == 1:
         return records[0].contiguous() if records else None

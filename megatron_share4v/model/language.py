@@ -35,12 +35,19 @@ class Head(ColumnParallelLinear):
     """Hidden states to this rank's columns of the logits, or straight to the summed loss. Both by a call of the module, which is what waits for
     its weight where updated weights are gathered while the forward pass runs."""
 
-    def forward(self, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, vocabulary: int = 0) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, vocabulary: int = 0
+    ) -> torch.Tensor:
         """[T, H] -> [T, vocab / tensor]; with `targets` [T] -> the sum of -log p(target), with native ops, and no logits in memory."""
         if targets is None:
             return super().forward(hidden)[0]
         return linear_cross_entropy(
-            hidden, weight=self.weight, targets=targets, vocabulary=vocabulary, group=self.tp_group, implementation="native"
+            hidden,
+            weight=self.weight,
+            targets=targets,
+            vocabulary=vocabulary,
+            group=self.tp_group,
+            implementation="native",
         )
 
 
@@ -65,10 +72,17 @@ class LanguageModel(MegatronModule):
         self.mesh = mesh
         if first:
             self.embedding = VocabParallelEmbedding(
-                language.padded_vocab_size, language.hidden_size, init_method=config.init_method, config=config, tp_group=mesh.tensor_group
+                language.padded_vocab_size,
+                language.hidden_size,
+                init_method=config.init_method,
+                config=config,
+                tp_group=mesh.tensor_group,
             )
         self.rotary = RotaryEmbedding(
-            kv_channels=config.kv_channels, rotary_percent=1.0, rotary_base=language.rope_theta, use_cpu_initialization=mesh.device.kind == "cpu"
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=language.rope_theta,
+            use_cpu_initialization=mesh.device.kind == "cpu",
         )
         self.decoder = TransformerBlock(
             config,
@@ -93,7 +107,11 @@ class LanguageModel(MegatronModule):
             self.head.allreduce_dgrad = mesh.layout.tensor > 1
 
     def forward(
-        self, hidden: torch.Tensor | None, *, segments: tuple[tuple[int, ...], ...] | None = None, step: CachedStep | None = None
+        self,
+        hidden: torch.Tensor | None,
+        *,
+        segments: tuple[tuple[int, ...], ...] | None = None,
+        step: CachedStep | None = None,
     ) -> torch.Tensor:
         """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H].
 
@@ -140,7 +158,9 @@ class LanguageModel(MegatronModule):
         """[T, H]."""
         if self.config.sequence_parallel:
             # The head's gradient is already summed over the tensor group, hence split, not reduce-scattered.
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.mesh.tensor_group)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.mesh.tensor_group
+            )
         length, batch = hidden.shape[:2]
         # Positions are counted sequence by sequence, `hidden` is not: no copy of it is made to pick from.
         return hidden.flatten(0, 1).index_select(0, rows % length * batch + rows // length)

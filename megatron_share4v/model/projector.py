@@ -20,10 +20,21 @@ class Projector(MegatronModule):
         width = model.vision.hidden_size
         if model.projector.type == "linear":
             self.linear = ColumnParallelLinear(
-                width, model.language.hidden_size, config=config, init_method=config.init_method, gather_output=True, tp_group=mesh.tensor_group
+                width,
+                model.language.hidden_size,
+                config=config,
+                init_method=config.init_method,
+                gather_output=True,
+                tp_group=mesh.tensor_group,
             )
         else:
-            self.mlp = ActivatedMLP(config, mlp_submodules(), input_size=width, ffn_hidden_size=config.ffn_hidden_size, tp_group=mesh.tensor_group)
+            self.mlp = ActivatedMLP(
+                config,
+                mlp_submodules(),
+                input_size=width,
+                ffn_hidden_size=config.ffn_hidden_size,
+                tp_group=mesh.tensor_group,
+            )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Apply the map to every position."""

@@ -75,9 +75,16 @@ class Share4V(MegatronModule):
         self.pre_process, self.post_process = place.first, place.last
         trainable = model.trainable
         # Overlapped reduction waits for every bucket, so a micro-batch without images must still give the tower and the projector gradients.
-        self.needs_blank_image = parallel.overlap_grad_reduce and (trainable.projector or trainable.vision_from_block is not None)
+        self.needs_blank_image = parallel.overlap_grad_reduce and (
+            trainable.projector or trainable.vision_from_block is not None
+        )
         if place.first:
-            self.vision = VisionTower(vision_config(model, options=options, **shared), vision=model.vision, mesh=mesh, spec=tower_spec(mesh=mesh, options=options))
+            self.vision = VisionTower(
+                vision_config(model, options=options, **shared),
+                vision=model.vision,
+                mesh=mesh,
+                spec=tower_spec(mesh=mesh, options=options),
+            )
             self.projector = Projector(projector_config(model, **shared), model=model, mesh=mesh)
         before = sum(layers_per_stage[: place.stage])
         self.language = LanguageModel(
@@ -101,13 +108,17 @@ class Share4V(MegatronModule):
         hidden = self.language(self.embed(batch) if self.place.first else None, segments=batch.segments)
         return self.language.summed_loss(hidden, batch.target_rows, batch.targets) if self.place.last else hidden
 
-    def query(self, batch: Batch, *, features: torch.Tensor | None = None, step: CachedStep | None = None) -> torch.Tensor:
+    def query(
+        self, batch: Batch, *, features: torch.Tensor | None = None, step: CachedStep | None = None
+    ) -> torch.Tensor:
         """Like `forward`, but the last stage answers with its columns of the logits at `batch.target_rows`, [T, vocab / tensor].
 
         `features` [..., H] are image features computed before, in slot order; without them `batch.pixels` goes through the tower. `step` says that the batch is one row of
         new positions of several sequences, and where their earlier ones are kept.
         """
-        hidden = self.language(self.embed(batch, features=features) if self.place.first else None, segments=batch.segments, step=step)
+        hidden = self.language(
+            self.embed(batch, features=features) if self.place.first else None, segments=batch.segments, step=step
+        )
         return self.language.logits(hidden, batch.target_rows) if self.place.last else hidden
 
     def embed(self, batch: Batch, *, features: torch.Tensor | None = None) -> torch.Tensor:

@@ -37,7 +37,9 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
     products = 3 if trainable.language else 2
     layer = products * length * (matrices + length * language.hidden_size)
     tokens = vision.num_patches + 1
-    block = tokens * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size + 2 * tokens * vision.hidden_size)
+    block = tokens * (
+        4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size + 2 * tokens * vision.hidden_size
+    )
     start = trainable.vision_from_block
     trained_blocks = 0 if start is None else vision.num_built_layers - max(start, 0)
     tower = block * (vision.num_built_layers + 2 * trained_blocks)
@@ -51,7 +53,9 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int,
     if parallel.layout != "auto":
         return parallel.layout
     costs = estimate_costs(model, text_length=TYPICAL_TEXT_LENGTH)
-    return split_layers(model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs)
+    return split_layers(
+        model.language.num_layers, stages=parallel.pipeline * parallel.virtual, pipeline=parallel.pipeline, costs=costs
+    )
 
 
 def split_layers(num_layers: int, *, stages: int, pipeline: int, costs: StageCosts) -> tuple[int, ...]:

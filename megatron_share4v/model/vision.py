@@ -27,7 +27,9 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: LayerConfig, *, vision: VisionConfig) -> None:
         super().__init__()
         self.patch, self.ops = vision.patch_size, config.ops
-        self.weight = nn.Parameter(torch.empty(vision.hidden_size, 3, self.patch, self.patch, dtype=config.params_dtype))
+        self.weight = nn.Parameter(
+            torch.empty(vision.hidden_size, 3, self.patch, self.patch, dtype=config.params_dtype)
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, H, H, 3] uint8 -> [N, P, V]."""
@@ -48,19 +50,27 @@ class VisionTower(MegatronModule):
         self.position_embedding = nn.Parameter(torch.empty(vision.num_patches + 1, width, dtype=dtype))
         self.pre_layernorm = Norm(config, width, eps=vision.layer_norm_eps)
         self.layers = LayerList(
-            build_module(spec, config=config, layer_number=number, pg_collection=mesh.groups) for number in range(1, vision.num_built_layers + 1)
+            build_module(spec, config=config, layer_number=number, pg_collection=mesh.groups)
+            for number in range(1, vision.num_built_layers + 1)
         )
 
     def stem(self) -> list[nn.Parameter]:
         """Parameters before the first block."""
-        return [*self.patch_embedding.parameters(), self.class_embedding, self.position_embedding, *self.pre_layernorm.parameters()]
+        return [
+            *self.patch_embedding.parameters(),
+            self.class_embedding,
+            self.position_embedding,
+            *self.pre_layernorm.parameters(),
+        ]
 
     def num_frozen_blocks(self) -> int:
         """Leading blocks (with the stem) in which nothing trains; 0 also when the stem trains."""
         if any(parameter.requires_grad for parameter in self.stem()):
             return 0
         frozen = 0
-        while frozen < len(self.layers) and not any(parameter.requires_grad for parameter in self.layers[frozen].parameters()):
+        while frozen < len(self.layers) and not any(
+            parameter.requires_grad for parameter in self.layers[frozen].parameters()
+        ):
             frozen += 1
         return frozen
 

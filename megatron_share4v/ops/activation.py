@@ -26,7 +26,9 @@ def bias_gelu(x: torch.Tensor, *, bias: torch.Tensor | None = None, implementati
     return F.gelu(_shifted(x, bias)).to(x.dtype)
 
 
-def bias_quick_gelu(x: torch.Tensor, *, bias: torch.Tensor | None = None, implementation: Implementation) -> torch.Tensor:
+def bias_quick_gelu(
+    x: torch.Tensor, *, bias: torch.Tensor | None = None, implementation: Implementation
+) -> torch.Tensor:
     """z * sigmoid(1.702 z), z = x + bias; x [..., W], bias [W]. CLIP's activation."""
     if implementation == "native":
         return torch.ops.share4v.bias_quick_gelu(x, bias)
@@ -102,7 +104,9 @@ def _eager_swiglu(x: torch.Tensor, *, bias: torch.Tensor | None = None) -> torch
     return F.silu(gate) * up
 
 
-def _benches(*, large: Shape, small: Shape, parts: int, biased: bool, eager: Callable[..., torch.Tensor]) -> Iterator[Bench]:
+def _benches(
+    *, large: Shape, small: Shape, parts: int, biased: bool, eager: Callable[..., torch.Tensor]
+) -> Iterator[Bench]:
     for (rows, width), where in ((large, "gpu"), (small, "cpu")):
 
         def make(device: str, rows: int = rows, columns: int = parts * width) -> dict[str, Any]:
@@ -114,13 +118,24 @@ def _benches(*, large: Shape, small: Shape, parts: int, biased: bool, eager: Cal
 
 
 _TOLERANCES = {
-    torch.float32: Tolerance(3e-6, "exponentials to 2 units of 2**-23, a distribution fitted to 1.5e-7; sums of 70 rows for the bias", floor=0.1),
+    torch.float32: Tolerance(
+        3e-6,
+        "exponentials to 2 units of 2**-23, a distribution fitted to 1.5e-7; sums of 70 rows for the bias",
+        floor=0.1,
+    ),
     torch.bfloat16: Tolerance(2**-8, "results are rounded to 8 bits (2**-9)", floor=0.1),
 }
 
 
 def _op(
-    name: str, function: Callable[..., torch.Tensor], large: Shape, rows: int, eager: Callable[..., torch.Tensor], *, parts: int, biased: bool
+    name: str,
+    function: Callable[..., torch.Tensor],
+    large: Shape,
+    rows: int,
+    eager: Callable[..., torch.Tensor],
+    *,
+    parts: int,
+    biased: bool,
 ) -> Op:
     return Op(
         name,

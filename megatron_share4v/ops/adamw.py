@@ -53,12 +53,21 @@ def adamw_(
         numbers = (step.rate, step.beta1, step.beta2, step.eps, step.decay, step.number)
         torch.ops.share4v.adamw(list(weights), list(grads), list(means), list(squares), scale, *numbers, list(keys))
         return
-    for weight, grad, mean, square, key in zip(weights, grads, means, squares, keys or [None] * len(weights), strict=True):
+    for weight, grad, mean, square, key in zip(
+        weights, grads, means, squares, keys or [None] * len(weights), strict=True
+    ):
         _update(weight, grad=grad, mean=mean, square=square, step=step, scale=scale, key=key)
 
 
 def _update(
-    weight: torch.Tensor, *, grad: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: Step, scale: torch.Tensor | None, key: int | None
+    weight: torch.Tensor,
+    *,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    step: Step,
+    scale: torch.Tensor | None,
+    key: int | None,
 ) -> None:
     slope = widened(grad) if scale is None else widened(grad) * scale
     first = widened(mean).lerp(slope.to(torch.promote_types(mean.dtype, torch.float32)), 1 - step.beta1)
@@ -133,11 +142,22 @@ def _adamw_apart(
     """adamw_ on copies that are cut into tensors of `sizes`: what tests can walk over."""
     wholes = [tensor.clone() for tensor in (weight, grad, mean, square)]
     weights, grads, means, squares = (whole.split(list(sizes)) for whole in wholes)
-    adamw_(weights, grads=grads, means=means, squares=squares, step=step, scale=scale, keys=keys, implementation=implementation)
+    adamw_(
+        weights,
+        grads=grads,
+        means=means,
+        squares=squares,
+        step=step,
+        scale=scale,
+        keys=keys,
+        implementation=implementation,
+    )
     return wholes[0], wholes[2], wholes[3]
 
 
-def _sum_of_squares_cut(values: torch.Tensor, *, sizes: tuple[int, ...], implementation: Implementation) -> torch.Tensor:
+def _sum_of_squares_cut(
+    values: torch.Tensor, *, sizes: tuple[int, ...], implementation: Implementation
+) -> torch.Tensor:
     return sum_of_squares(values.split(list(sizes)), implementation=implementation)
 
 
@@ -146,11 +166,25 @@ def _register() -> None:
     register("sum_of_squares", fake=lambda tensors: tensors[0].new_empty((), dtype=torch.float32))
 
 
-_SIZES = {"one element": (1,), "odd": (7, 0, 33, 1), "aligned": (64, 8, 24), "none": (0,), "two chunks": (16_385, 30), "many": tuple(range(1, 60))}
+_SIZES = {
+    "one element": (1,),
+    "odd": (7, 0, 33, 1),
+    "aligned": (64, 8, 24),
+    "none": (0,),
+    "two chunks": (16_385, 30),
+    "many": tuple(range(1, 60)),
+}
 
 
 def _cases() -> Iterator[Case]:
-    types = {"fp32": "fff", "bf16, fp32 averages": "bff", "bf16 weights and gradients": "bbf", "all bf16": "bbb", "bf16 averages": "ffb", "bf16 gradients": "fbf"}
+    types = {
+        "fp32": "fff",
+        "bf16, fp32 averages": "bff",
+        "bf16 weights and gradients": "bbf",
+        "all bf16": "bbb",
+        "bf16 averages": "ffb",
+        "bf16 gradients": "fbf",
+    }
     of = {"f": torch.float32, "b": torch.bfloat16}
     for number, (kinds, (which, sizes)) in enumerate(itertools.product(types, _SIZES.items())):
         if which in ("two chunks", "many") and kinds not in ("fp32", "all bf16"):
@@ -176,7 +210,11 @@ def _cases() -> Iterator[Case]:
 def _squares_cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for which, sizes in {**_SIZES, "two chunks": (65_537, 5)}.items():
-            yield Case(f"{str(dtype).removeprefix('torch.')} {which}", dtype, {"values": draw((sum(sizes),), dtype=dtype), "sizes": sizes})
+            yield Case(
+                f"{str(dtype).removeprefix('torch.')} {which}",
+                dtype,
+                {"values": draw((sum(sizes),), dtype=dtype), "sizes": sizes},
+            )
 
 
 def _bench_arguments(device: str, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
@@ -227,7 +265,10 @@ def _squares_benches() -> Iterator[Bench]:
     for where, count in (("cpu", 4_194_304), ("gpu", 90_000_000)):
 
         def make(device: str, count: int = count) -> dict[str, Any]:
-            return {"values": draw((count,), dtype=torch.float32, device=device), "sizes": (count // 2, count - count // 2)}
+            return {
+                "values": draw((count,), dtype=torch.float32, device=device),
+                "sizes": (count // 2, count - count // 2),
+            }
 
         yield Bench(f"fp32, {count >> 20} M", where, make, 4 * count, None, _eager_squares)
 
@@ -241,7 +282,10 @@ _TOLERANCES = {
     torch.float32: Tolerance(1e-6, "one rounding per operation of about ten, 2**-24 each"),
     torch.bfloat16: Tolerance(2**-7, "results are rounded to 8 bits, stochastically by up to a whole unit of 2**-8"),
 }
-_SQUARES_TOLERANCES = {dtype: Tolerance(2e-6, "positive terms summed in fp32 over 4096 at most, in lanes") for dtype in (torch.float32, torch.bfloat16)}
+_SQUARES_TOLERANCES = {
+    dtype: Tolerance(2e-6, "positive terms summed in fp32 over 4096 at most, in lanes")
+    for dtype in (torch.float32, torch.bfloat16)
+}
 
 OPS = (
     Op("adamw", _adamw_apart, (), _cases, _benches, _TOLERANCES, _register),

@@ -63,7 +63,12 @@ class Toolchain:
         """nvcc's options for those ARCHITECTURES that it knows."""
         known = _output([self.nvcc, "--list-gpu-arch"]).split()
         # The list names compute_90 alone, which comes with 90a.
-        return [word for name, code in ARCHITECTURES.items() if name.removesuffix("a") in known for word in ("-gencode", code)]
+        return [
+            word
+            for name, code in ARCHITECTURES.items()
+            if name.removesuffix("a") in known
+            for word in ("-gencode", code)
+        ]
 
 
 def find_toolchain(path: str | None = None) -> Toolchain | None:
@@ -78,7 +83,9 @@ def sources() -> Path:
     for folder in (package.parent / "csrc", package / "csrc"):
         if (folder / "binding.cpp").is_file():
             return folder
-    raise OpsError(f"the sources of the ops are neither in {package.parent / 'csrc'} nor in {package / 'csrc'}; install the package again")
+    raise OpsError(
+        f"the sources of the ops are neither in {package.parent / 'csrc'} nor in {package / 'csrc'}; install the package again"
+    )
 
 
 def source_hash(csrc: Path) -> str:
@@ -114,7 +121,9 @@ def built(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OpsError(f"the ops cannot be built: {folder} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a writable directory") from error
+        raise OpsError(
+            f"the ops cannot be built: {folder} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a writable directory"
+        ) from error
     with _locked(folder / "lock"):
         if library.is_file():
             return library
@@ -140,7 +149,9 @@ def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -
     jobs |= {work / f"{path.parent.name}_cpu.o": _cxx(toolchain, path) for path in sorted(csrc.glob("*/cpu.cpp"))}
     if toolchain.nvcc:
         cuda = [toolchain.nvcc, "-ccbin", toolchain.cxx, *CUDA_FLAGS, *toolchain.gencodes()]
-        jobs |= {work / f"{path.parent.name}_cuda.o": [*cuda, "-c", str(path)] for path in sorted(csrc.glob("*/cuda.cu"))}
+        jobs |= {
+            work / f"{path.parent.name}_cuda.o": [*cuda, "-c", str(path)] for path in sorted(csrc.glob("*/cuda.cu"))
+        }
     # The long ones first.
     order = sorted(jobs, key=lambda output: not output.stem.endswith(("_cuda", "binding")))
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
@@ -148,10 +159,16 @@ def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -
     linked = work / LIBRARY
     libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
     # nvcc knows where its own run-time library is.
-    linker = [toolchain.nvcc, "-ccbin", toolchain.cxx, "-shared", "-Xcompiler=-fopenmp"] if toolchain.nvcc else [toolchain.cxx, "-shared", "-fopenmp"]
+    linker = (
+        [toolchain.nvcc, "-ccbin", toolchain.cxx, "-shared", "-Xcompiler=-fopenmp"]
+        if toolchain.nvcc
+        else [toolchain.cxx, "-shared", "-fopenmp"]
+    )
     run([*linker, *map(str, jobs), *libraries, "-o", str(linked)])
     # Warnings, and the registers and spills of every CUDA kernel.
-    to.with_name("build.log").write_text("\n".join(f"== {output.stem}\n{text}" for output, text in zip(order, said, strict=True)), encoding="utf-8")
+    to.with_name("build.log").write_text(
+        "\n".join(f"== {output.stem}\n{text}" for output, text in zip(order, said, strict=True)), encoding="utf-8"
+    )
     os.replace(linked, to)
 
 
@@ -198,7 +215,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _failed(toolchain: Toolchain, log: Path) -> BuildFailed:
     tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-TAIL:])
-    return BuildFailed(f"the ops do not compile ({toolchain.what}, {toolchain.cxx}); remove {log} to try again, or set ops: reference. It ends:\n{tail}")
+    return BuildFailed(
+        f"the ops do not compile ({toolchain.what}, {toolchain.cxx}); remove {log} to try again, or set ops: reference. It ends:\n{tail}"
+    )
 
 
 def _output(command: list[str]) -> str:

@@ -118,7 +118,9 @@ def load(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise OpsError(f"the ops in {library} cannot be loaded ({error}); remove that file to build them again, or set ops: reference") from error
+        raise OpsError(
+            f"the ops in {library} cannot be loaded ({error}); remove that file to build them again, or set ops: reference"
+        ) from error
     for register in {op.register: None for op in OPS}:
         register()
 
@@ -127,11 +129,21 @@ def status(available: Available | None = None) -> str:
     """What there is on this machine, in lines: compilers, sources, prebuilt library, cached library or failed build."""
     available = available or Available()
     toolchain = available.toolchain
-    lines = [f"ops: {', '.join(op.name for op in OPS)}", f"sources: {available.csrc} ({source_hash(available.csrc)[:12]})"]
+    lines = [
+        f"ops: {', '.join(op.name for op in OPS)}",
+        f"sources: {available.csrc} ({source_hash(available.csrc)[:12]})",
+    ]
     lines.append(f"prebuilt: {available.prebuilt if _prebuilt_note(available) else 'none that fits'}")
     if toolchain is None:
         return "\n".join([*lines, "compilers: none"])
     lines.append(f"compilers: {toolchain.cxx}, {toolchain.nvcc or 'no nvcc'}")
     folder = available.cache / key(toolchain, available.csrc)
-    found = next((state for name, state in ((LIBRARY, "built"), ("failed.log", "failed, see failed.log")) if (folder / name).is_file()), "not built yet")
+    found = next(
+        (
+            state
+            for name, state in ((LIBRARY, "built"), ("failed.log", "failed, see failed.log"))
+            if (folder / name).is_file()
+        ),
+        "not built yet",
+    )
     return "\n".join([*lines, f"cache: {folder} ({found})"])

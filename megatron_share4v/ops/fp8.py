@@ -34,7 +34,9 @@ def fp8_cast(x: torch.Tensor, *, scale: torch.Tensor, format: Format, implementa
     return _straight(x, scale=scale, format=format, implementation=implementation).view(DTYPES[format])
 
 
-def fp8_cast_transposed(x: torch.Tensor, *, scale: torch.Tensor, format: Format, implementation: Implementation) -> torch.Tensor:
+def fp8_cast_transposed(
+    x: torch.Tensor, *, scale: torch.Tensor, format: Format, implementation: Implementation
+) -> torch.Tensor:
     """[C, R'], contiguous: the same transposed, R' the next multiple of 16 from R on, filled with zeros."""
     return _across(x, scale=scale, format=format, implementation=implementation).view(DTYPES[format])
 
@@ -64,10 +66,14 @@ def _across(x: torch.Tensor, *, scale: torch.Tensor, format: Format, implementat
     return torch.nn.functional.pad(codes, (0, 0, 0, -x.size(0) % MULTIPLE)).t().contiguous()
 
 
-def _both(x: torch.Tensor, *, scale: torch.Tensor, format: Format, implementation: Implementation) -> tuple[torch.Tensor, torch.Tensor]:
+def _both(
+    x: torch.Tensor, *, scale: torch.Tensor, format: Format, implementation: Implementation
+) -> tuple[torch.Tensor, torch.Tensor]:
     if implementation == "native":
         return torch.ops.share4v.fp8_cast_both(x, scale, format == "e5m2")
-    return tuple(function(x, scale=scale, format=format, implementation="reference") for function in (_straight, _across))
+    return tuple(
+        function(x, scale=scale, format=format, implementation="reference") for function in (_straight, _across)
+    )
 
 
 def _fake_straight(x: torch.Tensor, scale: torch.Tensor, e5m2: bool) -> torch.Tensor:
@@ -96,7 +102,11 @@ def _matrices() -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{name} transposed", draw((40, 24), dtype=dtype).t()
         yield f"{name} misaligned", draw((9 * 16 + 1,), dtype=dtype)[1:].view(9, 16)
         yield f"{name} zeros", torch.zeros(5, 16, dtype=dtype)
-        yield f"{name} ties and tiny", torch.linspace(-18, 18, 1024).to(dtype).sign() * torch.linspace(-18, 9, 1024).exp2().to(dtype).view(1, 1024)
+        yield (
+            f"{name} ties and tiny",
+            torch.linspace(-18, 18, 1024).to(dtype).sign()
+            * torch.linspace(-18, 9, 1024).exp2().to(dtype).view(1, 1024),
+        )
 
 
 def _scale_cases() -> Iterator[Case]:
@@ -143,10 +153,19 @@ def _benches(*, scaled: bool, bytes_each: int, eager: Callable[..., Any]) -> Ite
         yield Bench(f"{rows} x {columns}", where, make, bytes_each * rows * columns, None, eager)
 
 
-_EXACT = {dtype: Tolerance(0.0, "maxima, one division and one rounding are exactly defined") for dtype in (torch.float32, torch.bfloat16)}
+_EXACT = {
+    dtype: Tolerance(0.0, "maxima, one division and one rounding are exactly defined")
+    for dtype in (torch.float32, torch.bfloat16)
+}
 
 
-def _op(name: str, function: Callable[..., Any], cases: Callable[[], Iterator[Case]], bytes_each: int, eager: Callable[..., Any]) -> Op:
+def _op(
+    name: str,
+    function: Callable[..., Any],
+    cases: Callable[[], Iterator[Case]],
+    bytes_each: int,
+    eager: Callable[..., Any],
+) -> Op:
     benches = partial(_benches, scaled=name != "fp8_scale", bytes_each=bytes_each, eager=eager)
     return Op(name, function, (), cases, benches, _EXACT, _register)
 

@@ -75,7 +75,11 @@ class Fp8Linear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] -> [..., O]."""
         return fp8_linear(
-            x, weight=self.weight, bias=self.bias, precise_weight_grad=self.precise_weight_grad, implementation=self.implementation
+            x,
+            weight=self.weight,
+            bias=self.bias,
+            precise_weight_grad=self.precise_weight_grad,
+            implementation=self.implementation,
         )
 
 
@@ -83,7 +87,9 @@ class _Fp8Linear(torch.autograd.Function):
     """Of x only what the weight's gradient needs is kept, of the weight its scale: it is cast again, transposed, for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, precise: bool, implementation: Implementation) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, precise: bool, implementation: Implementation
+    ) -> torch.Tensor:
         how: dict[str, Any] = {"format": "e4m3", "implementation": implementation}
         x_scale, weight_scale = fp8_scale(x, **how), fp8_scale(weight, **how)
         if ctx.needs_input_grad[1] and not precise:
@@ -120,9 +126,17 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def _product(
-    left: torch.Tensor, right: torch.Tensor, left_scale: torch.Tensor, right_scale: torch.Tensor, dtype: torch.dtype, *, fast: bool
+    left: torch.Tensor,
+    right: torch.Tensor,
+    left_scale: torch.Tensor,
+    right_scale: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    fast: bool,
 ) -> torch.Tensor:
     """(left * left_scale) @ (right * right_scale).T of codes [M, K], [N, K]. `fast`: sums stay in the tensor cores' 14 bits, good enough forward."""
     if not left.numel():
         return torch.zeros(left.size(0), right.size(0), dtype=dtype, device=left.device)
-    return torch._scaled_mm(left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast)
+    return torch._scaled_mm(
+        left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast
+    )

@@ -43,7 +43,9 @@ def linear_cross_entropy(
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     real, first = weight.size(0) * ranks if vocabulary is None else vocabulary, weight.size(0) * rank
     columns = block_columns or _block_columns(hidden.size(0), weight.size(0))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, (first, real, columns), group if ranks > 1 else None, implementation)
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, (first, real, columns), group if ranks > 1 else None, implementation
+    )
 
 
 def _block_columns(rows: int, columns: int) -> int:
@@ -107,7 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _blocks(hidden: torch.Tensor, weight: torch.Tensor, span: tuple[int, int, int]) -> Iterator[tuple[int, torch.Tensor, slice]]:
+def _blocks(
+    hidden: torch.Tensor, weight: torch.Tensor, span: tuple[int, int, int]
+) -> Iterator[tuple[int, torch.Tensor, slice]]:
     """(first id, logits, rows of the weight) of each block; all logits lie in the same memory, one after the other."""
     start, _, columns = span
     memory = hidden.new_empty(hidden.size(0) * min(columns, weight.size(0)))
@@ -119,7 +123,13 @@ def _blocks(hidden: torch.Tensor, weight: torch.Tensor, span: tuple[int, int, in
 
 
 def _statistics(
-    logits: torch.Tensor, targets: torch.Tensor, first: int, vocabulary: int, maximum: torch.Tensor, total: torch.Tensor, target: torch.Tensor
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    first: int,
+    vocabulary: int,
+    maximum: torch.Tensor,
+    total: torch.Tensor,
+    target: torch.Tensor,
 ) -> None:
     real = widened(logits)[:, : max(0, vocabulary - first)]
     if real.numel() == 0:
@@ -132,7 +142,14 @@ def _statistics(
     target.copy_(torch.where(here, real.gather(1, column.clamp(0, real.size(1) - 1).unsqueeze(1)).squeeze(1), target))
 
 
-def _gradient(logits: torch.Tensor, targets: torch.Tensor, normaliser: torch.Tensor, scale: torch.Tensor, first: int, vocabulary: int) -> None:
+def _gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    normaliser: torch.Tensor,
+    scale: torch.Tensor,
+    first: int,
+    vocabulary: int,
+) -> None:
     column = torch.arange(first, first + logits.size(1), device=logits.device)
     slope = torch.exp(widened(logits) - normaliser.unsqueeze(1)) - (column == targets.unsqueeze(1)).to(normaliser.dtype)
     logits.copy_((slope * scale).masked_fill(column >= vocabulary, 0))
@@ -159,11 +176,23 @@ def _cases() -> Iterator[Case]:
         }
         for which, (rows, width, columns, real, block) in shapes.items():
             targets = torch.randint(0, real or columns, (rows,), generator=torch.Generator().manual_seed(1))
-            arguments = {"hidden": draw((rows, width), dtype=dtype), "weight": draw((columns, width), dtype=dtype, seed=2), "targets": targets}
+            arguments = {
+                "hidden": draw((rows, width), dtype=dtype),
+                "weight": draw((columns, width), dtype=dtype, seed=2),
+                "targets": targets,
+            }
             yield Case(f"{name} {which}", dtype, arguments | {"vocabulary": real, "block_columns": block})
-        strided = {"hidden": draw((8, 6), dtype=dtype).t(), "weight": draw((20, 16), dtype=dtype, seed=1)[:, ::2], "targets": torch.arange(12)[::2]}
+        strided = {
+            "hidden": draw((8, 6), dtype=dtype).t(),
+            "weight": draw((20, 16), dtype=dtype, seed=1)[:, ::2],
+            "targets": torch.arange(12)[::2],
+        }
         yield Case(f"{name} strides", dtype, strided)
-        large = {"hidden": 30 * draw((4, 8), dtype=dtype), "weight": draw((64, 8), dtype=dtype, seed=1), "targets": torch.arange(4)}
+        large = {
+            "hidden": 30 * draw((4, 8), dtype=dtype),
+            "weight": draw((64, 8), dtype=dtype, seed=1),
+            "targets": torch.arange(4),
+        }
         yield Case(f"{name} large logits", dtype, large | {"block_columns": 16})
 
 
@@ -178,10 +207,16 @@ def _native(hidden: torch.Tensor, *, weight: torch.Tensor, targets: torch.Tensor
 
 
 def _benches() -> Iterator[Bench]:
-    shapes = (("7B, 3200 of 12416", "gpu", 12_416, 3200, 4096), ("256 of 1024, H 1024", "cpu", 1024, 256, 1024), ("256 of 256, H 1024", "cpu", 256, 256, 1024))
+    shapes = (
+        ("7B, 3200 of 12416", "gpu", 12_416, 3200, 4096),
+        ("256 of 1024, H 1024", "cpu", 1024, 256, 1024),
+        ("256 of 256, H 1024", "cpu", 256, 256, 1024),
+    )
     for name, where, positions, labelled, width in shapes:
 
-        def make(device: str, positions: int = positions, labelled: int = labelled, width: int = width) -> dict[str, Any]:
+        def make(
+            device: str, positions: int = positions, labelled: int = labelled, width: int = width
+        ) -> dict[str, Any]:
             return {
                 "hidden": draw((positions, width), dtype=torch.bfloat16, device=device),
                 "weight": draw((32_000, width), dtype=torch.bfloat16, seed=1, device=device) / width**0.5,
@@ -194,8 +229,16 @@ def _benches() -> Iterator[Bench]:
 
 
 _TOLERANCES = {
-    torch.float32: Tolerance(1e-5, "e^x of logits that lost some units of 2**-24, themselves sums of up to 32 products", floor=0.1),
-    torch.bfloat16: Tolerance(2**-5, "logits are rounded to 8 bits, which shifts e^x by 2**-9 of the logit; then their gradient is (2**-9)", floor=0.1),
+    torch.float32: Tolerance(
+        1e-5, "e^x of logits that lost some units of 2**-24, themselves sums of up to 32 products", floor=0.1
+    ),
+    torch.bfloat16: Tolerance(
+        2**-5,
+        "logits are rounded to 8 bits, which shifts e^x by 2**-9 of the logit; then their gradient is (2**-9)",
+        floor=0.1,
+    ),
 }
 
-OPS = (Op("linear_cross_entropy", linear_cross_entropy, ("hidden", "weight"), _cases, _benches, _TOLERANCES, _register),)
+OPS = (
+    Op("linear_cross_entropy", linear_cross_entropy, ("hidden", "weight"), _cases, _benches, _TOLERANCES, _register),
+)

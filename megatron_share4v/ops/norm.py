@@ -35,7 +35,9 @@ def add_rms_norm(
     return rms_norm(total, weight=weight, eps=eps, implementation="reference"), total
 
 
-def layer_norm(x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor, eps: float, implementation: Implementation) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor, eps: float, implementation: Implementation
+) -> torch.Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; x [..., W], weight and bias [W]."""
     if implementation == "native":
         return torch.ops.share4v.layer_norm(x, weight, bias, eps)[0]
@@ -91,7 +93,10 @@ def _layer_backward(ctx: Any, grad: torch.Tensor | None, _: None, __: None) -> t
 
 def _register() -> None:
     register(
-        "rms_norm", fake=lambda x, weight, eps: (_packed(x), _statistic(x)), setup_context=_save_rms, backward=_rms_backward
+        "rms_norm",
+        fake=lambda x, weight, eps: (_packed(x), _statistic(x)),
+        setup_context=_save_rms,
+        backward=_rms_backward,
     )
     register(
         "add_rms_norm",
@@ -106,7 +111,9 @@ def _register() -> None:
         setup_context=_save_layer,
         backward=_layer_backward,
     )
-    register("layer_norm_backward", fake=lambda grad, x, weight, mean, rstd: (_packed(x), _packed(weight), _packed(weight)))
+    register(
+        "layer_norm_backward", fake=lambda grad, x, weight, mean, rstd: (_packed(x), _packed(weight), _packed(weight))
+    )
 
 
 def _inputs() -> Iterator[tuple[str, torch.Tensor]]:
@@ -131,16 +138,31 @@ def _cases(*extra: str, eps: float) -> Iterator[Case]:
         yield Case(name, x.dtype, arguments)
 
 
-def _benches(*extra: str, shapes: dict[str, tuple[int, int]], reads: int, writes: int, reads_back: int) -> Iterator[Bench]:
+def _benches(
+    *extra: str, shapes: dict[str, tuple[int, int]], reads: int, writes: int, reads_back: int
+) -> Iterator[Bench]:
     for name, (rows, width) in shapes.items():
 
         def make(device: str, rows: int = rows, width: int = width) -> dict[str, Any]:
-            x = {key: draw((rows, width), dtype=torch.bfloat16, seed=seed, device=device) for seed, key in enumerate(("x", "residual")[: reads])}
-            vectors = {key: draw((width,), dtype=torch.bfloat16, device=device) for key in ("weight", *(key for key in extra if key == "bias"))}
+            x = {
+                key: draw((rows, width), dtype=torch.bfloat16, seed=seed, device=device)
+                for seed, key in enumerate(("x", "residual")[:reads])
+            }
+            vectors = {
+                key: draw((width,), dtype=torch.bfloat16, device=device)
+                for key in ("weight", *(key for key in extra if key == "bias"))
+            }
             return {**x, **vectors, "eps": 1e-5}
 
         size = 2 * rows * width
-        yield Bench(name, "gpu" if rows > 4096 else "cpu", make, (reads + writes) * size, (reads_back + 1) * size, _EAGER.get((*extra, "")[0]))
+        yield Bench(
+            name,
+            "gpu" if rows > 4096 else "cpu",
+            make,
+            (reads + writes) * size,
+            (reads_back + 1) * size,
+            _EAGER.get((*extra, "")[0]),
+        )
 
 
 def _eager_rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -149,7 +171,9 @@ def _eager_rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float) -> tor
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def _eager_add_rms_norm(x: torch.Tensor, *, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _eager_add_rms_norm(
+    x: torch.Tensor, *, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
     return _eager_rms_norm(total, weight=weight, eps=eps), total
 
@@ -162,11 +186,18 @@ _EAGER = {"": _eager_rms_norm, "residual": _eager_add_rms_norm, "bias": _eager_l
 _LANGUAGE = {"language 7B": (ROWS_7B, WIDTH_7B), "language, 1024 rows": (1024, WIDTH_7B)}
 _TOWER = {"tower": (ROWS_TOWER, WIDTH_TOWER), "tower, 1 image": (577, WIDTH_TOWER)}
 _TOLERANCES = {
-    torch.float32: Tolerance(2e-6, "sums of up to 4104 terms in another order, in fp32: some units of 2**-24", floor=0.1),
-    torch.bfloat16: Tolerance(2**-7, "results, and the residual sum before, are rounded to 8 bits (2**-9 each)", floor=0.1),
+    torch.float32: Tolerance(
+        2e-6, "sums of up to 4104 terms in another order, in fp32: some units of 2**-24", floor=0.1
+    ),
+    torch.bfloat16: Tolerance(
+        2**-7, "results, and the residual sum before, are rounded to 8 bits (2**-9 each)", floor=0.1
+    ),
 }
 # The mean of about 100 costs 7 bits of the deviations, hence of all that follows.
-_LAYER_TOLERANCES = {**_TOLERANCES, torch.float32: Tolerance(2e-5, "subtracting a mean of 100 from fp32 values leaves 17 bits of the deviations", 0.1)}
+_LAYER_TOLERANCES = {
+    **_TOLERANCES,
+    torch.float32: Tolerance(2e-5, "subtracting a mean of 100 from fp32 values leaves 17 bits of the deviations", 0.1),
+}
 
 OPS = (
     Op(

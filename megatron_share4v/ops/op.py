@@ -70,7 +70,9 @@ class Op:
 
 def draw(shape: tuple[int, ...], *, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> torch.Tensor:
     """Normal numbers from a seed, for cases and benchmarks."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(device=device, dtype=dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(
+        device=device, dtype=dtype
+    )
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +85,13 @@ def is_registered(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Meta")
 
 
-def register(name: str, *, fake: Callable[..., Any], backward: Callable[..., Any] | None = None, setup_context: Callable[..., None] | None = None) -> None:
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
     """Give an op of the loaded library its fake kernel and, with `backward`, its gradient. Does nothing when it has them."""
     if is_registered(name):
         return

@@ -73,7 +73,14 @@ class FusedAdamW(torch.optim.AdamW):
         """One with the very parameter groups and state of `optimizer`, which is not to be used any more."""
         defaults = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
         # Not through the constructor: Megatron's groups hold views of weights, which it would refuse as no leaves of autograd's graph.
-        new = cls([torch.empty(0)], **defaults, average_dtype=average_dtype, seed=seed, on_host=on_host, implementation=implementation)
+        new = cls(
+            [torch.empty(0)],
+            **defaults,
+            average_dtype=average_dtype,
+            seed=seed,
+            on_host=on_host,
+            implementation=implementation,
+        )
         new.param_groups, new.state = optimizer.param_groups, optimizer.state
         new._keep_counts_on_the_host()
         return new
@@ -91,7 +98,9 @@ class FusedAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
-            place: dict[str, Any] = {"device": "cpu", "pin_memory": parameter.is_cuda} if self.on_host else {"device": parameter.device}
+            place: dict[str, Any] = (
+                {"device": "cpu", "pin_memory": parameter.is_cuda} if self.on_host else {"device": parameter.device}
+            )
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros(parameter.shape, dtype=self.average_dtype, **place)
         return state
@@ -113,7 +122,10 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _update(self, batch: _Batch, step: Step, scale: torch.Tensor | None) -> None:
         """Averages that lie elsewhere than their weights are copied there and back, in the stream's order: nothing waits."""
-        there = [[average.to(weight.device, non_blocking=True) for average, weight in zip(kept, batch.weights)] for kept in (batch.means, batch.squares)]
+        there = [
+            [average.to(weight.device, non_blocking=True) for average, weight in zip(kept, batch.weights)]
+            for kept in (batch.means, batch.squares)
+        ]
         adamw_(
             batch.weights,
             grads=batch.grads,
@@ -140,11 +152,19 @@ class FusedAdamW(torch.optim.AdamW):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    raise OpsError("FusedAdamW takes dense gradients, got a sparse one; use torch.optim.SparseAdam for it")
+                    raise OpsError(
+                        "FusedAdamW takes dense gradients, got a sparse one; use torch.optim.SparseAdam for it"
+                    )
                 state = self.state_of(parameter)
                 state["step"] += 1
                 # Counts live on the host, as torch keeps them: reading one waits for nothing.
-                kind = (int(state["step"]), parameter.device, parameter.dtype, parameter.grad.dtype, state["exp_avg"].dtype)
+                kind = (
+                    int(state["step"]),
+                    parameter.device,
+                    parameter.dtype,
+                    parameter.grad.dtype,
+                    state["exp_avg"].dtype,
+                )
                 batch = batches.setdefault(kind, _Batch())
                 batch.weights.append(parameter)
                 batch.grads.append(parameter.grad.contiguous())

@@ -27,7 +27,9 @@ def patchify(pixels: torch.Tensor, *, table: torch.Tensor, patch: int, implement
     # [N, down, row, across, column, channel] -> [N, down, across, channel, row, column]
     blocks = pixels.reshape(images, height // patch, patch, width // patch, patch, 3).permute(0, 1, 3, 5, 2, 4)
     channels = torch.arange(3, device=pixels.device).mul_(256).view(3, 1, 1)
-    return table.flatten()[blocks.long() + channels].reshape(images, (height // patch) * (width // patch), 3 * patch * patch)
+    return table.flatten()[blocks.long() + channels].reshape(
+        images, (height // patch) * (width // patch), 3 * patch * patch
+    )
 
 
 def _fake(pixels: torch.Tensor, table: torch.Tensor, patch: int) -> torch.Tensor:
@@ -40,15 +42,26 @@ def _register() -> None:
 
 
 def _pixels(images: int, height: int, width: int, *, device: str = "cpu") -> torch.Tensor:
-    return torch.randint(0, 256, (images, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(
+        0, 256, (images, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
 
 def _cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         name, table = str(dtype).removeprefix("torch."), draw((3, 256), dtype=dtype)
-        for images, height, width, patch in ((2, 28, 28, 14), (1, 6, 9, 3), (3, 8, 4, 4), (1, 5, 5, 5), (0, 8, 8, 4), (2, 3, 2, 1)):
+        for images, height, width, patch in (
+            (2, 28, 28, 14),
+            (1, 6, 9, 3),
+            (3, 8, 4, 4),
+            (1, 5, 5, 5),
+            (0, 8, 8, 4),
+            (2, 3, 2, 1),
+        ):
             yield Case(
-                f"{name} {images}x{height}x{width} by {patch}", dtype, {"pixels": _pixels(images, height, width), "table": table, "patch": patch}
+                f"{name} {images}x{height}x{width} by {patch}",
+                dtype,
+                {"pixels": _pixels(images, height, width), "table": table, "patch": patch},
             )
         mirrored = _pixels(2, 8, 16)[:, :, ::2]
         yield Case(f"{name} strides", dtype, {"pixels": mirrored, "table": table[:, :], "patch": 4})

@@ -17,7 +17,12 @@ LENGTH_7B, HEADS_7B, WIDTH_7B = 776, 32, 128
 
 
 def rope(
-    query: torch.Tensor, *, key: torch.Tensor, table: torch.Tensor, positions: torch.Tensor | None = None, implementation: Implementation
+    query: torch.Tensor,
+    *,
+    key: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    implementation: Implementation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(query, key), rotated: [S, B, heads, D] and [S, B, groups, D]; slices of a fused projection are read where they lie.
 
@@ -69,9 +74,19 @@ def _cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         # One point, odd, grouped queries, more heads than a block takes at once, wider than a block, nothing.
-        shapes = ((1, 1, 1, 1, 2), (5, 2, 3, 1, 6), (7, 3, 4, 2, 32), (2, 1, 40, 8, 16), (3, 1, 2, 2, 544), (0, 2, 2, 1, 8))
+        shapes = (
+            (1, 1, 1, 1, 2),
+            (5, 2, 3, 1, 6),
+            (7, 3, 4, 2, 32),
+            (2, 1, 40, 8, 16),
+            (3, 1, 2, 2, 544),
+            (0, 2, 2, 1, 8),
+        )
         for length, batch, heads, groups, width in shapes:
-            shared = {"key": draw((length, batch, groups, width), dtype=dtype, seed=1), "table": rope_table(_angles(40, width))}
+            shared = {
+                "key": draw((length, batch, groups, width), dtype=dtype, seed=1),
+                "table": rope_table(_angles(40, width)),
+            }
             arguments = {"query": draw((length, batch, heads, width), dtype=dtype), **shared}
             label = f"{name} {length}x{batch}x{heads}+{groups}x{width}"
             yield Case(label, dtype, arguments)
@@ -82,7 +97,9 @@ def _cases() -> Iterator[Case]:
         query, key = (part.unflatten(-1, (-1, 16)) for part in fused.split((3 * 16, 2 * 16), dim=-1))
         yield Case(f"{name} slices", dtype, {"query": query, "key": key, "table": table})
         transposed = (part.transpose(0, 1) for part in (query, key))
-        yield Case(f"{name} transposed", dtype, {**dict(zip(("query", "key"), transposed, strict=True)), "table": table})
+        yield Case(
+            f"{name} transposed", dtype, {**dict(zip(("query", "key"), transposed, strict=True)), "table": table}
+        )
         # One sequence, as attention's backward leaves it: contiguous, though the stride of its second dimension is that of all of it.
         whole = [draw((1, 4, heads, 16), dtype=dtype, seed=heads).transpose(0, 1) for heads in (3, 2)]
         yield Case(f"{name} one sequence", dtype, {"query": whole[0], "key": whole[1], "table": table})
@@ -111,7 +128,12 @@ def _benches() -> Iterator[Bench]:
             shape = (LENGTH_7B, batch, HEADS_7B, WIDTH_7B)
             query, key = (draw(shape, dtype=torch.bfloat16, seed=seed, device=device) for seed in range(2))
             positions = torch.arange(LENGTH_7B, device=device).unsqueeze(1).repeat(1, batch) % 400
-            return {"query": query, "key": key, "table": rope_table(_angles(LENGTH_7B, WIDTH_7B, device=device)), "positions": positions}
+            return {
+                "query": query,
+                "key": key,
+                "table": rope_table(_angles(LENGTH_7B, WIDTH_7B, device=device)),
+                "positions": positions,
+            }
 
         size = 2 * 2 * LENGTH_7B * batch * HEADS_7B * WIDTH_7B
         yield Bench(f"7B, {batch} x {LENGTH_7B}", where, make, 2 * size, 2 * size, _eager)

@@ -22,6 +22,8 @@ def usages(log: str) -> Iterator[Usage]:
     """Kernels of a build log; `kernel` is the mangled name."""
     for section in re.split(r"^== ", log, flags=re.MULTILINE):
         op, _, text = section.partition("_cuda\n")
-        for match in re.finditer(r"Compiling entry function '(\w+)' for '(\w+)'(.*?)Used (\d+) registers", text, re.DOTALL):
+        for match in re.finditer(
+            r"Compiling entry function '(\w+)' for '(\w+)'(.*?)Used (\d+) registers", text, re.DOTALL
+        ):
             spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", match[3]))
             yield Usage(op, match[1], match[2], int(match[4]), spilled)

@@ -48,7 +48,10 @@ def examine(run: Path) -> Aftermath:
         return _of(behind[0], content["headline"], HUNG_EXIT_CODE)
     dead = [state for state in states if state.ended is None]
     # One that failed because its peers were gone is no cause.
-    failed = sorted((state for state in states if state.ended), key=lambda state: any(sign in str(state.ended) for sign in CONSEQUENCES))
+    failed = sorted(
+        (state for state in states if state.ended),
+        key=lambda state: any(sign in str(state.ended) for sign in CONSEQUENCES),
+    )
     told = [state for state in failed if state.code != 1]
     if told:
         return _of(told[0], f"rank {told[0].rank}: {told[0].ended}", told[0].code)
@@ -57,7 +60,11 @@ def examine(run: Path) -> Aftermath:
         newest = max(state.beat for state in states)
         dead = [state for state in dead if state.beat < newest - LATER_BEATS] or dead
         who = ", ".join(f"{state.rank} ({state.host}, pid {state.pid})" for state in dead[:LISTED])
-        return _of(dead[0], f"died without a word, as by kill -9 or for want of memory: rank {who}, at {dead[0].position}", None)
+        return _of(
+            dead[0],
+            f"died without a word, as by kill -9 or for want of memory: rank {who}, at {dead[0].position}",
+            None,
+        )
     if failed:
         return _of(failed[0], f"rank {failed[0].rank}: {failed[0].ended}", 1)
     return Aftermath("all ranks came to their end", 0)

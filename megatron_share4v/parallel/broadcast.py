@@ -14,7 +14,12 @@ _ABSENT = -1
 
 
 def broadcast_tensors(
-    tensors: Sequence[torch.Tensor | None] | None, *, count: int, source: int, group: dist.ProcessGroup, device: torch.device
+    tensors: Sequence[torch.Tensor | None] | None,
+    *,
+    count: int,
+    source: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
 ) -> list[torch.Tensor | None]:
     """Give every rank of `group` the tensors that global rank `source` holds.
 
@@ -34,7 +39,11 @@ def broadcast_tensors(
     rows = header.tolist()
     sizes = [0 if row[0] == _ABSENT else math.prod(row[2 : 2 + row[1]]) * _DTYPES[row[0]].itemsize for row in rows]
     if tensors is not None:
-        parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors if tensor is not None and tensor.numel()]
+        parts = [
+            tensor.contiguous().view(-1).view(torch.uint8)
+            for tensor in tensors
+            if tensor is not None and tensor.numel()
+        ]
         buffer = torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.uint8, device=device)
     else:
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 
-def gather_shares(parts: Sequence[torch.Tensor], counts: Sequence[int], *, group: dist.ProcessGroup) -> list[torch.Tensor]:
+def gather_shares(
+    parts: Sequence[torch.Tensor], counts: Sequence[int], *, group: dist.ProcessGroup
+) -> list[torch.Tensor]:
     """For each k a tensor of counts[k] rows, of which rank t of the group's T has rows t, t + T, ... as `parts[k]`. One collective in all.
 
     Every rank must know `counts`; parts: [rows, ...] of one dtype and, but for the first dimension, one shape.

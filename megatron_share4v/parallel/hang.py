@@ -75,23 +75,41 @@ def diagnose(seen: Sequence[Seen]) -> Diagnosis:
     silent = tuple(one.rank for one in seen if not one.lives and one not in ended)
     states = [one.state for one in seen if one.lives and one.state is not None and one not in ended]
     if ended:
-        return Diagnosis(_ranks(ended), silent, f"it has ended: {ended[0].state.ended or 'it came to its end while others go on'}")
+        return Diagnosis(
+            _ranks(ended), silent, f"it has ended: {ended[0].state.ended or 'it came to its end while others go on'}"
+        )
     if silent:
         return Diagnosis(silent, silent, _silence(seen[silent[0]]))
     free = [state for state in states if not state.collective]
     if free and len(free) < len(states):
         cause = CAUSES.get(free[0].phase, "it computes, or something outside torch.distributed does not return")
-        return Diagnosis(_ranks(free), (), f"{cause}; it is in {free[0].where or 'code that is not ours'} and the others wait for it")
+        return Diagnosis(
+            _ranks(free), (), f"{cause}; it is in {free[0].where or 'code that is not ours'} and the others wait for it"
+        )
     behind = [state for state in states if _order(state) == min(map(_order, states))]
     if len(behind) < len(states):
-        return Diagnosis(_ranks(behind), (), f"it is behind the others, in {behind[0].collective or behind[0].where}: it waits for a message that is not sent")
+        return Diagnosis(
+            _ranks(behind),
+            (),
+            f"it is behind the others, in {behind[0].collective or behind[0].where}: it waits for a message that is not sent",
+        )
     usual = Counter((state.collective, state.where) for state in states).most_common(1)[0][0]
     odd = [state for state in states if (state.collective, state.where) != usual]
     if odd:
-        return Diagnosis(_ranks(odd), (), f"it waits in {odd[0].collective or 'no collective'} ({odd[0].where}), most others in {usual[0]} ({usual[1]})")
+        return Diagnosis(
+            _ranks(odd),
+            (),
+            f"it waits in {odd[0].collective or 'no collective'} ({odd[0].where}), most others in {usual[0]} ({usual[1]})",
+        )
     if not usual[0]:
-        return Diagnosis((), (), f"no rank waits for another: all are in {usual[1]}; the bound is too low, or all wait for the same disk or device")
-    return Diagnosis((), (), f"all ranks wait in {usual[0]} ({usual[1]}) and none differs: the network between them, or a switch")
+        return Diagnosis(
+            (),
+            (),
+            f"no rank waits for another: all are in {usual[1]}; the bound is too low, or all wait for the same disk or device",
+        )
+    return Diagnosis(
+        (), (), f"all ranks wait in {usual[0]} ({usual[1]}) and none differs: the network between them, or a switch"
+    )
 
 
 def _ranks(found: Sequence[Seen] | Sequence[RankState]) -> tuple[int, ...]:
@@ -118,7 +136,10 @@ def report(folder: Path, *, ranks: int, reason: str, seen: Sequence[Seen]) -> No
     """Write report.txt and report.json, and say in the log what is in them."""
     found = diagnose(seen)
     hosts = {one.rank: one.state.host for one in seen if one.state is not None}
-    who = ", ".join(f"rank {rank} ({hosts.get(rank, 'host unknown')})" for rank in found.ranks[:LISTED]) or "no single rank"
+    who = (
+        ", ".join(f"rank {rank} ({hosts.get(rank, 'host unknown')})" for rank in found.ranks[:LISTED])
+        or "no single rank"
+    )
     headline = f"the job hangs: {reason}. Differs: {who}. Likely cause: {found.cause}"
     shown = list(seen) if ranks <= LISTED else [one for one in seen if one.rank in found.ranks][:LISTED]
     listed = "\n".join(_line(one, found) for one in shown)
@@ -143,5 +164,10 @@ def end_silent(folder: Path, silent: Sequence[int]) -> None:
     """Kill the silent ranks of this host. A stopped process does not hear SIGTERM, and the launcher would wait half a minute for it."""
     for rank in silent:
         state = read_state(folder, rank)
-        if state is not None and state.host == socket.gethostname() and (status := process_status(state.pid)) and status[1] == state.born:
+        if (
+            state is not None
+            and state.host == socket.gethostname()
+            and (status := process_status(state.pid))
+            and status[1] == state.born
+        ):
             os.kill(state.pid, signal.SIGKILL)

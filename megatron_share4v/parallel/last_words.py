@@ -22,7 +22,15 @@ from megatron_share4v.errors import Occupied, Share4VError, Stopped
 from megatron_share4v.log import get_logger
 
 FOLDER, MERGED = "errors", "errors.txt"
-CONSEQUENCES = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Read error [", "ncclRemoteError", "NCCL communicator was aborted")
+CONSEQUENCES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Read error [",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 """What torch's backends say when another rank is gone."""
 PATIENCE_S = 3.0
 """Rank 0 waits so long for the words of others before it tells them."""
@@ -82,7 +90,14 @@ class LastWords:
     def _say(self, error: BaseException) -> None:
         """A rank that fails must not fail anew, and say something else, because the disk is full."""
         text = str(error) if isinstance(error, Share4VError) else f"{type(error).__name__}: {error}"
-        word = Word(self._rank, socket.gethostname(), time.time(), self._place(), text, "".join(traceback.format_exception(error)))
+        word = Word(
+            self._rank,
+            socket.gethostname(),
+            time.time(),
+            self._place(),
+            text,
+            "".join(traceback.format_exception(error)),
+        )
         try:
             _write(self._folder / f"rank{self._rank}.json", json.dumps(asdict(word)))
             deadline = time.monotonic() + (PATIENCE_S if self._rank == 0 else 0.0)
@@ -119,20 +134,27 @@ def read_words(folder: Path) -> list[Word]:
 def summary(words: Sequence[Word], *, ranks: int) -> str:
     """The first failure, and who followed, in a few lines."""
     first, *rest = words
-    lines = [f"{'first to fail' if not first.is_consequence else 'the first to notice'}: {first.who}, {first.place}: {first.error}"]
+    lines = [
+        f"{'first to fail' if not first.is_consequence else 'the first to notice'}: {first.who}, {first.place}: {first.error}"
+    ]
     followed: dict[str, list[int]] = {}
     for word in rest:
         followed.setdefault("its peers were gone" if word.is_consequence else word.error, []).append(word.rank)
     lines += [f"then rank {', '.join(map(str, sorted(numbers)))}: {error}" for error, numbers in followed.items()]
     silent = sorted(set(range(ranks)) - {word.rank for word in words})
     if silent:
-        lines.append(f"no last word from rank {', '.join(map(str, silent))}: ended from outside (kill -9, out of memory, a lost node), or still at work")
+        lines.append(
+            f"no last word from rank {', '.join(map(str, silent))}: ended from outside (kill -9, out of memory, a lost node), or still at work"
+        )
     return "\n".join(lines)
 
 
 def merged(words: Sequence[Word], *, ranks: int) -> str:
     """All of it: the summary, then each rank's traceback in the same order."""
-    blocks = [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(word.at))} UTC, {word.who}, {word.place}\n{word.traceback}" for word in words]
+    blocks = [
+        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(word.at))} UTC, {word.who}, {word.place}\n{word.traceback}"
+        for word in words
+    ]
     return "\n\n".join([summary(words, ranks=ranks), *blocks])
 
 

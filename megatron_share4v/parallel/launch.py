@@ -32,7 +32,9 @@ class World:
         if len(missing) == len(names):
             return cls(rank=0, size=1, local_rank=0, local_size=1)
         if missing:
-            raise ConfigError(f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}; start with torchrun, or unset them all")
+            raise ConfigError(
+                f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}; start with torchrun, or unset them all"
+            )
         return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 
 
@@ -45,7 +47,9 @@ def job_end() -> float | None:
     try:
         return float(text)
     except ValueError as error:
-        raise ConfigError(f"{name} is {text!r}, which is no time in seconds since 1970; unset it, or set run.time_limit_minutes") from error
+        raise ConfigError(
+            f"{name} is {text!r}, which is no time in seconds since 1970; unset it, or set run.time_limit_minutes"
+        ) from error
 
 
 def end_with_launcher() -> None:

@@ -85,7 +85,9 @@ class Layout:
         members: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             coordinates = self.coordinates(rank)
-            members.setdefault(tuple(getattr(coordinates, other) for other in AXES if other not in axes), []).append(rank)
+            members.setdefault(tuple(getattr(coordinates, other) for other in AXES if other not in axes), []).append(
+                rank
+            )
         return sorted(members.values())
 
     def stage(self, *, pipeline_rank: int, chunk: int) -> int:

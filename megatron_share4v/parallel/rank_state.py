@@ -107,7 +107,10 @@ def locate(frame: FrameType | None) -> tuple[str, str]:
     # From the outermost call inwards; the first of torch's is the one that was asked for.
     for entry in traceback.extract_stack(frame) if frame is not None else ():
         if PACKAGE in entry.filename:
-            where, collective = f"{PACKAGE.strip(os.sep)}/{entry.filename.rpartition(PACKAGE)[2]}:{entry.lineno} {entry.name}", ""
+            where, collective = (
+                f"{PACKAGE.strip(os.sep)}/{entry.filename.rpartition(PACKAGE)[2]}:{entry.lineno} {entry.name}",
+                "",
+            )
         elif entry.filename.endswith((_OF_TORCH, *_WAITS)) and not collective and entry.name != "wrapper":
             collective = entry.name
     return where, collective

@@ -36,7 +36,9 @@ def held(directory: Path) -> Iterator[None]:
     with open(directory / FILE, "a+", encoding="utf-8") as file:
         _take(file, directory)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC\n")
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC\n"
+        )
         file.flush()
         try:
             yield
@@ -63,10 +65,18 @@ def _take(file: TextIO, directory: Path) -> None:
             raise _occupied(directory, holder)
         if elsewhere and waited > MOMENT_S and not told:
             told = True
-            get_logger().warning("%s is locked by %s; waiting up to %.0f s, in case that host has died", directory / FILE, holder, LEASE_S)
+            get_logger().warning(
+                "%s is locked by %s; waiting up to %.0f s, in case that host has died",
+                directory / FILE,
+                holder,
+                LEASE_S,
+            )
         time.sleep(POLL_S)
     if taken is None:
-        get_logger().warning("%s: this file system has no locks, so nothing keeps a second job from training in the same run directory", directory / FILE)
+        get_logger().warning(
+            "%s: this file system has no locks, so nothing keeps a second job from training in the same run directory",
+            directory / FILE,
+        )
 
 
 def _try(file: TextIO) -> bool | None:

@@ -135,7 +135,10 @@ class Watch:
                 yield
                 self._ended = ("", 0)
             except BaseException as error:
-                self._ended = (f"{type(error).__name__}: {error}", error.exit_code if isinstance(error, Share4VError) else 1)
+                self._ended = (
+                    f"{type(error).__name__}: {error}",
+                    error.exit_code if isinstance(error, Share4VError) else 1,
+                )
                 raise
             finally:
                 self._over.set()
@@ -147,7 +150,9 @@ class Watch:
         while True:
             self._publish()
             # Should something in C hold the interpreter's lock for ever, a timer in C writes the stacks at least.
-            faulthandler.dump_traceback_later(max(30.0, 6 * self._bounds.beat_s, self._step_bound() or 0.0), file=stacks)
+            faulthandler.dump_traceback_later(
+                max(30.0, 6 * self._bounds.beat_s, self._step_bound() or 0.0), file=stacks
+            )
             if self._over.wait(self._bounds.beat_s):
                 return
             reason = self._overdue()
@@ -200,7 +205,9 @@ class Watch:
     def _overdue(self) -> str:
         now, began, bound, wait_s = time.monotonic(), self._step_began, self._step_bound(), self._bounds.wait_s
         if began is not None and bound is not None and now - began > bound:
-            return f"step {self._place[1]} has taken {now - began:.1f} s on rank {self._rank}, the bound is {bound:.1f} s"
+            return (
+                f"step {self._place[1]} has taken {now - began:.1f} s on rank {self._rank}, the bound is {bound:.1f} s"
+            )
         waited = now - self._place[3]
         if wait_s is not None and waited > wait_s and self._stack()[1]:
             return f"rank {self._rank} has waited {waited:.1f} s in {self._stack()[1]}, the bound is {wait_s:.1f} s"
@@ -215,14 +222,21 @@ class Watch:
         stacks.flush()
         before = [read_state(self._folder, rank) for rank in range(min(self._rank, REPORTERS))]
         self._beat_for(SILENT_BEATS)
-        if self._rank < REPORTERS and not any(hang.lives(state, read_state(self._folder, rank)) for rank, state in enumerate(before)):
+        if self._rank < REPORTERS and not any(
+            hang.lives(state, read_state(self._folder, rank)) for rank, state in enumerate(before)
+        ):
             # Its own file rests meanwhile, but it need not be told that it lives.
-            seen = [self._myself(one) for one in hang.look(self._folder, ranks=self._ranks, wait_s=SILENT_BEATS * self._bounds.beat_s)]
+            seen = [
+                self._myself(one)
+                for one in hang.look(self._folder, ranks=self._ranks, wait_s=SILENT_BEATS * self._bounds.beat_s)
+            ]
             hang.report(self._folder, ranks=self._ranks, reason=mark.read_text(encoding="utf-8"), seen=seen)
         else:
             self._beat_for(6 * SILENT_BEATS, until=(self._folder / hang.REPORT).exists)
         if (self._folder / hang.REPORT).exists():
-            hang.end_silent(self._folder, json.loads((self._folder / hang.REPORT).read_text(encoding="utf-8"))["silent"])
+            hang.end_silent(
+                self._folder, json.loads((self._folder / hang.REPORT).read_text(encoding="utf-8"))["silent"]
+            )
         sys.stderr.flush()
         os._exit(HUNG_EXIT_CODE)
 

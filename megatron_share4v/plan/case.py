@@ -60,12 +60,24 @@ class Case:
     assumptions: Assumptions = field(default_factory=Assumptions)
 
     @classmethod
-    def of(cls, config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions = Assumptions()) -> Case:
+    def of(
+        cls,
+        config: RunConfig,
+        *,
+        world_size: int,
+        workload: Workload,
+        gpu: Gpu,
+        assumptions: Assumptions = Assumptions(),
+    ) -> Case:
         """Raises ConfigError, as the trainer does, when world size or batch do not divide."""
         layout = Layout.for_world(config.parallel, world_size=world_size)
         train = config.train
-        count = layout.check_micro_batches(global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size)
-        return cls(config=config, layout=layout, micro_batches=count, workload=workload, gpu=gpu, assumptions=assumptions)
+        count = layout.check_micro_batches(
+            global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size
+        )
+        return cls(
+            config=config, layout=layout, micro_batches=count, workload=workload, gpu=gpu, assumptions=assumptions
+        )
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -90,7 +102,9 @@ class Case:
             sequence=config.parallel.sequence,
             element=2 if config.precision.dtype == "bf16" else 4,
             native=config.ops != "reference",
-            recompute=Recomputed(train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules),
+            recompute=Recomputed(
+                train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules
+            ),
             fp8=self._fp8_kept,
         )
 

@@ -39,7 +39,9 @@ def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
     plain = max(_work_seconds(case, of.layer, forward) + between, least)
     seconds = (chunk.layers - len(chunk.fp8)) * plain
     if chunk.fp8:
-        in_fp8 = _work_seconds(case, of.layer, forward, fp8=True) + between + _cast_bytes(case, forward) / _bandwidth(case)
+        in_fp8 = (
+            _work_seconds(case, of.layer, forward, fp8=True) + between + _cast_bytes(case, forward) / _bandwidth(case)
+        )
         seconds += len(chunk.fp8) * max(in_fp8, least)
     if chunk.first:
         tower = _work_seconds(case, of.tower + of.projector, forward) + _tower_bytes(case, forward) / _bandwidth(case)
@@ -49,7 +51,10 @@ def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
         seconds += _work_seconds(case, of.head, forward)
     if not forward:  # each micro-batch adds its gradients, made in the weights' type, to the buffer
         seconds += _trained(case, chunk) * 2 * (case.kept.element + case.gradient) / _bandwidth(case)
-    for axes, (sent, calls) in ((1, tensor_bytes(case, chunk, forward)), (case.layout.context, context_bytes(case, chunk))):
+    for axes, (sent, calls) in (
+        (1, tensor_bytes(case, chunk, forward)),
+        (case.layout.context, context_bytes(case, chunk)),
+    ):
         link = case.gpu.link if case.layout.tensor * axes <= case.gpu.per_server else case.gpu.network
         seconds += sent / (link * assumed.links) + calls * assumed.collective_s
     return seconds
@@ -65,8 +70,16 @@ def _work_seconds(case: Case, work: Work, forward: bool, *, fp8: bool = False) -
     peak = case.gpu.bf16 * (1.0 if case.kept.element == 2 else FP32_SHARE)
     narrowest = min(case.config.model.language.hidden_size / case.layout.tensor, case.micro_batch.positions)
     wide = narrowest / (narrowest + 64)
-    products, attention = (work.forward, work.attention_forward) if forward else (work.backward, work.attention_backward)
-    plain = products if not fp8 else work.forward if case.kept.fp8.precise and not forward and case.config.model.trainable.language else 0.0
+    products, attention = (
+        (work.forward, work.attention_forward) if forward else (work.backward, work.attention_backward)
+    )
+    plain = (
+        products
+        if not fp8
+        else work.forward
+        if case.kept.fp8.precise and not forward and case.config.model.trainable.language
+        else 0.0
+    )
     seconds = plain / (peak * case.assumptions.matrices * wide) + attention / (peak * case.assumptions.attention)
     if fp8:
         seconds += (products - plain) / ((case.gpu.fp8 or peak) * case.assumptions.fp8 * wide)
@@ -92,7 +105,9 @@ def _layer_bytes(case: Case, forward: bool) -> float:
     n = case.micro_batch.positions
     rows = n / (kept.tensor if kept.sequence else 1)
     grouped = language.num_key_value_heads * language.hidden_size // language.num_attention_heads
-    values = 10 * rows * language.hidden_size + n / kept.tensor * (2 * (language.hidden_size + grouped) + 3 * language.intermediate_size)
+    values = 10 * rows * language.hidden_size + n / kept.tensor * (
+        2 * (language.hidden_size + grouped) + 3 * language.intermediate_size
+    )
     return kept.element * values * (1 if forward else 2)
 
 
@@ -104,7 +119,10 @@ def _tower_bytes(case: Case, forward: bool) -> float:
 
 
 def _trained(case: Case, chunk: Chunk) -> int:
-    return sum(elements * count * trains for elements, count, trains in tensors(case.config.model, chunk, tensor=case.layout.tensor))
+    return sum(
+        elements * count * trains
+        for elements, count, trains in tensors(case.config.model, chunk, tensor=case.layout.tensor)
+    )
 
 
 def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
@@ -114,7 +132,9 @@ def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
         return 0.0, 0
     language, share = model.language, ring(kept.tensor) * kept.element
     whole = amounts.positions * language.hidden_size * share
-    again = kept.sequence and not forward and model.trainable.language  # the inputs of two matrices are gathered once more for their gradients
+    again = (
+        kept.sequence and not forward and model.trainable.language
+    )  # the inputs of two matrices are gathered once more for their gradients
     sent, calls = chunk.layers * whole * (6 if again else 4), chunk.layers * (6 if again else 4 if kept.sequence else 2)
     if chunk.first:
         blocks = model.vision.num_built_layers if forward else trained_blocks(model)
@@ -122,7 +142,9 @@ def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
         sent += (2 * whole + 2 * amounts.images * model.vision.num_patches * language.hidden_size * share) * forward
         calls += 2 * blocks + 2 * forward
     if chunk.last:
-        sent += whole * forward * kept.sequence + 2 * amounts.head_rows * language.hidden_size * ring(kept.tensor) * 4 * (not forward)
+        sent += whole * forward * kept.sequence + 2 * amounts.head_rows * language.hidden_size * ring(
+            kept.tensor
+        ) * 4 * (not forward)
         calls += 3
     return sent, calls
 
@@ -132,7 +154,12 @@ def context_bytes(case: Case, chunk: Chunk) -> tuple[float, int]:
     language, kept, ranks = case.config.model.language, case.kept, case.layout.context
     if ranks == 1:
         return 0.0, 0
-    grouped = kept.head_copies(case.config.model) * language.num_key_value_heads * language.hidden_size // language.num_attention_heads
+    grouped = (
+        kept.head_copies(case.config.model)
+        * language.num_key_value_heads
+        * language.hidden_size
+        // language.num_attention_heads
+    )
     values = case.micro_batch.positions / kept.tensor * (2 * language.hidden_size + 2 * grouped)
     return chunk.layers * values * kept.element * ring(ranks), 2 * chunk.layers
 
@@ -169,7 +196,9 @@ def update_seconds(case: Case, trained: float) -> float:
     """Clearing gradients, their norm, and AdamW: gradient, fp32 weight and two averages read, these three and the weight written."""
     mine = trained / (case.replicas if case.config.parallel.distributed_optimizer else 1)
     moved = case.gradient * trained + mine * (2 * case.gradient + 8 + 2 * case.moments + case.kept.element)
-    brought = mine * case.moments / case.assumptions.host if case.config.optim.offload else 0.0  # and taken back at the same time
+    brought = (
+        mine * case.moments / case.assumptions.host if case.config.optim.offload else 0.0
+    )  # and taken back at the same time
     return max(moved / _bandwidth(case), brought)
 
 
@@ -181,7 +210,14 @@ def trained_weights(case: Case, rank: int) -> int:
 def traffic(case: Case) -> Traffic:
     """By axis, of the pipeline rank that sends most."""
     ranks = range(case.layout.pipeline)
-    tensor = max(sum(tensor_bytes(case, case.chunk(stage), forward)[0] for stage in case.stages(rank) for forward in (True, False)) for rank in ranks)
+    tensor = max(
+        sum(
+            tensor_bytes(case, case.chunk(stage), forward)[0]
+            for stage in case.stages(rank)
+            for forward in (True, False)
+        )
+        for rank in ranks
+    )
     context = max(sum(2 * context_bytes(case, case.chunk(stage))[0] for stage in case.stages(rank)) for rank in ranks)
     stages = len(case.counts)
     sends = max(sum((stage < stages - 1) + (stage > 0) for stage in case.stages(rank)) for rank in ranks)

@@ -30,7 +30,9 @@ def measured(config: RunConfig) -> Workload:
         pad_to=data.pad_to,
     )
     total = train.total_steps(plan.epoch_items)
-    steps = [plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))]
+    steps = [
+        plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))
+    ]
     sequences = sum(items.sequences for items in steps)
     lengths = np.concatenate([items.lengths for items in steps]).astype(float)
     squares = float((lengths**2).sum()) / sequences

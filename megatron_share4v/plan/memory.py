@@ -121,7 +121,12 @@ def tensors(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[tuple[
         yield from _projector(model, tensor)
         yield language.padded_vocab_size // tensor * width, 1, trains.language
     grouped = width + 2 * language.num_key_value_heads * head
-    matrices = (grouped * width, width * width, 2 * language.intermediate_size * width, language.intermediate_size * width)
+    matrices = (
+        grouped * width,
+        width * width,
+        2 * language.intermediate_size * width,
+        language.intermediate_size * width,
+    )
     for elements in matrices:
         yield elements // tensor, chunk.layers, trains.language
     yield width, 2 * chunk.layers + chunk.last, trains.language
@@ -150,7 +155,16 @@ def _projector(model: ModelConfig, tensor: int) -> Iterator[tuple[int, int, bool
         yield width, 1, trains
 
 
-def held(model: ModelConfig, chunks: list[Chunk], kept: Kept, *, data: int, sharded: bool, gradient: int = FP32, moments: int = 2 * FP32) -> Memory:
+def held(
+    model: ModelConfig,
+    chunks: list[Chunk],
+    kept: Kept,
+    *,
+    data: int,
+    sharded: bool,
+    gradient: int = FP32,
+    moments: int = 2 * FP32,
+) -> Memory:
     """Weights, gradients and optimizer state of a rank with these chunks. `sharded`: the distributed optimizer over `data` ranks.
 
     gradient, moments: bytes per trained weight.
@@ -164,9 +178,15 @@ def held(model: ModelConfig, chunks: list[Chunk], kept: Kept, *, data: int, shar
             mine += count * place * trains
             trained += count * elements * trains
         buffer += math.ceil(mine / math.lcm(data, 128)) * math.lcm(data, 128) if sharded else mine
-    codes = WEIGHT_CODES * kept.fp8.engine * sum(len(chunk.fp8) for chunk in chunks) * layer_weights(model) / kept.tensor
+    codes = (
+        WEIGHT_CODES * kept.fp8.engine * sum(len(chunk.fp8) for chunk in chunks) * layer_weights(model) / kept.tensor
+    )
     state = moments + (FP32 if kept.element < FP32 else 0)  # and the fp32 weights that are updated
-    return Memory(weights=weights * kept.element + codes, gradients=buffer * gradient, optimizer=trained * state / (data if sharded else 1))
+    return Memory(
+        weights=weights * kept.element + codes,
+        gradients=buffer * gradient,
+        optimizer=trained * state / (data if sharded else 1),
+    )
 
 
 def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, *, sequences: int) -> float:
@@ -182,7 +202,11 @@ def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, 
         # The table of rotary positions, of one sequence's length, whoever holds it.
         total += FP32 * kept.context * n / sequences * width / model.language.num_attention_heads
     if chunk.first:
-        total += INT64 * n + amounts.images * (_tower_activations(model, kept) + _projector_activations(model, kept)) + INT32 * n * kept.native
+        total += (
+            INT64 * n
+            + amounts.images * (_tower_activations(model, kept) + _projector_activations(model, kept))
+            + INT32 * n * kept.native
+        )
     if chunk.last:
         total += _norm(kept, rows * width, rows, output=False)
         total += amounts.head_rows * (e * width + 2 * INT64)
@@ -209,13 +233,19 @@ def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kep
 
     total = 2 * _norm(kept, rows * width, rows, output=False) + taken(rows, width)
     # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its place.
-    total += e * n * (width + 2 * grouped) / split + e * n * width / split * (fp8 is None or fp8.precise or not no_attention)
+    total += e * n * (width + 2 * grouped) / split + e * n * width / split * (
+        fp8 is None or fp8.precise or not no_attention
+    )
     if fp8 is not None and not fp8.precise:
         total += taken(n, width / split)
     if not no_attention:  # keys and queries, turned, and the kernel's sums
         total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
-        total += e * n * width / split * (kept.context > 1) * (fp8 is None or fp8.precise)  # the result once more, before it is exchanged
-    elif grouped < width and language.num_key_value_heads > split:  # queries of several groups are no view of the projection
+        total += (
+            e * n * width / split * (kept.context > 1) * (fp8 is None or fp8.precise)
+        )  # the result once more, before it is exchanged
+    elif (
+        grouped < width and language.num_key_value_heads > split
+    ):  # queries of several groups are no view of the projection
         total += e * n * width / split
     if no_mlp:
         return total + e * rows * width * trains
@@ -243,7 +273,11 @@ def _tower_activations(model: ModelConfig, kept: Kept) -> float:
     no_attention, no_mlp = (kept.recompute.drops(kept.recompute.tower, module) for module in ("core_attn", "mlp"))
     in_fp8 = kept.fp8.tower and not kept.fp8.precise
     each = kept.fp8.code if in_fp8 else e  # of what goes into a matrix
-    block = 2 * _norm(kept, t * width, t, output=False, statistics=2) + each * t * width + (e if no_mlp else each) * t * width
+    block = (
+        2 * _norm(kept, t * width, t, output=False, statistics=2)
+        + each * t * width
+        + (e if no_mlp else each) * t * width
+    )
     block += e * t * (3 + (not in_fp8 or not no_attention)) * width / split + each * in_fp8 * t * width / split
     if not no_attention:
         block += FP32 * t * vision.num_attention_heads / split
@@ -255,7 +289,10 @@ def _tower_activations(model: ModelConfig, kept: Kept) -> float:
 def _projector_activations(model: ModelConfig, kept: Kept) -> float:
     """For one image."""
     trainable, e, split, patches = model.trainable, kept.element, kept.tensor, model.vision.num_patches
-    width, wanted = model.language.hidden_size, model.trainable.projector or model.trainable.vision_from_block is not None
+    width, wanted = (
+        model.language.hidden_size,
+        model.trainable.projector or model.trainable.vision_from_block is not None,
+    )
     total = INT64 * patches * wanted
     if trainable.projector:
         total += e * (patches + 1) * model.vision.hidden_size
@@ -284,7 +321,9 @@ def workspace(model: ModelConfig, chunks: list[Chunk], amounts: Amounts, kept: K
     layer = e * n * (3 * inner / split + 3 * width) + e * 2 * inner * width / split * model.trainable.language
     if kept.recompute.language != "none":
         layer += _layer(model, replace(kept, recompute=Recomputed()), n, n / (split if kept.sequence else 1))
-    if any(chunk.fp8 for chunk in chunks):  # the codes of the largest matrix, and of its output's gradient as it is and transposed
+    if any(
+        chunk.fp8 for chunk in chunks
+    ):  # the codes of the largest matrix, and of its output's gradient as it is and transposed
         layer += 2 * inner * width / split + 2 * n * 2 * inner / split
     ends = any(chunk.first or chunk.last for chunk in chunks) and model.trainable.language
     return max(layer, e * language.padded_vocab_size / split * width + e * n * width if ends else 0.0)

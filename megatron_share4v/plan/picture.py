@@ -22,7 +22,9 @@ def picture(plan: Prediction, *, title: str) -> Canvas:
     bar = max(12, min(26, 220 // len(shown)))
     canvas = Canvas(WIDTH, memory_top + 34 + len(shown) * bar + 60)
     canvas.text(LEFT, 12, title, size=16)
-    canvas.text(LEFT, 34, f"{PREDICTED}: step {plan.step_s:.3f} s, {plan.utilisation}, bubble {plan.bubble:.1%}", size=13)
+    canvas.text(
+        LEFT, 34, f"{PREDICTED}: step {plan.step_s:.3f} s, {plan.utilisation}, bubble {plan.bubble:.1%}", size=13
+    )
     _timeline(canvas, plan, shown, top=64, tall=tall)
     _memory(canvas, plan, shown, top=memory_top, tall=bar)
     return canvas
@@ -42,8 +44,16 @@ def _timeline(canvas: Canvas, plan: Prediction, shown: list[int], *, top: float,
         for timed in plan.timeline[rank]:
             shades = FORWARD if timed.piece.kind == "forward" else BACKWARD
             x, wide = LEFT + width * timed.start / whole, width * (timed.end - timed.start) / whole
-            canvas.box(x, y + 1, max(wide - (0.5 if wide > 4 else 0), 0.5), tall - 2, fill=shades[_shade(timed.piece.chunk, virtual)])
-        canvas.box(LEFT + width * plan.pipeline_s / whole, y + 1, width * plan.after_s / whole, tall - 2, fill=PALETTE[2])
+            canvas.box(
+                x,
+                y + 1,
+                max(wide - (0.5 if wide > 4 else 0), 0.5),
+                tall - 2,
+                fill=shades[_shade(timed.piece.chunk, virtual)],
+            )
+        canvas.box(
+            LEFT + width * plan.pipeline_s / whole, y + 1, width * plan.after_s / whole, tall - 2, fill=PALETTE[2]
+        )
     floor = top + len(shown) * tall
     for part in range(5):
         canvas.text(LEFT + width * part / 4, floor + 4, f"{whole * part / 4:.2f} s", size=11, align="middle")
@@ -77,4 +87,6 @@ def _memory(canvas: Canvas, plan: Prediction, shown: list[int], *, top: float, t
     floor = y + len(shown) * tall
     canvas.line(LEFT + limit * scale, y - 2, LEFT + limit * scale, floor + 2, fill=PALETTE[3])
     canvas.line(LEFT, y - 2, LEFT, floor + 2, fill=FAINT)
-    canvas.legend(LEFT, floor + 14, [(name, PALETTE[number]) for number, name in enumerate(CLASSES)], columns=6, width=145)
+    canvas.legend(
+        LEFT, floor + 14, [(name, PALETTE[number]) for number, name in enumerate(CLASSES)], columns=6, width=145
+    )

@@ -42,12 +42,18 @@ class Prediction:
     @cached_property
     def stages(self) -> list[tuple[float, float]]:
         """Seconds of a micro-batch's forward and backward pass through each stage."""
-        return [(stage_seconds(self.case, stage, "forward"), stage_seconds(self.case, stage, "backward")) for stage in range(len(self.case.counts))]
+        return [
+            (stage_seconds(self.case, stage, "forward"), stage_seconds(self.case, stage, "backward"))
+            for stage in range(len(self.case.counts))
+        ]
 
     @cached_property
     def loads(self) -> list[float]:
         """Seconds that each pipeline rank works on one micro-batch."""
-        return [sum(sum(self.stages[stage]) for stage in self.case.stages(rank)) for rank in range(self.case.layout.pipeline)]
+        return [
+            sum(sum(self.stages[stage]) for stage in self.case.stages(rank))
+            for rank in range(self.case.layout.pipeline)
+        ]
 
     @property
     def imbalance(self) -> float:
@@ -91,9 +97,13 @@ class Prediction:
     def _after(self, rank: int) -> float:
         case, trained = self.case, trained_weights(self.case, rank)
         reduce, gather = (size / (data_link(case) * case.assumptions.links) for size in data_bytes(case, trained))
-        if case.config.parallel.overlap_grad_reduce:  # hidden behind the last micro-batch's backward pass, but for its last bucket
+        if (
+            case.config.parallel.overlap_grad_reduce
+        ):  # hidden behind the last micro-batch's backward pass, but for its last bucket
             reduce = max(0.1 * reduce, reduce - 0.9 * sum(self.stages[stage][1] for stage in case.stages(rank)))
-        if case.config.parallel.overlap_param_gather:  # and behind the first one's forward pass, but for the weights that it begins with
+        if (
+            case.config.parallel.overlap_param_gather
+        ):  # and behind the first one's forward pass, but for the weights that it begins with
             gather = max(0.1 * gather, gather - 0.9 * sum(self.stages[stage][0] for stage in case.stages(rank)))
         return reduce + gather + update_seconds(case, trained)
 
@@ -140,7 +150,9 @@ class Prediction:
     def hfu(self) -> float:
         """With padding and what is computed twice; of the BF16 peak."""
         case = self.case
-        flops = hardware_flops(case.config.model, case.workload.done(case.config.train.global_batch_size), case.execution)
+        flops = hardware_flops(
+            case.config.model, case.workload.done(case.config.train.global_batch_size), case.execution
+        )
         return flops / self.step_s / case.layout.world_size / case.gpu.bf16
 
     @property

@@ -34,15 +34,24 @@ def text(asked: Prediction | None, refusals: Sequence[str], found: Found, *, tit
 def _asked(plan: Prediction) -> Iterator[str]:
     case = plan.case
     train, traffic = case.config.train, plan.traffic
-    weights = [entry for stage in range(len(case.counts)) for entry in tensors(case.config.model, case.chunk(stage), tensor=1)]
-    total, trained = (sum(elements * count * (trains or everything) for elements, count, trains in weights) for everything in (True, False))
+    weights = [
+        entry for stage in range(len(case.counts)) for entry in tensors(case.config.model, case.chunk(stage), tensor=1)
+    ]
+    total, trained = (
+        sum(elements * count * (trains or everything) for elements, count, trains in weights)
+        for everything in (True, False)
+    )
     yield f"model     {total / 1e6:,.0f} M weights, of which {trained / 1e6:,.0f} M train, {case.config.precision.dtype}"
     yield f"workload  {case.workload.source}"
     sequence = ", sequence parallel" if case.config.parallel.sequence else ""
     yield f"layout    {case.layout}{sequence}, recompute {train.recompute}"
     yield f"batch     {train.global_batch_size} in micro-batches of {train.micro_batch_size}, {case.micro_batches} on each data-parallel rank"
     yield ""
-    yield f"{'rank':>4} {'layers':<12}" + "".join(f"{name:>12}" for name in CLASSES) + f"{'sum, GB':>10}{'fwd, ms':>9}{'bwd, ms':>9}"
+    yield (
+        f"{'rank':>4} {'layers':<12}"
+        + "".join(f"{name:>12}" for name in CLASSES)
+        + f"{'sum, GB':>10}{'fwd, ms':>9}{'bwd, ms':>9}"
+    )
     for rank, memory in enumerate(plan.memory):
         sizes = "".join(f"{getattr(memory, name) / 1e9:>12.2f}" for name in CLASSES)
         forward, backward = (1000 * sum(plan.stages[stage][kind] for stage in case.stages(rank)) for kind in (0, 1))
@@ -54,7 +63,9 @@ def _asked(plan: Prediction) -> Iterator[str]:
         f"step      {plan.step_s:.3f} s: pipeline {plan.pipeline_s:.3f} (bubble {plan.bubble:.1%}, slowest rank {plan.imbalance:.1%} over the mean), "
         f"gradients and update {plan.after_s:.3f}"
     )
-    yield "messages  per rank and step: " + ", ".join(f"{axis} {size / 1e9:.2f} GB" for axis, size in vars(traffic).items())
+    yield "messages  per rank and step: " + ", ".join(
+        f"{axis} {size / 1e9:.2f} GB" for axis, size in vars(traffic).items()
+    )
     speed = f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s, {plan.model_tflops:.0f} model TFLOP/s per GPU"
     yield f"speed     {speed}; {plan.utilisation}, hardware {plan.hfu:.1%}"
     yield f"run       {duration(plan)}"
@@ -113,7 +124,9 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
         yield f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest of them in BF16."
         yield f"  {_FP8_BY_ENGINE if case.kept.fp8.engine else _FP8_BY_US}"
     hidden = (
-        "hidden behind the last backward pass" if case.config.parallel.overlap_grad_reduce else "not hidden (parallel.overlap_grad_reduce is off)"
+        "hidden behind the last backward pass"
+        if case.config.parallel.overlap_grad_reduce
+        else "not hidden (parallel.overlap_grad_reduce is off)"
     )
     yield f"  Messages of the tensor and the context axis are not hidden; the reduction of gradients is {hidden}; data is never waited for."
 

@@ -32,7 +32,10 @@ BENCH_SETTINGS = (
 )  # fmt: skip
 BENCH_TEXT = {"pretrain": 200, "finetune": 350}
 BENCH = {"bf16": (), "fp8": FP8, "te bf16": ("transformer_engine=language",)}
-BENCH |= {f"te fp8 {recipe}": ("transformer_engine=language", f"precision.fp8={recipe}") for recipe in ("tensorwise", "delayed", "blockwise")}
+BENCH |= {
+    f"te fp8 {recipe}": ("transformer_engine=language", f"precision.fp8={recipe}")
+    for recipe in ("tensorwise", "delayed", "blockwise")
+}
 PACKS = {"pretrain": 48, "finetune": 24}  # per step: about as many samples as the recipe's global batch
 COLUMNS = (
     "model",
@@ -73,7 +76,14 @@ def ask(question: Question, root: Path, *, config: RunConfig | None = None, keep
     """The best layouts for it."""
     config = config or question.config(root)
     workload = workload_of(config, samples=SAMPLES[question.stage])
-    return search(config, world_size=question.gpus, workload=workload, gpu=GPUS[question.gpu], assumptions=Assumptions(), keep=keep)
+    return search(
+        config,
+        world_size=question.gpus,
+        workload=workload,
+        gpu=GPUS[question.gpu],
+        assumptions=Assumptions(),
+        keep=keep,
+    )
 
 
 def row(question: Question, root: Path) -> str:
@@ -86,7 +96,15 @@ def row(question: Question, root: Path) -> str:
         return _line([*cells, *[""] * (len(COLUMNS) - len(cells))])
     [plan] = found.best
     layout, train = plan.case.layout, plan.case.config.train
-    how = [layout.tensor, layout.context, layout.pipeline, layout.virtual, layout.data, train.micro_batch_size, train.recompute]
+    how = [
+        layout.tensor,
+        layout.context,
+        layout.pipeline,
+        layout.virtual,
+        layout.data,
+        train.micro_batch_size,
+        train.recompute,
+    ]
     shares = [f"{share:.1%}" for share in (plan.mfu, plan.hfu, plan.bubble)]
     cost = [f"{plan.needed / 1e9:.0f}", f"{plan.hours:.1f}", f"{plan.hours * layout.world_size:,.0f}"]
     return _line([*head, *how, f"{plan.step_s:.2f}", f"{plan.tokens_per_s_per_gpu:,.0f}", *shares, *cost])
@@ -109,12 +127,19 @@ def everything(overrides: tuple[str, ...] = ()) -> list[Question]:
 def packed(overrides: tuple[str, ...] = ()) -> list[Question]:
     """Packs of 4,096 positions on 8 GPUs."""
     how = (*PACKED, *overrides)
-    return [Question(model, stage, 8, overrides=(*how, f"train.global_batch_size={PACKS[stage]}")) for model in MODELS for stage in STAGES]
+    return [
+        Question(model, stage, 8, overrides=(*how, f"train.global_batch_size={PACKS[stage]}"))
+        for model in MODELS
+        for stage in STAGES
+    ]
 
 
 def longer() -> list[Question]:
     """Packs of more and more positions, 524,288 of them per step, on 64 GPUs."""
-    sizes = {length: (*PACKED, f"data.pack_length={length}", f"train.global_batch_size={LONG_STEP // length}") for length in LONG_PACKS}
+    sizes = {
+        length: (*PACKED, f"data.pack_length={length}", f"train.global_batch_size={LONG_STEP // length}")
+        for length in LONG_PACKS
+    }
     return [Question("share4v_7b", "finetune", 64, overrides=overrides) for overrides in sizes.values()]
 
 
@@ -124,7 +149,9 @@ def one_gpu(root: Path) -> Iterator[str]:
     for stage, text in BENCH_TEXT.items():
         for variant, overrides in BENCH.items():
             config = Question("share4v_7b", stage, 1, overrides=(*BENCH_SETTINGS, *overrides)).config(root)
-            plan = Prediction(Case.of(config, world_size=1, workload=workload_of(config, text_length=text), gpu=GPUS["h200"]))
+            plan = Prediction(
+                Case.of(config, world_size=1, workload=workload_of(config, text_length=text), gpu=GPUS["h200"])
+            )
             speed = f"{plan.step_s:.3f} | {plan.tokens_per_s_per_gpu:,.0f} | {plan.model_tflops:.0f} | {plan.mfu:.1%}"
             yield f"| {stage} | {variant} | {speed} | {plan.needed / 1e9:.0f} |"
 
@@ -142,7 +169,10 @@ def breaking(root: Path) -> Iterator[str]:
         f"server, one layer per stage), so {widest * replica:,} GPUs can have work at all: of {nothing.tried} layouts of {LARGEST:,}, "
         f"{len(nothing.best)} run."
     )
-    [free], [small] = (ask(replace(question, gpus=gpus, overrides=overrides), root).best for gpus, overrides in ((LARGEST, TOKENS), (8, ())))
+    [free], [small] = (
+        ask(replace(question, gpus=gpus, overrides=overrides), root).best
+        for gpus, overrides in ((LARGEST, TOKENS), (8, ()))
+    )
     yield (
         f"2. **Then the work per GPU.** With `loss.normalize: tokens` the micro-batch may shrink to 1: the best layout ({_how(free)}) takes "
         f"{free.step_s:.3f} s per step at {free.mfu:.1%} MFU, {free.hours * LARGEST:,.0f} GPU-hours for what 8 GPUs do in {small.hours * 8:.0f}. A "
@@ -177,10 +207,12 @@ def draw(root: Path, pictures: Path) -> None:
     ):
         found = ask(question, root, keep=20).best
         shown = found[0] if name == "plan_7b_8" else next(plan for plan in found if plan.case.layout.pipeline > 1)
-        picture(shown, title=f"{question.model}, {STAGES[question.stage]}, {question.gpus} x H200: {shown.case.layout}").save(
-            pictures / f"{name}.png"
-        )
-    overview({question: found[0] for question in everything(TOKENS) if (found := ask(question, root).best)}).save(pictures / "scaling.png")
+        picture(
+            shown, title=f"{question.model}, {STAGES[question.stage]}, {question.gpus} x H200: {shown.case.layout}"
+        ).save(pictures / f"{name}.png")
+    overview({question: found[0] for question in everything(TOKENS) if (found := ask(question, root).best)}).save(
+        pictures / "scaling.png"
+    )
 
 
 def overview(plans: dict[Question, Prediction]) -> Canvas:
@@ -198,20 +230,35 @@ def overview(plans: dict[Question, Prediction]) -> Canvas:
             if plan is not None:
                 x = left + 24 + group * 230 + number * 44
                 canvas.box(x, floor - high * plan.mfu / 0.5, 38, high * plan.mfu / 0.5, fill=PALETTE[number])
-                canvas.text(x + 19, floor - high * plan.mfu / 0.5 - 16, f"{100 * plan.mfu:.0f}", size=11, align="middle")
+                canvas.text(
+                    x + 19, floor - high * plan.mfu / 0.5 - 16, f"{100 * plan.mfu:.0f}", size=11, align="middle"
+                )
         canvas.text(left + 24 + group * 230 + 88, floor + 8, f"{gpus:,} GPUs", align="middle")
-    names = [(f"{model.removeprefix('share4v_').upper()} {STAGES[stage]}", PALETTE[number]) for number, (model, stage) in enumerate(recipes)]
+    names = [
+        (f"{model.removeprefix('share4v_').upper()} {STAGES[stage]}", PALETTE[number])
+        for number, (model, stage) in enumerate(recipes)
+    ]
     canvas.legend(left, floor + 40, names, columns=4, width=150)
     return canvas
 
 
 def document(text: str, root: Path) -> str:
     """docs/scaling.md with what stands between its marks (`<!-- plan NAME -->`, `<!-- end -->`) asked for anew."""
-    kinds = [Question("share4v_7b", "pretrain", 64, gpu=kind, overrides=TOKENS) for kind in ("a100", "h100", "h200", "b200")]
+    kinds = [
+        Question("share4v_7b", "pretrain", 64, gpu=kind, overrides=TOKENS) for kind in ("a100", "h100", "h200", "b200")
+    ]
     kinds.append(Question("share4v_7b", "pretrain", 16, gpu="a100"))
-    others = [row(question, root).replace(f"| {question.gpus} |", f"| {question.gpus} x {GPUS[question.gpu].name} |", 1) for question in kinds]
-    workloads = {stage: workload_of(Question("share4v_7b", stage, 8).config(root), samples=SAMPLES[stage]) for stage in STAGES}
-    long = [row(question, root).replace("| stage 2 |", f"| packs of {length:,} |", 1) for question, length in zip(longer(), LONG_PACKS)]
+    others = [
+        row(question, root).replace(f"| {question.gpus} |", f"| {question.gpus} x {GPUS[question.gpu].name} |", 1)
+        for question in kinds
+    ]
+    workloads = {
+        stage: workload_of(Question("share4v_7b", stage, 8).config(root), samples=SAMPLES[stage]) for stage in STAGES
+    }
+    long = [
+        row(question, root).replace("| stage 2 |", f"| packs of {length:,} |", 1)
+        for question, length in zip(longer(), LONG_PACKS)
+    ]
     parts = {
         "recipes": table(everything(), root),
         "free": table(everything(TOKENS), root),
@@ -225,6 +272,11 @@ def document(text: str, root: Path) -> str:
         "assumptions": "\n".join(f"- `{name}` {value:g}" for name, value in vars(Assumptions()).items()),
     }
     for name, part in parts.items():
-        text, count = re.subn(rf"(<!-- plan {name} -->\n).*?(<!-- end -->)", lambda marks, part=part: f"{marks[1]}{part}\n{marks[2]}", text, flags=re.DOTALL)
+        text, count = re.subn(
+            rf"(<!-- plan {name} -->\n).*?(<!-- end -->)",
+            lambda marks, part=part: f"{marks[1]}{part}\n{marks[2]}",
+            text,
+            flags=re.DOTALL,
+        )
         assert count == 1, f"docs/scaling.md has {count} places for {name}"
     return text

@@ -36,7 +36,10 @@ class Timed:
 def order(*, rank: int, pipeline: int, virtual: int, micro_batches: int) -> tuple[Piece, ...]:
     """What pipeline rank `rank` does, in order. With virtual > 1, M must be a multiple of P, as the trainer checks."""
     forward = [
-        (batch, chunk) for group in range(0, micro_batches, pipeline) for chunk in range(virtual) for batch in _group(group, pipeline, micro_batches)
+        (batch, chunk)
+        for group in range(0, micro_batches, pipeline)
+        for chunk in range(virtual)
+        for batch in _group(group, pipeline, micro_batches)
     ]
     if virtual == 1:
         forward, warm_up = [(batch, 0) for batch in range(micro_batches)], pipeline - rank - 1
@@ -62,10 +65,14 @@ def most_in_flight(weights: Sequence[float], *, rank: int, pipeline: int, micro_
     return most
 
 
-def simulate(duration: Callable[[int, Kind], float], *, pipeline: int, virtual: int, micro_batches: int, message: float = 0.0) -> list[list[Timed]]:
+def simulate(
+    duration: Callable[[int, Kind], float], *, pipeline: int, virtual: int, micro_batches: int, message: float = 0.0
+) -> list[list[Timed]]:
     """The pieces of each rank with their times. `duration(stage, kind)` and `message` (between neighbouring stages) are in seconds."""
     stages = pipeline * virtual
-    queues = [order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=micro_batches) for rank in range(pipeline)]
+    queues = [
+        order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=micro_batches) for rank in range(pipeline)
+    ]
     took = {kind: [duration(stage, kind) for stage in range(stages)] for kind in ("forward", "backward")}
     done: dict[tuple[Kind, int, int], float] = {}
     timeline: list[list[Timed]] = [[] for _ in range(pipeline)]
@@ -88,7 +95,9 @@ def simulate(duration: Callable[[int, Kind], float], *, pipeline: int, virtual: 
     return timeline
 
 
-def _ready(done: dict[tuple[Kind, int, int], float], piece: Piece, stage: int, stages: int, message: float) -> float | None:
+def _ready(
+    done: dict[tuple[Kind, int, int], float], piece: Piece, stage: int, stages: int, message: float
+) -> float | None:
     """When what `piece` needs is there; None: not yet computed."""
     if piece.kind == "forward":
         if stage == 0:

@@ -29,7 +29,9 @@ class Found:
     tried: int
 
 
-def search(config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions, keep: int) -> Found:
+def search(
+    config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions, keep: int
+) -> Found:
     """Over tensor and, for packs, context (together inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
     sequence parallelism with tensor.
 
@@ -41,8 +43,19 @@ def search(config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, 
     for candidate in _candidates(config, world_size, gpu):
         tried += 1
         try:
-            prediction = Prediction(Case.of(replace(config, **candidate), world_size=world_size, workload=workload, gpu=gpu, assumptions=assumptions))
-        except (ValidationError, ConfigError) as error:  # the first: values that the configuration itself refuses together
+            prediction = Prediction(
+                Case.of(
+                    replace(config, **candidate),
+                    world_size=world_size,
+                    workload=workload,
+                    gpu=gpu,
+                    assumptions=assumptions,
+                )
+            )
+        except (
+            ValidationError,
+            ConfigError,
+        ) as error:  # the first: values that the configuration itself refuses together
             refused[_kind(str(error))] += 1
             continue
         if (reason := next(prediction.refusals(), None)) is not None:
@@ -66,20 +79,45 @@ def _fastest(fitting: list[Prediction], keep: int) -> list[Prediction]:
 
 def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[dict]:
     """Changed sections; those that cannot be built raise when they are put together."""
-    sizes = [config.train.micro_batch_size] if config.loss.normalize == "microbatch" else _powers(config.train.global_batch_size)
+    sizes = (
+        [config.train.micro_batch_size]
+        if config.loss.normalize == "microbatch"
+        else _powers(config.train.global_batch_size)
+    )
     recompute = list(dict.fromkeys((config.train.recompute, "none", "full")))
     contexts = sorted({config.parallel.context, 1, *(_powers(gpu.per_server) if config.data.pack_length else ())})
-    for tensor, context in ((tensor, context) for tensor in _powers(gpu.per_server) for context in contexts if tensor * context <= gpu.per_server):
-        for pipeline in (size for size in range(1, config.model.language.num_layers + 1) if world_size % (tensor * context * size) == 0):
+    for tensor, context in (
+        (tensor, context)
+        for tensor in _powers(gpu.per_server)
+        for context in contexts
+        if tensor * context <= gpu.per_server
+    ):
+        for pipeline in (
+            size
+            for size in range(1, config.model.language.num_layers + 1)
+            if world_size % (tensor * context * size) == 0
+        ):
             for virtual in CHUNKS if pipeline > 1 else (1,):
                 own = config.parallel.layout  # made for so many stages alone
                 layout = own if own == "auto" or len(own) == pipeline * virtual else "auto"
-                degrees = dict(tensor=tensor, context=context, pipeline=pipeline, virtual=virtual, sequence=tensor > 1, layout=layout)
+                degrees = dict(
+                    tensor=tensor,
+                    context=context,
+                    pipeline=pipeline,
+                    virtual=virtual,
+                    sequence=tensor > 1,
+                    layout=layout,
+                )
                 parallel = replace(config.parallel, **degrees)
                 for size, again in product(sizes, recompute):
                     if config.train.global_batch_size % size == 0:
                         layers = config.train.recompute_layers if again == "full" == config.train.recompute else None
-                        yield {"parallel": parallel, "train": replace(config.train, micro_batch_size=size, recompute=again, recompute_layers=layers)}
+                        yield {
+                            "parallel": parallel,
+                            "train": replace(
+                                config.train, micro_batch_size=size, recompute=again, recompute_layers=layers
+                            ),
+                        }
 
 
 def _powers(most: int) -> list[int]:
@@ -93,8 +131,14 @@ def _kind(message: str) -> str:
         ("is not divisible by parallel.tensor", "parallel.tensor does not divide the model"),
         ("do not divide each other", "parallel.tensor does not divide the model"),
         ("exceeds model.language.num_layers", "more stages than layers"),
-        ("interleaved schedule needs", "micro-batches per rank are no multiple of parallel.pipeline, as parallel.virtual needs"),
-        ("train.global_batch_size", "the global batch does not divide into micro-batches for so many data-parallel ranks"),
+        (
+            "interleaved schedule needs",
+            "micro-batches per rank are no multiple of parallel.pipeline, as parallel.virtual needs",
+        ),
+        (
+            "train.global_batch_size",
+            "the global batch does not divide into micro-batches for so many data-parallel ranks",
+        ),
         ("world size", "the world does not divide"),
     ):
         if words in message:

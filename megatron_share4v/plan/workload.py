@@ -14,7 +14,10 @@ from megatron_share4v.model.flops import Amounts
 # (text positions per sample, longest of a step, longest of all, share of the text that is trained) where no data set is at hand: captions of
 # ShareGPT4V-PT without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md: half of all positions).
 CAPTIONS, INSTRUCTIONS = (200, 400, 600, 1.0), (294, 1280, 2048, 0.55)
-UNGROUPED, GROUPED = 0.6, 0.1  # share of a step's padding that is left where each micro-batch is padded to its own longest
+UNGROUPED, GROUPED = (
+    0.6,
+    0.1,
+)  # share of a step's padding that is left where each micro-batch is padded to its own longest
 SPREAD = 1.1  # mean square of the lengths over the square of their mean
 
 
@@ -59,21 +62,30 @@ class Workload:
         )
 
 
-def workload_of(config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None) -> Workload:
+def workload_of(
+    config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None
+) -> Workload:
     """The prepared data of `config` where it lies on this machine and nothing else is asked for; else assumptions, changed by the arguments.
 
     text_length, longest: positions of a sample's text (its image not counted), on average and of the longest of a step. Raises DataError for
     data that is there and cannot be read.
     """
     paths = [config.data.train] if isinstance(config.data.train, str) else [source.path for source in config.data.train]
-    if samples is None and text_length is None and longest is None and all((Path(path) / "dataset.json").exists() for path in paths):
+    if (
+        samples is None
+        and text_length is None
+        and longest is None
+        and all((Path(path) / "dataset.json").exists() for path in paths)
+    ):
         from megatron_share4v.plan.measured import measured  # reading data sets takes torch; assuming them does not
 
         return measured(config)
     return assumed(config, samples=samples, text_length=text_length, longest=longest)
 
 
-def assumed(config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None) -> Workload:
+def assumed(
+    config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None
+) -> Workload:
     """One image per sample, and texts as in CAPTIONS or INSTRUCTIONS, by the template."""
     usual, usual_longest, usual_most, trained = CAPTIONS if config.data.template == "plain" else INSTRUCTIONS
     text = usual if text_length is None else text_length

@@ -66,7 +66,9 @@ class Chat:
     def __init__(self, endpoint: Endpoint, *, sleep: Callable[[float], object] | None = None) -> None:
         """Raises ConfigError for what is no URL."""
         if urlsplit(endpoint.url).scheme not in ("http", "https") or not urlsplit(endpoint.url).netloc:
-            raise ConfigError(f"endpoint {endpoint.url!r}: is no http(s) URL; give the part up to and with /v1, as in http://127.0.0.1:8000/v1")
+            raise ConfigError(
+                f"endpoint {endpoint.url!r}: is no http(s) URL; give the part up to and with /v1, as in http://127.0.0.1:8000/v1"
+            )
         self.endpoint = endpoint
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
@@ -90,7 +92,11 @@ class Chat:
                 if self._stopped.is_set():
                     break
                 if number < self.endpoint.retries:
-                    pause = error.wait_s if error.wait_s is not None else self.endpoint.first_wait_s * 2**number * random.uniform(0.75, 1.25)
+                    pause = (
+                        error.wait_s
+                        if error.wait_s is not None
+                        else self.endpoint.first_wait_s * 2**number * random.uniform(0.75, 1.25)
+                    )
                     self._sleep(min(pause, LONGEST_WAIT_S))
         raise DataError(f"{reason}, {self.endpoint.retries + 1} times")
 
@@ -98,7 +104,9 @@ class Chat:
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
-        request = urllib.request.Request(f"{self.endpoint.url.rstrip('/')}/chat/completions", data=data, headers=headers, method="POST")
+        request = urllib.request.Request(
+            f"{self.endpoint.url.rstrip('/')}/chat/completions", data=data, headers=headers, method="POST"
+        )
         try:
             with self._opener.open(request, timeout=self.endpoint.timeout_s) as reply:
                 text = reply.read()
@@ -109,7 +117,9 @@ class Chat:
         try:
             return parse_completion(json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise _TryAgain(f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:80]!r}") from error
+            raise _TryAgain(
+                f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:80]!r}"
+            ) from error
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         try:
@@ -118,7 +128,9 @@ class Chat:
             said = str(cut)
         what = f"HTTP {error.code}: {said[:300].strip() or error.reason}"
         if error.code in NOT_ABOUT_THE_REQUEST:
-            return ConfigError(f"endpoint {self.endpoint.url}, model {self.endpoint.model}: {what}; check URL, the model's name and the key")
+            return ConfigError(
+                f"endpoint {self.endpoint.url}, model {self.endpoint.model}: {what}; check URL, the model's name and the key"
+            )
         if error.code in TRIED_AGAIN:
             asked = error.headers.get("Retry-After", "")
             return _TryAgain(what, wait_s=float(asked) if asked.isdecimal() else None)

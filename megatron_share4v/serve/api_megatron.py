@@ -73,7 +73,9 @@ class Megatron:
         asked = []
         for number, (prompt, own) in enumerate(zip(prompts, images)):
             pieces = prompt.split(IMAGE_PLACEHOLDER) if own else [prompt]
-            asked.append(await self.preparation.with_images(served, pieces, own, place=f"prompts[{number}]", add_bos=add_bos))
+            asked.append(
+                await self.preparation.with_images(served, pieces, own, place=f"prompts[{number}]", add_bos=add_bos)
+            )
         return asked
 
 
@@ -89,7 +91,9 @@ def read_order(fields: Fields, served: Served) -> tuple[Order, bool]:
     tokens = fields.integer("tokens_to_generate", 64, low=0)
     wants_logprobs = fields.boolean("logprobs")
     if not tokens and not wants_logprobs:
-        raise Refusal("tokens_to_generate 0 needs logprobs true: there would be nothing to answer", param="tokens_to_generate")
+        raise Refusal(
+            "tokens_to_generate 0 needs logprobs true: there would be nothing to answer", param="tokens_to_generate"
+        )
     top_k = fields.integer("top_k", 0, low=0, high=1000)
     stops = [text for name, text in (("stop_on_eol", "\n"), ("stop_on_double_eol", "\n\n")) if fields.boolean(name)]
     sampling = Sampling(
@@ -102,7 +106,9 @@ def read_order(fields: Fields, served: Served) -> tuple[Order, bool]:
         logprobs=0 if wants_logprobs else None,
         prompt_logprobs=wants_logprobs,
     )
-    return Order(sampling=sampling, max_tokens=tokens, stop=tuple(stops), include_stop=True, continues=True), wants_logprobs
+    return Order(
+        sampling=sampling, max_tokens=tokens, stop=tuple(stops), include_stop=True, continues=True
+    ), wants_logprobs
 
 
 def _images(fields: Fields, prompts: list[str], *, max_images: int) -> list[list[str]]:
@@ -114,7 +120,10 @@ def _images(fields: Fields, prompts: list[str], *, max_images: int) -> list[list
         if len(own) > max_images or not all(type(url) is str for url in own):
             raise Refusal(f"{place} must be an array of at most {max_images} data URLs", param=place)
         if own and prompt.count(IMAGE_PLACEHOLDER) != len(own):
-            raise Refusal(f"{place} has {len(own)} images and prompts[{number}] has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER}", param=place)
+            raise Refusal(
+                f"{place} has {len(own)} images and prompts[{number}] has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER}",
+                param=place,
+            )
     return images
 
 
@@ -128,11 +137,18 @@ async def _collect(generation: Generation, count: int) -> list[tuple[str, list[T
     return list(zip(texts, prompts, tokens))
 
 
-def _reply(served: Served, asked: list[Asked], found: list[tuple[str, list[Token], list[Token]]], *, wants_logprobs: bool) -> dict[str, Any]:
+def _reply(
+    served: Served, asked: list[Asked], found: list[tuple[str, list[Token], list[Token]]], *, wants_logprobs: bool
+) -> dict[str, Any]:
     """`text`, `segments` and `tokens` are of prompt and continuation; `logprobs` has one entry less than `tokens`: the first has no predecessor."""
     tokenizer = served.encoder.tokenizer
-    ids = [[*one.prompt.token_ids.tolist(), *(token.token_id for token in new)] for one, (_, _, new) in zip(asked, found)]
-    logprobs = [[LEAST_LOGPROB if t.logprobs is None else max(t.logprobs.chosen, LEAST_LOGPROB) for t in (*old, *new)][1:] for _, old, new in found]
+    ids = [
+        [*one.prompt.token_ids.tolist(), *(token.token_id for token in new)] for one, (_, _, new) in zip(asked, found)
+    ]
+    logprobs = [
+        [LEAST_LOGPROB if t.logprobs is None else max(t.logprobs.chosen, LEAST_LOGPROB) for t in (*old, *new)][1:]
+        for _, old, new in found
+    ]
     return {
         "text": [tokenizer.decode(one.prompt.token_ids.tolist()) + text for one, (text, _, _) in zip(asked, found)],
         "segments": [[tokenizer.token_bytes(i).decode("utf-8", "replace") for i in row] for row in ids],

@@ -76,7 +76,9 @@ class OpenAi:
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
             asked = read_chat(fields, self._bounds(served))
-            prompt = await while_connected(request.receive, self.preparation.question(served, asked.system, asked.messages))
+            prompt = await while_connected(
+                request.receive, self.preparation.question(served, asked.system, asked.messages)
+            )
         return _Read([] if prompt is None else [prompt], asked.options)
 
     async def _read_completion(self, request: Request) -> _Read:
@@ -95,8 +97,12 @@ class OpenAi:
             sampling=options.sampling, max_tokens=options.max_tokens, choices=options.choices, stop=options.stop, include_stop=options.include_stop,
             continues=not chat,
         )  # fmt: skip
-        generation = Generation(self.worker, read.prompts, order, metrics=self.metrics, param="messages" if chat else "prompt")
-        envelope = Envelope(self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None)
+        generation = Generation(
+            self.worker, read.prompts, order, metrics=self.metrics, param="messages" if chat else "prompt"
+        )
+        envelope = Envelope(
+            self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None
+        )
         echoes = [one.text if read.echo else "" for one in read.prompts for _ in range(options.choices)]
         if options.stream:
             return EventStream(_stream(generation, envelope, echoes, options), close=generation.close)
@@ -122,7 +128,9 @@ class OpenAi:
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
             if fields.has("messages"):
-                asked = await self.preparation.question(served, *read_messages(fields, max_images=self.config.max_images))
+                asked = await self.preparation.question(
+                    served, *read_messages(fields, max_images=self.config.max_images)
+                )
                 ids = asked.prompt.token_ids.tolist()
             else:
                 text = fields.text("prompt", "", longest=served.engine.limits.max_positions * tokenizer.longest_piece)
@@ -131,7 +139,14 @@ class OpenAi:
                     ids = [tokenizer.bos_id, *ids]
             wants_strings = fields.boolean("return_token_strs")
         strings = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if wants_strings else None
-        return JsonResponse({"count": len(ids), "max_model_len": served.engine.limits.max_positions, "tokens": ids, "token_strs": strings})
+        return JsonResponse(
+            {
+                "count": len(ids),
+                "max_model_len": served.engine.limits.max_positions,
+                "tokens": ids,
+                "token_strs": strings,
+            }
+        )
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize."""
@@ -178,12 +193,19 @@ class OpenAi:
 
     def _check_name(self, name: str) -> None:
         if name != self.config.model_name:
-            raise Refusal(f"the model {name[:100]!r} does not exist; this server has {self.config.model_name!r}", status=404, param="model")
+            raise Refusal(
+                f"the model {name[:100]!r} does not exist; this server has {self.config.model_name!r}",
+                status=404,
+                param="model",
+            )
 
     def _bounds(self, served: Served) -> Bounds:
         tokenizer = served.encoder.tokenizer
         return Bounds(
-            vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, max_images=self.config.max_images, max_choices=self.config.max_choices
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            max_images=self.config.max_images,
+            max_choices=self.config.max_choices,
         )
 
 
@@ -198,7 +220,9 @@ async def _collect(generation: Generation, envelope: Envelope, echoes: list[str]
     return envelope.whole(choices, usage(generation))
 
 
-async def _stream(generation: Generation, envelope: Envelope, echoes: list[str], options: Options) -> AsyncIterator[str]:
+async def _stream(
+    generation: Generation, envelope: Envelope, echoes: list[str], options: Options
+) -> AsyncIterator[str]:
     offsets = [0] * len(echoes)
     try:
         for index in range(len(echoes) if envelope.chat else 0):

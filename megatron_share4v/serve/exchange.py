@@ -22,10 +22,19 @@ from megatron_share4v.serve.refusal import Refusal, unavailable
 from megatron_share4v.serve.replies import to_json
 
 T = TypeVar("T")
-OPEN_PATHS = ("/", "/health", "/ping", "/favicon.ico")  # the page holds nothing of the model, and a browser cannot send a key before it is loaded
+OPEN_PATHS = (
+    "/",
+    "/health",
+    "/ping",
+    "/favicon.ico",
+)  # the page holds nothing of the model, and a browser cannot send a key before it is loaded
 BODY_READ = "share4v.body_read"  # set in a request's scope
 LINGER_S, PING_S = 1.0, 15.0
-SAFE_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cross-origin-resource-policy", b"same-origin")]
+SAFE_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
 
 
 class JsonResponse(Response):
@@ -61,7 +70,11 @@ class EventStream(Response):
     """Server-sent events from an async iterator. When they end, or the client has gone, `close` is called. A comment keeps idle connections open."""
 
     def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
-        super().__init__(status_code=200, headers={"cache-control": "no-store", "x-accel-buffering": "no"}, media_type="text/event-stream")
+        super().__init__(
+            status_code=200,
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+            media_type="text/event-stream",
+        )
         del self.headers["content-length"]
         self._events, self._close = events, close
 
@@ -157,7 +170,10 @@ class Bodies:
 
     def _check_size(self, size: int) -> None:
         if size > self._config.max_body_bytes:
-            raise Refusal(f"the body has more than {self._config.max_body_bytes} bytes, which is what this server accepts", status=413)
+            raise Refusal(
+                f"the body has more than {self._config.max_body_bytes} bytes, which is what this server accepts",
+                status=413,
+            )
 
     def _check_room(self, size: int) -> None:
         if self.buffered + size > self._config.max_buffered_bytes:
@@ -193,7 +209,11 @@ class Guard:
             await send(message)
 
         if not self._allows(scope):
-            refusal = Refusal("a valid key is needed: send the header Authorization: Bearer KEY", status=401, headers={"WWW-Authenticate": "Bearer"})
+            refusal = Refusal(
+                "a valid key is needed: send the header Authorization: Bearer KEY",
+                status=401,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
             await RefusalResponse(refusal)(scope, receive, send_guarded)
             return
         try:
@@ -222,7 +242,12 @@ async def refused(request: Request, error: Exception) -> Response:
     if isinstance(error, Refusal):
         return RefusalResponse(error)
     if isinstance(error, HTTPException):
-        what = {404: f"{request.url.path[:200]} does not exist", 405: f"{request.method[:20]} is not a method of {request.url.path[:200]}"}
-        return RefusalResponse(Refusal(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers))
+        what = {
+            404: f"{request.url.path[:200]} does not exist",
+            405: f"{request.method[:20]} is not a method of {request.url.path[:200]}",
+        }
+        return RefusalResponse(
+            Refusal(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers)
+        )
     get_logger().error("%s %s failed", request.method, request.url.path[:200], exc_info=error)
     return RefusalResponse(Refusal("the server has failed at this request; see its log", status=500))

@@ -20,7 +20,9 @@ CHUNK = 64 << 10
 MAX_URL = 4096
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Prefixes whose addresses carry an IPv4 address that a gateway on the way would reach: NAT64, 6to4, Teredo, IPv4-compatible.
-_CARRIERS = tuple(ipaddress.ip_network(prefix) for prefix in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96"))
+_CARRIERS = tuple(
+    ipaddress.ip_network(prefix) for prefix in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
+)
 
 
 def is_public(address: Address) -> bool:
@@ -96,8 +98,17 @@ class Fetcher:
         connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=16 << 10)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         host = parts.netloc.rpartition("@")[2]
-        headers = [("Host", host), ("Accept", "image/*"), ("Accept-Encoding", "identity"), ("User-Agent", "megatron_share4v"), ("Connection", "close")]
-        writer.write(connection.send(h11.Request(method="GET", target=target, headers=headers)) + connection.send(h11.EndOfMessage()))
+        headers = [
+            ("Host", host),
+            ("Accept", "image/*"),
+            ("Accept-Encoding", "identity"),
+            ("User-Agent", "megatron_share4v"),
+            ("Connection", "close"),
+        ]
+        writer.write(
+            connection.send(h11.Request(method="GET", target=target, headers=headers))
+            + connection.send(h11.EndOfMessage())
+        )
         data = bytearray()
         while True:
             event = connection.next_event()

@@ -11,7 +11,15 @@ from megatron_share4v.serve.refusal import Refusal
 
 SHOWN = 60
 INT64 = 2**63
-_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "an integer", float: "a number", type(None): "null"}
+_NAMES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    type(None): "null",
+}
 
 
 def parse_object(body: bytes) -> Fields:
@@ -36,7 +44,9 @@ def shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return f"{_NAMES[type(value)]} of {len(value)}"
     if isinstance(value, str):
-        return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}...").encode("ascii", "backslashreplace").decode()
+        return (
+            repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}...").encode("ascii", "backslashreplace").decode()
+        )
     if isinstance(value, int) and abs(value) >= INT64:
         return "an integer of more than 64 bits"
     return json.dumps(value)
@@ -73,7 +83,12 @@ class Fields:
         if value is None:
             return default
         if type(value) is not int or not low <= value <= high:
-            raise self.refuse(key, f"an integer from {low} to {high}" if low > -INT64 or high < INT64 - 1 else "an integer of at most 64 bits")
+            raise self.refuse(
+                key,
+                f"an integer from {low} to {high}"
+                if low > -INT64 or high < INT64 - 1
+                else "an integer of at most 64 bits",
+            )
         return value
 
     def number(self, key: str, default: Any = None, *, low: float, high: float, above: bool = False) -> Any:
@@ -81,7 +96,12 @@ class Fields:
         value = self.values.get(key)
         if value is None:
             return default
-        if type(value) not in (int, float) or not low <= value <= high or (above and value == low) or not math.isfinite(value):
+        if (
+            type(value) not in (int, float)
+            or not low <= value <= high
+            or (above and value == low)
+            or not math.isfinite(value)
+        ):
             raise self.refuse(key, f"a number {'above' if above else 'from'} {low:g} {'up ' * above}to {high:g}")
         return float(value)
 
@@ -114,7 +134,10 @@ class Fields:
             raise self.refuse(key, f"an array of {shortest} to {longest} values")
         for place, item in enumerate(value):
             if type(item) is not kind:
-                raise Refusal(f"{self.name(key)}[{place}] must be {_NAMES[kind]}, got {shown(item)}", param=f"{self.name(key)}[{place}]")
+                raise Refusal(
+                    f"{self.name(key)}[{place}] must be {_NAMES[kind]}, got {shown(item)}",
+                    param=f"{self.name(key)}[{place}]",
+                )
         return value
 
     def child(self, key: str) -> Fields:

@@ -74,7 +74,11 @@ class Generation:
             space = room(served, one.prompt, param=param)
             limit = max(1, min(space, space if order.max_tokens is None else order.max_tokens))
             seed = order.sampling.seed
-            sampling = replace(order.sampling, max_new_tokens=limit, seed=None if seed is None else (seed + number + INT64) % (2 * INT64) - INT64)
+            sampling = replace(
+                order.sampling,
+                max_new_tokens=limit,
+                seed=None if seed is None else (seed + number + INT64) % (2 * INT64) - INT64,
+            )
             after = one.prompt.token_ids[-CONTEXT_TOKENS:].tolist() if order.continues else []
             stream = TextStream(served.encoder.tokenizer, order.stop, order.include_stop, after=after)
             request = Request(uuid.uuid4().hex, one.prompt, sampling)

@@ -15,7 +15,9 @@ from megatron_share4v.data.decode_pil import open_header
 from megatron_share4v.serve.refusal import Refusal
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
-_DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]{0,100})*;base64,", re.ASCII | re.IGNORECASE)
+_DATA_URI = re.compile(
+    r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]{0,100})*;base64,", re.ASCII | re.IGNORECASE
+)
 
 
 def is_inline(url: str) -> bool:
@@ -34,7 +36,10 @@ def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
     try:
         data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise Refusal(f"{place}: the data URL's base64 is damaged; use the plain alphabet with padding and no line breaks", param=place) from error
+        raise Refusal(
+            f"{place}: the data URL's base64 is damaged; use the plain alphabet with padding and no line breaks",
+            param=place,
+        ) from error
     return data
 
 
@@ -46,7 +51,9 @@ def check_image(data: bytes, config: ServeConfig, *, place: str) -> None:
         raise Refusal(f"{place}: not an image in PNG, JPEG, WebP, GIF or BMP format ({len(data)} bytes)", param=place)
     width, height = open_header(data).size
     if width * height > config.max_image_pixels:
-        raise Refusal(f"{place}: {width} x {height} pixels; accepted are {config.max_image_pixels}. Scale it down", param=place)
+        raise Refusal(
+            f"{place}: {width} x {height} pixels; accepted are {config.max_image_pixels}. Scale it down", param=place
+        )
 
 
 def too_large(size: int, *, place: str, max_bytes: int) -> Refusal:

@@ -16,7 +16,12 @@ _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.
 FINISHES = ("stop", "length", "abort", "error")
 _FROM_ENGINE = (  # suffix, kind, field of the engine's statistics, what it is
     ("prompt_tokens_total", "counter", "prompt_tokens", "Prompt tokens of all requests, image positions included."),
-    ("computed_prompt_tokens_total", "counter", "computed_prompt_tokens", "Prompt tokens that were not taken from the prefix cache."),
+    (
+        "computed_prompt_tokens_total",
+        "counter",
+        "computed_prompt_tokens",
+        "Prompt tokens that were not taken from the prefix cache.",
+    ),
     ("generation_tokens_total", "counter", "generation_tokens", "Tokens generated."),
     ("engine_steps_total", "counter", "steps", "Forward passes of the language model."),
     ("encoder_calls_total", "counter", "encoder_calls", "Images that went through the tower."),
@@ -72,7 +77,9 @@ class Metrics:
         return "\n".join(self._lines(f'model_name="{escaped}"', waiting, stats)) + "\n"
 
     def _lines(self, labels: str, waiting: int, stats: Any | None) -> Iterator[str]:
-        yield from _one("num_requests_running", "gauge", "Answers in the making.", f"{{{labels}}} {stats.running if stats else 0}")
+        yield from _one(
+            "num_requests_running", "gauge", "Answers in the making.", f"{{{labels}}} {stats.running if stats else 0}"
+        )
         queued = waiting + (stats.waiting if stats else 0)
         yield from _one("num_requests_waiting", "gauge", "Answers that wait for their turn.", f"{{{labels}}} {queued}")
         for suffix, kind, name, what in _FROM_ENGINE:
@@ -82,7 +89,11 @@ class Metrics:
         refusals = [f'{{{labels},status="{status}"}} {count}' for status, count in sorted(self.refused.items())]
         yield from _one("http_refused_total", "counter", "Requests that were refused, by status.", *refusals)
         for suffix, histogram, what in (
-            ("time_to_first_token_seconds", self.time_to_first_token, "From the request's arrival in the queue to its first token."),
+            (
+                "time_to_first_token_seconds",
+                self.time_to_first_token,
+                "From the request's arrival in the queue to its first token.",
+            ),
             ("inter_token_latency_seconds", self.inter_token_latency, "Between two tokens of an answer."),
             ("e2e_request_latency_seconds", self.end_to_end, "From the queue to the last token."),
             ("request_queue_time_seconds", self.queue_time, "From the queue to the engine."),

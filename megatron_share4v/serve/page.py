@@ -34,7 +34,11 @@ def content_security_policy(page: str) -> str:
 def routes() -> list[Route]:
     """The page and its icon."""
     page = resources.files("megatron_share4v.serve").joinpath("page.html").read_text(encoding="utf-8")
-    headers = {"content-security-policy": content_security_policy(page), "cache-control": "no-cache", "cross-origin-opener-policy": "same-origin"}
+    headers = {
+        "content-security-policy": content_security_policy(page),
+        "cache-control": "no-cache",
+        "cross-origin-opener-policy": "same-origin",
+    }
     body = page.encode()
 
     async def show(request: Request) -> Response:

@@ -49,7 +49,10 @@ class Preparation:
     async def question(self, served: Served, system: str | None, messages: Sequence[Message]) -> Asked:
         """The prompt of a conversation. Raises Refusal."""
         check_length(served, [system or "", *(message.text for message in messages)], param="messages")
-        sources = [None if m.image is None else m.image if is_inline(m.image) else await self._fetch(m.image, m.place) for m in messages]
+        sources = [
+            None if m.image is None else m.image if is_inline(m.image) else await self._fetch(m.image, m.place)
+            for m in messages
+        ]
         return await self.run(_question, served, system, messages, sources, self._config)
 
     async def texts(self, served: Served, prompts: Sequence[str | tuple[int, ...]]) -> list[Asked]:
@@ -58,7 +61,9 @@ class Preparation:
             check_length(served, [prompt], param="prompt")
         return [await self.run(_text, served, prompt) for prompt in prompts]
 
-    async def with_images(self, served: Served, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool) -> Asked:
+    async def with_images(
+        self, served: Served, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool
+    ) -> Asked:
         """Texts with an image between each two. Raises Refusal."""
         check_length(served, pieces, param=place)
         sources = [image if is_inline(image) else await self._fetch(image, place) for image in images]
@@ -73,7 +78,9 @@ class Preparation:
 
     async def _fetch(self, url: str, place: str) -> bytes:
         if self.fetcher is None:
-            raise Refusal(f"{place}: this server does not fetch images; send them as data:image/...;base64,... URLs", param=place)
+            raise Refusal(
+                f"{place}: this server does not fetch images; send them as data:image/...;base64,... URLs", param=place
+            )
         async with self._fetching:
             return await self.fetcher.fetch(url, place=place)
 
@@ -82,7 +89,11 @@ def check_length(served: Served, texts: Sequence[str | tuple[int, ...]], *, para
     """Refuse, before it is tokenised, what cannot fit whatever its tokens are. Raises Refusal."""
     characters = sum(map(len, texts))
     if characters > served.engine.limits.max_positions * served.encoder.tokenizer.longest_piece:
-        raise Refusal(f"a prompt of {characters} characters is longer than this model can read", param=param, kind="context_length_exceeded")
+        raise Refusal(
+            f"a prompt of {characters} characters is longer than this model can read",
+            param=param,
+            kind="context_length_exceeded",
+        )
 
 
 def room(served: Served, prompt: Prompt, *, param: str) -> int:
@@ -105,7 +116,13 @@ def _image(source: str | bytes | None, place: str, config: ServeConfig) -> bytes
     return data
 
 
-def _question(served: Served, system: str | None, messages: Sequence[Message], sources: Sequence[str | bytes | None], config: ServeConfig) -> Asked:
+def _question(
+    served: Served,
+    system: str | None,
+    messages: Sequence[Message],
+    sources: Sequence[str | bytes | None],
+    config: ServeConfig,
+) -> Asked:
     images = [_image(source, message.place, config) for source, message in zip(sources, messages)]
     encoder = served.encoder
     if system is not None:
@@ -118,10 +135,19 @@ def _text(served: Served, prompt: str | tuple[int, ...]) -> Asked:
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    return Asked(spread_prompt(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text)
+    return Asked(
+        spread_prompt(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text
+    )
 
 
-def _pieces(served: Served, pieces: Sequence[str], sources: Sequence[str | bytes], place: str, add_bos: bool, config: ServeConfig) -> Asked:
+def _pieces(
+    served: Served,
+    pieces: Sequence[str],
+    sources: Sequence[str | bytes],
+    place: str,
+    add_bos: bool,
+    config: ServeConfig,
+) -> Asked:
     images = [_image(source, place, config) for source in sources]
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id] if add_bos else []
@@ -129,4 +155,6 @@ def _pieces(served: Served, pieces: Sequence[str], sources: Sequence[str | bytes
         ids += [IMAGE_TOKEN_INDEX] * (number > 0) + tokenizer.encode(piece)
     if not ids:
         raise Refusal(f"{place} is empty", param=place)
-    return Asked(spread_prompt(served.encoder, ids, images=images, tokens_per_image=served.tokens_per_image, name=place))
+    return Asked(
+        spread_prompt(served.encoder, ids, images=images, tokens_per_image=served.tokens_per_image, name=place)
+    )

@@ -22,7 +22,34 @@ _INERT: dict[str, tuple] = {
     "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "structured_outputs": (), "prompt_embeds": (), "audio": (),
 }  # fmt: skip
 _COMMON = frozenset(
-    ["model", "messages", "prompt", "max_tokens", "max_completion_tokens", "n", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "stream", "stream_options", "logprobs", "top_logprobs", "echo", "user", "best_of"]
+    [
+        "model",
+        "messages",
+        "prompt",
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "ignore_eos",
+        "min_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "stream",
+        "stream_options",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        "user",
+        "best_of",
+    ]
 )
 KNOWN = _COMMON | frozenset(_INERT)
 
@@ -98,10 +125,15 @@ def read_completion(fields: Fields, bounds: Bounds) -> CompletionRequest:
     echo = fields.boolean("echo")
     max_tokens = fields.integer("max_tokens", COMPLETION_TOKENS, low=0 if echo else 1)
     logprobs = fields.integer("logprobs", None, low=0, high=MAX_ALTERNATIVES)
-    options = _options(fields, bounds, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=echo and logprobs is not None)
+    options = _options(
+        fields, bounds, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=echo and logprobs is not None
+    )
     prompts = _prompts(fields, vocab_size=bounds.vocab_size)
     if len(prompts) * options.choices > bounds.max_choices:
-        raise Refusal(f"{len(prompts)} prompts x n {options.choices} is more than the {bounds.max_choices} answers of one request", param="prompt")
+        raise Refusal(
+            f"{len(prompts)} prompts x n {options.choices} is more than the {bounds.max_choices} answers of one request",
+            param="prompt",
+        )
     return CompletionRequest(prompts=prompts, echo=echo, options=options)
 
 
@@ -113,7 +145,9 @@ def _refuse_what_we_cannot(fields: Fields) -> None:
         raise Refusal("best_of other than n is not supported by this server; leave it out", param="best_of")
 
 
-def _options(fields: Fields, bounds: Bounds, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False) -> Options:
+def _options(
+    fields: Fields, bounds: Bounds, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False
+) -> Options:
     stream_options = fields.child("stream_options")
     stream = fields.boolean("stream")
     if fields.has("stream_options") and not stream:
@@ -156,7 +190,9 @@ def _options(fields: Fields, bounds: Bounds, *, max_tokens: int | None, logprobs
 def _stop_ids(fields: Fields, bounds: Bounds) -> frozenset[int]:
     ids = fields.items("stop_token_ids", longest=MAX_STOP_IDS, kind=int)
     if not all(0 <= i < bounds.vocab_size for i in ids):
-        raise Refusal(f"stop_token_ids must be below {bounds.vocab_size}, the size of the vocabulary", param="stop_token_ids")
+        raise Refusal(
+            f"stop_token_ids must be below {bounds.vocab_size}, the size of the vocabulary", param="stop_token_ids"
+        )
     return frozenset(ids)
 
 
@@ -193,7 +229,10 @@ def _ids(value: object, name: str, vocab_size: int) -> tuple[int, ...]:
 
 def read_messages(fields: Fields, *, max_images: int) -> tuple[str | None, tuple[Message, ...]]:
     """The system prompt, or None where no message gives one, and the messages after it. Raises Refusal."""
-    entries = [Fields.of(entry, f"messages[{place}]") for place, entry in enumerate(fields.items("messages", shortest=1, longest=MAX_MESSAGES, kind=dict))]
+    entries = [
+        Fields.of(entry, f"messages[{place}]")
+        for place, entry in enumerate(fields.items("messages", shortest=1, longest=MAX_MESSAGES, kind=dict))
+    ]
     messages = [_message(entry) for entry in entries]
     system = None
     if messages[0].role == "system":
@@ -202,12 +241,17 @@ def read_messages(fields: Fields, *, max_images: int) -> tuple[str | None, tuple
         if message.role == "system":
             raise Refusal(f"{message.place}: a system message must be the first", param=message.place)
         if message.role != (HUMAN, GPT)[place % 2]:
-            raise Refusal(f"{message.place}: after an optional system message, user and assistant must take turns, a user first", param=message.place)
+            raise Refusal(
+                f"{message.place}: after an optional system message, user and assistant must take turns, a user first",
+                param=message.place,
+            )
     if not messages or messages[-1].role != HUMAN:
         raise Refusal("messages must end with one by the user, to be answered", param="messages")
     images = sum(message.image is not None for message in messages)
     if images > max_images:
-        raise Refusal(f"the conversation has {images} images; this server takes {max_images} per conversation", param="messages")
+        raise Refusal(
+            f"the conversation has {images} images; this server takes {max_images} per conversation", param="messages"
+        )
     return system, tuple(messages)
 
 
@@ -223,11 +267,15 @@ def _message(entry: Fields) -> Message:
         text, image = content, None
     else:
         parts = entry.items("content", shortest=1, longest=MAX_PARTS, kind=dict)
-        text, image = _parts([Fields.of(part, f"{entry.name('content')}[{place}]") for place, part in enumerate(parts)], entry)
+        text, image = _parts(
+            [Fields.of(part, f"{entry.name('content')}[{place}]") for place, part in enumerate(parts)], entry
+        )
     if image is not None and role != HUMAN:
         raise Refusal(f"{entry.path}: only a user's message can have an image", param=entry.path)
     if not text and image is None and role != "system":
-        raise Refusal(f"{entry.name('content')} is empty; write something, or leave the message out", param=entry.name("content"))
+        raise Refusal(
+            f"{entry.name('content')} is empty; write something, or leave the message out", param=entry.name("content")
+        )
     return Message(role=role, text=text, image=image, place=entry.path)
 
 

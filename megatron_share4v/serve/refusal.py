@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
+TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+}
 
 
 class Refusal(Exception):
     """Becomes a response with `status`. param: the field at fault, dotted. kind: the error's type where the status alone does not say it."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, kind: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.headers = status, param, dict(headers or {})

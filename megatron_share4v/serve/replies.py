@@ -53,11 +53,18 @@ class Envelope:
         body = {**self._frame("chat.completion.chunk"), "choices": list(choices)}
         return body if counts is None else {**body, "usage": counts}
 
-    def choice(self, index: int, text: str, finish: str | None, tokens: Sequence[Token], *, offset: int = 0) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish: str | None, tokens: Sequence[Token], *, offset: int = 0
+    ) -> dict[str, Any]:
         """A finished choice; for a stream of bare text also a part of one, `offset` characters into it."""
         logprobs = self._logprobs(tokens, offset) if self.wants_logprobs else None
         if self.chat:
-            return {"index": index, "message": {"role": "assistant", "content": text}, "logprobs": logprobs, "finish_reason": finish}
+            return {
+                "index": index,
+                "message": {"role": "assistant", "content": text},
+                "logprobs": logprobs,
+                "finish_reason": finish,
+            }
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def opening(self, index: int) -> dict[str, Any]:
@@ -73,7 +80,9 @@ class Envelope:
         logprobs = self._logprobs(tokens, offset) if self.wants_logprobs and tokens else None
         parts = []
         if piece.text or logprobs:
-            parts.append({"index": piece.index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None})
+            parts.append(
+                {"index": piece.index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+            )
         if piece.finish:
             parts.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish})
         return parts
@@ -92,7 +101,9 @@ class Envelope:
             offsets.append(offset)
             offset += len(name)
             values.append(None if token.logprobs is None else _number(token.logprobs.chosen))
-            tops.append(None if token.logprobs is None else {self._name(i): _number(value) for i, value in _likeliest(token)})
+            tops.append(
+                None if token.logprobs is None else {self._name(i): _number(value) for i, value in _likeliest(token)}
+            )
         return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _entry(self, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
@@ -100,7 +111,11 @@ class Envelope:
         return {**own, "top_logprobs": [self._alternative(i, value) for i, value in logprobs.top]}
 
     def _alternative(self, token_id: int, value: float) -> dict[str, Any]:
-        return {"token": self._name(token_id), "logprob": _number(value), "bytes": list(self.tokenizer.token_bytes(token_id))}
+        return {
+            "token": self._name(token_id),
+            "logprob": _number(value),
+            "bytes": list(self.tokenizer.token_bytes(token_id)),
+        }
 
     def _name(self, token_id: int) -> str:
         data = self.tokenizer.token_bytes(token_id)

@@ -33,7 +33,11 @@ from megatron_share4v.serve.worker import Served, Worker
 
 
 def build_app(
-    config: ServeConfig, load: Callable[[], Served], *, fetcher: Fetcher | None = None, on_failure: Callable[[Worker], None] = lambda worker: None
+    config: ServeConfig,
+    load: Callable[[], Served],
+    *,
+    fetcher: Fetcher | None = None,
+    on_failure: Callable[[Worker], None] = lambda worker: None,
 ) -> Starlette:
     """The ASGI application; its lifespan owns the engine's thread, in which `load` runs. `app.state.worker` and `.metrics` are there for tests."""
     metrics = Metrics()
@@ -62,7 +66,9 @@ def build_app(
 
     async def show_metrics(request: Request) -> Response:
         stats = worker.served.engine.stats if worker.served else None
-        return Response(metrics.text(model=config.model_name, waiting=worker.waiting, stats=stats), media_type=CONTENT_TYPE)
+        return Response(
+            metrics.text(model=config.model_name, waiting=worker.waiting, stats=stats), media_type=CONTENT_TYPE
+        )
 
     openai = OpenAi(config, worker, bodies, preparation, metrics, started=int(time.time()))
     megatron = Megatron(worker, bodies, preparation, metrics, max_images=config.max_images)
@@ -105,10 +111,14 @@ def http_server(app: Starlette, config: ServeConfig) -> HttpServer:
 def listen(config: ServeConfig) -> socket.socket:
     """The port, taken before anything is loaded. Raises ConfigError when it cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         return socket.create_server(address[:2], family=family, backlog=512)
     except OSError as error:
-        raise ConfigError(f"host {config.host}, port {config.port}: cannot listen there ({error.strerror or error}); choose another --host or --port") from error
+        raise ConfigError(
+            f"host {config.host}, port {config.port}: cannot listen there ({error.strerror or error}); choose another --host or --port"
+        ) from error
 
 
 def serve(config: ServeConfig, load: Callable[[], Served]) -> None:
@@ -127,8 +137,15 @@ def serve(config: ServeConfig, load: Callable[[], Served]) -> None:
     server = http_server(build_app(config, load, on_failure=end), config)
     host = f"[{config.host}]" if ":" in config.host else config.host
     if config.is_open:
-        log.warning("WARNING: listening on %s without a key: everybody who can reach this port can use the model. Set --api-key, or --host 127.0.0.1.", config.host)
-    log.info("page and API at http://%s:%d/ (loading the model; /health tells when it is ready)", host, listening.getsockname()[1])
+        log.warning(
+            "WARNING: listening on %s without a key: everybody who can reach this port can use the model. Set --api-key, or --host 127.0.0.1.",
+            config.host,
+        )
+    log.info(
+        "page and API at http://%s:%d/ (loading the model; /health tells when it is ready)",
+        host,
+        listening.getsockname()[1],
+    )
     server.run(sockets=[listening])
     if failed:
         raise failed[0]

@@ -20,7 +20,9 @@ from megatron_share4v.serve.server import serve
 from megatron_share4v.serve.worker import Served
 
 
-def serve_checkpoint(checkpoint: Path, world: World, *, config: ServeConfig, engine: EngineConfig, dtype: str | None = None) -> None:
+def serve_checkpoint(
+    checkpoint: Path, world: World, *, config: ServeConfig, engine: EngineConfig, dtype: str | None = None
+) -> None:
     """Serve until a signal says otherwise. All ranks of `world` share the model's matrices, whatever layout it was trained at.
 
     Raises ConfigError, CheckpointError, ConversionError or DataError for what cannot be served, and whatever the engine fails with.
@@ -42,4 +44,9 @@ def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None)
         torch.cuda.set_device(mesh.device.index)
     session = Session.open(checkpoint, mesh=mesh, dtype=dtype)
     engine = Engine.open(session, config)
-    return Served(engine=engine, encoder=session.encoder, tokens_per_image=session.config.model.vision.num_patches, close=engine.close)
+    return Served(
+        engine=engine,
+        encoder=session.encoder,
+        tokens_per_image=session.config.model.vision.num_patches,
+        close=engine.close,
+    )

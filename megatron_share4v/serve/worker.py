@@ -103,7 +103,14 @@ class Worker:
     load: makes the engine, in the thread. on_failure: called on the loop, once, when loading or a step raised.
     """
 
-    def __init__(self, load: Callable[[], Served], *, max_waiting: int, metrics: Metrics, on_failure: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Served],
+        *,
+        max_waiting: int,
+        metrics: Metrics,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         self._load, self._max_waiting, self._metrics, self._on_failure = load, max_waiting, metrics, on_failure
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._jobs: dict[str, Job] = {}
@@ -143,13 +150,17 @@ class Worker:
         """Queue requests. Raises Refusal: 503 when not ready, 429 when the queue is full, 400 when it could never hold them."""
         limits = self.require().engine.limits
         if len(requests) > self._max_waiting + limits.max_requests:
-            raise Refusal(f"{len(requests)} answers in one request; this server can take {self._max_waiting + limits.max_requests} at once")
+            raise Refusal(
+                f"{len(requests)} answers in one request; this server can take {self._max_waiting + limits.max_requests} at once"
+            )
         free = max(0, limits.max_requests - (len(self._jobs) - len(self._waiting)))
         if len(self._waiting) + len(requests) > self._max_waiting + free:
             mean = self._metrics.end_to_end.total / max(1, self._metrics.end_to_end.count)
             seconds = min(60, max(1, round(mean * (1 + len(self._waiting) / limits.max_requests))))
             raise Refusal(
-                f"{len(self._waiting)} requests are waiting and {self._max_waiting} may; try again later", status=429, headers={"Retry-After": str(seconds)}
+                f"{len(self._waiting)} requests are waiting and {self._max_waiting} may; try again later",
+                status=429,
+                headers={"Retry-After": str(seconds)},
             )
         job = Job(worker=self, open={request.id for request in requests}, submitted=time.monotonic())
         for request in requests:
@@ -183,7 +194,11 @@ class Worker:
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         for request_id, job in self._jobs.items():
-            job.ticks.put_nowait(Tick(request_id, None, unavailable("the engine has failed and the server is stopping; see its log"), 0.0))
+            job.ticks.put_nowait(
+                Tick(
+                    request_id, None, unavailable("the engine has failed and the server is stopping; see its log"), 0.0
+                )
+            )
         self._jobs.clear()
         self._waiting.clear()
         self._on_failure()

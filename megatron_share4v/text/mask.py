@@ -38,7 +38,9 @@ class Encoded:
     labels: tuple[int, ...]
 
 
-def encode_conversation(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool, max_length: int) -> Encoded:
+def encode_conversation(
+    tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool, max_length: int
+) -> Encoded:
     """Ids and labels of a training sample, cut to `max_length` positions (an image counts as one).
 
     Without an image, a literal "<image>" is text. Raises DataError for an empty conversation or turn, roles that do not alternate from human
@@ -57,13 +59,17 @@ def encode_conversation(tokenizer: Tokenizer, template: Template, turns: Sequenc
             "template for conversations"
         )
     if template.caption_only and IMAGE_PLACEHOLDER not in turns[0].text:
-        raise DataError(f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; write it there")
+        raise DataError(
+            f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; write it there"
+        )
     rendered = render(template, turns, has_image=has_image)
     _check_placeholders(rendered.text, has_image=has_image)
     _check_marks(template, turns, rendered)
     input_ids, labels = _label(tokenizer, rendered, has_image=has_image)
     if tokenizer.pad_id in input_ids:
-        raise DataError("the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it from the record")
+        raise DataError(
+            "the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it from the record"
+        )
     return Encoded(input_ids=tuple(input_ids[:max_length]), labels=tuple(labels[:max_length]))
 
 
@@ -74,15 +80,21 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
     """
     turns = _checked(template, turns)
     if turns[-1].role != HUMAN:
-        raise DataError(f"turn {len(turns)} is the last and {GPT}'s, so there is nothing to answer; end with a {HUMAN} turn")
+        raise DataError(
+            f"turn {len(turns)} is the last and {GPT}'s, so there is nothing to answer; end with a {HUMAN} turn"
+        )
     if template.caption_only and (len(turns) != 1 or not has_image):
-        raise DataError(f"template {template.name!r} asks for the caption of one image; got {len(turns)} turns {_with(has_image)}")
+        raise DataError(
+            f"template {template.name!r} asks for the caption of one image; got {len(turns)} turns {_with(has_image)}"
+        )
     text = render_prompt(template, turns, has_image=has_image)
     _check_placeholders(text, has_image=has_image)
     return _label(tokenizer, Rendered(text=text, trained=()), has_image=has_image)[0]
 
 
-def encode_question(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, images: Sequence[bool]) -> list[int]:
+def encode_question(
+    tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, images: Sequence[bool]
+) -> list[int]:
     """As encode_prompt, where texts are what somebody typed: an <image> in them is text. `images`: for each turn, whether an image belongs to it;
     its IMAGE_TOKEN_INDEX goes before the turn's text, on a line of its own. A turn with an image may be empty.
 
@@ -94,12 +106,17 @@ def encode_question(tokenizer: Tokenizer, template: Template, turns: Sequence[Tu
     # Half a surrogate pair: the one thing that a text that passed the check cannot hold.
     typed = [Message(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)) for turn in turns]
     system = template.system.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
-    opened = [Message(turn.role, _on_a_line_of_its_own(turn.text)) if image else turn for turn, image in zip(typed, images, strict=True)]
+    opened = [
+        Message(turn.role, _on_a_line_of_its_own(turn.text)) if image else turn
+        for turn, image in zip(typed, images, strict=True)
+    ]
     opened = _checked(template, opened)
     if opened[-1].role != HUMAN:
         raise DataError(f"the last turn is by {GPT}, so there is nothing to answer; end with a {HUMAN} turn")
     if template.caption_only and (len(opened) != 1 or not any(images)):
-        raise DataError(f"template {template.name!r} asks for the caption of one image; got {len(opened)} turns {_with(any(images))}")
+        raise DataError(
+            f"template {template.name!r} asks for the caption of one image; got {len(opened)} turns {_with(any(images))}"
+        )
     text = render_prompt(replace(template, system=system), opened, has_image=any(images))
     first, *others = text.split(IMAGE_PLACEHOLDER)
     ids = [tokenizer.bos_id, *tokenizer.encode(first.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER))]
@@ -137,7 +154,9 @@ def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
     if template.training.answer_mark and turns and turns[0].role == GPT:
         turns = turns[1:]
         if turns and turns[0].role == GPT:
-            raise DataError(f"the first two turns are both by {GPT}; the roles must alternate: join them or drop the record")
+            raise DataError(
+                f"the first two turns are both by {GPT}; the roles must alternate: join them or drop the record"
+            )
     if not turns:
         raise DataError(f"the conversation is empty (a leading {GPT} turn does not count); drop the record")
     for number, turn in enumerate(turns, start=1):
@@ -146,14 +165,18 @@ def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
         if not turn.text:
             raise DataError(f"turn {number}, by {turn.role}, is empty; give it a text or drop the record")
         if number > 1 and turn.role == turns[number - 2].role:
-            raise DataError(f"turns {number - 1} and {number} are both by {turn.role}; the roles must alternate: join them or drop the record")
+            raise DataError(
+                f"turns {number - 1} and {number} are both by {turn.role}; the roles must alternate: join them or drop the record"
+            )
     return turns
 
 
 def _check_placeholders(text: str, *, has_image: bool) -> None:
     count = text.count(IMAGE_PLACEHOLDER)
     if has_image and count != 1:
-        raise DataError(f"{count} turns have an {IMAGE_PLACEHOLDER} for 1 image; write it in exactly one turn, best in the first")
+        raise DataError(
+            f"{count} turns have an {IMAGE_PLACEHOLDER} for 1 image; write it in exactly one turn, best in the first"
+        )
 
 
 def _check_marks(template: Template, turns: Sequence[Turn], rendered: Rendered) -> None:
@@ -163,7 +186,9 @@ def _check_marks(template: Template, turns: Sequence[Turn], rendered: Rendered) 
         return
     for number, turn in enumerate(turns, start=1):
         if frame.round_mark in turn.text:
-            raise DataError(f"turn {number} has {frame.round_mark!r} in its text, which ends an answer: {_shown(turn.text)}; remove it")
+            raise DataError(
+                f"turn {number} has {frame.round_mark!r} in its text, which ends an answer: {_shown(turn.text)}; remove it"
+            )
     found = [match.end() for match in re.finditer(re.escape(frame.answer_mark), rendered.text)]
     answers = [start + len(frame.answer[0]) for start, _ in rendered.trained]
     if found != answers:

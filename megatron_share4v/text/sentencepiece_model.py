@@ -100,7 +100,9 @@ def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel
                     name, kind = known[inner]
                     settings[name] = kind(content)
     assert len(pieces) == tokenizer.vocab_size, f"read {len(pieces)} pieces of {tokenizer.vocab_size} from {path}"
-    return SentencePieceModel(pieces=tuple(pieces), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, unk_id=tokenizer.pad_id, **settings)
+    return SentencePieceModel(
+        pieces=tuple(pieces), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, unk_id=tokenizer.pad_id, **settings
+    )
 
 
 def _piece(message: bytes) -> Piece:

@@ -97,7 +97,9 @@ def get_template(name: str) -> Template:
     """The template of that name or alias. Raises ConfigError, naming the nearest, when there is none."""
     if name not in TEMPLATES:
         [nearest] = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
-        raise ConfigError(f"template {name!r} does not exist; the nearest is {nearest!r}. Choose one of {', '.join(sorted(TEMPLATES))}")
+        raise ConfigError(
+            f"template {name!r} does not exist; the nearest is {nearest!r}. Choose one of {', '.join(sorted(TEMPLATES))}"
+        )
     return TEMPLATES[name]
 
 
@@ -115,7 +117,9 @@ def normalise_placeholders(text: str, *, placeholder: str = IMAGE_PLACEHOLDER) -
 def render(template: Template, turns: Sequence[Turn], *, has_image: bool) -> Rendered:
     """A whole conversation for training. `turns` must be in order and complete (mask.py checks); <image> is text unless `has_image`."""
     if has_image:
-        turns = [Message(turn.role, normalise_placeholders(turn.text, placeholder=template.placeholder)) for turn in turns]
+        turns = [
+            Message(turn.role, normalise_placeholders(turn.text, placeholder=template.placeholder)) for turn in turns
+        ]
     if template.caption_only:
         # The published stage 1 throws the instruction away: image, caption, newline, and no end-of-sentence token.
         turns = [Message(turn.role, IMAGE_PLACEHOLDER if turn.role == HUMAN else turn.text) for turn in turns]
@@ -176,7 +180,12 @@ def _with_system(part: str, system: str) -> str:
 
 # The answer's leading space is trained and the header's colon is not; the closing </s> is trained too.
 _TWO = Frame(
-    opening="{system} ", human=("USER: ", " "), header="ASSISTANT:", answer=(" ", "</s>"), answer_mark=" ASSISTANT: ", round_mark="</s>"
+    opening="{system} ",
+    human=("USER: ", " "),
+    header="ASSISTANT:",
+    answer=(" ", "</s>"),
+    answer_mark=" ASSISTANT: ",
+    round_mark="</s>",
 )
 _LLAMA_2 = Frame(
     preamble="<<SYS>>\n{system}\n<</SYS>>\n\n", human=("[INST] ", " [/INST]"), header="", answer=(" ", " </s>"), between="<s>",
@@ -189,7 +198,12 @@ _MPT = Frame(
 # v0 is the odd one: "###" is trained before every turn, the human's too ("masked from the third token on": LLaMA writes "\n###" in two),
 # the whole of an assistant's turn is trained, its name included, and so is the "### " that follows the last turn.
 _V0_TRAINING = Frame(
-    opening="{system}\n\n", signal="###", human=(" Human: ", "\n"), header=" Assistant:", answer=(" ", "\n"), ending="### "
+    opening="{system}\n\n",
+    signal="###",
+    human=(" Human: ", "\n"),
+    header=" Assistant:",
+    answer=(" ", "\n"),
+    ending="### ",
 )
 _V0_PROMPT = Frame(opening="{system}###", human=("Human: ", "###"), header="Assistant:", answer=(" ", "###"))
 _PLAIN = Frame(human=("", ""), header="", answer=("", "\n"))
@@ -214,7 +228,9 @@ _VISION_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and assist the "
     "user with a variety of tasks using natural language."
 )
-_MPT_SYSTEM = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+_MPT_SYSTEM = (
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+)
 _ENERGY_EXAMPLE = (
     Message(HUMAN, "What are the key differences between renewable and non-renewable energy sources?"),
     Message(
@@ -246,7 +262,10 @@ _ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, its other n
     (_template("vicuna_v1", _TWO, _USER_SYSTEM), ("v1",)),
     (_template("share4v_v1", _TWO, _HUMAN_SYSTEM), ("llava_v1",)),
     (_template("v1_mmtag", _TWO, _TAG_SYSTEM, placeholder=_TAG), ()),
-    (_template("vicuna_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT, examples=_ENERGY_EXAMPLE), ("v0", "default")),
+    (
+        _template("vicuna_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT, examples=_ENERGY_EXAMPLE),
+        ("v0", "default"),
+    ),
     (_template("share4v_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT), ("llava_v0",)),
     (_template("v0_mmtag", _V0_TRAINING, _TAG_SYSTEM, prompt=_V0_PROMPT, placeholder=_TAG), ()),
     (_template("llama_2", _LLAMA_2, _META_SYSTEM), ()),
@@ -255,4 +274,6 @@ _ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, its other n
     (_template("mpt", _MPT, _MPT_SYSTEM), ()),
     (_template("chatml_direct", _MPT, "Answer the questions."), ("mistral_direct",)),
 )
-TEMPLATES: Mapping[str, Template] = MappingProxyType({name: row for row, others in _ROWS for name in (row.name, *others)})
+TEMPLATES: Mapping[str, Template] = MappingProxyType(
+    {name: row for row, others in _ROWS for name in (row.name, *others)}
+)

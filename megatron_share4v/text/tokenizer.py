@@ -36,13 +36,17 @@ class Tokenizer:
         self._model = _load(content, self.path)
         self.bos_id, self.eos_id, self.pad_id = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise DataError(f"tokenizer {self.path}: has no <s> or no </s>; use the tokenizer.model of a LLaMA-type language model")
+            raise DataError(
+                f"tokenizer {self.path}: has no <s> or no </s>; use the tokenizer.model of a LLaMA-type language model"
+            )
         self.vocab_size = self._model.get_piece_size()
         special = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self._special = {self._model.id_to_piece(i): i for i in special}
         self._special_ids = frozenset(special)
         self.longest_piece = max(len(self._model.id_to_piece(i)) for i in range(self.vocab_size))
-        self._cut = re.compile(f"({'|'.join(re.escape(piece) for piece in sorted(self._special, key=len, reverse=True))})")
+        self._cut = re.compile(
+            f"({'|'.join(re.escape(piece) for piece in sorted(self._special, key=len, reverse=True))})"
+        )
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without a leading <s>. Raises DataError for a text that is not valid Unicode."""

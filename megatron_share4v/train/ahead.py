@@ -62,7 +62,9 @@ def _copied(steps: Iterator[list[Reading]], device: Device) -> Iterator[list[Rea
         torch.cuda.set_device(device.torch_device)  # each thread has its own current device
         for readings in steps:
             with torch.cuda.stream(stream):
-                moved = [replace(reading, batch=_pinned_copy(reading.batch, device.torch_device)) for reading in readings]
+                moved = [
+                    replace(reading, batch=_pinned_copy(reading.batch, device.torch_device)) for reading in readings
+                ]
                 yield moved, stream.record_event()
 
     for readings, copied in in_background(copies()):
@@ -75,9 +77,14 @@ def _copied(steps: Iterator[list[Reading]], device: Device) -> Iterator[list[Rea
 
 
 def _pinned_copy(batch: Batch, device: torch.device) -> Batch:
-    moved = {name: tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True) for name, tensor in _tensors(batch).items()}
+    moved = {
+        name: tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+        for name, tensor in _tensors(batch).items()
+    }
     return replace(batch, **moved)
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {field.name: value for field in fields(Batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)}
+    return {
+        field.name: value for field in fields(Batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)
+    }

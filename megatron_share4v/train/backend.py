@@ -37,7 +37,13 @@ def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Pat
     if not mesh.holds_first_stage:
         return
     options = source.options
-    result = pass_gate(options.image_backend, source.encoder.images, source.index, device_index=options.device_index, features=_tower(chunk, mesh))
+    result = pass_gate(
+        options.image_backend,
+        source.encoder.images,
+        source.index,
+        device_index=options.device_index,
+        features=_tower(chunk, mesh),
+    )
     on = "cpu" if options.device_index is None else "gpu"
     record = {"backend": options.image_backend, "on": on, "library": library(options.image_backend)}
     get_logger().info("images: %s on %s (%s)", *record.values())
@@ -55,7 +61,13 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
 
     @torch.no_grad()
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        shared = broadcast_tensors([pixels] if mesh.reads_data else None, count=1, source=mesh.sample_source, group=mesh.sample_group, device=device)
+        shared = broadcast_tensors(
+            [pixels] if mesh.reads_data else None,
+            count=1,
+            source=mesh.sample_source,
+            group=mesh.sample_group,
+            device=device,
+        )
         [images] = shared
         seen = [chunk.vision(image.unsqueeze(0)).flatten() for image in images]
         return torch.stack(seen) if seen else torch.empty(0, 1)
@@ -66,7 +78,12 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
 def record_ops(choice: Choice, *, mesh: Mesh, directory: Path) -> None:
     """Write down what mcore/choice.py decided (and said). A change since the run's last start is said too."""
     if mesh.rank == 0:
-        record = {"ops": choice.implementation, "on": mesh.device.kind, "reason": choice.reason, "library": str(choice.library or "")}
+        record = {
+            "ops": choice.implementation,
+            "on": mesh.device.kind,
+            "reason": choice.reason,
+            "library": str(choice.library or ""),
+        }
         said = "the fused ops are others than before in this run, so its sums are rounded otherwise"
         _write(record, directory / OPS_FILE, names=("ops", "on"), said=said)
 
@@ -82,7 +99,9 @@ def record_attention(choice: AttentionChoice, *, mesh: Mesh, directory: Path) ->
 
 def _write(record: dict[str, object], path: Path, *, names: Sequence[str], said: str) -> None:
     if before := read_object(path):
-        changes = [f"{name} was {before.get(name)}, is {record[name]}" for name in names if before.get(name) != record[name]]
+        changes = [
+            f"{name} was {before.get(name)}, is {record[name]}" for name in names if before.get(name) != record[name]
+        ]
         if changes:
             get_logger().warning("%s: %s", said, "; ".join(changes))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -89,11 +89,16 @@ class BadSteps:
             "reason": result.bad,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "micro_batches": [asdict(part) | {"rows": list(part.rows), "keys": [keys(row) for row in part.rows]} for part in micro_batches],
+            "micro_batches": [
+                asdict(part) | {"rows": list(part.rows), "keys": [keys(row) for row in part.rows]}
+                for part in micro_batches
+            ],
             "gradient_norms": norms,
         }
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        get_logger().warning("step %d is bad and was skipped: %s. %s. See %s", step, result.bad, _blame(micro_batches, norms), folder)
+        get_logger().warning(
+            "step %d is bad and was skipped: %s. %s. See %s", step, result.bad, _blame(micro_batches, norms), folder
+        )
         _show(training, folder, [row for part in micro_batches for row in part.rows][: self._config.samples])
 
 
@@ -115,8 +120,14 @@ def _blamed(training: Training, data: StepData, told: Sequence[list[tuple[float,
 def _blame(micro_batches: Sequence[MicroBatchLoss], norms: dict[str, float]) -> str:
     worst = micro_batches[0]
     modules = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    gradient = f"the gradient is not finite in {len(modules)} of {len(norms)} modules" if modules else f"largest gradient in {max(norms, key=norms.get)}"
-    return f"Worst: micro-batch {worst.number} of data-parallel rank {worst.data_rank}, loss {worst.loss:.4g}; {gradient}"
+    gradient = (
+        f"the gradient is not finite in {len(modules)} of {len(norms)} modules"
+        if modules
+        else f"largest gradient in {max(norms, key=norms.get)}"
+    )
+    return (
+        f"Worst: micro-batch {worst.number} of data-parallel rank {worst.data_rank}, loss {worst.loss:.4g}; {gradient}"
+    )
 
 
 def _show(training: Training, folder: Path, rows: Sequence[int]) -> None:

@@ -79,10 +79,16 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
 
     Raises ConfigError, DataError, CheckpointError or OpsError, on every rank alike, when something does not fit.
     """
-    mesh.layout.check_micro_batches(global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size)
+    mesh.layout.check_micro_batches(
+        global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size
+    )
     reading = read_options(config.data, device=mesh.device)
     source = open_source(config, config.data.train, order=config.data.order, options=reading)
-    validation = open_source(config, config.data.validation, order="sequential", options=reading) if config.data.validation else None
+    validation = (
+        open_source(config, config.data.validation, order="sequential", options=reading)
+        if config.data.validation
+        else None
+    )
     ops = agree_on_ops(config.ops, mesh=mesh)
     record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
@@ -98,7 +104,9 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         has_transformer_engine=missing_engine() is None,
     )
     start_tensor_overlap(config, mesh=mesh)
-    bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options)
+    bare = build_chunks(
+        config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options
+    )
     _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
     newest = find_newest_whole(checkpoints, mesh=mesh)
@@ -109,14 +117,20 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     if mesh.rank == 0:
         start = config.checkpoint.initialize_from if newest is None else None
         begin = locate(Path(start)) if start else None
-        keep_companions(Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None)
+        keep_companions(
+            Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None
+        )
     chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
     start_step = 0
     if newest is not None:
         state = load(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
         _check_position(
-            state, source, newest, allow_data_change=config.checkpoint.allow_data_change, directory=Path(config.run.directory) if mesh.rank == 0 else None
+            state,
+            source,
+            newest,
+            allow_data_change=config.checkpoint.allow_data_change,
+            directory=Path(config.run.directory) if mesh.rank == 0 else None,
         )
         start_step = state.step
         get_logger().info("resumed from %s at step %d, %d samples consumed", newest, state.step, state.consumed_samples)
@@ -144,7 +158,9 @@ def read_options(data: DataConfig, *, device: Device) -> ReadOptions:
     )
 
 
-def open_source(config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: str, options: ReadOptions) -> Source:
+def open_source(
+    config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: str, options: ReadOptions
+) -> Source:
     """Prepared data sets that belong to this run's tokenizer and template; DataError otherwise."""
     data = config.data
     tokenizer = Tokenizer(data.tokenizer)
@@ -171,7 +187,12 @@ def open_source(config: RunConfig, data_sets: str | Sequence[BlendSource], *, or
     for share in shares_of(index):
         get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)
     if plan.packing:
-        get_logger().info("data: an epoch is %d packs of %d positions, %.1f %% filled", plan.epoch_items, plan.packing.length, 100 * plan.fill)
+        get_logger().info(
+            "data: an epoch is %d packs of %d positions, %.1f %% filled",
+            plan.epoch_items,
+            plan.packing.length,
+            100 * plan.fill,
+        )
     encoder = make_encoder(config.model.vision.image_size, data, tokenizer)
     return Source(index=index, plan=plan, encoder=encoder, options=options)
 
@@ -207,10 +228,15 @@ def _check_configuration(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
         return
     get_logger().info("configuration: not that of %s:%s", path, describe(found))
     if mesh.rank == 0:
-        _append(Path(config.run.directory) / CONFIG_CHANGES, {"step": manifest.state.step, "checkpoint": path.name, "changes": [str(change) for change in found]})
+        _append(
+            Path(config.run.directory) / CONFIG_CHANGES,
+            {"step": manifest.state.step, "checkpoint": path.name, "changes": [str(change) for change in found]},
+        )
 
 
-def _check_position(state: RunState, source: Source, path: Path, *, allow_data_change: bool, directory: Path | None) -> None:
+def _check_position(
+    state: RunState, source: Source, path: Path, *, allow_data_change: bool, directory: Path | None
+) -> None:
     """Refuse to go on with other data than the checkpoint's, or to land elsewhere in the same."""
     plan = source.plan
     changed = differences(state.data, describe_data(plan, source.encoder)) if state.data else []
@@ -253,7 +279,13 @@ def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, optio
     ours = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
     update = f"{'ours' if ours else 'torch, fused'}; moments in {config.optim.moments}{' on the host' if config.optim.offload else ''}"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
-    logger.info("precision: %s, gradients summed in %s; FP8: %s; optimizer: AdamW (%s)", config.precision.dtype, config.precision.gradients, options.fp8, update)
+    logger.info(
+        "precision: %s, gradients summed in %s; FP8: %s; optimizer: AdamW (%s)",
+        config.precision.dtype,
+        config.precision.gradients,
+        options.fp8,
+        update,
+    )
     logger.info("recomputed in the backward pass: language model %s; tower %s", options.language, options.tower)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
     for line in table(parameter_counts(chunks, mesh=mesh)):

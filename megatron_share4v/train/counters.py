@@ -43,11 +43,17 @@ class Counters:
             try:
                 gpus = self._gpus()
             except (OSError, subprocess.SubprocessError, ValueError) as problem:
-                get_logger().info("hardware counters: of the host alone, since nvidia-smi cannot be asked (%s)", problem)
+                get_logger().info(
+                    "hardware counters: of the host alone, since nvidia-smi cannot be asked (%s)", problem
+                )
                 self._gpus = dict
                 gpus = {}
             memory = psutil.virtual_memory()
-            self._newest = {"host/cpu_percent": psutil.cpu_percent(), "host/memory_available_gb": memory.available / 1e9, **gpus}
+            self._newest = {
+                "host/cpu_percent": psutil.cpu_percent(),
+                "host/memory_available_gb": memory.available / 1e9,
+                **gpus,
+            }
 
 
 def read_gpus() -> dict[str, float]:

@@ -58,13 +58,26 @@ class Quarantine:
         if self._file is None:
             return
         for fault in faults:
-            self._file.write(json.dumps({"step": step, "sample": fault.name, "reason": fault.reason.removeprefix(f"{fault.name}: ")}) + "\n")
+            self._file.write(
+                json.dumps({"step": step, "sample": fault.name, "reason": fault.reason.removeprefix(f"{fault.name}: ")})
+                + "\n"
+            )
         self._file.flush()
-        get_logger().warning("step %d: %d samples could not be read; their slots are kept without labels:%s", step, len(faults), describe(faults))
+        get_logger().warning(
+            "step %d: %d samples could not be read; their slots are kept without labels:%s",
+            step,
+            len(faults),
+            describe(faults),
+        )
 
 
 def warn_of(steps: list[StepData], *, where: str) -> None:
     """Failures in batches that are not trained on are only told."""
     for data in steps:
         if data.faults:
-            get_logger().warning("%s: %d samples could not be read; they are left out of the loss:%s", where, len(data.faults), describe(data.faults))
+            get_logger().warning(
+                "%s: %d samples could not be read; they are left out of the loss:%s",
+                where,
+                len(data.faults),
+                describe(data.faults),
+            )

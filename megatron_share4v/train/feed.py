@@ -54,7 +54,9 @@ class Source:
     options: ReadOptions
 
 
-def feed(source: Source, *, mesh: Mesh, start_step: int, stop_step: int, without: Container[int] = ()) -> Iterator[StepData]:
+def feed(
+    source: Source, *, mesh: Mesh, start_step: int, stop_step: int, without: Container[int] = ()
+) -> Iterator[StepData]:
     """The data of steps start_step .. stop_step - 1, on this rank's device. All ranks must ask for the same steps.
 
     Of the steps in `without` nothing is read; they have no batches.
@@ -110,18 +112,29 @@ def _agree(items: StepItems, faults: Sequence[Fault], mesh: Mesh) -> frozenset[i
 
 
 def _batches(
-    source: Source, readings: list[Reading] | None, planned: Sequence[MicroBatch], loader: Loader | None, *, faulty: frozenset[int], mesh: Mesh
+    source: Source,
+    readings: list[Reading] | None,
+    planned: Sequence[MicroBatch],
+    loader: Loader | None,
+    *,
+    faulty: frozenset[int],
+    mesh: Mesh,
 ) -> list[Batch]:
     """This rank's part of the micro-batches, from what it and the others of its sample group have read."""
     local = [reading.batch for reading in readings or []]
     if faulty and loader is not None and local[0].targets is not None:
         hit = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
-        local = [loader.without_labels(batch, plan, rows=rows) if rows else batch for batch, plan, rows in zip(local, planned, hit)]
+        local = [
+            loader.without_labels(batch, plan, rows=rows) if rows else batch
+            for batch, plan, rows in zip(local, planned, hit)
+        ]
     whole = [NO_DATA] * len(planned)
     if mesh.holds_first_stage or mesh.holds_last_stage:
         whole = _share_text(local if mesh.reads_data else None, count=len(planned), mesh=mesh)
     if mesh.holds_first_stage:
-        pixels = _share_pixels(local, [source.index.rows["n_img"][list(plan.rows)].sum() for plan in planned], mesh=mesh)
+        pixels = _share_pixels(
+            local, [source.index.rows["n_img"][list(plan.rows)].sum() for plan in planned], mesh=mesh
+        )
         whole = [replace(batch, pixels=images) for batch, images in zip(whole, pixels)]
     rank, size = mesh.coordinates.context, mesh.layout.context
     return [
@@ -138,7 +151,9 @@ def _share_text(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Ba
         return [replace(batch, **{name: _moved(getattr(batch, name), device) for name in _TEXT}) for batch in local]
     tensors = [getattr(batch, name) for batch in local for name in _TEXT] if local is not None else None
     width = len(_TEXT)
-    received = broadcast_tensors(tensors, count=count * width, source=mesh.sample_source, group=mesh.sample_group, device=device)
+    received = broadcast_tensors(
+        tensors, count=count * width, source=mesh.sample_source, group=mesh.sample_group, device=device
+    )
     return [replace(NO_DATA, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
 
 

@@ -22,17 +22,23 @@ class StepFlops:
     """What was computed."""
 
 
-def step_flops(config: RunConfig, items: StepItems, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool) -> StepFlops:
+def step_flops(
+    config: RunConfig, items: StepItems, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool
+) -> StepFlops:
     """FLOPs of a step over `items`; `images_per_sample` [n] belongs to items.rows, and `trained_tokens` were counted while training.
 
     Blank images: with overlapped reduction a micro-batch without images sends one through the tower. Not counted is what context parallelism adds: an
     image across a border goes through the tower of two ranks, and with overlap a rank without images of a micro-batch that has some sends a blank one.
     """
-    real = Amounts(positions=items.tokens, squares=_squares(items.lengths), images=items.images, head_rows=trained_tokens)
+    real = Amounts(
+        positions=items.tokens, squares=_squares(items.lengths), images=items.images, head_rows=trained_tokens
+    )
     trainable = config.model.trainable
     blank = 0
     if config.parallel.overlap_grad_reduce and (trainable.projector or trainable.vision_from_block is not None):
-        blank = sum(not images.any() for images in np.split(images_per_sample, _bounds(items, config.train.micro_batch_size)))
+        blank = sum(
+            not images.any() for images in np.split(images_per_sample, _bounds(items, config.train.micro_batch_size))
+        )
     length = items.sequence_length
     if items.counts is None:
         squares = items.sequences * float(length) ** 2 if items.padded is None else _squares(items.padded)
@@ -40,7 +46,9 @@ def step_flops(config: RunConfig, items: StepItems, *, trained_tokens: int, imag
         filled = np.add.reduceat(items.lengths, np.cumsum([0, *items.counts[:-1]]))
         squares = _squares(items.lengths) + _squares(length - filled)
     done = Amounts(positions=items.positions, squares=squares, images=items.images + blank, head_rows=trained_tokens)
-    execution = Execution.of(config, fused_head=fused_head, layers_per_stage=layers_per_stage(config.model, config.parallel))
+    execution = Execution.of(
+        config, fused_head=fused_head, layers_per_stage=layers_per_stage(config.model, config.parallel)
+    )
     return StepFlops(model_flops(config.model, real), hardware_flops(config.model, done, execution))
 
 

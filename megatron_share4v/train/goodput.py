@@ -63,7 +63,9 @@ class Clock:
 class Ledger:
     """The accounts of one process, continued from the lines that earlier ones have left in `metrics`. Every rank has one; rank 0's is written."""
 
-    def __init__(self, metrics: Path | None, *, device: Device, start_step: int, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, metrics: Path | None, *, device: Device, start_step: int, now: Callable[[], float] = time.time
+    ) -> None:
         self._now, self._clock, self._saving, self._lost, self._first = now, Clock(device), 0.0, 0.0, True
         kept, last = _times(metrics, start_step)
         self._totals = {name: sum(line.get(name, 0.0) for line in kept) for name in ACCOUNTS}
@@ -137,7 +139,8 @@ def draw_goodput(directory: Path) -> None:
         canvas.text(left - 8, y - 7, f"{100 - 25 * part} %", align="right", size=12)
     sums = {name: sum(line[name] for line in lines) for name in ACCOUNTS}
     entries = [
-        (f"{name[:-2].replace('_', ' ')}  {_duration(value)}  {100 * value / max(whole, 1e-9):.1f} %", COLOURS[name]) for name, value in sums.items()
+        (f"{name[:-2].replace('_', ' ')}  {_duration(value)}  {100 * value / max(whole, 1e-9):.1f} %", COLOURS[name])
+        for name, value in sums.items()
     ]
     canvas.legend(left, top + height + 44, entries, columns=3, width=310)
     canvas.save(directory / PICTURE)

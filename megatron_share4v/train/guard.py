@@ -47,13 +47,26 @@ class Guard:
         with without_fp8(self.chunks):
             true_loss, true_norm = self._run(data, count)
         gap = Gap(_relative(loss, true_loss), _relative(norm, true_norm))
-        get_logger().info("guard: step %d, loss %.5f in FP8, %.5f without (gap %.2e); gradient norm gap %.2e", step, loss, true_loss, gap.loss, gap.norm)
+        get_logger().info(
+            "guard: step %d, loss %.5f in FP8, %.5f without (gap %.2e); gradient norm gap %.2e",
+            step,
+            loss,
+            true_loss,
+            gap.loss,
+            gap.norm,
+        )
         self._refuse(gap, step)
         return gap
 
     def _run(self, data: StepData, count: int) -> tuple[float, float]:
         found = gradients_of(
-            self.chunks, self.optimizer, data, mesh=self.mesh, micro_batch_size=self.micro_batch_size, normalize="tokens", micro_batches=count
+            self.chunks,
+            self.optimizer,
+            data,
+            mesh=self.mesh,
+            micro_batch_size=self.micro_batch_size,
+            normalize="tokens",
+            micro_batches=count,
         )
         return found.loss, found.norm
 
@@ -61,7 +74,10 @@ class Guard:
         limits = self.precision
         wrong = [
             f"{what} is {found:.2e} away from {limits.dtype}, more than precision.{name} {limit:g}"
-            for what, found, name, limit in (("loss", gap.loss, "guard_loss_gap", limits.guard_loss_gap), ("gradient norm", gap.norm, "guard_norm_gap", limits.guard_norm_gap))
+            for what, found, name, limit in (
+                ("loss", gap.loss, "guard_loss_gap", limits.guard_loss_gap),
+                ("gradient norm", gap.norm, "guard_norm_gap", limits.guard_norm_gap),
+            )
             if not found <= limit
         ]
         if wrong:

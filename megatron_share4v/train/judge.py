@@ -47,7 +47,11 @@ class Judge:
         if factor is None or len(history) < max(1, self._config.window // 4):
             return ""
         usual = statistics.median(history)
-        return f"{name} {value:.4g} is more than {factor:g} times the median {usual:.4g} of the last {len(history)} good steps" if value > factor * usual else ""
+        return (
+            f"{name} {value:.4g} is more than {factor:g} times the median {usual:.4g} of the last {len(history)} good steps"
+            if value > factor * usual
+            else ""
+        )
 
     def _agreed(self, reason: str) -> str:
         """Norms of several model-parallel groups may differ in their last bit, and so the verdicts; one bad verdict stands for all."""

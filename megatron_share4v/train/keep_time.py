@@ -13,9 +13,15 @@ from megatron_share4v.parallel.launch import job_end
 class Timekeeper:
     """Reads the clock `now`, in seconds. Durations of saves are told to it."""
 
-    def __init__(self, config: RunConfig, *, now: Callable[[], float] = time.monotonic, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, config: RunConfig, *, now: Callable[[], float] = time.monotonic, clock: Callable[[], float] = time.time
+    ) -> None:
         """now: seconds that nobody sets back, unlike those of `clock`, in which the scheduler says its end. Raises ConfigError when the scheduler's time cannot be read."""
-        self._now, self._every_s, self._reserve_s = now, 60.0 * config.checkpoint.every_minutes, config.checkpoint.before_time_limit_s
+        self._now, self._every_s, self._reserve_s = (
+            now,
+            60.0 * config.checkpoint.every_minutes,
+            config.checkpoint.before_time_limit_s,
+        )
         self._last_save = self._last_step = now()
         self._longest_step_s = self._longest_save_s = 0.0
         limit = config.run.time_limit_minutes
@@ -24,7 +30,11 @@ class Timekeeper:
         ends = [end for end in (job, None if limit is None else self._last_step + 60.0 * limit) if end is not None]
         self._end = min(ends, default=None)
         if self._end is not None:
-            get_logger().info("time limit: in %.0f min; saved and ended at least %.0f s before", (self._end - now()) / 60.0, self._reserve_s)
+            get_logger().info(
+                "time limit: in %.0f min; saved and ended at least %.0f s before",
+                (self._end - now()) / 60.0,
+                self._reserve_s,
+            )
 
     @property
     def save_is_due(self) -> bool:

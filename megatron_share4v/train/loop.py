@@ -61,7 +61,12 @@ def _run(config: RunConfig) -> None:
     timeout_s = config.parallel.timeout_s
     signals, watch = Signals(), Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
     words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
-    with signals.heard(), words.kept(), joined(world, device, timeout_s=timeout_s), alone_in(directory, rank=world.rank):
+    with (
+        signals.heard(),
+        words.kept(),
+        joined(world, device, timeout_s=timeout_s),
+        alone_in(directory, rank=world.rank),
+    ):
         # Whatever a user has to do from here on, the watch says to whoever would start the run again.
         with watch.running(), told_of_disk(directory):
             check_same_start(config)
@@ -74,13 +79,20 @@ def _run(config: RunConfig) -> None:
                 train(training, watch=watch, signals=signals, words=words)
 
 
-def train(training: Training, *, watch: Watch | None = None, signals: Signals | None = None, words: LastWords | None = None) -> None:
+def train(
+    training: Training, *, watch: Watch | None = None, signals: Signals | None = None, words: LastWords | None = None
+) -> None:
     """All remaining steps of a run that is built. Raises Stopped, with everything saved, when it was asked to end before the last."""
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
     mesh = training.mesh
-    Loop(training, watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size), signals or Signals(), words).run()
+    Loop(
+        training,
+        watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size),
+        signals or Signals(),
+        words,
+    ).run()
 
 
 class Loop:
@@ -97,18 +109,31 @@ class Loop:
         self.saver = Saver(training, timekeeper=self.timekeeper)
         self.ballot = Ballot(signals, self.timekeeper, failed=self.saver.has_failed)
         self.skips = shared_skips(directory, mesh=mesh, after=start)
-        self.judge, self.bad_steps = Judge(config.train.bad_steps, mesh=mesh), BadSteps(training, saved=self.saver.finish)
+        self.judge, self.bad_steps = (
+            Judge(config.train.bad_steps, mesh=mesh),
+            BadSteps(training, saved=self.saver.finish),
+        )
         self.judge.remember(directory / METRICS, to_step=start)
-        self.pace = Pace(training.chunks, mesh=mesh, every=config.log.ranks_every_steps, factor=config.log.slow_rank_factor)
+        self.pace = Pace(
+            training.chunks, mesh=mesh, every=config.log.ranks_every_steps, factor=config.log.slow_rank_factor
+        )
         parts = {"chunks": training.chunks, "optimizer": training.optimizer, "mesh": mesh}
         self.guard = Guard(precision=config.precision, micro_batch_size=config.train.micro_batch_size, **parts)
         self.validation = _validation_steps(training)
-        self.quarantine = Quarantine(directory, mesh=mesh, start_step=start, max_fraction=config.data.max_faulty_fraction)
+        self.quarantine = Quarantine(
+            directory, mesh=mesh, start_step=start, max_fraction=config.data.max_faulty_fraction
+        )
 
     def run(self) -> None:
         """From the first remaining step to the last, or to the one after which the run was asked to end."""
         training, without = self.training, frozenset(step - 1 for step in self.skips)
-        steps = feed(training.source, mesh=training.mesh, start_step=training.start_step, stop_step=training.total_steps, without=without)
+        steps = feed(
+            training.source,
+            mesh=training.mesh,
+            start_step=training.start_step,
+            stop_step=training.total_steps,
+            without=without,
+        )
         self.watch.enter("data", step=training.start_step + 1)
         # What a failing rank says is said before its world is left, which may take long.
         kept = self.words.kept() if self.words is not None else contextlib.nullcontext()
@@ -150,10 +175,22 @@ class Loop:
         paces = self.pace.step_ended(step, seconds=seconds, data_wait_s=data.wait_s)
         if paces is not None and writers is not None:
             writers.ranks(paces, step=step)
-        checked = _validate(training, self.validation) if _due(step, config.train.validate_every_steps, training) else None
+        checked = (
+            _validate(training, self.validation) if _due(step, config.train.validate_every_steps, training) else None
+        )
         faulty = self.quarantine.settle(data, consumed=sum(training.source.plan.consumed(step).values()))
         if writers is not None:
-            record = _record(training, data, result, seconds=seconds, factor=factor, validation_loss=checked, faulty=faulty, gap=gap, ledger=booked)
+            record = _record(
+                training,
+                data,
+                result,
+                seconds=seconds,
+                factor=factor,
+                validation_loss=checked,
+                faulty=faulty,
+                gap=gap,
+                ledger=booked,
+            )
             writers.write(record, keys=[training.source.index.key(row) for row in data.items.rows])
         if (weights_of := self.bad_steps.settle(data, result)) is not None:
             self.judge.remember(training.directory / METRICS, to_step=weights_of)
@@ -165,7 +202,10 @@ class Loop:
         """What is due after `step`."""
         if agreed.failed:
             self.saver.finish()
-        save_due, check_every = self.saver.is_due(step, agreed), self.training.config.parallel.check_replicas_every_steps
+        save_due, check_every = (
+            self.saver.is_due(step, agreed),
+            self.training.config.parallel.check_replicas_every_steps,
+        )
         if check_every and (save_due or step % check_every == 0):
             check_replicas(self.training.chunks, mesh=self.training.mesh, step=step)
         if save_due:
@@ -224,13 +264,17 @@ def _validation_steps(training: Training) -> list[StepData]:
 def _validate(training: Training, steps: list[StepData]) -> float | None:
     if not steps:
         return None
-    return validation_loss(training.chunks, steps, mesh=training.mesh, micro_batch_size=training.config.train.micro_batch_size)
+    return validation_loss(
+        training.chunks, steps, mesh=training.mesh, micro_batch_size=training.config.train.micro_batch_size
+    )
 
 
 def _show(training: Training, writers: RunWriters | None, *, step: int) -> None:
     source = training.validation or training.source
     train = training.config.train
-    shown = preview(source, training.chunks, mesh=training.mesh, samples=train.preview_samples, max_new_tokens=train.preview_tokens)
+    shown = preview(
+        source, training.chunks, mesh=training.mesh, samples=train.preview_samples, max_new_tokens=train.preview_tokens
+    )
     if shown is not None and writers is not None:
         writers.preview(shown, step=step)
 

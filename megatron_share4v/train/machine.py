@@ -65,14 +65,24 @@ def facts(device: Device) -> dict[str, str]:
     """What should be equal on all ranks and is not decided by code and configuration."""
     found = {"device": device.describe(), "transformer engine": _version("transformer-engine")}
     if device.kind == "cuda":
-        found |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version())), "cuDNN": str(torch.backends.cudnn.version())}
+        found |= {
+            "CUDA": str(torch.version.cuda),
+            "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+            "cuDNN": str(torch.backends.cudnn.version()),
+        }
         found |= {"driver": gpu_status(device).get("driver_version", "unknown")}
     return found
 
 
-def examine_machine(config: RunConfig | None, *, device: Device, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+def examine_machine(
+    config: RunConfig | None, *, device: Device, environment: Mapping[str, str] = os.environ
+) -> list[Finding]:
     """All findings about this rank's own machine."""
-    found = [*check_device(device, local_size=int(environment.get("LOCAL_WORLD_SIZE", "1"))), *check_settings(environment), *check_limits(device)]
+    found = [
+        *check_device(device, local_size=int(environment.get("LOCAL_WORLD_SIZE", "1"))),
+        *check_settings(environment),
+        *check_limits(device),
+    ]
     if device.kind == "cuda":
         found += judge_gpu(gpu_status(device))
     if config is not None:
@@ -85,22 +95,35 @@ def check_device(device: Device, *, local_size: int) -> Iterator[Finding]:
     if device.kind == "cuda":
         free, total = torch.cuda.mem_get_info(device.index)
         if free < 0.9 * total:
-            yield warning(f"only {free / GIB:.1f} of {total / GIB:.1f} GiB of the GPU's memory are free: another process holds the rest (nvidia-smi shows it)")
+            yield warning(
+                f"only {free / GIB:.1f} of {total / GIB:.1f} GiB of the GPU's memory are free: another process holds the rest (nvidia-smi shows it)"
+            )
         return
     nodes = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not nodes:
         return
     if torch.version.cuda is None:
-        yield error(f"{nodes} GPUs, and this torch ({torch.__version__}) is built without CUDA; install the package with [gpu]")
+        yield error(
+            f"{nodes} GPUs, and this torch ({torch.__version__}) is built without CUDA; install the package with [gpu]"
+        )
     elif not torch.cuda.is_available():
-        yield error(f"{nodes} GPUs, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; the driver is older than that, or not loaded")
+        yield error(
+            f"{nodes} GPUs, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; the driver is older than that, or not loaded"
+        )
     else:
-        yield error(f"{torch.cuda.device_count()} visible GPUs for {local_size} ranks of this node; start as many ranks as GPUs")
+        yield error(
+            f"{torch.cuda.device_count()} visible GPUs for {local_size} ranks of this node; start as many ranks as GPUs"
+        )
 
 
 def gpu_status(device: Device) -> dict[str, str]:
     """GPU_FIELDS of this rank's GPU, as nvidia-smi says them; empty where it is not installed or does not answer in time."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits", f"--id={_uuid(device)}"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(GPU_FIELDS)}",
+        "--format=csv,noheader,nounits",
+        f"--id={_uuid(device)}",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -116,12 +139,16 @@ def judge_gpu(status: Mapping[str, str]) -> Iterator[Finding]:
         return
     limit, most = (_number(status[name]) for name in ("clocks.applications.graphics", "clocks.max.sm"))
     if limit is not None and most and limit < CLOCK_SHARE * most:
-        yield warning(f"the GPU's clock is set to {limit:.0f} of {most:.0f} MHz (nvidia-smi --reset-applications-clocks undoes that)")
+        yield warning(
+            f"the GPU's clock is set to {limit:.0f} of {most:.0f} MHz (nvidia-smi --reset-applications-clocks undoes that)"
+        )
     for name in ("clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.sw_thermal_slowdown"):
         if status[name] == "Active":
             yield warning(f"the GPU is slowed down by {name.rpartition('.')[2]}: too hot, or too little power")
     if _number(status["ecc.errors.uncorrected.volatile.total"]):
-        yield error(f"the GPU had {status['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors since it was started; take the node out")
+        yield error(
+            f"the GPU had {status['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors since it was started; take the node out"
+        )
 
 
 def check_settings(environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -140,7 +167,9 @@ def check_limits(device: Device) -> Iterator[Finding]:
         return
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY and Path("/dev/infiniband").exists():
-        yield warning(f"only {locked / GIB:.2f} GiB of memory may be locked (ulimit -l), which InfiniBand needs unlimited")
+        yield warning(
+            f"only {locked / GIB:.2f} GiB of memory may be locked (ulimit -l), which InfiniBand needs unlimited"
+        )
     shared = Path("/dev/shm")
     if shared.exists() and shutil.disk_usage(shared).total < LITTLE_SHARED:
         yield warning("/dev/shm has less than 1 GiB, which NCCL wants (docker run --shm-size)")
@@ -168,9 +197,13 @@ def check_room(config: RunConfig) -> Iterator[Finding]:
     free, one = shutil.disk_usage(directory).free, checkpoint_bytes(config)
     keep = config.checkpoint.keep_last + 1
     if free < one:
-        yield error(f"{directory} has {free / GIB:.1f} GiB free and one checkpoint takes about {one / GIB:.1f} GiB; make room, or set run.directory")
+        yield error(
+            f"{directory} has {free / GIB:.1f} GiB free and one checkpoint takes about {one / GIB:.1f} GiB; make room, or set run.directory"
+        )
     elif free < keep * one:
-        yield warning(f"{directory} has {free / GIB:.1f} GiB free and {keep} checkpoints (checkpoint.keep_last and the one being written) take {keep * one / GIB:.1f}")
+        yield warning(
+            f"{directory} has {free / GIB:.1f} GiB free and {keep} checkpoints (checkpoint.keep_last and the one being written) take {keep * one / GIB:.1f}"
+        )
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -178,7 +211,10 @@ def checkpoint_bytes(config: RunConfig) -> int:
     whole = Chunk(layers=config.model.language.num_layers, first=True, last=True)
     element = ELEMENT[config.precision.dtype]
     state = 8 if config.precision.dtype == "fp32" else 12
-    return sum(elements * count * (element + (state if trains else 0)) for elements, count, trains in tensors(config.model, whole, tensor=1))
+    return sum(
+        elements * count * (element + (state if trains else 0))
+        for elements, count, trains in tensors(config.model, whole, tensor=1)
+    )
 
 
 def existing(path: Path) -> Path:

@@ -9,7 +9,9 @@ from megatron_share4v.config.run import ScheduleConfig
 
 def warmup_steps(schedule: ScheduleConfig, *, total_steps: int) -> int:
     """Steps of linear warm-up; the ratio is rounded up, as Hugging Face's trainer does."""
-    return schedule.warmup_steps if schedule.warmup_steps is not None else math.ceil(schedule.warmup_ratio * total_steps)
+    return (
+        schedule.warmup_steps if schedule.warmup_steps is not None else math.ceil(schedule.warmup_ratio * total_steps)
+    )
 
 
 def learning_rate_factor(step: int, *, schedule: ScheduleConfig, total_steps: int) -> float:

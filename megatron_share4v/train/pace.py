@@ -46,10 +46,18 @@ class Pace:
 
     def step_ended(self, step: int, *, seconds: float, data_wait_s: float) -> dict[str, float] | None:
         """Count a step. When a comparison is due: what it found, for TensorBoard, and slow ranks are named in the log. Every rank calls this."""
-        self._steps, self._data_wait_s, self._step_s = self._steps + 1, self._data_wait_s + data_wait_s, self._step_s + seconds
+        self._steps, self._data_wait_s, self._step_s = (
+            self._steps + 1,
+            self._data_wait_s + data_wait_s,
+            self._step_s + seconds,
+        )
         if not self._every or step % self._every:
             return None
-        mine = torch.tensor([self._forward_s(), self._data_wait_s, self._step_s], dtype=torch.float64, device=self._mesh.device.torch_device)
+        mine = torch.tensor(
+            [self._forward_s(), self._data_wait_s, self._step_s],
+            dtype=torch.float64,
+            device=self._mesh.device.torch_device,
+        )
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine / self._steps)
         self._spans, self._steps, self._data_wait_s, self._step_s = [], 0, 0.0, 0.0
@@ -82,11 +90,20 @@ def slow_ranks(paces: Sequence[RankPace], layout: Layout, *, factor: float) -> l
     found = []
     for rank, pace in enumerate(paces):
         stage = layout.coordinates(rank).pipeline
-        others = [other for number, other in enumerate(paces) if number != rank and layout.coordinates(number).pipeline == stage]
+        others = [
+            other
+            for number, other in enumerate(paces)
+            if number != rank and layout.coordinates(number).pipeline == stage
+        ]
         for name, what in (("forward_s", "computes its forward passes"), ("data_wait_s", "waits for data")):
-            own, usual = getattr(pace, name), statistics.median(getattr(other, name) for other in others) if others else 0.0
+            own, usual = (
+                getattr(pace, name),
+                statistics.median(getattr(other, name) for other in others) if others else 0.0,
+            )
             if others and own > factor * usual and own - usual > NOTICEABLE * pace.step_s:
-                found.append(f"rank {rank} is slow: it {what} for {own:.3f} s per step, the others of its stage for {usual:.3f} s")
+                found.append(
+                    f"rank {rank} is slow: it {what} for {own:.3f} s per step, the others of its stage for {usual:.3f} s"
+                )
     return found
 
 
@@ -95,5 +112,9 @@ def summary(paces: Sequence[RankPace]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in ("forward_s", "data_wait_s"):
         values = [getattr(pace, name) for pace in paces]
-        found |= {f"{name}/median": statistics.median(values), f"{name}/largest": max(values), f"{name}/of_rank": float(values.index(max(values)))}
+        found |= {
+            f"{name}/median": statistics.median(values),
+            f"{name}/largest": max(values),
+            f"{name}/of_rank": float(values.index(max(values))),
+        }
     return found

@@ -116,7 +116,10 @@ def _not_met(world: World, timeout_s: int, problem: Exception) -> str:
 
 def _machines(hosts: Sequence[str], device: Device) -> str:
     nodes = dict.fromkeys(hosts)
-    each = ", ".join(f"{node} (ranks {_brief([rank for rank, host in enumerate(hosts) if host == node])})" for node in list(nodes)[:SHOWN])
+    each = ", ".join(
+        f"{node} (ranks {_brief([rank for rank, host in enumerate(hosts) if host == node])})"
+        for node in list(nodes)[:SHOWN]
+    )
     more = f" and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else ""
     return f"{len(hosts)} ranks on {len(nodes)} nodes: {each}{more}; {device.describe()}; python {platform.python_version()}, torch {torch.__version__}"
 
@@ -126,7 +129,11 @@ def _same_everywhere(config: RunConfig | None, device: Device, hosts: Sequence[s
     if config is not None:
         described = describe_start(config)
     else:
-        described = {"code": code_hash(Path(megatron_share4v.__file__).parent), "python": platform.python_version(), **current_versions()}
+        described = {
+            "code": code_hash(Path(megatron_share4v.__file__).parent),
+            "python": platform.python_version(),
+            **current_versions(),
+        }
     must, better = _gather(described), _gather(facts(device))
     return different(list(zip(hosts, must))), different(list(zip(hosts, better)))
 
@@ -137,7 +144,10 @@ def _inputs(config: RunConfig | None) -> Iterator[Finding]:
         return
     data = config.data
     sources = [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
-    files = {"data.train": [Path(source) / "dataset.json" for source in sources], "data.tokenizer": [Path(data.tokenizer)]}
+    files = {
+        "data.train": [Path(source) / "dataset.json" for source in sources],
+        "data.tokenizer": [Path(data.tokenizer)],
+    }
     if config.checkpoint.initialize_from:
         files["checkpoint.initialize_from"] = [Path(config.checkpoint.initialize_from)]
     for key, paths in files.items():
@@ -165,9 +175,15 @@ def check_shared(directory: Path, *, rank: int, ranks: int) -> list[Finding]:
     wanted = [0] if rank else [number for number in range(ranks) if not refused[number]]
     unseen = [] if refusal or refused[0] else _wait_for([trial / str(number) for number in wanted])
     if unseen and rank:
-        found.append(error(f"does not see in {directory} what rank 0 wrote there: it is not one folder shared by all nodes"))
+        found.append(
+            error(f"does not see in {directory} what rank 0 wrote there: it is not one folder shared by all nodes")
+        )
     elif unseen:
-        found.append(error(f"does not see in {directory} what ranks {_brief([int(path.name) for path in unseen])} wrote there: it is not one folder shared by all nodes"))
+        found.append(
+            error(
+                f"does not see in {directory} what ranks {_brief([int(path.name) for path in unseen])} wrote there: it is not one folder shared by all nodes"
+            )
+        )
     dist.barrier()
     shutil.rmtree(trial, ignore_errors=True)
     dist.barrier()
@@ -190,7 +206,9 @@ def _clocks(hosts: Sequence[str]) -> tuple[list[str], list[str]]:
     times = _gather(time.time())
     usual = statistics.median(times)
     wrong = [rank for rank, at in enumerate(times) if abs(at - usual) > MOST_SKEW_S]
-    return [], [f"{_who(wrong, hosts)}: the clock is {MOST_SKEW_S:g} s or more away from the others'; logs of nodes cannot be compared"] if wrong else []
+    return [], [
+        f"{_who(wrong, hosts)}: the clock is {MOST_SKEW_S:g} s or more away from the others'; logs of nodes cannot be compared"
+    ] if wrong else []
 
 
 def _speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
@@ -206,7 +224,9 @@ def _speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
     usual = statistics.median(speeds)
     slow = [rank for rank, speed in enumerate(speeds) if speed < SLOW_SHARE * usual]
     line = f"matrix products ({size} x {size}, {dtype}): {usual:.3g} TFLOP/s per rank, the slowest {min(speeds):.3g}"
-    return [line], [f"{_who(slow, hosts)}: matrix products at {min(speeds):.3g} TFLOP/s and less than {SLOW_SHARE:.0%} of the others' {usual:.3g}"] if slow else []
+    return [line], [
+        f"{_who(slow, hosts)}: matrix products at {min(speeds):.3g} TFLOP/s and less than {SLOW_SHARE:.0%} of the others' {usual:.3g}"
+    ] if slow else []
 
 
 def _bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
@@ -228,7 +248,9 @@ def _bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[st
     promised = gpu.link if len(set(hosts)) == 1 else gpu.network
     if rate >= LINK_SHARE * promised:
         return [line], []
-    return [line], [f"the all-reduce moves {rate / 1e9:.3g} GB/s per rank, less than {LINK_SHARE:.0%} of a link's {promised / 1e9:.3g}: see NCCL_DEBUG=INFO for the path taken"]
+    return [line], [
+        f"the all-reduce moves {rate / 1e9:.3g} GB/s per rank, less than {LINK_SHARE:.0%} of a link's {promised / 1e9:.3g}: see NCCL_DEBUG=INFO for the path taken"
+    ]
 
 
 def _seconds(function: Any, device: Device, *, repeat: int) -> float:
@@ -254,7 +276,11 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
         return "every rank" if len(hosts) > 1 else "this rank"
     if len(nodes := {hosts[rank] for rank in ranks}) == 1:
         return f"rank {_brief(ranks)} ({nodes.pop()})"
-    return "rank " + ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN]) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+    return (
+        "rank "
+        + ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN])
+        + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+    )
 
 
 def _brief(numbers: Sequence[int]) -> str:

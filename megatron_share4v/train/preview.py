@@ -31,10 +31,14 @@ class Preview:
     @property
     def exact_match(self) -> float:
         """The share of answers that are the record's, but for case and space around them: of use where answers are short."""
-        return sum(ours.strip().lower() == theirs.strip().lower() for ours, theirs in zip(self.answers, self.wanted)) / len(self.answers)
+        return sum(
+            ours.strip().lower() == theirs.strip().lower() for ours, theirs in zip(self.answers, self.wanted)
+        ) / len(self.answers)
 
 
-def preview(source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, samples: int, max_new_tokens: int) -> Preview | None:
+def preview(
+    source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, samples: int, max_new_tokens: int
+) -> Preview | None:
     """Answers to the first turns of the first `samples` readable samples with an image; None when there are none. Every rank calls this."""
     rows = _readable(source, samples) if mesh.rank == 0 else None
     # One rank chooses for all: what it can read, another may fail to.
@@ -44,7 +48,12 @@ def preview(source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, sa
     prompts, wanted = zip(*(_question(source, row) for row in chosen[0]))
     tokenizer = source.encoder.tokenizer
     answers = greedy_answers(
-        chunks, prompts, mesh=mesh, max_new_tokens=max_new_tokens, stop_ids=frozenset({tokenizer.eos_id}), vocabulary=tokenizer.vocab_size
+        chunks,
+        prompts,
+        mesh=mesh,
+        max_new_tokens=max_new_tokens,
+        stop_ids=frozenset({tokenizer.eos_id}),
+        vocabulary=tokenizer.vocab_size,
     )
     return Preview(pixels=prompts[0].pixels[0], answers=tuple(tokenizer.decode(ids) for ids in answers), wanted=wanted)
 
@@ -70,5 +79,7 @@ def _question(source: Source, row: int) -> tuple[Prompt, str]:
     sample = store.read(row, with_image=True)
     store.close()
     question, answer = sample.turns[:2]
-    prompt = make_prompt(source.encoder, [question], image=sample.image, tokens_per_image=source.plan.tokens_per_image, name=sample.name)
+    prompt = make_prompt(
+        source.encoder, [question], image=sample.image, tokens_per_image=source.plan.tokens_per_image, name=sample.name
+    )
     return prompt, answer.text

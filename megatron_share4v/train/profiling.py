@@ -23,7 +23,9 @@ class Profiler:
         self._running: profile | None = None
         self._first = 0
         if config is not None and config.memory and device.kind == "cpu":
-            get_logger().info("log.profile.memory: the trace will have allocations; a snapshot of the allocator exists on CUDA alone")
+            get_logger().info(
+                "log.profile.memory: the trace will have allocations; a snapshot of the allocator exists on CUDA alone"
+            )
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -63,4 +65,6 @@ class Profiler:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._rank == 0:
-            get_logger().info("profile: %s has a trace of the steps %d to %d of each rank", self._folder.parent, self._first, last)
+            get_logger().info(
+                "profile: %s has a trace of the steps %d to %d of each rank", self._folder.parent, self._first, last
+            )

@@ -27,7 +27,11 @@ def parse_line(line: str, *fields: str) -> dict[str, Any] | None:
         record = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) and record.keys() >= set(fields) else None
+    return (
+        record
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record.keys() >= set(fields)
+        else None
+    )
 
 
 def read_object(path: Path) -> dict[str, Any]:

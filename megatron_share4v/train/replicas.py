@@ -37,7 +37,9 @@ def check_replicas(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, step: int) 
     mine = torch.stack(list(sums.values())).to(mesh.device.torch_device)
     several = [torch.empty_like(mine) for _ in range(replicas)]
     dist.all_gather(several, mine, group=mesh.replica_group)
-    differs = torch.tensor(float(any(not torch.equal(several[0], other) for other in several)), device=mesh.device.torch_device)
+    differs = torch.tensor(
+        float(any(not torch.equal(several[0], other) for other in several)), device=mesh.device.torch_device
+    )
     dist.all_reduce(differs, op=dist.ReduceOp.MAX)
     if not differs.item():
         return
@@ -56,7 +58,11 @@ def checksums(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     found = {}
     for number, chunk in enumerate(chunks):
         for name, parameter in unwrap(chunk).named_parameters():
-            words = parameter.detach().reshape(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            words = (
+                parameter.detach()
+                .reshape(-1)
+                .view({1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.element_size()])
+            )
             total = torch.zeros(2, dtype=torch.int64, device=words.device)
             for start in range(0, len(words), SLICE):
                 part = words[start : start + SLICE].to(torch.int64)

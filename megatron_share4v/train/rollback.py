@@ -37,7 +37,14 @@ def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int
                 set_aside(path)
 
     target = on_first_rank(training.mesh, choose)
-    get_logger().warning("rolling back to step %d: %s. Steps %d to %d are passed over from now on", target, why, target + 1, last)
-    load(checkpoint_directories(training.checkpoints)[target], chunks=training.chunks, optimizer=training.optimizer, mesh=training.mesh)
+    get_logger().warning(
+        "rolling back to step %d: %s. Steps %d to %d are passed over from now on", target, why, target + 1, last
+    )
+    load(
+        checkpoint_directories(training.checkpoints)[target],
+        chunks=training.chunks,
+        optimizer=training.optimizer,
+        mesh=training.mesh,
+    )
     on_first_rank(training.mesh, remember)
     return target

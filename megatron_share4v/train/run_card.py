@@ -80,7 +80,13 @@ class RunCard:
 def start_card(training: Training, *, hosts: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before the first step. `before`: the card of an earlier start, or nothing."""
     directory = training.directory
-    start = {"time": _now(), "after_step": training.start_step, "layout": str(training.mesh.layout), "ranks": len(hosts), "nodes": len(set(hosts))}
+    start = {
+        "time": _now(),
+        "after_step": training.start_step,
+        "layout": str(training.mesh.layout),
+        "ranks": len(hosts),
+        "nodes": len(set(hosts)),
+    }
     source = training.source
     return {
         "run": str(directory.absolute()),
@@ -89,12 +95,16 @@ def start_card(training: Training, *, hosts: Sequence[str], before: Mapping[str,
         "code": code(),
         "layout": str(training.mesh.layout),
         "machine": machine(training, hosts),
-        "decisions": {Path(name).stem: read_object(directory / name) for name in DECISIONS if (directory / name).exists()},
+        "decisions": {
+            Path(name).stem: read_object(directory / name) for name in DECISIONS if (directory / name).exists()
+        },
         "start_weights": start_weights(training),
         "data": {
             "plan": source.plan.fingerprint,
             **describe_data(source.plan, source.encoder),
-            "sources": {share.name: {"samples": share.count, "epochs": share.epochs} for share in shares_of(source.index)},
+            "sources": {
+                share.name: {"samples": share.count, "epochs": share.epochs} for share in shares_of(source.index)
+            },
         },
         "total_steps": training.total_steps,
         "configuration": yaml.safe_load(dump(training.config)),
@@ -106,7 +116,11 @@ def versions() -> dict[str, str]:
     """Of everything that computes."""
     found = {"python": platform.python_version(), **current_versions(), "torch build": torch.__version__}
     if torch.version.cuda is not None:
-        found |= {"CUDA": torch.version.cuda, "NCCL": ".".join(map(str, torch.cuda.nccl.version())), "cuDNN": str(torch.backends.cudnn.version())}
+        found |= {
+            "CUDA": torch.version.cuda,
+            "NCCL": ".".join(map(str, torch.cuda.nccl.version())),
+            "cuDNN": str(torch.backends.cudnn.version()),
+        }
     return found
 
 
@@ -143,7 +157,12 @@ def start_weights(training: Training) -> dict[str, Any]:
     except CheckpointError as gone:  # a run that resumes does without
         return {"from": start, "now": str(gone)}
     files = "".join(f"{name} {file.sha256}\n" for name, file in sorted(manifest.files.items()))
-    return {"from": str(path), "contents": hashlib.sha256(files.encode()).hexdigest(), "step": manifest.state.step, **manifest.weights}
+    return {
+        "from": str(path),
+        "contents": hashlib.sha256(files.encode()).hexdigest(),
+        "step": manifest.state.step,
+        **manifest.weights,
+    }
 
 
 def figures(metrics: Path) -> dict[str, Any]:
@@ -153,7 +172,10 @@ def figures(metrics: Path) -> dict[str, Any]:
         return {"steps": 0}
     last, validated = lines[-1], [line for line in lines if line.get("validation_loss") is not None]
     picked = sorted({round(index * (len(lines) - 1) / (CURVE_POINTS - 1)) for index in range(CURVE_POINTS)})
-    rates = {name: [line[name] for line in lines if line.get(name) is not None] for name in ("tokens_per_s_per_gpu", "mfu", "hfu", "step_time_s")}
+    rates = {
+        name: [line[name] for line in lines if line.get(name) is not None]
+        for name in ("tokens_per_s_per_gpu", "mfu", "hfu", "step_time_s")
+    }
     seconds = {name.removesuffix("_s"): round(sum(line.get(name, 0.0) for line in lines), 3) for name in ACCOUNTS}
     return {
         "steps": last["step"],
@@ -172,7 +194,10 @@ def figures(metrics: Path) -> dict[str, Any]:
 
 def write_card(path: Path, card: Mapping[str, Any]) -> None:
     """Both files, each whole or not at all."""
-    for target, text in ((path, json.dumps(card, indent=1, ensure_ascii=False)), (path.with_suffix(".md"), as_markdown(card))):
+    for target, text in (
+        (path, json.dumps(card, indent=1, ensure_ascii=False)),
+        (path.with_suffix(".md"), as_markdown(card)),
+    ):
         temporary = target.with_name(f".{target.name}")
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, target)
@@ -180,10 +205,24 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
 
 def as_markdown(card: Mapping[str, Any]) -> str:
     """For people: the status and the figures first, the whole configuration last."""
-    lines = [f"# {Path(card['run']).name}", "", f"{card['status']} ({card.get('ended') or card['starts'][-1]['time']})", ""]
+    lines = [
+        f"# {Path(card['run']).name}",
+        "",
+        f"{card['status']} ({card.get('ended') or card['starts'][-1]['time']})",
+        "",
+    ]
     for name in ("figures", "starts", "start_weights", "data", "layout", "machine", "decisions", "versions", "code"):
         lines += [f"## {name.replace('_', ' ')}", "", *_items(card[name]), ""]
-    return "\n".join([*lines, "## configuration", "", "```yaml", yaml.safe_dump(card["configuration"], sort_keys=False).strip(), "```"])
+    return "\n".join(
+        [
+            *lines,
+            "## configuration",
+            "",
+            "```yaml",
+            yaml.safe_dump(card["configuration"], sort_keys=False).strip(),
+            "```",
+        ]
+    )
 
 
 def _items(value: Any) -> list[str]:
@@ -193,7 +232,11 @@ def _items(value: Any) -> list[str]:
         return [str(value)]
     lines = []
     for key, part in value.items():
-        text = ", ".join(f"{name} {_brief(inner)}" for name, inner in part.items()) if isinstance(part, Mapping) else _brief(part)
+        text = (
+            ", ".join(f"{name} {_brief(inner)}" for name, inner in part.items())
+            if isinstance(part, Mapping)
+            else _brief(part)
+        )
         lines.append(f"- {key}: {text}")
     return lines
 
@@ -204,7 +247,9 @@ def _brief(value: Any) -> str:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError) as problem:
         return f"unknown ({problem})"
 

@@ -37,7 +37,11 @@ def check_same_start(config: RunConfig) -> None:
 def describe_start(config: RunConfig) -> dict[str, str]:
     """Everything that must be equal, by name."""
     versions = {"python": platform.python_version(), **current_versions()}
-    return {"code": code_hash(Path(megatron_share4v.__file__).parent), **versions, **{key: str(value) for key, value in flat(config).items()}}
+    return {
+        "code": code_hash(Path(megatron_share4v.__file__).parent),
+        **versions,
+        **{key: str(value) for key, value in flat(config).items()},
+    }
 
 
 def code_hash(package: Path) -> str:
@@ -57,6 +61,8 @@ def different(told: list[tuple[str, dict[str, str]]]) -> list[str]:
         [(usual, count), *others] = Counter(values).most_common()
         for value, _ in others:
             ranks = [rank for rank, own in enumerate(values) if own == value]
-            who = ", ".join(f"{rank} ({told[rank][0]})" for rank in ranks[:SHOWN]) + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+            who = ", ".join(f"{rank} ({told[rank][0]})" for rank in ranks[:SHOWN]) + (
+                f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
+            )
             found.append(f"{name} is {value} on rank {who}, {usual} on {count} {'others' if count > 1 else 'other'}")
     return found

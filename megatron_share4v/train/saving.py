@@ -42,7 +42,12 @@ class Saver:
     def is_due(self, step: int, agreed: Agreed) -> bool:
         """Whether the run is saved after `step`: at its end, every so many steps or minutes, and when it is stopped."""
         every = self._training.config.checkpoint.every_steps
-        return agreed.save or agreed.stop is not None or step == self._training.total_steps or bool(every and step % every == 0)
+        return (
+            agreed.save
+            or agreed.stop is not None
+            or step == self._training.total_steps
+            or bool(every and step % every == 0)
+        )
 
     def has_failed(self) -> bool:
         """Whether a save in the background has failed; `finish` then says why."""
@@ -71,8 +76,15 @@ class Saver:
             self._complete(complete, started)
             dist.barrier()
         else:
-            get_logger().info("checkpoint: step %d copied in %.2f s, after waiting %.2f s for the save before", step, time.perf_counter() - started, waited)
-            self._thread = threading.Thread(target=self._complete_in_background, args=(complete, started), name="save", daemon=True)
+            get_logger().info(
+                "checkpoint: step %d copied in %.2f s, after waiting %.2f s for the save before",
+                step,
+                time.perf_counter() - started,
+                waited,
+            )
+            self._thread = threading.Thread(
+                target=self._complete_in_background, args=(complete, started), name="save", daemon=True
+            )
             self._thread.start()
         if self._timekeeper is not None:
             self._timekeeper.training_goes_on()
@@ -98,7 +110,9 @@ class Saver:
         checkpoint, training = self._training.config.checkpoint, self._training
         complete(self._group)
         if training.mesh.rank == 0:
-            remove_old(training.checkpoints, keep_last=checkpoint.keep_last, keep_every_steps=checkpoint.keep_every_steps)
+            remove_old(
+                training.checkpoints, keep_last=checkpoint.keep_last, keep_every_steps=checkpoint.keep_every_steps
+            )
         if self._timekeeper is not None:
             self._timekeeper.save_ended(seconds=time.perf_counter() - started)
 

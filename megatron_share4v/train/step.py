@@ -62,7 +62,9 @@ class Gradients:
 
 def not_finite(loss: float, norm: float) -> str:
     """What is bad about a step whatever came before. Both numbers are of the whole step, so every rank comes to the same."""
-    wrong = [f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)]
+    wrong = [
+        f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)
+    ]
     return " and ".join(wrong)
 
 
@@ -83,7 +85,9 @@ def train_step(
 
     What `votes` gives on each rank when its loss is known travels with the loss, so agreeing costs no message.
     """
-    found = gradients_of(chunks, optimizer, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, votes=votes)
+    found = gradients_of(
+        chunks, optimizer, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, votes=votes
+    )
     set_learning_rate(optimizer, learning_rate_factor)
     bad = judge(found.loss, found.norm)
     if not bad:
@@ -91,7 +95,12 @@ def train_step(
             clip_gradients(optimizer, max_norm=clip_grad_norm, norm=found.norm)
         optimizer.step_with_ready_grads()
     return StepResult(
-        loss=found.loss, grad_norm=found.norm, trained_tokens=found.tokens, bad=bad, votes=found.votes, own_losses=found.own_losses
+        loss=found.loss,
+        grad_norm=found.norm,
+        trained_tokens=found.tokens,
+        bad=bad,
+        votes=found.votes,
+        own_losses=found.own_losses,
     )
 
 
@@ -130,22 +139,36 @@ def gradients_of(
 
 
 @torch.no_grad()
-def validation_loss(chunks: Sequence[torch.nn.Module], steps: Sequence[StepData], *, mesh: Mesh, micro_batch_size: int) -> float:
+def validation_loss(
+    chunks: Sequence[torch.nn.Module], steps: Sequence[StepData], *, mesh: Mesh, micro_batch_size: int
+) -> float:
     """Mean loss over the trained tokens of `steps`; 0 when they have none."""
     gather_weights(chunks)
     losses: list[TokenLoss] = []
     for data in steps:
-        losses += _run(chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize="tokens", forward_only=True)
+        losses += _run(
+            chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize="tokens", forward_only=True
+        )
     return _reduce(losses, mesh=mesh, normalize="tokens")[0]
 
 
-def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro_batch_size: int, normalize: Normalize, forward_only: bool) -> list[TokenLoss]:
+def _run(
+    chunks: Sequence[torch.nn.Module],
+    data: StepData,
+    *,
+    mesh: Mesh,
+    micro_batch_size: int,
+    normalize: Normalize,
+    forward_only: bool,
+) -> list[TokenLoss]:
     def loss_function(batch: Batch) -> Any:
         def count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLoss]:
             tokens = batch.targets.numel()
             whole = tokens if batch.trained is None else batch.trained
             first = mesh.coordinates.context == 0
-            return *divisor(total, tokens=tokens, whole=whole, first=first, normalize=normalize), TokenLoss(total.detach(), tokens, whole)
+            return *divisor(total, tokens=tokens, whole=whole, first=first, normalize=normalize), TokenLoss(
+                total.detach(), tokens, whole
+            )
 
         return count
 
@@ -160,7 +183,9 @@ def _run(chunks: Sequence[torch.nn.Module], data: StepData, *, mesh: Mesh, micro
     )
 
 
-def _reduce(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float] = ()) -> tuple[float, int, tuple[float, ...]]:
+def _reduce(
+    losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float] = ()
+) -> tuple[float, int, tuple[float, ...]]:
     """(loss, trained tokens, sums of votes) of all ranks."""
     return _told(_summed(losses, mesh=mesh, normalize=normalize, votes=votes).tolist())
 
@@ -175,7 +200,10 @@ def _summed(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, vo
             if normalize == "tokens":
                 total, weight = total + part.total.double(), weight + part.tokens
             else:  # one rank counts a micro-batch that several share
-                total, weight = total + part.total.double() / max(part.whole, 1), weight + min(part.whole, 1) * (mesh.coordinates.context == 0)
+                total, weight = (
+                    total + part.total.double() / max(part.whole, 1),
+                    weight + min(part.whole, 1) * (mesh.coordinates.context == 0),
+                )
             tokens += part.tokens
     known = torch.tensor([weight, tokens, *votes], dtype=torch.float64)
     sums = torch.cat([total.view(1), sent(known, device)])

@@ -46,7 +46,11 @@ def run_directory(command: Sequence[str]) -> Path:
     """Of the run that a command line with tools/train.py starts: from its YAML file and the overrides behind. Raises ConfigError when it names none."""
     for number, word in enumerate(command):
         if word.endswith((".yaml", ".yml")):
-            return Path(load_run(word, [other for other in command[number + 1 :] if "=" in other and not other.startswith("-")]).run.directory)
+            return Path(
+                load_run(
+                    word, [other for other in command[number + 1 :] if "=" in other and not other.startswith("-")]
+                ).run.directory
+            )
     raise ConfigError(f"{' '.join(command)}: names no YAML file; give the run directory with --run")
 
 
@@ -66,19 +70,34 @@ class Supervisor:
             code = self._start()
             after = examine(self._run) if code else Aftermath("all ranks came to their end", 0)
             if after.code == 0:
-                after = Aftermath(f"the launcher ended with exit code {code}, though all ranks that have begun came to their end", None) if code else after
+                after = (
+                    Aftermath(
+                        f"the launcher ended with exit code {code}, though all ranks that have begun came to their end",
+                        None,
+                    )
+                    if code
+                    else after
+                )
             progress, newest = self._newest() > newest, self._newest()
             failures = 1 if progress else failures + 1
             poisoned = before is not None and after.of_step and before.of_step and after.step == before.step > 0
             ends = not code or not after.goes_on or self._asked is not None or failures > self._policy.max_restarts
             if poisoned and not ends and self._policy.leads and after.step not in read_skips(self._run):
                 add_skips(self._run, [after.step], reason=f"ended the run twice: {after.reason}"[:500])
-                get_logger().warning("supervise: step %d has ended the run twice and is passed over from now on", after.step)
+                get_logger().warning(
+                    "supervise: step %d has ended the run twice and is passed over from now on", after.step
+                )
             self._record(after, attempt=attempt, code=code, newest=newest, again=not ends)
             if ends:
                 return self._last_word(after, code=code, failures=failures)
             before = after
-            get_logger().warning("supervise: %s. Starting again in %.0f s (%d of %d)", after.reason, self._policy.pause_s, failures, self._policy.max_restarts)
+            get_logger().warning(
+                "supervise: %s. Starting again in %.0f s (%d of %d)",
+                after.reason,
+                self._policy.pause_s,
+                failures,
+                self._policy.max_restarts,
+            )
             leader = None if self._policy.leads else self._leader(told)
             if leader is not None and not leader["again"]:
                 get_logger().info("supervise: the first node's supervisor does not start again: %s", leader["reason"])
@@ -90,9 +109,13 @@ class Supervisor:
         if not code:
             return 0
         if self._asked is not None and after.goes_on:
-            get_logger().warning("supervise: was asked to end by %s, and the run did not end in order: %s", self._asked, after.reason)
+            get_logger().warning(
+                "supervise: was asked to end by %s, and the run did not end in order: %s", self._asked, after.reason
+            )
         elif after.goes_on:
-            get_logger().error("supervise: giving up after %d starts without a new checkpoint: %s", failures, after.reason)
+            get_logger().error(
+                "supervise: giving up after %d starts without a new checkpoint: %s", failures, after.reason
+            )
         elif after.code == STOPPED_EXIT_CODE:
             get_logger().info("supervise: %s", after.reason)
         else:
@@ -104,7 +127,9 @@ class Supervisor:
         if self._policy.leads:
             check_free(self._run)
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
-        handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        handlers = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
         told = False
         try:
             process = self._launch()
@@ -122,7 +147,9 @@ class Supervisor:
         try:
             return subprocess.Popen(self._command, preexec_fn=end_with_parent, start_new_session=True)
         except OSError as error:
-            raise ConfigError(f"{self._command[0]}: cannot be started: {error.strerror}; see what stands after --") from error
+            raise ConfigError(
+                f"{self._command[0]}: cannot be started: {error.strerror}; see what stands after --"
+            ) from error
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = signal.Signals(number).name
@@ -165,7 +192,11 @@ class Supervisor:
         deadline = time.monotonic() + FOLLOW_S
         while len(records := self._told()) <= told:
             if time.monotonic() > deadline:
-                get_logger().warning("supervise: the first node's supervisor has said nothing in %s for %.0f s; starting without it", self._run / FILE, FOLLOW_S)
+                get_logger().warning(
+                    "supervise: the first node's supervisor has said nothing in %s for %.0f s; starting without it",
+                    self._run / FILE,
+                    FOLLOW_S,
+                )
                 return None
             time.sleep(POLL_S)
         return json.loads(records[-1])
@@ -180,10 +211,19 @@ class Supervisor:
     def _record(self, after: Aftermath, *, attempt: int, code: int, newest: int, again: bool) -> None:
         if not self._policy.leads:
             return
-        record = {"time": time.time(), "attempt": attempt, "launcher_code": code, "newest_checkpoint": newest, "again": again, **asdict(after)}
+        record = {
+            "time": time.time(),
+            "attempt": attempt,
+            "launcher_code": code,
+            "newest_checkpoint": newest,
+            "again": again,
+            **asdict(after),
+        }
         try:
             self._run.mkdir(parents=True, exist_ok=True)
             with open(self._run / FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as problem:  # the disk may be what ended the run
-            get_logger().warning("supervise: %s of %s cannot be written: %s; it was to say: %s", FILE, self._run, problem, after.reason)
+            get_logger().warning(
+                "supervise: %s of %s cannot be written: %s; it was to say: %s", FILE, self._run, problem, after.reason
+            )

@@ -22,7 +22,9 @@ FILE = "wandb.json"
 def check_wandb(config: RunConfig) -> None:
     """Raises OpsError when it is asked for and not installed."""
     if config.log.wandb is not None and find_spec("wandb") is None:
-        raise OpsError(f"log.wandb is {config.log.wandb!r} and the package wandb is not installed; pip install wandb, or set log.wandb null")
+        raise OpsError(
+            f"log.wandb is {config.log.wandb!r} and the package wandb is not installed; pip install wandb, or set log.wandb null"
+        )
 
 
 class WandbSink:
@@ -40,10 +42,17 @@ class WandbSink:
             write_json(path, {"id": identity})
         try:
             self._run = wandb.init(
-                project=config.log.wandb, name=directory.name, id=identity, resume="allow", dir=str(directory), config=flat(config)
+                project=config.log.wandb,
+                name=directory.name,
+                id=identity,
+                resume="allow",
+                dir=str(directory),
+                config=flat(config),
             )
         except Exception as problem:
-            raise OpsError(f"log.wandb: wandb cannot begin a run: {problem}; wandb login, or WANDB_MODE=offline, or log.wandb null") from problem
+            raise OpsError(
+                f"log.wandb: wandb cannot begin a run: {problem}; wandb login, or WANDB_MODE=offline, or log.wandb null"
+            ) from problem
 
     def write(self, values: Mapping[str, float], *, step: int) -> None:
         """Scalars of one step."""

@@ -68,7 +68,15 @@ class RunWriters:
     """All files of one run directory, opened at the step from which the run goes on."""
 
     def __init__(
-        self, directory: Path, *, start_step: int, total_steps: int, console_every: int, sample_keys: bool, tensorboard: bool, wandb: WandbSink | None = None
+        self,
+        directory: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        console_every: int,
+        sample_keys: bool,
+        tensorboard: bool,
+        wandb: WandbSink | None = None,
     ) -> None:
         self._total_steps, self._console_every = total_steps, console_every
         self._metrics = reopen(directory / METRICS, keep_to_step=start_step)
@@ -88,7 +96,9 @@ class RunWriters:
             self._samples.flush()
         del values["skip_reason"]
         values |= {f"consumed/{name}": count for name, count in values.pop("consumed_by_source").items()}
-        scalars = {f"train/{name}": float(value) for name, value in values.items() if name != "step" and value is not None}
+        scalars = {
+            f"train/{name}": float(value) for name, value in values.items() if name != "step" and value is not None
+        }
         scalars |= {f"goodput/{name}": ledger[name] for name in sorted(ledger.keys() - {"time"})}
         self._scalars(scalars | (self._counters.take() if self._counters is not None else {}), step=record.step)
         if record.step % self._console_every == 0 or record.step == self._total_steps:
@@ -100,10 +110,20 @@ class RunWriters:
 
     def preview(self, shown: Preview, *, step: int) -> None:
         """Held-out images with the model's own answers."""
-        get_logger().info("preview at step %d: %s (%d of its answers are the records', %.2f)", step, shown.answers[0], len(shown.answers), shown.exact_match)
+        get_logger().info(
+            "preview at step %d: %s (%d of its answers are the records', %.2f)",
+            step,
+            shown.answers[0],
+            len(shown.answers),
+            shown.exact_match,
+        )
         if self._board is not None:
             self._board.add_image("preview/image", shown.pixels, step, dataformats="HWC")
-            self._board.add_text("preview/answer", "\n\n".join(f"{ours} (record: {theirs})" for ours, theirs in zip(shown.answers, shown.wanted)), step)
+            self._board.add_text(
+                "preview/answer",
+                "\n\n".join(f"{ours} (record: {theirs})" for ours, theirs in zip(shown.answers, shown.wanted)),
+                step,
+            )
             self._board.add_scalar("preview/exact_match", shown.exact_match, step)
 
     def close(self) -> None:
@@ -125,7 +145,8 @@ class RunWriters:
         return (
             f"step {record.step}/{self._total_steps} | loss {record.loss:.4f}{validation} | grad {record.grad_norm:.3f} | "
             f"lr {record.learning_rate:.2e} | {record.tokens_per_s_per_gpu:,.0f} tokens/s/rank | {record.step_time_s:.2f} s/step "
-            f"(data {record.data_wait_s:.2f}) | ETA {_duration(remaining)}" + (f" | SKIPPED: {record.skip_reason}" if record.skipped else "")
+            f"(data {record.data_wait_s:.2f}) | ETA {_duration(remaining)}"
+            + (f" | SKIPPED: {record.skip_reason}" if record.skipped else "")
         )
 
 

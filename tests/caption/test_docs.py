@@ -31,10 +31,15 @@ def run(command: str, out: Path) -> CompletedProcess:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As after a very brief quickstart: scenes, tokenizer, prepared data, a checkpoint of stage 2."""
     root = tmp_path_factory.mktemp("docs")
-    run(f"python examples/quickstart/make_data.py --out runs/quickstart --train-scenes 64 --held-out-scenes {HELD_OUT}", root)
+    run(
+        f"python examples/quickstart/make_data.py --out runs/quickstart --train-scenes 64 --held-out-scenes {HELD_OUT}",
+        root,
+    )
     data = "data.train=runs/quickstart/data/finetune data.validation=runs/quickstart/data/finetune_validation"
     data += " data.tokenizer=runs/quickstart/tokenizer.model"
-    layout = "run.directory=runs/quickstart/finetune parallel.tensor=1 parallel.pipeline=1 checkpoint.initialize_from=null"
+    layout = (
+        "run.directory=runs/quickstart/finetune parallel.tensor=1 parallel.pipeline=1 checkpoint.initialize_from=null"
+    )
     run(f"python tools/train.py examples/quickstart/finetune.yaml {data} {layout} {BRIEF}", root)
     (root / "captions").mkdir()
     listed = [f"images/held_out_{number:06}.png" for number in range(HELD_OUT)]
@@ -51,7 +56,12 @@ def test_captions_become_training(out: Path) -> None:
     records = json.loads((out / "captions/train.json").read_text())
     assert f"{len(records)} samples" in run(prepare, out).stdout and len(records) > HELD_OUT // 2
     data = "data.validation=runs/quickstart/data/pretrain_validation data.tokenizer=runs/quickstart/tokenizer.model"
-    assert "step 2/2" in run(f"{train} {data} {BRIEF}".replace(" train.steps=200", "").replace(" train.micro_batch_size=12", ""), out).stderr
+    assert (
+        "step 2/2"
+        in run(
+            f"{train} {data} {BRIEF}".replace(" train.steps=200", "").replace(" train.micro_batch_size=12", ""), out
+        ).stderr
+    )
     with serving(lambda request, number: completion("a red circle")) as (url, _):
         run(remote.replace("http://127.0.0.1:8000/v1", url), out)
     assert json.loads((out / "captions/remote.json").read_text())[0] == {"images/held_out_000000.png": "a red circle"}

@@ -32,7 +32,9 @@ def pictures(tmp_path: Path) -> list[Picture]:
     return read_pictures(images_file=None, images=["."], root=tmp_path)
 
 
-def ask(url: str, pictures: list[Picture], *, waits: list[float] | None = None, settings: Settings = Settings(), **more) -> dict[str, Row]:
+def ask(
+    url: str, pictures: list[Picture], *, waits: list[float] | None = None, settings: Settings = Settings(), **more
+) -> dict[str, Row]:
     endpoint = Endpoint(url=url, model="m", **{"concurrency": 4, "retries": 2, **more})
     captioner = EndpointCaptioner(endpoint, settings=settings, sleep=([] if waits is None else waits).append)
     return {row.path: row for rows in captioner(iter(pictures)) for row in rows}
@@ -52,7 +54,9 @@ def test_what_is_asked_and_what_comes(pictures: list[Picture]) -> None:
         return caption_of(request)
 
     with serving(slow) as (url, server):
-        assert all_captioned(ask(url, pictures, key="secret", settings=Settings(prompt="What?", max_new_tokens=7)), pictures)
+        assert all_captioned(
+            ask(url, pictures, key="secret", settings=Settings(prompt="What?", max_new_tokens=7)), pictures
+        )
     assert len(server.requests) == COUNT and 2 <= server.most_at_once <= 4
     request = next(request for request in server.requests if image_of(request) == pictures[0].read())
     assert request["messages"][0]["content"][1] == {"type": "text", "text": "What?"}
@@ -69,7 +73,10 @@ def test_sampling_sends_a_seed_of_each_image(pictures: list[Picture]) -> None:
         ask(url, pictures, settings=settings)
         ask(url, pictures[::-1], settings=settings)
     seeds = {image_of(request): request["seed"] for request in server.requests[:COUNT]}
-    assert seeds == {image_of(request): request["seed"] for request in server.requests[COUNT:]} and len(set(seeds.values())) == COUNT
+    assert (
+        seeds == {image_of(request): request["seed"] for request in server.requests[COUNT:]}
+        and len(set(seeds.values())) == COUNT
+    )
     assert {(request["top_p"], request["repetition_penalty"]) for request in server.requests} == {(0.7, 1.5)}
 
 
@@ -99,12 +106,17 @@ def test_what_passes_is_tried_again(broken, pictures: list[Picture]) -> None:
 
 def test_a_long_wait_is_cut(pictures: list[Picture]) -> None:
     waits: list[float] = []
-    with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "86400"}, b"")) as (url, _):
+    with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "86400"}, b"")) as (
+        url,
+        _,
+    ):
         ask(url, pictures, waits=waits)
     assert set(waits) == {LONGEST_WAIT_S}
 
 
-@pytest.mark.parametrize("broken", [(500, {}, b"crashed"), (200, {}, b"{}"), (400, {}, b'{"error": {"message": "crashed: no such colour"}}')])
+@pytest.mark.parametrize(
+    "broken", [(500, {}, b"crashed"), (200, {}, b"{}"), (400, {}, b'{"error": {"message": "crashed: no such colour"}}')]
+)
 def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Picture]) -> None:
     bad = pictures[5].read()
     with serving(lambda request, number: broken if image_of(request) == bad else caption_of(request)) as (url, server):
@@ -115,12 +127,16 @@ def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Pictu
 
 
 @pytest.mark.parametrize("broken", [(503, {}, b"down"), (400, {}, b"max_tokens is too large"), FakeServer.HANG_UP])
-def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(broken, pictures: list[Picture], tmp_path: Path) -> None:
+def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(
+    broken, pictures: list[Picture], tmp_path: Path
+) -> None:
     options = JobOptions(save_path=tmp_path / "out.json", images=(".",), images_root=tmp_path)
     (tmp_path / "zz.png").write_bytes(b"broken")
 
     def job(url: str):
-        captioner = EndpointCaptioner(Endpoint(url=url, model="m", concurrency=2, retries=1), settings=Settings(), sleep=lambda seconds: None)
+        captioner = EndpointCaptioner(
+            Endpoint(url=url, model="m", concurrency=2, retries=1), settings=Settings(), sleep=lambda seconds: None
+        )
         return run_job(captioner, options, settings=Settings(), model="m", share=Share())
 
     down = [False]
@@ -136,7 +152,10 @@ def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(broke
 
 
 def test_few_images_without_any_answer_end_the_job_too(pictures: list[Picture]) -> None:
-    with serving(lambda request, number: (500, {}, b"")) as (url, _), pytest.raises(ConfigError, match="the last 2 images"):
+    with (
+        serving(lambda request, number: (500, {}, b"")) as (url, _),
+        pytest.raises(ConfigError, match="the last 2 images"),
+    ):
         ask(url, pictures[:2])
 
 
@@ -149,7 +168,10 @@ def test_nobody_there(pictures: list[Picture]) -> None:
 
 @pytest.mark.parametrize("code", [401, 404, 307])
 def test_a_refusal_of_the_client_ends_the_job_at_once(code: int, pictures: list[Picture]) -> None:
-    with serving(lambda request, number: (code, {"Location": "http://127.0.0.1:9/elsewhere"}, b'{"error": "no"}')) as (url, server):
+    with serving(lambda request, number: (code, {"Location": "http://127.0.0.1:9/elsewhere"}, b'{"error": "no"}')) as (
+        url,
+        server,
+    ):
         with pytest.raises(ConfigError, match=f"HTTP {code}.*check URL"):
             ask(url, pictures, key="secret")
     assert len(server.requests) <= 8
@@ -175,7 +197,10 @@ def test_a_bad_image_is_not_sent(pictures: list[Picture], tmp_path: Path) -> Non
     Path(pictures[1].file).unlink()
     with serving(lambda request, number: caption_of(request)) as (url, server):
         rows = ask(url, pictures)
-    assert "no format that Pillow knows" in rows.pop(pictures[0].path).error and "No such file" in rows.pop(pictures[1].path).error
+    assert (
+        "no format that Pillow knows" in rows.pop(pictures[0].path).error
+        and "No such file" in rows.pop(pictures[1].path).error
+    )
     assert all_captioned(rows, pictures[2:]) and len(server.requests) == COUNT - 2
 
 

@@ -60,8 +60,18 @@ def test_folders_globs_and_archives(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     write_tar(tmp_path / "coco/sam.tar", {"k1.jpg": b"one", "k1.json": b"{}", "./k2.png": b"two"})
-    assert [p.path for p in read(tmp_path, "coco")] == ["coco/a.png", "coco/b.JPG", "coco/sam/k1.jpg", "coco/sam/k2.png", "coco/deep/c.webp"]
-    assert [p.path for p in read(tmp_path, "coco/*.png", "coco/**/*.webp", "odd")] == ["coco/a.png", "coco/deep/c.webp", "odd"]
+    assert [p.path for p in read(tmp_path, "coco")] == [
+        "coco/a.png",
+        "coco/b.JPG",
+        "coco/sam/k1.jpg",
+        "coco/sam/k2.png",
+        "coco/deep/c.webp",
+    ]
+    assert [p.path for p in read(tmp_path, "coco/*.png", "coco/**/*.webp", "odd")] == [
+        "coco/a.png",
+        "coco/deep/c.webp",
+        "odd",
+    ]
     assert [p.read() for p in read(tmp_path, "coco/sam.tar")] == [b"one", b"two"]
     assert read(tmp_path, "odd")[0].read() == b"odd"
 

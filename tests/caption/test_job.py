@@ -39,7 +39,9 @@ class Fake:
             if picture.path in self.bad:
                 rows.append(Row(picture.id, picture.path, error="is bad"))
             else:
-                rows.append(Row(picture.id, picture.path, caption=f'é "{picture.id}"\nline', tokens=3, finish_reason="stop"))
+                rows.append(
+                    Row(picture.id, picture.path, caption=f'é "{picture.id}"\nline', tokens=3, finish_reason="stop")
+                )
             if len(rows) == 2:
                 yield rows[::-1]
                 rows = []
@@ -63,7 +65,9 @@ def images(tmp_path: Path) -> Path:
 
 def options(images: Path, out: Path, **more) -> JobOptions:
     files = {"jsonl": out / "rows.jsonl", "annotations": out / "train.json", "shards": out / "shards"}
-    return JobOptions(save_path=out / "captions.json", images_file=images / "list.json", images_root=images, **{**files, **more})
+    return JobOptions(
+        save_path=out / "captions.json", images_file=images / "list.json", images_root=images, **{**files, **more}
+    )
 
 
 def do(captioner, given: JobOptions, *, model: str = "m", share: Share = Share(), **settings):
@@ -72,7 +76,11 @@ def do(captioner, given: JobOptions, *, model: str = "m", share: Share = Share()
 
 def files_of(out: Path) -> dict[str, bytes]:
     """All results; journals are not among them."""
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and "journal" not in str(path)}
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and "journal" not in str(path)
+    }
 
 
 @pytest.fixture
@@ -83,10 +91,14 @@ def undisturbed(images: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_the_official_file(undisturbed: dict[str, bytes], images: Path) -> None:
-    ids = {picture.id: picture.path for picture in read_pictures(images_file=images / "list.json", images=(), root=images)}
+    ids = {
+        picture.id: picture.path for picture in read_pictures(images_file=images / "list.json", images=(), root=images)
+    }
     expected = [{path: f'é "{name}"\nline'} for name, path in ids.items() if path not in BAD]
     assert undisturbed["captions.json"].decode() == json.dumps(expected, indent=4)
-    assert [next(iter(entry)) for entry in expected] == [path for path in PATHS if path not in BAD], "input order, duplicates kept"
+    assert [next(iter(entry)) for entry in expected] == [path for path in PATHS if path not in BAD], (
+        "input order, duplicates kept"
+    )
 
 
 def test_all_rows_in_jsonl(undisturbed: dict[str, bytes]) -> None:
@@ -110,7 +122,9 @@ def test_shards_hold_images_and_records(undisturbed: dict[str, bytes], tmp_path:
 
 
 @pytest.mark.parametrize("lives", range(1, 10))
-def test_killed_anywhere_and_resumed_is_undisturbed(lives: int, images: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_killed_anywhere_and_resumed_is_undisturbed(
+    lives: int, images: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     given = options(images, tmp_path / "killed")
     first, second = Fake(lives), Fake()
     with pytest.raises(Killed):
@@ -161,7 +175,9 @@ def test_three_ranks_equal_one(images: Path, tmp_path: Path, undisturbed: dict[s
     assert sorted(len(maker.asked) for maker in makers) == [3, 3, 4]
 
 
-def test_a_job_of_three_ranks_goes_on_with_two_and_with_one(images: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_job_of_three_ranks_goes_on_with_two_and_with_one(
+    images: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
     given = options(images, tmp_path / "fewer")
     assert any(isinstance(result, Killed) for result in do_shared(3, given, [Fake(2), Fake(3), Fake(2)]))
     assert any(isinstance(result, Killed) for result in do_shared(2, given, [Fake(1), Fake(2)]))
@@ -238,7 +254,9 @@ def test_captions_that_cannot_be_trained_are_left_out_of_annotations(images: Pat
     texts = iter(["fine", " ", "an <image> in it", *["fine"] * 7])
 
     def captioner(pictures: Iterator[Picture]) -> Iterator[list[Row]]:
-        yield [Row(picture.id, picture.path, caption=next(texts), tokens=1, finish_reason="stop") for picture in pictures]
+        yield [
+            Row(picture.id, picture.path, caption=next(texts), tokens=1, finish_reason="stop") for picture in pictures
+        ]
 
     assert do(captioner, options(images, tmp_path / "out")).trainable == 8
     assert len(json.loads((tmp_path / "out/train.json").read_text())) == 8

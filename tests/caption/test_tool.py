@@ -114,17 +114,35 @@ def test_one_model_over_two_ranks(undisturbed: dict[str, bytes], place: Path) ->
 
 
 def test_beam_sampling_over_two_ranks_equals_one(place: Path) -> None:
-    beams = ["--num-beams", "3", "--temperature", "1", "--repetition-penalty", "1.5", "--seed", "3", "--max-new-tokens", "12"]
+    beams = [
+        "--num-beams",
+        "3",
+        "--temperature",
+        "1",
+        "--repetition-penalty",
+        "1.5",
+        "--seed",
+        "3",
+        "--max-new-tokens",
+        "12",
+    ]
     one = run(place, place / "beams1", *beams)
     two = run(place, place / "beams2", *beams, "--num_gpus", "2", "--batch-size", "1", ranks=2)
     assert one.returncode == 3 and '"errors": 4' in two.stdout, one.stderr + two.stderr
     assert results(place / "beams1") == results(place / "beams2")
-    repeated = [next(iter(entry.values())) for entry in json.loads((place / "beams1/captions.json").read_text()) if "03.png" in entry]
+    repeated = [
+        next(iter(entry.values()))
+        for entry in json.loads((place / "beams1/captions.json").read_text())
+        if "03.png" in entry
+    ]
     assert len(set(repeated)) == 3, "each entry is sampled by itself"
 
 
 def test_an_endpoint_without_a_model(place: Path) -> None:
-    with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "0"}, b"")) as (url, server):
+    with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "0"}, b"")) as (
+        url,
+        server,
+    ):
         more = ["--endpoint", url, "--endpoint-model", "m", "--shards", str(place / "remote/shards")]
         done = run(place, place / "remote", *more, OPENAI_API_KEY="sesame")
     assert done.returncode == 3, done.stderr
@@ -136,7 +154,18 @@ def test_an_endpoint_without_a_model(place: Path) -> None:
 
 
 def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], place: Path) -> None:
-    serve = ["tools/serve.py", place / "model", "--port", "0", "--api-key", "sesame", "--max-requests", "2", "--max-waiting", "1"]
+    serve = [
+        "tools/serve.py",
+        place / "model",
+        "--port",
+        "0",
+        "--api-key",
+        "sesame",
+        "--max-requests",
+        "2",
+        "--max-waiting",
+        "1",
+    ]
     server = Tool(*serve, merged=True)
     try:
         deadline = time.monotonic() + 120
@@ -169,13 +198,17 @@ def is_healthy(port: int) -> bool:
 
 
 def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
-    for more, message in ((["--endpoint", "http://127.0.0.1:9/v1"], "--endpoint-model"), (["--max-new-tokens", "5000"], "ask for fewer tokens")):
+    for more, message in (
+        (["--endpoint", "http://127.0.0.1:9/v1"], "--endpoint-model"),
+        (["--max-new-tokens", "5000"], "ask for fewer tokens"),
+    ):
         done = run(place, tmp_path, *more)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"tensor": 2}, "torchrun --nproc-per-node 2"), ({"name": "Lin-Chen/ShareCaptioner"}, "is no directory here")]
+    ("options", "message"),
+    [({"tensor": 2}, "torchrun --nproc-per-node 2"), ({"name": "Lin-Chen/ShareCaptioner"}, "is no directory here")],
 )
 def test_models_that_cannot_be_opened(options: dict, message: str, tmp_path: Path) -> None:
     from megatron_share4v.caption.run import ModelOptions, caption_with_model

@@ -66,7 +66,11 @@ def test_every_key_of_the_configuration_has_an_effect_on_purpose(found, tmp_path
     sections = {key.split(".")[0] for key in keys} - {"optim", "schedule", "loss", "precision"}
     assert sections == {"train", "data"}, keys
     bad_steps = {f"train.bad_steps.{name}" for name in ("loss_factor", "gradient_factor", "window")}
-    assert {key for key in keys if key.startswith(("train.", "data."))} == {"train.steps", "train.epochs", "data.image_backend"} | bad_steps
+    assert {key for key in keys if key.startswith(("train.", "data."))} == {
+        "train.steps",
+        "train.epochs",
+        "data.image_backend",
+    } | bad_steps
 
 
 def test_a_yes_is_needed_for_mathematics_and_does_not_help_where_refused(found) -> None:
@@ -82,7 +86,9 @@ def test_a_yes_is_needed_for_mathematics_and_does_not_help_where_refused(found) 
     ]
     check_changes(changed, where="step_1", accepted=True)
     refused = found("optim.learning_rate=1e-3", "train.global_batch_size=16")
-    with pytest.raises(CheckpointError, match="another global batch:\n  cannot be changed: train.global_batch_size: was 8, is 16"):
+    with pytest.raises(
+        CheckpointError, match="another global batch:\n  cannot be changed: train.global_batch_size: was 8, is 16"
+    ):
         check_changes(refused, where="step_1", accepted=True)
     check_changes(found("log.every_steps=5"), where="step_1", accepted=False)
 

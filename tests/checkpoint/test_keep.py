@@ -36,7 +36,9 @@ def make(directory: Path, *steps: int) -> None:
         temporary = start_writing(target)
         (temporary / "__0_0.distcp").write_text(str(step))
         state = RunState(step=step, consumed_samples=0, plan_fingerprint="")
-        manifest = Manifest(state=state, updates=step, layout=Layout(), config="", versions={}, files=describe_files(temporary))
+        manifest = Manifest(
+            state=state, updates=step, layout=Layout(), config="", versions={}, files=describe_files(temporary)
+        )
         write_manifest(temporary, manifest)
         publish(temporary, target)
 
@@ -109,5 +111,9 @@ def test_what_is_set_aside_is_no_checkpoint_any_more(tmp_path: Path, messages: p
         make(tmp_path, 1)
         set_aside(tmp_path / "step_00000001")
     make(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001.damaged", "step_00000001.damaged_2", "step_00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step_00000001.damaged",
+        "step_00000001.damaged_2",
+        "step_00000002",
+    ]
     assert list(checkpoint_directories(tmp_path)) == [2] and "step_00000001.damaged_2" in messages.text

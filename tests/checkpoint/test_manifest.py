@@ -108,7 +108,10 @@ def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], None], messa
 def test_a_flipped_byte_is_found_where_contents_are_read(checkpoint: Path) -> None:
     flip(checkpoint)
     verify(checkpoint, contents=False)
-    with pytest.raises(CheckpointError, match=r"damaged: __0_0\.distcp has other content than was written \(sha256 \w{12}, manifest \w{12}\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"damaged: __0_0\.distcp has other content than was written \(sha256 \w{12}, manifest \w{12}\)",
+    ):
         verify(checkpoint, contents=True)
 
 
@@ -150,7 +153,10 @@ def test_a_manifest_of_format_1_is_read(checkpoint: Path) -> None:
     del content["sha256"]
     content["format"] = 1
     content["files"] = {
-        name: {"size": (checkpoint / name).stat().st_size, "sha256": hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}
+        name: {
+            "size": (checkpoint / name).stat().st_size,
+            "sha256": hashlib.sha256((checkpoint / name).read_bytes()).hexdigest(),
+        }
         for name in content["files"]
     }
     stated = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,9 @@ def opened(setting: Setting):
     from megatron_share4v.parallel.layout import Layout
 
     tensor, pipeline, virtual = setting.degrees
-    layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline))
+    layout = Layout(
+        tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline)
+    )
     with open_mesh(layout, device=Device("cpu")) as mesh:
         yield mesh
 
@@ -65,9 +67,13 @@ def resharded(directory: Path, source: Path, setting: Setting) -> list[tuple[flo
 def settings_keep_their_own_rates(source: Path) -> None:
     with opened(MAIN) as mesh:
         run = Run(mesh, replace(MAIN, learning_rate=5e-4), seed=2)
-        before = [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups]
+        before = [
+            {key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups
+        ]
         run.load(source)
-        assert [{key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups] == before
+        assert [
+            {key: value for key, value in group.items() if key != "params"} for group in run.optimizer.param_groups
+        ] == before
 
 
 def weights_for_another_stage(source: Path) -> None:
@@ -186,7 +192,10 @@ def four_ranks(directory: Path) -> dict:
 
 
 def few_ranks(directory: Path, settings: dict[str, Setting]) -> dict:
-    return {name: resharded(directory / name, directory / "main" / "step_00000002", setting) for name, setting in settings.items()}
+    return {
+        name: resharded(directory / name, directory / "main" / "step_00000002", setting)
+        for name, setting in settings.items()
+    }
 
 
 FOUR = {
@@ -221,7 +230,10 @@ def test_every_layout_reads_the_same_state_and_goes_on(results: dict, directory:
     written, read = (stored_tensors(directory / folder / "step_00000002") for folder in ("main", name))
     assert written.keys() == read.keys()
     assert not [key for key in written if not torch.equal(written[key], read[key])]
-    updates = [json.loads((directory / folder / "step_00000002" / "manifest.json").read_text())["updates"] for folder in ("main", name)]
+    updates = [
+        json.loads((directory / folder / "step_00000002" / "manifest.json").read_text())["updates"]
+        for folder in ("main", name)
+    ]
     assert updates == [HALF, HALF]
     for (loss, norm), (expected_loss, expected_norm) in zip(results[name], results["main"][HALF:], strict=True):
         assert abs(loss - expected_loss) <= LAYOUT_LOSS and math.isclose(norm, expected_norm, rel_tol=LAYOUT_NORM)
@@ -229,7 +241,9 @@ def test_every_layout_reads_the_same_state_and_goes_on(results: dict, directory:
 
 def test_only_trained_parts_have_state(results: dict, directory: Path) -> None:
     tensors = stored_tensors(directory / "main" / "step_00000002")
-    moments = {name.removeprefix("optimizer.state.exp_avg.") for name in tensors if name.startswith("optimizer.state.exp_avg.")}
+    moments = {
+        name.removeprefix("optimizer.state.exp_avg.") for name in tensors if name.startswith("optimizer.state.exp_avg.")
+    }
     assert "vision.layers.1.mlp.linear_fc1.weight" in moments and "vision.layers.0.mlp.linear_fc1.weight" in tensors
     assert not {name for name in moments if name.startswith("vision.layers.0.")}
     projector = stored_tensors(directory / "resumed_projector" / "step_00000002")
@@ -245,9 +259,14 @@ def test_bf16_keeps_full_precision_weights(results: dict, directory: Path) -> No
 
 def test_misfits_name_tensors_and_shapes(results: dict) -> None:
     wider, deeper, other, alone, absent, below = results["misfits"]
-    assert "is of another model" in wider and "linear_fc1.weight: shape [128, 32] here, shape [96, 32] in the checkpoint" in wider
+    assert (
+        "is of another model" in wider
+        and "linear_fc1.weight: shape [128, 32] here, shape [96, 32] in the checkpoint" in wider
+    )
     assert "language.decoder.layers.4." in deeper and "not there in the checkpoint" in deeper and "and " in deeper
-    assert "optimizer state of other trained parts" in other and "not there here" in other and "initialize_from" in other
+    assert (
+        "optimizer state of other trained parts" in other and "not there here" in other and "initialize_from" in other
+    )
     assert "holds weights alone" in alone
     assert "step_00000099: there is no such checkpoint directory" in absent
     assert "manifest.json" in below and "Not a directory" in below
@@ -262,7 +281,11 @@ def test_damage_is_named_on_all_ranks_and_passed_over(results: dict) -> None:
     assert "step_00000002: damaged: __" in message and ".distcp has other content than was written" in message
     assert with_contents.name == "step_00000001"
     assert by_size.name == "step_00000002", "without a mesh sizes alone are compared"
-    assert "none of its 1 checkpoints is whole" in refused and ".distcp has other content" in refused and "to start the run anew" in refused
+    assert (
+        "none of its 1 checkpoints is whole" in refused
+        and ".distcp has other content" in refused
+        and "to start the run anew" in refused
+    )
 
 
 def test_latest_names_the_newest(results: dict, directory: Path) -> None:

@@ -26,7 +26,9 @@ def _cases() -> list[tuple[Transform, list[tuple[int, ...]]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("transform", "shapes"), _cases())
-def test_there_and_back_is_bitwise_equal(transform: Transform, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+def test_there_and_back_is_bitwise_equal(
+    transform: Transform, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> None:
     parts = [torch.randn(shape).to(dtype) for shape in shapes]
     ours = transform.to_ours(parts)
     assert ours.dtype == dtype
@@ -38,7 +40,11 @@ def test_there_and_back_is_bitwise_equal(transform: Transform, shapes: list[tupl
 
 def test_a_group_of_heads_stays_together() -> None:
     # Rows are named component, group, number within the group: two query heads per key/value head, one row per head.
-    query, key, value = torch.tensor([[100, 101, 110, 111]]).T, torch.tensor([[200, 210]]).T, torch.tensor([[300, 310]]).T
+    query, key, value = (
+        torch.tensor([[100, 101, 110, 111]]).T,
+        torch.tensor([[200, 210]]).T,
+        torch.tensor([[300, 310]]).T,
+    )
     fused = InterleaveHeads(groups=2, queries_per_group=2, head_dim=1).to_ours([query, key, value])
     assert fused.flatten().tolist() == [100, 101, 200, 300, 110, 111, 210, 310]
 

@@ -27,15 +27,23 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.layout import Layout
 
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=24, num_layers=3, num_attention_heads=2),
-    language=LanguageConfig(vocab_size=30, hidden_size=24, intermediate_size=20, num_layers=4, num_attention_heads=4, num_key_value_heads=2),
+    vision=VisionConfig(
+        image_size=16, patch_size=8, hidden_size=16, intermediate_size=24, num_layers=3, num_attention_heads=2
+    ),
+    language=LanguageConfig(
+        vocab_size=30, hidden_size=24, intermediate_size=20, num_layers=4, num_attention_heads=4, num_key_value_heads=2
+    ),
 )
 LINEAR = ModelConfig(vision=MODEL.vision, language=MODEL.language, projector=ProjectorConfig(type="linear"))
 
 
 def _theirs(model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for row in rows(model, naming=naming) for name, shape in row.their_shapes().items()}
+    return {
+        name: torch.randn(shape, generator=generator)
+        for row in rows(model, naming=naming)
+        for name, shape in row.their_shapes().items()
+    }
 
 
 def _shapes_of_shards(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, ...]]:
@@ -50,7 +58,9 @@ def shapes_at(parallel: ParallelConfig) -> list[dict[str, tuple[int, ...]]]:
     return [_shapes_of_shards(model, parallel) for model in (MODEL, LINEAR)]
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2, virtual=2)])
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2, virtual=2)]
+)
 def test_the_map_has_the_models_tensors_at_every_layout(parallel: ParallelConfig) -> None:
     ranks = run_world(parallel.tensor * parallel.pipeline, shapes_at, parallel)
     for number, (model, naming) in enumerate([(MODEL, LLAVA_HF), (LINEAR, SHARE4V)]):
@@ -58,7 +68,9 @@ def test_the_map_has_the_models_tensors_at_every_layout(parallel: ParallelConfig
         assert built == {row.ours: row.shape for row in rows(model, naming=naming)}
 
 
-@pytest.mark.parametrize(("model", "naming"), [(MODEL, LLAVA_HF), (MODEL, LLAVA_IN_MEMORY), (MODEL, SHARE4V), (LINEAR, SHARE4V)])
+@pytest.mark.parametrize(
+    ("model", "naming"), [(MODEL, LLAVA_HF), (MODEL, LLAVA_IN_MEMORY), (MODEL, SHARE4V), (LINEAR, SHARE4V)]
+)
 def test_there_and_back(model: ModelConfig, naming: Naming) -> None:
     theirs = _theirs(model, naming)
     back = to_theirs(to_ours(theirs, model, naming=naming), model, naming=naming)
@@ -69,7 +81,9 @@ def test_there_and_back(model: ModelConfig, naming: Naming) -> None:
 def test_from_one_layout_to_another_keeps_every_number() -> None:
     theirs = _theirs(MODEL, LLAVA_HF)
     moved = to_theirs(to_ours(theirs, MODEL, naming=LLAVA_HF), MODEL, naming=SHARE4V)
-    assert torch.equal(moved["model.layers.3.mlp.up_proj.weight"], theirs["language_model.model.layers.3.mlp.up_proj.weight"])
+    assert torch.equal(
+        moved["model.layers.3.mlp.up_proj.weight"], theirs["language_model.model.layers.3.mlp.up_proj.weight"]
+    )
     tower = "vision_model.encoder.layers.1.self_attn.k_proj.bias"
     assert torch.equal(moved[f"model.vision_tower.vision_tower.{tower}"], theirs[f"vision_tower.{tower}"])
 
@@ -105,9 +119,18 @@ def test_what_is_never_used_is_dropped_with_a_reason() -> None:
     ("change", "message"),
     [
         ({"language_model.model.norm.weight": None}, r"missing: language_model\.model\.norm\.weight, of shape \(24,\)"),
-        ({"language_model.model.layers.4.mlp.up_proj.weight": torch.zeros(20, 24)}, r"unexpected: language_model\.model\.layers\.4\.mlp\.up_proj"),
-        ({"vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias": torch.zeros(23)}, r"wrong shape: .*0\.mlp\.fc1\.bias is \(23,\).*\(24,\)"),
-        ({"language_model.lm_head.weight": torch.zeros(32, 24)}, r"wrong shape: .*lm_head\.weight is \(32, 24\).*\(30, 24\)"),
+        (
+            {"language_model.model.layers.4.mlp.up_proj.weight": torch.zeros(20, 24)},
+            r"unexpected: language_model\.model\.layers\.4\.mlp\.up_proj",
+        ),
+        (
+            {"vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias": torch.zeros(23)},
+            r"wrong shape: .*0\.mlp\.fc1\.bias is \(23,\).*\(24,\)",
+        ),
+        (
+            {"language_model.lm_head.weight": torch.zeros(32, 24)},
+            r"wrong shape: .*lm_head\.weight is \(32, 24\).*\(30, 24\)",
+        ),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(change: dict[str, torch.Tensor | None], message: str) -> None:
@@ -123,7 +146,9 @@ def test_the_way_back_is_checked_too() -> None:
     with pytest.raises(ConversionError) as error:
         to_theirs(ours, MODEL, naming=LLAVA_HF)
     assert "missing: projector.mlp.linear_fc2.bias" in str(error.value)
-    assert "wrong shape: language.embedding.weight is (30, 24); the model configuration asks for (64, 24)" in str(error.value)
+    assert "wrong shape: language.embedding.weight is (30, 24); the model configuration asks for (64, 24)" in str(
+        error.value
+    )
 
 
 def test_another_model_gives_a_short_message() -> None:

@@ -19,7 +19,9 @@ from megatron_share4v.config.arguments import above_zero, at_least_zero, natural
         (at_least_zero, {"0": 0.0, "2.5": 2.5}, ("-0.1", "nan", "inf", "")),
     ],
 )
-def test_what_is_taken_and_what_is_not(check: Callable[[str], float], good: dict[str, float], bad: tuple[str, ...]) -> None:
+def test_what_is_taken_and_what_is_not(
+    check: Callable[[str], float], good: dict[str, float], bad: tuple[str, ...]
+) -> None:
     assert {text: check(text) for text in good} == good
     for text in bad:
         with pytest.raises(argparse.ArgumentTypeError, match="is no (whole )?number"):

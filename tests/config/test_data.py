@@ -12,7 +12,9 @@ from megatron_share4v.errors import ConfigError
 
 def _write(tmp_path: Path, train: str, more: str = "") -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(f"run: {{directory: runs/x}}\ndata:\n  tokenizer: t.model\n  train: {train}\n{more}train: {{global_batch_size: 8}}\n")
+    path.write_text(
+        f"run: {{directory: runs/x}}\ndata:\n  tokenizer: t.model\n  train: {train}\n{more}train: {{global_batch_size: 8}}\n"
+    )
     return path
 
 
@@ -32,7 +34,11 @@ def test_a_blend_is_read_and_written(tmp_path: Path):
         ("[{path: a, weight: 2}, {path: b, weight: 1, epochs: 2}]", "", "train mixes weights and epochs"),
         ("a", "  pack_length: 512\n  order: group_by_modality_length\n", "pack_length 512 needs another order"),
         ("a", "  worker_timeout_s: 300\n", "timeout_s 600 ends the job before a loader process that hangs twice"),
-        ("a", "  pack_length: 511\nparallel: {tensor: 2, sequence: true}\n", "data.pack_length 511 is not divisible by 2, as .* parallel.tensor 2 and parallel.sequence true needs; use 512"),
+        (
+            "a",
+            "  pack_length: 511\nparallel: {tensor: 2, sequence: true}\n",
+            "data.pack_length 511 is not divisible by 2, as .* parallel.tensor 2 and parallel.sequence true needs; use 512",
+        ),
     ],
 )
 def test_what_excludes_each_other_is_refused(tmp_path: Path, train: str, more: str, message: str):

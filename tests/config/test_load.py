@@ -36,7 +36,9 @@ def problems(path: Path, *overrides: str, add: str = "") -> list[str]:
 
 
 def test_order_defaults_base_file_override(path: Path) -> None:
-    Path("base.yaml").write_text(WHOLE + "optim: {learning_rate: 1e-3, beta1: 0.8, weight_decay: 0.1}\n", encoding="utf-8")
+    Path("base.yaml").write_text(
+        WHOLE + "optim: {learning_rate: 1e-3, beta1: 0.8, weight_decay: 0.1}\n", encoding="utf-8"
+    )
     path.write_text("base: base.yaml\noptim: {beta1: 0.7, weight_decay: 0.2}\n", encoding="utf-8")
     optim = load_run(path, ["optim.weight_decay=3e-1"]).optim
     assert (optim.beta2, optim.learning_rate, optim.beta1, optim.weight_decay) == (0.999, 1e-3, 0.7, 0.3)
@@ -71,10 +73,19 @@ def test_no_overrides_needed(path: Path) -> None:
         ("log=3", "log: should be a section of `key: value` lines for LogConfig, got 3"),
         ("train.steps.x=3", 'train.steps: should be a valid integer, got {"x": 3}'),
         ("parallel.sequence=true", "parallel.sequence: sequence true needs tensor > 1, got tensor 1"),
-        ("parallel.context=3", "parallel.context: model.language.num_attention_heads 32 is not divisible by parallel.tensor 1 x parallel.context 3"),
-        ("parallel.tensor=3", "parallel.tensor: model.language.num_attention_heads 32 is not divisible by parallel.tensor 3"),
+        (
+            "parallel.context=3",
+            "parallel.context: model.language.num_attention_heads 32 is not divisible by parallel.tensor 1 x parallel.context 3",
+        ),
+        (
+            "parallel.tensor=3",
+            "parallel.tensor: model.language.num_attention_heads 32 is not divisible by parallel.tensor 3",
+        ),
         ("model.vision.image_size=335", "model.vision.image_size: image_size 335 is not a multiple of patch_size 14"),
-        ("data.max_text_length=4000", "data.max_text_length: data.max_text_length 4000 with one image takes 4575 positions"),
+        (
+            "data.max_text_length=4000",
+            "data.max_text_length: data.max_text_length 4000 with one image takes 4575 positions",
+        ),
     ],
 )
 def test_one_wrong_override(path: Path, override: str, what: str) -> None:
@@ -117,14 +128,16 @@ def test_everything_at_once_in_the_order_of_the_file(path: Path) -> None:
         "run.yaml:7: model.vision.image_size: image_size 335 is not a multiple of patch_size 14",
         "run.yaml:8: model.language.hidden_size: hidden_size 100 is not a multiple of num_attention_heads 32",
         "run.yaml:9: model.trainable.language: nothing trains: switch on language, projector or vision_from_block",
-        "run.yaml:10: train.steps: should be a valid integer, got \"many\"",
+        'run.yaml:10: train.steps: should be a valid integer, got "many"',
         "run.yaml:10: train.global_batch_size: global_batch_size 3 is not a multiple of micro_batch_size 2",
     ]
 
 
 def test_checks_across_sections_run_beside_other_problems(path: Path) -> None:
     found = problems(path, "parallel.tensor=3", "log.zebra=1")
-    assert sum("is not divisible by parallel.tensor 3" in problem for problem in found) == 5  # heads, widths, vocabulary
+    assert (
+        sum("is not divisible by parallel.tensor 3" in problem for problem in found) == 5
+    )  # heads, widths, vocabulary
     assert sum("log.zebra: unknown key" in problem for problem in found) == 1
     assert any("num_key_value_heads 32 and parallel.tensor 3" in problem for problem in found)
 
@@ -147,11 +160,19 @@ def test_a_conflict_is_located_where_it_was_overridden(path: Path) -> None:
 
 def test_files_that_cannot_be_read_come_alone(path: Path) -> None:
     found = problems(path, "zebra=1", add="base: [none.yaml, also_none.yaml]\n")
-    assert [problem.partition(": cannot")[0] for problem in found] == ["run.yaml:4: base: none.yaml", "run.yaml:4: base: also_none.yaml"]
+    assert [problem.partition(": cannot")[0] for problem in found] == [
+        "run.yaml:4: base: none.yaml",
+        "run.yaml:4: base: also_none.yaml",
+    ]
 
 
 def test_dump_round_trips(path: Path) -> None:
-    overrides = ["optim.learning_rate=2e-5", "run.directory='Übung: 1'", "schedule.warmup_steps=3", "checkpoint.initialize_from='null'"]
+    overrides = [
+        "optim.learning_rate=2e-5",
+        "run.directory='Übung: 1'",
+        "schedule.warmup_steps=3",
+        "checkpoint.initialize_from='null'",
+    ]
     config = load_run(path, overrides)
     Path("resolved.yaml").write_text(dump(config), encoding="utf-8")
     assert load_run("resolved.yaml") == config

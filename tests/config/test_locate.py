@@ -22,7 +22,17 @@ def read(path: Path) -> tuple[Section, Reader]:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2e-5", 2e-5), ("1E3", 1000.0), ("-.5e2", -50.0), ("1.5e-3", 1.5e-3), ("3", 3), ("0.5", 0.5), ("null", None), ("e5", "e5"), ("2e-5x", "2e-5x")],
+    [
+        ("2e-5", 2e-5),
+        ("1E3", 1000.0),
+        ("-.5e2", -50.0),
+        ("1.5e-3", 1.5e-3),
+        ("3", 3),
+        ("0.5", 0.5),
+        ("null", None),
+        ("e5", "e5"),
+        ("2e-5x", "2e-5x"),
+    ],
 )
 def test_scalars(tmp_path: Path, text: str, value: object) -> None:
     tree, reader = read(write(tmp_path, run=f"a: {text}\n"))
@@ -67,13 +77,29 @@ def test_empty_file_is_an_empty_section(tmp_path: Path) -> None:
     [
         ({"run": "a: 1\nb: [1\nc: 2\n"}, "run.yaml:3: not valid YAML: expected ',' or ']'", False),
         ({"run": "a: 1\na: 2\n"}, "run.yaml:2: a: written twice, first at {folder}/run.yaml:1", True),
-        ({"run": "a: 1\nbase: none.yaml\n"}, "run.yaml:2: base: {folder}/none.yaml: cannot be read: No such file", False),
-        ({"run": "base: run.yaml\n"}, "run.yaml:1: base: {folder}/run.yaml: a file cannot be its own base (run.yaml -> run.yaml)", False),
-        ({"run": "base: a.yaml\n", "a": "s:\n  base: run.yaml\n"}, "a.yaml:2: base: {folder}/run.yaml: a file cannot be its own base", False),
+        (
+            {"run": "a: 1\nbase: none.yaml\n"},
+            "run.yaml:2: base: {folder}/none.yaml: cannot be read: No such file",
+            False,
+        ),
+        (
+            {"run": "base: run.yaml\n"},
+            "run.yaml:1: base: {folder}/run.yaml: a file cannot be its own base (run.yaml -> run.yaml)",
+            False,
+        ),
+        (
+            {"run": "base: a.yaml\n", "a": "s:\n  base: run.yaml\n"},
+            "a.yaml:2: base: {folder}/run.yaml: a file cannot be its own base",
+            False,
+        ),
         ({"run": "base: {a: 1}\n"}, "run.yaml:1: base: should be a path or a list of paths, got {{'a': 1}}", False),
         ({"run": "base: 3\n"}, "run.yaml:1: base: should be a path or a list of paths, got 3", False),
         ({"run": "just words\n"}, "run.yaml: should hold `key: value` lines, holds 'just words'", False),
-        ({"run": "a: !!python/name:os.system\n"}, "run.yaml:1: not valid YAML: could not determine a constructor", False),
+        (
+            {"run": "a: !!python/name:os.system\n"},
+            "run.yaml:1: not valid YAML: could not determine a constructor",
+            False,
+        ),
         ({"run": "a: 2024-13-45\n"}, "run.yaml: not valid YAML: month must be in 1..12", False),
     ],
 )
@@ -86,7 +112,11 @@ def test_problems(tmp_path: Path, files: dict[str, str], problem: str, complete:
 
 def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9\n")
-    for path, reason in {tmp_path: "Is a directory", tmp_path / "latin.yaml": "not UTF-8 text", tmp_path / "no.yaml": "No such file"}.items():
+    for path, reason in {
+        tmp_path: "Is a directory",
+        tmp_path / "latin.yaml": "not UTF-8 text",
+        tmp_path / "no.yaml": "No such file",
+    }.items():
         _, reader = read(path)
         assert reader.problems[0].startswith(f"{path}: cannot be read: {reason}")
 

@@ -26,10 +26,20 @@ from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, T
     ],
 )
 def test_the_one_rule(fp8: Any, tensor: int, sequence: bool, context: int, other: int, multiple: int) -> None:
-    assert length_multiple(PrecisionConfig(fp8=fp8), tensor=tensor, sequence=sequence, context=context, other=other) == multiple
+    assert (
+        length_multiple(PrecisionConfig(fp8=fp8), tensor=tensor, sequence=sequence, context=context, other=other)
+        == multiple
+    )
 
 
-def run(*, pack_length: int | None = None, model: ModelConfig = ModelConfig(), parallel: dict = {}, engine: Any = "none", **precision: Any) -> RunConfig:
+def run(
+    *,
+    pack_length: int | None = None,
+    model: ModelConfig = ModelConfig(),
+    parallel: dict = {},
+    engine: Any = "none",
+    **precision: Any,
+) -> RunConfig:
     return RunConfig(
         run=RunSection(directory="runs/none"),
         model=model,
@@ -49,12 +59,24 @@ def test_a_run_pads_by_the_rule() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"fp8": "tensorwise", "pack_length": 4104}, "data.pack_length 4104 is not divisible by 16, as precision.fp8 tensorwise .* use 4112"),
-        ({"fp8": "blockwise"}, "precision.fp8 blockwise is Transformer Engine's; set transformer_engine: language, or use tensorwise"),
-        ({"fp8": "delayed", "engine": "language", "fp8_first_layers": 1}, "delayed keeps its scales over the whole model"),
+        (
+            {"fp8": "tensorwise", "pack_length": 4104},
+            "data.pack_length 4104 is not divisible by 16, as precision.fp8 tensorwise .* use 4112",
+        ),
+        (
+            {"fp8": "blockwise"},
+            "precision.fp8 blockwise is Transformer Engine's; set transformer_engine: language, or use tensorwise",
+        ),
+        (
+            {"fp8": "delayed", "engine": "language", "fp8_first_layers": 1},
+            "delayed keeps its scales over the whole model",
+        ),
         ({"fp8": "mxfp8", "engine": "language", "dtype": "fp32"}, "needs precision.dtype bf16"),
         ({"fp8": "tensorwise", "engine": "all", "fp8_tower": True}, "an image has 577 positions"),
-        ({"fp8": "tensorwise", "fp8_first_layers": 16, "fp8_last_layers": 16}, "leave none of model.language.num_layers 32 in FP8"),
+        (
+            {"fp8": "tensorwise", "fp8_first_layers": 16, "fp8_last_layers": 16},
+            "leave none of model.language.num_layers 32 in FP8",
+        ),
         ({"fp8_tower": True}, "fp8_tower True needs fp8, which is none"),
         ({"guard_every_steps": 100}, "guard_every_steps 100 needs fp8"),
     ],
@@ -65,7 +87,14 @@ def test_what_fp8_refuses(wrong: dict, message: str) -> None:
 
 
 def test_widths_on_a_rank() -> None:
-    narrow = ModelConfig(language=replace(LanguageConfig(), hidden_size=96, intermediate_size=176, num_attention_heads=6, num_key_value_heads=6))
+    narrow = ModelConfig(
+        language=replace(
+            LanguageConfig(), hidden_size=96, intermediate_size=176, num_attention_heads=6, num_key_value_heads=6
+        )
+    )
     run(fp8="tensorwise", model=narrow)
-    with pytest.raises(ValueError, match="multiples of 16; model.language.intermediate_size gives 88 on each of parallel.tensor 2 ranks"):
+    with pytest.raises(
+        ValueError,
+        match="multiples of 16; model.language.intermediate_size gives 88 on each of parallel.tensor 2 ranks",
+    ):
         run(fp8="tensorwise", model=narrow, parallel={"tensor": 2})

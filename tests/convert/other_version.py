@@ -55,13 +55,20 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.parallel.launch import World, joined
     from megatron_share4v.parallel.layout import Layout
 
-    import_model(Request(directory=write_llava_hf(folder / "hf", dtype=dtype)), folder / "ours", options=ImportOptions())
+    import_model(
+        Request(directory=write_llava_hf(folder / "hf", dtype=dtype)), folder / "ours", options=ImportOptions()
+    )
     export_model(folder / "ours", folder / "export", layout="llava-hf")
     device, found = Device("cpu"), []
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         session = Session.open(folder / "ours", mesh=mesh, dtype="fp32")
         for question in generated_questions():
-            prompt = make_prompt(session.encoder, question.turns, image=question.image, tokens_per_image=4, name=question.name)
+            prompt = make_prompt(
+                session.encoder, question.turns, image=question.image, tokens_per_image=4, name=question.name
+            )
             [answered] = session.answer_ids([question], max_new_tokens=NEW_TOKENS)
             found.append(
                 {
@@ -83,7 +90,11 @@ def load(folder: Path) -> int:
 
     processor = AutoProcessor.from_pretrained(folder / "export", local_files_only=True)
     model, report = AutoModelForImageTextToText.from_pretrained(
-        folder / "export", local_files_only=True, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
+        folder / "export",
+        local_files_only=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="sdpa",
     )
     model.eval()
     keys = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -107,7 +118,14 @@ def load(folder: Path) -> int:
         end = model.config.text_config.eos_token_id
         equal["greedy"] &= (new[: new.index(end)] if end in new else new) == question["answer"]
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    found = {"export": folder.name, "questions": len(questions), **keys, **equal, "max_logit_diff": largest, "logit_scale": scale}
+    found = {
+        "export": folder.name,
+        "questions": len(questions),
+        **keys,
+        **equal,
+        "max_logit_diff": largest,
+        "logit_scale": scale,
+    }
     print(json.dumps({**versions, **found}))
     return 0 if not any(keys.values()) and all(equal.values()) and largest <= TOLERANCE else 1
 

@@ -34,7 +34,10 @@ from megatron_share4v.parallel.layout import Layout
 def mesh() -> Iterator[Mesh]:
     """Of this process alone."""
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         yield mesh
 
 
@@ -42,7 +45,9 @@ def mesh() -> Iterator[Mesh]:
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its export."""
     root = tmp_path_factory.mktemp("exported")
-    import_model(Request(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "ours", options=ImportOptions())
+    import_model(
+        Request(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "ours", options=ImportOptions()
+    )
     export_model(root / "ours", root / "out", layout="llava-hf")
     return root / "ours", root / "out"
 
@@ -53,7 +58,9 @@ def test_an_export_computes_what_its_checkpoint_does(exported: tuple[Path, Path]
     assert found.questions == 4 and found.max_logit_diff <= LOGIT_TOLERANCE
 
 
-def test_an_export_that_was_rounded_is_compared_with_what_was_rounded(exported: tuple[Path, Path], mesh: Mesh, tmp_path: Path) -> None:
+def test_an_export_that_was_rounded_is_compared_with_what_was_rounded(
+    exported: tuple[Path, Path], mesh: Mesh, tmp_path: Path
+) -> None:
     export_model(exported[0], tmp_path / "out", layout="llava-hf", dtype="bf16")
     found = compare(exported[0], tmp_path / "out", questions=generated_questions()[:1], mesh=mesh, max_new_tokens=4)
     assert found.holds and found.max_logit_diff <= LOGIT_TOLERANCE, found
@@ -61,7 +68,9 @@ def test_an_export_that_was_rounded_is_compared_with_what_was_rounded(exported: 
 
 def test_the_tolerance_grows_with_the_logits_alone() -> None:
     """A trained 7B model has logits of about 30, from sums whose last bits depend on their order."""
-    found = Agreement(questions=1, ids_equal=True, pixels_equal=True, greedy_equal=True, max_logit_diff=1e-3, logit_scale=30.0)
+    found = Agreement(
+        questions=1, ids_equal=True, pixels_equal=True, greedy_equal=True, max_logit_diff=1e-3, logit_scale=30.0
+    )
     assert found.holds and "accepted: 0.003, for logits up to 30" in str(found)
     assert not replace(found, max_logit_diff=4e-3).holds and not replace(found, logit_scale=1e-3).holds
     assert replace(found, logit_scale=1e-3, max_logit_diff=9e-5).holds and not replace(found, greedy_equal=False).holds
@@ -88,8 +97,16 @@ def random_llava(model: ModelConfig, **options: object):
 
     drop = ("model_type", "architectures")
     vision = CLIPVisionConfig(**{key: value for key, value in clip_config(model).items() if key not in drop})
-    text = LlamaConfig(**{key: value for key, value in llama_config(model).items() if key not in (*drop, "vocab_size")}, vocab_size=320)
-    config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=model.vision.feature_layer, image_token_index=300, **options)
+    text = LlamaConfig(
+        **{key: value for key, value in llama_config(model).items() if key not in (*drop, "vocab_size")}, vocab_size=320
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=model.vision.feature_layer,
+        image_token_index=300,
+        **options,
+    )
     torch.manual_seed(11)
     found = LlavaForConditionalGeneration(config).eval()
     for parameter in found.parameters():

@@ -12,7 +12,11 @@ BENCH = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "bench_convert.
 
 def measured(gb: float, *, ratio: float = 1.5, memory: float = 0.5) -> dict[str, float]:
     found = {"layers": 2, "gb": gb, "largest_shard_gb": min(gb, 5.0), "file_gb": 5.0}
-    return found | {f"{command}_{key}": value for command in ("import", "export") for key, value in (("over_copy", ratio), ("peak_over_start_gb", memory))}
+    return found | {
+        f"{command}_{key}": value
+        for command in ("import", "export")
+        for key, value in (("over_copy", ratio), ("peak_over_start_gb", memory))
+    }
 
 
 def test_line() -> None:
@@ -21,14 +25,18 @@ def test_line() -> None:
 
 
 def test_a_good_one_has_no_problems_and_says_what_13b_needs() -> None:
-    lines, problems = BENCH["judge"]([measured(1, memory=0.50), measured(2, memory=0.51), measured(4, memory=0.53)], hidden=5120)
+    lines, problems = BENCH["judge"](
+        [measured(1, memory=0.50), measured(2, memory=0.51), measured(4, memory=0.53)], hidden=5120
+    )
     assert problems == []
     assert lines[0] == "import: +0.0100 GB of memory per GB of model; at 13B (26.7 GB) 0.76 GB of at most 6.07"
 
 
 def test_failures_are_named() -> None:
     good = [measured(1), measured(2)]
-    assert BENCH["judge"]([measured(1, ratio=9.0), measured(2)], hidden=5120)[1] == []  # of a small model, starting is what takes time
+    assert (
+        BENCH["judge"]([measured(1, ratio=9.0), measured(2)], hidden=5120)[1] == []
+    )  # of a small model, starting is what takes time
     _, problems = BENCH["judge"]([*good, measured(4, ratio=2.01)], hidden=5120)
     assert len(problems) == 2 and "import of 4 GB took 2.01 times as long as a copy" in problems[0]
     _, problems = BENCH["judge"]([measured(0.5, memory=1.7)], hidden=5120)

@@ -67,8 +67,17 @@ def of(*words: str) -> list[str]:
     return [line for line in COMMANDS if all(word in line for word in words)]
 
 
-def test_every_command_in_its_order(place: Path, run: Callable[[str], None], capsys: pytest.CaptureFixture[str]) -> None:
-    assert [shlex.split(line)[2] for line in COMMANDS] == [*["import"] * 3, "inspect", "average", "prune", *["export"] * 2, "verify"]
+def test_every_command_in_its_order(
+    place: Path, run: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [shlex.split(line)[2] for line in COMMANDS] == [
+        *["import"] * 3,
+        "inspect",
+        "average",
+        "prune",
+        *["export"] * 2,
+        "verify",
+    ]
     for line in of(" import "):
         run(line)
     assert {path.name for path in (place / "checkpoints").iterdir()} == {"share4v_7b", "share4v_7b_start", "llava15_7b"}

@@ -47,13 +47,20 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     write_weights(root / "llama", theirs(SIZED, SHARE4V, "language"))
     write_json(root / "llama" / "config.json", llama_config(SIZED))
-    import_model(Request(directory=root / "llama", tower=write_clip(root / "clip")), root / "start", options=ImportOptions())
+    import_model(
+        Request(directory=root / "llama", tower=write_clip(root / "clip")), root / "start", options=ImportOptions()
+    )
     model = yaml.safe_load(read_manifest(root / "start").config)["model"]
     content = {
         "run": {"directory": str(root / "unset")},
         "model": model,
         "precision": {"dtype": "fp32"},
-        "data": {"train": str(root / "data"), "tokenizer": str(root / "llama" / "tokenizer.model"), "max_text_length": 400, "num_workers": 0},
+        "data": {
+            "train": str(root / "data"),
+            "tokenizer": str(root / "llama" / "tokenizer.model"),
+            "max_text_length": 400,
+            "num_workers": 0,
+        },
         "optim": {"learning_rate": 1e-3},
         "schedule": {"kind": "constant", "warmup_ratio": 0.0},
         "train": {"global_batch_size": 2, "steps": 1},
@@ -75,7 +82,9 @@ def test_two_stages_and_an_export(stage: Path) -> None:
     done = train(stage, f"run.directory={first}", *start, *frozen)
     assert done.returncode == 0, done.stderr
     assert f"tower sha256 {tower}" in done.stderr
-    assert read_manifest(first / "checkpoints" / "step_00000001").weights == {"vision": tower}  # frozen, and known without a look at the import
+    assert read_manifest(first / "checkpoints" / "step_00000001").weights == {
+        "vision": tower
+    }  # frozen, and known without a look at the import
     layout = ("parallel.tensor=2", "parallel.sequence=true")
     done = train(stage, f"run.directory={second}", f"checkpoint.initialize_from={first}", *layout, ranks=2)
     assert done.returncode == 0, done.stderr
@@ -95,7 +104,10 @@ def test_another_tower_is_refused(stage: Path) -> None:
     start = f"checkpoint.initialize_from={stage / 'start'}"
     done = train(stage, f"run.directory={stage / 'refused'}", start, "model.vision.feature_layer=-3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "is of another tower than this run's: model.vision.feature_layer is -3 here, -2 in the checkpoint" in done.stderr
+    assert (
+        "is of another tower than this run's: model.vision.feature_layer is -3 here, -2 in the checkpoint"
+        in done.stderr
+    )
 
 
 def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
@@ -116,7 +128,10 @@ def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"expect_tower": "5ca1ab1e", "initialize_from": "x"}, "is no SHA-256"), ({"expect_tower": "0" * 64}, "there is no tower to check")],
+    [
+        ({"expect_tower": "5ca1ab1e", "initialize_from": "x"}, "is no SHA-256"),
+        ({"expect_tower": "0" * 64}, "there is no tower to check"),
+    ],
 )
 def test_a_hash_that_checks_nothing(options: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -137,7 +152,10 @@ def test_another_model_is_refused_and_a_longer_one_is_not(stage: Path) -> None:
     manifest = read_manifest(stage / "start")
     longer = replace(SIZED, language=replace(SIZED.language, max_position_embeddings=2048))
     check_start(manifest, longer, where=stage)
-    with pytest.raises(CheckpointError, match=r"another model than this run's: model.language.rope_theta is 5.0 here, 10000.0 in the checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"another model than this run's: model.language.rope_theta is 5.0 here, 10000.0 in the checkpoint",
+    ):
         check_start(manifest, replace(SIZED, language=replace(SIZED.language, rope_theta=5.0)), where=stage)
     with pytest.raises(CheckpointError, match="configuration is of another version"):
         check_start(replace(manifest, config=dump(SIZED)), SIZED, where=stage)

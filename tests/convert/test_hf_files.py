@@ -64,7 +64,9 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llava") / "export"
-    write_llava_hf_files(directory, model=MODEL, tokenizer=tokenizer_path, template="vicuna_v1", image_aspect_ratio="pad", dtype="fp32")
+    write_llava_hf_files(
+        directory, model=MODEL, tokenizer=tokenizer_path, template="vicuna_v1", image_aspect_ratio="pad", dtype="fp32"
+    )
     return directory
 
 
@@ -80,7 +82,14 @@ def ours(tokenizer_path: Path) -> Tokenizer:
 
 def texts() -> list[str]:
     draw = random.Random(0)
-    return ["", " ", "\n", "A cat.</s>USER", " long answers " * 200, *("".join(draw.choices(ALPHABET, k=draw.randrange(1, 20))) for _ in range(300))]
+    return [
+        "",
+        " ",
+        "\n",
+        "A cat.</s>USER",
+        " long answers " * 200,
+        *("".join(draw.choices(ALPHABET, k=draw.randrange(1, 20))) for _ in range(300)),
+    ]
 
 
 def expanded(ids: Sequence[int]) -> list[int]:
@@ -94,7 +103,12 @@ def chat(turns: Sequence[Message]) -> list[dict]:
     for turn in turns:
         text = turn.text.removeprefix("<image>").removeprefix("\n") if turn.text.startswith("<image>") else turn.text
         image = [{"type": "image", "image": PICTURE}] if turn.text.startswith("<image>") else []
-        messages.append({"role": "user" if turn.role == "human" else "assistant", "content": [{"type": "text", "text": text}, *image]})
+        messages.append(
+            {
+                "role": "user" if turn.role == "human" else "assistant",
+                "content": [{"type": "text", "text": text}, *image],
+            }
+        )
     return messages
 
 
@@ -130,7 +144,9 @@ def test_prompts_of_any_text_with_an_image_are_ours(processor, ours: Tokenizer):
 def test_conversations_are_ours_with_one_bos(processor, ours: Tokenizer, name: str):
     turns = CONVERSATIONS[name]
     has_image = any("<image>" in turn.text for turn in turns)
-    output = processor.apply_chat_template(chat(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    output = processor.apply_chat_template(
+        chat(turns), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     [ids] = output["input_ids"].tolist()
     assert ids == expanded(encode_prompt(ours, VICUNA, turns, has_image=has_image))
     assert ids.count(ours.bos_id) == 1 and ids.count(PIECES) == MODEL.vision.num_patches * has_image
@@ -145,7 +161,9 @@ def test_every_template_renders_as_ours(processor, name: str):
         if template.caption_only and (len(turns) > 1 or not has_image):
             continue
         for system in (None, "Be brief.", ""):
-            prompt = render_prompt(template if system is None else replace(template, system=system), turns, has_image=has_image)
+            prompt = render_prompt(
+                template if system is None else replace(template, system=system), turns, has_image=has_image
+            )
             messages = [] if system is None else [{"role": "system", "content": system}]
             rendered = processor.tokenizer.apply_chat_template(
                 messages + chat(turns), chat_template=source, add_generation_prompt=True, tokenize=False
@@ -155,13 +173,19 @@ def test_every_template_renders_as_ours(processor, name: str):
 
 def test_plain_strings_and_lists_of_text_render_alike(processor):
     content = [{"type": "text", "text": "What?"}, {"type": "text", "text": "Why?"}]
-    strings = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?\nWhy?"}, {"role": "assistant", "content": "So."}]
+    strings = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What?\nWhy?"},
+        {"role": "assistant", "content": "So."},
+    ]
     lists = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": "So."}]},
     ]  # fmt: skip
     expected = "<s>Be brief. USER: What?\nWhy? ASSISTANT: So.</s>"
-    assert [processor.tokenizer.apply_chat_template(messages, tokenize=False) for messages in (strings, lists)] == [expected] * 2
+    assert [processor.tokenizer.apply_chat_template(messages, tokenize=False) for messages in (strings, lists)] == [
+        expected
+    ] * 2
 
 
 def test_generation_marks_are_what_is_trained(processor, ours: Tokenizer):
@@ -192,22 +216,39 @@ def test_both_template_files_say_the_same(exported: Path):
 
 @pytest.mark.parametrize("policy", ["pad", "square"])
 def test_pixels_are_ours_bit_for_bit(tokenizer_path: Path, tmp_path: Path, policy: str):
-    write_llava_hf_files(tmp_path, model=MODEL, tokenizer=tokenizer_path, template="vicuna_v1", image_aspect_ratio=policy, dtype="fp32")
+    write_llava_hf_files(
+        tmp_path, model=MODEL, tokenizer=tokenizer_path, template="vicuna_v1", image_aspect_ratio=policy, dtype="fp32"
+    )
     write_share4v_files(
-        tmp_path / "official", model=MODEL, tokenizer=tokenizer_path, tower_path="tower", image_aspect_ratio=policy, dtype="fp32"
+        tmp_path / "official",
+        model=MODEL,
+        tokenizer=tokenizer_path,
+        tower_path="tower",
+        image_aspect_ratio=policy,
+        dtype="fp32",
     )
     processors = [AutoProcessor.from_pretrained(tmp_path, local_files_only=True).image_processor]
     if policy == "square":
         processors.append(AutoImageProcessor.from_pretrained(tmp_path / "official" / "tower", local_files_only=True))
     draw = random.Random(0)
-    modes = {(50, 20): "RGB", (20, 51): "RGB", (28, 28): "RGB", (113, 57): "RGB", (31, 200): "L", (90, 61): "RGBA", (9, 14): "P"}
+    modes = {
+        (50, 20): "RGB",
+        (20, 51): "RGB",
+        (28, 28): "RGB",
+        (113, 57): "RGB",
+        (31, 200): "L",
+        (90, 61): "RGBA",
+        (9, 14): "P",
+    }
     for size, mode in modes.items():
         image = Image.frombytes("RGB", size, draw.randbytes(3 * size[0] * size[1])).convert(mode)
         content = io.BytesIO()
         image.save(content, format="PNG")
         pixels = torch.from_numpy(decode(content.getvalue(), ImagePolicy(image_size=28, aspect_ratio=policy)).copy())
         for theirs in processors:
-            assert torch.equal(theirs(image, return_tensors="pt")["pixel_values"], normalise(pixels[None], dtype=torch.float32)), (mode, size)
+            assert torch.equal(
+                theirs(image, return_tensors="pt")["pixel_values"], normalise(pixels[None], dtype=torch.float32)
+            ), (mode, size)
 
 
 def test_configuration_is_the_models(exported: Path, processor):
@@ -215,10 +256,24 @@ def test_configuration_is_the_models(exported: Path, processor):
     text, tower = config.text_config, config.vision_config
     assert type(config).__name__ == "LlavaConfig" and config.architectures == ["LlavaForConditionalGeneration"]
     assert (config.image_token_id, config.pad_token_id, config.image_seq_length) == (PIECES, PIECES + 1, 4)
-    assert (config.vision_feature_layer, config.vision_feature_select_strategy, config.image_aspect_ratio) == (-2, "default", "pad")
-    assert (text.vocab_size, text.rope_parameters["rope_theta"], text.rms_norm_eps, text.num_key_value_heads) == (448, 5000.0, 1e-6, 2)
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy, config.image_aspect_ratio) == (
+        -2,
+        "default",
+        "pad",
+    )
+    assert (text.vocab_size, text.rope_parameters["rope_theta"], text.rms_norm_eps, text.num_key_value_heads) == (
+        448,
+        5000.0,
+        1e-6,
+        2,
+    )
     assert (text.bos_token_id, text.eos_token_id, text.hidden_act, text.tie_word_embeddings) == (1, 2, "silu", False)
-    assert (tower.num_hidden_layers, tower.hidden_act, tower.layer_norm_eps, tower.image_size) == (3, "quick_gelu", 1e-5, 28)
+    assert (tower.num_hidden_layers, tower.hidden_act, tower.layer_norm_eps, tower.image_size) == (
+        3,
+        "quick_gelu",
+        1e-5,
+        28,
+    )
     assert config.dtype == torch.float32
     tokenizer = processor.tokenizer
     assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.model_max_length) == ("left", PIECES + 1, 512)
@@ -234,11 +289,22 @@ def test_published_sizes():
 
 def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, tmp_path: Path):
     llava = read_model(json.loads((exported / "config.json").read_text()), where="export")
-    assert llava.model == replace(MODEL, language=replace(MODEL.language, vocab_size=448)) and llava.image_token == PIECES
-    write_share4v_files(tmp_path, model=MODEL, tokenizer=tokenizer_path, tower_path="tower", image_aspect_ratio="pad", dtype="bf16")
+    assert (
+        llava.model == replace(MODEL, language=replace(MODEL.language, vocab_size=448)) and llava.image_token == PIECES
+    )
+    write_share4v_files(
+        tmp_path, model=MODEL, tokenizer=tokenizer_path, tower_path="tower", image_aspect_ratio="pad", dtype="bf16"
+    )
     official = read_model(json.loads((tmp_path / "config.json").read_text()), where="export")
-    assert (official.model.language, official.model.projector, official.tower) == (MODEL.language, MODEL.projector, "tower")
-    assert read_tower(json.loads((tmp_path / "tower" / "config.json").read_text()), feature_layer=-2, where="tower") == MODEL.vision
+    assert (official.model.language, official.model.projector, official.tower) == (
+        MODEL.language,
+        MODEL.projector,
+        "tower",
+    )
+    assert (
+        read_tower(json.loads((tmp_path / "tower" / "config.json").read_text()), feature_layer=-2, where="tower")
+        == MODEL.vision
+    )
 
 
 def test_a_model_of_this_configuration_loads_and_answers(exported: Path, processor):
@@ -260,13 +326,23 @@ def test_a_model_of_this_configuration_loads_and_answers(exported: Path, process
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     batch = processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
     together = model.generate(**batch, max_new_tokens=4, do_sample=False)[:, -4:]
-    alone = [model.generate(**processor.apply_chat_template(one, **options), max_new_tokens=4, do_sample=False)[0, -4:] for one in chats]
+    alone = [
+        model.generate(**processor.apply_chat_template(one, **options), max_new_tokens=4, do_sample=False)[0, -4:]
+        for one in chats
+    ]
     assert torch.equal(together, torch.stack(alone))
 
 
 def test_official_layout(tokenizer_path: Path, tmp_path: Path):
     tower = "released/vision_tower"
-    write_share4v_files(tmp_path, model=ModelConfig(), tokenizer=tokenizer_path, tower_path=tower, image_aspect_ratio="pad", dtype="bf16")
+    write_share4v_files(
+        tmp_path,
+        model=ModelConfig(),
+        tokenizer=tokenizer_path,
+        tower_path=tower,
+        image_aspect_ratio="pad",
+        dtype="bf16",
+    )
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
         "config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json",
         "vision_tower/config.json", "vision_tower/preprocessor_config.json",
@@ -284,7 +360,12 @@ def test_official_layout(tokenizer_path: Path, tmp_path: Path):
     }  # fmt: skip
     assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert (config["legacy"], config["padding_side"], config["pad_token"], config["tokenizer_class"]) == (True, "right", "<unk>", "LlamaTokenizer")
+    assert (config["legacy"], config["padding_side"], config["pad_token"], config["tokenizer_class"]) == (
+        True,
+        "right",
+        "<unk>",
+        "LlamaTokenizer",
+    )
     clip = AutoConfig.from_pretrained(tmp_path / "vision_tower", local_files_only=True)
     assert (clip.num_hidden_layers, clip.hidden_size, clip.image_size, clip.hidden_act) == (24, 1024, 336, "quick_gelu")
 
@@ -295,12 +376,28 @@ def test_official_layout(tokenizer_path: Path, tmp_path: Path):
         ({"image_aspect_ratio": "anyres"}, ConversionError, "image_aspect_ratio 'anyres'"),
         ({"template": "v1_mmtag"}, ConversionError, "'v1_mmtag'.*layout share4v"),
         ({"template": "vicuna_v2"}, ConfigError, "nearest is 'vicuna_v"),
-        ({"model": replace(MODEL, projector=ProjectorConfig(type="linear"))}, ConversionError, "model.projector.type linear"),
-        ({"model": replace(MODEL, language=replace(MODEL.language, vocab_size=400))}, ConversionError, "440 pieces.*too small"),
+        (
+            {"model": replace(MODEL, projector=ProjectorConfig(type="linear"))},
+            ConversionError,
+            "model.projector.type linear",
+        ),
+        (
+            {"model": replace(MODEL, language=replace(MODEL.language, vocab_size=400))},
+            ConversionError,
+            "440 pieces.*too small",
+        ),
     ],
 )
-def test_what_llava_hf_cannot_say_is_refused_unwritten(tokenizer_path: Path, tmp_path: Path, changes: dict, error: type, message: str):
-    request = {"model": MODEL, "tokenizer": tokenizer_path, "template": "vicuna_v1", "image_aspect_ratio": "pad", "dtype": "fp32"} | changes
+def test_what_llava_hf_cannot_say_is_refused_unwritten(
+    tokenizer_path: Path, tmp_path: Path, changes: dict, error: type, message: str
+):
+    request = {
+        "model": MODEL,
+        "tokenizer": tokenizer_path,
+        "template": "vicuna_v1",
+        "image_aspect_ratio": "pad",
+        "dtype": "fp32",
+    } | changes
     with pytest.raises(error, match=message):
         write_llava_hf_files(tmp_path / "out", **request)
     assert not (tmp_path / "out").exists()
@@ -314,8 +411,16 @@ def test_what_llava_hf_cannot_say_is_refused_unwritten(tokenizer_path: Path, tmp
         ({"model": replace(MODEL, language=replace(MODEL.language, vocab_size=400))}, "440 pieces.*too small"),
     ],
 )
-def test_what_share4v_cannot_say_is_refused_unwritten(tokenizer_path: Path, tmp_path: Path, changes: dict, message: str):
-    request = {"model": MODEL, "tokenizer": tokenizer_path, "tower_path": "tower", "image_aspect_ratio": "pad", "dtype": "fp32"} | changes
+def test_what_share4v_cannot_say_is_refused_unwritten(
+    tokenizer_path: Path, tmp_path: Path, changes: dict, message: str
+):
+    request = {
+        "model": MODEL,
+        "tokenizer": tokenizer_path,
+        "tower_path": "tower",
+        "image_aspect_ratio": "pad",
+        "dtype": "fp32",
+    } | changes
     with pytest.raises(ConversionError, match=message):
         write_share4v_files(tmp_path / "out", **request)
     assert not (tmp_path / "out").exists()

@@ -36,7 +36,9 @@ def _train(path: Path, *, corpus: list[str] = CORPUS, **changes: object) -> Path
         "vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
         "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2,
     }  # fmt: skip
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus * 10), model_writer=model, **settings | changes)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus * 10), model_writer=model, **settings | changes
+    )
     path.write_bytes(model.getvalue())
     return path
 
@@ -97,13 +99,20 @@ def test_image_and_pad_come_after_the_models_vocabulary(model_path: Path):
     assert fast.encode("A<image>\nB<pad>", add_special_tokens=False).ids == [
         *Tokenizer(model_path).encode("A"), pieces + 5, *Tokenizer(model_path).encode("\nB"), pieces + 6,
     ]  # fmt: skip
-    assert fast.get_vocab_size() == pieces + 7, "every id has a name, so that readers of the file do not move the new tokens"
+    assert fast.get_vocab_size() == pieces + 7, (
+        "every id has a name, so that readers of the file do not move the new tokens"
+    )
 
 
 def test_configuration_says_what_old_and_new_readers_look_for(model_path: Path):
     tokenizer = read_tokenizer(model_path, vocab_size=Tokenizer(model_path).vocab_size)
     config = tokenizer.tokenizer_config(max_length=4096)
-    assert (config["legacy"], config["add_bos_token"], config["padding_side"], config["pad_token"]) == (True, True, "left", "<pad>")
+    assert (config["legacy"], config["add_bos_token"], config["padding_side"], config["pad_token"]) == (
+        True,
+        True,
+        "left",
+        "<pad>",
+    )
     assert config["extra_special_tokens"] == {"image_token": "<image>"}
     assert {i: token["content"] for i, token in config["added_tokens_decoder"].items()} == {
         "0": "<unk>", "1": "<s>", "2": "</s>", str(tokenizer.image_id): "<image>", str(tokenizer.pad_id): "<pad>",

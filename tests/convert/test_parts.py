@@ -51,7 +51,9 @@ def test_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
         journal.write('{"name": "three", "size"')  # of a process that was killed while it wrote this
     log.clear()
     with writing(target, fingerprint="a") as place:
-        written = write_parts(place, [part("one", b"1", log), part("two", b"22", log), part("three", b"333", log)], title="test")
+        written = write_parts(
+            place, [part("one", b"1", log), part("two", b"22", log), part("three", b"333", log)], title="test"
+        )
     assert log == ["three"] and written["two"].note == {"length": 2}
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {"one": b"1", "two": b"22", "three": b"333"}
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
@@ -96,7 +98,9 @@ def test_a_large_piece_is_hashed_once_for_all(tmp_path: Path) -> None:
     ranges = [b"head", *large[:2], b"between", large[2], b"end"]
     digests = [hashlib.sha256(piece).hexdigest() for piece in ranges]
     assert (tmp_path / "target" / "one").read_bytes() == b"".join(pieces)
-    assert written.stored.ranges == tuple(map(len, ranges)) and written.sha256 == digest_of_ranges(written.ranges, digests)
+    assert written.stored.ranges == tuple(map(len, ranges)) and written.sha256 == digest_of_ranges(
+        written.ranges, digests
+    )
     assert found == {0: None, 1: digests[1], 2: digests[2], 3: None, 4: None, 5: digests[4], 6: None}
 
 
@@ -104,12 +108,18 @@ def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(parts, "LARGE_BYTES", large := 2000)  # more than what surrounds a tensor in its file
     again = []
     monkeypatch.setattr(importer, "digest_of", lambda tensor: (again.append(tensor.nbytes), digest_of(tensor))[1])
-    manifest = import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    manifest = import_model(
+        Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions()
+    )
     opened = open_checkpoint(tmp_path / "ours")
     sizes = [tensor.nbytes for tensor in opened.weights.values()]
     ranges = [length for file in manifest.files.values() for length in file.ranges]
     assert sorted(again) == sorted(size for size in sizes if size < large)
-    assert sorted(length for length in ranges if length in sizes and length >= large) == sorted(size for size in sizes if size >= large) != []
+    assert (
+        sorted(length for length in ranges if length in sizes and length >= large)
+        == sorted(size for size in sizes if size >= large)
+        != []
+    )
     assert manifest.weights == hash_components(opened.weights)
     verify(tmp_path / "ours", contents=True)
 
@@ -150,7 +160,11 @@ def test_what_appears_meanwhile_is_not_touched(kind: str, tmp_path: Path) -> Non
             target.mkdir()
         if kind == "folder":
             (target / "precious").write_text("")
-    assert target.read_text() == "precious" if kind == "file" else [path.name for path in target.iterdir()] == ["precious"] * (kind == "folder")
+    assert (
+        target.read_text() == "precious"
+        if kind == "file"
+        else [path.name for path in target.iterdir()] == ["precious"] * (kind == "folder")
+    )
     assert (tmp_path / ".target.converting" / "one").read_bytes() == b"1"
 
 
@@ -205,12 +219,16 @@ else:
 
 def killed(what: str, source: Path, target: Path, repository: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", KILLED, what, str(source), str(target)], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLED, what, str(source), str(target)], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == -9, result.stderr
     assert not target.exists()
 
 
-def test_killed_conversions_go_on(tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_killed_conversions_go_on(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
     monkeypatch.setattr(importer, "FILE_BYTES", 100_000)
     killed("import", source, ours, repository)
@@ -223,20 +241,34 @@ def test_killed_conversions_go_on(tmp_path: Path, repository: Path, monkeypatch:
         assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
     verify(ours, contents=True)
     monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
-    assert import_model(Request(directory=source), tmp_path / "at_once", options=ImportOptions()).weights == manifest.weights
+    assert (
+        import_model(Request(directory=source), tmp_path / "at_once", options=ImportOptions()).weights
+        == manifest.weights
+    )
     before, after = read_weights(source), read_weights(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert read_manifest(ours).source == "llava-hf: hf"
 
 
 def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(3, 5), "b": torch.zeros(0, 4), "c": torch.tensor(2.0), "d": torch.randn(7).bfloat16(), "e": torch.randn(2, 2).half()}
-    lazy = {name: LazyTensor(tuple(tensor.shape), tensor.dtype, "", lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.zeros(0, 4),
+        "c": torch.tensor(2.0),
+        "d": torch.randn(7).bfloat16(),
+        "e": torch.randn(2, 2).half(),
+    }
+    lazy = {
+        name: LazyTensor(tuple(tensor.shape), tensor.dtype, "", lambda tensor=tensor: tensor)
+        for name, tensor in tensors.items()
+    }
     with writing(tmp_path / "target", fingerprint="a") as place:
         write_parts(place, model_parts(lazy, max_bytes=60), title="test")
         write_index(place.directory, lazy, max_bytes=60)
     index = json.loads((tmp_path / "target" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) and list(index["weight_map"]) == list(tensors)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) and list(
+        index["weight_map"]
+    ) == list(tensors)
     for name, file in index["weight_map"].items():
         with safe_open(tmp_path / "target" / file, framework="pt") as opened:
             assert torch.equal(opened.get_tensor(name), tensors[name]) and opened.metadata() == {"format": "pt"}

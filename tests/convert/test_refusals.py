@@ -67,17 +67,38 @@ TENSORS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing": (_drop(DOWN), ("missing", DOWN)),
     "missing class token": (_drop(CLASS), ("class_embedding", "no vision tower")),
     "missing head": (_drop("language_model.lm_head.weight"), ("missing tensor", "lm_head.weight")),
-    "missing projector": (_drop("multi_modal_projector.linear_1.weight"), ("missing tensor: multi_modal_projector.linear_1.weight",)),
-    "two projectors": (lambda tensors: tensors.update({"model.mm_projector.0.weight": torch.zeros(2, 2)}), ("two projectors", "mm_projector.0.weight")),
-    "unexpected": (lambda tensors: tensors.update({"language_model.model.layers.9.x": torch.zeros(2)}), ("unexpected", "layers.9.x")),
+    "missing projector": (
+        _drop("multi_modal_projector.linear_1.weight"),
+        ("missing tensor: multi_modal_projector.linear_1.weight",),
+    ),
+    "two projectors": (
+        lambda tensors: tensors.update({"model.mm_projector.0.weight": torch.zeros(2, 2)}),
+        ("two projectors", "mm_projector.0.weight"),
+    ),
+    "unexpected": (
+        lambda tensors: tensors.update({"language_model.model.layers.9.x": torch.zeros(2)}),
+        ("unexpected", "layers.9.x"),
+    ),
     "wrong shape": (_set(QUERY, lambda tensor: tensor[:-1]), ("wrong shape", QUERY)),
     "transposed": (_set(DOWN, lambda tensor: tensor.t()), ("wrong shape", DOWN)),
     "quantised": (_set(QUERY, lambda tensor: tensor.to(torch.int8)), ("wrong dtype", QUERY, "int8")),
-    "mixed dtypes": (_set(QUERY, lambda tensor: tensor.half()), ("wrong dtype", QUERY.replace("q_proj", "k_proj"), QUERY)),
-    "vocabulary too small": (_set(EMBEDDING, lambda tensor: tensor[:200]), ("vocabulary too small", EMBEDDING, "200", "300")),
+    "mixed dtypes": (
+        _set(QUERY, lambda tensor: tensor.half()),
+        ("wrong dtype", QUERY.replace("q_proj", "k_proj"), QUERY),
+    ),
+    "vocabulary too small": (
+        _set(EMBEDDING, lambda tensor: tensor[:200]),
+        ("vocabulary too small", EMBEDDING, "200", "300"),
+    ),
     "vocabulary cut": (_set(EMBEDDING, lambda tensor: tensor[:310]), ("wrong shape", EMBEDDING, "310", "320")),
-    "two towers": (lambda tensors: tensors.update({"vision_model.embeddings.class_embedding": torch.zeros(32)}), ("two towers", CLASS)),
-    "two language models": (lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(2, 2)}), ("two language models", EMBEDDING)),
+    "two towers": (
+        lambda tensors: tensors.update({"vision_model.embeddings.class_embedding": torch.zeros(32)}),
+        ("two towers", CLASS),
+    ),
+    "two language models": (
+        lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(2, 2)}),
+        ("two language models", EMBEDDING),
+    ),
 }
 
 
@@ -184,7 +205,11 @@ def test_towers(tmp_path: Path) -> None:
 
 def test_an_export_knows_its_tower(tmp_path: Path) -> None:
     write_clip(tmp_path / "tower")
-    import_model(Request(directory=write_share4v(tmp_path / "s4v"), tower=tmp_path / "tower"), tmp_path / "ours", options=ImportOptions())
+    import_model(
+        Request(directory=write_share4v(tmp_path / "s4v"), tower=tmp_path / "tower"),
+        tmp_path / "ours",
+        options=ImportOptions(),
+    )
     export_model(tmp_path / "ours", tmp_path / "out", layout="share4v")
     tensors = read_weights(tmp_path / "out" / "clip")
     write_weights(tmp_path / "out" / "clip", {name: tensor + 1 for name, tensor in tensors.items()})
@@ -200,11 +225,15 @@ def test_parts(tmp_path: Path) -> None:
     llama, tower, target = write_llama(tmp_path / "llama"), write_clip(tmp_path / "clip"), tmp_path / "ours"
     assert "no vision tower" in refused(Request(directory=llama), target)
     torch.save({"model.norm.weight": torch.zeros(2)}, tmp_path / "p.bin")
-    assert "unexpected tensor: model.norm.weight" in refused(Request(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target)
+    assert "unexpected tensor: model.norm.weight" in refused(
+        Request(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
+    )
     projector = theirs(MODEL, SHARE4V, "projector")
     projector["model.mm_projector.2.weight"] = torch.zeros(3, 3)
     torch.save(projector, tmp_path / "p.bin")
-    assert "wrong shape: model.mm_projector.2.weight" in refused(Request(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target)
+    assert "wrong shape: model.mm_projector.2.weight" in refused(
+        Request(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
+    )
     assert "has no use" in refused(Request(directory=llama, base=llama, tower=tower), target)
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
     write_json(tmp_path / "lora" / "config.json", json.loads((llama / "config.json").read_text()))
@@ -212,7 +241,9 @@ def test_parts(tmp_path: Path) -> None:
     assert "adapter_model" in refused(Request(directory=tmp_path / "lora", base=llama, tower=tower), target)
     pair = {f"base_model.model.model.layers.9.mlp.up_proj.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
     torch.save(pair, tmp_path / "lora" / "adapter_model.bin")
-    assert "model.layers.9.mlp.up_proj.weight" in refused(Request(directory=tmp_path / "lora", base=llama, tower=tower), target)
+    assert "model.layers.9.mlp.up_proj.weight" in refused(
+        Request(directory=tmp_path / "lora", base=llama, tower=tower), target
+    )
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4, "use_dora": True})
     assert "use_dora" in refused(Request(directory=tmp_path / "lora", base=llama, tower=tower), target)
 
@@ -229,7 +260,9 @@ def test_exports(llava: Path, tmp_path: Path) -> None:
     data.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
     with pytest.raises(CheckpointError, match="other content than was written|cannot be read"):
         export_model(ours, target, layout="llava-hf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]  # what was written from damaged weights is forgotten
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "ours"
+    ]  # what was written from damaged weights is forgotten
     data.write_bytes(whole[:-1])
     with pytest.raises(CheckpointError, match="__0_0.distcp has"):
         export_model(ours, target, layout="llava-hf")
@@ -242,7 +275,9 @@ def test_exports(llava: Path, tmp_path: Path) -> None:
         export_model(tmp_path / "nowhere", tmp_path / "out2", layout="llava-hf")
 
 
-def test_an_export_that_was_ended_before_the_damage_was_seen(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_was_ended_before_the_damage_was_seen(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its parts hold damaged weights and are in the journal; they must not be published once the checkpoint was repaired."""
     from megatron_share4v.checkpoint import exporter
 
@@ -293,7 +328,9 @@ def test_fp16_that_overflows_while_it_is_imported(copy: Path, tmp_path: Path) ->
 
 def test_a_template_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="template 'nope' does not exist"):
-        import_model(Request(directory=tmp_path / "not looked at"), tmp_path / "ours", options=ImportOptions(template="nope"))
+        import_model(
+            Request(directory=tmp_path / "not looked at"), tmp_path / "ours", options=ImportOptions(template="nope")
+        )
 
 
 def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
@@ -303,7 +340,9 @@ def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
     write_json(tmp_path / "lora" / "config.json", json.loads((copy / "config.json").read_text()))
     for base in (None, copy):
-        assert "is a LoRA adapter, no delta weights; leave --delta out" in refused(Request(directory=tmp_path / "lora", base=base, delta=True), target)
+        assert "is a LoRA adapter, no delta weights; leave --delta out" in refused(
+            Request(directory=tmp_path / "lora", base=base, delta=True), target
+        )
 
 
 @pytest.mark.parametrize("token", [7, 299, 320, -1])
@@ -352,7 +391,9 @@ def test_fp16_that_overflows(copy: Path, tmp_path: Path) -> None:
 def test_linear_projector_has_no_place_in_llava_hf(tmp_path: Path) -> None:
     model = replace(MODEL, projector=replace(MODEL.projector, type="linear"))
     source = write_share4v(tmp_path / "s4v", model, inside=True)
-    write_json(source / "vision_tower" / "config.json", json.loads((write_clip(tmp_path / "clip") / "config.json").read_text()))
+    write_json(
+        source / "vision_tower" / "config.json", json.loads((write_clip(tmp_path / "clip") / "config.json").read_text())
+    )
     import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
     with pytest.raises(ConversionError, match="no projector of model.projector.type linear"):
         export_model(tmp_path / "ours", tmp_path / "out", layout="llava-hf")

@@ -106,7 +106,15 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
         chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[config.precision.dtype])
         load_weights(source, chunks=chunks, mesh=mesh)
         state, companions = RunState(step=0, consumed_samples=0, plan_fingerprint=""), companions_of(source)
-        write(target, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text=manifest.config, companions=companions)
+        write(
+            target,
+            chunks=chunks,
+            optimizer=None,
+            mesh=mesh,
+            state=state,
+            config_text=manifest.config,
+            companions=companions,
+        )
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: f"tensor{degrees[0]}_pipeline{degrees[1]}")
@@ -131,7 +139,12 @@ def test_heads_of_7b_in_fp32_through_one_layout_after_the_other(tmp_path: Path) 
     """Heads of 128 and 64 channels and the proportions of 7B, two blocks of it, which pipeline 2 cuts."""
     vision = VisionConfig(image_size=28, hidden_size=256, intermediate_size=1024, num_layers=2, num_attention_heads=4)
     language = LanguageConfig(
-        vocab_size=300, hidden_size=1024, intermediate_size=2752, num_layers=2, num_attention_heads=8, num_key_value_heads=8
+        vocab_size=300,
+        hidden_size=1024,
+        intermediate_size=2752,
+        num_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
     )
     source = write_llava_hf(tmp_path / "hf", replace(MODEL, vision=vision, language=language))
     import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
@@ -165,7 +178,9 @@ def test_dtype_is_rounded_once_and_noticed(tmp_path: Path) -> None:
     assert all(torch.equal(after[name].float(), tensor) for name, tensor in read_weights(tmp_path / "wide").items())
 
 
-def test_a_trained_model_gets_mean_rows_and_an_old_one_without_companions_fresh_blocks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trained_model_gets_mean_rows_and_an_old_one_without_companions_fresh_blocks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
     (tmp_path / "ours" / "unused.safetensors").unlink()
     manifest = read_manifest(tmp_path / "ours")

@@ -97,13 +97,22 @@ def test_what_transformers_leaves_out_is_its_default() -> None:
         "num_hidden_layers": 24,
         "patch_size": 14,
     }
-    found = read_model({"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": tower}, where="config.json")
-    assert found.model.language == LanguageConfig(vocab_size=32064) and found.model.vision == VisionConfig() and found.image_token == 32000
+    found = read_model(
+        {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": tower},
+        where="config.json",
+    )
+    assert (
+        found.model.language == LanguageConfig(vocab_size=32064)
+        and found.model.vision == VisionConfig()
+        and found.image_token == 32000
+    )
 
 
 @pytest.mark.parametrize("place", ["inside", "vision_tower", "clip", "named", "sibling", "given"])
 def test_share4v_with_its_tower_anywhere(place: str, tmp_path: Path) -> None:
-    tower_name = {"named": str(tmp_path / "elsewhere"), "sibling": "Lin-Chen/tower", "given": "Lin-Chen/tower"}.get(place, "openai/clip")
+    tower_name = {"named": str(tmp_path / "elsewhere"), "sibling": "Lin-Chen/tower", "given": "Lin-Chen/tower"}.get(
+        place, "openai/clip"
+    )
     directory = write_share4v(tmp_path / "s4v", tower=tower_name, inside=place == "inside")
     folders = {"vision_tower": directory / "vision_tower", "clip": directory / "clip", "named": tmp_path / "elsewhere"}
     folders |= {"sibling": tmp_path / "tower", "given": tmp_path / "far" / "tower"}
@@ -119,10 +128,14 @@ def test_share4v_with_its_tower_anywhere(place: str, tmp_path: Path) -> None:
     else:
         projector = theirs(MODEL, SHARE4V, "projector", "language")
         main = to_ours(projector, MODEL, naming=SHARE4V, components=("projector", "language"))
-        assert same(ours, {**main, **to_ours(theirs(MODEL, CLIP, "vision"), MODEL, naming=CLIP, components=("vision",))})
+        assert same(
+            ours, {**main, **to_ours(theirs(MODEL, CLIP, "vision"), MODEL, naming=CLIP, components=("vision",))}
+        )
 
 
-def test_the_shape_of_an_undescribed_tower_is_read_off_its_tensors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_shape_of_an_undescribed_tower_is_read_off_its_tensors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = write_share4v(tmp_path / "s4v", inside=True)
     with caplog.at_level(logging.INFO, logger="megatron_share4v"):
         vision = open_source(Request(directory=directory)).model.vision
@@ -132,14 +145,20 @@ def test_the_shape_of_an_undescribed_tower_is_read_off_its_tensors(tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_from_parts_without_a_projector(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    request = Request(directory=write_llama(tmp_path / "vicuna", suffix=suffix), tower=write_clip(tmp_path / "clip-large"))
+    request = Request(
+        directory=write_llama(tmp_path / "vicuna", suffix=suffix), tower=write_clip(tmp_path / "clip-large")
+    )
     with caplog.at_level(logging.WARNING, logger="megatron_share4v"):
         manifest = import_model(request, tmp_path / "ours", options=ImportOptions(seed=7))
     assert "projector: none was given, so it is freshly initialised (seed 7)" in caplog.text
     assert set(manifest.weights) == {"vision", "projector", "language"}
     assert restore(RunConfig, manifest.config).model == MODEL
     ours = our_tensors(open_source(request), seed=7)
-    fresh = {name: initial_value(name, ours[name].shape, seed=7, model=MODEL) for name in ours if name.startswith("projector.")}
+    fresh = {
+        name: initial_value(name, ours[name].shape, seed=7, model=MODEL)
+        for name in ours
+        if name.startswith("projector.")
+    }
     assert len(fresh) == 4 and same(ours, {**parts_in_ours(), **fresh})
 
 
@@ -150,7 +169,9 @@ def test_from_parts_with_a_projector(kind: str, tmp_path: Path) -> None:
     else:
         projector = {"model.mm_projector.weight": torch.randn(48, 32), "model.mm_projector.bias": torch.randn(48)}
     torch.save(projector, tmp_path / "mm_projector.bin")
-    request = Request(directory=write_llama(tmp_path / "v"), tower=write_clip(tmp_path / "c"), projector=tmp_path / "mm_projector.bin")
+    request = Request(
+        directory=write_llama(tmp_path / "v"), tower=write_clip(tmp_path / "c"), projector=tmp_path / "mm_projector.bin"
+    )
     source = open_source(request)
     assert source.model.projector.type == kind
     expected = to_ours(projector, source.model, naming=SHARE4V, components=("projector",))
@@ -168,7 +189,9 @@ def test_stage_1_directory_with_a_projector_alone(tmp_path: Path) -> None:
     assert same(our_tensors(source, seed=0), {**parts_in_ours(), **expected})
 
 
-def write_lora(directory: Path, *, base: dict[str, torch.Tensor], rank: int = 2, **options: object) -> dict[str, torch.Tensor]:
+def write_lora(
+    directory: Path, *, base: dict[str, torch.Tensor], rank: int = 2, **options: object
+) -> dict[str, torch.Tensor]:
     """An adapter of two matrices and a projector beside it; the merged matrices."""
     generator = torch.Generator().manual_seed(3)
     adapter, merged = {}, {}
@@ -182,7 +205,10 @@ def write_lora(directory: Path, *, base: dict[str, torch.Tensor], rank: int = 2,
     torch.save(adapter, directory / "adapter_model.bin")
     write_json(directory / "adapter_config.json", {"r": rank, "lora_alpha": 8, "peft_type": "LORA", **options})
     projector = theirs(MODEL, SHARE4V, "projector")
-    torch.save({f"base_model.model.{name}": tensor for name, tensor in projector.items()}, directory / "non_lora_trainables.bin")
+    torch.save(
+        {f"base_model.model.{name}": tensor for name, tensor in projector.items()},
+        directory / "non_lora_trainables.bin",
+    )
     write_json(directory / "config.json", share4v_config(MODEL, tower="clip-large"))
     return {**merged, **projector}
 

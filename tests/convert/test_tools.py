@@ -30,7 +30,9 @@ def test_there_and_back(tmp_path: Path) -> None:
     source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
     done = convert("import", "--from", source, "--to", ours)
     assert done.returncode == 0 and "vision: sha256" in done.stderr, done.stderr
-    done = convert("export", "--from", ours, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001")
+    done = convert(
+        "export", "--from", ours, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001"
+    )
     assert done.returncode == 0 and len(list(back.glob("model-*"))) > 1, done.stderr
     assert done.stderr.count(": sha256 ") == 3
     (back / "preprocessor_config.json").unlink()
@@ -64,7 +66,11 @@ def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
     one, two = (open_checkpoint(path).weights for path in checkpoints)
     manifest = average(checkpoints, tmp_path / "mean")
     mean = open_checkpoint(tmp_path / "mean")
-    assert manifest.source == "mean of ours1, ours2" and len(mean.unused) == 18 and mean.tokenizer.parent == tmp_path / "mean"
+    assert (
+        manifest.source == "mean of ours1, ours2"
+        and len(mean.unused) == 18
+        and mean.tokenizer.parent == tmp_path / "mean"
+    )
     for name, tensor in mean.weights.items():
         assert torch.equal(tensor.read(), (one[name].read() + two[name].read()) / 2)
     alone = average(checkpoints[:1], tmp_path / "alone")
@@ -94,14 +100,20 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
 
 def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> None:
     write_llama(tmp_path / "half", dtype="bf16")
-    import_model(Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions())
-    with pytest.raises(ConversionError, match=r"ours3: cannot be averaged with .*ours1: .* torch.bfloat16, there .*float32"):
+    import_model(
+        Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions()
+    )
+    with pytest.raises(
+        ConversionError, match=r"ours3: cannot be averaged with .*ours1: .* torch.bfloat16, there .*float32"
+    ):
         average([checkpoints[0], tmp_path / "ours3"], tmp_path / "mean")
 
 
 def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path: Path) -> None:
     write_llama(tmp_path / "half", dtype="bf16")
-    import_model(Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions())
+    import_model(
+        Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions()
+    )
     with pytest.raises(ConversionError, match="weights in bf16, fp32; say which one to write with --dtype"):
         export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf")
     export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf", dtype="bf16")
@@ -112,8 +124,14 @@ def test_inspect(checkpoints: list[Path]) -> None:
     text = "\n".join(describe(checkpoints[0], hashes=False, every_layer=False))
     assert "source: llama: llama1, clip" in text and "optimizer: none (weights alone)" in text
     assert "language.decoder.layers.*.mlp.linear_fc1.weight x 4: [128, 48] fp32" in text
-    assert "carried for exports, not computed: 18 tensors" in text and "vision: sha256" in text and "rope_theta: 10000.0" in text
-    assert "language.decoder.layers.3.mlp.linear_fc1.weight: [128, 48]" in "\n".join(describe(checkpoints[0], hashes=True, every_layer=True))
+    assert (
+        "carried for exports, not computed: 18 tensors" in text
+        and "vision: sha256" in text
+        and "rope_theta: 10000.0" in text
+    )
+    assert "language.decoder.layers.3.mlp.linear_fc1.weight: [128, 48]" in "\n".join(
+        describe(checkpoints[0], hashes=True, every_layer=True)
+    )
 
 
 def test_prune(checkpoints: list[Path], tmp_path: Path) -> None:

@@ -37,7 +37,14 @@ def copy(llava: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llava, tmp_path / "hf"))
 
 
-def remade(checkpoint: Path, target: Path, change: Callable[[dict[str, LazyTensor]], object], *, step: int = 0, companions: bool = True) -> Path:
+def remade(
+    checkpoint: Path,
+    target: Path,
+    change: Callable[[dict[str, LazyTensor]], object],
+    *,
+    step: int = 0,
+    companions: bool = True,
+) -> Path:
     """A whole checkpoint with other tensors, or as if it had been trained."""
     opened = open_checkpoint(checkpoint)
     ours = dict(opened.weights)
@@ -72,14 +79,19 @@ def _both(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
 
 
 def _all_of(prefix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
-    return lambda tensors: tensors.update({name: change(tensor) for name, tensor in tensors.items() if name.startswith(prefix)})
+    return lambda tensors: tensors.update(
+        {name: change(tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
+    )
 
 
 CAUSES: dict[str, tuple[Change, str]] = {
     "nothing": (lambda tensors: None, ""),
     "rope permutation": (_both(_rope_permuted), "rope permutation"),
     "wrong tower": (_all_of("vision_tower.", lambda tensor: tensor * 1.5), "wrong tower"),
-    "vocabulary padding": (_set(EMBEDDING, lambda tensor: torch.cat([tensor[:299], tensor[300:], tensor[:1]])), "vocabulary padding"),
+    "vocabulary padding": (
+        _set(EMBEDDING, lambda tensor: torch.cat([tensor[:299], tensor[300:], tensor[:1]])),
+        "vocabulary padding",
+    ),
     "other projector": (_all_of("multi_modal_projector.", lambda tensor: tensor + 1), "another projector"),
     "rounding": (_all_of("language_model.model.layers", lambda tensor: tensor.bfloat16().float()), "rounding"),
     "further training": (_all_of("", lambda tensor: tensor + 0.5), "other weights"),
@@ -127,9 +139,18 @@ def _zeros(shape: tuple[int, ...]) -> LazyTensor:
 
 
 NAMES: dict[str, tuple[Callable[[dict[str, LazyTensor]], object], str]] = {
-    "missing": (lambda ours: ours.pop("vision.pre_layernorm.bias"), r"missing: vision.pre_layernorm.bias, of shape \(32,\)"),
-    "extra": (lambda ours: ours.update({"vision.layers.9.x": _zeros((2,))}), r"unexpected: vision.layers.9.x: no tensor of the model"),
-    "shape": (lambda ours: ours.update({"vision.class_embedding": _zeros((31,))}), r"wrong shape: vision.class_embedding is \(31,\).* asks for \(32,\)"),
+    "missing": (
+        lambda ours: ours.pop("vision.pre_layernorm.bias"),
+        r"missing: vision.pre_layernorm.bias, of shape \(32,\)",
+    ),
+    "extra": (
+        lambda ours: ours.update({"vision.layers.9.x": _zeros((2,))}),
+        r"unexpected: vision.layers.9.x: no tensor of the model",
+    ),
+    "shape": (
+        lambda ours: ours.update({"vision.class_embedding": _zeros((31,))}),
+        r"wrong shape: vision.class_embedding is \(31,\).* asks for \(32,\)",
+    ),
 }
 
 
@@ -161,16 +182,23 @@ def test_rounding_between_dtypes_is_no_difference(theirs: str, ours: str, tmp_pa
 def test_rows_after_the_vocabulary(copy: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     import_model(Request(directory=copy), ours, options=ImportOptions())
-    assert "rows after the vocabulary: those that an export has, in 2 tensors" in str(verify(Request(directory=copy), ours))
+    assert "rows after the vocabulary: those that an export has, in 2 tensors" in str(
+        verify(Request(directory=copy), ours)
+    )
     trained = remade(ours, tmp_path / "trained", lambda tensors: None, step=3)
-    with pytest.raises(ConversionError, match="embedding: its 20 rows after the vocabulary are not the mean of the others"):
+    with pytest.raises(
+        ConversionError, match="embedding: its 20 rows after the vocabulary are not the mean of the others"
+    ):
         verify(Request(directory=copy), trained)
     export_model(trained, tmp_path / "back", layout="llava-hf", dtype="bf16")
     assert verify(Request(directory=tmp_path / "back"), trained).added == 2
     tensors = read_weights(copy)
     tensors[EMBEDDING][310] += 1
     write_weights(copy, tensors)
-    with pytest.raises(ConversionError, match="(?s)differ in 1 tensors.*embedding: its 20 rows after the vocabulary are not the ones that were imported"):
+    with pytest.raises(
+        ConversionError,
+        match="(?s)differ in 1 tensors.*embedding: its 20 rows after the vocabulary are not the ones that were imported",
+    ):
         verify(Request(directory=copy), ours)
 
 
@@ -192,7 +220,9 @@ def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monk
     messages = set()
     for chunk in (1 << 22, 7, 1000):
         monkeypatch.setattr(verify_module, "CHUNK", chunk)
-        with pytest.raises(ConversionError, match=r"3 of 3072 values differ, by up to 4; first at \[15, 40\]") as caught:
+        with pytest.raises(
+            ConversionError, match=r"3 of 3072 values differ, by up to 4; first at \[15, 40\]"
+        ) as caught:
             verify(Request(directory=copy), tmp_path / "ours")
         messages.add(str(caught.value))
     assert len(messages) == 1

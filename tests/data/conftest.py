@@ -22,7 +22,31 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 IMAGE_SIZE = 28
 MAX_TEXT_LENGTH = 512
-WORDS = ["red", "green", "blue", "circle", "square", "star", "left", "right", "above", "below", "small", "large", "what", "is", "the", "of", "in", "image", "there", "a", "an", "answer", "describe"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "circle",
+    "square",
+    "star",
+    "left",
+    "right",
+    "above",
+    "below",
+    "small",
+    "large",
+    "what",
+    "is",
+    "the",
+    "of",
+    "in",
+    "image",
+    "there",
+    "a",
+    "an",
+    "answer",
+    "describe",
+]
 
 
 def _picture(number: int, *, mode: str = "RGB", size: tuple[int, int] | None = None, format: str = "PNG") -> bytes:
@@ -48,7 +72,9 @@ def _record(number: int, *, image: bool, length: int) -> dict[str, object]:
     else:
         turns = [sentence(number, 3), sentence(number, length), sentence(number + 1, 2), sentence(number + 2, length)]
         fields = {"id": f"txt_{number}"}
-    return fields | {"conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]}
+    return fields | {
+        "conversations": [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    }
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> 
     annotations = root / "annotations.json"
     annotations.write_text(json.dumps(records), encoding="utf-8")
     options = PrepareOptions(
-        annotations=annotations, images=images, output=root / "out", tokenizer=tokenizer_path, max_text_length=MAX_TEXT_LENGTH, samples_per_shard=5
+        annotations=annotations,
+        images=images,
+        output=root / "out",
+        tokenizer=tokenizer_path,
+        max_text_length=MAX_TEXT_LENGTH,
+        samples_per_shard=5,
     )
     return Prepared(root / "out", annotations, images, tokenizer_path, records, prepare(options))
 

@@ -46,8 +46,15 @@ def bad(prepared, tmp_path: Path, picture) -> Path:
     (coco / "strip.png").write_bytes(picture(3, size=(900, 9)))
     shutil.copy(coco / "1.png", coco / "copy.png")
     question, answer = {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red circle"}
-    about = lambda image, *turns, id="x": {"id": id, "image": f"coco/{image}.png", "conversations": list(turns or (question, answer))}
-    text = lambda id, *values: {"id": id, "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]}
+    about = lambda image, *turns, id="x": {
+        "id": id,
+        "image": f"coco/{image}.png",
+        "conversations": list(turns or (question, answer)),
+    }
+    text = lambda id, *values: {
+        "id": id,
+        "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)],
+    }
     records = prepared.records + [
         about("none", id="a"), about("half", id="b"), about("strip", id="c"),
         about("0", {"from": "human", "value": "what?"}, answer, id="d"), about("0", question, question, id="e"),
@@ -136,10 +143,22 @@ def test_padding_and_packing_are_what_a_hand_counts():
 
 
 def test_report_says_it_all(bad: Path, examine: Examine):
-    text = report(_audit(bad, examine), Shape(tokens_per_image=4, global_batch_size=8, pack_length=512), allowed=["repeated id"])
+    text = report(
+        _audit(bad, examine), Shape(tokens_per_image=4, global_batch_size=8, pack_length=512), allowed=["repeated id"]
+    )
     assert text.startswith("37 records, 30 can be trained, 12 findings\n")
-    assert "1 repeated id (allowed)" in text and "1 missing image\n" in text and "2 samples share another's image" in text
-    for words in ("source ", "coco ", "text-only ", "longer side in pixels", "padding, micro-batch 8, global batch 8", "packing to 512: ", "1 samples are cut"):
+    assert (
+        "1 repeated id (allowed)" in text and "1 missing image\n" in text and "2 samples share another's image" in text
+    )
+    for words in (
+        "source ",
+        "coco ",
+        "text-only ",
+        "longer side in pixels",
+        "padding, micro-batch 8, global batch 8",
+        "packing to 512: ",
+        "1 samples are cut",
+    ):
         assert words in text
     assert report(Audit(), Shape()).startswith("0 records, 0 can be trained, 0 findings")
 
@@ -147,9 +166,17 @@ def test_report_says_it_all(bad: Path, examine: Examine):
 def test_a_sample_as_the_model_sees_it(examine: Examine):
     turns = (Turn("human", "<image>\nwhat is it?"), Turn("gpt", "a red\x1b[2J circle"))
     sample = Sample(key="k", turns=turns, image=None, has_image=True, shard="s")
-    named = {"tokenizer": examine.tokenizer, "template": examine.template, "max_text_length": 512, "tokens_per_image": 576}
+    named = {
+        "tokenizer": examine.tokenizer,
+        "template": examine.template,
+        "max_text_length": 512,
+        "tokens_per_image": 576,
+    }
     plain = show_sample(sample, colour=False, **named)
-    assert plain.startswith("--- s:k: ") and "USER: <image: 576 positions> \nwhat is it? ASSISTANT:[[ a red\\x1b[2J circle</s>]]" in plain
+    assert (
+        plain.startswith("--- s:k: ")
+        and "USER: <image: 576 positions> \nwhat is it? ASSISTANT:[[ a red\\x1b[2J circle</s>]]" in plain
+    )
     assert "\033[1;32m a red\\x1b[2J circle</s>\033[0m" in show_sample(sample, colour=True, **named)
 
 
@@ -165,8 +192,29 @@ def command() -> Iterator[Callable[[list[object]], int]]:
 
 
 def test_the_command(bad: Path, prepared, command, capsys):
-    annotated = ["data", "--annotations", bad / "annotations.json", "--images", bad / "images", "--tokenizer", prepared.tokenizer_path]
-    shape = ["--max-text-length", 512, "--workers", 0, "--image-size", 28, "--tokens-per-image", 4, "--show", 8, "--out", bad / "out"]
+    annotated = [
+        "data",
+        "--annotations",
+        bad / "annotations.json",
+        "--images",
+        bad / "images",
+        "--tokenizer",
+        prepared.tokenizer_path,
+    ]
+    shape = [
+        "--max-text-length",
+        512,
+        "--workers",
+        0,
+        "--image-size",
+        28,
+        "--tokens-per-image",
+        4,
+        "--show",
+        8,
+        "--out",
+        bad / "out",
+    ]
     assert command([*annotated, *shape]) == 1
     out = capsys.readouterr().out
     assert out.count("--- ") == 8 and "[[" in out and "37 records" in out
@@ -189,7 +237,11 @@ def test_the_command_on_a_prepared_directory(prepared, tmp_path: Path, command, 
     assert command([*arguments, "--template", "plain"]) == 2
     assert "template is plain, prepared with vicuna_v1" in capsys.readouterr().err
     assert command(["data", tmp_path / "none", *arguments[2:]]) == 2
-    for wrong in (["data", *arguments[2:]], [*arguments, "--micro-batch-size", 3], [*arguments, "--annotations", "x.json"]):
+    for wrong in (
+        ["data", *arguments[2:]],
+        [*arguments, "--micro-batch-size", 3],
+        [*arguments, "--annotations", "x.json"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             command(wrong)
 

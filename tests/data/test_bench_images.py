@@ -9,7 +9,13 @@ from pathlib import Path
 
 
 def test_it_measures_all_backends(repository: Path) -> None:
-    done = subprocess.run([sys.executable, "tools/bench_data.py", "--images", "128", "--rounds", "1"], cwd=repository, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "tools/bench_data.py", "--images", "128", "--rounds", "1"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert "pil: bit-equal to CLIPImageProcessorPil on 64 images" in done.stdout
     found = json.loads(done.stdout.splitlines()[-1])["images"]

@@ -26,7 +26,9 @@ def second(prepared, tmp_path_factory) -> Path:
 
 def _blend(prepared, second: Path, **shares: tuple[float, float]) -> Blend:
     [(kind, values)] = shares.items()
-    return open_index([BlendSource(path=str(path), **{kind: value}) for path, value in zip((prepared.directory, second), values)])
+    return open_index(
+        [BlendSource(path=str(path), **{kind: value}) for path, value in zip((prepared.directory, second), values)]
+    )
 
 
 def _plan(index, **changes: object) -> Plan:
@@ -110,7 +112,10 @@ def test_the_loader_reads_blends_and_packs(prepared, second, encoder, packing):
     alone, helped = ([[reading.batch for reading in step] for step in loader.steps(0, 2)] for loader in loaders)
     for number, (step, other) in enumerate(zip(alone, helped, strict=True)):
         items = plan.step(number)
-        assert sum(len(batch.targets) for batch in step) == items.trained_tokens and sum(len(batch.pixels) for batch in step) == items.images
+        assert (
+            sum(len(batch.targets) for batch in step) == items.trained_tokens
+            and sum(len(batch.pixels) for batch in step) == items.images
+        )
         for batch, same in zip(step, other, strict=True):
             assert torch.equal(batch.token_ids, same.token_ids) and torch.equal(batch.pixels, same.pixels)
             assert batch.token_ids.shape == (2, items.sequence_length)

@@ -15,7 +15,9 @@ IMAGE, IGNORE = -200, -100
 
 def _example(ids: list[int], labels: list[int], *, images: int, key: str = "k") -> Example:
     pixels = torch.full((images, 4, 4, 3), len(ids), dtype=torch.uint8)
-    return Example(key=key, name=f"s.tar:{key}", input_ids=torch.tensor(ids), labels=torch.tensor(labels), pixels=pixels)
+    return Example(
+        key=key, name=f"s.tar:{key}", input_ids=torch.tensor(ids), labels=torch.tensor(labels), pixels=pixels
+    )
 
 
 WITH_IMAGE = _example([1, 5, IMAGE, 6, 7, 2], [IGNORE, IGNORE, IGNORE, IGNORE, 7, 2], images=1)
@@ -42,9 +44,14 @@ def test_mixed_batch():
 def test_packs():
     """Two sequences: one holds three samples and no padding, the other one sample in a place that is longer than it."""
     segments = ((4, 8, 6), (6,))
-    batch = collate([TEXT, WITH_IMAGE, CAPTION, TEXT], sequence_length=18, tokens_per_image=3, role=BOTH, segments=segments)
+    batch = collate(
+        [TEXT, WITH_IMAGE, CAPTION, TEXT], sequence_length=18, tokens_per_image=3, role=BOTH, segments=segments
+    )
     assert batch.segments == segments
-    assert batch.token_ids.tolist() == [[1, 5, 9, 2, 1, 5, 0, 0, 0, 6, 7, 2, 1, 0, 0, 0, 8, 13], [1, 5, 9, 2] + [0] * 14]
+    assert batch.token_ids.tolist() == [
+        [1, 5, 9, 2, 1, 5, 0, 0, 0, 6, 7, 2, 1, 0, 0, 0, 8, 13],
+        [1, 5, 9, 2] + [0] * 14,
+    ]
     assert batch.image_slots.tolist() == [6, 7, 8, 13, 14, 15] and batch.pixels.shape == (2, 4, 4, 3)
     flat = batch.token_ids.flatten()
     # The last position of a sample does not predict the first token of the next one.
@@ -85,7 +92,10 @@ def _sample(picture_bytes: bytes | None, *texts: str) -> Sample:
 
 def test_encode_reads_pixels_only_when_asked(encoder, picture):
     sample = _sample(picture(0), "<image>\nwhat is it?", "a red circle")
-    seen, blind = encoder.encode(sample, with_pixels=True), encoder.encode(dataclasses.replace(sample, image=None), with_pixels=False)
+    seen, blind = (
+        encoder.encode(sample, with_pixels=True),
+        encoder.encode(dataclasses.replace(sample, image=None), with_pixels=False),
+    )
     assert seen.pixels.shape == (1, 28, 28, 3) and blind.pixels is None
     assert torch.equal(seen.input_ids, blind.input_ids) and torch.equal(seen.labels, blind.labels)
     assert seen.input_ids.dtype == seen.labels.dtype == torch.int64

@@ -18,7 +18,9 @@ def micro_batch() -> Batch:
     ids = torch.arange(1, 2 * LENGTH + 1).view(2, LENGTH)
     rows = torch.tensor([5, 6, 10, LENGTH, LENGTH + 11])
     pixels = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 2, 2, 3)
-    return Batch(token_ids=ids, image_slots=slots, pixels=pixels, target_rows=rows, targets=rows + 100, segments=SEGMENTS)
+    return Batch(
+        token_ids=ids, image_slots=slots, pixels=pixels, target_rows=rows, targets=rows + 100, segments=SEGMENTS
+    )
 
 
 def parts(size: int, batch: Batch) -> list[Batch]:
@@ -35,7 +37,11 @@ def test_the_parts_make_up_the_whole(size: int) -> None:
     whole, length = micro_batch(), LENGTH // size
     found = parts(size, whole)
     assert torch.equal(torch.cat([part.token_ids for part in found], dim=1), whole.token_ids)
-    targets = {row: target for rank, part in enumerate(found) for row, target in zip(back(part.target_rows, rank, length), part.targets.tolist())}
+    targets = {
+        row: target
+        for rank, part in enumerate(found)
+        for row, target in zip(back(part.target_rows, rank, length), part.targets.tolist())
+    }
     assert targets == dict(zip(whole.target_rows.tolist(), whole.targets.tolist()))
     assert {part.trained for part in found} == {5} and {part.segments for part in found} == {SEGMENTS}
     # Each slot, by the image and the patch that it gets.
@@ -72,10 +78,16 @@ def test_one_rank_has_all() -> None:
 
 def test_a_stage_keeps_what_it_has() -> None:
     whole = micro_batch()
-    last = context_part(Batch(None, None, None, whole.target_rows, whole.targets), rank=1, size=2, sequence_length=LENGTH)
+    last = context_part(
+        Batch(None, None, None, whole.target_rows, whole.targets), rank=1, size=2, sequence_length=LENGTH
+    )
     assert last.token_ids is last.image_slots is last.pixels is None and last.target_rows.tolist() == [0, 4, 11]
     middle = context_part(Batch(None, None, None, None, None, SEGMENTS), rank=1, size=2, sequence_length=LENGTH)
     assert middle == Batch(None, None, None, None, None, SEGMENTS)
     # Features that were computed before are picked from all of them.
-    computed = context_part(Batch(whole.token_ids, whole.image_slots, None, whole.target_rows, None), rank=1, size=2, sequence_length=LENGTH)
-    assert computed.pixels is None and computed.targets is None and computed.feature_rows.tolist() == [4, 5, 6, 7, 10, 11]
+    computed = context_part(
+        Batch(whole.token_ids, whole.image_slots, None, whole.target_rows, None), rank=1, size=2, sequence_length=LENGTH
+    )
+    assert (
+        computed.pixels is None and computed.targets is None and computed.feature_rows.tolist() == [4, 5, 6, 7, 10, 11]
+    )

@@ -147,7 +147,9 @@ def test_damage_is_named_and_harms_nobody_else(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["pil", *BACKENDS])
 def test_exif_orientation_changes_nothing(backend: str) -> None:
     image = smooth(50, 30)
-    plain, turned = open_decoder(backend, POLICIES[0]).decode_all([saved(image, "JPEG"), saved(image, "JPEG", exif=exif(6))]).pixels
+    plain, turned = (
+        open_decoder(backend, POLICIES[0]).decode_all([saved(image, "JPEG"), saved(image, "JPEG", exif=exif(6))]).pixels
+    )
     assert torch.equal(plain, turned)
 
 
@@ -159,7 +161,9 @@ def test_the_mean_colour_is_the_towers_zero() -> None:
 def test_the_gpu_graph_is_the_cpu_graph_but_for_the_decoder() -> None:
     from megatron_share4v.data.decode_dali import make_graph
 
-    on_cpu, on_gpu = (make_graph(POLICIES[0], decoding=device, device_index=None, batch_size=4) for device in ("cpu", "mixed"))
+    on_cpu, on_gpu = (
+        make_graph(POLICIES[0], decoding=device, device_index=None, batch_size=4) for device in ("cpu", "mixed")
+    )
     serialized = on_gpu.serialize()
     assert b"mixed" in serialized and b"mixed" not in on_cpu.serialize()
     assert b"adjust_orientation" in serialized and b"jpeg_fancy_upsampling" in serialized
@@ -185,19 +189,39 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     policy = ImagePolicy(56, "pad")
-    files = [saved(smooth(120 + 7 * n, 90 + 5 * n, n), "JPEG") for n in range(6)] + [b"", saved(smooth(50, 40).quantize(16), "GIF")]
+    files = [saved(smooth(120 + 7 * n, 90 + 5 * n, n), "JPEG") for n in range(6)] + [
+        b"",
+        saved(smooth(50, 40).quantize(16), "GIF"),
+    ]
     torch.manual_seed(0)
     tower = CLIPVisionModel(
-        CLIPVisionConfig(image_size=56, patch_size=14, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+        CLIPVisionConfig(
+            image_size=56,
+            patch_size=14,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+        )
     ).eval()
     with torch.no_grad():
         result = measure(
-            backend, open_decoder(backend, policy), files, policy, features=lambda pixels: tower(pixel_values=normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[-2].flatten(1)
+            backend,
+            open_decoder(backend, policy),
+            files,
+            policy,
+            features=lambda pixels: (
+                tower(pixel_values=normalise(pixels, dtype=torch.float32), output_hidden_states=True)
+                .hidden_states[-2]
+                .flatten(1)
+            ),
         )
     assert result.images == 7 and result.max_error <= LARGEST[backend] and result.mean_error <= MEAN[backend]
     assert result.cosine > 0.999 and 0 < result.different < 0.5
     assert result.by_reference == (1 if backend == "dali" else 0)
-    assert "features' cosine at least 0.99" in str(result) and f"image backend {backend}: against pil on 7 images" in str(result)
+    assert "features' cosine at least 0.99" in str(
+        result
+    ) and f"image backend {backend}: against pil on 7 images" in str(result)
     check(result)
 
 
@@ -206,7 +230,12 @@ def test_the_gate_refuses_what_is_too_far_off(prepared) -> None:
     assert pass_gate("pil", policy, prepared.index, device_index=None) is None
     passed = pass_gate("torch_u8", policy, prepared.index, device_index=None)
     assert isinstance(passed, GateResult) and passed.images == len(probe(prepared.index)) == 16
-    nearest = EachAlone(lambda data, policy: np.array(Image.open(io.BytesIO(data)).convert("RGB").resize((28, 28), Image.Resampling.NEAREST)), policy)
+    nearest = EachAlone(
+        lambda data, policy: np.array(
+            Image.open(io.BytesIO(data)).convert("RGB").resize((28, 28), Image.Resampling.NEAREST)
+        ),
+        policy,
+    )
     with pytest.raises(OpsError, match="accepted are 2, a mean of 0.05"):
         check(measure("torch_u8", nearest, probe(prepared.index), policy))
     with pytest.raises(OpsError, match="accepted are 24"):

@@ -21,7 +21,9 @@ def test_groups_are_what_pairs_say():
     found = find_duplicates(identity=identity, path=path, n_img=n_img, length=length, crc32=crc32)
     first = {value: row for row, value in reversed(list(enumerate(path.tolist()))) if n_img[row]}
     same_record = {(a, b) for a, b in combinations(range(count), 2) if (identity[a], path[a]) == (identity[b], path[b])}
-    same_image = {(a, b) for a, b in combinations(sorted(first.values()), 2) if (length[a], crc32[a]) == (length[b], crc32[b])}
+    same_image = {
+        (a, b) for a, b in combinations(sorted(first.values()), 2) if (length[a], crc32[a]) == (length[b], crc32[b])
+    }
     assert {pair for group in found.records for pair in combinations(group, 2)} == same_record
     assert {pair for group in found.images for pair in combinations(group, 2)} == same_image
     assert found.shared == int(n_img.sum()) - len(first) > 0
@@ -34,7 +36,9 @@ def test_nothing_is_no_duplicate(tmp_path: Path):
     texts = np.zeros(3, dtype=np.uint64)
     equal = find_duplicates(identity=texts, path=texts, n_img=texts, length=texts, crc32=texts)
     equal.write(tmp_path / "d.jsonl", keys=["a", "b", "c"])
-    assert [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()] == [{"kind": "record", "keys": ["a", "b", "c"]}]
+    assert [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()] == [
+        {"kind": "record", "keys": ["a", "b", "c"]}
+    ]
 
 
 def test_table_grows():

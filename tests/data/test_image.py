@@ -15,7 +15,16 @@ from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy, check_size, nor
 from megatron_share4v.errors import DataError
 
 SIZES = [(64, 48), (37, 91), (91, 37), (55, 55), (28, 28), (13, 14), (200, 31), (1, 3)]
-MODES = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("RGB", "WEBP")]
+MODES = [
+    ("RGB", "JPEG"),
+    ("L", "JPEG"),
+    ("CMYK", "JPEG"),
+    ("RGBA", "PNG"),
+    ("P", "PNG"),
+    ("LA", "PNG"),
+    ("1", "PNG"),
+    ("RGB", "WEBP"),
+]
 MODES += [("RGB", "BMP"), ("P", "GIF"), ("L", "TIFF")]
 
 
@@ -52,7 +61,9 @@ def test_bit_equal_to_the_reference_at_odd_sizes(picture, aspect_ratio: str, siz
 def test_bit_equal_to_the_reference_for_many_formats(picture, mode: str, format: str):
     data = picture(3, mode=mode, size=(61, 40), format=format)
     for aspect_ratio in ("pad", "square"):
-        assert torch.equal(_ours(data, size=28, aspect_ratio=aspect_ratio), _reference(data, size=28, aspect_ratio=aspect_ratio))
+        assert torch.equal(
+            _ours(data, size=28, aspect_ratio=aspect_ratio), _reference(data, size=28, aspect_ratio=aspect_ratio)
+        )
 
 
 def test_bit_equal_at_the_real_size(picture):
@@ -114,7 +125,16 @@ def test_damaged_files_are_refused(picture):
     jpeg, png = picture(2, size=(64, 64), format="JPEG"), picture(2, size=(64, 64))
     broken_crc = bytearray(png)
     broken_crc[60] ^= 255
-    for data in (jpeg[: len(jpeg) // 2], jpeg[:-20], jpeg[:30], png[: len(png) // 2], bytes(broken_crc), b"", b"<html></html>", bytes(500)):
+    for data in (
+        jpeg[: len(jpeg) // 2],
+        jpeg[:-20],
+        jpeg[:30],
+        png[: len(png) // 2],
+        bytes(broken_crc),
+        b"",
+        b"<html></html>",
+        bytes(500),
+    ):
         with pytest.raises(DataError, match="cannot be (read|decoded)"):
             inspect(data)
 

@@ -36,7 +36,11 @@ def test_rows_describe_the_samples(prepared):
 
 def test_store_reads_text_alone_or_with_the_image(prepared):
     store = SampleStore(prepared.index)
-    with_image, without, text_only = store.read(0, with_image=True), store.read(0, with_image=False), store.read(2, with_image=True)
+    with_image, without, text_only = (
+        store.read(0, with_image=True),
+        store.read(0, with_image=False),
+        store.read(2, with_image=True),
+    )
     assert with_image.image == (prepared.images / "coco/0.png").read_bytes()
     assert (without.image, without.has_image) == (None, True)
     assert (text_only.image, text_only.has_image) == (None, False)
@@ -94,5 +98,7 @@ def test_check_names_each_difference(prepared):
     prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=512)
     with pytest.raises(DataError, match="does not belong to this run: max_text_length is 64, prepared with 512. Set"):
         prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=64)
-    with pytest.raises(DataError, match="tokenizer is ffffffffffff, prepared with .*; template is plain, prepared with vicuna_v1"):
+    with pytest.raises(
+        DataError, match="tokenizer is ffffffffffff, prepared with .*; template is plain, prepared with vicuna_v1"
+    ):
         prepared.index.check(tokenizer=OtherTokenizer(), template="plain", max_text_length=512)

@@ -20,8 +20,16 @@ from megatron_share4v.data.store import SampleStore
 from megatron_share4v.log import get_logger
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL) for line in block.splitlines() if line]
-PRETRAIN, FINETUNE = "share-captioner_coco_lcs_sam_1246k_1107.json", "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json"
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line
+]
+PRETRAIN, FINETUNE = (
+    "share-captioner_coco_lcs_sam_1246k_1107.json",
+    "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k.json",
+)
 CAPTIONS = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
 FOLDERS = {
     "coco": "coco/train2017", "llava": "llava/llava_pretrain/images/00453", "sam": "sam/images", "gqa": "gqa/images", "ocr_vqa": "ocr_vqa/images",
@@ -37,7 +45,9 @@ def _turns(*values: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def layout(tmp_path: Path, tokenizer_path: Path, picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+def layout(
+    tmp_path: Path, tokenizer_path: Path, picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """data/ and weights/ as docs/data.md says; the working directory is above them."""
     data = tmp_path / "data"
     paths = {}
@@ -45,26 +55,49 @@ def layout(tmp_path: Path, tokenizer_path: Path, picture: Callable[..., bytes], 
         (data / folder).mkdir(parents=True)
         paths[source] = [f"{folder}/{number:09d}.jpg" for number in range(EACH)]
         for number, path in enumerate(paths[source]):
-            (data / path).write_bytes(picture(len(paths) * 10 + number, format="GIF" if source == "ocr_vqa" and number == 1 else "JPEG"))
+            (data / path).write_bytes(
+                picture(len(paths) * 10 + number, format="GIF" if source == "ocr_vqa" and number == 1 else "JPEG")
+            )
     other = data / "vg" / "VG_100K_2"
     other.mkdir()
     shutil.copy(data / paths["vg"][0], other / "7.jpg")
     _pack(data)
     captions = [
-        {"id": Path(path).stem, "image": path, "conversations": _turns("<image>\nWhat do you see?", "a red circle left of a square. " * 9)}
+        {
+            "id": Path(path).stem,
+            "image": path,
+            "conversations": _turns("<image>\nWhat do you see?", "a red circle left of a square. " * 9),
+        }
         for source in IN_CAPTIONS
         for path in paths[source]
     ]
     pretrain = [record for record in captions if record["image"].split("/")[0] in ("coco", "llava", "sam")]
     mix = [
-        {"id": f"{source}-{number}", "image": path, "conversations": _turns("What is it?\n<image>", "red", "Where?", "left")}
+        {
+            "id": f"{source}-{number}",
+            "image": path,
+            "conversations": _turns("What is it?\n<image>", "red", "Where?", "left"),
+        }
         for source in FOLDERS
         for number, path in enumerate(paths[source])
     ]
-    mix += [{"id": "coco-again", "image": paths["coco"][0], "conversations": _turns("<image>\nWhat is small?", "a star")}]
-    mix += [{"id": "vg2", "image": "vg/VG_100K_2/7.jpg", "conversations": _turns("<image>\nWhere is the star?", "[0.1,0.2,0.3,0.4]")}]
-    mix += [{"id": f"text{number}", "model": "", "conversations": _turns("what is large?", "the square " * number)} for number in (1, 2, 3)]
-    mix += [{"id": "gone", "image": "web-celebrity/images/gone.jpg", "conversations": _turns("<image>\nWho?", "nobody")}]
+    mix += [
+        {"id": "coco-again", "image": paths["coco"][0], "conversations": _turns("<image>\nWhat is small?", "a star")}
+    ]
+    mix += [
+        {
+            "id": "vg2",
+            "image": "vg/VG_100K_2/7.jpg",
+            "conversations": _turns("<image>\nWhere is the star?", "[0.1,0.2,0.3,0.4]"),
+        }
+    ]
+    mix += [
+        {"id": f"text{number}", "model": "", "conversations": _turns("what is large?", "the square " * number)}
+        for number in (1, 2, 3)
+    ]
+    mix += [
+        {"id": "gone", "image": "web-celebrity/images/gone.jpg", "conversations": _turns("<image>\nWho?", "nobody")}
+    ]
     (data / "sharegpt4v").mkdir()
     for name, records in ((PRETRAIN, pretrain), (FINETUNE, mix), (CAPTIONS, captions)):
         (data / "sharegpt4v" / name).write_text(json.dumps(records))
@@ -124,7 +157,9 @@ def test_one_command_prepares_stage_1(layout: Path, run):
 
 
 def test_one_command_prepares_stage_2(layout: Path, run):
-    assert run(_command("prepare_data", PRETRAIN, "pretrain_1246k")) == 0  # its shards lie below data/ and are not taken for archives of images
+    assert (
+        run(_command("prepare_data", PRETRAIN, "pretrain_1246k")) == 0
+    )  # its shards lie below data/ and are not taken for archives of images
     assert run(_command("prepare_data", FINETUNE, "finetune_665k ")) == 0
     out = layout / "sharegpt4v" / "finetune_665k"
     index = Index.open(out)
@@ -149,8 +184,12 @@ def test_the_other_commands(layout: Path, run, capsys):
     assert run(_command("doctor", "data/sharegpt4v/finetune_665k")) == 1
     assert "1 equal images" in capsys.readouterr().out
     assert run(_command("prepare_data", "--in-place")) == 0
-    copied, left = (SampleStore(Index.open(layout / "sharegpt4v" / name)) for name in ("finetune_665k", "finetune_665k_in_place"))
-    assert [left.read(row, with_image=True) for row in range(len(left.index))] == [copied.read(row, with_image=True) for row in range(len(copied.index))]
+    copied, left = (
+        SampleStore(Index.open(layout / "sharegpt4v" / name)) for name in ("finetune_665k", "finetune_665k_in_place")
+    )
+    assert [left.read(row, with_image=True) for row in range(len(left.index))] == [
+        copied.read(row, with_image=True) for row in range(len(copied.index))
+    ]
 
 
 def test_every_command_of_the_document_is_run_here():

@@ -32,7 +32,14 @@ def _plan(index: Index, **changes: object) -> Plan:
 
 
 def _read(index: Index, encoder, *, plan: Plan | None = None, **changes: object) -> list[list[Batch]]:
-    settings = {"role": BOTH, "start_step": 0, "stop_step": 4, "data_rank": 0, "data_size": 1, "num_workers": 0} | changes
+    settings = {
+        "role": BOTH,
+        "start_step": 0,
+        "stop_step": 4,
+        "data_rank": 0,
+        "data_size": 1,
+        "num_workers": 0,
+    } | changes
     start, stop, options = (settings.pop(name) for name in ("start_step", "stop_step", "num_workers"))
     loader = Loader(index, plan or _plan(index), encoder, options=ReadOptions(num_workers=options), **settings)
     steps = list(loader.steps(start, stop))
@@ -41,7 +48,10 @@ def _read(index: Index, encoder, *, plan: Plan | None = None, **changes: object)
 
 
 def _same(left: Batch, right: Batch) -> bool:
-    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("token_ids", "image_slots", "pixels", "target_rows", "targets"))
+    return all(
+        torch.equal(getattr(left, name), getattr(right, name))
+        for name in ("token_ids", "image_slots", "pixels", "target_rows", "targets")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +84,9 @@ def test_workers_do_not_change_the_batches(prepared, encoder, one_rank):
     state = torch.get_rng_state()
     two_workers = _read(prepared.index, encoder, num_workers=2)
     assert torch.equal(state, torch.get_rng_state()), "reading must not draw from the global generator"
-    assert all(_same(a, b) for left, right in zip(one_rank, two_workers, strict=True) for a, b in zip(left, right, strict=True))
+    assert all(
+        _same(a, b) for left, right in zip(one_rank, two_workers, strict=True) for a, b in zip(left, right, strict=True)
+    )
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
@@ -96,7 +108,9 @@ def test_each_stage_reads_what_it_needs(prepared, encoder, one_rank, tmp_path: P
     middle = _read(prepared.index, encoder, role=Role(first=False, last=False))
     for number, step in enumerate(one_rank):
         for slot, whole in enumerate(step):
-            assert torch.equal(last[number][slot].targets, whole.targets) and torch.equal(last[number][slot].target_rows, whole.target_rows)
+            assert torch.equal(last[number][slot].targets, whole.targets) and torch.equal(
+                last[number][slot].target_rows, whole.target_rows
+            )
             assert last[number][slot].pixels is None and last[number][slot].token_ids is None
             assert torch.equal(first[number][slot].pixels, whole.pixels) and first[number][slot].targets is None
             assert middle[number][slot] == Batch(None, None, None, None, None)
@@ -126,8 +140,12 @@ def test_a_sample_that_cannot_be_read_keeps_its_slot(prepared, encoder, tmp_path
             [row] = bad
             place = row % 2
             spared = (batch.target_rows // plan.step(1).sequence_length) != place
-            assert torch.equal(reading.batch.targets, batch.targets[spared]) and torch.equal(reading.batch.target_rows, batch.target_rows[spared])
-            assert reading.batch.pixels.shape == batch.pixels.shape and len(reading.batch.image_slots) == len(batch.image_slots)
+            assert torch.equal(reading.batch.targets, batch.targets[spared]) and torch.equal(
+                reading.batch.target_rows, batch.target_rows[spared]
+            )
+            assert reading.batch.pixels.shape == batch.pixels.shape and len(reading.batch.image_slots) == len(
+                batch.image_slots
+            )
             number = sum(int(index.rows[other]["n_img"]) for other in range(row - place, row))
             assert torch.equal(reading.batch.pixels[number], blank(1, encoder.images)[0])
             assert torch.equal(reading.batch.token_ids[1 - place], batch.token_ids[1 - place])
@@ -153,7 +171,10 @@ def test_labels_are_masked_for_what_other_ranks_could_not_read(prepared, encoder
 def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
     """Three ranks of a tensor group: the first reads the text as well."""
     shares = [ImageShare(rank, 3) for rank in range(3)]
-    loaders = [Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, share=share) for share in shares]
+    loaders = [
+        Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, share=share)
+        for share in shares
+    ]
     for ranks, batches in zip(zip(*(loader.steps(0, 4) for loader in loaders), strict=True), one_rank, strict=True):
         for readings, batch in zip(zip(*ranks), batches, strict=True):
             for rank, reading in enumerate(readings):
@@ -168,14 +189,26 @@ class DecodesInRank(ReadOptions):
 
 
 def test_decoding_in_the_rank_gives_the_same(prepared, encoder, one_rank, tmp_path: Path):
-    loader = Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, options=DecodesInRank(num_workers=2))
+    loader = Loader(
+        prepared.index,
+        _plan(prepared.index),
+        encoder,
+        role=BOTH,
+        data_rank=0,
+        data_size=1,
+        options=DecodesInRank(num_workers=2),
+    )
     for step, batches in zip(loader.steps(0, 4), one_rank, strict=True):
-        assert all(_same(reading.batch, batch) and not reading.files for reading, batch in zip(step, batches, strict=True))
+        assert all(
+            _same(reading.batch, batch) and not reading.files for reading, batch in zip(step, batches, strict=True)
+        )
     index = Index.open(shutil.copytree(prepared.directory, tmp_path / "damaged"))
     _overwrite(index, 9, "image", 9, b"\0\0\0")
     plan = _plan(index, order="sequential")
     (_, step) = Loader(index, plan, encoder, role=BOTH, data_rank=0, data_size=1, options=DecodesInRank()).steps(0, 2)
-    assert [[fault.row for fault in reading.faults] for reading in step] == [[9], [], [], []] and "crc32 is" in step[0].faults[0].reason
+    assert [[fault.row for fault in reading.faults] for reading in step] == [[9], [], [], []] and "crc32 is" in step[
+        0
+    ].faults[0].reason
 
 
 class Dies:
@@ -194,15 +227,27 @@ class Dies:
 def test_a_micro_batch_that_kills_every_worker_is_given_up(prepared, encoder, one_rank):
     plan = _plan(prepared.index, order="sequential")
     whole = _read(prepared.index, encoder, plan=plan, stop_step=2)
-    loader = Loader(prepared.index, plan, Dies(encoder, "txt_5"), role=BOTH, data_rank=0, data_size=1, options=ReadOptions(num_workers=2))
+    loader = Loader(
+        prepared.index,
+        plan,
+        Dies(encoder, "txt_5"),
+        role=BOTH,
+        data_rank=0,
+        data_size=1,
+        options=ReadOptions(num_workers=2),
+    )
     readings = [reading for step in loader.steps(0, 2) for reading in step]
     assert [[fault.row for fault in reading.faults] for reading in readings] == [[], [], [4, 5], [], [], [], [], []]
     assert "killed by SIGKILL while it read this sample's micro-batch" in readings[2].faults[0].reason
     expected = [batch for step in whole for batch in step]
-    assert all(_same(reading.batch, batch) for number, (reading, batch) in enumerate(zip(readings, expected)) if number != 2)
+    assert all(
+        _same(reading.batch, batch) for number, (reading, batch) in enumerate(zip(readings, expected)) if number != 2
+    )
     given_up = readings[2].batch
     assert given_up.token_ids.shape == expected[2].token_ids.shape and not given_up.targets.numel()
-    assert len(given_up.image_slots) == len(expected[2].image_slots) and given_up.pixels.shape == expected[2].pixels.shape
+    assert (
+        len(given_up.image_slots) == len(expected[2].image_slots) and given_up.pixels.shape == expected[2].pixels.shape
+    )
 
 
 def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_rank, monkeypatch, caplog):
@@ -219,7 +264,9 @@ def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_
         assert all(_same(a, b) for a, b in zip(_read(prepared.index, encoder, stop_step=1)[0], one_rank[0]))
     assert [record.getMessage().endswith("trying again in 0 s") for record in caplog.records] == [True] * 3
     monkeypatch.setattr(os, "pread", lambda *arguments: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-    [[reading]] = Loader(prepared.index, _plan(prepared.index, global_batch_size=2), encoder, role=BOTH, data_rank=0, data_size=1).steps(0, 1)
+    [[reading]] = Loader(
+        prepared.index, _plan(prepared.index, global_batch_size=2), encoder, role=BOTH, data_rank=0, data_size=1
+    ).steps(0, 1)
     assert len(reading.faults) == 2 and "cannot be read, nor at 3 further attempts" in reading.faults[0].reason
 
 

@@ -22,7 +22,9 @@ def test_golden_hashes():
     assert _hash(random_order(1000, seed=42, epoch=0)) == "03680ad22ea38e4b"
     assert _hash(random_order(1000, seed=42, epoch=1)) == "c01f68b2939f6d6e"
     assert _hash(random_order(1000, seed=-1, epoch=0)) == "1dbc2888d9502d4e"
-    assert _hash(modality_length_order(_words(1000), group_size=32, batch_size=4, seed=42, epoch=0)) == "3bfd37e22bb2c05b"
+    assert (
+        _hash(modality_length_order(_words(1000), group_size=32, batch_size=4, seed=42, epoch=0)) == "3bfd37e22bb2c05b"
+    )
     assert _hash(block_order(1000, block_size=16, window=8, seed=42, epoch=0)) == "c1024401867bc40e"
     assert _hash(selection(1000, take=300, seed=42, epoch=3, source=1)) == "bd0f5308015af0fd"
 
@@ -34,7 +36,9 @@ def test_random_order_visits_each_once_and_depends_on_seed_and_epoch():
     assert np.array_equal(orders[0], random_order(500, seed=1, epoch=0))
 
 
-@pytest.mark.parametrize("count, group_size, batch_size", [(1000, 32, 4), (203, 16, 1), (64, 64, 8), (7, 16, 4), (330, 30, 5)])
+@pytest.mark.parametrize(
+    "count, group_size, batch_size", [(1000, 32, 4), (203, 16, 1), (64, 64, 8), (7, 16, 4), (330, 30, 5)]
+)
 def test_groups_hold_one_modality_and_the_rest_comes_last(count: int, group_size: int, batch_size: int):
     words = _words(count)
     order = modality_length_order(words, group_size=group_size, batch_size=batch_size, seed=3, epoch=1)
@@ -53,7 +57,11 @@ def test_over_epochs_only_the_groups_at_their_boundaries_mix(count: int):
     epochs = [modality_length_order(words, epoch=epoch, offset=epoch * count, **options) for epoch in range(4)]
     assert all(np.array_equal(np.sort(order), np.arange(count)) for order in epochs)
     stream = np.concatenate(epochs)
-    mixed = [n for n, group in enumerate(stream[: len(stream) // group_size * group_size].reshape(-1, group_size)) if len(set(np.sign(words[group]))) > 1]
+    mixed = [
+        n
+        for n, group in enumerate(stream[: len(stream) // group_size * group_size].reshape(-1, group_size))
+        if len(set(np.sign(words[group]))) > 1
+    ]
     # An epoch holds back less than two groups of each kind, around its end.
     near = {end * count // group_size + shift for end in range(1, 5) for shift in (-2, -1, 0)}
     assert set(mixed) <= near and len(mixed) < 3 * 4
@@ -76,7 +84,9 @@ def test_groups_are_dealt_by_the_official_rule():
     for group in order[:240].reshape(-1, 40):
         # Ties in length may be broken either way, so lengths are compared.
         expected = _llava_batches(group.tolist(), np.abs(words).tolist(), 8)
-        assert np.abs(words[group]).reshape(8, 5).tolist() == [[abs(int(words[i])) for i in batch] for batch in expected]
+        assert np.abs(words[group]).reshape(8, 5).tolist() == [
+            [abs(int(words[i])) for i in batch] for batch in expected
+        ]
         loads = np.abs(words[group]).reshape(8, 5).sum(axis=1)
         assert loads.max() - loads.min() <= np.abs(words[group]).max()
 
@@ -87,7 +97,9 @@ def test_one_modality_alone():
     assert np.array_equal(np.sort(order), np.arange(100))
     # The short last group is strided: 4 samples from long to short become 4 batches of one.
     assert np.all(np.diff(words[order[96:]]) <= 0)
-    assert np.array_equal(np.sort(modality_length_order(-words, group_size=16, batch_size=4, seed=0, epoch=0)), np.arange(100))
+    assert np.array_equal(
+        np.sort(modality_length_order(-words, group_size=16, batch_size=4, seed=0, epoch=0)), np.arange(100)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 1000])

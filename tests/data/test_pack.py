@@ -40,7 +40,9 @@ def test_best_fit_is_that_of_the_textbook(count: int, capacity: int):
     assert sorted(map(sum, _contents(lengths, pack_of))) == sorted(map(sum, _plain(lengths, capacity)))
 
 
-@pytest.mark.parametrize("count, capacity, window", [(200, 100, 200), (205, 100, 50), (1, 100, 8), (64, 500, 16), (0, 10, 4)])
+@pytest.mark.parametrize(
+    "count, capacity, window", [(200, 100, 200), (205, 100, 50), (1, 100, 8), (64, 500, 16), (0, 10, 4)]
+)
 def test_every_sample_is_in_one_pack_of_its_window(count: int, capacity: int, window: int):
     lengths, rows = _lengths(count, longest=capacity), np.arange(count)[::-1].copy()
     packs = pack(rows, lengths[rows], Packing(length=capacity, window=window))
@@ -72,7 +74,10 @@ def test_rows_of_and_join():
 def test_golden_hash():
     """Packs are part of every saved run: if this fails, old runs can no longer be resumed."""
     packs = pack(np.arange(3000), _lengths(3000, longest=900), Packing(length=1024, window=512))
-    assert hashlib.sha256(packs.rows.astype("<i8").tobytes() + packs.bounds.astype("<i8").tobytes()).hexdigest()[:16] == "4cec10f956024a01"
+    assert (
+        hashlib.sha256(packs.rows.astype("<i8").tobytes() + packs.bounds.astype("<i8").tobytes()).hexdigest()[:16]
+        == "4cec10f956024a01"
+    )
 
 
 def test_a_caption_data_set_is_packed_tightly():

@@ -21,9 +21,18 @@ def _index(count: int) -> Index:
     rows["n_lab"] = 1 + numbers % 9
     rows["words"] = np.where(numbers % 4 != 1, 1, -1) * (3 + numbers * 17 % 40)
     info = DatasetInfo(
-        samples=count, shards=(), index_sha256="0" * 64, keys_sha256="", tokenizer_fingerprint="", template="", max_text_length=64, sources={}
+        samples=count,
+        shards=(),
+        index_sha256="0" * 64,
+        keys_sha256="",
+        tokenizer_fingerprint="",
+        template="",
+        max_text_length=64,
+        sources={},
     )
-    return Index(directory=Path("synthetic"), rows=rows, keys=np.array([f"k{n}" for n in numbers], dtype=np.bytes_), info=info)
+    return Index(
+        directory=Path("synthetic"), rows=rows, keys=np.array([f"k{n}" for n in numbers], dtype=np.bytes_), info=info
+    )
 
 
 def _plan(index: Index, **changes: object) -> Plan:
@@ -88,7 +97,9 @@ def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match="data.order 'shuffled'"):
         _plan(index, order="shuffled")
     plan = _plan(index)
-    with pytest.raises(ConfigError, match="4 micro-batches of 2, which 3 data-parallel ranks cannot share evenly; use a multiple of 6"):
+    with pytest.raises(
+        ConfigError, match="4 micro-batches of 2, which 3 data-parallel ranks cannot share evenly; use a multiple of 6"
+    ):
         plan.micro_batches(plan.step(0), data_rank=0, data_size=3)
     with pytest.raises(DataError, match="no samples"):
         _plan(_index(0))
@@ -98,7 +109,13 @@ def test_fingerprint_covers_what_decides_the_sequence():
     index = _index(30)
     base = _plan(index).fingerprint
     assert base == _plan(index, global_batch_size=4, micro_batch_size=1, pad_multiple=64).fingerprint
-    others = [{"seed": 6}, {"order": "sequential"}, {"packing": PACKING}, {"packing": Packing(97, 40)}, {"order": "block"}]
+    others = [
+        {"seed": 6},
+        {"order": "sequential"},
+        {"packing": PACKING},
+        {"packing": Packing(97, 40)},
+        {"order": "block"},
+    ]
     others.append({"order": "block", "blocks": Blocks(size=8)})
     assert len({base, *(_plan(index, **change).fingerprint for change in others)}) == 7
     grouped = [_plan(index, order="group_by_modality_length", group_size=size).fingerprint for size in (8, 16)]
@@ -117,7 +134,11 @@ def test_packs_hold_every_sample_once_and_none_too_long(order: str):
         assert np.array_equal(np.sort(rows), np.arange(150)) and counts.sum() == 150
         assert len(counts) == plan.epoch_items
     items = plan.step(3)
-    assert items.sequence_length == 96 and items.sequences == 4 == len(items.counts) and len(items.rows) == items.counts.sum() == len(items.lengths)
+    assert (
+        items.sequence_length == 96
+        and items.sequences == 4 == len(items.counts)
+        and len(items.rows) == items.counts.sum() == len(items.lengths)
+    )
     micro_batches = plan.micro_batches(items, data_rank=0, data_size=1)
     assert np.array_equal(np.concatenate([micro_batch.rows for micro_batch in micro_batches]), items.rows)
     for micro_batch in micro_batches:
@@ -194,13 +215,20 @@ def test_micro_batches_may_have_lengths_of_their_own():
     assert own.fingerprint == same.fingerprint
     for step in range(6):
         a, b = same.step(step), own.step(step)
-        assert np.array_equal(a.rows, b.rows) and a.sequence_length == b.sequence_length and a.positions == 8 * a.sequence_length
+        assert (
+            np.array_equal(a.rows, b.rows)
+            and a.sequence_length == b.sequence_length
+            and a.positions == 8 * a.sequence_length
+        )
         batches = [batch for rank in range(2) for batch in own.micro_batches(b, data_rank=rank, data_size=2)]
         lengths = dict(zip(b.rows.tolist(), b.lengths.tolist()))
         for batch in batches:
             longest = max(lengths[row] for row in batch.rows)
             assert longest <= batch.sequence_length < longest + 8 and batch.sequence_length % 8 == 0
-        assert b.positions == sum(2 * batch.sequence_length for batch in batches) < a.positions and (b.padded >= b.lengths).all()
+        assert (
+            b.positions == sum(2 * batch.sequence_length for batch in batches) < a.positions
+            and (b.padded >= b.lengths).all()
+        )
         assert max(batch.sequence_length for batch in batches) == b.sequence_length
     packed = _plan(index, pad_to="micro_batch", packing=Packing(length=128, window=64)).step(0)
     assert packed.positions == 8 * 128

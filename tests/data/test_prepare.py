@@ -28,7 +28,12 @@ def options(prepared, tmp_path: Path) -> PrepareOptions:
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps(prepared.records[:6]), encoding="utf-8")
     return PrepareOptions(
-        annotations=annotations, images=images, output=tmp_path / "out", tokenizer=prepared.tokenizer_path, max_text_length=512, samples_per_shard=4
+        annotations=annotations,
+        images=images,
+        output=tmp_path / "out",
+        tokenizer=prepared.tokenizer_path,
+        max_text_length=512,
+        samples_per_shard=4,
     )
 
 
@@ -49,7 +54,10 @@ def test_everything_good_is_kept(options):
         "dataset.json", "duplicates.jsonl", "index.npy", "keys.npy", "rejected.jsonl", "shard-000000.tar", "shard-000001.tar",
     ]  # fmt: skip
     info = json.loads((options.output / "dataset.json").read_text())
-    assert info["sources"] == {"coco": {"samples": 4, "rejected": 0, "images": 4}, "text-only": {"samples": 2, "rejected": 0, "images": 0}}
+    assert info["sources"] == {
+        "coco": {"samples": 4, "rejected": 0, "images": 4},
+        "text-only": {"samples": 2, "rejected": 0, "images": 0},
+    }
     assert (options.output / "rejected.jsonl").read_text() == ""
     assert [path.name for path in options.output.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -71,8 +79,14 @@ def test_workers_write_the_same_bytes(options):
 
 def _png_header(width: int, height: int) -> bytes:
     """A PNG that declares a size and has no pixels."""
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
-    chunks = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -91,7 +105,11 @@ def _bad_records(images: Path) -> dict[str, object]:
 
     plain_question = {"from": "human", "value": "what is it?"}
     return {
-        "missing image": [about("coco/none.png", question, answer), about("coco/empty.png", question, answer), about("a\0b", question, answer)],
+        "missing image": [
+            about("coco/none.png", question, answer),
+            about("coco/empty.png", question, answer),
+            about("a\0b", question, answer),
+        ],
         "corrupt image": [about("coco/half.png", question, answer), about("coco/page.png", question, answer)],
         "oversized image": [about("coco/bomb.png", question, answer), about("coco/strip.png", question, answer)],
         "bad record": [
@@ -121,7 +139,9 @@ def test_every_bad_record_is_named_with_its_reason(options):
     summary = prepare(_change(options, *records, max_rejected_fraction=0.8))
     lines = _rejected(options.output / "rejected.jsonl")
     assert [line["position"] for line in lines] == list(range(6, 6 + len(records)))
-    assert [line["kind"] for line in lines] == [kind for kind, group in bad.items() for _ in group], [line["reason"] for line in lines]
+    assert [line["kind"] for line in lines] == [kind for kind, group in bad.items() for _ in group], [
+        line["reason"] for line in lines
+    ]
     assert all(len(line["reason"]) > 20 for line in lines)
     assert summary.rejected == {kind: len(group) for kind, group in bad.items()}
     assert (
@@ -136,7 +156,9 @@ def test_every_bad_record_is_named_with_its_reason(options):
 def test_too_many_bad_records_publish_nothing_but_the_list(options):
     bad = {"id": "bad", "image": "coco/none.png", "conversations": [{"from": "human", "value": "x"}]}
     options = _change(options, bad)
-    with pytest.raises(DataError, match=r"1 of 7 records are bad \(14.3%: 1 missing image\), more than --max-rejected-fraction 0.05"):
+    with pytest.raises(
+        DataError, match=r"1 of 7 records are bad \(14.3%: 1 missing image\), more than --max-rejected-fraction 0.05"
+    ):
         prepare(options)
     assert not options.output.exists()
     kept = options.output.with_name("out.rejected.jsonl")
@@ -146,7 +168,13 @@ def test_too_many_bad_records_publish_nothing_but_the_list(options):
 
 def test_repeated_and_odd_ids_get_keys_of_their_own(options, prepared):
     record = prepared.records[0]
-    extra = [record | {"id": "img_0"}, record | {"id": "a/b.c ü"}, record | {"id": ""}, record | {"id": "x" * 300}, record | {"id": 7}]
+    extra = [
+        record | {"id": "img_0"},
+        record | {"id": "a/b.c ü"},
+        record | {"id": ""},
+        record | {"id": "x" * 300},
+        record | {"id": 7},
+    ]
     prepare(_change(options, *extra))
     index = Index.open(options.output)
     assert [index.key(row) for row in range(6, 11)] == ["img_0~6", "a_b_c__", "~8", "x" * 64, "7"]
@@ -176,7 +204,9 @@ def test_existing_output_is_refused_unless_told_otherwise(options):
 def test_inputs_that_cannot_be_used(options):
     cases = {
         "images .*nowhere: not a folder": dataclasses.replace(options, images=options.images / "nowhere"),
-        "annotations .*none.json: cannot be read": dataclasses.replace(options, annotations=options.annotations.with_name("none.json")),
+        "annotations .*none.json: cannot be read": dataclasses.replace(
+            options, annotations=options.annotations.with_name("none.json")
+        ),
     }
     for message, bad in cases.items():
         with pytest.raises(DataError, match=message):
@@ -201,7 +231,12 @@ def command() -> Iterator[Callable[[list[str]], int]]:
 
 
 def test_the_command(options, command, capsys):
-    named = {"annotations": options.annotations, "images": options.images, "output": options.output, "tokenizer": options.tokenizer}
+    named = {
+        "annotations": options.annotations,
+        "images": options.images,
+        "output": options.output,
+        "tokenizer": options.tokenizer,
+    }
     arguments = [text for name, value in named.items() for text in (f"--{name}", str(value))]
     arguments += ["--workers", "0", "--max-text-length", "512", "--samples-per-shard", "4"]
     assert command(arguments) == 0
@@ -210,6 +245,8 @@ def test_the_command(options, command, capsys):
     assert "prepared 6 records (100% of the file)" in done.err and "records/s" in done.err
     assert command(arguments) == 2
     refused = capsys.readouterr()
-    assert refused.out == "" and refused.err.startswith(f"prepare_data: output {options.output}: exists and is not empty")
+    assert refused.out == "" and refused.err.startswith(
+        f"prepare_data: output {options.output}: exists and is not empty"
+    )
     with pytest.raises(SystemExit, match="2"):
         command([*arguments, "--samples-per-shard", "0"])

@@ -73,7 +73,9 @@ def test_killed_and_started_again_ends_with_the_same_bytes(options, monkeypatch)
     prepare(whole)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     message = pickle.dumps((options, 13))
-    done = subprocess.run([sys.executable, "-c", KILLED_AT_WRITE], input=message, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_WRITE], input=message, env=environment, capture_output=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not options.output.exists()
     staging = options.output.with_name(".out.partial")
@@ -81,7 +83,9 @@ def test_killed_and_started_again_ends_with_the_same_bytes(options, monkeypatch)
     assert sorted(first) == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     parsed = []
     examine_all = prepare_module.examine_all
-    monkeypatch.setattr(prepare_module, "examine_all", lambda f, items, workers: examine_all(f, _noted(items, parsed), workers=workers))
+    monkeypatch.setattr(
+        prepare_module, "examine_all", lambda f, items, workers: examine_all(f, _noted(items, parsed), workers=workers)
+    )
     prepare(options)
     assert _content(options.output) == _content(whole.output)
     for name in ("shard-000000.tar", "shard-000001.tar"):  # made once
@@ -142,7 +146,10 @@ def test_what_was_begun_is_kept_when_the_annotations_break_off(options):
 
 def test_other_inputs_are_not_mixed_with_what_was_begun(interrupted):
     changed = dataclasses.replace(interrupted, template="v1_mmtag", max_text_length=300)
-    with pytest.raises(DataError, match="template was 'vicuna_v1', now 'v1_mmtag'; max_text_length was 512, now 300. Finish .* or begin anew with --restart"):
+    with pytest.raises(
+        DataError,
+        match="template was 'vicuna_v1', now 'v1_mmtag'; max_text_length was 512, now 300. Finish .* or begin anew with --restart",
+    ):
         prepare(changed)
     assert prepare(dataclasses.replace(changed, restart=True)).samples == 26
     assert Index.open(interrupted.output).info.template == "v1_mmtag"
@@ -255,7 +262,9 @@ def test_in_place_notices_what_changed_since(options, picture):
     with pytest.raises(DataError, match=r"coco/0.png:img_0: is not the image that was prepared"):
         SampleStore(Index.open(options.output)).read(0, with_image=True)
     image.unlink()
-    with pytest.raises(DataError, match=r"coco/0.png:img_0: cannot be read .* prepared with --in-place: put the image back"):
+    with pytest.raises(
+        DataError, match=r"coco/0.png:img_0: cannot be read .* prepared with --in-place: put the image back"
+    ):
         SampleStore(Index.open(options.output)).read(0, with_image=True)
     options.images.rename(options.images.with_name("elsewhere"))
     with pytest.raises(DataError, match="images were left in place and their folder .*images is missing"):
@@ -264,14 +273,22 @@ def test_in_place_notices_what_changed_since(options, picture):
 
 def test_in_place_refuses_compressed_archives(options):
     _pack(options.images / "coco", options.images / "coco.zip", compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(DataError, match="has compressed members, which cannot be used in place; unpack it, or leave out --in-place"):
+    with pytest.raises(
+        DataError, match="has compressed members, which cannot be used in place; unpack it, or leave out --in-place"
+    ):
         prepare(dataclasses.replace(options, in_place=True))
 
 
 def _share(records: list[dict]) -> list[dict]:
     """A second and third conversation about image 0, another image with the bytes of 1, a copy of the first record."""
     about = {**records[3], "image": "coco/0.png"}
-    return [*records, {**about, "id": "again"}, {**about, "id": "img_3"}, {**records[1], "id": "copy", "image": "coco/copy.png"}, records[0]]
+    return [
+        *records,
+        {**about, "id": "again"},
+        {**about, "id": "img_3"},
+        {**records[1], "id": "copy", "image": "coco/copy.png"},
+        records[0],
+    ]
 
 
 @pytest.fixture
@@ -297,7 +314,10 @@ def test_a_shared_image_is_stored_once(shared):
         {"kind": "record", "keys": ["again", "img_3~31"]},
         {"kind": "image", "keys": ["img_1", "copy"]},
     ]
-    assert "3 samples share another's image, 2 groups of equal records, 1 groups of equal images under different paths" in str(summary)
+    assert (
+        "3 samples share another's image, 2 groups of equal records, 1 groups of equal images under different paths"
+        in str(summary)
+    )
 
 
 def test_shared_images_survive_a_kill_and_workers(shared, monkeypatch):
@@ -323,7 +343,9 @@ def test_what_a_plain_webdataset_reader_sees(shared):
         prepare(options)
         index = Index.open(options.output)
         shards = [str(path) for path in sorted(options.output.glob("*.tar"))]
-        samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8")}
+        samples = {
+            sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8")
+        }
         assert list(samples) == [index.key(row) for row in range(len(index))]
         for row, sample in enumerate(samples.values()):
             entry = index.rows[row]
@@ -332,7 +354,11 @@ def test_what_a_plain_webdataset_reader_sees(shared):
                 assert sample["png"].shape == (entry["height"], entry["width"], 3)
             elif entry["n_img"]:
                 owner = sample["json"]["image_in"]
-                assert not repeat and samples[owner["key"]]["png"] is not None and (options.output / owner["shard"]).is_file()
+                assert (
+                    not repeat
+                    and samples[owner["key"]]["png"] is not None
+                    and (options.output / owner["shard"]).is_file()
+                )
         assert ("png" in samples["again"]) == repeat and np.array_equal(samples["img_0"]["png"].shape, (20, 20, 3))
 
 
@@ -358,7 +384,10 @@ def test_five_percent_of_broken_inputs_of_all_kinds(options, picture, record):
         {"id": "masked", "conversations": [{"from": "human", "value": "what " * 600}, {"from": "gpt", "value": "red"}]},
         {**good[0], "id": "twice", "conversations": good[0]["conversations"] * 2},
     ]
-    _change_records(options, lambda _: [item for number in range(10) for item in (*good[number * 19 : number * 19 + 19], bad[number])])
+    _change_records(
+        options,
+        lambda _: [item for number in range(10) for item in (*good[number * 19 : number * 19 + 19], bad[number])],
+    )
     summary = prepare(dataclasses.replace(options, max_rejected_fraction=0.05))
     assert summary.samples == 190
     lines = [json.loads(line) for line in (options.output / "rejected.jsonl").read_text().splitlines()]

@@ -133,7 +133,9 @@ def test_no_answer_follows_from_earlier_turns() -> None:
         asked = [q.text for q in qs.scene_questions(scene, 99, Random(scene.index))]
         assert len(set(asked)) == len(asked)
         for item in scene.objects:
-            mine = [t for t in asked if t.endswith((f"is the {item.color} object?", f"is the object at the {item.place}?"))]
+            mine = [
+                t for t in asked if t.endswith((f"is the {item.color} object?", f"is the object at the {item.place}?"))
+            ]
             assert len(mine) == 3  # a tree over four attributes
 
 
@@ -211,9 +213,7 @@ def test_write_dataset(tmp_path: Path) -> None:
         assert _true_value(by_image[question.image], question.question) in question.answer
 
     first = {p.name: p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()}
-    qs.write_dataset(
-        out, train_scenes=100, held_out_scenes=64, seed=SEED, image_size=48, progress=lines.append
-    )
+    qs.write_dataset(out, train_scenes=100, held_out_scenes=64, seed=SEED, image_size=48, progress=lines.append)
     assert first == {p.name: p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()}
 
 

@@ -9,13 +9,19 @@ import pytest
 from megatron_share4v.data.shards import Location, ShardReader, ShardWriter
 from megatron_share4v.errors import DataError
 
-SAMPLES = [("a", b"{}", b"\xff\xd8image", "jpg"), ("b", b'{"x": 1}', b"", ""), ("c" * 90, b"{}" * 700, b"p" * 5000, "png")]
+SAMPLES = [
+    ("a", b"{}", b"\xff\xd8image", "jpg"),
+    ("b", b'{"x": 1}', b"", ""),
+    ("c" * 90, b"{}" * 700, b"p" * 5000, "png"),
+]
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[ShardWriter, list[Location]]:
     writer = ShardWriter(tmp_path, samples_per_shard=2)
-    locations = [writer.write(key, text=text, image=image, extension=extension) for key, text, image, extension in SAMPLES]
+    locations = [
+        writer.write(key, text=text, image=image, extension=extension) for key, text, image, extension in SAMPLES
+    ]
     writer.close()
     return writer, locations
 
@@ -35,7 +41,11 @@ def test_positions_agree_with_tarfile(tmp_path: Path, written):
     _, locations = written
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         offsets = {member.name: member.offset_data for member in tar}
-    assert offsets == {"a.jpg": locations[0].image.offset, "a.json": locations[0].text.offset, "b.json": locations[1].text.offset}
+    assert offsets == {
+        "a.jpg": locations[0].image.offset,
+        "a.json": locations[0].text.offset,
+        "b.json": locations[1].text.offset,
+    }
 
 
 def test_webdataset_reads_them(tmp_path: Path, written):

@@ -48,7 +48,16 @@ def test_files_that_are_no_list_are_refused(tmp_path: Path, text: str, message: 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1 << 20])
 def test_chunks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int):
-    content = [{"id": "é\"\\", "x": [1, -2.5e-7, None, True, {}]}, 12345.678e-9, "]", -0.5, [], False, {"conversations": TURNS}, 100]
+    content = [
+        {"id": 'é"\\', "x": [1, -2.5e-7, None, True, {}]},
+        12345.678e-9,
+        "]",
+        -0.5,
+        [],
+        False,
+        {"conversations": TURNS},
+        100,
+    ]
     monkeypatch.setattr(sources, "CHUNK_BYTES", size)
     for ascii_only, indent in ((True, None), (False, 1)):
         path = tmp_path / "a.json"
@@ -58,7 +67,9 @@ def test_chunks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"id": str(n), "conversations": TURNS, "x": "y" * 9_000} for n in range(1_500)]), encoding="utf-8")
+    path.write_text(
+        json.dumps([{"id": str(n), "conversations": TURNS, "x": "y" * 9_000} for n in range(1_500)]), encoding="utf-8"
+    )
     assert path.stat().st_size > 12 << 20
     tracemalloc.start()
     count = sum(1 for _ in Annotations(path))
@@ -113,4 +124,9 @@ def test_bad_records_are_refused_by_name(content: object, message: str):
 
 
 def test_source_is_the_first_folder():
-    assert [source_of(c) for c in ({"image": "sam/images/1.jpg"}, {"image": "1.jpg"}, {}, 3)] == ["sam", ".", "text-only", "text-only"]
+    assert [source_of(c) for c in ({"image": "sam/images/1.jpg"}, {"image": "1.jpg"}, {}, 3)] == [
+        "sam",
+        ".",
+        "text-only",
+        "text-only",
+    ]

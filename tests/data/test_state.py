@@ -22,8 +22,14 @@ def _plan(index, **changes: object) -> Plan:
     ("changes", "named"),
     [
         ({"seed": 12}, "seed: was 11, is 12"),
-        ({"order": "block"}, "order: was random, is block; block_size: was not set, is 64; block_window: was not set, is 32"),
-        ({"packing": Packing(160)}, "pack_length: was not set, is 160; pack_window: was not set, is 2048; tokens_per_image: was not set, is 4"),
+        (
+            {"order": "block"},
+            "order: was random, is block; block_size: was not set, is 64; block_window: was not set, is 32",
+        ),
+        (
+            {"packing": Packing(160)},
+            "pack_length: was not set, is 160; pack_window: was not set, is 2048; tokens_per_image: was not set, is 4",
+        ),
         ({"global_batch_size": 16, "micro_batch_size": 1, "pad_multiple": 64}, ""),
     ],
 )
@@ -43,7 +49,9 @@ def test_encoding(prepared, encoder):
     assert named(template=get_template("plain")) == "template: was vicuna_v1, is plain"
     assert named(max_text_length=64) == "max_text_length: was 512, is 64"
     policy = ImagePolicy(image_size=56, aspect_ratio="square")
-    assert named(images=policy) == "image policy image_size: was 28, is 56; image policy aspect_ratio: was pad, is square"
+    assert (
+        named(images=policy) == "image policy image_size: was 28, is 56; image policy aspect_ratio: was pad, is square"
+    )
 
 
 def test_long_hashes_are_shown_in_short():

@@ -58,7 +58,9 @@ def given_up(request: int, reason: str) -> tuple[int, str]:
 def test_results_come_in_order(num_workers: int, prefetch: int) -> None:
     results = list(ordered_map(square, range(11), num_workers=num_workers, prefetch=prefetch))
     assert [result[0] for result in results] == [n**2 for n in range(11)]
-    assert all(torch.equal(result[1], torch.full((3, 1 << 16), n, dtype=torch.uint8)) for n, result in enumerate(results))
+    assert all(
+        torch.equal(result[1], torch.full((3, 1 << 16), n, dtype=torch.uint8)) for n, result in enumerate(results)
+    )
     assert list(ordered_map(square, [], num_workers=num_workers, prefetch=prefetch)) == []
 
 
@@ -79,14 +81,21 @@ def test_dead_and_hung_workers_go_on_at_the_same_place(tmp_path: Path, caplog: p
     # In what order the deaths are met depends on how far each process came.
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 4 and all("started again at the same place" in line for line in told)
-    for who, how, times in ((0, "killed by SIGKILL", 1), (1, "ended with exit code 7", 1), (0, "hangs: no result for 4 s", 1), (1, "killed by SIGKILL", 1)):
+    for who, how, times in (
+        (0, "killed by SIGKILL", 1),
+        (1, "ended with exit code 7", 1),
+        (0, "hangs: no result for 4 s", 1),
+        (1, "killed by SIGKILL", 1),
+    ):
         assert sum(f"reader process {who} (pid " in line and how in line for line in told) == times, told
 
 
 def test_work_that_always_kills_is_given_up(tmp_path: Path) -> None:
     fragile = Fragile(tmp_path, victims={2: "kill always", 3: "hang always", 5: "exit"})
     results = list(ordered_map(fragile, range(8), num_workers=2, prefetch=2, timeout_s=4.0, lost=given_up))
-    assert [result for n, result in enumerate(results) if n not in (2, 3)] == [n**2 for n in range(8) if n not in (2, 3)]
+    assert [result for n, result in enumerate(results) if n not in (2, 3)] == [
+        n**2 for n in range(8) if n not in (2, 3)
+    ]
     assert results[2][0] == 2 and "killed by SIGKILL" in results[2][1]
     assert results[3][0] == 3 and "hangs" in results[3][1]
     with pytest.raises(DataError, match="killed by SIGKILL, 2 times at the same place: 2"):

@@ -11,7 +11,11 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL
 from megatron_share4v.evaluate.task import Task
 from megatron_share4v.evaluate.tasks import TASKS
 
-IN_ITS_OWN_WORDS = {"v2_OpenEnded_mscoco_test2015_questions.json", "resources/mm-vet.json", "testdev_balanced_questions.json"}
+IN_ITS_OWN_WORDS = {
+    "v2_OpenEnded_mscoco_test2015_questions.json",
+    "resources/mm-vet.json",
+    "testdev_balanced_questions.json",
+}
 """Further names that are accepted, beside one that the document has."""
 
 
@@ -38,18 +42,30 @@ def test_every_file_is_in_the_table(document: str, task: Task) -> None:
                 continue
             names = [name.replace("{split}", split) for name in need.names]
             shortened = [re.sub(r"^(share4v|llava)(?=[_-])", "*", name) for name in names]
-            braces = [re.sub(r"pope_(random|popular|adversarial)\.", "pope_{random,popular,adversarial}.", name) for name in names]
-            assert any(f"`{name}" in row for name in (*names, *shortened, *braces) if name not in IN_ITS_OWN_WORDS), (need.key, row)
+            braces = [
+                re.sub(r"pope_(random|popular|adversarial)\.", "pope_{random,popular,adversarial}.", name)
+                for name in names
+            ]
+            assert any(f"`{name}" in row for name in (*names, *shortened, *braces) if name not in IN_ITS_OWN_WORDS), (
+                need.key,
+                row,
+            )
 
 
 def test_the_table_of_runners_is_the_codes(document: str) -> None:
     part = document[document.index("Four official runners") : document.index("### The two profiles")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")][1:]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")
+    ][1:]
     named = {}
     for names, image, tokens, system in rows:
         for name in names.split(", "):
             named[name] = ("crop" if "crop" in image else "pad", int(tokens), "human" if "human" in system else "user")
-    assert named == {name: (d.image_mode, d.max_new_tokens, d.system) for name, task in TASKS.items() for d in [task.decoding(OFFICIAL)]}
+    assert named == {
+        name: (d.image_mode, d.max_new_tokens, d.system)
+        for name, task in TASKS.items()
+        for d in [task.decoding(OFFICIAL)]
+    }
 
 
 def test_every_headline_is_explained(document: str) -> None:

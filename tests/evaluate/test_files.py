@@ -26,7 +26,9 @@ def items(name: str, data: Path, split: str | None = None) -> list:
     return task.items(task.open(data, split))
 
 
-@pytest.mark.parametrize(("name", "split", "need"), CASES, ids=lambda part: part.key if isinstance(part, Need) else str(part))
+@pytest.mark.parametrize(
+    ("name", "split", "need"), CASES, ids=lambda part: part.key if isinstance(part, Need) else str(part)
+)
 def test_each_missing_file_is_named(name: str, split: str | None, need: Need, tmp_path: Path) -> None:
     WRITERS[name, split](tmp_path)
     paths = [tmp_path / known.replace("{split}", get_task(name).split(split)) for known in need.names]
@@ -38,14 +40,19 @@ def test_each_missing_file_is_named(name: str, split: str | None, need: Need, tm
         items(name, tmp_path, split)
     message = str(raised.value)
     assert f"{paths[0]} does not exist" in message  # what
-    assert f"MISSING {' or '.join(known.replace('{split}', get_task(name).split(split)) for known in need.names)}: {need.source}" in message
+    assert (
+        f"MISSING {' or '.join(known.replace('{split}', get_task(name).split(split)) for known in need.names)}: {need.source}"
+        in message
+    )
     assert f"expected below --data {tmp_path}:" in message and raised.value.exit_code == 2
     for other in get_task(name).needs:
         if not other.splits or get_task(name).split(split) in other.splits:
             assert other.source in message  # the whole layout
 
 
-@pytest.mark.parametrize(("name", "split", "need"), [case for case in CASES if not case[2].names[0].endswith("/")], ids=str)
+@pytest.mark.parametrize(
+    ("name", "split", "need"), [case for case in CASES if not case[2].names[0].endswith("/")], ids=str
+)
 def test_each_damaged_file_is_named(name: str, split: str | None, need: Need, tmp_path: Path) -> None:
     WRITERS[name, split](tmp_path)
     task = get_task(name)
@@ -91,14 +98,21 @@ FOREIGN = [  # benchmark, file, what it holds, what is said
     ("science_qa", "problems.json", {}, "entry 0: problem 21192 is not in the test split"),
     ("science_qa", "pid_splits.json", {"test": ["21195"]}, "problem 21192 is not in the test split"),
     ("seed", "SEED-Bench.json", {"questions": []}, "llava-seed-bench.jsonl:1: question 101669 is not in"),
-    ("mm_vet", "mm-vet.json", {"v1_0": {"question": "q", "answer": "a", "capability": []}}, "v1_1: 'v1_1' is 'None'; expected a dict"),
+    (
+        "mm_vet",
+        "mm-vet.json",
+        {"v1_0": {"question": "q", "answer": "a", "capability": []}},
+        "v1_1: 'v1_1' is 'None'; expected a dict",
+    ),
     ("mm_vet", "mm-vet.json", [], "holds a JSON list, expected a dict"),
     ("qbench", "llvisionqa_dev.json", [{"question": "q", "candidates": ["a"]}], "entry 0: 'correct_ans' is 'None'"),
     ("qbench", "llvisionqa_dev.json", [3], "entry 0: 'question' is 'None'"),
 ]
 
 
-@pytest.mark.parametrize(("name", "file", "content", "message"), FOREIGN, ids=lambda part: part if isinstance(part, str) else "")
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"), FOREIGN, ids=lambda part: part if isinstance(part, str) else ""
+)
 def test_files_that_do_not_belong_together(name: str, file: str, content: object, message: str, tmp_path: Path) -> None:
     WRITERS[name, None](tmp_path)
     as_json(tmp_path / file, content)
@@ -121,7 +135,9 @@ def test_pope_with_an_unknown_category(tmp_path: Path) -> None:
     WRITERS["pope", None](tmp_path)
     path = tmp_path / "llava_pope_test.jsonl"
     path.write_text(path.read_text().replace('"popular"', '"common"'))
-    with pytest.raises(DataError, match=r"llava_pope_test.jsonl:9: category 'common' is none of random, popular, adversarial"):
+    with pytest.raises(
+        DataError, match=r"llava_pope_test.jsonl:9: category 'common' is none of random, popular, adversarial"
+    ):
         items("pope", tmp_path)
 
 
@@ -134,7 +150,8 @@ def test_llava_bench_without_a_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"), [("\t/9j/", "\t!!", "row 241: its image is no base64"), ("\n300\t", "\nx\t", "row x: has no number in index")]
+    ("old", "new", "message"),
+    [("\t/9j/", "\t!!", "row 241: its image is no base64"), ("\n300\t", "\nx\t", "row x: has no number in index")],
 )
 def test_mmbench_with_a_damaged_row(old: str, new: str, message: str, tmp_path: Path) -> None:
     WRITERS["mmbench", None](tmp_path)
@@ -145,7 +162,8 @@ def test_mmbench_with_a_damaged_row(old: str, new: str, message: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("mme", "MME"), ("mm_vet", "mm-vet"), ("llava_bench", "llava-bench-in-the-wild"), ("seed", "seed_bench")]
+    ("name", "folder"),
+    [("mme", "MME"), ("mm_vet", "mm-vet"), ("llava_bench", "llava-bench-in-the-wild"), ("seed", "seed_bench")],
 )
 def test_the_playground_itself_may_be_the_data(name: str, folder: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()

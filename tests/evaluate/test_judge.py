@@ -25,7 +25,11 @@ Reaction = tuple[int, dict[str, str], bytes]
 
 
 def says(text: object, model: str = "a-judge-of-ours") -> Reaction:
-    return 200, {}, json.dumps({"model": model, "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+    return (
+        200,
+        {},
+        json.dumps({"model": model, "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode(),
+    )
 
 
 def judging(react: Callable[[dict], Reaction]) -> contextlib.AbstractContextManager[tuple[str, FakeServer]]:
@@ -34,7 +38,10 @@ def judging(react: Callable[[dict], Reaction]) -> contextlib.AbstractContextMana
 
 
 def chat(url: str, *, waits: list[float] | None = None, **more: object) -> Chat:
-    return Chat(Endpoint(url=url, model="judge", **{"concurrency": 3, "retries": 2, **more}), sleep=([] if waits is None else waits).append)
+    return Chat(
+        Endpoint(url=url, model="judge", **{"concurrency": 3, "retries": 2, **more}),
+        sleep=([] if waits is None else waits).append,
+    )
 
 
 def asked(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str, str], list[Request]]:
@@ -48,7 +55,10 @@ def asked(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str,
 def test_llava_bench_asks_as_the_official_script(tmp_path: Path) -> None:
     _, _, requests = asked("llava_bench", tmp_path)
     body = requests[4].body([])
-    assert body["messages"][0] == {"role": "system", "content": "You are a helpful and precise assistant for checking the quality of the answer."}
+    assert body["messages"][0] == {
+        "role": "system",
+        "content": "You are a helpful and precise assistant for checking the quality of the answer.",
+    }
     assert body["messages"][1]["role"] == "user" and (body["temperature"], body["max_tokens"]) == (0.2, 1024)
     assert body["messages"][1]["content"] == (
         "[Context]\nOne sentence.\nAnother.\n\n[Question]\nTell all.\n\n[Assistant 1]\nReference 4.\n\n[End of Assistant 1]\n\n"
@@ -73,23 +83,40 @@ def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
     )
     assert content.endswith("unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0\n\n"
                             "What is x in the equation? | -1 <AND> -5 | A view. 0 | ")  # fmt: skip
-    assert "space of the correctness score.\n\nQuestion | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\nWhat is x in the" in content
-    assert content.count("\nCan you explain this meme? | ") == 2 and len(content) == 2290 + 1 + 55  # of the published prompt, and of the question
+    assert (
+        "space of the correctness score.\n\nQuestion | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\nWhat is x in the"
+        in content
+    )
+    assert (
+        content.count("\nCan you explain this meme? | ") == 2 and len(content) == 2290 + 1 + 55
+    )  # of the published prompt, and of the question
     assert again["messages"][0]["content"] == content + "\nPredict the correctness of the answer (digit): "
     assert (first["max_tokens"], [message["role"] for message in first["messages"]]) == (3, ["user"])
     heat = [requests[0].body(["about"] * count)["temperature"] for count in range(5)]
     assert heat == [0.0, 0.0, 0.5, 1.0, 1.5] and requests[0].body(["about"] * 5) is None
-    assert requests[0].body(["0.5 "]) is None and requests[0].body(["x", "1.0"]) is None and requests[0].body(["1.1"]) is not None
+    assert (
+        requests[0].body(["0.5 "]) is None
+        and requests[0].body(["x", "1.0"]) is None
+        and requests[0].body(["1.1"]) is not None
+    )
     assert "1.25 <OR> 5/4" in requests[1].body([])["messages"][0]["content"]
-    assert Grade("1", "q", "t", "a").body(["nan"]) is None and Grade("1", "q", "t", "a", CORRECTED).body(["nan"]) is not None
+    assert (
+        Grade("1", "q", "t", "a").body(["nan"]) is None
+        and Grade("1", "q", "t", "a", CORRECTED).body(["nan"]) is not None
+    )
 
 
 def test_llava_bench_end_to_end(tmp_path: Path) -> None:
     items, texts, requests = asked("llava_bench", tmp_path)
     replies = {"0": "8 7\nGood.", "1": "8, 7\nA comma and a space: three parts.", "2": "10 5", "3": "9,9", "4": "8.5 9"}
-    with judging(lambda request: says(replies[request["messages"][1]["content"].split("A view. ")[1][0]])) as (url, server):
+    with judging(lambda request: says(replies[request["messages"][1]["content"].split("A view. ")[1][0]])) as (
+        url,
+        server,
+    ):
         found = judge(requests, tmp_path / "out", model="judge", chat=chat(url, key="secret"), seed=3)
-    assert {(request["model"], request["seed"], request["path"]) for request in server.requests} == {("judge", 3, "/v1/chat/completions")}
+    assert {(request["model"], request["seed"], request["path"]) for request in server.requests} == {
+        ("judge", 3, "/v1/chat/completions")
+    }
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"} and len(server.requests) == 5
     assert found == Judgement({name: [text] for name, text in replies.items()}, "judge", ("a-judge-of-ours",), 3, 5)
     task = get_task("llava_bench")
@@ -98,20 +125,35 @@ def test_llava_bench_end_to_end(tmp_path: Path) -> None:
     # the unreadable review counts -1 for both: (7 - 1 + 5 + 9 + 9) / (8 - 1 + 10 + 9 + 8.5)
     assert scores.headline == "all" and scores.values["all"] == round(5.8 / 6.9 * 100, 1)
     assert scores.values["all, unreadable reviews"] == 1 and scores.values["llava_bench_complex"] == 50.0
-    assert task.score(folder, items, [], verdicts=found.verdicts, profile=CORRECTED).values["all"] == round(7.4 / 8.7 * 100, 1)
-    rows = [json.loads(line) for line in task.judged.files(items, texts, found.verdicts, "judge")["reviews.jsonl"].splitlines()]
+    assert task.score(folder, items, [], verdicts=found.verdicts, profile=CORRECTED).values["all"] == round(
+        7.4 / 8.7 * 100, 1
+    )
+    rows = [
+        json.loads(line)
+        for line in task.judged.files(items, texts, found.verdicts, "judge")["reviews.jsonl"].splitlines()
+    ]
     assert list(rows[1]) == ["id", "question_id", "answer1_id", "answer2_id", "category", "content", "tuple"]
-    assert (rows[1]["id"], rows[1]["answer1_id"], rows[1]["category"], rows[1]["tuple"]) == (2, "ref1", "llava_bench_detail", [-1.0, -1.0])
+    assert (rows[1]["id"], rows[1]["answer1_id"], rows[1]["category"], rows[1]["tuple"]) == (
+        2,
+        "ref1",
+        "llava_bench_detail",
+        [-1.0, -1.0],
+    )
 
 
 def test_mm_vet_asks_again_and_aggregates(tmp_path: Path) -> None:
     items, texts, requests = asked("mm_vet", tmp_path)
     stubborn = {"0": ["0.5"], "1": ["The", "1.0 yes"], "2": ["a", "b", "c", "d", "0.7"], "3": ["x"] * 5, "4": ["0.9"]}
     left = {name: list(texts) for name, texts in stubborn.items()}
-    with judging(lambda request: says(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))) as (url, server):
+    with judging(lambda request: says(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))) as (
+        url,
+        server,
+    ):
         found = judge(requests, tmp_path / "out", model="gpt-4-0613", chat=chat(url))
     assert found.verdicts == stubborn and found.replies == len(server.requests) == 14
-    assert sorted(request["temperature"] for request in server.requests) == [0.0] * 8 + [0.5] * 2 + [1.0] * 2 + [1.5] * 2
+    assert (
+        sorted(request["temperature"] for request in server.requests) == [0.0] * 8 + [0.5] * 2 + [1.0] * 2 + [1.5] * 2
+    )
     task = get_task("mm_vet")
     scores = task.score(task.open(tmp_path), items, [], verdicts=found.verdicts)
     assert scores.values["total"] == scores.values[scores.headline] == 62.0  # (0.5 + 1 + 0.7 + 0 + 0.9) / 5
@@ -133,7 +175,8 @@ def test_what_was_said_is_never_asked_again(tmp_path: Path) -> None:
 
     with judging(sometimes) as (url, server):
         with pytest.raises(
-            DataError, match=r"1 of 5 requests got no reply; 3/0/\w+: the endpoint refused: HTTP 400: too long.*replies that came are kept"
+            DataError,
+            match=r"1 of 5 requests got no reply; 3/0/\w+: the endpoint refused: HTTP 400: too long.*replies that came are kept",
         ):
             judge(requests, out, model="judge", chat=chat(url))
         assert len(server.requests) == 5
@@ -159,10 +202,18 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
     assert rows[0]["method"] == "POST" and rows[0]["url"] == "/v1/chat/completions"
     assert rows[0]["body"] == {"model": "gpt-4-0613", **requests[0].body([])}
     message = how_to_go_on(out, model="gpt-4-0613")
-    assert all(part in message for part in (str(out / REQUESTS), "--judge-base-url", str(out / REPLIES), "start the same command again"))
+    assert all(
+        part in message
+        for part in (str(out / REQUESTS), "--judge-base-url", str(out / REPLIES), "start the same command again")
+    )
     # the Batch API's output, in another order, and one line by hand; one reply is no number, so that its question is asked once more
     batch = [
-        {"id": "b", "custom_id": row["custom_id"], "error": None, "response": {"status_code": 200, "body": json.loads(says(text, "gpt-4-0613")[2])}}
+        {
+            "id": "b",
+            "custom_id": row["custom_id"],
+            "error": None,
+            "response": {"status_code": 200, "body": json.loads(says(text, "gpt-4-0613")[2])},
+        }
         for row, text in zip(rows[::-1], ["0.1", "0.2", "perhaps", "0.4"])
     ]
     lines = [json.dumps(row) + "\n" for row in (*batch, {"custom_id": rows[0]["custom_id"], "content": "1.0"})]
@@ -182,7 +233,10 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
 
 def test_an_endpoint_that_never_answers_ends_the_job_soon(tmp_path: Path) -> None:
     requests = [Review(str(k), "c", "q", "r", "a") for k in range(60)]
-    with judging(lambda request: (503, {}, b"")) as (url, server), pytest.raises(DataError, match="got no reply; .*HTTP 503.*, 3 times"):
+    with (
+        judging(lambda request: (503, {}, b"")) as (url, server),
+        pytest.raises(DataError, match="got no reply; .*HTTP 503.*, 3 times"),
+    ):
         judge(requests, tmp_path, model="judge", chat=chat(url))
     assert len(server.requests) < 60
 

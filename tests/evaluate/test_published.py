@@ -26,10 +26,74 @@ def cells(row: str) -> list[str]:
 def test_published_rows() -> None:
     rows = table([]).splitlines()
     assert cells(rows[0]) == ["model", *COLUMNS] and len(rows) == 6
-    assert cells(rows[2]) == ["ShareGPT4V-7B", "72.6", "1567.4", "376.4", "68.8", "62.2", "69.7", "37.6", "63.4", "68.4", "80.6", "57.2", "63.3", "60.4", "-"]
-    assert cells(rows[3]) == ["ShareGPT4V-13B", "79.9", "1618.7", "303.2", "68.5", "63.7", "70.8", "43.1", "65.2", "71.2", "81.0", "55.6", "64.8", "62.2", "-"]
-    assert cells(rows[4]) == ["LLaVA-1.5-7B", "65.4", "1510.7", "-", "64.3", "58.3", "-", "31.1", "-", "66.8", "78.5", "50.0", "62.0", "58.2", "85.9"]
-    assert cells(rows[5]) == ["LLaVA-1.5-13B", "72.5", "1531.3", "295.4", "67.7", "63.6", "-", "36.1", "62.1", "71.6", "80.0", "53.6", "63.3", "61.3", "85.9"]
+    assert cells(rows[2]) == [
+        "ShareGPT4V-7B",
+        "72.6",
+        "1567.4",
+        "376.4",
+        "68.8",
+        "62.2",
+        "69.7",
+        "37.6",
+        "63.4",
+        "68.4",
+        "80.6",
+        "57.2",
+        "63.3",
+        "60.4",
+        "-",
+    ]
+    assert cells(rows[3]) == [
+        "ShareGPT4V-13B",
+        "79.9",
+        "1618.7",
+        "303.2",
+        "68.5",
+        "63.7",
+        "70.8",
+        "43.1",
+        "65.2",
+        "71.2",
+        "81.0",
+        "55.6",
+        "64.8",
+        "62.2",
+        "-",
+    ]
+    assert cells(rows[4]) == [
+        "LLaVA-1.5-7B",
+        "65.4",
+        "1510.7",
+        "-",
+        "64.3",
+        "58.3",
+        "-",
+        "31.1",
+        "-",
+        "66.8",
+        "78.5",
+        "50.0",
+        "62.0",
+        "58.2",
+        "85.9",
+    ]
+    assert cells(rows[5]) == [
+        "LLaVA-1.5-13B",
+        "72.5",
+        "1531.3",
+        "295.4",
+        "67.7",
+        "63.6",
+        "-",
+        "36.1",
+        "62.1",
+        "71.6",
+        "80.0",
+        "53.6",
+        "63.3",
+        "61.3",
+        "85.9",
+    ]
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS.values() if task.name != "custom"], ids=lambda task: task.name)
@@ -41,7 +105,12 @@ def test_every_headline_has_a_column(task) -> None:
 
 
 def test_both_numbers_of_mme_share_a_row_with_the_others() -> None:
-    [line] = lines([measured("mme", {"perception": 1500.0, "cognition": 300.0, "count": 100.0}), measured("gqa", {"accuracy": 63.0})])
+    [line] = lines(
+        [
+            measured("mme", {"perception": 1500.0, "cognition": 300.0, "count": 100.0}),
+            measured("gqa", {"accuracy": 63.0}),
+        ]
+    )
     assert line.scores == {"MME-P": 1500.0, "MME-C": 300.0, "GQA": 63.0}
     assert "| ours | - | 1500.0 | 300.0 | -" in table([measured("mme", {"perception": 1500.0, "cognition": 300.0})])
 
@@ -51,7 +120,10 @@ OTHER_KINDS = [
     (measured("llava_bench", {"all": 80.0}, judge="gpt-4o"), "judge gpt-4o"),
     (measured("mm_vet", {"total": 40.0}, judge="gpt-4-0314"), "judge gpt-4-0314"),
     (measured("vqav2", {"accuracy": 79.0}, split="val2014"), "split val2014"),
-    (measured("mmbench", {"accuracy": 60.0, "rows that a judge would read": 3.0}), "no judge for texts without a letter"),
+    (
+        measured("mmbench", {"accuracy": 60.0, "rows that a judge would read": 3.0}),
+        "no judge for texts without a letter",
+    ),
     (measured("pope", {"f1": 85.0}, complete=False), "part of the questions"),
     (measured("mm_vet", {"total": 40.0}, judge="x", profile="corrected"), "profile corrected, judge x"),
 ]
@@ -72,7 +144,14 @@ def test_nothing_that_is_no_number() -> None:
 
 
 def test_results_are_read_from_their_files(tmp_path: Path) -> None:
-    content = {"model": "m", "benchmark": "mm_vet", "split": "", "profile": "official", "scores": {"total": 31.0}, "judge": {"model": "gpt-4-0613"}}
+    content = {
+        "model": "m",
+        "benchmark": "mm_vet",
+        "split": "",
+        "profile": "official",
+        "scores": {"total": 31.0},
+        "judge": {"model": "gpt-4-0613"},
+    }
     (tmp_path / "result.json").write_text(json.dumps(content))
     assert Measured.read(tmp_path / "result.json") == measured("mm_vet", {"total": 31.0}, model="m", judge="gpt-4-0613")
     (tmp_path / "result.json").write_text(json.dumps({**content, "profile": None}))
@@ -81,11 +160,18 @@ def test_results_are_read_from_their_files(tmp_path: Path) -> None:
 
 
 def test_chart_has_longer_bars_for_larger_numbers(tmp_path: Path) -> None:
-    image = bar_chart("t", ["a", "none"], [Series("x", [10.0, None]), Series("y", [20.0, None]), Series("z", [20.0, None], striped=True)])
+    image = bar_chart(
+        "t",
+        ["a", "none"],
+        [Series("x", [10.0, None]), Series("y", [20.0, None]), Series("z", [20.0, None], striped=True)],
+    )
     pixels = [image.getpixel((x, y)) for y in range(image.height - 80) for x in range(110, image.width)]
     counts = [pixels.count(tuple(bytes.fromhex(colour))) for colour in ("4c72b0", "8fa8d0", "55a868")]
     assert counts[0] * 1.9 < counts[1] < counts[0] * 2.1  # twice the value, twice the area
     assert 0.4 * counts[1] < counts[2] < 0.8 * counts[1]  # stripes leave gaps
-    save_chart(tmp_path / "sub/chart.png", [measured("gqa", {"accuracy": 63.0}), measured("gqa", {"accuracy": 64.0}, profile="corrected")])
+    save_chart(
+        tmp_path / "sub/chart.png",
+        [measured("gqa", {"accuracy": 63.0}), measured("gqa", {"accuracy": 64.0}, profile="corrected")],
+    )
     with Image.open(tmp_path / "sub/chart.png") as chart:
         assert chart.format == "PNG" and chart.width > 400

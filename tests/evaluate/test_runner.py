@@ -30,7 +30,10 @@ from megatron_share4v.remote.chat import Chat, Endpoint
 
 QUESTIONS = 18
 # Whose answers go to a server or into an official scorer's file.
-SUBMITTED = {(name, None) for name in ("vqav2", "gqa", "vizwiz", "mme", "seed", "mmbench", "mmbench_cn", "mm_vet")} | {("vizwiz", "val"), ("qbench", "test")}
+SUBMITTED = {(name, None) for name in ("vqav2", "gqa", "vizwiz", "mme", "seed", "mmbench", "mmbench_cn", "mm_vet")} | {
+    ("vizwiz", "val"),
+    ("qbench", "test"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def replica(export: Path) -> Iterator[Replica]:
-    with opened_replica(export, tensor=1, max_requests=8, dtype="fp32", world=World(rank=0, size=1, local_rank=0, local_size=1)) as opened:
+    with opened_replica(
+        export, tensor=1, max_requests=8, dtype="fp32", world=World(rank=0, size=1, local_rank=0, local_size=1)
+    ) as opened:
         yield opened
 
 
@@ -51,8 +56,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     for number in range(5):
         (folder / "images" / f"{number}.jpg").write_bytes(picture(number))
-    rows = [{"question_id": n, "text": f"What is {'in' * (n % 4)} number {n}?", "answer": "no"} for n in range(QUESTIONS)]
-    jsonl(folder / "questions.jsonl", [row | ({} if n % 6 == 5 else {"image": f"{n % 5}.jpg"}) for n, row in enumerate(rows)])
+    rows = [
+        {"question_id": n, "text": f"What is {'in' * (n % 4)} number {n}?", "answer": "no"} for n in range(QUESTIONS)
+    ]
+    jsonl(
+        folder / "questions.jsonl",
+        [row | ({} if n % 6 == 5 else {"image": f"{n % 5}.jpg"}) for n, row in enumerate(rows)],
+    )
     return folder
 
 
@@ -63,7 +73,10 @@ def ask(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
 
 def two_lines(items: Iterator[Item]) -> Iterator[list[Outcome]]:
     """An asker whose first answer has a line break."""
-    yield [Outcome(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop") for number, item in enumerate(items)]
+    yield [
+        Outcome(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop")
+        for number, item in enumerate(items)
+    ]
 
 
 @pytest.mark.parametrize(("name", "split"), WRITERS, ids=lambda part: part or "")
@@ -83,9 +96,15 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
     assert all(row.get("model_id", "tiny") == "tiny" for row in rows)
     task = evaluation.task
     # The fixture has not all of MME's subtasks, hence no sum of them.
-    is_scored = task.judged is None and task.measure is not None and evaluation.folder.split in task.scored and name != "mme"
+    is_scored = (
+        task.judged is None and task.measure is not None and evaluation.folder.split in task.scored and name != "mme"
+    )
     assert (content["headline"] is not None) == is_scored and bool(content["note"]) != is_scored, content
-    assert len(content["checkpoint"]["tower_sha256"]) == 64 and content["complete"] and content["checkpoint"]["dtype"] == "fp32"
+    assert (
+        len(content["checkpoint"]["tower_sha256"]) == 64
+        and content["complete"]
+        and content["checkpoint"]["dtype"] == "fp32"
+    )
     assert (tmp_path / "out/submission").exists() == ((name, split) in SUBMITTED)
     assert ("| tiny" in (tmp_path / "out/table.md").read_text()) == (is_scored and name != "custom")
     if task.judged:
@@ -93,7 +112,21 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
 
 
 def command(export: Path, data: Path, out: Path, *more: object) -> list[object]:
-    return ["tools/evaluate.py", export, "--benchmark", "custom", "--data", data, "--out", out, "--dtype", "fp32", "--name", "tiny", *more]
+    return [
+        "tools/evaluate.py",
+        export,
+        "--benchmark",
+        "custom",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--dtype",
+        "fp32",
+        "--name",
+        "tiny",
+        *more,
+    ]
 
 
 def test_answers_do_not_depend_on_how_the_work_is_cut(export: Path, questions: Path, tmp_path: Path) -> None:
@@ -132,7 +165,12 @@ def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path)
         (("--endpoint", "http://127.0.0.1:9/v1"), "give one of CKPT"),
     ):
         wrong = run_tool(*command(export, questions, tmp_path / "out"), *given)
-        assert wrong.returncode == 2 and wanted in wrong.stderr and "Traceback" not in wrong.stderr and "answering on" not in wrong.stderr, wrong.stderr
+        assert (
+            wrong.returncode == 2
+            and wanted in wrong.stderr
+            and "Traceback" not in wrong.stderr
+            and "answering on" not in wrong.stderr
+        ), wrong.stderr
     assert "does not exist" in message and "coco_pope_random.json" in done.stderr and "https://" in done.stderr
 
 
@@ -142,12 +180,26 @@ def test_a_journal_of_other_questions_is_refused(replica: Replica, questions: Pa
     assert content["questions"] == 3 and not content["complete"]
     with pytest.raises(DataError, match=r"image_mode was 'crop', now 'pad'"):
         ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica)
-    assert ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, restart=True)["profile"] == "corrected"
+    assert (
+        ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, restart=True)[
+            "profile"
+        ]
+        == "corrected"
+    )
 
 
 def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: Path, tmp_path: Path) -> None:
     asked = ask(Evaluation("custom", data=questions, out=tmp_path / "asked"), replica)
-    given = ["--benchmark", "custom", "--data", questions, "--out", tmp_path / "scored", "--answers", tmp_path / "asked" / ANSWERS]
+    given = [
+        "--benchmark",
+        "custom",
+        "--data",
+        questions,
+        "--out",
+        tmp_path / "scored",
+        "--answers",
+        tmp_path / "asked" / ANSWERS,
+    ]
     done = run_tool("tools/evaluate.py", *given)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
@@ -181,14 +233,18 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
     assert content["headline"]["name"] == "accuracy" and content["model"] == "theirs"
     assert len(sent) == len(evaluation.items)
     system, user = sent[0]["messages"]
-    assert "curious human" in system["content"] and user["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert "curious human" in system["content"] and user["content"][0]["image_url"]["url"].startswith(
+        "data:image/png;base64,"
+    )
     assert sent[0]["temperature"] == 0 and sent[0]["max_tokens"] == 1024
 
 
 def test_a_judge_gives_the_number(replica: Replica, tmp_path: Path) -> None:
     WRITERS["mm_vet", None](tmp_path / "data")
     evaluation = Evaluation("mm_vet", data=tmp_path / "data", out=tmp_path / "out")
-    with serving(lambda request, number: completion("0.5"), key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
+    with serving(
+        lambda request, number: completion("0.5"), key_of=lambda request: json.dumps(request["messages"]).encode()
+    ) as (url, _):
         judging = Judge(model="another", chat=Chat(Endpoint(url=url, model="another")))
         content = ask(evaluation, replica, judging=judging)
     assert content["headline"] == {"name": "total", "value": 50.0} and content["judge"]["model"] == "another"

@@ -20,15 +20,39 @@ from megatron_share4v.evaluate.tasks import TASKS, get_task
 LOADER, MMBENCH, CROPPED = Decoding(128, "pad", "user"), Decoding(1024, "pad", "user"), Decoding(1024, "crop", "user")
 QBENCH = Decoding(1024, "crop", "human")
 
-SHORT, LETTER = "\nAnswer the question using a single word or phrase.", "\nAnswer with the option's letter from the given choices directly."
+SHORT, LETTER = (
+    "\nAnswer the question using a single word or phrase.",
+    "\nAnswer with the option's letter from the given choices directly.",
+)
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 # benchmark and split: decoding, questions, number of one question, its question_id, the user's turn, the answer file's prompt
 PROMPTS = {
     ("vqav2", None): (LOADER, 6, 1, 1001, "<image>\nIs it raining?" + SHORT, "Is it raining?" + SHORT),
     ("vqav2", "val2014"): (LOADER, 6, 2, 262148002, "<image>\nHow many dogs?" + SHORT, "How many dogs?" + SHORT),
-    ("gqa", None): (LOADER, 6, 3, "20341097", "<image>\nWhere is that fire hydrant?" + SHORT, "Where is that fire hydrant?" + SHORT),
-    ("vizwiz", None): (LOADER, 5, 1, 1, "<image>\nThis is a box." + UNANSWERABLE + SHORT, "This is a box." + UNANSWERABLE + SHORT),
-    ("vizwiz", "val"): (LOADER, 5, 0, 0, "<image>\nWhat is this?" + UNANSWERABLE + SHORT, "What is this?" + UNANSWERABLE + SHORT),
+    ("gqa", None): (
+        LOADER,
+        6,
+        3,
+        "20341097",
+        "<image>\nWhere is that fire hydrant?" + SHORT,
+        "Where is that fire hydrant?" + SHORT,
+    ),
+    ("vizwiz", None): (
+        LOADER,
+        5,
+        1,
+        1,
+        "<image>\nThis is a box." + UNANSWERABLE + SHORT,
+        "This is a box." + UNANSWERABLE + SHORT,
+    ),
+    ("vizwiz", "val"): (
+        LOADER,
+        5,
+        0,
+        0,
+        "<image>\nWhat is this?" + UNANSWERABLE + SHORT,
+        "What is this?" + UNANSWERABLE + SHORT,
+    ),
     ("textvqa", None): (
         LOADER,
         5,
@@ -55,7 +79,14 @@ PROMPTS = {
         "<image>\nIs this movie directed by jing wong?" + SHORT,
         "Is this movie directed by jing wong?" + SHORT,
     ),
-    ("pope", None): (LOADER, 12, 4, 10000001, "<image>\nIs there a snowboard in the image?" + SHORT, "Is there a snowboard in the image?" + SHORT),
+    ("pope", None): (
+        LOADER,
+        12,
+        4,
+        10000001,
+        "<image>\nIs there a snowboard in the image?" + SHORT,
+        "Is there a snowboard in the image?" + SHORT,
+    ),
     ("seed", None): (
         LOADER,
         5,
@@ -64,7 +95,14 @@ PROMPTS = {
         "<image>\nHow many towels are in image 1?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER,
         "How many towels are in image 1?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER,
     ),
-    ("qbench", None): (QBENCH, 5, 1, 1, "<image>\nIs it bright?\nChoose between one of the options as follows:\nA. Yes\nB. No\n", None),
+    ("qbench", None): (
+        QBENCH,
+        5,
+        1,
+        1,
+        "<image>\nIs it bright?\nChoose between one of the options as follows:\nA. Yes\nB. No\n",
+        None,
+    ),
     ("qbench", "test"): (
         QBENCH,
         5,
@@ -78,7 +116,8 @@ PROMPTS = {
         6,
         0,
         241,
-        '<image>\nMagnets pull.\nOr push.\nIdentify the question that can be answered.\nA. Is it iron?\nB. Does "it" float?' + LETTER,
+        '<image>\nMagnets pull.\nOr push.\nIdentify the question that can be answered.\nA. Is it iron?\nB. Does "it" float?'
+        + LETTER,
         'Magnets pull.\nOr push.\nIdentify the question that can be answered.\nA. Is it iron?\nB. Does "it" float?',
     ),
     ("mmbench_cn", None): (
@@ -96,17 +135,41 @@ PROMPTS = {
 
 # what the stub says to each question in order, and what that is worth, by hand
 WORTH = {
-    ("vqav2", "val2014"): (["Red", "yes", "Two", "An umbrella", "the park", "Stop"], {"accuracy": 66.67, "answer type other": 50.0}),
+    ("vqav2", "val2014"): (
+        ["Red", "yes", "Two", "An umbrella", "the park", "Stop"],
+        {"accuracy": 66.67, "answer type other": 50.0},
+    ),
     # "Red" and "the park": all ten agree, so VQAEval compares literally; "Stop" is literally right
-    ("gqa", None): (["No.", "Women", "right", "on the sidewalk", "Yes", " man"], {"accuracy": 400 / 6, "binary": 100.0, "open": 100 / 3}),
-    ("vizwiz", "val"): (["Soda", "Unanswerable.", "dog", "the vanilla", "yes"], {"accuracy": (100 + 100 + 60 + 100 + 0) / 5}),
+    ("gqa", None): (
+        ["No.", "Women", "right", "on the sidewalk", "Yes", " man"],
+        {"accuracy": 400 / 6, "binary": 100.0, "open": 100 / 3},
+    ),
+    ("vizwiz", "val"): (
+        ["Soda", "Unanswerable.", "dog", "the vanilla", "yes"],
+        {"accuracy": (100 + 100 + 60 + 100 + 0) / 5},
+    ),
     ("textvqa", None): (["Dakota", "Reebok.", "twenty two", "9 1", "MOO"], {"accuracy": 80.0}),
-    ("science_qa", None): (["B", "B. peach", "The answer is B.", "C", "FAILED"], {"image accuracy": 200 / 3, "accuracy": 60.0}),
-    ("mme", None): (["Yes", "No", "yes, it is", "Hardly", "No", "No."], {"existence": 200.0, "posters": 50.0, "code_reasoning": 50.0}),
-    ("pope", None): (["Yes", "No", "Yes", "Yes"] * 3, {"f1": 80.0, "accuracy": 75.0, "yes ratio": 75.0, "random precision": 200 / 3}),
-    ("seed", None): (["A", "B", "C.", "A", "A"], {"image accuracy": 60.0, "image accuracy, first character": 80.0, "Scene Understanding": 200 / 3}),
+    ("science_qa", None): (
+        ["B", "B. peach", "The answer is B.", "C", "FAILED"],
+        {"image accuracy": 200 / 3, "accuracy": 60.0},
+    ),
+    ("mme", None): (
+        ["Yes", "No", "yes, it is", "Hardly", "No", "No."],
+        {"existence": 200.0, "posters": 50.0, "code_reasoning": 50.0},
+    ),
+    ("pope", None): (
+        ["Yes", "No", "Yes", "Yes"] * 3,
+        {"f1": 80.0, "accuracy": 75.0, "yes ratio": 75.0, "random precision": 200 / 3},
+    ),
+    ("seed", None): (
+        ["A", "B", "C.", "A", "A"],
+        {"image accuracy": 60.0, "image accuracy, first character": 80.0, "Scene Understanding": 200 / 3},
+    ),
     ("qbench", None): (["B. Blurry", "Yes", "C. Road", "A", "Dull"], {"accuracy": 80.0}),
-    ("mmbench", None): (["B", "A", "On the mat", "A", "D", "2 or 3"], {"accuracy": 75.0, "FP-S": 0.0, "rows that a judge would read": 1.0}),
+    ("mmbench", None): (
+        ["B", "A", "On the mat", "A", "D", "2 or 3"],
+        {"accuracy": 75.0, "FP-S": 0.0, "rows that a judge would read": 1.0},
+    ),
     ("mmbench_cn", None): (["B", "A", "A", "A", "D", "C"], {"accuracy": 100.0, "rows that a judge would read": 0.0}),
     ("custom", None): (["two", "Dog", "a cat", "the puppy", "I am"], {"accuracy": 75.0}),
 }
@@ -164,8 +227,17 @@ def test_official_rows(tmp_path: Path) -> None:
         WRITERS[name, None](tmp_path)
         items = TASKS[name].items(TASKS[name].open(tmp_path))
         [rows[name]] = TASKS[name].rows(items, [make_answer(items[2], "B")], model="llava")
-    common = {"question_id": 1002, "prompt": "How many dogs?\nAnswer the question using a single word or phrase.", "text": "B"}
-    assert list(rows["vqav2"].items()) == [*common.items(), ("answer_id", answer_id("1002", "B")), ("model_id", "llava"), ("metadata", {})]
+    common = {
+        "question_id": 1002,
+        "prompt": "How many dogs?\nAnswer the question using a single word or phrase.",
+        "text": "B",
+    }
+    assert list(rows["vqav2"].items()) == [
+        *common.items(),
+        ("answer_id", answer_id("1002", "B")),
+        ("model_id", "llava"),
+        ("metadata", {}),
+    ]
     assert list(rows["mmbench"].items()) == [
         ("question_id", 300),
         ("round_id", 0),
@@ -189,19 +261,37 @@ def submission(name: str, split: str | None, root: Path, said: list[str]) -> dic
 
 
 def test_vqav2_submission_has_every_question_of_test2015(tmp_path: Path) -> None:
-    [(name, content)] = submission("vqav2", None, tmp_path, ["Red.", "Yes, it is", "two", "An umbrella", "at Joe's"]).items()
-    said = {999: "", 1000: "red", 1001: "yes it is", 1002: "2", 1003: "umbrella", 1004: "at joe 's", 1005: ""}  # the last was not answered
-    assert name == "vqav2_test2015.json" and json.loads(content) == [{"question_id": k, "answer": text} for k, text in said.items()]
+    [(name, content)] = submission(
+        "vqav2", None, tmp_path, ["Red.", "Yes, it is", "two", "An umbrella", "at Joe's"]
+    ).items()
+    said = {
+        999: "",
+        1000: "red",
+        1001: "yes it is",
+        1002: "2",
+        1003: "umbrella",
+        1004: "at joe 's",
+        1005: "",
+    }  # the last was not answered
+    assert name == "vqav2_test2015.json" and json.loads(content) == [
+        {"question_id": k, "answer": text} for k, text in said.items()
+    ]
 
 
 def test_gqa_submission(tmp_path: Path) -> None:
     [content] = submission("gqa", None, tmp_path, ["No..", "Women"]).values()
-    assert content == b'[{"questionId": "201307251", "prediction": "no"}, {"questionId": "201640614", "prediction": "women"}]'
+    assert (
+        content
+        == b'[{"questionId": "201307251", "prediction": "no"}, {"questionId": "201640614", "prediction": "women"}]'
+    )
 
 
 def test_vizwiz_submission_wants_every_answer(tmp_path: Path) -> None:
     [content] = submission("vizwiz", None, tmp_path, ["A dog", "Unanswerable", "two", "x", "y"]).values()
-    assert json.loads(content)[0] == {"image": "VizWiz_test_00000000.jpg", "answer": "dog"} and len(json.loads(content)) == 5
+    assert (
+        json.loads(content)[0] == {"image": "VizWiz_test_00000000.jpg", "answer": "dog"}
+        and len(json.loads(content)) == 5
+    )
     with pytest.raises(DataError, match="no answer to 1 of 5 questions, the first is 4"):
         submission("vizwiz", None, tmp_path, ["a"] * 4)
 
@@ -227,17 +317,30 @@ def test_mm_vet_submission(tmp_path: Path) -> None:
 
 def test_mmbench_submission_is_the_official_sheet(tmp_path: Path) -> None:
     import openpyxl
+
     [(name, content)] = submission("mmbench", None, tmp_path, ["B", "=A1", "A\x01", "A", "D"]).items()
     book = openpyxl.load_workbook(io.BytesIO(content))
     rows = list(book.active.iter_rows(values_only=True))
     assert name == "mmbench_dev_20230712.xlsx" and book.sheetnames == ["Sheet1"]
     assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
-    assert rows[1] == (241, "Identify the question that can be answered.", "Is it iron?", 'Does "it" float?', None, None, "B", "B", "dev")
+    assert rows[1] == (
+        241,
+        "Identify the question that can be answered.",
+        "Is it iron?",
+        'Does "it" float?',
+        None,
+        None,
+        "B",
+        "B",
+        "dev",
+    )
     assert [row[6] for row in rows[1:]] == ["B", "=A1", "A", "A", "D", None] and book.active.cell(3, 7).data_type == "s"
     assert rows[2][2:6] == ("Left", None, "Right", None)
 
 
-def test_mmbench_submission_without_openpyxl_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mmbench_submission_without_openpyxl_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(ConfigError, match=r'pip install -e ".\[evaluate\]"'):
         submission("mmbench", None, tmp_path, ["B"])
@@ -251,7 +354,11 @@ def test_qbench_test_split_is_handed_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_corrected_profile_pads_and_asks_as_in_training(name: str) -> None:
     official, corrected = get_task(name).decoding(), get_task(name).decoding(CORRECTED)
-    assert (corrected.image_mode, corrected.system, corrected.max_new_tokens) == ("pad", "user", official.max_new_tokens)
+    assert (corrected.image_mode, corrected.system, corrected.max_new_tokens) == (
+        "pad",
+        "user",
+        official.max_new_tokens,
+    )
     assert (official != corrected) == (name in {"science_qa", "llava_bench", "mm_vet", "qbench", "custom"})
     assert {"pad": "pad", "crop": "square"}[official.image_mode] == official.aspect_ratio
     assert official.template == ("share4v_v1" if name == "qbench" else "vicuna_v1")
@@ -268,7 +375,8 @@ def test_corrected_profile_reaches_the_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "clean"), [(" A </s>", "A"), ("A</s></s>", "A</s>"), ("</s>", ""), (" a\n", "a"), ("A </s> ", "A"), ("A</s>.", "A</s>.")]
+    ("text", "clean"),
+    [(" A </s>", "A"), ("A</s></s>", "A</s>"), ("</s>", ""), (" a\n", "a"), ("A </s> ", "A"), ("A</s>.", "A</s>.")],
 )
 def test_output_is_cleaned_as_by_the_scripts(text: str, clean: str) -> None:
     assert LOADER.clean(text) == clean
@@ -291,7 +399,9 @@ def test_repeated_question_ids_have_ids_of_their_own(tmp_path: Path) -> None:
 def test_foreign_answers_are_refused(tmp_path: Path) -> None:
     items = [Item(id="1", question_id=1, prompt="p")]
     jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "text": "a"}, {"question_id": 1, "text": "b"}])
-    with pytest.raises(DataError, match=r"a\.jsonl:2: answers question 1, which is not asked, or has its answer already"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:2: answers question 1, which is not asked, or has its answer already"
+    ):
         read_answers(tmp_path / "a.jsonl", items)
     jsonl(tmp_path / "a.jsonl", [{"question_id": 1}])
     with pytest.raises(DataError, match=r"a\.jsonl:1: 'text' is 'None'"):

@@ -44,7 +44,13 @@ SEGMENTS = ((200, 30, 256), (512,))  # 26 positions of padding
 MODEL = ModelConfig(
     vision=VisionConfig(image_size=56, hidden_size=128, intermediate_size=256, num_layers=3, num_attention_heads=2),
     language=LanguageConfig(
-        vocab_size=1000, hidden_size=256, intermediate_size=512, num_layers=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
     ),
     trainable=TrainableConfig(vision_from_block=1),
 )
@@ -81,17 +87,31 @@ def batch(device: torch.device) -> Batch:
 
 
 def built(
-    mesh: Mesh, *, attention: str = "sdpa", train: dict | None = None, precision: dict | None = None, engine: str = "none", optim: dict | None = None
+    mesh: Mesh,
+    *,
+    attention: str = "sdpa",
+    train: dict | None = None,
+    precision: dict | None = None,
+    engine: str = "none",
+    optim: dict | None = None,
 ) -> tuple[torch.nn.Module, MegatronOptimizer]:
     """The model with its gradient buffers, and its optimizer."""
     parallel = ParallelConfig(distributed_optimizer=False)
     settings = TrainConfig(global_batch_size=1, **(train or {}))
-    options = layer_options(settings, precision=PrecisionConfig(**(precision or {})), engine=engine, attention=attention, has_transformer_engine=engine != "none")
+    options = layer_options(
+        settings,
+        precision=PrecisionConfig(**(precision or {})),
+        engine=engine,
+        attention=attention,
+        has_transformer_engine=engine != "none",
+    )
     ops = agree_on_ops("auto", mesh=mesh).implementation
     bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.bfloat16, ops=ops, options=options)
     initialize(bare, seed=1, model=MODEL)
     [chunk] = wrap_chunks(bare, mesh=mesh, parallel=parallel)
-    return chunk, build_optimizer([chunk], OptimConfig(learning_rate=1e-3, **(optim or {})), parallel=parallel, dtype=torch.bfloat16)
+    return chunk, build_optimizer(
+        [chunk], OptimConfig(learning_rate=1e-3, **(optim or {})), parallel=parallel, dtype=torch.bfloat16
+    )
 
 
 def updated(mesh: Mesh, **how: object) -> Found:
@@ -126,7 +146,10 @@ def waiting_forbidden(device: Device) -> Iterator[None]:
 
 def waits(mesh: Mesh) -> str:
     """Of three micro-batches, the second without images, forward and backward, by each way to compute them; a first time makes tables that are kept."""
-    variants: dict[str, dict] = {"packed": {}, "recomputed": {"train": {"recompute": "full", "recompute_tower": "full"}}}
+    variants: dict[str, dict] = {
+        "packed": {},
+        "recomputed": {"train": {"recompute": "full", "recompute_tower": "full"}},
+    }
     said = []
     try:
         choose_attention("varlen", device=mesh.device.torch_device, packed=True, dtype=torch.bfloat16)
@@ -185,9 +208,15 @@ def engine(mesh: Mesh) -> str:
     if missing_engine():
         return f"not here ({missing_engine()})"
     plain = updated(mesh)
-    said = [f"attention {_near(updated(mesh, attention='te'), plain, BF16)}", f"bf16 {_near(updated(mesh, engine='all', attention='te'), plain, BF16)}"]
+    said = [
+        f"attention {_near(updated(mesh, attention='te'), plain, BF16)}",
+        f"bf16 {_near(updated(mesh, engine='all', attention='te'), plain, BF16)}",
+    ]
     recipes = ["delayed", "tensorwise", "blockwise"] + ["mxfp8"] * (torch.cuda.get_device_capability() >= (10, 0))
-    said += [f"{recipe} {_near(updated(mesh, engine='language', precision={'fp8': recipe}), plain, FP8)}" for recipe in recipes]
+    said += [
+        f"{recipe} {_near(updated(mesh, engine='language', precision={'fp8': recipe}), plain, FP8)}"
+        for recipe in recipes
+    ]
     return ", ".join(said)
 
 
@@ -197,14 +226,22 @@ def own_fp8(mesh: Mesh) -> str:
         return "not here (no FP8 products)"
     plain = updated(mesh)
     variants = {"": {}, "precise ": {"fp8_weight_gradient": "dtype"}, "tower ": {"fp8_tower": True}}
-    return ", ".join(f"{name}{_near(updated(mesh, precision={'fp8': 'tensorwise', **more}), plain, FP8)}" for name, more in variants.items())
+    return ", ".join(
+        f"{name}{_near(updated(mesh, precision={'fp8': 'tensorwise', **more}), plain, FP8)}"
+        for name, more in variants.items()
+    )
 
 
 def recomputation(mesh: Mesh) -> str:
     """Recomputed activations are the kept ones."""
     plain = updated(mesh)
-    variants = ({"recompute": "full", "recompute_tower": "full"}, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")})
-    return ", ".join(_near(updated(mesh, train=train), plain, 1e-3) for train in variants)  # atomic sums of kernels may come in another order
+    variants = (
+        {"recompute": "full", "recompute_tower": "full"},
+        {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")},
+    )
+    return ", ".join(
+        _near(updated(mesh, train=train), plain, 1e-3) for train in variants
+    )  # atomic sums of kernels may come in another order
 
 
 def optimizer(mesh: Mesh) -> str:
@@ -227,7 +264,10 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=[check.__name__ for check in CHECKS])
     skipped = parser.parse_args().skip
     device, failed = Device.detect(local_rank=0, local_world_size=1), 0
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         print(f"layers on {device.describe()}, torch {torch.__version__}")
         for check in CHECKS:
             if check.__name__ in skipped:

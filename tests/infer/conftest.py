@@ -17,7 +17,10 @@ from megatron_share4v.parallel.layout import Layout
 def mesh() -> Iterator[Mesh]:
     """Closed again before the next module."""
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         yield mesh
 
 

@@ -43,13 +43,24 @@ def session(export: Path, mesh) -> Session:
 
 def prompts(session: Session) -> list:
     patches = session.config.model.vision.num_patches
-    return [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
+    return [
+        make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()
+    ]
 
 
 Answer = tuple[list[int], str]
 
 
-def ask(session: Session, asked: list, *, beams: int, requests=16, seeds=itertools.repeat(None), eos: int | None = None, **options) -> list[Answer]:
+def ask(
+    session: Session,
+    asked: list,
+    *,
+    beams: int,
+    requests=16,
+    seeds=itertools.repeat(None),
+    eos: int | None = None,
+    **options,
+) -> list[Answer]:
     """(ids, why it ended) of each."""
     engine = Engine.open(session, EngineConfig(max_requests=requests, cache_positions=4096))
     engine.eos_id = engine.eos_id if eos is None else eos
@@ -74,7 +85,13 @@ def theirs(export: Path, *, beams: int, eos: int) -> list[list[int]]:
     for question in generated_questions():
         inputs = _inputs(processor, question)
         output = model.generate(
-            **inputs, do_sample=False, num_beams=beams, max_new_tokens=NEW, min_new_tokens=1, eos_token_id=eos, pad_token_id=eos,
+            **inputs,
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=NEW,
+            min_new_tokens=1,
+            eos_token_id=eos,
+            pad_token_id=eos,
             suppress_tokens=suppressed,
         )[0, inputs["input_ids"].shape[1] :].tolist()
         answers.append(output[: output.index(eos)] if eos in output else output)
@@ -86,7 +103,10 @@ def test_search_equals_transformers(beams: int, export: Path, session: Session) 
     asked = prompts(session)
     likely = Counter(token for ids, _ in ask(session, asked, beams=beams) for token in ids).most_common(12)
     ended = Counter()
-    for eos in [2, *(token for token, _ in likely[::3])]:  # a random model never says </s>: let other ids end the answer
+    for eos in [
+        2,
+        *(token for token, _ in likely[::3]),
+    ]:  # a random model never says </s>: let other ids end the answer
         answers = ask(session, asked, beams=beams, eos=eos)
         assert [ids for ids, _ in answers] == theirs(export, beams=beams, eos=eos)
         ended.update(why for _, why in answers)
@@ -115,16 +135,22 @@ def test_draws_are_without_replacement_by_probability(session: Session) -> None:
     engine.add(Request("x", one, Sampling(max_new_tokens=1, logprobs=20)))
     [event] = drain(engine)
     top = [math.exp(value / 1.0) for _, value in event.logprobs.top]
-    found = Counter(ids[0] for ids, _ in ask(session, [one] * count, beams=1, seeds=range(count), max_new_tokens=1, temperature=1.0))
+    found = Counter(
+        ids[0] for ids, _ in ask(session, [one] * count, beams=1, seeds=range(count), max_new_tokens=1, temperature=1.0)
+    )
     share = found[event.token_id] / count
     expected = top[0] + sum(p * top[0] / (1 - p) for p in top[1:])  # first, or second after any other
-    spread = 4 * math.sqrt(share * (1 - share) / count) + (1 - sum(top)) * top[0]  # four deviations, and the tail left out of the sum
+    spread = (
+        4 * math.sqrt(share * (1 - share) / count) + (1 - sum(top)) * top[0]
+    )  # four deviations, and the tail left out of the sum
     assert abs(share - expected) < spread, (share, expected, spread)
 
 
 def test_repetition_is_punished(session: Session) -> None:
     one = prompts(session)[0]
-    plain, punished = (ask(session, [one], beams=3, repetition_penalty=penalty, max_new_tokens=60)[0][0] for penalty in (1.0, 50.0))
+    plain, punished = (
+        ask(session, [one], beams=3, repetition_penalty=penalty, max_new_tokens=60)[0][0] for penalty in (1.0, 50.0)
+    )
     assert len(set(punished)) == len(punished) and len(set(plain)) < len(plain)
 
 

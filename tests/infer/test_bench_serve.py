@@ -9,11 +9,29 @@ from pathlib import Path
 
 
 def test_it_measures_both_sides(repository: Path) -> None:
-    command = [sys.executable, "tools/bench_serve.py", "--width", "64", "--layers", "2", "--words", "5", "--new-tokens", "4", "--rounds", "1"]
+    command = [
+        sys.executable,
+        "tools/bench_serve.py",
+        "--width",
+        "64",
+        "--layers",
+        "2",
+        "--words",
+        "5",
+        "--new-tokens",
+        "4",
+        "--rounds",
+        "1",
+    ]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [row["who"] for row in rows] == ["engine, 1 users", "engine, 4 users", "engine, 16 users", "transformers, one by one"]
+    assert [row["who"] for row in rows] == [
+        "engine, 1 users",
+        "engine, 4 users",
+        "engine, 16 users",
+        "transformers, one by one",
+    ]
     assert all(row["tokens_per_s"] > 0 and row["first_token_s"] > 0 for row in rows)
     assert "greedy answers equal to transformers': 2 of 2" in lines[-1] and "encoder_calls=42" in lines[-1]

@@ -16,7 +16,9 @@ NEW = 12
 @pytest.fixture(scope="module")
 def expected(chunks: list, mesh) -> list[list[int]]:
     """By running the whole sequence again for each token."""
-    found = greedy_answers(chunks, mixed_prompts(), mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY)
+    found = greedy_answers(
+        chunks, mixed_prompts(), mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
+    )
     assert len({tuple(answer) for answer in found}) == 6 and len({token for answer in found for token in answer}) > 20
     return found
 
@@ -24,10 +26,18 @@ def expected(chunks: list, mesh) -> list[list[int]]:
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "together"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_requests": 2}, {"prefix_cache": False}, {"step_positions": 16}, {"step_positions": 16, "cache_positions": 64}],
+    [
+        {},
+        {"max_requests": 2},
+        {"prefix_cache": False},
+        {"step_positions": 16},
+        {"step_positions": 16, "cache_positions": 64},
+    ],
     ids=str,
 )
-def test_answers_are_those_of_the_reference(chunks: list, expected: list[list[int]], options: dict, alone: bool) -> None:
+def test_answers_are_those_of_the_reference(
+    chunks: list, expected: list[list[int]], options: dict, alone: bool
+) -> None:
     engine = engine_of(chunks, **options)
     assert ask(engine, mixed_prompts(), alone=alone) == expected
     assert ask(engine, mixed_prompts(), alone=alone) == expected  # now with whatever the first round left
@@ -36,7 +46,14 @@ def test_answers_are_those_of_the_reference(chunks: list, expected: list[list[in
 
 def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> None:
     prompts, seeds = [prompt(seed, length=8 + seed) for seed in range(16)], list(range(16))
-    kinds = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "frequency_penalty": 0.2, "ignore_eos": True}
+    kinds = {
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 40,
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 0.2,
+        "ignore_eos": True,
+    }
     alone = ask(engine_of(chunks), prompts, alone=True, seeds=seeds, **kinds)
     engine = engine_of(chunks)
     assert ask(engine, prompts, seeds=seeds, **kinds) == alone
@@ -48,7 +65,9 @@ def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> N
 
 def test_same_text_with_another_image_shares_nothing_after_the_image(chunks: list, mesh) -> None:
     one, other = (prompt(1, length=44, image_seed=seed) for seed in (1, 2))
-    reference = greedy_answers(chunks, [one, other], mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY)
+    reference = greedy_answers(
+        chunks, [one, other], mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
+    )
     assert reference[0] != reference[1]
     engine = engine_of(chunks)
     assert ask(engine, [one, other, one], alone=True) == [*reference, reference[0]]
@@ -98,7 +117,11 @@ def test_a_long_prompt_holds_nobody_up_for_more_than_a_step(chunks: list) -> Non
     engine.step()
     engine.add(Request("long", prompt(2, length=50, images=1), Sampling(max_new_tokens=2, ignore_eos=True)))
     steps = [[event.request_id for event in engine.step()] for _ in range(6)]
-    assert all("short" in names for names in steps) and ["long" in names for names in steps] == [False] * 3 + [True, True, False]
+    assert all("short" in names for names in steps) and ["long" in names for names in steps] == [False] * 3 + [
+        True,
+        True,
+        False,
+    ]
     assert engine.stats.computed_prompt_tokens == 5 + 54
 
 
@@ -108,9 +131,17 @@ def test_what_does_not_fit_is_refused(chunks: list) -> None:
     with pytest.raises(DataError, match="20 positions and 45 new tokens are 65 positions; 64 are possible"):
         engine.add(Request("a", ids, Sampling(max_new_tokens=45)))
     with pytest.raises(DataError, match="ids from 1 to 100; the tokenizer has 0 to 99"):
-        engine.add(Request("a", type(ids)(torch.tensor([1, 100]), ids.image_slots, ids.pixels), Sampling(max_new_tokens=1)))
+        engine.add(
+            Request("a", type(ids)(torch.tensor([1, 100]), ids.image_slots, ids.pixels), Sampling(max_new_tokens=1))
+        )
     with pytest.raises(DataError, match="prompt is empty"):
-        engine.add(Request("a", type(ids)(torch.zeros(0, dtype=torch.int64), ids.image_slots, ids.pixels), Sampling(max_new_tokens=1)))
+        engine.add(
+            Request(
+                "a",
+                type(ids)(torch.zeros(0, dtype=torch.int64), ids.image_slots, ids.pixels),
+                Sampling(max_new_tokens=1),
+            )
+        )
     with pytest.raises(ConfigError, match="max_positions 65 is more than the model's 64"):
         engine_of(chunks, max_positions=65)
     assert not engine.has_work and engine.step() == []

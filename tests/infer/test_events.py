@@ -25,7 +25,10 @@ def answer(chunks: list) -> list[int]:
 
 def test_the_last_token_says_length(chunks: list, answer: list[int]) -> None:
     events = only(engine_of(chunks), prompt(0))
-    assert [(event.token_id, event.finish) for event in events] == [*((token, None) for token in answer[:-1]), (answer[-1], "length")]
+    assert [(event.token_id, event.finish) for event in events] == [
+        *((token, None) for token in answer[:-1]),
+        (answer[-1], "length"),
+    ]
 
 
 def test_a_stop_id_is_no_token_of_the_answer(chunks: list, answer: list[int]) -> None:
@@ -57,7 +60,9 @@ def test_only_ids_of_the_tokenizer_come(chunks: list) -> None:
     given = prompt(0, images=0)
     small = type(given)(given.token_ids % 20 + 3, given.image_slots, given.pixels)
     engine = Engine(chunks[0], config=EngineConfig(), vocabulary=23, eos_id=EOS)
-    assert all(token < 23 for token in ask(engine, [small], temperature=2.0, seeds=[1], ignore_eos=True, max_new_tokens=30)[0])
+    assert all(
+        token < 23 for token in ask(engine, [small], temperature=2.0, seeds=[1], ignore_eos=True, max_new_tokens=30)[0]
+    )
 
 
 def raw_logprobs(chunks: list, given) -> torch.Tensor:
@@ -73,7 +78,16 @@ def test_logprobs_of_prompt_and_answer(chunks: list, step_positions: int) -> Non
     given = prompt(5, length=26)
     engine = engine_of(chunks, step_positions=step_positions)
     ask(engine, [given])  # what it leaves must not hide the prompt's logits
-    events = only(engine, given, logprobs=3, prompt_logprobs=True, temperature=0.7, seed=1, repetition_penalty=1.5, ignore_eos=True)
+    events = only(
+        engine,
+        given,
+        logprobs=3,
+        prompt_logprobs=True,
+        temperature=0.7,
+        seed=1,
+        repetition_penalty=1.5,
+        ignore_eos=True,
+    )
     answer = [event.token_id for event in events]
     whole = torch.cat([given.token_ids, torch.tensor(answer[:-1])])
     expected = raw_logprobs(chunks, type(given)(whole, given.image_slots, given.pixels))
@@ -106,11 +120,23 @@ def test_cancelling_frees_the_place_and_changes_no_other_answer(chunks: list) ->
     engine.cancel("5")  # still waiting
     engine.cancel("nobody")
     last = engine.step()
-    assert {(event.request_id, event.finish) for event in last if event.finish} == {("1", "cancelled"), ("5", "cancelled")}
+    assert {(event.request_id, event.finish) for event in last if event.finish} == {
+        ("1", "cancelled"),
+        ("5", "cancelled"),
+    }
     assert engine.stats.running == 3
     events += last + drain(engine)
-    answers = {str(number): [event.token_id for event in events if event.request_id == str(number) and event.token_id is not None] for number in range(6)}
-    assert [answers[name] for name in "0234"] == [expected[int(name)] for name in "0234"] and len(answers["1"]) == 2 and not answers["5"]
+    answers = {
+        str(number): [
+            event.token_id for event in events if event.request_id == str(number) and event.token_id is not None
+        ]
+        for number in range(6)
+    }
+    assert (
+        [answers[name] for name in "0234"] == [expected[int(name)] for name in "0234"]
+        and len(answers["1"]) == 2
+        and not answers["5"]
+    )
     assert engine.stats.cache_usage == 0 and not engine.has_work
 
 
@@ -122,4 +148,6 @@ def test_a_cancelled_prefill_does_not_keep_its_likes_waiting(chunks: list) -> No
     assert engine.stats.running == 1 and engine.stats.waiting == 1
     engine.cancel("first")
     events = drain(engine)
-    assert [event.token_id for event in events if event.request_id == "second"] == ask(engine_of(chunks), [prompt(4, length=50)], max_new_tokens=3)[0]
+    assert [event.token_id for event in events if event.request_id == "second"] == ask(
+        engine_of(chunks), [prompt(4, length=50)], max_new_tokens=3
+    )[0]

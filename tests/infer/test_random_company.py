@@ -15,7 +15,9 @@ def families(draw: random.Random, count: int) -> list:
     """Prompts that go on from a few beginnings in a few ways."""
     found = []
     for _ in range(count):
-        base = prompt(0, length=38, images=draw.choice((0, 1, 2)), text_seed=draw.randrange(2), image_seed=draw.randrange(2))
+        base = prompt(
+            0, length=38, images=draw.choice((0, 1, 2)), text_seed=draw.randrange(2), image_seed=draw.randrange(2)
+        )
         tail = torch.tensor([draw.randrange(3, 6) for _ in range(draw.randrange(4))], dtype=torch.int64)
         whole = base.token_ids.numel()
         keep = draw.choice((whole, whole - 7, whole - 20))
@@ -35,8 +37,16 @@ def test_random_arrivals(chunks: list, seed: int) -> None:
         for _ in prompts
     ]  # fmt: skip
     alone = engine_of(chunks, prefix_cache=False)
-    expected = [ask(alone, [given], **vars(sampling) | {"seeds": [sampling.seed]})[0] for given, sampling in zip(prompts, samplings)]
-    limits = {"step_positions": draw.choice((16, 40)), "max_requests": 6, "cache_positions": draw.choice((130, 300)), "image_cache_bytes": 600}
+    expected = [
+        ask(alone, [given], **vars(sampling) | {"seeds": [sampling.seed]})[0]
+        for given, sampling in zip(prompts, samplings)
+    ]
+    limits = {
+        "step_positions": draw.choice((16, 40)),
+        "max_requests": 6,
+        "cache_positions": draw.choice((130, 300)),
+        "image_cache_bytes": 600,
+    }
     engine = engine_of(chunks, **limits)
     waiting = [Request(str(number), *pair) for number, pair in enumerate(zip(prompts, samplings))]
     draw.shuffle(waiting)

@@ -52,7 +52,9 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
             return follow(engine.ranks)
         greedy = asking.ask(engine, asking.mixed_prompts())
         assert engine.step() == []  # nothing to do, nothing sent
-        sampled = asking.ask(engine, asking.mixed_prompts(), seeds=list(range(6)), temperature=1.0, top_p=0.9, repetition_penalty=1.2)
+        sampled = asking.ask(
+            engine, asking.mixed_prompts(), seeds=list(range(6)), temperature=1.0, top_p=0.9, repetition_penalty=1.2
+        )
         engine.add(Request("p", asking.prompt(1), Sampling(max_new_tokens=1, logprobs=2, prompt_logprobs=True)))
         [event] = asking.drain(engine)
         engine.close()

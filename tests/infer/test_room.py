@@ -81,7 +81,11 @@ def test_no_row_is_ever_given_twice(seed: int) -> None:
             reservation = room.reserve(len(ids), keys[: (len(ids) - 1) // BLOCK])
             if reservation is not None:
                 place, reused = reservation.place, reservation.reused
-                assert reused == 0 or reservation.source + reused <= place.start or place.start + place.size <= reservation.source
+                assert (
+                    reused == 0
+                    or reservation.source + reused <= place.start
+                    or place.start + place.size <= reservation.source
+                )
                 room.show(place, keys[: reused // BLOCK])
                 running.append((place, keys))
         taken = sorted((place.start, place.size) for place in [*(place for place, _ in running), *room._kept])

@@ -13,9 +13,17 @@ from megatron_share4v.infer.sampler import Row, choose, describe
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -4.0]])
 
 
-def row(seed: int = 0, generated: tuple[int, ...] = (), prompt: tuple[int, ...] = (), forbidden: tuple[int, ...] = (), **options: object) -> Row:
+def row(
+    seed: int = 0,
+    generated: tuple[int, ...] = (),
+    prompt: tuple[int, ...] = (),
+    forbidden: tuple[int, ...] = (),
+    **options: object,
+) -> Row:
     sampling = Sampling(max_new_tokens=1, **options)
-    return Row(sampling=sampling, seed=seed, prompt_ids=frozenset(prompt), generated=generated, forbidden=frozenset(forbidden))
+    return Row(
+        sampling=sampling, seed=seed, prompt_ids=frozenset(prompt), generated=generated, forbidden=frozenset(forbidden)
+    )
 
 
 def drawn(draws: int, **options: object) -> torch.Tensor:
@@ -28,7 +36,9 @@ def drawn(draws: int, **options: object) -> torch.Tensor:
 def test_draws_follow_the_distribution(temperature: float) -> None:
     expected = (LOGITS[0] / temperature).softmax(0)
     # Four standard deviations of a share among 8000 draws.
-    assert ((drawn(8000, temperature=temperature) - expected).abs() <= 4 * (expected * (1 - expected) / 8000).sqrt()).all()
+    assert (
+        (drawn(8000, temperature=temperature) - expected).abs() <= 4 * (expected * (1 - expected) / 8000).sqrt()
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +70,10 @@ def test_a_wide_nucleus_is_found_among_all_ids() -> None:
 
 
 def test_greedy_takes_the_likeliest_and_no_seed_changes_it() -> None:
-    assert choose(LOGITS.expand(5, -1), [row(seed, temperature=t) for seed, t in enumerate((0.0, 0.0, 0.001, 0.001, 0.0))]) == [0] * 5
+    assert (
+        choose(LOGITS.expand(5, -1), [row(seed, temperature=t) for seed, t in enumerate((0.0, 0.0, 0.001, 0.001, 0.0))])
+        == [0] * 5
+    )
 
 
 def test_a_draw_depends_on_seed_and_number_and_on_nothing_else_in_the_batch() -> None:

@@ -29,18 +29,24 @@ NEW = 10
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its export."""
     root = tmp_path_factory.mktemp("models")
-    import_model(Request(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions(template="share4v_v1"))
+    import_model(
+        Request(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions(template="share4v_v1")
+    )
     export_model(root / "ours", root / "export", layout="llava-hf")
     return root / "ours", root / "export"
 
 
 def engine_answers(session: Session) -> list[list[int]]:
     patches = session.config.model.vision.num_patches
-    prompts = [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
+    prompts = [
+        make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()
+    ]
     return ask(Engine.open(session, EngineConfig()), prompts, max_new_tokens=NEW)
 
 
-def test_checkpoint_and_export_answer_alike(models: tuple[Path, Path], mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_and_export_answer_alike(
+    models: tuple[Path, Path], mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     checkpoint, export = (Session.open(path, mesh=mesh, dtype="fp32") for path in models)
     assert not list(tmp_path.iterdir())
@@ -60,7 +66,11 @@ def test_transformers_answers_what_the_engine_does(models: tuple[Path, Path], me
 
 
 def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
-    train_tokenizer(["some words to make other pieces of"] * 9 + [chr(n) * 2 for n in range(0x4E00, 0x4E60)], tmp_path / "larger", vocab_size=400)
+    train_tokenizer(
+        ["some words to make other pieces of"] * 9 + [chr(n) * 2 for n in range(0x4E00, 0x4E60)],
+        tmp_path / "larger",
+        vocab_size=400,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_share4v.infer.session.tokenizer_of", lambda *_: tmp_path / "larger")
         with pytest.raises(DataError, match="larger: has 400 pieces, the model of .* knows 300 ids"):
@@ -88,7 +98,10 @@ def on_a_rank(path: Path) -> list[list[int]] | str | None:
         if mesh.rank:
             return follow(Engine.open(session, EngineConfig()).ranks)
         patches = session.config.model.vision.num_patches
-        prompts = [make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches) for q in generated_questions()]
+        prompts = [
+            make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches)
+            for q in generated_questions()
+        ]
         engine = Engine.open(session, EngineConfig())
         answers = ask(engine, prompts, max_new_tokens=NEW)
         engine.close()

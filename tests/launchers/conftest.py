@@ -18,9 +18,19 @@ def config(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
 
     root = tmp_path_factory.mktemp("launchers")
     turns = [{"from": "human", "value": "colours?"}, {"from": "gpt", "value": "red green blue"}]
-    (root / "annotations.json").write_text(json.dumps([{"id": str(number), "conversations": turns} for number in range(STEPS * 4)]))
+    (root / "annotations.json").write_text(
+        json.dumps([{"id": str(number), "conversations": turns} for number in range(STEPS * 4)])
+    )
     train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
-    prepare(PrepareOptions(annotations=root / "annotations.json", images=root, output=root / "data", tokenizer=root / "tokenizer.model", max_text_length=200))
+    prepare(
+        PrepareOptions(
+            annotations=root / "annotations.json",
+            images=root,
+            output=root / "data",
+            tokenizer=root / "tokenizer.model",
+            max_text_length=200,
+        )
+    )
     content = {
         "run": {"directory": str(root / "unset"), "seed": 5},
         "model": {

@@ -21,7 +21,7 @@ def link(folder: Path) -> None:
     """Make both commands in `folder`."""
     folder.mkdir(exist_ok=True)
     for name in ("srun", "scontrol"):
-        (folder / name).write_text(f"#!/usr/bin/env bash\nexec {PYTHON} {Path(__file__).resolve()} {name} \"$@\"\n")
+        (folder / name).write_text(f'#!/usr/bin/env bash\nexec {PYTHON} {Path(__file__).resolve()} {name} "$@"\n')
         (folder / name).chmod(0o755)
 
 
@@ -32,7 +32,11 @@ def srun(arguments: list[str]) -> int:
     command, deadline = arguments[len(options) :], float("inf")
     tasks, per_node = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
     processes = [
-        subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % per_node)}, start_new_session=True)
+        subprocess.Popen(
+            command,
+            env={**os.environ, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % per_node)},
+            start_new_session=True,
+        )
         for task in range(tasks)
     ]
     for number in (signal.SIGUSR1, signal.SIGTERM):

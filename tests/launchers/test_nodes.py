@@ -28,11 +28,32 @@ class Node:
     def start(self, script: str, *arguments: str, by: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
         """A script of examples/launch on this node. by: what starts it."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        settings = {"PATH": path, "VIRTUAL_ENV": str(Path(sys.executable).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": self.name}
-        there = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        settings = {
+            "PATH": path,
+            "VIRTUAL_ENV": str(Path(sys.executable).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": self.name,
+        }
+        there = [
+            "ip",
+            "netns",
+            "exec",
+            self.name,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            'hostname "$0" && exec "$@"',
+            self.name,
+        ]
         command = [*there, *by, "bash", f"examples/launch/{script}.sh", *arguments]
         return subprocess.Popen(
-            command, env={**os.environ, **settings, **environment}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            env={**os.environ, **settings, **environment},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
 
@@ -44,7 +65,20 @@ def nodes() -> Iterator[list[Node]]:
     try:
         for node in made:
             _ip("netns", "add", node.name)
-        _ip("link", "add", made[0].name, "netns", made[0].name, "type", "veth", "peer", "name", made[1].name, "netns", made[1].name)
+        _ip(
+            "link",
+            "add",
+            made[0].name,
+            "netns",
+            made[0].name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            made[1].name,
+            "netns",
+            made[1].name,
+        )
         for node in made:
             _ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", node.name)
             _ip("-n", node.name, "link", "set", node.name, "up")
@@ -66,11 +100,23 @@ def _ip(*arguments: str) -> None:
 def test_the_doctor_sees_both_nodes(nodes: list[Node], config: Path) -> None:
     """Through the script for nodes with numbers."""
     shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": "1"}
-    arguments = ("multi_node_static", "tools/doctor.py", "env", str(config), "parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
+    arguments = (
+        "multi_node_static",
+        "tools/doctor.py",
+        "env",
+        str(config),
+        "parallel.tensor=1",
+        "parallel.pipeline=1",
+        "parallel.sequence=false",
+    )
     processes = [node.start(*arguments, **shared, NODE_RANK=str(number)) for number, node in enumerate(nodes)]
     outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "2 ranks on" in outputs[0] and "all-reduce of 4 MB over 2 ranks" in outputs[0] and "2 ranks on" not in outputs[1]
+    assert (
+        "2 ranks on" in outputs[0]
+        and "all-reduce of 4 MB over 2 ranks" in outputs[0]
+        and "2 ranks on" not in outputs[1]
+    )
 
 
 def train_here(config: Path, directory: Path) -> None:
@@ -103,7 +149,9 @@ def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
         assert process.returncode == 0, output
     run_world(2 * RANKS_PER_NODE, train_here, config, one)
     names = ("step", "loss", "grad_norm", "consumed_samples", "trained_tokens")
-    ours, theirs = ([[line[name] for name in names] for line in lines(directory / "metrics.jsonl")] for directory in (both, one))
+    ours, theirs = (
+        [[line[name] for name in names] for line in lines(directory / "metrics.jsonl")] for directory in (both, one)
+    )
     assert len(ours) == STEPS and ours == theirs
     assert lines(both / "samples.jsonl") == lines(one / "samples.jsonl")
     assert len(list((both / "log").glob("rank*.txt"))) == 2 * RANKS_PER_NODE
@@ -111,9 +159,15 @@ def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
 
 def test_supervisors_of_both_nodes_start_again(nodes: list[Node], config: Path) -> None:
     """The second node's rank is killed at the last step; its supervisor follows the first node's, which alone writes down why."""
-    directory, simple = config.parent / "supervised", ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
+    directory, simple = (
+        config.parent / "supervised",
+        ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),
+    )
     shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    fault, options = f"kill_once:1:{STEPS}:{config.parent / 'killed'}", (f"run.directory={directory}", "checkpoint.every_steps=1", *simple)
+    fault, options = (
+        f"kill_once:1:{STEPS}:{config.parent / 'killed'}",
+        (f"run.directory={directory}", "checkpoint.every_steps=1", *simple),
+    )
     processes = [
         node.start("multi_node_static", "tests/faulty.py", fault, str(config), *options,
                    by=("python", "tools/supervise.py", "--pause-s", "0", *role, "--"), **shared, NODE_RANK=str(number))
@@ -123,6 +177,16 @@ def test_supervisors_of_both_nodes_start_again(nodes: list[Node], config: Path) 
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert [line["step"] for line in lines(directory / "metrics.jsonl")] == list(range(1, STEPS + 1))
     first, last = lines(directory / "restarts.jsonl")
-    assert f"died without a word, as by kill -9 or for want of memory: rank 1 ({nodes[1].name}, " in first["reason"] and first["step"] == STEPS, first
-    assert (first["newest_checkpoint"], first["again"], last["newest_checkpoint"], last["code"]) == (STEPS - 1, True, STEPS, 0)
-    assert all("Starting again in 0 s (1 of 3)" in output for output in outputs) and f"at step {STEPS - 1}" in outputs[0]
+    assert (
+        f"died without a word, as by kill -9 or for want of memory: rank 1 ({nodes[1].name}, " in first["reason"]
+        and first["step"] == STEPS
+    ), first
+    assert (first["newest_checkpoint"], first["again"], last["newest_checkpoint"], last["code"]) == (
+        STEPS - 1,
+        True,
+        STEPS,
+        0,
+    )
+    assert (
+        all("Starting again in 0 s (1 of 3)" in output for output in outputs) and f"at step {STEPS - 1}" in outputs[0]
+    )

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = sorted([*(ROOT / "examples" / "launch").iterdir(), *(ROOT / "examples" / "slurm").iterdir()])
-SCRIPTS = sorted([*LAUNCHERS, *ROOT.glob("tools/*.sh"), *ROOT.glob("tests/**/*.sh"), *ROOT.glob("examples/quickstart/*.sh")])
+SCRIPTS = sorted(
+    [*LAUNCHERS, *ROOT.glob("tools/*.sh"), *ROOT.glob("tests/**/*.sh"), *ROOT.glob("examples/quickstart/*.sh")]
+)
 names = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 

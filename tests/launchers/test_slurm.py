@@ -36,7 +36,15 @@ class Ended:
     requeued: bool
 
 
-def submit(root: Path, script: str, *arguments: str, code: int = 0, hanging: bool = False, timeout: float = 60, **environment: str) -> Ended:
+def submit(
+    root: Path,
+    script: str,
+    *arguments: str,
+    code: int = 0,
+    hanging: bool = False,
+    timeout: float = 60,
+    **environment: str,
+) -> Ended:
     """Be sbatch: run the script with the variables of its header, from `root`, which has a checkout's folders."""
     (root / "calls.txt").write_text("")
     (root / "ranks.txt").write_text("")
@@ -48,7 +56,12 @@ def submit(root: Path, script: str, *arguments: str, code: int = 0, hanging: boo
         ["bash", f"examples/slurm/{script}.sbatch", *arguments], cwd=root, env={**os.environ, **variables, **environment}, text=True, timeout=timeout,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    return Ended(done.returncode, done.stdout, sorted((root / "ranks.txt").read_text().splitlines()), "requeue 77123" in (root / "calls.txt").read_text())
+    return Ended(
+        done.returncode,
+        done.stdout,
+        sorted((root / "ranks.txt").read_text().splitlines()),
+        "requeue 77123" in (root / "calls.txt").read_text(),
+    )
 
 
 @pytest.fixture
@@ -69,10 +82,17 @@ def test_every_rank_is_told_its_place_and_the_recipe(root: Path, stage: str, rec
     port = 20000 + 77123 % 20000
     places = ["0 4 0 2", "1 4 1 2", "2 4 0 2", "3 4 1 2"]
     commands = ("tools/doctor.py env", "tools/train.py")
-    assert ended.ranks == [f"{place} first {port} {command} examples/{recipe}/{stage}.yaml train.steps=7" for place in places for command in commands]
+    assert ended.ranks == [
+        f"{place} first {port} {command} examples/{recipe}/{stage}.yaml train.steps=7"
+        for place in places
+        for command in commands
+    ]
 
 
-@pytest.mark.parametrize(("code", "minutes", "requeued"), [(75, "10", True), (138, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)])
+@pytest.mark.parametrize(
+    ("code", "minutes", "requeued"),
+    [(75, "10", True), (138, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)],
+)
 def test_what_is_queued_again(root: Path, code: int, minutes: str, requeued: bool) -> None:
     """Stopped in order: always. A user's mistake: never. A fault: unless at once. Minutes: what counts as at once; no test here lasts one."""
     ended = submit(root, "pretrain", "share4v_7b", code=code, MIN_MINUTES=minutes)
@@ -99,7 +119,12 @@ def test_a_real_run_is_stopped_saved_and_queued_again(root: Path, config: Path) 
     (root / "examples" / "slurm").symlink_to(Path(__file__).parents[2] / "examples" / "slurm")
     (root / "examples" / "tiny" / "pretrain.yaml").write_text(config.read_text())
     directory, simple = root / "run", ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false")
-    variables = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "STUB_SECOND": "1"}
+    variables = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_NODELIST": "127.0.0.1",
+        "STUB_SECOND": "1",
+    }
     variables |= {"PYTHONPATH": str(Path(__file__).parents[2]), "VIRTUAL_ENV": str(Path(sys.executable).parents[1])}
 
     def preempt() -> None:
@@ -108,9 +133,13 @@ def test_a_real_run_is_stopped_saved_and_queued_again(root: Path, config: Path) 
         os.kill(int((root / "srun.pid").read_text()), signal.SIGUSR1)
 
     threading.Thread(target=preempt, daemon=True).start()
-    ended = submit(root, "pretrain", "tiny", f"run.directory={directory}", "train.steps=20000", *simple, timeout=300, **variables)
+    ended = submit(
+        root, "pretrain", "tiny", f"run.directory={directory}", "train.steps=20000", *simple, timeout=300, **variables
+    )
     assert ended.requeued and "ended with exit code 75" in ended.output, ended.output
-    assert "2 ranks on 1 nodes" in ended.output and "stopped: rank 0: SIGUSR1 on 2 ranks; saved after step" in ended.output
+    assert (
+        "2 ranks on 1 nodes" in ended.output and "stopped: rank 0: SIGUSR1 on 2 ranks; saved after step" in ended.output
+    )
     assert (directory / "checkpoints" / "latest").exists()
 
 
@@ -122,6 +151,10 @@ def test_another_folder_is_refused(root: Path) -> None:
 def test_headers_give_the_run_time_to_save(repository: Path) -> None:
     for stage in ("pretrain", "finetune"):
         text = (repository / "examples" / "slurm" / f"{stage}.sbatch").read_text()
-        header = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in text.splitlines() if line.startswith("#SBATCH"))
+        header = dict(
+            line.removeprefix("#SBATCH --").partition("=")[::2]
+            for line in text.splitlines()
+            if line.startswith("#SBATCH")
+        )
         assert header["signal"] == "USR1@300" and "requeue" in header and header["open-mode"] == "append"
         assert header["ntasks-per-node"] == header["gpus-per-node"], json.dumps(header)

@@ -12,11 +12,15 @@ from megatron_share4v.mcore.choice import choose_attention
 from megatron_share4v.mcore.transformer import LayerConfig
 
 SEGMENTS = ((5, 1, 3, 3), (12,))  # the first sequence has three positions of padding
-kernels = pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "varlen"])  # which torch has for GPUs alone: tests/gpu
+kernels = pytest.mark.parametrize(
+    "kernel", [name for name in KERNELS if name != "varlen"]
+)  # which torch has for GPUs alone: tests/gpu
 
 
 def _attention(kernel: str = "sdpa", mask: AttnMaskType = AttnMaskType.causal) -> CoreAttention:
-    config = LayerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention=kernel)
+    config = LayerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention=kernel
+    )
     return CoreAttention(config, 1, mask, "self")
 
 
@@ -43,7 +47,9 @@ def test_equals_an_explicit_block_mask(kernel: str):
     packed = attention(*tensors, packed_seq_params=Places(lengths=SEGMENTS))[:, 0]
     q, k, v = (x[:, 0].transpose(0, 1) for x in tensors)
     scores = torch.einsum("hqd,hkd->hqk", q, k.repeat_interleave(2, 0)) / 2.0
-    expected = torch.einsum("hqk,hkd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v.repeat_interleave(2, 0)).reshape(12, 16)
+    expected = torch.einsum(
+        "hqk,hkd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v.repeat_interleave(2, 0)
+    ).reshape(12, 16)
     torch.testing.assert_close(packed, expected, rtol=0, atol=1e-6)
     weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(2))
     ours = torch.autograd.grad((packed * weight).sum(), tensors, retain_graph=True)
@@ -67,13 +73,19 @@ def test_a_changed_sample_changes_itself_alone(changed: slice, kernel: str):
 
 
 def test_positions_restart():
-    assert restarting_positions(((5, 1, 3), (12,)), 12).T.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2], list(range(12))]
+    assert restarting_positions(((5, 1, 3), (12,)), 12).T.tolist() == [
+        [0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2],
+        list(range(12)),
+    ]
 
 
 @pytest.mark.parametrize("mask", [AttnMaskType.causal, AttnMaskType.no_mask])
 @pytest.mark.parametrize("lengths", [None, SEGMENTS])
 def test_kernels_are_equal(mask: AttnMaskType, lengths: tuple[tuple[int, ...], ...] | None):
-    tensors, weight = [x.requires_grad_() for x in _inputs(4)], torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(5))
+    tensors, weight = (
+        [x.requires_grad_() for x in _inputs(4)],
+        torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(5)),
+    )
     results = []
     for kernel in ("math", "sdpa"):
         context = _attention(kernel, mask)(*tensors, packed_seq_params=Places(lengths=lengths))
@@ -85,7 +97,12 @@ def test_kernels_are_equal(mask: AttnMaskType, lengths: tuple[tuple[int, ...], .
 def test_ends_of_samples():
     angles = torch.zeros(12, 2)
     at = places(angles, segments=((5, 1, 3), (12,)), kernel="varlen")
-    assert at.lengths == SEGMENTS and at.ends.tolist() == [0, 5, 6, 9, 12, 24] and at.ends.dtype == torch.int32 and at.longest == 12
+    assert (
+        at.lengths == SEGMENTS
+        and at.ends.tolist() == [0, 5, 6, 9, 12, 24]
+        and at.ends.dtype == torch.int32
+        and at.longest == 12
+    )
     assert places(angles, segments=((5, 1, 3), (12,)), kernel="sdpa").ends is None
     assert places(angles, segments=None, kernel="varlen").lengths is None
 
@@ -93,7 +110,10 @@ def test_ends_of_samples():
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     fp32, bf16 = {"packed": True, "dtype": torch.float32}, {"packed": True, "dtype": torch.bfloat16}
-    assert choose_attention("auto", device=cpu, packed=False, dtype=torch.float32).line == "attention: sdpa (samples are not packed)"
+    assert (
+        choose_attention("auto", device=cpu, packed=False, dtype=torch.float32).line
+        == "attention: sdpa (samples are not packed)"
+    )
     chosen = choose_attention("auto", device=cpu, **bf16)
     assert chosen.implementation == "sdpa" and "for NVIDIA GPUs alone" in chosen.reason
     assert choose_attention("math", device=cpu, **fp32).implementation == "math"

@@ -13,7 +13,9 @@ from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.cache import CachedStep, KeyValueCache, Span
 from megatron_share4v.mcore.transformer import language_config
 
-CONFIG = language_config(tiny_model(), parallel=ParallelConfig(), dtype=torch.float32, ops="reference", layers_per_stage=(8,))
+CONFIG = language_config(
+    tiny_model(), parallel=ParallelConfig(), dtype=torch.float32, ops="reference", layers_per_stage=(8,)
+)
 HEADS, GROUPS, WIDTH = 4, 2, 8
 LAYER = 3
 
@@ -54,7 +56,9 @@ def test_gathering_those_with_one_new_position_leaves_the_others_alone() -> None
     for (query, key, value), length, count, start in zip(tensors, lengths, counts, starts):
         if length > count:
             before = [x[: length - count] for x in (query, key, value)]
-            attention()(*before, packed_seq_params=CachedStep(cache=cache, spans=(Span(start, length - count, length - count),)))
+            attention()(
+                *before, packed_seq_params=CachedStep(cache=cache, spans=(Span(start, length - count, length - count),))
+            )
     spans = tuple(Span(start, count, length) for start, count, length in zip(starts, counts, lengths))
     new = [torch.cat([parts[which][-count:] for parts, count in zip(tensors, counts)]) for which in range(3)]
     result = attention()(*new, packed_seq_params=CachedStep(cache=cache, spans=spans, gather=True))

@@ -21,7 +21,9 @@ def machine(tmp_path: Path) -> Path:
     (tmp_path / "csrc/answer/cpu.cpp").write_text("int nothing() { return 0; }\n")
     if REAL is not None:
         script = tmp_path / "g++"
-        script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo called >> "{tmp_path}/calls"\nexec "{REAL.cxx}" "$@"\n')
+        script.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] || echo called >> "{tmp_path}/calls"\nexec "{REAL.cxx}" "$@"\n'
+        )
         script.chmod(0o755)
     return tmp_path
 
@@ -66,8 +68,15 @@ def test_ranks_that_differ_end_with_one_message(machine: Path, requested: str) -
     said = run_world(3, outcome, machine, requested, (True, False, True))
     assert len(set(said)) == 1, said
     heading, *ranks = said[0].splitlines()
-    assert heading.startswith(f"ops: {requested} does not lead to the same on every rank; ") and "ops: reference" in heading
-    assert ranks[0] == "ranks 0, 2: fused ops: native (C++)" and ranks[1].startswith("ranks 1: ") and "no C++ compiler" in ranks[1]
+    assert (
+        heading.startswith(f"ops: {requested} does not lead to the same on every rank; ")
+        and "ops: reference" in heading
+    )
+    assert (
+        ranks[0] == "ranks 0, 2: fused ops: native (C++)"
+        and ranks[1].startswith("ranks 1: ")
+        and "no C++ compiler" in ranks[1]
+    )
 
 
 @needs_cxx

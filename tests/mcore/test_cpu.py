@@ -28,7 +28,10 @@ ANSWERS = {
     "current_device": ("torch.cuda.current_device()", "a == torch.device('cpu')"),
     "device='cuda' literal": ("torch.tensor([1.0], device='cuda')", "a.device.type == 'cpu' and a.item() == 1.0"),
     "get_rng_state": ("torch.cuda.get_rng_state()", "torch.equal(a, torch.get_rng_state())"),
-    "manual_seed": ("(torch.cuda.manual_seed(5), torch.rand(1))[1]", "torch.manual_seed(5).initial_seed() == 5 and torch.equal(a, torch.rand(1))"),
+    "manual_seed": (
+        "(torch.cuda.manual_seed(5), torch.rand(1))[1]",
+        "torch.manual_seed(5).initial_seed() == 5 and torch.equal(a, torch.rand(1))",
+    ),
     "pin_memory=True": ("torch.zeros(2, device='cpu', pin_memory=True)", "a.shape == (2,)"),
     "synchronize": ("torch.cuda.synchronize()", "a is None"),
     "type": ("torch.zeros(2).type()", "a == 'torch.cuda.FloatTensor'"),
@@ -37,7 +40,10 @@ NOT_LISTED = {
     "to": ("torch.zeros(2).to('cuda', torch.float64)", "a.device.type == 'cpu' and a.dtype is torch.float64"),
     "to by keyword": ("torch.zeros(2).to(device=torch.device('cuda', 0))", "a.device.type == 'cpu'"),
     "module": ("torch.nn.Linear(1, 1).cuda()", "next(a.parameters()).device.type == 'cpu'"),
-    "factory": ("torch.empty((2, 3), device=torch.device('cuda'), dtype=torch.int8)", "a.shape == (2, 3) and a.dtype is torch.int8"),
+    "factory": (
+        "torch.empty((2, 3), device=torch.device('cuda'), dtype=torch.int8)",
+        "a.shape == (2, 3) and a.dtype is torch.int8",
+    ),
     "stream": ("torch.cuda.current_stream().wait_stream(torch.cuda.Stream())", "a is None"),
     "compile": ("torch.compile(len)", "a is len"),
     "compile with options": ("torch.compile(dynamic=True)(len)", "a is len"),
@@ -53,7 +59,9 @@ def _evaluate(expression: str, *, caller: str):
     return eval(expression, {"torch": torch, "__name__": caller})
 
 
-@pytest.mark.parametrize(("expression", "truth"), [*ANSWERS.values(), *NOT_LISTED.values()], ids=[*ANSWERS, *NOT_LISTED])
+@pytest.mark.parametrize(
+    ("expression", "truth"), [*ANSWERS.values(), *NOT_LISTED.values()], ids=[*ANSWERS, *NOT_LISTED]
+)
 def test_megatron_core_is_answered(expression: str, truth: str) -> None:
     assert eval(truth, {"torch": torch, "a": _evaluate(expression, caller=INSIDE)})
 
@@ -86,26 +94,45 @@ def test_events_can_time() -> None:
 
 def test_device_contexts_still_work() -> None:
     with torch.device("meta"):
-        assert all(tensor.is_meta for tensor in (torch.empty(2), torch.zeros(2), torch.tensor([1.0]), torch.arange(3), torch.nn.Linear(2, 2).weight))
+        assert all(
+            tensor.is_meta
+            for tensor in (
+                torch.empty(2),
+                torch.zeros(2),
+                torch.tensor([1.0]),
+                torch.arange(3),
+                torch.nn.Linear(2, 2).weight,
+            )
+        )
 
 
 def test_opening_twice_changes_nothing() -> None:
-    before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {"current": torch.cuda.current_device, "to": torch.Tensor.to}
+    before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {
+        "current": torch.cuda.current_device,
+        "to": torch.Tensor.to,
+    }
     assert cpu.open_door()
-    after = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {"current": torch.cuda.current_device, "to": torch.Tensor.to}
+    after = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {
+        "current": torch.cuda.current_device,
+        "to": torch.Tensor.to,
+    }
     assert before == after
 
 
 def test_torchs_compiler_is_not_loaded() -> None:
     """It would be a third of every start; that also says that nothing on the way compiles."""
     script = "import sys, megatron_share4v.train.loop; print(*{'torch._dynamo', 'torch._inductor'} & set(sys.modules), 'torch' in sys.modules)"
-    finished = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
     assert finished.stdout.split() == ["True"]
 
 
 def test_too_late_is_said() -> None:
     script = "import sys, types; sys.modules['megatron.core.x'] = types.ModuleType('megatron.core.x'); import megatron_share4v.mcore"
-    finished = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     assert finished.returncode != 0
     assert "the CPU door must be opened before megatron.core is imported" in finished.stderr
 
@@ -118,10 +145,16 @@ def test_every_kind_of_touch_is_tried_above() -> None:
 def test_upstream_still_touches_there(what: str, where: str) -> None:
     file, function = where.split(":")
     path = Path(find_spec("megatron.core").submodule_search_locations[0]) / file
-    assert path.exists(), f"megatron-core has no {file} any more; its touch of {what} has moved: list it anew in touchpoints.tsv"
+    assert path.exists(), (
+        f"megatron-core has no {file} any more; its touch of {what} has moved: list it anew in touchpoints.tsv"
+    )
     bodies = list(_bodies(ast.parse(path.read_text()), function))
-    assert bodies, f"{file} has no function {function} any more; its touch of {what} has moved: list it anew in touchpoints.tsv"
-    assert any(_touches(body, what) for body in bodies), f"{where} does not touch {what} any more: take the line out of touchpoints.tsv"
+    assert bodies, (
+        f"{file} has no function {function} any more; its touch of {what} has moved: list it anew in touchpoints.tsv"
+    )
+    assert any(_touches(body, what) for body in bodies), (
+        f"{where} does not touch {what} any more: take the line out of touchpoints.tsv"
+    )
 
 
 def _bodies(tree: ast.AST, function: str) -> Iterator[ast.AST]:
@@ -135,6 +168,9 @@ def _touches(body: ast.AST, what: str) -> bool:
         return any(what in (getattr(node, "attr", None), getattr(node, "id", None)) for node in ast.walk(body))
     keyword, value = what.removesuffix(" literal").split("=")
     return any(
-        isinstance(node, ast.keyword) and node.arg == keyword and isinstance(node.value, ast.Constant) and node.value.value == ast.literal_eval(value)
+        isinstance(node, ast.keyword)
+        and node.arg == keyword
+        and isinstance(node.value, ast.Constant)
+        and node.value.value == ast.literal_eval(value)
         for node in ast.walk(body)
     )

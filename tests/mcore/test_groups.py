@@ -41,14 +41,23 @@ def places(layouts: list[Layout]) -> list[dict]:
 
 
 def test_groups_are_those_of_the_layout() -> None:
-    layouts = [Layout(tensor=4), Layout(tensor=2, pipeline=2), Layout(data=4), Layout(tensor=2, data=2), Layout(tensor=2, context=2), Layout(context=2, data=2)]
+    layouts = [
+        Layout(tensor=4),
+        Layout(tensor=2, pipeline=2),
+        Layout(data=4),
+        Layout(tensor=2, data=2),
+        Layout(tensor=2, context=2),
+        Layout(context=2, data=2),
+    ]
     for rank, found in enumerate(run_world(4, places, layouts)):
         for layout, place in zip(layouts, found, strict=True):
             coordinates = layout.coordinates(rank)
             assert place["rank"] == rank and place["coordinates"] == coordinates
             for axis in ("tensor", "context", "data", "pipeline"):
                 assert place[axis] in layout.groups(axis) and rank in place[axis]
-            assert place["replicas"] in layout.groups("context", "data") and place["first_replica"] == (rank == min(place["replicas"]))
+            assert place["replicas"] in layout.groups("context", "data") and place["first_replica"] == (
+                rank == min(place["replicas"])
+            )
             assert place["samples"] in layout.groups("tensor", "context")
             assert place["place"] == coordinates.context * layout.tensor + coordinates.tensor
             assert place["source"] == min(place["samples"]) and place["reads"] == (place["source"] == rank)

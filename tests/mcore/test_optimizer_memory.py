@@ -73,7 +73,9 @@ def trained_and_counted(folder: str, names: list[str]) -> dict[str, Kept]:
                 moment_bytes=sum(state[average].nbytes for state in states for average in ("exp_avg", "exp_avg_sq")),
                 trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
                 buffered=sum(buffer.numel_unpadded for buffer in chunk.buffers),
-                frozen_gradients=sum(hasattr(p, "main_grad") or p.grad is not None for p in parameters if not p.requires_grad),
+                frozen_gradients=sum(
+                    hasattr(p, "main_grad") or p.grad is not None for p in parameters if not p.requires_grad
+                ),
             )
     return results
 
@@ -110,7 +112,12 @@ def test_frozen_parts_have_no_gradients(kept: list[dict[str, Kept]]) -> None:
 def test_training_is_about_the_same(kept: list[dict[str, Kept]]) -> None:
     for rank in kept:
         assert rank["offload"].losses == pytest.approx(rank["plain"].losses, abs=2e-6)
-        for name, other in (("moments", "plain"), ("moments, unsharded", "plain"), ("gradients", "bf16"), ("gradients and moments", "bf16")):
+        for name, other in (
+            ("moments", "plain"),
+            ("moments, unsharded", "plain"),
+            ("gradients", "bf16"),
+            ("gradients and moments", "bf16"),
+        ):
             assert rank[name].losses != rank[other].losses
             assert rank[name].losses == pytest.approx(rank[other].losses, abs=BF16_LOSS), name
 

@@ -41,24 +41,44 @@ class StandIn(torch.nn.Module):
         super().__init__()
         assert set(named) <= wrapped_arguments("__init__"), named
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, kind: AttnMaskType, **named: Any) -> torch.Tensor:
-        assert mask is None and set(named) <= wrapped_arguments("forward") and all(x.is_contiguous() or not named for x in (query, key, value))
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, kind: AttnMaskType, **named: Any
+    ) -> torch.Tensor:
+        assert (
+            mask is None
+            and set(named) <= wrapped_arguments("forward")
+            and all(x.is_contiguous() or not named for x in (query, key, value))
+        )
         causal = kind is AttnMaskType.causal
         if not named:
             return math(query, key, value, at=Places(), causal=causal, scale=None)
         packs = named["packed_seq_params"]
-        assert packs.qkv_format == "thd" and query.dim() == 3 and packs.cu_seqlens_q is packs.cu_seqlens_kv and packs.cu_seqlens_q.dtype is torch.int32
+        assert (
+            packs.qkv_format == "thd"
+            and query.dim() == 3
+            and packs.cu_seqlens_q is packs.cu_seqlens_kv
+            and packs.cu_seqlens_q.dtype is torch.int32
+        )
         lengths = packs.cu_seqlens_q.diff().tolist()
         assert packs.max_seqlen_q == packs.max_seqlen_kv == max(lengths)
-        together = math(*(x.unsqueeze(1) for x in (query, key, value)), at=Places(lengths=(tuple(lengths),)), causal=causal, scale=None)
+        together = math(
+            *(x.unsqueeze(1) for x in (query, key, value)),
+            at=Places(lengths=(tuple(lengths),)),
+            causal=causal,
+            scale=None,
+        )
         return together[:, 0]
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
 def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(specs_te, "TEDotProductAttention", StandIn)
-    config = LayerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention="te")
-    attention = specs_te.EngineAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=None, cp_comm_type=None, pg_collection=None)
+    config = LayerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention="te"
+    )
+    attention = specs_te.EngineAttention(
+        config, 1, AttnMaskType.causal, "self", softmax_scale=None, cp_comm_type=None, pg_collection=None
+    )
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(12, 2, heads, 4, generator=generator) for heads in (4, 2, 2))
     at = places(torch.zeros(12, 2), segments=segments, kernel="te")
@@ -68,8 +88,12 @@ def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.Monke
     torch.testing.assert_close(got, math(query, key, value, at=at, causal=True, scale=None), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("groups", "tensor", "context", "expected"), [(8, 2, 2, (4, 4)), (2, 2, 4, (2, 2)), (8, 1, 1, (8, 8))])
-def test_the_engine_is_told_of_a_rank_s_heads_alone(groups: int, tensor: int, context: int, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("groups", "tensor", "context", "expected"), [(8, 2, 2, (4, 4)), (2, 2, 4, (2, 2)), (8, 1, 1, (8, 8))]
+)
+def test_the_engine_is_told_of_a_rank_s_heads_alone(
+    groups: int, tensor: int, context: int, expected: tuple[int, int]
+) -> None:
     """Context parallelism is ours (mcore/context.py): the engine's own must not start beside it."""
     config = LayerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=8, num_query_groups=groups, tensor_model_parallel_size=tensor,
@@ -94,14 +118,25 @@ def test_layers_are_made_of_what_was_chosen() -> None:
     assert columns(LayerOptions(fp8=Fp8(recipe="tensorwise", tower=True))) == [own] * 5
     assert columns(LayerOptions(fp8=fp8, engine="language")) == [engine] * 4 + [plain]
     assert columns(LayerOptions(engine="all")) == [engine] * 5
-    te = decoder_submodules(range(1), layers=1, mesh=SimpleNamespace(tensor_group=None), options=LayerOptions(attention="te")).layer_specs[0]
+    te = decoder_submodules(
+        range(1), layers=1, mesh=SimpleNamespace(tensor_group=None), options=LayerOptions(attention="te")
+    ).layer_specs[0]
     assert te.submodules.self_attention.submodules.core_attention is specs_te.EngineAttention
 
 
-@pytest.mark.parametrize(("recipe", "format"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")])
+@pytest.mark.parametrize(
+    ("recipe", "format"), [("delayed", "hybrid"), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")]
+)
 def test_recipes_reach_core(recipe: Any, format: str) -> None:
     first = 0 if recipe == "delayed" else 1
     options = LayerOptions(fp8=Fp8(recipe=recipe, first_layers=first), engine="language")
-    config = language_config(ModelConfig(), parallel=ParallelConfig(), dtype=torch.bfloat16, ops="reference", options=options, layers_per_stage=(32,))
+    config = language_config(
+        ModelConfig(),
+        parallel=ParallelConfig(),
+        dtype=torch.bfloat16,
+        ops="reference",
+        options=options,
+        layers_per_stage=(32,),
+    )
     assert (config.fp8, config.fp8_recipe, config.fp8_wgrad) == (format, recipe, True)
     assert (config.first_last_layers_bf16, config.num_layers_at_start_in_bf16) == (bool(first), first)

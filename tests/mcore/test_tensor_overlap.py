@@ -23,7 +23,14 @@ ON = ParallelConfig(tensor=2, sequence=True, overlap_tensor=True)
 MESH = SimpleNamespace(layout=Layout(tensor=2), device=SimpleNamespace(backend="nccl"))
 
 
-def run(*, parallel: ParallelConfig = ON, engine: Any = "language", pack_length: int | None = 4096, preview: int = 0, **precision: Any) -> RunConfig:
+def run(
+    *,
+    parallel: ParallelConfig = ON,
+    engine: Any = "language",
+    pack_length: int | None = 4096,
+    preview: int = 0,
+    **precision: Any,
+) -> RunConfig:
     return RunConfig(
         run=RunSection(directory="runs/none"),
         parallel=parallel,
@@ -40,9 +47,24 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def initialize_ub(
-        shape, tp_size, use_fp8=False, quantization_modes=None, dtype=torch.bfloat16, ub_cfgs=None, bootstrap_backend=None, with_cublasmp=False
+        shape,
+        tp_size,
+        use_fp8=False,
+        quantization_modes=None,
+        dtype=torch.bfloat16,
+        ub_cfgs=None,
+        bootstrap_backend=None,
+        with_cublasmp=False,
     ):
-        calls.append({"shape": shape, "tp_size": tp_size, "modes": quantization_modes, "dtype": dtype, "backend": bootstrap_backend})
+        calls.append(
+            {
+                "shape": shape,
+                "tp_size": tp_size,
+                "modes": quantization_modes,
+                "dtype": dtype,
+                "backend": bootstrap_backend,
+            }
+        )
 
     engine = ModuleType("transformer_engine.pytorch")
     engine.initialize_ub, engine.UserBufferQuantizationMode = initialize_ub, SimpleNamespace(FP8="fp8", NONE="none")
@@ -62,7 +84,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 )
 def test_buffers_are_made_once_for_a_micro_batch(precision: dict, modes: list[str], made: list[dict[str, Any]]) -> None:
     start_tensor_overlap(run(**precision), mesh=MESH)
-    assert made == [{"shape": [2 * 4096, 4096], "tp_size": 2, "modes": modes, "dtype": torch.bfloat16, "backend": "nccl"}]
+    assert made == [
+        {"shape": [2 * 4096, 4096], "tp_size": 2, "modes": modes, "dtype": torch.bfloat16, "backend": "nccl"}
+    ]
 
 
 def test_nothing_is_made_where_it_is_off(made: list[dict[str, Any]]) -> None:
@@ -73,7 +97,12 @@ def test_nothing_is_made_where_it_is_off(made: list[dict[str, Any]]) -> None:
 def test_core_is_told_for_the_language_model_alone() -> None:
     """The tower has no sequence parallelism, without which the engine overlaps nothing."""
     for on in (True, False):
-        how = {"parallel": replace(ON, overlap_tensor=on), "dtype": torch.bfloat16, "ops": "reference", "options": LayerOptions(engine="all")}
+        how = {
+            "parallel": replace(ON, overlap_tensor=on),
+            "dtype": torch.bfloat16,
+            "ops": "reference",
+            "options": LayerOptions(engine="all"),
+        }
         assert language_config(ModelConfig(), layers_per_stage=(32,), **how).tp_comm_overlap is on
         assert vision_config(ModelConfig(), **how).tp_comm_overlap is False
 
@@ -81,12 +110,18 @@ def test_core_is_told_for_the_language_model_alone() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"parallel": ParallelConfig(tensor=2, sequence=True, overlap_tensor=True), "engine": "none"}, "with transformer_engine none: its layers"),
+        (
+            {"parallel": ParallelConfig(tensor=2, sequence=True, overlap_tensor=True), "engine": "none"},
+            "with transformer_engine none: its layers",
+        ),
         ({"pack_length": None}, "with data.pack_length null: the buffers have one shape"),
         ({"fp8": "blockwise"}, "with precision.fp8 blockwise: there are no buffers for scales of blocks"),
         ({"dtype": "fp32"}, "with precision.dtype fp32: the buffers are for bf16 and FP8"),
         ({"preview": 10}, "with train.preview_every_steps 10: generation has other shapes"),
-        ({"fp8": "delayed", "fp8_param_gather": True}, "fp8_param_gather true is not available: megatron-core has it only for weights that"),
+        (
+            {"fp8": "delayed", "fp8_param_gather": True},
+            "fp8_param_gather true is not available: megatron-core has it only for weights that",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused(wrong: dict, message: str) -> None:
@@ -95,5 +130,7 @@ def test_what_it_cannot_do_is_refused(wrong: dict, message: str) -> None:
 
 
 def test_it_needs_sequence_parallelism() -> None:
-    with pytest.raises(ValueError, match="overlap_tensor true needs tensor > 1 and sequence true, got tensor 2 and sequence false"):
+    with pytest.raises(
+        ValueError, match="overlap_tensor true needs tensor > 1 and sequence true, got tensor 2 and sequence false"
+    ):
         ParallelConfig(tensor=2, overlap_tensor=True)

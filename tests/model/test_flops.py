@@ -35,7 +35,13 @@ TRAINABLE = {
 
 
 def counted(
-    model: ModelConfig, batch, *, mesh: Mesh, ops: str, dtype: torch.dtype = torch.float32, options: LayerOptions = LayerOptions()
+    model: ModelConfig,
+    batch,
+    *,
+    mesh: Mesh,
+    ops: str,
+    dtype: torch.dtype = torch.float32,
+    options: LayerOptions = LayerOptions(),
 ) -> tuple[float, float]:
     """(products with weights, products of attention) of one forward and backward pass. Plain attention, whose products are seen one by one."""
     [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=dtype, ops=ops, options=options)
@@ -58,7 +64,9 @@ def computed(model: ModelConfig, amounts: Amounts, execution: Execution | None =
 
 def without_padded_rows(model: ModelConfig) -> ModelConfig:
     """A vocabulary that fills its head, whose rows for divisibility the mathematics does not ask for."""
-    return dataclasses.replace(model, language=dataclasses.replace(model.language, vocab_size=model.language.padded_vocab_size))
+    return dataclasses.replace(
+        model, language=dataclasses.replace(model.language, vocab_size=model.language.padded_vocab_size)
+    )
 
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
@@ -66,14 +74,20 @@ def test_unpacked(trainable: str, mesh: Mesh) -> None:
     """Two full sequences with an image each: nothing is padding, so mathematics and machine agree."""
     model = without_padded_rows(dataclasses.replace(tiny_model(), trainable=TrainableConfig(**TRAINABLE[trainable])))
     batch = micro_batches(0)[0]
-    amounts = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    amounts = Amounts(
+        positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
+    )
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
 
 
 def test_linear_projector(mesh: Mesh) -> None:
-    model = without_padded_rows(dataclasses.replace(tiny_model(vision_from_block=-1), projector=ProjectorConfig(type="linear")))
+    model = without_padded_rows(
+        dataclasses.replace(tiny_model(vision_from_block=-1), projector=ProjectorConfig(type="linear"))
+    )
     batch = micro_batches(0)[3]
-    amounts = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    amounts = Amounts(
+        positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
+    )
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
 
 
@@ -84,12 +98,16 @@ def test_packed_with_padding(mesh: Mesh) -> None:
     pieces = np.array([10, 9, 5, 17, 3, 4])
     done = Amounts(positions=2 * LENGTH, squares=int((pieces**2).sum()), images=2, head_rows=batch.targets.numel())
     execution = Execution(fused_head=False, flash=False)
-    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, done, execution), rel=WITHIN)
+    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(
+        computed(model, done, execution), rel=WITHIN
+    )
 
 
 def test_native_head_computes_its_logits_twice(mesh: Mesh, native_ops: None) -> None:
     model, batch = tiny_model(), micro_batches(0)[0]
-    done = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    done = Amounts(
+        positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
+    )
     # bf16: in fp32 the head adds its products in place, which the counter does not know.
     matrices, _ = counted(model, batch, mesh=mesh, ops="native", dtype=torch.bfloat16)
     assert matrices == computed(model, done, Execution(fused_head=True, flash=False))[0]
@@ -100,7 +118,9 @@ RECOMPUTED = {
     "full": TrainConfig(global_batch_size=1, recompute="full"),
     "some layers": TrainConfig(global_batch_size=1, recompute="full", recompute_layers=3),
     "attention": TrainConfig(global_batch_size=1, recompute="selective", recompute_modules=("core_attn",)),
-    "mlp": TrainConfig(global_batch_size=1, recompute="selective", recompute_tower="selective", recompute_modules=("mlp", "core_attn")),
+    "mlp": TrainConfig(
+        global_batch_size=1, recompute="selective", recompute_tower="selective", recompute_modules=("mlp", "core_attn")
+    ),
 }
 
 
@@ -110,9 +130,15 @@ def test_recomputation(name: str, mesh: Mesh) -> None:
     model, batch, train = tiny_model(), micro_batches(0)[0], RECOMPUTED[name]
     data = DataConfig(train="data", tokenizer="tokenizer.model", max_text_length=20)
     config = RunConfig(run=RunSection(directory="none"), data=data, model=model, train=train)
-    execution = dataclasses.replace(Execution.of(config, fused_head=False, layers_per_stage=(model.language.num_layers,)), flash=False)
-    done = Amounts(positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel())
+    execution = dataclasses.replace(
+        Execution.of(config, fused_head=False, layers_per_stage=(model.language.num_layers,)), flash=False
+    )
+    done = Amounts(
+        positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
+    )
     expected = computed(model, done, execution)
-    assert counted(model, batch, mesh=mesh, ops="reference", options=layer_options(train)) == pytest.approx(expected, rel=WITHIN)
+    assert counted(model, batch, mesh=mesh, ops="reference", options=layer_options(train)) == pytest.approx(
+        expected, rel=WITHIN
+    )
     plain = computed(model, done, Execution(fused_head=False, flash=False))
     assert sum(expected) > 1.02 * sum(plain)

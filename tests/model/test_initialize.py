@@ -27,7 +27,9 @@ def slices(parallel: ParallelConfig) -> list[tuple[str, tuple[int, ...], tuple[i
     with open_mesh(layout, device=Device("cpu")) as mesh:
         chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
         initialize(chunks, seed=7, model=MODEL)
-        return [(shard.key, shard.global_shape, shard.offset, shard.data.clone(), shard.replica) for shard in shards(chunks)]
+        return [
+            (shard.key, shard.global_shape, shard.offset, shard.data.clone(), shard.replica) for shard in shards(chunks)
+        ]
 
 
 def _assemble(ranks: list[list]) -> dict[str, torch.Tensor]:
@@ -50,7 +52,9 @@ def alone() -> dict[str, torch.Tensor]:
     return _assemble(run_world(1, slices, ParallelConfig()))
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2, virtual=2), ParallelConfig()])
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2, virtual=2), ParallelConfig()]
+)
 def test_every_layout_starts_from_the_same_weights(parallel: ParallelConfig, alone: dict[str, torch.Tensor]) -> None:
     together = _assemble(run_world(2, slices, parallel))
     assert set(together) == set(alone)
@@ -85,8 +89,13 @@ def test_values_have_the_intended_size(alone: dict[str, torch.Tensor]) -> None:
     assert (alone["language.decoder.layers.3.input_layernorm.weight"] == 1).all()
     assert (alone["vision.layers.0.self_attention.linear_qkv.bias"] == 0).all()
     assert alone["language.decoder.layers.3.mlp.linear_fc1.weight"].std().item() == pytest.approx(std, rel=0.1)
-    assert alone["language.decoder.layers.3.mlp.linear_fc2.weight"].std().item() == pytest.approx(std / math.sqrt(2 * layers), rel=0.1)
-    assert not torch.equal(alone["language.decoder.layers.3.mlp.linear_fc2.weight"], alone["language.decoder.layers.4.mlp.linear_fc2.weight"])
+    assert alone["language.decoder.layers.3.mlp.linear_fc2.weight"].std().item() == pytest.approx(
+        std / math.sqrt(2 * layers), rel=0.1
+    )
+    assert not torch.equal(
+        alone["language.decoder.layers.3.mlp.linear_fc2.weight"],
+        alone["language.decoder.layers.4.mlp.linear_fc2.weight"],
+    )
     for key in ("language.embedding.weight", "language.head.weight"):
         vocabulary = MODEL.language.vocab_size
         assert (alone[key][vocabulary:] == 0).all() and alone[key][:vocabulary].abs().min() > 0

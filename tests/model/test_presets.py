@@ -40,7 +40,10 @@ def test_parameter_counts_are_the_published_ones(name: str, mesh: Mesh, reposito
             place=ChunkPlace(stage=0, num_stages=1, chunk=None),
         )
     assert all(parameter.is_meta for parameter in chunk.parameters()), "building took memory"
-    counts = {part: sum(parameter.numel() for parameter in getattr(chunk, part).parameters()) for part in ("vision", "projector", "language")}
+    counts = {
+        part: sum(parameter.numel() for parameter in getattr(chunk, part).parameters())
+        for part in ("vision", "projector", "language")
+    }
     # The last block comes after the feature layer, the post-LayerNorm serves the pooled class token alone: neither is built.
     assert counts.pop("vision") + BLOCK + POST_LAYERNORM == PUBLISHED_TOWER
     assert sum(parameter.numel() for parameter in chunk.vision.layers[0].parameters()) == BLOCK

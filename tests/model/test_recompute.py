@@ -51,7 +51,10 @@ def kept_and_gradients() -> dict[str, tuple[int, list[torch.Tensor]]]:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = chunk(batch)
             loss.backward()
-            results[name] = sum(kept.values()), [parameter.grad for parameter in chunk.parameters() if parameter.requires_grad]
+            results[name] = (
+                sum(kept.values()),
+                [parameter.grad for parameter in chunk.parameters() if parameter.requires_grad],
+            )
     return results
 
 

@@ -27,7 +27,9 @@ def _all_ways(num_layers: int, stages: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("first", [0, 0.5, 3, 20])
 @pytest.mark.parametrize("last", [0, 1, 2.5])
-@pytest.mark.parametrize(("num_layers", "stages", "pipeline"), [(8, 2, 2), (9, 3, 3), (10, 4, 2), (8, 4, 4), (7, 6, 3), (4, 4, 2), (5, 1, 1)])
+@pytest.mark.parametrize(
+    ("num_layers", "stages", "pipeline"), [(8, 2, 2), (9, 3, 3), (10, 4, 2), (8, 4, 4), (7, 6, 3), (4, 4, 2), (5, 1, 1)]
+)
 def test_no_way_is_better(num_layers: int, stages: int, pipeline: int, first: float, last: float) -> None:
     costs = StageCosts(layer=1, first=first, last=last)
     counts = split_layers(num_layers, stages=stages, pipeline=pipeline, costs=costs)

@@ -27,21 +27,32 @@ def _trained(chunk: Share4V) -> set[str]:
 
 def test_components_train_as_asked(mesh: Mesh) -> None:
     names = {name for name, _ in _build(mesh).named_parameters()}
-    of = {component: {name for name in names if component_of(name) == component} for component in ("vision", "projector", "language")}
+    of = {
+        component: {name for name in names if component_of(name) == component}
+        for component in ("vision", "projector", "language")
+    }
     assert set.union(*of.values()) == names and all(of.values())
     assert _trained(_build(mesh, projector=True, language=False)) == of["projector"]
     assert _trained(_build(mesh, projector=False, language=True)) == of["language"]
     assert _trained(_build(mesh, vision_from_block=-1)) == names
-    assert _trained(_build(mesh, vision_from_block=1)) == names - {name for name in of["vision"] if ".layers.1." not in name}
+    assert _trained(_build(mesh, vision_from_block=1)) == names - {
+        name for name in of["vision"] if ".layers.1." not in name
+    }
     blocks = {name for name in of["vision"] if ".layers." in name}
     assert _trained(_build(mesh, vision_from_block=0)) == names - (of["vision"] - blocks)
 
 
-@pytest.mark.parametrize("trainable", [{"vision_from_block": 1}, {"vision_from_block": 0}, {"vision_from_block": -1}, {"language": False}])
+@pytest.mark.parametrize(
+    "trainable", [{"vision_from_block": 1}, {"vision_from_block": 0}, {"vision_from_block": -1}, {"language": False}]
+)
 def test_gradients_arrive_where_something_trains_and_nowhere_else(mesh: Mesh, trainable: dict) -> None:
     chunk = _build(mesh, **trainable)
     chunk(micro_batches(0)[0]).backward()
-    received = {name for name, parameter in chunk.named_parameters() if parameter.grad is not None and parameter.grad.abs().max() > 0}
+    received = {
+        name
+        for name, parameter in chunk.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().max() > 0
+    }
     assert received == _trained(chunk)
 
 
@@ -51,7 +62,9 @@ def test_the_frozen_prefix_keeps_nothing_for_the_way_back(mesh: Mesh) -> None:
 
     def elements_kept(chunk: Share4V) -> int:
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ):
             chunk.vision(pixels)
         return sum(tensor.numel() for tensor in kept)
 
@@ -62,14 +75,20 @@ def test_the_frozen_prefix_keeps_nothing_for_the_way_back(mesh: Mesh) -> None:
 
 def test_freezing_changes_no_value(mesh: Mesh) -> None:
     batch = micro_batches(0)[0]
-    assert _build(mesh, vision_from_block=-1)(batch) == _build(mesh, vision_from_block=1)(batch) == _build(mesh, language=False)(batch)
+    assert (
+        _build(mesh, vision_from_block=-1)(batch)
+        == _build(mesh, vision_from_block=1)(batch)
+        == _build(mesh, language=False)(batch)
+    )
 
 
 def test_counts_and_table_agree_with_the_model(mesh: Mesh) -> None:
     chunk = _build(mesh, vision_from_block=1)
     counts = parameter_counts([chunk], mesh=mesh)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in chunk.parameters())
-    assert counts["projector", False] == 0 and counts["vision", True] == sum(p.numel() for p in chunk.vision.layers[1].parameters())
+    assert counts["projector", False] == 0 and counts["vision", True] == sum(
+        p.numel() for p in chunk.vision.layers[1].parameters()
+    )
     lines = list(table(counts))
     assert lines[0].split() == ["component", "trained", "frozen"]
     assert lines[1].split() == ["vision", f"{counts['vision', True]:,}", f"{counts['vision', False]:,}"]

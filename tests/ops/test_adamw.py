@@ -72,7 +72,9 @@ def test_clipping_by_a_coefficient_on_the_device_is_torchs_clipping(implementati
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
-def one_step(weight: torch.Tensor, *, keys: list[int], implementation: Implementation, rate: float = 1e-3) -> torch.Tensor:
+def one_step(
+    weight: torch.Tensor, *, keys: list[int], implementation: Implementation, rate: float = 1e-3
+) -> torch.Tensor:
     """Every gradient is 1 at the first step, so that each weight is to fall by `rate`."""
     weight = weight.clone()
     zeros = [torch.zeros(weight.shape) for _ in range(2)]
@@ -128,7 +130,9 @@ def test_bf16_squares_fall_when_gradients_vanish(implementation: Implementation)
     """0.999 of a bf16 value rounds to that value: to nearest it would stay for ever."""
     for seed, expected in ((None, 1.0), (3, 0.999**400)):
         parameter = torch.nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
-        optimizer = FusedAdamW([parameter], lr=0.0, average_dtype=torch.bfloat16, seed=seed, implementation=implementation)
+        optimizer = FusedAdamW(
+            [parameter], lr=0.0, average_dtype=torch.bfloat16, seed=seed, implementation=implementation
+        )
         parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.state[parameter]["exp_avg_sq"].fill_(1.0)
@@ -190,4 +194,11 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(OpsError, match="float16"):
         FusedAdamW([parameter], average_dtype=torch.float16, implementation="native")
     with pytest.raises(RuntimeError, match="number 0 of gradients is Float"):
-        adamw_([torch.ones(2)], grads=[torch.ones(3)], means=[torch.ones(2)], squares=[torch.ones(2)], step=Step(1, 0, 0, 0, 0, 1), implementation="native")
+        adamw_(
+            [torch.ones(2)],
+            grads=[torch.ones(3)],
+            means=[torch.ones(2)],
+            squares=[torch.ones(2)],
+            step=Step(1, 0, 0, 0, 0, 1),
+            implementation="native",
+        )

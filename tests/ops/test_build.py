@@ -26,7 +26,9 @@ needs_cxx = pytest.mark.skipif(REAL is None, reason="no C++ compiler on PATH")
 def csrc(tmp_path: Path) -> Path:
     folder = tmp_path / "csrc"
     (folder / "answer").mkdir(parents=True)
-    (folder / "binding.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 41; }\n')
+    (folder / "binding.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) int answer() { return 41; }\n'
+    )
     (folder / "answer/cpu.cpp").write_text("int nothing() { return 0; }\n")
     return folder
 
@@ -72,7 +74,10 @@ def test_library_is_built_once_and_anew_for_other_sources(tmp_path: Path, csrc: 
 @needs_cxx
 def test_eight_processes_build_once(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=built, args=(toolchain,), kwargs={"cache": tmp_path / "cache", "csrc": csrc}) for _ in range(8)]
+    processes = [
+        context.Process(target=built, args=(toolchain,), kwargs={"cache": tmp_path / "cache", "csrc": csrc})
+        for _ in range(8)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -86,7 +91,9 @@ def test_eight_processes_build_once(tmp_path: Path, csrc: Path, toolchain: Toolc
 @needs_cxx
 def test_failed_build_is_recorded_and_shown(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
     (csrc / "answer/cpu.cpp").write_text("int nothing() { return undeclared_name; }\n")
-    with pytest.raises(BuildFailed, match=r"do not compile \(C\+\+,(?s:.*)failed.log to try again(?s:.*)undeclared_name"):
+    with pytest.raises(
+        BuildFailed, match=r"do not compile \(C\+\+,(?s:.*)failed.log to try again(?s:.*)undeclared_name"
+    ):
         built(toolchain, cache=tmp_path / "cache", csrc=csrc)
     before = calls(tmp_path)
     with pytest.raises(BuildFailed, match="undeclared_name"):
@@ -107,16 +114,23 @@ def test_unwritable_cache_is_named(tmp_path: Path, csrc: Path, toolchain: Toolch
         built(toolchain, cache=tmp_path / "file" / "cache", csrc=csrc)
 
 
-def test_without_compiler_the_reference_is_used_and_said(available: Available, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_compiler_the_reference_is_used_and_said(
+    available: Available, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", logger="megatron_share4v"):
         choice = choose_ops("auto", device="cpu", available=available)
     assert choice.implementation == "reference" and choice.library is None
-    assert caplog.messages == ["fused ops: reference (no C++ compiler (g++, c++) on PATH and no prebuilt library that fits)"]
+    assert caplog.messages == [
+        "fused ops: reference (no C++ compiler (g++, c++) on PATH and no prebuilt library that fits)"
+    ]
     assert choose_ops("reference", device="cpu", available=available) == Choice("reference", "as configured")
 
 
 def test_native_without_compiler_is_refused_with_the_remedy(available: Available) -> None:
-    with pytest.raises(OpsError, match=r"ops: native was asked for on cpu(?s:.*)no C\+\+ compiler(?s:.*)install g\+\+(?s:.*)ops: reference"):
+    with pytest.raises(
+        OpsError,
+        match=r"ops: native was asked for on cpu(?s:.*)no C\+\+ compiler(?s:.*)install g\+\+(?s:.*)ops: reference",
+    ):
         choose_ops("native", device="cpu", available=available)
 
 
@@ -129,20 +143,30 @@ def test_cxx_alone_serves_the_cpu_only(available: Available, toolchain: Toolchai
     machine = with_compiler(available, toolchain)
     choice = choose_ops("auto", device="cpu", available=machine)
     assert (choice.implementation, choice.reason) == ("native", "C++")
-    assert choose_ops("auto", device="cuda", available=machine) == Choice("reference", "no nvcc on PATH and no prebuilt library with CUDA kernels")
+    assert choose_ops("auto", device="cuda", available=machine) == Choice(
+        "reference", "no nvcc on PATH and no prebuilt library with CUDA kernels"
+    )
     with pytest.raises(OpsError, match="asked for on cuda(?s:.*)no nvcc"):
         choose_ops("native", device="cuda", available=machine)
 
 
 @needs_cxx
-def test_cuda_kernels_that_do_not_compile_are_left_out_and_said(tmp_path: Path, available: Available, toolchain: Toolchain) -> None:
+def test_cuda_kernels_that_do_not_compile_are_left_out_and_said(
+    tmp_path: Path, available: Available, toolchain: Toolchain
+) -> None:
     (available.csrc / "answer/cuda.cu").write_text("")
     nvcc = tmp_path / "nvcc"
-    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\n[ "$1" = --list-gpu-arch ] && exit 0\necho out of order >&2\nexit 1\n')
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n[ "$1" = --list-gpu-arch ] && exit 0\necho out of order >&2\nexit 1\n'
+    )
     nvcc.chmod(0o755)
     machine = with_compiler(available, Toolchain(toolchain.cxx, str(nvcc)))
     choice = choose_ops("auto", device="cpu", available=machine)
-    assert choice.implementation == "native" and "without CUDA kernels" in choice.reason and "out of order" in choice.reason
+    assert (
+        choice.implementation == "native"
+        and "without CUDA kernels" in choice.reason
+        and "out of order" in choice.reason
+    )
     with pytest.raises(OpsError, match="out of order"):
         choose_ops("native", device="cuda", available=machine)
 
@@ -179,7 +203,9 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_tool_says_what_there_is(repository: Path) -> None:
     environment = os.environ | {"PATH": ""}
     tool = repository / "tools/build_ops.py"
-    done = subprocess.run([sys.executable, str(tool), "--status"], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(tool), "--status"], capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0 and "compilers: none" in done.stdout, done.stderr
     done = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2 and done.stderr.startswith("error: no C++ compiler") and "Traceback" not in done.stderr

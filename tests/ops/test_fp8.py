@@ -94,9 +94,15 @@ def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
 @implementations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precise", [False, True])
-def test_layer_is_near_the_one_in_full_precision(implementation: Implementation, dtype: torch.dtype, precise: bool) -> None:
+def test_layer_is_near_the_one_in_full_precision(
+    implementation: Implementation, dtype: torch.dtype, precise: bool
+) -> None:
     # 5 x 7 rows: not a multiple of 16.
-    x, weight, bias = draw((5, 7, 64), dtype=dtype), draw((48, 64), dtype=dtype, seed=1), draw((48,), dtype=dtype, seed=2)
+    x, weight, bias = (
+        draw((5, 7, 64), dtype=dtype),
+        draw((48, 64), dtype=dtype, seed=1),
+        draw((48,), dtype=dtype, seed=2),
+    )
     slope = draw((5, 7, 48), dtype=dtype, seed=3)
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
     got = fp8_linear(x, weight=weight, bias=bias, precise_weight_grad=precise, implementation=implementation)
@@ -115,7 +121,10 @@ def test_layer_is_near_the_one_in_full_precision(implementation: Implementation,
 
 
 def test_layer_computes_the_product_of_its_codes() -> None:
-    x, weight, slope = (draw(shape, dtype=torch.float32, seed=seed).requires_grad_() for seed, shape in enumerate(((24, 32), (16, 32), (24, 16))))
+    x, weight, slope = (
+        draw(shape, dtype=torch.float32, seed=seed).requires_grad_()
+        for seed, shape in enumerate(((24, 32), (16, 32), (24, 16)))
+    )
     y = fp8_linear(x, weight=weight, implementation="native")
     grads = torch.autograd.grad(y, (x, weight), slope)
 
@@ -123,16 +132,25 @@ def test_layer_computes_the_product_of_its_codes() -> None:
         scale = fp8_scale(tensor, format=format, implementation="reference")
         return fp8_cast(tensor, scale=scale, format=format, implementation="reference").double() * scale.double()
 
-    wide_x, wide_weight, wide_slope = seen(x.detach(), "e4m3"), seen(weight.detach(), "e4m3"), seen(slope.detach(), "e5m2")
+    wide_x, wide_weight, wide_slope = (
+        seen(x.detach(), "e4m3"),
+        seen(weight.detach(), "e4m3"),
+        seen(slope.detach(), "e5m2"),
+    )
     # Sums of 32 products in fp32.
-    for got, truth in zip((y, *grads), (wide_x @ wide_weight.t(), wide_slope @ wide_weight, wide_slope.t() @ wide_x), strict=True):
+    for got, truth in zip(
+        (y, *grads), (wide_x @ wide_weight.t(), wide_slope @ wide_weight, wide_slope.t() @ wide_x), strict=True
+    ):
         assert relative(got, truth) < 1e-6
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 @pytest.mark.parametrize("precise", [False, True])
 def test_gradient_only_where_it_is_wanted(frozen: str, precise: bool) -> None:
-    x, weight = (draw(shape, dtype=torch.float32).requires_grad_(name != frozen) for name, shape in (("x", (3, 16)), ("weight", (32, 16))))
+    x, weight = (
+        draw(shape, dtype=torch.float32).requires_grad_(name != frozen)
+        for name, shape in (("x", (3, 16)), ("weight", (32, 16)))
+    )
     fp8_linear(x, weight=weight, precise_weight_grad=precise, implementation="native").sum().backward()
     assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
 
@@ -179,5 +197,9 @@ def test_odd_widths_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_compiled_layer_is_the_layer() -> None:
     layer, x = Fp8Linear(32, 16, implementation="native"), draw((8, 32), dtype=torch.float32).requires_grad_()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for a, b in zip(torch.autograd.grad(compiled(x).sum(), (x, layer.weight)), torch.autograd.grad(layer(x).sum(), (x, layer.weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled(x).sum(), (x, layer.weight)),
+        torch.autograd.grad(layer(x).sum(), (x, layer.weight)),
+        strict=True,
+    ):
         assert torch.equal(a, b)

@@ -18,14 +18,29 @@ from megatron_share4v.ops.usage import Usage, usages
 TOOLCHAIN = find_toolchain()
 needs_cxx = pytest.mark.skipif(TOOLCHAIN is None, reason="no C++ compiler on PATH")
 needs_nvcc = pytest.mark.skipif(TOOLCHAIN is None or TOOLCHAIN.nvcc is None, reason="no nvcc on PATH")
-HOST_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fsanitize=address", "-Wall", "-Wno-unknown-pragmas", "-DSHARE4V_EMULATE")
+HOST_FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fsanitize=address",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DSHARE4V_EMULATE",
+)
 GPUS = {"sm_80", "sm_90a", "sm_100"}
 
 
 def sanitized() -> dict[str, str]:
     """The environment in which a Python process can load code that was built with AddressSanitizer."""
-    runtime = subprocess.run([TOOLCHAIN.cxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    return os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "OMP_NUM_THREADS": "1"}
+    runtime = subprocess.run(
+        [TOOLCHAIN.cxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return os.environ | {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +49,35 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     csrc, folder = sources(), tmp_path_factory.mktemp("emulated")
     torch_root = Path(torch.__file__).parent
     compile_one = [TOOLCHAIN.cxx, *HOST_FLAGS, "-c", "-o"]
-    run([*compile_one, str(folder / "binding.o"), "-isystem", str(torch_root / "include"), STABLE_ABI, str(csrc / "binding.cpp")])
+    run(
+        [
+            *compile_one,
+            str(folder / "binding.o"),
+            "-isystem",
+            str(torch_root / "include"),
+            STABLE_ABI,
+            str(csrc / "binding.cpp"),
+        ]
+    )
     for kernel in sorted(csrc.glob("*/cuda.cu")):
         run([*compile_one, str(folder / f"{kernel.parent.name}.o"), "-x", "c++", str(kernel)])
     objects = map(str, sorted(folder.glob("*.o")))
     library = folder / LIBRARY
-    run([TOOLCHAIN.cxx, "-shared", "-fsanitize=address", *objects, "-L", str(torch_root / "lib"), "-ltorch_cpu", "-lc10", "-ldl", "-o", str(library)])
+    run(
+        [
+            TOOLCHAIN.cxx,
+            "-shared",
+            "-fsanitize=address",
+            *objects,
+            "-L",
+            str(torch_root / "lib"),
+            "-ltorch_cpu",
+            "-lc10",
+            "-ldl",
+            "-o",
+            str(library),
+        ]
+    )
     return library
 
 
@@ -50,7 +88,14 @@ def run(command: list[str]) -> None:
 
 def walk(library: Path, *seed: str, env: dict[str, str]) -> str:
     program = Path(__file__).parents[1] / "ops_walk.py"
-    done = subprocess.run([sys.executable, str(program), str(library), *seed], capture_output=True, text=True, check=False, env=env, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(program), str(library), *seed],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return done.stdout
 
@@ -81,7 +126,9 @@ PLANTED = {
 
 @needs_cxx
 def test_planted_faults_are_found(tmp_path: Path) -> None:
-    kernels = "\n".join(f"__global__ void kernel{number}(float* out) {{ {body} }}" for number, body in enumerate(PLANTED))
+    kernels = "\n".join(
+        f"__global__ void kernel{number}(float* out) {{ {body} }}" for number, body in enumerate(PLANTED)
+    )
     table = ", ".join(f"kernel{number}" for number in range(len(PLANTED)))
     source = tmp_path / "planted.cu"
     source.write_text(
@@ -92,7 +139,9 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     run([TOOLCHAIN.cxx, *HOST_FLAGS, "-x", "c++", str(source), "-o", str(tmp_path / "planted")])
     quiet = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
     for number, (body, message) in enumerate(PLANTED.items()):
-        done = subprocess.run([str(tmp_path / "planted"), str(number)], capture_output=True, text=True, check=False, timeout=60, env=quiet)
+        done = subprocess.run(
+            [str(tmp_path / "planted"), str(number)], capture_output=True, text=True, check=False, timeout=60, env=quiet
+        )
         assert (done.returncode == 0) == (not message) and message in done.stderr, f"{body}\n{done.stderr[:2000]}"
 
 

@@ -26,10 +26,16 @@ def test_activations_are_those_of_the_layers(implementation: Implementation) -> 
     # One activation in fp32, by another formula.
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(bias_gelu(x, bias=bias, implementation=implementation), F.gelu(x + bias), **close)
-    torch.testing.assert_close(bias_quick_gelu(x, bias=bias, implementation=implementation), (x + bias) * torch.sigmoid(1.702 * (x + bias)), **close)
+    torch.testing.assert_close(
+        bias_quick_gelu(x, bias=bias, implementation=implementation),
+        (x + bias) * torch.sigmoid(1.702 * (x + bias)),
+        **close,
+    )
     # As core's MLP has it: `torch.chunk` of fc1's output, the activation on the first half.
     first, second = torch.chunk(x + bias, 2, dim=-1)
-    torch.testing.assert_close(bias_swiglu(x, bias=bias, implementation=implementation), F.silu(first) * second, **close)
+    torch.testing.assert_close(
+        bias_swiglu(x, bias=bias, implementation=implementation), F.silu(first) * second, **close
+    )
     first, second = torch.chunk(x, 2, dim=-1)
     torch.testing.assert_close(bias_swiglu(x, implementation=implementation), F.silu(first) * second, **close)
 
@@ -44,7 +50,10 @@ def test_gelu_keeps_its_digits_in_the_tail() -> None:
 def test_what_is_not_finite_is_not_hidden() -> None:
     x = torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])
     for function in (bias_gelu, bias_quick_gelu, bias_swiglu):
-        assert function(x, implementation="native").isnan().flatten().tolist() == function(x, implementation="reference").isnan().flatten().tolist()
+        assert (
+            function(x, implementation="native").isnan().flatten().tolist()
+            == function(x, implementation="reference").isnan().flatten().tolist()
+        )
 
 
 def test_an_odd_number_of_columns_has_no_halves() -> None:
@@ -63,14 +72,20 @@ def rotated_by_core(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("segments", [None, ((5, 6), (9,), (3, 3, 3))], ids=["whole", "packed"])
 def test_rotation_is_that_of_core(implementation: Implementation, segments: tuple[tuple[int, ...], ...] | None) -> None:
     length, batch, width = 11, 3, 16
-    angles = RotaryEmbedding(kv_channels=width, rotary_percent=1.0, rotary_base=10000, use_cpu_initialization=True)(length)  # [S, 1, 1, D]
+    angles = RotaryEmbedding(kv_channels=width, rotary_percent=1.0, rotary_base=10000, use_cpu_initialization=True)(
+        length
+    )  # [S, 1, 1, D]
     positions = None if segments is None else restarting_positions(segments, length)
     leaves = [draw((length, batch, heads, width), dtype=torch.float32, seed=heads).requires_grad_() for heads in (4, 2)]
     slopes = [draw(tuple(leaf.shape), dtype=torch.float32, seed=9) for leaf in leaves]
     table = rope_table(angles[:, 0, 0, : width // 2])
     ours = rope(leaves[0], key=leaves[1], table=table, positions=positions, implementation=implementation)
     core = [rotated_by_core(leaf, angles if positions is None else angles[:, 0][positions]) for leaf in leaves]
-    for got, expected in zip((*ours, *torch.autograd.grad(ours, leaves, slopes)), (*core, *torch.autograd.grad(core, leaves, slopes)), strict=True):
+    for got, expected in zip(
+        (*ours, *torch.autograd.grad(ours, leaves, slopes)),
+        (*core, *torch.autograd.grad(core, leaves, slopes)),
+        strict=True,
+    ):
         # A fused multiply-add rounds once less.
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 

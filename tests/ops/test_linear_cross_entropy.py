@@ -24,7 +24,11 @@ def native(native_ops: None) -> None:
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     targets = torch.randint(0, REAL, (ROWS,), generator=torch.Generator().manual_seed(3))
-    return draw((ROWS, WIDTH), dtype=dtype).requires_grad_(), draw((COLUMNS, WIDTH), dtype=dtype, seed=1).requires_grad_(), targets
+    return (
+        draw((ROWS, WIDTH), dtype=dtype).requires_grad_(),
+        draw((COLUMNS, WIDTH), dtype=dtype, seed=1).requires_grad_(),
+        targets,
+    )
 
 
 def usual(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -37,10 +41,16 @@ def usual(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 @pytest.mark.parametrize("block", [None, 7, 16, 41])
 def test_loss_and_gradients_are_those_of_the_usual_form(implementation: Implementation, block: int | None) -> None:
     hidden, weight, targets = inputs()
-    loss = linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=block, implementation=implementation)
+    loss = linear_cross_entropy(
+        hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=block, implementation=implementation
+    )
     expected = usual(hidden, weight, targets)
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)  # other order of sums of 41 and 23 terms
-    for got, truth in zip(torch.autograd.grad(loss * 0.3, (hidden, weight)), torch.autograd.grad(expected * 0.3, (hidden, weight)), strict=True):
+    for got, truth in zip(
+        torch.autograd.grad(loss * 0.3, (hidden, weight)),
+        torch.autograd.grad(expected * 0.3, (hidden, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(got, truth, rtol=1e-5, atol=2e-6)
     assert not torch.autograd.grad(usual(hidden, weight, targets), weight)[0][REAL:].any()
 
@@ -48,7 +58,9 @@ def test_loss_and_gradients_are_those_of_the_usual_form(implementation: Implemen
 def test_in_bf16_the_weights_gradient_is_bit_for_bit_that_of_the_usual_form() -> None:
     """One product over all rows, of logits' gradients that are rounded as usual: only where e^x differs by its last unit is there another bf16."""
     hidden, weight, targets = inputs(torch.bfloat16)
-    loss = linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=16, implementation="native")
+    loss = linear_cross_entropy(
+        hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=16, implementation="native"
+    )
     [got], [truth] = (torch.autograd.grad(value, weight) for value in (loss, usual(hidden, weight, targets)))
     assert (got == truth).float().mean() > 0.98
 
@@ -58,7 +70,9 @@ def test_in_bf16_the_weights_gradient_is_bit_for_bit_that_of_the_usual_form() ->
 def test_gradient_only_where_it_is_wanted(implementation: Implementation, frozen: str) -> None:
     hidden, weight, targets = inputs()
     {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
-    linear_cross_entropy(hidden, weight=weight, targets=targets, vocabulary=REAL, implementation=implementation).backward()
+    linear_cross_entropy(
+        hidden, weight=weight, targets=targets, vocabulary=REAL, implementation=implementation
+    ).backward()
     assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
 
 
@@ -125,13 +139,26 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
         for rows, implementation, dtype in SETTINGS:
             hidden, weight, targets = inputs(dtype)
             hidden, targets = hidden[:rows].detach().requires_grad_(), targets[:rows]
-            options = {"num_layers": 1, "hidden_size": WIDTH, "num_attention_heads": ranks, "tensor_model_parallel_size": ranks}
+            options = {
+                "num_layers": 1,
+                "hidden_size": WIDTH,
+                "num_attention_heads": ranks,
+                "tensor_model_parallel_size": ranks,
+            }
             config = LayerConfig(**options, use_cpu_initialization=True, params_dtype=dtype)
-            head = ColumnParallelLinear(WIDTH, COLUMNS, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=mesh.tensor_group)
+            head = ColumnParallelLinear(
+                WIDTH, COLUMNS, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=mesh.tensor_group
+            )
             with torch.no_grad():
                 head.weight.copy_(weight[own])
             loss = linear_cross_entropy(
-                hidden, weight=head.weight, targets=targets, vocabulary=REAL, group=mesh.tensor_group, block_columns=10, implementation=implementation
+                hidden,
+                weight=head.weight,
+                targets=targets,
+                vocabulary=REAL,
+                group=mesh.tensor_group,
+                block_columns=10,
+                implementation=implementation,
             )
             got = loss.detach(), *torch.autograd.grad(loss / 7, (hidden, head.weight))
             today = got
@@ -144,7 +171,9 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
 
 def test_over_a_tensor_group_it_is_todays_head_and_loss_and_that_of_one_rank(native_ops: None) -> None:
     for rank, of_settings in enumerate(run_world(2, on_a_rank)):
-        for (rows, _, dtype), (loss, grad_hidden, grad_weight, today, today_hidden, today_weight) in zip(SETTINGS, of_settings, strict=True):
+        for (rows, _, dtype), (loss, grad_hidden, grad_weight, today, today_hidden, today_weight) in zip(
+            SETTINGS, of_settings, strict=True
+        ):
             hidden, weight, targets = inputs(dtype)
             whole = usual(hidden[:rows], weight, targets[:rows])
             one_hidden, one_weight = torch.autograd.grad(whole / 7, (hidden, weight))

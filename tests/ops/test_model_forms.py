@@ -35,28 +35,41 @@ def test_patches_times_weight_are_the_convolution(implementation: Implementation
 
 @implementations
 def test_norms_are_those_of_torch(implementation: Implementation) -> None:
-    x, weight, bias = draw((5, 7, 48), dtype=torch.float32), draw((48,), dtype=torch.float32, seed=1), draw((48,), dtype=torch.float32, seed=2)
+    x, weight, bias = (
+        draw((5, 7, 48), dtype=torch.float32),
+        draw((48,), dtype=torch.float32, seed=1),
+        draw((48,), dtype=torch.float32, seed=2),
+    )
     # Sums of 48 terms in fp32, in another order.
     close = {"rtol": 1e-5, "atol": 1e-6}
     expected = torch.nn.functional.rms_norm(x, (48,), weight, 1e-5)
     torch.testing.assert_close(rms_norm(x, weight=weight, eps=1e-5, implementation=implementation), expected, **close)
-    normed, total = add_rms_norm(x - 1, residual=torch.ones_like(x), weight=weight, eps=1e-5, implementation=implementation)
+    normed, total = add_rms_norm(
+        x - 1, residual=torch.ones_like(x), weight=weight, eps=1e-5, implementation=implementation
+    )
     torch.testing.assert_close(normed, torch.nn.functional.rms_norm(total, (48,), weight, 1e-5), **close)
     assert torch.equal(total, (x - 1) + 1)
     expected = torch.nn.functional.layer_norm(x, (48,), weight, bias, 1e-5)
-    torch.testing.assert_close(layer_norm(x, weight=weight, bias=bias, eps=1e-5, implementation=implementation), expected, **close)
+    torch.testing.assert_close(
+        layer_norm(x, weight=weight, bias=bias, eps=1e-5, implementation=implementation), expected, **close
+    )
 
 
 @implementations
 @pytest.mark.parametrize("frozen", ["tokens", "features"])
 def test_merge_gives_a_gradient_only_where_it_is_wanted(implementation: Implementation, frozen: str) -> None:
     slots = torch.tensor([4, 1])
-    tokens, features = (draw((rows, 8), dtype=torch.float32).requires_grad_(name != frozen) for name, rows in (("tokens", 6), ("features", 2)))
+    tokens, features = (
+        draw((rows, 8), dtype=torch.float32).requires_grad_(name != frozen)
+        for name, rows in (("tokens", 6), ("features", 2))
+    )
     merged = image_merge(tokens, features=features, slots=slots, implementation=implementation)
     merged.backward(torch.ones_like(merged))
     expected = {"tokens": torch.tensor([1.0, 0, 1, 1, 0, 1]), "features": torch.ones(2)}
     for name, leaf in (("tokens", tokens), ("features", features)):
-        assert leaf.grad is None if name == frozen else torch.equal(leaf.grad, expected[name].unsqueeze(1).expand(-1, 8))
+        assert (
+            leaf.grad is None if name == frozen else torch.equal(leaf.grad, expected[name].unsqueeze(1).expand(-1, 8))
+        )
 
 
 def test_of_two_features_with_one_slot_the_last_stays_and_has_the_gradient() -> None:
@@ -82,7 +95,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"float32 and bfloat16, got Double"):
         rms_norm(x.double(), weight=torch.ones(8).double(), eps=0.0, implementation="native")
     with pytest.raises(RuntimeError, match=r"multiples of the patch's, got Byte \[1, 9, 8, 3\] and patch 4"):
-        patchify(torch.zeros(1, 9, 8, 3, dtype=torch.uint8), table=torch.zeros(3, 256), patch=4, implementation="native")
+        patchify(
+            torch.zeros(1, 9, 8, 3, dtype=torch.uint8), table=torch.zeros(3, 256), patch=4, implementation="native"
+        )
 
 
 def test_compiled_model_code_keeps_the_ops() -> None:
@@ -92,6 +107,8 @@ def test_compiled_model_code_keeps_the_ops() -> None:
     x, weight = draw((6, 32), dtype=torch.float32).requires_grad_(), torch.ones(32, requires_grad=True)
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for a, b in zip(
-        torch.autograd.grad(compiled(x, weight).sum(), (x, weight)), torch.autograd.grad(block(x, weight).sum(), (x, weight)), strict=True
+        torch.autograd.grad(compiled(x, weight).sum(), (x, weight)),
+        torch.autograd.grad(block(x, weight).sum(), (x, weight)),
+        strict=True,
     ):
         assert torch.equal(a, b)

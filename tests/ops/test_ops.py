@@ -57,7 +57,9 @@ def test_gradcheck_of_the_reference(op: Op) -> None:
         leaves = [case.arguments[name].detach().double().requires_grad_() for name in op.differentiable]
 
         def function(*values: torch.Tensor, case: Case = case) -> object:
-            return op.function(**case.arguments | dict(zip(op.differentiable, values, strict=True)), implementation="reference")
+            return op.function(
+                **case.arguments | dict(zip(op.differentiable, values, strict=True)), implementation="reference"
+            )
 
         assert torch.autograd.gradcheck(function, leaves)
 
@@ -80,7 +82,11 @@ def test_an_unwritten_output_is_found() -> None:
 
     def lazy(tokens: torch.Tensor, *, features: torch.Tensor, slots: torch.Tensor, implementation: str) -> torch.Tensor:
         right = op.function(tokens, features=features, slots=slots, implementation="reference")
-        return right if tokens.dtype == torch.float64 else torch.where(torch.arange(len(right)).unsqueeze(1) == 4, torch.empty_like(right), right)
+        return (
+            right
+            if tokens.dtype == torch.float64
+            else torch.where(torch.arange(len(right)).unsqueeze(1) == 4, torch.empty_like(right), right)
+        )
 
     with pytest.raises(AssertionError, match="differs by nan"):
         check(dataclasses.replace(op, function=lazy), case, "native")

@@ -29,9 +29,24 @@ def tool(repository: Path) -> ModuleType:
 
 def results(path: Path, *, shape: str) -> Path:
     """As tools/bench_ops.py leaves them, of one op."""
-    row = {"op": "rms_norm", "shape": shape, "direction": "fwd", "megabytes": 203.4, "native_us": 51.0, "eager_us": 102.0}
+    row = {
+        "op": "rms_norm",
+        "shape": shape,
+        "direction": "fwd",
+        "megabytes": 203.4,
+        "native_us": 51.0,
+        "eager_us": 102.0,
+    }
     row |= {"compiled_us": None, "gigabytes_per_s": 3988.0, "of_copy": 0.93}
-    head = {"command": "tools/bench_ops.py", "date": "2026-01-01", "machine": "a machine", "threads": 1, "torch": "2", "ops": "native", "copy_gb_s": 4300.0}
+    head = {
+        "command": "tools/bench_ops.py",
+        "date": "2026-01-01",
+        "machine": "a machine",
+        "threads": 1,
+        "torch": "2",
+        "ops": "native",
+        "copy_gb_s": 4300.0,
+    }
     path.write_text("op shape\nrms_norm\n" + json.dumps(head | {"rows": [row]}))
     return path
 
@@ -43,7 +58,10 @@ def test_what_was_not_measured_is_said_for_every_op(tool: ModuleType, tmp_path: 
     shapes = {(op.name, bench.name) for op in OPS for bench in op.benches() if bench.where == "gpu"}
     assert {op for op, _ in shapes} == {op.name for op in OPS}, "an op has no shape of the 7B model"
     for op, shape in shapes:
-        assert any(line.startswith(f"| {op} | {shape} | fwd |") and line.endswith("| not measured |") for line in text.splitlines()), (op, shape)
+        assert any(
+            line.startswith(f"| {op} | {shape} | fwd |") and line.endswith("| not measured |")
+            for line in text.splitlines()
+        ), (op, shape)
     assert text.count("\nNot measured.") == 2
     assert "not compiled" not in text and "| rms_norm | language 7B | fwd | 203.4 | 47.3 | not measured |" in text
 
@@ -53,7 +71,10 @@ def test_what_was_measured_stands_beside_its_floor(tool: ModuleType, tmp_path: P
     tool.main(["--output", str(tmp_path / "ops.md"), "--gpu", str(results(tmp_path / "gpu.txt", shape="language 7B"))])
     text = (tmp_path / "ops.md").read_text()
     assert "| rms_norm | language 7B | fwd | 203.4 | 47.3 | 51.0 |" in text
-    assert "| rms_norm | language 7B | fwd | 203.40 | 51 | 102 | 2.00 | - | - | 3988.0 | 0.93 |" in text and "`tools/bench_ops.py` on 2026-01-01" in text
+    assert (
+        "| rms_norm | language 7B | fwd | 203.40 | 51 | 102 | 2.00 | - | - | 3988.0 | 0.93 |" in text
+        and "`tools/bench_ops.py` on 2026-01-01" in text
+    )
 
 
 @needs_nvcc
@@ -67,6 +88,8 @@ def test_without_a_gpu_nothing_is_measured_and_that_is_said(repository: Path, tm
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     command = ["bash", str(repository / "tests/gpu/run.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": str(tmp_path)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": str(tmp_path)}
+    )
     assert done.returncode == 0 and "nothing was compared and nothing was measured" in done.stdout, done.stderr
     assert not (tmp_path / "out").exists()

@@ -39,7 +39,9 @@ def exchange(source: int) -> int:
         assert len(received) == len(record)
         for there, here in zip(received, record):
             assert (there is None) == (here is None)
-            equal += there is None or (there.dtype == here.dtype and there.shape == here.shape and torch.equal(there, here))
+            equal += there is None or (
+                there.dtype == here.dtype and there.shape == here.shape and torch.equal(there, here)
+            )
     return equal
 
 

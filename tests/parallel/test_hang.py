@@ -28,7 +28,11 @@ def world(*odd: tuple[int, dict], size: int = 4) -> list[Seen]:
         (world((1, {"step": 6})), (1,), "it is behind the others, in all_reduce"),
         (world((3, {"micro_batch": 1})), (3,), "it is behind the others"),
         (world((0, {"collective": "broadcast"})), (0,), "it waits in broadcast"),
-        (world((1, {"ended": "ValueError: x", "code": 1}), (2, {"collective": ""})), (1,), "it has ended: ValueError: x"),
+        (
+            world((1, {"ended": "ValueError: x", "code": 1}), (2, {"collective": ""})),
+            (1,),
+            "it has ended: ValueError: x",
+        ),
         (world((1, {"ended": "", "code": 0})), (1,), "it came to its end while others go on"),
         (world(), (), "all ranks wait in all_reduce (train/step.py:9 _reduce) and none differs: the network"),
         (world(*((rank, {"collective": ""}) for rank in range(4))), (), "no rank waits for another"),
@@ -40,13 +44,24 @@ def test_who_differs(seen: list[Seen], ranks: tuple[int, ...], cause: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("letter", "cause"), [("T", "is stopped"), ("D", "waits for a disk or a driver"), ("gone", "is gone"), ("", "nor its host answers"), ("R", "in C holds its lock")]
+    ("letter", "cause"),
+    [
+        ("T", "is stopped"),
+        ("D", "waits for a disk or a driver"),
+        ("gone", "is gone"),
+        ("", "nor its host answers"),
+        ("R", "in C holds its lock"),
+    ],
 )
 def test_silent_ranks_come_first(letter: str, cause: str) -> None:
     seen = world((2, {"collective": ""}))
     seen[1] = replace(seen[1], lives=False, letter=letter)
     found = diagnose(seen)
-    assert found.ranks == found.silent == (1,) and cause in found.cause and "last seen at step 7, compute, micro-batch 2" in found.cause
+    assert (
+        found.ranks == found.silent == (1,)
+        and cause in found.cause
+        and "last seen at step 7, compute, micro-batch 2" in found.cause
+    )
 
 
 def test_a_rank_that_never_spoke() -> None:

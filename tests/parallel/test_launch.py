@@ -40,7 +40,10 @@ def test_a_launcher_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_world_is_left_after_an_error_too() -> None:
-    with pytest.raises(ZeroDivisionError), joined(World(rank=0, size=1, local_rank=0, local_size=1), Device("cpu"), timeout_s=60):
+    with (
+        pytest.raises(ZeroDivisionError),
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), Device("cpu"), timeout_s=60),
+    ):
         raise ZeroDivisionError
     assert not dist.is_initialized()
 
@@ -73,7 +76,9 @@ def _assert_all_gone(directory: Path, count: int) -> None:
     assert not [process for process in processes if _is_running(process)]
 
 
-@pytest.mark.parametrize(("how", "message"), [("loudly", r"rank 1 failed:(.|\n)*no luck today"), ("silently", "rank . (failed|died)")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("loudly", r"rank 1 failed:(.|\n)*no luck today"), ("silently", "rank . (failed|died)")]
+)
 def test_a_world_of_tests_ends_with_its_first_dead_rank(how: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=message):
         run_world(3, die, tmp_path, how)
@@ -101,7 +106,16 @@ def test_torchrun_ends_with_its_first_dead_rank(tmp_path: Path, repository: Path
     script, processes = tmp_path / "script.py", tmp_path / "processes"
     script.write_text(SCRIPT)
     processes.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(processes),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode != 0

@@ -21,7 +21,9 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_are_those_of_megatron_core(layout: Layout) -> None:
-    theirs = RankGenerator(tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp")
+    theirs = RankGenerator(
+        tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp"
+    )
     for axis, token in {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp"}.items():
         assert layout.groups(axis) == sorted(theirs.get_ranks(token))
 
@@ -68,7 +70,9 @@ def test_stages_are_numbered_across_ranks_first() -> None:
 
 def test_micro_batches_per_step() -> None:
     assert Layout(data=2).check_micro_batches(global_batch_size=24, micro_batch_size=3) == 4
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size 20 .* train\.micro_batch_size 3 x data-parallel size 2 = 6"):
+    with pytest.raises(
+        ConfigError, match=r"train\.global_batch_size 20 .* train\.micro_batch_size 3 x data-parallel size 2 = 6"
+    ):
         Layout(data=2).check_micro_batches(global_batch_size=20, micro_batch_size=3)
     interleaved = Layout(pipeline=4, virtual=2)
     assert interleaved.check_micro_batches(global_batch_size=8, micro_batch_size=1) == 8

@@ -29,19 +29,30 @@ from megatron_share4v.parallel.layout import Layout
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         yield mesh
     assert not dist.is_initialized()
 
 
 def _vision(feature_layer: int = -2) -> VisionConfig:
     return VisionConfig(
-        image_size=24, patch_size=8, hidden_size=32, intermediate_size=48, num_layers=3, num_attention_heads=2, feature_layer=feature_layer
+        image_size=24,
+        patch_size=8,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_attention_heads=2,
+        feature_layer=feature_layer,
     )
 
 
 def _language() -> LanguageConfig:
-    return LanguageConfig(vocab_size=50, hidden_size=32, intermediate_size=40, num_layers=2, num_attention_heads=4, num_key_value_heads=1)
+    return LanguageConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=40, num_layers=2, num_attention_heads=4, num_key_value_heads=1
+    )
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -52,10 +63,15 @@ def ops(request: pytest.FixtureRequest) -> Implementation:
     return request.param
 
 
-def _build(model: ModelConfig, mesh: Mesh, weights: dict[str, torch.Tensor], ops: Implementation = "reference") -> Share4V:
+def _build(
+    model: ModelConfig, mesh: Mesh, weights: dict[str, torch.Tensor], ops: Implementation = "reference"
+) -> Share4V:
     """With `weights`, and fresh ones where those say nothing."""
     (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32, ops=ops)
-    fill([chunk], lambda name, shape: weights[name] if name in weights else initial_value(name, shape, seed=0, model=model))
+    fill(
+        [chunk],
+        lambda name, shape: weights[name] if name in weights else initial_value(name, shape, seed=0, model=model),
+    )
     return chunk
 
 
@@ -98,11 +114,15 @@ def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) 
 @torch.no_grad()
 def test_an_early_patch_sees_a_late_one(mesh: Mesh) -> None:
     model = ModelConfig(vision=_vision(), language=_language())
-    tower = _build(model, mesh, to_ours(_clip(model.vision).state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))).vision
+    tower = _build(
+        model, mesh, to_ours(_clip(model.vision).state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))
+    ).vision
     pixels = torch.randint(0, 256, (1, 24, 24, 3), dtype=torch.uint8)
     changed = pixels.clone()
     changed[:, -8:, -8:] ^= 255
-    assert (tower(pixels)[0] - tower(changed)[0]).abs().max() > 1e-3, "the last patch does not reach the first: the tower is causal"
+    assert (tower(pixels)[0] - tower(changed)[0]).abs().max() > 1e-3, (
+        "the last patch does not reach the first: the tower is causal"
+    )
 
 
 @torch.no_grad()
@@ -129,7 +149,13 @@ def test_decoder_equals_llama(mesh: Mesh, ops: Implementation) -> None:
     chunk = _build(model, mesh, to_ours(llama.state_dict(), model, naming=SHARE4V, components=("language",)), ops)
     tokens = torch.randint(0, language.vocab_size, (2, 12))
     none = torch.zeros(0, dtype=torch.int64)
-    batch = Batch(token_ids=tokens, image_slots=none, pixels=torch.zeros(0, 24, 24, 3, dtype=torch.uint8), target_rows=torch.arange(24), targets=none)
+    batch = Batch(
+        token_ids=tokens,
+        image_slots=none,
+        pixels=torch.zeros(0, 24, 24, 3, dtype=torch.uint8),
+        target_rows=torch.arange(24),
+        targets=none,
+    )
     theirs = llama(tokens).logits
     ours = chunk.query(batch)[:, : language.vocab_size].view(2, 12, -1)
     assert (ours - theirs).abs().max() / theirs.abs().max() <= FP32_MODULE

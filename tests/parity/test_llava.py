@@ -32,7 +32,9 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.layout import Layout
 
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=4, num_attention_heads=4),
+    vision=VisionConfig(
+        image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=4, num_attention_heads=4
+    ),
     language=LanguageConfig(
         vocab_size=99,
         hidden_size=48,
@@ -87,7 +89,9 @@ def _reference_model() -> torch.nn.Module:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN))
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN)
+    )
     with torch.no_grad():
         # Larger than fresh weights, and no norm is one and no bias is zero: every mistake must show.
         for parameter in model.parameters():
@@ -139,7 +143,11 @@ def _micro_batch(reference: dict[str, torch.Tensor], samples: slice) -> Batch:
     following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1).flatten()
     rows = (following != -100).nonzero().flatten()
     return Batch(
-        token_ids=flat.index_fill(0, slots, 0).view_as(tokens), image_slots=slots, pixels=pixels, target_rows=rows, targets=following[rows]
+        token_ids=flat.index_fill(0, slots, 0).view_as(tokens),
+        image_slots=slots,
+        pixels=pixels,
+        target_rows=rows,
+        targets=following[rows],
     )
 
 
@@ -203,12 +211,16 @@ def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, flo
             forward_only=False,
         )
         if records:
-            found["loss"] = _relative(sum(total for total, _ in records) / sum(count for _, count in records), reference["loss"])
+            found["loss"] = _relative(
+                sum(total for total, _ in records) / sum(count for _, count in records), reference["loss"]
+            )
         # The walk over weights becomes one over gradients when the gradients take the weights' place.
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data = parameter.main_grad
-        found["gradients"] = max(_relative(shard.data, shard.slice_of(reference["gradients"][shard.key])) for shard in shards(chunks))
+        found["gradients"] = max(
+            _relative(shard.data, shard.slice_of(reference["gradients"][shard.key])) for shard in shards(chunks)
+        )
     return found
 
 
@@ -220,7 +232,10 @@ def _loss_function(batch: Batch):
     return finish
 
 
-@pytest.mark.parametrize(("name", "ops"), [*((name, "auto") for name in LAYOUTS), *((name, "reference") for name in ("tensor 1", list(LAYOUTS)[-1]))])
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [*((name, "auto") for name in LAYOUTS), *((name, "reference") for name in ("tensor 1", list(LAYOUTS)[-1]))],
+)
 def test_equals_transformers(name: str, ops: Ops, reference: Path) -> None:
     """With native ops where there is a compiler, and with their references."""
     parallel = LAYOUTS[name]

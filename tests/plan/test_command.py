@@ -16,12 +16,24 @@ RECIPE = "examples/share4v_7b/pretrain.yaml"
 
 
 def plan(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "tools/plan.py", *arguments], cwd=repository, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "tools/plan.py", *arguments], cwd=repository, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_plan_with_its_files(repository: Path, tmp_path: Path) -> None:
     files = ("--json", str(tmp_path / "plan.json"), "--png", str(tmp_path / "plan.png"))
-    done = plan(repository, RECIPE, "--world-size", "16", "--samples", "1246000", "parallel.pipeline=2", "parallel.virtual=2", *files)
+    done = plan(
+        repository,
+        RECIPE,
+        "--world-size",
+        "16",
+        "--samples",
+        "1246000",
+        "parallel.pipeline=2",
+        "parallel.virtual=2",
+        *files,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("predicted, not measured", "T8+8", "8+8H", "MFU", "GPU-hours", "fastest of", "assumed: H200"):
         assert words in done.stdout, done.stdout
@@ -31,15 +43,25 @@ def test_a_plan_with_its_files(repository: Path, tmp_path: Path) -> None:
     assert asked["layout"]["pipeline"] == 2 and asked["layers_per_stage"] == [8, 8, 8, 8] and asked["steps"] == 4868
     assert set(asked["memory"][0]) == {"weights", "gradients", "optimizer", "activations", "logits", "workspace"}
     picture = Image.open(tmp_path / "plan.png").convert("RGB")
-    assert picture.width == 1000 and len(picture.getcolors(1 << 20)) > 10 and (tmp_path / "plan.png").stat().st_size < 60_000
+    assert (
+        picture.width == 1000
+        and len(picture.getcolors(1 << 20)) > 10
+        and (tmp_path / "plan.png").stat().st_size < 60_000
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--world-size", "24"), ("refused: train.global_batch_size 256 is not a multiple", "fastest of")),
-        (("--world-size", "16", "--gpu", "a100", "parallel.tensor=1", "parallel.sequence=false"), ("refused: does not fit", "A100", "fastest of")),
-        (("--world-size", "16", "parallel.tensor=3"), ("model.language.num_attention_heads 32 is not divisible by parallel.tensor 3",)),
+        (
+            ("--world-size", "16", "--gpu", "a100", "parallel.tensor=1", "parallel.sequence=false"),
+            ("refused: does not fit", "A100", "fastest of"),
+        ),
+        (
+            ("--world-size", "16", "parallel.tensor=3"),
+            ("model.language.num_attention_heads 32 is not divisible by parallel.tensor 3",),
+        ),
         (("--world-size", "16", "parallel.tensr=2"), ("did you mean 'tensor'?",)),
         (("--world-size", "20000"), ("--world-size 20000: use 1 to 16384",)),
     ],
@@ -53,7 +75,15 @@ def test_what_cannot_run_ends_with_two(repository: Path, arguments: tuple[str, .
 
 def test_the_largest_world_takes_seconds_and_no_torch(repository: Path) -> None:
     begun = time.perf_counter()
-    done = plan(repository, RECIPE, "--world-size", "16384", "loss.normalize=tokens", "train.global_batch_size=16384", "train.micro_batch_size=1")
+    done = plan(
+        repository,
+        RECIPE,
+        "--world-size",
+        "16384",
+        "loss.normalize=tokens",
+        "train.global_batch_size=16384",
+        "train.micro_batch_size=1",
+    )
     assert "fastest of" in done.stdout and time.perf_counter() - begun < 30, done.stdout + done.stderr
     light = "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\nassert 'torch' not in sys.modules and 'megatron.core' not in sys.modules"
     subprocess.run([sys.executable, "-c", light], cwd=repository, check=True)
@@ -64,7 +94,12 @@ def test_the_page_says_what_the_planner_says(repository: Path) -> None:
     from megatron_share4v.plan.scaling import FP8, TOKENS, Question, longer, one_gpu, packed, row
 
     page = (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
-    for question in (Question("share4v_13b", "finetune", 64), Question("share4v_7b", "pretrain", 16, overrides=TOKENS), packed()[0], packed(FP8)[0]):
+    for question in (
+        Question("share4v_13b", "finetune", 64),
+        Question("share4v_7b", "pretrain", 16, overrides=TOKENS),
+        packed()[0],
+        packed(FP8)[0],
+    ):
         assert row(question, repository) in page, question
     assert "\n".join(one_gpu(repository)) in page
     assert row(longer()[2], repository).replace("stage 2", "packs of 65,536") in page
@@ -85,7 +120,9 @@ def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
     write_dataset(tmp_path / "scenes", train_scenes=24, held_out_scenes=64, seed=3, image_size=56)
     annotations = tmp_path / "scenes" / "finetune.json"
     train_tokenizer(
-        [turn["value"] for entry in json.loads(annotations.read_text()) for turn in entry["conversations"]], tmp_path / "t.model", vocab_size=380
+        [turn["value"] for entry in json.loads(annotations.read_text()) for turn in entry["conversations"]],
+        tmp_path / "t.model",
+        vocab_size=380,
     )
     prepare(
         PrepareOptions(
@@ -106,8 +143,14 @@ def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
     loose = workload_of(config)
     assert loose.source.startswith("measured: ") and loose.sequences == len(rows)
     assert loose.longest >= lengths.max() > loose.positions and loose.length < loose.longest + 1
-    assert loose.positions == pytest.approx(lengths.mean(), rel=0.25) and loose.images == pytest.approx(rows["n_img"].mean(), abs=0.15)
+    assert loose.positions == pytest.approx(lengths.mean(), rel=0.25) and loose.images == pytest.approx(
+        rows["n_img"].mean(), abs=0.15
+    )
     packed = workload_of(load_run(repository / "examples/quickstart/finetune.yaml", [*tiny, "data.pack_length=1024"]))
-    assert packed.length == packed.longest == 1024 and packed.sequences < loose.sequences and 512 < packed.positions <= 1024
+    assert (
+        packed.length == packed.longest == 1024
+        and packed.sequences < loose.sequences
+        and 512 < packed.positions <= 1024
+    )
     assert packed.squares == pytest.approx(packed.positions * (lengths**2).sum() / lengths.sum(), rel=0.2)
     assert workload_of(config, samples=5).source.startswith("assumed") and packed.head_rows > loose.head_rows

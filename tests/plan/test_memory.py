@@ -112,7 +112,14 @@ def measure(cases: list[Case]) -> list[Measured]:
             model, dtype = case.model, DTYPES[case.dtype]
             parallel = ParallelConfig(**degrees, sequence=case.sequence, distributed_optimizer=case.sharded)
             agree_on_ops(case.ops, mesh=mesh)
-            bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=layer_options(case.train, precision=case.precision))
+            bare = build_chunks(
+                model,
+                mesh=mesh,
+                parallel=parallel,
+                dtype=dtype,
+                ops=case.ops,
+                options=layer_options(case.train, precision=case.precision),
+            )
             initialize(bare, seed=1, model=model)
             short = "bf16" if case.short else "fp32"
             wrapped = wrap_chunks(bare, mesh=mesh, parallel=parallel, gradients=short)
@@ -126,23 +133,48 @@ def measure(cases: list[Case]) -> list[Measured]:
                 for value in (parameter, *part.optimizer.state[parameter].values())
             ]
             gradients = storages(buffer.grad_data for chunk in wrapped for buffer in chunk.buffers)
-            optimizer_bytes = sum(tensor.nbytes for tensor in states if tensor.dim() and tensor.untyped_storage().data_ptr() not in weights)
+            optimizer_bytes = sum(
+                tensor.nbytes
+                for tensor in states
+                if tensor.dim() and tensor.untyped_storage().data_ptr() not in weights
+            )
             length = LENGTH // case.context // (case.tensor if case.sequence else 1)
-            batch = context_part(micro_batches(0)[3], rank=mesh.coordinates.context, size=case.context, sequence_length=LENGTH)
-            kept = [kept_by_autograd(chunk, batch, width=model.language.hidden_size, length=length, dtype=dtype) for chunk in bare]
+            batch = context_part(
+                micro_batches(0)[3], rank=mesh.coordinates.context, size=case.context, sequence_length=LENGTH
+            )
+            kept = [
+                kept_by_autograd(chunk, batch, width=model.language.hidden_size, length=length, dtype=dtype)
+                for chunk in bare
+            ]
             part = batch.pixels.size(0), batch.targets.numel()
-            results.append(Measured(mesh.coordinates.pipeline, sum(weights.values()), sum(gradients.values()), optimizer_bytes, kept, *part))
+            results.append(
+                Measured(
+                    mesh.coordinates.pipeline,
+                    sum(weights.values()),
+                    sum(gradients.values()),
+                    optimizer_bytes,
+                    kept,
+                    *part,
+                )
+            )
     return results
 
 
-STAGE_2, PROJECTOR, ALL = (("language", True),), (("language", False), ("projector", True)), (("vision_from_block", -1),)
+STAGE_2, PROJECTOR, ALL = (
+    (("language", True),),
+    (("language", False), ("projector", True)),
+    (("vision_from_block", -1),),
+)
 FULL, SOME = (("recompute", "full"), ("recompute_tower", "full")), (("recompute", "full"), ("recompute_layers", 2))
 ATTENTION, MLP = (
     (("recompute", "selective"), ("recompute_tower", "selective"), ("recompute_modules", modules))
     for modules in (("core_attn",), ("core_attn", "mlp"))
 )
 FP8 = (("fp8", "tensorwise"),)
-PRECISE, ENDS, TOWER = ((*FP8, (name, value)) for name, value in (("fp8_weight_gradient", "dtype"), ("fp8_first_layers", 3), ("fp8_tower", True)))
+PRECISE, ENDS, TOWER = (
+    (*FP8, (name, value))
+    for name, value in (("fp8_weight_gradient", "dtype"), ("fp8_first_layers", 3), ("fp8_tower", True))
+)
 CASES = {
     1: [Case(), Case(dtype="fp32"), Case(trainable=STAGE_2), Case(trainable=PROJECTOR), Case(trainable=ALL, sharded=False),
         Case(ops="reference", dtype="fp32"),
@@ -193,10 +225,17 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
                 amounts = Amounts(positions=positions, squares=0, images=real.images, head_rows=real.head_rows)
                 for chunk, bytes_kept in zip(chunks, real.activations, strict=True):
                     expected = activations(model, chunk, amounts, kept, sequences=MICRO_BATCH)
-                    if case.ops == "reference":  # on the CPU torch's RMSNorm is no single operation, and keeps what it multiplies by its weight
-                        expected += (2 * chunk.layers + chunk.last) * positions * model.language.hidden_size * kept.element
+                    if (
+                        case.ops == "reference"
+                    ):  # on the CPU torch's RMSNorm is no single operation, and keeps what it multiplies by its weight
+                        expected += (
+                            (2 * chunk.layers + chunk.last) * positions * model.language.hidden_size * kept.element
+                        )
                     worst = max(worst, abs(expected / bytes_kept - 1))
                     assert expected == pytest.approx(bytes_kept, rel=WITHIN), (case, rank, chunk)
             # Shards begin and end inside weights, so that only their sum is even.
-            assert planned.optimizer * len(mine) == pytest.approx(sum(real.optimizer for real in mine), rel=WITHIN), (case, rank)
+            assert planned.optimizer * len(mine) == pytest.approx(sum(real.optimizer for real in mine), rel=WITHIN), (
+                case,
+                rank,
+            )
     print(f"\n{world} ranks: activations off by {worst:.2%} at most")

@@ -29,7 +29,9 @@ def config(repository: Path) -> RunConfig:
 
 
 def case(config: RunConfig, world_size: int = 16, *, gpu: str = "h200", micro_batch: int = 16, **parallel) -> Case:
-    changed = replace(config, parallel=replace(config.parallel, **parallel), train=replace(config.train, micro_batch_size=micro_batch))
+    changed = replace(
+        config, parallel=replace(config.parallel, **parallel), train=replace(config.train, micro_batch_size=micro_batch)
+    )
     return Case.of(changed, world_size=world_size, workload=assumed(config, samples=1_246_000), gpu=GPUS[gpu])
 
 
@@ -38,13 +40,19 @@ def test_weights_are_the_published_ones(config: RunConfig) -> None:
     total = sum(elements * count for elements, count, _ in tensors(config.model, whole, tensor=1))
     assert total == 6_738_415_616 + 20_979_712 + 303_507_456 - 12_596_224 - 2 * 1024
     split = sum(elements * count for elements, count, _ in tensors(config.model, whole, tensor=8))
-    assert total / 8 < split < total / 8 * 1.01, "norms, biases behind rows and the tower's embeddings are on every rank"
+    assert total / 8 < split < total / 8 * 1.01, (
+        "norms, biases behind rows and the tower's embeddings are on every rank"
+    )
 
 
 def test_memory_shrinks_where_the_layout_says(config: RunConfig) -> None:
     one, sharded = (Prediction(case(config, world_size, tensor=2, pipeline=1)).memory[0] for world_size in (2, 16))
-    assert sharded.optimizer == pytest.approx(one.optimizer / 8, rel=1e-3) and sharded.weights == pytest.approx(one.weights, rel=1e-3)
-    assert one.weights + one.gradients + one.optimizer == pytest.approx(6_898e6 / 2 * (2 + 4 + 12) + 152e6 / 2 * 2, rel=0.01)
+    assert sharded.optimizer == pytest.approx(one.optimizer / 8, rel=1e-3) and sharded.weights == pytest.approx(
+        one.weights, rel=1e-3
+    )
+    assert one.weights + one.gradients + one.optimizer == pytest.approx(
+        6_898e6 / 2 * (2 + 4 + 12) + 152e6 / 2 * 2, rel=0.01
+    )
     shallow, deep = (Prediction(case(config, tensor=2, pipeline=depth)).memory for depth in (1, 4))
     assert sum(memory.weights for memory in deep) == pytest.approx(shallow[0].weights, rel=1e-3)
     assert [memory.activations for memory in deep] == sorted((memory.activations for memory in deep), reverse=True)
@@ -52,7 +60,13 @@ def test_memory_shrinks_where_the_layout_says(config: RunConfig) -> None:
 
 def text_model(config: RunConfig, **sections) -> Prediction:
     """Shapes of Llama 3 8B at 8,192 positions on 8 H100."""
-    language = replace(config.model.language, vocab_size=128_256, intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=8192)
+    language = replace(
+        config.model.language,
+        vocab_size=128_256,
+        intermediate_size=14_336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    )
     changed = replace(
         config,
         model=replace(config.model, language=language),
@@ -61,7 +75,15 @@ def text_model(config: RunConfig, **sections) -> Prediction:
         **sections,
     )
     workload = Workload(
-        length=8192, longest=8192, positions=8192, squares=8192**2, padded_squares=8192**2, images=0, head_rows=8192, sequences=None, source="text"
+        length=8192,
+        longest=8192,
+        positions=8192,
+        squares=8192**2,
+        padded_squares=8192**2,
+        images=0,
+        head_rows=8192,
+        sequences=None,
+        source="text",
     )
     return Prediction(Case.of(changed, world_size=8, workload=workload, gpu=GPUS["h100"]))
 
@@ -85,12 +107,19 @@ def test_fp8_is_counted_and_says_of_which_peak(config: RunConfig) -> None:
     kept = [plan.memory[0].activations for plan in (plain, precise, some, blocks, ours)]
     # Of an input 1 byte instead of 2; but the attention's result is kept by its kernel, so that its code comes on top.
     each = 32 * 8192 * (4096 + 4096 - 4096 + 14_336)
-    assert kept == sorted(kept, reverse=True) and kept[0] - kept[-1] == pytest.approx(each, rel=1e-6) and kept[0] == kept[1]
+    assert (
+        kept == sorted(kept, reverse=True)
+        and kept[0] - kept[-1] == pytest.approx(each, rel=1e-6)
+        and kept[0] == kept[1]
+    )
     weights = 32 * 218_103_808  # of a layer's matrices
     assert engine.memory[0].weights - ours.memory[0].weights == pytest.approx(2 * weights, rel=1e-6)
     assert plain.utilisation == f"MFU {plain.mfu:.1%}" and plain.fp8_mfu is None
     assert ours.utilisation == f"MFU {ours.mfu:.1%} of the BF16 peak, {ours.mfu * 989 / 1979:.1%} of the FP8 peak"
-    assert "Transformer Engine: by reading" in text(engine, [], Found([], Counter(), 0), title="") and record(ours)["mfu_is_of"] == "bf16"
+    assert (
+        "Transformer Engine: by reading" in text(engine, [], Found([], Counter(), 0), title="")
+        and record(ours)["mfu_is_of"] == "bf16"
+    )
     old = Prediction(replace(ours.case, gpu=GPUS["a100"]))
     assert "A100 has no FP8 products, which precision.fp8 tensorwise asks for" in list(old.refusals())
 
@@ -98,23 +127,40 @@ def test_fp8_is_counted_and_says_of_which_peak(config: RunConfig) -> None:
 def test_messages_are_those_of_rings(config: RunConfig) -> None:
     plain, sequence = (case(config, 16, tensor=2, sequence=sequence) for sequence in (False, True))
     message, layer = 16 * 976 * 4096 * 2, Chunk(layers=1, first=False, last=False)
-    assert tensor_bytes(plain, layer, True) == (2 * message, 2) and tensor_bytes(plain, layer, False) == (2 * message, 2)
-    assert tensor_bytes(sequence, layer, True) == (2 * message, 4) and tensor_bytes(sequence, layer, False) == (3 * message, 6)
+    assert tensor_bytes(plain, layer, True) == (2 * message, 2) and tensor_bytes(plain, layer, False) == (
+        2 * message,
+        2,
+    )
+    assert tensor_bytes(sequence, layer, True) == (2 * message, 4) and tensor_bytes(sequence, layer, False) == (
+        3 * message,
+        6,
+    )
     assert data_bytes(sequence, 1000) == (1000 * 4 * 7 / 8, 1000 * 2 * 7 / 8)
     assert data_bytes(case(config, 16, tensor=2, distributed_optimizer=False), 1000) == (1000 * 8 * 7 / 8, 0)
     assert traffic(case(config, 1, tensor=1, sequence=False)) == type(traffic(plain))(0, 0, 0, 0)
     deep = case(config, 16, tensor=2, pipeline=4)
-    assert traffic(deep).pipeline == 2 * 16 * 976 * 4096 * 2 / 2 * deep.micro_batches, "a middle stage sends on and back, each half a sequence"
+    assert traffic(deep).pipeline == 2 * 16 * 976 * 4096 * 2 / 2 * deep.micro_batches, (
+        "a middle stage sends on and back, each half a sequence"
+    )
 
 
 def test_context_ranks_hold_a_part_and_exchange_heads(config: RunConfig) -> None:
-    long = replace(config, data=replace(config.data, pack_length=65_536, pad_to="step"), train=replace(config.train, global_batch_size=8, micro_batch_size=1))
+    long = replace(
+        config,
+        data=replace(config.data, pack_length=65_536, pad_to="step"),
+        train=replace(config.train, global_batch_size=8, micro_batch_size=1),
+    )
     one, four = (case(long, 8, micro_batch=1, tensor=1, sequence=False, context=context) for context in (1, 4))
     layer = Chunk(layers=1, first=False, last=False)
     # Queries, keys and values of 16,384 positions to attention, its result back: three of four parts each.
     assert context_bytes(four, layer) == (16_384 * 4 * 4096 * 2 * 3 / 4, 2) and context_bytes(one, layer) == (0.0, 0)
-    assert traffic(four).context == 32 * 2 * context_bytes(four, layer)[0] * four.micro_batches and traffic(one).context == 0
-    assert four.layout.data == 2 and four.replicas == one.replicas == 8 and data_bytes(four, 1000) == data_bytes(one, 1000)
+    assert (
+        traffic(four).context == 32 * 2 * context_bytes(four, layer)[0] * four.micro_batches
+        and traffic(one).context == 0
+    )
+    assert (
+        four.layout.data == 2 and four.replicas == one.replicas == 8 and data_bytes(four, 1000) == data_bytes(one, 1000)
+    )
     apart, together = Prediction(one).memory[0], Prediction(four).memory[0]
     assert 0.25 < together.activations / apart.activations < 0.3, "a quarter, and attention's result once more"
     assert (together.weights, together.optimizer) == (apart.weights, apart.optimizer)
@@ -131,7 +177,10 @@ def test_a_data_ring_uses_the_ports_of_its_ranks(config: RunConfig) -> None:
 def test_the_trainers_own_checks_refuse(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="world size 15 is not a multiple of parallel.tensor 2"):
         case(config, 15)
-    with pytest.raises(ConfigError, match="train.global_batch_size 256 is not a multiple of train.micro_batch_size 16 x data-parallel size 24"):
+    with pytest.raises(
+        ConfigError,
+        match="train.global_batch_size 256 is not a multiple of train.micro_batch_size 16 x data-parallel size 24",
+    ):
         case(config, 48)
     with pytest.raises(ConfigError, match="multiple of parallel.pipeline"):
         case(config, 48, pipeline=3, virtual=2)
@@ -142,29 +191,50 @@ def test_options_of_memory_and_overlap_are_counted(config: RunConfig) -> None:
 
     def changed(section: str, **values) -> Prediction:
         base = case(config, 16, tensor=2)
-        return Prediction(replace(base, config=replace(base.config, **{section: replace(getattr(base.config, section), **values)})))
+        return Prediction(
+            replace(base, config=replace(base.config, **{section: replace(getattr(base.config, section), **values)}))
+        )
 
-    plain, short, averages = Prediction(case(config, 16, tensor=2)), changed("precision", gradients="bf16"), changed("optim", moments="bf16")
-    assert short.memory[0].gradients == plain.memory[0].gradients / 2 and short.traffic.data == pytest.approx(plain.traffic.data * 4 / 6)
+    plain, short, averages = (
+        Prediction(case(config, 16, tensor=2)),
+        changed("precision", gradients="bf16"),
+        changed("optim", moments="bf16"),
+    )
+    assert short.memory[0].gradients == plain.memory[0].gradients / 2 and short.traffic.data == pytest.approx(
+        plain.traffic.data * 4 / 6
+    )
     assert averages.memory[0].optimizer == pytest.approx(plain.memory[0].optimizer * 8 / 12)
     away = changed("optim", offload=True)
-    assert away.memory[0].optimizer == pytest.approx(plain.memory[0].optimizer * 4 / 12) and away.after_s > plain.after_s
+    assert (
+        away.memory[0].optimizer == pytest.approx(plain.memory[0].optimizer * 4 / 12) and away.after_s > plain.after_s
+    )
     assert changed("parallel", overlap_param_gather=True).after_s < plain.after_s
     again = changed("train", recompute="full")
-    assert again.memory[0].activations < plain.memory[0].activations / 9 and 1.2 < again.pipeline_s / plain.pipeline_s < 1.4
+    assert (
+        again.memory[0].activations < plain.memory[0].activations / 9
+        and 1.2 < again.pipeline_s / plain.pipeline_s < 1.4
+    )
     assert again.mfu < plain.mfu and again.hfu > 0.95 * plain.hfu
     by_hand = case(config, 16, tensor=2, pipeline=2, layout=(10, 22))
-    assert by_hand.counts == (10, 22) and Prediction(by_hand).imbalance > Prediction(case(config, 16, tensor=2, pipeline=2)).imbalance
+    assert (
+        by_hand.counts == (10, 22)
+        and Prediction(by_hand).imbalance > Prediction(case(config, 16, tensor=2, pipeline=2)).imbalance
+    )
 
 
 def test_lengths_of_their_own_leave_less_padding(repository: Path) -> None:
-    lengths = [assumed(load_run(repository / RECIPE, [f"data.pad_to={whose}"])).length for whose in ("step", "micro_batch")]
+    lengths = [
+        assumed(load_run(repository / RECIPE, [f"data.pad_to={whose}"])).length for whose in ("step", "micro_batch")
+    ]
     assert lengths == [976, 896]
 
 
 def test_what_does_not_fit_is_refused_with_its_classes(config: RunConfig) -> None:
     [reason] = Prediction(case(config, 16, gpu="a100", tensor=1, sequence=False)).refusals()
-    assert reason.startswith("does not fit: pipeline rank 0 needs ") and "A100's 85 (weights 14.1, gradients 27.6" in reason
+    assert (
+        reason.startswith("does not fit: pipeline rank 0 needs ")
+        and "A100's 85 (weights 14.1, gradients 27.6" in reason
+    )
     assert not list(Prediction(case(config, 16)).refusals())
 
 
@@ -172,13 +242,17 @@ def test_what_does_not_fit_is_refused_with_its_classes(config: RunConfig) -> Non
 def test_search_finds_the_fastest(repository: Path, world_size: int, overrides: tuple[str, ...]) -> None:
     """The pruned search against all candidates simulated, and its bound against every one of them."""
     config = load_run(repository / RECIPE, overrides)
-    setting = dict(world_size=world_size, workload=assumed(config, samples=1000), gpu=GPUS["h200"], assumptions=Assumptions())
+    setting = dict(
+        world_size=world_size, workload=assumed(config, samples=1000), gpu=GPUS["h200"], assumptions=Assumptions()
+    )
     few, every = search(config, **setting, keep=4), search(config, **setting, keep=10_000)
     assert len(every.best) + sum(every.refused.values()) == every.tried and len(few.best) == 4
     assert [plan.step_s for plan in few.best] == [plan.step_s for plan in every.best[:4]]
     assert all(plan.least_step_s <= plan.step_s * (1 + 1e-9) for plan in every.best)
     sizes = {plan.case.config.train.micro_batch_size for plan in every.best}
-    assert sizes == {16} if not overrides else len(sizes) > 3, "the official averaging makes the micro-batch size part of the recipe"
+    assert sizes == {16} if not overrides else len(sizes) > 3, (
+        "the official averaging makes the micro-batch size part of the recipe"
+    )
 
 
 def test_a_step_adds_up(config: RunConfig) -> None:

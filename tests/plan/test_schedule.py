@@ -12,7 +12,17 @@ from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
 from megatron_share4v.plan.schedule import Piece, Timed, most_in_flight, order, simulate
 
-EXECUTED = [(4, 1, 2), (4, 1, 5), (4, 1, 8), (4, 2, 4), (4, 2, 8), (2, 1, 1), (2, 2, 2), (2, 2, 6), (1, 1, 3)]  # pipeline, virtual, micro-batches
+EXECUTED = [
+    (4, 1, 2),
+    (4, 1, 5),
+    (4, 1, 8),
+    (4, 2, 4),
+    (4, 2, 8),
+    (2, 1, 1),
+    (2, 2, 2),
+    (2, 2, 6),
+    (1, 1, 3),
+]  # pipeline, virtual, micro-batches
 
 
 def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[Piece]]]:
@@ -58,7 +68,12 @@ def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[Piece]]]:
 def test_planned_order_is_the_executed_one() -> None:
     for ranks in run_world(4, execute, EXECUTED):
         for (pipeline, virtual, count), (rank, pieces) in zip(EXECUTED, ranks, strict=True):
-            assert tuple(pieces) == order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=count), (pipeline, virtual, count, rank)
+            assert tuple(pieces) == order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=count), (
+                pipeline,
+                virtual,
+                count,
+                rank,
+            )
 
 
 def span(timeline: list[list[Timed]]) -> float:
@@ -68,7 +83,12 @@ def span(timeline: list[list[Timed]]) -> float:
 @pytest.mark.parametrize(("pipeline", "virtual", "count"), [(4, 1, 8), (4, 2, 8), (8, 4, 16), (2, 1, 1), (1, 1, 5)])
 def test_equal_stages_have_the_textbook_bubble(pipeline: int, virtual: int, count: int) -> None:
     """(P - 1) / V slots of a forward and a backward pass over all of a rank's layers (Narayanan et al. 2021, section 2.2)."""
-    timeline = simulate(lambda stage, kind: {"forward": 1.0, "backward": 2.0}[kind], pipeline=pipeline, virtual=virtual, micro_batches=count)
+    timeline = simulate(
+        lambda stage, kind: {"forward": 1.0, "backward": 2.0}[kind],
+        pipeline=pipeline,
+        virtual=virtual,
+        micro_batches=count,
+    )
     busy = 3.0 * virtual * count
     assert span(timeline) - busy == pytest.approx(3.0 * (pipeline - 1))
     assert all(sum(timed.end - timed.start for timed in rank) == pytest.approx(busy) for rank in timeline)
@@ -77,14 +97,20 @@ def test_equal_stages_have_the_textbook_bubble(pipeline: int, virtual: int, coun
 def test_nothing_starts_before_what_it_needs() -> None:
     took = {"forward": [1.0, 2.5, 0.5, 1.0], "backward": [3.0, 1.0, 2.0, 2.0]}
     timeline = simulate(lambda stage, kind: took[kind][stage], pipeline=2, virtual=2, micro_batches=4, message=0.25)
-    ends = {(t.piece.kind, t.piece.micro_batch, 2 * t.piece.chunk + rank): (t.start, t.end) for rank, row in enumerate(timeline) for t in row}
+    ends = {
+        (t.piece.kind, t.piece.micro_batch, 2 * t.piece.chunk + rank): (t.start, t.end)
+        for rank, row in enumerate(timeline)
+        for t in row
+    }
     assert len(ends) == 2 * 4 * 4
     for (kind, batch, stage), (start, end) in ends.items():
         assert end - start == pytest.approx(took[kind][stage])
         if kind == "forward" and stage:
             assert start >= ends["forward", batch, stage - 1][1] + 0.25
         if kind == "backward":
-            assert start >= (ends["backward", batch, stage + 1][1] + 0.25 if stage < 3 else ends["forward", batch, 3][1])
+            assert start >= (
+                ends["backward", batch, stage + 1][1] + 0.25 if stage < 3 else ends["forward", batch, 3][1]
+            )
     for row in timeline:
         assert all(after.start >= before.end for before, after in itertools.pairwise(row))
 
@@ -96,6 +122,9 @@ def test_a_slow_stage_sets_the_pace() -> None:
 
 def test_micro_batches_in_flight() -> None:
     assert [most_in_flight([1.0], rank=rank, pipeline=4, micro_batches=8) for rank in range(4)] == [4, 3, 2, 1]
-    assert most_in_flight([1.0], rank=0, pipeline=4, micro_batches=2) == 2 and most_in_flight([1.0], rank=0, pipeline=1, micro_batches=9) == 1
+    assert (
+        most_in_flight([1.0], rank=0, pipeline=4, micro_batches=2) == 2
+        and most_in_flight([1.0], rank=0, pipeline=1, micro_batches=9) == 1
+    )
     # Warm-up of the interleaved schedule, and one forward before the first backward.
     assert most_in_flight([1.0, 1.0], rank=0, pipeline=4, micro_batches=16) == 2 * 3 + 4 + 1

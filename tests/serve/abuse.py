@@ -19,7 +19,19 @@ JUNK = [
     ["a"] * 3000, "y" * 70_000, {"type": "text"}, [{"type": "image_url"}], [{"type": "text", "text": 5}], [[[[[[]]]]]], "NaN", "💥" * 100, -0.0,
 ]  # fmt: skip
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/api"]
-ODD_PATHS = ["/", "/v1", "/v1/models/../x", "/v1/models/%00", "/etc/passwd", "/..%2f..%2fetc/passwd", "/v1/chat/completions/", "//", "/v1/responses", "/%ff", "/x" * 900]
+ODD_PATHS = [
+    "/",
+    "/v1",
+    "/v1/models/../x",
+    "/v1/models/%00",
+    "/etc/passwd",
+    "/..%2f..%2fetc/passwd",
+    "/v1/chat/completions/",
+    "//",
+    "/v1/responses",
+    "/%ff",
+    "/x" * 900,
+]
 
 
 @dataclass(frozen=True)
@@ -33,16 +45,36 @@ class Raw:
 
 def chat(url: str = "") -> dict:
     content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url or data_url(PNG)}}]
-    return {"model": "share4v", "messages": [{"role": "user", "content": content}], "max_tokens": 3, "temperature": 0.5, "seed": 1, "stop": ["\n"]}
+    return {
+        "model": "share4v",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 3,
+        "temperature": 0.5,
+        "seed": 1,
+        "stop": ["\n"],
+    }
 
 
 def _valid(random: Random) -> tuple[str, dict]:
     bodies = {
         "/v1/chat/completions": chat() | {"n": 2, "logprobs": True, "top_logprobs": 2, "stream": random.random() < 0.3},
-        "/v1/completions": {"prompt": ["a", "b"], "max_tokens": 3, "echo": True, "logprobs": 1, "stream": random.random() < 0.3},
+        "/v1/completions": {
+            "prompt": ["a", "b"],
+            "max_tokens": 3,
+            "echo": True,
+            "logprobs": 1,
+            "stream": random.random() < 0.3,
+        },
         "/tokenize": {"prompt": "some text"},
         "/detokenize": {"tokens": [1, 5, 300]},
-        "/api": {"prompts": ["a <image>"], "images": [[data_url(PNG)]], "tokens_to_generate": 3, "logprobs": True, "top_k": 1, "top_p": 0.5},
+        "/api": {
+            "prompts": ["a <image>"],
+            "images": [[data_url(PNG)]],
+            "tokens_to_generate": 3,
+            "logprobs": True,
+            "top_k": 1,
+            "top_p": 0.5,
+        },
     }
     path = random.choice(PATHS)
     return path, copy.deepcopy(bodies[path])
@@ -61,7 +93,22 @@ def mutated(random: Random) -> Raw:
         container, key = random.choice(_places(body))
         container[key] = copy.deepcopy(random.choice(JUNK))
     if random.random() < 0.2:
-        body[random.choice(["n", "tools", "stream_options", "best_of", "suffix", "extra", "max_tokens", "min_tokens", "top_k", "beam_width"])] = copy.deepcopy(random.choice(JUNK))
+        body[
+            random.choice(
+                [
+                    "n",
+                    "tools",
+                    "stream_options",
+                    "best_of",
+                    "suffix",
+                    "extra",
+                    "max_tokens",
+                    "min_tokens",
+                    "top_k",
+                    "beam_width",
+                ]
+            )
+        ] = copy.deepcopy(random.choice(JUNK))
     return post(path, json.dumps(body).encode("utf-8", "surrogatepass"))
 
 
@@ -102,16 +149,29 @@ def odd_http(random: Random) -> Raw:
     method = random.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "BREW"])
     choice = random.randrange(7)
     if choice == 0:
-        return Raw(f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(), kind="head" if method == "HEAD" else "")
+        return Raw(
+            f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(),
+            kind="head" if method == "HEAD" else "",
+        )
     if choice == 1:
-        return post(path, body, kind=random.choice(["text/plain", "", "multipart/form-data; boundary=x", "application/json; charset=utf-16"]))
+        return post(
+            path,
+            body,
+            kind=random.choice(
+                ["text/plain", "", "multipart/form-data; boundary=x", "application/json; charset=utf-16"]
+            ),
+        )
     if choice == 2:
-        return Raw(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n{{".encode())
+        return Raw(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n{{".encode()
+        )
     if choice == 3:
         return Raw(random.randbytes(200) + b"\r\n\r\n", kind="not http")
     if choice == 4:
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-        return Raw(head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:50], body[50:])) + b"0\r\n\r\n")
+        return Raw(
+            head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:50], body[50:])) + b"0\r\n\r\n"
+        )
     if choice == 5:
         return post(path, body, extra=f"X-Long: {'a' * 30_000}\r\n")
     return post(path, body, extra="Authorization: Bearer ÿ\r\nExpect: 100-continue\r\n" * random.randint(1, 2))
@@ -119,7 +179,9 @@ def odd_http(random: Random) -> Raw:
 
 def aborted(random: Random) -> Raw:
     """A request that is left in the middle, or whose answer nobody waits for."""
-    data = post("/v1/chat/completions", json.dumps(chat() | {"stream": random.random() < 0.5, "max_tokens": 300}).encode()).data
+    data = post(
+        "/v1/chat/completions", json.dumps(chat() | {"stream": random.random() < 0.5, "max_tokens": 300}).encode()
+    ).data
     return Raw(data if random.random() < 0.5 else data[: random.randrange(20, len(data))], whole=False)
 
 
@@ -178,6 +240,12 @@ BOMBS = [
     _png(16, 16, _text_bomb()),
     b"GIF89a" + struct.pack("<HH", 65535, 65535) + GIF[10:],
     BMP[:18] + struct.pack("<ii", 40_000, 40_000) + BMP[26:],
-    b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + struct.pack("<I", 16_000)[:3] + struct.pack("<I", 16_000)[:3],
+    b"RIFF"
+    + struct.pack("<I", 30)
+    + b"WEBPVP8X"
+    + struct.pack("<I", 10)
+    + b"\0\0\0\0"
+    + struct.pack("<I", 16_000)[:3]
+    + struct.pack("<I", 16_000)[:3],
     b"RIFF" + base64.b64decode("AAAAAA==") + b"WEBPVP8L" + b"\xff" * 40,
 ]

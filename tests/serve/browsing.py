@@ -30,5 +30,7 @@ def wait(page: Page, expression: str, argument: object = None) -> None:
 def bodies_of(page: Page) -> list[dict]:
     """What the page will send from now on."""
     found: list[dict] = []
-    page.on("request", lambda request: found.append(json.loads(request.post_data)) if request.method == "POST" else None)
+    page.on(
+        "request", lambda request: found.append(json.loads(request.post_data)) if request.method == "POST" else None
+    )
     return found

@@ -11,7 +11,15 @@ from served import FakeEngine, FakeLimits, Running, default_answer, make_encoder
 
 from megatron_share4v.data.encode import Encoder
 
-ARGUMENTS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
+ARGUMENTS = [
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +56,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def host(encoder: Encoder) -> Iterator[Running]:
-    with running(encoder, engine=FakeEngine(encoder, limits=FakeLimits(max_requests=4)), model_name="share4v-7b", max_image_bytes=400_000) as server:
+    with running(
+        encoder,
+        engine=FakeEngine(encoder, limits=FakeLimits(max_requests=4)),
+        model_name="share4v-7b",
+        max_image_bytes=400_000,
+    ) as server:
         yield server
 
 
@@ -58,14 +71,28 @@ def open_page(browser: Browser, host: Running) -> Iterator[Callable[..., Page]]:
     host.engine.answer, host.engine.step_s = default_answer, 0.0
     problems, contexts = [], []
 
-    def open_one(*, width: int = 1280, height: int = 800, expected: tuple[str, ...] = (), url: str | None = None, **options) -> Page:
+    def open_one(
+        *, width: int = 1280, height: int = 800, expected: tuple[str, ...] = (), url: str | None = None, **options
+    ) -> Page:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(8000)
-        page.on("console", lambda message: None if message.type != "error" or any(e in message.text for e in expected) else problems.append(message.text))
+        page.on(
+            "console",
+            lambda message: (
+                None
+                if message.type != "error" or any(e in message.text for e in expected)
+                else problems.append(message.text)
+            ),
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: None if request.url.startswith((url or host.url, "data:", "blob:")) else problems.append(request.url))
+        page.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith((url or host.url, "data:", "blob:")) else problems.append(request.url)
+            ),
+        )
         page.goto(url or host.url)
         page.wait_for_selector("[data-state=ready]")
         return page

@@ -29,7 +29,9 @@ from megatron_share4v.errors import ConfigError
 from megatron_share4v.serve.server import serve
 
 REQUESTS, CLIENTS, TIMEOUT_S = 1600, 12, 20.0
-KEPT_BYTES = 64 << 20  # what allocators may keep after the storm; one body or decoded bomb that stayed would be 60 MB and more
+KEPT_BYTES = (
+    64 << 20
+)  # what allocators may keep after the storm; one body or decoded bomb that stayed would be 60 MB and more
 
 
 @contextlib.contextmanager
@@ -38,7 +40,10 @@ def process(directory: Path, *settings: str) -> Iterator[tuple[subprocess.Popen,
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     script = Path(__file__).resolve().parents[1] / "fake_server.py"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1])]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(script.parent), str(script.parents[1])]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(script), str(directory), f"port={port}", *settings]
     with open(directory / "server.txt", "wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -68,7 +73,9 @@ def storm(port: int, *, seed: int, count: int) -> Counter:
             seen["reset"] += 1
             return
         except (TimeoutError, IndexError, ValueError) as error:
-            raise AssertionError(f"request {number} of seed {seed} got no answer ({error!r}): {raw.data[:300]!r}") from error
+            raise AssertionError(
+                f"request {number} of seed {seed} got no answer ({error!r}): {raw.data[:300]!r}"
+            ) from error
         if got is None:
             seen["aborted"] += 1
             return
@@ -77,7 +84,9 @@ def storm(port: int, *, seed: int, count: int) -> Counter:
         assert status < 500 or status == 503, (seed, number, status, body[:300], raw.data[:300])
         if status >= 400 and raw.kind not in ("head", "not http") and b"Invalid HTTP" not in body:
             error = json.loads(body)["error"]
-            assert set(error) == {"message", "type", "param", "code"} and error["code"] == status and error["message"], (seed, number, body)
+            assert (
+                set(error) == {"message", "type", "param", "code"} and error["code"] == status and error["message"]
+            ), (seed, number, body)
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         for done in [pool.submit(one, number) for number in range(count)]:
@@ -88,7 +97,9 @@ def storm(port: int, *, seed: int, count: int) -> Counter:
 def test_storm(tmp_path: Path) -> None:
     with process(tmp_path, "body_timeout_s=2.0", "max_body_bytes=4000000") as (server, port):
         memory = psutil.Process(server.pid).memory_info
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat() | {"temperature": 0}).json()["choices"]
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat() | {"temperature": 0}).json()[
+            "choices"
+        ]
         storm(port, seed=1, count=REQUESTS // 5)
         before = memory().rss
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
@@ -97,17 +108,33 @@ def test_storm(tmp_path: Path) -> None:
         seen = storm(port, seed=2, count=REQUESTS)
         for connection in slow:
             connection.close()
-        assert seen[200] > REQUESTS / 20 and seen[400] > REQUESTS / 4 and seen[413] and seen[415] and seen[404] and seen[405], seen
+        assert (
+            seen[200] > REQUESTS / 20
+            and seen[400] > REQUESTS / 4
+            and seen[413]
+            and seen[415]
+            and seen[404]
+            and seen[405]
+        ), seen
         assert seen["reset"] < REQUESTS / 50, seen
         deadline = time.monotonic() + 10
         while True:
             metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-            left = [line for line in metrics.splitlines() if line.startswith(("share4v_num_requests_running", "share4v_num_requests_waiting"))]
+            left = [
+                line
+                for line in metrics.splitlines()
+                if line.startswith(("share4v_num_requests_running", "share4v_num_requests_waiting"))
+            ]
             if all(line.endswith(" 0") for line in left) or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         assert len(left) == 2 and all(line.endswith(" 0") for line in left), left
-        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat() | {"temperature": 0}).json()["choices"] == answer
+        assert (
+            httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat() | {"temperature": 0}).json()[
+                "choices"
+            ]
+            == answer
+        )
         assert memory().rss - before < KEPT_BYTES, (before, memory().rss)
         log = (tmp_path / "server.txt").read_text()
         assert "Traceback" not in log, log[-3000:]
@@ -143,7 +170,10 @@ def test_canaries_are_never_visited(encoder: Encoder, allowed: tuple[str, ...] |
 
         threading.Thread(target=watch, daemon=True).start()
         port = canary.getsockname()[1]
-        with running(encoder, allow_image_urls=allowed, image_timeout_s=1.0) as server, httpx.Client(timeout=20) as client:
+        with (
+            running(encoder, allow_image_urls=allowed, image_timeout_s=1.0) as server,
+            httpx.Client(timeout=20) as client,
+        ):
             for url in CANARIES:
                 got = client.post(f"{server.url}/v1/chat/completions", json=chat(url.format(port=port)))
                 assert got.status_code == 400, (url, got.text)
@@ -167,7 +197,10 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
 
 def test_sigterm_does_not_wait_for_ever(tmp_path: Path) -> None:
     with process(tmp_path, "step_s=0.05", "drain_s=0.5") as (server, port), ThreadPoolExecutor(1) as pool:
-        url, body = f"http://127.0.0.1:{port}/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 400}
+        url, body = (
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "max_tokens": 400},
+        )
         whole = pool.submit(httpx.post, url, json=body, timeout=20)
         with httpx.stream("POST", url, json=body | {"stream": True}, timeout=20) as answer:
             lines = answer.iter_lines()

@@ -30,7 +30,11 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
     engine = FakeEngine(encoder, limits=FakeLimits(max_requests=1), step_s=0.02)
     with running(encoder, engine=engine) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        body = httpx.Request("PUT", server.url, json={**CHAT, "prompt": "a", "prompts": ["a"], "stream": stream, "max_tokens": 300, "ignore_eos": True}).content
+        body = httpx.Request(
+            "PUT",
+            server.url,
+            json={**CHAT, "prompt": "a", "prompts": ["a"], "stream": stream, "max_tokens": 300, "ignore_eos": True},
+        ).content
         method = "PUT" if path == "/api" else "POST"
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         asked = [socket.create_connection((host, int(port))) for _ in range(2)]
@@ -72,7 +76,11 @@ def test_every_error_has_one_shape(http: httpx.Client, method: str, path: str, s
         ({"messages": []}, "messages", "an array of 1 to 1024 values, got an array of 0"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages[0]", "take turns, a user first"),
         ({"messages": [*CHAT["messages"], *CHAT["messages"]]}, "messages[1]", "take turns"),
-        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "messages[0].content[0].type", "text or image_url, got 'video_url'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]},
+            "messages[0].content[0].type",
+            "text or image_url, got 'video_url'",
+        ),
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content", "is empty"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "half a surrogate pair"),
         ({"temperature": "hot"}, "temperature", "a number from 0 to 100, got 'hot'"),
@@ -91,13 +99,23 @@ def test_every_error_has_one_shape(http: httpx.Client, method: str, path: str, s
 def test_bad_fields_are_named(http: httpx.Client, change: dict, param: str | None, words: str) -> None:
     import json
 
-    answer = http.post("/v1/chat/completions", content=json.dumps(CHAT | change), headers={"content-type": "application/json"})
+    answer = http.post(
+        "/v1/chat/completions", content=json.dumps(CHAT | change), headers={"content-type": "application/json"}
+    )
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == param and words in error["message"], error
 
 
 def test_inert_and_unknown_fields_are_accepted(http: httpx.Client) -> None:
-    change = {"tools": [], "response_format": {"type": "text"}, "logit_bias": None, "user": "me", "store": True, "max_tokens": 2, "best_of": 1}
+    change = {
+        "tools": [],
+        "response_format": {"type": "text"},
+        "logit_bias": None,
+        "user": "me",
+        "store": True,
+        "max_tokens": 2,
+        "best_of": 1,
+    }
     assert http.post("/v1/chat/completions", json=CHAT | change).status_code == 200
 
 
@@ -105,7 +123,12 @@ def test_key_guards_all_but_health_and_page(encoder: Encoder) -> None:
     with running(encoder, api_key="sésame".encode().hex()) as server, httpx.Client(base_url=server.url) as http:
         key = server.config.api_key
         for path in ("/v1/models", "/metrics", "/version", "/tokenizer_info", "/nothing"):
-            for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {key}"}, {"authorization": key}):
+            for header in (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": f"Basic {key}"},
+                {"authorization": key},
+            ):
                 answer = http.get(path, headers=header)
                 assert answer.status_code == 401 and answer.json()["error"]["code"] == 401, (path, header)
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 401
@@ -118,15 +141,22 @@ def test_large_bodies_are_refused_before_they_are_read(encoder: Encoder) -> None
     with running(encoder, max_body_bytes=100_000, max_buffered_bytes=150_000) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n")
+            connection.sendall(
+                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
+            )
             assert connection.recv(4096).startswith(b"HTTP/1.1 413")
         chunks = (b'"' + b"x" * 50_000 for _ in range(4))
         answer = httpx.post(f"{server.url}/tokenize", content=chunks, headers={"content-type": "application/json"})
         assert answer.status_code == 413 and answer.json()["error"]["code"] == 413
         with socket.create_connection((host, int(port))) as first:
-            first.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99000\r\n\r\n" + b" " * 90_000)
+            first.sendall(
+                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99000\r\n\r\n"
+                + b" " * 90_000
+            )
             until(lambda: server.app.state.bodies.buffered == 90_000)
-            answer = httpx.post(f"{server.url}/tokenize", content=b" " * 70_000, headers={"content-type": "application/json"})
+            answer = httpx.post(
+                f"{server.url}/tokenize", content=b" " * 70_000, headers={"content-type": "application/json"}
+            )
             assert answer.status_code == 429 and answer.headers["retry-after"]
         until(lambda: server.app.state.bodies.buffered == 0)
         assert httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}).status_code == 200
@@ -151,9 +181,23 @@ def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
         http.get("/nothing")
         answer = http.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-        values = dict(re.fullmatch(r"(share4v_\w+\{.*\}) (\S+)", line).groups() for line in answer.text.splitlines() if not line.startswith("#"))
+        values = dict(
+            re.fullmatch(r"(share4v_\w+\{.*\}) (\S+)", line).groups()
+            for line in answer.text.splitlines()
+            if not line.startswith("#")
+        )
         label = 'model_name="a\\"b"'
-        wanted = ["num_requests_running", "num_requests_waiting", "prompt_tokens_total", "generation_tokens_total", "kv_cache_usage_perc", "image_cache_queries_total", "image_cache_hits_total", "prefix_cache_queries_total", "prefix_cache_hits_total"]
+        wanted = [
+            "num_requests_running",
+            "num_requests_waiting",
+            "prompt_tokens_total",
+            "generation_tokens_total",
+            "kv_cache_usage_perc",
+            "image_cache_queries_total",
+            "image_cache_hits_total",
+            "prefix_cache_queries_total",
+            "prefix_cache_hits_total",
+        ]
         assert all(f"share4v_{name}{{{label}}}" in values for name in wanted)
         assert values[f'share4v_request_success_total{{{label},finished_reason="stop"}}'] == "2"
         assert values[f'share4v_request_success_total{{{label},finished_reason="length"}}'] == "1"
@@ -168,7 +212,11 @@ def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
 def test_page_may_run_its_own_script_alone(http: httpx.Client) -> None:
     answer = http.get("/")
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
-    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'" and policy["frame-ancestors"] == "'none'"
+    assert (
+        policy["default-src"] == "'none'"
+        and policy["connect-src"] == "'self'"
+        and policy["frame-ancestors"] == "'none'"
+    )
     [script] = re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL)
     assert policy["script-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     assert "http" not in re.sub(r"http://www\.w3\.org/\S+|(?<=\")v1/\S+", "", answer.text), "nothing from anywhere else"
@@ -179,10 +227,16 @@ def test_page_may_run_its_own_script_alone(http: httpx.Client) -> None:
 
 def test_tokenize_and_back(http: httpx.Client, encoder: Encoder) -> None:
     answer = http.post("/tokenize", json={"prompt": "Three boats", "return_token_strs": True}).json()
-    assert answer["tokens"] == [1, *encoder.tokenizer.encode("Three boats")] and answer["count"] == len(answer["tokens"]) and answer["max_model_len"] == 512
+    assert (
+        answer["tokens"] == [1, *encoder.tokenizer.encode("Three boats")]
+        and answer["count"] == len(answer["tokens"])
+        and answer["max_model_len"] == 512
+    )
     assert answer["token_strs"][0] == "<s>" and "".join(answer["token_strs"][1:]) == " Three boats"
     assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "<s>Three boats"}
-    assert http.post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).json()["tokens"] == encoder.tokenizer.encode("a")
+    assert http.post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).json()[
+        "tokens"
+    ] == encoder.tokenizer.encode("a")
     asked = http.post("/tokenize", json=CHAT).json()
     assert asked["count"] == http.post("/v1/chat/completions", json=CHAT).json()["usage"]["prompt_tokens"]
     assert http.get("/tokenizer_info").json()["template"] == "vicuna_v1" and http.get("/version").json()["version"]
@@ -214,6 +268,10 @@ def test_megatron_route(http: httpx.Client, server: Running, encoder: Encoder) -
 def test_open_host_without_key_warns(encoder: Encoder) -> None:
     from megatron_share4v.config.serve import ServeConfig
 
-    assert ServeConfig(host="0.0.0.0").is_open and not ServeConfig(host="0.0.0.0", api_key="x").is_open and not ServeConfig().is_open
+    assert (
+        ServeConfig(host="0.0.0.0").is_open
+        and not ServeConfig(host="0.0.0.0", api_key="x").is_open
+        and not ServeConfig().is_open
+    )
     with pytest.raises(ValueError, match="printable ASCII"):
         ServeConfig(api_key=" ")

@@ -25,7 +25,11 @@ from megatron_share4v.serve.refusal import Refusal
 
 def ask(server: Running, url: str) -> httpx.Response:
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
-    return httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}], "max_tokens": 1}, timeout=20)
+    return httpx.post(
+        f"{server.url}/v1/chat/completions",
+        json={"messages": [{"role": "user", "content": parts}], "max_tokens": 1},
+        timeout=20,
+    )
 
 
 def saved(mode: str, form: str, **options) -> bytes:
@@ -96,7 +100,11 @@ def test_bombs_are_refused_at_once(server: Running, number: int) -> None:
 )
 def test_refused_with_its_place(server: Running, url: str, words: str) -> None:
     answer = ask(server, url)
-    assert answer.status_code == 400 and words in answer.json()["error"]["message"] and answer.json()["error"]["param"] == "messages[0]", answer.text
+    assert (
+        answer.status_code == 400
+        and words in answer.json()["error"]["message"]
+        and answer.json()["error"]["param"] == "messages[0]"
+    ), answer.text
 
 
 def test_limits_in_bytes(encoder: Encoder) -> None:
@@ -104,7 +112,10 @@ def test_limits_in_bytes(encoder: Encoder) -> None:
     with running(encoder, max_image_bytes=len(data)) as server:
         assert ask(server, data_url(data)).status_code == 200
         answer = ask(server, data_url(data + b"0"))
-        assert answer.status_code == 400 and f"{len(data) + 1} bytes; accepted are {len(data)}" in answer.json()["error"]["message"]
+        assert (
+            answer.status_code == 400
+            and f"{len(data) + 1} bytes; accepted are {len(data)}" in answer.json()["error"]["message"]
+        )
 
 
 def test_typed_placeholder_is_text(server: Running, encoder: Encoder) -> None:
@@ -123,12 +134,39 @@ def test_typed_placeholder_is_text(server: Running, encoder: Encoder) -> None:
 
 # Fetching.
 
-PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "198.18.0.1", "192.0.2.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001:0:7f00:1::", "::7f00:1", "2001:db8::1"]
+PRIVATE = [
+    "127.0.0.1",
+    "10.1.2.3",
+    "172.16.0.1",
+    "192.168.1.1",
+    "169.254.169.254",
+    "0.0.0.0",
+    "100.64.0.1",
+    "224.0.0.1",
+    "240.0.0.1",
+    "255.255.255.255",
+    "198.18.0.1",
+    "192.0.2.1",
+    "::1",
+    "::",
+    "fe80::1",
+    "fc00::1",
+    "ff02::1",
+    "::ffff:10.0.0.1",
+    "64:ff9b::7f00:1",
+    "64:ff9b:1::1",
+    "2002:7f00:1::",
+    "2001:0:7f00:1::",
+    "::7f00:1",
+    "2001:db8::1",
+]
 
 
 def test_public_addresses() -> None:
     assert [text for text in PRIVATE if is_public(ipaddress.ip_address(text))] == []
-    assert all(is_public(ipaddress.ip_address(text)) for text in ("8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8"))
+    assert all(
+        is_public(ipaddress.ip_address(text)) for text in ("8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8")
+    )
 
 
 class Elsewhere(http.server.BaseHTTPRequestHandler):
@@ -174,15 +212,21 @@ class Names:
         return self.answers.pop(0)
 
 
-def fetch(url: str, *answers: list[str], accepts=lambda address: True, domains: tuple[str, ...] = (), **options) -> bytes:
+def fetch(
+    url: str, *answers: list[str], accepts=lambda address: True, domains: tuple[str, ...] = (), **options
+) -> bytes:
     settings = {"max_bytes": 100_000, "timeout_s": 1.0} | options
-    fetcher = Fetcher(domains=domains, accepts=accepts, resolve=Names(*answers) if answers else Names(["127.0.0.1"]), **settings)
+    fetcher = Fetcher(
+        domains=domains, accepts=accepts, resolve=Names(*answers) if answers else Names(["127.0.0.1"]), **settings
+    )
     return asyncio.run(fetcher.fetch(url, place="here"))
 
 
 def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
     names = Names(["127.0.0.1"])  # a second question would raise
-    fetcher = Fetcher(domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=names)
+    fetcher = Fetcher(
+        domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=names
+    )
     assert asyncio.run(fetcher.fetch(f"http://cdn.pictures.example:{elsewhere}/a.png?b=c", place="here")) == picture()
     assert names.asked == ["cdn.pictures.example"]
     assert fetch(f"http://a.example:{elsewhere}/endless") == picture()

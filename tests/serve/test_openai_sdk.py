@@ -32,7 +32,9 @@ def ask(client: openai.OpenAI, text: str = "What is it?", *, image: bytes | None
 def test_chat_with_an_image_reads_what_training_wrote(client: openai.OpenAI, server: Running, encoder: Encoder) -> None:
     image = picture()
     answer = ask(client, image=image, temperature=0)
-    expected = make_prompt(encoder, [Turn("human", "<image>\nWhat is it?")], image=image, tokens_per_image=TOKENS_PER_IMAGE)
+    expected = make_prompt(
+        encoder, [Turn("human", "<image>\nWhat is it?")], image=image, tokens_per_image=TOKENS_PER_IMAGE
+    )
     [request] = server.engine.requests
     assert request.prompt.token_ids.tolist() == expected.token_ids.tolist()
     assert request.prompt.image_slots.tolist() == expected.image_slots.tolist()
@@ -55,7 +57,10 @@ def test_history_with_system_and_image(client: openai.OpenAI, server: Running, e
     ]
     client.chat.completions.create(model="share4v", messages=messages)
     ids = [i for i in server.engine.requests[0].prompt.token_ids.tolist() if i]
-    assert encoder.tokenizer.decode(ids, skip_special=False).replace(" ", "") == "<s>Bebrief.USER:ASSISTANT:Acat.</s>USER:Whatcolour?ASSISTANT:"
+    assert (
+        encoder.tokenizer.decode(ids, skip_special=False).replace(" ", "")
+        == "<s>Bebrief.USER:ASSISTANT:Acat.</s>USER:Whatcolour?ASSISTANT:"
+    )
 
 
 def test_stream_equals_the_whole(client: openai.OpenAI) -> None:
@@ -105,7 +110,10 @@ def test_stop_strings(client: openai.OpenAI, server: Running, stream: bool) -> N
 
     assert said(stop="Three") == ("One boat. Two boats. ", "stop")
     assert said(stop=["nothing", "o boats"]) == ("One boat. Tw", "stop")
-    assert said(stop=["boats. T"], extra_body={"include_stop_str_in_output": True}) == ("One boat. Two boats. T", "stop")
+    assert said(stop=["boats. T"], extra_body={"include_stop_str_in_output": True}) == (
+        "One boat. Two boats. T",
+        "stop",
+    )
     assert said(stop=["boats?"]) == ("One boat. Two boats. Three boats.", "stop")
     until(lambda: not server.engine.has_work)
     assert len(server.engine.cancelled) == 3
@@ -123,7 +131,16 @@ def test_stop_ids_and_eos(client: openai.OpenAI, server: Running, encoder: Encod
 
 def test_sampling_parameters_reach_the_engine(client: openai.OpenAI, server: Running) -> None:
     extra = {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.5, "min_tokens": 2}
-    ask(client, temperature=0.3, top_p=0.8, presence_penalty=0.5, frequency_penalty=-0.5, max_completion_tokens=9, seed=11, extra_body=extra)
+    ask(
+        client,
+        temperature=0.3,
+        top_p=0.8,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        max_completion_tokens=9,
+        seed=11,
+        extra_body=extra,
+    )
     s = server.engine.requests[0].sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (0.3, 0.8, 40, 0.05, 1.5)
     assert (s.presence_penalty, s.frequency_penalty, s.max_new_tokens, s.min_tokens, s.seed) == (0.5, -0.5, 9, 2, 11)
@@ -137,7 +154,9 @@ def test_logprobs(client: openai.OpenAI, server: Running, encoder: Encoder, stre
     server.engine.answer = lambda engine, request: "A red 世"
     answer = ask(client, logprobs=True, top_logprobs=3, stream=stream)
     if stream:
-        entries = [entry for chunk in answer if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+        entries = [
+            entry for chunk in answer if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content
+        ]
     else:
         entries = answer.choices[0].logprobs.content
     ids = encoder.tokenizer.encode("A red 世")
@@ -154,14 +173,26 @@ def test_completions(client: openai.OpenAI, server: Running, encoder: Encoder) -
     assert answer.choices[0].text == " boats are red." and answer.object == "text_completion"
     assert server.engine.requests[0].prompt.token_ids.tolist() == [1, *encoder.tokenizer.encode("Three")]
     answer = client.completions.create(model="share4v", prompt=["Three", "Two"], n=2, max_tokens=30, echo=True)
-    assert [(c.index, c.text) for c in answer.choices] == [(i, f"{'Three' if i < 2 else 'Two'} boats are red.") for i in range(4)]
+    assert [(c.index, c.text) for c in answer.choices] == [
+        (i, f"{'Three' if i < 2 else 'Two'} boats are red.") for i in range(4)
+    ]
     answer = client.completions.create(model="share4v", prompt=[[1, 300, 301], [1, 302]], max_tokens=5)
-    assert [r.prompt.token_ids.tolist() for r in server.engine.requests[-2:]] == [[1, 300, 301], [1, 302]] and answer.usage.prompt_tokens == 5
+    assert [r.prompt.token_ids.tolist() for r in server.engine.requests[-2:]] == [
+        [1, 300, 301],
+        [1, 302],
+    ] and answer.usage.prompt_tokens == 5
     streamed = ["", ""]
-    for chunk in client.completions.create(model="share4v", prompt=["Three", "Two"], max_tokens=30, echo=True, stream=True):
+    for chunk in client.completions.create(
+        model="share4v", prompt=["Three", "Two"], max_tokens=30, echo=True, stream=True
+    ):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == ["Three boats are red.", "Two boats are red."]
-    assert client.completions.create(model="share4v", prompt="Three", extra_body={"max_tokens": None}).usage.completion_tokens <= 16
+    assert (
+        client.completions.create(
+            model="share4v", prompt="Three", extra_body={"max_tokens": None}
+        ).usage.completion_tokens
+        <= 16
+    )
 
 
 def test_echo_with_logprobs_scores_a_text(client: openai.OpenAI, encoder: Encoder) -> None:
@@ -188,7 +219,12 @@ def test_errors_are_the_sdks_classes(client: openai.OpenAI, server: Running, enc
     assert caught.value.body["code"] == 404 and caught.value.body["param"] == "model"
     with pytest.raises(openai.BadRequestError, match="top_p must be a number from 0 to 1, got 3") as caught:
         ask(client, top_p=3)
-    assert caught.value.body == {"message": str(caught.value.body["message"]), "type": "invalid_request_error", "param": "top_p", "code": 400}
+    assert caught.value.body == {
+        "message": str(caught.value.body["message"]),
+        "type": "invalid_request_error",
+        "param": "top_p",
+        "code": 400,
+    }
     with pytest.raises(openai.BadRequestError, match="no room for an answer") as caught:
         ask(client, "cat " * 600)
     assert caught.value.body["type"] == "context_length_exceeded"
@@ -226,7 +262,9 @@ def test_16_at_once_equal_each_alone(client: openai.OpenAI, server: Running) -> 
 
     def one(number: int) -> str:
         image = picture(seed=number % 5) if number % 2 else None
-        answer = ask(client, f"Question {number % 7}?", image=image, temperature=0.5, seed=number, stream=number % 3 == 0)
+        answer = ask(
+            client, f"Question {number % 7}?", image=image, temperature=0.5, seed=number, stream=number % 3 == 0
+        )
         if number % 3 == 0:
             return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
         return answer.choices[0].message.content

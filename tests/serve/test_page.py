@@ -18,8 +18,14 @@ def test_text_alone(page: Page, host: Running) -> None:
     say(page, "How many?")
     ended(page)
     assert page.inner_text(".answer") == "Three boats."
-    assert sent[0]["messages"] == [{"role": "user", "content": "How many?"}] and sent[0]["stream"] and sent[0]["model"] == "share4v-7b"
-    assert " s" in page.inner_text(".stats") and page.inner_text(".stats").startswith(f"{len(host.engine.encoder.tokenizer.encode('Three boats.'))} tokens")
+    assert (
+        sent[0]["messages"] == [{"role": "user", "content": "How many?"}]
+        and sent[0]["stream"]
+        and sent[0]["model"] == "share4v-7b"
+    )
+    assert " s" in page.inner_text(".stats") and page.inner_text(".stats").startswith(
+        f"{len(host.engine.encoder.tokenizer.encode('Three boats.'))} tokens"
+    )
     assert page.input_value("#text") == "" and page.locator("#welcome").is_hidden()
 
 
@@ -36,8 +42,15 @@ def test_image_and_text_then_a_second_turn(page: Page, host: Running) -> None:
     say(page, "And now?")
     ended(page, 2)
     image, again = sent[0]["messages"][0]["content"]
-    assert image["image_url"]["url"].startswith("data:image/png;base64,") and again == {"type": "text", "text": "What is it?"}
-    assert sent[1]["messages"] == [sent[0]["messages"][0], {"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,") and again == {
+        "type": "text",
+        "text": "What is it?",
+    }
+    assert sent[1]["messages"] == [
+        sent[0]["messages"][0],
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "And now?"},
+    ]
 
 
 def test_a_new_image_starts_a_new_conversation(page: Page) -> None:
@@ -89,7 +102,11 @@ def test_regenerate_replaces_the_last_answer_and_keeps_the_image(page: Page) -> 
     second = page.inner_text(".answer >> nth=1")
     expect(page.get_by_role("button", name="Regenerate")).to_have_count(1)
     page.get_by_role("button", name="Regenerate").click()
-    wait(page, "(old) => { const a = document.querySelectorAll('.answer')[1]; return a.ariaBusy === 'false' && a.textContent !== old; }", second)
+    wait(
+        page,
+        "(old) => { const a = document.querySelectorAll('.answer')[1]; return a.ariaBusy === 'false' && a.textContent !== old; }",
+        second,
+    )
     assert page.inner_text(".answer >> nth=0") == first and page.locator(".answer").count() == 2
     assert sent[2]["messages"] == sent[1]["messages"] and sent[2]["messages"][0]["content"][0]["type"] == "image_url"
 
@@ -98,7 +115,11 @@ def test_clear_forgets(page: Page) -> None:
     page.click(".example >> nth=0")
     ended(page)
     page.click("#clear")
-    assert page.locator(".turn").count() == 0 and page.locator("#welcome").is_visible() and page.locator("#clear").is_disabled()
+    assert (
+        page.locator(".turn").count() == 0
+        and page.locator("#welcome").is_visible()
+        and page.locator("#clear").is_disabled()
+    )
     sent = bodies_of(page)
     say(page, "Who are you?")
     ended(page)
@@ -108,11 +129,22 @@ def test_clear_forgets(page: Page) -> None:
 def test_parameters_reach_the_request_and_are_kept(page: Page) -> None:
     sent = bodies_of(page)
     assert page.locator("#parameters").is_visible()
-    for name, value in (("temperature", "0.9"), ("top_p", "0.4"), ("max_tokens", "32"), ("seed", "5"), ("system", "Be brief.")):
+    for name, value in (
+        ("temperature", "0.9"),
+        ("top_p", "0.4"),
+        ("max_tokens", "32"),
+        ("seed", "5"),
+        ("system", "Be brief."),
+    ):
         page.fill(f"#{name}", value)
     say(page, "Hi")
     ended(page)
-    assert {name: sent[0][name] for name in ("temperature", "top_p", "max_tokens", "seed")} == {"temperature": 0.9, "top_p": 0.4, "max_tokens": 32, "seed": 5}
+    assert {name: sent[0][name] for name in ("temperature", "top_p", "max_tokens", "seed")} == {
+        "temperature": 0.9,
+        "top_p": 0.4,
+        "max_tokens": 32,
+        "seed": 5,
+    }
     assert sent[0]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert "cut at the maximum" in page.inner_text(".stats")
     page.reload()
@@ -121,12 +153,20 @@ def test_parameters_reach_the_request_and_are_kept(page: Page) -> None:
     page.click("#defaults")
     say(page, "Hi")
     ended(page)
-    assert (sent[1]["temperature"], sent[1]["top_p"], sent[1]["max_tokens"], "seed" in sent[1]) == (0.2, 0.7, 512, False)
+    assert (sent[1]["temperature"], sent[1]["top_p"], sent[1]["max_tokens"], "seed" in sent[1]) == (
+        0.2,
+        0.7,
+        512,
+        False,
+    )
 
 
 def test_bad_images_are_told_and_the_page_goes_on(page: Page) -> None:
     for file, message in (
-        ({"name": "large.png", "mimeType": "image/png", "buffer": picture(size=(600, 400))}, "large.png has 0.7 MB|large.png has 721 kB"),
+        (
+            {"name": "large.png", "mimeType": "image/png", "buffer": picture(size=(600, 400))},
+            "large.png has 0.7 MB|large.png has 721 kB",
+        ),
         ({"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hello"}, "notes.txt is not an image"),
         ({"name": "torn.png", "mimeType": "image/png", "buffer": b"no image"}, "torn.png is damaged"),
     ):
@@ -154,7 +194,9 @@ def test_typed_placeholder_stays_text(page: Page, host: Running) -> None:
     say(page, "What does <image> mean?")
     ended(page)
     prompt = host.engine.requests[-1].prompt
-    assert prompt.image_slots.numel() == 16 and "<image>" in host.engine.encoder.tokenizer.decode(prompt.token_ids.tolist())
+    assert prompt.image_slots.numel() == 16 and "<image>" in host.engine.encoder.tokenizer.decode(
+        prompt.token_ids.tolist()
+    )
 
 
 def test_failure_then_retry(open_page: Callable[..., Page]) -> None:
@@ -164,7 +206,11 @@ def test_failure_then_retry(open_page: Callable[..., Page]) -> None:
     expect(page.locator(".oops")).to_contain_text("cannot be reached")
 
     def busy(route: Route) -> None:
-        route.fulfill(status=429, headers={"retry-after": "3"}, json={"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": 429}})
+        route.fulfill(
+            status=429,
+            headers={"retry-after": "3"},
+            json={"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": 429}},
+        )
 
     page.unroute("**/v1/chat/completions")
     page.route("**/v1/chat/completions", busy)
@@ -242,10 +288,27 @@ def test_keyboard_and_screen_reader(page: Page) -> None:
     for _ in range(11):
         page.keyboard.press("Tab")
         order.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
-    assert order == ["tab-chat", "theme", "settings", "log", "example", "example", "example", "attach", "text", "temperature", "top_p", "max_tokens"]
+    assert order == [
+        "tab-chat",
+        "theme",
+        "settings",
+        "log",
+        "example",
+        "example",
+        "example",
+        "attach",
+        "text",
+        "temperature",
+        "top_p",
+        "max_tokens",
+    ]
     page.focus("#tab-chat")
     page.keyboard.press("ArrowRight")
-    assert page.evaluate("document.activeElement.id") == "tab-captioner" and page.locator("#captioner").is_visible() and page.locator("#chat").is_hidden()
+    assert (
+        page.evaluate("document.activeElement.id") == "tab-captioner"
+        and page.locator("#captioner").is_visible()
+        and page.locator("#chat").is_hidden()
+    )
     page.keyboard.press("ArrowLeft")
     say(page, "Hi")
     ended(page)

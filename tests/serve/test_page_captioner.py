@@ -14,18 +14,26 @@ from served import Running, picture, until
 
 def test_captioner(page: Page, host: Running) -> None:
     page.click("#tab-captioner")
-    files = [{"name": f"{name}.png", "mimeType": "image/png", "buffer": picture(seed=seed)} for seed, name in enumerate("abcde")]
+    files = [
+        {"name": f"{name}.png", "mimeType": "image/png", "buffer": picture(seed=seed)}
+        for seed, name in enumerate("abcde")
+    ]
     files.insert(1, {"name": "torn.png", "mimeType": "image/png", "buffer": b"broken"})
     page.set_input_files("#files", files)
     assert page.locator("#rows tr").count() == 6 and page.inner_text("#run") == "Caption 6 images"
     host.engine.step_s = 0.01
     sent = bodies_of(page)
     page.click("#run")
-    wait(page, "[...document.querySelectorAll('td.caption')].some((c) => c.textContent && c.parentNode.dataset.state === 'running')")
+    wait(
+        page,
+        "[...document.querySelectorAll('td.caption')].some((c) => c.textContent && c.parentNode.dataset.state === 'running')",
+    )
     expect(page.locator("#run")).to_have_text("Retry 1 failed", timeout=15000)
     host.engine.step_s = 0.0
     assert page.inner_text("#summary") == "6 of 6 images, 1 failed"
-    assert sent[0]["temperature"] == 0 and sent[0]["messages"][0]["content"][1]["text"] == "Describe this image in detail."
+    assert (
+        sent[0]["temperature"] == 0 and sent[0]["messages"][0]["content"][1]["text"] == "Describe this image in detail."
+    )
     shown = dict(zip(page.locator("td.name").all_inner_texts(), page.locator("td.caption").all_inner_texts()))
     saved = {}
     for name in ("json", "jsonl"):
@@ -35,9 +43,16 @@ def test_captioner(page: Page, host: Running) -> None:
         saved[name] = Path(download.value.path()).read_text()
     listed = json.loads(saved["json"])
     assert [list(entry) for entry in listed] == [[f"{name}.png"] for name in "abcde"]
-    assert [text for entry in listed for text in entry.values()] == [text for name, text in shown.items() if "torn" not in name]
+    assert [text for entry in listed for text in entry.values()] == [
+        text for name, text in shown.items() if "torn" not in name
+    ]
     lines = [json.loads(line) for line in saved["jsonl"].splitlines()]
-    assert len(lines) == 6 and lines[1]["id"] == "torn.png" and lines[1]["caption"] is None and "damaged" in lines[1]["error"]
+    assert (
+        len(lines) == 6
+        and lines[1]["id"] == "torn.png"
+        and lines[1]["caption"] is None
+        and "damaged" in lines[1]["error"]
+    )
     assert lines[0]["finish_reason"] == "stop" and lines[0]["tokens"] > 0 and lines[0]["error"] is None
 
 
@@ -59,7 +74,9 @@ def test_captioner_stops_and_goes_on(page: Page, host: Running) -> None:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_screenshots_without_horizontal_scroll(open_page: Callable[..., Page], host: Running, theme: str, width: int) -> None:
+def test_screenshots_without_horizontal_scroll(
+    open_page: Callable[..., Page], host: Running, theme: str, width: int
+) -> None:
     SHOTS.mkdir(parents=True, exist_ok=True)
     page = open_page(width=width, height=800 if width > 400 else 844, color_scheme=theme)
 
@@ -80,7 +97,9 @@ def test_screenshots_without_horizontal_scroll(open_page: Callable[..., Page], h
     page.click("#stop")
     host.engine.step_s = 0.0
     page.click("#tab-captioner")
-    page.set_input_files("#files", [PNG | {"name": f"{name}.png"} for name in ("a", "b")] + [PNG | {"name": "torn.png", "buffer": b"x"}])
+    page.set_input_files(
+        "#files", [PNG | {"name": f"{name}.png"} for name in ("a", "b")] + [PNG | {"name": "torn.png", "buffer": b"x"}]
+    )
     page.click("#run")
     expect(page.locator("#summary")).to_have_text("3 of 3 images, 1 failed")
     shoot("captioner")

@@ -26,7 +26,11 @@ from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
 
 ROOT, NEW = Path(__file__).resolve().parents[2], 12
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+ENVIRONMENT = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -38,7 +42,10 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(export: Path) -> list[str]:
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
         return Session.open(export, mesh=mesh, dtype="fp32").answer(generated_questions(), max_new_tokens=NEW)
 
 
@@ -52,8 +59,22 @@ def served(export: Path, log: Path, *, ranks: int) -> Iterator[tuple[subprocess.
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with open(log, "wb") as file:
-        arguments = (export, "--port", port, "--dtype", "fp32", "--model-name", "tiny", "--max-requests", 4, "--step-positions", 32)
-        server = subprocess.Popen(command(*arguments, ranks=ranks), env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
+        arguments = (
+            export,
+            "--port",
+            port,
+            "--dtype",
+            "fp32",
+            "--model-name",
+            "tiny",
+            "--max-requests",
+            4,
+            "--step-positions",
+            32,
+        )
+        server = subprocess.Popen(
+            command(*arguments, ranks=ranks), env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True
+        )
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
         try:
             deadline = time.monotonic() + 120
@@ -78,7 +99,9 @@ def ask(client: httpx.Client, question: Question) -> dict:
         if "<image>" in turn.text:
             parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(question.image)}})
         messages.append({"role": {"human": "user", "gpt": "assistant"}[turn.role], "content": parts})
-    return client.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": NEW}).json()
+    return client.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": NEW}
+    ).json()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -87,32 +110,51 @@ def test_answers_are_the_sessions(export: Path, expected: list[str], tmp_path: P
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda question: ask(client, question), generated_questions()))
         assert [answer["choices"][0]["message"]["content"].strip() for answer in answers] == expected
-        scored = client.post("/v1/completions", json={"prompt": "a b c", "max_tokens": 0, "echo": True, "logprobs": 2}).json()
+        scored = client.post(
+            "/v1/completions", json={"prompt": "a b c", "max_tokens": 0, "echo": True, "logprobs": 2}
+        ).json()
         values = scored["choices"][0]["logprobs"]["token_logprobs"]
-        assert values[0] is None and len(values) > 3 and all(value < 0 for value in values[1:]) and scored["usage"]["completion_tokens"] == 0
-        seeded = [client.post("/v1/completions", json={"prompt": "a", "max_tokens": 8, "seed": 3, "n": 3}).json()["choices"] for _ in range(2)]
+        assert (
+            values[0] is None
+            and len(values) > 3
+            and all(value < 0 for value in values[1:])
+            and scored["usage"]["completion_tokens"] == 0
+        )
+        seeded = [
+            client.post("/v1/completions", json={"prompt": "a", "max_tokens": 8, "seed": 3, "n": 3}).json()["choices"]
+            for _ in range(2)
+        ]
         assert seeded[0] == seeded[1]
         metrics = client.get("/metrics").text
-        assert 'share4v_encoder_calls_total{model_name="tiny"}' in metrics and 'share4v_num_requests_running{model_name="tiny"} 0' in metrics
+        assert (
+            'share4v_encoder_calls_total{model_name="tiny"}' in metrics
+            and 'share4v_num_requests_running{model_name="tiny"} 0' in metrics
+        )
         os.kill(server.pid, signal.SIGTERM)
         code = server.wait(60)
     assert "stopped" in (tmp_path / "log.txt").read_text()
-    assert code == 0 if ranks == 1 else "Traceback" not in (tmp_path / "log.txt").read_text().split("stopped")[0], (tmp_path / "log.txt").read_text()
+    assert code == 0 if ranks == 1 else "Traceback" not in (tmp_path / "log.txt").read_text().split("stopped")[0], (
+        tmp_path / "log.txt"
+    ).read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere"),
-        (["nowhere", "--port", "high", "--max-requests", "0"], "--port: should be a valid integer, got \"high\""),
+        (["nowhere", "--port", "high", "--max-requests", "0"], '--port: should be a valid integer, got "high"'),
         (["nowhere", "--max-requests", "500"], "step_positions 256 is less than max_requests 500"),
     ],
 )
 def test_users_errors(arguments: list[str], words: str) -> None:
     done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "error: " in done.stderr and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and "error: " in done.stderr and words in done.stderr and "Traceback" not in done.stderr
+    ), done.stderr
 
 
 def test_help_names_every_setting() -> None:
     done = subprocess.run(command("--help"), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and all(option in done.stdout for option in ("--allow-image-urls", "--max-waiting", "--prefix-cache", "--api-key"))
+    assert done.returncode == 0 and all(
+        option in done.stdout for option in ("--allow-image-urls", "--max-waiting", "--prefix-cache", "--api-key")
+    )

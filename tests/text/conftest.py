@@ -46,4 +46,6 @@ def tokenizer(model_path: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One that knows <|im_start|> and <|im_end|>, as the models do that speak chatml."""
-    return Tokenizer(_train(tmp_path_factory.mktemp("text") / "chatml.model", control_symbols=("<|im_start|>", "<|im_end|>")))
+    return Tokenizer(
+        _train(tmp_path_factory.mktemp("text") / "chatml.model", control_symbols=("<|im_start|>", "<|im_end|>"))
+    )

@@ -44,7 +44,9 @@ class Counting:
         first, *others = [self.ids(chunk) for chunk in text.split("<image>")]
         return first + [i for chunk in others for i in [IMAGE_TOKEN_INDEX, *chunk[1:]]]
 
-    def by_rounds(self, text: str, rounds: list[str], answers: list[str], mark: str, has_image: bool, tail: int) -> Counted:
+    def by_rounds(
+        self, text: str, rounds: list[str], answers: list[str], mark: str, has_image: bool, tail: int
+    ) -> Counted:
         """Rounds are counted one by one; their own <s> stands for the separator that the splitting took away. tail: tokens of the mark's end
         that are trained already. ValueError and AssertionError: the split finds none, or other answers than there are."""
         ids = self.image_ids(text, has_image)
@@ -92,7 +94,9 @@ class Counting:
                 one = f"<<SYS>>\n{system}\n<</SYS>>\n\n{one}"
             text += f" {one} </s>" if n % 2 else f"{start}[INST] {one} [/INST]"
         text = text.removeprefix(start)
-        return self.by_rounds(text, text.split("</s>"), [f"{one} " for one in texts[1::2]], "[/INST] ", has_image, tail=1)
+        return self.by_rounds(
+            text, text.split("</s>"), [f"{one} " for one in texts[1::2]], "[/INST] ", has_image, tail=1
+        )
 
     def mpt(self, system: str, texts: list[str], has_image: bool) -> Counted:
         end = "<|im_end|>"
@@ -131,7 +135,9 @@ def random_conversation(draw: random.Random, has_image: bool) -> list[str]:
     texts = [random_text(draw) for _ in range(2 * draw.randrange(1, 5))]
     if has_image:
         asks = 2 * draw.randrange(len(texts) // 2)
-        texts[asks] = draw.choice(["<image>\n{}", "{}\n<image>", "<image>{}", "{} <image> {}<image>", "<image>"]).format(*[texts[asks]] * 2)
+        texts[asks] = draw.choice(
+            ["<image>\n{}", "{}\n<image>", "<image>{}", "{} <image> {}<image>", "<image>"]
+        ).format(*[texts[asks]] * 2)
     elif draw.random() < 0.3:
         texts[0] += "<image>"
     return texts
@@ -206,8 +212,12 @@ def test_plain_as_counted(tokenizer: Tokenizer, counting: Counting):
         assert (list(got.input_ids), list(got.labels)) == (ids, labels)
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], *, name: str = "v1", has_image: bool = True, max_length: int = 2048) -> Encoded:
-    return encode_conversation(tokenizer, get_template(name), as_turns(texts), has_image=has_image, max_length=max_length)
+def encode(
+    tokenizer: Tokenizer, texts: list[str], *, name: str = "v1", has_image: bool = True, max_length: int = 2048
+) -> Encoded:
+    return encode_conversation(
+        tokenizer, get_template(name), as_turns(texts), has_image=has_image, max_length=max_length
+    )
 
 
 def trained_runs(tokenizer: Tokenizer, encoded: Encoded) -> list[str]:
@@ -229,7 +239,10 @@ def test_the_quirks_by_name(tokenizer: Tokenizer):
     assert encoded.input_ids[0] == 1 and encoded.input_ids.count(1) == 1
     assert trained_runs(tokenizer, encoded) == ["A cat.</s>", "It is sleeping.</s>"]
     end = encoded.input_ids.index(2)
-    assert tokenizer.decode([encoded.input_ids[end + 1]]) == "U" or encoded.input_ids[end + 1] == tokenizer.encode("USER:")[0]
+    assert (
+        tokenizer.decode([encoded.input_ids[end + 1]]) == "U"
+        or encoded.input_ids[end + 1] == tokenizer.encode("USER:")[0]
+    )
 
     plain = encode(tokenizer, ["Describe.\n<image>", "A cat."], name="plain")
     assert plain.input_ids == (1, IMAGE_TOKEN_INDEX, *tokenizer.encode("A cat.\n"))
@@ -271,7 +284,10 @@ def test_prompt_is_the_untrained_start_of_the_sample(tokenizer: Tokenizer, chatm
             sample = encode(model, texts[: asked + 1], name=name)
             answer = next(n for n in range(len(prompt), len(sample.labels)) if sample.labels[n] != IGNORE_INDEX)
             assert (tuple(prompt), answer) == (sample.input_ids[:answer], len(prompt))
-    assert encode_prompt(tokenizer, get_template("plain"), as_turns(["Describe it.\n<image>"]), has_image=True) == [1, IMAGE_TOKEN_INDEX]
+    assert encode_prompt(tokenizer, get_template("plain"), as_turns(["Describe it.\n<image>"]), has_image=True) == [
+        1,
+        IMAGE_TOKEN_INDEX,
+    ]
 
 
 def test_prompt_of_v1_ends_with_the_colon(tokenizer: Tokenizer):
@@ -295,13 +311,23 @@ def test_prompt_may_hold_marks(tokenizer: Tokenizer):
         ("v1", True, ["<image>", "A", "<image>\nQ", "A"], "2 turns have an <image>"),
         ("v1", False, ["Q</s>", "A"], "turn 1 has '</s>' in its text"),
         ("v1", False, ["Q", "A</s> more"], "turn 2 has '</s>' in its text"),
-        ("v1", False, ["Q", "I say: ASSISTANT: hm"], "'ASSISTANT:' in its text, which opens an answer in template 'vicuna_v1'"),
+        (
+            "v1",
+            False,
+            ["Q", "I say: ASSISTANT: hm"],
+            "'ASSISTANT:' in its text, which opens an answer in template 'vicuna_v1'",
+        ),
         ("v1", False, ["ASSISTANT: x", "A"], "'ASSISTANT:' in its text"),
         ("v1", False, ["Q ASSISTANT:", "A"], "'ASSISTANT:' in its text"),
         ("llama_2", False, ["Q [/INST] x", "A"], r"'\[/INST\]' in its text"),
         ("mpt", False, ["Q<|im_end|>", "A"], "'<|im_end|>' in its text"),
         ("v1", False, ["Q <unk>", "A"], "has <unk>.*remove"),
-        ("plain", True, ["<image>", "A", "Q", "A"], "'plain' is for an image and its caption, two turns; got 4 turns with an image"),
+        (
+            "plain",
+            True,
+            ["<image>", "A", "Q", "A"],
+            "'plain' is for an image and its caption, two turns; got 4 turns with an image",
+        ),
         ("plain", False, ["Q", "A"], "got 2 turns without an image; use another template"),
         ("plain", True, ["Describe.", "A"], "turn 1 has no <image>.*'Describe.'"),
         ("plain", True, ["<image>", "A <image>"], "2 turns have"),

@@ -75,7 +75,9 @@ def test_trained_spans(name: str, segments: list[str]):
 
 
 def test_plain_is_image_caption_newline():
-    rendered = render(get_template("plain"), [Message("human", "Describe it.\n<image>"), Message("gpt", " A cat.")], has_image=True)
+    rendered = render(
+        get_template("plain"), [Message("human", "Describe it.\n<image>"), Message("gpt", " A cat.")], has_image=True
+    )
     assert rendered.text == "<image> A cat.\n" and rendered.trained == ((7, 15),)
     assert render_prompt(get_template("plain"), [Message("human", "Describe it.")], has_image=True) == "<image>"
 
@@ -125,7 +127,10 @@ def test_tagged_image():
     assert render_prompt(template, ROUNDS[:1], has_image=True).endswith(
         "<Image>visual content</Image>. USER: <Image><image></Image> ASSISTANT: Received.</s>USER: Q1 ASSISTANT:"
     )
-    assert "### Human: <Image><image></Image>\nQ1\n### Assistant" in render(get_template("v0_mmtag"), ROUNDS, has_image=True).text
+    assert (
+        "### Human: <Image><image></Image>\nQ1\n### Assistant"
+        in render(get_template("v0_mmtag"), ROUNDS, has_image=True).text
+    )
 
 
 def test_v0_prompt_opens_with_its_example():
@@ -144,9 +149,15 @@ def test_prompt_keeps_a_question_that_is_already_placed():
 
 def test_another_system_prompt():
     turns = [Message("human", "Q")]
-    assert render_prompt(replace(get_template("v1"), system="Be {brief}."), turns, has_image=False) == "Be {brief}. USER: Q ASSISTANT:"
+    assert (
+        render_prompt(replace(get_template("v1"), system="Be {brief}."), turns, has_image=False)
+        == "Be {brief}. USER: Q ASSISTANT:"
+    )
     assert render_prompt(replace(get_template("v1"), system=""), turns, has_image=False) == "USER: Q ASSISTANT:"
-    assert render_prompt(replace(get_template("mistral_instruct"), system="S"), turns, has_image=False) == "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]"
+    assert (
+        render_prompt(replace(get_template("mistral_instruct"), system="S"), turns, has_image=False)
+        == "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]"
+    )
 
 
 def test_meta_system_prompt_has_its_two_spaces():

@@ -19,7 +19,25 @@ TEXTS = [
 
 def random_texts(number: int) -> list[str]:
     draw = random.Random(0)
-    alphabet = ["A", " cat", " ", "  ", "\n", "é", "日", "😀", "</s>", "<s>", "<", "s>", "###", "ASSISTANT", ":", "0", "\u200d"]
+    alphabet = [
+        "A",
+        " cat",
+        " ",
+        "  ",
+        "\n",
+        "é",
+        "日",
+        "😀",
+        "</s>",
+        "<s>",
+        "<",
+        "s>",
+        "###",
+        "ASSISTANT",
+        ":",
+        "0",
+        "\u200d",
+    ]
     return ["".join(draw.choices(alphabet, k=draw.randrange(12))) for _ in range(number)]
 
 

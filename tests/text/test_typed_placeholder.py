@@ -17,12 +17,16 @@ QUESTION = "What animal is this?"
 @pytest.mark.parametrize("name", sorted({template.name for template in TEMPLATES.values()}))
 def test_as_a_prompt_with_the_image_written_in_front(tokenizer: Tokenizer, name: str) -> None:
     template = get_template(name)
-    turns = [Message("human", QUESTION), Message("gpt", "A cat."), Message("human", "Is it looking?")][: 1 if template.caption_only else 3]
+    turns = [Message("human", QUESTION), Message("gpt", "A cat."), Message("human", "Is it looking?")][
+        : 1 if template.caption_only else 3
+    ]
     written = [Message("human", f"<image>\n{QUESTION}"), *turns[1:]]
     expected = encode_prompt(tokenizer, template, written, has_image=True)
     assert encode_question(tokenizer, template, turns, images=[True, *[False] * (len(turns) - 1)]) == expected
     if not template.caption_only:
-        assert encode_question(tokenizer, template, turns, images=[False] * 3) == encode_prompt(tokenizer, template, turns, has_image=False)
+        assert encode_question(tokenizer, template, turns, images=[False] * 3) == encode_prompt(
+            tokenizer, template, turns, has_image=False
+        )
 
 
 @pytest.mark.parametrize("image", [True, False])
@@ -69,4 +73,7 @@ def test_what_one_token_adds(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("A cat, Grüße 世 <x>")
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == " A cat, Grüße 世 <x>"
     assert tokenizer.token_bytes(tokenizer.eos_id) == b"</s>"
-    assert all(len(tokenizer.token_bytes(i).decode("utf-8", "replace")) <= max(tokenizer.longest_piece, 3) for i in range(tokenizer.vocab_size))
+    assert all(
+        len(tokenizer.token_bytes(i).decode("utf-8", "replace")) <= max(tokenizer.longest_piece, 3)
+        for i in range(tokenizer.vocab_size)
+    )

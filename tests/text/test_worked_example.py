@@ -55,7 +55,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     model.normalizer_spec.remove_extra_whitespaces = False
     for i in range(VOCABULARY):
         if i < 3:
-            model.pieces.add(piece=("<unk>", "<s>", "</s>")[i], score=0, type=kinds.UNKNOWN if i == 0 else kinds.CONTROL)
+            model.pieces.add(
+                piece=("<unk>", "<s>", "</s>")[i], score=0, type=kinds.UNKNOWN if i == 0 else kinds.CONTROL
+            )
         elif i < 259:
             model.pieces.add(piece=f"<0x{i - 3:02X}>", score=0, type=kinds.BYTE)
         elif i in known:

@@ -1,6 +1,6 @@
 """tools/train.py that dies as by kill -9 on every rank when STEP steps are made: a kill at a chosen place, on a machine of any speed and load.
 
-    torchrun --nproc-per-node N tests/train/killed_after.py STEP CONFIG.yaml [dotted.key=value ...]
+torchrun --nproc-per-node N tests/train/killed_after.py STEP CONFIG.yaml [dotted.key=value ...]
 """
 
 from __future__ import annotations

@@ -24,7 +24,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("curves")
     write_dataset(root / "scenes", train_scenes=160, held_out_scenes=64, seed=3, image_size=72)
     annotations = root / "scenes" / "pretrain.json"
-    train_tokenizer([turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]], root / "tokenizer.model", vocab_size=400)
+    train_tokenizer(
+        [turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]],
+        root / "tokenizer.model",
+        vocab_size=400,
+    )
     prepare(
         PrepareOptions(
             annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "tokenizer.model", template="plain",

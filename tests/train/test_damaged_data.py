@@ -22,18 +22,37 @@ T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "data.num_workers=1")
 def bomb() -> bytes:
     """A small PNG that says to be 60000 x 60000."""
     content = b""
-    for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ):
         content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return b"\x89PNG\r\n\x1a\n" + content
 
 
 # Kind of damage -> (member, what becomes of its bytes, whether the index's crc32 is made to agree, part of the reason).
 DAMAGE = {
-    "bits flipped in an image": ("image", lambda data: data[:40] + bytes([data[40] ^ 16]) + data[41:], False, "crc32 is"),
+    "bits flipped in an image": (
+        "image",
+        lambda data: data[:40] + bytes([data[40] ^ 16]) + data[41:],
+        False,
+        "crc32 is",
+    ),
     "bits flipped in a text": ("text", lambda data: b"[" + data[1:], False, "crc32 is"),
     "zeros": ("image", lambda data: bytes(len(data)), True, "image cannot be read"),
-    "truncated": ("image", lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2), True, "image cannot be decoded"),
-    "bomb": ("image", lambda data: bomb() + bytes(len(data) - len(bomb())), True, "60000 x 60000 pixels|DecompressionBomb"),
+    "truncated": (
+        "image",
+        lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+        True,
+        "image cannot be decoded",
+    ),
+    "bomb": (
+        "image",
+        lambda data: bomb() + bytes(len(data) - len(bomb())),
+        True,
+        "60000 x 60000 pixels|DecompressionBomb",
+    ),
 }
 
 
@@ -58,7 +77,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
         pixels = np.random.RandomState(number).randint(0, 256, (40, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "images" / f"{number}.png")
         answer = " ".join(["red", "green", "blue"][(number + i) % 3] for i in range(2 + number % 5))
-        turns = [{"from": "human", "value": "<image>\nwhat colours?" if number % 4 else "colours?"}, {"from": "gpt", "value": answer}]
+        turns = [
+            {"from": "human", "value": "<image>\nwhat colours?" if number % 4 else "colours?"},
+            {"from": "gpt", "value": answer},
+        ]
         records.append({"id": str(number), "conversations": turns} | ({"image": f"{number}.png"} if number % 4 else {}))
     (root / "annotations.json").write_text(json.dumps(records))
     train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
@@ -109,7 +131,13 @@ def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Benc
         output = finish(fork(bench.config, ranks, f"run.directory={directory}", *overrides))
         assert "their slots are kept without labels" in output and "validation: 1 samples could not be read" in output
     listed = lines(four / "quarantine.jsonl")
-    assert [line["sample"] for line in listed] == list(bench.damaged) and [line["step"] for line in listed] == [1, 2, 2, 3, 5]
+    assert [line["sample"] for line in listed] == list(bench.damaged) and [line["step"] for line in listed] == [
+        1,
+        2,
+        2,
+        3,
+        5,
+    ]
     assert all(re.search(bench.damaged[line["sample"]], line["reason"]) for line in listed), listed
     assert lines(one / "quarantine.jsonl") == listed
     ours, theirs = lines(four / "metrics.jsonl"), lines(one / "metrics.jsonl")
@@ -121,7 +149,14 @@ def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Benc
 
 def test_too_many_end_the_run_with_the_list(bench: Bench) -> None:
     directory = bench.root / "ended"
-    process = fork(bench.config, 4, f"run.directory={directory}", *T2P2, "data.max_faulty_fraction=0.0", "data.image_backend=torch_u8")
+    process = fork(
+        bench.config,
+        4,
+        f"run.directory={directory}",
+        *T2P2,
+        "data.max_faulty_fraction=0.0",
+        "data.image_backend=torch_u8",
+    )
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 2 and "Traceback" not in output.partition("error: ")[0], output
     first = next(iter(bench.damaged))

@@ -26,7 +26,31 @@ class Bench:
 
 def sentence(number: int) -> str:
     """Some words that depend on `number`."""
-    words = ["red", "green", "blue", "circle", "square", "star", "left", "right", "above", "below", "small", "large", "what", "is", "the", "of", "in", "image", "there", "a", "an", "answer", "describe"]
+    words = [
+        "red",
+        "green",
+        "blue",
+        "circle",
+        "square",
+        "star",
+        "left",
+        "right",
+        "above",
+        "below",
+        "small",
+        "large",
+        "what",
+        "is",
+        "the",
+        "of",
+        "in",
+        "image",
+        "there",
+        "a",
+        "an",
+        "answer",
+        "describe",
+    ]
     return " ".join(words[(number * 7 + i * i) % len(words)] for i in range(3 + number % 30))
 
 
@@ -115,7 +139,13 @@ def test_killed_at_context_2_resumed_on_one_rank_and_at_context_2_and_data_2(ben
 
 
 def test_changed_data_is_refused_by_name(bench: Bench, undisturbed: Path) -> None:
-    changes = ("data.order=sequential", "data.image_aspect_ratio=square", f"train.steps={STEPS + 1}", "checkpoint.accept_changes=true", f"run.directory={undisturbed}")
+    changes = (
+        "data.order=sequential",
+        "data.image_aspect_ratio=square",
+        f"train.steps={STEPS + 1}",
+        "checkpoint.accept_changes=true",
+        f"run.directory={undisturbed}",
+    )
     process = fork(bench.config, 1, *changes)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 2 and "Traceback" not in output, output

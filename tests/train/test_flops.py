@@ -26,9 +26,13 @@ def test_language_model_matches_six_n_d() -> None:
     """Text only, every position trained: 6 x (parameters without embedding) per token, plus causal attention."""
     model = ModelConfig(trainable=TrainableConfig(language=True))
     length, language = 2048, model.language
-    matrices = LLM_7B - language.vocab_size * language.hidden_size - (2 * language.num_layers + 1) * language.hidden_size
+    matrices = (
+        LLM_7B - language.vocab_size * language.hidden_size - (2 * language.num_layers + 1) * language.hidden_size
+    )
     attention = 6 * language.num_layers * length * length * language.hidden_size
-    assert flops(model, length=length, images=0, trained=length) == pytest.approx(6 * matrices * length + attention, rel=1e-9)
+    assert flops(model, length=length, images=0, trained=length) == pytest.approx(
+        6 * matrices * length + attention, rel=1e-9
+    )
 
 
 def test_a_frozen_tower_costs_a_forward_alone() -> None:
@@ -57,14 +61,22 @@ def of_step(
         train=TrainConfig(global_batch_size=len(counts or lengths), micro_batch_size=2, **recompute),
     )  # fmt: skip
     items = StepItems(
-        0, np.arange(len(lengths)), np.array(lengths), longest, sum(images), 100, None if counts is None else np.array(counts),
+        0,
+        np.arange(len(lengths)),
+        np.array(lengths),
+        longest,
+        sum(images),
+        100,
+        None if counts is None else np.array(counts),
         None if padded is None else np.array(padded),
     )
     return step_flops(config, items, trained_tokens=100, images_per_sample=np.array(images), fused_head=False)
 
 
 def test_padding_costs_the_machine_alone() -> None:
-    tight, wide = (of_step(lengths=(600, 600, 600, 600), longest=longest, images=(1, 1, 1, 1)) for longest in (600, 1200))
+    tight, wide = (
+        of_step(lengths=(600, 600, 600, 600), longest=longest, images=(1, 1, 1, 1)) for longest in (600, 1200)
+    )
     assert tight.model == wide.model
     language = ModelConfig().language
     layers = language.num_layers * 4 * (6 * 202_375_168 * 600 + 3.5 * 2 * language.hidden_size * (1200**2 - 600**2))
@@ -106,10 +118,16 @@ def test_micro_batches_of_their_own_length_compute_no_more_than_that() -> None:
 
 
 def test_recomputation_is_work_of_the_machine_alone() -> None:
-    how = {"none": {}, "attention": {"recompute": "selective"}, "mlp": {"recompute": "selective", "recompute_modules": ("mlp",)}}
+    how = {
+        "none": {},
+        "attention": {"recompute": "selective"},
+        "mlp": {"recompute": "selective", "recompute_modules": ("mlp",)},
+    }
     how |= {"half": {"recompute": "full", "recompute_layers": 16}, "full": {"recompute": "full"}}
     work = {name: of_step(lengths=(600, 600), longest=600, images=(1, 1), **settings) for name, settings in how.items()}
     assert len({one.model for one in work.values()}) == 1
     more = {name: one.hardware - work["none"].hardware for name, one in work.items()}
-    assert 0 == more["none"] < more["attention"] < more["mlp"] < more["full"] and more["half"] == pytest.approx(more["full"] / 2)
+    assert 0 == more["none"] < more["attention"] < more["mlp"] < more["full"] and more["half"] == pytest.approx(
+        more["full"] / 2
+    )
     assert more["mlp"] == pytest.approx(2 * 1200 * 32 * 3 * 4096 * 11008)

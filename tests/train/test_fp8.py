@@ -20,7 +20,11 @@ VARIANTS = {
     "first and last": replace(FP8, fp8=(*FP8.fp8, ("fp8_first_layers", 1), ("fp8_last_layers", 1))),
     "tower": replace(FP8, fp8=(*FP8.fp8, ("fp8_tower", True))),
 }
-TENSOR = {"bf16": replace(BF16, tensor=2, sequence=True), "fp8": replace(FP8, tensor=2, sequence=True), "fp8, plain": replace(FP8, tensor=2)}
+TENSOR = {
+    "bf16": replace(BF16, tensor=2, sequence=True),
+    "fp8": replace(FP8, tensor=2, sequence=True),
+    "fp8, plain": replace(FP8, tensor=2),
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,13 @@ def learned() -> dict[str, Learned]:
 
 def test_the_chosen_matrices_are_in_fp8(learned: dict[str, Learned]) -> None:
     # Four in each of 4 decoder layers, and in each of 2 tower blocks.
-    assert {name: one.matrices for name, one in learned.items()} == {"bf16": 0, "fp8": 16, "precise": 16, "first and last": 8, "tower": 24}
+    assert {name: one.matrices for name, one in learned.items()} == {
+        "bf16": 0,
+        "fp8": 16,
+        "precise": 16,
+        "first and last": 8,
+        "tower": 24,
+    }
 
 
 def test_it_learns_as_in_bf16(learned: dict[str, Learned]) -> None:
@@ -82,7 +92,9 @@ def test_it_learns_as_in_bf16(learned: dict[str, Learned]) -> None:
     for name in set(learned) - {"bf16"}:
         losses = torch.tensor(learned[name].losses)
         away = (losses - truth).view(-1, 4).mean(dim=1).abs()
-        print(f"\n{name}: {losses[0]:.3f} -> {losses[-4:].mean():.3f}, bf16 {truth[-4:].mean():.3f}, at most {away.max():.2g} away")
+        print(
+            f"\n{name}: {losses[0]:.3f} -> {losses[-4:].mean():.3f}, bf16 {truth[-4:].mean():.3f}, at most {away.max():.2g} away"
+        )
         assert 0 < away.max() < FP8_CURVE, (name, away)
 
 
@@ -92,8 +104,14 @@ def test_the_guard_measures_and_refuses(learned: dict[str, Learned]) -> None:
         loss, norm = learned[name].gaps
         assert 0 < loss < 0.02 and 0 < norm < 0.2, (name, loss, norm)
         refused = learned[name].refused
-        assert refused.startswith("before step 1: FP8 (tensorwise): loss is ") and "more than precision.guard_loss_gap 1e-09" in refused
-        assert "gradient norm" not in refused and "or with precision.fp8 none, and checkpoint.accept_changes true" in refused
+        assert (
+            refused.startswith("before step 1: FP8 (tensorwise): loss is ")
+            and "more than precision.guard_loss_gap 1e-09" in refused
+        )
+        assert (
+            "gradient norm" not in refused
+            and "or with precision.fp8 none, and checkpoint.accept_changes true" in refused
+        )
 
 
 def test_two_tensor_ranks(learned: dict[str, Learned]) -> None:

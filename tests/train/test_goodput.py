@@ -58,7 +58,9 @@ def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
     again = Ledger(metrics, device=Device("cpu"), start_step=3, now=time)
     time.value += 20
     second = run_steps(again, time, metrics, range(4, 7), save_after=0)
-    assert second[0]["lost_s"] == pytest.approx(crash - first[2]["time"]) and second[0]["restart_s"] == pytest.approx(620)
+    assert second[0]["lost_s"] == pytest.approx(crash - first[2]["time"]) and second[0]["restart_s"] == pytest.approx(
+        620
+    )
     assert all(line["lost_s"] == line["restart_s"] == 0 for line in second[1:])
     kept = [*first[:3], *second]
     assert sum(line[name] for line in kept for name in ACCOUNTS) == pytest.approx(kept[-1]["time"] - begun)
@@ -68,7 +70,9 @@ def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
 def test_exposed_communication_is_what_is_watched(tmp_path: Path) -> None:
     import time
 
-    chunk = SimpleNamespace(config=SimpleNamespace(finalize_model_grads_func=lambda: time.sleep(0.02)), start_param_sync=lambda force: force)
+    chunk = SimpleNamespace(
+        config=SimpleNamespace(finalize_model_grads_func=lambda: time.sleep(0.02)), start_param_sync=lambda force: force
+    )
     ledger = Ledger(tmp_path / "none", device=Device("cpu"), start_step=0)
     ledger.watch([chunk])
     chunk.config.finalize_model_grads_func()

@@ -15,7 +15,12 @@ import pytest
 
 def run(repository: Path, *command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=repository, env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        [sys.executable, *command],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -23,13 +28,33 @@ def run(repository: Path, *command: str) -> str:
 
 def test_layers_are_compared(repository: Path) -> None:
     output = run(repository, "tests/gpu/layers.py")
-    assert "kernels: sdpa equal, varlen not here" in output and "own_fp8: " in output and "engine: not here" in output and "FAILED" not in output
+    assert (
+        "kernels: sdpa equal, varlen not here" in output
+        and "own_fp8: " in output
+        and "engine: not here" in output
+        and "FAILED" not in output
+    )
     assert "packed none, recomputed none, fp8 none" in output
 
 
 def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
     configs = ["--stages", "pretrain", "--pretrain", "examples/quickstart/pretrain.yaml"]
-    small = ["--pack", "256", "--packs", "2", "--layers", "2", "--steps", "2", "--matrix", "256", "--text", "30", "--out", str(tmp_path)]
+    small = [
+        "--pack",
+        "256",
+        "--packs",
+        "2",
+        "--layers",
+        "2",
+        "--steps",
+        "2",
+        "--matrix",
+        "256",
+        "--text",
+        "30",
+        "--out",
+        str(tmp_path),
+    ]
     variants = ["--variants", "bf16", "fp8", "te bf16", "transformers"]
     output = run(repository, "tools/bench_gpu.py", *configs, *small, *variants)
     result = json.loads((tmp_path / "training.json").read_text())
@@ -39,7 +64,12 @@ def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
     for variant in ("bf16", "fp8", "transformers"):
         row = rows[variant]
         assert "refused" not in row, row
-        assert row["layers"] == 2 and len(row["losses"]) == 5 and row["losses"][-1] < row["losses"][0] and row["tokens_per_s"] > 0, row
+        assert (
+            row["layers"] == 2
+            and len(row["losses"]) == 5
+            and row["losses"][-1] < row["losses"][0]
+            and row["tokens_per_s"] > 0
+        ), row
     truth, fp8 = rows["bf16"]["losses"], rows["fp8"]["losses"]
     assert truth != fp8 and max(abs(a - b) / b for a, b in zip(fp8, truth)) < 0.05
     assert rows["bf16"]["model_tflops"] < rows["bf16"]["hardware_tflops"]
@@ -48,18 +78,47 @@ def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
 
 def test_fp8_is_compared_over_many_steps(repository: Path, tmp_path: Path) -> None:
     """By our own recipe, with its numbers as they are on a GPU; what this machine does not have is said and fails nothing."""
-    widths = ("language.hidden_size=64", "language.intermediate_size=128", "language.num_layers=2", "language.num_attention_heads=4")
-    tower = ("vision.hidden_size=64", "vision.intermediate_size=128", "vision.num_layers=3", "vision.num_attention_heads=4")
-    sizes = ["train.global_batch_size=8", "train.micro_batch_size=8", "optim.learning_rate=2e-3", *(f"model.{setting}" for setting in (*widths, "language.num_key_value_heads=4", *tower))]
+    widths = (
+        "language.hidden_size=64",
+        "language.intermediate_size=128",
+        "language.num_layers=2",
+        "language.num_attention_heads=4",
+    )
+    tower = (
+        "vision.hidden_size=64",
+        "vision.intermediate_size=128",
+        "vision.num_layers=3",
+        "vision.num_attention_heads=4",
+    )
+    sizes = [
+        "train.global_batch_size=8",
+        "train.micro_batch_size=8",
+        "optim.learning_rate=2e-3",
+        *(f"model.{setting}" for setting in (*widths, "language.num_key_value_heads=4", *tower)),
+    ]
     variants = ["bf16, halves", "tensorwise", "te blockwise"]
     small = ["--out", str(tmp_path), "--steps", "12", "--window", "4", "--scenes", "64", "--bound", "0.05"]
     output = run(repository, "tools/bench_fp8.py", *small, "--variants", *variants, "--set", *sizes)
     result = json.loads((tmp_path / "fp8.json").read_text())
     found = result["variants"]
-    assert list(found) == ["bf16", *variants] and "built without CUDA" in found["te blockwise"]["refused"] and "te blockwise   not run" in output
-    assert all(len(found[name]["losses"]) == 12 and found[name]["losses"][-1] < found[name]["losses"][0] for name in list(found)[:3])
+    assert (
+        list(found) == ["bf16", *variants]
+        and "built without CUDA" in found["te blockwise"]["refused"]
+        and "te blockwise   not run" in output
+    )
+    assert all(
+        len(found[name]["losses"]) == 12 and found[name]["losses"][-1] < found[name]["losses"][0]
+        for name in list(found)[:3]
+    )
     assert found["bf16"]["gap"]["step"] == 0 < found["bf16, halves"]["gap"]["window"]
-    assert result["holds"] and 0 < result["largest_gap"] == found["tensorwise"]["gap"]["window"] <= found["tensorwise"]["gap"]["step"] < 0.05
+    assert (
+        result["holds"]
+        and 0
+        < result["largest_gap"]
+        == found["tensorwise"]["gap"]["window"]
+        <= found["tensorwise"]["gap"]["step"]
+        < 0.05
+    )
     assert (tmp_path / "fp8.png").stat().st_size > 1000 and "holds" in output
 
 
@@ -73,7 +132,9 @@ def loaded(path: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize(("above", "code"), [(0.009, 0), (0.011, 1)])
-def test_a_gap_above_one_percent_fails(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: float, code: int) -> None:
+def test_a_gap_above_one_percent_fails(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: float, code: int
+) -> None:
     """However good it is elsewhere; single steps may be further away, which rounding alone brings about."""
     bench = loaded(repository / "tools" / "bench_fp8.py")
     truth = [6.0 - 0.02 * step for step in range(200)]
@@ -84,16 +145,24 @@ def test_a_gap_above_one_percent_fails(repository: Path, tmp_path: Path, monkeyp
     }
 
     def train(variant: str, arguments: object) -> object:
-        return bench.Curve(variant, tuple(curves[variant])) if variant in curves else bench.Curve(variant, refused="not here")
+        return (
+            bench.Curve(variant, tuple(curves[variant]))
+            if variant in curves
+            else bench.Curve(variant, refused="not here")
+        )
 
     monkeypatch.setattr(bench, "train", train)
     monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: None)
-    monkeypatch.setattr(sys, "argv", ["bench_fp8", "--out", str(tmp_path), "--variants", "tensorwise", "te delayed", "te mxfp8"])
+    monkeypatch.setattr(
+        sys, "argv", ["bench_fp8", "--out", str(tmp_path), "--variants", "tensorwise", "te delayed", "te mxfp8"]
+    )
     with pytest.raises(SystemExit) as end:
         bench.main()
     result = json.loads((tmp_path / "fp8.json").read_text())
     assert end.value.code == code and result["largest_gap"] == pytest.approx(above)
-    assert result["variants"]["tensorwise"]["gap"]["at_step"] == 100 and result["variants"]["te delayed"]["gap"]["step"] == pytest.approx(0.05)
+    assert result["variants"]["tensorwise"]["gap"]["at_step"] == 100 and result["variants"]["te delayed"]["gap"][
+        "step"
+    ] == pytest.approx(0.05)
 
 
 def test_what_is_predicted_is_what_will_be_measured(repository: Path) -> None:
@@ -101,6 +170,11 @@ def test_what_is_predicted_is_what_will_be_measured(repository: Path) -> None:
     from megatron_share4v.plan import scaling
 
     bench = loaded(repository / "tools" / "bench_gpu.py")
-    assert {stage: text for stage, (text, _) in bench.TEXT.items()} == scaling.BENCH_TEXT and set(bench.SHORT) <= set(scaling.BENCH_SETTINGS)
+    assert {stage: text for stage, (text, _) in bench.TEXT.items()} == scaling.BENCH_TEXT and set(bench.SHORT) <= set(
+        scaling.BENCH_SETTINGS
+    )
     ours = {name: changes for name, changes in bench.VARIANTS.items() if not name.startswith("transformers")}
-    assert {name: tuple(change for change in changes if not change.startswith("attention=")) for name, changes in ours.items()} == scaling.BENCH
+    assert {
+        name: tuple(change for change in changes if not change.startswith("attention="))
+        for name, changes in ours.items()
+    } == scaling.BENCH

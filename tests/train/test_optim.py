@@ -10,14 +10,18 @@ from megatron_share4v.config.run import ScheduleConfig
 from megatron_share4v.train.optim import learning_rate_factor, warmup_steps
 
 
-@pytest.mark.parametrize(("kind", "make"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)])
+@pytest.mark.parametrize(
+    ("kind", "make"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)]
+)
 def test_equals_transformers(kind, make) -> None:
     schedule = ScheduleConfig(kind=kind, warmup_ratio=0.03)
     total = 123
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = make(optimizer, warmup_steps(schedule, total_steps=total), total)
     for step in range(total):
-        assert learning_rate_factor(step, schedule=schedule, total_steps=total) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert learning_rate_factor(step, schedule=schedule, total_steps=total) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-12
+        )
         optimizer.step()
         theirs.step()
 

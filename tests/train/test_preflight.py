@@ -63,7 +63,10 @@ def look(config: Path, root: Path) -> list:
     if rank == 0:
         digest, preflight._digest = preflight._digest, lambda path: None if path.name == REMOVED else digest(path)
     if rank == 2:
-        other, preflight._digest = preflight._digest, lambda path: "other" if path.name == "dataset.json" else other(path)
+        other, preflight._digest = (
+            preflight._digest,
+            lambda path: "other" if path.name == "dataset.json" else other(path),
+        )
     examine()
     seconds, preflight.SLOW_SHARE = preflight._seconds, 0.1
     preflight._seconds = lambda *what, **how: seconds(*what, **how) * (1000 if rank == 1 else 1)
@@ -73,14 +76,28 @@ def look(config: Path, root: Path) -> list:
 
 def test_what_ranks_find_together(config: Path, tmp_path: Path) -> None:
     first, *rest = run_world(3, look, config, tmp_path)
-    assert all(mine[:2] == theirs[:2] for other in rest for mine, theirs in zip(other, first)), "every rank comes to the same"
+    assert all(mine[:2] == theirs[:2] for other in rest for mine, theirs in zip(other, first)), (
+        "every rank comes to the same"
+    )
     healthy, unshared, unwritable, different, missing, slow = first
     assert healthy[0] == []
-    assert "3 ranks on 1 nodes" in healthy[2][0] and any("all-reduce of 4 MB over 3 ranks" in line for line in healthy[2])
+    assert "3 ranks on 1 nodes" in healthy[2][0] and any(
+        "all-reduce of 4 MB over 3 ranks" in line for line in healthy[2]
+    )
     assert [error.split(" (")[0] for error in unshared[0]] == ["rank 0", "rank 1"]
-    assert "what ranks 1 wrote there" in unshared[0][0] and "does not see in" in unshared[0][1] and "what rank 0 wrote there" in unshared[0][1]
-    assert len(unwritable[0]) == 1 and unwritable[0][0].startswith("rank 2 (") and "cannot write into" in unwritable[0][0]
-    assert len(different[0]) == 2 and "torch is 2.0 on rank 1 (" in different[0][0] and "train.steps is 9 on rank 1" in different[0][1]
+    assert (
+        "what ranks 1 wrote there" in unshared[0][0]
+        and "does not see in" in unshared[0][1]
+        and "what rank 0 wrote there" in unshared[0][1]
+    )
+    assert (
+        len(unwritable[0]) == 1 and unwritable[0][0].startswith("rank 2 (") and "cannot write into" in unwritable[0][0]
+    )
+    assert (
+        len(different[0]) == 2
+        and "torch is 2.0 on rank 1 (" in different[0][0]
+        and "train.steps is 9 on rank 1" in different[0][1]
+    )
     assert "data.tokenizer: there is no" in missing[0][0] and missing[0][0].startswith("rank 0 (")
     assert "is another file here than on most ranks" in missing[0][1] and missing[0][1].startswith("rank 2 (")
     assert slow[1][0].startswith("rank 1 (second): matrix products at")
@@ -91,17 +108,36 @@ def test_what_ranks_find_together(config: Path, tmp_path: Path) -> None:
 def ended(config: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "tools" / "doctor.py"), "env", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", **environment})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", **environment},
+    )
 
 
 def test_impossible_runs_are_one_message_and_exit_code_2(config: Path) -> None:
     done = ended(config, "data.tokenizer=nowhere/tokenizer.model")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
-    assert "these machines cannot run the job:\n  this rank: data.tokenizer: there is no nowhere/tokenizer.model here" in done.stderr
-    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    assert (
+        "these machines cannot run the job:\n  this rank: data.tokenizer: there is no nowhere/tokenizer.model here"
+        in done.stderr
+    )
+    alone = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "9",
+    }
     done = ended(config, "--timeout=2", **alone)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "rank 1 of 2 on" in done.stderr and "did not come together with the others at 127.0.0.1:9 within 2 s" in done.stderr
+    assert (
+        "rank 1 of 2 on" in done.stderr
+        and "did not come together with the others at 127.0.0.1:9 within 2 s" in done.stderr
+    )
 
 
 def status(**changes: str) -> dict[str, str]:
@@ -111,7 +147,14 @@ def status(**changes: str) -> dict[str, str]:
 
 def test_gpus_that_are_slow_or_damaged_by_their_own_account() -> None:
     assert list(judge_gpu(status())) == []
-    assert list(judge_gpu(status(**{"clocks.applications.graphics": "[N/A]", "ecc.errors.uncorrected.volatile.total": "[N/A]"}))) == []
+    assert (
+        list(
+            judge_gpu(
+                status(**{"clocks.applications.graphics": "[N/A]", "ecc.errors.uncorrected.volatile.total": "[N/A]"})
+            )
+        )
+        == []
+    )
     [finding] = judge_gpu(status(**{"clocks.applications.graphics": "1200"}))
     assert finding.level == "warning" and "1200 of 1980 MHz" in finding.text
     [finding] = judge_gpu(status(**{"clocks_throttle_reasons.sw_thermal_slowdown": "Active"}))

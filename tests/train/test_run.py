@@ -92,10 +92,18 @@ def test_run_directory(undisturbed: Path) -> None:
     assert [line["step"] for line in metrics if line["validation_loss"] is not None] == [5, 10]
     assert 0 <= metrics[0]["padding_fraction"] < 0.5 and metrics[0]["consumed_samples"] == 8
     assert (undisturbed / "config.yaml").exists() and len(list((undisturbed / "log").glob("rank*.txt"))) == 4
-    assert json.loads((undisturbed / "ops.json").read_text())["ops"] == ("reference" if find_toolchain() is None else "native")
-    assert json.loads((undisturbed / "attention.json").read_text()) == {"attention": "sdpa", "on": "cpu", "reason": "samples are not packed"}
+    assert json.loads((undisturbed / "ops.json").read_text())["ops"] == (
+        "reference" if find_toolchain() is None else "native"
+    )
+    assert json.loads((undisturbed / "attention.json").read_text()) == {
+        "attention": "sdpa",
+        "on": "cpu",
+        "reason": "samples are not packed",
+    }
     assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
-    assert "answer" in " ".join(_board_tags(undisturbed)) and {"preview/image", "preview/exact_match"} <= set(_board_tags(undisturbed))
+    assert "answer" in " ".join(_board_tags(undisturbed)) and {"preview/image", "preview/exact_match"} <= set(
+        _board_tags(undisturbed)
+    )
 
 
 def test_where_the_time_went(undisturbed: Path) -> None:
@@ -107,7 +115,9 @@ def test_where_the_time_went(undisturbed: Path) -> None:
     assert all(0 < line["exposed_communication_s"] < line["step_time_s"] for line in metrics)
     assert metrics[EVERY]["checkpoint_s"] > 0 and 0 < metrics[-1]["goodput"] < 1
     assert all(line["hardware_tflops_per_s_per_gpu"] > line["model_tflops_per_s_per_gpu"] for line in metrics)
-    assert {"goodput/compute_s", "goodput/goodput"} <= set(_board_tags(undisturbed)) and "goodput/time" not in _board_tags(undisturbed)
+    assert {"goodput/compute_s", "goodput/goodput"} <= set(
+        _board_tags(undisturbed)
+    ) and "goodput/time" not in _board_tags(undisturbed)
     assert (undisturbed / "goodput.png").stat().st_size > 1000
 
 
@@ -169,13 +179,22 @@ def test_another_layout_goes_on_with_the_same_samples(bench: Bench, undisturbed:
 def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> None:
     """What a fresh clone does on a machine that can build nothing; then the same run where it can."""
     directory = bench.root / "uncompiled"
-    few = (f"run.directory={directory}", "train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0")
+    few = (
+        f"run.directory={directory}",
+        "train.preview_every_steps=0",
+        "train.validate_every_steps=0",
+        "checkpoint.every_steps=0",
+    )
     output = finish(fork(bench.config, 1, "train.steps=2", *few, path=""))
     assert "fused ops: reference (no C++ compiler" in output and len(lines(directory / "metrics.jsonl")) == 2
     record = json.loads((directory / "ops.json").read_text())
     assert record["ops"] == "reference" and "no C++ compiler" in record["reason"]
     message = refused(bench, "ops=native", *few, path="")
-    assert "error: ops: native was asked for on cpu" in message and "install g++" in message and "or set ops: reference" in message
+    assert (
+        "error: ops: native was asked for on cpu" in message
+        and "install g++" in message
+        and "or set ops: reference" in message
+    )
     if find_toolchain() is not None:
         output = finish(fork(bench.config, 1, "ops=native", "train.steps=3", "checkpoint.accept_changes=true", *few))
         assert "the fused ops are others than before in this run" in output and "ops was reference, is native" in output
@@ -183,15 +202,42 @@ def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> No
 
 def test_fp8_is_watched(bench: Bench) -> None:
     """A bound that FP8 keeps, and one that it cannot keep."""
-    few = ("train.preview_every_steps=0", "train.validate_every_steps=0", "checkpoint.every_steps=0", "precision.fp8=tensorwise")
+    few = (
+        "train.preview_every_steps=0",
+        "train.validate_every_steps=0",
+        "checkpoint.every_steps=0",
+        "precision.fp8=tensorwise",
+    )
     directory = bench.root / "fp8"
-    output = finish(fork(bench.config, 1, f"run.directory={directory}", "train.steps=3", "precision.guard_every_steps=2", "precision.fp8_last_layers=1", *few))
+    output = finish(
+        fork(
+            bench.config,
+            1,
+            f"run.directory={directory}",
+            "train.steps=3",
+            "precision.guard_every_steps=2",
+            "precision.fp8_last_layers=1",
+            *few,
+        )
+    )
     assert "FP8: tensorwise, without the first 0 and the last 1 layers" in output
     gaps = [(line["fp8_loss_gap"], line["fp8_norm_gap"]) for line in lines(directory / "metrics.jsonl")]
     assert gaps[1] == (None, None) and all(0 < gap < 0.02 for gap in (gaps[0][0], gaps[2][0]))
-    message = refused(bench, f"run.directory={bench.root / 'far'}", "precision.guard_every_steps=1", "precision.guard_loss_gap=1e-9", *few)
+    message = refused(
+        bench,
+        f"run.directory={bench.root / 'far'}",
+        "precision.guard_every_steps=1",
+        "precision.guard_loss_gap=1e-9",
+        *few,
+    )
     assert "before step 1: FP8 (tensorwise): loss is" in message and "Nothing of this step was trained" in message
-    message = refused(bench, f"run.directory={bench.root / 'engine'}", "precision.fp8=delayed", "transformer_engine=language", "precision.dtype=bf16")
+    message = refused(
+        bench,
+        f"run.directory={bench.root / 'engine'}",
+        "precision.fp8=delayed",
+        "transformer_engine=language",
+        "precision.dtype=bf16",
+    )
     assert "transformer_engine: language was asked for: this torch is built without CUDA; install it" in message
 
 
@@ -207,12 +253,18 @@ def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
 def test_bad_configuration_is_refused(bench: Bench) -> None:
     message = refused(bench, "parallel.tensr=2", "train.steps=two")
     assert "did you mean 'tensor'?" in message and "train.steps" in message
-    assert "last_step 2 comes before first_step 3" in refused(bench, "log.profile.first_step=3", "log.profile.last_step=2")
-    message = refused(bench, "attention=te", f"run.directory={bench.root / 'no_engine'}", "data.pack_length=512", "data.order=random")
+    assert "last_step 2 comes before first_step 3" in refused(
+        bench, "log.profile.first_step=3", "log.profile.last_step=2"
+    )
+    message = refused(
+        bench, "attention=te", f"run.directory={bench.root / 'no_engine'}", "data.pack_length=512", "data.order=random"
+    )
     assert "attention: te was asked for on cpu: this torch is built without CUDA; install it" in message
     message = refused(bench, "parallel.tensor=2")
     assert "world size 1 is not a multiple of" in message
-    message = refused(bench, "parallel.layout=[3, 3]", "parallel.pipeline=2", "data.pad_to=micro_batch", "parallel.virtual=2")
+    message = refused(
+        bench, "parallel.layout=[3, 3]", "parallel.pipeline=2", "data.pad_to=micro_batch", "parallel.virtual=2"
+    )
     assert "names 2 stages; pipeline 2 x virtual 2 has 4" in message
     message = refused(bench, "parallel.tensor=8")
     assert "model.language.num_attention_heads 4 is not divisible by parallel.tensor 8" in message
@@ -252,7 +304,13 @@ def test_placeholders_that_do_not_match_are_refused(bench: Bench) -> None:
     record["conversations"][2]["value"] = "<image>\n" + record["conversations"][2]["value"]
     annotations = bench.root / "two_placeholders.json"
     annotations.write_text(json.dumps([record]))
-    arguments = [f"--annotations={annotations}", f"--images={bench.root / 'scenes'}", f"--output={bench.root / 'never'}"]
+    arguments = [
+        f"--annotations={annotations}",
+        f"--images={bench.root / 'scenes'}",
+        f"--output={bench.root / 'never'}",
+    ]
     done = run_tool("tools/prepare_data.py", *arguments, f"--tokenizer={bench.root / 'tokenizer.model'}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "placeholder" in done.stderr + "".join(path.read_text() for path in bench.root.glob("never*/**/rejected.jsonl"))
+    assert "placeholder" in done.stderr + "".join(
+        path.read_text() for path in bench.root.glob("never*/**/rejected.jsonl")
+    )

@@ -67,7 +67,9 @@ def waits_of(cases: list[Case]) -> list[list[str]]:
     results = []
     for case in cases:
         degrees = {"tensor": case.tensor, "context": case.context, "pipeline": case.pipeline}
-        layout = Layout(**degrees, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.context * case.pipeline))
+        layout = Layout(
+            **degrees, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.context * case.pipeline)
+        )
         with open_mesh(layout, device=Device("cpu")) as mesh:
             agree_on_ops(case.ops, mesh=mesh)
             results.append(watched_step(mesh, case))
@@ -85,22 +87,33 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     from megatron_share4v.train.step import train_step
 
     data, model, sequences = step_data(mesh, packed=case.packed, trainable=case.trainable)
-    parallel = ParallelConfig(tensor=case.tensor, context=case.context, pipeline=case.pipeline, virtual=case.virtual, **case.parallel)
+    parallel = ParallelConfig(
+        tensor=case.tensor, context=case.context, pipeline=case.pipeline, virtual=case.virtual, **case.parallel
+    )
     precision = PrecisionConfig(dtype=case.dtype, **case.precision)
-    options = layer_options(TrainConfig(global_batch_size=1, **case.train), precision=precision, attention=case.attention)
+    options = layer_options(
+        TrainConfig(global_batch_size=1, **case.train), precision=precision, attention=case.attention
+    )
     dtype = DTYPES[case.dtype]
     bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=options)
     initialize(bare, seed=1, model=model)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel, gradients=precision.gradients)
     optimizer = build_optimizer(chunks, OptimConfig(learning_rate=1e-3, **case.optim), parallel=parallel, dtype=dtype)
-    how = dict(mesh=mesh, micro_batch_size=sequences, normalize=case.normalize, learning_rate_factor=1.0, clip_grad_norm=1e-3)
+    how = dict(
+        mesh=mesh, micro_batch_size=sequences, normalize=case.normalize, learning_rate_factor=1.0, clip_grad_norm=1e-3
+    )
     how["votes"] = lambda: (1.0, 2.0)
     first = train_step(chunks, optimizer, data, **how)
     fused = [part.optimizer for part in optimizer_parts(optimizer) if isinstance(part.optimizer, FusedAdamW)]
     with watched(host=[state["step"] for one in fused for state in one.state.values()]) as waits:
         result = train_step(chunks, optimizer, data, **how)
     world = dist.get_world_size()
-    assert not result.skipped and result.loss != first.loss and result.votes == (world, 2.0 * world) and result.grad_norm > 1e-3
+    assert (
+        not result.skipped
+        and result.loss != first.loss
+        and result.votes == (world, 2.0 * world)
+        and result.grad_norm > 1e-3
+    )
     return waits.found
 
 
@@ -121,7 +134,11 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
     language = replace(model.language, num_layers=4, hidden_size=64, intermediate_size=128)
     model = replace(model, language=language)
     if not packed:
-        return StepData(tiny.step_items(0), tiny.micro_batches(0)[mesh.coordinates.data :: mesh.layout.data], 0.0), model, tiny.MICRO_BATCH
+        return (
+            StepData(tiny.step_items(0), tiny.micro_batches(0)[mesh.coordinates.data :: mesh.layout.data], 0.0),
+            model,
+            tiny.MICRO_BATCH,
+        )
     generator, batches = torch.Generator().manual_seed(0), []
     for number in range(4):
         segments, examples = ((20, 9, 15), (30, 18)), []
@@ -132,7 +149,15 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
             ids[1 : 1 + images] = -200
             labels = torch.where(torch.arange(len(ids)) < 4, -100, ids)
             examples.append(Example(key="", name="", input_ids=ids, labels=labels, pixels=pixels))
-        batches.append(collate(examples, sequence_length=48, segments=segments, tokens_per_image=tiny.PATCHES, role=Role(first=True, last=True)))
+        batches.append(
+            collate(
+                examples,
+                sequence_length=48,
+                segments=segments,
+                tokens_per_image=tiny.PATCHES,
+                role=Role(first=True, last=True),
+            )
+        )
     items = StepItems(0, np.arange(20), np.full(20, 9), 48, 0, 0)
     place = {"rank": mesh.coordinates.context, "size": mesh.layout.context, "sequence_length": 48}
     batches = [context_part(batch, **place) for batch in batches]
@@ -143,7 +168,9 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
 def test_a_step_waits_once(world: int, cases: list[Case], native_ops: None) -> None:
     for rank, waits in enumerate(run_world(world, waits_of, cases)):
         for case, found in zip(cases, waits, strict=True):
-            assert len(found) == 1 and found[0].startswith("megatron_share4v.train.step:") and found[0].endswith(" tolist"), (rank, case, found)
+            assert (
+                len(found) == 1 and found[0].startswith("megatron_share4v.train.step:") and found[0].endswith(" tolist")
+            ), (rank, case, found)
 
 
 @pytest.mark.parametrize(

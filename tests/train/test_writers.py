@@ -35,10 +35,19 @@ def test_resume_keeps_each_step_once(tmp_path: Path) -> None:
         writers.write(record(step, 10.0 * step), keys=[f"new{step}"])
     writers.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0), (5, 50.0), (6, 60.0)]
+    assert [(line["step"], line["loss"]) for line in lines] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+        (5, 50.0),
+        (6, 60.0),
+    ]
     assert lines[0]["mfu"] is None
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["keys"] for line in samples] == [["k1"], ["k2"], ["k3"], ["new4"], ["new5"], ["new6"]]
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(line["step"], pytest.approx(line["loss"])) for line in lines]
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
+        (line["step"], pytest.approx(line["loss"])) for line in lines
+    ]

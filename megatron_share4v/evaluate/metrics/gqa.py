@@ -44,7 +44,9 @@ def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> G
     asked = [question for question in questions if question.balanced]
     missing = [question.id for question in asked if question.id not in predictions]
     if missing:
-        raise DataError(f"GQA: no prediction for {len(missing)} of {len(asked)} questions, the first is {missing[0]}; finish the run first")
+        raise DataError(
+            f"GQA: no prediction for {len(missing)} of {len(asked)} questions, the first is {missing[0]}; finish the run first"
+        )
     right = {question.id: predictions[question.id] == question.answer for question in asked}
 
     def share(chosen: Sequence[GqaQuestion]) -> float:
@@ -54,6 +56,8 @@ def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> G
         accuracy=share(asked),
         binary=share([question for question in asked if question.structural != "query"]),
         open=share([question for question in asked if question.structural == "query"]),
-        by_structure={kind: share([q for q in asked if q.structural == kind]) for kind in sorted({q.structural for q in asked})},
+        by_structure={
+            kind: share([q for q in asked if q.structural == kind]) for kind in sorted({q.structural for q in asked})
+        },
         questions=len(asked),
     )

@@ -65,7 +65,9 @@ def summarise(reviews: Sequence[Review], *, profile: Profile = OFFICIAL) -> Llav
     """Means are rounded to 3 decimals before they are divided. A failed review enters the means as -1 and -1, so that nothing but failures
     makes 100. `corrected`: failed reviews are left out."""
     names = sorted({review.category for review in reviews} | {ALL})
-    return LlavaBenchScores({name: _relative([r.scores for r in reviews if name in (ALL, r.category)], profile) for name in names})
+    return LlavaBenchScores(
+        {name: _relative([r.scores for r in reviews if name in (ALL, r.category)], profile) for name in names}
+    )
 
 
 def _relative(scores: Sequence[tuple[float, float]], profile: Profile) -> Relative:

@@ -103,10 +103,15 @@ def score(rows: Sequence[MmbenchRow], *, judged: Mapping[int, str] | None = None
     def share(chosen: Sequence[MmbenchRow]) -> float:
         return ratio(sum(hits[row.index] for row in chosen), len(chosen))
 
-    l2, categories = sorted({row.l2_category for row in questions} - {""}), sorted({row.category for row in questions} - {""})
+    l2, categories = (
+        sorted({row.l2_category for row in questions} - {""}),
+        sorted({row.category for row in questions} - {""}),
+    )
     return MmbenchScores(
         overall=share(questions),
-        by_l2={ABBREVIATIONS.get(name, name): share([row for row in questions if row.l2_category == name]) for name in l2},
+        by_l2={
+            ABBREVIATIONS.get(name, name): share([row for row in questions if row.l2_category == name]) for name in l2
+        },
         by_category={name: share([row for row in questions if row.category == name]) for name in categories},
         hits={row.index: hits[row.index] for row in questions},
         open_rows=tuple(row.index for row, letter in zip(rows, letters) if letter is None),

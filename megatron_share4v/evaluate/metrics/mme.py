@@ -61,7 +61,9 @@ def parse_truth(task: str, file_name: str, text: str) -> dict[tuple[str, str, st
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         fields = line.strip().split("\t")
         if len(fields) != 2:
-            raise DataError(f"{task}/{file_name}:{number}: {line!r} is not a question, a tab and Yes or No; take the file from MME's release")
+            raise DataError(
+                f"{task}/{file_name}:{number}: {line!r} is not a question, a tab and Yes or No; take the file from MME's release"
+            )
         truth[task, file_name, fields[0]] = fields[1]
     return truth
 
@@ -116,7 +118,9 @@ def calculate(files: Mapping[str, str], *, profile: Profile = OFFICIAL) -> MmeSc
 def _task(task: str, text: str, profile: Profile) -> MmeTask:
     lines = io.StringIO(text, newline=None).readlines()
     if len(lines) % 2:
-        raise DataError(f"{task}.txt has {len(lines)} lines, not two per image; an answer is missing, or has a line break (profile corrected)")
+        raise DataError(
+            f"{task}.txt has {len(lines)} lines, not two per image; an answer is missing, or has a line break (profile corrected)"
+        )
     outcomes: list[tuple[int, str, str]] = []
     for number, line in enumerate(lines):
         fields = line.split("\t")
@@ -124,7 +128,9 @@ def _task(task: str, text: str, profile: Profile) -> MmeTask:
             continue
         truth = fields[2].lower()
         if truth not in ("yes", "no"):
-            raise DataError(f"{task}.txt:{number + 1}: the truth is {fields[2]!r}, not Yes or No; convert the answers again")
+            raise DataError(
+                f"{task}.txt:{number + 1}: the truth is {fields[2]!r}, not Yes or No; convert the answers again"
+            )
         outcomes.append((number // 2, truth, parse(fields[3], profile=profile)))
     images = [image for image, truth, said in outcomes if truth == said]
     accuracy = ratio(len(images), len(outcomes))

@@ -71,8 +71,12 @@ def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = O
     f1 = ratio(2 * precision * recall, precision + recall)
     if profile is not OFFICIAL and math.isnan(f1):
         f1 = 0.0
-    return PopeScores(tp, fp, tn, fn, ratio(tp + tn, len(pairs)), precision, recall, f1, ratio(said.count(True), len(said)))
+    return PopeScores(
+        tp, fp, tn, fn, ratio(tp + tn, len(pairs)), precision, recall, f1, ratio(said.count(True), len(said))
+    )
 
 
 def mean(splits: Sequence[PopeScores]) -> PopeMeans:
-    return PopeMeans(average([s.f1 for s in splits]), average([s.accuracy for s in splits]), average([s.yes_ratio for s in splits]))
+    return PopeMeans(
+        average([s.f1 for s in splits]), average([s.accuracy for s in splits]), average([s.yes_ratio for s in splits])
+    )

@@ -45,7 +45,11 @@ def is_right(answer: QbenchAnswer, *, profile: Profile = OFFICIAL) -> bool:
     if profile is not OFFICIAL:
         response, correct = response.strip(), correct.strip().lower()
         letter = re.match(r"\(?([A-Z])\b", response)
-        named = answer.candidates[ord(letter[1]) - ord("A")] if letter and ord(letter[1]) - ord("A") < len(answer.candidates) else ""
+        named = (
+            answer.candidates[ord(letter[1]) - ord("A")]
+            if letter and ord(letter[1]) - ord("A") < len(answer.candidates)
+            else ""
+        )
         return correct in (named.strip().lower(), response.rstrip(".").lower())
     if not response:
         return False

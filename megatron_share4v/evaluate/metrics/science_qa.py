@@ -14,7 +14,9 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
 OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
-SENTENCE = re.compile(r"The answer is ([A-Z]).")  # the last period stands for any character but a line's end, and needs one
+SENTENCE = re.compile(
+    r"The answer is ([A-Z])."
+)  # the last period stands for any character but a line's end, and needs one
 SENTENCE_MENDED = re.compile(r"The answer is ([A-Z])\b")
 
 
@@ -68,7 +70,9 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
     return letters[0] if len(letters) == 1 else FAILED
 
 
-def score(problems: Sequence[ScienceProblem], answers: Mapping[str, ScienceAnswer], *, profile: Profile = OFFICIAL) -> ScienceScores:
+def score(
+    problems: Sequence[ScienceProblem], answers: Mapping[str, ScienceAnswer], *, profile: Profile = OFFICIAL
+) -> ScienceScores:
     """A problem without an answer is wrong, but not one of the image questions: those are known by "<image>" in the answer's prompt.
 
     A letter beyond the problem's choices is wrong. `corrected`: see `parse`.
@@ -81,4 +85,6 @@ def score(problems: Sequence[ScienceProblem], answers: Mapping[str, ScienceAnswe
         outcomes.append((right, "<image>" in answer.prompt))
     correct, total = sum(right for right, _ in outcomes), len(outcomes)
     image_correct, image_total = sum(right for right, image in outcomes if image), sum(image for _, image in outcomes)
-    return ScienceScores(ratio(correct, total) * 100, ratio(image_correct, image_total) * 100, correct, total, image_correct, image_total)
+    return ScienceScores(
+        ratio(correct, total) * 100, ratio(image_correct, image_total) * 100, correct, total, image_correct, image_total
+    )

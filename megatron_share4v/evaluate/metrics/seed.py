@@ -42,7 +42,10 @@ def is_right(text: str, answer: str, *, tolerant: bool = False) -> bool:
 
 def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *, tolerant: bool = False) -> SeedScores:
     """`answers`: texts by the answer file's question_id, where a number is a number. A question without an answer is wrong."""
-    right = [_answered(question.id, answers) and is_right(answers[_key(question.id)], question.answer, tolerant=tolerant) for question in questions]
+    right = [
+        _answered(question.id, answers) and is_right(answers[_key(question.id)], question.answer, tolerant=tolerant)
+        for question in questions
+    ]
 
     def share(chosen: Sequence[bool]) -> float:
         picked = [one for one, wanted in zip(right, chosen) if wanted]
@@ -52,7 +55,9 @@ def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *
         total=share([True] * len(questions)),
         image=share([question.data_type == "image" for question in questions]),
         video=share([question.data_type == "video" for question in questions]),
-        by_type={kind: share([q.type_id == kind for q in questions]) for kind in sorted({q.type_id for q in questions})},
+        by_type={
+            kind: share([q.type_id == kind for q in questions]) for kind in sorted({q.type_id for q in questions})
+        },
     )
 
 

@@ -88,7 +88,9 @@ def _rounded(scores: Sequence[float]) -> float:
 
 
 def _by(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
-    return {kind: _rounded([score for other, score in zip(kinds, scores) if other == kind]) for kind in dict.fromkeys(kinds)}
+    return {
+        kind: _rounded([score for other, score in zip(kinds, scores) if other == kind]) for kind in dict.fromkeys(kinds)
+    }
 
 
 def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -> SoftAccuracy:
@@ -96,7 +98,9 @@ def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -
     scores = []
     for number, item in enumerate(items):
         if len(item.answers) != ANNOTATORS:
-            raise DataError(f"TextVQA question {number} has {len(item.answers)} answers, not {ANNOTATORS}; take the official annotation file")
+            raise DataError(
+                f"TextVQA question {number} has {len(item.answers)} answers, not {ANNOTATORS}; take the official annotation file"
+            )
         answers = [normalise_evalai(answer, profile=profile) for answer in item.answers]
         scores.append(average(leave_one_out(normalise_evalai(item.prediction, profile=profile), answers)))
     return SoftAccuracy(100.0 * average(scores), len(scores))
@@ -105,7 +109,9 @@ def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -
 def textvqa_question(prompt: str) -> str:
     """The question, lower-cased, from the prompt of an answer file; with the image id it is TextVQA's key. Raises DataError for other prompts."""
     lines = prompt.split("\n")
-    legacy = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL) if prompt.startswith("OCR tokens: ") else None
+    legacy = (
+        re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL) if prompt.startswith("OCR tokens: ") else None
+    )
     if legacy:
         question = legacy[1]
     elif OCR_MARK in prompt and len(lines) == 3 and not prompt.startswith("OCR tokens: "):
@@ -113,7 +119,9 @@ def textvqa_question(prompt: str) -> str:
     elif len(lines) == 2 and not prompt.startswith("OCR tokens: "):
         question = lines[0]
     else:
-        raise DataError(f"no TextVQA question in the prompt {prompt!r}: expected question, OCR tokens (optional) and directive, a line each")
+        raise DataError(
+            f"no TextVQA question in the prompt {prompt!r}: expected question, OCR tokens (optional) and directive, a line each"
+        )
     return question.lower()
 
 

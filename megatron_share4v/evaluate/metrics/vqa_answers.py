@@ -75,4 +75,6 @@ def normalise_vqa_eval(text: str, *, profile: Profile = OFFICIAL) -> str:
 
 def normalise_evalai(text: str, *, profile: Profile = OFFICIAL) -> str:
     """EvalAI's normal form (m4c): for TextVQA's score, and in the submissions for VQA-v2 and VizWiz."""
-    return normalise_vqa_eval(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip(), profile=profile)
+    return normalise_vqa_eval(
+        text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip(), profile=profile
+    )

@@ -28,5 +28,7 @@ def get_task(name: str) -> Task:
     known = name.replace("-", "_").lower()
     if known not in TASKS:
         [nearest] = difflib.get_close_matches(known, TASKS, n=1, cutoff=0.0)
-        raise ConfigError(f"--benchmark {name}: there is no such benchmark; the nearest is {nearest}. Choose one of {', '.join(TASKS)}")
+        raise ConfigError(
+            f"--benchmark {name}: there is no such benchmark; the nearest is {nearest}. Choose one of {', '.join(TASKS)}"
+        )
     return TASKS[known]

@@ -25,11 +25,18 @@ def _read_science(folder: Folder) -> Iterator[Item]:
     for number, row in enumerate(read_json(folder["questions"], list)):
         name = pick(row, "id", str, where=f"{where}, entry {number}")
         if name not in problems or name not in split:
-            raise DataError(f"{where}, entry {number}: problem {name} is not in the test split of {folder['problems']} and {folder['splits'].name}")
+            raise DataError(
+                f"{where}, entry {number}: problem {name} is not in the test split of {folder['problems']} and {folder['splits'].name}"
+            )
         problem = problems[name]
         require(problem, where=f"{folder['problems']}, {name}", choices=list, answer=int)
         turns = pick(row, "conversations", list, where=f"{where}, {name}")
-        text = pick(turns[0] if turns else {}, "value", str, where=f"{where}, {name}, first turn").replace(IMAGE_PLACEHOLDER, "").strip() + LETTER
+        text = (
+            pick(turns[0] if turns else {}, "value", str, where=f"{where}, {name}, first turn")
+            .replace(IMAGE_PLACEHOLDER, "")
+            .strip()
+            + LETTER
+        )
         image = folder.image(row["image"]) if "image" in row else None
         # The answer file's prompt has the placeholder, by which the scorer knows the image questions.
         recorded = f"{IMAGE_PLACEHOLDER}\n{text}" if image else text
@@ -38,14 +45,18 @@ def _read_science(folder: Folder) -> Iterator[Item]:
 
 def _measure_science(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
     problems = [science_qa.ScienceProblem(item.id, item.meta["answer"], len(item.meta["choices"])) for item in items]
-    answers = {item.id: science_qa.ScienceAnswer(texts[item.id], item.recorded or "") for item in items if item.id in texts}
+    answers = {
+        item.id: science_qa.ScienceAnswer(texts[item.id], item.recorded or "") for item in items if item.id in texts
+    }
     found = science_qa.score(problems, answers, profile=profile)
     return {"image accuracy": found.image_accuracy, "accuracy": found.accuracy}
 
 
 def _read_seed(folder: Folder) -> Iterator[Item]:
     truths = {}
-    for number, truth in enumerate(pick(read_json(folder["annotations"], dict), "questions", list, where=str(folder["annotations"]))):
+    for number, truth in enumerate(
+        pick(read_json(folder["annotations"], dict), "questions", list, where=str(folder["annotations"]))
+    ):
         where = f"{folder['annotations']}, question {number}"
         require(truth, where=where, answer=str, question_type_id=int, data_type=str)
         truths[str(pick(truth, "question_id", (str, int), where=where))] = truth
@@ -62,7 +73,9 @@ def _read_seed(folder: Folder) -> Iterator[Item]:
 
 def _measure_seed(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
     kinds = {number: name for name, number in read_json(folder["annotations"], dict).get("question_type", {}).items()}
-    questions = [seed.SeedQuestion(item.question_id, item.meta["answer"], item.meta["question_type_id"]) for item in items]
+    questions = [
+        seed.SeedQuestion(item.question_id, item.meta["answer"], item.meta["question_type_id"]) for item in items
+    ]
     said = {item.question_id: texts[item.id] for item in items if item.id in texts}
     found, tolerant = seed.score(questions, said), seed.score(questions, said, tolerant=True)
     values = {"image accuracy": found.image, "image accuracy, first character": tolerant.image}
@@ -70,7 +83,9 @@ def _measure_seed(folder: Folder, items: Sequence[Item], texts: Texts, profile: 
 
 
 def _submit_seed(folder: Folder, items: Sequence[Item], texts: Texts) -> dict[str, bytes]:
-    rows = [{"question_id": item.meta["question_id"], "prediction": texts[item.id]} for item in items if item.id in texts]
+    rows = [
+        {"question_id": item.meta["question_id"], "prediction": texts[item.id]} for item in items if item.id in texts
+    ]
     return {"seed_bench_image.jsonl": as_jsonl(rows)}
 
 
@@ -83,7 +98,13 @@ def _read_qbench(folder: Folder) -> Iterator[Item]:
             text += f"{letter}. {candidate}\n"  # so the prompt ends with a line break
         if folder.split == "dev":
             pick(row, "correct_ans", str, where=where)
-        yield Item(id=name, question_id=number, prompt=text, image=folder.image(pick(row, "img_path", str, where=where)), meta=row)
+        yield Item(
+            id=name,
+            question_id=number,
+            prompt=text,
+            image=folder.image(pick(row, "img_path", str, where=where)),
+            meta=row,
+        )
 
 
 def _qbench_row(item: Item, answer: Answer, model: str) -> dict[str, Any]:
@@ -93,7 +114,9 @@ def _qbench_row(item: Item, answer: Answer, model: str) -> dict[str, Any]:
 
 def _measure_qbench(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
     answered = [item for item in items if item.id in texts]
-    answers = [qbench.QbenchAnswer(texts[item.id], item.meta["candidates"], item.meta["correct_ans"]) for item in answered]
+    answers = [
+        qbench.QbenchAnswer(texts[item.id], item.meta["candidates"], item.meta["correct_ans"]) for item in answered
+    ]
     return {"accuracy": qbench.score(answers, profile=profile).headline}
 
 
@@ -126,7 +149,11 @@ TASKS = (
         headline="image accuracy",
         needs=(
             playground(
-                "questions", "share4v-seed-bench-image.jsonl", "llava-seed-bench-image.jsonl", "share4v-seed-bench.jsonl", "llava-seed-bench.jsonl"
+                "questions",
+                "share4v-seed-bench-image.jsonl",
+                "llava-seed-bench-image.jsonl",
+                "share4v-seed-bench.jsonl",
+                "llava-seed-bench.jsonl",
             ),
             Need("annotations", ("SEED-Bench.json",), _SEED),
             Need("images", ("./",), f"SEED-Bench-image.zip of {_SEED}, unpacked to SEED-Bench-image/"),

@@ -21,13 +21,20 @@ def _read(folder: Folder) -> Iterator[Item]:
             path = pick(row, "image", str, where=where)
             image = next((p for p in (folder.root / "images" / path, folder.root / path) if p.is_file()), None)
             if image is None:
-                raise DataError(f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}")
-        yield Item(id=name, question_id=row["question_id"], prompt=pick(row, "text", str, where=where), image=image, meta=row)
+                raise DataError(
+                    f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}"
+                )
+        yield Item(
+            id=name, question_id=row["question_id"], prompt=pick(row, "text", str, where=where), image=image, meta=row
+        )
 
 
 def _accepted(item: Item) -> list[str]:
     answer = item.meta.get("answer")
-    return [normalise_evalai(str(one)) for one in (answer if isinstance(answer, list) else [] if answer is None else [answer])]
+    return [
+        normalise_evalai(str(one))
+        for one in (answer if isinstance(answer, list) else [] if answer is None else [answer])
+    ]
 
 
 def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:

@@ -20,7 +20,10 @@ _VET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
 
 def _read_wild(folder: Folder) -> Iterator[Item]:
-    contexts = {pick(row, "image", str, where=where): pick(row, "caption", (str, list), where=where) for where, row in read_jsonl(folder["contexts"])}
+    contexts = {
+        pick(row, "image", str, where=where): pick(row, "caption", (str, list), where=where)
+        for where, row in read_jsonl(folder["contexts"])
+    }
     references = {pick(row, "question_id", int, where=where): row for where, row in read_jsonl(folder["references"])}
     rows, meta = list(asked(folder)), {}
     for where, row in rows:
@@ -32,18 +35,28 @@ def _read_wild(folder: Folder) -> Iterator[Item]:
             )
         caption = contexts[row["image"]]
         context = "\n".join(caption) if isinstance(caption, list) else caption
-        meta[str(row["question_id"])] = {"category": f"llava_bench_{row['category']}", "context": context, "reference": reference}
+        meta[str(row["question_id"])] = {
+            "category": f"llava_bench_{row['category']}",
+            "context": context,
+            "reference": reference,
+        }
     yield from items_of(folder, rows, meta)
 
 
 def _wild_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list[Review]:
-    return [Review(item.id, item.meta["context"], item.prompt, item.meta["reference"]["text"], texts[item.id]) for item in items if item.id in texts]
+    return [
+        Review(item.id, item.meta["context"], item.prompt, item.meta["reference"]["text"], texts[item.id])
+        for item in items
+        if item.id in texts
+    ]
 
 
 def _measure_wild(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -> Values:
     judged = [item for item in items if verdicts.get(item.id)]
     scores = [llava_bench.parse_review(verdicts[item.id][0], profile=profile) for item in judged]
-    found = llava_bench.summarise([llava_bench.Review(item.meta["category"], pair) for item, pair in zip(judged, scores)], profile=profile)
+    found = llava_bench.summarise(
+        [llava_bench.Review(item.meta["category"], pair) for item, pair in zip(judged, scores)], profile=profile
+    )
     values = {}
     for name, one in found.by_category.items():
         values |= {
@@ -60,7 +73,11 @@ def _wild_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: 
     rows = []
     for number, item in enumerate((item for item in items if verdicts.get(item.id)), 1):
         review, reference = verdicts[item.id][0], item.meta["reference"]
-        head = {"id": number, "question_id": item.question_id, "answer1_id": reference.get("answer_id", item.question_id)}
+        head = {
+            "id": number,
+            "question_id": item.question_id,
+            "answer1_id": reference.get("answer_id", item.question_id),
+        }
         head |= {"answer2_id": answer_id(item.id, texts[item.id]), "category": item.meta["category"], "content": review}
         rows.append(head | {"tuple": list(llava_bench.parse_review(review))})
     return {"reviews.jsonl": as_jsonl(rows)}
@@ -80,14 +97,20 @@ def _read_vet(folder: Folder) -> Iterator[Item]:
 
 
 def _vet_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list[Grade]:
-    return [Grade(item.id, item.meta["question"], item.meta["answer"], texts[item.id], profile) for item in items if item.id in texts]
+    return [
+        Grade(item.id, item.meta["question"], item.meta["answer"], texts[item.id], profile)
+        for item in items
+        if item.id in texts
+    ]
 
 
 def _measure_vet(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -> Values:
     judged = [item for item in items if verdicts.get(item.id)]
     grades = {item.id: [mm_vet.grade(verdicts[item.id], profile=profile)] for item in judged}
     found = mm_vet.aggregate(grades, {item.id: item.meta["capability"] for item in items})
-    return {"total": found.total, **found.by_capability} | {f"together {name}": value for name, value in found.by_combination.items()}
+    return {"total": found.total, **found.by_capability} | {
+        f"together {name}": value for name, value in found.by_combination.items()
+    }
 
 
 def _submit_vet(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
@@ -99,7 +122,11 @@ def _vet_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: s
     grades = {}
     for item in items:
         if replies := verdicts.get(item.id):
-            grades[_name(item)] = {"model": [judge], "content": [replies[-1].split(" ")[0].strip()], "score": [mm_vet.grade(replies)]}
+            grades[_name(item)] = {
+                "model": [judge],
+                "content": [replies[-1].split(" ")[0].strip()],
+                "score": [mm_vet.grade(replies)],
+            }
     return {"mm-vet-grade-1runs.json": as_json(grades, indent=4)}
 
 

@@ -27,7 +27,29 @@ _LETTERS = "ABCD"
 _LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 _PLACE = 6  # of the column `prediction`
 # pandas' own list.
-_NOTHING = frozenset(["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"])
+_NOTHING = frozenset(
+    [
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    ]
+)
 _LONGEST_CELL = 1 << 27
 
 
@@ -37,7 +59,10 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
-                yield f"{path}, row {row.get('index')}", {key: None if value in _NOTHING else value for key, value in row.items() if key is not None}
+                yield (
+                    f"{path}, row {row.get('index')}",
+                    {key: None if value in _NOTHING else value for key, value in row.items() if key is not None},
+                )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
 
@@ -55,7 +80,9 @@ def _options(row: Mapping[str, str | None]) -> list[str]:
 def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Item:
     missing = [name for name in ("index", "question", "image") if row.get(name) is None]
     if missing or not row["index"].isdigit():
-        raise DataError(f"{where}: has no {', '.join(missing) or 'number in index'}; the file is damaged, or another than MMBench's")
+        raise DataError(
+            f"{where}: has no {', '.join(missing) or 'number in index'}; the file is damaged, or another than MMBench's"
+        )
     try:
         image = base64.b64decode(row["image"], validate=True)
     except ValueError as error:
@@ -64,7 +91,14 @@ def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Item:
     text = "" if _absent(hint) else f"{hint}\n"
     text += row["question"] + "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, _options(row)))
     # The answer file's prompt lacks the directive.
-    return Item(id=row["index"], question_id=int(row["index"]), prompt=text + ending, recorded=text, image=image, meta={**row, "image": None})
+    return Item(
+        id=row["index"],
+        question_id=int(row["index"]),
+        prompt=text + ending,
+        recorded=text,
+        image=image,
+        meta={**row, "image": None},
+    )
 
 
 def _reader(ending: str):
@@ -87,15 +121,24 @@ def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profi
     rows = []
     for item in items:
         choices = {letter: item.meta[letter] for letter in _LETTERS if item.meta.get(letter) is not None}
-        kinds = {name: item.meta.get(column) or "" for name, column in (("category", "category"), ("l2_category", "l2-category"))}
-        rows.append(mmbench.MmbenchRow(item.question_id, item.meta.get("answer") or "", texts.get(item.id, ""), choices, **kinds))
+        kinds = {
+            name: item.meta.get(column) or ""
+            for name, column in (("category", "category"), ("l2_category", "l2-category"))
+        }
+        rows.append(
+            mmbench.MmbenchRow(
+                item.question_id, item.meta.get("answer") or "", texts.get(item.id, ""), choices, **kinds
+            )
+        )
     found = mmbench.score(rows)
     values = {"accuracy": found.headline, OPEN_ROWS: float(len(found.open_rows))}
     return values | {name: 100 * value for name, value in {**found.by_l2, **found.by_category}.items()}
 
 
 def _submit(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
-    return {f"mmbench_{folder.split}.xlsx": _workbook([item.meta for item in items], [texts.get(item.id) for item in items])}
+    return {
+        f"mmbench_{folder.split}.xlsx": _workbook([item.meta for item in items], [texts.get(item.id) for item in items])
+    }
 
 
 def _workbook(rows: Sequence[Mapping[str, str | None]], predictions: Sequence[str | None]) -> bytes:
@@ -104,7 +147,9 @@ def _workbook(rows: Sequence[Mapping[str, str | None]], predictions: Sequence[st
         from openpyxl import Workbook
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError as error:
-        raise ConfigError('MMBench\'s server takes an xlsx file, and openpyxl is not installed; pip install -e ".[evaluate]"') from error
+        raise ConfigError(
+            'MMBench\'s server takes an xlsx file, and openpyxl is not installed; pip install -e ".[evaluate]"'
+        ) from error
     names = [name for name in rows[0] if name not in _LEFT_OUT]
     names.insert(_PLACE, "prediction")
     book = Workbook()
@@ -115,7 +160,9 @@ def _workbook(rows: Sequence[Mapping[str, str | None]], predictions: Sequence[st
         for place, name in enumerate(names, 1):
             value = prediction if name == "prediction" else row[name]
             if value is not None:
-                cell = sheet.cell(number, place, int(value) if name == "index" else ILLEGAL_CHARACTERS_RE.sub("", value))
+                cell = sheet.cell(
+                    number, place, int(value) if name == "index" else ILLEGAL_CHARACTERS_RE.sub("", value)
+                )
                 cell.data_type = "n" if name == "index" else "s"  # "=..." is no formula
     buffer = io.BytesIO()
     book.save(buffer)
@@ -132,7 +179,11 @@ def _task(name: str, title: str, splits: tuple[str, str], ending: str) -> Task:
         splits=splits,
         scored=splits[:1],
         needs=(
-            Need("questions", ("mmbench_{split}.tsv",), f"https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_{splits[0]}.tsv"),
+            Need(
+                "questions",
+                ("mmbench_{split}.tsv",),
+                f"https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_{splits[0]}.tsv",
+            ),
         ),
         read=_reader(ending),
         row=_answer_row,

@@ -37,13 +37,23 @@ def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
     for number, (where, row) in enumerate(read_jsonl(folder["questions"])):
         require(row, where=where, question_id=(int, str), image=str, text=str)
         if not number and not row["text"].endswith(ending):
-            raise DataError(f"{where}: the text is {row['text'][-80:]!r} and does not end with {ending!r}; take the official file\n{folder.layout}")
+            raise DataError(
+                f"{where}: the text is {row['text'][-80:]!r} and does not end with {ending!r}; take the official file\n{folder.layout}"
+            )
         yield where, row
 
 
-def items_of(folder: Folder, rows: Iterable[tuple[str, Row]], meta: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[Item]:
+def items_of(
+    folder: Folder, rows: Iterable[tuple[str, Row]], meta: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[Item]:
     """An item per row; meta: by the unique id; without it, the row itself."""
     rows = [row for _, row in rows]
     for name, row in zip(item_ids(row["question_id"] for row in rows), rows):
         image = folder.image(row["image"])
-        yield Item(id=name, question_id=row["question_id"], prompt=row["text"], image=image, meta=row if meta is None else meta[name])
+        yield Item(
+            id=name,
+            question_id=row["question_id"],
+            prompt=row["text"],
+            image=image,
+            meta=row if meta is None else meta[name],
+        )

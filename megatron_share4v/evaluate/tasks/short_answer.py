@@ -24,14 +24,23 @@ def _read_vqav2(folder: Folder) -> Iterator[Item]:
         yield from items_of(folder, asked(folder, ending=SHORT))
         return
     content = read_json(folder["annotations"], dict)
-    truths = {pick(row, "question_id", int, where=str(folder["annotations"])): row for row in pick(content, "annotations", list, where="annotations")}
+    truths = {
+        pick(row, "question_id", int, where=str(folder["annotations"])): row
+        for row in pick(content, "annotations", list, where="annotations")
+    }
     where = str(folder["questions"])
     for row in pick(read_json(folder["questions"], dict), "questions", list, where=where):
         name = pick(row, "question_id", int, where=where)
         if name not in truths:
             raise DataError(f"{where}: question {name} is not in {folder['annotations']}; take both files of one split")
         image = folder.image(f"COCO_{folder.split}_{pick(row, 'image_id', int, where=where):012}.jpg")
-        yield Item(id=str(name), question_id=name, prompt=pick(row, "question", str, where=where) + SHORT, image=image, meta=truths[name])
+        yield Item(
+            id=str(name),
+            question_id=name,
+            prompt=pick(row, "question", str, where=where) + SHORT,
+            image=image,
+            meta=truths[name],
+        )
 
 
 def _vqa_items(items: Sequence[Item], texts: Texts) -> list[vqa.VqaItem]:
@@ -40,7 +49,9 @@ def _vqa_items(items: Sequence[Item], texts: Texts) -> list[vqa.VqaItem]:
     for item in items:
         truth = item.meta
         answers = [str(answer["answer"] if isinstance(answer, dict) else answer) for answer in truth["answers"]]
-        result.append(vqa.VqaItem(texts.get(item.id, ""), answers, truth.get("question_type", ""), truth.get("answer_type", "")))
+        result.append(
+            vqa.VqaItem(texts.get(item.id, ""), answers, truth.get("question_type", ""), truth.get("answer_type", ""))
+        )
     return result
 
 
@@ -53,11 +64,18 @@ def _submit_vqav2(folder: Folder, items: Sequence[Item], texts: Texts) -> Mappin
     # EvalAI wants an answer to every question of test2015, also when only test-dev was asked: the others are empty.
     path = folder["all"]
     if path.suffix == ".json":
-        names = [pick(row, "question_id", int, where=str(path)) for row in pick(read_json(path, dict), "questions", list, where=str(path))]
+        names = [
+            pick(row, "question_id", int, where=str(path))
+            for row in pick(read_json(path, dict), "questions", list, where=str(path))
+        ]
     else:
         names = [pick(row, "question_id", int, where=where) for where, row in read_jsonl(path)]
     said = {item.question_id: texts[item.id] for item in items if item.id in texts}
-    return {"vqav2_test2015.json": as_json([{"question_id": name, "answer": normalise_evalai(said[name]) if name in said else ""} for name in names])}
+    return {
+        "vqav2_test2015.json": as_json(
+            [{"question_id": name, "answer": normalise_evalai(said[name]) if name in said else ""} for name in names]
+        )
+    }
 
 
 def _read_gqa(folder: Folder) -> Iterator[Item]:
@@ -67,7 +85,9 @@ def _read_gqa(folder: Folder) -> Iterator[Item]:
     for where, row in rows:
         truth = truths.get(str(row["question_id"]))
         if truth is None:
-            raise DataError(f"{where}: question {row['question_id']} is not in {folder['annotations']}; take the files of testdev_balanced")
+            raise DataError(
+                f"{where}: question {row['question_id']} is not in {folder['annotations']}; take the files of testdev_balanced"
+            )
         pick(truth, "answer", str, where=f"{folder['annotations']}, {row['question_id']}")
         meta[str(row["question_id"])] = truth
     yield from items_of(folder, rows, meta)
@@ -75,15 +95,26 @@ def _read_gqa(folder: Folder) -> Iterator[Item]:
 
 def _measure_gqa(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
     questions = [
-        gqa.GqaQuestion(item.id, item.meta["answer"], item.meta.get("types", {}).get("structural", ""), item.meta.get("isBalanced", True))
+        gqa.GqaQuestion(
+            item.id,
+            item.meta["answer"],
+            item.meta.get("types", {}).get("structural", ""),
+            item.meta.get("isBalanced", True),
+        )
         for item in items
     ]
     found = gqa.score(questions, {name: gqa.convert(text) for name, text in texts.items()})
-    return {"accuracy": found.accuracy, "binary": found.binary, "open": found.open} | {f"structure {k}": v for k, v in found.by_structure.items()}
+    return {"accuracy": found.accuracy, "binary": found.binary, "open": found.open} | {
+        f"structure {k}": v for k, v in found.by_structure.items()
+    }
 
 
 def _submit_gqa(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
-    rows = [{"questionId": item.question_id, "prediction": gqa.convert(texts[item.id])} for item in items if item.id in texts]
+    rows = [
+        {"questionId": item.question_id, "prediction": gqa.convert(texts[item.id])}
+        for item in items
+        if item.id in texts
+    ]
     return {"testdev_balanced_predictions.json": as_json(rows)}
 
 
@@ -95,7 +126,13 @@ def _read_vizwiz(folder: Folder) -> Iterator[Item]:
     for number, row in enumerate(read_json(folder["annotations"], list)):
         pick(row, "answers", list, where=f"{where}, entry {number}")
         name, question = (pick(row, key, str, where=f"{where}, entry {number}") for key in ("image", "question"))
-        yield Item(id=str(number), question_id=number, prompt=question + UNANSWERABLE + SHORT, image=folder.image(name), meta=row)
+        yield Item(
+            id=str(number),
+            question_id=number,
+            prompt=question + UNANSWERABLE + SHORT,
+            image=folder.image(name),
+            meta=row,
+        )
 
 
 def _measure_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
@@ -105,8 +142,14 @@ def _measure_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts, profile
 def _submit_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
     missing = [item.question_id for item in items if item.id not in texts]
     if missing:  # the official converter asserts it
-        raise DataError(f"VizWiz: no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}; the server wants all")
-    return {f"vizwiz_{folder.split}.json": as_json([{"image": i.meta["image"], "answer": normalise_evalai(texts[i.id])} for i in items])}
+        raise DataError(
+            f"VizWiz: no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}; the server wants all"
+        )
+    return {
+        f"vizwiz_{folder.split}.json": as_json(
+            [{"image": i.meta["image"], "answer": normalise_evalai(texts[i.id])} for i in items]
+        )
+    }
 
 
 def _read_textvqa(folder: Folder) -> Iterator[Item]:
@@ -118,7 +161,9 @@ def _read_textvqa(folder: Folder) -> Iterator[Item]:
     for item in items_of(folder, asked(folder, ending=SHORT)):
         truth = truths.get((str(item.question_id), vqa.textvqa_question(item.prompt)))
         if truth is None:
-            raise DataError(f"{folder['questions']}: {item.question_id}, {item.prompt.splitlines()[0]!r} is not in {where}; take TextVQA 0.5.1 val")
+            raise DataError(
+                f"{folder['questions']}: {item.question_id}, {item.prompt.splitlines()[0]!r} is not in {where}; take TextVQA 0.5.1 val"
+            )
         yield Item(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
 
 
@@ -182,7 +227,12 @@ TASKS = (
         scored=("val",),
         needs=(
             playground("questions", *both("test.jsonl"), splits=("test",)),
-            Need("annotations", ("val.json",), "https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip", ("val",)),
+            Need(
+                "annotations",
+                ("val.json",),
+                "https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip",
+                ("val",),
+            ),
             Need("images", ("{split}/",), "test.zip or val.zip of https://vizwiz.cs.colorado.edu/VizWiz_final/images"),
         ),
         read=_read_vizwiz,
@@ -196,7 +246,11 @@ TASKS = (
         folder="textvqa",
         needs=(
             playground("questions", *both("textvqa_val_v051_ocr.jsonl")),
-            Need("annotations", ("TextVQA_0.5.1_val.json",), "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"),
+            Need(
+                "annotations",
+                ("TextVQA_0.5.1_val.json",),
+                "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
+            ),
             Need("images", ("train_images/",), "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
         ),
         read=_read_textvqa,

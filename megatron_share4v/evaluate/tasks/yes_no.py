@@ -37,27 +37,35 @@ def _mme_files(folder: Folder, items: Sequence[Item], texts: Texts, profile: Pro
 
 def _read_mme(folder: Folder) -> Iterator[Item]:
     items = list(items_of(folder, asked(folder, ending=SHORT)))
-    _mme_files(folder, items, {item.id: "" for item in items})  # each question must be one of MME's: found out before the model is asked
+    _mme_files(
+        folder, items, {item.id: "" for item in items}
+    )  # each question must be one of MME's: found out before the model is asked
     yield from items
 
 
 def _measure_mme(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
     found = mme.calculate(_mme_files(folder, items, texts, profile), profile=profile)
-    return {"perception": found.perception, "cognition": found.cognition} | {name: task.score for name, task in found.tasks.items()}
+    return {"perception": found.perception, "cognition": found.cognition} | {
+        name: task.score for name, task in found.tasks.items()
+    }
 
 
 def _read_pope(folder: Folder) -> Iterator[Item]:
     rows = list(asked(folder, ending=SHORT))
     for where, row in rows:
         if row.get("category") not in POPE_SPLITS:
-            raise DataError(f"{where}: category {row.get('category')!r} is none of {', '.join(POPE_SPLITS)}; take the official file\n{folder.layout}")
+            raise DataError(
+                f"{where}: category {row.get('category')!r} is none of {', '.join(POPE_SPLITS)}; take the official file\n{folder.layout}"
+            )
     _labels(folder)
     yield from items_of(folder, rows)
 
 
 def _labels(folder: Folder) -> dict[str, list[str]]:
     """In the order of the files, which are JSONL whatever their names say."""
-    return {name: [pick(row, "label", str, where=where) for where, row in read_jsonl(folder[name])] for name in POPE_SPLITS}
+    return {
+        name: [pick(row, "label", str, where=where) for where, row in read_jsonl(folder[name])] for name in POPE_SPLITS
+    }
 
 
 def _measure_pope(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
@@ -70,7 +78,10 @@ def _measure_pope(folder: Folder, items: Sequence[Item], texts: Texts, profile: 
     found = pope.mean(list(splits.values()))
     values = {"f1": found.headline, "accuracy": 100 * found.accuracy, "yes ratio": 100 * found.yes_ratio}
     for name, split in splits.items():
-        values |= {f"{name} {kind}": 100 * getattr(split, kind) for kind in ("f1", "accuracy", "precision", "recall", "yes_ratio")}
+        values |= {
+            f"{name} {kind}": 100 * getattr(split, kind)
+            for kind in ("f1", "accuracy", "precision", "recall", "yes_ratio")
+        }
     return values
 
 
@@ -86,14 +97,20 @@ TASKS = (
             Need(
                 "images",
                 # ShareGPT4V's script and its documentation disagree about the name.
-                ("MME_Benchmark_release/", "MME_Benchmark_release_version/MME_Benchmark/", "MME_Benchmark_release_version/"),
+                (
+                    "MME_Benchmark_release/",
+                    "MME_Benchmark_release_version/MME_Benchmark/",
+                    "MME_Benchmark_release_version/",
+                ),
                 "by request, see https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
             ),
         ),
         read=_read_mme,
         measure=_measure_mme,
         # What the official calculation.py reads.
-        submit=lambda folder, items, texts: {f"{name}.txt": text.encode() for name, text in _mme_files(folder, items, texts).items()},
+        submit=lambda folder, items, texts: {
+            f"{name}.txt": text.encode() for name, text in _mme_files(folder, items, texts).items()
+        },
     ),
     Task(
         name="pope",
@@ -103,7 +120,10 @@ TASKS = (
         headline="f1",
         needs=(
             playground("questions", *both("pope_test.jsonl")),
-            *(Need(name, (f"coco/coco_pope_{name}.json",), "https://github.com/AoiDragon/POPE/tree/main/output/coco") for name in POPE_SPLITS),
+            *(
+                Need(name, (f"coco/coco_pope_{name}.json",), "https://github.com/AoiDragon/POPE/tree/main/output/coco")
+                for name in POPE_SPLITS
+            ),
             Need("images", ("val2014/",), f"{COCO}val2014.zip"),
         ),
         read=_read_pope,

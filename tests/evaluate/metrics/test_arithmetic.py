@@ -18,7 +18,10 @@ def test_sums_lose_what_the_order_loses() -> None:
     assert add_in_order([]) == 0.0
 
 
-@pytest.mark.parametrize(("value", "decimals", "rounded"), [(2.675, 2, 2.68), (0.15, 1, 0.2), (0.25, 1, 0.2), (0.35, 1, 0.4), (66.66, 1, 66.7)])
+@pytest.mark.parametrize(
+    ("value", "decimals", "rounded"),
+    [(2.675, 2, 2.68), (0.15, 1, 0.2), (0.25, 1, 0.2), (0.35, 1, 0.4), (66.66, 1, 66.7)],
+)
 def test_rounding_is_of_the_scaled_value(value: float, decimals: int, rounded: float) -> None:
     assert numpy_round(value, decimals) == rounded
 

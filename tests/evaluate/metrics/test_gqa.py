@@ -61,7 +61,8 @@ def percent(said: str, answer: str) -> float:
 
 
 TABLE: list[Row] = [
-    (quirk, lambda said=said, answer=answer: percent(said, answer), 100.0 if right else 0.0) for quirk, said, answer, right in MATCHES
+    (quirk, lambda said=said, answer=answer: percent(said, answer), 100.0 if right else 0.0)
+    for quirk, said, answer, right in MATCHES
 ]
 PORT_ERRORS: dict[str, dict[str, object]] = {
     "case counts": {"convert": lambda text: text.rstrip(".")},
@@ -94,7 +95,9 @@ ASKED = [
 
 
 def test_kinds() -> None:
-    scores = gqa.score(ASKED, {"1": "yes", "2": "right", "3": "cat", "4": "dog", "5": "blue", "6": "no", "7": "unasked"})
+    scores = gqa.score(
+        ASKED, {"1": "yes", "2": "right", "3": "cat", "4": "dog", "5": "blue", "6": "no", "7": "unasked"}
+    )
     assert (scores.accuracy, scores.binary, scores.open, scores.questions) == (60.0, 50.0, 2 / 3 * 100, 5)
     assert scores.by_structure == {"choose": 0.0, "query": 2 / 3 * 100, "verify": 100.0}
 

@@ -59,7 +59,11 @@ C, D, X = "llava_bench_conv", "llava_bench_detail", "llava_bench_complex"
 SUMMARIES: list[tuple] = [
     ("one review", [(C, 8, 6)], {"all": (75.0, 80.0, 60.0, 0), C: (75.0, 80.0, 60.0, 0)}),
     ("better than the reference", [(C, 8, 10)], {"all": (125.0, 80.0, 100.0, 0), C: (125.0, 80.0, 100.0, 0)}),
-    ("ratio of means, not mean of ratios", [(C, 10, 5), (C, 5, 5)], {"all": (66.7, 75.0, 50.0, 0), C: (66.7, 75.0, 50.0, 0)}),
+    (
+        "ratio of means, not mean of ratios",
+        [(C, 10, 5), (C, 5, 5)],
+        {"all": (66.7, 75.0, 50.0, 0), C: (66.7, 75.0, 50.0, 0)},
+    ),
     (
         "all is by review, not by category",
         [(C, 10, 10), (C, 10, 10), (D, 10, 1)],
@@ -70,10 +74,22 @@ SUMMARIES: list[tuple] = [
         [(D, 8, 4), (X, 8, 8), (C, 8, 2)],
         {"all": (58.3, 80.0, 46.7, 0), X: (100.0, 80.0, 80.0, 0), C: (25.0, 80.0, 20.0, 0), D: (50.0, 80.0, 40.0, 0)},
     ),
-    ("a failed review counts as -1", [(C, 8, 6), (C, -1, -1)], {"all": (71.4, 35.0, 25.0, 1), C: (71.4, 35.0, 25.0, 1)}),
-    ("nothing but failed reviews make 100", [(C, -1, -1)], {"all": (100.0, -10.0, -10.0, 1), C: (100.0, -10.0, -10.0, 1)}),
+    (
+        "a failed review counts as -1",
+        [(C, 8, 6), (C, -1, -1)],
+        {"all": (71.4, 35.0, 25.0, 1), C: (71.4, 35.0, 25.0, 1)},
+    ),
+    (
+        "nothing but failed reviews make 100",
+        [(C, -1, -1)],
+        {"all": (100.0, -10.0, -10.0, 1), C: (100.0, -10.0, -10.0, 1)},
+    ),
     ("the reference's mean is 0", [(C, 0, 5)], {"all": (math.nan, 0.0, 50.0, 0), C: (math.nan, 0.0, 50.0, 0)}),
-    ("means are rounded before they are divided", [(C, 0.004, 0.0034)], {"all": (75.0, 0.0, 0.0, 0), C: (75.0, 0.0, 0.0, 0)}),
+    (
+        "means are rounded before they are divided",
+        [(C, 0.004, 0.0034)],
+        {"all": (75.0, 0.0, 0.0, 0), C: (75.0, 0.0, 0.0, 0)},
+    ),
     ("thirds", [(C, 9, 8), (C, 9, 8), (C, 8, 7)], {"all": (88.5, 86.7, 76.7, 0), C: (88.5, 86.7, 76.7, 0)}),
 ]
 
@@ -104,7 +120,9 @@ def _rescaled(reviews: Sequence[Review], **_: object) -> llava_bench.LlavaBenchS
     """All as the mean of the categories."""
     found = summarise(reviews).by_category
     parts = [relative for name, relative in found.items() if name != "all"]
-    overall = llava_bench.Relative(sum(part.relative for part in parts) / len(parts), *list(vars(found["all"]).values())[1:])
+    overall = llava_bench.Relative(
+        sum(part.relative for part in parts) / len(parts), *list(vars(found["all"]).values())[1:]
+    )
     return llava_bench.LlavaBenchScores(found | {"all": overall})
 
 
@@ -118,14 +136,18 @@ def _mean_of_ratios(scores: Sequence[tuple[float, float]], profile: object) -> l
 
 
 PORT_ERRORS: dict[str, dict[str, object]] = {
-    "split on any white space": {"parse_review": lambda review, **_: parse_review(" ".join(review.split("\n")[0].replace(",", " ").split()))},
+    "split on any white space": {
+        "parse_review": lambda review, **_: parse_review(" ".join(review.split("\n")[0].replace(",", " ").split()))
+    },
     "stripped": {"parse_review": lambda review, **_: parse_review(review.strip())},
     "commas stay": {"parse_review": lambda review, **_: parse_review(review.replace(",", ";"))},
     "first two numbers": {"parse_review": _first_two},
     "failures are 0": {"parse_review": _zeros},
     "scores outside 1 to 10 refused": {"OFFICIAL": CORRECTED},
     "failures left out": {
-        "summarise": lambda reviews, **_: summarise([review for review in reviews if review.scores != FAILED] or [Review(C, (1.0, 1.0))])
+        "summarise": lambda reviews, **_: summarise(
+            [review for review in reviews if review.scores != FAILED] or [Review(C, (1.0, 1.0))]
+        )
     },
     "mean of ratios": {"_relative": _mean_of_ratios},
     "all as the mean of categories": {"summarise": _rescaled},

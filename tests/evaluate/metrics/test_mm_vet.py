@@ -133,7 +133,11 @@ MEANS: list[tuple] = [
 
 
 def means(runs: Sequence[Sequence[float]]) -> tuple[object, ...]:
-    return tuple(vars(mm_vet.aggregate({name: [run[n] for run in runs] for n, name in enumerate(CAPABILITIES)}, CAPABILITIES)).values())
+    return tuple(
+        vars(
+            mm_vet.aggregate({name: [run[n] for run in runs] for n, name in enumerate(CAPABILITIES)}, CAPABILITIES)
+        ).values()
+    )
 
 
 TABLE: list[Row] = rows(mm_vet, "parse_grade", REPLIES) + rows(mm_vet, "grade", RETRIES)
@@ -157,10 +161,18 @@ def _tenths(reply: str, **_: object) -> float | None:
 def _in_order(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]) -> mm_vet.MmVetScores:
     """Combinations kept in the order of the file."""
     scores = aggregate(grades, capabilities)
-    return mm_vet.MmVetScores(scores.total, scores.std, scores.runs, scores.by_capability, {"_".join(c): scores.total for c in capabilities.values()})
+    return mm_vet.MmVetScores(
+        scores.total,
+        scores.std,
+        scores.runs,
+        scores.by_capability,
+        {"_".join(c): scores.total for c in capabilities.values()},
+    )
 
 
-def _mean_of_capabilities(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]) -> mm_vet.MmVetScores:
+def _mean_of_capabilities(
+    grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]
+) -> mm_vet.MmVetScores:
     scores = aggregate(grades, capabilities)
     total = sum(scores.by_capability.values()) / len(scores.by_capability)
     return mm_vet.MmVetScores(total, scores.std, scores.runs, scores.by_capability, scores.by_combination)
@@ -181,7 +193,9 @@ PORT_ERRORS: dict[str, dict[str, object]] = {
     "three replies": {"MAX_REPLIES": 3},
     "six replies": {"MAX_REPLIES": 6},
     "last reply": {"grade": lambda replies: parse_grade(list(replies)[-1]) or 0.0},
-    "zero means ask again": {"grade": lambda replies: next((found for reply in replies[:5] if (found := parse_grade(reply))), 0.0)},
+    "zero means ask again": {
+        "grade": lambda replies: next((found for reply in replies[:5] if (found := parse_grade(reply))), 0.0)
+    },
     "Python's round": {"numpy_round": round},
     "not rounded": {"numpy_round": lambda value, decimals: value},
     "deviation of the sample": {"add_in_order": lambda values: sum(values) * 1.5},

@@ -13,7 +13,12 @@ from megatron_share4v.evaluate.metrics.mmbench import MmbenchRow
 
 COLORS = {"A": "red", "B": "blue", "C": "green", "D": "yellow"}
 TWO = {"A": "yes", "B": "no"}
-LONG = {"A": "the man on the left holds a cup", "B": "the man on the right holds a cup", "C": "nobody", "D": "both of them"}
+LONG = {
+    "A": "the man on the left holds a cup",
+    "B": "the man on the right holds a cup",
+    "C": "nobody",
+    "D": "both of them",
+}
 PARTS = {"A": "dog", "B": "hot dog"}
 # quirk, text, options, option
 OPTIONS: list[tuple] = [
@@ -106,11 +111,21 @@ PORT_ERRORS: dict[str, dict[str, object]] = {
     "any word character ends a letter": {"SEPARATORS": str.maketrans(dict.fromkeys(".()[],:;!*#{}-/\"'=。", " "))},
     "fewer separators": {"SEPARATORS": str.maketrans(dict.fromkeys(".(),", " "))},
     "no text": {"infer_text": lambda answer, choices: None},
-    "text with case": {"infer_text": lambda answer, choices: next((k for k, v in choices.items() if v and v in answer), None)},
-    "first of several texts": {"infer_text": lambda answer, choices: next((k for k, v in choices.items() if v.lower() in answer.lower()), None)},
-    "text must be all": {"infer_text": lambda answer, choices: next((k for k, v in choices.items() if v.lower() == answer.lower()), None)},
-    "no limit on length": {"infer_text": lambda answer, choices: infer_text(answer, choices) or infer_text(answer[-9:], choices)},
-    "text before letter": {"infer": lambda answer, choices: infer_text(answer, choices) or infer_option(answer, choices)},
+    "text with case": {
+        "infer_text": lambda answer, choices: next((k for k, v in choices.items() if v and v in answer), None)
+    },
+    "first of several texts": {
+        "infer_text": lambda answer, choices: next((k for k, v in choices.items() if v.lower() in answer.lower()), None)
+    },
+    "text must be all": {
+        "infer_text": lambda answer, choices: next((k for k, v in choices.items() if v.lower() == answer.lower()), None)
+    },
+    "no limit on length": {
+        "infer_text": lambda answer, choices: infer_text(answer, choices) or infer_text(answer[-9:], choices)
+    },
+    "text before letter": {
+        "infer": lambda answer, choices: infer_text(answer, choices) or infer_option(answer, choices)
+    },
     "no refusals": {"REFUSALS": ()},
     "failed requests are answers": {"API_FAILURE": "\0"},
     "Z is nothing": {"NONE_OF_THEM": "\0"},
@@ -131,7 +146,9 @@ def test_port_error_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 M = 1_000_000
 
 
-def row(index: int, said: str, answer: str = "A", ability: str = "coarse_perception", category: str = "scene") -> MmbenchRow:
+def row(
+    index: int, said: str, answer: str = "A", ability: str = "coarse_perception", category: str = "scene"
+) -> MmbenchRow:
     return MmbenchRow(index, answer, said, COLORS, category, ability)
 
 
@@ -143,8 +160,18 @@ CIRCULAR = [
     ("one rotation wrong", [row(1, "A"), row(M + 1, "A", "B"), row(2 * M + 1, "C", "C")], {}, {1: False}),
     ("last rotation wrong", [row(1, "A"), row(M + 1, "B", "B"), row(2 * M + 1, "A", "C")], {}, {1: False}),
     ("only the question wrong", [row(1, "B"), row(M + 1, "B", "B")], {}, {1: False}),
-    ("always the same letter", [row(1, "A"), row(M + 1, "A", "B"), row(2 * M + 1, "A", "C"), row(3 * M + 1, "A", "D")], {}, {1: False}),
-    ("rotations elsewhere in the file", [row(1, "A"), row(2, "A"), row(M + 2, "B", "B"), row(M + 1, "C", "B")], {}, {1: False, 2: True}),
+    (
+        "always the same letter",
+        [row(1, "A"), row(M + 1, "A", "B"), row(2 * M + 1, "A", "C"), row(3 * M + 1, "A", "D")],
+        {},
+        {1: False},
+    ),
+    (
+        "rotations elsewhere in the file",
+        [row(1, "A"), row(2, "A"), row(M + 2, "B", "B"), row(M + 1, "C", "B")],
+        {},
+        {1: False, 2: True},
+    ),
     ("rotations first", [row(M + 1, "B", "B"), row(1, "A")], {}, {1: True}),
     ("rotations without their question", [row(M + 3, "A"), row(1, "A")], {}, {1: True}),
     ("text counts", [row(1, "red"), row(M + 1, "blue", "B")], {}, {1: True}),
@@ -166,17 +193,27 @@ def test_circular(quirk: str, given: list[MmbenchRow], judged: dict[int, str], h
 
 CIRCULAR_ERRORS = {
     "every row for itself": lambda rows: {r.index: infer(r.prediction, r.choices) == r.answer for r in rows},
-    "rotations by the first row's answer": lambda rows: {1: all(infer(r.prediction, r.choices) == rows[0].answer for r in rows)},
+    "rotations by the first row's answer": lambda rows: {
+        1: all(infer(r.prediction, r.choices) == rows[0].answer for r in rows)
+    },
     "one right rotation suffices": lambda rows: {1: any(infer(r.prediction, r.choices) == r.answer for r in rows)},
-    "majority of rotations": lambda rows: {1: sum(infer(r.prediction, r.choices) == r.answer for r in rows) * 2 > len(rows)},
-    "neighbouring rows are a group": lambda rows: {1: all(infer(r.prediction, r.choices) == r.answer for r in rows[:2])},
+    "majority of rotations": lambda rows: {
+        1: sum(infer(r.prediction, r.choices) == r.answer for r in rows) * 2 > len(rows)
+    },
+    "neighbouring rows are a group": lambda rows: {
+        1: all(infer(r.prediction, r.choices) == r.answer for r in rows[:2])
+    },
     "open rows do not count": lambda rows: {1: all(infer(r.prediction, r.choices) in (r.answer, None) for r in rows)},
 }
 
 
 @pytest.mark.parametrize("name", CIRCULAR_ERRORS)
 def test_circular_port_error_is_caught(name: str) -> None:
-    assert any(CIRCULAR_ERRORS[name](given) != hits for _, given, judged, hits in CIRCULAR if not judged and len(hits) == 1 and 1 in hits)
+    assert any(
+        CIRCULAR_ERRORS[name](given) != hits
+        for _, given, judged, hits in CIRCULAR
+        if not judged and len(hits) == 1 and 1 in hits
+    )
 
 
 def test_abilities_and_categories_count_questions() -> None:

@@ -94,19 +94,27 @@ def _starts(text: str, **_: object) -> str:
 
 def _without_broken(files: dict[str, str]) -> mme.MmeScores:
     pairs = {name: [*zip(text.splitlines(True)[::2], text.splitlines(True)[1::2])] for name, text in files.items()}
-    return calculate({name: "".join(a + b for a, b in kept if a.count("\t") == b.count("\t") == 3) for name, kept in pairs.items()})
+    return calculate(
+        {name: "".join(a + b for a, b in kept if a.count("\t") == b.count("\t") == 3) for name, kept in pairs.items()}
+    )
 
 
 def _others_left_out(files: dict[str, str]) -> mme.MmeScores:
     found = calculate(files).tasks["count"]
     whole = sum(line.count("\t") == 3 for line in files["count"].splitlines())
     accuracy = found.accuracy * whole / ((whole - found.other) or math.nan)
-    return mme.MmeScores(0.0, 0.0, {"count": mme.MmeTask(accuracy, found.accuracy_plus, 100 * (accuracy + found.accuracy_plus), found.other)})
+    return mme.MmeScores(
+        0.0,
+        0.0,
+        {"count": mme.MmeTask(accuracy, found.accuracy_plus, 100 * (accuracy + found.accuracy_plus), found.other)},
+    )
 
 
 def _pairs_by_truth(files: dict[str, str]) -> mme.MmeScores:
     """All first questions, then all second ones: as a shuffled or sorted answer file would pair them."""
-    return calculate({name: "".join([*text.splitlines(True)[::2], *text.splitlines(True)[1::2]]) for name, text in files.items()})
+    return calculate(
+        {name: "".join([*text.splitlines(True)[::2], *text.splitlines(True)[1::2]]) for name, text in files.items()}
+    )
 
 
 PORT_ERRORS: dict[str, dict[str, object]] = {
@@ -154,11 +162,17 @@ def test_files_that_are_no_pairs() -> None:
         mme.calculate({"count": lines("Yes", "No").replace("No\tNo", "Maybe\tNo")})
 
 
-TRUTH = mme.parse_truth("color", "0001.txt", "Is it red? Please answer yes or no.\tYes\r\nIs it blue?  Please answer yes or no.\tNo\n")
+TRUTH = mme.parse_truth(
+    "color", "0001.txt", "Is it red? Please answer yes or no.\tYes\r\nIs it blue?  Please answer yes or no.\tNo\n"
+)
 ASKED = [
     ("suffix put back", f"Is it red?\n{DIRECTIVE}", "Is it red? Please answer yes or no.\tYes"),
     ("two spaces", f"Is it blue?\n{DIRECTIVE}", "Is it blue?  Please answer yes or no.\tNo"),
-    ("suffix still there", f"Is it red? Please answer yes or no.\n{DIRECTIVE}", "Is it red? Please answer yes or no.\tYes"),
+    (
+        "suffix still there",
+        f"Is it red? Please answer yes or no.\n{DIRECTIVE}",
+        "Is it red? Please answer yes or no.\tYes",
+    ),
     ("no directive", "Is it red?", "Is it red? Please answer yes or no.\tYes"),
     ("directive in front", f"{DIRECTIVE}\nIs it red?", "Is it red? Please answer yes or no.\tYes"),
 ]
@@ -172,13 +186,18 @@ def test_converter(quirk: str, prompt: str, written: str) -> None:
 
 def test_converter_keeps_order_and_text() -> None:
     answers = [MmeAnswer("color/0001.jpg", "Is it blue?", "No\nway\t"), MmeAnswer("color/0001.jpg", "Is it red?", "")]
-    blue, red = "0001.txt\tIs it blue?  Please answer yes or no.\tNo\t", "0001.txt\tIs it red? Please answer yes or no.\tYes\t"
+    blue, red = (
+        "0001.txt\tIs it blue?  Please answer yes or no.\tNo\t",
+        "0001.txt\tIs it red? Please answer yes or no.\tYes\t",
+    )
     assert mme.convert(answers, TRUTH) == {"color": f"{blue}No\nway\t\n{red}\n"}
     assert mme.convert(answers, TRUTH, profile=CORRECTED) == {"color": f"{blue}No way\n{red}\n"}
 
 
 def test_converter_refuses_unknown_questions() -> None:
-    with pytest.raises(DataError, match="MME has no question 'Is it green\\?  Please answer yes or no.' in color/0001.txt"):
+    with pytest.raises(
+        DataError, match="MME has no question 'Is it green\\?  Please answer yes or no.' in color/0001.txt"
+    ):
         mme.convert([MmeAnswer("color/0001.jpg", "Is it green?", "No")], TRUTH)
     with pytest.raises(DataError, match="color/0001.txt:1: 'Is it red\\?' is not a question, a tab and Yes or No"):
         mme.parse_truth("color", "0001.txt", "Is it red?")

@@ -65,9 +65,19 @@ SPLITS = [
     ("always no", [N] * 4, ["yes", "no"] * 2, (0, 0, 2, 2, 0.5, math.nan, 0.0, math.nan, 0.0)),
     ("no positives", [Y, N], ["no", "no"], (0, 1, 1, 0, 0.5, 0.0, math.nan, math.nan, 0.5)),
     ("mixed", [Y, Y, Y, N, N], ["yes", "yes", "no", "yes", "no"], (2, 1, 1, 1, 0.6, 2 / 3, 2 / 3, 2 / 3, 0.6)),
-    ("precision is not recall", [Y, Y, N, N, N, N], ["yes", "no", "no", "yes", "yes", "yes"], (1, 1, 1, 3, 2 / 6, 0.5, 0.25, 1 / 3, 2 / 6)),
+    (
+        "precision is not recall",
+        [Y, Y, N, N, N, N],
+        ["yes", "no", "no", "yes", "yes", "yes"],
+        (1, 1, 1, 3, 2 / 6, 0.5, 0.25, 1 / 3, 2 / 6),
+    ),
     ("labels left over", [Y, N], ["yes", "no", "no"], (1, 0, 1, 0, 1.0, 1.0, 1.0, 1.0, 0.5)),
-    ("answers left over count in the share of yes", [Y, N, Y, Y], ["yes", "no"], (1, 0, 1, 0, 1.0, 1.0, 1.0, 1.0, 0.75)),
+    (
+        "answers left over count in the share of yes",
+        [Y, N, Y, Y],
+        ["yes", "no"],
+        (1, 0, 1, 0, 1.0, 1.0, 1.0, 1.0, 0.75),
+    ),
     ("any label but no is a yes", [Y, Y, Y], ["Yes", "No", "no"], (2, 1, 0, 0, 2 / 3, 2 / 3, 1.0, 0.8, 1.0)),
 ]
 
@@ -76,7 +86,10 @@ def split(texts: list[str], labels: list[str]) -> tuple[float, ...]:
     return tuple(vars(pope.score(texts, labels)).values())
 
 
-SPLIT_ROWS: list[Row] = [(quirk, lambda texts=texts, labels=labels: split(texts, labels), expected) for quirk, texts, labels, expected in SPLITS]
+SPLIT_ROWS: list[Row] = [
+    (quirk, lambda texts=texts, labels=labels: split(texts, labels), expected)
+    for quirk, texts, labels, expected in SPLITS
+]
 TABLE = rows(pope, "parse", [(quirk, text, answers[0]) for quirk, text, *answers in TEXTS]) + SPLIT_ROWS
 MENDED = [(quirk, text, answers[-1]) for quirk, text, *answers in TEXTS]
 
@@ -90,7 +103,9 @@ def _swapped(*args: object, **options: object) -> PopeScores:
 
 
 def _no_is_positive(texts: list[str], labels: list[str], **_: object) -> PopeScores:
-    return SCORE([N if parse(text) == "yes" else Y for text in texts], ["no" if label != "no" else "yes" for label in labels])
+    return SCORE(
+        [N if parse(text) == "yes" else Y for text in texts], ["no" if label != "no" else "yes" for label in labels]
+    )
 
 
 SCORE = pope.score

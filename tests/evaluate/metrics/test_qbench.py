@@ -68,7 +68,8 @@ def right(response: str, candidates: tuple[str, ...], correct: str, **options: o
 
 
 TABLE: list[Row] = [
-    (quirk, lambda given=given: right(*given), 100.0 * rights[0]) for quirk, *given, rights in ((*row[:4], row[4:]) for row in ANSWERS)
+    (quirk, lambda given=given: right(*given), 100.0 * rights[0])
+    for quirk, *given, rights in ((*row[:4], row[4:]) for row in ANSWERS)
 ]
 is_right = qbench.is_right
 
@@ -79,22 +80,32 @@ def _variant(response: str, answer: QbenchAnswer) -> bool:
 
 def _from_the_end_too(answer: QbenchAnswer, **_: object) -> bool:
     place = ord(answer.response[:1] or " ") - ord("A")
-    return (-len(answer.candidates) <= place < len(answer.candidates) and answer.candidates[place] == answer.correct) or is_right(answer)
+    return (
+        -len(answer.candidates) <= place < len(answer.candidates) and answer.candidates[place] == answer.correct
+    ) or is_right(answer)
 
 
 PORT_ERRORS: dict[str, dict[str, object]] = {
     "stripped": {"is_right": lambda answer, **_: _variant(answer.response.strip(), answer)},
-    "case ignored": {"is_right": lambda answer, **_: _variant(answer.response[:1].upper() + answer.response[1:], answer)},
+    "case ignored": {
+        "is_right": lambda answer, **_: _variant(answer.response[:1].upper() + answer.response[1:], answer)
+    },
     "letter only": {"is_right": lambda answer, **_: _variant(answer.response[:1], answer)},
     "letter must stand alone": {"is_right": lambda answer, **_: len(answer.response) < 3 and is_right(answer)},
     "text only": {"is_right": lambda answer, **_: answer.response == answer.correct},
     "text contained": {"is_right": lambda answer, **_: is_right(answer) or answer.correct in answer.response},
     "first word of any kind": {"is_right": lambda answer, **_: _variant((answer.response.split() or [""])[0], answer)},
-    "first word without marks": {"is_right": lambda answer, **_: is_right(answer) or answer.response.split(" ")[0].strip(".,") == answer.correct},
-    "letter by search": {"is_right": lambda answer, **_: any(_variant(character, answer) for character in answer.response)},
+    "first word without marks": {
+        "is_right": lambda answer, **_: is_right(answer) or answer.response.split(" ")[0].strip(".,") == answer.correct
+    },
+    "letter by search": {
+        "is_right": lambda answer, **_: any(_variant(character, answer) for character in answer.response)
+    },
     "letter of the first candidate with that text": {
         "is_right": lambda answer, **_: (
-            (answer.response[:1] == "ABCDE"[answer.candidates.index(answer.correct)]) if answer.correct in answer.candidates else False
+            (answer.response[:1] == "ABCDE"[answer.candidates.index(answer.correct)])
+            if answer.correct in answer.candidates
+            else False
         )
     },
     "places from the end": {"is_right": _from_the_end_too},

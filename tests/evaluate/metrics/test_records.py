@@ -19,7 +19,9 @@ FILES = sorted(path for path in Path(metrics.__file__).parent.glob("*.py") if pa
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_records_are_frozen(path: Path) -> None:
     module = importlib.import_module(f"{metrics.__name__}.{path.stem}")
-    records = [kind for _, kind in inspect.getmembers(module, dataclasses.is_dataclass) if kind.__module__ == module.__name__]
+    records = [
+        kind for _, kind in inspect.getmembers(module, dataclasses.is_dataclass) if kind.__module__ == module.__name__
+    ]
     assert all(kind.__dataclass_params__.frozen for kind in records)
     assert path.stem in ("profile", "arithmetic", "vqa_answers") or any(hasattr(kind, "headline") for kind in records)
 
@@ -30,7 +32,9 @@ def test_only_the_standard_library(path: Path) -> None:
     imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     allowed = ("megatron_share4v.errors", metrics.__name__)
-    assert not [name for name in imported if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith(allowed)]
+    assert not [
+        name for name in imported if name.split(".")[0] not in sys.stdlib_module_names and not name.startswith(allowed)
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -92,7 +92,15 @@ def _first_letter(text: str, *, profile: object = None) -> str:
 
 def _any_letter_at_the_front(text: str, *, profile: object = None) -> str:
     found = science_qa.SENTENCE.findall(text)
-    return text if text in science_qa.OPTIONS else text[0] if text[1:3] == ". " else found[0] if len(found) == 1 else FAILED
+    return (
+        text
+        if text in science_qa.OPTIONS
+        else text[0]
+        if text[1:3] == ". "
+        else found[0]
+        if len(found) == 1
+        else FAILED
+    )
 
 
 parse = science_qa.parse

@@ -35,17 +35,50 @@ LETTERS = [
     ("quoted", '"A"', "A", False, False),
     ("starred", "**A**", "A", False, False),
 ]
-QUESTIONS = [SeedQuestion("1", "A", 1), SeedQuestion(2, "B", 1), SeedQuestion("v3", "C", 10, "video"), SeedQuestion("4", "D", 2)]
+QUESTIONS = [
+    SeedQuestion("1", "A", 1),
+    SeedQuestion(2, "B", 1),
+    SeedQuestion("v3", "C", 10, "video"),
+    SeedQuestion("4", "D", 2),
+]
 # quirk, answers, then total, image, video, by type
 TOTALS = [
     ("all right", {1: "A", 2: "B", "v3": "C", 4: "D"}, 100.0, 100.0, 100.0, {1: 100.0, 2: 100.0, 10: 100.0}),
-    ("a type without a right one", {1: "A", 2: "B", "v3": "C", 4: "A"}, 75.0, 2 / 3 * 100, 100.0, {1: 100.0, 2: 0.0, 10: 100.0}),
+    (
+        "a type without a right one",
+        {1: "A", 2: "B", "v3": "C", 4: "A"},
+        75.0,
+        2 / 3 * 100,
+        100.0,
+        {1: 100.0, 2: 0.0, 10: 100.0},
+    ),
     ("missing is wrong", {1: "A", "v3": "C", 4: "D"}, 75.0, 2 / 3 * 100, 100.0, {1: 50.0, 2: 100.0, 10: 100.0}),
     ("a whole type missing", {1: "A", 2: "B", 4: "D"}, 75.0, 100.0, 0.0, {1: 100.0, 2: 100.0, 10: 0.0}),
     ("nothing answered", {}, 0.0, 0.0, 0.0, {1: 0.0, 2: 0.0, 10: 0.0}),
-    ("a number as text is not found", {"1": "A", 2: "B", "v3": "C", 4: "D"}, 75.0, 2 / 3 * 100, 100.0, {1: 50.0, 2: 100.0, 10: 100.0}),
-    ("answers nobody asked for", {1: "A", 2: "B", "v3": "C", 4: "D", 5: "A"}, 100.0, 100.0, 100.0, {1: 100.0, 2: 100.0, 10: 100.0}),
-    ("images weigh by question, not by type", {1: "A", 2: "B", "v3": "A", 4: "A"}, 50.0, 2 / 3 * 100, 0.0, {1: 100.0, 2: 0.0, 10: 0.0}),
+    (
+        "a number as text is not found",
+        {"1": "A", 2: "B", "v3": "C", 4: "D"},
+        75.0,
+        2 / 3 * 100,
+        100.0,
+        {1: 50.0, 2: 100.0, 10: 100.0},
+    ),
+    (
+        "answers nobody asked for",
+        {1: "A", 2: "B", "v3": "C", 4: "D", 5: "A"},
+        100.0,
+        100.0,
+        100.0,
+        {1: 100.0, 2: 100.0, 10: 100.0},
+    ),
+    (
+        "images weigh by question, not by type",
+        {1: "A", 2: "B", "v3": "A", 4: "A"},
+        50.0,
+        2 / 3 * 100,
+        0.0,
+        {1: 100.0, 2: 0.0, 10: 0.0},
+    ),
 ]
 
 
@@ -58,11 +91,19 @@ def totals(answers: dict[int | str, str]) -> tuple[object, ...]:
     return scores.total, scores.image, scores.video, scores.by_type
 
 
-EXACT: list[Row] = [(f"exact: {quirk}", lambda t=text, a=letter: percent(t, a, False), 100.0 * right) for quirk, text, letter, right, _ in LETTERS]
-TOLERANT: list[Row] = [
-    (f"tolerant: {quirk}", lambda t=text, a=letter: percent(t, a, True), 100.0 * right) for quirk, text, letter, _, right in LETTERS
+EXACT: list[Row] = [
+    (f"exact: {quirk}", lambda t=text, a=letter: percent(t, a, False), 100.0 * right)
+    for quirk, text, letter, right, _ in LETTERS
 ]
-TABLE: list[Row] = EXACT + TOLERANT + [(quirk, lambda given=given: totals(given), tuple(expected)) for quirk, given, *expected in TOTALS]
+TOLERANT: list[Row] = [
+    (f"tolerant: {quirk}", lambda t=text, a=letter: percent(t, a, True), 100.0 * right)
+    for quirk, text, letter, _, right in LETTERS
+]
+TABLE: list[Row] = (
+    EXACT
+    + TOLERANT
+    + [(quirk, lambda given=given: totals(given), tuple(expected)) for quirk, given, *expected in TOTALS]
+)
 
 is_right, score = seed.is_right, seed.score
 
@@ -76,12 +117,18 @@ PORT_ERRORS: dict[str, dict[str, object]] = {
     "never tolerant": {"is_right": lambda text, answer, *, tolerant: is_right(text, answer)},
     "stripped": {"is_right": lambda text, answer, *, tolerant: is_right(text.strip(), answer, tolerant=tolerant)},
     "case ignored": {"is_right": lambda text, answer, *, tolerant: is_right(text.upper(), answer, tolerant=tolerant)},
-    "period allowed": {"is_right": lambda text, answer, *, tolerant: is_right(text.rstrip("."), answer, tolerant=tolerant)},
+    "period allowed": {
+        "is_right": lambda text, answer, *, tolerant: is_right(text.rstrip("."), answer, tolerant=tolerant)
+    },
     "letter anywhere": {"is_right": lambda text, answer, *, tolerant: answer in text if tolerant else text == answer},
-    "first letter of the text": {"is_right": lambda text, answer, *, tolerant: is_right(text.strip(' ("*'), answer, tolerant=tolerant)},
+    "first letter of the text": {
+        "is_right": lambda text, answer, *, tolerant: is_right(text.strip(' ("*'), answer, tolerant=tolerant)
+    },
     "ids as text": {"_key": _as_text},
     "missing ones left out": {
-        "score": lambda questions, answers, *, tolerant=False: score([q for q in questions if seed._key(q.id) in answers], answers, tolerant=tolerant)
+        "score": lambda questions, answers, *, tolerant=False: score(
+            [q for q in questions if seed._key(q.id) in answers], answers, tolerant=tolerant
+        )
     },
     "all data types are images": {
         "score": lambda questions, answers, *, tolerant=False: score(

@@ -93,7 +93,8 @@ def vizwiz(given: Sequence[Given]) -> float:
 
 def column(title: str, function, last: int) -> list[Row]:
     return [
-        (f"{title}: {quirk}", lambda given=given: function(given), round(values[last], 9) if last else values[0]) for quirk, given, *values in SCORES
+        (f"{title}: {quirk}", lambda given=given: function(given), round(values[last], 9) if last else values[0])
+        for quirk, given, *values in SCORES
     ]
 
 
@@ -118,8 +119,12 @@ PORT_ERRORS: dict[str, dict[str, object]] = {
     "no cap at 1": {"leave_one_out": _without_cap},
     "equal answers left out together": {"leave_one_out": _distinct},
     "exact match with any": {"leave_one_out": lambda prediction, answers: [float(prediction in answers)]},
-    "exact match with the most frequent": {"leave_one_out": lambda prediction, answers: [float(prediction == max(answers, key=list(answers).count))]},
-    "contained is right": {"leave_one_out": lambda prediction, answers: [min(1.0, sum(a in prediction for a in answers) / 3)]},
+    "exact match with the most frequent": {
+        "leave_one_out": lambda prediction, answers: [float(prediction == max(answers, key=list(answers).count))]
+    },
+    "contained is right": {
+        "leave_one_out": lambda prediction, answers: [min(1.0, sum(a in prediction for a in answers) / 3)]
+    },
 }
 V2_ERRORS = PORT_ERRORS | {
     "always normalised": {"OFFICIAL": CORRECTED},
@@ -137,7 +142,11 @@ EVALAI_ERRORS = PORT_ERRORS | {
 }
 ERRORS = [
     (title, table, name, wrong)
-    for title, table, errors in (("VQA-v2", V2, V2_ERRORS), ("TextVQA", TEXT, EVALAI_ERRORS), ("VizWiz", VIZWIZ, EVALAI_ERRORS))
+    for title, table, errors in (
+        ("VQA-v2", V2, V2_ERRORS),
+        ("TextVQA", TEXT, EVALAI_ERRORS),
+        ("VizWiz", VIZWIZ, EVALAI_ERRORS),
+    )
     for name, wrong in errors.items()
 ]
 
@@ -147,8 +156,12 @@ def test_score(quirk: str, call, expected: float) -> None:
     assert same(call(), expected)
 
 
-@pytest.mark.parametrize(("title", "table", "name", "wrong"), ERRORS, ids=[f"{title}: {name}" for title, _, name, _ in ERRORS])
-def test_port_error_is_caught(title: str, table: list[Row], name: str, wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("title", "table", "name", "wrong"), ERRORS, ids=[f"{title}: {name}" for title, _, name, _ in ERRORS]
+)
+def test_port_error_is_caught(
+    title: str, table: list[Row], name: str, wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert catches(table, monkeypatch, vqa, wrong)
 
 
@@ -179,7 +192,9 @@ def test_corrected_normalises_where_annotators_agree() -> None:
 
 def test_nothing_to_score_is_not_a_number() -> None:
     assert (
-        math.isnan(vqa.vqa_accuracy([]).headline) and math.isnan(vqa.textvqa_accuracy([]).headline) and math.isnan(vqa.vizwiz_accuracy([]).headline)
+        math.isnan(vqa.vqa_accuracy([]).headline)
+        and math.isnan(vqa.textvqa_accuracy([]).headline)
+        and math.isnan(vqa.vizwiz_accuracy([]).headline)
     )
 
 
@@ -212,7 +227,9 @@ def test_question_of_a_prompt(quirk: str, call, expected: str) -> None:
     assert same(call(), expected)
 
 
-@pytest.mark.parametrize("prompt", ["What?", f"What?\nand\n{SHORT}", f"a\nb\nReference OCR token: x\n{SHORT}", "OCR tokens: a\nWhat?"])
+@pytest.mark.parametrize(
+    "prompt", ["What?", f"What?\nand\n{SHORT}", f"a\nb\nReference OCR token: x\n{SHORT}", "OCR tokens: a\nWhat?"]
+)
 def test_prompt_without_question(prompt: str) -> None:
     with pytest.raises(DataError, match="no TextVQA question in the prompt"):
         vqa.textvqa_question(prompt)

@@ -102,7 +102,9 @@ FORMS: list[tuple[str, ...]] = [
     ("periods kept by a digit do not count", "1.5 " + "." * 32, "1.5"),
 ]
 TABLE = rows(vqa_answers, "normalise_evalai", [(f"EvalAI: {quirk}", text, forms[0]) for quirk, text, *forms in FORMS])
-TABLE += rows(vqa_answers, "normalise_vqa_eval", [(f"VQAEval: {quirk}", text, forms[-1]) for quirk, text, *forms in FORMS])
+TABLE += rows(
+    vqa_answers, "normalise_vqa_eval", [(f"VQAEval: {quirk}", text, forms[-1]) for quirk, text, *forms in FORMS]
+)
 
 
 def _spaces_only(text: str, *, profile: object = None) -> str:
@@ -121,7 +123,9 @@ def _on_the_changed_text(text: str, *, profile: object = None) -> str:
 
 
 def _detached_too(text: str, *, profile: object = None) -> str:
-    return vqa_answers.replace_words(vqa_answers.replace_punctuation(vqa_answers.trim(text.lower().replace("'s", " 's"))))
+    return vqa_answers.replace_words(
+        vqa_answers.replace_punctuation(vqa_answers.trim(text.lower().replace("'s", " 's")))
+    )
 
 
 PORT_ERRORS: dict[str, dict[str, object]] = {
@@ -147,7 +151,9 @@ PORT_ERRORS: dict[str, dict[str, object]] = {
     "lets and shes repaired": {"CONTRACTIONS": vqa_answers.CONTRACTIONS | {"lets": "let's", "shes": "she's"}},
     "capital I alive": {"CONTRACTIONS": vqa_answers.CONTRACTIONS | {"im": "i'm", "ive": "i've"}},
     "somebody'd repaired": {"CONTRACTIONS": vqa_answers.CONTRACTIONS | {"somebody'd": "somebody'd"}},
-    "only plain contractions": {"CONTRACTIONS": {key: word for key, word in vqa_answers.CONTRACTIONS.items() if key == word.replace("'", "")}},
+    "only plain contractions": {
+        "CONTRACTIONS": {key: word for key, word in vqa_answers.CONTRACTIONS.items() if key == word.replace("'", "")}
+    },
     "EvalAI without its first step": {"normalise_evalai": lambda text: vqa_answers.normalise_vqa_eval(text)},
     "VQAEval with EvalAI's first step": {"normalise_vqa_eval": _detached_too},
 }
@@ -171,7 +177,23 @@ def test_contractions_are_the_official_ones_in_number_and_form() -> None:
     assert {key for key, word in table.items() if key == word} == {"let's", "she's"}
     assert all(key.replace("'", "") == word.replace("'", "") for key, word in table.items())
     # Found in no other rule: a rule that gives one too many would have to lose another.
-    assert not {"lets", "shes", "mustntve", "ill", "ild", "whatd", "howve", "were", "well", "its", "id", "wed", "shed", "hell", "shell"} & set(table)
+    assert not {
+        "lets",
+        "shes",
+        "mustntve",
+        "ill",
+        "ild",
+        "whatd",
+        "howve",
+        "were",
+        "well",
+        "its",
+        "id",
+        "wed",
+        "shed",
+        "hell",
+        "shell",
+    } & set(table)
 
 
 def test_corrected_removes_all_periods() -> None:

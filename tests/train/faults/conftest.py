@@ -44,11 +44,24 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     for number in range(STEPS * BATCH):
         Image.new("RGB", (20, 30), (7 * number % 256, 2 * number, 90)).save(root / "images" / f"{number}.png")
         answer = " ".join(["red", "green", "blue"][(number + i) % 3] for i in range(2 + number % 5))
-        turns = [{"from": "human", "value": "<image>\nwhat colours?" if number % 4 else "colours?"}, {"from": "gpt", "value": answer}]
-        records.append({"id": f"s{number}", "conversations": turns} | ({"image": f"{number}.png"} if number % 4 else {}))
+        turns = [
+            {"from": "human", "value": "<image>\nwhat colours?" if number % 4 else "colours?"},
+            {"from": "gpt", "value": answer},
+        ]
+        records.append(
+            {"id": f"s{number}", "conversations": turns} | ({"image": f"{number}.png"} if number % 4 else {})
+        )
     (root / "annotations.json").write_text(json.dumps(records))
     train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
-    prepare(PrepareOptions(annotations=root / "annotations.json", images=root / "images", output=root / "data", tokenizer=root / "tokenizer.model", max_text_length=200))
+    prepare(
+        PrepareOptions(
+            annotations=root / "annotations.json",
+            images=root / "images",
+            output=root / "data",
+            tokenizer=root / "tokenizer.model",
+            max_text_length=200,
+        )
+    )
     tiny = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     content = {
         "run": {"directory": str(root / "undisturbed"), "seed": 5},

@@ -21,7 +21,10 @@ def test_stopped_rank_is_named_by_another(bench, rank: int) -> None:
     assert outcome.codes[1 - rank] == 76 and outcome.codes[rank] == -9, outcome.output
     found = report(directory)
     assert found["ranks"] == found["silent"] == [rank], found
-    assert f"Differs: rank {rank} (" in found["headline"] and "is stopped (SIGSTOP, or a debugger); last seen at step " in found["headline"]
+    assert (
+        f"Differs: rank {rank} (" in found["headline"]
+        and "is stopped (SIGSTOP, or a debugger); last seen at step " in found["headline"]
+    )
     stacks = (directory / "watch" / f"rank{1 - rank}.stacks.txt").read_text()
     assert "most recent call first" in stacks and "distributed_c10d.py" in stacks, stacks
     text = (directory / "watch" / "report.txt").read_text()
@@ -33,13 +36,17 @@ def test_stopped_rank_is_named_by_another(bench, rank: int) -> None:
 def test_rank_that_does_not_come_to_the_collective_is_named(bench) -> None:
     """It lives and answers, but computes for ever."""
     directory = bench.root / "busy"
-    outcome = train(bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", QUICK, faults="sleep:2:3:60")
+    outcome = train(
+        bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", QUICK, faults="sleep:2:3:60"
+    )
     # A rank that is told to end before it has ended by itself.
     assert 76 in outcome.codes and set(outcome.codes) <= {76, -15}, outcome.output
     found = report(directory)
     assert found["ranks"] == [2] and found["silent"] == [] and "the others wait for it" in found["cause"], found
     assert "faulty.py" in (directory / "watch" / "rank2.stacks.txt").read_text()
-    assert all("most recent call first" in (directory / "watch" / f"rank{rank}.stacks.txt").read_text() for rank in range(3))
+    assert all(
+        "most recent call first" in (directory / "watch" / f"rank{rank}.stacks.txt").read_text() for rank in range(3)
+    )
 
 
 def test_hung_loader_process_is_started_again(bench) -> None:

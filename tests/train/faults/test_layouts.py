@@ -18,12 +18,27 @@ STARTS = (  # tensor, pipeline, context, sequence parallel, ranks, killed when t
 def test_every_start_at_another_layout(bench) -> None:
     directory = bench.root / "layouts"
     for tensor, pipeline, context, sequence, ranks, killed in STARTS:
-        layout = (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.context={context}", f"parallel.sequence={sequence}")
-        outcome = train(bench.config, ranks, f"run.directory={directory}", *layout, faults=f"kill:0:{killed}" if killed else "")
+        layout = (
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+            f"parallel.context={context}",
+            f"parallel.sequence={sequence}",
+        )
+        outcome = train(
+            bench.config, ranks, f"run.directory={directory}", *layout, faults=f"kill:0:{killed}" if killed else ""
+        )
         assert (outcome.codes[0] == -9) if killed else (outcome.codes == [0] * ranks), outcome.output
-        assert f"tensor {tensor} x pipeline {pipeline} (virtual 1) x data {ranks // tensor // pipeline // context} x context {context}" in outcome.output
-    assert "at step 6" in outcome.output and outcome.output.count("parallel.pipeline: was 2, is 1") == 1, "the last start shows what became of the layout"
+        assert (
+            f"tensor {tensor} x pipeline {pipeline} (virtual 1) x data {ranks // tensor // pipeline // context} x context {context}"
+            in outcome.output
+        )
+    assert "at step 6" in outcome.output and outcome.output.count("parallel.pipeline: was 2, is 1") == 1, (
+        "the last start shows what became of the layout"
+    )
     assert lines(directory / "samples.jsonl") == lines(bench.root / "undisturbed" / "samples.jsonl")
     ours, theirs = lines(directory / "metrics.jsonl"), lines(bench.root / "undisturbed" / "metrics.jsonl")
     assert [line["step"] for line in ours] == list(range(1, 9))
-    assert max(abs(one["loss"] - other["loss"]) for one, other in zip(ours, theirs, strict=True)) < RESUME_OTHER_LAYOUT_LOSS
+    assert (
+        max(abs(one["loss"] - other["loss"]) for one, other in zip(ours, theirs, strict=True))
+        < RESUME_OTHER_LAYOUT_LOSS
+    )

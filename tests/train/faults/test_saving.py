@@ -27,14 +27,23 @@ def test_in_the_background_the_same_is_written_while_training_goes_on(bench) -> 
     outcome = train(bench.config, 2, f"run.directory={directory}", BACKGROUND, faults="slow_save:0:2:2")
     assert outcome.codes == [0, 0] and bench.curve(directory) == bench.undisturbed, outcome.output
     log = outcome.output
-    assert log.index("step 3 copied in") < log.index("step 4/8") < log.index("checkpoint: wrote") < log.index("step 6 copied in"), log
+    assert (
+        log.index("step 3 copied in")
+        < log.index("step 4/8")
+        < log.index("checkpoint: wrote")
+        < log.index("step 6 copied in")
+    ), log
     # The save at step 6 comes before that of step 3 is written.
     assert float(re.search(r"step 6 copied in [\d.]+ s, after waiting ([\d.]+) s", log)[1]) > 0.5, log
     for name in ("step_00000006", "step_00000008"):
         ours, theirs = (tensors(root / "checkpoints" / name) for root in (directory, bench.root / "undisturbed"))
         assert ours == theirs and len(ours) > 1
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000008\n"
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == ["latest", "step_00000006", "step_00000008"]
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000006",
+        "step_00000008",
+    ]
 
 
 @pytest.mark.parametrize("options", [(), (BACKGROUND,)], ids=["waiting", "background"])
@@ -45,7 +54,11 @@ def test_killed_while_saving(bench, options: tuple[str, ...]) -> None:
     assert outcome.codes[0] == -9, outcome.output
     assert {path.name for path in (directory / "checkpoints").iterdir()} >= {"step_00000003", ".step_00000006.writing"}
     outcome = train(bench.config, 2, f"run.directory={directory}", *options)
-    assert outcome.codes == [0, 0] and ".step_00000006.writing, left behind" in outcome.output and "at step 3" in outcome.output
+    assert (
+        outcome.codes == [0, 0]
+        and ".step_00000006.writing, left behind" in outcome.output
+        and "at step 3" in outcome.output
+    )
     assert bench.curve(directory) == bench.undisturbed
 
 
@@ -56,7 +69,9 @@ def test_full_disk(bench, options: tuple[str, ...]) -> None:
     common = (f"run.directory={directory}", "parallel.tensor=2")
     outcome = train(bench.config, 2, *common, *options, faults="full:1:5:60000")
     assert outcome.codes[0] == 2 and "Traceback" not in outcome.output.partition("error: ")[0], outcome.output
-    assert re.search(r"error: rank 0: .*step_00000006.*: cannot be written \(rank 1: .*File too large", outcome.output), outcome.output
+    assert re.search(
+        r"error: rank 0: .*step_00000006.*: cannot be written \(rank 1: .*File too large", outcome.output
+    ), outcome.output
     assert [path.name for path in (directory / "checkpoints").glob("step_*")] == ["step_00000003"]
     outcome = train(bench.config, 2, *common)
     assert outcome.codes == [0, 0] and "at step 3" in outcome.output, outcome.output
@@ -68,7 +83,9 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, int]]:
     if shutil.which("unshare") is None:
         pytest.skip("no unshare on PATH")
     mount = f"mount -t tmpfs -o size=5m small {tmp_path} && echo mounted && exec sleep 600"
-    with subprocess.Popen(["unshare", "-Urm", "sh", "-c", mount], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        ["unshare", "-Urm", "sh", "-c", mount], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         if process.stdout.readline() != "mounted\n":
             pytest.skip(f"no file system of our own here: {process.communicate()[1]}")
         yield tmp_path, process.pid
@@ -81,17 +98,30 @@ def test_disk_that_is_really_full(bench, small_disk: tuple[Path, int]) -> None:
     seen = Path(f"/proc/{pid}/root{directory}")
     enter, options = f"enter:0:0:{pid},enter:1:0:{pid}", (f"run.directory={directory}", "train.bad_steps.loss_factor=9")
     outcome = train(bench.config, 2, *options, faults=f"{enter},fill:0:5:{directory / 'junk'}")
-    assert outcome.codes[0] == 2 and f"error: rank 0: {directory} cannot be read or written on " in outcome.output, outcome.output
-    assert "where rank 0 is cannot be written" in outcome.output and "No space left on device; see to the disk" in outcome.output and "JSONDecodeError" not in outcome.output
+    assert outcome.codes[0] == 2 and f"error: rank 0: {directory} cannot be read or written on " in outcome.output, (
+        outcome.output
+    )
+    assert (
+        "where rank 0 is cannot be written" in outcome.output
+        and "No space left on device; see to the disk" in outcome.output
+        and "JSONDecodeError" not in outcome.output
+    )
     assert not (seen / "metrics.jsonl").read_text().endswith("\n"), "a line is cut off"
     (seen / "junk").unlink()
     whole = (seen / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (seen / "metrics.jsonl").write_bytes("".join(whole[:2]).encode() + b'7\n{"step": \xff}\n' + "".join(whole[2:]).encode())
+    (seen / "metrics.jsonl").write_bytes(
+        "".join(whole[:2]).encode() + b'7\n{"step": \xff}\n' + "".join(whole[2:]).encode()
+    )
     for name in ("ops.json", "run_card.json"):
         (seen / name).write_text("")
     outcome = train(bench.config, 2, *options, faults=enter)
-    assert outcome.codes == [0, 0] and "at step 3" in outcome.output and bench.curve(seen) == bench.undisturbed, outcome.output
-    assert "metrics.jsonl:3: '7' is not the line of a step; left out" in outcome.output and "ops.json cannot be read" in outcome.output
+    assert outcome.codes == [0, 0] and "at step 3" in outcome.output and bench.curve(seen) == bench.undisturbed, (
+        outcome.output
+    )
+    assert (
+        "metrics.jsonl:3: '7' is not the line of a step; left out" in outcome.output
+        and "ops.json cannot be read" in outcome.output
+    )
 
 
 def test_what_a_full_disk_and_a_wrong_place_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,11 +130,18 @@ def test_what_a_full_disk_and_a_wrong_place_say(tmp_path: Path, capsys: pytest.C
     logger.info("one")
     logger.info("two")
     said = capsys.readouterr().err
-    assert said.count("rank0.txt: some lines could not be written: [Errno 28] No space left on device") == 1 and "Traceback" not in said and "two" in said
+    assert (
+        said.count("rank0.txt: some lines could not be written: [Errno 28] No space left on device") == 1
+        and "Traceback" not in said
+        and "two" in said
+    )
     with contextlib.suppress(OSError):  # what is left in its buffer
         configure(rank=0)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/log cannot be read or written on .*: Not a directory; see to"), told_of_disk(tmp_path):
+    with (
+        pytest.raises(ConfigError, match="file/log cannot be read or written on .*: Not a directory; see to"),
+        told_of_disk(tmp_path),
+    ):
         (tmp_path / "file" / "log").mkdir()
     with pytest.raises(FileNotFoundError), told_of_disk(tmp_path):
         (tmp_path.parent / "no such file").read_text()
@@ -116,5 +153,7 @@ def test_one_lost_file_is_not_a_checkpoint(bench) -> None:
     """torch's writing threads lose their errors; the checkpoint would lack tensors and be hashed as if it were whole."""
     directory = bench.root / "lost_file"
     outcome = train(bench.config, 1, f"run.directory={directory}", faults="lost_file:0:5")
-    assert outcome.codes == [2] and re.search(r"error: .*cannot be written \(rank 0: OSError\(28, 'No space left", outcome.output), outcome.output
+    assert outcome.codes == [2] and re.search(
+        r"error: .*cannot be written \(rank 0: OSError\(28, 'No space left", outcome.output
+    ), outcome.output
     assert [path.name for path in (directory / "checkpoints").glob("step_*")] == ["step_00000003"]

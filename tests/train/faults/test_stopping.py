@@ -17,8 +17,12 @@ from megatron_share4v.train.keep_time import Timekeeper
 def test_signal_to_one_rank_saves_and_stops_all(bench, fault: str, name: str) -> None:
     directory = bench.root / name
     outcome = train(bench.config, 2, f"run.directory={directory}", faults=fault)
-    assert outcome.codes == [75, 75] and "Traceback" not in outcome.output and "error: " not in outcome.output, outcome.output
-    assert f"stopped: rank 0: {name} on 1 ranks; saved after step 5 of 8 in {directory / 'checkpoints'}" in outcome.output
+    assert outcome.codes == [75, 75] and "Traceback" not in outcome.output and "error: " not in outcome.output, (
+        outcome.output
+    )
+    assert (
+        f"stopped: rank 0: {name} on 1 ranks; saved after step 5 of 8 in {directory / 'checkpoints'}" in outcome.output
+    )
     assert [line["step"] for line in lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     again = train(bench.config, 2, f"run.directory={directory}")
     assert again.codes == [0, 0] and "at step 5" in again.output and bench.curve(directory) == bench.undisturbed
@@ -27,7 +31,9 @@ def test_signal_to_one_rank_saves_and_stops_all(bench, fault: str, name: str) ->
 def test_under_torchrun_and_time_limit(bench) -> None:
     """A limit so near that the first step is the last; torchrun's report has the exit code."""
     directory = bench.root / "limited"
-    process = start(bench.config, 2, f"run.directory={directory}", "run.time_limit_minutes=1", "checkpoint.before_time_limit_s=60")
+    process = start(
+        bench.config, 2, f"run.directory={directory}", "run.time_limit_minutes=1", "checkpoint.before_time_limit_s=60"
+    )
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1 and "exitcode  : 75" in output, output
     assert "stopped: rank 0: its time limit is near; saved after step 1 of 8" in output and "error: " not in output
@@ -79,4 +85,6 @@ def test_saves_are_due_by_the_minute(bench) -> None:
     assert keeper.save_is_due and not never.save_is_due
     keeper.save_began()
     assert not keeper.save_is_due
-    assert Timekeeper.__init__.__kwdefaults__["now"] is time.monotonic, "a clock that is set back by an hour must not hold up saves for an hour"
+    assert Timekeeper.__init__.__kwdefaults__["now"] is time.monotonic, (
+        "a clock that is set back by an hour must not hold up saves for an hour"
+    )
