@@ -44,8 +44,8 @@ class Run:
 
     def __init__(self, mesh, setting: Setting, *, seed: int) -> None:
         from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
+        from megatron_share4v.mcore.layer_options import layer_options
         from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
-        from megatron_share4v.mcore.options import layer_options
         from megatron_share4v.model.chunks import build_chunks
         from megatron_share4v.model.initialize import initialize
 

@@ -95,7 +95,7 @@ def _caller() -> types.FrameType | None:
 
 
 def _is_watched(module: str) -> bool:
-    return module.startswith(("megatron_share4v.", "megatron.core.")) and module != "megatron_share4v.mcore.cpu"
+    return module.startswith(("megatron_share4v.", "megatron.core.")) and module != "megatron_share4v.mcore.cpu_patch"
 
 
 class _Functions(TorchFunctionMode):

@@ -31,12 +31,12 @@ from megatron_share4v.data.image import normalise
 from megatron_share4v.data.plan import StepItems
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.errors import OpsError, Share4VError, reported
-from megatron_share4v.mcore.choice import agree_on_attention, agree_on_ops, check_precision
-from megatron_share4v.mcore.engine import missing_engine
+from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.mcore.layer_config import DTYPES
+from megatron_share4v.mcore.layer_options import layer_options
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
-from megatron_share4v.mcore.options import layer_options
-from megatron_share4v.mcore.transformer import DTYPES
+from megatron_share4v.mcore.transformer_engine import missing_engine
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device

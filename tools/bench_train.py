@@ -18,7 +18,7 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Trainable
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.data.image import normalise
 from megatron_share4v.data.sample import Batch
-from megatron_share4v.mcore.choice import agree_on_ops
+from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
 from megatron_share4v.model.chunks import build_chunks

@@ -48,8 +48,8 @@ from megatron_share4v.checkpoint.weight_map import (
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import CheckpointError, ConversionError
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.checkpointing import STATE_PREFIX
-from megatron_share4v.mcore.tensor_files import stored_tensors
+from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
+from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 from megatron_share4v.model.initialize import initial_value
 
 Layout = Literal["llava-hf", "share4v"]

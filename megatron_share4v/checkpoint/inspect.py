@@ -10,8 +10,8 @@ import torch
 
 from megatron_share4v.checkpoint.exporter import Opened, open_checkpoint
 from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, hash_components
-from megatron_share4v.mcore.checkpointing import STATE_PREFIX
-from megatron_share4v.mcore.tensor_files import stored_tensors
+from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
+from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

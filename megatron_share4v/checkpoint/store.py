@@ -1,6 +1,6 @@
 """Saving and loading a run: all ranks together write or read one directory, rank 0 alone checks and publishes it.
 
-`<run>/checkpoints/step_00000010/` holds the tensors (mcore/checkpointing.py) and manifest.json; `<run>/checkpoints/latest` names the
+`<run>/checkpoints/step_00000010/` holds the tensors (mcore/dist_checkpoint.py) and manifest.json; `<run>/checkpoints/latest` names the
 newest. Every function that takes a mesh is collective, and an error that one rank finds is raised on all.
 """
 
@@ -37,11 +37,11 @@ from megatron_share4v.checkpoint.manifest import (
 )
 from megatron_share4v.errors import CheckpointError, Share4VError
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.checkpointing import count_updates, load_sharded, take_snapshot
+from megatron_share4v.mcore.async_writer import HostBuffers
+from megatron_share4v.mcore.dist_checkpoint import count_updates, load_sharded, take_snapshot
+from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer
-from megatron_share4v.mcore.snapshot import HostBuffers
-from megatron_share4v.mcore.tensor_files import stored_tensors
 from megatron_share4v.model.initialize import SHARDING
 
 __all__ = [

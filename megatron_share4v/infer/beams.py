@@ -20,7 +20,7 @@ from megatron_share4v.infer.prefix import image_digest
 from megatron_share4v.infer.request import Event, Request
 from megatron_share4v.infer.room import Place, Room
 from megatron_share4v.infer.sampler import GREEDY_BELOW
-from megatron_share4v.mcore.cache import Span
+from megatron_share4v.mcore.kv_cache import Span
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_share4v.mcore.cache import Span
+from megatron_share4v.mcore.kv_cache import Span
 
 
 @dataclass(frozen=True)

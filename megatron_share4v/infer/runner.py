@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.infer.plan import StepPlan
-from megatron_share4v.mcore.cache import CachedStep, KeyValueCache
+from megatron_share4v.mcore.kv_cache import CachedStep, KeyValueCache
 from megatron_share4v.model.share4v import Share4V
 
 _EMPTY = {field.name: None for field in fields(Batch)}

@@ -14,7 +14,7 @@ from megatron_share4v.infer.plan import Copy, Picture, StepPlan
 from megatron_share4v.infer.prefix import BLOCK
 from megatron_share4v.infer.room import Room
 from megatron_share4v.infer.sequence import Sequence
-from megatron_share4v.mcore.cache import Span
+from megatron_share4v.mcore.kv_cache import Span
 
 
 @dataclass

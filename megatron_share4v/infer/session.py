@@ -23,9 +23,9 @@ from megatron_share4v.data.image import ImagePolicy
 from megatron_share4v.data.prompt import Prompt, make_prompt, make_question
 from megatron_share4v.data.sample import Turn
 from megatron_share4v.errors import DataError
-from megatron_share4v.mcore.choice import agree_on_ops
+from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.transformer import DTYPES
+from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.greedy import greedy_answers
 from megatron_share4v.text.template import get_template

@@ -1,6 +1,6 @@
 """The only door to megatron-core: version check, CPU door, groups, configuration, layer specs, schedule.
 
-Importing this package opens the CPU door (mcore/cpu.py) where there is no CUDA, and must come before any import of megatron.core.
+Importing this package opens the CPU door (mcore/cpu_patch.py) where there is no CUDA, and must come before any import of megatron.core.
 Every other package takes megatron-core's classes from here or from the modules beside this one.
 """
 
@@ -10,7 +10,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.mcore import cpu
+from megatron_share4v.mcore import cpu_patch
 
 SUPPORTED = ("0.16.1",)
 
@@ -35,7 +35,7 @@ def _quiet_upstream() -> None:
     """Core's own use of deprecated torch names and its notes on absent optional packages; what is used instead is in the start-up lines."""
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")
     warnings.filterwarnings("ignore", category=UserWarning, message="Transformer Engine and Apex are not installed")
-    # Core says so of every MLP class that is not its own; ours is given all that core's would be (specs.py).
+    # Core says so of every MLP class that is not its own; ours is given all that core's would be (layer_specs.py).
     logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
         lambda record: "Unknown MLP type" not in record.getMessage()
     )
@@ -43,4 +43,4 @@ def _quiet_upstream() -> None:
 
 _check_environment()
 _quiet_upstream()
-cpu.open_door()
+cpu_patch.open_door()

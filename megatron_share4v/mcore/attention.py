@@ -1,4 +1,4 @@
-"""Core attention without Transformer Engine: rotary positions (Su et al. 2021), then one of the kernels below, which choice.py picks for a run.
+"""Core attention without Transformer Engine: rotary positions (Su et al. 2021), then one of the kernels below, which backends.py picks for a run.
 
 Shapes: q, k, v [S, B, heads, head_dim] with B sequences of S positions; the result is [S, B, heads * head_dim]. A sequence is one sample, or
 several of them one after the other (a pack), each of which sees itself alone, by every kernel.
@@ -18,9 +18,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_share4v.mcore.cache import CachedStep
-from megatron_share4v.mcore.context import own_positions, whole_sequences
-from megatron_share4v.mcore.transformer import LayerConfig
+from megatron_share4v.mcore.kv_cache import CachedStep
+from megatron_share4v.mcore.layer_config import LayerConfig
+from megatron_share4v.mcore.ulysses import own_positions, whole_sequences
 from megatron_share4v.ops.rope import rope, rope_table
 from megatron_share4v.parallel.device import sent
 
@@ -77,7 +77,7 @@ def restarting_positions(segments: Sequence[Sequence[int]], size: int) -> torch.
 class CoreAttention(MegatronModule):
     """Attention of one layer over its own tensor-parallel heads; causal or full, by `attn_mask_type`.
 
-    Under context parallelism a rank comes with its positions of all these heads, and attends for its share of the heads over all positions (context.py):
+    Under context parallelism a rank comes with its positions of all these heads, and attends for its share of the heads over all positions (ulysses.py):
     rotation, packs and kernels are what they are without.
     """
 
@@ -99,7 +99,7 @@ class CoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.layer_number = layer_number
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
-        self.kernel = KERNELS.get(config.attention)  # specs_te.py sets another
+        self.kernel = KERNELS.get(config.attention)  # layer_specs_te.py sets another
 
     def forward(
         self,

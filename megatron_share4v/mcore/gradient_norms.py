@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-from megatron_share4v.mcore.checkpointing import named_weights, pieces
+from megatron_share4v.mcore.dist_checkpoint import named_weights, pieces
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import optimizer_parts
 

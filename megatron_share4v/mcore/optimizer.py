@@ -1,7 +1,7 @@
 """Gradient buffers and AdamW through megatron-core: data-parallel wrapping, per-component learning rates, sharded optimizer state.
 
 Without Transformer Engine or apex, core's optimizer is torch's AdamW, which counts steps per parameter; core's own way of restoring them
-is wrong, so the functions at the end do it for mcore/checkpointing.py.
+is wrong, so the functions at the end do it for mcore/dist_checkpoint.py.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.options import LayerOptions
+from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
 from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.model.trainable import apply_trainable
@@ -25,7 +25,7 @@ def build_chunks(
 ) -> list[Share4V]:
     """The chunks of this rank, in the order in which the interleaved schedule runs them; weights are not set yet.
 
-    With `ops` "native" the library must be loaded already (mcore/choice.py).
+    With `ops` "native" the library must be loaded already (mcore/backends.py).
     """
     layout = mesh.layout
     chunks = []

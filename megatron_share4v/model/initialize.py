@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.mcore.layer_config import residual_init_std
 from megatron_share4v.mcore.layers import ShardedTensor, ShardedTensorFactory
-from megatron_share4v.mcore.transformer import residual_init_std
 
 # Layers keep their own names, since some may be frozen and have no optimizer state.
 SHARDING = {"non_homogeneous_layers": True}

@@ -13,8 +13,11 @@ import torch
 
 from megatron_share4v.config.model import LanguageConfig
 from megatron_share4v.mcore.attention import places
-from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.kv_cache import CachedStep
+from megatron_share4v.mcore.layer_config import LayerConfig
+from megatron_share4v.mcore.layer_options import LayerOptions
+from megatron_share4v.mcore.layer_specs import decoder_submodules
 from megatron_share4v.mcore.layers import (
     ColumnParallelLinear,
     MegatronModule,
@@ -23,9 +26,6 @@ from megatron_share4v.mcore.layers import (
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
 )
-from megatron_share4v.mcore.options import LayerOptions
-from megatron_share4v.mcore.specs import decoder_submodules
-from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.model.loss import summed_cross_entropy
 from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
 from megatron_share4v.ops.rope import rope_table

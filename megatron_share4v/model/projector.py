@@ -6,10 +6,10 @@ import torch
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layer_config import LayerConfig
+from megatron_share4v.mcore.layer_specs import mlp_submodules
 from megatron_share4v.mcore.layers import ColumnParallelLinear, MegatronModule
 from megatron_share4v.mcore.mlp import ActivatedMLP
-from megatron_share4v.mcore.specs import mlp_submodules
-from megatron_share4v.mcore.transformer import LayerConfig
 
 
 class Projector(MegatronModule):

@@ -13,17 +13,17 @@ import torch
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.data.sample import Batch
-from megatron_share4v.mcore.cache import CachedStep
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.kv_cache import CachedStep
+from megatron_share4v.mcore.layer_config import language_config, projector_config, vision_config
+from megatron_share4v.mcore.layer_options import LayerOptions
+from megatron_share4v.mcore.layer_specs import tower_spec
 from megatron_share4v.mcore.layers import (
     MegatronModule,
     ModelType,
     mark_parallel_weights,
     scatter_to_sequence_parallel_region,
 )
-from megatron_share4v.mcore.options import LayerOptions
-from megatron_share4v.mcore.specs import tower_spec
-from megatron_share4v.mcore.transformer import language_config, projector_config, vision_config
 from megatron_share4v.model.language import LanguageModel
 from megatron_share4v.model.projector import Projector
 from megatron_share4v.model.vision import VisionTower

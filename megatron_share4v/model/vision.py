@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.image import normalised_values
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layer_config import LayerConfig
+from megatron_share4v.mcore.layer_specs import Norm
 from megatron_share4v.mcore.layers import LayerList, MegatronModule, ModuleSpec, build_module
-from megatron_share4v.mcore.specs import Norm
-from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.patchify import patchify
 
 
@@ -42,7 +42,7 @@ class VisionTower(MegatronModule):
     """Class token and patches through pre-LayerNorm blocks; the class token is dropped at the end."""
 
     def __init__(self, config: LayerConfig, *, vision: VisionConfig, mesh: Mesh, spec: ModuleSpec) -> None:
-        """`spec`: of a block (mcore/specs.py)."""
+        """`spec`: of a block (mcore/layer_specs.py)."""
         super().__init__(config)
         width, dtype = vision.hidden_size, config.params_dtype
         self.patch_embedding = PatchEmbedding(config, vision=vision)

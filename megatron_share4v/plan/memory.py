@@ -108,7 +108,7 @@ class Kept:
     """Where there are FP8 layers."""
 
     def head_copies(self, model: ModelConfig) -> int:
-        """How often context parallelism sends each key/value head (mcore/context.py)."""
+        """How often context parallelism sends each key/value head (mcore/ulysses.py)."""
         return max(1, self.context // max(1, model.language.num_key_value_heads // self.tensor))
 
 

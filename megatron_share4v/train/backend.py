@@ -15,7 +15,7 @@ import torch
 from megatron_share4v.data.decoder import library
 from megatron_share4v.data.gate import Features, pass_gate
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.choice import AttentionChoice
+from megatron_share4v.mcore.backends import AttentionChoice
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.ops.choose import Choice
@@ -76,7 +76,7 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
 
 
 def record_ops(choice: Choice, *, mesh: Mesh, directory: Path) -> None:
-    """Write down what mcore/choice.py decided (and said). A change since the run's last start is said too."""
+    """Write down what mcore/backends.py decided (and said). A change since the run's last start is said too."""
     if mesh.rank == 0:
         record = {
             "ops": choice.implementation,

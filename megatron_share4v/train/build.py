@@ -24,13 +24,13 @@ from megatron_share4v.data.plan import Blocks, Plan
 from megatron_share4v.data.state import describe_data, differences
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.choice import agree_on_attention, agree_on_ops, check_precision
-from megatron_share4v.mcore.engine import missing_engine
+from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layer_config import DTYPES
+from megatron_share4v.mcore.layer_options import LayerOptions, layer_options
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
-from megatron_share4v.mcore.options import LayerOptions, layer_options
-from megatron_share4v.mcore.tensor_overlap import start_tensor_overlap
-from megatron_share4v.mcore.transformer import DTYPES
+from megatron_share4v.mcore.tp_comm_overlap import start_tensor_overlap
+from megatron_share4v.mcore.transformer_engine import missing_engine
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
 from megatron_share4v.model.stages import describe_stages, layers_per_stage

@@ -16,7 +16,7 @@ from megatron_share4v.checkpoint.store import Completion, RunState, begin_save
 from megatron_share4v.config.load import dump
 from megatron_share4v.data.state import describe_data
 from megatron_share4v.log import get_logger
-from megatron_share4v.mcore.snapshot import HostBuffers
+from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.train.build import Training
 from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.stop import Agreed

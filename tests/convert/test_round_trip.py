@@ -92,7 +92,7 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
     from megatron_share4v.checkpoint.store import load_weights, write
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.mcore.transformer import DTYPES
+    from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout

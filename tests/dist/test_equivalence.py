@@ -66,10 +66,10 @@ class Outcome:
 def train_variant(mesh, variant: Variant) -> Outcome:
     """Five steps of AdamW from the same seed."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
-    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.backends import agree_on_ops
     from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
-    from megatron_share4v.mcore.options import layer_options
-    from megatron_share4v.mcore.transformer import DTYPES
+    from megatron_share4v.mcore.layer_options import layer_options
+    from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.model.trainable import parameter_counts

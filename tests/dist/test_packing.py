@@ -81,7 +81,7 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
 def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) -> Result:
     """Loss and gradients of one step."""
     from megatron_share4v.mcore.optimizer import wrap_chunks
-    from megatron_share4v.mcore.options import LayerOptions
+    from megatron_share4v.mcore.layer_options import LayerOptions
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.train.feed import StepData

@@ -25,11 +25,11 @@ from megatron_share4v.data.plan import StepItems
 from megatron_share4v.data.sample import Batch
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.attention import KERNELS, places
-from megatron_share4v.mcore.choice import agree_on_ops, choose_attention
-from megatron_share4v.mcore.engine import missing_engine
+from megatron_share4v.mcore.backends import agree_on_ops, choose_attention
 from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.mcore.layer_options import layer_options
 from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, clip_gradients, wrap_chunks
-from megatron_share4v.mcore.options import layer_options
+from megatron_share4v.mcore.transformer_engine import missing_engine
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
 from megatron_share4v.ops.fp8_linear import CAPABILITY

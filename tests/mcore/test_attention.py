@@ -6,10 +6,10 @@ from megatron.core.transformer.enums import AttnMaskType
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.errors import OpsError
-from megatron_share4v.mcore import choice
+from megatron_share4v.mcore import backends
 from megatron_share4v.mcore.attention import KERNELS, CoreAttention, Places, places, restarting_positions
-from megatron_share4v.mcore.choice import choose_attention
-from megatron_share4v.mcore.transformer import LayerConfig
+from megatron_share4v.mcore.backends import choose_attention
+from megatron_share4v.mcore.layer_config import LayerConfig
 
 SEGMENTS = ((5, 1, 3, 3), (12,))  # the first sequence has three positions of padding
 kernels = pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(OpsError, match=f"attention: {name} was asked for on cpu: .*{what}"):
             choose_attention(name, device=cpu, **bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(choice, "missing_engine", lambda: None)
+    monkeypatch.setattr(backends, "missing_engine", lambda: None)
     assert choose_attention("auto", device=gpu, **bf16).implementation == "varlen"
     assert choose_attention("auto", device=gpu, **fp32).implementation == "sdpa"
     assert choose_attention("te", device=gpu, **bf16).implementation == "te"

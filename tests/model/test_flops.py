@@ -15,7 +15,7 @@ from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, ProjectorConfig, TrainableConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.options import LayerOptions, layer_options
+from megatron_share4v.mcore.layer_options import LayerOptions, layer_options
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.flops import Amounts, Execution, parts
 from megatron_share4v.model.initialize import initialize

@@ -9,7 +9,7 @@ from tiny import micro_batches, tiny_model
 
 from megatron_share4v.config.run import TrainConfig
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.mcore.options import layer_options
+from megatron_share4v.mcore.layer_options import layer_options
 
 CHOICES = {
     "none": {},

@@ -20,7 +20,7 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Trainable
 from megatron_share4v.config.run import Ops, ParallelConfig
 from megatron_share4v.data.image import normalise
 from megatron_share4v.data.sample import Batch
-from megatron_share4v.mcore.choice import agree_on_ops
+from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import wrap_chunks
 from megatron_share4v.mcore.schedule import run_schedule

@@ -94,11 +94,11 @@ def kept_by_autograd(chunk, batch, *, width: int, length: int, dtype: torch.dtyp
 def measure(cases: list[Case]) -> list[Measured]:
     """Build each case as the trainer does and weigh it."""
     from megatron_share4v.config.run import OptimConfig
-    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.backends import agree_on_ops
     from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.mcore.layer_config import DTYPES
+    from megatron_share4v.mcore.layer_options import layer_options
     from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
-    from megatron_share4v.mcore.options import layer_options
-    from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.parallel.device import Device

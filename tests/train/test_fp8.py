@@ -43,7 +43,7 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
     from tiny import MICRO_BATCH, micro_batches, step_items
 
     from megatron_share4v.errors import PrecisionError
-    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.backends import agree_on_ops
     from megatron_share4v.mcore.fp8 import _ProductInFp8
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device

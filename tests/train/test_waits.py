@@ -59,7 +59,7 @@ SHARED = [
 
 def waits_of(cases: list[Case]) -> list[list[str]]:
     """Of the second step of each case; the first makes tables that are kept."""
-    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.backends import agree_on_ops
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
@@ -78,9 +78,9 @@ def waits_of(cases: list[Case]) -> list[list[str]]:
 
 def watched_step(mesh: Any, case: Case) -> list[str]:
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
+    from megatron_share4v.mcore.layer_config import DTYPES
+    from megatron_share4v.mcore.layer_options import layer_options
     from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
-    from megatron_share4v.mcore.options import layer_options
-    from megatron_share4v.mcore.transformer import DTYPES
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.ops.optimizer import FusedAdamW

@@ -27,9 +27,9 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.mcore.gathering import Gathering
+from megatron_share4v.mcore.async_writer import HostBuffers, Snapshot
 from megatron_share4v.mcore.optimizer import gather_weights, optimizer_parts, restore_step_counts, step_counts, unwrap
-from megatron_share4v.mcore.snapshot import HostBuffers, Snapshot
+from megatron_share4v.mcore.optimizer_gather import Gathering
 
 STATE_PREFIX = "optimizer.state."
 STATES = ("param", "exp_avg", "exp_avg_sq")

@@ -1,7 +1,7 @@
 """The CPU door: megatron-core assumes torch.cuda; where there is no CUDA, its calls are answered with CPU equivalents.
 
 Only callers inside `megatron.core` are answered; everybody else keeps stock torch (a redirect for all callers breaks inductor
-and transformers). Nothing happens where CUDA is available. `tests/mcore/test_cpu.py` lists the touch points and fails when upstream moves them.
+and transformers). Nothing happens where CUDA is available. `tests/mcore/test_cpu_patch.py` lists the touch points and fails when upstream moves them.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def outcome(machine: Path, requested: str, with_compiler: tuple[bool, ...]) -> s
     import torch.distributed as dist
 
     from megatron_share4v.errors import OpsError
-    from megatron_share4v.mcore.choice import agree_on_ops
+    from megatron_share4v.mcore.backends import agree_on_ops
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.ops import choose
     from megatron_share4v.ops.choose import Available

@@ -10,8 +10,8 @@ from tolerances import FP32_MODULE
 
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.attention import CoreAttention
-from megatron_share4v.mcore.cache import CachedStep, KeyValueCache, Span
-from megatron_share4v.mcore.transformer import language_config
+from megatron_share4v.mcore.kv_cache import CachedStep, KeyValueCache, Span
+from megatron_share4v.mcore.layer_config import language_config
 
 CONFIG = language_config(
     tiny_model(), parallel=ParallelConfig(), dtype=torch.float32, ops="reference", layers_per_stage=(8,)

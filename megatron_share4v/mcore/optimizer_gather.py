@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_share4v.mcore.snapshot import HostBuffers
+from megatron_share4v.mcore.async_writer import HostBuffers
 
 
 @dataclass(frozen=True)

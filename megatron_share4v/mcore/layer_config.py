@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.mcore.options import LayerOptions
+from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation
 
@@ -34,9 +34,9 @@ class LayerConfig(TransformerConfig):
     """Core's configuration of a tower's layers, and what ours need beside it."""
 
     ops: Implementation = "reference"
-    """Of the fused ops in these layers; choice.py decides."""
+    """Of the fused ops in these layers; backends.py decides."""
     attention: str = "sdpa"
-    """Kernel of the attention (attention.py); choice.py decides."""
+    """Kernel of the attention (attention.py); backends.py decides."""
     precise_weight_gradient: bool = False
     """In FP8 layers of ours (fp8.py)."""
     activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")  # noqa: RUF009 (immutable)

@@ -14,9 +14,9 @@ from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
-from megatron_share4v.mcore.options import LayerOptions
-from megatron_share4v.mcore.tensor_overlap import start_tensor_overlap
-from megatron_share4v.mcore.transformer import language_config, vision_config
+from megatron_share4v.mcore.layer_config import language_config, vision_config
+from megatron_share4v.mcore.layer_options import LayerOptions
+from megatron_share4v.mcore.tp_comm_overlap import start_tensor_overlap
 from megatron_share4v.parallel.layout import Layout
 
 ON = ParallelConfig(tensor=2, sequence=True, overlap_tensor=True)

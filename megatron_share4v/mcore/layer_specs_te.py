@@ -1,7 +1,7 @@
 """What Transformer Engine puts into a layer: matrix products (bf16, and FP8 by the recipe in core's configuration) and attention with cuDNN.
 
 Norms stay ours, beside the matrices and not inside, so that weights have the same names with and without it and checkpoints do not know the difference.
-Scales of the recipe `delayed` are not in checkpoints: they are found again within its history (one step) after a resume. Import this only where engine.py
+Scales of the recipe `delayed` are not in checkpoints: they are found again within its history (one step) after a resume. Import this only where transformer_engine.py
 finds nothing missing. Written against Transformer Engine 2.20 and megatron-core 0.16; tests/gpu runs it.
 """
 
@@ -20,13 +20,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_share4v.mcore.attention import CoreAttention, Places
-from megatron_share4v.mcore.transformer import LayerConfig
+from megatron_share4v.mcore.layer_config import LayerConfig
 
 COLUMN, ROW = TEColumnParallelLinear, TERowParallelLinear
 
 
 def _alone(config: LayerConfig) -> LayerConfig:
-    """For an attention that knows nothing of context parallelism: its share of the heads, at all positions (context.py)."""
+    """For an attention that knows nothing of context parallelism: its share of the heads, at all positions (ulysses.py)."""
     if config.context_parallel_size == 1:
         return config
     alone = copy.copy(config)

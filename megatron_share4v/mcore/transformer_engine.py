@@ -1,4 +1,4 @@
-"""Whether NVIDIA's Transformer Engine can be used here. Nothing of it is imported by asking; specs_te.py does that where a run wants it."""
+"""Whether NVIDIA's Transformer Engine can be used here. Nothing of it is imported by asking; layer_specs_te.py does that where a run wants it."""
 
 from __future__ import annotations
 

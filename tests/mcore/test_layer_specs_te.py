@@ -15,13 +15,13 @@ from megatron.core.transformer.enums import AttnMaskType
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.mcore import specs_te
+from megatron_share4v.mcore import layer_specs_te
 from megatron_share4v.mcore.attention import Places, math, places
 from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear
+from megatron_share4v.mcore.layer_config import LayerConfig, language_config
+from megatron_share4v.mcore.layer_options import Fp8, LayerOptions
+from megatron_share4v.mcore.layer_specs import decoder_submodules, tower_spec
 from megatron_share4v.mcore.layers import ColumnParallelLinear
-from megatron_share4v.mcore.options import Fp8, LayerOptions
-from megatron_share4v.mcore.specs import decoder_submodules, tower_spec
-from megatron_share4v.mcore.transformer import LayerConfig, language_config
 
 SEGMENTS = ((5, 1, 3), (12,))
 
@@ -72,11 +72,11 @@ class StandIn(torch.nn.Module):
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
 def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specs_te, "TEDotProductAttention", StandIn)
+    monkeypatch.setattr(layer_specs_te, "TEDotProductAttention", StandIn)
     config = LayerConfig(
         num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention="te"
     )
-    attention = specs_te.EngineAttention(
+    attention = layer_specs_te.EngineAttention(
         config, 1, AttnMaskType.causal, "self", softmax_scale=None, cp_comm_type=None, pg_collection=None
     )
     generator = torch.Generator().manual_seed(0)
@@ -94,12 +94,12 @@ def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.Monke
 def test_the_engine_is_told_of_a_rank_s_heads_alone(
     groups: int, tensor: int, context: int, expected: tuple[int, int]
 ) -> None:
-    """Context parallelism is ours (mcore/context.py): the engine's own must not start beside it."""
+    """Context parallelism is ours (mcore/ulysses.py): the engine's own must not start beside it."""
     config = LayerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=8, num_query_groups=groups, tensor_model_parallel_size=tensor,
         context_parallel_size=context, attention_dropout=0.0, attention="te",
     )  # fmt: skip
-    alone = specs_te._alone(config)
+    alone = layer_specs_te._alone(config)
     assert (alone.num_attention_heads, alone.num_query_groups, alone.context_parallel_size) == (*expected, 1)
     assert (config.num_attention_heads, config.context_parallel_size) == (8, context)
 
@@ -111,7 +111,7 @@ def columns(options: LayerOptions) -> list[type]:
 
 
 def test_layers_are_made_of_what_was_chosen() -> None:
-    plain, own, engine = ColumnParallelLinear, Fp8ColumnParallelLinear, specs_te.COLUMN
+    plain, own, engine = ColumnParallelLinear, Fp8ColumnParallelLinear, layer_specs_te.COLUMN
     assert columns(LayerOptions()) == [plain] * 5
     fp8 = Fp8(recipe="tensorwise", first_layers=3, last_layers=1)
     assert columns(LayerOptions(fp8=fp8)) == [plain, own, own, plain, plain]
@@ -121,7 +121,7 @@ def test_layers_are_made_of_what_was_chosen() -> None:
     te = decoder_submodules(
         range(1), layers=1, mesh=SimpleNamespace(tensor_group=None), options=LayerOptions(attention="te")
     ).layer_specs[0]
-    assert te.submodules.self_attention.submodules.core_attention is specs_te.EngineAttention
+    assert te.submodules.self_attention.submodules.core_attention is layer_specs_te.EngineAttention
 
 
 @pytest.mark.parametrize(

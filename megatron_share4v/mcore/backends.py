@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from megatron_share4v.config.run import Attention, Ops, RunConfig
 from megatron_share4v.errors import OpsError
-from megatron_share4v.mcore.engine import REMEDY, missing_engine
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.transformer_engine import REMEDY, missing_engine
 from megatron_share4v.ops.choose import Available, Choice, choose_ops
 from megatron_share4v.ops.fp8_linear import require_fp8
 

@@ -18,9 +18,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layer_config import LayerConfig
+from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.mcore.mlp import ActivatedMLP
-from megatron_share4v.mcore.options import LayerOptions
-from megatron_share4v.mcore.transformer import LayerConfig
 from megatron_share4v.ops.norm import layer_norm, rms_norm
 
 
@@ -75,7 +75,7 @@ FP8 = Linears(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
 def _choose(*, fp8: bool, engine: bool) -> Linears:
     """`engine`: Transformer Engine's, which are told apart from FP8 ones by core's configuration, not by class."""
     if engine:
-        from megatron_share4v.mcore.specs_te import COLUMN, ROW  # not importable without it
+        from megatron_share4v.mcore.layer_specs_te import COLUMN, ROW  # not importable without it
 
         return Linears(COLUMN, ROW)
     return FP8 if fp8 else PLAIN
@@ -109,7 +109,7 @@ def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: Laye
     """The decoder layers `numbers` (counted from 0) of `layers`, those of one stage, and the final norm (built on the last stage alone)."""
     attention = CoreAttention
     if options.attention == "te":
-        from megatron_share4v.mcore.specs_te import EngineAttention
+        from megatron_share4v.mcore.layer_specs_te import EngineAttention
 
         attention = EngineAttention
     specs = [

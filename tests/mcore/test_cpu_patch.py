@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_share4v.mcore import cpu
+from megatron_share4v.mcore import cpu_patch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the door stays shut where there is CUDA")
 
@@ -111,7 +111,7 @@ def test_opening_twice_changes_nothing() -> None:
         "current": torch.cuda.current_device,
         "to": torch.Tensor.to,
     }
-    assert cpu.open_door()
+    assert cpu_patch.open_door()
     after = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {
         "current": torch.cuda.current_device,
         "to": torch.Tensor.to,
