@@ -40,7 +40,7 @@ def prompt(
     seed: int, *, length: int = 20, images: int = 1, image_seed: int | None = None, text_seed: int | None = None
 ):
     """Text with `images` images in it; text and images from their own seeds, where given."""
-    from megatron_share4v.data.prompt import Prompt
+    from megatron_share4v.data.loading.prompt import Prompt
 
     text = torch.Generator().manual_seed(seed if text_seed is None else text_seed)
     picture = torch.Generator().manual_seed(seed if image_seed is None else image_seed)

@@ -20,8 +20,8 @@ import sentencepiece
 from PIL import Image
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.data.encode import Encoder
-from megatron_share4v.data.image import ImagePolicy
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.engine import EngineStats
 from megatron_share4v.infer.request import Event, Request, TokenLogprobs

@@ -10,7 +10,7 @@ from pathlib import Path
 from forked import ROOT, Tool, run_tool
 from harness import PRELOAD, run_world
 
-from megatron_share4v.data.workers import ordered_map
+from megatron_share4v.data.loading.workers import ordered_map
 
 WAITS = "import os, sys, time\nprint('here', os.environ['RANK'], *sys.argv[1:], file=sys.stderr)\nsys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)\n"
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
-from megatron_share4v.data.plan import StepItems
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.records import Batch
+from megatron_share4v.data.sampling.sampler import StepItems
 
 GLOBAL_BATCH, MICRO_BATCH, LENGTH, PATCHES = 16, 2, 24, 4
 

@@ -27,9 +27,9 @@ import torch
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.image import normalise
-from megatron_share4v.data.plan import StepItems
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.records import Batch
+from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.errors import OpsError, Share4VError, reported
 from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.groups import Mesh, open_mesh

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from megatron_share4v.data.decoder import Backend, open_decoder
-from megatron_share4v.data.gate import measure
-from megatron_share4v.data.image import PAD_COLOUR, ImagePolicy, normalise
-from megatron_share4v.data.workers import ordered_map
+from megatron_share4v.data.images.decoder import Backend, open_decoder
+from megatron_share4v.data.images.parity import measure
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, normalise
+from megatron_share4v.data.loading.workers import ordered_map
 
 POLICY = ImagePolicy(336, "pad")
 SIZES = ((640, 480), (480, 640), (640, 427), (500, 375))

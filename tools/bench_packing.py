@@ -19,12 +19,12 @@ from bench_plan import write_synthetic_index
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
-from megatron_share4v.data.blend import open_index
-from megatron_share4v.data.collate import Role, collate
-from megatron_share4v.data.index import Index
-from megatron_share4v.data.pack import Packing
-from megatron_share4v.data.plan import MicroBatch, Plan
-from megatron_share4v.data.sample import Batch, Example
+from megatron_share4v.data.loading.collate import Role, collate
+from megatron_share4v.data.records import Batch, Example
+from megatron_share4v.data.sampling.blend import open_index
+from megatron_share4v.data.sampling.packing import Packing
+from megatron_share4v.data.sampling.sampler import MicroBatch, Plan
+from megatron_share4v.data.store.index import Index
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
 from megatron_share4v.model.chunks import build_chunks

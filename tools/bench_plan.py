@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_share4v.config.data import BlendSource
-from megatron_share4v.data.blend import open_index
-from megatron_share4v.data.index import ROW, DatasetInfo, write_index
-from megatron_share4v.data.pack import Packing
-from megatron_share4v.data.plan import Plan
+from megatron_share4v.data.sampling.blend import open_index
+from megatron_share4v.data.sampling.packing import Packing
+from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.store.index import ROW, DatasetInfo, write_index
 
 SLOTS, PACK_LENGTH, GLOBAL_BATCH = 576, 4096, 256
 PLANS = {

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from megatron_share4v.data.decode_pil import ImageHeader
-from megatron_share4v.data.examine import Accepted, CheckedImage, CheckedText
-from megatron_share4v.data.index import Index
-from megatron_share4v.data.prepare import PrepareOptions, prepare
-from megatron_share4v.data.sources import Annotations, Entry
+from megatron_share4v.data.images.pil_decoder import ImageHeader
+from megatron_share4v.data.prepare.annotations import Annotations, Entry
+from megatron_share4v.data.prepare.validate import Accepted, CheckedImage, CheckedText
+from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
+from megatron_share4v.data.store.index import Index
 
 CAPTION = "The image shows a small red circle to the left of a large blue square, and above both of them hangs a bright yellow star. "
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_share4v.config.load import load_run
-from megatron_share4v.data.prepare import PrepareOptions, prepare
+from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.quickstart import write_dataset
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.train import loop

@@ -24,8 +24,8 @@ import torch
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.data.image import normalise
-from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import Request, Sampling

@@ -16,8 +16,8 @@ import torch
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
-from megatron_share4v.data.image import normalise
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
@@ -73,7 +73,7 @@ def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
 
 def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     """A function that makes one step and returns its loss."""
-    from megatron_share4v.data.plan import StepItems
+    from megatron_share4v.data.sampling.sampler import StepItems
 
     parallel = ParallelConfig(distributed_optimizer=False)
     ops = agree_on_ops("auto", mesh=mesh).implementation

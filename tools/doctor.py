@@ -18,15 +18,23 @@ from pathlib import Path
 from megatron_share4v import log
 from megatron_share4v.config.arguments import natural, positive
 from megatron_share4v.config.load import load_run
-from megatron_share4v.data.audit import AUDIT_KINDS, AnnotatedRecords, Audit, Finding, PreparedRecords, Records, audit
-from megatron_share4v.data.audit_report import Shape, draw_histogram, report
-from megatron_share4v.data.audit_show import show_sample, write_preprocessed
-from megatron_share4v.data.examine import KINDS, Examine
-from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.image_files import ImageFiles, scan_images
-from megatron_share4v.data.index import Index
-from megatron_share4v.data.sources import Annotations
-from megatron_share4v.data.store import SampleStore
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.prepare.annotations import Annotations
+from megatron_share4v.data.prepare.audit import (
+    AUDIT_KINDS,
+    AnnotatedRecords,
+    Audit,
+    Finding,
+    PreparedRecords,
+    Records,
+    audit,
+)
+from megatron_share4v.data.prepare.audit_report import Shape, draw_histogram, report
+from megatron_share4v.data.prepare.audit_samples import show_sample, write_preprocessed
+from megatron_share4v.data.prepare.image_files import ImageFiles, scan_images
+from megatron_share4v.data.prepare.validate import KINDS, Examine
+from megatron_share4v.data.store.index import Index
+from megatron_share4v.data.store.sample_reader import SampleStore
 from megatron_share4v.errors import Share4VError, reported
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template

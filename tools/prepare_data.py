@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_share4v import log
 from megatron_share4v.config.arguments import natural, positive
-from megatron_share4v.data.prepare import PrepareOptions, prepare
+from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.errors import Share4VError
 
 

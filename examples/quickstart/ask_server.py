@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_share4v.data.decode_pil import data_url
+from megatron_share4v.data.images.pil_decoder import data_url
 from megatron_share4v.errors import ServeError, reported
 
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"

@@ -11,7 +11,7 @@ from itertools import islice
 
 from megatron_share4v.caption.job import JobOptions, Summary, run_job
 from megatron_share4v.caption.records import Picture, Row, Settings
-from megatron_share4v.data.decode_pil import data_url
+from megatron_share4v.data.images.pil_decoder import data_url
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.journal import Share
 from megatron_share4v.parallel.launch import World

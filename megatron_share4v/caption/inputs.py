@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from megatron_share4v.caption.records import Picture
-from megatron_share4v.data.image_files import COMPRESSED, SUFFIXES
+from megatron_share4v.data.prepare.image_files import COMPRESSED, SUFFIXES
 from megatron_share4v.errors import DataError
 
 Place = tuple[str | None, str, str, int, int | None]
@@ -114,7 +114,7 @@ def _at(item: str, root: Path, *, asked: bool) -> Iterator[Place]:
 
 
 def _members(item: str, path: Path) -> Iterator[Place]:
-    """`a/b.tar` has a/b/<member>: the path under which data preparation finds it too (data/image_files.py)."""
+    """`a/b.tar` has a/b/<member>: the path under which data preparation finds it too (data/prepare/image_files.py)."""
     folder = PurePosixPath(item).with_suffix("")
     try:
         end = path.stat().st_size

@@ -17,8 +17,8 @@ from typing import IO
 
 from megatron_share4v.caption.records import Picture, Row
 from megatron_share4v.checkpoint.manifest import flush_directory
-from megatron_share4v.data.decode_pil import EXTENSIONS, open_header
-from megatron_share4v.data.shards import ShardWriter
+from megatron_share4v.data.images.pil_decoder import EXTENSIONS, open_header
+from megatron_share4v.data.store.shards import ShardWriter
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megatron_share4v.caption.job import JobOptions, Summary, run_job
 from megatron_share4v.caption.records import Picture, Row, Settings
-from megatron_share4v.data.prompt import Prompt, make_prompt
-from megatron_share4v.data.sample import Turn
+from megatron_share4v.data.loading.prompt import Prompt, make_prompt
+from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.infer.beams import BeamEngine
 from megatron_share4v.infer.replicas import Replica, opened_replica

@@ -1,7 +1,7 @@
 """What became of a run's configuration between its checkpoint and its next start: which keys differ, and what each difference does to the run.
 
 safe: another layout, log or file; the sums may be rounded otherwise. mathematics: another optimisation, which a user may want and says so.
-refused: the checkpoint cannot be continued with it. data: compared by content, not by name, in data/state.py.
+refused: the checkpoint cannot be continued with it. data: compared by content, not by name, in data/sampling/fingerprint.py.
 """
 
 from __future__ import annotations

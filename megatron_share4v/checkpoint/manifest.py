@@ -38,7 +38,7 @@ class RunState:
     plan_fingerprint: str
     """Identifies the sequence of samples of which `consumed_samples` have been seen."""
     data: dict[str, str | int | float | None] = field(default_factory=dict)
-    """What decides that sequence and its tensors, by name (data/state.py); empty in checkpoints of conversion."""
+    """What decides that sequence and its tensors, by name (data/sampling/fingerprint.py); empty in checkpoints of conversion."""
 
 
 @dataclass(frozen=True)

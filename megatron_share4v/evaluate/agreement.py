@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from megatron_share4v.checkpoint.hf_read import read_json
-from megatron_share4v.data.decode_pil import open_rgb
-from megatron_share4v.data.image import normalise
-from megatron_share4v.data.prompt import Prompt, make_prompt
+from megatron_share4v.data.images.pil_decoder import open_rgb
+from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.quickstart_scenes import draw_scene, make_scene
-from megatron_share4v.data.sample import Batch, Turn
+from megatron_share4v.data.records import Batch, Turn
 from megatron_share4v.errors import ConversionError, OpsError
 from megatron_share4v.infer.session import Question, Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh

@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from megatron_share4v.data.decode_pil import centre_square, data_url
-from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.prompt import Prompt, make_prompt
-from megatron_share4v.data.sample import Turn
+from megatron_share4v.data.images.pil_decoder import centre_square, data_url
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.loading.prompt import Prompt, make_prompt
+from megatron_share4v.data.records import Turn
 from megatron_share4v.evaluate.item import Decoding, Item
 from megatron_share4v.infer.replicas import Replica
 from megatron_share4v.infer.request import Sampling

@@ -77,7 +77,7 @@ class Decoding:
 
     @property
     def aspect_ratio(self) -> Literal["pad", "square"]:
-        """Of data/image.py's ImagePolicy."""
+        """Of data/images/policy.py's ImagePolicy."""
         return "pad" if self.image_mode == "pad" else "square"
 
     def clean(self, text: str) -> str:

@@ -22,7 +22,7 @@ from megatron_share4v.data.quickstart import (
     load_held_out,
 )
 from megatron_share4v.data.quickstart_picture import captioned_picture
-from megatron_share4v.data.sample import Turn
+from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.session import Question, Session
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.checkpoint.manifest import current_versions
-from megatron_share4v.data.decode_pil import VERSION
-from megatron_share4v.data.image import PAD_COLOUR
+from megatron_share4v.data.images.pil_decoder import VERSION
+from megatron_share4v.data.images.policy import PAD_COLOUR
 from megatron_share4v.evaluate.evaluation import Evaluation
 from megatron_share4v.evaluate.item import Scores
 from megatron_share4v.evaluate.judge import Judgement

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.data.loading.prompt import Prompt
 
 BLOCK = 16
 _WORDS = 4  # 64-bit words in a hash

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.data.loading.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.records import Batch
 from megatron_share4v.infer.plan import StepPlan
 from megatron_share4v.mcore.kv_cache import CachedStep, KeyValueCache
 from megatron_share4v.model.share4v import Share4V

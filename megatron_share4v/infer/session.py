@@ -18,10 +18,10 @@ from megatron_share4v.checkpoint.handover import config_of
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.checkpoint.store import load_weights
 from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig
-from megatron_share4v.data.encode import Encoder
-from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.prompt import Prompt, make_prompt, make_question
-from megatron_share4v.data.sample import Turn
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.loading.encode import Encoder
+from megatron_share4v.data.loading.prompt import Prompt, make_prompt, make_question
+from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh

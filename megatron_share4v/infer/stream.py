@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.beams import BeamEngine
 from megatron_share4v.infer.engine import Engine

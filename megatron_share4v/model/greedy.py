@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.context import context_part
-from megatron_share4v.data.prompt import Prompt
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.prompt import Prompt
+from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import gather_weights, unwrap
 from megatron_share4v.mcore.schedule import run_schedule

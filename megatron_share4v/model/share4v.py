@@ -1,7 +1,7 @@
 """The whole model, one pipeline stage of it: tower -> projector -> image slots of the embedding -> decoder -> head -> loss.
 
 Shapes: B sequences, S positions, N images, P slots per image, V tower width, H language width, T positions that carry a label.
-Image slots are already in the token ids (data/collate.py); forward only writes features at their positions.
+Image slots are already in the token ids (data/loading/collate.py); forward only writes features at their positions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.kv_cache import CachedStep
 from megatron_share4v.mcore.layer_config import language_config, projector_config, vision_config

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.blend import open_index
-from megatron_share4v.data.pack import Packing
-from megatron_share4v.data.plan import Blocks, Plan
+from megatron_share4v.data.sampling.blend import open_index
+from megatron_share4v.data.sampling.packing import Packing
+from megatron_share4v.data.sampling.sampler import Blocks, Plan
 from megatron_share4v.plan.workload import Workload
 
 SAMPLED_STEPS = 40

@@ -1,7 +1,7 @@
 """From the URL of an image in a request to the bytes of a file that is safe to decode.
 
 Accepted: PNG, JPEG, WebP, GIF (its first frame) and BMP. Size in pixels is read from the header before anything is decoded. EXIF orientation is
-ignored, as in training. Decoding itself is data/decode_pil.py's, and refuses truncated files.
+ignored, as in training. Decoding itself is data/images/pil_decoder.py's, and refuses truncated files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import binascii
 import re
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.data.decode_pil import open_header
+from megatron_share4v.data.images.pil_decoder import open_header
 from megatron_share4v.serve.refusal import Refusal
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")

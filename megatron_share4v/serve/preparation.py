@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.data.prompt import Prompt, make_question, spread_prompt
-from megatron_share4v.data.sample import Turn
+from megatron_share4v.data.loading.prompt import Prompt, make_question, spread_prompt
+from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.serve.fetch import Fetcher
 from megatron_share4v.serve.images import check_image, decode_data_uri, is_inline

@@ -1,7 +1,7 @@
 """Conversations to ids and labels, exactly as ShareGPT4V and LLaVA trained them; and prompts to ids.
 
 One tokenisation with character spans; a label is kept where the template says that the character is trained. Image positions are one
-IMAGE_TOKEN_INDEX each here; data/collate.py makes room for the patches.
+IMAGE_TOKEN_INDEX each here; data/loading/collate.py makes room for the patches.
 """
 
 from __future__ import annotations

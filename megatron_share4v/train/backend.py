@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.data.decoder import library
-from megatron_share4v.data.gate import Features, pass_gate
+from megatron_share4v.data.images.decoder import library
+from megatron_share4v.data.images.parity import Features, pass_gate
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.backends import AttentionChoice
 from megatron_share4v.mcore.groups import Mesh

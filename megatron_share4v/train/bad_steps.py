@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_share4v.data.audit_show import show_sample, write_preprocessed
-from megatron_share4v.data.blend import open_store
+from megatron_share4v.data.prepare.audit_samples import show_sample, write_preprocessed
+from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError, TrainingError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.gradient_norms import module_norms

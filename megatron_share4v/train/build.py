@@ -15,13 +15,13 @@ from megatron_share4v.checkpoint.handover import check_start
 from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate, read_start
 from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.blend import open_index, shares_of
-from megatron_share4v.data.encode import Encoder
-from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.loader import ReadOptions
-from megatron_share4v.data.pack import Packing
-from megatron_share4v.data.plan import Blocks, Plan
-from megatron_share4v.data.state import describe_data, differences
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.loading.encode import Encoder
+from megatron_share4v.data.loading.loader import ReadOptions
+from megatron_share4v.data.sampling.blend import open_index, shares_of
+from megatron_share4v.data.sampling.fingerprint import describe_data, differences
+from megatron_share4v.data.sampling.packing import Packing
+from megatron_share4v.data.sampling.sampler import Blocks, Plan
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_share4v.data.quarantine import Fault, describe, too_many
+from megatron_share4v.data.store.quarantine import Fault, describe, too_many
 from megatron_share4v.errors import DataError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.groups import Mesh

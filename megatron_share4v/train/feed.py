@@ -1,7 +1,7 @@
 """From the loader to the ranks: who reads what, which samples failed, and one complete batch per rank. Middle pipeline stages read nothing.
 
 On the first stage every rank of a sample group (tensor and context axis) decodes its share of the images; one of them, and one of the last stage's,
-reads the text. Of what they share, each keeps the positions that are its own (data/context.py).
+reads the text. Of what they share, each keeps the positions that are its own (data/loading/context_parallel.py).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.blend import Blend
-from megatron_share4v.data.context import context_part
-from megatron_share4v.data.encode import Encoder
-from megatron_share4v.data.index import Index
-from megatron_share4v.data.loader import NO_DATA, ImageShare, Loader, Reading, ReadOptions, Role
-from megatron_share4v.data.plan import MicroBatch, Plan, StepItems
-from megatron_share4v.data.quarantine import Fault
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.encode import Encoder
+from megatron_share4v.data.loading.loader import NO_DATA, ImageShare, Loader, Reading, ReadOptions, Role
+from megatron_share4v.data.loading.prefetch import on_device
+from megatron_share4v.data.records import Batch
+from megatron_share4v.data.sampling.blend import Blend
+from megatron_share4v.data.sampling.sampler import MicroBatch, Plan, StepItems
+from megatron_share4v.data.store.index import Index
+from megatron_share4v.data.store.quarantine import Fault
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.parallel.gather import gather_shares
-from megatron_share4v.train.ahead import on_device
 
 _TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has the segments from the plan
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.plan import StepItems
+from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.model.flops import Amounts, Execution, hardware_flops, model_flops
 from megatron_share4v.model.stages import layers_per_stage
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.blend import open_store
-from megatron_share4v.data.prompt import Prompt, make_prompt
+from megatron_share4v.data.loading.prompt import Prompt, make_prompt
+from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError
 from megatron_share4v.log import get_logger
 from megatron_share4v.mcore.groups import Mesh

@@ -29,8 +29,8 @@ import megatron_share4v
 from megatron_share4v.checkpoint.manifest import current_versions, read_manifest
 from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.config.load import dump
-from megatron_share4v.data.blend import shares_of
-from megatron_share4v.data.state import describe_data
+from megatron_share4v.data.sampling.blend import shares_of
+from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.log import get_logger
 from megatron_share4v.train.build import Training

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import (
     MegatronOptimizer,

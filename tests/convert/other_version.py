@@ -46,8 +46,8 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.checkpoint.exporter import export_model
     from megatron_share4v.checkpoint.hf_source import Request
     from megatron_share4v.checkpoint.importer import ImportOptions, import_model
-    from megatron_share4v.data.image import normalise
-    from megatron_share4v.data.prompt import make_prompt
+    from megatron_share4v.data.images.policy import normalise
+    from megatron_share4v.data.loading.prompt import make_prompt
     from megatron_share4v.evaluate.agreement import generated_questions, messages_of, query
     from megatron_share4v.infer.session import Session
     from megatron_share4v.mcore.groups import open_mesh

@@ -14,7 +14,7 @@ from megatron_share4v.checkpoint.exporter import export_model
 from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.data.prompt import make_prompt
+from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.evaluate.agreement import (
     LOGIT_TOLERANCE,

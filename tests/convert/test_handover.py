@@ -29,7 +29,7 @@ SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set and an imported Vicuna + CLIP that share a tokenizer, and a run's YAML file."""
-    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
     from megatron_share4v.data.quickstart import write_dataset
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 

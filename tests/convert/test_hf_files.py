@@ -26,8 +26,8 @@ from megatron_share4v.checkpoint.hf_chat import chat_template
 from megatron_share4v.checkpoint.hf_config import read_model, read_tower
 from megatron_share4v.checkpoint.hf_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_share4v.data.decode_pil import decode
-from megatron_share4v.data.image import ImagePolicy, normalise
+from megatron_share4v.data.images.pil_decoder import decode
+from megatron_share4v.data.images.policy import ImagePolicy, normalise
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.errors import ConfigError, ConversionError
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX, encode_prompt

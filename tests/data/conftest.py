@@ -13,10 +13,10 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from megatron_share4v.data.encode import Encoder
-from megatron_share4v.data.image import ImagePolicy
-from megatron_share4v.data.index import Index
-from megatron_share4v.data.prepare import PrepareOptions, PrepareSummary, prepare
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.loading.encode import Encoder
+from megatron_share4v.data.prepare.writer import PrepareOptions, PrepareSummary, prepare
+from megatron_share4v.data.store.index import Index
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 

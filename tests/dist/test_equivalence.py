@@ -17,8 +17,8 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_model
 from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
-from megatron_share4v.data.context import context_part
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.records import Batch
 
 STEPS = 5
 OPS = ("auto", "reference")

@@ -13,7 +13,7 @@ NEW_TOKENS = 6
 
 def prompts():
     """With an image, without, and with an image in another place; all of different length."""
-    from megatron_share4v.data.prompt import Prompt
+    from megatron_share4v.data.loading.prompt import Prompt
 
     generator = torch.Generator().manual_seed(4)
     result = []

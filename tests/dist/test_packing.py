@@ -12,11 +12,11 @@ from harness import run_world
 from tiny import PATCHES, tiny_model
 from tolerances import PACKED_GRADIENT, PACKED_LOSS
 
-from megatron_share4v.data.collate import Role, collate
-from megatron_share4v.data.context import context_part
-from megatron_share4v.data.pack import Packing, pack
-from megatron_share4v.data.plan import StepItems
-from megatron_share4v.data.sample import Batch, Example
+from megatron_share4v.data.loading.collate import Role, collate
+from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.sampling.packing import Packing, pack
+from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.records import Batch, Example
 
 SAMPLES, MICRO_BATCHES, PACK_LENGTH = 24, 4, 48
 KERNELS = ("sdpa", "math")

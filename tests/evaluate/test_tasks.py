@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from official_files import WRITERS, jsonl, picture
 
-from megatron_share4v.data.decode_pil import inspect
+from megatron_share4v.data.images.pil_decoder import inspect
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_id, make_answer, read_answers, write_rows
 from megatron_share4v.evaluate.item import Answer, Decoding, Item

@@ -21,8 +21,8 @@ import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
-from megatron_share4v.data.plan import StepItems
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.records import Batch
+from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.attention import KERNELS, places
 from megatron_share4v.mcore.backends import agree_on_ops, choose_attention

@@ -17,7 +17,7 @@ from megatron_share4v.checkpoint.exporter import export_model
 from megatron_share4v.checkpoint.hf_source import Request as Source
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.data.prompt import make_prompt
+from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.agreement import _inputs, _load, generated_questions
 from megatron_share4v.infer.beams import BeamEngine

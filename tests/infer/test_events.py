@@ -7,7 +7,7 @@ import torch
 from asking import EOS, VOCABULARY, ask, drain, engine_of, mixed_prompts, prompt
 from tolerances import FP32_MODULE
 
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.records import Batch
 from megatron_share4v.infer.request import Request, Sampling
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megatron_share4v.data.prompt import Prompt
+from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.infer.prefix import BLOCK, block_keys, image_digest, prompt_content, text_content
 from megatron_share4v.infer.room import Place, Room
 

@@ -14,7 +14,7 @@ from megatron_share4v.checkpoint.exporter import export_model
 from megatron_share4v.checkpoint.hf_source import Request
 from megatron_share4v.checkpoint.importer import ImportOptions, import_model
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.data.prompt import make_prompt
+from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.errors import ConfigError, ConversionError, DataError
 from megatron_share4v.evaluate.agreement import generated_questions

@@ -14,8 +14,8 @@ from tolerances import FP32_MODULE
 from megatron_share4v.checkpoint.weight_map import CLIP_IN_MEMORY, SHARE4V, to_ours
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.data.image import normalise
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import fill, initial_value

@@ -18,8 +18,8 @@ from tolerances import FP32_MODULE
 from megatron_share4v.checkpoint.weight_map import LLAVA_IN_MEMORY, to_ours
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import Ops, ParallelConfig
-from megatron_share4v.data.image import normalise
-from megatron_share4v.data.sample import Batch
+from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import wrap_chunks

@@ -111,10 +111,10 @@ def test_the_page_says_what_the_planner_says(repository: Path) -> None:
 def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
     """Means over a small run's own steps, packed and not."""
     from megatron_share4v.config.load import load_run
-    from megatron_share4v.data.index import Index
-    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
     from megatron_share4v.data.quickstart import write_dataset
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+    from megatron_share4v.data.store.index import Index
     from megatron_share4v.plan.workload import workload_of
 
     write_dataset(tmp_path / "scenes", train_scenes=24, held_out_scenes=64, seed=3, image_size=56)

@@ -13,7 +13,7 @@ from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, TrainConfig
-from megatron_share4v.data.context import context_part
+from megatron_share4v.data.loading.context_parallel import context_part
 from megatron_share4v.model.flops import Amounts
 from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.plan.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from served import FakeEngine, FakeLimits, Running, default_answer, make_encoder, running
 
-from megatron_share4v.data.encode import Encoder
+from megatron_share4v.data.loading.encode import Encoder
 
 ARGUMENTS = [
     "no-sandbox",

@@ -24,7 +24,7 @@ from abuse import Raw, chat, exchange, generate, post
 from served import running, until
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.data.encode import Encoder
+from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.serve.server import serve
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from served import FakeEngine, FakeLimits, Running, data_url, picture, running, until
 
-from megatron_share4v.data.encode import Encoder
+from megatron_share4v.data.loading.encode import Encoder
 
 CHAT = {"messages": [{"role": "user", "content": "What is it?"}]}
 

@@ -17,8 +17,8 @@ from abuse import BOMBS
 from PIL import Image
 from served import Running, data_url, picture, running
 
-from megatron_share4v.data.decode_pil import decode
-from megatron_share4v.data.encode import Encoder
+from megatron_share4v.data.images.pil_decoder import decode
+from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.serve.fetch import Fetcher, is_public
 from megatron_share4v.serve.refusal import Refusal
 

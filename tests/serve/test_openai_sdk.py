@@ -8,9 +8,9 @@ import openai
 import pytest
 from served import SENTENCES, TOKENS_PER_IMAGE, FakeEngine, FakeLimits, Running, data_url, picture, running, until
 
-from megatron_share4v.data.encode import Encoder
-from megatron_share4v.data.prompt import make_prompt
-from megatron_share4v.data.sample import Turn
+from megatron_share4v.data.loading.encode import Encoder
+from megatron_share4v.data.loading.prompt import make_prompt
+from megatron_share4v.data.records import Turn
 
 
 def client_of(server: Running, *, key: str = "none") -> openai.OpenAI:

@@ -8,7 +8,7 @@ from browsing import PNG, SLOW_S, bodies_of, ended, say, wait
 from playwright.sync_api import Browser, Page, Route, expect
 from served import Running, picture, running, until
 
-from megatron_share4v.data.encode import Encoder
+from megatron_share4v.data.loading.encode import Encoder
 
 
 def test_text_alone(page: Page, host: Running) -> None:

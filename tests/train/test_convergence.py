@@ -17,7 +17,7 @@ STEPS = 32
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's captions of a few scenes, prepared."""
-    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
     from megatron_share4v.data.quickstart import write_dataset
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 

@@ -67,7 +67,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
-    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("damaged")
@@ -104,7 +104,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
 
 def _damage(directory: Path) -> dict[str, str]:
     """Damage samples of steps 1, 2, 3 and 5; the first image of all among them, which previews would show."""
-    from megatron_share4v.data.index import Index, write_index
+    from megatron_share4v.data.store.index import Index, write_index
 
     index = Index.open(directory)
     rows, keys = np.array(index.rows), np.load(directory / "keys.npy")

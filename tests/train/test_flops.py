@@ -10,7 +10,7 @@ import pytest
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
-from megatron_share4v.data.plan import StepItems
+from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.model.flops import Amounts, model_flops
 from megatron_share4v.plan.gpus import known_gpu
 from megatron_share4v.train.flops import StepFlops, step_flops

@@ -33,7 +33,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
-    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
     from megatron_share4v.data.quickstart import write_dataset
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 

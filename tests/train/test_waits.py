@@ -124,10 +124,10 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
     import numpy as np
     import tiny
 
-    from megatron_share4v.data.collate import Role, collate
-    from megatron_share4v.data.context import context_part
-    from megatron_share4v.data.plan import StepItems
-    from megatron_share4v.data.sample import Example
+    from megatron_share4v.data.loading.collate import Role, collate
+    from megatron_share4v.data.loading.context_parallel import context_part
+    from megatron_share4v.data.records import Example
+    from megatron_share4v.data.sampling.sampler import StepItems
     from megatron_share4v.train.feed import StepData
 
     model = tiny.tiny_model(**trainable)

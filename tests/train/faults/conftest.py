@@ -35,7 +35,7 @@ def curve(directory: Path) -> list[list[float]]:
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
-    from megatron_share4v.data.prepare import PrepareOptions, prepare
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("faults")

@@ -1,0 +1,118 @@
+"""The gate that every image backend passes: how far its pixels, and what a tower makes of them, are from the reference's (pil_decoder.py).
+
+N images, S the tower's input side, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity
+
+from megatron_share4v.data.images.decoder import Backend, Decoder, open_decoder
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.sampling.blend import Blend, open_store
+from megatron_share4v.data.store.index import Index
+from megatron_share4v.errors import DataError, OpsError
+from megatron_share4v.log import get_logger
+
+PROBES = 16
+# (largest error of any value, mean error), of 255, and the smallest cosine of the tower's features. DALI does not round between its two passes, and
+# repeats edge pixels where Pillow renormalises: at most 7 on photographs, up to 24 where black meets white. Features lose less than rounding to bf16 does.
+LIMITS: dict[Backend, tuple[int, float, float]] = {
+    "pil": (0, 0.0, 1.0),
+    "torch_u8": (2, 0.05, 0.999),
+    "dali": (24, 0.5, 0.99),
+}
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+"""[N, S, S, 3] uint8 -> [N, D]."""
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Errors are of uint8 values. by_reference: images that the backend left to Pillow; cosine: smallest of all images, None without a tower."""
+
+    backend: Backend
+    images: int
+    max_error: int
+    mean_error: float
+    different: float
+    by_reference: int
+    cosine: float | None = None
+
+    def __str__(self) -> str:
+        cosine = "" if self.cosine is None else f", features' cosine at least {self.cosine:.6f}"
+        return (
+            f"image backend {self.backend}: against pil on {self.images} images at most {self.max_error} of 255 away, mean {self.mean_error:.4f}, "
+            f"{100 * self.different:.2f} % of values differ{cosine}; {self.by_reference} images left to pil"
+        )
+
+
+def measure(
+    backend: Backend, decoder: Decoder, files: Sequence[bytes], policy: ImagePolicy, *, features: Features | None = None
+) -> GateResult:
+    """Decode `files` with `decoder` and with the reference. Files that the reference cannot decode are left out. `features` is called twice in any
+    case, with as many images as are left: it may be a collective.
+    """
+    expected = open_decoder("pil", policy).decode_all(files)
+    got = decoder.decode_all(files)
+    kept = [position for position in range(len(files)) if position not in expected.failures]
+    ours, theirs = got.pixels.cpu()[kept], expected.pixels[kept]
+    error = (ours.int() - theirs.int()).abs()
+    cosine = None
+    if features is not None:
+        found, wanted = (features(pixels).float() for pixels in (ours, theirs))
+        cosine = float(cosine_similarity(found, wanted).min()) if len(found) else None
+    return GateResult(
+        backend=backend,
+        images=len(kept),
+        max_error=int(error.max()) if kept else 0,
+        mean_error=float(error.float().mean()) if kept else 0.0,
+        different=float((error > 0).float().mean()) if kept else 0.0,
+        by_reference=len(got.by_reference),
+        cosine=cosine,
+    )
+
+
+def check(result: GateResult) -> None:
+    """Raise OpsError when the errors are larger than those known of this backend: its library does something else than it did."""
+    largest, mean, cosine = LIMITS[result.backend]
+    if result.max_error > largest or result.mean_error > mean or (result.cosine is not None and result.cosine < cosine):
+        raise OpsError(
+            f"{result}; accepted are {largest}, a mean of {mean:g} and a cosine of {cosine:g}. Use data.image_backend pil, or another version of the library"
+        )
+
+
+def probe(index: Index | Blend, *, count: int = PROBES) -> list[bytes]:
+    """Encoded images from all over the data set; those that cannot be read are left out, training will name them."""
+    rows = np.flatnonzero(index.rows["n_img"])
+    store = open_store(index)
+    files = []
+    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)].tolist():
+        try:
+            files.append(store.read(row, with_image=True).image)
+        except DataError as error:
+            get_logger().warning("image backend: not measured on %s", error)
+    store.close()
+    return files
+
+
+def pass_gate(
+    backend: Backend,
+    policy: ImagePolicy,
+    index: Index | Blend,
+    *,
+    device_index: int | None,
+    features: Features | None = None,
+) -> GateResult | None:
+    """Measure `backend` on some images of the data set. None for the reference itself. Raises OpsError when it is not installed, or too far off."""
+    decoder = open_decoder(backend, policy, device_index=device_index)
+    if backend == "pil":
+        return None
+    result = measure(backend, decoder, probe(index), policy, features=features)
+    check(result)
+    return result

@@ -1,0 +1,144 @@
+"""Encoded image files to uint8 pixels with Pillow: the reference that other decoders are measured against.
+
+The same pixels as LLaVA's: EXIF orientation ignored, expand2square, then the resize and crop of CLIPImageProcessorPil.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_size
+from megatron_share4v.errors import DataError
+
+VERSION = f"pillow {PIL.__version__}"
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "JPEG2000": "jp2",
+    "AVIF": "avif",
+}
+_SUBTYPES = {"jpg": "jpeg", "tif": "tiff"}
+"""Of media types, where they are not the extension."""
+
+# What Pillow's decoders raise for damaged files.
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """Width and height in pixels, and the extension that the format goes by in a shard."""
+
+    width: int
+    height: int
+    extension: str
+
+
+def inspect(data: bytes) -> ImageHeader:
+    """Decode the whole image once, keeping only its header. Raises DataError when it cannot be decoded or is not accepted."""
+    image = open_header(data)
+    _to_rgb(image)
+    return ImageHeader(width=image.width, height=image.height, extension=EXTENSIONS[image.format])
+
+
+def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
+    """One encoded image -> [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
+    image = open_rgb(data)
+    size = policy.image_size
+    if policy.aspect_ratio == "pad":
+        width, height = policy.canvas(*image.size)
+        if image.width > image.height:
+            # Pillow resizes sideways first and rounds in between, and rows of padding stay what they are: add them to the narrowed image.
+            image, width = image.resize((size, image.height), resample=Image.Resampling.BICUBIC), size
+        image = pad(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
+    else:
+        image = image.resize(policy.resized(*image.size), resample=Image.Resampling.BICUBIC)
+    return np.asarray(image.crop(policy.crop_box(*image.size)))
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """The decoded image as 8-bit RGB. Raises DataError."""
+    return _to_rgb(open_header(data))
+
+
+def data_url(data: bytes) -> str:
+    """The encoded image as data:image/TYPE;base64,... Raises DataError when it cannot be decoded."""
+    extension = inspect(data).extension
+    return f"data:image/{_SUBTYPES.get(extension, extension)};base64,{base64.b64encode(data).decode()}"
+
+
+def centre_square(data: bytes) -> bytes:
+    """What `square` keeps of an image, in its own resolution, as PNG. Raises DataError."""
+    image = open_rgb(data)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    kept = io.BytesIO()
+    image.crop((left, top, left + side, top + side)).save(kept, format="PNG")
+    return kept.getvalue()
+
+
+def pad(image: Image.Image, *, width: int, height: int) -> Image.Image:
+    """LLaVA's expand2square to any size: the image in the middle, an odd pixel of padding at the right or bottom."""
+    if image.size == (width, height):
+        return image
+    canvas = Image.new("RGB", (width, height), PAD_COLOUR)
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return canvas
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Format, mode and size are known and accepted, nothing is decoded. Raises DataError."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except _UNREADABLE as error:
+        raise DataError(
+            f"image cannot be read ({len(data)} bytes, {_text(error)}); replace the file or leave the record out"
+        ) from error
+    # Before anything is decoded: Pillow would run an interpreter for some formats (EPS).
+    if image.format not in EXTENSIONS:
+        raise DataError(
+            f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record out"
+        )
+    check_size(*image.size)
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the record out"
+        )
+    try:
+        image.load()
+        if image.mode.startswith("I;16"):
+            # Pillow would clip 16-bit gray to white; this is the exact scale, rounded.
+            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except _UNREADABLE as error:
+        raise DataError(
+            f"image cannot be decoded ({image.format}, {_text(error)}); replace the file or leave the record out"
+        ) from error
+
+
+def _text(error: BaseException) -> str:
+    # Without the address of the object that Pillow puts into this one: all ranks and runs shall give the same reason.
+    return (
+        "in no format that Pillow knows"
+        if isinstance(error, PIL.UnidentifiedImageError)
+        else f"{type(error).__name__}: {error}"
+    )

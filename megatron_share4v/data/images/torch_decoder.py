@@ -1,0 +1,25 @@
+"""Encoded image files to uint8 pixels: decoded by Pillow, resized by torch's antialiased bicubic on uint8; three times as fast as Pillow's.
+
+At most 2 of 255 away from pil_decoder.py (rounding of the filter's weights), measured at the start of every run by parity.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from megatron_share4v.data.images.pil_decoder import open_rgb, pad
+from megatron_share4v.data.images.policy import ImagePolicy
+
+
+def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
+    """One encoded image -> [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
+    image = open_rgb(data)
+    width, height = policy.canvas(*image.size)
+    # A view in channels-last order, for which torch has vectorised code.
+    pixels = torch.from_numpy(np.array(pad(image, width=width, height=height))).permute(2, 0, 1).unsqueeze(0)
+    width, height = policy.resized(width, height)
+    resized = interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    left, top, right, bottom = policy.crop_box(width, height)
+    return resized[top:bottom, left:right].contiguous().numpy()

@@ -1,0 +1,1 @@
+"""Samples to micro-batches: encoding, collation, worker processes, prefetch to the device."""

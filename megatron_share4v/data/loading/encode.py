@@ -1,0 +1,61 @@
+"""One sample to one example: its conversation tokenised with labels, its image decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_share4v.data.images.pil_decoder import decode
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.records import Example, Sample
+from megatron_share4v.errors import DataError
+from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_conversation
+from megatron_share4v.text.template import Template
+from megatron_share4v.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What decides how a sample is encoded. max_text_length: positions kept, an image counted as one."""
+
+    tokenizer: Tokenizer
+    template: Template
+    max_text_length: int
+    images: ImagePolicy
+
+    def encode(self, sample: Sample, *, with_pixels: bool) -> Example:
+        """Raises DataError, opened with shard and key, for a bad conversation, a bad image, or when placeholders and images do not match."""
+        try:
+            return self._encode(sample, with_pixels=with_pixels)
+        except DataError as error:
+            raise DataError(f"{sample.name}: {error}") from error
+
+    def _encode(self, sample: Sample, *, with_pixels: bool) -> Example:
+        encoded = encode_conversation(
+            self.tokenizer, self.template, sample.turns, has_image=sample.has_image, max_length=self.max_text_length
+        )
+        input_ids = torch.as_tensor(encoded.input_ids, dtype=torch.int64)
+        labels = torch.as_tensor(encoded.labels, dtype=torch.int64)
+        check_placeholders(input_ids, images=int(sample.has_image))
+        pixels = None
+        if with_pixels:
+            size = self.images.image_size
+            decoded = [torch.tensor(decode(sample.image, self.images))] if sample.has_image else []
+            pixels = torch.stack(decoded) if decoded else torch.empty(0, size, size, 3, dtype=torch.uint8)
+        return Example(key=sample.key, name=sample.name, input_ids=input_ids, labels=labels, pixels=pixels)
+
+
+def check_placeholders(input_ids: torch.Tensor, *, images: int) -> None:
+    """Raise DataError unless the ids hold one placeholder per image."""
+    placeholders = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+    if placeholders != images:
+        raise DataError(
+            f"{placeholders} image placeholders left for {images} images after cutting the text to its maximal length; write <image> nearer to "
+            "the start of the conversation, or keep more text"
+        )
+
+
+def trained_positions(labels: torch.Tensor) -> int:
+    """How many positions of [L] labels are trained: position 0 has no predecessor that could predict it."""
+    return int((labels[1:] != IGNORE_INDEX).sum())

@@ -1,0 +1,219 @@
+"""Reads annotation files: LLaVA/ShareGPT4V JSON, a list of {"id", "image"?, "conversations": [{"from", "value"}]}.
+
+An entry is what the file holds at one position, unchecked; a record is an entry that has the right form. The two are apart
+so that one bad entry can be named and refused without stopping. Roles' order, placeholders and images are checked by others.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from megatron_share4v.data.records import Turn
+from megatron_share4v.errors import DataError
+
+ROLES = ("human", "gpt")
+TEXT_ONLY = "text-only"
+CHUNK_BYTES = 1 << 20
+MAX_RECORD = 64 << 20
+LONGEST_TOKEN = 16  # characters of a literal, number's tail or escape that the end of a chunk may cut
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `file` holds at `position` (counted from 0)."""
+
+    file: str
+    position: int
+    content: object
+
+    @property
+    def where(self) -> str:
+        """For messages: file, position and, where there is one, the id."""
+        name = self.content.get("id") if isinstance(self.content, dict) else None
+        return f"{self.file}, record {self.position}" + (f" (id {name!r})" if name is not None else "")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation; `image` is a path relative to the image folder, None for text only."""
+
+    id: str
+    image: str | None
+    turns: tuple[Turn, ...]
+
+
+class Annotations:
+    """An annotation file, read record by record: memory does not grow with the file. Iterating again starts anew."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError when the file cannot be read."""
+        self.path = path
+        self.bytes_read = 0
+        try:
+            self.size = path.stat().st_size
+        except OSError as error:
+            raise DataError(
+                f"annotations {path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file"
+            ) from error
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The entries in order. Raises DataError, at its place, for what is not a JSON list."""
+        for position, content in enumerate(_elements(self)):
+            yield Entry(file=self.path.name, position=position, content=content)
+
+    def chunks(self) -> Iterator[str]:
+        """The text of the file, piece by piece; `bytes_read` says how far. Raises DataError."""
+        self.bytes_read = 0
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        try:
+            with self.path.open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    self.bytes_read += len(chunk)
+                    yield decoder.decode(chunk)
+                yield decoder.decode(b"", final=True)
+        except OSError as error:
+            raise DataError(
+                f"annotations {self.path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"annotations {self.path}: not JSON (not UTF-8 before byte {self.bytes_read}: {error}); fetch the file again"
+            ) from error
+
+
+@dataclass
+class _Window:
+    """The piece of the text that is being parsed."""
+
+    chunks: Iterator[str]
+    text: str = ""
+    start: int = 0
+    ended: bool = False
+
+    def grow(self, *, least: int = 1) -> None:
+        """Drop what is parsed, and read on by `least` characters or to the end."""
+        pieces = [self.text[self.start :]]
+        self.start = 0
+        while least > 0 and not self.ended:
+            piece = next(self.chunks, None)
+            self.ended = piece is None
+            pieces.append(piece or "")
+            least -= len(pieces[-1])
+        self.text = "".join(pieces)
+
+    def skip_space(self) -> str:
+        """Go to the next character that is not white space, and return it; "" at the end."""
+        while True:
+            self.start = _SPACE.match(self.text, self.start).end()
+            if self.start < len(self.text) or self.ended:
+                return self.text[self.start : self.start + 1]
+            self.grow()
+
+
+def _elements(annotations: Annotations) -> Iterator[object]:
+    """The elements of the JSON list that the file holds."""
+    window = _Window(annotations.chunks())
+    first = window.skip_space()
+    if first != "[":
+        kind = {"{": "object", '"': "string", "": "document of nothing"}.get(first, "value")
+        raise DataError(
+            f"annotations {annotations.path}: holds a JSON {kind}; expected a list of records with 'conversations'"
+        )
+    window.start += 1
+    count, mark = 0, window.skip_space()
+    while mark != "]":
+        yield _element(window, annotations.path, count)
+        count += 1
+        mark = window.skip_space()
+        if mark == ",":
+            window.start += 1
+            if window.skip_space() == "]":
+                raise _not_json(annotations.path, count, "a comma before the end of the list")
+        elif mark != "]":
+            raise _not_json(
+                annotations.path, count, f"{mark!r} where a comma should be" if mark else "the file ends early"
+            )
+    window.start += 1
+    if rest := window.skip_space():
+        raise _not_json(annotations.path, count, f"{rest!r} after the end of the list")
+
+
+def _element(window: _Window, path: Path, count: int) -> object:
+    decoder = json.JSONDecoder()
+    while True:
+        try:
+            content, end = decoder.raw_decode(window.text, window.start)
+            # A number may go on behind the end of the chunk; what has a closing mark cannot.
+            if window.ended or isinstance(content, (dict, list, str)) or end + LONGEST_TOKEN < len(window.text):
+                window.start = end
+                return content
+        except json.JSONDecodeError as error:
+            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(window.text) - LONGEST_TOKEN
+            if window.ended or not is_cut:
+                raise _not_json(path, count, error.msg) from error
+        except RecursionError as error:
+            raise _not_json(path, count, "nested too deeply") from error
+        except ValueError as error:  # Python's limit on the digits of an integer
+            raise _not_json(path, count, str(error)) from error
+        length = len(window.text) - window.start
+        if length > MAX_RECORD:
+            raise _not_json(path, count, f"a record longer than {MAX_RECORD} characters")
+        window.grow(least=length)
+
+
+def _not_json(path: Path, count: int, what: str) -> DataError:
+    return DataError(f"annotations {path}: not JSON after {count} records ({what}); fetch the file again, or repair it")
+
+
+def parse_record(content: object, *, where: str) -> Record:
+    """Check the form of one record; `where` opens the message of a DataError."""
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: is a {type(content).__name__}; expected an object with 'conversations'")
+    image = content.get("image")
+    if "image" in content and not (isinstance(image, str) and image):
+        raise DataError(
+            f"{where}: 'image' is {image!r}; expected one relative path, or no 'image' at all for text only"
+        )
+    if image and (image.startswith("/") or ".." in PurePosixPath(image).parts):
+        raise DataError(
+            f"{where}: 'image' is {_short(image)}, outside the folder of images; write a path relative to it"
+        )
+    conversations = content.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise DataError(f"{where}: 'conversations' is {_short(conversations)}; expected a list of {{'from', 'value'}}")
+    turns = tuple(_parse_turn(item, where=f"{where}, turn {number}") for number, item in enumerate(conversations))
+    return Record(id=str(content.get("id") or ""), image=image, turns=turns)
+
+
+def source_of(content: object) -> str:
+    """The collection that a record belongs to: the first folder of its image path ("coco", "sam", ...), or TEXT_ONLY."""
+    image = content.get("image") if isinstance(content, dict) else None
+    if not isinstance(image, str):
+        return TEXT_ONLY
+    parts = Path(image).parts
+    return parts[0] if len(parts) > 1 else "."
+
+
+def word_count(turns: tuple[Turn, ...]) -> int:
+    """Whitespace words over all turns: LLaVA's measure of length for group_by_modality_length."""
+    return sum(len(turn.text.split()) for turn in turns)
+
+
+def _parse_turn(item: object, *, where: str) -> Turn:
+    role, text = (item.get("from"), item.get("value")) if isinstance(item, dict) else (None, None)
+    if role not in ROLES:
+        raise DataError(f"{where}: 'from' is {role!r}; expected one of {', '.join(ROLES)}")
+    if not isinstance(text, str):
+        raise DataError(f"{where}: 'value' is {_short(text)}; expected text")
+    return Turn(role=role, text=text)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

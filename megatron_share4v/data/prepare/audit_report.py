@@ -1,0 +1,188 @@
+"""What an audit found, in words and numbers: findings, sources, lengths, padding, packing; and the histogram as a picture.
+
+N samples that can be trained; a sample's length counts its image slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from megatron_share4v.data.prepare.audit import Audit
+from megatron_share4v.data.sampling.orders import modality_length_order, random_order
+from megatron_share4v.data.sampling.packing import Packing, pack
+
+BINS, BAR = 20, 50
+QUANTILES = (0.5, 0.95, 1.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the run will batch. tokens_per_image: positions of an image; pad_multiple: sequences are rounded up to it; pack_length: of a pack."""
+
+    tokens_per_image: int = 576
+    micro_batch_size: int = 8
+    global_batch_size: int = 128
+    pad_multiple: int = 8
+    pack_length: int = 4096
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Share of the positions that is padding: when each micro-batch is as long as its longest sample, and when a whole step is."""
+
+    order: str
+    micro_batch: float
+    step: float
+
+
+@dataclass(frozen=True)
+class PackingEstimate:
+    """packs: sequences of pack_length. fill: share of their positions that is not padding. too_long: samples that fit into none."""
+
+    packs: int
+    fill: float
+    samples_per_pack: float
+    too_long: int
+
+
+def sample_lengths(audit: Audit, shape: Shape) -> np.ndarray:
+    """[N] int64."""
+    return audit.facts["n_tok"].astype(np.int64) + audit.facts["n_img"].astype(np.int64) * (shape.tokens_per_image - 1)
+
+
+def padding(audit: Audit, shape: Shape) -> list[Padding]:
+    """For the random order and for group_by_modality_length; whole steps only, empty when there is not one."""
+    lengths = sample_lengths(audit, shape)
+    whole = len(lengths) // shape.global_batch_size * shape.global_batch_size
+    if not whole:
+        return []
+    grouped = modality_length_order(
+        audit.facts["words"], group_size=shape.global_batch_size, batch_size=shape.micro_batch_size, seed=0, epoch=0
+    )
+    orders = {"random": random_order(len(lengths), seed=0, epoch=0), "group_by_modality_length": grouped}
+    found = []
+    for name, order in orders.items():
+        ordered = lengths[order[:whole]]
+        shares = [
+            1 - ordered.sum() / _padded(ordered, size, shape.pad_multiple)
+            for size in (shape.micro_batch_size, shape.global_batch_size)
+        ]
+        found.append(Padding(name, *shares))
+    return found
+
+
+def packing(audit: Audit, shape: Shape) -> PackingEstimate:
+    """Best fit into sequences of pack_length, in a random order."""
+    lengths = sample_lengths(audit, shape)
+    rows = random_order(len(lengths), seed=0, epoch=0)
+    rows = rows[lengths[rows] <= shape.pack_length]
+    packs = len(pack(rows, lengths[rows], Packing(length=shape.pack_length)))
+    positions = max(packs * shape.pack_length, 1)
+    return PackingEstimate(
+        packs, float(lengths[rows].sum() / positions), len(rows) / max(packs, 1), len(lengths) - len(rows)
+    )
+
+
+def report(audit: Audit, shape: Shape, *, allowed: Sequence[str] = ()) -> str:
+    """The whole audit as text; findings of an `allowed` kind are marked as such."""
+    parts = [_findings(audit, allowed), _sources(audit, shape)]
+    if len(audit.facts):
+        parts += [_lengths(audit, shape), _images(audit), _batching(audit, shape)]
+    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+
+def draw_histogram(audit: Audit, shape: Shape) -> Image.Image:
+    """The lengths as a bar chart."""
+    counts, edges = np.histogram(sample_lengths(audit, shape), bins=2 * BINS)
+    width, height, left, top, bottom = 900, 420, 70, 40, 60
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    step = (width - left - 30) / len(counts)
+    floor, highest = height - bottom, max(int(counts.max(initial=0)), 1)
+    for number, count in enumerate(counts):
+        x = left + number * step
+        draw.rectangle((x, floor - (floor - top) * count / highest, x + step - 2, floor), fill=(70, 110, 180))
+    draw.line((left, floor, width - 30, floor), fill="black")
+    for number in range(0, len(edges), 5):
+        draw.text((left + number * step, floor + 6), f"{edges[number]:.0f}", fill="black", font=font, anchor="ma")
+    for share in (0.5, 1.0):
+        draw.text(
+            (left - 8, floor - (floor - top) * share), f"{highest * share:.0f}", fill="black", font=font, anchor="rm"
+        )
+    draw.text(
+        (width / 2, height - 24), "positions per sample, image slots included", fill="black", font=font, anchor="ma"
+    )
+    draw.text((width / 2, 10), f"{len(audit.facts)} samples", fill="black", font=font, anchor="ma")
+    return image
+
+
+def _padded(lengths: np.ndarray, size: int, multiple: int) -> int:
+    """Positions of all batches of `size`, each as long as its longest."""
+    longest = lengths.reshape(-1, size).max(axis=1)
+    return int((-(-longest // multiple) * multiple).sum()) * size
+
+
+def _findings(audit: Audit, allowed: Sequence[str]) -> Iterator[str]:
+    yield f"{audit.records} records, {len(audit.facts)} can be trained, {audit.counts.total()} findings"
+    for kind, count in audit.counts.most_common():
+        yield f"  {count:>9} {kind}" + (" (allowed)" if kind in allowed else "")
+        yield from (f"            {finding.where}: {finding.reason}" for finding in audit.examples[kind])
+    if audit.duplicates and audit.duplicates.shared:
+        yield f"  {audit.duplicates.shared:>9} samples share another's image (no finding: it is stored once)"
+
+
+def _sources(audit: Audit, shape: Shape) -> Iterator[str]:
+    yield f"{'source':<24}{'records':>10}{'refused':>10}{'images':>10}{'mean length':>13}{'95 %':>8}{'trained':>9}"
+    lengths = sample_lengths(audit, shape)
+    for number, name in sorted(enumerate(audit.sources), key=lambda pair: pair[1]):
+        mine = audit.facts["source"] == number
+        facts, own = audit.facts[mine], lengths[mine]
+        refused = audit.refused[name]
+        line = (
+            f"{name:<24}{len(facts) + refused:>10}{refused:>10}{len(np.unique(facts['path'][facts['n_img'] > 0])):>10}"
+        )
+        if len(facts):
+            line += f"{own.mean():>13.0f}{np.quantile(own, 0.95):>8.0f}{facts['n_lab'].sum() / own.sum():>9.1%}"
+        yield line
+
+
+def _lengths(audit: Audit, shape: Shape) -> Iterator[str]:
+    lengths = sample_lengths(audit, shape)
+    yield f"length in positions, an image as {shape.tokens_per_image}: mean {lengths.mean():.0f}, " + _quantiles(
+        lengths
+    )
+    counts, edges = np.histogram(lengths, bins=min(BINS, int(np.ptp(lengths)) + 1))
+    for count, start, stop in zip(counts, edges, edges[1:]):
+        yield f"  {start:>6.0f} ..{stop:>6.0f} {count:>9} {'#' * round(BAR * count / counts.max())}"
+    cut = audit.facts["full_tok"] > audit.facts["n_tok"]
+    yield f"  {cut.sum()} samples are cut, {int((audit.facts['full_lab'] - audit.facts['n_lab']).sum())} trained positions are lost"
+
+
+def _images(audit: Audit) -> Iterator[str]:
+    with_image = audit.facts[audit.facts["n_img"] > 0]
+    yield f"images: {len(with_image)} samples have one, {len(audit.facts) - len(with_image)} are text only"
+    if len(with_image):
+        yield f"  longer side in pixels: {_quantiles(np.maximum(with_image['width'], with_image['height']))}"
+        yield f"  encoded size in kB: {_quantiles(with_image['length'] / 1000)}"
+
+
+def _batching(audit: Audit, shape: Shape) -> Iterator[str]:
+    yield f"padding, micro-batch {shape.micro_batch_size}, global batch {shape.global_batch_size}:"
+    found = padding(audit, shape)
+    for row in found:
+        yield f"  {row.order:<26}{row.micro_batch:>7.1%} with micro-batches as long as their longest, {row.step:>7.1%} with steps as long"
+    if not found:
+        yield "  fewer samples than one global batch"
+    packs = packing(audit, shape)
+    yield (
+        f"packing to {shape.pack_length}: {packs.fill:.1%} filled, {packs.packs} packs, {packs.samples_per_pack:.1f} samples each"
+        + (f", {packs.too_long} samples are too long" if packs.too_long else "")
+    )
+
+
+def _quantiles(values: np.ndarray) -> str:
+    return ", ".join(f"{'max' if q == 1 else f'{q:.0%}'} {np.quantile(values, q):.0f}" for q in QUANTILES)

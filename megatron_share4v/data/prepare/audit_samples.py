@@ -1,0 +1,62 @@
+"""One sample as the model sees it: its tokens written out with the trained spans marked, and its image after preprocessing."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+
+from megatron_share4v.data.images.pil_decoder import decode
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.records import Sample
+from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_conversation
+from megatron_share4v.text.template import Template
+from megatron_share4v.text.tokenizer import Tokenizer
+
+COLOUR, PLAIN = ("\033[1;32m", "\033[0m"), ("[[", "]]")
+
+
+def show_sample(
+    sample: Sample,
+    *,
+    tokenizer: Tokenizer,
+    template: Template,
+    max_text_length: int,
+    tokens_per_image: int,
+    colour: bool,
+) -> str:
+    """The text that the ids stand for. Trained spans are green, or in [[ ]] without `colour`; other control characters are escaped."""
+    encoded = encode_conversation(
+        tokenizer, template, sample.turns, has_image=sample.has_image, max_length=max_text_length
+    )
+    opening, closing = COLOUR if colour else PLAIN
+    pieces = []
+    anchor = tokenizer.encode("x")  # a text that something precedes keeps its leading space
+    pairs = zip(encoded.input_ids, encoded.labels)
+    for (is_image, is_trained), run in groupby(
+        pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX)
+    ):
+        ids = [token for token, _ in run]
+        text = (
+            f"<image: {tokens_per_image} positions>"
+            if is_image
+            else _printable(tokenizer.decode(anchor + ids, skip_special=False)[1:])
+        )
+        pieces.append(f"{opening}{text}{closing}" if is_trained else text)
+    trained = sum(label != IGNORE_INDEX for label in encoded.labels[1:])
+    positions = len(encoded.input_ids) + (tokens_per_image - 1) * sample.has_image
+    return f"--- {sample.name}: {positions} positions, {trained} trained\n{''.join(pieces)}"
+
+
+def write_preprocessed(sample: Sample, path: Path, *, policy: ImagePolicy) -> None:
+    """Write the pixels that the tower is given, before they are normalised, as a PNG."""
+    assert sample.image is not None, "the sample has no image"
+    Image.fromarray(decode(sample.image, policy)).save(path)
+
+
+def _printable(text: str) -> str:
+    """No terminal is to act on what a data set contains."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
+    )

@@ -1,0 +1,245 @@
+"""The folder of images as it was downloaded: files, and tar or zip archives that need not be unpacked; a path leads to bytes in either.
+
+An archive `a/b.tar` (or .zip) answers for `a/b/<member>` and for `a/<member>`: published archives open with a folder of their own, or do not.
+What the bytes show is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from megatron_share4v.data.store.shards import Member
+from megatron_share4v.errors import DataError
+from megatron_share4v.log import get_logger
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif")
+MEMBERS, PATHS = "members.npy", "paths.npy"
+PREPARED = {"dataset.json", "journal.jsonl"}  # mark a folder that writer.py writes
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# path: hash of the path below the folder; method: one of those below; stored: bytes on disk, length: bytes of the image
+_MEMBER = np.dtype(
+    [("path", "<u8"), ("archive", "<u2"), ("method", "u1"), ("offset", "<u8"), ("stored", "<u8"), ("length", "<u8")]
+)
+_RAW, _ZIP_STORED, _ZIP_DEFLATED, _UNREADABLE = range(4)
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """An encoded image. archive: number of the archive whose bytes [offset, offset + length) it is as it stands, None where there is none."""
+
+    data: bytes
+    archive: int | None = None
+    offset: int = 0
+
+
+class ImageFiles:
+    """Reads images of a folder by path. Pickles small: the table of archive members is in files that are mapped by each process."""
+
+    def __init__(self, root: Path, *, archives: tuple[str, ...], table: Path | None) -> None:
+        """archives: paths below `root`; table: the folder that `scan_images` wrote to, None without archives."""
+        self.root, self.archives = root, archives
+        self._table_path = table
+        self._members = np.load(table / MEMBERS, mmap_mode="r") if table else np.empty(0, dtype=_MEMBER)
+        self._paths = np.load(table / PATHS, mmap_mode="r") if table else self._members["path"]
+        self._files: dict[int, int] = {}
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return _open_images, (self.root, self.archives, self._table_path)
+
+    def read(self, path: str) -> FoundImage:
+        """The image at `path` (relative, as records have it). Raises DataError when there is none, or it cannot be read or is empty."""
+        try:
+            found = FoundImage((self.root / path).read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            entry = self._entry(path)
+            if entry is None:
+                raise DataError(self._missing(path)) from error
+            found = self._read_member(path, entry)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"image {self.root / path}: cannot be read ({error}); replace the file or leave the record out"
+            ) from error
+        if not found.data:
+            raise DataError(f"image {self.root / path}: is an empty file; fetch it again or leave the record out")
+        return found
+
+    def close(self) -> None:
+        """Close the archives; reading opens them again."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _entry(self, path: str) -> np.void | None:
+        name = np.uint64(_path_hash(path))
+        place = int(np.searchsorted(self._paths, name))
+        return self._members[place] if place < len(self._paths) and self._paths[place] == name else None
+
+    def _read_member(self, path: str, entry: np.void) -> FoundImage:
+        number, method = int(entry["archive"]), int(entry["method"])
+        where = f"image {path} in archive {self.root / self.archives[number]}"
+        if method == _UNREADABLE:
+            raise DataError(f"{where}: is encrypted or packed with a method other than deflate; unpack the archive")
+        offset, stored = int(entry["offset"]), int(entry["stored"])
+        if method != _RAW:
+            signature, *variable = _LOCAL_HEADER.unpack(self._pread(number, _LOCAL_HEADER.size, offset, where=where))
+            if signature != b"PK\3\4":
+                raise DataError(f"{where}: has no header where the archive's directory says; fetch the archive again")
+            offset += _LOCAL_HEADER.size + sum(variable)
+        data = self._pread(number, stored, offset, where=where)
+        return (
+            FoundImage(_inflated(data, int(entry["length"]), where=where))
+            if method == _ZIP_DEFLATED
+            else FoundImage(data, number, offset)
+        )
+
+    def _pread(self, number: int, length: int, offset: int, *, where: str) -> bytes:
+        if number not in self._files:
+            try:
+                self._files[number] = os.open(self.root / self.archives[number], os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise DataError(f"{where}: the archive cannot be opened ({error.strerror})") from error
+        data = os.pread(self._files[number], length, offset)
+        if len(data) < length:
+            raise DataError(f"{where}: the archive ends within it; fetch the archive again")
+        return data
+
+    def _missing(self, path: str) -> str:
+        where = self.root / path
+        others = [where.with_suffix(suffix) for suffix in SUFFIXES if suffix != where.suffix]
+        near = [other.name for other in others if other.is_file()]
+        remedy = (
+            f"there is {near[0]} beside it: rename it, or correct the record"
+            if near
+            else "fetch it or leave the record out"
+        )
+        return f"image {where}: cannot be read (no such file{', nor in an archive' if self.archives else ''}); {remedy}"
+
+
+def read_in_place(root: str | None, path: str | None, member: Member, *, key: str) -> bytes:
+    """An image that was left where it was when the data set was prepared. Raises DataError when it is gone or has changed since."""
+    assert root is not None and path is not None, "the index says that the image was left in place"
+    where = Path(root) / path
+    try:
+        data = where.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{where}:{key}: cannot be read ({error.strerror}); the data set was prepared with --in-place: put the image back"
+        ) from error
+    if len(data) != member.length or zlib.crc32(data) != member.crc32:
+        raise DataError(
+            f"{where}:{key}: is not the image that was prepared (crc32 or size differs); put it back or prepare the data set again"
+        )
+    return data
+
+
+def find_archives(root: Path) -> list[Path]:
+    """The archives below `root`, sorted. Raises DataError for one that is compressed as a whole: its members cannot be reached one by one."""
+    paths = sorted(path for path in _files_below(root) if path.name.endswith((".tar", ".zip", *COMPRESSED)))
+    for path in paths:
+        if path.name.endswith(COMPRESSED):
+            raise DataError(
+                f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar"
+            )
+    return paths
+
+
+def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
+    """List the archives below `root` and write the table of their members into the folder `table`, both sorted: same images, same table.
+
+    Raises DataError for an archive that is damaged, or compressed as a whole, so that its members cannot be reached one by one; with
+    `in_place` also for one with compressed members, whose images are nowhere as they are.
+    """
+    paths = find_archives(root)
+    archives = tuple(path.relative_to(root).as_posix() for path in paths)
+    parts = []
+    for number, path in enumerate(paths):
+        parts.append(_members(path, archives[number], number))
+        if in_place and (parts[-1]["method"] > _ZIP_STORED).any():
+            raise DataError(
+                f"archive {path}: has compressed members, which cannot be used in place; unpack it, or leave out --in-place"
+            )
+        get_logger().info(f"archive {archives[number]}: {len(parts[-1]) // 2} members")
+    if not archives:
+        return ImageFiles(root, archives=(), table=None)
+    members = np.concatenate(parts)
+    members = members[np.argsort(members["path"], kind="stable")]
+    table.mkdir(exist_ok=True)
+    np.save(table / MEMBERS, members)
+    np.save(table / PATHS, members["path"])  # by itself: a search wants its column in one piece
+    return ImageFiles(root, archives=archives, table=table)
+
+
+def _open_images(root: Path, archives: tuple[str, ...], table: Path | None) -> ImageFiles:
+    return ImageFiles(root, archives=archives, table=table)
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    seen = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()  # a link back up
+            continue
+        seen.add(real)
+        if not PREPARED.isdisjoint(names):
+            below.clear()  # our own shards, finished or not
+            continue
+        yield from (Path(folder) / name for name in names)
+
+
+def _members(path: Path, relative: str, number: int) -> np.ndarray:
+    """The members of one archive, each under the two paths that it answers for."""
+    parent, own = PurePosixPath(relative).parent, PurePosixPath(relative).with_suffix("")
+    read = _zip_members if path.suffix == ".zip" else _tar_members
+    rows = ((_path_hash(str(folder / name)), number, *place) for name, *place in read(path) for folder in (own, parent))
+    try:
+        return np.fromiter(rows, dtype=_MEMBER)
+    except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise DataError(f"archive {path}: is damaged ({error}); fetch it again") from error
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, int, int, int, int]]:
+    end = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        while member := tar.next():
+            tar.members.clear()  # else the whole list is kept
+            if member.offset_data + member.size > end:
+                raise tarfile.ReadError(f"ends within {member.name}")
+            if member.isreg() and not member.issparse():
+                yield member.name, _RAW, member.offset_data, member.size, member.size
+
+
+def _zip_members(path: Path) -> Iterator[tuple[str, int, int, int, int]]:
+    methods = {zipfile.ZIP_STORED: _ZIP_STORED, zipfile.ZIP_DEFLATED: _ZIP_DEFLATED}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                method = _UNREADABLE if member.flag_bits & 1 else methods.get(member.compress_type, _UNREADABLE)
+                yield member.filename, method, member.header_offset, member.compress_size, member.file_size
+
+
+def _inflated(data: bytes, length: int, *, where: str) -> bytes:
+    try:
+        image = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, length + 1)
+    except zlib.error as error:
+        raise DataError(f"{where}: cannot be unpacked ({error}); fetch the archive again") from error
+    if len(image) != length:
+        raise DataError(f"{where}: unpacks to another size than the archive's directory says; fetch the archive again")
+    return image
+
+
+def _path_hash(path: str) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(str(PurePosixPath(path)).encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little"
+    )

@@ -1,0 +1,153 @@
+"""What a preparation has done so far, on disk beside its shards, so that a killed one goes on where its last whole shard ends.
+
+Append-only files, and a line in journal.jsonl for every finished shard; what lies behind the last line is cut off when work goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from megatron_share4v.data.prepare.growing_array import Table
+from megatron_share4v.data.store.index import ROW, ShardFile
+from megatron_share4v.errors import DataError
+
+REJECTED = "rejected.jsonl"
+NAME, ROWS, KEYS = "journal.jsonl", "rows.bin", "keys.txt"
+PATH_BYTES = 12
+NO_PATH = bytes(PATH_BYTES)
+KEPT_ROW = np.dtype(
+    [*ROW.descr, ("identity", "<u8"), ("path", f"V{PATH_BYTES}")]
+)  # and the hashes of the turns and of the image's path
+
+
+class Journal:
+    """The state of a preparation in `directory`. Rows and keys are kept in memory too, about 200 bytes a sample.
+
+    entries: annotation records that are done. shards: the finished ones. sources: counts by (source, "samples" | "rejected" | "images").
+    rejected: counts by kind. keys: of all samples. rows: [samples] of KEPT_ROW.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.entries = 0
+        self.shards: list[ShardFile] = []
+        self.sources: Counter[tuple[str, str]] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.keys: list[str] = []
+        self._table = Table(KEPT_ROW)
+        self._written = 0
+        self._files = {name: (directory / name).open("ab") for name in (NAME, ROWS, KEYS, REJECTED)}
+
+    @staticmethod
+    def open(directory: Path, *, identity: dict[str, object], restart: bool = False) -> Journal:
+        """Begin, or go on with, the preparation that `identity` describes; `restart`: forget what was begun.
+
+        Raises DataError when another process is at it, or when what was begun there is another one: the message names each difference.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        journal = Journal(directory)
+        try:
+            fcntl.flock(journal._files[NAME], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{directory}: another process is preparing this data set; wait for it or end it"
+            ) from error
+        if restart:
+            journal._files[NAME].truncate(0)
+        lines = _whole_lines(directory / NAME)
+        if lines and lines[0] != identity:
+            differences = [
+                f"{name} was {lines[0].get(name)!r}, now {identity[name]!r}"
+                for name in identity
+                if lines[0].get(name) != identity[name]
+            ]
+            raise DataError(
+                f"{directory} holds an unfinished preparation with other inputs: {'; '.join(differences)}. Finish it with those, or begin anew "
+                "with --restart"
+            )
+        journal._go_on(lines[1:])
+        if not lines:
+            journal._append(NAME, json.dumps(identity).encode() + b"\n")
+        return journal
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[samples] of KEPT_ROW."""
+        return self._table.rows
+
+    def add(self, key: str, row: tuple[object, ...]) -> None:
+        """One sample more."""
+        self._table.append(row)
+        self.keys.append(key)
+
+    def reject(self, line: dict[str, object]) -> None:
+        """One refused record more; `line` has its "kind"."""
+        self.rejected[str(line["kind"])] += 1
+        self._files[REJECTED].write(json.dumps(line).encode() + b"\n")
+
+    def commit(self, shard: ShardFile) -> None:
+        """`shard` is finished: all that was added so far will be there after a kill."""
+        self.shards.append(shard)
+        self._append(ROWS, self.rows[self._written :].tobytes())
+        self._append(KEYS, "".join(f"{key}\n" for key in self.keys[self._written :]).encode())
+        self._append(REJECTED, b"")
+        self._written = len(self.keys)
+        state = {
+            "entries": self.entries,
+            "samples": self._written,
+            "sizes": {name: self._files[name].tell() for name in (ROWS, KEYS, REJECTED)},
+            "shard": [shard.name, shard.size],
+            "sources": [[*name, count] for name, count in sorted(self.sources.items())],
+            "rejected": dict(sorted(self.rejected.items())),
+        }
+        self._append(NAME, json.dumps(state).encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the files and let go of the directory."""
+        for file in self._files.values():
+            file.close()
+
+    def remove(self) -> None:
+        """Close, and delete what only serves to go on."""
+        self.close()
+        for name in (NAME, ROWS, KEYS):
+            (self.directory / name).unlink()
+
+    def _go_on(self, states: list[dict]) -> None:
+        """Take up the state after the last line whose shard is still whole, and cut off what came later."""
+        for state in states:
+            name, size = state["shard"]
+            path = self.directory / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise DataError(f"{path}: is not as it was finished; begin anew with --restart")
+            self.shards.append(ShardFile(name=name, size=size))
+        state = states[-1] if states else {"entries": 0, "samples": 0, "sizes": {}, "sources": [], "rejected": {}}
+        for name in (ROWS, KEYS, REJECTED):
+            self._files[name].truncate(state["sizes"].get(name, 0))
+        for path in set(self.directory.glob("shard-*.tar")) - {self.directory / shard.name for shard in self.shards}:
+            path.unlink()
+        self.entries, self._written = state["entries"], state["samples"]
+        self.sources.update({(source, what): count for source, what, count in state["sources"]})
+        self.rejected.update(state["rejected"])
+        if states:
+            self._table = Table(KEPT_ROW, np.fromfile(self.directory / ROWS, dtype=KEPT_ROW))
+            self.keys = (self.directory / KEYS).read_text(encoding="ascii").splitlines()
+        assert self._written == len(self.keys) == len(self._table), "the journal and its files disagree"
+
+    def _append(self, name: str, data: bytes) -> None:
+        file = self._files[name]
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _whole_lines(path: Path) -> list[dict]:
+    """The lines that were written to their end."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]

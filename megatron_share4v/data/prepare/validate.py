@@ -1,0 +1,191 @@
+"""The one judgement of a record: its form, its image decoded once, its conversation tokenised. Preparing and auditing both rest on it.
+
+Whatever cannot be trained becomes a Refused with its kind and reason; nothing raises. What is done with the verdict is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from PIL import Image
+
+from megatron_share4v.data.images.pil_decoder import ImageHeader, inspect
+from megatron_share4v.data.images.policy import OversizedImage
+from megatron_share4v.data.loading.encode import check_placeholders, trained_positions
+from megatron_share4v.data.loading.workers import ordered_map
+from megatron_share4v.data.prepare.annotations import Entry, parse_record, word_count
+from megatron_share4v.data.prepare.image_files import FoundImage, ImageFiles
+from megatron_share4v.data.records import Turn
+from megatron_share4v.errors import DataError
+from megatron_share4v.text.mask import encode_conversation
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER, Template
+from megatron_share4v.text.tokenizer import Tokenizer
+
+BAD_RECORD, MISSING, OVERSIZED, CORRUPT = "bad record", "missing image", "oversized image", "corrupt image"
+PLACEHOLDERS, BAD_CONVERSATION, NO_LABEL = "placeholder mismatch", "bad conversation", "no label"
+KINDS = (BAD_RECORD, MISSING, OVERSIZED, CORRUPT, PLACEHOLDERS, BAD_CONVERSATION, NO_LABEL)
+CHUNK = 16  # records that a worker takes at a time
+AHEAD = 2  # chunks that each worker works ahead: bounds the image bytes under way
+NO_LIMIT = 1 << 62
+
+Item = TypeVar("Item")
+Verdict = TypeVar("Verdict")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """kind: which check refused the record, one of KINDS; reason: the message."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image that decodes. data: the encoded file, empty where it was not asked for; archive, offset: as in FoundImage."""
+
+    data: bytes
+    length: int
+    crc32: int
+    header: ImageHeader
+    archive: int | None
+    offset: int
+
+
+@dataclass(frozen=True)
+class CheckedText:
+    """A conversation that can be trained.
+
+    words: LLaVA's length. n_tok: positions kept, an image counted as one; n_lab: trained positions among them. full_tok, full_lab: of the
+    whole conversation, so that the difference is what the cut takes away. identity: 64-bit hash of the turns.
+    """
+
+    words: int
+    n_tok: int
+    n_lab: int
+    full_tok: int
+    full_lab: int
+    identity: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A good record. image is None for text only, and where the image was not to be examined (again)."""
+
+    id: str
+    image_path: str | None
+    image: CheckedImage | None
+    text: CheckedText
+
+
+@dataclass(frozen=True)
+class Examine:
+    """(entry, whether its image is known to be good) -> verdict; what a worker runs. keep_bytes: return the encoded image too."""
+
+    images: ImageFiles
+    tokenizer: Tokenizer
+    template: Template
+    max_text_length: int
+    keep_bytes: bool = True
+
+    def __call__(self, request: tuple[Entry, bool]) -> Accepted | Refused:
+        entry, image_is_known = request
+        try:
+            record = parse_record(entry.content, where=entry.where)
+        except DataError as error:
+            return Refused(BAD_RECORD, str(error))
+        image = None
+        if record.image is not None and not image_is_known:
+            try:
+                found = self.images.read(record.image)
+            except DataError as error:
+                return Refused(MISSING, str(error))
+            image = check_image(found, keep_bytes=self.keep_bytes)
+            if isinstance(image, Refused):
+                return image
+        text = self.check_text(record.turns, has_image=record.image is not None)
+        return text if isinstance(text, Refused) else Accepted(record.id, record.image, image, text)
+
+    def check_text(self, turns: tuple[Turn, ...], *, has_image: bool) -> CheckedText | Refused:
+        """Tokenise a conversation and count."""
+        kind = (
+            PLACEHOLDERS
+            if has_image and sum(IMAGE_PLACEHOLDER in turn.text for turn in turns) != 1
+            else BAD_CONVERSATION
+        )
+        try:
+            encoded = encode_conversation(
+                self.tokenizer, self.template, turns, has_image=has_image, max_length=NO_LIMIT
+            )
+            kind = PLACEHOLDERS
+            kept = encoded.input_ids[: self.max_text_length]
+            check_placeholders(torch.as_tensor(kept), images=int(has_image))
+        except DataError as error:
+            return Refused(kind, str(error))
+        labels = torch.as_tensor(encoded.labels)
+        n_lab = trained_positions(labels[: self.max_text_length])
+        if not n_lab:
+            return Refused(NO_LABEL, f"nothing to train: no answer within the first {self.max_text_length} positions")
+        words = word_count(turns)
+        identity = hashlib.blake2b(
+            "\0".join(f"{turn.role}\0{turn.text}" for turn in turns).encode("utf-8", "surrogatepass"), digest_size=8
+        ).digest()
+        return CheckedText(
+            words=words if has_image else -words,
+            n_tok=len(kept),
+            n_lab=n_lab,
+            full_tok=len(encoded.input_ids),
+            full_lab=trained_positions(labels),
+            identity=int.from_bytes(identity, "little"),
+        )
+
+
+def check_image(found: FoundImage, *, keep_bytes: bool) -> CheckedImage | Refused:
+    """Decode an image once."""
+    data = found.data
+    try:
+        header = inspect(data)
+    except DataError as error:
+        is_oversized = isinstance(error, OversizedImage) or isinstance(error.__cause__, Image.DecompressionBombError)
+        return Refused(OVERSIZED if is_oversized else CORRUPT, str(error))
+    return CheckedImage(
+        data=data if keep_bytes else b"",
+        length=len(data),
+        crc32=zlib.crc32(data),
+        header=header,
+        archive=found.archive,
+        offset=found.offset,
+    )
+
+
+def examine_all(
+    examine: Callable[[Item], Verdict], items: Iterable[Item], *, workers: int
+) -> Iterator[tuple[Item, Verdict]]:
+    """Each item with its verdict, in order; `workers` processes, 0: this one. Items are taken from their iterator only a little ahead."""
+    under_way: deque[tuple[Item, ...]] = deque()
+    iterator = iter(items)
+
+    def chunks() -> Iterator[tuple[Item, ...]]:
+        while chunk := tuple(islice(iterator, CHUNK)):
+            under_way.append(chunk)
+            yield chunk
+
+    for verdicts in ordered_map(_Each(examine), chunks(), num_workers=workers, prefetch=AHEAD):
+        yield from zip(under_way.popleft(), verdicts)
+
+
+@dataclass(frozen=True)
+class _Each:
+    """A function, made to work on a chunk."""
+
+    function: Callable[[object], object]
+
+    def __call__(self, chunk: tuple[object, ...]) -> list[object]:
+        return [self.function(item) for item in chunk]

@@ -1,0 +1,399 @@
+"""Annotations and images to a prepared data set: every record is checked once, here, so that training can trust what it reads.
+
+Good records become shards, index and dataset.json, published together by a rename; bad ones are named in rejected.jsonl. A killed preparation
+goes on where its last finished shard ends, and ends with the same bytes. The checks are in validate.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from megatron_share4v.data.prepare.annotations import Annotations, Entry, source_of
+from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
+from megatron_share4v.data.prepare.image_files import ImageFiles, find_archives, scan_images
+from megatron_share4v.data.prepare.resume import NO_PATH, PATH_BYTES, REJECTED, Journal
+from megatron_share4v.data.prepare.validate import Accepted, Examine, Refused, examine_all
+from megatron_share4v.data.store.index import IN_PLACE, ROW, VERSION, DatasetInfo, ShardFile, SourceCount, write_index
+from megatron_share4v.data.store.shards import Member, ShardWriter
+from megatron_share4v.errors import DataError
+from megatron_share4v.log import get_logger
+from megatron_share4v.text.template import get_template
+from megatron_share4v.text.tokenizer import Tokenizer
+
+PROGRESS_EVERY_S = 5.0
+MAX_KEY_LENGTH = 64
+DUPLICATES = "duplicates.jsonl"
+ARCHIVES = "archives"
+FIRST_ARCHIVE = 1 << 15  # archives used in place get shard numbers from here on, until the number of shards is known
+
+Judge = Callable[[tuple[Entry, bool]], Accepted | Refused]
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to prepare. max_text_length: positions kept per sample, an image counted as one. workers 0: in this process.
+
+    in_place: leave the images where they are. repeat_images: store an image with each of its samples, for readers that know nothing of our
+    index; else once. restart: forget an unfinished preparation.
+    """
+
+    annotations: Path
+    images: Path
+    output: Path
+    tokenizer: Path
+    template: str = "vicuna_v1"
+    max_text_length: int = 2048
+    samples_per_shard: int = 10_000
+    max_rejected_fraction: float = 0.05
+    workers: int = 0
+    in_place: bool = False
+    repeat_images: bool = False
+    overwrite: bool = False
+    restart: bool = False
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What was written. images: samples with one. rejected: how many records were refused, by kind of reason."""
+
+    output: Path
+    samples: int
+    images: int
+    shards: int
+    rejected: dict[str, int]
+    duplicates: Duplicates
+
+    def __str__(self) -> str:
+        refused = (
+            f"{sum(self.rejected.values())} records rejected ({_by_kind(self.rejected)}; see {REJECTED})"
+            if self.rejected
+            else "no record rejected"
+        )
+        same = str(self.duplicates)
+        repeated = (
+            f"; {same}" + (f" (see {DUPLICATES})" if self.duplicates.records or self.duplicates.images else "")
+            if same
+            else ""
+        )
+        return f"{self.output}: {self.samples} samples ({self.images} with an image) in {self.shards} shards; {refused}{repeated}"
+
+
+def prepare(options: PrepareOptions, *, judge: Judge | None = None) -> PrepareSummary:
+    """Write the data set, going on with an unfinished one. judge: another judgement than Examine's, to measure the rest.
+
+    Raises DataError (ConfigError for an unknown template) when there is nothing to prepare, when the output is in the way, or when more than
+    `max_rejected_fraction` of the records are bad; their list is kept in that case.
+    """
+    tokenizer, template = Tokenizer(options.tokenizer), get_template(options.template)
+    if not options.images.is_dir():
+        raise DataError(
+            f"images {options.images}: not a folder; give the folder that the records' 'image' paths are relative to"
+        )
+    if (
+        options.output.exists()
+        and (not options.output.is_dir() or any(options.output.iterdir()))
+        and not options.overwrite
+    ):
+        raise DataError(
+            f"output {options.output}: exists and is not empty; choose another directory or pass --overwrite"
+        )
+    annotations = Annotations(options.annotations)
+    staging = options.output.parent / f".{options.output.name}.partial"
+    journal = Journal.open(
+        staging, identity=_identity(options, annotations, tokenizer, template.name), restart=options.restart
+    )
+    try:
+        images = scan_images(options.images, table=staging / ARCHIVES, in_place=options.in_place)
+        examine = Examine(images, tokenizer, template, options.max_text_length, keep_bytes=not options.in_place)
+        writer = _Writer(
+            journal,
+            samples_per_shard=options.samples_per_shard,
+            in_place=options.in_place,
+            repeat_images=options.repeat_images,
+        )
+        _write_samples(annotations, judge or examine, writer, workers=options.workers)
+        _refuse_too_many(journal, options=options)
+        summary = _finish(journal, options=options, tokenizer=tokenizer, template=template.name, images=images)
+    finally:
+        journal.close()
+    _publish(staging, options.output)
+    return summary
+
+
+def _identity(
+    options: PrepareOptions, annotations: Annotations, tokenizer: Tokenizer, template: str
+) -> dict[str, object]:
+    """What an unfinished preparation must have in common with this one to be gone on with."""
+    return {
+        "version": VERSION,
+        "annotations": str(options.annotations.resolve()),
+        "annotations_size": annotations.size,
+        "annotations_changed_ns": options.annotations.stat().st_mtime_ns,
+        "images": str(options.images.resolve()),
+        "tokenizer": tokenizer.fingerprint,
+        "template": template,
+        "max_text_length": options.max_text_length,
+        "samples_per_shard": options.samples_per_shard,
+        "in_place": options.in_place,
+        # Rows that are written say which archive by its number.
+        "archives": [[str(path), path.stat().st_size] for path in find_archives(options.images)]
+        if options.in_place
+        else [],
+        "repeat_images": options.repeat_images,
+    }
+
+
+def _write_samples(annotations: Annotations, examine: Judge, writer: _Writer, *, workers: int) -> None:
+    journal = writer.journal
+    if journal.entries:
+        get_logger().info(f"going on after {journal.entries} records, {len(journal.shards)} finished shards")
+    entries = islice(annotations, journal.entries, None)
+    requests = ((entry, writer.has_image(entry)) for entry in entries)
+    progress = _Progress(annotations, done=journal.entries)
+    for (entry, _), verdict in examine_all(examine, requests, workers=workers):
+        if isinstance(verdict, Refused):
+            writer.reject(entry, verdict)
+        else:
+            writer.accept(entry, verdict)
+        progress.advance(rejected=journal.rejected.total())
+    writer.close()
+    progress.report(rejected=journal.rejected.total())
+
+
+class _Writer:
+    """Puts verdicts, in the order of the annotation file, into shards and journal."""
+
+    def __init__(self, journal: Journal, *, samples_per_shard: int, in_place: bool, repeat_images: bool) -> None:
+        self.journal = journal
+        self._shards = ShardWriter(journal.directory, samples_per_shard=samples_per_shard, first=len(journal.shards))
+        self._in_place, self._repeat_images = in_place, repeat_images
+        self._used_keys = set(journal.keys)
+        self._owners: dict[bytes, int] = {}  # hash of an image's path: the first sample that has it
+        for row, path in enumerate(journal.rows["path"]):
+            self._owners.setdefault(path.tobytes(), row)
+
+    def has_image(self, entry: Entry) -> bool:
+        """The entry's image need not be examined: it is stored already."""
+        path = entry.content.get("image") if isinstance(entry.content, dict) else None
+        return isinstance(path, str) and not self._repeat_images and _path_hash(path) in self._owners
+
+    def accept(self, entry: Entry, sample: Accepted) -> None:
+        """Write one sample. An image that an earlier one has is not stored again: its text names the shard and key where it is."""
+        source, key = source_of(entry.content), self._new_key(sample.id, entry.position)
+        path = _path_hash(sample.image_path) if sample.image_path is not None else NO_PATH
+        owner = self._owners.get(path) if path != NO_PATH and not self._repeat_images else None
+        content = entry.content
+        if owner is not None and not self._in_place:
+            content = content | {
+                "image_in": {
+                    "shard": self._shards.names[self.journal.rows[owner]["shard"]],
+                    "key": self.journal.keys[owner],
+                }
+            }
+        image = sample.image if owner is None else None
+        location = self._shards.write(
+            key,
+            text=json.dumps(content).encode("ascii"),
+            image=image.data if image else b"",
+            extension=image.header.extension if image else "",
+        )
+        if owner is not None:
+            image_place, width, height = self._place_of(owner)
+        else:
+            image_place = self._new_place(sample, location.shard, location.image)
+            width, height = (image.header.width, image.header.height) if image else (0, 0)
+        text, n_img = sample.text, int(sample.image_path is not None)
+        text_place = (location.text.offset, location.text.length, location.text.crc32)
+        counts = (width, height, n_img, text.words, text.n_tok, text.n_lab, 0)
+        if image:
+            self._owners.setdefault(path, len(self.journal.keys))
+        self.journal.add(key, (location.shard, *image_place, *text_place, *counts, text.identity, path))
+        self.journal.sources.update({(source, "samples"): 1, (source, "images"): int(image is not None)})
+        self._advance(entry)
+
+    def reject(self, entry: Entry, verdict: Refused) -> None:
+        """List one refused record."""
+        content = entry.content if isinstance(entry.content, dict) else {}
+        self.journal.reject(
+            {
+                "position": entry.position,
+                "id": content.get("id"),
+                "image": content.get("image"),
+                **dataclasses.asdict(verdict),
+            }
+        )
+        self.journal.sources[source_of(entry.content), "rejected"] += 1
+        self._advance(entry)
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        if not self._shards.is_closed:
+            self._finish_shard()
+
+    def _advance(self, entry: Entry) -> None:
+        self.journal.entries = entry.position + 1
+        if self._shards.is_full:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        self._shards.close()
+        name = self._shards.names[-1]
+        self.journal.commit(ShardFile(name=name, size=(self.journal.directory / name).stat().st_size))
+
+    def _place_of(self, owner: int) -> tuple[tuple[int, ...], int, int]:
+        row = self.journal.rows[owner]
+        place = tuple(int(row[name]) for name in ("image_shard", "image_offset", "image_length", "image_crc32"))
+        return place, int(row["width"]), int(row["height"])
+
+    def _new_place(self, sample: Accepted, shard: int, member: Member) -> tuple[int, int, int, int]:
+        """image_shard, offset, length, crc32 of an image that no earlier sample has."""
+        if sample.image is None or not self._in_place:
+            return shard, member.offset, member.length, member.crc32
+        where = IN_PLACE if sample.image.archive is None else FIRST_ARCHIVE + sample.image.archive
+        return where, sample.image.offset, sample.image.length, sample.image.crc32
+
+    def _new_key(self, record_id: str, position: int) -> str:
+        """The id, made fit for a file name; "~position" tells repeated ids apart (published files do repeat ids)."""
+        key = re.sub(r"[^A-Za-z0-9_-]", "_", record_id)[:MAX_KEY_LENGTH]
+        if not key or key in self._used_keys:
+            key = f"{key}~{position}"
+        self._used_keys.add(key)
+        return key
+
+
+class _Progress:
+    """A line every few seconds: how far, how fast, how long still. The file's bytes say how far: its records are not counted beforehand."""
+
+    def __init__(self, annotations: Annotations, *, done: int) -> None:
+        self._annotations, self._first, self._done = annotations, done, done
+        self._started = self._last = time.monotonic()
+        self._fraction_at_start: float | None = None
+
+    def advance(self, *, rejected: int) -> None:
+        self._done += 1
+        if self._fraction_at_start is None:
+            self._fraction_at_start = self._fraction
+        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
+            self.report(rejected=rejected)
+
+    def report(self, *, rejected: int) -> None:
+        self._last = time.monotonic()
+        seconds = max(self._last - self._started, 1e-9)
+        covered = self._fraction - (self._fraction_at_start or 0.0)
+        left = (
+            f", about {(1 - self._fraction) * seconds / covered:.0f} s left"
+            if covered > 0 and self._fraction < 1
+            else ""
+        )
+        rate = (self._done - self._first) / seconds
+        get_logger().info(
+            f"prepared {self._done} records ({self._fraction:.0%} of the file), {rate:.0f} records/s, {rejected} rejected{left}"
+        )
+
+    @property
+    def _fraction(self) -> float:
+        return self._annotations.bytes_read / max(self._annotations.size, 1)
+
+
+def _refuse_too_many(journal: Journal, *, options: PrepareOptions) -> None:
+    """Raise DataError, keeping the list of the refused, when too many are. What was begun is removed: the records must be judged anew."""
+    total, refused = journal.entries, journal.rejected.total()
+    if not total:
+        journal.close()
+        shutil.rmtree(journal.directory)
+        raise DataError(f"annotations {options.annotations}: holds no records; nothing to prepare")
+    if journal.keys and refused / total <= options.max_rejected_fraction:
+        return
+    kept = options.output.parent / f"{options.output.name}.{REJECTED}"
+    journal.close()
+    os.replace(journal.directory / REJECTED, kept)
+    shutil.rmtree(journal.directory)
+    raise DataError(
+        f"annotations {options.annotations}: {refused} of {total} records are bad ({refused / total:.1%}: {_by_kind(journal.rejected)}), more than "
+        f"--max-rejected-fraction {options.max_rejected_fraction}; nothing was published. Each is named with its reason in {kept}"
+    )
+
+
+def _finish(
+    journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, template: str, images: ImageFiles
+) -> PrepareSummary:
+    """Write index, description and list of duplicates; the directory is complete then."""
+    kept, shards = journal.rows, tuple(journal.shards)
+    rows = np.empty(len(kept), dtype=ROW)
+    for name in ROW.names:
+        rows[name] = kept[name]
+    if options.in_place:
+        is_archive = (rows["image_shard"] >= FIRST_ARCHIVE) & (rows["image_shard"] != IN_PLACE)
+        rows["image_shard"][is_archive] -= FIRST_ARCHIVE - len(shards)
+        archives = [(images.root / name).resolve() for name in images.archives]
+        shards += tuple(ShardFile(name=str(path), size=path.stat().st_size) for path in archives)
+    info = DatasetInfo(
+        samples=len(rows),
+        shards=shards,
+        index_sha256="",
+        keys_sha256="",
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        template=template,
+        max_text_length=options.max_text_length,
+        sources=_source_counts(journal),
+        images_root=str(options.images.resolve()) if options.in_place else None,
+    )
+    write_index(journal.directory, rows=rows, keys=np.array(journal.keys, dtype=np.bytes_), info=info)
+    path = np.frombuffer(kept["path"].tobytes(), dtype="u1").reshape(-1, PATH_BYTES)[:, :8].copy().view("<u8")[:, 0]
+    duplicates = find_duplicates(
+        identity=kept["identity"],
+        path=path,
+        n_img=rows["n_img"],
+        length=rows["image_length"],
+        crc32=rows["image_crc32"],
+    )
+    duplicates.write(journal.directory / DUPLICATES, keys=journal.keys)
+    if (journal.directory / ARCHIVES).is_dir():
+        shutil.rmtree(journal.directory / ARCHIVES)
+    journal.remove()
+    return PrepareSummary(
+        options.output, len(rows), int(rows["n_img"].sum()), len(journal.shards), dict(journal.rejected), duplicates
+    )
+
+
+def _source_counts(journal: Journal) -> dict[str, SourceCount]:
+    names = sorted({name for name, _ in journal.sources})
+    counts = journal.sources
+    return {
+        name: SourceCount(
+            samples=counts[name, "samples"], rejected=counts[name, "rejected"], images=counts[name, "images"]
+        )
+        for name in names
+    }
+
+
+def _by_kind(rejected: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(rejected.items()))
+
+
+def _path_hash(path: str) -> bytes:
+    return hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=PATH_BYTES).digest()
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Rename `staging` to `output`; what was there is removed after the new data set is in place."""
+    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    if output.exists():
+        os.replace(output, old)
+    os.replace(staging, output)
+    if old.is_dir():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.unlink()

@@ -1,0 +1,322 @@
+"""Which samples each optimizer step trains, how they are cut into micro-batches, and how long their sequences are: pure arithmetic.
+
+An item is what fills one sequence: a sample, or a pack of samples. Epochs follow each other without a gap: step k takes items
+[k G, (k + 1) G) of the endless sequence. Every rank computes the plan alike, so all pipeline stages know all shapes and where samples
+begin in a pack, and nothing is communicated. G global batch, M micro-batches of a step, S sequence length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_share4v.data.sampling.blend import Blend, Share, shares_of
+from megatron_share4v.data.sampling.orders import block_order, modality_length_order, random_order, selection
+from megatron_share4v.data.sampling.packing import Packing, Packs, join, pack
+from megatron_share4v.data.store.index import Index
+from megatron_share4v.errors import ConfigError, DataError
+
+ORDERS = ("sequential", "random", "block", "group_by_modality_length")
+PadTo = Literal["step", "micro_batch"]
+Order = Literal["sequential", "random", "block", "group_by_modality_length"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What the order `block` permutes: `size` consecutive items; `window` blocks are shuffled together."""
+
+    size: int = 64
+    window: int = 32
+
+
+@dataclass(frozen=True)
+class StepItems:
+    """What one optimizer step trains, all data-parallel ranks together.
+
+    rows: [n] row numbers of the index, in plan order. lengths: [n] positions of each sample, image slots included, padding not.
+    sequence_length: S of all its micro-batches, or of the longest one. trained_tokens: positions that carry a label.
+    counts: [G] samples of each pack; None when each sample has a sequence of its own. padded: [n] positions with padding, where not all
+    micro-batches have the same S.
+    """
+
+    step: int
+    rows: np.ndarray
+    lengths: np.ndarray
+    sequence_length: int
+    images: int
+    trained_tokens: int
+    counts: np.ndarray | None = None
+    padded: np.ndarray | None = None
+
+    @property
+    def positions(self) -> int:
+        """What is computed, padding included."""
+        return self.sequence_length * self.sequences if self.padded is None else int(self.padded.sum())
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        return int(self.lengths.sum())
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the step."""
+        return len(self.rows) if self.counts is None else len(self.counts)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one micro-batch, sequence after sequence. segments: positions of the samples of each sequence (see Batch); None: one each."""
+
+    rows: tuple[int, ...]
+    sequence_length: int
+    segments: tuple[tuple[int, ...], ...] | None
+
+
+class Plan:
+    """The sequence of samples of a whole run."""
+
+    def __init__(
+        self,
+        index: Index | Blend,
+        *,
+        order: Order,
+        group_size: int | None,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        tokens_per_image: int,
+        pad_multiple: int,
+        blocks: Blocks = Blocks(),
+        packing: Packing | None = None,
+        pad_to: PadTo = "step",
+    ) -> None:
+        """group_size: samples per group of group_by_modality_length, None for the global batch size; tokens_per_image: positions that one
+        image takes; pad_multiple: S is rounded up to it, unless samples are packed; pad_to: whose longest sample S is. Raises ConfigError for sizes that do not divide, DataError
+        for an empty index and for a sample that is longer than a pack.
+        """
+        if not len(index):
+            raise DataError(f"data set {index.directory}: has no samples; nothing can be trained on it")
+        if order not in ORDERS:
+            raise ConfigError(f"data.order {order!r}: expected one of {', '.join(ORDERS)}")
+        if packing and order == "group_by_modality_length":
+            raise ConfigError(
+                "data.order group_by_modality_length groups samples of one length, which packing makes pointless; use order random"
+            )
+        if global_batch_size % micro_batch_size:
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size {micro_batch_size}"
+            )
+        group_size = group_size or global_batch_size
+        if group_size % micro_batch_size:
+            raise ConfigError(
+                f"data.group_size {group_size} is not a multiple of train.micro_batch_size {micro_batch_size}"
+            )
+        self.order, self.seed, self.group_size, self.blocks, self.packing = order, seed, group_size, blocks, packing
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.tokens_per_image, self.pad_multiple = tokens_per_image, pad_multiple
+        self._own_lengths = pad_to == "micro_batch" and packing is None
+        self.index = index
+        self._rows = index.rows
+        self._samples = shares_of(index)
+        self._packs = self._make_packs() if packing else None
+        self._items = _item_shares(self._samples, self._packs)
+        self._takes = [max(1, round(share.count * share.epochs)) for share in self._items]
+        self._epochs: dict[int, np.ndarray] = {}
+        self._consumed_before = [np.zeros(len(self._items), dtype=np.int64)]
+
+    @property
+    def spec(self) -> dict[str, str | int | float]:
+        """Everything that decides the sequence of samples, for a checkpoint to compare.
+
+        The global batch size is left out: it only says how far one step goes along the sequence.
+        """
+        spec: dict[str, str | int | float] = {
+            "version": 1,
+            "index": self.index.fingerprint,
+            "order": self.order,
+            "seed": self.seed,
+        }
+        if self.order == "group_by_modality_length":
+            spec |= {"group_size": self.group_size, "micro_batch_size": self.micro_batch_size}
+        if self.order == "block":
+            spec |= {"block_size": self.blocks.size, "block_window": self.blocks.window}
+        if self.packing:
+            spec |= {
+                "pack_length": self.packing.length,
+                "pack_window": self.packing.window,
+                "tokens_per_image": self.tokens_per_image,
+            }
+        return spec
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of `spec`: equal fingerprints, equal data."""
+        return hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def epoch_items(self) -> int:
+        """Items of every epoch: the samples, unless samples are packed or blended."""
+        return sum(self._takes)
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions of all packs that hold samples; 1 when samples are not packed."""
+        return (
+            float(self._positions(self._rows).sum() / (len(self._packs) * self.packing.length)) if self._packs else 1.0
+        )
+
+    def epoch(self, number: int) -> np.ndarray:
+        """[epoch_items] int64: the items of epoch `number` in order; row numbers, or pack numbers when samples are packed."""
+        if number not in self._epochs:
+            if len(self._epochs) > 1:
+                # A step reaches into two epochs at most, unless the data set is tiny.
+                self._epochs.pop(min(self._epochs))
+            self._epochs[number] = self._make_epoch(number)
+        return self._epochs[number]
+
+    def rows_of(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The row numbers of `items` one after the other, and how many each item has."""
+        return self._packs.rows_of(items) if self._packs else (items, np.ones(len(items), dtype=np.int64))
+
+    def step(self, step: int) -> StepItems:
+        """The samples of optimizer step `step`, counted from 0."""
+        rows, counts = self.rows_of(self._slice(step * self.global_batch_size, (step + 1) * self.global_batch_size))
+        entries = self._rows[rows]
+        positions = self._positions(entries)
+        return StepItems(
+            step=step,
+            rows=rows,
+            lengths=positions,
+            sequence_length=self.packing.length if self.packing else self._padded(positions),
+            images=int(entries["n_img"].sum(dtype=np.int64)),
+            trained_tokens=int(entries["n_lab"].sum(dtype=np.int64)),
+            counts=counts if self.packing else None,
+            padded=self._padded_alone(positions) if self._own_lengths else None,
+        )
+
+    def _padded_alone(self, positions: np.ndarray) -> np.ndarray:
+        longest = positions.reshape(-1, self.micro_batch_size).max(axis=1)
+        return np.repeat(-(-longest // self.pad_multiple) * self.pad_multiple, self.micro_batch_size)
+
+    def _padded(self, positions: np.ndarray) -> int:
+        return -(-int(positions.max()) // self.pad_multiple) * self.pad_multiple
+
+    def micro_batches_per_rank(self, *, data_size: int) -> int:
+        """How many micro-batches each of `data_size` data-parallel ranks runs per step. Raises ConfigError when M does not divide."""
+        count = self.global_batch_size // self.micro_batch_size
+        if count % data_size:
+            raise ConfigError(
+                f"train.global_batch_size {self.global_batch_size} is {count} micro-batches of {self.micro_batch_size}, which {data_size} "
+                f"data-parallel ranks cannot share evenly; use a multiple of {self.micro_batch_size * data_size}"
+            )
+        return count // data_size
+
+    def micro_batches(self, items: StepItems, *, data_rank: int, data_size: int) -> list[MicroBatch]:
+        """The micro-batches that data-parallel rank `data_rank` runs, in order.
+
+        The global batch is cut into M micro-batches whatever `data_size` is; rank r runs r, r + data_size, ... of them.
+        """
+        self.micro_batches_per_rank(data_size=data_size)
+        ends = (
+            np.arange(len(items.rows) + 1) if items.counts is None else np.concatenate([[0], np.cumsum(items.counts)])
+        )
+        result = []
+        for first in range(
+            data_rank * self.micro_batch_size, self.global_batch_size, data_size * self.micro_batch_size
+        ):
+            bounds = ends[first : first + self.micro_batch_size + 1].tolist()
+            segments = tuple(tuple(items.lengths[start:end].tolist()) for start, end in itertools.pairwise(bounds))
+            rows = tuple(items.rows[bounds[0] : bounds[-1]].tolist())
+            length = self._padded(items.lengths[bounds[0] : bounds[-1]]) if self._own_lengths else items.sequence_length
+            result.append(MicroBatch(rows=rows, sequence_length=length, segments=segments if self.packing else None))
+        return result
+
+    def consumed(self, steps: int) -> dict[str, int]:
+        """Samples seen in the first `steps` steps, by source."""
+        epoch, offset = divmod(steps * self.global_batch_size, self.epoch_items)
+        while len(self._consumed_before) <= epoch:
+            number = len(self._consumed_before) - 1
+            self._consumed_before.append(self._consumed_before[-1] + self._count(self._visited(number)))
+        counts = self._consumed_before[epoch] + (self._count(self.epoch(epoch)[:offset]) if offset else 0)
+        return {share.name: int(count) for share, count in zip(self._items, counts)}
+
+    def _count(self, items: np.ndarray) -> np.ndarray:
+        """Samples in `items`, by source."""
+        source = np.searchsorted([share.start for share in self._items], items, side="right") - 1
+        weights = np.diff(self._packs.bounds)[items] if self._packs else None
+        return np.bincount(source, weights=weights, minlength=len(self._items)).astype(np.int64)
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        size = self.epoch_items
+        pieces = []
+        while start < stop:
+            epoch, offset = divmod(start, size)
+            pieces.append(self.epoch(epoch)[offset : offset + stop - start])
+            start += len(pieces[-1])
+        return np.concatenate(pieces)
+
+    def _visited(self, epoch: int) -> np.ndarray:
+        """The items of an epoch, source after source."""
+        chosen = [
+            share.start + selection(share.count, take=take, seed=self.seed, epoch=epoch, source=number)
+            for number, (share, take) in enumerate(zip(self._items, self._takes))
+        ]
+        return np.concatenate(chosen)
+
+    def _make_epoch(self, epoch: int) -> np.ndarray:
+        visited = self._visited(epoch)
+        if self.order == "sequential":
+            return visited
+        if self.order == "random":
+            return visited[random_order(len(visited), seed=self.seed, epoch=epoch)]
+        if self.order == "block":
+            size, window = self.blocks.size, self.blocks.window
+            return visited[block_order(len(visited), block_size=size, window=window, seed=self.seed, epoch=epoch)]
+        words = self._rows["words"][visited]
+        group_size, batch_size = self.group_size, self.micro_batch_size
+        offset = epoch * self.epoch_items
+        return visited[
+            modality_length_order(
+                words, group_size=group_size, batch_size=batch_size, seed=self.seed, epoch=epoch, offset=offset
+            )
+        ]
+
+    def _positions(self, entries: np.ndarray) -> np.ndarray:
+        return entries["n_tok"].astype(np.int64) + entries["n_img"].astype(np.int64) * (self.tokens_per_image - 1)
+
+    def _make_packs(self) -> Packs:
+        """Every epoch has the same packs in another order, so an epoch always has as many items and any step is found at once. Each source is
+        packed by itself; packs of neighbouring rows keep what the orders `block` and `sequential` are for.
+        """
+        lengths = self._positions(self._rows)
+        longest = int(lengths.argmax())
+        if lengths[longest] > self.packing.length:
+            raise DataError(
+                f"sample {self.index.key(longest)} takes {lengths[longest]} positions, more than data.pack_length {self.packing.length}; "
+                "raise data.pack_length, or prepare the data set with a smaller max_text_length"
+            )
+        parts = []
+        for share in self._samples:
+            rows = (
+                random_order(share.count, seed=self.seed, epoch=0) if self.order == "random" else np.arange(share.count)
+            )
+            parts.append(pack(rows, lengths[share.start + rows], self.packing))
+        return join(parts, offsets=[share.start for share in self._samples])
+
+
+def _item_shares(samples: tuple[Share, ...], packs: Packs | None) -> tuple[Share, ...]:
+    """The shares counted in items."""
+    if packs is None:
+        return samples
+    starts = np.searchsorted(packs.bounds, [share.start for share in samples]).tolist()
+    ends = [*starts[1:], len(packs)]
+    return tuple(
+        Share(name=share.name, start=start, count=end - start, epochs=share.epochs)
+        for share, start, end in zip(samples, starts, ends)
+    )

@@ -1,0 +1,214 @@
+"""The index of a prepared data set: one fixed-size row per sample (`index.npy`), its key (`keys.npy`), and `dataset.json`.
+
+Both arrays are memory-mapped, so every process of a machine shares them. Rows are in the order of the annotation file.
+What a row refers to is read by sample_reader.py; the order of training is made by sampler.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_share4v.data.store.shards import REMEDY
+from megatron_share4v.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_share4v.text.tokenizer import Tokenizer
+
+VERSION = 2
+IN_PLACE = 0xFFFF  # as image_shard: the image is a file of its own, at the record's path below `images_root`
+
+ROW = np.dtype(
+    [
+        ("shard", "<u2"),  # of the text
+        (
+            "image_shard",
+            "<u2",
+        ),  # another one than `shard` where samples share an image; IN_PLACE for a file outside the shards
+        ("image_offset", "<u8"),
+        ("image_length", "<u4"),
+        ("image_crc32", "<u4"),
+        ("text_offset", "<u8"),
+        ("text_length", "<u4"),
+        ("text_crc32", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("n_img", "u1"),  # images of the sample: 0 or 1
+        ("words", "<i4"),  # whitespace words of all turns; negative for text only (LLaVA's signed modality length)
+        ("n_tok", "<u4"),  # text positions after truncation, an image counted as one
+        ("n_lab", "<u4"),  # positions whose next token is trained
+        ("flags", "u1"),  # none yet
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard's file name and size in bytes; an absolute path for an archive of images that is used where it lies."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class SourceCount:
+    """How many records of one source (first folder of the image path) are in the data set, how many were refused, and how many images the
+    former refer to, each counted once.
+    """
+
+    samples: int
+    rejected: int
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """dataset.json: what belongs to this index, and what it was prepared with."""
+
+    samples: int
+    shards: tuple[ShardFile, ...]
+    index_sha256: str
+    keys_sha256: str
+    tokenizer_fingerprint: str
+    template: str
+    max_text_length: int
+    sources: dict[str, SourceCount]
+    images_root: str | None = None  # folder of the images that were left in place
+    version: int = VERSION
+
+    @staticmethod
+    def from_json(text: str) -> DatasetInfo:
+        """Raises KeyError, TypeError or ValueError when it is not what `to_json` writes."""
+        fields = json.loads(text)
+        shards = tuple(ShardFile(**item) for item in fields.pop("shards"))
+        sources = {name: SourceCount(**item) for name, item in fields.pop("sources").items()}
+        return DatasetInfo(shards=shards, sources=sources, **fields)
+
+    def to_json(self) -> str:
+        """Readable JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+class Index:
+    """Rows, keys and description of one prepared directory. Pickles as its path, so workers map the same files."""
+
+    def __init__(self, *, directory: Path, rows: np.ndarray, keys: np.ndarray, info: DatasetInfo) -> None:
+        """rows: [N] of dtype ROW; keys: [N] fixed-size bytes."""
+        self.directory = directory
+        self.rows = rows
+        self.info = info
+        self._keys = keys
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return _load, (self.directory,)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of index.npy: the identity of the data set."""
+        return self.info.index_sha256
+
+    def key(self, row: int) -> str:
+        """The sample's key, unique in the data set."""
+        return self._keys[row].decode("ascii")
+
+    @staticmethod
+    def open(directory: str | Path) -> Index:
+        """Map the index of `directory` and verify that everything it refers to is there, whole and unchanged in size.
+
+        Raises DataError naming each file that is missing, cut, or of another data set.
+        """
+        index = _load(Path(directory))
+        problems = _file_problems(index.directory, index.info)
+        if problems:
+            raise DataError(f"data set {directory}: " + "; ".join(problems) + f". {REMEDY}")
+        return index
+
+    def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
+        """Raise DataError, naming each difference, unless the data set was prepared with these."""
+        ours = {"tokenizer": tokenizer.fingerprint, "template": template, "max_text_length": max_text_length}
+        theirs = {
+            "tokenizer": self.info.tokenizer_fingerprint,
+            "template": self.info.template,
+            "max_text_length": self.info.max_text_length,
+        }
+        differences = [
+            f"{name} is {_brief(ours[name])}, prepared with {_brief(theirs[name])}"
+            for name in ours
+            if ours[name] != theirs[name]
+        ]
+        if differences:
+            raise DataError(
+                f"data set {self.directory} does not belong to this run: "
+                + "; ".join(differences)
+                + ". Set the run's data section to what "
+                "the data set was prepared with, or run tools/prepare_data.py again with the new values"
+            )
+
+
+def write_index(directory: Path, *, rows: np.ndarray, keys: np.ndarray, info: DatasetInfo) -> None:
+    """Write index.npy, keys.npy and dataset.json; the two sha256 of `info` are filled in here."""
+    np.save(directory / "index.npy", rows)
+    np.save(directory / "keys.npy", keys)
+    info = dataclasses.replace(
+        info, index_sha256=_sha256(directory / "index.npy"), keys_sha256=_sha256(directory / "keys.npy")
+    )
+    (directory / "dataset.json").write_text(info.to_json(), encoding="utf-8")
+
+
+def _load(directory: Path) -> Index:
+    path = directory / "dataset.json"
+    try:
+        info = DatasetInfo.from_json(path.read_text(encoding="utf-8"))
+        rows = np.load(directory / "index.npy", mmap_mode="r")
+        keys = np.load(directory / "keys.npy", mmap_mode="r")
+    except OSError as error:
+        raise DataError(
+            f"data set {directory}: {error}; give a directory that tools/prepare_data.py has written"
+        ) from error
+    except (KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
+        raise DataError(
+            f"data set {directory}: dataset.json, index.npy or keys.npy is damaged ({error}); {REMEDY}"
+        ) from error
+    if info.version != VERSION or rows.dtype != ROW:
+        raise DataError(
+            f"data set {directory}: format version {info.version}, this program reads {VERSION}; run tools/prepare_data.py again"
+        )
+    if not len(rows) == len(keys) == info.samples:
+        raise DataError(
+            f"data set {directory}: {len(rows)} index rows, {len(keys)} keys, dataset.json says {info.samples}; {REMEDY}"
+        )
+    return Index(directory=directory, rows=rows, keys=keys, info=info)
+
+
+def _file_problems(directory: Path, info: DatasetInfo) -> list[str]:
+    problems = []
+    if info.images_root and not Path(info.images_root).is_dir():
+        problems.append(f"the images were left in place and their folder {info.images_root} is missing")
+    for shard in info.shards:
+        path = directory / shard.name
+        if not path.is_file():
+            problems.append(f"{shard.name} is missing")
+        elif path.stat().st_size != shard.size:
+            problems.append(f"{shard.name} has {path.stat().st_size} bytes instead of {shard.size}")
+    for name, expected in (("index.npy", info.index_sha256), ("keys.npy", info.keys_sha256)):
+        if _sha256(directory / name) != expected:
+            problems.append(f"{name} is not the one that dataset.json names (sha256 differs)")
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _brief(value: object) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,0 +1,159 @@
+"""Pixels: bit-equal to LLaVA's padding followed by Hugging Face's CLIPImageProcessorPil; damaged and absurd files are refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from megatron_share4v.data.images.pil_decoder import decode, inspect
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_size, normalise
+from megatron_share4v.errors import DataError
+
+SIZES = [(64, 48), (37, 91), (91, 37), (55, 55), (28, 28), (13, 14), (200, 31), (1, 3)]
+MODES = [
+    ("RGB", "JPEG"),
+    ("L", "JPEG"),
+    ("CMYK", "JPEG"),
+    ("RGBA", "PNG"),
+    ("P", "PNG"),
+    ("LA", "PNG"),
+    ("1", "PNG"),
+    ("RGB", "WEBP"),
+]
+MODES += [("RGB", "BMP"), ("P", "GIF"), ("L", "TIFF")]
+
+
+def _reference(data: bytes, *, size: int, aspect_ratio: str) -> torch.Tensor:
+    """What the official code feeds to the tower."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if aspect_ratio == "pad":
+        width, height = image.size
+        side = max(width, height)
+        square = Image.new("RGB", (side, side), PAD_COLOUR)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = square
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return torch.as_tensor(np.asarray(processor(image)["pixel_values"]))
+
+
+def _ours(data: bytes, *, size: int, aspect_ratio: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    pixels = decode(data, ImagePolicy(image_size=size, aspect_ratio=aspect_ratio))
+    assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
+    return normalise(torch.tensor(pixels)[None], dtype=dtype)
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("size", [28, 45])
+def test_bit_equal_to_the_reference_at_odd_sizes(picture, aspect_ratio: str, size: int):
+    for number, image_size in enumerate(SIZES):
+        data = picture(number, size=image_size)
+        assert torch.equal(
+            _ours(data, size=size, aspect_ratio=aspect_ratio), _reference(data, size=size, aspect_ratio=aspect_ratio)
+        ), image_size
+
+
+@pytest.mark.parametrize("mode, format", MODES)
+def test_bit_equal_to_the_reference_for_many_formats(picture, mode: str, format: str):
+    data = picture(3, mode=mode, size=(61, 40), format=format)
+    for aspect_ratio in ("pad", "square"):
+        assert torch.equal(
+            _ours(data, size=28, aspect_ratio=aspect_ratio), _reference(data, size=28, aspect_ratio=aspect_ratio)
+        )
+
+
+def test_bit_equal_at_the_real_size(picture):
+    data = picture(1, size=(640, 427), format="JPEG")
+    assert torch.equal(_ours(data, size=336, aspect_ratio="pad"), _reference(data, size=336, aspect_ratio="pad"))
+
+
+def test_bf16_is_the_rounded_fp32(picture):
+    data = picture(1, size=(50, 60))
+    exact = _ours(data, size=28, aspect_ratio="pad")
+    assert torch.equal(_ours(data, size=28, aspect_ratio="pad", dtype=torch.bfloat16), exact.bfloat16())
+    assert normalise(torch.empty(0, 28, 28, 3, dtype=torch.uint8), dtype=torch.float32).shape == (0, 3, 28, 28)
+
+
+def test_exif_orientation_is_ignored():
+    pixels = np.random.RandomState(0).randint(0, 256, (20, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(plain, "PNG")
+    Image.fromarray(pixels).save(turned, "PNG", exif=exif)
+    policy = ImagePolicy(image_size=28)
+    assert np.array_equal(decode(plain.getvalue(), policy), decode(turned.getvalue(), policy))
+
+
+def test_16_bit_gray_is_scaled_and_not_clipped():
+    values = np.linspace(0, 65535, 28 * 28).astype(np.uint16).reshape(28, 28)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    pixels = decode(buffer.getvalue(), ImagePolicy(image_size=28))
+    assert np.array_equal(pixels[..., 0], np.round(values / 257).astype(np.uint8))
+
+
+def _png_of(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size that its data does not have."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("width, height", [(9000, 9000), (60000, 60000), (5100, 100)])
+def test_absurd_sizes_are_refused_from_the_header(width: int, height: int):
+    with pytest.raises(DataError, match="pixels|Bomb"):
+        decode(_png_of(width, height), ImagePolicy(image_size=28))
+
+
+def test_size_limits():
+    check_size(8000, 8000)
+    check_size(5000, 100)
+    for size in ((8001, 8000), (5001, 100), (0, 5)):
+        with pytest.raises(DataError, match="accepted|times the other"):
+            check_size(*size)
+
+
+def test_damaged_files_are_refused(picture):
+    jpeg, png = picture(2, size=(64, 64), format="JPEG"), picture(2, size=(64, 64))
+    broken_crc = bytearray(png)
+    broken_crc[60] ^= 255
+    for data in (
+        jpeg[: len(jpeg) // 2],
+        jpeg[:-20],
+        jpeg[:30],
+        png[: len(png) // 2],
+        bytes(broken_crc),
+        b"",
+        b"<html></html>",
+        bytes(500),
+    ):
+        with pytest.raises(DataError, match="cannot be (read|decoded)"):
+            inspect(data)
+
+
+def test_32_bit_pixels_are_refused():
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(buffer, "TIFF")
+    with pytest.raises(DataError, match="32 bits per channel"):
+        inspect(buffer.getvalue())
+
+
+def test_formats_that_are_no_photographs_are_refused():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    with pytest.raises(DataError, match="image is in EPS format; accepted are JPEG"):
+        inspect(buffer.getvalue())
+
+
+def test_inspect_tells_size_and_extension(picture):
+    header = inspect(picture(0, size=(30, 20), format="JPEG"))
+    assert (header.width, header.height, header.extension) == (30, 20, "jpg")
+    assert [inspect(picture(0, format=name)).extension for name in ("PNG", "WEBP", "GIF")] == ["png", "webp", "gif"]

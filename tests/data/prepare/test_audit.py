@@ -1,0 +1,258 @@
+"""The doctor: every kind of finding is named, numbers agree with what is counted by hand, exit codes are for a script."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_share4v.data.images.pil_decoder import decode
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.prepare.annotations import Annotations
+from megatron_share4v.data.prepare.audit import FACTS, AnnotatedRecords, Audit, PreparedRecords, audit
+from megatron_share4v.data.prepare.audit_report import Shape, packing, padding, report, sample_lengths
+from megatron_share4v.data.prepare.audit_samples import show_sample
+from megatron_share4v.data.prepare.image_files import ImageFiles
+from megatron_share4v.data.prepare.validate import Examine
+from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
+from megatron_share4v.data.records import Sample, Turn
+from megatron_share4v.data.sampling.orders import modality_length_order, random_order
+from megatron_share4v.data.store.index import Index
+from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.log import get_logger
+from megatron_share4v.text.template import get_template
+from megatron_share4v.text.tokenizer import Tokenizer
+
+TOOL = Path(__file__).parents[3] / "tools" / "doctor.py"
+
+
+@pytest.fixture(scope="module")
+def examine(prepared) -> Examine:
+    images = ImageFiles(prepared.images, archives=(), table=None)
+    return Examine(images, Tokenizer(prepared.tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False)
+
+
+@pytest.fixture
+def bad(prepared, tmp_path: Path, picture) -> Path:
+    """A folder with annotations.json and images: the 24 good records and one of each finding."""
+    shutil.copytree(prepared.images, tmp_path / "images")
+    coco = tmp_path / "images" / "coco"
+    (coco / "half.png").write_bytes(picture(3)[:100])
+    (coco / "strip.png").write_bytes(picture(3, size=(900, 9)))
+    shutil.copy(coco / "1.png", coco / "copy.png")
+    question, answer = {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red circle"}
+    about = lambda image, *turns, id="x": {
+        "id": id,
+        "image": f"coco/{image}.png",
+        "conversations": list(turns or (question, answer)),
+    }
+    text = lambda id, *values: {
+        "id": id,
+        "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)],
+    }
+    records = prepared.records + [
+        about("none", id="a"), about("half", id="b"), about("strip", id="c"),
+        about("0", {"from": "human", "value": "what?"}, answer, id="d"), about("0", question, question, id="e"),
+        text("f", "what " * 600, "red"), text("g", "what?", "red " * 600), text("h", "what is an <image>?", "red"), 5,
+        about("copy", id="i"), about("0", id="j"), about("0", id="k"), text("j", "why?", "so"),
+    ]  # fmt: skip
+    (tmp_path / "annotations.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+WANTED = {
+    "missing image": 1, "corrupt image": 1, "oversized image": 1, "placeholder mismatch": 2, "bad record": 1, "no label": 1, "truncated answer": 1,
+    "placeholder without image": 1, "equal images": 1, "repeated record": 1, "repeated id": 1,
+}  # fmt: skip
+
+
+def _audit(folder: Path, examine: Examine, **named) -> Audit:
+    examine = dataclasses.replace(examine, images=ImageFiles(folder / "images", archives=(), table=None))
+    return audit(AnnotatedRecords(Annotations(folder / "annotations.json"), examine), workers=0, **named)
+
+
+def test_every_kind_is_found(bad: Path, examine: Examine):
+    found = []
+    result = _audit(bad, examine, on_finding=found.append)
+    assert dict(result.counts) == WANTED, found
+    assert (result.records, len(result.facts)) == (37, 30)
+    by_kind = {finding.kind: finding for finding in found}
+    assert by_kind["truncated answer"].where == "annotations.json, record 30 (id 'g')"
+    assert "trained positions are cut away" in by_kind["truncated answer"].reason
+    assert by_kind["equal images"].reason.endswith("as record 1") and by_kind["repeated record"].where == "record 35"
+    assert by_kind["repeated id"].where == "record 36"
+    assert result.duplicates.shared == 2
+    assert [finding.kind for finding in result.examples["placeholder mismatch"]] == ["placeholder mismatch"] * 2
+    assert len(_audit(bad, examine, examples=1).examples["placeholder mismatch"]) == 1
+
+
+def test_numbers_agree_with_the_index(prepared, examine: Examine):
+    records = AnnotatedRecords(Annotations(prepared.annotations), examine)
+    result = audit(records, workers=2)
+    rows = prepared.index.rows
+    assert not result.counts
+    for name in ("n_tok", "n_lab", "words", "n_img", "width", "height"):
+        assert np.array_equal(result.facts[name], rows[name])
+    assert sample_lengths(result, Shape(tokens_per_image=10))[0] == rows[0]["n_tok"] + 9
+
+
+def test_a_prepared_data_set_is_verified(prepared, examine: Examine, tmp_path: Path):
+    copy = Path(shutil.copytree(prepared.directory, tmp_path / "copy"))
+    clean = audit(PreparedRecords(SampleStore(Index.open(copy)), examine), workers=0)
+    assert (clean.records, len(clean.facts), dict(clean.counts)) == (24, 24, {})
+    index = Index.open(copy)
+    path = copy / "shard-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[int(index.rows[6]["image_offset"]) + 30] ^= 1
+    path.write_bytes(data)
+    shorter = dataclasses.replace(examine, max_text_length=int(index.rows[0]["n_tok"]) - 1)
+    damaged = audit(PreparedRecords(SampleStore(index), shorter), workers=0)
+    [finding] = damaged.examples["damaged sample"]
+    assert finding.where == "shard-000001.tar:img_6" and "crc32 is" in finding.reason
+    assert damaged.counts["outdated index"] > 0 and "n_tok is" in damaged.examples["outdated index"][0].reason
+
+
+def _lengths(lengths: list[int], *, images: int = 0) -> Audit:
+    facts = np.zeros(len(lengths), dtype=FACTS)
+    facts["n_tok"] = facts["full_tok"] = lengths
+    facts["n_lab"] = facts["full_lab"] = 1
+    facts["words"] = lengths
+    facts["n_img"][:images] = 1
+    return Audit(records=len(lengths), facts=facts, sources=["x"])
+
+
+def test_padding_and_packing_are_what_a_hand_counts():
+    result = _lengths([8, 16] * 8)
+    shape = Shape(tokens_per_image=1, micro_batch_size=2, global_batch_size=4, pad_multiple=8, pack_length=24)
+    for found in padding(result, shape):
+        order = modality_length_order(result.facts["words"], group_size=4, batch_size=2, seed=0, epoch=0)
+        order = order if found.order == "group_by_modality_length" else random_order(16, seed=0, epoch=0)
+        lengths = [(8, 16)[row % 2] for row in order]
+        for share, size in ((found.micro_batch, 2), (found.step, 4)):
+            padded = sum(max(lengths[start : start + size]) * size for start in range(0, 16, size))
+            assert share == pytest.approx(1 - 8 * 24 / padded)
+    packs = packing(result, shape)
+    assert (packs.packs, packs.fill, packs.samples_per_pack, packs.too_long) == (8, 1.0, 2.0, 0)
+    assert packing(result, dataclasses.replace(shape, pack_length=10)).too_long == 8
+    assert padding(result, dataclasses.replace(shape, global_batch_size=32)) == []
+
+
+def test_report_says_it_all(bad: Path, examine: Examine):
+    text = report(
+        _audit(bad, examine), Shape(tokens_per_image=4, global_batch_size=8, pack_length=512), allowed=["repeated id"]
+    )
+    assert text.startswith("37 records, 30 can be trained, 12 findings\n")
+    assert (
+        "1 repeated id (allowed)" in text and "1 missing image\n" in text and "2 samples share another's image" in text
+    )
+    for words in (
+        "source ",
+        "coco ",
+        "text-only ",
+        "longer side in pixels",
+        "padding, micro-batch 8, global batch 8",
+        "packing to 512: ",
+        "1 samples are cut",
+    ):
+        assert words in text
+    assert report(Audit(), Shape()).startswith("0 records, 0 can be trained, 0 findings")
+
+
+def test_a_sample_as_the_model_sees_it(examine: Examine):
+    turns = (Turn("human", "<image>\nwhat is it?"), Turn("gpt", "a red\x1b[2J circle"))
+    sample = Sample(key="k", turns=turns, image=None, has_image=True, shard="s")
+    named = {
+        "tokenizer": examine.tokenizer,
+        "template": examine.template,
+        "max_text_length": 512,
+        "tokens_per_image": 576,
+    }
+    plain = show_sample(sample, colour=False, **named)
+    assert (
+        plain.startswith("--- s:k: ")
+        and "USER: <image: 576 positions> \nwhat is it? ASSISTANT:[[ a red\\x1b[2J circle</s>]]" in plain
+    )
+    assert "\033[1;32m a red\\x1b[2J circle</s>\033[0m" in show_sample(sample, colour=True, **named)
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[[list[object]], int]]:
+    """The tool's `main`; the logging that it sets up is undone."""
+    logger = get_logger()
+    before = logger.level, logger.propagate
+    main = runpy.run_path(str(TOOL))["main"]
+    yield lambda arguments: main([str(argument) for argument in arguments])
+    logger.level, logger.propagate = before
+    logger.handlers.clear()
+
+
+def test_the_command(bad: Path, prepared, command, capsys):
+    annotated = [
+        "data",
+        "--annotations",
+        bad / "annotations.json",
+        "--images",
+        bad / "images",
+        "--tokenizer",
+        prepared.tokenizer_path,
+    ]
+    shape = [
+        "--max-text-length",
+        512,
+        "--workers",
+        0,
+        "--image-size",
+        28,
+        "--tokens-per-image",
+        4,
+        "--show",
+        8,
+        "--out",
+        bad / "out",
+    ]
+    assert command([*annotated, *shape]) == 1
+    out = capsys.readouterr().out
+    assert out.count("--- ") == 8 and "[[" in out and "37 records" in out
+    assert len((bad / "out" / "findings.jsonl").read_text().splitlines()) == sum(WANTED.values())
+    assert (bad / "out" / "report.txt").read_text() in out
+    assert Image.open(bad / "out" / "lengths.png").size == (900, 420)
+    for path in (bad / "out").glob("sample-*.png"):
+        number = int(path.stem.split("-")[1])
+        records = json.loads((bad / "annotations.json").read_text())
+        wanted = decode((bad / "images" / records[number]["image"]).read_bytes(), ImagePolicy(image_size=28))
+        assert np.array_equal(np.asarray(Image.open(path)), wanted)
+    allowed = [text for kind in WANTED for text in ("--allow", kind)]
+    assert command([*annotated, *shape, *allowed]) == 0
+
+
+def test_the_command_on_a_prepared_directory(prepared, tmp_path: Path, command, capsys):
+    arguments = ["data", prepared.directory, "--tokenizer", prepared.tokenizer_path, "--workers", 0, "--out", tmp_path]
+    assert command(arguments) == 0
+    assert "24 records, 24 can be trained, 0 findings" in capsys.readouterr().out
+    assert command([*arguments, "--template", "plain"]) == 2
+    assert "template is plain, prepared with vicuna_v1" in capsys.readouterr().err
+    assert command(["data", tmp_path / "none", *arguments[2:]]) == 2
+    for wrong in (
+        ["data", *arguments[2:]],
+        [*arguments, "--micro-batch-size", 3],
+        [*arguments, "--annotations", "x.json"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command(wrong)
+
+
+def test_prepare_and_doctor_agree(bad: Path, prepared, examine: Examine):
+    options = PrepareOptions(
+        annotations=bad / "annotations.json", images=bad / "images", output=bad / "out", tokenizer=prepared.tokenizer_path, max_text_length=512,
+        max_rejected_fraction=0.5,
+    )  # fmt: skip
+    summary = prepare(options)
+    looked_at = _audit(bad, examine)
+    assert summary.samples == len(looked_at.facts)
+    assert summary.rejected == {kind: count for kind, count in looked_at.counts.items() if kind in summary.rejected}
+    assert sum(summary.rejected.values()) == looked_at.refused.total()

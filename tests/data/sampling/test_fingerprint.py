@@ -1,0 +1,58 @@
+"""What a checkpoint remembers of the data: each change is named, and what changes nothing is not in it."""
+
+import dataclasses
+
+import pytest
+
+from megatron_share4v.data.images.policy import ImagePolicy
+from megatron_share4v.data.sampling.fingerprint import describe_data, differences
+from megatron_share4v.data.sampling.packing import Packing
+from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.text.template import get_template
+
+
+def _plan(index, **changes: object) -> Plan:
+    settings = {
+        "order": "random", "group_size": None, "seed": 11, "global_batch_size": 8, "micro_batch_size": 2, "tokens_per_image": 4, "pad_multiple": 8,
+    }  # fmt: skip
+    return Plan(index, **(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 12}, "seed: was 11, is 12"),
+        (
+            {"order": "block"},
+            "order: was random, is block; block_size: was not set, is 64; block_window: was not set, is 32",
+        ),
+        (
+            {"packing": Packing(160)},
+            "pack_length: was not set, is 160; pack_window: was not set, is 2048; tokens_per_image: was not set, is 4",
+        ),
+        ({"global_batch_size": 16, "micro_batch_size": 1, "pad_multiple": 64}, ""),
+    ],
+)
+def test_order(prepared, encoder, changes, named):
+    saved, now = (describe_data(_plan(prepared.index, **settings), encoder) for settings in ({}, changes))
+    assert "; ".join(differences(saved, now)) == named
+
+
+def test_encoding(prepared, encoder):
+    plan = _plan(prepared.index)
+    saved = describe_data(plan, encoder)
+
+    def named(**changes: object) -> str:
+        return "; ".join(differences(saved, describe_data(plan, dataclasses.replace(encoder, **changes))))
+
+    assert named() == ""
+    assert named(template=get_template("plain")) == "template: was vicuna_v1, is plain"
+    assert named(max_text_length=64) == "max_text_length: was 512, is 64"
+    policy = ImagePolicy(image_size=56, aspect_ratio="square")
+    assert (
+        named(images=policy) == "image policy image_size: was 28, is 56; image policy aspect_ratio: was pad, is square"
+    )
+
+
+def test_long_hashes_are_shown_in_short():
+    assert differences({"index": "a" * 64}, {"index": "b" * 64}) == [f"index: was {'a' * 12}, is {'b' * 12}"]
