@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from megatron_share4v.checkpoint.weight_map import CLIP, LLAVA_HF, SHARE4V, Component, Naming, rows, unused_shapes
+from megatron_share4v.checkpoint.hf.weight_map import CLIP, LLAVA_HF, SHARE4V, Component, Naming, rows, unused_shapes
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 PIECES = 300

@@ -16,8 +16,8 @@ from typing import Any
 TIMEOUT_S = 480
 # torch._dynamo: the first call of any optimizer imports it.
 PRELOAD = [
-    "torch", "torch._dynamo", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.importer",
-    "megatron_share4v.checkpoint.exporter", "megatron_share4v.caption.run", "megatron_share4v.evaluate.runner",
+    "torch", "torch._dynamo", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.hf.importer",
+    "megatron_share4v.checkpoint.hf.exporter", "megatron_share4v.caption.run", "megatron_share4v.evaluate.runner",
 ]  # fmt: skip
 
 

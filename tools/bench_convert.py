@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.hf_write import model_parts, write_index
-from megatron_share4v.checkpoint.lazy import LazyTensor
-from megatron_share4v.checkpoint.parts import write_parts, writing
-from megatron_share4v.checkpoint.weight_map import LLAVA_HF, rows, unused_shapes
+from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, rows, unused_shapes
+from megatron_share4v.checkpoint.hf.writer import model_parts, write_index
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
+from megatron_share4v.checkpoint.resumable_writer import write_parts, writing
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 BLOCK = 1 << 20
@@ -202,9 +202,9 @@ def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -
 
 def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
     """In the child: convert and print what it took."""
-    from megatron_share4v.checkpoint.exporter import export_model
-    from megatron_share4v.checkpoint.hf_source import Request
-    from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+    from megatron_share4v.checkpoint.hf.exporter import export_model
+    from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+    from megatron_share4v.checkpoint.hf.source import Request
 
     baseline, started, cpu = resident(), time.perf_counter(), time.process_time()
     if command == "import":

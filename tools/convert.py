@@ -99,21 +99,21 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def request_of(arguments: argparse.Namespace):
-    from megatron_share4v.checkpoint.hf_source import Request
+    from megatron_share4v.checkpoint.hf.source import Request
 
     options = ("base", "delta", "tower", "projector", "tokenizer", "any_tower")
     return Request(directory=arguments.source, **{name: getattr(arguments, name) for name in options})
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+    from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 
     options = ImportOptions(dtype=arguments.dtype, template=arguments.template, seed=arguments.seed)
     import_model(request_of(arguments), arguments.to, options=options)
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.exporter import export_model
+    from megatron_share4v.checkpoint.hf.exporter import export_model
 
     shard_bytes = int(arguments.shard_gb * 1e9)
     export_model(
@@ -122,7 +122,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.verify import verify as compare
+    from megatron_share4v.checkpoint.hf.verify import verify as compare
 
     # An error leaves without emptying buffers.
     print(compare(request_of(arguments), arguments.checkpoint), flush=True)
@@ -143,13 +143,13 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def average(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.average import average as average_
+    from megatron_share4v.checkpoint.hf.average import average as average_
 
     average_(arguments.sources, arguments.to)
 
 
 def prune(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.keep import prune as prune_
+    from megatron_share4v.checkpoint.retention import prune as prune_
 
     for path in prune_(arguments.directory, keep_last=arguments.keep_last, keep_every_steps=arguments.keep_every_steps):
         print(f"removed {path}")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.exporter import Opened, open_checkpoint
-from megatron_share4v.checkpoint.lazy import FLOAT_NAMES, LazyTensor, hash_components
+from megatron_share4v.checkpoint.hf.exporter import Opened, open_checkpoint
+from megatron_share4v.checkpoint.lazy_tensor import FLOAT_NAMES, LazyTensor, hash_components
 from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
 from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 

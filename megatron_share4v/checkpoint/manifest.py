@@ -68,7 +68,7 @@ class Manifest:
     source: str = ""
     """What conversion or averaging made it from; "": a training run wrote it."""
     weights: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each component's weights (checkpoint/lazy.py) as they are stored. A training run hashes the tower alone: the language model is large."""
+    """SHA-256 of each component's weights (checkpoint/lazy_tensor.py) as they are stored. A training run hashes the tower alone: the language model is large."""
     files: dict[str, StoredFile] = field(default_factory=dict)
 
     @property

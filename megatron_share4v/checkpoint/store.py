@@ -16,15 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.keep import (
-    checkpoint_directories,
-    directory_name,
-    publish,
-    remove_leftovers,
-    set_aside,
-    start_writing,
-)
-from megatron_share4v.checkpoint.lazy import LazyTensor, hash_components
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, hash_components
 from megatron_share4v.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -34,6 +26,14 @@ from megatron_share4v.checkpoint.manifest import (
     flush_directory,
     verify,
     write_manifest,
+)
+from megatron_share4v.checkpoint.retention import (
+    checkpoint_directories,
+    directory_name,
+    publish,
+    remove_leftovers,
+    set_aside,
+    start_writing,
 )
 from megatron_share4v.errors import CheckpointError, Share4VError
 from megatron_share4v.log import get_logger
@@ -78,7 +78,7 @@ def save(
 ) -> Path:
     """Write `directory`/step_<step> and name it in `directory`/latest. Leftovers of a killed save are removed first.
 
-    `config_text` is the run's whole configuration; `companions` are files that are copied in (checkpoint/companions.py). Returns
+    `config_text` is the run's whole configuration; `companions` are files that are copied in (checkpoint/assets.py). Returns
     the new directory. Raises CheckpointError when it cannot be written; what was there before is then untouched.
     """
     return begin_save(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_share4v.checkpoint.hf_read import read_json
+from megatron_share4v.checkpoint.hf.reader import read_json
 from megatron_share4v.data.images.pil_decoder import open_rgb
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.foreign import is_foreign
+from megatron_share4v.checkpoint.hf.auto_import import is_foreign
 from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.config.engine import EngineConfig

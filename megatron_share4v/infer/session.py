@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.companions import tokenizer_of
-from megatron_share4v.checkpoint.foreign import as_checkpoint
-from megatron_share4v.checkpoint.handover import config_of
+from megatron_share4v.checkpoint.assets import tokenizer_of
+from megatron_share4v.checkpoint.compatibility import config_of
+from megatron_share4v.checkpoint.hf.auto_import import as_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.checkpoint.store import load_weights
 from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.changes import changes, check_changes, describe
-from megatron_share4v.checkpoint.companions import keep_companions
-from megatron_share4v.checkpoint.handover import check_start
+from megatron_share4v.checkpoint.assets import keep_companions
+from megatron_share4v.checkpoint.compatibility import check_start
+from megatron_share4v.checkpoint.config_diff import changes, check_changes, describe
 from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate, read_start
 from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.run import RunConfig

@@ -6,7 +6,7 @@ started again comes to the same weights.
 
 from __future__ import annotations
 
-from megatron_share4v.checkpoint.keep import checkpoint_directories, is_whole, set_aside
+from megatron_share4v.checkpoint.retention import checkpoint_directories, is_whole, set_aside
 from megatron_share4v.checkpoint.store import load, on_first_rank
 from megatron_share4v.data.skip_steps import add_skips
 from megatron_share4v.errors import TrainingError

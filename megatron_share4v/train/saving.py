@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.companions import FOLDER, companions_of
-from megatron_share4v.checkpoint.keep import remove_old
+from megatron_share4v.checkpoint.assets import FOLDER, companions_of
+from megatron_share4v.checkpoint.retention import remove_old
 from megatron_share4v.checkpoint.store import Completion, RunState, begin_save
 from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.fingerprint import describe_data

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.checkpoint.keep import checkpoint_directories
+from megatron_share4v.checkpoint.retention import checkpoint_directories
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.skip_steps import add_skips, read_skips
 from megatron_share4v.errors import ConfigError, Occupied

@@ -17,8 +17,8 @@ from forked import Tool, run_tool
 
 from megatron_share4v.caption.job import JobOptions
 from megatron_share4v.caption.records import Settings
-from megatron_share4v.checkpoint.hf_source import Request
-from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.source import Request
 from megatron_share4v.data.quickstart_scenes import draw_scene, make_scene
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.launch import World

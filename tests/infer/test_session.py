@@ -10,9 +10,9 @@ from asking import ask
 from foreign import write_llava_hf
 from harness import run_world
 
-from megatron_share4v.checkpoint.exporter import export_model
-from megatron_share4v.checkpoint.hf_source import Request
-from megatron_share4v.checkpoint.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.exporter import export_model
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.source import Request
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tolerances import FP32_MODULE
 
-from megatron_share4v.checkpoint.weight_map import CLIP_IN_MEMORY, SHARE4V, to_ours
+from megatron_share4v.checkpoint.hf.weight_map import CLIP_IN_MEMORY, SHARE4V, to_ours
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.data.images.policy import normalise

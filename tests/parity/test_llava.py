@@ -15,7 +15,7 @@ import torch.distributed as dist
 from harness import run_world
 from tolerances import FP32_MODULE
 
-from megatron_share4v.checkpoint.weight_map import LLAVA_IN_MEMORY, to_ours
+from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, to_ours
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import Ops, ParallelConfig
 from megatron_share4v.data.images.policy import normalise

@@ -1,0 +1,1 @@
+"""Hugging Face layouts: the weight map, import, export, verification, adapters."""

@@ -1,0 +1,89 @@
+"""The mean of several checkpoints' weights (Izmailov et al. 2018, arXiv 1803.05407), one tensor at a time; of one checkpoint, its weights alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED
+from megatron_share4v.checkpoint.hf.exporter import Opened, open_checkpoint
+from megatron_share4v.checkpoint.hf.importer import report_weights, write_checkpoint
+from megatron_share4v.checkpoint.hf.vocab import ROWS_OF
+from megatron_share4v.checkpoint.hf.writer import write_file
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, Tensors
+from megatron_share4v.checkpoint.manifest import Manifest, verify
+from megatron_share4v.checkpoint.resumable_writer import writing
+from megatron_share4v.errors import ConversionError
+
+
+def average(checkpoints: Sequence[Path], target: Path) -> Manifest:
+    """Write the checkpoint `target` (weights alone): sums in fp32, in the order given, rounded once to the first one's dtype.
+
+    It has the first one's configuration and the last one's step. Raises ConversionError naming the first tensor that they do not share.
+    """
+    opened = [open_checkpoint(path) for path in checkpoints]
+    for one in opened:
+        verify(one.path, contents=True)
+    first = opened[0]
+    for other in opened[1:]:
+        _check_same(first, other)
+    ours = {name: _mean([one.weights for one in opened], name) for name in first.weights}
+    names = ", ".join(one.path.name for one in opened)
+    files = [[str(one.path.resolve()), *(file.sha256 for file in one.manifest.files.values())] for one in opened]
+    with writing(target, fingerprint=hashlib.sha256(json.dumps(files).encode()).hexdigest()) as place:
+        manifest = write_checkpoint(
+            place,
+            ours,
+            config=first.config,
+            state=opened[-1].manifest.state,
+            source=f"mean of {names}" if len(opened) > 1 else f"weights of {names}",
+            companions=lambda: _write_companions(opened, place.directory),
+        )
+    report_weights(target, manifest)
+    return manifest
+
+
+def _check_same(first: Opened, other: Opened) -> None:
+    for name in [*first.weights, *other.weights]:
+        one, two = (opened.weights.get(name) for opened in (first, other))
+        if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
+            described = [f"{tensor.shape} {tensor.dtype}" if tensor else "not there" for tensor in (one, two)]
+            raise ConversionError(
+                f"{other.path}: cannot be averaged with {first.path}: {name} is {described[1]}, there {described[0]}"
+            )
+
+
+def _mean(checkpoints: Sequence[Tensors], name: str) -> LazyTensor:
+    first = checkpoints[0][name]
+
+    def read() -> torch.Tensor:
+        total = first.read()
+        if len(checkpoints) == 1:
+            return total
+        total = total.float()
+        for tensors in checkpoints[1:]:
+            total += tensors[name].read().float()
+        return (total / len(checkpoints)).to(first.dtype)
+
+    return LazyTensor(first.shape, first.dtype, first.origin, read)
+
+
+def _write_companions(opened: Sequence[Opened], directory: Path) -> None:
+    """The first one's tokenizer, and the mean of what all carry; added rows belong to imports, so they go when one was trained."""
+    if opened[0].tokenizer.is_file():
+        shutil.copyfile(opened[0].tokenizer, directory / TOKENIZER)
+    carried = [one.unused for one in opened]
+    shared = [
+        name
+        for name, tensor in carried[0].items()
+        if all(name in other and other[name].shape == tensor.shape for other in carried)
+    ]
+    if any(one.manifest.state.step for one in opened):
+        shared = [name for name in shared if name not in ROWS_OF.values()]
+    if shared:
+        write_file(directory / UNUSED, {name: _mean(carried, name) for name in shared})

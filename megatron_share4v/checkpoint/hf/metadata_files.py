@@ -1,0 +1,256 @@
+"""Everything of a Hugging Face directory but the weights: configuration, image processor, tokenizer, chat template.
+
+Two layouts: llava-hf (transformers' LlavaForConditionalGeneration, vLLM) and share4v (the official ShareGPT4V and LLaVA code). All keys are written
+by hand, in the spelling that both old and new readers know.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_share4v.checkpoint.hf.chat_template import chat_template
+from megatron_share4v.checkpoint.hf.tokenizer import (
+    NEW_TOKENS,
+    PAD,
+    ExportedTokenizer,
+    legacy_tokenizer_config,
+    read_tokenizer,
+    special_tokens_map,
+)
+from megatron_share4v.checkpoint.lazy_tensor import FLOATS
+from megatron_share4v.config.model import ModelConfig, VisionConfig
+from megatron_share4v.data.images.policy import CLIP_MEAN, CLIP_STD
+from megatron_share4v.errors import ConversionError
+from megatron_share4v.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template
+
+_ROW_MULTIPLE = 64
+_BICUBIC = 3  # PIL.Image.Resampling
+_CLASS_TOKENS = 1
+_IMAGE_POLICIES = ("pad", "square")
+
+
+def llava_vocab_rows(model: ModelConfig) -> int:
+    """Rows of embedding and head in llava-hf: the vocabulary, <image> and <pad>, rounded up to a multiple of 64."""
+    return -(-(model.language.vocab_size + len(NEW_TOKENS)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def write_llava_hf_files(
+    directory: Path, *, model: ModelConfig, tokenizer: Path, template: str, image_aspect_ratio: str, dtype: str
+) -> None:
+    """All files of a llava-hf model but the weights, into `directory`, which is made.
+
+    tokenizer: the sentencepiece file. template: of the conversations that the model is to be asked in. dtype: of the weights, "fp32", "bf16" or
+    "fp16". Raises ConversionError when the layout cannot say this model, tokenizer or template; DataError when the tokenizer cannot be read.
+    """
+    _check_image_policy(image_aspect_ratio)
+    if model.projector.type != "mlp2x_gelu":
+        raise ConversionError(
+            f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; use the layout share4v"
+        )
+    tokens = read_tokenizer(tokenizer, vocab_size=model.language.vocab_size)
+    chat = chat_template(get_template(template))
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(
+        directory / "config.json", _llava_config(model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
+    )
+    _write_json(directory / "generation_config.json", _generation_config(tokens.model, pad_id=tokens.pad_id))
+    image = _image_processor(model.vision, "LlavaImageProcessor")
+    _write_json(
+        directory / "preprocessor_config.json",
+        {**image, "do_pad": image_aspect_ratio == "pad", "processor_class": "LlavaProcessor"},
+    )
+    _write_json(directory / "processor_config.json", _processor_config(model.vision))
+    _write_json(directory / "tokenizer.json", tokens.tokenizer_json())
+    shutil.copyfile(tokenizer, directory / "tokenizer.model")
+    _write_json(
+        directory / "tokenizer_config.json", tokens.tokenizer_config(max_length=model.language.max_position_embeddings)
+    )
+    _write_json(
+        directory / "special_tokens_map.json",
+        {**special_tokens_map(tokens.model, pad=PAD), "image_token": IMAGE_PLACEHOLDER},
+    )
+    (directory / "chat_template.jinja").write_text(chat, encoding="utf-8")
+    _write_json(directory / "chat_template.json", {"chat_template": chat})
+
+
+def write_share4v_files(
+    directory: Path, *, model: ModelConfig, tokenizer: Path, tower_path: str, image_aspect_ratio: str, dtype: str
+) -> None:
+    """All files of an official ShareGPT4V model but the weights, into `directory`, which is made (the config.json of ShareGPT4V-7B).
+
+    tower_path: what config.json names as `mm_vision_tower`, as it is; the tower's own files go to the folder of its last name inside `directory`.
+    dtype and errors: as for write_llava_hf_files.
+    """
+    _check_image_policy(image_aspect_ratio)
+    folder = directory / Path(tower_path).name
+    if folder == directory:
+        raise ConversionError(
+            f"tower path {tower_path!r} has no name for the folder of the vision tower; write for example clip"
+        )
+    tokens = read_sentencepiece_model(tokenizer)
+    if len(tokens.pieces) > model.language.vocab_size:
+        raise ConversionError(
+            f"tokenizer {tokenizer} has {len(tokens.pieces)} pieces; the vocabulary is too small: model.language.vocab_size is "
+            f"{model.language.vocab_size}. Give the tokenizer.model that the model was trained with"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _share4v_config(model, tokens, tower_path=tower_path, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", _generation_config(tokens, pad_id=tokens.unk_id))
+    shutil.copyfile(tokenizer, directory / "tokenizer.model")
+    _write_json(
+        directory / "tokenizer_config.json",
+        legacy_tokenizer_config(tokens, max_length=model.language.max_position_embeddings),
+    )
+    _write_json(directory / "special_tokens_map.json", special_tokens_map(tokens, pad=tokens.unk))
+    _write_json(
+        folder / "config.json",
+        {"architectures": ["CLIPVisionModel"], **_vision_config(model.vision), "torch_dtype": _torch_name(dtype)},
+    )
+    _write_json(folder / "preprocessor_config.json", _image_processor(model.vision, "CLIPImageProcessor"))
+
+
+def _llava_config(
+    model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect_ratio: str, dtype: str
+) -> dict[str, Any]:
+    text = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": llava_vocab_rows(model)}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": _torch_name(dtype),  # not `dtype`, which old readers do not know
+        # transformers 4 reads the first, some engines the second.
+        "image_token_index": tokens.image_id,
+        "image_token_id": tokens.image_id,
+        "image_seq_length": model.vision.num_patches,
+        "image_aspect_ratio": image_aspect_ratio,
+        "pad_token_id": tokens.pad_id,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": model.vision.feature_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+        "text_config": {**text, **_language_config(model, tokens.model)},
+        "vision_config": _vision_config(model.vision),
+    }
+
+
+def _share4v_config(
+    model: ModelConfig, tokens: SentencePieceModel, *, tower_path: str, image_aspect_ratio: str, dtype: str
+) -> dict[str, Any]:
+    return {
+        "architectures": ["Share4VLlamaForCausalLM"],
+        "model_type": "share4v",
+        "torch_dtype": _torch_name(dtype),
+        "transformers_version": "4.31.0",
+        **_language_config(model, tokens),
+        "vocab_size": model.language.vocab_size,
+        "pad_token_id": tokens.unk_id,
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "image_aspect_ratio": image_aspect_ratio,
+        "image_grid_pinpoints": None,
+        "mm_vision_tower": tower_path,
+        "mm_hidden_size": model.vision.hidden_size,
+        "mm_projector_type": model.projector.type,
+        "mm_vision_select_layer": model.vision.feature_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "use_mm_proj": True,
+        # Training switches of the official code, which reads them again when it goes on from this model.
+        "freeze_mm_mlp_adapter": False,
+        "tune_entire_model": False,
+        "tune_mm_mlp_adapter": False,
+        "tune_vision_tower": False,
+        "mm_projector_lr": None,
+        "vision_tower_lr": None,
+    }
+
+
+def _language_config(model: ModelConfig, tokens: SentencePieceModel) -> dict[str, Any]:
+    language = model.language
+    return {
+        "hidden_size": language.hidden_size,
+        "intermediate_size": language.intermediate_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_attention_heads,
+        "num_key_value_heads": language.num_key_value_heads,
+        "max_position_embeddings": language.max_position_embeddings,
+        "rms_norm_eps": language.rms_norm_eps,
+        # Flat: transformers 5 reads it too, and 4 does not know its `rope_parameters`.
+        "rope_theta": language.rope_theta,
+        "hidden_act": "silu",
+        "initializer_range": model.init_std,
+        "use_cache": True,
+        "bos_token_id": tokens.bos_id,
+        "eos_token_id": tokens.eos_id,
+    }
+
+
+def _vision_config(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 768,  # CLIP's, of an output that is not used
+    }
+
+
+def _generation_config(tokens: SentencePieceModel, *, pad_id: int) -> dict[str, int]:
+    """Ids alone: servers take a temperature written here for their default, and transformers refuses to save one without sampling."""
+    return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": pad_id}
+
+
+def _image_processor(vision: VisionConfig, name: str) -> dict[str, Any]:
+    side = vision.image_size
+    return {
+        "image_processor_type": name,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": _BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+
+
+def _processor_config(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE_PLACEHOLDER,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": _CLASS_TOKENS,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def _torch_name(dtype: str) -> str:
+    assert dtype in FLOATS, f"dtype {dtype!r} is none of {', '.join(FLOATS)}"
+    return str(FLOATS[dtype]).removeprefix("torch.")
+
+
+def _check_image_policy(image_aspect_ratio: str) -> None:
+    if image_aspect_ratio not in _IMAGE_POLICIES:
+        raise ConversionError(
+            f"image_aspect_ratio {image_aspect_ratio!r} cannot be exported; use {' or '.join(_IMAGE_POLICIES)}"
+        )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,311 @@
+"""The weight map: which tensors of a Hugging Face style layout make which global tensor of ours, and which are left out. Import, export and
+verification all read it; nothing here knows files, ranks or checkpoints.
+
+Names and shapes of ours are those of `model.initialize.shards`: global, whatever the parallel layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+
+from megatron_share4v.checkpoint.hf.transforms import InterleaveHeads, PadVocabulary, Same, Stack, Transform
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.errors import ConversionError
+
+Component = Literal["vision", "projector", "language"]
+COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
+# A model of another size differs in hundreds of tensors; the first ones tell why.
+_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """Where a layout keeps the parts of the model: the prefixes of its tensor names. None: the layout has no such part."""
+
+    title: str
+    tower: str | None = None
+    """Before `embeddings.`, `pre_layrnorm.` and `encoder.`"""
+    projector_mlp: tuple[str, str] | None = None
+    """The two linear layers of mlp2x_gelu."""
+    projector_linear: str | None = None
+    decoder: str | None = None
+    """Before `embed_tokens.`, `layers.` and `norm.`"""
+    head: str | None = None
+
+
+LLAVA_HF = Naming(
+    title="llava-hf",
+    tower="vision_tower.vision_model.",
+    projector_mlp=("multi_modal_projector.linear_1.", "multi_modal_projector.linear_2."),
+    decoder="language_model.model.",
+    head="language_model.lm_head.",
+)
+"""Hub files of transformers' LlavaForConditionalGeneration, which vLLM and SGLang read too."""
+
+LLAVA_IN_MEMORY = Naming(
+    title="transformers 5 LlavaForConditionalGeneration",
+    tower="model.vision_tower.",
+    projector_mlp=("model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
+    decoder="model.language_model.",
+    head="lm_head.",
+)
+"""`state_dict()` of the same class in transformers 5."""
+
+SHARE4V = Naming(
+    title="share4v",
+    tower="model.vision_tower.vision_tower.vision_model.",
+    projector_mlp=("model.mm_projector.0.", "model.mm_projector.2."),
+    projector_linear="model.mm_projector.",
+    decoder="model.",
+    head="lm_head.",
+)
+"""Official ShareGPT4V and LLaVA; also a bare LlamaForCausalLM, with components=("language",)."""
+
+CLIP = Naming(title="CLIPVisionModel", tower="vision_model.")
+"""A tower beside its language model, as ShareGPT4V publishes it."""
+
+CLIP_IN_MEMORY = Naming(title="transformers 5 CLIPVisionModel", tower="")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One global tensor of ours, its shape, and the tensors of theirs that it is made of."""
+
+    ours: str
+    shape: tuple[int, ...]
+    theirs: tuple[str, ...]
+    transform: Transform
+
+    def their_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The inverse transform, run on shapes alone."""
+        parts = self.transform.to_theirs(torch.empty(self.shape, device="meta"))
+        return {name: tuple(part.shape) for name, part in zip(self.theirs, parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Names of theirs that have no counterpart, by prefix or, for buffers, by suffix."""
+
+    prefix: str
+    suffix: str
+    reason: str
+    weights: bool = False
+    """They are weights, which an export needs again; otherwise they follow from the configuration."""
+
+    def covers(self, name: str) -> bool:
+        """Whether `name` is dropped."""
+        return name.startswith(self.prefix) and name.endswith(self.suffix)
+
+
+def _with_bias(
+    ours: str, width: int, theirs: Iterable[str], transform: Transform, *, inputs: tuple[int, ...]
+) -> Iterator[Row]:
+    yield Row(f"{ours}.weight", (width, *inputs), tuple(f"{name}.weight" for name in theirs), transform)
+    yield Row(f"{ours}.bias", (width,), tuple(f"{name}.bias" for name in theirs), transform)
+
+
+def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[Row]:
+    vision, same = model.vision, Same()
+    width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    heads = InterleaveHeads(
+        groups=vision.num_attention_heads, queries_per_group=1, head_dim=width // vision.num_attention_heads
+    )
+    yield Row("vision.class_embedding", (width,), (f"{prefix}embeddings.class_embedding",), same)
+    yield Row(
+        "vision.patch_embedding.weight", (width, 3, patch, patch), (f"{prefix}embeddings.patch_embedding.weight",), same
+    )
+    yield Row(
+        "vision.position_embedding",
+        (vision.num_patches + 1, width),
+        (f"{prefix}embeddings.position_embedding.weight",),
+        same,
+    )
+    # CLIP's own spelling.
+    yield from _with_bias("vision.pre_layernorm", width, [f"{prefix}pre_layrnorm"], same, inputs=())
+    for i in range(vision.num_built_layers):
+        ours, theirs = f"vision.layers.{i}", f"{prefix}encoder.layers.{i}"
+        qkv = [f"{theirs}.self_attn.{part}_proj" for part in "qkv"]
+        yield from _with_bias(f"{ours}.input_layernorm", width, [f"{theirs}.layer_norm1"], same, inputs=())
+        yield from _with_bias(f"{ours}.self_attention.linear_qkv", 3 * width, qkv, heads, inputs=(width,))
+        yield from _with_bias(
+            f"{ours}.self_attention.linear_proj", width, [f"{theirs}.self_attn.out_proj"], same, inputs=(width,)
+        )
+        yield from _with_bias(f"{ours}.pre_mlp_layernorm", width, [f"{theirs}.layer_norm2"], same, inputs=())
+        yield from _with_bias(f"{ours}.mlp.linear_fc1", inner, [f"{theirs}.mlp.fc1"], same, inputs=(width,))
+        yield from _with_bias(f"{ours}.mlp.linear_fc2", width, [f"{theirs}.mlp.fc2"], same, inputs=(inner,))
+
+
+def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
+    source, width, same = model.vision.hidden_size, model.language.hidden_size, Same()
+    kind = model.projector.type
+    if kind == "mlp2x_gelu" and naming.projector_mlp is not None:
+        first, second = (prefix.removesuffix(".") for prefix in naming.projector_mlp)
+        yield from _with_bias("projector.mlp.linear_fc1", width, [first], same, inputs=(source,))
+        yield from _with_bias("projector.mlp.linear_fc2", width, [second], same, inputs=(width,))
+    elif kind == "linear" and naming.projector_linear is not None:
+        yield from _with_bias(
+            "projector.linear", width, [naming.projector_linear.removesuffix(".")], same, inputs=(source,)
+        )
+    else:
+        raise ConversionError(
+            f"the layout {naming.title} has no projector of model.projector.type {kind}; use another layout"
+        )
+
+
+def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
+    language, same = model.language, Same()
+    width, inner, groups = language.hidden_size, language.intermediate_size, language.num_key_value_heads
+    heads = InterleaveHeads(
+        groups=groups,
+        queries_per_group=language.num_attention_heads // groups,
+        head_dim=width // language.num_attention_heads,
+    )
+    vocabulary = PadVocabulary(rows=language.vocab_size, padded=language.padded_vocab_size)
+    qkv_rows = groups * (heads.queries_per_group + 2) * heads.head_dim
+    yield Row(
+        "language.embedding.weight", (vocabulary.padded, width), (f"{naming.decoder}embed_tokens.weight",), vocabulary
+    )
+    for i in range(language.num_layers):
+        ours, theirs = f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}"
+        qkv = tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv")
+        gate_up = tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        yield Row(f"{ours}.input_layernorm.weight", (width,), (f"{theirs}.input_layernorm.weight",), same)
+        yield Row(f"{ours}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
+        yield Row(
+            f"{ours}.self_attention.linear_proj.weight", (width, width), (f"{theirs}.self_attn.o_proj.weight",), same
+        )
+        yield Row(f"{ours}.pre_mlp_layernorm.weight", (width,), (f"{theirs}.post_attention_layernorm.weight",), same)
+        yield Row(f"{ours}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, Stack())
+        yield Row(f"{ours}.mlp.linear_fc2.weight", (width, inner), (f"{theirs}.mlp.down_proj.weight",), same)
+    yield Row("language.decoder.final_layernorm.weight", (width,), (f"{naming.decoder}norm.weight",), same)
+    yield Row("language.head.weight", (vocabulary.padded, width), (f"{naming.head}weight",), vocabulary)
+
+
+def rows(model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS) -> Iterator[Row]:
+    """Every global tensor of `components`. ConversionError when `naming` does not have one of them."""
+    for component in components:
+        if component == "projector":
+            yield from _projector_rows(model, naming)
+        elif component == "vision" and naming.tower is not None:
+            yield from _vision_rows(model, naming.tower)
+        elif component == "language" and naming.decoder is not None:
+            yield from _language_rows(model, naming)
+        else:
+            raise ConversionError(f"the layout {naming.title} has no component {component}; use another layout")
+
+
+def drops(model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS) -> Iterator[Drop]:
+    """What of theirs is left out on purpose, and why."""
+    for component in components:
+        if component == "vision" and naming.tower is not None:
+            yield Drop(
+                f"{naming.tower}post_layernorm.",
+                "",
+                "touches the pooled class token alone, which is not used",
+                weights=True,
+            )
+            yield Drop(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
+            for i in range(model.vision.num_built_layers, model.vision.num_layers):
+                reason = "comes after model.vision.feature_layer, so it is never computed"
+                yield Drop(f"{naming.tower}encoder.layers.{i}.", "", reason, weights=True)
+        if component == "language" and naming.decoder is not None:
+            yield Drop(
+                f"{naming.decoder}layers.",
+                "rotary_emb.inv_freq",
+                "a buffer that follows from model.language.rope_theta",
+            )
+
+
+def unused_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tower's weights that `drops` leaves out, by CLIP's own names without prefix: what an export has beyond our weights."""
+    tower = replace(model, vision=replace(model.vision, feature_layer=model.vision.num_layers))
+    built = {name for row in _vision_rows(model, "") for name in row.theirs}
+    unused = {
+        name: shape
+        for row in _vision_rows(tower, "")
+        for name, shape in row.their_shapes().items()
+        if name not in built
+    }
+    width = (model.vision.hidden_size,)
+    return {**unused, "post_layernorm.weight": width, "post_layernorm.bias": width}
+
+
+class Shaped(Protocol):
+    """Whatever has a shape: a tensor, or the description of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+
+def check_theirs(
+    theirs: Mapping[str, Shaped], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> tuple[Row, ...]:
+    """The rows of `components`. Raises ConversionError that names missing, unexpected and wrongly shaped tensors of `theirs`."""
+    components = tuple(components)
+    table = tuple(rows(model, naming=naming, components=components))
+    expected = {name: shape for row in table for name, shape in row.their_shapes().items()}
+    dropped = tuple(drops(model, naming=naming, components=components))
+    extra = [name for name in theirs if name not in expected and not any(drop.covers(name) for drop in dropped)]
+    _check(theirs, expected, extra=extra, where=f"a model of layout {naming.title}")
+    return table
+
+
+def to_ours(
+    theirs: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    *,
+    naming: Naming,
+    components: Iterable[Component] = COMPONENTS,
+) -> dict[str, torch.Tensor]:
+    """Global tensors of `components` by our names. Raises ConversionError as `check_theirs` does."""
+    table = check_theirs(theirs, model, naming=naming, components=components)
+    return {row.ours: row.transform.to_ours([theirs[name] for name in row.theirs]) for row in table}
+
+
+def check_ours(
+    ours: Mapping[str, Shaped], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> tuple[Row, ...]:
+    """The rows of `components`. Raises ConversionError that names missing and wrongly shaped tensors of `ours`; others are not looked at."""
+    table = tuple(rows(model, naming=naming, components=components))
+    _check(ours, {row.ours: row.shape for row in table}, extra=(), where="our own weights")
+    return table
+
+
+def to_theirs(
+    ours: Mapping[str, torch.Tensor],
+    model: ModelConfig,
+    *,
+    naming: Naming,
+    components: Iterable[Component] = COMPONENTS,
+) -> dict[str, torch.Tensor]:
+    """Inverse of `to_ours`, without what `drops` leaves out. Other components of `ours` may be there and are not looked at.
+
+    Raises ConversionError that names missing and wrongly shaped tensors. Results may be views of `ours`.
+    """
+    table = check_ours(ours, model, naming=naming, components=components)
+    return {
+        name: part
+        for row in table
+        for name, part in zip(row.theirs, row.transform.to_theirs(ours[row.ours]), strict=True)
+    }
+
+
+def _check(
+    tensors: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str
+) -> None:
+    problems = [f"missing: {name}, of shape {shape}" for name, shape in expected.items() if name not in tensors]
+    problems += [f"unexpected: {name}, of shape {tuple(tensors[name].shape)}" for name in extra]
+    for name, shape in expected.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            problems.append(
+                f"wrong shape: {name} is {tuple(tensors[name].shape)}; the model configuration asks for {shape}"
+            )
+    if problems:
+        more = [f"... and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        heading = f"these tensors do not make {where}; compare the model configuration with where they come from:"
+        raise ConversionError("\n".join([heading, *problems[:_PROBLEMS_SHOWN], *more]))

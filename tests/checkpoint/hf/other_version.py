@@ -1,0 +1,134 @@
+"""Load exports with another release of transformers than the one that the tests run with, and compare ids, pixels, logits and greedy answers.
+
+Run by hand, from the root, for each release that users are told about; it installs nothing:
+
+    python -m venv OTHER; OTHER/bin/pip install torch transformers==4.57.6 sentencepiece pillow
+    python tests/checkpoint/hf/other_version.py OTHER/bin/python
+
+This interpreter makes a checkpoint, exports it in fp32 and bf16, and answers; the other one loads each export through the Auto classes, offline, without
+this project in its path. Exit code 1 when something differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+TOLERANCE = 1e-4  # fp32, logits of a few units: sums in another order
+NEW_TOKENS = 16
+
+
+def main() -> None:
+    if sys.argv[1] == "--load":
+        sys.exit(load(Path(sys.argv[2])))
+    root = Path(__file__).resolve().parents[3]
+    sys.path[:0] = [str(root), str(root / "tests")]
+    failed = False
+    with tempfile.TemporaryDirectory() as directory:
+        for dtype in ("fp32", "bf16"):
+            folder = Path(directory) / dtype
+            answer(folder, dtype)
+            done = subprocess.run([sys.argv[1], "-I", __file__, "--load", str(folder)])
+            failed |= done.returncode != 0
+    sys.exit(1 if failed else 0)
+
+
+def answer(folder: Path, dtype: str) -> None:
+    """FOLDER/export, and FOLDER/ours.pt with what this project makes of some questions."""
+    from foreign import write_llava_hf
+
+    from megatron_share4v.checkpoint.hf.exporter import export_model
+    from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+    from megatron_share4v.checkpoint.hf.source import Request
+    from megatron_share4v.data.images.policy import normalise
+    from megatron_share4v.data.loading.prompt import make_prompt
+    from megatron_share4v.evaluate.agreement import generated_questions, messages_of, query
+    from megatron_share4v.infer.session import Session
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.launch import World, joined
+    from megatron_share4v.parallel.layout import Layout
+
+    import_model(
+        Request(directory=write_llava_hf(folder / "hf", dtype=dtype)), folder / "ours", options=ImportOptions()
+    )
+    export_model(folder / "ours", folder / "export", layout="llava-hf")
+    device, found = Device("cpu"), []
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
+        session = Session.open(folder / "ours", mesh=mesh, dtype="fp32")
+        for question in generated_questions():
+            prompt = make_prompt(
+                session.encoder, question.turns, image=question.image, tokens_per_image=4, name=question.name
+            )
+            [answered] = session.answer_ids([question], max_new_tokens=NEW_TOKENS)
+            found.append(
+                {
+                    "messages": messages_of(question),
+                    "ids": prompt.token_ids.index_fill(0, prompt.image_slots, session.config.model.language.vocab_size),
+                    "pixels": normalise(prompt.pixels, dtype=torch.float32),
+                    "logits": query(session, prompt),
+                    "answer": answered,
+                }
+            )
+    torch.save(found, folder / "ours.pt")
+
+
+@torch.no_grad()
+def load(folder: Path) -> int:
+    """In the other interpreter: 0 when everything is equal; a line of JSON says what was found."""
+    import transformers
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder / "export", local_files_only=True)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder / "export",
+        local_files_only=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        attn_implementation="sdpa",
+    )
+    model.eval()
+    keys = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    equal = {"ids": True, "pixels": True, "greedy": True, "one_bos": True}
+    largest = scale = 0.0
+    questions = torch.load(folder / "ours.pt", weights_only=False)
+    for question in questions:
+        inputs = processor.apply_chat_template(
+            question["messages"], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        given = inputs["input_ids"][0]
+        equal["ids"] &= torch.equal(given, question["ids"])
+        equal["one_bos"] &= int((given == model.config.text_config.bos_token_id).sum()) == 1
+        if "pixel_values" in inputs:
+            equal["pixels"] &= torch.equal(inputs["pixel_values"], question["pixels"])
+        logits = model(**inputs).logits[0, :, : question["logits"].shape[1]]
+        difference = float((logits - question["logits"]).abs().max())
+        largest = max(largest, math.inf if math.isnan(difference) else difference)
+        scale = max(scale, float(logits.abs().max()))
+        new = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, given.numel() :].tolist()
+        end = model.config.text_config.eos_token_id
+        equal["greedy"] &= (new[: new.index(end)] if end in new else new) == question["answer"]
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    found = {
+        "export": folder.name,
+        "questions": len(questions),
+        **keys,
+        **equal,
+        "max_logit_diff": largest,
+        "logit_scale": scale,
+    }
+    print(json.dumps({**versions, **found}))
+    return 0 if not any(keys.values()) and all(equal.values()) and largest <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""transformers computes what we compute: from an export, loaded through the Auto classes alone, and from what it saved itself, imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from foreign import MODEL, clip_config, llama_config, read_weights, write_llava_hf, write_tokenizer, write_weights
+
+from megatron_share4v.checkpoint.hf.exporter import export_model
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.data.loading.prompt import make_prompt
+from megatron_share4v.errors import ConversionError
+from megatron_share4v.evaluate.agreement import (
+    LOGIT_TOLERANCE,
+    Agreement,
+    compare,
+    generated_questions,
+    logit_difference,
+)
+from megatron_share4v.infer.session import Session
+from megatron_share4v.mcore.groups import Mesh, open_mesh
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """Of this process alone."""
+    device = Device("cpu")
+    with (
+        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        open_mesh(Layout(), device=device) as mesh,
+    ):
+        yield mesh
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint and its export."""
+    root = tmp_path_factory.mktemp("exported")
+    import_model(
+        Request(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "ours", options=ImportOptions()
+    )
+    export_model(root / "ours", root / "out", layout="llava-hf")
+    return root / "ours", root / "out"
+
+
+def test_an_export_computes_what_its_checkpoint_does(exported: tuple[Path, Path], mesh: Mesh) -> None:
+    found = compare(*exported, questions=generated_questions(), mesh=mesh, max_new_tokens=12)
+    assert found.holds, found
+    assert found.questions == 4 and found.max_logit_diff <= LOGIT_TOLERANCE
+
+
+def test_an_export_that_was_rounded_is_compared_with_what_was_rounded(
+    exported: tuple[Path, Path], mesh: Mesh, tmp_path: Path
+) -> None:
+    export_model(exported[0], tmp_path / "out", layout="llava-hf", dtype="bf16")
+    found = compare(exported[0], tmp_path / "out", questions=generated_questions()[:1], mesh=mesh, max_new_tokens=4)
+    assert found.holds and found.max_logit_diff <= LOGIT_TOLERANCE, found
+
+
+def test_the_tolerance_grows_with_the_logits_alone() -> None:
+    """A trained 7B model has logits of about 30, from sums whose last bits depend on their order."""
+    found = Agreement(
+        questions=1, ids_equal=True, pixels_equal=True, greedy_equal=True, max_logit_diff=1e-3, logit_scale=30.0
+    )
+    assert found.holds and "accepted: 0.003, for logits up to 30" in str(found)
+    assert not replace(found, max_logit_diff=4e-3).holds and not replace(found, logit_scale=1e-3).holds
+    assert replace(found, logit_scale=1e-3, max_logit_diff=9e-5).holds and not replace(found, greedy_equal=False).holds
+
+
+def test_a_difference_is_seen(exported: tuple[Path, Path], mesh: Mesh) -> None:
+    """What holds above is no accident of the comparison."""
+    checkpoint, export = exported
+    other = export.with_name("other")
+    export_model(checkpoint, other, layout="llava-hf")
+    weights = read_weights(other)
+    name, bias = "vision_tower.vision_model.embeddings.class_embedding", "multi_modal_projector.linear_2.bias"
+    write_weights(other, {**weights, bias: weights[bias] + 1})
+    found = compare(checkpoint, other, questions=generated_questions()[:1], mesh=mesh, max_new_tokens=2)
+    assert found.ids_equal and found.pixels_equal and found.max_logit_diff > LOGIT_TOLERANCE and not found.holds
+    write_weights(other, {key: tensor for key, tensor in weights.items() if key != name})
+    with pytest.raises(ConversionError, match="missing keys: .*class_embedding"):
+        compare(checkpoint, other, questions=generated_questions()[:1], mesh=mesh)
+
+
+def random_llava(model: ModelConfig, **options: object):
+    """transformers' own, with weights large enough to matter."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    drop = ("model_type", "architectures")
+    vision = CLIPVisionConfig(**{key: value for key, value in clip_config(model).items() if key not in drop})
+    text = LlamaConfig(
+        **{key: value for key, value in llama_config(model).items() if key not in (*drop, "vocab_size")}, vocab_size=320
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=model.vision.feature_layer,
+        image_token_index=300,
+        **options,
+    )
+    torch.manual_seed(11)
+    found = LlavaForConditionalGeneration(config).eval()
+    for parameter in found.parameters():
+        parameter.data.normal_(0.0, 0.15).add_(1.0 if parameter.dim() == 1 and parameter.numel() in (32, 48) else 0.0)
+    return found
+
+
+@pytest.mark.parametrize("feature_layer", [-2, -1, 2])
+def test_what_transformers_saved_is_imported(feature_layer: int, mesh: Mesh, tmp_path: Path) -> None:
+    model = replace(MODEL, vision=replace(MODEL.vision, feature_layer=feature_layer))
+    theirs = random_llava(model)
+    theirs.save_pretrained(tmp_path / "saved")
+    request = Request(directory=tmp_path / "saved", tokenizer=write_tokenizer(tmp_path / "tokenizer.model"))
+    import_model(request, tmp_path / "ours", options=ImportOptions())
+    session = Session.open(tmp_path / "ours", mesh=mesh)
+    assert session.config.model == model
+    for question in generated_questions():
+        prompt = make_prompt(session.encoder, question.turns, image=question.image, tokens_per_image=4)
+        assert logit_difference(session, theirs, prompt) <= LOGIT_TOLERANCE

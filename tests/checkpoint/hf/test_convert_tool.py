@@ -1,0 +1,147 @@
+"""tools/convert.py as a user starts it: every command once, exit codes, and one message for a mistake."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+from foreign import read_weights, write_clip, write_llama, write_llava_hf, write_weights
+from forked import run_tool
+
+from megatron_share4v.checkpoint.hf.average import average
+from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.inspect import describe
+from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
+from megatron_share4v.checkpoint.retention import prune
+from megatron_share4v.errors import CheckpointError, ConversionError
+
+
+def convert(*arguments: object) -> CompletedProcess:
+    return run_tool("tools/convert.py", *arguments)
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
+    done = convert("import", "--from", source, "--to", ours)
+    assert done.returncode == 0 and "vision: sha256" in done.stderr, done.stderr
+    done = convert(
+        "export", "--from", ours, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001"
+    )
+    assert done.returncode == 0 and len(list(back.glob("model-*"))) > 1, done.stderr
+    assert done.stderr.count(": sha256 ") == 3
+    (back / "preprocessor_config.json").unlink()
+    done = convert("verify", "--hf", back, "--checkpoint", ours, "--logits")
+    assert done.returncode == 2 and "transformers cannot load its processor" in done.stderr
+    # What was found before the error is not lost with it.
+    assert "72 tensors equal" in done.stdout and "72 of them after rounding" in done.stdout, done.stderr
+
+
+def test_mistakes_end_with_2_and_one_message(tmp_path: Path) -> None:
+    done = convert("import", "--from", tmp_path / "nowhere", "--to", tmp_path / "ours")
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert "nowhere" in done.stderr
+    done = convert("export", "--from", tmp_path / "nowhere", "--to", tmp_path / "x", "--layout", "llava-hf")
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert convert("export", "--from", "a", "--to", "b", "--layout", "gguf").returncode == 2
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    tower = write_clip(tmp_path / "clip")
+    paths = []
+    for seed in (1, 2):
+        llama = write_llama(tmp_path / f"llama{seed}", seed=seed)
+        paths.append(tmp_path / f"ours{seed}")
+        import_model(Request(directory=llama, tower=tower), paths[-1], options=ImportOptions(seed=seed))
+    return paths
+
+
+def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
+    one, two = (open_checkpoint(path).weights for path in checkpoints)
+    manifest = average(checkpoints, tmp_path / "mean")
+    mean = open_checkpoint(tmp_path / "mean")
+    assert (
+        manifest.source == "mean of ours1, ours2"
+        and len(mean.unused) == 18
+        and mean.tokenizer.parent == tmp_path / "mean"
+    )
+    for name, tensor in mean.weights.items():
+        assert torch.equal(tensor.read(), (one[name].read() + two[name].read()) / 2)
+    alone = average(checkpoints[:1], tmp_path / "alone")
+    assert alone.weights == open_checkpoint(checkpoints[0]).manifest.weights
+
+
+def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> None:
+    names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+    paths = []
+    for factor in (1, 3):
+        source = write_llava_hf(tmp_path / f"hf{factor}")
+        write_weights(source, {name: tensor * factor for name, tensor in read_weights(source).items()})
+        paths.append(tmp_path / f"ours{factor}")
+        import_model(Request(directory=source), paths[-1], options=ImportOptions())
+    before = read_weights(tmp_path / "hf1")
+    average(paths, tmp_path / "mean")
+    export_model(tmp_path / "mean", tmp_path / "out", layout="llava-hf")
+    after = read_weights(tmp_path / "out")
+    assert all(torch.allclose(after[name], 2 * before[name]) for name in before)
+    manifest = read_manifest(paths[1])
+    write_manifest(paths[1], replace(manifest, state=replace(manifest.state, step=4)))
+    average(paths[::-1], tmp_path / "trained")  # its step is the import's, 0
+    export_model(tmp_path / "trained", tmp_path / "out2", layout="llava-hf")
+    rows = read_weights(tmp_path / "out2")[names[0]]
+    assert torch.equal(rows[300:], rows[:300].mean(0, keepdim=True).expand(20, -1))
+
+
+def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> None:
+    write_llama(tmp_path / "half", dtype="bf16")
+    import_model(
+        Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions()
+    )
+    with pytest.raises(
+        ConversionError, match=r"ours3: cannot be averaged with .*ours1: .* torch.bfloat16, there .*float32"
+    ):
+        average([checkpoints[0], tmp_path / "ours3"], tmp_path / "mean")
+
+
+def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path: Path) -> None:
+    write_llama(tmp_path / "half", dtype="bf16")
+    import_model(
+        Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions()
+    )
+    with pytest.raises(ConversionError, match="weights in bf16, fp32; say which one to write with --dtype"):
+        export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf")
+    export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf", dtype="bf16")
+    assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_inspect(checkpoints: list[Path]) -> None:
+    text = "\n".join(describe(checkpoints[0], hashes=False, every_layer=False))
+    assert "source: llama: llama1, clip" in text and "optimizer: none (weights alone)" in text
+    assert "language.decoder.layers.*.mlp.linear_fc1.weight x 4: [128, 48] fp32" in text
+    assert (
+        "carried for exports, not computed: 18 tensors" in text
+        and "vision: sha256" in text
+        and "rope_theta: 10000.0" in text
+    )
+    assert "language.decoder.layers.3.mlp.linear_fc1.weight: [128, 48]" in "\n".join(
+        describe(checkpoints[0], hashes=True, every_layer=True)
+    )
+
+
+def test_prune(checkpoints: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run" / "checkpoints"
+    for step in (5, 10, 15):
+        shutil.copytree(checkpoints[0], run / f"step_{step:08d}")
+    with pytest.raises(CheckpointError, match="--keep-last 0"):
+        prune(tmp_path / "run", keep_last=0, keep_every_steps=0)
+    with pytest.raises(CheckpointError, match="holds no checkpoints"):
+        prune(tmp_path / "llama1", keep_last=1, keep_every_steps=0)
+    removed = prune(tmp_path / "run", keep_last=1, keep_every_steps=10)
+    assert [path.name for path in removed] == ["step_00000005"]
+    assert sorted(path.name for path in run.iterdir()) == ["step_00000010", "step_00000015"]

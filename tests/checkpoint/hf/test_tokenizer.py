@@ -1,0 +1,144 @@
+"""tokenizer.json cuts every text as text/tokenizer.py does, read by the library `tokenizers` alone; models that it cannot repeat are refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as FastTokenizer
+
+from megatron_share4v.checkpoint.hf.tokenizer import ExportedTokenizer, read_tokenizer
+from megatron_share4v.errors import ConversionError, DataError
+from megatron_share4v.text.tokenizer import Tokenizer
+
+CORPUS = [
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers.",
+    "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa. ### Human: ## It is looking at a bird, I think.",
+    "Short questions have  short answers.   Long ones    do not. aaaa aaaaaa abababab 日本語",
+]
+TEXTS = [
+    "", " ", "  ", "A cat.", " A cat", "  two  spaces ", "\n", "\nWhat", "a\n\n\tb", "日本語 é 😀 x", "👩‍👩‍👧", "e\u0301", "a\0b", "▁x ▁", "<0x0A>",
+    "<0xE6>", "</s>", "<s>[INST] x", "A cat.</s>USER: What", "a </s> b", "</s></s>x<unk>y<s>", "<</s>>", "</s", "<s", "\ufeff\u200b", "\r\n",
+    "aaaaaaa", "ababababa", "\u2028", "ﬁ", "Ａ", "ß", "İ", "אבג", "नमस्ते", "\U0010ffff", "long " * 2000,
+]  # fmt: skip
+ALPHABET = [
+    "A", " cat", " ", "  ", "\n", "é", "日", "😀", "</s>", "<s>", "<unk>", "<", "s>", "###", "ASSISTANT", ":", "0", "\u200d", "aa", "ab", "aba", "▁",
+]  # fmt: skip
+
+
+def _train(path: Path, *, corpus: list[str] = CORPUS, **changes: object) -> Path:
+    model = io.BytesIO()
+    settings = {
+        "vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+        "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus * 10), model_writer=model, **settings | changes
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _train(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def _texts(number: int, alphabet: list[str] = ALPHABET) -> list[str]:
+    draw = random.Random(0)
+    return TEXTS + ["".join(draw.choices(alphabet, k=draw.randrange(25))) for _ in range(number)]
+
+
+def _fast(tokenizer: ExportedTokenizer) -> FastTokenizer:
+    return FastTokenizer.from_str(json.dumps(tokenizer.tokenizer_json()))
+
+
+def _assert_same(path: Path, texts: list[str]) -> None:
+    ours = Tokenizer(path)
+    theirs = _fast(read_tokenizer(path, vocab_size=ours.vocab_size))
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        assert theirs.encode(text).ids == [ours.bos_id, *ids]
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), repr(text)
+
+
+def test_ids_and_decoded_texts_are_ours(model_path: Path):
+    _assert_same(model_path, _texts(500))
+
+
+def test_merges_that_overlap_are_done_in_sentencepieces_order(tmp_path: Path):
+    draw = random.Random(1)
+    corpus = ["".join(draw.choices("ab ", k=60)) for _ in range(100)]
+    path = _train(tmp_path / "tokenizer.model", corpus=corpus, vocab_size=500)
+    _assert_same(path, _texts(1000, ["a", "b", "aaaa", "bbb", "abab", "aba", " ", "   "]))
+
+
+def test_without_byte_fallback_unknown_runs_are_one_unk(tmp_path: Path):
+    path = _train(tmp_path / "tokenizer.model", byte_fallback=False, vocab_size=150)
+    ours = Tokenizer(path)
+    theirs = _fast(read_tokenizer(path, vocab_size=ours.vocab_size))
+    for text in ("A cat.", "A 😀😀 cat", "😀", "é x é"):
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text), text
+
+
+def test_control_pieces_are_cut_out(tmp_path: Path):
+    path = _train(tmp_path / "tokenizer.model", control_symbols=["<|im_start|>", "<|im_end|>"])
+    _assert_same(path, ["<|im_start|>user\nA cat<|im_end|>", " <|im_end|> ", "<|im_end|><|im_start|>", "<|im_end"])
+
+
+def test_image_and_pad_come_after_the_models_vocabulary(model_path: Path):
+    pieces = Tokenizer(model_path).vocab_size
+    tokenizer = read_tokenizer(model_path, vocab_size=pieces + 5)
+    fast = _fast(tokenizer)
+    assert (tokenizer.image_id, tokenizer.pad_id) == (pieces + 5, pieces + 6)
+    assert fast.encode("A<image>\nB<pad>", add_special_tokens=False).ids == [
+        *Tokenizer(model_path).encode("A"), pieces + 5, *Tokenizer(model_path).encode("\nB"), pieces + 6,
+    ]  # fmt: skip
+    assert fast.get_vocab_size() == pieces + 7, (
+        "every id has a name, so that readers of the file do not move the new tokens"
+    )
+
+
+def test_configuration_says_what_old_and_new_readers_look_for(model_path: Path):
+    tokenizer = read_tokenizer(model_path, vocab_size=Tokenizer(model_path).vocab_size)
+    config = tokenizer.tokenizer_config(max_length=4096)
+    assert (config["legacy"], config["add_bos_token"], config["padding_side"], config["pad_token"]) == (
+        True,
+        True,
+        "left",
+        "<pad>",
+    )
+    assert config["extra_special_tokens"] == {"image_token": "<image>"}
+    assert {i: token["content"] for i, token in config["added_tokens_decoder"].items()} == {
+        "0": "<unk>", "1": "<s>", "2": "</s>", str(tokenizer.image_id): "<image>", str(tokenizer.pad_id): "<pad>",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "unigram", "vocab_size": 330}, "type UNIGRAM"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes the text before cutting"),
+        ({"remove_extra_whitespaces": True}, "changes the text before cutting"),
+        ({"treat_whitespace_as_suffix": True}, "changes the text before cutting"),
+        ({"add_dummy_prefix": False}, "no leading space"),
+        ({"user_defined_symbols": ["<sep>"]}, "1 pieces are user_defined ('<sep>')"),
+        ({"control_symbols": ["<pad>"]}, "a piece <pad> already"),
+        ({"vocab_size": 430}, "430 pieces, the model's vocabulary is too small: model.language.vocab_size is 420"),
+    ],
+)
+def test_models_that_cannot_be_repeated_are_refused(tmp_path: Path, changes: dict, message: str):
+    path = _train(tmp_path / "tokenizer.model", **changes)
+    with pytest.raises(ConversionError) as caught:
+        read_tokenizer(path, vocab_size=420)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match="absent.model"):
+        read_tokenizer(tmp_path / "absent.model", vocab_size=420)

@@ -1,0 +1,161 @@
+"""An imported model starts a run, the run's checkpoint goes on to the next stage and to an export; another model or tower is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import torch
+import yaml
+from foreign import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
+from forked import run_tool
+
+from megatron_share4v.checkpoint.assets import companions_of, keep_companions
+from megatron_share4v.checkpoint.compatibility import check_start
+from megatron_share4v.checkpoint.hf.exporter import export_model
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
+from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.manifest import read_manifest
+from megatron_share4v.config.load import dump
+from megatron_share4v.config.run import CheckpointConfig
+from megatron_share4v.errors import CheckpointError
+
+SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set and an imported Vicuna + CLIP that share a tokenizer, and a run's YAML file."""
+    from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
+    from megatron_share4v.data.quickstart import write_dataset
+    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+
+    root = tmp_path_factory.mktemp("stage")
+    write_dataset(root / "scenes", train_scenes=16, held_out_scenes=64, seed=3, image_size=28)
+    annotations = root / "scenes" / "finetune.json"
+    texts = [turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]]
+    (root / "llama").mkdir()
+    train_tokenizer(texts, root / "llama" / "tokenizer.model", vocab_size=400)
+    prepare(
+        PrepareOptions(
+            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "llama" / "tokenizer.model",
+            template="vicuna_v1", max_text_length=400, samples_per_shard=16, max_rejected_fraction=0.0, workers=0, overwrite=False,
+        )
+    )  # fmt: skip
+    write_weights(root / "llama", theirs(SIZED, SHARE4V, "language"))
+    write_json(root / "llama" / "config.json", llama_config(SIZED))
+    import_model(
+        Request(directory=root / "llama", tower=write_clip(root / "clip")), root / "start", options=ImportOptions()
+    )
+    model = yaml.safe_load(read_manifest(root / "start").config)["model"]
+    content = {
+        "run": {"directory": str(root / "unset")},
+        "model": model,
+        "precision": {"dtype": "fp32"},
+        "data": {
+            "train": str(root / "data"),
+            "tokenizer": str(root / "llama" / "tokenizer.model"),
+            "max_text_length": 400,
+            "num_workers": 0,
+        },
+        "optim": {"learning_rate": 1e-3},
+        "schedule": {"kind": "constant", "warmup_ratio": 0.0},
+        "train": {"global_batch_size": 2, "steps": 1},
+        "log": {"tensorboard": False},
+    }
+    (root / "run.yaml").write_text(yaml.safe_dump(content))
+    return root
+
+
+def train(stage: Path, *overrides: str, ranks: int = 1) -> CompletedProcess:
+    return run_tool("tools/train.py", stage / "run.yaml", *overrides, ranks=ranks)
+
+
+def test_two_stages_and_an_export(stage: Path) -> None:
+    first, second = stage / "first", stage / "second"
+    frozen = ("model.trainable.language=false", "model.trainable.projector=true")
+    tower = read_manifest(stage / "start").weights["vision"]
+    start = (f"checkpoint.initialize_from={stage / 'start'}", f"checkpoint.expect_tower={tower}")
+    done = train(stage, f"run.directory={first}", *start, *frozen)
+    assert done.returncode == 0, done.stderr
+    assert f"tower sha256 {tower}" in done.stderr
+    assert read_manifest(first / "checkpoints" / "step_00000001").weights == {
+        "vision": tower
+    }  # frozen, and known without a look at the import
+    layout = ("parallel.tensor=2", "parallel.sequence=true")
+    done = train(stage, f"run.directory={second}", f"checkpoint.initialize_from={first}", *layout, ranks=2)
+    assert done.returncode == 0, done.stderr
+    checkpoint = second / "checkpoints" / "step_00000001"
+    assert read_manifest(checkpoint).weights == {"vision": tower}  # the same at every layout
+    assert (checkpoint / "tokenizer.model").read_bytes() == (stage / "llama" / "tokenizer.model").read_bytes()
+    export_model(second, stage / "out", layout="llava-hf")
+    weights, tower = read_weights(stage / "out"), theirs(MODEL, CLIP, "vision")
+    for name, tensor in tower.items():  # it was frozen, and what it does not compute was carried through both stages
+        assert torch.equal(weights[f"vision_tower.{name}"], tensor), name
+    trained = weights["language_model.model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(trained, theirs(SIZED, SHARE4V, "language")["model.layers.0.mlp.down_proj.weight"])
+
+
+def test_another_tower_is_refused(stage: Path) -> None:
+    """By its configuration, and before its tensors are missed."""
+    start = f"checkpoint.initialize_from={stage / 'start'}"
+    done = train(stage, f"run.directory={stage / 'refused'}", start, "model.vision.feature_layer=-3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "is of another tower than this run's: model.vision.feature_layer is -3 here, -2 in the checkpoint"
+        in done.stderr
+    )
+
+
+def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
+    """As OpenAI's CLIP and the one that ShareGPT4V tuned."""
+    tuned = Request(directory=stage / "llama", tower=write_clip(stage / "tuned", seed=5))
+    import_model(tuned, stage / "other", options=ImportOptions())
+    expected, stored = (read_manifest(stage / name).weights["vision"] for name in ("start", "other"))
+    assert expected != stored
+    start = (f"checkpoint.initialize_from={stage / 'other'}", f"checkpoint.expect_tower={expected}")
+    done = train(stage, f"run.directory={stage / 'refused'}", *start)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expected}" in done.stderr
+    manifest = read_manifest(stage / "other")
+    check_start(manifest, SIZED, where=stage, expect_tower=stored)
+    with pytest.raises(CheckpointError, match="does not state its tower's hash"):
+        check_start(replace(manifest, weights={}), SIZED, where=stage, expect_tower=stored)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"expect_tower": "5ca1ab1e", "initialize_from": "x"}, "is no SHA-256"),
+        ({"expect_tower": "0" * 64}, "there is no tower to check"),
+    ],
+)
+def test_a_hash_that_checks_nothing(options: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        CheckpointConfig(**options)
+
+
+def test_unused_weights_of_an_earlier_start_are_not_inherited(stage: Path, tmp_path: Path) -> None:
+    tokenizer = stage / "llama" / "tokenizer.model"
+    folder = keep_companions(tmp_path, tokenizer=tokenizer, start=stage / "start", resumes=False)
+    assert len(companions_of(folder)) == 2
+    keep_companions(tmp_path, tokenizer=tokenizer, start=None, resumes=True)
+    assert len(companions_of(folder)) == 2
+    keep_companions(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint that carries none
+    assert [path.name for path in companions_of(folder)] == ["tokenizer.model"]
+
+
+def test_another_model_is_refused_and_a_longer_one_is_not(stage: Path) -> None:
+    manifest = read_manifest(stage / "start")
+    longer = replace(SIZED, language=replace(SIZED.language, max_position_embeddings=2048))
+    check_start(manifest, longer, where=stage)
+    with pytest.raises(
+        CheckpointError,
+        match=r"another model than this run's: model.language.rope_theta is 5.0 here, 10000.0 in the checkpoint",
+    ):
+        check_start(manifest, replace(SIZED, language=replace(SIZED.language, rope_theta=5.0)), where=stage)
+    with pytest.raises(CheckpointError, match="configuration is of another version"):
+        check_start(replace(manifest, config=dump(SIZED)), SIZED, where=stage)
