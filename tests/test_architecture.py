@@ -24,7 +24,7 @@ FLOORS = (
     ("parallel", "text", "ops", "remote"),
     ("mcore", "data"),
     ("model",),
-    ("checkpoint", "plan"),
+    ("checkpoint", "planner"),
     ("train", "infer"),
     ("serve", "evaluate", "caption"),
 )

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import ConfigError, reported
-from megatron_share4v.plan.case import Assumptions, Case
-from megatron_share4v.plan.gpus import GPUS
-from megatron_share4v.plan.picture import picture
-from megatron_share4v.plan.predict import Prediction
-from megatron_share4v.plan.report import as_json, text
-from megatron_share4v.plan.search import search
-from megatron_share4v.plan.workload import workload_of
+from megatron_share4v.planner.case import Assumptions, Case
+from megatron_share4v.planner.gpus import GPUS
+from megatron_share4v.planner.plot import picture
+from megatron_share4v.planner.predict import Prediction
+from megatron_share4v.planner.report import as_json, text
+from megatron_share4v.planner.search import search
+from megatron_share4v.planner.workload import workload_of
 
 LARGEST = 16_384
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_share4v.plan.scaling import document, draw
+from megatron_share4v.planner.scaling import document, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 

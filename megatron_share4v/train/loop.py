@@ -20,7 +20,7 @@ from megatron_share4v.parallel.last_words import LastWords
 from megatron_share4v.parallel.launch import World, end_with_launcher, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.parallel.watch import Bounds, Watch
-from megatron_share4v.plan.gpus import known_gpu
+from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.train.alone import alone_in
 from megatron_share4v.train.bad_steps import BadSteps
 from megatron_share4v.train.build import Training, build

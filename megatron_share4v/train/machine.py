@@ -21,7 +21,7 @@ from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.transformer_engine import missing_engine
 from megatron_share4v.ops.choose import choose_ops
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.plan.memory import Chunk, tensors
+from megatron_share4v.planner.memory import Chunk, tensors
 
 GIB = 2**30
 FEW_FILES, LITTLE_SHARED = 4096, GIB

@@ -29,7 +29,7 @@ from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.plan.gpus import known_gpu
+from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.train.machine import Finding, error, examine_machine, existing, facts
 from megatron_share4v.train.same_start import code_hash, describe_start, different
 

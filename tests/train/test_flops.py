@@ -12,7 +12,7 @@ from megatron_share4v.config.model import ModelConfig, TrainableConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.model.flops import Amounts, model_flops
-from megatron_share4v.plan.gpus import known_gpu
+from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.train.flops import StepFlops, step_flops
 
 LLM_7B = 6_738_415_616

@@ -167,7 +167,7 @@ def test_a_gap_above_one_percent_fails(
 
 def test_what_is_predicted_is_what_will_be_measured(repository: Path) -> None:
     """docs/scaling.md has a row for each of ours, by the same settings and texts; the planner has no choice of attention."""
-    from megatron_share4v.plan import scaling
+    from megatron_share4v.planner import scaling
 
     bench = loaded(repository / "tools" / "bench_gpu.py")
     assert {stage: text for stage, (text, _) in bench.TEXT.items()} == scaling.BENCH_TEXT and set(bench.SHORT) <= set(

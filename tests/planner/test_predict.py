@@ -11,14 +11,14 @@ import pytest
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.plan.case import Assumptions, Case
-from megatron_share4v.plan.cost import context_bytes, data_bytes, data_link, tensor_bytes, traffic
-from megatron_share4v.plan.gpus import GPUS
-from megatron_share4v.plan.memory import Chunk, head_columns, tensors
-from megatron_share4v.plan.predict import Prediction
-from megatron_share4v.plan.report import record, text
-from megatron_share4v.plan.search import Found, search
-from megatron_share4v.plan.workload import Workload, assumed
+from megatron_share4v.planner.case import Assumptions, Case
+from megatron_share4v.planner.cost import context_bytes, data_bytes, data_link, tensor_bytes, traffic
+from megatron_share4v.planner.gpus import GPUS
+from megatron_share4v.planner.memory import Chunk, head_columns, tensors
+from megatron_share4v.planner.predict import Prediction
+from megatron_share4v.planner.report import record, text
+from megatron_share4v.planner.search import Found, search
+from megatron_share4v.planner.workload import Workload, assumed
 
 RECIPE = "examples/share4v_7b/pretrain.yaml"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_share4v.model.flops import Work, layer_weights, trained_blocks
-from megatron_share4v.plan.case import Case
-from megatron_share4v.plan.memory import Chunk, tensors
-from megatron_share4v.plan.schedule import Kind
+from megatron_share4v.planner.case import Case
+from megatron_share4v.planner.memory import Chunk, tensors
+from megatron_share4v.planner.schedule import Kind
 
 FP32_SHARE = 1 / 15  # of the BF16 peak: plain fp32 products use no tensor cores (H100: 67 of 989 TFLOP/s)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
-from megatron_share4v.plan.case import Assumptions, Case
-from megatron_share4v.plan.gpus import GPUS
-from megatron_share4v.plan.picture import picture
-from megatron_share4v.plan.predict import Prediction
-from megatron_share4v.plan.report import PREDICTED
-from megatron_share4v.plan.search import Found, search
-from megatron_share4v.plan.workload import workload_of
+from megatron_share4v.planner.case import Assumptions, Case
+from megatron_share4v.planner.gpus import GPUS
+from megatron_share4v.planner.plot import picture
+from megatron_share4v.planner.predict import Prediction
+from megatron_share4v.planner.report import PREDICTED
+from megatron_share4v.planner.search import Found, search
+from megatron_share4v.planner.workload import workload_of
 
 SAMPLES = {"pretrain": 1_246_000, "finetune": 665_298}
 STAGES = {"pretrain": "stage 1", "finetune": "stage 2"}

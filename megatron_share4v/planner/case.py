@@ -9,9 +9,9 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.model.flops import Amounts, Execution, Parts, parts
 from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.plan.gpus import Gpu
-from megatron_share4v.plan.memory import Chunk, Fp8Kept, Kept, Recomputed, chunk_of
-from megatron_share4v.plan.workload import Workload
+from megatron_share4v.planner.gpus import Gpu
+from megatron_share4v.planner.memory import Chunk, Fp8Kept, Kept, Recomputed, chunk_of
+from megatron_share4v.planner.workload import Workload
 
 CODE_SCALES = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
 """Bytes of scale for each 8-bit value: one fp32 for 128 of them, or one byte for 32; the other recipes have one scale for all."""

@@ -91,7 +91,7 @@ def test_the_largest_world_takes_seconds_and_no_torch(repository: Path) -> None:
 
 def test_the_page_says_what_the_planner_says(repository: Path) -> None:
     """One row of each table asked for again; after a change of the planner: python tools/plan_scaling.py."""
-    from megatron_share4v.plan.scaling import FP8, TOKENS, Question, longer, one_gpu, packed, row
+    from megatron_share4v.planner.scaling import FP8, TOKENS, Question, longer, one_gpu, packed, row
 
     page = (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
     for question in (
@@ -115,7 +115,7 @@ def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
     from megatron_share4v.data.quickstart import write_dataset
     from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
     from megatron_share4v.data.store.index import Index
-    from megatron_share4v.plan.workload import workload_of
+    from megatron_share4v.planner.workload import workload_of
 
     write_dataset(tmp_path / "scenes", train_scenes=24, held_out_scenes=64, seed=3, image_size=56)
     annotations = tmp_path / "scenes" / "finetune.json"

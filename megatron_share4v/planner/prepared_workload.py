@@ -8,7 +8,7 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.sampling.blend import open_index
 from megatron_share4v.data.sampling.packing import Packing
 from megatron_share4v.data.sampling.sampler import Blocks, Plan
-from megatron_share4v.plan.workload import Workload
+from megatron_share4v.planner.workload import Workload
 
 SAMPLED_STEPS = 40
 

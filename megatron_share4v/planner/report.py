@@ -1,4 +1,4 @@
-"""A prediction as text for people, as JSON for programs. Pictures are in picture.py."""
+"""A prediction as text for people, as JSON for programs. Pictures are in plot.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_share4v.plan.memory import tensors
-from megatron_share4v.plan.predict import Prediction
-from megatron_share4v.plan.search import Found
+from megatron_share4v.planner.memory import tensors
+from megatron_share4v.planner.predict import Prediction
+from megatron_share4v.planner.search import Found
 
 PREDICTED = "predicted, not measured"
 COLUMNS = {

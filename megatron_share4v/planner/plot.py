@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas, Colour
-from megatron_share4v.plan.predict import Prediction
-from megatron_share4v.plan.report import CLASSES, PREDICTED
+from megatron_share4v.planner.predict import Prediction
+from megatron_share4v.planner.report import CLASSES, PREDICTED
 
 WIDTH, LEFT, RIGHT = 1000, 70, 24
 ROWS = 16  # of more ranks, the first and the last ones are drawn

@@ -77,7 +77,9 @@ def workload_of(
         and longest is None
         and all((Path(path) / "dataset.json").exists() for path in paths)
     ):
-        from megatron_share4v.plan.measured import measured  # reading data sets takes torch; assuming them does not
+        from megatron_share4v.planner.prepared_workload import (
+            measured,  # reading data sets takes torch; assuming them does not
+        )
 
         return measured(config)
     return assumed(config, samples=samples, text_length=text_length, longest=longest)

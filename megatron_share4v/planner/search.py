@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.plan.case import Assumptions, Case
-from megatron_share4v.plan.gpus import Gpu
-from megatron_share4v.plan.predict import Prediction
-from megatron_share4v.plan.workload import Workload
+from megatron_share4v.planner.case import Assumptions, Case
+from megatron_share4v.planner.gpus import Gpu
+from megatron_share4v.planner.predict import Prediction
+from megatron_share4v.planner.workload import Workload
 
 CHUNKS = (1, 2, 4)
 

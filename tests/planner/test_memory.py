@@ -16,7 +16,7 @@ from megatron_share4v.config.run import ParallelConfig, TrainConfig
 from megatron_share4v.data.loading.context_parallel import context_part
 from megatron_share4v.model.flops import Amounts
 from megatron_share4v.model.stages import layers_per_stage
-from megatron_share4v.plan.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
+from megatron_share4v.planner.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
 
 WITHIN = 0.05
 """What the planner promises; the sums below are off by the scalars that layers keep beside their tensors."""

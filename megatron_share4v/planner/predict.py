@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_share4v.model.flops import hardware_flops, model_flops
-from megatron_share4v.plan.case import Case
-from megatron_share4v.plan.cost import (
+from megatron_share4v.planner.case import Case
+from megatron_share4v.planner.cost import (
     Traffic,
     data_bytes,
     data_link,
@@ -18,8 +18,8 @@ from megatron_share4v.plan.cost import (
     trained_weights,
     update_seconds,
 )
-from megatron_share4v.plan.memory import Memory, activations, held, logits, workspace
-from megatron_share4v.plan.schedule import Timed, most_in_flight, simulate
+from megatron_share4v.planner.memory import Memory, activations, held, logits, workspace
+from megatron_share4v.planner.schedule import Timed, most_in_flight, simulate
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
-from megatron_share4v.plan.schedule import Piece, Timed, most_in_flight, order, simulate
+from megatron_share4v.planner.schedule import Piece, Timed, most_in_flight, order, simulate
 
 EXECUTED = [
     (4, 1, 2),
