@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_share4v.exit_codes import ExitCode
+
 
 class Share4VError(Exception):
     """Base of all user-facing errors; `exit_code` is what the command ends with, `word` what its message begins with."""
 
-    exit_code = 2
+    exit_code = ExitCode.USER_ERROR
     word = "error"
 
 
@@ -61,13 +63,13 @@ class TrainingError(Share4VError):
 class DamageError(Share4VError):
     """A rank's numbers are wrong though its program is right. Starting again from a checkpoint may help, on another node."""
 
-    exit_code = 77
+    exit_code = ExitCode.DAMAGED
 
 
 class Stopped(Share4VError):
     """A run ended in order before its last step, because it was asked to: all is saved, and the same command goes on."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+    exit_code = ExitCode.STOPPED
     word = "stopped"
 
 

@@ -19,6 +19,7 @@ import pytest
 
 PACKAGE = "megatron_share4v"
 FLOORS = (
+    ("exit_codes", "files"),
     ("errors", "log"),
     ("config",),
     ("parallel", "text", "ops", "remote"),
@@ -279,19 +280,19 @@ PLANTED = [
         imports_only_lower_floors,
         "text/a.py",
         "from megatron_share4v.model.share4v import Share4V",
-        "text (floor 2) imports model (floor 4)",
+        "text (floor 3) imports model (floor 5)",
     ),
     (
         imports_only_lower_floors,
         "text/a.py",
         "def f():\n    import megatron_share4v.ops.rope",
-        "text (floor 2) imports ops (floor 2)",
+        "text (floor 3) imports ops (floor 3)",
     ),
     (
         imports_only_lower_floors,
         "log.py",
         "from megatron_share4v import errors",
-        "log (floor 0) imports errors (floor 0)",
+        "log (floor 1) imports errors (floor 1)",
     ),
     (
         imports_only_lower_floors,

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_share4v.config.load import flat, load_run
 from megatron_share4v.errors import DamageError, Share4VError, Stopped
-from megatron_share4v.parallel.watch import HUNG_EXIT_CODE
+from megatron_share4v.exit_codes import ExitCode
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -66,5 +66,5 @@ def test_options_exist() -> None:
 
 def test_exit_codes_are_those_of_the_program() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+?) \|", section("How a run ends"), flags=re.MULTILINE))
-    assert "SIGTERM" in rows[str(Stopped.exit_code)] and "hang" in rows[str(HUNG_EXIT_CODE)]
+    assert "SIGTERM" in rows[str(int(Stopped.exit_code))] and "hang" in rows[str(int(ExitCode.HUNG))]
     assert "damaged" in rows[str(DamageError.exit_code)] and "only you" in rows[str(Share4VError.exit_code)]

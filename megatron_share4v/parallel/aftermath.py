@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.parallel.hang import REPORT
 from megatron_share4v.parallel.last_words import CONSEQUENCES
 from megatron_share4v.parallel.rank_state import RankState, read_states
-from megatron_share4v.parallel.watch import FOLDER, HUNG_EXIT_CODE
+from megatron_share4v.parallel.watch import FOLDER
 
-STOPPED_EXIT_CODE, USER_EXIT_CODE = 75, 2
 LATER_BEATS, LISTED = 4, 16
 # Where the samples of a step can be what ends a process.
 OF_A_STEP = ("data", "compute")
@@ -30,7 +30,7 @@ class Aftermath:
     @property
     def goes_on(self) -> bool:
         """Starting again can help: it was neither asked to end nor does a user have to do something."""
-        return self.code not in (STOPPED_EXIT_CODE, USER_EXIT_CODE, 0)
+        return self.code not in (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 
 
 def examine(run: Path) -> Aftermath:
@@ -45,7 +45,7 @@ def examine(run: Path) -> Aftermath:
     if report.exists():
         content = json.loads(report.read_text(encoding="utf-8"))
         behind = [state for state in states if state.rank in content["ranks"]] or states
-        return _of(behind[0], content["headline"], HUNG_EXIT_CODE)
+        return _of(behind[0], content["headline"], ExitCode.HUNG)
     dead = [state for state in states if state.ended is None]
     # One that failed because its peers were gone is no cause.
     failed = sorted(

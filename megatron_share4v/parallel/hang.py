@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_share4v.files import atomic_write_json
 from megatron_share4v.log import get_logger
 from megatron_share4v.parallel.process import process_status
-from megatron_share4v.parallel.rank_state import RankState, read_state, write_json
+from megatron_share4v.parallel.rank_state import RankState, read_state
 
 REPORT, TEXT = "report.json", "report.txt"
 LISTED = 64
@@ -146,7 +147,7 @@ def report(folder: Path, *, ranks: int, reason: str, seen: Sequence[Seen]) -> No
     events = "\n".join(f"rank {one.rank}: {'; '.join(one.state.events)}" for one in shown if one.state is not None)
     text = f"{headline}\n\n{listed}\n\nLast events:\n{events}\n\nStacks: rank<N>.stacks.txt beside this file, of all ranks that could still write them.\n"
     (folder / TEXT).write_text(text, encoding="utf-8")
-    write_json(folder / REPORT, {"reason": reason, "headline": headline, **asdict(found)})
+    atomic_write_json(folder / REPORT, {"reason": reason, "headline": headline, **asdict(found)})
     get_logger().error("%s. All ranks: %s", headline, folder / TEXT)
 
 

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from megatron_share4v.files import atomic_write_json
+
 PACKAGE = f"{os.sep}megatron_share4v{os.sep}"
 _OF_TORCH = f"torch{os.sep}distributed{os.sep}distributed_c10d.py"
 # Where megatron-core waits for what torch.distributed began earlier.
@@ -77,14 +79,7 @@ class Place:
 
 def write_state(folder: Path, state: RankState) -> None:
     """Replace the rank's file."""
-    write_json(folder / f"rank{state.rank}.json", asdict(state))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Whoever reads `path` finds the old content or the new."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic_write_json(folder / f"rank{state.rank}.json", asdict(state))
 
 
 def read_state(folder: Path, rank: int) -> RankState | None:

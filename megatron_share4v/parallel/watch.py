@@ -26,13 +26,13 @@ from typing import Any, TextIO
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Share4VError
+from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.log import get_logger
 from megatron_share4v.parallel import hang
 from megatron_share4v.parallel.process import process_status
 from megatron_share4v.parallel.rank_state import Place, RankState, locate, read_state, write_state
 
 FOLDER, MARK = "watch", "hung"
-HUNG_EXIT_CODE = 76
 EVENTS, STEPS = 20, 32
 SILENT_BEATS = 4
 """So many beats without a new one: the rank is silent."""
@@ -238,7 +238,7 @@ class Watch:
                 self._folder, json.loads((self._folder / hang.REPORT).read_text(encoding="utf-8"))["silent"]
             )
         sys.stderr.flush()
-        os._exit(HUNG_EXIT_CODE)
+        os._exit(ExitCode.HUNG)
 
     def _myself(self, one: hang.Seen) -> hang.Seen:
         return hang.Seen(one.rank, one.state, True, "R") if one.rank == self._rank else one

@@ -21,8 +21,9 @@ from megatron_share4v.checkpoint.retention import checkpoint_directories
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.skip_steps import add_skips, read_skips
 from megatron_share4v.errors import ConfigError, Occupied
+from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.log import get_logger
-from megatron_share4v.parallel.aftermath import STOPPED_EXIT_CODE, Aftermath, examine
+from megatron_share4v.parallel.aftermath import Aftermath, examine
 from megatron_share4v.parallel.process import end_with_parent, process_status
 from megatron_share4v.parallel.rank_state import RankState, read_states
 from megatron_share4v.parallel.run_lock import check_free
@@ -116,7 +117,7 @@ class Supervisor:
             get_logger().error(
                 "supervise: giving up after %d starts without a new checkpoint: %s", failures, after.reason
             )
-        elif after.code == STOPPED_EXIT_CODE:
+        elif after.code == ExitCode.STOPPED:
             get_logger().info("supervise: %s", after.reason)
         else:
             get_logger().error("supervise: starting again would not help: %s", after.reason)

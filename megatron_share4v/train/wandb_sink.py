@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_share4v.config.load import flat
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import OpsError
-from megatron_share4v.parallel.rank_state import write_json
+from megatron_share4v.files import atomic_write_json
 from megatron_share4v.train.records import read_object
 
 FILE = "wandb.json"
@@ -39,7 +39,7 @@ class WandbSink:
         identity = read_object(path).get("id")
         if identity is None:
             identity = uuid.uuid4().hex[:12]
-            write_json(path, {"id": identity})
+            atomic_write_json(path, {"id": identity})
         try:
             self._run = wandb.init(
                 project=config.log.wandb,
