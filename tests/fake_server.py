@@ -11,7 +11,7 @@ from served import TOKENS_PER_IMAGE, FakeEngine, make_encoder
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import reported
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 from megatron_share4v.serve.server import serve
 from megatron_share4v.serve.worker import Served
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
 from megatron_share4v.errors import PrecisionError, TrainingError, reported
+from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALED = (

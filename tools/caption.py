@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_share4v.config.arguments import above_zero, at_least_zero, natural, positive
 from megatron_share4v.errors import ConfigError, reported
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
 KEY = "OPENAI_API_KEY"

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from megatron_share4v.errors import ConversionError, reported
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 
 DTYPES = ("fp32", "bf16", "fp16")
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_share4v import log
+from megatron_share4v import logging
 from megatron_share4v.config.arguments import natural, positive
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.images.policy import ImagePolicy
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--global-batch-size {options.global_batch_size} is not a multiple of --micro-batch-size {options.micro_batch_size}"
         )
-    log.configure(rank=0)
+    logging.configure(rank=0)
     try:
         return _data(options)
     except (Share4VError, OSError) as error:
@@ -70,7 +70,7 @@ def _env(options: argparse.Namespace) -> int:
         config = load_run(options.config, options.overrides) if options.config else None
         from megatron_share4v.train.preflight import check_nodes  # imports megatron-core, which `data` needs nothing of
 
-        log.configure(rank=world.rank)
+        logging.configure(rank=world.rank)
         report = check_nodes(config, shared=options.shared, timeout_s=options.timeout)
     if report is not None:
         print(report)

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_share4v.config.arguments import positive
 from megatron_share4v.errors import ConfigError, reported
 from megatron_share4v.evaluate.metrics.profile import Profile
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
 KEY, JUDGE_KEY = "OPENAI_API_KEY", "JUDGE_API_KEY"

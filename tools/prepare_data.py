@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_share4v import log
+from megatron_share4v import logging
 from megatron_share4v.config.arguments import natural, positive
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.errors import Share4VError
@@ -20,7 +20,7 @@ from megatron_share4v.errors import Share4VError
 def main(arguments: list[str] | None = None) -> int:
     """Prepare, print a summary, return the exit code."""
     options = PrepareOptions(**vars(_parser().parse_args(arguments)))
-    log.configure(rank=0)
+    logging.configure(rank=0)
     try:
         print(prepare(options))
     except (Share4VError, OSError) as error:

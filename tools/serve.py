@@ -16,7 +16,7 @@ from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.load import from_options
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import reported
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
 

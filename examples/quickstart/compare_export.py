@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_share4v.errors import reported
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from megatron_share4v.caption.records import Row
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 EVERY_S = 5.0
 

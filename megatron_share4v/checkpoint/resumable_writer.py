@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, flush_directory
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 SILENT_BYTES = 100_000_000
 LARGE_BYTES = 1 << 20

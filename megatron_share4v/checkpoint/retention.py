@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_share4v.checkpoint.manifest import flush_directory, verify
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 _NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"

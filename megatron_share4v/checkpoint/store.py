@@ -36,7 +36,7 @@ from megatron_share4v.checkpoint.retention import (
     start_writing,
 )
 from megatron_share4v.errors import CheckpointError, Share4VError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.mcore.dist_checkpoint import count_updates, load_sharded, take_snapshot
 from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors

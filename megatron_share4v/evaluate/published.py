@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_share4v.data.bar_chart import Series, bar_chart
 from megatron_share4v.evaluate.layout import pick, read_json
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL
 from megatron_share4v.evaluate.tasks import get_task
 from megatron_share4v.evaluate.tasks.mmbench import OPEN_ROWS
+from megatron_share4v.observability.bar_chart import Series, bar_chart
 
 COLUMNS = (
     "LLaVA-W", "MME-P", "MME-C", "MMB", "MMB-CN", "SEED-I", "MM-Vet", "QBench", "SQA-I", "VQAv2", "VizWiz", "GQA", "TextVQA", "POPE",

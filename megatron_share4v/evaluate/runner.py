@@ -22,7 +22,7 @@ from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.infer.journal import Done, Journal, Share, take_up
 from megatron_share4v.infer.stream import Outcome
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.remote.chat import Chat
 
 Asker = Callable[[Iterator[Item]], Iterator[list[Outcome]]]

@@ -22,7 +22,7 @@ from megatron_share4v.infer.sampler import choose, describe
 from megatron_share4v.infer.scheduler import Chunk, Counts, Scheduler
 from megatron_share4v.infer.sequence import Sequence
 from megatron_share4v.infer.session import Session
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.kv_cache import KeyValueCache
 from megatron_share4v.model.share4v import Share4V
 

@@ -19,7 +19,7 @@ from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.journal import Share
 from megatron_share4v.infer.ranks import IDLE, follow
 from megatron_share4v.infer.session import Session
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 LIBRARY = "share4v_ops.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11

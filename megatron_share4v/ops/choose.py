@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.ops.build import (
     LIBRARY,
     BuildFailed,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_share4v.files import atomic_write_json
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.process import process_status
 from megatron_share4v.parallel.rank_state import RankState, read_state
 

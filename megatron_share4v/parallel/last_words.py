@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_share4v.errors import Occupied, Share4VError, Stopped
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 FOLDER, MERGED = "errors", "errors.txt"
 CONSEQUENCES = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_share4v.errors import Occupied
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 FILE = "job.lock"
 MOMENT_S, LEASE_S, POLL_S = 2.0, 120.0, 0.2

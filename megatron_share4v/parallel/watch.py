@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Share4VError
 from megatron_share4v.exit_codes import ExitCode
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel import hang
 from megatron_share4v.parallel.process import process_status
 from megatron_share4v.parallel.rank_state import Place, RankState, locate, read_state, write_state

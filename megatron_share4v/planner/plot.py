@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas, Colour
+from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas, Colour
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import CLASSES, PREDICTED
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas
 from megatron_share4v.planner.case import Assumptions, Case
 from megatron_share4v.planner.gpus import GPUS
 from megatron_share4v.planner.plot import picture

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from megatron_share4v import __version__
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.serve.exchange import Bodies, EventStream, JsonResponse, while_connected
 from megatron_share4v.serve.fields import Fields
 from megatron_share4v.serve.generation import Generation, Order, Token

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.serve.fields import Fields, parse_object
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.refusal import Refusal, unavailable

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.serve import page
 from megatron_share4v.serve.api_megatron import Megatron
 from megatron_share4v.serve.api_openai import OpenAi

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.request import Event, Request
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.refusal import Refusal, unavailable
 

@@ -15,14 +15,14 @@ import torch
 from megatron_share4v.data.images.decoder import library
 from megatron_share4v.data.images.parity import Features, pass_gate
 from megatron_share4v.files import atomic_write_json
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import AttentionChoice
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
+from megatron_share4v.observability.records import read_object
 from megatron_share4v.ops.choose import Choice
 from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.train.feed import Source
-from megatron_share4v.train.records import read_object
 
 FILE = "image_backend.json"
 OPS_FILE = "ops.json"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_share4v.data.prepare.audit_samples import show_sample, write_preprocessed
 from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError, TrainingError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.gradient_norms import module_norms
 from megatron_share4v.model.initialize import SHARDING
 from megatron_share4v.train.build import Training

@@ -23,7 +23,7 @@ from megatron_share4v.data.sampling.fingerprint import describe_data, difference
 from megatron_share4v.data.sampling.packing import Packing
 from megatron_share4v.data.sampling.sampler import Blocks, Plan
 from megatron_share4v.errors import CheckpointError, DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import DTYPES

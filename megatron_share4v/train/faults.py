@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from megatron_share4v.data.store.quarantine import Fault, describe, too_many
 from megatron_share4v.errors import DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.observability.writers import reopen
 from megatron_share4v.train.feed import StepData
-from megatron_share4v.train.writers import reopen
 
 FILE = "quarantine.jsonl"
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.errors import PrecisionError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.fp8 import without_fp8
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer

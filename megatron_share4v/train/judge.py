@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.config.run import BadStepConfig
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.train.records import read_lines
+from megatron_share4v.observability.records import read_lines
 from megatron_share4v.train.step import not_finite
 
 

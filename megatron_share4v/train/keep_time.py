@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.launch import job_end
 
 

@@ -13,8 +13,12 @@ from megatron_share4v.checkpoint.store import on_first_rank
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Stopped, told_of_disk
-from megatron_share4v.log import configure, get_logger
+from megatron_share4v.logging import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
+from megatron_share4v.observability.goodput import Ledger, draw_goodput
+from megatron_share4v.observability.profiler import Profiler
+from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
+from megatron_share4v.observability.writers import METRICS, RunWriters, StepRecord
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.last_words import LastWords
 from megatron_share4v.parallel.launch import World, end_with_launcher, joined
@@ -27,14 +31,12 @@ from megatron_share4v.train.build import Training, build
 from megatron_share4v.train.faults import Quarantine, warn_of
 from megatron_share4v.train.feed import StepData, feed
 from megatron_share4v.train.flops import step_flops
-from megatron_share4v.train.goodput import Ledger, draw_goodput
 from megatron_share4v.train.guard import Gap, Guard
 from megatron_share4v.train.judge import Judge
 from megatron_share4v.train.keep_time import Timekeeper
 from megatron_share4v.train.optim import learning_rate_factor
 from megatron_share4v.train.pace import Pace
 from megatron_share4v.train.preview import preview
-from megatron_share4v.train.profiling import Profiler
 from megatron_share4v.train.replicas import check_replicas
 from megatron_share4v.train.run_card import RunCard
 from megatron_share4v.train.same_start import check_same_start
@@ -42,8 +44,6 @@ from megatron_share4v.train.saving import Saver
 from megatron_share4v.train.skips import shared_skips
 from megatron_share4v.train.step import StepResult, pass_over, train_step, validation_loss
 from megatron_share4v.train.stop import Agreed, Ballot, Signals, announce
-from megatron_share4v.train.wandb_sink import WandbSink, check_wandb
-from megatron_share4v.train.writers import METRICS, RunWriters, StepRecord
 
 
 def run(config: RunConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,28 +11,13 @@ import torch.distributed as dist
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.greedy import greedy_answers
+from megatron_share4v.observability.writers import Preview
 from megatron_share4v.train.feed import Source
 
 CANDIDATES = 16
-
-
-@dataclass(frozen=True)
-class Preview:
-    """pixels: [H, W, 3] uint8 of one sample, as the tower sees them before normalising. answers, wanted: of all samples, the first is the picture's."""
-
-    pixels: torch.Tensor
-    answers: tuple[str, ...]
-    wanted: tuple[str, ...]
-
-    @property
-    def exact_match(self) -> float:
-        """The share of answers that are the record's, but for case and space around them: of use where answers are short."""
-        return sum(
-            ours.strip().lower() == theirs.strip().lower() for ours, theirs in zip(self.answers, self.wanted)
-        ) / len(self.answers)
 
 
 def preview(

@@ -10,7 +10,7 @@ from megatron_share4v.checkpoint.retention import checkpoint_directories, is_who
 from megatron_share4v.checkpoint.store import load, on_first_rank
 from megatron_share4v.data.skip_steps import add_skips
 from megatron_share4v.errors import TrainingError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.train.build import Training
 
 

@@ -32,12 +32,12 @@ from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.blend import shares_of
 from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
+from megatron_share4v.observability.goodput import ACCOUNTS
+from megatron_share4v.observability.records import read_lines, read_object
+from megatron_share4v.observability.writers import METRICS
 from megatron_share4v.train.build import Training
-from megatron_share4v.train.goodput import ACCOUNTS
-from megatron_share4v.train.records import read_lines, read_object
 from megatron_share4v.train.same_start import code_hash
-from megatron_share4v.train.writers import METRICS
 
 FILE = "run_card.json"
 CURVE_POINTS = 12

@@ -15,7 +15,7 @@ from megatron_share4v.checkpoint.retention import remove_old
 from megatron_share4v.checkpoint.store import Completion, RunState, begin_save
 from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.fingerprint import describe_data
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.train.build import Training
 from megatron_share4v.train.keep_time import Timekeeper

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_share4v.checkpoint.store import on_first_rank
 from megatron_share4v.data.skip_steps import FILE, read_skips
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 
 

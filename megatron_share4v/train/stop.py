@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_share4v.errors import Stopped
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.train.keep_time import Timekeeper
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -22,13 +22,13 @@ from megatron_share4v.config.load import load_run
 from megatron_share4v.data.skip_steps import add_skips, read_skips
 from megatron_share4v.errors import ConfigError, Occupied
 from megatron_share4v.exit_codes import ExitCode
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
+from megatron_share4v.observability.records import split_lines
 from megatron_share4v.parallel.aftermath import Aftermath, examine
 from megatron_share4v.parallel.process import end_with_parent, process_status
 from megatron_share4v.parallel.rank_state import RankState, read_states
 from megatron_share4v.parallel.run_lock import check_free
 from megatron_share4v.parallel.watch import FOLDER
-from megatron_share4v.train.records import split_lines
 
 FILE = "restarts.jsonl"
 POLL_S, END_S, FOLLOW_S = 0.2, 60.0, 600.0

@@ -17,7 +17,7 @@ from megatron_share4v.checkpoint.retention import (
     set_aside,
     start_writing,
 )
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.layout import Layout
 
 

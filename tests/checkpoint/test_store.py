@@ -326,7 +326,7 @@ def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[st
     import logging
 
     from megatron_share4v.checkpoint.store import find_newest_whole
-    from megatron_share4v.log import get_logger
+    from megatron_share4v.logging import get_logger
 
     class Heard(logging.Handler):
         def emit(self, record):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_share4v.data.bar_chart import Series, bar_chart
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.published import COLUMNS, PUBLISHED, Measured, lines, save_chart, table
 from megatron_share4v.evaluate.tasks import TASKS
+from megatron_share4v.observability.bar_chart import Series, bar_chart
 
 
 def measured(benchmark: str, scores: dict, **more: object) -> Measured:

@@ -16,8 +16,8 @@ from forked import run_tool
 from launching import finish, fork, killed_after, lines, start
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
+from megatron_share4v.observability.goodput import ACCOUNTS
 from megatron_share4v.ops.build import find_toolchain
-from megatron_share4v.train.goodput import ACCOUNTS
 
 STEPS, EVERY = 10, 5
 

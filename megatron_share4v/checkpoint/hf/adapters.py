@@ -14,7 +14,7 @@ import torch
 from megatron_share4v.checkpoint.hf.reader import open_file, read_json
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, Tensors
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

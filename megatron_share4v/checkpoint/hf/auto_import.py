@@ -13,7 +13,7 @@ from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import CONFIG, Request
 from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import locate, on_first_rank
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -47,7 +47,7 @@ from megatron_share4v.checkpoint.resumable_writer import discard, stated, write_
 from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import CheckpointError, ConversionError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
 from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 from megatron_share4v.model.initialize import initial_value

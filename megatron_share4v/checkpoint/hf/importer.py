@@ -38,7 +38,7 @@ from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import PrecisionConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.dist_checkpoint_files import Placed, describe_tensors, write_tensor
 from megatron_share4v.model.initialize import initial_value
 from megatron_share4v.parallel.layout import Layout

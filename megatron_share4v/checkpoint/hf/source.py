@@ -26,7 +26,7 @@ from megatron_share4v.checkpoint.hf.weight_map import (
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, check_floats, merged
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.text.tokenizer import Tokenizer
 
 CONFIG, PREPROCESSOR, TOKENIZER, PROJECTOR = (

@@ -18,7 +18,7 @@ from nvidia.dali.pipeline import Pipeline
 from megatron_share4v.data.images import pil_decoder
 from megatron_share4v.data.images.policy import PAD_COLOUR, Decoded, ImagePolicy, blank
 from megatron_share4v.errors import DataError, OpsError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 VERSION = f"DALI {nvidia.dali.__version__}"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000")

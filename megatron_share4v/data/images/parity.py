@@ -17,7 +17,7 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.sampling.blend import Blend, open_store
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.errors import DataError, OpsError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 PROBES = 16
 # (largest error of any value, mean error), of 255, and the smallest cosine of the tower's features. DALI does not round between its two passes, and

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 
 from megatron_share4v.errors import DataError, Share4VError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")

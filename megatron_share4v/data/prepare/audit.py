@@ -26,7 +26,7 @@ from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleStore
 from megatron_share4v.data.store.shards import Member, ShardReader
 from megatron_share4v.errors import DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 DAMAGED, OUTDATED, TRUNCATED, STRAY = (

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_share4v.data.store.shards import Member
 from megatron_share4v.errors import DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif")
 MEMBERS, PATHS = "members.npy", "paths.npy"

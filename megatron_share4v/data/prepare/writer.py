@@ -28,7 +28,7 @@ from megatron_share4v.data.prepare.validate import Accepted, Examine, Refused, e
 from megatron_share4v.data.store.index import IN_PLACE, ROW, VERSION, DatasetInfo, ShardFile, SourceCount, write_index
 from megatron_share4v.data.store.shards import Member, ShardWriter
 from megatron_share4v.errors import DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 

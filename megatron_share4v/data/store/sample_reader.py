@@ -11,7 +11,7 @@ from megatron_share4v.data.records import Sample
 from megatron_share4v.data.store.index import IN_PLACE, Index
 from megatron_share4v.data.store.shards import Member, ShardReader
 from megatron_share4v.errors import DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 PAUSES_S = (0.1, 0.5, 2.0)
 

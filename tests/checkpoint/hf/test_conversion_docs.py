@@ -19,7 +19,7 @@ from foreign import MODEL, SHARE4V, theirs, write_clip, write_llama, write_llava
 
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.config.run import CheckpointConfig
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docs" / "conversion.md").read_text()

@@ -24,7 +24,7 @@ from megatron_share4v.data.records import Sample, Turn
 from megatron_share4v.data.sampling.orders import modality_length_order, random_order
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleStore
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleStore
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = [

@@ -16,7 +16,7 @@ from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleStore
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"
 

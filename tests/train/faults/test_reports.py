@@ -14,10 +14,10 @@ from launching import lines
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import OpsError
+from megatron_share4v.observability.hardware_counters import Counters, read_gpus
+from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
+from megatron_share4v.observability.writers import RunWriters, StepRecord
 from megatron_share4v.parallel.last_words import Word, merged, read_words, summary
-from megatron_share4v.train.counters import Counters, read_gpus
-from megatron_share4v.train.wandb_sink import WandbSink, check_wandb
-from megatron_share4v.train.writers import RunWriters, StepRecord
 
 GONE = "RuntimeError: [../gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:4: Connection reset by peer"
 

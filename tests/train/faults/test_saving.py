@@ -13,7 +13,7 @@ import pytest
 from faulty import train
 
 from megatron_share4v.errors import ConfigError, told_of_disk
-from megatron_share4v.log import configure
+from megatron_share4v.logging import configure
 
 BACKGROUND = "checkpoint.in_background=true"
 

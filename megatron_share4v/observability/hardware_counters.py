@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import psutil
 
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 PERIOD_S = 15.0
 GPU_FIELDS = {"utilization.gpu": max, "temperature.gpu": max, "power.draw": max, "clocks.sm": min, "memory.used": max}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_share4v.train.writers import RunWriters, StepRecord
+from megatron_share4v.observability.writers import RunWriters, StepRecord
 
 
 def record(step: int, loss: float) -> StepRecord:

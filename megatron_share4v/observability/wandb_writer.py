@@ -14,7 +14,7 @@ from megatron_share4v.config.load import flat
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import OpsError
 from megatron_share4v.files import atomic_write_json
-from megatron_share4v.train.records import read_object
+from megatron_share4v.observability.records import read_object
 
 FILE = "wandb.json"
 

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_share4v.data.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.observability.records import read_lines
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.train.records import read_lines
 
 ACCOUNTS = ("compute_s", "exposed_communication_s", "data_wait_s", "checkpoint_s", "restart_s", "lost_s", "other_s")
 COLOURS = dict(zip(ACCOUNTS, (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2], PALETTE[3], PALETTE[6], PALETTE[7])))

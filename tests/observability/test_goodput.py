@@ -10,8 +10,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from megatron_share4v.observability.goodput import ACCOUNTS, PICTURE, Clock, Ledger, draw_goodput
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.train.goodput import ACCOUNTS, PICTURE, Clock, Ledger, draw_goodput
 
 
 class Time:

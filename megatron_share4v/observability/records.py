@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.log import get_logger
+from megatron_share4v.logging import get_logger
 
 
 def read_lines(path: Path, *fields: str) -> list[dict[str, Any]]:

@@ -11,15 +11,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_share4v.log import get_logger
-from megatron_share4v.train.counters import Counters
-from megatron_share4v.train.preview import Preview
-from megatron_share4v.train.records import parse_line, split_lines
-from megatron_share4v.train.wandb_sink import WandbSink
+from megatron_share4v.logging import get_logger
+from megatron_share4v.observability.hardware_counters import Counters
+from megatron_share4v.observability.records import parse_line, split_lines
+from megatron_share4v.observability.wandb_writer import WandbSink
 
 METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Preview:
+    """pixels: [H, W, 3] uint8 of one sample, as the tower sees them before normalising. answers, wanted: of all samples, the first is the picture's."""
+
+    pixels: torch.Tensor
+    answers: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+    @property
+    def exact_match(self) -> float:
+        """The share of answers that are the record's, but for case and space around them: of use where answers are short."""
+        return sum(
+            ours.strip().lower() == theirs.strip().lower() for ours, theirs in zip(self.answers, self.wanted)
+        ) / len(self.answers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What a run records about itself: metrics, TensorBoard, W&B, goodput, profiler traces, charts."""
