@@ -2,7 +2,7 @@
 
     torchrun ... tests/faulty.py KIND:RANK:STEP[:VALUE][,...] CONFIG.yaml [dotted.key=value ...]
 
-`train` starts the same ranks without torchrun, from the fork server that has imported everything: the many runs of tests/train/faults take a second
+`train` starts the same ranks without torchrun, from the fork server that has imported everything: the many runs of tests/resilience take a second
 each instead of ten. The few that are about the launcher start the real one.
 """
 
@@ -167,9 +167,9 @@ def die_in_save(fault: Fault, chunks: Any) -> None:
 
 def edit_code(fault: Fault, chunks: Any) -> None:
     """This rank's package is not the others'; at step 0, before anything is built."""
-    from megatron_share4v.train import same_start
+    from megatron_share4v.resilience.preflight import consistency
 
-    same_start.code_hash = lambda package: "0123456789ab"
+    consistency.code_hash = lambda package: "0123456789ab"
 
 
 def lose_one_file(fault: Fault, chunks: Any) -> None:

@@ -73,7 +73,7 @@ class Run:
 
     def train(self, first: int, last: int) -> list[tuple[float, float]]:
         """Loss and gradient norm of the steps first .. last - 1."""
-        from megatron_share4v.train.feed import StepData
+        from megatron_share4v.train.data_feed import StepData
         from megatron_share4v.train.step import train_step
 
         results = []

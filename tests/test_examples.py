@@ -9,7 +9,7 @@ import pytest
 from megatron_share4v.config.load import dump, load, load_run
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.train.optim import warmup_steps
+from megatron_share4v.train.lr_schedule import warmup_steps
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CLASSES = {"models": ModelConfig}  # folders whose files are not training runs

@@ -42,9 +42,9 @@ from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.train.feed import StepData
-from megatron_share4v.train.flops import step_flops
+from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.step import train_step
+from megatron_share4v.train.step_flops import step_flops
 
 TEXT = {"pretrain": (200, 1.0), "finetune": (350, 0.5)}
 """Text positions of a sample, and the share of them that is trained: ShareGPT4V's captions and instructions, in the mean."""

@@ -33,7 +33,7 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
-from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.step import train_step
 
 SCALE, SLOTS, PACK_LENGTH, PACKS, SAMPLES = 9, 64, 456, 2, 4096

@@ -23,7 +23,7 @@ from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.quickstart import write_dataset
 from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.train import loop
-from megatron_share4v.train.saving import Saver
+from megatron_share4v.train.checkpoint_saver import Saver
 
 MODEL = Path(__file__).parents[1] / "examples" / "models" / "tiny.yaml"
 BYTES_PER_WEIGHT = 16  # fp32: the weight, the optimizer's and its two moments

@@ -26,7 +26,7 @@ from megatron_share4v.model.initialize import initialize
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.step import train_step
 
 IMAGE_ID = 31999

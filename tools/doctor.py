@@ -68,7 +68,9 @@ def _env(options: argparse.Namespace) -> int:
         world = World.from_environment()
     with reported(rank=world.rank, ranks=world.size):
         config = load_run(options.config, options.overrides) if options.config else None
-        from megatron_share4v.train.preflight import check_nodes  # imports megatron-core, which `data` needs nothing of
+        from megatron_share4v.resilience.preflight.cluster import (
+            check_nodes,  # imports megatron-core, which `data` needs nothing of
+        )
 
         logging.configure(rank=world.rank)
         report = check_nodes(config, shared=options.shared, timeout_s=options.timeout)

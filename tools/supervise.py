@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_share4v.config.arguments import at_least_zero, natural
 from megatron_share4v.errors import ConfigError, reported, told_of_disk
 from megatron_share4v.logging import configure
-from megatron_share4v.train.supervise import Policy, Supervisor, run_directory
+from megatron_share4v.resilience.supervisor import Policy, Supervisor, run_directory
 
 
 def main() -> None:

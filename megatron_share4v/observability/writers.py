@@ -121,7 +121,7 @@ class RunWriters:
             get_logger().info(self._line(record))
 
     def ranks(self, values: Mapping[str, float], *, step: int) -> None:
-        """How the ranks compare (train/pace.py)."""
+        """How the ranks compare (resilience/straggler.py)."""
         self._scalars({f"ranks/{name}": value for name, value in values.items()}, step=step)
 
     def preview(self, shown: Preview, *, step: int) -> None:

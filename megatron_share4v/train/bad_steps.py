@@ -1,4 +1,4 @@
-"""What is done about a step that judge.py found bad: it is told, with everything that helps to find the cause, and too many in a row have consequences.
+"""What is done about a step that spike_detection.py found bad: it is told, with everything that helps to find the cause, and too many in a row have consequences.
 
 bad_steps/step_<N>/ in the run directory: report.json (micro-batches with their losses and sample keys, gradient norm of every module), samples.txt
 (text of the samples of the worst micro-batches, with what is trained marked) and their images as the tower sees them.
@@ -21,7 +21,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.gradient_norms import module_norms
 from megatron_share4v.model.initialize import SHARDING
 from megatron_share4v.train.build import Training
-from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.rollback import roll_back
 from megatron_share4v.train.step import StepResult
 

@@ -39,8 +39,8 @@ from megatron_share4v.ops.choose import Choice
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.train.backend import record_attention, record_backend, record_ops
-from megatron_share4v.train.feed import Source
+from megatron_share4v.train.backend_report import record_attention, record_backend, record_ops
+from megatron_share4v.train.data_feed import Source
 
 DATA_CHANGES = "data_changes.jsonl"
 """In the run directory: where a run went on with other data than its checkpoint's (checkpoint.allow_data_change)."""

@@ -20,30 +20,30 @@ from megatron_share4v.observability.profiler import Profiler
 from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
 from megatron_share4v.observability.writers import METRICS, RunWriters, StepRecord
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.last_words import LastWords
 from megatron_share4v.parallel.launch import World, end_with_launcher, joined
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.parallel.watch import Bounds, Watch
 from megatron_share4v.planner.gpus import known_gpu
-from megatron_share4v.train.alone import alone_in
+from megatron_share4v.resilience.error_report import LastWords
+from megatron_share4v.resilience.exclusive_run import alone_in
+from megatron_share4v.resilience.heartbeat import Bounds, Watch
+from megatron_share4v.resilience.preflight.consistency import check_same_start
+from megatron_share4v.resilience.replica_checksum import check_replicas
+from megatron_share4v.resilience.shared_skip_steps import shared_skips
+from megatron_share4v.resilience.shutdown import Agreed, Ballot, Signals, announce
+from megatron_share4v.resilience.straggler import Pace
+from megatron_share4v.resilience.time_limit import Timekeeper
 from megatron_share4v.train.bad_steps import BadSteps
 from megatron_share4v.train.build import Training, build
-from megatron_share4v.train.faults import Quarantine, warn_of
-from megatron_share4v.train.feed import StepData, feed
-from megatron_share4v.train.flops import step_flops
-from megatron_share4v.train.guard import Gap, Guard
-from megatron_share4v.train.judge import Judge
-from megatron_share4v.train.keep_time import Timekeeper
-from megatron_share4v.train.optim import learning_rate_factor
-from megatron_share4v.train.pace import Pace
+from megatron_share4v.train.checkpoint_saver import Saver
+from megatron_share4v.train.data_feed import StepData, feed
+from megatron_share4v.train.fp8_divergence import Gap, Guard
+from megatron_share4v.train.lr_schedule import learning_rate_factor
 from megatron_share4v.train.preview import preview
-from megatron_share4v.train.replicas import check_replicas
+from megatron_share4v.train.quarantine_log import Quarantine, warn_of
 from megatron_share4v.train.run_card import RunCard
-from megatron_share4v.train.same_start import check_same_start
-from megatron_share4v.train.saving import Saver
-from megatron_share4v.train.skips import shared_skips
+from megatron_share4v.train.spike_detection import Judge
 from megatron_share4v.train.step import StepResult, pass_over, train_step, validation_loss
-from megatron_share4v.train.stop import Agreed, Ballot, Signals, announce
+from megatron_share4v.train.step_flops import step_flops
 
 
 def run(config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """Going back to a checkpoint in the middle of a run, because what was trained since has spoiled the weights.
 
-The steps since then are put on the quarantine list (data/skip_steps.py) and their checkpoints set aside, so that a run that is killed afterwards and
+The steps since then are put on the quarantine list (resilience/skip_steps.py) and their checkpoints set aside, so that a run that is killed afterwards and
 started again comes to the same weights.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from megatron_share4v.checkpoint.retention import checkpoint_directories, is_whole, set_aside
 from megatron_share4v.checkpoint.store import load, on_first_rank
-from megatron_share4v.data.skip_steps import add_skips
 from megatron_share4v.errors import TrainingError
 from megatron_share4v.logging import get_logger
+from megatron_share4v.resilience.skip_steps import add_skips
 from megatron_share4v.train.build import Training
 
 

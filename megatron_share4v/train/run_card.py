@@ -36,13 +36,13 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.observability.goodput import ACCOUNTS
 from megatron_share4v.observability.records import read_lines, read_object
 from megatron_share4v.observability.writers import METRICS
+from megatron_share4v.resilience.preflight.consistency import code_hash
 from megatron_share4v.train.build import Training
-from megatron_share4v.train.same_start import code_hash
 
 FILE = "run_card.json"
 CURVE_POINTS = 12
 DECISIONS = ("ops.json", "attention.json", "image_backend.json")
-"""What backend.py has written beside it."""
+"""What backend_report.py has written beside it."""
 
 
 class RunCard:

@@ -22,7 +22,7 @@ from megatron_share4v.mcore.optimizer import (
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, divisor
 from megatron_share4v.parallel.device import sent
-from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.data_feed import StepData
 
 Normalize = Literal["tokens", "microbatch"]
 

@@ -73,8 +73,8 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.model.trainable import parameter_counts
-    from megatron_share4v.train.feed import StepData
-    from megatron_share4v.train.replicas import check_replicas
+    from megatron_share4v.train.data_feed import StepData
+    from megatron_share4v.resilience.replica_checksum import check_replicas
     from megatron_share4v.train.step import train_step
 
     model, dtype = tiny_model(**TRAINABLE[variant.trainable]), DTYPES[variant.dtype]

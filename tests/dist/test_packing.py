@@ -84,7 +84,7 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     from megatron_share4v.mcore.layer_options import LayerOptions
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
-    from megatron_share4v.train.feed import StepData
+    from megatron_share4v.train.data_feed import StepData
     from megatron_share4v.train.step import _reduce, _run
 
     model = tiny_model()

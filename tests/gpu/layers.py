@@ -36,7 +36,7 @@ from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.train.feed import StepData
+from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.step import _run
 
 LENGTH, PATCHES = 512, 16
@@ -133,7 +133,7 @@ def updated(mesh: Mesh, **how: object) -> Found:
 
 @contextlib.contextmanager
 def waiting_forbidden(device: Device) -> Iterator[None]:
-    """torch raises where the host would wait for the GPU. On the CPU nothing of this can be seen: tests/train/test_waits.py looks for it there."""
+    """torch raises where the host would wait for the GPU. On the CPU nothing of this can be seen: tests/train/test_host_syncs.py looks for it there."""
     if device.kind == "cpu":
         yield
         return

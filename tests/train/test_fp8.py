@@ -48,8 +48,8 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
-    from megatron_share4v.train.feed import StepData
-    from megatron_share4v.train.guard import Guard
+    from megatron_share4v.train.data_feed import StepData
+    from megatron_share4v.train.fp8_divergence import Guard
 
     results = {}
     for name, setting in variants.items():

@@ -1,6 +1,6 @@
 """Samples that fail while training: what is known of a failure, what stands in the sample's slot, and how many failures are too many.
 
-The slot keeps its place: mean-colour image, masked labels. Who finds failures is loader.py; who tells the other ranks is train/feed.py.
+The slot keeps its place: mean-colour image, masked labels. Who finds failures is loader.py; who tells the other ranks is train/data_feed.py.
 """
 
 from __future__ import annotations

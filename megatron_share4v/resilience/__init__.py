@@ -1,0 +1,1 @@
+"""Keeping long runs alive: heartbeats, hang diagnosis, shutdown, restarts, stragglers, replica checks."""

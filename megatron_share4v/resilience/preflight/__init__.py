@@ -1,0 +1,1 @@
+"""Checks before a launch: consistency across ranks, each node, the whole cluster."""

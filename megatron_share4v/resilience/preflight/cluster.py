@@ -1,0 +1,301 @@
+"""Whether these nodes can run a job, before one is started on them: what only all ranks together can find out, and the report.
+
+Each rank also looks at its own machine (node.py). What makes a run impossible is one ConfigError on every rank; the rest are warnings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import statistics
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import megatron_share4v
+from megatron_share4v.checkpoint.manifest import current_versions
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.parallel.device import Device
+from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.planner.gpus import known_gpu
+from megatron_share4v.resilience.preflight.consistency import code_hash, describe_start, different
+from megatron_share4v.resilience.preflight.node import Finding, error, examine_machine, existing, facts
+
+SHOWN = 5
+MEGABYTE = 1_000_000
+SLOW_SHARE, LINK_SHARE = 0.8, 0.3
+"""Of the median rank's speed in matrix products, and of what the data sheet promises a link: below these, a warning."""
+MOST_SKEW_S = 2.0
+PATIENCE_S = 20.0
+"""A network file system may show a new file so much later."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Report:
+    """What was found: lines for the reader, and findings with the ranks concerned."""
+
+    lines: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, *(f"warning: {text}" for text in self.warnings)])
+
+
+def check_nodes(config: RunConfig | None, *, shared: Sequence[Path], timeout_s: int) -> Report | None:
+    """Meet all ranks, look, and leave; the report on rank 0, None on others. `shared`: folders that all ranks must share, besides run.directory.
+
+    Raises ConfigError, on all ranks, when a run is impossible here; where ranks did not even meet, on those that waited.
+    """
+    world = World.from_environment()
+    if config is not None:
+        Layout.for_world(config.parallel, world_size=world.size)
+    device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(joined(world, device, timeout_s=timeout_s))
+            dist.barrier()
+        except (RuntimeError, ValueError) as problem:  # gloo, NCCL and the store have no class in common below these
+            raise ConfigError(_not_met(world, timeout_s, problem)) from problem
+        report = examine(config, rank=world.rank, device=device, shared=shared)
+    if report.errors:
+        raise ConfigError("these machines cannot run the job:" + "".join(f"\n  {text}" for text in report.errors))
+    return report if world.rank == 0 else None
+
+
+def examine(config: RunConfig | None, *, rank: int, device: Device, shared: Sequence[Path]) -> Report:
+    """Everything, in a world that has come together. Collective; equal on all ranks."""
+    report, hosts = Report(), _gather(socket.gethostname())
+    report.lines.append(_machines(hosts, device))
+    same, known = _same_everywhere(config, device, hosts)
+    report.errors += same
+    report.warnings += known
+    findings = [*examine_machine(config, device=device), *_inputs(config)]
+    if not report.errors:  # ranks with other code may not make the same collectives
+        directories = [*shared, *([Path(config.run.directory)] if config else [])]
+        for directory in directories:
+            findings += check_shared(directory, rank=rank, ranks=len(hosts))
+        report.lines += [f"shared folder: {directory}, written and read by every rank" for directory in directories]
+        for lines, found in (_clocks(hosts), _speed(hosts, device), _bandwidth(hosts, device)):
+            report.lines += lines
+            report.warnings += found
+    told = _gather(findings)
+    for level, texts in (("error", report.errors), ("warning", report.warnings)):
+        by_text: dict[str, list[int]] = {}
+        for rank, own in enumerate(told):
+            for finding in own:
+                if finding.level == level:
+                    by_text.setdefault(finding.text, []).append(rank)
+        texts += [f"{_who(ranks, hosts)}: {text}" for text, ranks in by_text.items()]
+    return report
+
+
+def _not_met(world: World, timeout_s: int, problem: Exception) -> str:
+    where = f"{os.environ.get('MASTER_ADDR', 'itself')}:{os.environ.get('MASTER_PORT', '')}"
+    first = str(problem).strip().splitlines() or [type(problem).__name__]
+    return (
+        f"rank {world.rank} of {world.size} on {socket.gethostname()} did not come together with the others at {where} within {timeout_s} s: {first[0][:300]}. "
+        "See that every node was started, with the same number of ranks; that this address is reached from all of them; and which network card is used "
+        "(NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME)"
+    )
+
+
+def _machines(hosts: Sequence[str], device: Device) -> str:
+    nodes = dict.fromkeys(hosts)
+    each = ", ".join(
+        f"{node} (ranks {_brief([rank for rank, host in enumerate(hosts) if host == node])})"
+        for node in list(nodes)[:SHOWN]
+    )
+    more = f" and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else ""
+    return f"{len(hosts)} ranks on {len(nodes)} nodes: {each}{more}; {device.describe()}; python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _same_everywhere(config: RunConfig | None, device: Device, hosts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(errors, warnings): what all ranks must have alike, and what they had better."""
+    if config is not None:
+        described = describe_start(config)
+    else:
+        described = {
+            "code": code_hash(Path(megatron_share4v.__file__).parent),
+            "python": platform.python_version(),
+            **current_versions(),
+        }
+    must, better = _gather(described), _gather(facts(device))
+    return different(list(zip(hosts, must))), different(list(zip(hosts, better)))
+
+
+def _inputs(config: RunConfig | None) -> Iterator[Finding]:
+    """Data sets, tokenizer and start weights are there for every rank, and the same."""
+    if config is None:
+        return
+    data = config.data
+    sources = [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
+    files = {
+        "data.train": [Path(source) / "dataset.json" for source in sources],
+        "data.tokenizer": [Path(data.tokenizer)],
+    }
+    if config.checkpoint.initialize_from:
+        files["checkpoint.initialize_from"] = [Path(config.checkpoint.initialize_from)]
+    for key, paths in files.items():
+        for path in paths:
+            digests = _gather(_digest(path))
+            usual = statistics.mode([digest for digest in digests if digest is not None] or [None])
+            if digests[dist.get_rank()] is None:
+                yield error(f"{key}: there is no {path} here")
+            elif digests[dist.get_rank()] != usual:
+                yield error(f"{key}: {path} is another file here than on most ranks")
+
+
+def check_shared(directory: Path, *, rank: int, ranks: int) -> list[Finding]:
+    """Every rank writes into it; rank 0 reads what all wrote, all read what rank 0 wrote. Nothing is left behind. Collective."""
+    [token] = _broadcast([uuid.uuid4().hex[:8]])
+    trial, refusal = directory / f".doctor_{token}", ""
+    made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    try:
+        trial.mkdir(parents=True, exist_ok=True)
+        (trial / str(rank)).write_text(token)
+    except OSError as problem:
+        refusal = problem.strerror or str(problem)
+    refused = _gather(refusal)
+    found = [error(f"cannot write into {existing(directory)}: {refusal}")] if refusal else []
+    wanted = [0] if rank else [number for number in range(ranks) if not refused[number]]
+    unseen = [] if refusal or refused[0] else _wait_for([trial / str(number) for number in wanted])
+    if unseen and rank:
+        found.append(
+            error(f"does not see in {directory} what rank 0 wrote there: it is not one folder shared by all nodes")
+        )
+    elif unseen:
+        found.append(
+            error(
+                f"does not see in {directory} what ranks {_brief([int(path.name) for path in unseen])} wrote there: it is not one folder shared by all nodes"
+            )
+        )
+    dist.barrier()
+    shutil.rmtree(trial, ignore_errors=True)
+    dist.barrier()
+    for parent in made:
+        if parent.exists() and not any(parent.iterdir()):
+            shutil.rmtree(parent, ignore_errors=True)
+    return found
+
+
+def _wait_for(paths: Sequence[Path]) -> list[Path]:
+    """Those that do not come to be in time."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (missing := [path for path in paths if not path.exists()]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return missing
+
+
+def _clocks(hosts: Sequence[str]) -> tuple[list[str], list[str]]:
+    dist.barrier()
+    times = _gather(time.time())
+    usual = statistics.median(times)
+    wrong = [rank for rank, at in enumerate(times) if abs(at - usual) > MOST_SKEW_S]
+    return [], [
+        f"{_who(wrong, hosts)}: the clock is {MOST_SKEW_S:g} s or more away from the others'; logs of nodes cannot be compared"
+    ] if wrong else []
+
+
+def _speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
+    """Matrix products on every rank at once: one that is slow makes all wait at every step."""
+    size, dtype = (8192, torch.bfloat16) if device.kind == "cuda" else (256, torch.float32)
+    factor = torch.randn(size, size, device=device.torch_device, dtype=dtype)
+
+    def multiply() -> None:
+        torch.mm(factor, factor)
+
+    dist.barrier()
+    speeds = _gather(2 * size**3 / _seconds(multiply, device, repeat=20) / 1e12)
+    usual = statistics.median(speeds)
+    slow = [rank for rank, speed in enumerate(speeds) if speed < SLOW_SHARE * usual]
+    line = f"matrix products ({size} x {size}, {dtype}): {usual:.3g} TFLOP/s per rank, the slowest {min(speeds):.3g}"
+    return [line], [
+        f"{_who(slow, hosts)}: matrix products at {min(speeds):.3g} TFLOP/s and less than {SLOW_SHARE:.0%} of the others' {usual:.3g}"
+    ] if slow else []
+
+
+def _bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
+    """One all-reduce over all ranks, as data-parallel training makes it."""
+    ranks, size = len(hosts), (512 if device.kind == "cuda" else 4) * MEGABYTE
+    if ranks == 1:
+        return [], []
+    buffer = torch.ones(size // 4, device=device.torch_device)
+
+    def reduce() -> None:
+        dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
+
+    seconds = max(_gather(_seconds(reduce, device, repeat=5)))
+    rate = 2 * (ranks - 1) / ranks * size / seconds
+    line = f"all-reduce of {size // MEGABYTE} MB over {ranks} ranks: {1000 * seconds:.1f} ms, {rate / 1e9:.3g} GB/s per rank"
+    gpu = known_gpu(torch.cuda.get_device_name()) if device.kind == "cuda" else None
+    if gpu is None:
+        return [line], []
+    promised = gpu.link if len(set(hosts)) == 1 else gpu.network
+    if rate >= LINK_SHARE * promised:
+        return [line], []
+    return [line], [
+        f"the all-reduce moves {rate / 1e9:.3g} GB/s per rank, less than {LINK_SHARE:.0%} of a link's {promised / 1e9:.3g}: see NCCL_DEBUG=INFO for the path taken"
+    ]
+
+
+def _seconds(function: Any, device: Device, *, repeat: int) -> float:
+    for _ in range(2):
+        function()
+    device.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeat):
+        function()
+    device.synchronize()
+    return (time.perf_counter() - started) / repeat
+
+
+def _digest(path: Path) -> str | None:
+    """Of a file's content, of what a folder has in it; None when it is not there."""
+    if path.is_dir():
+        return ",".join(sorted(entry.name for entry in path.iterdir()))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    if len(ranks) == len(hosts):
+        return "every rank" if len(hosts) > 1 else "this rank"
+    if len(nodes := {hosts[rank] for rank in ranks}) == 1:
+        return f"rank {_brief(ranks)} ({nodes.pop()})"
+    return (
+        "rank "
+        + ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN])
+        + (f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else "")
+    )
+
+
+def _brief(numbers: Sequence[int]) -> str:
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ", ".join(map(str, numbers[:SHOWN])) + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")
+
+
+def _gather(value: T) -> list[T]:
+    """Of every rank, in their order. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _broadcast(values: list[T]) -> list[T]:
+    dist.broadcast_object_list(values, src=0)
+    return values

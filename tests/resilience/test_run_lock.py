@@ -1,0 +1,92 @@
+"""Two jobs in one run directory: the second is refused while the first one lives, and goes on when it has died."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from faulty import Job, train
+from launching import lines
+
+from megatron_share4v.errors import Occupied
+from megatron_share4v.resilience import run_lock
+from megatron_share4v.resilience.rank_state import read_states
+from megatron_share4v.resilience.supervisor import Policy, Supervisor
+
+
+def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_one(bench) -> None:
+    """With loader processes, which must not keep the lock of a killed rank."""
+    directory, go = bench.root / "twice", bench.root / "go"
+    first = Job(
+        bench.config, 2, f"run.directory={directory}", "data.num_workers=1", faults=f"wait_for:0:5:{go},kill:0:5"
+    )
+    while len(lines(directory / "metrics.jsonl")) < 4:
+        assert first.processes[0].is_alive()
+        time.sleep(0.05)
+    living = f"{directory} is being trained in by process {first.processes[0].pid} on {socket.gethostname()}, since 20"
+    second = train(bench.config, 2, f"run.directory={directory}")
+    assert (
+        second.codes[0] == 2
+        and set(second.codes) <= {2, -15}
+        and f"error: rank 0: {living}" in second.output
+        and "Traceback" not in second.output
+    ), second.output
+    with pytest.raises(Occupied, match=living):
+        Supervisor(["false"], directory, Policy()).supervise()
+    assert [state.pid for state in read_states(directory / "watch")] == [process.pid for process in first.processes], (
+        "what the first job says is left alone"
+    )
+    assert not (directory / "log" / "errors.txt").exists() and not (directory / "restarts.jsonl").exists()
+    go.touch()
+    outcome = first.ended()
+    assert outcome.codes[0] == -9, outcome.output
+    again = train(bench.config, 2, f"run.directory={directory}")
+    assert again.codes == [0, 0] and "at step 3" in again.output and bench.curve(directory) == bench.undisturbed, (
+        again.output
+    )
+    assert (directory / run_lock.FILE).read_text() == "", "the run is nobody's any more"
+
+
+def test_lock_of_a_dead_host_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file server gives it back after a while, not at once."""
+    monkeypatch.setattr(run_lock, "MOMENT_S", 0.0)
+    monkeypatch.setattr(run_lock, "POLL_S", 0.0)
+    monkeypatch.setattr(logging.getLogger("megatron_share4v"), "propagate", True)
+    with open(tmp_path / run_lock.FILE, "w") as other:
+        other.write("process 7 on elsewhere, since 2026-01-01 00:00:00 UTC\n")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(other, fcntl.LOCK_UN))
+        with run_lock.held(tmp_path):
+            assert f"process {os.getpid()} on" in (tmp_path / run_lock.FILE).read_text()
+        assert "is locked by process 7 on elsewhere" in caplog.text and "in case that host has died" in caplog.text
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(run_lock, "LEASE_S", -1.0)
+        with pytest.raises(Occupied, match="another process.*remove job.lock there"), run_lock.held(tmp_path):
+            pass
+
+
+def test_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(logging.getLogger("megatron_share4v"), "propagate", True)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run_lock.held(tmp_path):
+        run_lock.check_free(tmp_path)
+    assert "this file system has no locks, so nothing keeps a second job" in caplog.text
+    monkeypatch.setattr(
+        fcntl, "flock", lambda file, operation: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+    )
+    with pytest.raises(OSError, match="Input/output"), run_lock.held(tmp_path):
+        pass

@@ -1,0 +1,90 @@
+"""A run that is asked to end: by a signal to any one rank, or by the clock. It is saved at the next step and goes on bitwise."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from faulty import train
+from launching import lines, start
+
+from megatron_share4v.config.load import load_run
+from megatron_share4v.errors import ConfigError
+from megatron_share4v.resilience.time_limit import Timekeeper
+
+
+@pytest.mark.parametrize(("fault", "name"), [("term:1:5", "SIGTERM"), ("usr1:0:5", "SIGUSR1")])
+def test_signal_to_one_rank_saves_and_stops_all(bench, fault: str, name: str) -> None:
+    directory = bench.root / name
+    outcome = train(bench.config, 2, f"run.directory={directory}", faults=fault)
+    assert outcome.codes == [75, 75] and "Traceback" not in outcome.output and "error: " not in outcome.output, (
+        outcome.output
+    )
+    assert (
+        f"stopped: rank 0: {name} on 1 ranks; saved after step 5 of 8 in {directory / 'checkpoints'}" in outcome.output
+    )
+    assert [line["step"] for line in lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    again = train(bench.config, 2, f"run.directory={directory}")
+    assert again.codes == [0, 0] and "at step 5" in again.output and bench.curve(directory) == bench.undisturbed
+
+
+def test_under_torchrun_and_time_limit(bench) -> None:
+    """A limit so near that the first step is the last; torchrun's report has the exit code."""
+    directory = bench.root / "limited"
+    process = start(
+        bench.config, 2, f"run.directory={directory}", "run.time_limit_minutes=1", "checkpoint.before_time_limit_s=60"
+    )
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and "exitcode  : 75" in output, output
+    assert "stopped: rank 0: its time limit is near; saved after step 1 of 8" in output and "error: " not in output
+    again = train(bench.config, 2, f"run.directory={directory}", "checkpoint.every_minutes=1e-6")
+    assert again.codes == [0, 0] and "at step 1" in again.output and bench.curve(directory) == bench.undisturbed
+    assert again.output.count("checkpoint: wrote") == 7, "a save after each step"
+
+
+class Clock:
+    """Seconds, set by hand."""
+
+    time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def timekeeper(bench, clock: Clock, *overrides: str) -> Timekeeper:
+    return Timekeeper(load_run(bench.config, overrides), now=clock, clock=lambda: clock.time + 1e9)
+
+
+def test_time_is_up_while_a_step_and_a_save_still_fit(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    keeper = timekeeper(bench, clock, "run.time_limit_minutes=10", "checkpoint.before_time_limit_s=100")
+    clock.time = 1030.0
+    keeper.step_ended()
+    clock.time = 1050.0
+    keeper.save_began()
+    keeper.save_ended(seconds=20.0)
+    keeper.training_goes_on()
+    clock.time = 1600.0 - 100.0 - 20.0 - 30.0 - 1.0
+    assert not keeper.is_up
+    clock.time += 1.0
+    assert keeper.is_up
+    assert not timekeeper(bench, clock).is_up
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(clock.time + 1e9 + 119))
+    assert timekeeper(bench, clock).is_up and timekeeper(bench, clock, "run.time_limit_minutes=600").is_up
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "tomorrow")
+    with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME is 'tomorrow'"):
+        timekeeper(bench, clock)
+
+
+def test_saves_are_due_by_the_minute(bench) -> None:
+    clock = Clock()
+    keeper, never = timekeeper(bench, clock, "checkpoint.every_minutes=2"), timekeeper(bench, clock)
+    clock.time += 119.0
+    assert not keeper.save_is_due
+    clock.time += 1.0
+    assert keeper.save_is_due and not never.save_is_due
+    keeper.save_began()
+    assert not keeper.save_is_due
+    assert Timekeeper.__init__.__kwdefaults__["now"] is time.monotonic, (
+        "a clock that is set back by an hour must not hold up saves for an hour"
+    )
