@@ -9,8 +9,8 @@ import pytest
 from endings import pytest_configure  # noqa: F401 (a hook of pytest's)
 
 from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
+from megatron_share4v.ops.backend import choose_ops
 from megatron_share4v.ops.build import find_toolchain
-from megatron_share4v.ops.choose import choose_ops
 
 
 def pytest_collection_finish() -> None:

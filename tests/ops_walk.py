@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from megatron_share4v.ops.choose import choose_ops, load
+from megatron_share4v.ops.backend import choose_ops, load
 from megatron_share4v.ops.op import NAMESPACE, Case, Implementation, Op
 from megatron_share4v.ops.registry import OPS
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from megatron_share4v.errors import reported
-from megatron_share4v.ops.choose import choose_ops
+from megatron_share4v.ops.backend import choose_ops
 from megatron_share4v.ops.op import Bench, Op
 from megatron_share4v.ops.registry import OPS
 

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from megatron_share4v.errors import OpsError, reported
+from megatron_share4v.ops.backend import REMEDY, Available, status
 from megatron_share4v.ops.build import Toolchain, built, find_toolchain, prebuild
-from megatron_share4v.ops.choose import REMEDY, Available, status
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -77,7 +77,7 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
     from megatron_share4v.evaluate.askers import LocalAsker
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
-    from megatron_share4v.infer.replicas import opened_replica
+    from megatron_share4v.infer.data_parallel import opened_replica
 
     with opened_replica(
         given.checkpoint, tensor=given.tensor, max_requests=given.batch_size, dtype=given.dtype, world=world
@@ -98,7 +98,7 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
     from megatron_share4v.evaluate.askers import RemoteAsker
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
-    from megatron_share4v.infer.journal import Share
+    from megatron_share4v.infer.answer_log import Share
     from megatron_share4v.remote.chat import Chat, Endpoint
 
     if given.endpoint_model is None or world.size > 1:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from megatron_share4v.errors import OpsError, reported
 from megatron_share4v.ops.build import Toolchain, built, default_cache, find_toolchain, sources
+from megatron_share4v.ops.kernel_usage import Usage, usages
 from megatron_share4v.ops.registry import OPS
-from megatron_share4v.ops.usage import Usage, usages
 
 COPY_H200 = 4.3e12  # bytes per second of a device-to-device copy on an H200, read and written bytes counted
 OUTPUT = Path("docs/measurements/ops.md")

@@ -13,7 +13,7 @@ from megatron_share4v.caption.job import JobOptions, Summary, run_job
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.data.images.pil_decoder import data_url
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.infer.journal import Share
+from megatron_share4v.infer.answer_log import Share
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.remote.chat import Chat, Endpoint
 

@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a caption depends on besides image and model. temperature 0: greedy. num_beams: infer/beams.py."""
+    """What a caption depends on besides image and model. temperature 0: greedy. num_beams: infer/beam_search.py."""
 
     prompt: str = INSTRUCTION
     max_new_tokens: int = 500

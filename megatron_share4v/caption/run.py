@@ -12,10 +12,10 @@ from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.infer.beams import BeamEngine
-from megatron_share4v.infer.replicas import Replica, opened_replica
+from megatron_share4v.infer.batch_generate import Work, stream_answers
+from megatron_share4v.infer.beam_search import BeamEngine
+from megatron_share4v.infer.data_parallel import Replica, opened_replica
 from megatron_share4v.infer.request import Sampling
-from megatron_share4v.infer.stream import Work, stream_answers
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 

@@ -13,9 +13,9 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.evaluate.item import Decoding, Item
-from megatron_share4v.infer.replicas import Replica
+from megatron_share4v.infer.batch_generate import Outcome, Work, stream_answers
+from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.infer.request import Sampling
-from megatron_share4v.infer.stream import Outcome, Work, stream_answers
 from megatron_share4v.remote.chat import Chat
 from megatron_share4v.text.template import get_template
 

@@ -16,7 +16,7 @@ from megatron_share4v.data.images.policy import PAD_COLOUR
 from megatron_share4v.evaluate.evaluation import Evaluation
 from megatron_share4v.evaluate.item import Scores
 from megatron_share4v.evaluate.judge import Judgement
-from megatron_share4v.infer.replicas import Replica
+from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.remote.chat import Endpoint
 from megatron_share4v.text.template import get_template
 

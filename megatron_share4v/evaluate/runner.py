@@ -20,8 +20,8 @@ from megatron_share4v.evaluate.judge import Judgement, how_to_go_on, judge
 from megatron_share4v.evaluate.published import Measured, save_chart, table
 from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
-from megatron_share4v.infer.journal import Done, Journal, Share, take_up
-from megatron_share4v.infer.stream import Outcome
+from megatron_share4v.infer.answer_log import Done, Journal, Share, take_up
+from megatron_share4v.infer.batch_generate import Outcome
 from megatron_share4v.logging import get_logger
 from megatron_share4v.remote.chat import Chat
 

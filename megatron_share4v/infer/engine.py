@@ -1,6 +1,6 @@
 """Requests of ids and pixels in, token events out: one step at a time, each a single forward of all running requests' next positions.
 
-Runs on the first rank of a tensor group; the others follow (ranks.py). Every request may be answered in any company: what it gets does not depend on it.
+Runs on the first rank of a tensor group; the others follow (tp_executor.py). Every request may be answered in any company: what it gets does not depend on it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.infer.ranks import Ranks
+from megatron_share4v.infer.model_runner import Runner
 from megatron_share4v.infer.request import Event, Request, TokenLogprobs
-from megatron_share4v.infer.runner import Runner
 from megatron_share4v.infer.sampler import choose, describe
 from megatron_share4v.infer.scheduler import Chunk, Counts, Scheduler
 from megatron_share4v.infer.sequence import Sequence
 from megatron_share4v.infer.session import Session
+from megatron_share4v.infer.tp_executor import Ranks
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.kv_cache import KeyValueCache
 from megatron_share4v.model.share4v import Share4V

@@ -10,10 +10,10 @@ from itertools import islice
 import torch
 
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.infer.plan import Copy, Picture, StepPlan
-from megatron_share4v.infer.prefix import BLOCK
-from megatron_share4v.infer.room import Room
+from megatron_share4v.infer.kv_allocator import Room
+from megatron_share4v.infer.prefix_hash import BLOCK
 from megatron_share4v.infer.sequence import Sequence
+from megatron_share4v.infer.step_plan import Copy, Picture, StepPlan
 from megatron_share4v.mcore.kv_cache import Span
 
 

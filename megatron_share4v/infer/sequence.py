@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_share4v.infer.plan import Picture
-from megatron_share4v.infer.prefix import BLOCK, block_keys, image_digest, prompt_content, text_content
+from megatron_share4v.infer.kv_allocator import Place
+from megatron_share4v.infer.prefix_hash import BLOCK, block_keys, image_digest, prompt_content, text_content
 from megatron_share4v.infer.request import Request, TokenLogprobs
-from megatron_share4v.infer.room import Place
 from megatron_share4v.infer.sampler import Row
+from megatron_share4v.infer.step_plan import Picture
 
 
 class Sequence:

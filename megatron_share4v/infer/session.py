@@ -27,7 +27,7 @@ from megatron_share4v.mcore.backends import agree_on_ops
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.greedy import greedy_answers
+from megatron_share4v.model.greedy_reference import greedy_answers
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""What one run computes with: fused ops (each rank decides by ops/choose.py) and the attention kernel. All ranks must have come to the same."""
+"""What one run computes with: fused ops (each rank decides by ops/backend.py) and the attention kernel. All ranks must have come to the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_share4v.config.run import Attention, Ops, RunConfig
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.transformer_engine import REMEDY, missing_engine
-from megatron_share4v.ops.choose import Available, Choice, choose_ops
+from megatron_share4v.ops.backend import Available, Choice, choose_ops
 from megatron_share4v.ops.fp8_linear import require_fp8
 
 BLACKWELL = (10, 0)

@@ -19,8 +19,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.schedule import attach_schedule
+from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 from megatron_share4v.ops.op import Implementation
-from megatron_share4v.ops.optimizer import FusedAdamW
 
 __all__ = [
     "MegatronOptimizer",

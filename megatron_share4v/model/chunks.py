@@ -8,8 +8,8 @@ from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions
+from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
-from megatron_share4v.model.stages import layers_per_stage
 from megatron_share4v.model.trainable import apply_trainable
 from megatron_share4v.ops.op import Implementation
 

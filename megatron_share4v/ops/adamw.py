@@ -1,7 +1,7 @@
 """AdamW over many tensors in one pass, and the sum of squares that clipping needs. Loshchilov & Hutter 2019, in the form of torch's AdamW.
 
 Weights and averages are updated in place, in fp32 or bf16; what is stored in bf16 can be rounded stochastically, without which small updates
-to large weights are lost. The random bits of an element depend on (seed, step, tensor, element) alone. optimizer.py is the torch Optimizer.
+to large weights are lost. The random bits of an element depend on (seed, step, tensor, element) alone. adamw_optimizer.py is the torch Optimizer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiles csrc/ into one library, at first use into a cache or beforehand into a file. Which implementation is used is choose.py's to decide.
+"""Compiles csrc/ into one library, at first use into a cache or beforehand into a file. Which implementation is used is backend.py's to decide.
 
 No torch is compiled against beyond its stable C ABI, so the library serves every torch from 2.11 on and every Python.
 """

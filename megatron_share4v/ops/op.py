@@ -1,6 +1,6 @@
 """What an op is: a function with a native and a reference implementation, and all that tests and benchmarks need to know about it.
 
-The kernels are in csrc/; registry.py lists the ops; choose.py decides which implementation a process uses.
+The kernels are in csrc/; registry.py lists the ops; backend.py decides which implementation a process uses.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.model.flops import Amounts, Execution, Parts, parts
-from megatron_share4v.model.stages import layers_per_stage
+from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import Gpu
 from megatron_share4v.planner.memory import Chunk, Fp8Kept, Kept, Recomputed, chunk_of

@@ -10,8 +10,8 @@ import torch
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.ranks import follow
 from megatron_share4v.infer.session import Session
+from megatron_share4v.infer.tp_executor import follow
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined

@@ -20,7 +20,7 @@ from megatron_share4v.mcore.backends import AttentionChoice
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.observability.records import read_object
-from megatron_share4v.ops.choose import Choice
+from megatron_share4v.ops.backend import Choice
 from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.train.data_feed import Source
 

@@ -33,9 +33,9 @@ from megatron_share4v.mcore.tp_comm_overlap import start_tensor_overlap
 from megatron_share4v.mcore.transformer_engine import missing_engine
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
-from megatron_share4v.model.stages import describe_stages, layers_per_stage
+from megatron_share4v.model.pipeline_split import describe_stages, layers_per_stage
 from megatron_share4v.model.trainable import parameter_counts, table
-from megatron_share4v.ops.choose import Choice
+from megatron_share4v.ops.backend import Choice
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer

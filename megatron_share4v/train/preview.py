@@ -13,7 +13,7 @@ from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.model.greedy import greedy_answers
+from megatron_share4v.model.greedy_reference import greedy_answers
 from megatron_share4v.observability.writers import Preview
 from megatron_share4v.train.data_feed import Source
 

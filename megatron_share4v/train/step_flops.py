@@ -9,7 +9,7 @@ import numpy as np
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.model.flops import Amounts, Execution, hardware_flops, model_flops
-from megatron_share4v.model.stages import layers_per_stage
+from megatron_share4v.model.pipeline_split import layers_per_stage
 
 
 @dataclass(frozen=True)

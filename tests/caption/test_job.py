@@ -16,7 +16,7 @@ from megatron_share4v.caption.job import JobOptions, run_job
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.errors import DataError
-from megatron_share4v.infer.journal import Share
+from megatron_share4v.infer.answer_log import Share
 
 PATHS = [f"{number}.png" for number in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)]
 BAD = {"4.png"}

@@ -22,9 +22,9 @@ from megatron_share4v.evaluate.item import Item
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
 from megatron_share4v.evaluate.result import ModelFacts
 from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
-from megatron_share4v.infer.journal import Share
-from megatron_share4v.infer.replicas import Replica, opened_replica
-from megatron_share4v.infer.stream import Outcome
+from megatron_share4v.infer.answer_log import Share
+from megatron_share4v.infer.batch_generate import Outcome
+from megatron_share4v.infer.data_parallel import Replica, opened_replica
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.remote.chat import Chat, Endpoint
 

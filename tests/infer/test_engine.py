@@ -8,7 +8,7 @@ from asking import EOS, VOCABULARY, ask, engine_of, mixed_prompts, prompt
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.request import Request, Sampling
-from megatron_share4v.model.greedy import greedy_answers
+from megatron_share4v.model.greedy_reference import greedy_answers
 
 NEW = 12
 

@@ -85,7 +85,7 @@ def test_pipeline_stages_are_refused_before_anything_is_computed(models: tuple[P
 
 
 def on_a_rank(path: Path) -> list[list[int]] | str | None:
-    from megatron_share4v.infer.ranks import follow
+    from megatron_share4v.infer.tp_executor import follow
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout

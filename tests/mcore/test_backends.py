@@ -35,12 +35,12 @@ def outcome(machine: Path, requested: str, with_compiler: tuple[bool, ...]) -> s
     from megatron_share4v.errors import OpsError
     from megatron_share4v.mcore.backends import agree_on_ops
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.ops import choose
-    from megatron_share4v.ops.choose import Available
+    from megatron_share4v.ops import backend
+    from megatron_share4v.ops.backend import Available
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
-    choose.load = lambda library: None  # there are no ops in it
+    backend.load = lambda library: None  # there are no ops in it
     toolchain = Toolchain(str(machine / "g++")) if with_compiler[dist.get_rank()] else None
     available = Available(toolchain, machine / "cache", machine / "csrc", machine / "prebuilt")
     with open_mesh(Layout(data=dist.get_world_size()), device=Device("cpu")) as mesh:

@@ -47,7 +47,7 @@ def trained_and_counted(folder: str, names: list[str]) -> dict[str, Kept]:
 
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.optimizer import optimizer_parts
-    from megatron_share4v.ops.choose import choose_ops
+    from megatron_share4v.ops.backend import choose_ops
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
@@ -136,8 +136,8 @@ def test_native_updates_too(tmp_path: Path, native_ops: None) -> None:
 
 
 def test_offload_moves_one_parameter_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_share4v.ops import optimizer as module
-    from megatron_share4v.ops.optimizer import FusedAdamW
+    from megatron_share4v.ops import adamw_optimizer as module
+    from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 
     calls = []
     monkeypatch.setattr(module, "adamw_", lambda weights, **_: calls.append(len(weights)))

@@ -12,8 +12,8 @@ from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions
+from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.model.share4v import ChunkPlace, Share4V
-from megatron_share4v.model.stages import layers_per_stage
 
 PUBLISHED_TOWER = 303_507_456
 BLOCK = 12_596_224

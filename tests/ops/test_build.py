@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.ops import choose
+from megatron_share4v.ops import backend
+from megatron_share4v.ops.backend import Available, Choice, choose_ops
 from megatron_share4v.ops.build import LIBRARY, BuildFailed, Toolchain, built, find_toolchain, prebuild, sources
-from megatron_share4v.ops.choose import Available, Choice, choose_ops
 
 REAL = find_toolchain()
 needs_cxx = pytest.mark.skipif(REAL is None, reason="no C++ compiler on PATH")
@@ -45,7 +45,7 @@ def toolchain(tmp_path: Path) -> Toolchain:
 @pytest.fixture
 def available(tmp_path: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> Available:
     """A machine without compilers. Its libraries have no ops in them and are not loaded."""
-    monkeypatch.setattr(choose, "load", lambda library: None)
+    monkeypatch.setattr(backend, "load", lambda library: None)
     return Available(toolchain=None, cache=tmp_path / "cache", csrc=csrc, prebuilt=tmp_path / "prebuilt")
 
 
@@ -185,8 +185,8 @@ def test_prebuilt_library_is_used_for_its_sources_only(available: Available, too
 @needs_cxx
 def test_loading_twice_is_harmless() -> None:
     choice = choose_ops("native", device="cpu")
-    choose.load.cache_clear()
-    choose.load(choice.library)
+    backend.load.cache_clear()
+    backend.load(choice.library)
     assert torch.ops.share4v.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0)[0].eq(1).all()
 
 
@@ -197,7 +197,7 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.
     broken.parent.mkdir()
     broken.write_text("no library")
     with pytest.raises(OpsError, match="other.so cannot be loaded"):
-        choose.load(broken)
+        backend.load(broken)
 
 
 def test_tool_says_what_there_is(repository: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_share4v.ops.build import LIBRARY, STABLE_ABI, Toolchain, built, default_cache, find_toolchain, sources
+from megatron_share4v.ops.kernel_usage import Usage, usages
 from megatron_share4v.ops.registry import OPS
-from megatron_share4v.ops.usage import Usage, usages
 
 TOOLCHAIN = find_toolchain()
 needs_cxx = pytest.mark.skipif(TOOLCHAIN is None, reason="no C++ compiler on PATH")

@@ -127,7 +127,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     from megatron_share4v.mcore.layer_config import LayerConfig
     from megatron_share4v.mcore.layers import ColumnParallelLinear
     from megatron_share4v.model.loss import summed_cross_entropy
-    from megatron_share4v.ops.choose import choose_ops
+    from megatron_share4v.ops.backend import choose_ops
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 

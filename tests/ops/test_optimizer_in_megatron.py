@@ -13,7 +13,7 @@ from tolerances import LAYOUT_LOSS, LAYOUT_WEIGHT
 def swap(run: object) -> None:
     """Put the fused optimizer where core has torch's."""
     from megatron_share4v.mcore.optimizer import optimizer_parts
-    from megatron_share4v.ops.optimizer import FusedAdamW
+    from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 
     for part in optimizer_parts(run.optimizer):
         part.optimizer = FusedAdamW.in_place_of(part.optimizer, implementation="native")
@@ -26,7 +26,7 @@ def four_steps(folder: str) -> dict[str, object]:
 
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.ops.choose import choose_ops
+    from megatron_share4v.ops.backend import choose_ops
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 

@@ -15,7 +15,7 @@ from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, TrainConfig
 from megatron_share4v.data.loading.context_parallel import context_part
 from megatron_share4v.model.flops import Amounts
-from megatron_share4v.model.stages import layers_per_stage
+from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.planner.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
 
 WITHIN = 0.05

@@ -83,7 +83,7 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
-    from megatron_share4v.ops.optimizer import FusedAdamW
+    from megatron_share4v.ops.adamw_optimizer import FusedAdamW
     from megatron_share4v.train.step import train_step
 
     data, model, sequences = step_data(mesh, packed=case.packed, trainable=case.trainable)

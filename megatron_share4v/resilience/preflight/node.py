@@ -19,7 +19,7 @@ import torch
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.transformer_engine import missing_engine
-from megatron_share4v.ops.choose import choose_ops
+from megatron_share4v.ops.backend import choose_ops
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.planner.memory import Chunk, tensors
 

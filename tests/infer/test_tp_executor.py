@@ -14,7 +14,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
     import asking
 
     from megatron_share4v.checkpoint.store import RunState, write
-    from megatron_share4v.model.greedy import greedy_answers
+    from megatron_share4v.model.greedy_reference import greedy_answers
 
     with opened(tensor=2, pipeline=2) as mesh:
         chunks = asking.build(mesh)
@@ -41,8 +41,8 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
     import asking
 
     from megatron_share4v.checkpoint.store import load_weights
-    from megatron_share4v.infer.ranks import follow
     from megatron_share4v.infer.request import Request, Sampling
+    from megatron_share4v.infer.tp_executor import follow
 
     with opened(tensor=tensor) as mesh:
         chunks = asking.build(mesh, seed=99)
@@ -81,7 +81,7 @@ def fail(rank: int) -> None:
     import asking
     import torch.distributed as dist
 
-    from megatron_share4v.infer.ranks import follow
+    from megatron_share4v.infer.tp_executor import follow
 
     with opened(tensor=2) as mesh:
         engine = asking.engine_of(asking.build(mesh))

@@ -15,10 +15,10 @@ from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.infer.answer_log import Share
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.journal import Share
-from megatron_share4v.infer.ranks import IDLE, follow
 from megatron_share4v.infer.session import Session
+from megatron_share4v.infer.tp_executor import IDLE, follow
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device

@@ -15,11 +15,11 @@ import torch
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.plan import Copy, Picture, StepPlan
-from megatron_share4v.infer.prefix import image_digest
+from megatron_share4v.infer.kv_allocator import Place, Room
+from megatron_share4v.infer.prefix_hash import image_digest
 from megatron_share4v.infer.request import Event, Request
-from megatron_share4v.infer.room import Place, Room
 from megatron_share4v.infer.sampler import GREEDY_BELOW
+from megatron_share4v.infer.step_plan import Copy, Picture, StepPlan
 from megatron_share4v.mcore.kv_cache import Span
 
 

@@ -10,7 +10,13 @@ import pytest
 
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.model.stages import StageCosts, describe_stages, estimate_costs, layers_per_stage, split_layers
+from megatron_share4v.model.pipeline_split import (
+    StageCosts,
+    describe_stages,
+    estimate_costs,
+    layers_per_stage,
+    split_layers,
+)
 
 
 def _slowest(counts: Sequence[int], pipeline: int, costs: StageCosts) -> float:

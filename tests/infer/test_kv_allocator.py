@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_share4v.data.loading.prompt import Prompt
-from megatron_share4v.infer.prefix import BLOCK, block_keys, image_digest, prompt_content, text_content
-from megatron_share4v.infer.room import Place, Room
+from megatron_share4v.infer.kv_allocator import Place, Room
+from megatron_share4v.infer.prefix_hash import BLOCK, block_keys, image_digest, prompt_content, text_content
 
 
 def keys_of(ids: list[int]) -> list[bytes]:

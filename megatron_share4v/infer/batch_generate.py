@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.errors import DataError
-from megatron_share4v.infer.beams import BeamEngine
+from megatron_share4v.infer.beam_search import BeamEngine
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import Request, Sampling
 from megatron_share4v.text.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.infer.plan import StepPlan
-from megatron_share4v.infer.runner import Runner
+from megatron_share4v.infer.model_runner import Runner
+from megatron_share4v.infer.step_plan import StepPlan
 
 LEAVE = "leave"
 IDLE = timedelta(days=3650)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_share4v.data.records import Batch
-from megatron_share4v.infer.plan import StepPlan
+from megatron_share4v.infer.step_plan import StepPlan
 from megatron_share4v.mcore.kv_cache import CachedStep, KeyValueCache
 from megatron_share4v.model.share4v import Share4V
 

@@ -20,7 +20,7 @@ from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.agreement import _inputs, _load, generated_questions
-from megatron_share4v.infer.beams import BeamEngine
+from megatron_share4v.infer.beam_search import BeamEngine
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import Request, Sampling
 from megatron_share4v.infer.session import Session

@@ -32,7 +32,7 @@ def answers(
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.greedy import greedy_answers
+    from megatron_share4v.model.greedy_reference import greedy_answers
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout

@@ -1,7 +1,7 @@
 """Which rows of the key-value cache belong to whom: runs of rows for running sequences, and what finished ones leave for prompts that begin alike.
 
 Pure bookkeeping. A sequence has all rows that it may ever need from the start, in one run: attention reads them in place, and a request that was
-let in can always finish. A prefix is known by the key of its last block (prefix.py), which stands for everything before it.
+let in can always finish. A prefix is known by the key of its last block (prefix_hash.py), which stands for everything before it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_share4v.infer.prefix import BLOCK
+from megatron_share4v.infer.prefix_hash import BLOCK
 
 
 @dataclass(eq=False)
