@@ -12,8 +12,8 @@ from served import TOKENS_PER_IMAGE, FakeEngine, make_encoder
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import reported
 from megatron_share4v.logging import configure
+from megatron_share4v.serve.engine_thread import Served
 from megatron_share4v.serve.server import serve
-from megatron_share4v.serve.worker import Served
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.engine import EngineStats
 from megatron_share4v.infer.request import Event, Request, TokenLogprobs
+from megatron_share4v.serve.engine_thread import Served
 from megatron_share4v.serve.server import HttpServer, build_app, http_server
-from megatron_share4v.serve.worker import Served
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace, world: World):
     from megatron_share4v.caption.endpoint import caption_with_endpoint
     from megatron_share4v.caption.job import JobOptions
     from megatron_share4v.caption.records import Settings
-    from megatron_share4v.remote.chat import Endpoint
+    from megatron_share4v.remote.openai_client import Endpoint
 
     given = vars(arguments)
     if arguments.images_file is None and not arguments.images:

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
-    from megatron_share4v.evaluate.evaluation import Evaluation
+    from megatron_share4v.evaluate.loaded_benchmark import Evaluation
     from megatron_share4v.evaluate.published import Measured
     from megatron_share4v.evaluate.runner import Judge  # after the arguments are read: this imports megatron-core
 
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
 
 def chat_of(given: argparse.Namespace) -> Any:
     """The judge's endpoint, if one was given."""
-    from megatron_share4v.remote.chat import Chat, Endpoint
+    from megatron_share4v.remote.openai_client import Chat, Endpoint
 
     if given.judge_base_url is None:
         return None
@@ -74,7 +74,7 @@ def chat_of(given: argparse.Namespace) -> Any:
 
 
 def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any] | None:
-    from megatron_share4v.evaluate.askers import LocalAsker
+    from megatron_share4v.evaluate.clients import LocalAsker
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.data_parallel import opened_replica
@@ -95,11 +95,11 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
 
 
 def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
-    from megatron_share4v.evaluate.askers import RemoteAsker
+    from megatron_share4v.evaluate.clients import RemoteAsker
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.answer_log import Share
-    from megatron_share4v.remote.chat import Chat, Endpoint
+    from megatron_share4v.remote.openai_client import Chat, Endpoint
 
     if given.endpoint_model is None or world.size > 1:
         raise ConfigError(

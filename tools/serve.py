@@ -29,7 +29,7 @@ def main() -> None:
             from_options(cls, {name: arguments[name] for name in cls.__pydantic_fields__ if name in arguments})
             for cls in (ServeConfig, EngineConfig)
         ]
-        from megatron_share4v.serve.start import serve_checkpoint  # after the checks above: this imports megatron-core
+        from megatron_share4v.serve.launch import serve_checkpoint  # after the checks above: this imports megatron-core
 
         serve_checkpoint(arguments["checkpoint"], world, config=configs[0], engine=configs[1], dtype=arguments["dtype"])
 

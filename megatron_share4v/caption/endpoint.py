@@ -15,7 +15,7 @@ from megatron_share4v.data.images.pil_decoder import data_url
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.answer_log import Share
 from megatron_share4v.parallel.launch import World
-from megatron_share4v.remote.chat import Chat, Endpoint
+from megatron_share4v.remote.openai_client import Chat, Endpoint
 
 LEAST_FAILURES = 8
 

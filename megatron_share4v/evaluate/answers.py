@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.item import Answer, Item
-from megatron_share4v.evaluate.layout import pick, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import pick, read_jsonl
+from megatron_share4v.evaluate.records import Answer, Item
 
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _ID_LENGTH = 22

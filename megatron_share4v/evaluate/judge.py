@@ -15,9 +15,9 @@ from pathlib import Path
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import write_rows
+from megatron_share4v.evaluate.benchmark_files import pick, read_jsonl
 from megatron_share4v.evaluate.judge_prompts import Body, Request, Verdicts
-from megatron_share4v.evaluate.layout import pick, read_jsonl
-from megatron_share4v.remote.chat import Chat, Reply, parse_completion
+from megatron_share4v.remote.openai_client import Chat, Reply, parse_completion
 
 JOURNAL, REQUESTS, REPLIES = "judge.jsonl", "judge_requests.jsonl", "judge_replies.jsonl"
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_share4v.evaluate.layout import pick, read_json
+from megatron_share4v.evaluate.benchmark_files import pick, read_json
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL
 from megatron_share4v.evaluate.tasks import get_task
 from megatron_share4v.evaluate.tasks.mmbench import OPEN_ROWS

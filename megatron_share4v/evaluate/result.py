@@ -13,11 +13,11 @@ from typing import Any
 from megatron_share4v.checkpoint.manifest import current_versions
 from megatron_share4v.data.images.pil_decoder import VERSION
 from megatron_share4v.data.images.policy import PAD_COLOUR
-from megatron_share4v.evaluate.evaluation import Evaluation
-from megatron_share4v.evaluate.item import Scores
 from megatron_share4v.evaluate.judge import Judgement
+from megatron_share4v.evaluate.loaded_benchmark import Evaluation
+from megatron_share4v.evaluate.records import Scores
 from megatron_share4v.infer.data_parallel import Replica
-from megatron_share4v.remote.chat import Endpoint
+from megatron_share4v.remote.openai_client import Endpoint
 from megatron_share4v.text.template import get_template
 
 

@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import make_answer, write_rows
-from megatron_share4v.evaluate.evaluation import Evaluation
-from megatron_share4v.evaluate.item import Answer, Item, Scores
 from megatron_share4v.evaluate.judge import Judgement, how_to_go_on, judge
+from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.published import Measured, save_chart, table
+from megatron_share4v.evaluate.records import Answer, Item, Scores
 from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.infer.answer_log import Done, Journal, Share, take_up
 from megatron_share4v.infer.batch_generate import Outcome
 from megatron_share4v.logging import get_logger
-from megatron_share4v.remote.chat import Chat
+from megatron_share4v.remote.openai_client import Chat
 
 Asker = Callable[[Iterator[Item]], Iterator[list[Outcome]]]
 JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = (

@@ -15,10 +15,10 @@ from typing import Any
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_row
-from megatron_share4v.evaluate.item import Answer, Decoding, Item, Scores
+from megatron_share4v.evaluate.benchmark_files import Folder, Need
 from megatron_share4v.evaluate.judge_prompts import Request, Verdicts
-from megatron_share4v.evaluate.layout import Folder, Need
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
+from megatron_share4v.evaluate.records import Answer, Decoding, Item, Scores
 
 Texts = Mapping[str, str]
 """Answers by the item's id. Where one is missing, the benchmark's own rule holds."""

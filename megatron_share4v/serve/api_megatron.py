@@ -14,14 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from megatron_share4v.infer.request import Sampling
-from megatron_share4v.serve.exchange import Bodies, JsonResponse, while_connected
-from megatron_share4v.serve.fields import Fields
+from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.engine_thread import Served, Worker
 from megatron_share4v.serve.generation import Generation, Order, Token
+from megatron_share4v.serve.http import Bodies, JsonResponse, while_connected
+from megatron_share4v.serve.json_fields import Fields
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.preparation import Asked, Preparation
-from megatron_share4v.serve.refusal import Refusal
-from megatron_share4v.serve.replies import LEAST_LOGPROB
-from megatron_share4v.serve.worker import Served, Worker
+from megatron_share4v.serve.prompt_builder import Asked, Preparation
+from megatron_share4v.serve.responses import LEAST_LOGPROB
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 MAX_PROMPTS, MAX_SEED = 128, 2**63 - 1

@@ -13,15 +13,15 @@ from starlette.routing import Route
 from megatron_share4v import __version__
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.logging import get_logger
-from megatron_share4v.serve.exchange import Bodies, EventStream, JsonResponse, while_connected
-from megatron_share4v.serve.fields import Fields
+from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.engine_thread import Served, Worker
 from megatron_share4v.serve.generation import Generation, Order, Token
+from megatron_share4v.serve.http import Bodies, EventStream, JsonResponse, while_connected
+from megatron_share4v.serve.json_fields import Fields
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.preparation import Asked, Preparation
+from megatron_share4v.serve.prompt_builder import Asked, Preparation
 from megatron_share4v.serve.protocol import KNOWN, Bounds, Options, read_chat, read_completion, read_messages
-from megatron_share4v.serve.refusal import Refusal
-from megatron_share4v.serve.replies import DONE, Envelope, event, usage
-from megatron_share4v.serve.worker import Served, Worker
+from megatron_share4v.serve.responses import DONE, Envelope, event, usage
 
 MAX_DETOKENIZED = 1 << 20
 MAX_NOTED = 256

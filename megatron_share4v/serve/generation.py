@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_share4v.infer.request import Request, Sampling, TokenLogprobs
+from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.engine_thread import Job, Tick, Worker
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.preparation import Asked, room
-from megatron_share4v.serve.refusal import Refusal
-from megatron_share4v.serve.worker import Job, Tick, Worker
+from megatron_share4v.serve.prompt_builder import Asked, room
 from megatron_share4v.text.detokenizer import TextStream
 
 CONTEXT_TOKENS = 4  # of a bare prompt, before its continuation: enough for sentencepiece's spaces

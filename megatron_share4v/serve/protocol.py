@@ -1,4 +1,4 @@
-"""OpenAI's requests as records: what /v1/chat/completions and /v1/completions accept, checked. Replies are in replies.py.
+"""OpenAI's requests as records: what /v1/chat/completions and /v1/completions accept, checked. Replies are in responses.py.
 
 Where OpenAI and vLLM differ, vLLM's extra fields (top_k, min_p, repetition_penalty, stop_token_ids, ...) are accepted beside OpenAI's.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_share4v.infer.request import Sampling
-from megatron_share4v.serve.fields import Fields
-from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.json_fields import Fields
 from megatron_share4v.text.template import GPT, HUMAN
 
 MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS = 1024, 64, 128

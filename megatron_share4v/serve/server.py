@@ -22,14 +22,14 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.serve import page
+from megatron_share4v.serve.api_error import Refusal
 from megatron_share4v.serve.api_megatron import Megatron
 from megatron_share4v.serve.api_openai import OpenAi
-from megatron_share4v.serve.exchange import Bodies, Guard, JsonResponse, refused
-from megatron_share4v.serve.fetch import Fetcher
+from megatron_share4v.serve.engine_thread import Served, Worker
+from megatron_share4v.serve.http import Bodies, Guard, JsonResponse, refused
+from megatron_share4v.serve.image_fetch import Fetcher
 from megatron_share4v.serve.metrics import CONTENT_TYPE, Metrics
-from megatron_share4v.serve.preparation import Preparation
-from megatron_share4v.serve.refusal import Refusal
-from megatron_share4v.serve.worker import Served, Worker
+from megatron_share4v.serve.prompt_builder import Preparation
 
 
 def build_app(

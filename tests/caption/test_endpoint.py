@@ -17,7 +17,7 @@ from megatron_share4v.caption.job import JobOptions, run_job
 from megatron_share4v.caption.records import Picture, Row, Settings
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.infer.answer_log import Share
-from megatron_share4v.remote.chat import LONGEST_WAIT_S, Endpoint
+from megatron_share4v.remote.openai_client import LONGEST_WAIT_S, Endpoint
 
 COUNT = 12
 

@@ -19,7 +19,7 @@ from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
 from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.evaluate.tasks import get_task
-from megatron_share4v.remote.chat import LONGEST_WAIT_S, Chat, Endpoint
+from megatron_share4v.remote.openai_client import LONGEST_WAIT_S, Chat, Endpoint
 
 Reaction = tuple[int, dict[str, str], bytes]
 

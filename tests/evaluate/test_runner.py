@@ -16,17 +16,17 @@ from forked import Tool, run_tool
 from official_files import WRITERS, jsonl, picture
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.askers import LocalAsker, RemoteAsker
-from megatron_share4v.evaluate.evaluation import Evaluation
-from megatron_share4v.evaluate.item import Item
+from megatron_share4v.evaluate.clients import LocalAsker, RemoteAsker
+from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
+from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.result import ModelFacts
 from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
 from megatron_share4v.infer.answer_log import Share
 from megatron_share4v.infer.batch_generate import Outcome
 from megatron_share4v.infer.data_parallel import Replica, opened_replica
 from megatron_share4v.parallel.launch import World
-from megatron_share4v.remote.chat import Chat, Endpoint
+from megatron_share4v.remote.openai_client import Chat, Endpoint
 
 QUESTIONS = 18
 # Whose answers go to a server or into an official scorer's file.

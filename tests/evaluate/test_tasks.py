@@ -13,8 +13,8 @@ from official_files import WRITERS, jsonl, picture
 from megatron_share4v.data.images.pil_decoder import inspect
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_id, make_answer, read_answers, write_rows
-from megatron_share4v.evaluate.item import Answer, Decoding, Item
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
+from megatron_share4v.evaluate.records import Answer, Decoding, Item
 from megatron_share4v.evaluate.tasks import TASKS, get_task
 
 LOADER, MMBENCH, CROPPED = Decoding(128, "pad", "user"), Decoding(1024, "pad", "user"), Decoding(1024, "crop", "user")

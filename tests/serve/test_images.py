@@ -19,8 +19,8 @@ from served import Running, data_url, picture, running
 
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.loading.encode import Encoder
-from megatron_share4v.serve.fetch import Fetcher, is_public
-from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.image_fetch import Fetcher, is_public
 
 
 def ask(server: Running, url: str) -> httpx.Response:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.item import Answer, Item
-from megatron_share4v.evaluate.layout import Folder, Need, Row, pick, read_json, require
+from megatron_share4v.evaluate.benchmark_files import Folder, Need, Row, pick, read_json, require
 from megatron_share4v.evaluate.metrics import qbench, science_qa, seed
 from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.records import Answer, Item
 from megatron_share4v.evaluate.task import CROPPED, LOADER, QBENCH, Task, Texts, Values, as_jsonl, item_ids
 from megatron_share4v.evaluate.tasks.questions import LETTER, asked, both, items_of, playground
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.item import Item
-from megatron_share4v.evaluate.layout import Folder, Need, pick, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_jsonl
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
+from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.task import CROPPED, Task, Texts, Values, item_ids
 
 

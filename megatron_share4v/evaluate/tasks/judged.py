@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import answer_id
-from megatron_share4v.evaluate.item import Item
+from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_json, read_jsonl, require
 from megatron_share4v.evaluate.judge_prompts import Grade, Review, Verdicts
-from megatron_share4v.evaluate.layout import Folder, Need, pick, read_json, read_jsonl, require
 from megatron_share4v.evaluate.metrics import llava_bench, mm_vet
 from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.task import CROPPED, Judged, Task, Texts, Values, as_json, as_jsonl
 from megatron_share4v.evaluate.tasks.questions import asked, items_of, playground
 

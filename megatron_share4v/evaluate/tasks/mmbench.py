@@ -14,10 +14,10 @@ from typing import Any
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_row
-from megatron_share4v.evaluate.item import Answer, Item
-from megatron_share4v.evaluate.layout import Folder, Need
+from megatron_share4v.evaluate.benchmark_files import Folder, Need
 from megatron_share4v.evaluate.metrics import mmbench
 from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.records import Answer, Item
 from megatron_share4v.evaluate.task import MMBENCH, Task, Texts, Values
 from megatron_share4v.evaluate.tasks.questions import LETTER
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.item import Item
-from megatron_share4v.evaluate.layout import Folder, Need, Row, read_jsonl, require
+from megatron_share4v.evaluate.benchmark_files import Folder, Need, Row, read_jsonl, require
+from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.task import item_ids
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.item import Item
-from megatron_share4v.evaluate.layout import Folder, Need, pick, read_json, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_json, read_jsonl
 from megatron_share4v.evaluate.metrics import gqa, vqa
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
+from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values, as_json
 from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, items_of, playground
 

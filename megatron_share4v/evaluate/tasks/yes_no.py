@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.item import Item
-from megatron_share4v.evaluate.layout import Folder, Need, pick, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_jsonl
 from megatron_share4v.evaluate.metrics import mme, pope
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
+from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values
 from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, items_of, playground
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.api_error import Refusal
 
 SHOWN = 60
 INT64 = 2**63

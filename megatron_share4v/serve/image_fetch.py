@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import h11
 
-from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.api_error import Refusal
 
 CHUNK = 64 << 10
 MAX_URL = 4096

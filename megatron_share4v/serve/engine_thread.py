@@ -18,8 +18,8 @@ from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.request import Event, Request
 from megatron_share4v.logging import get_logger
+from megatron_share4v.serve.api_error import Refusal, unavailable
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.refusal import Refusal, unavailable
 
 
 class Limits(Protocol):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.evaluate.item import Decoding, Item
-from megatron_share4v.evaluate.layout import Folder
+from megatron_share4v.evaluate.benchmark_files import Folder
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
+from megatron_share4v.evaluate.records import Decoding, Item
 from megatron_share4v.evaluate.task import Task
 from megatron_share4v.evaluate.tasks import get_task
 

@@ -12,7 +12,7 @@ import re
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.images.pil_decoder import open_header
-from megatron_share4v.serve.refusal import Refusal
+from megatron_share4v.serve.api_error import Refusal
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
 _DATA_URI = re.compile(

@@ -16,8 +16,8 @@ from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, joined
 from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.serve.engine_thread import Served
 from megatron_share4v.serve.server import serve
-from megatron_share4v.serve.worker import Served
 
 
 def serve_checkpoint(

@@ -12,11 +12,11 @@ from megatron_share4v.data.images.pil_decoder import centre_square, data_url
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
-from megatron_share4v.evaluate.item import Decoding, Item
+from megatron_share4v.evaluate.records import Decoding, Item
 from megatron_share4v.infer.batch_generate import Outcome, Work, stream_answers
 from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.infer.request import Sampling
-from megatron_share4v.remote.chat import Chat
+from megatron_share4v.remote.openai_client import Chat
 from megatron_share4v.text.template import get_template
 
 

@@ -10,7 +10,7 @@ import pytest
 from official_files import WRITERS, as_json, jsonl
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.layout import Need
+from megatron_share4v.evaluate.benchmark_files import Need
 from megatron_share4v.evaluate.tasks import get_task
 
 CASES = [

@@ -12,11 +12,11 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.loading.prompt import Prompt, make_question, spread_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
-from megatron_share4v.serve.fetch import Fetcher
-from megatron_share4v.serve.images import check_image, decode_data_uri, is_inline
+from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.engine_thread import Served
+from megatron_share4v.serve.image_fetch import Fetcher
+from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
 from megatron_share4v.serve.protocol import Message
-from megatron_share4v.serve.refusal import Refusal
-from megatron_share4v.serve.worker import Served
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
 
 T = TypeVar("T")

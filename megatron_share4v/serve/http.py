@@ -16,10 +16,10 @@ from starlette.responses import Response
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.logging import get_logger
-from megatron_share4v.serve.fields import Fields, parse_object
+from megatron_share4v.serve.api_error import Refusal, unavailable
+from megatron_share4v.serve.json_fields import Fields, parse_object
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.refusal import Refusal, unavailable
-from megatron_share4v.serve.replies import to_json
+from megatron_share4v.serve.responses import to_json
 
 T = TypeVar("T")
 OPEN_PATHS = (
