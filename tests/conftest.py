@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from endings import pytest_configure  # noqa: F401 (a hook of pytest's)
+from signal_guard import pytest_configure  # noqa: F401 (a hook of pytest's)
 
 from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
 from megatron_share4v.ops.backend import choose_ops

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from served import TOKENS_PER_IMAGE, FakeEngine, make_encoder
+from server_fixture import TOKENS_PER_IMAGE, FakeEngine, make_encoder
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import reported

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forked import OF_LAUNCHERS, ROOT, Tool
+from forked_tools import OF_LAUNCHERS, ROOT, Tool
 
 TRAIN = ("tools/train.py",)
 
@@ -38,7 +38,7 @@ def start(
 
 
 def fork(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> Tool:
-    """As `start`, but by forked.py, without torchrun: for what is not about the start."""
+    """As `start`, but by forked_tools.py, without torchrun: for what is not about the start."""
     return Tool(
         *script, config, *overrides, ranks=ranks, environment={} if path is None else {"PATH": path}, merged=True
     )

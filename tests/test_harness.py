@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forked import ROOT, Tool, run_tool
+from forked_tools import ROOT, Tool, run_tool
 from harness import PRELOAD, run_world
 
 from megatron_share4v.data.loading.workers import ordered_map
@@ -34,8 +34,8 @@ def test_a_forked_tool_says_and_ends_what_a_started_one_does() -> None:
 
 
 def test_ranks_are_ended_with_the_one_that_failed(tmp_path: Path) -> None:
-    (tmp_path / "waits.py").write_text(WAITS)
-    done = run_tool(tmp_path / "waits.py", "there", ranks=2, merged=True, timeout=50)
+    (tmp_path / "sync_detector.py").write_text(WAITS)
+    done = run_tool(tmp_path / "sync_detector.py", "there", ranks=2, merged=True, timeout=50)
     assert (
         done.returncode == 7
         and sorted(done.stdout.splitlines()) == ["here 0 there", "here 1 there"]
@@ -44,8 +44,8 @@ def test_ranks_are_ended_with_the_one_that_failed(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_the_exit_code(tmp_path: Path) -> None:
-    (tmp_path / "waits.py").write_text(WAITS)
-    tool = Tool(tmp_path / "waits.py", environment={"RANK": "0"})
+    (tmp_path / "sync_detector.py").write_text(WAITS)
+    tool = Tool(tmp_path / "sync_detector.py", environment={"RANK": "0"})
     tool.send_signal(signal.SIGKILL)
     tool.communicate(timeout=50)
     assert tool.returncode == -signal.SIGKILL and tool.poll() == tool.returncode

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 from fake_endpoint import completion, serving
-from forked import run_tool
+from forked_tools import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/captioning.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -12,8 +12,8 @@ from subprocess import CompletedProcess
 
 import pytest
 from fake_endpoint import caption_of, serving
-from foreign import write_llava_hf
-from forked import Tool, run_tool
+from forked_tools import Tool, run_tool
+from hf_fixtures import write_llava_hf
 
 from megatron_share4v.caption.job import JobOptions
 from megatron_share4v.caption.records import Settings

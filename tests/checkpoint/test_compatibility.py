@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 import yaml
-from foreign import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
-from forked import run_tool
+from forked_tools import run_tool
+from hf_fixtures import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
 
 from megatron_share4v.checkpoint.assets import companions_of, keep_companions
 from megatron_share4v.checkpoint.compatibility import check_start

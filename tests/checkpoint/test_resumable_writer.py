@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import read_weights, write_llava_hf
+from hf_fixtures import read_weights, write_llava_hf
 from safetensors import safe_open
 
 from megatron_share4v.checkpoint import resumable_writer

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from fake_endpoint import completion, serving
-from foreign import write_llava_hf
-from forked import Tool, run_tool
+from forked_tools import Tool, run_tool
+from hf_fixtures import write_llava_hf
 from official_files import WRITERS, jsonl, picture
 
 from megatron_share4v.errors import DataError

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from asking import ask, engine_of, prompt
+from engine_helpers import ask, engine_of, prompt
 
 from megatron_share4v.infer.request import Request, Sampling
 

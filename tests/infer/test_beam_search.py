@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import drain
-from foreign import write_llava_hf
+from engine_helpers import drain
+from hf_fixtures import write_llava_hf
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model

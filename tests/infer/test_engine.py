@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asking import EOS, VOCABULARY, ask, engine_of, mixed_prompts, prompt
+from engine_helpers import EOS, VOCABULARY, ask, engine_of, mixed_prompts, prompt
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.request import Request, Sampling

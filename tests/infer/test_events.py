@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asking import EOS, VOCABULARY, ask, drain, engine_of, mixed_prompts, prompt
+from engine_helpers import EOS, VOCABULARY, ask, drain, engine_of, mixed_prompts, prompt
 from tolerances import FP32_MODULE
 
 from megatron_share4v.data.records import Batch

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asking import ask
-from foreign import write_llava_hf
+from engine_helpers import ask
 from harness import run_world
+from hf_fixtures import write_llava_hf
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model

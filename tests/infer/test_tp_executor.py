@@ -11,17 +11,21 @@ from tolerances import LAYOUT_LOGPROB
 
 def write_checkpoint(directory: Path) -> list[list[int]] | None:
     """At tensor 2 x pipeline 2; greedy answers of the plain reference."""
-    import asking
+    import engine_helpers
 
     from megatron_share4v.checkpoint.store import RunState, write
     from megatron_share4v.model.greedy_reference import greedy_answers
 
     with opened(tensor=2, pipeline=2) as mesh:
-        chunks = asking.build(mesh)
+        chunks = engine_helpers.build(mesh)
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
         write(directory, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
-        options = {"max_new_tokens": 12, "stop_ids": frozenset({asking.EOS}), "vocabulary": asking.VOCABULARY}
-        return greedy_answers(chunks, asking.mixed_prompts(), mesh=mesh, **options)
+        options = {
+            "max_new_tokens": 12,
+            "stop_ids": frozenset({engine_helpers.EOS}),
+            "vocabulary": engine_helpers.VOCABULARY,
+        }
+        return greedy_answers(chunks, engine_helpers.mixed_prompts(), mesh=mesh, **options)
 
 
 def opened(**degrees: int):
@@ -38,25 +42,30 @@ def opened(**degrees: int):
 
 def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[int]], list[float]] | None:
     """On the first rank: greedy answers, sampled ones, and a few probabilities; other ranks follow."""
-    import asking
+    import engine_helpers
 
     from megatron_share4v.checkpoint.store import load_weights
     from megatron_share4v.infer.request import Request, Sampling
     from megatron_share4v.infer.tp_executor import follow
 
     with opened(tensor=tensor) as mesh:
-        chunks = asking.build(mesh, seed=99)
+        chunks = engine_helpers.build(mesh, seed=99)
         load_weights(directory, chunks=chunks, mesh=mesh)
-        engine = asking.engine_of(chunks, step_positions=16)
+        engine = engine_helpers.engine_of(chunks, step_positions=16)
         if not engine.ranks.leads:
             return follow(engine.ranks)
-        greedy = asking.ask(engine, asking.mixed_prompts())
+        greedy = engine_helpers.ask(engine, engine_helpers.mixed_prompts())
         assert engine.step() == []  # nothing to do, nothing sent
-        sampled = asking.ask(
-            engine, asking.mixed_prompts(), seeds=list(range(6)), temperature=1.0, top_p=0.9, repetition_penalty=1.2
+        sampled = engine_helpers.ask(
+            engine,
+            engine_helpers.mixed_prompts(),
+            seeds=list(range(6)),
+            temperature=1.0,
+            top_p=0.9,
+            repetition_penalty=1.2,
         )
-        engine.add(Request("p", asking.prompt(1), Sampling(max_new_tokens=1, logprobs=2, prompt_logprobs=True)))
-        [event] = asking.drain(engine)
+        engine.add(Request("p", engine_helpers.prompt(1), Sampling(max_new_tokens=1, logprobs=2, prompt_logprobs=True)))
+        [event] = engine_helpers.drain(engine)
         engine.close()
         return greedy, sampled, [entry.chosen for entry in event.prompt_logprobs if entry is not None]
 
@@ -78,13 +87,13 @@ def test_every_tensor_size_answers_alike_from_a_pipeline_checkpoint(checkpoint: 
 
 def fail(rank: int) -> None:
     """`rank` fails in its third step."""
-    import asking
+    import engine_helpers
     import torch.distributed as dist
 
     from megatron_share4v.infer.tp_executor import follow
 
     with opened(tensor=2) as mesh:
-        engine = asking.engine_of(asking.build(mesh))
+        engine = engine_helpers.engine_of(engine_helpers.build(mesh))
         runner, steps = engine.ranks.runner, iter(range(100))
         run = runner.run
 
@@ -95,7 +104,7 @@ def fail(rank: int) -> None:
 
         runner.run = failing
         if engine.ranks.leads:
-            asking.ask(engine, asking.mixed_prompts())
+            engine_helpers.ask(engine, engine_helpers.mixed_prompts())
         else:
             follow(engine.ranks)
 

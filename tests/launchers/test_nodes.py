@@ -169,7 +169,7 @@ def test_supervisors_of_both_nodes_start_again(nodes: list[Node], config: Path) 
         (f"run.directory={directory}", "checkpoint.every_steps=1", *simple),
     )
     processes = [
-        node.start("multi_node_static", "tests/faulty.py", fault, str(config), *options,
+        node.start("multi_node_static", "tests/fault_injection.py", fault, str(config), *options,
                    by=("python", "tools/supervise.py", "--pause-s", "0", *role, "--"), **shared, NODE_RANK=str(number))
         for number, (node, role) in enumerate(zip(nodes, ((), ("--follow",))))
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from faulty import train
+from fault_injection import train
 from launching import lines
 from PIL import Image
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from faulty import train
+from fault_injection import train
 from launching import lines
 from tolerances import LAYOUT_NORM
 

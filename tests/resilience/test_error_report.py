@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import train
+from fault_injection import train
 from launching import lines
 
 from megatron_share4v.config.load import load_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from faulty import train
+from fault_injection import train
 
 QUICK = "watch.step_s=5"
 
@@ -43,7 +43,7 @@ def test_rank_that_does_not_come_to_the_collective_is_named(bench) -> None:
     assert 76 in outcome.codes and set(outcome.codes) <= {76, -15}, outcome.output
     found = report(directory)
     assert found["ranks"] == [2] and found["silent"] == [] and "the others wait for it" in found["cause"], found
-    assert "faulty.py" in (directory / "watch" / "rank2.stacks.txt").read_text()
+    assert "fault_injection.py" in (directory / "watch" / "rank2.stacks.txt").read_text()
     assert all(
         "most recent call first" in (directory / "watch" / f"rank{rank}.stacks.txt").read_text() for rank in range(3)
     )

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from faulty import train
+from fault_injection import train
 from launching import ROOT, lines, start
 
 from megatron_share4v.errors import ConfigError
@@ -53,7 +53,7 @@ def test_ranks_end_with_their_launcher(bench) -> None:
         bench.config,
         2,
         f"run.directory={directory}",
-        script=("tests/faulty.py", "kill_launcher:0:5,sleep:0:5:100,sleep:1:5:100"),
+        script=("tests/fault_injection.py", "kill_launcher:0:5,sleep:0:5:100,sleep:1:5:100"),
     )
     output, _ = process.communicate(timeout=240)
     assert process.returncode == -9, output
@@ -74,7 +74,7 @@ def test_supervised(bench) -> None:
     directory = bench.root / "supervised"
     command = [
         sys.executable,
-        "tests/faulty.py",
+        "tests/fault_injection.py",
         "kill:0:5,term_parent:0:7,sleep:0:7:3",
         str(bench.config),
         f"run.directory={directory}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faulty import train
+from fault_injection import train
 from launching import lines
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 

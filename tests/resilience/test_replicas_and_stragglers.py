@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from faulty import train
+from fault_injection import train
 from launching import lines
 
 from megatron_share4v.parallel.layout import Layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 
-from faulty import train
+from fault_injection import train
 from launching import lines
 
 from megatron_share4v.resilience.exit_analysis import examine

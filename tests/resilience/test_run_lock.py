@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faulty import Job, train
+from fault_injection import Job, train
 from launching import lines
 
 from megatron_share4v.errors import Occupied

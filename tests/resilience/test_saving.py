@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty import train
+from fault_injection import train
 
 from megatron_share4v.errors import ConfigError, told_of_disk
 from megatron_share4v.logging import configure

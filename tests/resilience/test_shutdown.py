@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from faulty import train
+from fault_injection import train
 from launching import lines, start
 
 from megatron_share4v.config.load import load_run

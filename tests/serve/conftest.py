@@ -1,4 +1,4 @@
-"""Servers with a fake engine (see tests/served.py), and a browser that looks at their page."""
+"""Servers with a fake engine (see tests/server_fixture.py), and a browser that looks at their page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
-from served import FakeEngine, FakeLimits, Running, default_answer, make_encoder, running
+from server_fixture import FakeEngine, FakeLimits, Running, default_answer, make_encoder, running
 
 from megatron_share4v.data.loading.encode import Encoder
 

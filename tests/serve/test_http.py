@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from served import FakeEngine, FakeLimits, Running, data_url, picture, running, until
+from server_fixture import FakeEngine, FakeLimits, Running, data_url, picture, running, until
 
 from megatron_share4v.data.loading.encode import Encoder
 

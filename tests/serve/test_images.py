@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
-from abuse import BOMBS
+from malformed_requests import BOMBS
 from PIL import Image
-from served import Running, data_url, picture, running
+from server_fixture import Running, data_url, picture, running
 
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.loading.encode import Encoder

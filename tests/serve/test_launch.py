@@ -15,8 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from foreign import write_llava_hf
-from served import data_url
+from hf_fixtures import write_llava_hf
+from server_fixture import data_url
 
 from megatron_share4v.evaluate.agreement import generated_questions
 from megatron_share4v.infer.session import Question, Session

@@ -6,7 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from served import SENTENCES, TOKENS_PER_IMAGE, FakeEngine, FakeLimits, Running, data_url, picture, running, until
+from server_fixture import (
+    SENTENCES,
+    TOKENS_PER_IMAGE,
+    FakeEngine,
+    FakeLimits,
+    Running,
+    data_url,
+    picture,
+    running,
+    until,
+)
 
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.loading.prompt import make_prompt

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from browsing import PNG, SLOW_S, bodies_of, ended, say, wait
+from browser import PNG, SLOW_S, bodies_of, ended, say, wait
 from playwright.sync_api import Browser, Page, Route, expect
-from served import Running, picture, running, until
+from server_fixture import Running, picture, running, until
 
 from megatron_share4v.data.loading.encode import Encoder
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browsing import PNG, SHOTS, SLOW_S, bodies_of, ended, say, wait
+from browser import PNG, SHOTS, SLOW_S, bodies_of, ended, say, wait
 from playwright.sync_api import Page, expect
-from served import Running, picture, until
+from server_fixture import Running, picture, until
 
 
 def test_captioner(page: Page, host: Running) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
-from waits import watched
+from sync_detector import watched
 
 
 @dataclass(frozen=True, kw_only=True)

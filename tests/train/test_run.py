@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import run_tool
+from forked_tools import run_tool
 from launching import finish, fork, killed_after, lines, start
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 

@@ -41,7 +41,7 @@ def main() -> None:
 
 def answer(folder: Path, dtype: str) -> None:
     """FOLDER/export, and FOLDER/ours.pt with what this project makes of some questions."""
-    from foreign import write_llava_hf
+    from hf_fixtures import write_llava_hf
 
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model

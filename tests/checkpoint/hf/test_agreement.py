@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import MODEL, clip_config, llama_config, read_weights, write_llava_hf, write_tokenizer, write_weights
+from hf_fixtures import MODEL, clip_config, llama_config, read_weights, write_llava_hf, write_tokenizer, write_weights
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model

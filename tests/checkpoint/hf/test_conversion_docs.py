@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from foreign import MODEL, SHARE4V, theirs, write_clip, write_llama, write_llava_hf, write_share4v
+from hf_fixtures import MODEL, SHARE4V, theirs, write_clip, write_llama, write_llava_hf, write_share4v
 
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.config.run import CheckpointConfig

@@ -9,8 +9,8 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
-from foreign import read_weights, write_clip, write_llama, write_llava_hf, write_weights
-from forked import run_tool
+from forked_tools import run_tool
+from hf_fixtures import read_weights, write_clip, write_llama, write_llava_hf, write_weights
 
 from megatron_share4v.checkpoint.hf.average import average
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import (
+from hf_fixtures import (
     MODEL,
     read_weights,
     theirs,

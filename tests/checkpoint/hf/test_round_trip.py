@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import (
+from harness import run_world
+from hf_fixtures import (
     CLIP,
     MODEL,
     SHARE4V,
@@ -19,7 +20,6 @@ from foreign import (
     write_share4v,
     write_tokenizer,
 )
-from harness import run_world
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model

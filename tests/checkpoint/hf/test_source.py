@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import (
+from hf_fixtures import (
     CLIP,
     LLAVA_HF,
     MODEL,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import read_weights, write_json, write_llava_hf, write_share4v, write_weights
+from hf_fixtures import read_weights, write_json, write_llava_hf, write_share4v, write_weights
 
 from megatron_share4v.checkpoint.assets import companions_of
 from megatron_share4v.checkpoint.hf import verify as verify_module

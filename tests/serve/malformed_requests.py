@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass
 from random import Random
 
-from served import data_url, picture
+from server_fixture import data_url, picture
 
 PNG, JPEG, WEBP, GIF, BMP = (picture(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"))
 JUNK = [

@@ -1,6 +1,6 @@
 """tools/train.py in which one rank meets a fault at a chosen step, whatever the machine's speed. Several are separated by commas.
 
-    torchrun ... tests/faulty.py KIND:RANK:STEP[:VALUE][,...] CONFIG.yaml [dotted.key=value ...]
+    torchrun ... tests/fault_injection.py KIND:RANK:STEP[:VALUE][,...] CONFIG.yaml [dotted.key=value ...]
 
 `train` starts the same ranks without torchrun, from the fork server that has imported everything: the many runs of tests/resilience take a second
 each instead of ten. The few that are about the launcher start the real one.

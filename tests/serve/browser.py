@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
-from served import picture, until
+from server_fixture import picture, until
 
 SHOTS = Path(__file__).resolve().parents[1] / "artifacts" / "page"
 SLOW_S = 0.03

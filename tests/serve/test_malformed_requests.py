@@ -20,8 +20,8 @@ from random import Random
 import httpx
 import psutil
 import pytest
-from abuse import Raw, chat, exchange, generate, post
-from served import running, until
+from malformed_requests import Raw, chat, exchange, generate, post
+from server_fixture import running, until
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.loading.encode import Encoder
