@@ -35,7 +35,18 @@ def test_the_end_is_said(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     environment = os.environ | {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "signal_guard", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "signal_guard",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            tmp_path,
+            tmp_path,
+        ],
         env=environment,
         capture_output=True,
         text=True,

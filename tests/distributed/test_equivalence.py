@@ -67,14 +67,14 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     """Five steps of AdamW from the same seed."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
     from megatron_share4v.mcore.backends import agree_on_ops
-    from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
-    from megatron_share4v.mcore.layer_options import layer_options
     from megatron_share4v.mcore.layer_config import DTYPES
+    from megatron_share4v.mcore.layer_options import layer_options
+    from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.model.trainable import parameter_counts
-    from megatron_share4v.train.data_feed import StepData
     from megatron_share4v.resilience.replica_checksum import check_replicas
+    from megatron_share4v.train.data_feed import StepData
     from megatron_share4v.train.step import train_step
 
     model, dtype = tiny_model(**TRAINABLE[variant.trainable]), DTYPES[variant.dtype]
@@ -91,8 +91,17 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     )
     ops = agree_on_ops(variant.ops, mesh=mesh).implementation
     again = variant.recompute
-    settings = TrainConfig(global_batch_size=1, recompute=again, recompute_modules=("core_attn", "mlp"), recompute_tower=again)
-    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=ops, options=layer_options(settings, own_lengths=variant.lengths == "cropped"))
+    settings = TrainConfig(
+        global_batch_size=1, recompute=again, recompute_modules=("core_attn", "mlp"), recompute_tower=again
+    )
+    bare = build_chunks(
+        model,
+        mesh=mesh,
+        parallel=parallel,
+        dtype=dtype,
+        ops=ops,
+        options=layer_options(settings, own_lengths=variant.lengths == "cropped"),
+    )
     initialize(bare, seed=1, model=model)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel, bucket_elements=3000 if variant.gather else None)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, weight_decay=0.1, clip_grad_norm=1.0)
@@ -101,7 +110,9 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     for step in range(STEPS):
         batches = [_of_own_length(batch, number, variant.lengths) for number, batch in enumerate(micro_batches(step))]
         mine = [
-            context_part(batch, rank=mesh.coordinates.context, size=variant.context, sequence_length=batch.token_ids.size(1))
+            context_part(
+                batch, rank=mesh.coordinates.context, size=variant.context, sequence_length=batch.token_ids.size(1)
+            )
             for batch in batches[mesh.coordinates.data :: mesh.layout.data]
         ]
         result = train_step(
@@ -132,8 +143,13 @@ def _of_own_length(batch: Batch, number: int, lengths: str) -> Batch:
     rows, targets = batch.target_rows[kept], batch.targets[kept]
     if lengths == "masked":
         return replace(batch, target_rows=rows, targets=targets)
-    ids, slots = batch.token_ids[:, :length].contiguous(), batch.image_slots // LENGTH * length + batch.image_slots % LENGTH
-    return replace(batch, token_ids=ids, image_slots=slots, target_rows=rows // LENGTH * length + rows % LENGTH, targets=targets)
+    ids, slots = (
+        batch.token_ids[:, :length].contiguous(),
+        batch.image_slots // LENGTH * length + batch.image_slots % LENGTH,
+    )
+    return replace(
+        batch, token_ids=ids, image_slots=slots, target_rows=rows // LENGTH * length + rows % LENGTH, targets=targets
+    )
 
 
 def global_weights(chunks) -> dict[str, torch.Tensor]:
@@ -178,14 +194,22 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
     if (tensor, pipeline, virtual, data) in [(1, 1, 1, 2), (1, 2, 2, 2), (2, 2, 1, 2)]:
         variants.append(Variant(**place, sequence=tensor > 1, overlap=True, gather=True))
     if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
-        variants += [Variant(**place, trainable="projector"), Variant(**place, trainable="frozen_tower"), Variant(**place, normalize="microbatch")]
+        variants += [
+            Variant(**place, trainable="projector"),
+            Variant(**place, trainable="frozen_tower"),
+            Variant(**place, normalize="microbatch"),
+        ]
     if (tensor, pipeline, virtual, data) == (2, 2, 1, 2):
         variants += [Variant(**place, dtype="bf16", sequence=True, ops=ops) for ops in ("auto", "reference")]
     if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
         variants.append(Variant(**place, sequence=tensor > 1, ops="reference"))
-    again = {(1, 1, 1, 2): ("selective",), (2, 2, 1, 1): ("full", "selective"), (1, 2, 2, 1): ("full",)}.get((tensor, pipeline, virtual, data), ())
+    again = {(1, 1, 1, 2): ("selective",), (2, 2, 1, 1): ("full", "selective"), (1, 2, 2, 1): ("full",)}.get(
+        (tensor, pipeline, virtual, data), ()
+    )
     variants += [Variant(**place, sequence=tensor > 1, recompute=what, overlap=data > 1) for what in again]
-    uneven = {(2, 2, 1, 1): (5, 3), (1, 4, 1, 1): (1, 3, 3, 1), (1, 2, 2, 1): (1, 3, 2, 2)}.get((tensor, pipeline, virtual, data))
+    uneven = {(2, 2, 1, 1): (5, 3), (1, 4, 1, 1): (1, 3, 3, 1), (1, 2, 2, 1): (1, 3, 2, 2)}.get(
+        (tensor, pipeline, virtual, data)
+    )
     if uneven is not None:
         variants.append(Variant(**place, sequence=tensor > 1, layout=uneven))
     plain = [(1, 1, 1, 1), (1, 2, 1, 1), (2, 2, 1, 1), (1, 4, 1, 1), (1, 2, 1, 2)]
@@ -228,17 +252,23 @@ def layouts_of(world: int) -> list[tuple[int, int, int]]:
     return [
         (tensor, pipeline, virtual)
         for tensor, pipeline, virtual in itertools.product((1, 2), (1, 2, 4), (1, 2))
-        if world % (tensor * pipeline) == 0 and world // (tensor * pipeline) in (1, 2) and (pipeline > 1 or virtual == 1)
+        if world % (tensor * pipeline) == 0
+        and world // (tensor * pipeline) in (1, 2)
+        and (pipeline > 1 or virtual == 1)
     ]
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict[tuple[str, str, str, str], Outcome]:
     """One rank, for each trainable set and each normalisation, with native ops and their references."""
-    wanted = [Variant(trainable=name, ops=ops) for name in TRAINABLE for ops in OPS] + [Variant(normalize="microbatch", ops=ops) for ops in OPS]
+    wanted = [Variant(trainable=name, ops=ops) for name in TRAINABLE for ops in OPS] + [
+        Variant(normalize="microbatch", ops=ops) for ops in OPS
+    ]
     wanted.append(Variant(lengths="masked"))
     [results] = run_world(1, run_variants, [((1, 1, 1, 1), wanted)])
-    return {(variant.trainable, variant.normalize, variant.ops, variant.lengths): outcome for variant, outcome in results}
+    return {
+        (variant.trainable, variant.normalize, variant.ops, variant.lengths): outcome for variant, outcome in results
+    }
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -248,7 +278,9 @@ def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str
     assert len(results) == sum(len(variants) for _, variants in groups)
     worst = {"loss": 0.0, "norm": 0.0, "weight": 0.0}
     for variant, outcome in results:
-        expected = reference[variant.trainable, variant.normalize, variant.ops, "masked" if variant.lengths == "cropped" else "equal"]
+        expected = reference[
+            variant.trainable, variant.normalize, variant.ops, "masked" if variant.lengths == "cropped" else "equal"
+        ]
         if variant.dtype == "bf16":
             assert max(abs(a - b) for a, b in zip(outcome.losses, expected.losses)) < BF16_LOSS, variant
             continue
@@ -258,7 +290,11 @@ def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str
         assert outcome.weights.keys() == expected.weights.keys()
         weight = max(float((outcome.weights[key] - expected.weights[key]).abs().max()) for key in expected.weights)
         assert loss <= LAYOUT_LOSS and norm <= LAYOUT_NORM and weight <= LAYOUT_WEIGHT, (variant, loss, norm, weight)
-        worst = {"loss": max(worst["loss"], loss), "norm": max(worst["norm"], norm), "weight": max(worst["weight"], weight)}
+        worst = {
+            "loss": max(worst["loss"], loss),
+            "norm": max(worst["norm"], norm),
+            "weight": max(worst["weight"], weight),
+        }
     print(f"\n{world} ranks, {len(results)} variants: worst difference {worst}")
 
 
@@ -268,7 +304,11 @@ def test_losses_are_the_golden_ones(reference: dict[tuple[str, str, str, str], O
     for (trainable, normalize, ops, lengths), outcome in reference.items():
         if lengths != "equal":
             continue
-        assert outcome.losses == pytest.approx(golden[f"{trainable}, {normalize}"], abs=GOLDEN_LOSS), (trainable, normalize, ops)
+        assert outcome.losses == pytest.approx(golden[f"{trainable}, {normalize}"], abs=GOLDEN_LOSS), (
+            trainable,
+            normalize,
+            ops,
+        )
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -276,5 +316,9 @@ def test_frozen_parts_do_not_move(ops: str, reference: dict[tuple[str, str, str,
     """Only what is asked for trains, and it does."""
     half, projector = (reference[part, "tokens", ops, "equal"].weights for part in ("half_tower", "projector"))
     moved = {key for key in half if not torch.equal(half[key], projector[key])}
-    assert {"vision.layers.1.mlp.linear_fc1.weight", "language.head.weight", "language.decoder.layers.7.mlp.linear_fc2.weight"} <= moved
+    assert {
+        "vision.layers.1.mlp.linear_fc1.weight",
+        "language.head.weight",
+        "language.decoder.layers.7.mlp.linear_fc2.weight",
+    } <= moved
     assert not {key for key in moved if key.startswith("vision") and not key.startswith("vision.layers.1.")}

@@ -14,9 +14,9 @@ from tolerances import PACKED_GRADIENT, PACKED_LOSS
 
 from megatron_share4v.data.loading.collate import Role, collate
 from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.records import Batch, Example
 from megatron_share4v.data.sampling.packing import Packing, pack
 from megatron_share4v.data.sampling.sampler import StepItems
-from megatron_share4v.data.records import Batch, Example
 
 SAMPLES, MICRO_BATCHES, PACK_LENGTH = 24, 4, 48
 KERNELS = ("sdpa", "math")
@@ -74,21 +74,30 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
     for first in range(0, len(groups), 2):
         pair = groups[first : first + 2]
         segments = tuple(tuple(lengths[group].tolist()) for group in pair)
-        batches.append(collate([samples[row] for group in pair for row in group], sequence_length=PACK_LENGTH, segments=segments, **both))
+        batches.append(
+            collate(
+                [samples[row] for group in pair for row in group],
+                sequence_length=PACK_LENGTH,
+                segments=segments,
+                **both,
+            )
+        )
     return batches, PACK_LENGTH, 2
 
 
 def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) -> Result:
     """Loss and gradients of one step."""
-    from megatron_share4v.mcore.optimizer import wrap_chunks
     from megatron_share4v.mcore.layer_options import LayerOptions
+    from megatron_share4v.mcore.optimizer import wrap_chunks
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize
     from megatron_share4v.train.data_feed import StepData
     from megatron_share4v.train.step import _reduce, _run
 
     model = tiny_model()
-    bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32, options=LayerOptions(attention=kernel))
+    bare = build_chunks(
+        model, mesh=mesh, parallel=parallel, dtype=torch.float32, options=LayerOptions(attention=kernel)
+    )
     initialize(bare, seed=seed, model=model)
     chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
     batches, length, sequences = micro_batches(packed=packed)
@@ -99,7 +108,14 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     ]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    losses = _run(chunks, StepData(items, mine, 0.0), mesh=mesh, micro_batch_size=sequences, normalize="tokens", forward_only=False)
+    losses = _run(
+        chunks,
+        StepData(items, mine, 0.0),
+        mesh=mesh,
+        micro_batch_size=sequences,
+        normalize="tokens",
+        forward_only=False,
+    )
     loss, tokens, _ = _reduce(losses, mesh=mesh, normalize="tokens")
     assert tokens == sum(batch.targets.numel() for batch in batches)
     gradients = {
@@ -123,14 +139,21 @@ def compare(layouts: list[tuple[int, int, int, int, bool]]) -> list[tuple[tuple,
         data = dist.get_world_size() // (tensor * pipeline * context)
         layout = Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, context=context, data=data)
         parallel = ParallelConfig(
-            tensor=tensor, pipeline=pipeline, virtual=virtual, context=context, sequence=sequence, distributed_optimizer=False
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=virtual,
+            context=context,
+            sequence=sequence,
+            distributed_optimizer=False,
         )
         with open_mesh(layout, device=Device("cpu")) as mesh:
             alone = train(mesh, parallel, packed=False)
             assert max(float(gradient.abs().max()) for gradient in alone.gradients.values()) > 1e-3
             for kernel in KERNELS:
                 packed = train(mesh, parallel, packed=True, kernel=kernel)
-                gradient = max(float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients)
+                gradient = max(
+                    float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients
+                )
                 rows.append(((kernel, str(layout), sequence), packed.loss, abs(alone.loss - packed.loss), gradient))
     return rows
 
@@ -141,4 +164,8 @@ def test_packed_training_equals_training_one_by_one(world: int) -> None:
         for layout, loss, loss_difference, gradient_difference in rows:
             print(layout, loss_difference, gradient_difference)
             assert 4.0 < loss < 5.5
-            assert loss_difference <= PACKED_LOSS and gradient_difference <= PACKED_GRADIENT, (layout, loss_difference, gradient_difference)
+            assert loss_difference <= PACKED_LOSS and gradient_difference <= PACKED_GRADIENT, (
+                layout,
+                loss_difference,
+                gradient_difference,
+            )

@@ -19,7 +19,11 @@ def prompts():
     result = []
     for length, first_slot in ((9, 1), (5, None), (12, 6)):
         ids = torch.randint(3, 100, (length,), generator=generator)
-        slots = torch.arange(first_slot, first_slot + PATCHES) if first_slot is not None else torch.zeros(0, dtype=torch.int64)
+        slots = (
+            torch.arange(first_slot, first_slot + PATCHES)
+            if first_slot is not None
+            else torch.zeros(0, dtype=torch.int64)
+        )
         ids[slots] = 0
         pixels = torch.randint(0, 256, (int(first_slot is not None), 16, 16, 3), generator=generator, dtype=torch.uint8)
         result.append(Prompt(token_ids=ids, image_slots=slots, pixels=pixels))
@@ -27,7 +31,14 @@ def prompts():
 
 
 def answers(
-    tensor: int, pipeline: int, virtual: int, context: int, sequence: bool, alone: bool, stop: frozenset[int], vocabulary: int = 100
+    tensor: int,
+    pipeline: int,
+    virtual: int,
+    context: int,
+    sequence: bool,
+    alone: bool,
+    stop: frozenset[int],
+    vocabulary: int = 100,
 ) -> list[list[int]]:
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
@@ -56,7 +67,11 @@ def expected() -> list[list[int]]:
     return result
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1, 1, False), (2, 1, 1, 1, True), (2, 2, 1, 1, True), (1, 2, 2, 1, False), (1, 2, 1, 2, False)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [(1, 1, 1, 1, False), (2, 1, 1, 1, True), (2, 2, 1, 1, True), (1, 2, 2, 1, False), (1, 2, 1, 2, False)],
+    ids=str,
+)
 def test_every_layout_answers_alike(layout: tuple[int, int, int, int, bool], expected: list[list[int]]) -> None:
     tensor, pipeline, _, context, _ = layout
     for result in run_world(tensor * pipeline * context, answers, *layout, False, frozenset()):
