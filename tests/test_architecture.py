@@ -223,7 +223,7 @@ def sources(repository: Path) -> list[Source]:
     files = [
         path
         for path in (*sorted(repository.glob("*")), *inside)
-        if path.is_file() and path.suffix in TEXT and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix in TEXT and not {"__pycache__", ".git"} & {*path.parts}
     ]
     return [
         Source(path.relative_to(repository).as_posix(), path.read_text(encoding="utf-8", errors="replace"))
