@@ -28,7 +28,7 @@ class ConfigError(Share4VError):
     """The configuration, or the layout that it asks for, cannot be used."""
 
 
-class Occupied(ConfigError):
+class RunDirectoryInUse(ConfigError):
     """Another job trains in the run directory. It says nothing there: that is the other's."""
 
 
@@ -66,26 +66,26 @@ class DamageError(Share4VError):
     exit_code = ExitCode.DAMAGED
 
 
-class Stopped(Share4VError):
+class RunStopped(Share4VError):
     """A run ended in order before its last step, because it was asked to: all is saved, and the same command goes on."""
 
     exit_code = ExitCode.STOPPED
     word = "stopped"
 
 
-OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-OF_PLACES = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+PATH_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
 
 
 @contextlib.contextmanager
-def told_of_disk(directory: Path) -> Iterator[None]:
+def disk_errors_as_config_error(directory: Path) -> Iterator[None]:
     """A disk that is full or lost, and a place below `directory` that is not ours to write, is the user's to mend: ConfigError, from the system's error."""
     try:
         yield
     except OSError as error:
         where = Path(error.filename or directory)  # a flush does not say which file
-        if error.errno not in OF_DISKS and (
-            error.errno not in OF_PLACES or not where.absolute().is_relative_to(directory.absolute())
+        if error.errno not in DISK_ERRNOS and (
+            error.errno not in PATH_ERRNOS or not where.absolute().is_relative_to(directory.absolute())
         ):
             raise
         raise ConfigError(
@@ -94,7 +94,7 @@ def told_of_disk(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reported(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
+def exit_on_user_error(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     """End the process with the error's exit code and its message alone when the user is at fault.
 
     Most such errors occur on all ranks alike: rank 0 speaks at once, the others a little later, by when the launcher has usually ended them.
@@ -102,10 +102,10 @@ def reported(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     try:
         yield
     except Share4VError as error:
-        if rank and not isinstance(error, Stopped):
+        if rank and not isinstance(error, RunStopped):
             time.sleep(3.0)
         where = f"rank {rank}: " if ranks > 1 else ""
-        if not (rank and isinstance(error, Stopped)):
+        if not (rank and isinstance(error, RunStopped)):
             print(f"{error.word}: {where}{error}", file=sys.stderr, flush=True)
         # Peers may still be in a collective: leave without waiting for them.
         sys.stderr.flush()

@@ -10,7 +10,7 @@ from pathlib import Path
 from server_fixture import TOKENS_PER_IMAGE, FakeEngine, make_encoder
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.errors import reported
+from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.serve.engine_thread import Served
 from megatron_share4v.serve.server import serve
@@ -30,7 +30,7 @@ def main() -> None:
         return "word " * 400
 
     engine.answer = answer
-    with reported():
+    with exit_on_user_error():
         serve(ServeConfig(**given), lambda: Served(engine=engine, encoder=encoder, tokens_per_image=TOKENS_PER_IMAGE))
 
 

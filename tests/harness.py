@@ -41,10 +41,10 @@ def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe
     import torch
 
     from megatron_share4v.parallel.device import Device
-    from megatron_share4v.parallel.launch import World, joined
+    from megatron_share4v.parallel.launch import World, process_group
 
     torch.set_num_threads(1)
-    with joined(World.from_environment(), Device("cpu"), timeout_s=TIMEOUT_S):
+    with process_group(World.from_environment(), Device("cpu"), timeout_s=TIMEOUT_S):
         try:
             # Pickled here, by value: multiprocessing would share a tensor's memory, which ends with this process.
             report = pickle.dumps((True, function(*args)))

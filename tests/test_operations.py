@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_share4v.config.load import flat, load_run
-from megatron_share4v.errors import DamageError, Share4VError, Stopped
+from megatron_share4v.errors import DamageError, RunStopped, Share4VError
 from megatron_share4v.exit_codes import ExitCode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,5 +66,5 @@ def test_options_exist() -> None:
 
 def test_exit_codes_are_those_of_the_program() -> None:
     rows = dict(re.findall(r"^\| (\d+) \| (.+?) \|", section("How a run ends"), flags=re.MULTILINE))
-    assert "SIGTERM" in rows[str(int(Stopped.exit_code))] and "hang" in rows[str(int(ExitCode.HUNG))]
+    assert "SIGTERM" in rows[str(int(RunStopped.exit_code))] and "hang" in rows[str(int(ExitCode.HUNG))]
     assert "damaged" in rows[str(DamageError.exit_code)] and "only you" in rows[str(Share4VError.exit_code)]

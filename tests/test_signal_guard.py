@@ -9,9 +9,9 @@ from pathlib import Path
 
 TESTS = """
 import os, signal
-from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.errors import ConfigError, exit_on_user_error
 def test_leaves():
-    with reported():
+    with exit_on_user_error():
         raise ConfigError("x")
 def test_child_may_leave():
     child = os.fork()

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_share4v.errors import PrecisionError, TrainingError, reported
+from megatron_share4v.errors import PrecisionError, TrainingError, exit_on_user_error
 from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,7 +193,7 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configuration"
     )
     arguments = parser.parse_args()
-    with reported():
+    with exit_on_user_error():
         if not 0 < arguments.window <= arguments.steps:
             raise TrainingError(
                 f"--window {arguments.window} of --steps {arguments.steps}: give at least 1 and at most as many as there are steps"

@@ -30,7 +30,7 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import StepItems
-from megatron_share4v.errors import OpsError, Share4VError, reported
+from megatron_share4v.errors import OpsError, Share4VError, exit_on_user_error
 from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.layer_config import DTYPES
@@ -40,7 +40,7 @@ from megatron_share4v.mcore.transformer_engine import missing_engine
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.step import train_step
@@ -207,7 +207,7 @@ def measure(job: Job) -> dict[str, Any]:
     config = load_run(job.config, job.overrides)
     device = Device.detect(local_rank=0, local_world_size=1)
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        process_group(World.single_process(), device, timeout_s=600),
         open_mesh(Layout(), device=device) as mesh,
     ):
         if job.variant.startswith("transformers"):
@@ -386,7 +386,7 @@ def main() -> None:
     if arguments.job is None:
         print("\n" + table(run_all(arguments)))
         return
-    with reported():
+    with exit_on_user_error():
         try:
             print(json.dumps(measure(Job(**json.loads(arguments.job)))))
         except torch.cuda.OutOfMemoryError:

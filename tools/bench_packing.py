@@ -30,7 +30,7 @@ from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
 from megatron_share4v.train.data_feed import StepData
@@ -163,7 +163,7 @@ def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
 def _one_rank() -> Iterator[Mesh]:
     device = Device("cpu")
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        process_group(World.single_process(), device, timeout_s=600),
         open_mesh(Layout(), device=device) as mesh,
     ):
         yield mesh

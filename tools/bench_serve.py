@@ -32,7 +32,7 @@ from megatron_share4v.infer.request import Request, Sampling
 from megatron_share4v.infer.session import Session
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 PIECES = 32000
@@ -52,10 +52,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = Device.detect(local_rank=0, local_world_size=1)
-    world = World(rank=0, size=1, local_rank=0, local_size=1)
+    world = World.single_process()
     with (
         tempfile.TemporaryDirectory() as holder,
-        joined(world, device, timeout_s=600),
+        process_group(world, device, timeout_s=600),
         open_mesh(Layout(), device=device) as mesh,
     ):
         model = arguments.model or random_model(Path(holder) / "model", arguments)

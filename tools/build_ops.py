@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_share4v.errors import OpsError, reported
+from megatron_share4v.errors import OpsError, exit_on_user_error
 from megatron_share4v.ops.backend import REMEDY, Available, status
 from megatron_share4v.ops.build import Toolchain, built, find_toolchain, prebuild
 
@@ -20,7 +20,7 @@ from megatron_share4v.ops.build import Toolchain, built, find_toolchain, prebuil
 def main(arguments: list[str] | None = None) -> int:
     """Build, or say what is there."""
     options = _parser().parse_args(arguments)
-    with reported():
+    with exit_on_user_error():
         if options.status:
             print(status())
             return 0

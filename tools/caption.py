@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_share4v.config.arguments import above_zero, at_least_zero, natural, positive
-from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.errors import ConfigError, exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
@@ -25,11 +25,11 @@ DEFAULT_LIST = Path("images_to_describe.json")
 
 def main() -> int:
     arguments = parse()
-    with reported():
+    with exit_on_user_error():
         world = World.from_environment()
     configure(rank=world.rank)
     try:
-        with reported(rank=world.rank, ranks=world.size):
+        with exit_on_user_error(rank=world.rank, ranks=world.size):
             summary = run(arguments, world)
     except OSError as error:
         print(f"caption: {error}", file=sys.stderr)

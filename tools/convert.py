@@ -14,7 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_share4v.errors import ConversionError, reported
+from megatron_share4v.errors import ConversionError, exit_on_user_error
 from megatron_share4v.logging import configure
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -26,7 +26,7 @@ def main() -> None:
         "THP_MEM_ALLOC_ENABLE", "1"
     )  # before torch comes: large pages for large tensors, which take less time to get
     configure(rank=0)
-    with reported():
+    with exit_on_user_error():
         arguments.run(arguments)
 
 

@@ -35,7 +35,7 @@ from megatron_share4v.data.prepare.image_files import ImageFiles, scan_images
 from megatron_share4v.data.prepare.validate import KINDS, Examine
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleStore
-from megatron_share4v.errors import Share4VError, reported
+from megatron_share4v.errors import Share4VError, exit_on_user_error
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
@@ -64,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
-    with reported():
+    with exit_on_user_error():
         world = World.from_environment()
-    with reported(rank=world.rank, ranks=world.size):
+    with exit_on_user_error(rank=world.rank, ranks=world.size):
         config = load_run(options.config, options.overrides) if options.config else None
         from megatron_share4v.resilience.preflight.cluster import (
             check_nodes,  # imports megatron-core, which `data` needs nothing of

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.config.arguments import positive
-from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.errors import ConfigError, exit_on_user_error
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parse()
     world = World.from_environment()
     configure(rank=world.rank)
-    with reported(rank=world.rank, ranks=world.size):
+    with exit_on_user_error(rank=world.rank, ranks=world.size):
         content = run(arguments, world)
     if content is not None:
         print(json.dumps({name: content[name] for name in SHOWN} | {"out": str(arguments.out)}), flush=True)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_share4v.config.load import load_run
-from megatron_share4v.errors import ConfigError, reported
+from megatron_share4v.errors import ConfigError, exit_on_user_error
 from megatron_share4v.planner.case import Assumptions, Case
 from megatron_share4v.planner.gpus import GPUS
 from megatron_share4v.planner.plot import picture
@@ -27,7 +27,7 @@ LARGEST = 16_384
 
 def main() -> int:
     options = parse()
-    with reported():
+    with exit_on_user_error():
         if not 1 <= options.world_size <= LARGEST:
             raise ConfigError(f"--world-size {options.world_size}: use 1 to {LARGEST}")
         config = load_run(options.config, options.overrides)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_share4v.errors import OpsError, reported
+from megatron_share4v.errors import OpsError, exit_on_user_error
 from megatron_share4v.ops.build import Toolchain, built, default_cache, find_toolchain, sources
 from megatron_share4v.ops.kernel_usage import Usage, usages
 from megatron_share4v.ops.registry import OPS
@@ -28,7 +28,7 @@ OUTPUT = Path("docs/measurements/ops.md")
 def main(arguments: list[str] | None = None) -> int:
     """Read, put together, write."""
     options = _parser().parse_args(arguments)
-    with reported():
+    with exit_on_user_error():
         toolchain = find_toolchain()
         if toolchain is None or toolchain.nvcc is None:
             raise OpsError("the report names registers and spills, which nvcc says; there is none on PATH")

@@ -15,7 +15,7 @@ import yaml
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.load import from_options
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.errors import reported
+from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
@@ -24,7 +24,7 @@ def main() -> None:
     arguments = vars(parse())
     world = World.from_environment()
     configure(rank=world.rank)
-    with reported(rank=world.rank, ranks=world.size):
+    with exit_on_user_error(rank=world.rank, ranks=world.size):
         configs = [
             from_options(cls, {name: arguments[name] for name in cls.__pydantic_fields__ if name in arguments})
             for cls in (ServeConfig, EngineConfig)

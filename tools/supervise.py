@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_share4v.config.arguments import at_least_zero, natural
-from megatron_share4v.errors import ConfigError, reported, told_of_disk
+from megatron_share4v.errors import ConfigError, disk_errors_as_config_error, exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.resilience.supervisor import Policy, Supervisor, run_directory
 
@@ -33,14 +33,14 @@ def main() -> None:
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what starts the run")
     arguments = parser.parse_args()
-    with reported():
+    with exit_on_user_error():
         command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
         if not command:
             raise ConfigError("no command; write it after --")
         configure(rank=0)
         run = arguments.run or run_directory(command)
         policy = Policy(max_restarts=arguments.max_restarts, pause_s=arguments.pause_s, leads=not arguments.follow)
-        with told_of_disk(run):
+        with disk_errors_as_config_error(run):
             code = Supervisor(command, run, policy).supervise()
         sys.exit(code)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_share4v.config.load import load_run
-from megatron_share4v.errors import reported
+from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.parallel.launch import World
 
 
@@ -16,9 +16,9 @@ def main() -> None:
         "overrides", nargs="*", metavar="dotted.key=value", help="values that replace those of the file"
     )
     arguments = parser.parse_args()
-    with reported():
+    with exit_on_user_error():
         world = World.from_environment()
-    with reported(rank=world.rank, ranks=world.size):
+    with exit_on_user_error(rank=world.rank, ranks=world.size):
         config = load_run(arguments.config, arguments.overrides)
         from megatron_share4v.train.loop import run  # after the checks above: this imports megatron-core
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_share4v.data.images.pil_decoder import data_url
-from megatron_share4v.errors import ServeError, reported
+from megatron_share4v.errors import ServeError, exit_on_user_error
 
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"
 READY_S, ANSWER_S, TOKENS = 120, 60, 24
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--questions", type=int, default=8, help="held-out questions to ask")
     arguments = parser.parse_args()
-    with reported():
+    with exit_on_user_error():
         from megatron_share4v.data.quickstart import load_held_out
 
         out = arguments.out

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_share4v.errors import reported
+from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.logging import configure
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16, help="held-out questions that both models answer")
     arguments = parser.parse_args()
     configure(rank=0)
-    with reported():
+    with exit_on_user_error():
         holds = compare(arguments.out, arguments.questions)
     sys.exit(0 if holds else 1)
 

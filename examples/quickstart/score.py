@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_share4v.errors import reported
+from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.parallel.launch import World
 
 VQA_FLOOR, LOOKING_FLOOR = 0.85, 0.3
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--no-floors", action="store_true", help="report only: for runs that are too short to learn")
     arguments = parser.parse_args()
     world = World.from_environment()
-    with reported(rank=world.rank, ranks=world.size):
+    with exit_on_user_error(rank=world.rank, ranks=world.size):
         summary = summarise(arguments, world)
     if world.rank:
         return
@@ -43,12 +43,12 @@ def summarise(arguments: argparse.Namespace, world: World) -> dict:
     from megatron_share4v.infer.session import Session
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
-    from megatron_share4v.parallel.launch import joined
+    from megatron_share4v.parallel.launch import process_group
     from megatron_share4v.parallel.layout import Layout
 
     out = arguments.out
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
-    with joined(world, device, timeout_s=600), open_mesh(Layout(data=world.size), device=device) as mesh:
+    with process_group(world, device, timeout_s=600), open_mesh(Layout(data=world.size), device=device) as mesh:
         session = Session.open(out / "finetune", mesh=mesh)
         held_out = score(session, out / "scenes" / "held_out.json", captions=arguments.captions, output=out / "samples")
         parallel = session.config.parallel

@@ -26,7 +26,7 @@ from megatron_share4v.infer.session import Question, Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import unwrap
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
@@ -82,7 +82,7 @@ def compare_alone(checkpoint: Path, export: Path, *, questions: Sequence[Questio
     """`compare` in a world of this process alone."""
     device = Device("cpu")
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        process_group(World.single_process(), device, timeout_s=600),
         open_mesh(Layout(), device=device) as mesh,
     ):
         return compare(checkpoint, export, questions=questions, mesh=mesh)

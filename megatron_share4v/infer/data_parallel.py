@@ -22,7 +22,7 @@ from megatron_share4v.infer.tp_executor import IDLE, follow
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 TIMEOUT_S = 1800
@@ -59,7 +59,10 @@ def opened_replica(
     )  # now, so that a run that goes on training does not change the model under way
     layout = Layout.for_world(ParallelConfig(tensor=tensor), world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
-    with joined(world, device, timeout_s=TIMEOUT_S), open_mesh(layout, device=device, timeout_s=TIMEOUT_S) as mesh:
+    with (
+        process_group(world, device, timeout_s=TIMEOUT_S),
+        open_mesh(layout, device=device, timeout_s=TIMEOUT_S) as mesh,
+    ):
         share = _share(mesh)
         session = Session.open(path, mesh=mesh, dtype=dtype)
         engine = Engine.open(session, EngineConfig(max_requests=max_requests))

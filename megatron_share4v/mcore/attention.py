@@ -22,7 +22,7 @@ from megatron_share4v.mcore.kv_cache import CachedStep
 from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.mcore.ulysses import own_positions, whole_sequences
 from megatron_share4v.ops.rope import rope, rope_table
-from megatron_share4v.parallel.device import sent
+from megatron_share4v.parallel.device import to_device_async
 
 
 @dataclass
@@ -51,9 +51,9 @@ def places(angles: torch.Tensor, *, segments: tuple[tuple[int, ...], ...] | None
     if segments is None:
         return Places(table=rope_table(angles))
     size, device = angles.size(0), angles.device
-    positions = sent(restarting_positions(segments, size), device)
+    positions = to_device_async(restarting_positions(segments, size), device)
     whole = tuple(tuple(filled(lengths, size)) for lengths in segments)
-    ends = sent(_ends(whole), device) if kernel in BY_ENDS else None
+    ends = to_device_async(_ends(whole), device) if kernel in BY_ENDS else None
     return Places(table=rope_table(angles), positions=positions, lengths=whole, ends=ends)
 
 
@@ -189,7 +189,7 @@ def math(
     if at.lengths is not None:
         owner = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in at.lengths])
         seen = (owner[:, :, None] == owner[:, None, :]).unsqueeze(1)
-    seen = sent(seen.tril() if causal else seen, query.device)
+    seen = to_device_async(seen.tril() if causal else seen, query.device)
     scores = (query @ key.transpose(2, 3)).float() * (width**-0.5 if scale is None else scale)
     context = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1).to(value.dtype) @ value
     return context.permute(2, 0, 1, 3).reshape(length, batch, -1)

@@ -50,7 +50,7 @@ class Device:
         return "cpu (gloo)" if self.kind == "cpu" else f"{torch.cuda.get_device_name(self.index)} (nccl)"
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device_async(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`tensor`, made on the host, on `device`, without a wait of the host for it: from memory that is pinned, which others are copied to first."""
     pinned = tensor.pin_memory() if device.type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)

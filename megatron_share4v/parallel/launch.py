@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.process import end_with_parent
+from megatron_share4v.parallel.process import kill_on_parent_exit
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,17 @@ class World:
     local_size: int
 
     @classmethod
+    def single_process(cls) -> World:
+        """Return a world of one process."""
+        return cls(rank=0, size=1, local_rank=0, local_size=1)
+
+    @classmethod
     def from_environment(cls) -> World:
-        """What torchrun set; a world of one when it set nothing. ConfigError when it set only a part."""
+        """Read the variables that torchrun sets; a single process when none is set, ConfigError when only some are."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in os.environ]
         if len(missing) == len(names):
-            return cls(rank=0, size=1, local_rank=0, local_size=1)
+            return cls.single_process()
         if missing:
             raise ConfigError(
                 f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}; start with torchrun, or unset them all"
@@ -52,14 +57,14 @@ def job_end() -> float | None:
         ) from error
 
 
-def end_with_launcher() -> None:
+def kill_on_launcher_exit() -> None:
     """When torchrun is killed, so is this process: ranks that train on without it would write beside those of the next start. Linux alone can do it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
+        kill_on_parent_exit()
 
 
 @contextlib.contextmanager
-def joined(world: World, device: Device, *, timeout_s: int) -> Iterator[None]:
+def process_group(world: World, device: Device, *, timeout_s: int) -> Iterator[None]:
     """The default process group, for the length of the block."""
     timeout = timedelta(seconds=timeout_s)
     if world.size == 1:

@@ -19,7 +19,7 @@ def process_status(pid: int) -> tuple[str, int] | None:
     return fields[0], int(fields[19])
 
 
-def end_with_parent() -> None:
+def kill_on_parent_exit() -> None:
     """The kernel kills this process when the one that started it ends."""
     if sys.platform == "linux":
         set_parent_death_signal = 1

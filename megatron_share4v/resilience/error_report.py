@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_share4v.errors import Occupied, Share4VError, Stopped
+from megatron_share4v.errors import RunDirectoryInUse, RunStopped, Share4VError
 from megatron_share4v.logging import get_logger
 
 FOLDER, MERGED = "errors", "errors.txt"
@@ -57,7 +57,7 @@ class Word:
         return f"rank {self.rank} on {self.host}"
 
 
-class LastWords:
+class ErrorReport:
     """This rank's. `place` says what the rank is doing when it is asked."""
 
     def __init__(self, log: Path, *, rank: int, ranks: int, place: Callable[[], str]) -> None:
@@ -78,7 +78,7 @@ class LastWords:
         """Write down what leaves the block as an error; once, where blocks are nested. A run that was stopped in order, or must not begin, has none."""
         try:
             yield
-        except (Stopped, Occupied):
+        except (RunStopped, RunDirectoryInUse):
             raise
         except BaseException as error:
             if not self._said:

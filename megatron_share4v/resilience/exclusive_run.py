@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_share4v.errors import Share4VError, told_of_disk
-from megatron_share4v.resilience.heartbeat import Watch
+from megatron_share4v.errors import Share4VError, disk_errors_as_config_error
+from megatron_share4v.resilience.heartbeat import Heartbeat
 from megatron_share4v.resilience.run_lock import held
 
 
@@ -17,15 +17,15 @@ from megatron_share4v.resilience.run_lock import held
 def alone_in(directory: Path, *, rank: int) -> Iterator[None]:
     """Rank 0 holds the lock for the length of the block, and forgets where the ranks of an earlier job were. Collective.
 
-    Raises Occupied, on all ranks, when another job holds it, and leaves everything as it is.
+    Raises RunDirectoryInUse, on all ranks, when another job holds it, and leaves everything as it is.
     """
     with contextlib.ExitStack() as stack:
         refusal: list[Share4VError | None] = [None]
         if rank == 0:
             try:
-                with told_of_disk(directory):
+                with disk_errors_as_config_error(directory):
                     stack.enter_context(held(directory))
-                    Watch.clear(directory)
+                    Heartbeat.clear(directory)
             except Share4VError as error:
                 refusal = [error]
         # All end with the same exit code: a scheduler that sees another one from a rank that was killed would start the job again.

@@ -18,7 +18,7 @@ OF_A_STEP = ("data", "compute")
 
 
 @dataclass(frozen=True)
-class Aftermath:
+class ExitAnalysis:
     """How a job ended. code: that of its first cause, None where a rank died without a word; step: which was being made, 0: none."""
 
     reason: str
@@ -33,14 +33,14 @@ class Aftermath:
         return self.code not in (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 
 
-def examine(run: Path) -> Aftermath:
+def examine(run: Path) -> ExitAnalysis:
     """What the ranks of the job in this run directory have left. Call it when none of them lives any more.
 
     Ranks that died without a word come first: the others have failed because of them. Then errors that a user can understand, then others.
     """
     states = read_states(run / FOLDER)
     if not states:
-        return Aftermath("no rank has begun; what the launcher said is above", None)
+        return ExitAnalysis("no rank has begun; what the launcher said is above", None)
     report = run / FOLDER / REPORT
     if report.exists():
         content = json.loads(report.read_text(encoding="utf-8"))
@@ -67,8 +67,8 @@ def examine(run: Path) -> Aftermath:
         )
     if failed:
         return _of(failed[0], f"rank {failed[0].rank}: {failed[0].ended}", 1)
-    return Aftermath("all ranks came to their end", 0)
+    return ExitAnalysis("all ranks came to their end", 0)
 
 
-def _of(state: RankState, reason: str, code: int | None) -> Aftermath:
-    return Aftermath(reason, code, state.step, state.phase in OF_A_STEP)
+def _of(state: RankState, reason: str, code: int | None) -> ExitAnalysis:
+    return ExitAnalysis(reason, code, state.step, state.phase in OF_A_STEP)

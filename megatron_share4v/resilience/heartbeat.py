@@ -44,7 +44,7 @@ SHORTEST_STEP_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bounds:
+class PhaseTimeouts:
     """When a step takes too long, in seconds: `step_s`, or `factor` times the median of the last steps and at least `floor_s`; both None: never.
 
     wait_s: longest time in one collective, in a step or not; a little less than torch's own time-out, which does not say who is late.
@@ -56,7 +56,7 @@ class Bounds:
     wait_s: float | None = None
 
     @classmethod
-    def of(cls, config: RunConfig) -> Bounds:
+    def from_config(cls, config: RunConfig) -> PhaseTimeouts:
         """Those of a run."""
         watch, floor_s = config.watch, max(SHORTEST_STEP_S, 1.5 * config.loader_patience_s)
         return cls(step_s=watch.step_s, factor=watch.factor, floor_s=floor_s, wait_s=0.8 * config.parallel.timeout_s)
@@ -67,10 +67,10 @@ class Bounds:
         return min(LONGEST_BEAT_S, (self.step_s or math.inf) / 12, (self.wait_s or math.inf) / 48)
 
 
-class Watch:
+class Heartbeat:
     """This rank's. Outside `running` it only remembers."""
 
-    def __init__(self, directory: Path, *, rank: int, ranks: int, bounds: Bounds = Bounds()) -> None:
+    def __init__(self, directory: Path, *, rank: int, ranks: int, bounds: PhaseTimeouts = PhaseTimeouts()) -> None:
         self._folder, self._rank, self._ranks, self._bounds = directory / FOLDER, rank, ranks, bounds
         # phase, step, micro-batch, since when: replaced as a whole, for the thread reads it at any time.
         self._place = ("start", 0, -1, time.monotonic())

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from megatron_share4v.errors import Occupied
+from megatron_share4v.errors import RunDirectoryInUse
 from megatron_share4v.logging import get_logger
 
 FILE = "job.lock"
@@ -28,7 +28,7 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 @contextlib.contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """The run directory is this process's for the length of the block. Raises Occupied, which names the holder, when it stays another's.
+    """The run directory is this process's for the length of the block. Raises RunDirectoryInUse, which names the holder, when it stays another's.
 
     A file system without locks is told once, as a warning: nothing keeps a second job away there.
     """
@@ -47,7 +47,7 @@ def held(directory: Path) -> Iterator[None]:
 
 
 def check_free(directory: Path) -> None:
-    """Raises Occupied when a living job trains in the run directory."""
+    """Raises RunDirectoryInUse when a living job trains in the run directory."""
     path = directory / FILE
     if path.exists():
         # NFS gives such a lock only on a file that may be written.
@@ -97,8 +97,8 @@ def _holder(file: TextIO) -> str:
     return file.read().strip() or "another process"
 
 
-def _occupied(directory: Path, holder: str) -> Occupied:
-    return Occupied(
+def _occupied(directory: Path, holder: str) -> RunDirectoryInUse:
+    return RunDirectoryInUse(
         f"{directory} is being trained in by {holder}. Wait for it, end it, or give this run another run.directory. (If that host is gone and its file "
         f"server does not notice, remove {FILE} there.)"
     )

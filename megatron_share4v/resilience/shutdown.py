@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_share4v.errors import Stopped
+from megatron_share4v.errors import RunStopped
 from megatron_share4v.logging import get_logger
-from megatron_share4v.resilience.time_limit import Timekeeper
+from megatron_share4v.resilience.time_limit import TimeLimit
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -46,7 +46,7 @@ class Signals:
         after = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
-        except Stopped:
+        except RunStopped:
             # When the first rank has ended, the launcher sends the others a signal, which must not cut them off.
             after = dict.fromkeys(SIGNALS, signal.SIG_IGN)
             raise
@@ -62,7 +62,7 @@ class Signals:
 class Ballot:
     """One rank's votes. `time` is the clock of the rank that keeps it, None on all others; `failed` says whether a save has failed here."""
 
-    def __init__(self, signals: Signals, time: Timekeeper | None, *, failed: Callable[[], bool]) -> None:
+    def __init__(self, signals: Signals, time: TimeLimit | None, *, failed: Callable[[], bool]) -> None:
         self._signals, self._time, self._failed = signals, time, failed
 
     def votes(self) -> Sequence[float]:

@@ -23,7 +23,7 @@ NOTICEABLE = 0.05
 
 
 @dataclass(frozen=True)
-class RankPace:
+class RankTiming:
     """Seconds per step of one rank: in forward passes, waiting for data, in all."""
 
     forward_s: float
@@ -31,7 +31,7 @@ class RankPace:
     step_s: float
 
 
-class Pace:
+class StragglerMonitor:
     """Times this rank's forward passes and compares them with the others' every so many steps."""
 
     def __init__(self, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, every: int, factor: float) -> None:
@@ -61,7 +61,7 @@ class Pace:
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, mine / self._steps)
         self._spans, self._steps, self._data_wait_s, self._step_s = [], 0, 0.0, 0.0
-        paces = [RankPace(*values.tolist()) for values in gathered]
+        paces = [RankTiming(*values.tolist()) for values in gathered]
         for line in slow_ranks(paces, self._mesh.layout, factor=self._factor):
             get_logger().warning("step %d: %s", step, line)
         return summary(paces)
@@ -85,7 +85,7 @@ class Pace:
         return sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
 
 
-def slow_ranks(paces: Sequence[RankPace], layout: Layout, *, factor: float) -> list[str]:
+def slow_ranks(paces: Sequence[RankTiming], layout: Layout, *, factor: float) -> list[str]:
     """A sentence for each rank that is `factor` times slower than the median of the other ranks of its pipeline stage."""
     found = []
     for rank, pace in enumerate(paces):
@@ -107,7 +107,7 @@ def slow_ranks(paces: Sequence[RankPace], layout: Layout, *, factor: float) -> l
     return found
 
 
-def summary(paces: Sequence[RankPace]) -> dict[str, float]:
+def summary(paces: Sequence[RankTiming]) -> dict[str, float]:
     """Scalars by name: median and largest over the ranks, and which rank has the largest."""
     found: dict[str, float] = {}
     for name in ("forward_s", "data_wait_s"):

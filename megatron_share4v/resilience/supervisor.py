@@ -19,12 +19,12 @@ from typing import Any
 
 from megatron_share4v.checkpoint.retention import checkpoint_directories
 from megatron_share4v.config.load import load_run
-from megatron_share4v.errors import ConfigError, Occupied
+from megatron_share4v.errors import ConfigError, RunDirectoryInUse
 from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.logging import get_logger
 from megatron_share4v.observability.records import split_lines
-from megatron_share4v.parallel.process import end_with_parent, process_status
-from megatron_share4v.resilience.exit_analysis import Aftermath, examine
+from megatron_share4v.parallel.process import kill_on_parent_exit, process_status
+from megatron_share4v.resilience.exit_analysis import ExitAnalysis, examine
 from megatron_share4v.resilience.heartbeat import FOLDER
 from megatron_share4v.resilience.rank_state import RankState, read_states
 from megatron_share4v.resilience.run_lock import check_free
@@ -64,15 +64,15 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Start, and start again; the exit code: 0, 75 when it was asked to end, else that of the last cause."""
-        before: Aftermath | None = None
+        before: ExitAnalysis | None = None
         failures, newest = 0, self._newest()
         for attempt in range(1, 1_000_000):
             told = len(self._told())
             code = self._start()
-            after = examine(self._run) if code else Aftermath("all ranks came to their end", 0)
+            after = examine(self._run) if code else ExitAnalysis("all ranks came to their end", 0)
             if after.code == 0:
                 after = (
-                    Aftermath(
+                    ExitAnalysis(
                         f"the launcher ended with exit code {code}, though all ranks that have begun came to their end",
                         None,
                     )
@@ -106,7 +106,7 @@ class Supervisor:
             time.sleep(self._policy.pause_s)
         raise AssertionError("unreachable")
 
-    def _last_word(self, after: Aftermath, *, code: int, failures: int) -> int:
+    def _last_word(self, after: ExitAnalysis, *, code: int, failures: int) -> int:
         if not code:
             return 0
         if self._asked is not None and after.goes_on:
@@ -124,7 +124,7 @@ class Supervisor:
         return after.code or 1
 
     def _start(self) -> int:
-        """One start, to its end; the launcher's exit code. Nothing of it lives when this returns. Raises Occupied when another job has the run directory."""
+        """One start, to its end; the launcher's exit code. Nothing of it lives when this returns. Raises RunDirectoryInUse when another job has the run directory."""
         if self._policy.leads:
             check_free(self._run)
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
@@ -146,7 +146,7 @@ class Supervisor:
 
     def _launch(self) -> subprocess.Popen:
         try:
-            return subprocess.Popen(self._command, preexec_fn=end_with_parent, start_new_session=True)
+            return subprocess.Popen(self._command, preexec_fn=kill_on_parent_exit, start_new_session=True)
         except OSError as error:
             raise ConfigError(
                 f"{self._command[0]}: cannot be started: {error.strerror}; see what stands after --"
@@ -177,7 +177,7 @@ class Supervisor:
             time.sleep(POLL_S)
         try:
             check_free(self._run)
-        except Occupied:
+        except RunDirectoryInUse:
             # By now that is another job, and so are the ranks that can be seen here. On the other nodes it may be the first one's rank 0, still ending.
             if self._policy.leads:
                 raise
@@ -209,7 +209,7 @@ class Supervisor:
     def _newest(self) -> int:
         return max(checkpoint_directories(self._run / "checkpoints"), default=0)
 
-    def _record(self, after: Aftermath, *, attempt: int, code: int, newest: int, again: bool) -> None:
+    def _record(self, after: ExitAnalysis, *, attempt: int, code: int, newest: int, again: bool) -> None:
         if not self._policy.leads:
             return
         record = {

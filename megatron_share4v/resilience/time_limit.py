@@ -10,7 +10,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.launch import job_end
 
 
-class Timekeeper:
+class TimeLimit:
     """Reads the clock `now`, in seconds. Durations of saves are told to it."""
 
     def __init__(

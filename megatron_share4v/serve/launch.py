@@ -14,7 +14,7 @@ from megatron_share4v.infer.session import Session
 from megatron_share4v.infer.tp_executor import follow
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.serve.engine_thread import Served
 from megatron_share4v.serve.server import serve
@@ -28,7 +28,7 @@ def serve_checkpoint(
     Raises ConfigError, CheckpointError, ConversionError or DataError for what cannot be served, and whatever the engine fails with.
     """
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
-    with joined(world, device, timeout_s=600), open_mesh(Layout(tensor=world.size), device=device) as mesh:
+    with process_group(world, device, timeout_s=600), open_mesh(Layout(tensor=world.size), device=device) as mesh:
         if world.rank == 0:
             serve(config, lambda: _load(checkpoint, mesh, engine, dtype))
             return

@@ -18,7 +18,7 @@ from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.resilience.shutdown import Agreed
-from megatron_share4v.resilience.time_limit import Timekeeper
+from megatron_share4v.resilience.time_limit import TimeLimit
 from megatron_share4v.train.build import Training
 
 LONGEST_SAVE = timedelta(hours=2)
@@ -29,7 +29,7 @@ NICE = 19
 class Saver:
     """Writes a run's checkpoints and removes old ones. Every rank has one and calls it at the same steps."""
 
-    def __init__(self, training: Training, *, timekeeper: Timekeeper | None) -> None:
+    def __init__(self, training: Training, *, timekeeper: TimeLimit | None) -> None:
         """timekeeper: is told how long saves take; None on the ranks that keep no time. Collective."""
         self._training, self._timekeeper = training, timekeeper
         self._buffers, self._group = None, None

@@ -12,7 +12,7 @@ import torch
 from megatron_share4v.checkpoint.store import on_first_rank
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.errors import Stopped, told_of_disk
+from megatron_share4v.errors import RunStopped, disk_errors_as_config_error
 from megatron_share4v.logging import configure, get_logger
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.observability.goodput import Ledger, draw_goodput
@@ -20,18 +20,18 @@ from megatron_share4v.observability.profiler import Profiler
 from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
 from megatron_share4v.observability.writers import METRICS, RunWriters, StepRecord
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, end_with_launcher, joined
+from megatron_share4v.parallel.launch import World, kill_on_launcher_exit, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import known_gpu
-from megatron_share4v.resilience.error_report import LastWords
+from megatron_share4v.resilience.error_report import ErrorReport
 from megatron_share4v.resilience.exclusive_run import alone_in
-from megatron_share4v.resilience.heartbeat import Bounds, Watch
+from megatron_share4v.resilience.heartbeat import Heartbeat, PhaseTimeouts
 from megatron_share4v.resilience.preflight.consistency import check_same_start
 from megatron_share4v.resilience.replica_checksum import check_replicas
 from megatron_share4v.resilience.shared_skip_steps import shared_skips
 from megatron_share4v.resilience.shutdown import Agreed, Ballot, Signals, announce
-from megatron_share4v.resilience.straggler import Pace
-from megatron_share4v.resilience.time_limit import Timekeeper
+from megatron_share4v.resilience.straggler import StragglerMonitor
+from megatron_share4v.resilience.time_limit import TimeLimit
 from megatron_share4v.train.bad_steps import BadSteps
 from megatron_share4v.train.build import Training, build
 from megatron_share4v.train.checkpoint_saver import Saver
@@ -48,8 +48,8 @@ from megatron_share4v.train.step_flops import step_flops
 
 def run(config: RunConfig) -> None:
     """Train until the last step. A second call with the same run directory goes on from its newest whole checkpoint."""
-    end_with_launcher()
-    with told_of_disk(Path(config.run.directory)):
+    kill_on_launcher_exit()
+    with disk_errors_as_config_error(Path(config.run.directory)):
         _run(config)
 
 
@@ -59,16 +59,19 @@ def _run(config: RunConfig) -> None:
     directory = Path(config.run.directory)
     configure(rank=world.rank, directory=directory / "log")
     timeout_s = config.parallel.timeout_s
-    signals, watch = Signals(), Watch(directory, rank=world.rank, ranks=world.size, bounds=Bounds.of(config))
-    words = LastWords(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
+    signals, watch = (
+        Signals(),
+        Heartbeat(directory, rank=world.rank, ranks=world.size, bounds=PhaseTimeouts.from_config(config)),
+    )
+    words = ErrorReport(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
     with (
         signals.heard(),
         words.kept(),
-        joined(world, device, timeout_s=timeout_s),
+        process_group(world, device, timeout_s=timeout_s),
         alone_in(directory, rank=world.rank),
     ):
         # Whatever a user has to do from here on, the watch says to whoever would start the run again.
-        with watch.running(), told_of_disk(directory):
+        with watch.running(), disk_errors_as_config_error(directory):
             check_same_start(config)
             check_wandb(config)
             layout = Layout.for_world(config.parallel, world_size=world.size)
@@ -80,16 +83,20 @@ def _run(config: RunConfig) -> None:
 
 
 def train(
-    training: Training, *, watch: Watch | None = None, signals: Signals | None = None, words: LastWords | None = None
+    training: Training,
+    *,
+    watch: Heartbeat | None = None,
+    signals: Signals | None = None,
+    words: ErrorReport | None = None,
 ) -> None:
-    """All remaining steps of a run that is built. Raises Stopped, with everything saved, when it was asked to end before the last."""
+    """All remaining steps of a run that is built. Raises RunStopped, with everything saved, when it was asked to end before the last."""
     if training.start_step >= training.total_steps:
         get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
         return
     mesh = training.mesh
     Loop(
         training,
-        watch or Watch(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size),
+        watch or Heartbeat(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size),
         signals or Signals(),
         words,
     ).run()
@@ -98,14 +105,14 @@ def train(
 class Loop:
     """What the steps of one run share. Every rank has one."""
 
-    def __init__(self, training: Training, watch: Watch, signals: Signals, words: LastWords | None) -> None:
+    def __init__(self, training: Training, watch: Heartbeat, signals: Signals, words: ErrorReport | None) -> None:
         config, mesh, start, directory = training.config, training.mesh, training.start_step, training.directory
         self.training, self.watch, self.words, self.card = training, watch, words, RunCard(training)
         self.ledger = Ledger(directory / METRICS if mesh.rank == 0 else None, device=mesh.device, start_step=start)
         self.ledger.watch(training.chunks)
         self.profiler = Profiler(config.log.profile, directory=directory, device=mesh.device, rank=mesh.rank)
         self.writers = _open_writers(training) if mesh.rank == 0 else None
-        self.timekeeper = Timekeeper(config) if mesh.rank == 0 else None
+        self.timekeeper = TimeLimit(config) if mesh.rank == 0 else None
         self.saver = Saver(training, timekeeper=self.timekeeper)
         self.ballot = Ballot(signals, self.timekeeper, failed=self.saver.has_failed)
         self.skips = shared_skips(directory, mesh=mesh, after=start)
@@ -114,7 +121,7 @@ class Loop:
             BadSteps(training, saved=self.saver.finish),
         )
         self.judge.remember(directory / METRICS, to_step=start)
-        self.pace = Pace(
+        self.pace = StragglerMonitor(
             training.chunks, mesh=mesh, every=config.log.ranks_every_steps, factor=config.log.slow_rank_factor
         )
         parts = {"chunks": training.chunks, "optimizer": training.optimizer, "mesh": mesh}
@@ -137,7 +144,7 @@ class Loop:
         self.watch.enter("data", step=training.start_step + 1)
         # What a failing rank says is said before its world is left, which may take long.
         kept = self.words.kept() if self.words is not None else contextlib.nullcontext()
-        with kept, self.card.failing(), told_of_disk(training.directory), contextlib.closing(steps):
+        with kept, self.card.failing(), disk_errors_as_config_error(training.directory), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)
                 if self.timekeeper is not None:
@@ -156,7 +163,7 @@ class Loop:
         if agreed.stop is not None and step < training.total_steps:
             what = f"{agreed.stop}; saved after step {step} of {training.total_steps} in {training.checkpoints}"
             self.card.end(f"stopped: {what}")
-            raise Stopped(f"{what}. The same command goes on from there")
+            raise RunStopped(f"{what}. The same command goes on from there")
         self.card.end("finished")
 
     def make_step(self, data: StepData) -> Agreed:

@@ -21,7 +21,7 @@ from megatron_share4v.mcore.optimizer import (
 )
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, divisor
-from megatron_share4v.parallel.device import sent
+from megatron_share4v.parallel.device import to_device_async
 from megatron_share4v.train.data_feed import StepData
 
 Normalize = Literal["tokens", "microbatch"]
@@ -206,7 +206,7 @@ def _summed(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, vo
                 )
             tokens += part.tokens
     known = torch.tensor([weight, tokens, *votes], dtype=torch.float64)
-    sums = torch.cat([total.view(1), sent(known, device)])
+    sums = torch.cat([total.view(1), to_device_async(known, device)])
     dist.all_reduce(sums)
     return sums
 

@@ -213,6 +213,6 @@ def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
 def test_models_that_cannot_be_opened(options: dict, message: str, tmp_path: Path) -> None:
     from megatron_share4v.caption.run import ModelOptions, caption_with_model
 
-    model, world = ModelOptions(**{"name": str(tmp_path), **options}), World(rank=0, size=1, local_rank=0, local_size=1)
+    model, world = ModelOptions(**{"name": str(tmp_path), **options}), World.single_process()
     with pytest.raises(ConfigError, match=message):
         caption_with_model(model, JobOptions(save_path=tmp_path / "c.json"), settings=Settings(), world=world)

@@ -43,9 +43,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def replica(export: Path) -> Iterator[Replica]:
-    with opened_replica(
-        export, tensor=1, max_requests=8, dtype="fp32", world=World(rank=0, size=1, local_rank=0, local_size=1)
-    ) as opened:
+    with opened_replica(export, tensor=1, max_requests=8, dtype="fp32", world=World.single_process()) as opened:
         yield opened
 
 

@@ -34,7 +34,7 @@ from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize
 from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.step import _run
@@ -265,7 +265,7 @@ def main() -> None:
     skipped = parser.parse_args().skip
     device, failed = Device.detect(local_rank=0, local_world_size=1), 0
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=600),
+        process_group(World.single_process(), device, timeout_s=600),
         open_mesh(Layout(), device=device) as mesh,
     ):
         print(f"layers on {device.describe()}, torch {torch.__version__}")

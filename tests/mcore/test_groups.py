@@ -10,7 +10,7 @@ from harness import run_world
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 
@@ -78,7 +78,7 @@ def test_groups_wait_as_long_as_they_are_told() -> None:
 
 def test_a_world_of_another_size_is_refused() -> None:
     device = Device("cpu")
-    with joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60):
+    with process_group(World.single_process(), device, timeout_s=60):
         with pytest.raises(ConfigError, match="needs 2 ranks; 1 joined"):
             with open_mesh(Layout(tensor=2), device=device):
                 pass

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 
@@ -17,7 +17,7 @@ def mesh() -> Iterator[Mesh]:
     """Closed again before the next module."""
     device = Device("cpu")
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        process_group(World.single_process(), device, timeout_s=60),
         open_mesh(Layout(), device=device) as mesh,
     ):
         yield mesh

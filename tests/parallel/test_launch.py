@@ -14,7 +14,7 @@ from harness import run_world
 
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 
 # From the last rank's arrival to the end of all; far below a collective's time-out, which nobody may wait for.
 PROMPT_S = 15
@@ -24,8 +24,8 @@ def test_without_a_launcher_there_is_a_world_of_one(monkeypatch: pytest.MonkeyPa
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     world = World.from_environment()
-    assert world == World(rank=0, size=1, local_rank=0, local_size=1)
-    with joined(world, Device("cpu"), timeout_s=60):
+    assert world == World.single_process()
+    with process_group(world, Device("cpu"), timeout_s=60):
         assert dist.get_world_size() == 1
     assert not dist.is_initialized()
 
@@ -42,7 +42,7 @@ def test_a_launcher_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_world_is_left_after_an_error_too() -> None:
     with (
         pytest.raises(ZeroDivisionError),
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), Device("cpu"), timeout_s=60),
+        process_group(World.single_process(), Device("cpu"), timeout_s=60),
     ):
         raise ZeroDivisionError
     assert not dist.is_initialized()
@@ -90,10 +90,10 @@ import os, sys
 from pathlib import Path
 import torch.distributed as dist
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 
 world = World.from_environment()
-with joined(world, Device("cpu"), timeout_s=300):
+with process_group(world, Device("cpu"), timeout_s=300):
     (Path(sys.argv[1]) / str(world.rank)).write_text(str(os.getpid()))
     dist.barrier()
     if world.rank == 1:

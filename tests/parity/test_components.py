@@ -22,7 +22,7 @@ from megatron_share4v.model.initialize import fill, initial_value
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 
@@ -30,7 +30,7 @@ from megatron_share4v.parallel.layout import Layout
 def mesh() -> Iterator[Mesh]:
     device = Device("cpu")
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        process_group(World.single_process(), device, timeout_s=60),
         open_mesh(Layout(), device=device) as mesh,
     ):
         yield mesh

@@ -11,7 +11,7 @@ from launching import lines
 
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.resilience.replica_checksum import Sums, checksums, different
-from megatron_share4v.resilience.straggler import RankPace, slow_ranks, summary
+from megatron_share4v.resilience.straggler import RankTiming, slow_ranks, summary
 
 THREE = "train.global_batch_size=6"
 
@@ -57,18 +57,18 @@ def test_slow_rank_is_named(bench) -> None:
 
 def test_slow_ranks_are_those_that_differ_within_their_stage() -> None:
     layout = Layout(data=3, pipeline=2)
-    even = [RankPace(1.0, 0.0, 4.0)] * 3 + [RankPace(2.0, 0.0, 4.0)] * 3
+    even = [RankTiming(1.0, 0.0, 4.0)] * 3 + [RankTiming(2.0, 0.0, 4.0)] * 3
     assert slow_ranks(even, layout, factor=1.5) == []
-    one = [*even[:4], RankPace(3.1, 0.0, 4.0), even[5]]
+    one = [*even[:4], RankTiming(3.1, 0.0, 4.0), even[5]]
     assert slow_ranks(one, layout, factor=1.5) == [
         "rank 4 is slow: it computes its forward passes for 3.100 s per step, the others of its stage for 2.000 s"
     ]
-    waits = [RankPace(1.0, 0.5, 4.0), *even[1:]]
+    waits = [RankTiming(1.0, 0.5, 4.0), *even[1:]]
     assert slow_ranks(waits, layout, factor=1.5) == [
         "rank 0 is slow: it waits for data for 0.500 s per step, the others of its stage for 0.000 s"
     ]
-    assert slow_ranks([RankPace(1.0, 0.1, 4.0), *even[1:]], layout, factor=1.5) == [], "not worth a word"
-    assert slow_ranks([RankPace(9.0, 9.0, 9.0)], Layout(), factor=1.5) == []
+    assert slow_ranks([RankTiming(1.0, 0.1, 4.0), *even[1:]], layout, factor=1.5) == [], "not worth a word"
+    assert slow_ranks([RankTiming(9.0, 9.0, 9.0)], Layout(), factor=1.5) == []
     assert (
         summary(one)["forward_s/largest"] == 3.1
         and summary(one)["forward_s/of_rank"] == 4.0

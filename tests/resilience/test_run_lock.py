@@ -14,7 +14,7 @@ import pytest
 from fault_injection import Job, train
 from launching import lines
 
-from megatron_share4v.errors import Occupied
+from megatron_share4v.errors import RunDirectoryInUse
 from megatron_share4v.resilience import run_lock
 from megatron_share4v.resilience.rank_state import read_states
 from megatron_share4v.resilience.supervisor import Policy, Supervisor
@@ -37,7 +37,7 @@ def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_on
         and f"error: rank 0: {living}" in second.output
         and "Traceback" not in second.output
     ), second.output
-    with pytest.raises(Occupied, match=living):
+    with pytest.raises(RunDirectoryInUse, match=living):
         Supervisor(["false"], directory, Policy()).supervise()
     assert [state.pid for state in read_states(directory / "watch")] == [process.pid for process in first.processes], (
         "what the first job says is left alone"
@@ -70,7 +70,7 @@ def test_lock_of_a_dead_host_is_waited_for(
         assert "is locked by process 7 on elsewhere" in caplog.text and "in case that host has died" in caplog.text
         fcntl.flock(other, fcntl.LOCK_EX)
         monkeypatch.setattr(run_lock, "LEASE_S", -1.0)
-        with pytest.raises(Occupied, match="another process.*remove job.lock there"), run_lock.held(tmp_path):
+        with pytest.raises(RunDirectoryInUse, match="another process.*remove job.lock there"), run_lock.held(tmp_path):
             pass
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fault_injection import train
 
-from megatron_share4v.errors import ConfigError, told_of_disk
+from megatron_share4v.errors import ConfigError, disk_errors_as_config_error
 from megatron_share4v.logging import configure
 
 BACKGROUND = "checkpoint.in_background=true"
@@ -140,12 +140,12 @@ def test_what_a_full_disk_and_a_wrong_place_say(tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").touch()
     with (
         pytest.raises(ConfigError, match="file/log cannot be read or written on .*: Not a directory; see to"),
-        told_of_disk(tmp_path),
+        disk_errors_as_config_error(tmp_path),
     ):
         (tmp_path / "file" / "log").mkdir()
-    with pytest.raises(FileNotFoundError), told_of_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), disk_errors_as_config_error(tmp_path):
         (tmp_path.parent / "no such file").read_text()
-    with pytest.raises(ConnectionResetError), told_of_disk(tmp_path):
+    with pytest.raises(ConnectionResetError), disk_errors_as_config_error(tmp_path):
         raise ConnectionResetError("that is no disk")
 
 

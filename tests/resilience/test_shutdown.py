@@ -10,7 +10,7 @@ from launching import lines, start
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.resilience.time_limit import Timekeeper
+from megatron_share4v.resilience.time_limit import TimeLimit
 
 
 @pytest.mark.parametrize(("fault", "name"), [("term:1:5", "SIGTERM"), ("usr1:0:5", "SIGUSR1")])
@@ -51,8 +51,8 @@ class Clock:
         return self.time
 
 
-def timekeeper(bench, clock: Clock, *overrides: str) -> Timekeeper:
-    return Timekeeper(load_run(bench.config, overrides), now=clock, clock=lambda: clock.time + 1e9)
+def timekeeper(bench, clock: Clock, *overrides: str) -> TimeLimit:
+    return TimeLimit(load_run(bench.config, overrides), now=clock, clock=lambda: clock.time + 1e9)
 
 
 def test_time_is_up_while_a_step_and_a_save_still_fit(bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +85,6 @@ def test_saves_are_due_by_the_minute(bench) -> None:
     assert keeper.save_is_due and not never.save_is_due
     keeper.save_began()
     assert not keeper.save_is_due
-    assert Timekeeper.__init__.__kwdefaults__["now"] is time.monotonic, (
+    assert TimeLimit.__init__.__kwdefaults__["now"] is time.monotonic, (
         "a clock that is set back by an hour must not hold up saves for an hour"
     )

@@ -22,7 +22,7 @@ from megatron_share4v.evaluate.agreement import generated_questions
 from megatron_share4v.infer.session import Question, Session
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 ROOT, NEW = Path(__file__).resolve().parents[2], 12
@@ -43,7 +43,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(export: Path) -> list[str]:
     device = Device("cpu")
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        process_group(World.single_process(), device, timeout_s=60),
         open_mesh(Layout(), device=device) as mesh,
     ):
         return Session.open(export, mesh=mesh, dtype="fp32").answer(generated_questions(), max_new_tokens=NEW)

@@ -215,13 +215,13 @@ class Asks(torch.autograd.Function):
 
 
 def test_what_waits_for_nothing_is_not_noticed() -> None:
-    from megatron_share4v.parallel.device import sent
+    from megatron_share4v.parallel.device import to_device_async
 
     x = torch.arange(1.0, 4.0)
     with watched() as waits:
         known = torch.tensor([0, 2])
         assert known.tolist() == [0, 2] and int(known.sum()) == 2
-        picked = x[sent(known, x.device)] * torch.zeros(2, device=x.device) + torch.tensor(3)
+        picked = x[to_device_async(known, x.device)] * torch.zeros(2, device=x.device) + torch.tensor(3)
         picked[picked > 0] = 1.0
         x.masked_fill_(x > 1, 0.0)
     assert not waits.found, waits.found

@@ -27,7 +27,7 @@ from megatron_share4v.checkpoint.manifest import current_versions
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.resilience.preflight.consistency import code_hash, describe_start, different
@@ -67,7 +67,7 @@ def check_nodes(config: RunConfig | None, *, shared: Sequence[Path], timeout_s: 
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(joined(world, device, timeout_s=timeout_s))
+            stack.enter_context(process_group(world, device, timeout_s=timeout_s))
             dist.barrier()
         except (RuntimeError, ValueError) as problem:  # gloo, NCCL and the store have no class in common below these
             raise ConfigError(_not_met(world, timeout_s, problem)) from problem

@@ -52,7 +52,7 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.infer.session import Session
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
-    from megatron_share4v.parallel.launch import World, joined
+    from megatron_share4v.parallel.launch import World, process_group
     from megatron_share4v.parallel.layout import Layout
 
     import_model(
@@ -61,7 +61,7 @@ def answer(folder: Path, dtype: str) -> None:
     export_model(folder / "ours", folder / "export", layout="llava-hf")
     device, found = Device("cpu"), []
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        process_group(World.single_process(), device, timeout_s=60),
         open_mesh(Layout(), device=device) as mesh,
     ):
         session = Session.open(folder / "ours", mesh=mesh, dtype="fp32")

@@ -26,7 +26,7 @@ from megatron_share4v.evaluate.agreement import (
 from megatron_share4v.infer.session import Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.parallel.launch import World, joined
+from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 
@@ -35,7 +35,7 @@ def mesh() -> Iterator[Mesh]:
     """Of this process alone."""
     device = Device("cpu")
     with (
-        joined(World(rank=0, size=1, local_rank=0, local_size=1), device, timeout_s=60),
+        process_group(World.single_process(), device, timeout_s=60),
         open_mesh(Layout(), device=device) as mesh,
     ):
         yield mesh
