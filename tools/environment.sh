@@ -34,25 +34,24 @@ prepare_environment() {
     echo "$wanted" >"$stamp"
 }
 
-# Makes sure that there is a Chromium for the tests of the page; says so, and goes on, where there is none and it cannot be installed.
+# A Chromium for the tests of the server's page. Installed where the distribution's packages can be (root, apt-get); else a message says what to install.
 prepare_browser() {
-    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || _install chromium ||
-        echo "no chromium, and it could not be installed: the tests of the page will fail; install your distribution's chromium" >&2
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
+        _install chromium "the tests of the server's page fail"
 }
 
-# Makes sure that there is a shellcheck for the launch scripts; goes on without.
+# A shellcheck for the launch scripts.
 prepare_shellcheck() {
-    command -v shellcheck >/dev/null || _install shellcheck ||
-        echo "no shellcheck, and it could not be installed: the launch scripts are checked by bash -n alone" >&2
+    command -v shellcheck >/dev/null || _install shellcheck "the launch scripts are checked by bash -n alone"
 }
 
-# A package of the distribution, given apt-get and root.
+# _install PACKAGE CONSEQUENCE: a package of the distribution, as root on a Debian system; never through sudo.
 _install() {
-    local sudo=()
-    [ "$(id -u)" = 0 ] || sudo=(sudo -n)
-    command -v apt-get >/dev/null && "${sudo[@]}" true 2>/dev/null || return 1
-    echo "installing $1" >&2
-    "${sudo[@]}" apt-get update -qq >&2 && "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >&2
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing $1" >&2
+        apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >&2 && return
+    fi
+    echo "no $1: $2; install it with your distribution's package manager (Debian, Ubuntu: apt-get install $1)" >&2
 }
 
 _find_python() {
