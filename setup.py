@@ -59,12 +59,12 @@ extras = {
         "mypy==2.4.1",
         "mypy-baseline==0.7.4",
         "types-PyYAML",
+        "pytest-xdist>=3.6",
     ],
 }
 
-prebuilt = (
-    root / "megatron_share4v/ops/prebuilt/share4v_ops.so"
-)  # by tools/build_ops.py; needs no particular Python, but this kind of machine
+# By tools/build_ops.py; needs no particular Python, but this kind of machine.
+prebuilt = root / "megatron_share4v/ops/prebuilt/share4v_ops.so"
 platform = {"bdist_wheel": {"plat_name": re.sub("[-.]", "_", sysconfig.get_platform())}} if prebuilt.exists() else {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,27 @@ from signal_guard import pytest_configure  # noqa: F401 (a hook of pytest's)
 from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
 from megatron_share4v.ops.backend import choose_ops
 from megatron_share4v.ops.build import find_toolchain
+
+MARKERS = {
+    "fault": re.compile(r"^tests/resilience/"),
+    "browser": re.compile(r"^tests/serve/test_page"),
+    "bench": re.compile(r"/test_bench|^tests/train/test_gpu_scripts"),
+}
+"""By path, relative to the root of the checkout."""
+PROCESSES = re.compile(r"\b(run_world|run_tool|Tool|torchrun|subprocess|Popen|quickstart|multiprocessing)\b")
+"""A test file that mentions one of these starts processes: `world`; any other is `unit`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set the markers that follow from a test's file. `matrix` alone is set by hand."""
+    sources: dict[Path, str] = {}
+    root = Path(__file__).resolve().parents[1]
+    for item in items:
+        text = sources.setdefault(item.path, item.path.read_text(encoding="utf-8"))
+        item.add_marker("world" if PROCESSES.search(text) else "unit")
+        for marker, pattern in MARKERS.items():
+            if pattern.search(item.path.relative_to(root).as_posix()):
+                item.add_marker(marker)
 
 
 def pytest_collection_finish() -> None:

@@ -1,0 +1,23 @@
+"""docs/proof.md names tests that exist. Whether each has run and passed is checked after the run, by tests/check_proof.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from check_proof import claims, functions_in
+
+PROOF = Path(__file__).resolve().parents[1] / "docs" / "proof.md"
+
+
+def test_every_claim_names_a_test() -> None:
+    assert len(claims(PROOF)) > 40
+    assert [claim for claim, named in claims(PROOF) if not named] == []
+
+
+@pytest.mark.parametrize("name", sorted({name for _, named in claims(PROOF) for name in named}))
+def test_named_test_exists(name: str) -> None:
+    path, _, function = name.partition("::")
+    found = functions_in(PROOF.parents[1] / path)
+    assert found, f"{path} has no tests"
+    assert not function or function in found, f"{path} has no test {function}"
