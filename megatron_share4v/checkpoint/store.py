@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from megatron_share4v.checkpoint.retention import (
     set_aside,
     start_writing,
 )
-from megatron_share4v.errors import CheckpointError, Share4VError
+from megatron_share4v.errors import CheckpointError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.mcore.dist_checkpoint import count_updates, load_sharded, take_snapshot
@@ -43,6 +43,7 @@ from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import MegatronOptimizer
 from megatron_share4v.model.initialize import SHARDING
+from megatron_share4v.parallel.collectives import run_on_rank0
 
 __all__ = [
     "Completion",
@@ -52,7 +53,6 @@ __all__ = [
     "load",
     "load_weights",
     "locate",
-    "on_first_rank",
     "read_start",
     "save",
     "write",
@@ -125,7 +125,7 @@ def begin_save(
 
     def named(group: dist.ProcessGroup | None) -> Path:
         complete(group)
-        on_first_rank(mesh, lambda: _name_latest(directory, target.name), group=group)
+        run_on_rank0(lambda: _name_latest(directory, target.name), group=group)
         return target
 
     return named
@@ -165,7 +165,7 @@ def _begin(
     buffers: HostBuffers | None = None,
 ) -> Completion:
     started = time.perf_counter()
-    temporary = on_first_rank(mesh, lambda: _prepare(target))
+    temporary = run_on_rank0(lambda: _prepare(target))
     updates = None if optimizer is None else count_updates(optimizer)
     snapshot = take_snapshot(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING, buffers=buffers)
 
@@ -189,7 +189,7 @@ def _begin(
 
     def complete(group: dist.ProcessGroup | None) -> Path:
         snapshot.write(group)
-        size, tower = on_first_rank(mesh, finish, group=group)
+        size, tower = run_on_rank0(finish, group=group)
         get_logger().info(
             "checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s",
             target,
@@ -264,7 +264,7 @@ def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | No
             _name_latest(directory, newest.name)
         return newest
 
-    return on_first_rank(mesh, find)
+    return run_on_rank0(find)
 
 
 def locate(path: Path) -> Path:
@@ -303,7 +303,7 @@ def _opened(path: Path, *, mesh: Mesh, contents: bool) -> tuple[Path, Manifest]:
         checkpoint = locate(path)
         return checkpoint, verify(checkpoint, contents=contents)
 
-    return on_first_rank(mesh, open_)
+    return run_on_rank0(open_)
 
 
 def _tower_hash(directory: Path) -> dict[str, str]:
@@ -340,21 +340,3 @@ def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> 
         manifest.layout,
         seconds,
     )
-
-
-def on_first_rank(mesh: Mesh, action: Callable[[], T], *, group: dist.ProcessGroup | None = None) -> T:
-    """What `action` gives on rank 0, or the user's error that it raises there, on all ranks. Collective over `group` of all ranks; None: the default one."""
-    outcome: list[Any] = [None, None]
-    if mesh.rank == 0:
-        try:
-            outcome[0] = action()
-        except Share4VError as error:
-            outcome[1] = error
-        except OSError as error:
-            outcome[1] = CheckpointError(
-                f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
-            )
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_share4v.data.quickstart import (
@@ -25,6 +24,7 @@ from megatron_share4v.data.quickstart_picture import captioned_picture
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.session import Question, Session
+from megatron_share4v.parallel.collectives import gather_objects
 
 CAPTION_TOKENS, ANSWER_TOKENS, BATCH = 160, 24, 32
 SAMPLE_PICTURES = 6
@@ -114,8 +114,7 @@ def _answer(session: Session, questions: list[Question], *, tokens: int, title: 
     for start in tqdm(range(0, len(mine), BATCH), desc=title, disable=mesh.rank != 0, unit="batch"):
         numbers = mine[start : start + BATCH]
         answers.update(zip(numbers, session.answer([questions[number] for number in numbers], max_new_tokens=tokens)))
-    parts: list[dict[int, str] | None] = [None] * mesh.layout.data
-    dist.all_gather_object(parts, answers, group=mesh.data_group)
+    parts = gather_objects(answers, group=mesh.data_group)
     merged = {number: text for part in parts for number, text in part.items()}
     return [merged[number] for number in range(len(questions))]
 

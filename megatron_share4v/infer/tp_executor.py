@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_share4v.infer.model_runner import Runner
 from megatron_share4v.infer.step_plan import StepPlan
+from megatron_share4v.parallel.collectives import broadcast_object
 
 LEAVE = "leave"
 IDLE = timedelta(days=3650)
@@ -47,14 +48,12 @@ class Ranks:
     def receive(self) -> StepPlan | str:
         """What the first rank has sent; waits for it."""
         assert not self.leads
-        message: list[StepPlan | str | None] = [None]
-        dist.broadcast_object_list(message, src=self._first, group=self._group)
-        return message[0]
+        return broadcast_object(None, source=self._first, group=self._group)
 
     def _send(self, message: StepPlan | str) -> None:
         assert self.leads, "only the first rank of a tensor group decides; the others call follow(engine.ranks)"
         if self._group is not None:
-            dist.broadcast_object_list([message], src=self._first, group=self._group)
+            broadcast_object(message, source=self._first, group=self._group)
 
 
 def follow(ranks: Ranks) -> None:

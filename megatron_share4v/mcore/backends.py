@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megatron_share4v.config.run import Attention, Ops, RunConfig
 from megatron_share4v.errors import OpsError
@@ -15,6 +14,7 @@ from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.transformer_engine import REMEDY, missing_engine
 from megatron_share4v.ops.backend import Available, Choice, choose_ops
 from megatron_share4v.ops.fp8_linear import require_fp8
+from megatron_share4v.parallel.collectives import gather_objects
 
 BLACKWELL = (10, 0)
 
@@ -112,8 +112,7 @@ def _agree(choose: Callable[[], Chosen], *, mesh: Mesh, remedy: str) -> Chosen:
         mine = choice.line
     except OpsError as error:
         choice, mine = None, str(error)
-    ranks: list = [None] * mesh.layout.world_size
-    dist.all_gather_object(ranks, (choice.implementation if choice else None, mine))
+    ranks = gather_objects((choice.implementation if choice else None, mine))
     if len({implementation for implementation, _ in ranks}) == 1 and choice:
         return choice
     raise OpsError(_difference(remedy, ranks))

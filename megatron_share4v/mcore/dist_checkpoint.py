@@ -30,6 +30,7 @@ from megatron_share4v.errors import CheckpointError
 from megatron_share4v.mcore.async_writer import HostBuffers, Snapshot
 from megatron_share4v.mcore.optimizer import gather_weights, optimizer_parts, restore_step_counts, step_counts, unwrap
 from megatron_share4v.mcore.optimizer_gather import Gathering
+from megatron_share4v.parallel.collectives import gather_objects
 
 STATE_PREFIX = "optimizer.state."
 STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -98,8 +99,7 @@ def load_sharded(
 
 def count_updates(optimizer: MegatronOptimizer) -> int:
     """Updates that the trained parameters, on whatever stage, have had. Collective."""
-    counts: list[set[int]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(counts, set(step_counts(optimizer)))
+    counts = gather_objects(set(step_counts(optimizer)))
     different = set[int]().union(*counts)
     assert len(different) == 1, f"parameters had different numbers of updates: {sorted(different)}"
     return different.pop()
@@ -224,8 +224,7 @@ def _state_entry(weight: Entry, name: str, data: torch.Tensor) -> Entry:
 def _check_space(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
     """A full disk is better noticed before anything is written."""
     mine = sum(tensor.data.numel() * tensor.data.itemsize for tensor in tensors if is_main_replica(tensor.replica_id))
-    reports: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
-    dist.all_gather_object(reports, (mine, shutil.disk_usage(directory).free))
+    reports = gather_objects((mine, shutil.disk_usage(directory).free))
     needed, free = sum(size for size, _ in reports), reports[0][1]
     if needed > free:
         raise CheckpointError(
@@ -238,8 +237,7 @@ def _check_fit(directory: Path, tensors: Sequence[ShardedTensor], *, with_state:
     stored = _stored_shapes(directory)
     if not with_state:
         stored = {name: shape for name, shape in stored.items() if not name.startswith(STATE_PREFIX)}
-    parts: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, {tensor.key: tuple(tensor.global_shape) for tensor in tensors})
+    parts = gather_objects({tensor.key: tuple(tensor.global_shape) for tensor in tensors})
     here = {name: shape for part in parts for name, shape in part.items()}
     wrong = [name for name in stored.keys() | here.keys() if stored.get(name) != here.get(name)]
     wrong.sort(key=lambda name: (name.startswith(STATE_PREFIX), name))

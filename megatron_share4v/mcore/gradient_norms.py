@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -16,6 +15,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron_share4v.mcore.dist_checkpoint import named_weights, pieces
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import optimizer_parts
+from megatron_share4v.parallel.collectives import gather_objects
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
@@ -40,10 +40,9 @@ def module_norms(
                 squares[module] = (
                     squares.get(module, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
                 )
-    told: list[dict[str, float]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(told, squares)
-    modules = dict.fromkeys(module for part in told for module in part)
-    return {module: sum(part.get(module, 0.0) for part in told) ** 0.5 for module in modules}
+    by_rank = gather_objects(squares)
+    modules = dict.fromkeys(module for part in by_rank for module in part)
+    return {module: sum(part.get(module, 0.0) for part in by_rank) ** 0.5 for module in modules}
 
 
 def _module(name: str) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_share4v.errors import DamageError
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import gather_weights, unwrap
+from megatron_share4v.parallel.collectives import gather_objects
 from megatron_share4v.parallel.layout import Layout
 
 SLICE = 1 << 22
@@ -43,9 +44,8 @@ def check_replicas(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, step: int) 
     dist.all_reduce(differs, op=dist.ReduceOp.MAX)
     if not differs.item():
         return
-    told: list[Sums | None] = [None] * dist.get_world_size()
     values = {name: (int(pair[0]), int(pair[1])) for name, pair in sums.items()}
-    dist.all_gather_object(told, Sums(socket.gethostname(), values))
+    told = gather_objects(Sums(socket.gethostname(), values))
     raise DamageError(
         f"after step {step} replicas do not hold the same weights: {'; '.join(different(told, mesh.layout))}. Take that node out and look at its "
         "memory; the run goes on from its newest checkpoint, which was compared before it was written"

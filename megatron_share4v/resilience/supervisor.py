@@ -27,8 +27,8 @@ from megatron_share4v.parallel.process import kill_on_parent_exit, process_statu
 from megatron_share4v.resilience.exit_analysis import ExitAnalysis, examine
 from megatron_share4v.resilience.heartbeat import FOLDER
 from megatron_share4v.resilience.rank_state import RankState, read_states
-from megatron_share4v.resilience.run_lock import check_free
-from megatron_share4v.resilience.skip_steps import add_skips, read_skips
+from megatron_share4v.resilience.run_lock import check_unlocked
+from megatron_share4v.resilience.skip_steps import add_skip_steps, read_skip_steps
 
 FILE = "restarts.jsonl"
 POLL_S, END_S, FOLLOW_S = 0.2, 60.0, 600.0
@@ -83,10 +83,10 @@ class Supervisor:
             failures = 1 if progress else failures + 1
             poisoned = before is not None and after.of_step and before.of_step and after.step == before.step > 0
             ends = not code or not after.goes_on or self._asked is not None or failures > self._policy.max_restarts
-            if poisoned and not ends and self._policy.leads and after.step not in read_skips(self._run):
-                add_skips(self._run, [after.step], reason=f"ended the run twice: {after.reason}"[:500])
+            if poisoned and not ends and self._policy.leads and after.step not in read_skip_steps(self._run):
+                add_skip_steps(self._run, [after.step], reason=f"ended the run twice: {after.reason}"[:500])
                 get_logger().warning(
-                    "supervise: step %d has ended the run twice and is passed over from now on", after.step
+                    "supervise: step %d has ended the run twice and is skipped from now on", after.step
                 )
             self._record(after, attempt=attempt, code=code, newest=newest, again=not ends)
             if ends:
@@ -126,7 +126,7 @@ class Supervisor:
     def _start(self) -> int:
         """One start, to its end; the launcher's exit code. Nothing of it lives when this returns. Raises RunDirectoryInUse when another job has the run directory."""
         if self._policy.leads:
-            check_free(self._run)
+            check_unlocked(self._run)
             shutil.rmtree(self._run / FOLDER, ignore_errors=True)
         handlers = {
             number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -176,7 +176,7 @@ class Supervisor:
         while (living := list(self._living())) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         try:
-            check_free(self._run)
+            check_unlocked(self._run)
         except RunDirectoryInUse:
             # By now that is another job, and so are the ranks that can be seen here. On the other nodes it may be the first one's rank 0, still ending.
             if self._policy.leads:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_share4v.data.prepare.audit_samples import show_sample, write_preprocessed
 from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError, TrainingError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.gradient_norms import module_norms
 from megatron_share4v.model.initialize import SHARDING
+from megatron_share4v.parallel.collectives import gather_objects
 from megatron_share4v.train.build import Training
 from megatron_share4v.train.data_feed import StepData
 from megatron_share4v.train.rollback import roll_back
@@ -75,9 +74,8 @@ class BadSteps:
         """Collective."""
         training, step = self._training, data.items.step + 1
         norms = module_norms(training.chunks, training.optimizer, mesh=training.mesh, sharding=SHARDING)
-        told: list[list[tuple[float, int]]] = [[]] * dist.get_world_size()
         speaks = training.mesh.holds_last_stage and training.mesh.coordinates.tensor == 0
-        dist.all_gather_object(told, [(float(part.total), part.tokens) for part in result.own_losses] if speaks else [])
+        told = gather_objects([(float(part.total), part.tokens) for part in result.own_losses] if speaks else [])
         if training.mesh.rank:
             return
         folder = training.directory / FOLDER / f"step_{step}"

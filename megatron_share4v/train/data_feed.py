@@ -25,7 +25,7 @@ from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.quarantine import Fault
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.parallel.broadcast import broadcast_tensors
-from megatron_share4v.parallel.collectives import gather_shares
+from megatron_share4v.parallel.collectives import gather_interleaved_rows
 
 _TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has the segments from the plan
 
@@ -163,7 +163,7 @@ def _share_pixels(local: list[Batch], counts: Sequence[int], *, mesh: Mesh) -> l
     parts = [_moved(batch.pixels, device) for batch in local]
     if mesh.sample_group.size() == 1:
         return parts
-    return gather_shares(parts, [int(count) for count in counts], group=mesh.sample_group)
+    return gather_interleaved_rows(parts, [int(count) for count in counts], group=mesh.sample_group)
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

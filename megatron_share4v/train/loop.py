@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.store import on_first_rank
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import RunStopped, disk_errors_as_config_error
@@ -19,17 +18,18 @@ from megatron_share4v.observability.goodput import Ledger, draw_goodput
 from megatron_share4v.observability.profiler import Profiler
 from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
 from megatron_share4v.observability.writers import METRICS, RunWriters, StepRecord
+from megatron_share4v.parallel.collectives import run_on_rank0
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, kill_on_launcher_exit, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.resilience.error_report import ErrorReport
-from megatron_share4v.resilience.exclusive_run import alone_in
 from megatron_share4v.resilience.heartbeat import Heartbeat, PhaseTimeouts
 from megatron_share4v.resilience.preflight.consistency import check_same_start
 from megatron_share4v.resilience.replica_checksum import check_replicas
-from megatron_share4v.resilience.shared_skip_steps import shared_skips
+from megatron_share4v.resilience.run_lock import exclusive_run
 from megatron_share4v.resilience.shutdown import Agreed, Ballot, Signals, announce
+from megatron_share4v.resilience.skip_steps import share_skip_steps
 from megatron_share4v.resilience.straggler import StragglerMonitor
 from megatron_share4v.resilience.time_limit import TimeLimit
 from megatron_share4v.train.bad_steps import BadSteps
@@ -68,7 +68,7 @@ def _run(config: RunConfig) -> None:
         signals.heard(),
         words.kept(),
         process_group(world, device, timeout_s=timeout_s),
-        alone_in(directory, rank=world.rank),
+        exclusive_run(directory, rank=world.rank),
     ):
         # Whatever a user has to do from here on, the watch says to whoever would start the run again.
         with watch.running(), disk_errors_as_config_error(directory):
@@ -78,7 +78,7 @@ def _run(config: RunConfig) -> None:
             with open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
                 watch.enter("build")
                 training = build(config, mesh=mesh)
-                on_first_rank(mesh, lambda: (directory / "config.yaml").write_text(dump(config)))
+                run_on_rank0(lambda: (directory / "config.yaml").write_text(dump(config)))
                 train(training, watch=watch, signals=signals, words=words)
 
 
@@ -115,7 +115,7 @@ class Loop:
         self.timekeeper = TimeLimit(config) if mesh.rank == 0 else None
         self.saver = Saver(training, timekeeper=self.timekeeper)
         self.ballot = Ballot(signals, self.timekeeper, failed=self.saver.has_failed)
-        self.skips = shared_skips(directory, mesh=mesh, after=start)
+        self.skips = share_skip_steps(directory, after=start)
         self.judge, self.bad_steps = (
             Judge(config.train.bad_steps, mesh=mesh),
             BadSteps(training, saved=self.saver.finish),

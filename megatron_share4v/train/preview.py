@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.sampling.blend import open_store
@@ -15,6 +14,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.greedy_reference import greedy_answers
 from megatron_share4v.observability.writers import Preview
+from megatron_share4v.parallel.collectives import broadcast_object
 from megatron_share4v.train.data_feed import Source
 
 CANDIDATES = 16
@@ -24,12 +24,11 @@ def preview(
     source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, samples: int, max_new_tokens: int
 ) -> Preview | None:
     """Answers to the first turns of the first `samples` readable samples with an image; None when there are none. Every rank calls this."""
-    rows = _readable(source, samples) if mesh.rank == 0 else None
-    # One rank chooses for all: what it can read, another may fail to.
-    dist.broadcast_object_list(chosen := [rows], src=0)
-    if not chosen[0]:
+    # Rank 0 chooses for all ranks: another rank may fail to read a sample that rank 0 can read.
+    rows = broadcast_object(_readable(source, samples) if mesh.rank == 0 else None)
+    if not rows:
         return None
-    prompts, wanted = zip(*(_question(source, row) for row in chosen[0]))
+    prompts, wanted = zip(*(_question(source, row) for row in rows))
     tokenizer = source.encoder.tokenizer
     answers = greedy_answers(
         chunks,

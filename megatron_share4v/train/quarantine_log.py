@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_share4v.data.store.quarantine import Fault, describe, too_many
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.observability.writers import reopen
+from megatron_share4v.parallel.collectives import broadcast_object, gather_objects
 from megatron_share4v.train.data_feed import StepData
 
 FILE = "quarantine.jsonl"
@@ -24,9 +23,7 @@ class Quarantine:
         """Every rank opens it; only rank 0 reads and writes the file, and tells the others how many failures there were."""
         self._path, self._mesh, self._max_fraction = directory / FILE, mesh, max_fraction
         self._file = reopen(self._path, keep_to_step=start_step) if mesh.rank == 0 else None
-        before = [len(self._path.read_text(encoding="utf-8").splitlines()) if mesh.rank == 0 else 0]
-        dist.broadcast_object_list(before, src=0)
-        self.count = before[0]
+        self.count = broadcast_object(len(self._path.read_text(encoding="utf-8").splitlines()) if mesh.rank == 0 else 0)
 
     def settle(self, data: StepData, *, consumed: int) -> int:
         """Write what failed in a step and return how many samples that is. consumed: samples of the run so far, this step included.
@@ -35,8 +32,7 @@ class Quarantine:
         """
         if not data.faulty_rows:
             return 0
-        told: list[tuple[Fault, ...] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, data.faults)
+        told = gather_objects(data.faults)
         # The same text may have failed on the first stage and on the last; the first rank's word stands.
         by_row = {fault.row: fault for faults in reversed(told) for fault in reversed(faults)}
         faults = [by_row[row] for row in data.items.rows.tolist() if row in by_row]

@@ -7,10 +7,11 @@ started again comes to the same weights.
 from __future__ import annotations
 
 from megatron_share4v.checkpoint.retention import checkpoint_directories, is_whole, set_aside
-from megatron_share4v.checkpoint.store import load, on_first_rank
+from megatron_share4v.checkpoint.store import load
 from megatron_share4v.errors import TrainingError
 from megatron_share4v.logging import get_logger
-from megatron_share4v.resilience.skip_steps import add_skips
+from megatron_share4v.parallel.collectives import run_on_rank0
+from megatron_share4v.resilience.skip_steps import add_skip_steps
 from megatron_share4v.train.build import Training
 
 
@@ -31,14 +32,14 @@ def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int
         return older[-1]
 
     def remember() -> None:
-        add_skips(training.directory, range(target + 1, last + 1), reason=f"rolled back after {why}")
+        add_skip_steps(training.directory, range(target + 1, last + 1), reason=f"rolled back after {why}")
         for step, path in checkpoint_directories(training.checkpoints).items():
             if step > target:
                 set_aside(path)
 
-    target = on_first_rank(training.mesh, choose)
+    target = run_on_rank0(choose)
     get_logger().warning(
-        "rolling back to step %d: %s. Steps %d to %d are passed over from now on", target, why, target + 1, last
+        "rolling back to step %d: %s. Steps %d to %d are skipped from now on", target, why, target + 1, last
     )
     load(
         checkpoint_directories(training.checkpoints)[target],
@@ -46,5 +47,5 @@ def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int
         optimizer=training.optimizer,
         mesh=training.mesh,
     )
-    on_first_rank(training.mesh, remember)
+    run_on_rank0(remember)
     return target

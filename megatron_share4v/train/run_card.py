@@ -22,7 +22,6 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 import yaml
 
 import megatron_share4v
@@ -36,6 +35,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.observability.goodput import ACCOUNTS
 from megatron_share4v.observability.records import read_lines, read_object
 from megatron_share4v.observability.writers import METRICS
+from megatron_share4v.parallel.collectives import gather_objects
 from megatron_share4v.resilience.preflight.consistency import code_hash
 from megatron_share4v.train.build import Training
 
@@ -50,8 +50,7 @@ class RunCard:
 
     def __init__(self, training: Training) -> None:
         """Write the card of the start. Collective."""
-        hosts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, socket.gethostname())
+        hosts = gather_objects(socket.gethostname())
         self._metrics, self._path = training.directory / METRICS, training.directory / FILE
         self._card: dict[str, Any] | None = None
         if training.mesh.rank == 0:

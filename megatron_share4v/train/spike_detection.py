@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_share4v.config.run import BadStepConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.observability.records import read_lines
+from megatron_share4v.parallel.collectives import broadcast_object
 from megatron_share4v.train.step import not_finite
 
 
@@ -26,9 +27,8 @@ class Judge:
 
     def remember(self, metrics: Path, *, to_step: int) -> None:
         """Know the good steps up to `to_step` from a run's metrics.jsonl, and no others: a run that goes on judges as one that never ended. Collective."""
-        told = [_good_steps(metrics, to_step=to_step) if self._mesh.rank == 0 else []]
-        dist.broadcast_object_list(told, src=0)
-        for history, values in zip((self._losses, self._norms), zip(*told[0]) if told[0] else ((), ())):
+        steps = broadcast_object(_good_steps(metrics, to_step=to_step) if self._mesh.rank == 0 else [])
+        for history, values in zip((self._losses, self._norms), zip(*steps) if steps else ((), ())):
             history.clear()
             history.extend(values)
 

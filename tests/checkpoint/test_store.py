@@ -91,11 +91,11 @@ def weights_for_another_stage(source: Path) -> None:
 def message_of(action) -> str:
     """The CheckpointError that `action` raises; the same on all ranks."""
     from megatron_share4v.errors import CheckpointError
+    from megatron_share4v.parallel.collectives import gather_objects
 
     with pytest.raises(CheckpointError) as caught:
         action()
-    messages = [""] * dist.get_world_size()
-    dist.all_gather_object(messages, str(caught.value))
+    messages = gather_objects(str(caught.value))
     assert len(set(messages)) == 1, messages
     return messages[0]
 

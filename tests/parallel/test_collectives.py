@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from harness import run_world
 
-from megatron_share4v.parallel.collectives import gather_shares
+from megatron_share4v.parallel.collectives import gather_interleaved_rows
 
 
 def gathered(counts: list[int]) -> bool:
     """On one rank: whether all tensors came out whole."""
     wholes = [torch.arange(count * 6).view(count, 2, 3).to(torch.uint8) for count in counts]
     rank, size = dist.get_rank(), dist.get_world_size()
-    received = gather_shares([whole[rank::size] for whole in wholes], counts, group=dist.group.WORLD)
+    received = gather_interleaved_rows([whole[rank::size] for whole in wholes], counts, group=dist.group.WORLD)
     return len(received) == len(wholes) and all(torch.equal(a, b) for a, b in zip(received, wholes))
 
 

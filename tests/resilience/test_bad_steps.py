@@ -14,7 +14,7 @@ from tolerances import LAYOUT_NORM
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import DataError
-from megatron_share4v.resilience.skip_steps import read_skips
+from megatron_share4v.resilience.skip_steps import read_skip_steps
 from megatron_share4v.train.spike_detection import Judge
 
 
@@ -197,10 +197,10 @@ def test_judge(bench) -> None:
 @pytest.mark.parametrize("line", [b"7", b'{"step": 4', b"\xff"])
 def test_list_of_steps_as_people_write_it(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "skip_steps.jsonl").write_bytes(b'\n{"step": 3, "reason": "fine"}\n \n{"step": 3, "reason": "again"}')
-    assert read_skips(tmp_path) == {3: "again"}
+    assert read_skip_steps(tmp_path) == {3: "again"}
     (tmp_path / "skip_steps.jsonl").write_bytes(b'{"step": 3, "reason": "fine"}\n' + line)
     with pytest.raises(DataError, match="skip_steps.jsonl:2: .* correct or remove the line"):
-        read_skips(tmp_path)
+        read_skip_steps(tmp_path)
 
 
 def test_a_list_that_cannot_be_read_is_refused(bench) -> None:

@@ -90,7 +90,7 @@ def test_supervised(bench) -> None:
     )
     assert done.returncode == 75, done.stderr
     assert (
-        "step 5 has ended the run twice and is passed over from now on" in done.stderr
+        "step 5 has ended the run twice and is skipped from now on" in done.stderr
         and "stopped: SIGUSR1 on 1 ranks" in done.stderr
     )
     records = lines(directory / "restarts.jsonl")

@@ -57,7 +57,7 @@ def test_lock_of_a_dead_host_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file server gives it back after a while, not at once."""
-    monkeypatch.setattr(run_lock, "MOMENT_S", 0.0)
+    monkeypatch.setattr(run_lock, "LOCAL_WAIT_S", 0.0)
     monkeypatch.setattr(run_lock, "POLL_S", 0.0)
     monkeypatch.setattr(logging.getLogger("megatron_share4v"), "propagate", True)
     with open(tmp_path / run_lock.FILE, "w") as other:
@@ -65,12 +65,15 @@ def test_lock_of_a_dead_host_is_waited_for(
         other.flush()
         fcntl.flock(other, fcntl.LOCK_EX)
         monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(other, fcntl.LOCK_UN))
-        with run_lock.held(tmp_path):
+        with run_lock.lock_run_directory(tmp_path):
             assert f"process {os.getpid()} on" in (tmp_path / run_lock.FILE).read_text()
         assert "is locked by process 7 on elsewhere" in caplog.text and "in case that host has died" in caplog.text
         fcntl.flock(other, fcntl.LOCK_EX)
-        monkeypatch.setattr(run_lock, "LEASE_S", -1.0)
-        with pytest.raises(RunDirectoryInUse, match="another process.*remove job.lock there"), run_lock.held(tmp_path):
+        monkeypatch.setattr(run_lock, "NFS_LEASE_S", -1.0)
+        with (
+            pytest.raises(RunDirectoryInUse, match="another process.*remove job.lock there"),
+            run_lock.lock_run_directory(tmp_path),
+        ):
             pass
 
 
@@ -82,11 +85,11 @@ def test_file_system_without_locks_is_told(
 
     monkeypatch.setattr(logging.getLogger("megatron_share4v"), "propagate", True)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with run_lock.held(tmp_path):
-        run_lock.check_free(tmp_path)
+    with run_lock.lock_run_directory(tmp_path):
+        run_lock.check_unlocked(tmp_path)
     assert "this file system has no locks, so nothing keeps a second job" in caplog.text
     monkeypatch.setattr(
         fcntl, "flock", lambda file, operation: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
     )
-    with pytest.raises(OSError, match="Input/output"), run_lock.held(tmp_path):
+    with pytest.raises(OSError, match="Input/output"), run_lock.lock_run_directory(tmp_path):
         pass

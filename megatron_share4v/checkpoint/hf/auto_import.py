@@ -12,9 +12,10 @@ from megatron_share4v.checkpoint.hf.chat_template import recognise_template
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import CONFIG, Request
 from megatron_share4v.checkpoint.manifest import MANIFEST
-from megatron_share4v.checkpoint.store import locate, on_first_rank
+from megatron_share4v.checkpoint.store import locate
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.parallel.collectives import run_on_rank0
 
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -29,9 +30,9 @@ def as_checkpoint(path: Path, *, mesh: Mesh) -> Iterator[Path]:
     if not is_foreign(path):
         yield locate(path)
         return
-    holder = Path(on_first_rank(mesh, lambda: tempfile.mkdtemp(prefix="share4v-")))
+    holder = Path(run_on_rank0(lambda: tempfile.mkdtemp(prefix="share4v-")))
     try:
-        yield on_first_rank(mesh, lambda: _import(path, holder / "checkpoint"))
+        yield run_on_rank0(lambda: _import(path, holder / "checkpoint"))
     finally:
         if mesh.rank == 0:
             shutil.rmtree(holder)

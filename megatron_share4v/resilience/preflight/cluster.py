@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ import megatron_share4v
 from megatron_share4v.checkpoint.manifest import current_versions
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
+from megatron_share4v.parallel.collectives import broadcast_object, gather_objects
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
@@ -40,8 +41,6 @@ SLOW_SHARE, LINK_SHARE = 0.8, 0.3
 MOST_SKEW_S = 2.0
 PATIENCE_S = 20.0
 """A network file system may show a new file so much later."""
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -79,7 +78,7 @@ def check_nodes(config: RunConfig | None, *, shared: Sequence[Path], timeout_s: 
 
 def examine(config: RunConfig | None, *, rank: int, device: Device, shared: Sequence[Path]) -> Report:
     """Everything, in a world that has come together. Collective; equal on all ranks."""
-    report, hosts = Report(), _gather(socket.gethostname())
+    report, hosts = Report(), gather_objects(socket.gethostname())
     report.lines.append(_machines(hosts, device))
     same, known = _same_everywhere(config, device, hosts)
     report.errors += same
@@ -93,7 +92,7 @@ def examine(config: RunConfig | None, *, rank: int, device: Device, shared: Sequ
         for lines, found in (_clocks(hosts), _speed(hosts, device), _bandwidth(hosts, device)):
             report.lines += lines
             report.warnings += found
-    told = _gather(findings)
+    told = gather_objects(findings)
     for level, texts in (("error", report.errors), ("warning", report.warnings)):
         by_text: dict[str, list[int]] = {}
         for rank, own in enumerate(told):
@@ -134,7 +133,7 @@ def _same_everywhere(config: RunConfig | None, device: Device, hosts: Sequence[s
             "python": platform.python_version(),
             **current_versions(),
         }
-    must, better = _gather(described), _gather(facts(device))
+    must, better = gather_objects(described), gather_objects(facts(device))
     return different(list(zip(hosts, must))), different(list(zip(hosts, better)))
 
 
@@ -152,7 +151,7 @@ def _inputs(config: RunConfig | None) -> Iterator[Finding]:
         files["checkpoint.initialize_from"] = [Path(config.checkpoint.initialize_from)]
     for key, paths in files.items():
         for path in paths:
-            digests = _gather(_digest(path))
+            digests = gather_objects(_digest(path))
             usual = statistics.mode([digest for digest in digests if digest is not None] or [None])
             if digests[dist.get_rank()] is None:
                 yield error(f"{key}: there is no {path} here")
@@ -162,7 +161,7 @@ def _inputs(config: RunConfig | None) -> Iterator[Finding]:
 
 def check_shared(directory: Path, *, rank: int, ranks: int) -> list[Finding]:
     """Every rank writes into it; rank 0 reads what all wrote, all read what rank 0 wrote. Nothing is left behind. Collective."""
-    [token] = _broadcast([uuid.uuid4().hex[:8]])
+    token = broadcast_object(uuid.uuid4().hex[:8])
     trial, refusal = directory / f".doctor_{token}", ""
     made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
     try:
@@ -170,7 +169,7 @@ def check_shared(directory: Path, *, rank: int, ranks: int) -> list[Finding]:
         (trial / str(rank)).write_text(token)
     except OSError as problem:
         refusal = problem.strerror or str(problem)
-    refused = _gather(refusal)
+    refused = gather_objects(refusal)
     found = [error(f"cannot write into {existing(directory)}: {refusal}")] if refusal else []
     wanted = [0] if rank else [number for number in range(ranks) if not refused[number]]
     unseen = [] if refusal or refused[0] else _wait_for([trial / str(number) for number in wanted])
@@ -203,7 +202,7 @@ def _wait_for(paths: Sequence[Path]) -> list[Path]:
 
 def _clocks(hosts: Sequence[str]) -> tuple[list[str], list[str]]:
     dist.barrier()
-    times = _gather(time.time())
+    times = gather_objects(time.time())
     usual = statistics.median(times)
     wrong = [rank for rank, at in enumerate(times) if abs(at - usual) > MOST_SKEW_S]
     return [], [
@@ -220,7 +219,7 @@ def _speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
         torch.mm(factor, factor)
 
     dist.barrier()
-    speeds = _gather(2 * size**3 / _seconds(multiply, device, repeat=20) / 1e12)
+    speeds = gather_objects(2 * size**3 / _seconds(multiply, device, repeat=20) / 1e12)
     usual = statistics.median(speeds)
     slow = [rank for rank, speed in enumerate(speeds) if speed < SLOW_SHARE * usual]
     line = f"matrix products ({size} x {size}, {dtype}): {usual:.3g} TFLOP/s per rank, the slowest {min(speeds):.3g}"
@@ -239,7 +238,7 @@ def _bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[st
     def reduce() -> None:
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
 
-    seconds = max(_gather(_seconds(reduce, device, repeat=5)))
+    seconds = max(gather_objects(_seconds(reduce, device, repeat=5)))
     rate = 2 * (ranks - 1) / ranks * size / seconds
     line = f"all-reduce of {size // MEGABYTE} MB over {ranks} ranks: {1000 * seconds:.1f} ms, {rate / 1e9:.3g} GB/s per rank"
     gpu = known_gpu(torch.cuda.get_device_name()) if device.kind == "cuda" else None
@@ -287,15 +286,3 @@ def _brief(numbers: Sequence[int]) -> str:
     if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}-{numbers[-1]}"
     return ", ".join(map(str, numbers[:SHOWN])) + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")
-
-
-def _gather(value: T) -> list[T]:
-    """Of every rank, in their order. Collective."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _broadcast(values: list[T]) -> list[T]:
-    dist.broadcast_object_list(values, src=0)
-    return values

@@ -8,13 +8,12 @@ import socket
 from collections import Counter
 from pathlib import Path
 
-import torch.distributed as dist
-
 import megatron_share4v
 from megatron_share4v.checkpoint.manifest import current_versions
 from megatron_share4v.config.load import flat
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
+from megatron_share4v.parallel.collectives import gather_objects
 
 SHOWN = 5
 
@@ -23,12 +22,9 @@ def check_same_start(config: RunConfig) -> None:
     """Raises ConfigError, on all ranks, that names the ranks whose code, versions or configuration are not those of the most. Collective."""
     described = describe_start(config)
     digest = hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()
-    digests = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    if len(set(digests)) == 1:
+    if len(set(gather_objects(digest))) == 1:
         return
-    told: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
-    dist.all_gather_object(told, (socket.gethostname(), described))
+    told = gather_objects((socket.gethostname(), described))
     raise ConfigError(
         f"not all ranks started the same: {'; '.join(different(told))}. Start the same command from the same checkout and environment on every node"
     )
