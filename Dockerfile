@@ -1,10 +1,13 @@
-# The GPU image: NVIDIA's PyTorch with this package in it. Not built by our tests, whose machines reach no registry of images.
+# GPU image: NVIDIA's PyTorch container with this package. Not built by the tests, whose machines reach no image
+# registry.
 #
 #   docker build -t share4v .
-#   docker run --gpus all --ipc host --ulimit memlock=-1 --network host -v /shared:/shared share4v bash examples/launch/single_node.sh tools/doctor.py env
+#   docker run --gpus all --ipc host --ulimit memlock=-1 --network host -v /shared:/shared share4v \
+#       bash examples/launch/single_node.sh tools/doctor.py env
 #
-# The container's torch, CUDA, NCCL, cuDNN, Transformer Engine and DALI were built for each other and stay: of setup.py's extras none that pins torch is
-# installed, and PIP_CONSTRAINT, which the base image sets, keeps dependencies from replacing them. 25.11 is what megatron-core 0.16.1 was tested with.
+# The container's torch, CUDA, NCCL, cuDNN, Transformer Engine and DALI were built for each other and stay: no extra
+# that pins torch is installed, and PIP_CONSTRAINT, which the base image sets, keeps dependencies from replacing them.
+# 25.11 is the release that megatron-core 0.16.1 was tested with.
 ARG BASE=nvcr.io/nvidia/pytorch:25.11-py3
 FROM ${BASE}
 
@@ -13,7 +16,8 @@ ENV OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 WORKDIR /opt/megatron_share4v
 COPY . .
 
-# The second line fails the build, rather than a run, where pip did replace torch, or megatron-core would not recognise what the container brings.
+# Fail the build, rather than a run, if pip replaced torch or megatron-core does not recognise the container's
+# libraries.
 RUN python -c "import torch; print(torch.__version__)" >/tmp/torch_before \
     && python -m pip install --no-cache-dir -e ".[serve,evaluate]" \
     && python -c "import torch; print(torch.__version__)" | diff /tmp/torch_before - \

@@ -1,7 +1,8 @@
-"""Package metadata. Installing compiles nothing and needs no torch; always name an extra that brings torch: `pip install -e ".[cpu]"` or `".[gpu]"`.
+"""Package metadata. Installing compiles nothing and needs no torch; name an extra that brings torch.
 
-`[cpu]` and `[gpu]` pin different versions of torch and exclude each other. There is no open `torch` requirement here on purpose: beside the pin of
-an extra it would only add a second opinion, and alone it would fetch the newest CUDA build.
+`pip install -e ".[cpu]"` and `".[gpu]"` pin different versions of torch and exclude each other. There is no open
+`torch` requirement on purpose: beside an extra's pin it would be redundant, and alone it would fetch the newest CUDA
+build.
 """
 
 import re
@@ -36,7 +37,7 @@ requirements = [
 extras = {
     "cpu": ["torch==2.13.0"],
     "gpu": ["torch>=2.11,<2.12", "setuptools<82"],
-    # After `gpu`, with --no-build-isolation: it is compiled against the torch that is installed. Never on a machine without CUDA.
+    # After `gpu`, with --no-build-isolation: compiled against the installed torch. Never on a machine without CUDA.
     "te": ["transformer-engine[pytorch,core_cu13]==2.20.2"],
     "fp8": ["torchao==0.18.0"],
     "dali": ["nvidia-dali-cuda130>=2,<3; sys_platform == 'linux'"],  # decodes on the CPU as well, without a driver
@@ -69,7 +70,7 @@ platform = {"bdist_wheel": {"plat_name": re.sub("[-.]", "_", sysconfig.get_platf
 
 
 class BuildWithSources(build_py):
-    """An installed package carries the sources of its ops and compiles them at first use; a checkout uses csrc/ where it is."""
+    """Copy csrc/ into the wheel, whose ops are compiled at first use; a checkout uses its own csrc/."""
 
     def run(self):
         super().run()

@@ -1,4 +1,4 @@
-"""Exit codes of the commands, in one place: docs/operations.md explains what a supervisor or a batch script does about each."""
+"""Exit codes of the commands; docs/operations.md explains what a supervisor or a batch script does about each."""
 
 from enum import IntEnum
 

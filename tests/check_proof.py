@@ -2,7 +2,7 @@
 
     python tests/check_proof.py REPORT.xml [REPORT.xml ...]      reports of pytest --junit-xml
 
-A named file counts as run when at least one of its tests passed and none failed in any report; a named function likewise.
+A named file passes when at least one of its tests passed and none failed in any report; a named function likewise.
 """
 
 from __future__ import annotations

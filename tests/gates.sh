@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Linter, formatter and type checker, in about a minute; the first failure fails the whole. tests/run.sh calls it before the full suite.
+# Linter, formatter and type checker, in about a minute; the first failure ends it. tests/run.sh calls it first.
 #   bash tests/gates.sh           check
 #   bash tests/gates.sh --fix     apply what ruff can fix by itself, format, and take fixed type errors off the baseline
-# The type baseline (tests/mypy_baseline.txt) lists known errors. It may only shrink: a new error fails, and so does a fixed one that is still listed.
+# The type baseline (tests/mypy_baseline.txt) lists known errors. It may only shrink: a new error fails, and so does a
+# fixed one that is still listed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --fix ]; then
@@ -14,8 +15,9 @@ if [ "${1:-}" = --fix ]; then
 fi
 python -m ruff check .
 python -m ruff format --check .
-found="$(python -m mypy)" || [ $? = 1 ] || { echo "$found" >&2; exit 1; }  # 1: errors, which the baseline decides about; 2: mypy itself failed
+# mypy's exit code 1 means type errors, which the baseline decides about; 2 means that mypy itself failed.
+found="$(python -m mypy)" || [ $? = 1 ] || { echo "$found" >&2; exit 1; }
 if ! python -m mypy_baseline filter <<<"$found"; then
-    echo "mypy: an error that is not in tests/mypy_baseline.txt, or one there that is fixed now; see CONTRIBUTING.md" >&2
+    echo "mypy: errors that tests/mypy_baseline.txt does not list, or listed ones that are fixed; see CONTRIBUTING.md" >&2
     exit 1
 fi

@@ -1,6 +1,7 @@
-"""The rules of the house, read from the sources: floors, one door per third party, ceilings, and what may not stand anywhere.
+"""Repository rules that no linter knows: import levels, one importer per library, ceilings, forbidden text.
 
-Each rule takes a Source and yields (line, what is wrong); the message names file, line and rule. At the end, each rule is shown a planted violation.
+Each rule takes a Source and yields (line, violation); the message names file, line and rule. The last tests show each rule
+a planted violation.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "megatron_share4v"
-FLOORS = (
+LEVELS = (
     ("exit_codes", "files"),
     ("errors", "logging"),
     ("config",),
@@ -30,8 +31,8 @@ FLOORS = (
     ("train", "infer"),
     ("serve", "evaluate", "caption"),
 )
-FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-DOORS = {  # library: files that may import it, paths inside the package or from the root; tests may import all
+LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+IMPORTERS = {  # library: files that may import it (paths inside the package or from the root); tests may import all
     "megatron.core": ("mcore/*",),
     "transformer_engine": ("mcore/*",),
     "transformers": ("tools/bench_*.py", "evaluate/agreement.py"),  # to compare with it
@@ -48,10 +49,10 @@ DOORS = {  # library: files that may import it, paths inside the package or from
     "uvicorn": ("serve/*",),
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 540, 75  # until what the formatter made longer is split: 400, 60
-# A room is what one reads in an afternoon; there are twelve, and what they hold together is what a trainer, its server and its evaluation take.
-MAX_ROOM_CODE, MAX_PACKAGE_CODE = 4_200, 26_000
+# Code lines of one folder of the package, and of the whole package.
+MAX_FOLDER_CODE, MAX_PACKAGE_CODE = 4_200, 26_000
 NAMELESS = ("utils", "helpers", "common", "misc")
-# The bar is taken out below, so that this file does not contain what it looks for.
+# The bars are removed below, so that this file does not contain the text it searches for.
 OUTSIDE = (
     "/wo|rk/",
     "/ro|ot/",
@@ -62,6 +63,9 @@ OUTSIDE = (
     "py|pi.nvidia.com",
 )
 ELSEWHERE = re.compile("|".join(rf"(?<!\w){re.escape(name.replace('|', ''))}" for name in OUTSIDE))
+
+RIDDLE = re.compile(r"(Of|As|Those|It|They|These|Theirs|This rank's)\b")
+"""First words of a docstring that refer to something outside of it."""
 
 FOLDERS = (PACKAGE, "tools", "examples", "csrc", "tests", "docs", ".ci")
 CODE = (".py", ".sh", ".cpp", ".cu", ".cuh", ".h")
@@ -87,7 +91,7 @@ class Source:
 
     @property
     def unit(self) -> str:
-        """What has a floor: a folder or module of the package, or a folder beside it."""
+        """The unit that has a level: a folder or module of the package, or a folder beside it."""
         parts = self.path.removesuffix(".py").split("/")
         return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]
 
@@ -96,7 +100,7 @@ class Source:
         return self.path.startswith(f"{PACKAGE}/")
 
     def imports(self) -> Iterator[tuple[int, str]]:
-        """(line, dotted name) of all that is imported; `from a import b` counts as a.b, which may be more than the module."""
+        """Yield (line, dotted name) of every import; `from a import b` counts as a.b."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -105,10 +109,10 @@ class Source:
                 yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
 
 
-def imports_only_lower_floors(source: Source) -> Found:
+def imports_only_lower_levels(source: Source) -> Found:
     own = source.unit
-    if source.in_package and own not in FLOOR_OF and own != "__init__":
-        yield 1, f"{own} has no floor; give it one in FLOORS"
+    if source.in_package and own not in LEVEL_OF and own != "__init__":
+        yield 1, f"{own} has no level; give it one in LEVELS"
         return
     for line, name in source.imports():
         top, _, rest = name.partition(".")
@@ -118,20 +122,21 @@ def imports_only_lower_floors(source: Source) -> Found:
             yield line, f"the package imports {top}, which stands above it"
         elif source.in_package and top == PACKAGE and rest:
             unit = rest.split(".")[0]
-            if unit in FLOOR_OF and unit != own and FLOOR_OF[unit] >= FLOOR_OF.get(own, -1):
+            if unit in LEVEL_OF and unit != own and LEVEL_OF[unit] >= LEVEL_OF.get(own, -1):
                 yield (
                     line,
-                    f"{own} (floor {FLOOR_OF.get(own, -1)}) imports {unit} (floor {FLOOR_OF[unit]}); only lower floors may be imported",
+                    f"{own} (level {LEVEL_OF.get(own, -1)}) imports {unit} (level {LEVEL_OF[unit]}); "
+                    "only lower levels may be imported",
                 )
 
 
-def third_parties_have_one_door(source: Source) -> Found:
+def third_parties_have_one_importer(source: Source) -> Found:
     for line, name in source.imports():
-        for library, doors in DOORS.items():
+        for library, importers in IMPORTERS.items():
             if f"{name}.".startswith(f"{library}.") and not any(
-                fnmatch(source.path.removeprefix(f"{PACKAGE}/"), door) for door in doors
+                fnmatch(source.path.removeprefix(f"{PACKAGE}/"), importer) for importer in importers
             ):
-                yield line, f"{library} is imported outside {' and '.join(doors)}"
+                yield line, f"{library} is imported outside {' and '.join(importers)}"
 
 
 def configuration_stays_free_of_torch(source: Source) -> Found:
@@ -179,8 +184,19 @@ def files_open_with_a_docstring(source: Source) -> Found:
         yield 1, "no docstring: what lives here, and what does not"
 
 
+def docstrings_make_sense_alone(source: Source) -> Found:
+    """An editor shows the first line of a docstring on hover, without its surroundings."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(source.tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)) and RIDDLE.match(text):
+            yield (
+                getattr(node, "lineno", 1),
+                f"docstring begins with {text.split()[0]!r}; begin with what this is or does",
+            )
+
+
 def names_say_what_things_are(source: Source) -> Found:
-    # What all kernels include has its name from the plan of the house.
+    # csrc/common holds what all kernels include; its name is the usual one for that.
     for part in Path(source.path.removeprefix("csrc/common/")).parts:
         if Path(part).stem in NAMELESS:
             yield 1, f"a file or folder named {part} says nothing about what is in it"
@@ -199,17 +215,17 @@ def _is_constant(step: ast.stmt) -> bool:
 Rule = Callable[[Source], Found]
 EVERY_TEXT: tuple[Rule, ...] = (files_are_short, names_say_what_things_are, nothing_names_a_machine_or_registry)
 EVERY_PYTHON: tuple[Rule, ...] = (
-    imports_only_lower_floors,
+    imports_only_lower_levels,
     functions_are_short,
     nothing_is_global,
     no_except_swallows,
     files_open_with_a_docstring,
 )
-NOT_TESTS: tuple[Rule, ...] = (third_parties_have_one_door, configuration_stays_free_of_torch)
+NOT_TESTS: tuple[Rule, ...] = (third_parties_have_one_importer, configuration_stays_free_of_torch)
 
 
 def violations(source: Source, rule: Rule) -> list[str]:
-    """One message per place, `file:line: rule: what`; none where the rule does not apply to such a file."""
+    """Return one message per violation, `file:line: rule: what`; none where the rule does not apply."""
     applies = rule in EVERY_TEXT or (
         source.is_python and (rule in EVERY_PYTHON or not source.path.startswith("tests/"))
     )
@@ -238,7 +254,7 @@ def test_rule_is_kept(sources: list[Source], rule: Rule) -> None:
 
 
 def code_lines(text: str) -> int:
-    """Lines that hold code: a ceiling on all lines would be a ceiling on docstrings, which the house wants."""
+    """Count lines of code. Docstrings and comments are free, so that the ceiling does not discourage them."""
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -249,15 +265,15 @@ def code_lines(text: str) -> int:
 
 
 def test_package_stays_small(sources: list[Source]) -> None:
-    rooms: dict[str, int] = {}
+    folders: dict[str, int] = {}
     for source in sources:
         if source.in_package and source.is_python:
-            rooms[source.path.split("/")[1]] = rooms.get(source.path.split("/")[1], 0) + code_lines(source.text)
-    assert not (large := {room: lines for room, lines in rooms.items() if lines > MAX_ROOM_CODE}), (
-        f"ceiling of a room {MAX_ROOM_CODE}: {large}"
+            folders[source.path.split("/")[1]] = folders.get(source.path.split("/")[1], 0) + code_lines(source.text)
+    assert not (large := {folder: lines for folder, lines in folders.items() if lines > MAX_FOLDER_CODE}), (
+        f"ceiling of a folder {MAX_FOLDER_CODE}: {large}"
     )
-    assert sum(rooms.values()) <= MAX_PACKAGE_CODE, (
-        f"{PACKAGE} has {sum(rooms.values())} lines of code, ceiling {MAX_PACKAGE_CODE}: {rooms}"
+    assert sum(folders.values()) <= MAX_PACKAGE_CODE, (
+        f"{PACKAGE} has {sum(folders.values())} lines of code, ceiling {MAX_PACKAGE_CODE}: {folders}"
     )
 
 
@@ -278,59 +294,59 @@ DOCSTRING = '"""What lives here."""\n'
 LONG = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
 PLANTED = [
     (
-        imports_only_lower_floors,
+        imports_only_lower_levels,
         "text/a.py",
         "from megatron_share4v.model.share4v import Share4V",
-        "text (floor 3) imports model (floor 5)",
+        "text (level 3) imports model (level 5)",
     ),
     (
-        imports_only_lower_floors,
+        imports_only_lower_levels,
         "text/a.py",
         "def f():\n    import megatron_share4v.ops.rope",
-        "text (floor 3) imports ops (floor 3)",
+        "text (level 3) imports ops (level 3)",
     ),
     (
-        imports_only_lower_floors,
+        imports_only_lower_levels,
         "logging.py",
         "from megatron_share4v import errors",
-        "logging (floor 1) imports errors (floor 1)",
+        "logging (level 1) imports errors (level 1)",
     ),
     (
-        imports_only_lower_floors,
+        imports_only_lower_levels,
         "__init__.py",
         "from megatron_share4v.errors import ConfigError",
-        "__init__ (floor -1) imports errors",
+        "__init__ (level -1) imports errors",
     ),
-    (imports_only_lower_floors, "train/a.py", "from tools.train import main", "imports tools"),
-    (imports_only_lower_floors, "train/a.py", "from .loop import run", "relative import"),
-    (imports_only_lower_floors, "attic/a.py", "", "attic has no floor"),
+    (imports_only_lower_levels, "train/a.py", "from tools.train import main", "imports tools"),
+    (imports_only_lower_levels, "train/a.py", "from .loop import run", "relative import"),
+    (imports_only_lower_levels, "attic/a.py", "", "attic has no level"),
     (
-        third_parties_have_one_door,
+        third_parties_have_one_importer,
         "train/a.py",
         "from megatron import core",
         "megatron.core is imported outside mcore/*",
     ),
     (
-        third_parties_have_one_door,
+        third_parties_have_one_importer,
         "train/a.py",
         "import megatron.core.parallel_state as mpu",
         "megatron.core is imported outside mcore/*",
     ),
     (
-        third_parties_have_one_door,
+        third_parties_have_one_importer,
         "text/tokenizer.py",
         "from transformers import AutoTokenizer",
         "transformers is imported outside tools/bench_*.py",
     ),
     (
-        third_parties_have_one_door,
+        third_parties_have_one_importer,
         "train/a.py",
         "from torch.utils import tensorboard",
         "outside observability/writers.py",
     ),
-    (third_parties_have_one_door, "serve/a.py", "from PIL import Image", "PIL is imported outside data/*"),
+    (third_parties_have_one_importer, "serve/a.py", "from PIL import Image", "PIL is imported outside data/*"),
     (
-        third_parties_have_one_door,
+        third_parties_have_one_importer,
         "data/a.py",
         "import sentencepiece",
         "outside text/tokenizer.py and data/quickstart*.py",

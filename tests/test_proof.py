@@ -1,4 +1,4 @@
-"""docs/proof.md names tests that exist. Whether each has run and passed is checked after the run, by tests/check_proof.py."""
+"""docs/proof.md names tests that exist; tests/check_proof.py checks after a run that each passed."""
 
 from __future__ import annotations
 

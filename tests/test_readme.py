@@ -47,7 +47,7 @@ def run(command: str, out: Path) -> subprocess.CompletedProcess:
 
 
 def environment() -> dict[str, str]:
-    """This interpreter's environment as the active one, so that the scripts install nothing anew; also when it was not activated by a shell."""
+    """Return an environment in which this interpreter's is the active one, so that the scripts install nothing."""
     prefix = Path(sys.executable).parent
     own = {
         key: value
