@@ -6,8 +6,7 @@ import numpy as np
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.sampling.blend import open_index
-from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import Blocks, Plan
+from megatron_share4v.data.sampling.sampler import Plan
 from megatron_share4v.planner.workload import Workload
 
 SAMPLED_STEPS = 40
@@ -16,19 +15,7 @@ SAMPLED_STEPS = 40
 def measured(config: RunConfig) -> Workload:
     """Means over some steps of the run's own plan."""
     data, train = config.data, config.train
-    plan = Plan(
-        open_index(data.train),
-        order=data.order,
-        group_size=data.group_size,
-        seed=config.run.seed,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-        tokens_per_image=config.model.vision.num_patches,
-        pad_multiple=config.length_multiple(),
-        blocks=Blocks(size=data.block_size, window=data.block_window),
-        packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
-        pad_to=data.pad_to,
-    )
+    plan = Plan.from_config(config, open_index(data.train))
     total = train.total_steps(plan.epoch_items)
     steps = [
         plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))

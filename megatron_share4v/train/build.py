@@ -20,8 +20,7 @@ from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.loading.loader import ReadOptions
 from megatron_share4v.data.sampling.blend import open_index, shares_of
 from megatron_share4v.data.sampling.fingerprint import describe_data, differences
-from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import Blocks, Plan
+from megatron_share4v.data.sampling.sampler import Order, Plan
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
@@ -159,7 +158,7 @@ def read_options(data: DataConfig, *, device: Device) -> ReadOptions:
 
 
 def open_source(
-    config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: str, options: ReadOptions
+    config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: Order, options: ReadOptions
 ) -> Source:
     """Prepared data sets that belong to this run's tokenizer and template; DataError otherwise."""
     data = config.data
@@ -171,19 +170,7 @@ def open_source(
         )
     index = open_index(data_sets)
     index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
-    plan = Plan(
-        index,
-        order=order,
-        group_size=data.group_size,
-        seed=config.run.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        tokens_per_image=config.model.vision.num_patches,
-        pad_multiple=config.length_multiple(),
-        blocks=Blocks(size=data.block_size, window=data.block_window),
-        packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
-        pad_to=data.pad_to,
-    )
+    plan = Plan.from_config(config, index, order=order)
     for share in shares_of(index):
         get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)
     if plan.packing:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.sampling.blend import Blend, Share, shares_of
 from megatron_share4v.data.sampling.orders import block_order, modality_length_order, random_order, selection
 from megatron_share4v.data.sampling.packing import Packing, Packs, join, pack
@@ -129,6 +130,24 @@ class Plan:
         self._takes = [max(1, round(share.count * share.epochs)) for share in self._items]
         self._epochs: dict[int, np.ndarray] = {}
         self._consumed_before = [np.zeros(len(self._items), dtype=np.int64)]
+
+    @classmethod
+    def from_config(cls, config: RunConfig, index: Index | Blend, *, order: Order | None = None) -> Plan:
+        """Build the plan of a run over `index`; `order` None means data.order. Raises as the constructor does."""
+        data, train = config.data, config.train
+        return cls(
+            index,
+            order=order or data.order,
+            group_size=data.group_size,
+            seed=config.run.seed,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            tokens_per_image=config.model.vision.num_patches,
+            pad_multiple=config.length_multiple(),
+            blocks=Blocks(size=data.block_size, window=data.block_window),
+            packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
+            pad_to=data.pad_to,
+        )
 
     @property
     def spec(self) -> dict[str, str | int | float]:
