@@ -10,7 +10,7 @@ import pytest
 from signal_guard import pytest_configure  # noqa: F401 (a hook of pytest's)
 
 from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
-from megatron_share4v.ops.backend import choose_ops
+from megatron_share4v.ops.backend import choose_ops_backend
 from megatron_share4v.ops.build import find_toolchain
 
 MARKERS = {
@@ -52,4 +52,4 @@ def native_ops() -> None:
     """The native ops are loaded into this process."""
     if find_toolchain() is None:
         pytest.skip("no C++ compiler on PATH")
-    choose_ops("native", device="cpu")
+    choose_ops_backend("native", device="cpu")

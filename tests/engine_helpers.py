@@ -14,12 +14,12 @@ def build(mesh, *, seed: int = 2, scale: float = 3.0):
     """The tiny model, whose weights are large enough that answers differ with what was asked."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
 
     parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
     model = tiny_model()
     chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
-    initialize(chunks, seed=seed, model=model)
+    initialize_weights(chunks, seed=seed, model=model)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():

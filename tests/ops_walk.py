@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from megatron_share4v.ops.backend import choose_ops, load
+from megatron_share4v.ops.backend import choose_ops_backend, load_library
 from megatron_share4v.ops.op import NAMESPACE, Case, Implementation, Op
 from megatron_share4v.ops.registry import OPS
 
@@ -136,8 +136,8 @@ def check_registration(op: Op, case: Case, *, thorough: bool) -> int:
 def main() -> int:
     """Walk over all cases with the library that is named on the command line, or on the GPU."""
     device = "cuda" if sys.argv[1] == "--cuda" else "cpu"
-    library = choose_ops("native", device=device).library if device == "cuda" else Path(sys.argv[1])
-    load(library)
+    library = choose_ops_backend("native", device=device).library if device == "cuda" else Path(sys.argv[1])
+    load_library(library)
     if len(sys.argv) > 2:
         ctypes.CDLL(str(library)).share4v_emulate_seed(int(sys.argv[2]))
     poison_empty_memory()

@@ -45,9 +45,9 @@ class Run:
     def __init__(self, mesh, setting: Setting, *, seed: int) -> None:
         from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
         from megatron_share4v.mcore.layer_options import layer_options
-        from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
+        from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
         from megatron_share4v.model.chunks import build_chunks
-        from megatron_share4v.model.initialize import initialize
+        from megatron_share4v.model.initialize import initialize_weights
 
         self.mesh, self.setting = mesh, setting
         names = ("tensor", "pipeline", "virtual", "sequence", "distributed_optimizer")
@@ -62,8 +62,8 @@ class Run:
         self.bare = build_chunks(
             self.model, mesh=mesh, parallel=parallel, dtype=dtype, ops=setting.ops, options=options
         )
-        initialize(self.bare, seed=seed, model=self.model)
-        self.chunks = wrap_chunks(self.bare, mesh=mesh, parallel=parallel, gradients=setting.gradients)
+        initialize_weights(self.bare, seed=seed, model=self.model)
+        self.chunks = wrap_ddp(self.bare, mesh=mesh, parallel=parallel, gradients=setting.gradients)
         rate = setting.learning_rate
         kept = {"moments": setting.moments, "offload": setting.offload}
         optim = OptimConfig(

@@ -31,12 +31,12 @@ from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.errors import OpsError, Share4VError, exit_on_user_error
-from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
+from megatron_share4v.mcore.backends import check_precision, select_attention_backend, select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.mcore.layer_options import layer_options
-from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
-from megatron_share4v.mcore.transformer_engine import missing_engine
+from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
+from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
@@ -122,8 +122,8 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
     """(one step that returns its loss, whether head and loss are fused)."""
     dtype = DTYPES[config.precision.dtype]
     check_precision(config, mesh=mesh)
-    attention = agree_on_attention(config.attention, mesh=mesh, packed=True, dtype=dtype)
-    ops = agree_on_ops(config.ops, mesh=mesh).implementation
+    attention = select_attention_backend(config.attention, mesh=mesh, packed=True, dtype=dtype)
+    ops = select_ops_backend(config.ops, mesh=mesh).implementation
     options = layer_options(
         config.train, precision=config.precision, engine=config.transformer_engine, attention=attention.implementation
     )
@@ -131,7 +131,7 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
     with torch.no_grad():
         for name, parameter in bare[0].named_parameters():
             parameter.fill_(1.0) if "norm" in name and name.endswith("weight") else parameter.normal_(0.0, 0.02)
-    chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
+    chunks = wrap_ddp(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype)
     batches, items = make_batches(job, config, device=mesh.device.torch_device)
 
@@ -315,7 +315,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "device": gpu,
         "torch": torch.__version__,
-        "engine": missing_engine() or "installed",
+        "engine": te_unavailable_reason() or "installed",
         "peaks": peaks(arguments.matrix),
         "rows": [],
     }

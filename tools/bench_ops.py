@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from megatron_share4v.errors import exit_on_user_error
-from megatron_share4v.ops.backend import choose_ops
+from megatron_share4v.ops.backend import choose_ops_backend
 from megatron_share4v.ops.op import Bench, Op
 from megatron_share4v.ops.registry import OPS
 
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     with exit_on_user_error():
-        choice = choose_ops("native", device=options.device)
+        choice = choose_ops_backend("native", device=options.device)
     where = "gpu" if options.device == "cuda" else "cpu"
     copy = copy_bandwidth(options.device)
     print(

@@ -26,9 +26,9 @@ from megatron_share4v.data.sampling.packing import Packing
 from megatron_share4v.data.sampling.sampler import MicroBatch, Plan
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.mcore.groups import Mesh, open_mesh
-from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
+from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import initialize
+from megatron_share4v.model.initialize import initialize_weights
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
@@ -65,8 +65,8 @@ class Side:
         self.plan = Plan(index, order=order, packing=packing, seed=0, tokens_per_image=SLOTS, pad_multiple=8, **sizes)
         parallel = ParallelConfig(distributed_optimizer=False)
         bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
-        initialize(bare, seed=0, model=MODEL)
-        self.chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+        initialize_weights(bare, seed=0, model=MODEL)
+        self.chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
         self.optimizer = build_optimizer(
             self.chunks, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32
         )

@@ -18,11 +18,11 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Trainable
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
-from megatron_share4v.mcore.backends import agree_on_ops
+from megatron_share4v.mcore.backends import select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
-from megatron_share4v.mcore.optimizer import build_optimizer, wrap_chunks
+from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import initialize
+from megatron_share4v.model.initialize import initialize_weights
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
@@ -76,10 +76,10 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     from megatron_share4v.data.sampling.sampler import StepItems
 
     parallel = ParallelConfig(distributed_optimizer=False)
-    ops = agree_on_ops("auto", mesh=mesh).implementation
+    ops = select_ops_backend("auto", mesh=mesh).implementation
     chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32, ops=ops)
-    initialize(chunks, seed=0, model=MODEL)
-    wrapped = wrap_chunks(chunks, mesh=mesh, parallel=parallel)
+    initialize_weights(chunks, seed=0, model=MODEL)
+    wrapped = wrap_ddp(chunks, mesh=mesh, parallel=parallel)
     optimizer = build_optimizer(wrapped, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32)
     samples, size = batch.token_ids.shape
     items = StepItems(

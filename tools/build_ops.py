@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from megatron_share4v.errors import OpsError, exit_on_user_error
-from megatron_share4v.ops.backend import REMEDY, Available, status
-from megatron_share4v.ops.build import Toolchain, built, find_toolchain, prebuild
+from megatron_share4v.ops.backend import REMEDY, LibrarySources, describe_library
+from megatron_share4v.ops.build import Toolchain, find_or_build, find_toolchain, prebuild
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,18 +22,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with exit_on_user_error():
         if options.status:
-            print(status())
+            print(describe_library())
             return 0
         toolchain = find_toolchain()
         if toolchain is None:
             raise OpsError(f"no C++ compiler (g++, c++) on PATH. {REMEDY}")
         if options.cpu_only:
             toolchain = Toolchain(toolchain.cxx)
-        available, start = Available(toolchain=toolchain), time.perf_counter()
+        available, start = LibrarySources(toolchain=toolchain), time.perf_counter()
         if options.output:
             library = prebuild(toolchain, csrc=available.csrc, to=options.output)
         else:
-            library = built(toolchain, cache=available.cache, csrc=available.csrc)
+            library = find_or_build(toolchain, cache=available.cache, csrc=available.csrc)
         print(
             f"{library}: {toolchain.what}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
         )

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_share4v.errors import OpsError, exit_on_user_error
-from megatron_share4v.ops.build import Toolchain, built, default_cache, find_toolchain, sources
-from megatron_share4v.ops.kernel_usage import Usage, usages
+from megatron_share4v.ops.build import Toolchain, csrc_directory, default_cache_directory, find_or_build, find_toolchain
+from megatron_share4v.ops.kernel_usage import KernelUsage, parse_kernel_usage
 from megatron_share4v.ops.registry import OPS
 
 COPY_H200 = 4.3e12  # bytes per second of a device-to-device copy on an H200, read and written bytes counted
@@ -32,10 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
         toolchain = find_toolchain()
         if toolchain is None or toolchain.nvcc is None:
             raise OpsError("the report names registers and spills, which nvcc says; there is none on PATH")
-        log = built(toolchain, cache=default_cache(), csrc=sources()).with_name("build.log").read_text(encoding="utf-8")
+        log = (
+            find_or_build(toolchain, cache=default_cache_directory(), csrc=csrc_directory())
+            .with_name("build.log")
+            .read_text(encoding="utf-8")
+        )
         measured = {name: _results(path) for name, path in (("cpu", options.cpu), ("gpu", options.gpu)) if path}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text("\n".join(_document(measured, list(usages(log)), toolchain)) + "\n", encoding="utf-8")
+    options.output.write_text(
+        "\n".join(_document(measured, list(parse_kernel_usage(log)), toolchain)) + "\n", encoding="utf-8"
+    )
     print(options.output)
     return 0
 
@@ -48,7 +54,7 @@ def _results(path: Path) -> dict:
     return json.loads(lines[-1])
 
 
-def _document(measured: dict[str, dict], compiled: list[Usage], toolchain: Toolchain) -> Iterator[str]:
+def _document(measured: dict[str, dict], compiled: list[KernelUsage], toolchain: Toolchain) -> Iterator[str]:
     yield "# Fused ops: floors, compiled resources, measurements"
     yield "\nWritten by `tools/report_ops.py`, not by hand. MB and GB are 10^6 and 10^9 bytes; `fwd+bwd` is both passes together."
     yield "\n## Floors on a GPU\n"
@@ -90,9 +96,9 @@ def _floors(results: dict | None) -> Iterator[str]:
     yield from _table(("op", "shape", "pass", "MB", "floor µs", "measured µs"), rows)
 
 
-def _resources(compiled: list[Usage]) -> Iterator[str]:
+def _resources(compiled: list[KernelUsage]) -> Iterator[str]:
     gpus = sorted({usage.gpu for usage in compiled}, key=lambda gpu: int("".join(filter(str.isdigit, gpu))))
-    budgets = json.loads((sources() / "budgets.json").read_text(encoding="utf-8"))
+    budgets = json.loads((csrc_directory() / "budgets.json").read_text(encoding="utf-8"))
     rows = []
     for op, kernels in budgets.items():
         for name, budget in kernels.items():

@@ -24,7 +24,7 @@ from megatron_share4v.data.records import Batch, Turn
 from megatron_share4v.errors import ConversionError, OpsError
 from megatron_share4v.infer.session import Question, Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh
-from megatron_share4v.mcore.optimizer import unwrap
+from megatron_share4v.mcore.optimizer import unwrap_model
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
@@ -224,7 +224,7 @@ def query(session: Session, prompt: Prompt) -> torch.Tensor:
         "target_rows": rows,
     }
     batch = Batch(**{**{field.name: None for field in fields(Batch)}, **given})
-    return unwrap(session.chunks[0]).query(batch)[:, : session.config.model.language.vocab_size]
+    return unwrap_model(session.chunks[0]).query(batch)[:, : session.config.model.language.vocab_size]
 
 
 def _their_ids(prompt: Prompt, model: Any) -> torch.Tensor:

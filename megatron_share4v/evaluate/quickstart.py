@@ -114,7 +114,7 @@ def _answer(session: Session, questions: list[Question], *, tokens: int, title: 
     for start in tqdm(range(0, len(mine), BATCH), desc=title, disable=mesh.rank != 0, unit="batch"):
         numbers = mine[start : start + BATCH]
         answers.update(zip(numbers, session.answer([questions[number] for number in numbers], max_new_tokens=tokens)))
-    parts = gather_objects(answers, group=mesh.data_group)
+    parts = gather_objects(answers, group=mesh.dp_group)
     merged = {number: text for part in parts for number, text in part.items()}
     return [merged[number] for number in range(len(questions))]
 

@@ -20,7 +20,7 @@ from megatron_share4v.infer.prefix_hash import image_digest
 from megatron_share4v.infer.request import Event, Request
 from megatron_share4v.infer.sampler import GREEDY_BELOW
 from megatron_share4v.infer.step_plan import Copy, Picture, StepPlan
-from megatron_share4v.mcore.kv_cache import Span
+from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class BeamEngine:
             length = prompt.token_ids.numel()
             copies += search.copies
             for beam in search.beams:
-                spans.append(Span(start=beam.start, count=1, end=length + len(beam.ids)))
+                spans.append(SequenceSpan(start=beam.start, count=1, end=length + len(beam.ids)))
                 ids.append(beam.ids[-1])
                 wanted.append(len(ids) - 1)
             if not search.beams:
@@ -136,7 +136,7 @@ class BeamEngine:
                 encode |= dict(zip(digests, prompt.pixels))
                 for digest, slots in zip(digests, prompt.image_slots.chunk(max(1, len(digests)))):
                     pictures.append(Picture(digest=digest, slots=slots + len(ids), rows=torch.arange(slots.numel())))
-                spans.append(Span(start=search.places[0], count=length, end=length))
+                spans.append(SequenceSpan(start=search.places[0], count=length, end=length))
                 ids += prompt.token_ids.tolist()
                 wanted.append(len(ids) - 1)
         forget, self._encoded = (

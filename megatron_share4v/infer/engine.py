@@ -23,7 +23,7 @@ from megatron_share4v.infer.sequence import Sequence
 from megatron_share4v.infer.session import Session
 from megatron_share4v.infer.tp_executor import Ranks
 from megatron_share4v.logging import get_logger
-from megatron_share4v.mcore.kv_cache import KeyValueCache
+from megatron_share4v.mcore.kv_cache import KVCache
 from megatron_share4v.model.share4v import Share4V
 
 CACHE_SHARE = 0.5
@@ -191,11 +191,11 @@ class Engine:
 
 def _default_rows(model: Share4V, wanted: int) -> int:
     """As many rows as are `wanted`, or as fit; the same on all ranks of the tensor group."""
-    mesh, row = model.mesh, KeyValueCache.bytes_per_row(model.config)
+    mesh, row = model.mesh, KVCache.bytes_per_row(model.config)
     if mesh.device.kind == "cuda":
         free = torch.cuda.mem_get_info(mesh.device.index)[0]
     else:
         free = psutil.virtual_memory().available // mesh.layout.tensor
     fitting = torch.tensor(int(free * CACHE_SHARE) // row, device=mesh.device.torch_device)
-    dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=mesh.tensor_group)
+    dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=mesh.tp_group)
     return min(wanted, int(fitting))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_share4v.data.records import Batch
 from megatron_share4v.infer.step_plan import StepPlan
-from megatron_share4v.mcore.kv_cache import CachedStep, KeyValueCache
+from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata, KVCache
 from megatron_share4v.model.share4v import Share4V
 
 _EMPTY = {field.name: None for field in fields(Batch)}
@@ -24,7 +24,7 @@ class Runner:
         )
         self.model, self.mesh = model, model.mesh
         self.device = model.mesh.device.torch_device
-        self.cache = KeyValueCache(model.config, rows=rows, device=self.device)
+        self.cache = KVCache(model.config, rows=rows, device=self.device)
         self._features: dict[bytes, torch.Tensor] = {}
 
     @torch.inference_mode()
@@ -36,9 +36,11 @@ class Runner:
             del self._features[digest]
         for digest, pixels in plan.encode:
             # One by one, so that an image's features do not depend on what else is asked.
-            self._features[digest] = self.model.image_features(pixels.unsqueeze(0).to(self.device))[0]
+            self._features[digest] = self.model.encode_images(pixels.unsqueeze(0).to(self.device))[0]
         batch, features = self._batch(plan)
-        logits = self.model.query(batch, features=features, step=CachedStep(cache=self.cache, spans=plan.spans))
+        logits = self.model.forward_logits(
+            batch, features=features, step=CachedAttentionMetadata(cache=self.cache, spans=plan.spans)
+        )
         return self._whole(logits)
 
     def _batch(self, plan: StepPlan) -> tuple[Batch, torch.Tensor | None]:
@@ -58,5 +60,5 @@ class Runner:
         if self.mesh.layout.tensor == 1 or not logits.size(0):
             return logits
         parts = [torch.empty_like(logits) for _ in range(self.mesh.layout.tensor)]
-        dist.all_gather(parts, logits.contiguous(), group=self.mesh.tensor_group)
+        dist.all_gather(parts, logits.contiguous(), group=self.mesh.tp_group)
         return torch.cat(parts, dim=-1)

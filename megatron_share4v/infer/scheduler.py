@@ -14,7 +14,7 @@ from megatron_share4v.infer.kv_allocator import Room
 from megatron_share4v.infer.prefix_hash import BLOCK
 from megatron_share4v.infer.sequence import Sequence
 from megatron_share4v.infer.step_plan import Copy, Picture, StepPlan
-from megatron_share4v.mcore.kv_cache import Span
+from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Scheduler:
             seen = sequence.pictures(sequence.computed, end, at=at)
             encode |= self._to_encode(sequence, {picture.digest for picture in seen})
             pictures += seen
-            spans.append(Span(start=sequence.place.start, count=chunk.count, end=end))
+            spans.append(SequenceSpan(start=sequence.place.start, count=chunk.count, end=end))
             at += chunk.count
         plan = StepPlan(
             copies=tuple(copies),

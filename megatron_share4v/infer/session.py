@@ -23,11 +23,11 @@ from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt, make_question
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
-from megatron_share4v.mcore.backends import agree_on_ops
+from megatron_share4v.mcore.backends import select_ops_backend
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.greedy_reference import greedy_answers
+from megatron_share4v.model.greedy_reference import greedy_generate
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ class Session:
         Raises CheckpointError or ConversionError, DataError when it has no tokenizer of its own and the file that its configuration names is gone,
         and OpsError when `ops` is "native" and there are none.
         """
-        implementation = agree_on_ops(ops, mesh=mesh).implementation
+        implementation = select_ops_backend(ops, mesh=mesh).implementation
         with as_checkpoint(Path(checkpoint), mesh=mesh) as path:
             manifest = read_manifest(path)
             config = config_of(manifest, where=path)
@@ -110,6 +110,6 @@ class Session:
             make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions
         ]
         stop, vocabulary = frozenset({tokenizer.eos_id}), tokenizer.vocab_size
-        return greedy_answers(
+        return greedy_generate(
             self.chunks, prompts, mesh=self.mesh, max_new_tokens=max_new_tokens, stop_ids=stop, vocabulary=vocabulary
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_share4v.mcore.kv_cache import Span
+from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ class StepPlan:
     forget: tuple[bytes, ...]
     encode: tuple[tuple[bytes, torch.Tensor], ...]
     token_ids: torch.Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[SequenceSpan, ...]
     pictures: tuple[Picture, ...]
     wanted: torch.Tensor

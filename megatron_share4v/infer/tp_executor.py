@@ -25,9 +25,9 @@ class Ranks:
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self._mesh, self._group = runner, runner.mesh, None
-        self._first = dist.get_global_rank(runner.mesh.tensor_group, 0)
+        self._first = dist.get_global_rank(runner.mesh.tp_group, 0)
         if runner.mesh.layout.tensor > 1:
-            members = dist.get_process_group_ranks(runner.mesh.tensor_group)
+            members = dist.get_process_group_ranks(runner.mesh.tp_group)
             # Of its own: plans are host memory, whatever the model runs on, and the model's collectives keep their time limit.
             self._group = dist.new_group(members, backend="gloo", timeout=IDLE, use_local_synchronization=True)
 

@@ -43,4 +43,4 @@ def _quiet_upstream() -> None:
 
 _check_environment()
 _quiet_upstream()
-cpu_patch.open_door()
+cpu_patch.patch_cuda_for_cpu()

@@ -51,7 +51,7 @@ class HostBuffers:
         return self._buffers[name]
 
 
-class NoticingFiles(FileSystem):
+class ErrorRecordingFileSystem(FileSystem):
     """Keeps what goes wrong while a file is written. torch's own threads lose it, and then take a checkpoint that lacks tensors for complete."""
 
     def __init__(self) -> None:
@@ -65,15 +65,15 @@ class NoticingFiles(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
         except Exception as error:
-            self.failures.append(_root(error))
+            self.failures.append(_root_cause(error))
 
 
-class NoticingWriter(torch_checkpoint.FileSystemWriter):
+class ErrorRaisingWriter(torch_checkpoint.FileSystemWriter):
     """Raises on the rank whose files could not be written."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, thread_count=WRITER_THREADS)
-        self.fs = NoticingFiles()
+        self.fs = ErrorRecordingFileSystem()
 
     def write_data(self, plan: torch_checkpoint.SavePlan, planner: torch_checkpoint.SavePlanner) -> Any:
         """This rank's tensors."""
@@ -92,7 +92,7 @@ class NoticingWriter(torch_checkpoint.FileSystemWriter):
             raise self.fs.failures[0]
 
 
-def _root(error: Exception) -> Exception:
+def _root_cause(error: Exception) -> Exception:
     """torch says `unexpected pos` when it closes a file that the system refused to write; what the system said is what it stumbled over."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
@@ -100,7 +100,7 @@ def _root(error: Exception) -> Exception:
     return cause or error
 
 
-class Snapshot(TorchDistSaveShardedStrategy):
+class CheckpointSnapshot(TorchDistSaveShardedStrategy):
     """This rank's share, in core's torch_dist format, written by threads of this process.
 
     Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them dies.
@@ -140,7 +140,7 @@ class Snapshot(TorchDistSaveShardedStrategy):
         try:
             torch_checkpoint.save(
                 self._content,
-                storage_writer=NoticingWriter(self._directory),
+                storage_writer=ErrorRaisingWriter(self._directory),
                 planner=MCoreSavePlanner(flatten_state_dict=False),
                 process_group=group,
             )

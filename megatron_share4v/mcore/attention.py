@@ -18,15 +18,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_share4v.mcore.kv_cache import CachedStep
+from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata
 from megatron_share4v.mcore.layer_config import LayerConfig
-from megatron_share4v.mcore.ulysses import own_positions, whole_sequences
+from megatron_share4v.mcore.ulysses import gather_heads_scatter_sequence, scatter_heads_gather_sequence
 from megatron_share4v.ops.rope import rope, rope_table
 from megatron_share4v.parallel.device import to_device_async
 
 
 @dataclass
-class Places(PackedSeqParams):
+class AttentionMetadata(PackedSeqParams):
     """What core carries through its layers to our attention. Not in the `thd` format: sequences keep their fixed shape."""
 
     qkv_format: str = "sbhd"
@@ -46,31 +46,35 @@ class Places(PackedSeqParams):
         return max(map(max, self.lengths))
 
 
-def places(angles: torch.Tensor, *, segments: tuple[tuple[int, ...], ...] | None, kernel: str) -> Places:
+def build_attention_metadata(
+    angles: torch.Tensor, *, segments: tuple[tuple[int, ...], ...] | None, kernel: str
+) -> AttentionMetadata:
     """For sequences of S positions; angles [S, head_dim / 2], `segments` as in Batch."""
     if segments is None:
-        return Places(table=rope_table(angles))
+        return AttentionMetadata(table=rope_table(angles))
     size, device = angles.size(0), angles.device
-    positions = to_device_async(restarting_positions(segments, size), device)
-    whole = tuple(tuple(filled(lengths, size)) for lengths in segments)
-    ends = to_device_async(_ends(whole), device) if kernel in BY_ENDS else None
-    return Places(table=rope_table(angles), positions=positions, lengths=whole, ends=ends)
+    positions = to_device_async(positions_in_samples(segments, size), device)
+    whole = tuple(tuple(lengths_with_padding(lengths, size)) for lengths in segments)
+    ends = to_device_async(_cu_seqlens(whole), device) if kernel in CU_SEQLENS_KERNELS else None
+    return AttentionMetadata(table=rope_table(angles), positions=positions, lengths=whole, ends=ends)
 
 
-def _ends(lengths: Sequence[Sequence[int]]) -> torch.Tensor:
+def _cu_seqlens(lengths: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(length for row in lengths for length in row)], dtype=torch.int32)
 
 
-def filled(lengths: Sequence[int], size: int) -> list[int]:
+def lengths_with_padding(lengths: Sequence[int], size: int) -> list[int]:
     """The lengths of a pack's samples, with the padding at its end as one more."""
     rest = size - sum(lengths)
     assert rest >= 0, (lengths, size)
     return [*lengths, rest] if rest else list(lengths)
 
 
-def restarting_positions(segments: Sequence[Sequence[int]], size: int) -> torch.Tensor:
+def positions_in_samples(segments: Sequence[Sequence[int]], size: int) -> torch.Tensor:
     """[S, B] int64: the position of each token in its own sample."""
-    columns = [torch.cat([torch.arange(length) for length in filled(lengths, size)]) for lengths in segments]
+    columns = [
+        torch.cat([torch.arange(length) for length in lengths_with_padding(lengths, size)]) for lengths in segments
+    ]
     return torch.stack(columns, dim=1)
 
 
@@ -98,7 +102,7 @@ class CoreAttention(MegatronModule):
         self.causal = attn_mask_type is AttnMaskType.causal
         self.softmax_scale = softmax_scale
         self.layer_number = layer_number
-        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.kernel = KERNELS.get(config.attention)  # layer_specs_te.py sets another
 
     def forward(
@@ -109,23 +113,29 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Places | CachedStep | None = None,
+        packed_seq_params: AttentionMetadata | CachedAttentionMetadata | None = None,
     ) -> torch.Tensor:
         """Causality comes from the layer spec and the ends of samples from `packed_seq_params`."""
         assert attention_mask is None and attention_bias is None, "this attention takes no explicit mask"
-        at = packed_seq_params or Places()
-        if self.context_group is not None:
-            query, key, value = whole_sequences(query, key, value, group=self.context_group)
+        at = packed_seq_params or AttentionMetadata()
+        if self.cp_group is not None:
+            query, key, value = scatter_heads_gather_sequence(query, key, value, group=self.cp_group)
         if at.table is not None:
             query, key = rope(query, key=key, table=at.table, positions=at.positions, implementation=self.config.ops)
-        if isinstance(at, CachedStep):
+        if isinstance(at, CachedAttentionMetadata):
             return at.attend(self.layer_number, query, key, value, scale=self.softmax_scale)
         context = self.kernel(query, key, value, at=at, causal=self.causal, scale=self.softmax_scale)
-        return context if self.context_group is None else own_positions(context, group=self.context_group)
+        return context if self.cp_group is None else gather_heads_scatter_sequence(context, group=self.cp_group)
 
 
 def sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    at: AttentionMetadata,
+    causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention, which never has a mask in memory."""
     length, batch = query.shape[:2]
@@ -136,11 +146,11 @@ def sdpa(
             query, key, value, is_causal=causal, scale=scale, enable_gqa=query.size(1) != key.size(1)
         )
 
-    context = attend(*heads_first) if at.lengths is None else _one_by_one(attend, heads_first, at.lengths)
+    context = attend(*heads_first) if at.lengths is None else _attend_sample_by_sample(attend, heads_first, at.lengths)
     return context.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
-def _one_by_one(
+def _attend_sample_by_sample(
     attend: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], lengths: tuple[tuple[int, ...], ...]
 ) -> torch.Tensor:
     """One kernel per sample: its cost is that of the sample's own square, and the lengths are known without asking the device."""
@@ -154,7 +164,13 @@ def _one_by_one(
 
 
 def varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    at: AttentionMetadata,
+    causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     """torch's kernel for samples of any lengths one after the other, all of them at once. NVIDIA GPUs, bf16."""
     from torch.nn.attention.varlen import varlen_attn  # not in every build of torch
@@ -179,7 +195,13 @@ def varlen(
 
 
 def math(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, causal: bool, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    at: AttentionMetadata,
+    causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     """Products and a softmax in fp32, with the whole square of a sequence in memory: what the others are compared with."""
     length, batch, heads, width = query.shape
@@ -196,4 +218,4 @@ def math(
 
 
 KERNELS: dict[str, Callable[..., torch.Tensor]] = {"sdpa": sdpa, "varlen": varlen, "math": math}
-BY_ENDS = ("varlen", "te")
+CU_SEQLENS_KERNELS = ("varlen", "te")

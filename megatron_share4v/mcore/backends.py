@@ -11,28 +11,30 @@ import torch
 from megatron_share4v.config.run import Attention, Ops, RunConfig
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.transformer_engine import REMEDY, missing_engine
-from megatron_share4v.ops.backend import Available, Choice, choose_ops
+from megatron_share4v.mcore.transformer_engine import REMEDY, te_unavailable_reason
+from megatron_share4v.ops.backend import LibrarySources, OpsBackend, choose_ops_backend
 from megatron_share4v.ops.fp8_linear import require_fp8
 from megatron_share4v.parallel.collectives import gather_objects
 
 BLACKWELL = (10, 0)
 
 
-def agree_on_ops(requested: Ops, *, mesh: Mesh, available: Available | None = None) -> Choice:
+def select_ops_backend(requested: Ops, *, mesh: Mesh, available: LibrarySources | None = None) -> OpsBackend:
     """This rank's choice, which is every rank's. Collective; of the ranks of one machine, one builds.
 
     Raises OpsError on every rank, with one message, when `native` was asked for and some rank cannot have it, or when ranks would differ.
     """
     remedy = f"ops: {requested} does not lead to the same on every rank; give all machines the same compilers, or set ops: reference."
-    return _agree(lambda: choose_ops(requested, device=mesh.device.kind, available=available), mesh=mesh, remedy=remedy)
+    return _require_same_choice(
+        lambda: choose_ops_backend(requested, device=mesh.device.kind, available=available), mesh=mesh, remedy=remedy
+    )
 
 
-Chosen = TypeVar("Chosen", Choice, "AttentionChoice")
+Backend = TypeVar("Backend", OpsBackend, "AttentionBackend")
 
 
 @dataclass(frozen=True)
-class AttentionChoice:
+class AttentionBackend:
     """The kernel (attention.py) and why; `implementation` is its name. Record `line` with the run."""
 
     implementation: str
@@ -44,36 +46,36 @@ class AttentionChoice:
         return f"attention: {self.implementation} ({self.reason})"
 
 
-def agree_on_attention(requested: Attention, *, mesh: Mesh, packed: bool, dtype: torch.dtype) -> AttentionChoice:
+def select_attention_backend(requested: Attention, *, mesh: Mesh, packed: bool, dtype: torch.dtype) -> AttentionBackend:
     """Collective. Raises OpsError on every rank, with one message, when the kernel that was asked for cannot be had, or not for packs."""
     remedy = f"attention: {requested} does not lead to the same on every rank; give all machines the same GPUs and packages, or set attention: sdpa."
-    return _agree(
-        lambda: choose_attention(requested, device=mesh.device.torch_device, packed=packed, dtype=dtype),
+    return _require_same_choice(
+        lambda: choose_attention_backend(requested, device=mesh.device.torch_device, packed=packed, dtype=dtype),
         mesh=mesh,
         remedy=remedy,
     )
 
 
-def choose_attention(
+def choose_attention_backend(
     requested: Attention, *, device: torch.device, packed: bool, dtype: torch.dtype
-) -> AttentionChoice:
+) -> AttentionBackend:
     """The one rule. Raises OpsError."""
     if requested == "auto":
         if not packed:
-            return AttentionChoice("sdpa", "samples are not packed")
-        refused = _refusal("varlen", device=device, packed=packed, dtype=dtype)
+            return AttentionBackend("sdpa", "samples are not packed")
+        refused = _unsupported_reason("varlen", device=device, packed=packed, dtype=dtype)
         return (
-            AttentionChoice("sdpa", f"sample by sample, since varlen: {refused}")
+            AttentionBackend("sdpa", f"sample by sample, since varlen: {refused}")
             if refused
-            else AttentionChoice("varlen", "samples are packed")
+            else AttentionBackend("varlen", "samples are packed")
         )
-    refused = _refusal(requested, device=device, packed=packed, dtype=dtype)
+    refused = _unsupported_reason(requested, device=device, packed=packed, dtype=dtype)
     if refused:
         raise OpsError(f"attention: {requested} was asked for on {device.type}: {refused}")
-    return AttentionChoice(requested, "as configured")
+    return AttentionBackend(requested, "as configured")
 
 
-def _refusal(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dtype) -> str | None:
+def _unsupported_reason(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dtype) -> str | None:
     if kernel == "varlen":
         if device.type != "cuda":
             return "torch has this kernel for NVIDIA GPUs alone; use sdpa or auto"
@@ -82,7 +84,7 @@ def _refusal(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dt
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs compute capability 8.0 (A100) or later; use sdpa or auto"
     if kernel == "te":
-        missing = missing_engine()
+        missing = te_unavailable_reason()
         if missing:
             return f"{missing}; {REMEDY}"
         if packed and dtype is not torch.bfloat16:
@@ -93,7 +95,7 @@ def _refusal(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dt
 def check_precision(config: RunConfig, *, mesh: Mesh) -> None:
     """Raise OpsError where this machine has no FP8 products, or no Transformer Engine, and the run asks for them."""
     if config.transformer_engine != "none":
-        missing = missing_engine()
+        missing = te_unavailable_reason()
         if missing:
             raise OpsError(
                 f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, or set transformer_engine: none"
@@ -106,7 +108,7 @@ def check_precision(config: RunConfig, *, mesh: Mesh) -> None:
         )
 
 
-def _agree(choose: Callable[[], Chosen], *, mesh: Mesh, remedy: str) -> Chosen:
+def _require_same_choice(choose: Callable[[], Backend], *, mesh: Mesh, remedy: str) -> Backend:
     try:
         choice = choose()
         mine = choice.line
@@ -115,10 +117,10 @@ def _agree(choose: Callable[[], Chosen], *, mesh: Mesh, remedy: str) -> Chosen:
     ranks = gather_objects((choice.implementation if choice else None, mine))
     if len({implementation for implementation, _ in ranks}) == 1 and choice:
         return choice
-    raise OpsError(_difference(remedy, ranks))
+    raise OpsError(_describe_difference(remedy, ranks))
 
 
-def _difference(remedy: str, ranks: list[tuple[str | None, str]]) -> str:
+def _describe_difference(remedy: str, ranks: list[tuple[str | None, str]]) -> str:
     """What each rank came to, ranks with the same outcome on one line."""
     members: dict[str, list[int]] = {}
     for rank, (_, said) in enumerate(ranks):

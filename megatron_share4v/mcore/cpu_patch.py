@@ -19,13 +19,13 @@ _CALLER = "megatron.core"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
 
 
-class NullStream:
+class CpuStream:
     """Stands for a CUDA stream: everything is already in order on a CPU. A class, since transformers annotates `torch.cuda.Stream | None`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> NullStream:
+    def __enter__(self) -> CpuStream:
         return self
 
     def __exit__(self, *args: Any) -> None:
@@ -41,7 +41,7 @@ class NullStream:
         """Nothing to wait for."""
 
 
-class ClockEvent(NullStream):
+class CpuEvent(CpuStream):
     """Stands for a CUDA event; can time."""
 
     def record(self, stream: Any = None) -> None:
@@ -55,19 +55,19 @@ class ClockEvent(NullStream):
         """Always done."""
         return True
 
-    def elapsed_time(self, end: ClockEvent) -> float:
+    def elapsed_time(self, end: CpuEvent) -> float:
         """Milliseconds from this event to `end`."""
         return 1e3 * (end._time - self._time)
 
 
-class _Generators(dict):
+class _CpuGenerators(dict):
     """torch.cuda.default_generators[i] is the CPU generator, whatever i."""
 
     def __missing__(self, index: int) -> torch.Generator:
         return torch.default_generator
 
 
-def _answer(owner: Any, name: str, reply: Callable) -> None:
+def _patch_for_megatron(owner: Any, name: str, reply: Callable) -> None:
     """Replace `owner.name` by a function that gives `reply` to megatron-core and the original to all others."""
     original = getattr(owner, name)
 
@@ -115,11 +115,11 @@ def _type(original: Callable, tensor: torch.Tensor, *args: Any, **kwargs: Any) -
     return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
 
 
-def open_door() -> bool:
+def patch_cuda_for_cpu() -> bool:
     """Install the answers; True when they are in place. Must run before megatron.core is first imported; a second call changes nothing."""
     if torch.cuda.is_available():
         return False
-    if isinstance(torch.cuda.default_generators, _Generators):
+    if isinstance(torch.cuda.default_generators, _CpuGenerators):
         return True
     assert not any(name.startswith(_CALLER) for name in sys.modules), (
         "the CPU door must be opened before megatron.core is imported"
@@ -138,23 +138,23 @@ def open_door() -> bool:
         "_lazy_init": None,
     }
     for name, value in constants.items():
-        _answer(cuda, name, _constant(value))
+        _patch_for_megatron(cuda, name, _constant(value))
     for name in ("current_stream", "default_stream", "stream"):
-        _answer(cuda, name, lambda original, *args, **kwargs: NullStream())
+        _patch_for_megatron(cuda, name, lambda original, *args, **kwargs: CpuStream())
     for name in ("range_push", "range_pop"):
-        _answer(cuda.nvtx, name, _constant(None))
-    _answer(cuda, "_lazy_call", lambda original, callback, **kwargs: callback())
+        _patch_for_megatron(cuda.nvtx, name, _constant(None))
+    _patch_for_megatron(cuda, "_lazy_call", lambda original, callback, **kwargs: callback())
     for owner in (cuda, cuda.random):
-        _answer(owner, "manual_seed", lambda original, seed: torch.manual_seed(seed))
-        _answer(owner, "get_rng_state", lambda original, *args, **kwargs: torch.get_rng_state())
-        _answer(owner, "set_rng_state", lambda original, state, *args, **kwargs: torch.set_rng_state(state))
-    cuda.default_generators = _Generators()
-    cuda.Stream, cuda.Event = NullStream, ClockEvent
-    _answer(torch, "compile", _as_written)
+        _patch_for_megatron(owner, "manual_seed", lambda original, seed: torch.manual_seed(seed))
+        _patch_for_megatron(owner, "get_rng_state", lambda original, *args, **kwargs: torch.get_rng_state())
+        _patch_for_megatron(owner, "set_rng_state", lambda original, state, *args, **kwargs: torch.set_rng_state(state))
+    cuda.default_generators = _CpuGenerators()
+    cuda.Stream, cuda.Event = CpuStream, CpuEvent
+    _patch_for_megatron(torch, "compile", _as_written)
     for name in _FACTORIES:
-        _answer(torch, name, _factory)
-    _answer(torch.Tensor, "to", _to)
-    _answer(torch.Tensor, "type", _type)
+        _patch_for_megatron(torch, name, _factory)
+    _patch_for_megatron(torch.Tensor, "to", _to)
+    _patch_for_megatron(torch.Tensor, "type", _type)
     for owner in (torch.Tensor, torch.nn.Module):
-        _answer(owner, "cuda", lambda original, self, *args, **kwargs: self)
+        _patch_for_megatron(owner, "cuda", lambda original, self, *args, **kwargs: self)
     return True

@@ -27,16 +27,22 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.mcore.async_writer import HostBuffers, Snapshot
-from megatron_share4v.mcore.optimizer import gather_weights, optimizer_parts, restore_step_counts, step_counts, unwrap
-from megatron_share4v.mcore.optimizer_gather import Gathering
+from megatron_share4v.mcore.async_writer import CheckpointSnapshot, HostBuffers
+from megatron_share4v.mcore.optimizer import (
+    chained_optimizers,
+    gather_updated_params,
+    restore_step_counts,
+    step_counts,
+    unwrap_model,
+)
+from megatron_share4v.mcore.optimizer_gather import OptimizerStateGather
 from megatron_share4v.parallel.collectives import gather_objects
 
 STATE_PREFIX = "optimizer.state."
 STATES = ("param", "exp_avg", "exp_avg_sq")
 SHOWN_MISMATCHES = 5
 
-Entry = ShardedTensor | ShardedTensorFactory
+ShardedEntry = ShardedTensor | ShardedTensorFactory
 
 
 def take_snapshot(
@@ -46,20 +52,23 @@ def take_snapshot(
     optimizer: MegatronOptimizer | None,
     sharding: dict[str, Any],
     buffers: HostBuffers | None,
-) -> Snapshot:
+) -> CheckpointSnapshot:
     """What this rank will write into the empty `directory` (on a file system that all ranks see). Collective.
 
     `sharding` is passed to the chunks' sharded_state_dict. With `buffers`, copied to the host: training may go on before it is written. Raises CheckpointError, on all ranks, when there is no room.
     """
-    gather_weights(chunks)
+    gather_updated_params(chunks)
     weights = named_weights(chunks, sharding)
-    entries = _unfold(nested_values(weights))
+    entries = _build_factories(nested_values(weights))
     live = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    gatherings: list[Gathering] = []
+    gatherings: list[OptimizerStateGather] = []
     if optimizer is not None:
-        entries += _unfold(_saved_state(optimizer, weights, gatherings, buffers))
+        entries += _build_factories(_saved_state(optimizer, weights, gatherings, buffers))
         live += [
-            tensor for part in optimizer_parts(optimizer) for piece in pieces(part) for tensor in piece.tensors.values()
+            tensor
+            for part in chained_optimizers(optimizer)
+            for piece in optimizer_shards(part)
+            for tensor in piece.tensors.values()
         ]
     _check_space(directory, entries)
 
@@ -67,7 +76,7 @@ def take_snapshot(
         for gathering in gatherings:
             gathering.complete(group)
 
-    snapshot = Snapshot(buffers, live=live, fill=fill)
+    snapshot = CheckpointSnapshot(buffers, live=live, fill=fill)
     dist_checkpointing.save(_numbered(entries), str(directory), snapshot)
     return snapshot
 
@@ -85,14 +94,14 @@ def load_sharded(
     `updates` becomes the step count of every trained parameter. Raises CheckpointError, on all ranks, when names or shapes differ.
     """
     weights = named_weights(chunks, sharding)
-    entries = _unfold(nested_values(weights))
+    entries = _build_factories(nested_values(weights))
     targets = [] if optimizer is None else list(_state_targets(optimizer, weights))
-    entries += _unfold(target.entry for target in targets)
+    entries += _build_factories(target.entry for target in targets)
     _check_fit(directory, entries, with_state=optimizer is not None)
     # A rank of a sharded optimizer asks for the parameters that it updates alone, so nobody covers everything.
     dist_checkpointing.load(_numbered(entries), str(directory), validate_access_integrity=False)
     for target in targets:
-        target.hand_over()
+        target.copy_shard()
     if optimizer is not None:
         restore_step_counts(optimizer, updates)
 
@@ -106,7 +115,7 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OptimizerShard:
     """What this rank keeps for one trained parameter: its fp32 weight and moments, by name, from flat position `start` on."""
 
     parameter: torch.nn.Parameter
@@ -115,16 +124,16 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Target:
+class _LoadTarget:
     """Where one tensor of optimizer state is read into: the `whole` parameter's, of which this rank keeps a piece from `start` on."""
 
-    entry: Entry
+    entry: ShardedEntry
     whole: torch.Tensor
     kept: torch.Tensor
     start: int
 
     @torch.no_grad()
-    def hand_over(self) -> None:
+    def copy_shard(self) -> None:
         """Copy the piece out, unless `whole` is a view of it and hence already there."""
         if self.whole.data_ptr() != self.kept.data_ptr():
             self.kept.view(-1).copy_(self.whole.view(-1)[self.start : self.start + self.kept.numel()])
@@ -133,16 +142,16 @@ class _Target:
 def named_weights(chunks: Sequence[torch.nn.Module], sharding: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Core's layers also name objects that only Transformer Engine fills; those are left out."""
     found = {
-        f"chunk{number}": unwrap(chunk).sharded_state_dict(metadata=dict(sharding))
+        f"chunk{number}": unwrap_model(chunk).sharded_state_dict(metadata=dict(sharding))
         for number, chunk in enumerate(chunks)
     }
     return {
-        chunk: {name: entry for name, entry in entries.items() if isinstance(entry, Entry)}
+        chunk: {name: entry for name, entry in entries.items() if isinstance(entry, ShardedEntry)}
         for chunk, entries in found.items()
     }
 
 
-def _unfold(entries: Iterable[Entry]) -> list[ShardedTensor]:
+def _build_factories(entries: Iterable[ShardedEntry]) -> list[ShardedTensor]:
     """Fused matrices as the parts that are stored; the parts are views, so what is read lands in place."""
     tensors = []
     for entry in entries:
@@ -155,14 +164,19 @@ def _numbered(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
 
 
 def _saved_state(
-    optimizer: MegatronOptimizer, weights: dict[str, Any], gatherings: list[Gathering], buffers: HostBuffers | None
-) -> Iterator[Entry]:
+    optimizer: MegatronOptimizer,
+    weights: dict[str, Any],
+    gatherings: list[OptimizerStateGather],
+    buffers: HostBuffers | None,
+) -> Iterator[ShardedEntry]:
     """What a sharded optimizer's ranks hold in pieces is announced by the first of them, and there when the new one of `gatherings` is complete."""
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
-    for part in optimizer_parts(optimizer):
+    for part in chained_optimizers(optimizer):
         if isinstance(part, DistributedOptimizer):
             kept = {id(piece.parameter): piece.tensors for piece in _sharded_pieces(part)}
-            gatherings.append(Gathering(part, kept, names=STATES, buffers=buffers, label=str(len(gatherings))))
+            gatherings.append(
+                OptimizerStateGather(part, kept, names=STATES, buffers=buffers, label=str(len(gatherings)))
+            )
             for (parameter, name), whole in gatherings[-1].wholes.items():
                 yield _state_entry(by_parameter[parameter], name, whole)
         else:
@@ -171,41 +185,43 @@ def _saved_state(
                     yield _state_entry(by_parameter[id(piece.parameter)], name, tensor.float())
 
 
-def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Iterator[_Target]:
+def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Iterator[_LoadTarget]:
     """Only of the parameters that this rank updates, so that the memory needed falls with the number of data-parallel ranks."""
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
-    for part in optimizer_parts(optimizer):
-        for piece in pieces(part):
+    for part in chained_optimizers(optimizer):
+        for piece in optimizer_shards(part):
             shape = piece.parameter.shape
             for name, kept in piece.tensors.items():
                 in_place = kept.numel() == shape.numel() and kept.dtype is torch.float32
                 whole = kept.detach().view(shape) if in_place else torch.empty(shape)
-                yield _Target(_state_entry(by_parameter[id(piece.parameter)], name, whole), whole, kept, piece.start)
+                yield _LoadTarget(
+                    _state_entry(by_parameter[id(piece.parameter)], name, whole), whole, kept, piece.start
+                )
 
 
-def pieces(part: MegatronOptimizer) -> Iterator[Piece]:
+def optimizer_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
     """What one of core's optimizers keeps on this rank."""
     return _sharded_pieces(part) if isinstance(part, DistributedOptimizer) else _whole_pieces(part)
 
 
-def _sharded_pieces(part: DistributedOptimizer) -> Iterator[Piece]:
+def _sharded_pieces(part: DistributedOptimizer) -> Iterator[OptimizerShard]:
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
                     group, position = part.model_param_group_index_map[parameter]
                     main = part.optimizer.param_groups[group]["params"][position]
-                    yield Piece(parameter, ranges["param"].start, _kept(part, main))
+                    yield OptimizerShard(parameter, ranges["param"].start, _kept(part, main))
 
 
-def _whole_pieces(part: MegatronOptimizer) -> Iterator[Piece]:
+def _whole_pieces(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
     if isinstance(part, Float16OptimizerWithFloat16Params):
         halves, mains = (chain.from_iterable(groups) for groups in (part.float16_groups, part.fp32_from_float16_groups))
         pairs = [*zip(halves, mains), *((main, main) for main in chain.from_iterable(part.fp32_from_fp32_groups))]
     else:
         pairs = [(main, main) for group in part.param_groups for main in group["params"]]
     for parameter, main in pairs:
-        yield Piece(parameter, 0, _kept(part, main))
+        yield OptimizerShard(parameter, 0, _kept(part, main))
 
 
 def _kept(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -213,7 +229,7 @@ def _kept(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor
     return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
 
-def _state_entry(weight: Entry, name: str, data: torch.Tensor) -> Entry:
+def _state_entry(weight: ShardedEntry, name: str, data: torch.Tensor) -> ShardedEntry:
     """`data`, of the weight's own shape, split and named like the weight."""
     changes: dict[str, Any] = {"key": f"{STATE_PREFIX}{name}.{weight.key}", "data": data}
     if isinstance(weight, ShardedTensor):

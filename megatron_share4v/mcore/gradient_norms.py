@@ -12,16 +12,16 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-from megatron_share4v.mcore.dist_checkpoint import named_weights, pieces
+from megatron_share4v.mcore.dist_checkpoint import named_weights, optimizer_shards
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import optimizer_parts
+from megatron_share4v.mcore.optimizer import chained_optimizers
 from megatron_share4v.parallel.collectives import gather_objects
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 
 
 @torch.no_grad()
-def module_norms(
+def grad_norms_by_module(
     chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, mesh: Mesh, sharding: dict[str, Any]
 ) -> dict[str, float]:
     """L2 norm of the gradient that the optimizer was about to use, by layer and other module, under global names; equal on all ranks. Collective.
@@ -30,10 +30,10 @@ def module_norms(
     """
     names = {id(entry.data): entry.key for entry in nested_values(named_weights(chunks, sharding))}
     squares: dict[str, float] = {}
-    for part in optimizer_parts(optimizer):
-        if not isinstance(part, DistributedOptimizer) and not mesh.first_replica:
+    for part in chained_optimizers(optimizer):
+        if not isinstance(part, DistributedOptimizer) and not mesh.is_first_replica:
             continue  # all replicas hold the same
-        for piece in pieces(part):
+        for piece in optimizer_shards(part):
             gradient = piece.tensors["param"].grad
             if gradient is not None and param_is_not_tensor_parallel_duplicate(piece.parameter):
                 module = _module(names[id(piece.parameter)])

@@ -33,37 +33,37 @@ class Mesh:
     groups: ProcessGroupCollection
 
     @property
-    def tensor_group(self) -> ProcessGroup:
+    def tp_group(self) -> ProcessGroup:
         """Ranks that share every matrix with this one."""
         return self.groups.tp
 
     @property
-    def data_group(self) -> ProcessGroup:
+    def dp_group(self) -> ProcessGroup:
         """Ranks that do what this one does, with other samples."""
         return self.groups.dp
 
     @property
-    def context_group(self) -> ProcessGroup:
+    def cp_group(self) -> ProcessGroup:
         """Ranks that hold other positions of the same sequences."""
         return self.groups.cp
 
     @property
-    def replica_group(self) -> ProcessGroup:
+    def dp_cp_group(self) -> ProcessGroup:
         """Ranks that hold the same weights as this one: those of the data and the context axis."""
         return self.groups.dp_cp
 
     @property
-    def first_replica(self) -> bool:
+    def is_first_replica(self) -> bool:
         """Of those, one that can speak for all."""
         return self.coordinates.data == self.coordinates.context == 0
 
     @property
-    def sample_group(self) -> ProcessGroup:
+    def tp_cp_group(self) -> ProcessGroup:
         """Ranks of this pipeline rank that work on the same samples, tensor fastest: those of the tensor and the context axis."""
         return self.groups.tp_cp
 
     @property
-    def sample_source(self) -> int:
+    def tp_cp_source_rank(self) -> int:
         """Global rank of the first of them, which reads the data for the others."""
         return dist.get_global_rank(self.groups.tp_cp, 0)
 
@@ -73,12 +73,12 @@ class Mesh:
         return self.coordinates.tensor == self.coordinates.context == 0
 
     @property
-    def holds_first_stage(self) -> bool:
+    def is_first_stage(self) -> bool:
         """The vision tower, the projector and the embedding live here."""
         return self.coordinates.pipeline == 0
 
     @property
-    def holds_last_stage(self) -> bool:
+    def is_last_stage(self) -> bool:
         """The head and the loss live here."""
         return self.coordinates.pipeline == self.layout.pipeline - 1
 

@@ -19,7 +19,7 @@ _ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class Span:
+class SequenceSpan:
     """A sequence's part of a step: its `count` new positions end at position `end`; position p has its keys and values in row `start` + p."""
 
     start: int
@@ -27,18 +27,18 @@ class Span:
     end: int
 
 
-class KeyValueCache:
+class KVCache:
     """[layers, rows, G, D] keys, and as many values, of this tensor rank's heads."""
 
     def __init__(self, config: TransformerConfig, *, rows: int, device: torch.device) -> None:
-        shape = (config.num_layers, rows, _groups(config), config.kv_channels)
+        shape = (config.num_layers, rows, _groups_per_rank(config), config.kv_channels)
         self.keys = torch.empty(shape, dtype=config.params_dtype, device=device)
         self.values = torch.empty(shape, dtype=config.params_dtype, device=device)
 
     @staticmethod
     def bytes_per_row(config: TransformerConfig) -> int:
         """What one position takes on this rank."""
-        return 2 * config.num_layers * _groups(config) * config.kv_channels * config.params_dtype.itemsize
+        return 2 * config.num_layers * _groups_per_rank(config) * config.kv_channels * config.params_dtype.itemsize
 
     def copy(self, source: int, target: int, count: int) -> None:
         """`count` rows from `source` on to those from `target` on; they must not overlap."""
@@ -48,14 +48,14 @@ class KeyValueCache:
 
 
 @dataclass
-class CachedStep(PackedSeqParams):
+class CachedAttentionMetadata(PackedSeqParams):
     """How core carries the cache and the spans of a step through its layers to ours. Not in the `thd` format: the step is one sequence to core."""
 
     qkv_format: str = "sbhd"
-    cache: KeyValueCache | None = None
-    spans: tuple[Span, ...] = ()
+    cache: KVCache | None = None
+    spans: tuple[SequenceSpan, ...] = ()
     table: torch.Tensor | None = None
-    """Of rotary positions, as in Places; the model fills it in."""
+    """Of rotary positions, as in AttentionMetadata; the model fills it in."""
     gather: bool | None = None
     """Whether sequences with one new position are gathered; None: on a GPU."""
 
@@ -75,16 +75,16 @@ class CachedStep(PackedSeqParams):
     def masks(self) -> tuple[torch.Tensor | None, ...]:
         """For each span [count, end], true where a new position sees an old one; None where nothing is hidden, or torch's own causality does."""
         return tuple(
-            None if span.count in (1, span.end) else _causal(span, self.cache.keys.device) for span in self.spans
+            None if span.count in (1, span.end) else _causal_mask(span, self.cache.keys.device) for span in self.spans
         )
 
     @cached_property
-    def together(self) -> _Together | None:
+    def together(self) -> _DecodeBatch | None:
         """The spans that are gathered; None where none are."""
         if self.gather is False or (self.gather is None and self.cache.keys.device.type == "cpu"):
             return None
         single = [span for span in self.spans if span.count == 1]
-        return _Together.of(self.spans, device=self.cache.keys.device) if len(single) > 1 else None
+        return _DecodeBatch.of(self.spans, device=self.cache.keys.device) if len(single) > 1 else None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None
@@ -100,7 +100,7 @@ class CachedStep(PackedSeqParams):
                 results.append(part)  # a place, filled below
                 continue
             seen = slice(span.start, span.start + span.end)
-            attend = _attend_one if span.count == 1 else _attend_several
+            attend = _attend_decode if span.count == 1 else _attend_prefill
             results.append(attend(part, keys[seen], values[seen], mask=mask, scale=scale))
         result = torch.cat(results)
         if self.together is not None:
@@ -109,7 +109,7 @@ class CachedStep(PackedSeqParams):
 
 
 @dataclass(frozen=True)
-class _Together:
+class _DecodeBatch:
     """B sequences with one new position each: `places` [B] among the T, `rows` [B, L] of the cache for the longest, `seen` [B, 1, 1, L]."""
 
     places: torch.Tensor
@@ -117,7 +117,7 @@ class _Together:
     seen: torch.Tensor
 
     @classmethod
-    def of(cls, spans: tuple[Span, ...], *, device: torch.device) -> _Together:
+    def of(cls, spans: tuple[SequenceSpan, ...], *, device: torch.device) -> _DecodeBatch:
         starts = [sum(span.count for span in spans[:number]) for number in range(len(spans))]
         single = [(at, span) for at, span in zip(starts, spans) if span.count == 1]
         # CUDA's kernels want masks whose rows are aligned.
@@ -143,7 +143,7 @@ class _Together:
         return result.reshape(len(self.places), -1, width)
 
 
-def _attend_one(
+def _attend_decode(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, mask: None, scale: float | None
 ) -> torch.Tensor:
     """One position sees everything: the query heads of a group become queries of one head, which spares repeating its keys. [1, Q, D]."""
@@ -155,7 +155,7 @@ def _attend_one(
     return result.reshape(1, -1, width)
 
 
-def _attend_several(
+def _attend_prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor:
     """[count, Q, D] queries, the last of [end, G, D] keys and values -> [count, Q, D]."""
@@ -167,11 +167,11 @@ def _attend_several(
     return result[0].transpose(0, 1)
 
 
-def _causal(span: Span, device: torch.device) -> torch.Tensor:
+def _causal_mask(span: SequenceSpan, device: torch.device) -> torch.Tensor:
     """torch's own causal form counts from the first key, ours from the last."""
     return torch.ones(span.count, span.end, dtype=torch.bool, device=device).tril(span.end - span.count)
 
 
-def _groups(config: TransformerConfig) -> int:
+def _groups_per_rank(config: TransformerConfig) -> int:
     """With fewer groups than ranks, core gives every rank one."""
     return max(1, config.num_query_groups // config.tensor_model_parallel_size)

@@ -97,9 +97,7 @@ def layer_spec(*, causal: bool, mesh: Mesh, linears: Linears = PLAIN, attention:
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=ActivatedMLP, submodules=mlp_submodules(linears), params={"tp_group": mesh.tensor_group}
-            ),
+            mlp=ModuleSpec(module=ActivatedMLP, submodules=mlp_submodules(linears), params={"tp_group": mesh.tp_group}),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -109,9 +107,9 @@ def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: Laye
     """The decoder layers `numbers` (counted from 0) of `layers`, those of one stage, and the final norm (built on the last stage alone)."""
     attention = CoreAttention
     if options.attention == "te":
-        from megatron_share4v.mcore.layer_specs_te import EngineAttention
+        from megatron_share4v.mcore.layer_specs_te import TEAttention
 
-        attention = EngineAttention
+        attention = TEAttention
     specs = [
         layer_spec(
             causal=True,

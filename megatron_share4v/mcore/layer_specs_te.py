@@ -19,7 +19,7 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_share4v.mcore.attention import CoreAttention, Places
+from megatron_share4v.mcore.attention import AttentionMetadata, CoreAttention
 from megatron_share4v.mcore.layer_config import LayerConfig
 
 COLUMN, ROW = TEColumnParallelLinear, TERowParallelLinear
@@ -37,7 +37,7 @@ def _alone(config: LayerConfig) -> LayerConfig:
     return alone
 
 
-class EngineAttention(CoreAttention):
+class TEAttention(CoreAttention):
     """Rotary positions as everywhere, then Transformer Engine's kernels; packs in its `thd` format, which keeps samples apart."""
 
     def __init__(
@@ -57,7 +57,7 @@ class EngineAttention(CoreAttention):
         self.kernel = self._run
 
     def _run(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: Places, **_: Any
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, at: AttentionMetadata, **_: Any
     ) -> torch.Tensor:
         """Causality and scale are the module's own."""
         if at.lengths is None:

@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.schedule import attach_schedule
+from megatron_share4v.mcore.schedule import set_schedule_hooks
 from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 from megatron_share4v.ops.op import Implementation
 
@@ -26,15 +26,15 @@ __all__ = [
     "MegatronOptimizer",
     "build_optimizer",
     "clip_gradients",
-    "gather_weights",
+    "gather_updated_params",
     "set_learning_rate",
-    "squared_norm",
-    "unwrap",
-    "wrap_chunks",
+    "squared_grad_norm",
+    "unwrap_model",
+    "wrap_ddp",
 ]
 
 
-def wrap_chunks(
+def wrap_ddp(
     chunks: Sequence[torch.nn.Module],
     *,
     mesh: Mesh,
@@ -60,11 +60,11 @@ def wrap_chunks(
         for number, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:
-        attach_schedule(chunk.config, wrapped, overlap_grad_reduce=parallel.overlap_grad_reduce)
+        set_schedule_hooks(chunk.config, wrapped, overlap_grad_reduce=parallel.overlap_grad_reduce)
     return wrapped
 
 
-def gather_weights(chunks: Sequence[torch.nn.Module]) -> None:
+def gather_updated_params(chunks: Sequence[torch.nn.Module]) -> None:
     """Bring all updated weights to this rank, before anything but a training step reads them: with overlap_param_gather, only those come by
     themselves that the next forward pass of a training step asks for. Collective."""
     for chunk in chunks:
@@ -72,7 +72,7 @@ def gather_weights(chunks: Sequence[torch.nn.Module]) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
+def unwrap_model(chunk: torch.nn.Module) -> torch.nn.Module:
     """The model chunk inside its data-parallel wrapper."""
     return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
@@ -100,26 +100,26 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
         clip_grad=optim.clip_grad_norm,
     )
-    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_overrides(optim))
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_config_overrides(optim))
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-    _update_in_one_pass(optimizer, optim, ops=unwrap(chunks[0]).config.ops, seed=seed)
-    _give_each_parameter_a_state(optimizer)
+    _use_fused_adamw(optimizer, optim, ops=unwrap_model(chunks[0]).config.ops, seed=seed)
+    _init_optimizer_state(optimizer)
     return optimizer
 
 
-def _update_in_one_pass(optimizer: MegatronOptimizer, optim: OptimConfig, *, ops: Implementation, seed: int) -> None:
+def _use_fused_adamw(optimizer: MegatronOptimizer, optim: OptimConfig, *, ops: Implementation, seed: int) -> None:
     """Over each weight and its state, instead of a dozen: our AdamW, or torch's fused one where our ops are not there and nothing of ours is asked for."""
     for group in optimizer.param_groups:
         group["fused"] = True
     short = optim.moments == "bf16"
     if ops == "native" or short or optim.offload:
         how: dict[str, Any] = {"seed": seed, "average_dtype": torch.bfloat16} if short else {}
-        for part in optimizer_parts(optimizer):
+        for part in chained_optimizers(optimizer):
             part.optimizer = FusedAdamW.in_place_of(part.optimizer, on_host=optim.offload, implementation=ops, **how)
 
 
-def _overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
+def _config_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
     """Learning rates by component; no weight decay on vectors."""
     is_vector = ParamPredicate(name="vector", fn=lambda parameter: parameter.dim() < 2)
     overrides: dict[ParamKey, dict[str, float]] = {ParamKey(predicate=is_vector): {"wd_mult": 0.0}}
@@ -139,7 +139,7 @@ def set_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
 
 
 @torch.no_grad()
-def squared_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch.Tensor:
+def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch.Tensor:
     """[1] fp32: the square of the global L2 norm of the gradients, after optimizer.prepare_grads(). Collective, and nothing waits for it.
 
     Core's own way gives a number of the host's, and asks the device for the norm of each weight where neither Transformer Engine nor apex is there.
@@ -160,7 +160,7 @@ def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float
     Our own AdamW scales them as it reads them.
     """
     coefficient = max_norm / (norm + 1e-6)  # core's and torch's
-    for part in optimizer_parts(optimizer):
+    for part in chained_optimizers(optimizer):
         if not isinstance(part.optimizer, FusedAdamW):
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm, norm)
         elif coefficient < 1.0 and part.get_parameters():
@@ -169,7 +169,7 @@ def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float
             )
 
 
-def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
+def chained_optimizers(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
     """Core's optimizers inside its chain; none on a pipeline stage that trains nothing (projector-only training)."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:
@@ -178,7 +178,7 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]
 
 def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any], torch.device]]:
     """Each parameter with its state and where its count of steps is: with the parameter for torch's fused update, else on the host."""
-    for part in optimizer_parts(optimizer):
+    for part in chained_optimizers(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield (
@@ -188,9 +188,9 @@ def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, d
                 )
 
 
-def _give_each_parameter_a_state(optimizer: MegatronOptimizer) -> None:
+def _init_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """AdamW makes its state at the first step; a checkpoint may be written or read before."""
-    for part in optimizer_parts(optimizer):
+    for part in chained_optimizers(optimizer):
         if isinstance(part.optimizer, FusedAdamW):
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:

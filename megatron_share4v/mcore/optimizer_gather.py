@@ -17,7 +17,7 @@ from megatron_share4v.mcore.async_writer import HostBuffers
 
 
 @dataclass(frozen=True)
-class Span:
+class ParamRange:
     """What one rank keeps of a parameter: its flat elements start .. stop - 1."""
 
     parameter: torch.nn.Parameter
@@ -25,7 +25,7 @@ class Span:
     stop: int
 
 
-def spans(part: DistributedOptimizer, *, rank: int) -> Iterator[Span]:
+def param_ranges(part: DistributedOptimizer, *, rank: int) -> Iterator[ParamRange]:
     """Those of data-parallel rank `rank`, in an order that all ranks agree on: each bucket of gradients is cut into as many equal shares as there are ranks."""
     size = part.data_parallel_group.size()
     for buffer in part.buffers:
@@ -35,10 +35,10 @@ def spans(part: DistributedOptimizer, *, rank: int) -> Iterator[Span]:
             for parameter, (begin, end, number) in buffer.param_index_map.items():
                 start, stop = max(begin, first), min(end, first + share)
                 if number == bucket.bucket_id and start < stop:
-                    yield Span(parameter, start - begin, stop - begin)
+                    yield ParamRange(parameter, start - begin, stop - begin)
 
 
-class Gathering:
+class OptimizerStateGather:
     """The state of one sharded optimizer. `wholes` fill up when `complete` is called; empty but on the first data-parallel rank."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Gathering:
         """
         self._part, self._names = part, names
         self._ranks = dist.get_process_group_ranks(part.data_parallel_group)
-        mine = list(spans(part, rank=part.data_parallel_group.rank()))
+        mine = list(param_ranges(part, rank=part.data_parallel_group.rank()))
         tensors = [kept[id(span.parameter)][name].detach().view(-1) for span in mine for name in names]
         assert [len(tensor) for tensor in tensors] == [span.stop - span.start for span in mine for _ in names], (
             "shares are not cut as core cuts them"
@@ -84,10 +84,10 @@ class Gathering:
                 dist.send(tensor.to("cpu", torch.float32), dst=self._ranks[0], group=group)
         elif self.wholes:
             for number, rank in enumerate(self._ranks[1:], 1):
-                for span in spans(self._part, rank=number):
+                for span in param_ranges(self._part, rank=number):
                     for name in self._names:
                         dist.recv(self._place(span, name), src=rank, group=group)
         self._sent = []
 
-    def _place(self, span: Span, name: str) -> torch.Tensor:
+    def _place(self, span: ParamRange, name: str) -> torch.Tensor:
         return self.wholes[id(span.parameter), name].view(-1)[span.start : span.stop]

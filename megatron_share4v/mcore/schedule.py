@@ -47,18 +47,18 @@ def run_schedule(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    return records if mesh.holds_last_stage else []
+    return records if mesh.is_last_stage else []
 
 
-def attach_schedule(config: Any, chunks: Sequence[torch.nn.Module], *, overlap_grad_reduce: bool) -> None:
+def set_schedule_hooks(config: Any, chunks: Sequence[torch.nn.Module], *, overlap_grad_reduce: bool) -> None:
     """Tell core's schedule how gradients are finished and, with overlap, when they must not be reduced yet."""
-    config.finalize_model_grads_func = _finish_gradients
+    config.finalize_model_grads_func = _finalize_gradients
     if overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
-def _finish_gradients(
+def _finalize_gradients(
     model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, *, pg_collection: Any, **others: Any
 ) -> None:
     """Core's, but for the division by the count of the step: core asks the device whether that is zero, and the host would wait for the answer."""

@@ -10,7 +10,7 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.mcore.groups import Mesh
 
 
-def start_tensor_overlap(config: RunConfig, *, mesh: Mesh) -> None:
+def initialize_tp_comm_overlap(config: RunConfig, *, mesh: Mesh) -> None:
     """Make the buffers, where `parallel.overlap_tensor` asks for them: once per process, before the layers, which look for them as they are built.
 
     Collective over all ranks. Tensor groups are ranks in a row, as the engine takes them to be. Buffers are [positions of a micro-batch on all ranks of a

@@ -11,7 +11,7 @@ REMEDY = "install it on a machine with an NVIDIA GPU (transformer-engine[pytorch
 
 
 @functools.cache
-def missing_engine() -> str | None:
+def te_unavailable_reason() -> str | None:
     """Why Transformer Engine cannot be used in this process; None where it can."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import all_to_all
 
 
-def whole_sequences(
+def scatter_heads_gather_sequence(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[L, B, h, d] and twice [L, B, g, d] -> [S, B, h / C, d] and twice [S, B, max(g / C, 1), d]. C divides h; g and C divide each other."""
@@ -36,7 +36,7 @@ def _by_rank(x: torch.Tensor, ranks: int) -> torch.Tensor:
     return x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4)
 
 
-def own_positions(context: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+def gather_heads_scatter_sequence(context: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
     """What attention made, [S, B, h / C * d] -> [L, B, h * d]."""
     ranks = group.size()
     received = all_to_all(group, context.contiguous())

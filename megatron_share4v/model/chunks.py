@@ -9,7 +9,7 @@ from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.model.pipeline_split import layers_per_stage
-from megatron_share4v.model.share4v import ChunkPlace, Share4V
+from megatron_share4v.model.share4v import PipelineStage, Share4V
 from megatron_share4v.model.trainable import apply_trainable
 from megatron_share4v.ops.op import Implementation
 
@@ -30,7 +30,7 @@ def build_chunks(
     layout = mesh.layout
     chunks = []
     for number in range(layout.virtual):
-        place = ChunkPlace(
+        place = PipelineStage(
             stage=layout.stage(pipeline_rank=mesh.coordinates.pipeline, chunk=number),
             num_stages=layout.num_stages,
             chunk=number if layout.virtual > 1 else None,

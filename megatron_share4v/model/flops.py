@@ -14,7 +14,7 @@ from megatron_share4v.config.run import Recompute, RunConfig
 
 
 @dataclass(frozen=True)
-class Work:
+class Flops:
     """FLOPs of one part of the model. Attention's own products (scores, weighted values) apart: they run at another speed."""
 
     forward: float = 0.0
@@ -27,11 +27,11 @@ class Work:
         """Of both passes."""
         return self.forward + self.backward + self.attention_forward + self.attention_backward
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(mine + theirs for mine, theirs in zip(self._values, other._values)))
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(mine + theirs for mine, theirs in zip(self._values, other._values)))
 
-    def __mul__(self, factor: float) -> Work:
-        return Work(*(value * factor for value in self._values))
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(*(value * factor for value in self._values))
 
     @property
     def _values(self) -> tuple[float, ...]:
@@ -39,7 +39,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Amounts:
+class WorkloadCounts:
     """What goes through the model."""
 
     positions: float
@@ -51,7 +51,7 @@ class Amounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution:
+class ExecutionOptions:
     """What a machine does beyond the mathematics, over Amounts that count padding."""
 
     fused_head: bool = True
@@ -67,7 +67,7 @@ class Execution:
     """With `selective`, in both."""
 
     @classmethod
-    def of(cls, config: RunConfig, *, fused_head: bool, layers_per_stage: tuple[int, ...]) -> Execution:
+    def of(cls, config: RunConfig, *, fused_head: bool, layers_per_stage: tuple[int, ...]) -> ExecutionOptions:
         """As a run is configured."""
         train, most = config.train, config.train.recompute_layers
         again = sum(layers_per_stage) if most is None else sum(min(most, count) for count in layers_per_stage)
@@ -81,32 +81,36 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class Parts:
+class FlopsByPart:
     """FLOPs by part; `layer` is one decoder layer."""
 
-    tower: Work
-    projector: Work
-    layer: Work
-    head: Work
+    tower: Flops
+    projector: Flops
+    layer: Flops
+    head: Flops
 
     def total(self, num_layers: int) -> float:
         """Of the whole model."""
         return self.tower.total + self.projector.total + num_layers * self.layer.total + self.head.total
 
 
-def model_flops(model: ModelConfig, amounts: Amounts) -> float:
+def model_flops(model: ModelConfig, amounts: WorkloadCounts) -> float:
     """What the mathematics of one step asks for: the numerator of MFU. Amounts without padding."""
-    return parts(model, amounts).total(model.language.num_layers)
+    return flops_by_part(model, amounts).total(model.language.num_layers)
 
 
-def hardware_flops(model: ModelConfig, amounts: Amounts, execution: Execution = Execution()) -> float:
+def hardware_flops(
+    model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions = ExecutionOptions()
+) -> float:
     """What the machine computes in one step: the numerator of hardware utilisation. Amounts with padding and blank images."""
-    return parts(model, amounts, execution).total(model.language.num_layers)
+    return flops_by_part(model, amounts, execution).total(model.language.num_layers)
 
 
-def parts(model: ModelConfig, amounts: Amounts, execution: Execution | None = None) -> Parts:
+def flops_by_part(
+    model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None = None
+) -> FlopsByPart:
     """FLOPs by part of the model; without `execution`, what the mathematics asks for."""
-    return Parts(
+    return FlopsByPart(
         tower=_tower(model, execution) * amounts.images,
         projector=_projector(model) * amounts.images,
         layer=_layer(model, amounts, execution),
@@ -114,15 +118,15 @@ def parts(model: ModelConfig, amounts: Amounts, execution: Execution | None = No
     )
 
 
-def _products(products: float, *, input_gradient: bool, weight_gradient: bool) -> Work:
+def _products(products: float, *, input_gradient: bool, weight_gradient: bool) -> Flops:
     """Of a matrix with `products` multiply-adds."""
-    return Work(forward=2 * products, backward=2 * products * (input_gradient + weight_gradient))
+    return Flops(forward=2 * products, backward=2 * products * (input_gradient + weight_gradient))
 
 
-def _attention(products: float, *, backward: bool, execution: Execution | None) -> Work:
+def _attention(products: float, *, backward: bool, execution: ExecutionOptions | None) -> Flops:
     """`products` multiply-adds for the scores and as many for the values; twice that backward, and the scores again in a flash kernel."""
     again = 2.5 if execution and execution.flash else 2.0
-    return Work(attention_forward=4 * products, attention_backward=4 * products * again * backward)
+    return Flops(attention_forward=4 * products, attention_backward=4 * products * again * backward)
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -133,7 +137,7 @@ def layer_weights(model: ModelConfig) -> int:
     return attention + 3 * language.hidden_size * language.intermediate_size
 
 
-def _layer(model: ModelConfig, amounts: Amounts, execution: Execution | None) -> Work:
+def _layer(model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None) -> Flops:
     # Something before every layer trains, or nothing does; with a frozen language model it is the projector or the tower.
     matrices = _products(
         amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language
@@ -141,28 +145,30 @@ def _layer(model: ModelConfig, amounts: Amounts, execution: Execution | None) ->
     attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
     mlp = 3 * model.language.hidden_size * model.language.intermediate_size / layer_weights(model)
     again = (
-        _again(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp) if execution else Work()
+        _again(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp)
+        if execution
+        else Flops()
     )
     share = execution.recompute_share if execution and execution.recompute == "full" else 1.0
     return matrices + attention + again * share
 
 
-def _again(layer: Work, recompute: Recompute, modules: tuple[str, ...], *, mlp: float) -> Work:
+def _again(layer: Flops, recompute: Recompute, modules: tuple[str, ...], *, mlp: float) -> Flops:
     """What the backward pass computes once more of a layer's forward pass; `mlp`: share of its matrices that the MLP has."""
     whole, selective = recompute == "full", recompute == "selective"
-    return Work(
+    return Flops(
         backward=layer.forward * (1.0 if whole else mlp * (selective and "mlp" in modules)),
         attention_backward=layer.attention_forward * (whole or (selective and "core_attn" in modules)),
     )
 
 
-def _head(model: ModelConfig, amounts: Amounts, execution: Execution | None) -> Work:
+def _head(model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None) -> Flops:
     language = model.language
     rows = language.vocab_size if execution is None else language.padded_vocab_size
     work = _products(
         amounts.head_rows * language.hidden_size * rows, input_gradient=True, weight_gradient=model.trainable.language
     )
-    return work + Work(backward=work.forward) if execution and execution.fused_head else work
+    return work + Flops(backward=work.forward) if execution and execution.fused_head else work
 
 
 def trained_blocks(model: ModelConfig) -> int:
@@ -171,7 +177,7 @@ def trained_blocks(model: ModelConfig) -> int:
     return 0 if start is None else model.vision.num_built_layers - max(start, 0)
 
 
-def _tower(model: ModelConfig, execution: Execution | None) -> Work:
+def _tower(model: ModelConfig, execution: ExecutionOptions | None) -> Flops:
     """For one image."""
     vision, trained = model.vision, trained_blocks(model)
     frozen, tokens = vision.num_built_layers - trained, vision.num_patches + 1
@@ -184,14 +190,14 @@ def _tower(model: ModelConfig, execution: Execution | None) -> Work:
     # In the first block that trains, too: the LayerNorm before its first matrix wants its gradient.
     block = _products(tokens * weights, input_gradient=True, weight_gradient=True)
     block += _attention(tokens * tokens * vision.hidden_size, backward=True, execution=execution)
-    forward = Work(forward=block.forward, attention_forward=block.attention_forward)
+    forward = Flops(forward=block.forward, attention_forward=block.attention_forward)
     if execution:
         mlp = 2 * vision.hidden_size * vision.intermediate_size / weights
         block += _again(forward, execution.recompute_tower, execution.recompute_modules, mlp=mlp)
     return stem + forward * frozen + block * trained
 
 
-def _projector(model: ModelConfig) -> Work:
+def _projector(model: ModelConfig) -> Flops:
     """For one image."""
     width, patches, trains = model.language.hidden_size, model.vision.num_patches, model.trainable.projector
     before = model.trainable.vision_from_block is not None

@@ -16,7 +16,7 @@ from megatron_share4v.data.loading.context_parallel import context_part
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import gather_weights, unwrap
+from megatron_share4v.mcore.optimizer import gather_updated_params, unwrap_model
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.share4v import Share4V
 
@@ -24,7 +24,7 @@ _EMPTY = {field.name: None for field in fields(Batch)}
 
 
 @torch.no_grad()
-def greedy_answers(
+def greedy_generate(
     chunks: Sequence[torch.nn.Module],
     prompts: Sequence[Prompt],
     *,
@@ -36,7 +36,7 @@ def greedy_answers(
     """Most likely continuation of each prompt, up to and without its first stop token. Every rank calls this with the same prompts and
     gets the same answers; prompts are answered as one batch, right-padded, which causal attention never sees. Ids below `vocabulary` alone
     are chosen: a model may have more than its tokenizer, and a model that has learned little would pick them."""
-    gather_weights(chunks)
+    gather_updated_params(chunks)
     device = mesh.device.torch_device
     lengths = [prompt.token_ids.numel() for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
@@ -61,11 +61,11 @@ def greedy_answers(
 
 def _features(chunks: Sequence[torch.nn.Module], prompts: Sequence[Prompt], *, mesh: Mesh) -> torch.Tensor | None:
     """Image features of all prompts, once; [N, P, H] on the first stage, None elsewhere or without images."""
-    if not mesh.holds_first_stage:
+    if not mesh.is_first_stage:
         return None
     pixels = torch.cat([prompt.pixels for prompt in prompts]).to(mesh.device.torch_device)
-    first: Share4V = unwrap(chunks[0])
-    return first.image_features(pixels) if pixels.size(0) else None
+    first: Share4V = unwrap_model(chunks[0])
+    return first.encode_images(pixels) if pixels.size(0) else None
 
 
 def _batch(prompts: Sequence[Prompt], answers: list[list[int]], *, size: int, mesh: Mesh) -> Batch:
@@ -102,7 +102,7 @@ def _next_logits(
         return lambda logits: (logits.sum(), torch.zeros((), dtype=torch.int, device=device), logits)
 
     def query(chunk: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return unwrap(chunk).query(batch, features=features)
+        return unwrap_model(chunk).forward_logits(batch, features=features)
 
     # The interleaved schedule wants as many micro-batches as pipeline ranks; the first one's answer is taken.
     repeats = mesh.layout.pipeline if mesh.layout.virtual > 1 else 1
@@ -118,12 +118,12 @@ def _next_logits(
         forward_only=True,
         call=query,
     )
-    if not mesh.holds_last_stage or ranks == 1:
+    if not mesh.is_last_stage or ranks == 1:
         return records[0].contiguous() if records else None
     # Each rank of a sequence has the last tokens that lie in its part of it.
     logits = records[0].new_zeros(count, records[0].size(1))
     logits[batch.target_rows % size // (size // ranks) == context] = records[0]
-    dist.all_reduce(logits, group=mesh.context_group)
+    dist.all_reduce(logits, group=mesh.cp_group)
     return logits
 
 
@@ -132,7 +132,7 @@ def _chosen(logits: torch.Tensor | None, *, mesh: Mesh, count: int, vocabulary: 
     chosen = torch.zeros(count, dtype=torch.int64, device=mesh.device.torch_device)
     if logits is not None:
         parts = [torch.empty_like(logits) for _ in range(mesh.layout.tensor)]
-        dist.all_gather(parts, logits, group=mesh.tensor_group)
+        dist.all_gather(parts, logits, group=mesh.tp_group)
         chosen = torch.cat(parts, dim=-1)[:, :vocabulary].argmax(dim=-1)
     if mesh.layout.pipeline > 1:
         dist.broadcast(chosen, src=dist.get_global_rank(mesh.groups.pp, mesh.layout.pipeline - 1), group=mesh.groups.pp)

@@ -24,7 +24,7 @@ PADDED = ("language.embedding.weight", "language.head.weight")
 
 
 @dataclass(frozen=True)
-class Shard:
+class TensorShard:
     """This rank's slice of one global tensor; `data` is a view of the parameter."""
 
     key: str
@@ -34,35 +34,35 @@ class Shard:
     replica: bool
     """Another rank is the one that writes this slice."""
 
-    def slice_of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def slice_from(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of the global `tensor` that this shard is."""
         return tensor[tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape))]
 
 
-def shards(chunks: Iterable[nn.Module]) -> Iterator[Shard]:
+def iter_shards(chunks: Iterable[nn.Module]) -> Iterator[TensorShard]:
     """All slices that this rank holds. Fused matrices appear as the parts that their factories name (gate and up)."""
     for chunk in chunks:
         for entry in chunk.sharded_state_dict(metadata=dict(SHARDING)).values():
-            yield from _unfold(entry)
+            yield from _iter_entry_shards(entry)
 
 
-def _unfold(entry: object) -> Iterator[Shard]:
+def _iter_entry_shards(entry: object) -> Iterator[TensorShard]:
     if isinstance(entry, ShardedTensorFactory):
         parts = entry.build()
         for part in parts.values() if isinstance(parts, dict) else parts:
-            yield from _unfold(part)
+            yield from _iter_entry_shards(part)
     elif isinstance(entry, ShardedTensor):
         replica = any(entry.replica_id) if isinstance(entry.replica_id, tuple) else bool(entry.replica_id)
-        yield Shard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), entry.data, replica)
+        yield TensorShard(entry.key, tuple(entry.global_shape), tuple(entry.global_offset), entry.data, replica)
 
 
 @torch.no_grad()
-def fill(chunks: Iterable[nn.Module], tensor_for: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+def fill_parameters(chunks: Iterable[nn.Module], tensor_for: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
     """Set every parameter from `tensor_for(global name, global shape)`, one global tensor in memory at a time."""
-    for shard in shards(chunks):
+    for shard in iter_shards(chunks):
         value = tensor_for(shard.key, shard.global_shape)
         assert tuple(value.shape) == shard.global_shape, (shard.key, value.shape, shard.global_shape)
-        shard.data.copy_(shard.slice_of(value))
+        shard.data.copy_(shard.slice_from(value))
 
 
 def initial_value(key: str, shape: tuple[int, ...], *, seed: int, model: ModelConfig) -> torch.Tensor:
@@ -83,6 +83,6 @@ def initial_value(key: str, shape: tuple[int, ...], *, seed: int, model: ModelCo
     return value
 
 
-def initialize(chunks: Iterable[nn.Module], *, seed: int, model: ModelConfig) -> None:
+def initialize_weights(chunks: Iterable[nn.Module], *, seed: int, model: ModelConfig) -> None:
     """Fresh weights, equal for every layout."""
-    fill(chunks, lambda key, shape: initial_value(key, shape, seed=seed, model=model))
+    fill_parameters(chunks, lambda key, shape: initial_value(key, shape, seed=seed, model=model))

@@ -12,9 +12,9 @@ from functools import cached_property
 import torch
 
 from megatron_share4v.config.model import LanguageConfig
-from megatron_share4v.mcore.attention import places
+from megatron_share4v.mcore.attention import build_attention_metadata
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.kv_cache import CachedStep
+from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata
 from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.mcore.layer_specs import decoder_submodules
@@ -76,7 +76,7 @@ class LanguageModel(MegatronModule):
                 language.hidden_size,
                 init_method=config.init_method,
                 config=config,
-                tp_group=mesh.tensor_group,
+                tp_group=mesh.tp_group,
             )
         self.rotary = RotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -100,7 +100,7 @@ class LanguageModel(MegatronModule):
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
-                tp_group=mesh.tensor_group,
+                tp_group=mesh.tp_group,
             )
             # Rows are picked from the full sequence before the head, so the head itself must not gather it again.
             self.head.sequence_parallel = False
@@ -111,7 +111,7 @@ class LanguageModel(MegatronModule):
         hidden: torch.Tensor | None,
         *,
         segments: tuple[tuple[int, ...], ...] | None = None,
-        step: CachedStep | None = None,
+        step: CachedAttentionMetadata | None = None,
     ) -> torch.Tensor:
         """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H].
 
@@ -123,7 +123,7 @@ class LanguageModel(MegatronModule):
             return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
         held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
         length = held * self.mesh.layout.context * (self.mesh.layout.tensor if self.config.sequence_parallel else 1)
-        at = places(self._angles(length), segments=segments, kernel=self.config.attention)
+        at = build_attention_metadata(self._angles(length), segments=segments, kernel=self.config.attention)
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
 
     @cached_property
@@ -159,7 +159,7 @@ class LanguageModel(MegatronModule):
         if self.config.sequence_parallel:
             # The head's gradient is already summed over the tensor group, hence split, not reduce-scattered.
             hidden = gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False, group=self.mesh.tensor_group
+                hidden, tensor_parallel_output_grad=False, group=self.mesh.tp_group
             )
         length, batch = hidden.shape[:2]
         # Positions are counted sequence by sequence, `hidden` is not: no copy of it is made to pick from.

@@ -24,7 +24,7 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
     return vocab_parallel_cross_entropy(logits, targets).sum()
 
 
-def divisor(
+def loss_and_divisor(
     total: torch.Tensor, *, tokens: int, whole: int, first: bool, normalize: Literal["tokens", "microbatch"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What to differentiate, and what its gradient is later divided by (summed over micro-batches and ranks).

@@ -25,7 +25,7 @@ class Projector(MegatronModule):
                 config=config,
                 init_method=config.init_method,
                 gather_output=True,
-                tp_group=mesh.tensor_group,
+                tp_group=mesh.tp_group,
             )
         else:
             self.mlp = ActivatedMLP(
@@ -33,7 +33,7 @@ class Projector(MegatronModule):
                 mlp_submodules(),
                 input_size=width,
                 ffn_hidden_size=config.ffn_hidden_size,
-                tp_group=mesh.tensor_group,
+                tp_group=mesh.tp_group,
             )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.kv_cache import CachedStep
+from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata
 from megatron_share4v.mcore.layer_config import language_config, projector_config, vision_config
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.mcore.layer_specs import tower_spec
@@ -32,7 +32,7 @@ from megatron_share4v.ops.op import Implementation
 
 
 @dataclass(frozen=True)
-class ChunkPlace:
+class PipelineStage:
     """Which part of the model a chunk is. `chunk` is None unless a rank holds several (interleaved schedule)."""
 
     stage: int
@@ -63,7 +63,7 @@ class Share4V(MegatronModule):
         ops: Implementation,
         options: LayerOptions,
         layers_per_stage: tuple[int, ...],
-        place: ChunkPlace,
+        place: PipelineStage,
     ) -> None:
         shared = {"parallel": parallel, "dtype": dtype, "ops": ops}
         config = language_config(model, options=options, layers_per_stage=layers_per_stage, **shared)
@@ -108,8 +108,8 @@ class Share4V(MegatronModule):
         hidden = self.language(self.embed(batch) if self.place.first else None, segments=batch.segments)
         return self.language.summed_loss(hidden, batch.target_rows, batch.targets) if self.place.last else hidden
 
-    def query(
-        self, batch: Batch, *, features: torch.Tensor | None = None, step: CachedStep | None = None
+    def forward_logits(
+        self, batch: Batch, *, features: torch.Tensor | None = None, step: CachedAttentionMetadata | None = None
     ) -> torch.Tensor:
         """Like `forward`, but the last stage answers with its columns of the logits at `batch.target_rows`, [T, vocab / tensor].
 
@@ -127,7 +127,7 @@ class Share4V(MegatronModule):
         # In the order [S, B] from the start: the decoder's, which would otherwise cost a copy.
         flat = self.language.embedding(batch.token_ids.t()).flatten(0, 1)
         if features is None and batch.image_slots.numel():
-            features = self.image_features(batch.pixels)
+            features = self.encode_images(batch.pixels)
         if features is not None:
             slots = batch.image_slots % length * samples + batch.image_slots // length
             rows = features.flatten(0, -2)
@@ -136,15 +136,15 @@ class Share4V(MegatronModule):
         elif self.needs_blank_image and torch.is_grad_enabled():
             side = self.model.vision.image_size
             blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=flat.device)
-            flat = flat + 0.0 * self.image_features(blank).sum()
+            flat = flat + 0.0 * self.encode_images(blank).sum()
         if not flat.requires_grad and torch.is_grad_enabled():
             # A pipeline stage must hand on something differentiable, also when all of it is frozen.
             flat = flat.requires_grad_()
         embeddings = flat.view(length, samples, -1)
         if self.config.sequence_parallel:
-            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.mesh.tensor_group)
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.mesh.tp_group)
         return embeddings
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, H, W, C] uint8 -> [N, P, H] embeddings, in slot order."""
         return self.projector(self.vision(pixels)).transpose(0, 1).contiguous()

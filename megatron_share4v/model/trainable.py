@@ -49,14 +49,14 @@ def parameter_counts(chunks: Iterable[nn.Module], *, mesh: Mesh) -> dict[tuple[C
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             split = getattr(parameter, "tensor_model_parallel", False)
-            if mesh.first_replica and (split or mesh.coordinates.tensor == 0):
+            if mesh.is_first_replica and (split or mesh.coordinates.tensor == 0):
                 counts[component_of(name), parameter.requires_grad] += parameter.numel()
     totals = torch.tensor(list(counts.values()), device=mesh.device.torch_device)
     dist.all_reduce(totals)
     return dict(zip(counts, totals.tolist()))
 
 
-def table(counts: dict[tuple[Component, bool], int]) -> Iterator[str]:
+def format_parameter_table(counts: dict[tuple[Component, bool], int]) -> Iterator[str]:
     """Lines of a table: what trains and what is frozen, in elements."""
     yield f"{'component':<12}{'trained':>18}{'frozen':>18}"
     for component in COMPONENTS:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, widened
+from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
 
 Shape = tuple[int, int]
 LANGUAGE_7B, TOWER, PROJECTOR = (12_416, 11_008), (16 * 577, 4096), (16 * 576, 4096)
@@ -45,7 +45,7 @@ def bias_swiglu(x: torch.Tensor, *, bias: torch.Tensor | None = None, implementa
 
 
 def _shifted(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return widened(x) if bias is None else widened(x) + widened(bias)
+    return upcast(x) if bias is None else upcast(x) + upcast(bias)
 
 
 def _save(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw as torch_adamw
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, widened
+from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
 
 Tensors = Sequence[torch.Tensor]
 MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Step:
+class AdamWStep:
     """One update's numbers: learning rate, betas, eps, weight decay (times the rate, off the gradient), and which update it is, from 1."""
 
     rate: float
@@ -38,7 +38,7 @@ def adamw_(
     grads: Tensors,
     means: Tensors,
     squares: Tensors,
-    step: Step,
+    step: AdamWStep,
     scale: torch.Tensor | None = None,
     keys: Sequence[int] = (),
     implementation: Implementation,
@@ -65,15 +65,15 @@ def _update(
     grad: torch.Tensor,
     mean: torch.Tensor,
     square: torch.Tensor,
-    step: Step,
+    step: AdamWStep,
     scale: torch.Tensor | None,
     key: int | None,
 ) -> None:
-    slope = widened(grad) if scale is None else widened(grad) * scale
-    first = widened(mean).lerp(slope.to(torch.promote_types(mean.dtype, torch.float32)), 1 - step.beta1)
-    second = step.beta2 * widened(square) + (1 - step.beta2) * slope.square()
+    slope = upcast(grad) if scale is None else upcast(grad) * scale
+    first = upcast(mean).lerp(slope.to(torch.promote_types(mean.dtype, torch.float32)), 1 - step.beta1)
+    second = step.beta2 * upcast(square) + (1 - step.beta2) * slope.square()
     rate, root = step.rate / (1 - step.beta1**step.number), (1 - step.beta2**step.number) ** -0.5
-    moved = widened(weight) * (1 - step.rate * step.decay) - rate * first / (second.sqrt() * root + step.eps)
+    moved = upcast(weight) * (1 - step.rate * step.decay) - rate * first / (second.sqrt() * root + step.eps)
     mean.copy_(first)
     if key is None:
         square.copy_(second)
@@ -84,7 +84,7 @@ def _update(
     weight.copy_(_cut_off(moved, noise >> 16) if weight.dtype is torch.bfloat16 else moved)
 
 
-def keys_for(*, seed: int, step: int, numbers: Sequence[int]) -> list[int]:
+def rounding_keys(*, seed: int, step: int, numbers: Sequence[int]) -> list[int]:
     """A key of 62 random bits for each tensor, by its number among all, for this step of a run with this seed. Any two differ in their noise."""
     return [_mixed(_mixed(_mixed(seed) ^ step) ^ number) >> 2 for number in numbers]
 
@@ -119,7 +119,7 @@ def sum_of_squares(tensors: Tensors, *, implementation: Implementation) -> torch
     """Over all elements of all tensors, of one type and device: an fp32 scalar on that device. At least one tensor, which may be empty."""
     if implementation == "native":
         return torch.ops.share4v.sum_of_squares(list(tensors))
-    return torch.stack([widened(tensor).square().sum() for tensor in tensors]).sum()
+    return torch.stack([upcast(tensor).square().sum() for tensor in tensors]).sum()
 
 
 def clip_coefficient(squared_norm: torch.Tensor, *, max_norm: float) -> torch.Tensor:
@@ -134,7 +134,7 @@ def _adamw_apart(
     mean: torch.Tensor,
     square: torch.Tensor,
     sizes: tuple[int, ...],
-    step: Step,
+    step: AdamWStep,
     scale: torch.Tensor | None,
     keys: tuple[int, ...],
     implementation: Implementation,
@@ -200,9 +200,9 @@ def _cases() -> Iterator[Case]:
                 "mean": draw((total,), dtype=average, seed=2) / 8,
                 "square": draw((total,), dtype=average, seed=3).square() / 8,
                 "sizes": sizes,
-                "step": Step(0.01, 0.9, 0.95, 1e-8, 0.1, 1 + number % 3),
+                "step": AdamWStep(0.01, 0.9, 0.95, 1e-8, 0.1, 1 + number % 3),
                 "scale": torch.tensor([0.25]) if number % 2 else None,
-                "keys": tuple(keys_for(seed=1, step=2, numbers=range(len(sizes)))) if number % 3 else (),
+                "keys": tuple(rounding_keys(seed=1, step=2, numbers=range(len(sizes)))) if number % 3 else (),
             },
         )
 
@@ -223,11 +223,11 @@ def _bench_arguments(device: str, sizes: Sequence[int], dtype: torch.dtype) -> d
     return arguments | {"counts": [torch.tensor(3.0, device=device) for _ in sizes]}
 
 
-_NUMBERS = Step(1e-6, 0.9, 0.95, 1e-8, 0.0, 4)
+_NUMBERS = AdamWStep(1e-6, 0.9, 0.95, 1e-8, 0.0, 4)
 
 
 def _native(*, weights: Tensors, grads: Tensors, means: Tensors, squares: Tensors, counts: Tensors) -> tuple:
-    keys = keys_for(seed=0, step=4, numbers=range(len(weights))) if weights[0].dtype is torch.bfloat16 else ()
+    keys = rounding_keys(seed=0, step=4, numbers=range(len(weights))) if weights[0].dtype is torch.bfloat16 else ()
     adamw_(weights, grads=grads, means=means, squares=squares, step=_NUMBERS, keys=keys, implementation="native")
     return ()
 

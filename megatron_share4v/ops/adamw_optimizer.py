@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.ops.adamw import Step, adamw_, keys_for
+from megatron_share4v.ops.adamw import AdamWStep, adamw_, rounding_keys
 from megatron_share4v.ops.op import Implementation
 
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -115,12 +115,12 @@ class FusedAdamW(torch.optim.AdamW):
         scale, self.gradient_scale = self.gradient_scale, None
         for group, count, batch in self._batches():
             beta1, beta2 = group["betas"]
-            step = Step(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], count)
+            step = AdamWStep(float(group["lr"]), float(beta1), float(beta2), group["eps"], group["weight_decay"], count)
             for part in batch.one_by_one() if self.on_host else [batch]:
                 self._update(part, step, scale)
         return loss
 
-    def _update(self, batch: _Batch, step: Step, scale: torch.Tensor | None) -> None:
+    def _update(self, batch: _Batch, step: AdamWStep, scale: torch.Tensor | None) -> None:
         """Averages that lie elsewhere than their weights are copied there and back, in the stream's order: nothing waits."""
         there = [
             [average.to(weight.device, non_blocking=True) for average, weight in zip(kept, batch.weights)]
@@ -133,7 +133,7 @@ class FusedAdamW(torch.optim.AdamW):
             squares=there[1],
             step=step,
             scale=scale,
-            keys=() if self.seed is None else keys_for(seed=self.seed, step=step.number, numbers=batch.numbers),
+            keys=() if self.seed is None else rounding_keys(seed=self.seed, step=step.number, numbers=batch.numbers),
             implementation=self.implementation,
         )
         for kept, moved in zip((*batch.means, *batch.squares), (*there[0], *there[1])):

@@ -16,12 +16,12 @@ from megatron_share4v.ops.build import (
     LIBRARY,
     BuildFailed,
     Toolchain,
-    built,
-    default_cache,
+    build_key,
+    csrc_directory,
+    default_cache_directory,
+    find_or_build,
     find_toolchain,
-    key,
     source_hash,
-    sources,
 )
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.registry import OPS
@@ -33,7 +33,7 @@ REMEDY = "install g++ (and, for GPUs, CUDA's nvcc) and start again, or bring a l
 
 
 @dataclass(frozen=True)
-class Choice:
+class OpsBackend:
     """What this process uses. Hand `implementation` to the ops' functions; record `line` with the run."""
 
     implementation: Implementation
@@ -47,70 +47,76 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Available:
+class LibrarySources:
     """Where a library can come from; the defaults are this machine's."""
 
     toolchain: Toolchain | None = field(default_factory=find_toolchain)
-    cache: Path = field(default_factory=default_cache)
-    csrc: Path = field(default_factory=sources)
+    cache: Path = field(default_factory=default_cache_directory)
+    csrc: Path = field(default_factory=csrc_directory)
     prebuilt: Path = Path(__file__).parent / "prebuilt"
 
 
-def choose_ops(requested: Ops, *, device: str, available: Available | None = None) -> Choice:
+def choose_ops_backend(requested: Ops, *, device: str, available: LibrarySources | None = None) -> OpsBackend:
     """Decide, load what is decided for, and log it. `device`: "cpu" or "cuda", where the tensors will be.
 
     native: a prebuilt library, else one built from csrc/ by the compilers that are there; both must serve `device`. reference: plain torch.
     auto: native where it can be had, else reference, with the reason. Raises OpsError when `native` cannot be had.
     """
-    choice = _decide(requested, device=device, available=available or Available())
+    choice = _decide(requested, device=device, available=available or LibrarySources())
     if choice.library is not None:
-        load(choice.library)
+        load_library(choice.library)
     get_logger().info(choice.line)
     return choice
 
 
-def _decide(requested: Ops, *, device: str, available: Available) -> Choice:
+def _decide(requested: Ops, *, device: str, available: LibrarySources) -> OpsBackend:
     if requested == "reference":
-        return Choice("reference", "as configured")
+        return OpsBackend("reference", "as configured")
     try:
         return _native(device, available)
     except OpsError as error:
         if requested == "native":
             raise OpsError(f"ops: native was asked for on {device}, and there is none: {error}. {REMEDY}") from error
-        return Choice("reference", str(error))
+        return OpsBackend("reference", str(error))
 
 
-def _native(device: str, available: Available) -> Choice:
+def _native(device: str, available: LibrarySources) -> OpsBackend:
     toolchain, refused = available.toolchain, []
     note = _prebuilt_note(available)
     if note is not None and (device == "cpu" or note["cuda"]):
-        return Choice("native", f"prebuilt, {'C++ and CUDA' if note['cuda'] else 'C++'}", available.prebuilt / LIBRARY)
+        return OpsBackend(
+            "native", f"prebuilt, {'C++ and CUDA' if note['cuda'] else 'C++'}", available.prebuilt / LIBRARY
+        )
     if toolchain is None:
         raise OpsError("no C++ compiler (g++, c++) on PATH and no prebuilt library that fits")
     if device != "cpu" and toolchain.nvcc is None:
         raise OpsError("no nvcc on PATH and no prebuilt library with CUDA kernels")
     if toolchain.nvcc is not None:
         try:
-            return Choice("native", toolchain.what, built(toolchain, cache=available.cache, csrc=available.csrc))
+            return OpsBackend(
+                "native", toolchain.what, find_or_build(toolchain, cache=available.cache, csrc=available.csrc)
+            )
         except BuildFailed as error:
             if device != "cpu":
                 raise
             refused.append(f"; without CUDA kernels, since {error}")
     alone = Toolchain(toolchain.cxx)
-    return Choice("native", alone.what + "".join(refused), built(alone, cache=available.cache, csrc=available.csrc))
+    return OpsBackend(
+        "native", alone.what + "".join(refused), find_or_build(alone, cache=available.cache, csrc=available.csrc)
+    )
 
 
-def _prebuilt_note(available: Available) -> dict | None:
+def _prebuilt_note(available: LibrarySources) -> dict | None:
     """What a prebuilt library says of itself; None when there is none or it is of other sources."""
     path = available.prebuilt / "built.json"
     if not path.is_file() or not (available.prebuilt / LIBRARY).is_file():
         return None
     note = json.loads(path.read_text(encoding="utf-8"))
-    return note if note["sources"] == source_hash(available.csrc) else None
+    return note if note["csrc_directory"] == source_hash(available.csrc) else None
 
 
 @functools.cache
-def load(library: Path) -> None:
+def load_library(library: Path) -> None:
     """Load the library into this process and give its ops their fake kernels and gradients. A process has one. Raises OpsError."""
     loaded = {Path(path).resolve() for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY}
     if loaded - {library.resolve()}:
@@ -125,9 +131,9 @@ def load(library: Path) -> None:
         register()
 
 
-def status(available: Available | None = None) -> str:
+def describe_library(available: LibrarySources | None = None) -> str:
     """What there is on this machine, in lines: compilers, sources, prebuilt library, cached library or failed build."""
-    available = available or Available()
+    available = available or LibrarySources()
     toolchain = available.toolchain
     lines = [
         f"ops: {', '.join(op.name for op in OPS)}",
@@ -137,11 +143,11 @@ def status(available: Available | None = None) -> str:
     if toolchain is None:
         return "\n".join([*lines, "compilers: none"])
     lines.append(f"compilers: {toolchain.cxx}, {toolchain.nvcc or 'no nvcc'}")
-    folder = available.cache / key(toolchain, available.csrc)
+    folder = available.cache / build_key(toolchain, available.csrc)
     found = next(
         (
             state
-            for name, state in ((LIBRARY, "built"), ("failed.log", "failed, see failed.log"))
+            for name, state in ((LIBRARY, "find_or_build"), ("failed.log", "failed, see failed.log"))
             if (folder / name).is_file()
         ),
         "not built yet",

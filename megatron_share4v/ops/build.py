@@ -77,7 +77,7 @@ def find_toolchain(path: str | None = None) -> Toolchain | None:
     return Toolchain(cxx, shutil.which("nvcc", path=path)) if cxx else None
 
 
-def sources() -> Path:
+def csrc_directory() -> Path:
     """csrc/: beside the package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "csrc", package / "csrc"):
@@ -97,24 +97,24 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()
 
 
-def default_cache() -> Path:
+def default_cache_directory() -> Path:
     """Where libraries are kept between runs: `megatron_share4v/ops` in the user's cache directory (XDG Base Directory Specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_share4v" / "ops"
 
 
-def key(toolchain: Toolchain, csrc: Path) -> str:
+def build_key(toolchain: Toolchain, csrc: Path) -> str:
     """Changes with the sources, the flags, the compilers and their versions."""
     flags = json.dumps([CXX_FLAGS, STABLE_ABI, (CUDA_FLAGS, toolchain.gencodes()) if toolchain.nvcc else None])
     parts = (source_hash(csrc), flags, str(toolchain), toolchain.versions())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def built(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
+def find_or_build(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
     """The library of `toolchain` in the cache, built now if it is not there; of many processes at once one builds, the others wait for it.
 
     Raises BuildFailed; also, without trying again, when this very build has failed before.
     """
-    folder = cache / key(toolchain, csrc)
+    folder = cache / build_key(toolchain, csrc)
     library, failure = folder / LIBRARY, folder / "failed.log"
     if library.is_file():
         return library
@@ -182,7 +182,7 @@ def prebuild(toolchain: Toolchain, *, csrc: Path, to: Path) -> Path:
             log = to / "failed.log"
             log.write_text(str(error), encoding="utf-8")
             raise _failed(toolchain, log) from error
-    note = {"sources": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
+    note = {"csrc_directory": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
     (to / "built.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
     return to / LIBRARY
 

@@ -98,7 +98,9 @@ class _Fp8Linear(torch.autograd.Function):
             codes, kept = fp8_cast(x, scale=x_scale, **how), x if ctx.needs_input_grad[1] else None
         ctx.precise, ctx.implementation = precise, implementation
         ctx.save_for_backward(kept, x_scale, weight, weight_scale)
-        return _product(codes, fp8_cast(weight, scale=weight_scale, **how), x_scale, weight_scale, x.dtype, fast=True)
+        return _scaled_matmul(
+            codes, fp8_cast(weight, scale=weight_scale, **how), x_scale, weight_scale, x.dtype, fast=True
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
@@ -117,15 +119,15 @@ class _Fp8Linear(torch.autograd.Function):
             across = fp8_cast_transposed(grad, scale=scale, **how)
         if codes is not None:
             turned = fp8_cast_transposed(weight, scale=weight_scale, format="e4m3", implementation=ctx.implementation)
-            grad_x = _product(codes, turned, scale, weight_scale, grad.dtype, fast=False)
+            grad_x = _scaled_matmul(codes, turned, scale, weight_scale, grad.dtype, fast=False)
         if across is not None:
-            grad_weight = _product(across, kept, scale, x_scale, grad.dtype, fast=False)
+            grad_weight = _scaled_matmul(across, kept, scale, x_scale, grad.dtype, fast=False)
         elif wants_weight:
             grad_weight = grad.t() @ kept
         return grad_x, grad_weight, None, None
 
 
-def _product(
+def _scaled_matmul(
     left: torch.Tensor,
     right: torch.Tensor,
     left_scale: torch.Tensor,

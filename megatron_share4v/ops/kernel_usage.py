@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Usage:
+class KernelUsage:
     """What ptxas says of one kernel on one GPU."""
 
     op: str
@@ -18,7 +18,7 @@ class Usage:
     spilled: int
 
 
-def usages(log: str) -> Iterator[Usage]:
+def parse_kernel_usage(log: str) -> Iterator[KernelUsage]:
     """Kernels of a build log; `kernel` is the mangled name."""
     for section in re.split(r"^== ", log, flags=re.MULTILINE):
         op, _, text = section.partition("_cuda\n")
@@ -26,4 +26,4 @@ def usages(log: str) -> Iterator[Usage]:
             r"Compiling entry function '(\w+)' for '(\w+)'(.*?)Used (\d+) registers", text, re.DOTALL
         ):
             spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", match[3]))
-            yield Usage(op, match[1], match[2], int(match[4]), spilled)
+            yield KernelUsage(op, match[1], match[2], int(match[4]), spilled)

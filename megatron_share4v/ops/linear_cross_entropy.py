@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, widened
+from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
 
 BLOCK = 1 << 23  # logits at a time; 16 MB in bf16
 LEAST_COLUMNS = 1024  # products with fewer columns waste the machine
@@ -131,7 +131,7 @@ def _statistics(
     total: torch.Tensor,
     target: torch.Tensor,
 ) -> None:
-    real = widened(logits)[:, : max(0, vocabulary - first)]
+    real = upcast(logits)[:, : max(0, vocabulary - first)]
     if real.numel() == 0:
         return
     peak = torch.maximum(maximum, real.amax(1))
@@ -151,7 +151,7 @@ def _gradient(
     vocabulary: int,
 ) -> None:
     column = torch.arange(first, first + logits.size(1), device=logits.device)
-    slope = torch.exp(widened(logits) - normaliser.unsqueeze(1)) - (column == targets.unsqueeze(1)).to(normaliser.dtype)
+    slope = torch.exp(upcast(logits) - normaliser.unsqueeze(1)) - (column == targets.unsqueeze(1)).to(normaliser.dtype)
     logits.copy_((slope * scale).masked_fill(column >= vocabulary, 0))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, widened
+from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
 
 WIDTH_7B, ROWS_7B = 4096, 12_416  # stage 1: 16 samples of 776 positions
 WIDTH_TOWER, ROWS_TOWER = 1024, 16 * 577
@@ -20,8 +20,8 @@ def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, implementatio
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., W], weight [W]."""
     if implementation == "native":
         return torch.ops.share4v.rms_norm(x, weight, eps)[0]
-    wide = widened(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * widened(weight)).to(x.dtype)
+    wide = upcast(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * upcast(weight)).to(x.dtype)
 
 
 def add_rms_norm(
@@ -41,10 +41,10 @@ def layer_norm(
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; x [..., W], weight and bias [W]."""
     if implementation == "native":
         return torch.ops.share4v.layer_norm(x, weight, bias, eps)[0]
-    wide = widened(x)
+    wide = upcast(x)
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (normed * widened(weight) + widened(bias)).to(x.dtype)
+    return (normed * upcast(weight) + upcast(bias)).to(x.dtype)
 
 
 def _statistic(x: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ def draw(shape: tuple[int, ...], *, dtype: torch.dtype, seed: int = 0, device: s
     )
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """In fp32, or fp64 where it is: what a reference computes in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

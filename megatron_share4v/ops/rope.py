@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, widened
+from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
 
 LENGTH_7B, HEADS_7B, WIDTH_7B = 776, 32, 128
 
@@ -32,10 +32,10 @@ def rope(
     if implementation == "native":
         return torch.ops.share4v.rope(query, key, table, positions, False)
     rows = table[: query.size(0), None] if positions is None else table[positions]
-    cosine, sine = widened(rows).unsqueeze(2).chunk(2, dim=-1)
+    cosine, sine = upcast(rows).unsqueeze(2).chunk(2, dim=-1)
 
     def turned(x: torch.Tensor) -> torch.Tensor:
-        first, second = widened(x).chunk(2, dim=-1)
+        first, second = upcast(x).chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
     return turned(query), turned(key)

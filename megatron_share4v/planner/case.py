@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.model.flops import Amounts, Execution, Parts, parts
+from megatron_share4v.model.flops import ExecutionOptions, FlopsByPart, WorkloadCounts, flops_by_part
 from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import Gpu
@@ -119,19 +119,19 @@ class Case:
         )
 
     @cached_property
-    def work(self) -> Parts:
+    def work(self) -> FlopsByPart:
         """FLOPs of a micro-batch."""
-        return parts(self.config.model, self.micro_batch, self.execution)
+        return flops_by_part(self.config.model, self.micro_batch, self.execution)
 
     @cached_property
-    def micro_batch(self) -> Amounts:
+    def micro_batch(self) -> WorkloadCounts:
         """What a micro-batch is made of on average, padding included: of it, what one rank has (`_part`)."""
         return self._part(self.workload.done(self.config.train.micro_batch_size))
 
-    def _part(self, whole: Amounts) -> Amounts:
+    def _part(self, whole: WorkloadCounts) -> WorkloadCounts:
         """Of the context-parallel rank that has most. Images lie everywhere in a pack, but at the beginning of a sample."""
         ranks = self.layout.context
-        return Amounts(
+        return WorkloadCounts(
             positions=whole.positions / ranks,
             squares=whole.squares / ranks,
             images=whole.images / (ranks if self.config.data.pack_length else 1),
@@ -149,11 +149,11 @@ class Case:
         return 4 if self.config.optim.moments == "bf16" else 8
 
     @property
-    def largest_micro_batch(self) -> Amounts:
+    def largest_micro_batch(self) -> WorkloadCounts:
         """Of the longest step."""
         count, usual = self.config.train.micro_batch_size, self.workload
         return self._part(
-            Amounts(
+            WorkloadCounts(
                 positions=usual.longest * count,
                 squares=float(usual.longest) ** 2 * count,
                 images=usual.images * count,
@@ -167,6 +167,6 @@ class Case:
         return self.layout.data * self.layout.context
 
     @property
-    def execution(self) -> Execution:
+    def execution(self) -> ExecutionOptions:
         """What the machine computes twice."""
-        return Execution.of(self.config, fused_head=self.kept.native, layers_per_stage=self.counts)
+        return ExecutionOptions.of(self.config, fused_head=self.kept.native, layers_per_stage=self.counts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_share4v.model.flops import Work, layer_weights, trained_blocks
+from megatron_share4v.model.flops import Flops, layer_weights, trained_blocks
 from megatron_share4v.planner.case import Case
 from megatron_share4v.planner.memory import Chunk, tensors
 from megatron_share4v.planner.schedule import Kind
@@ -64,7 +64,7 @@ def _bandwidth(case: Case) -> float:
     return case.gpu.bandwidth * case.assumptions.memory
 
 
-def _work_seconds(case: Case, work: Work, forward: bool, *, fp8: bool = False) -> float:
+def _work_seconds(case: Case, work: Flops, forward: bool, *, fp8: bool = False) -> float:
     """Products at their share of the peak, which narrow matrices lower. `fp8`: of FP8's, but for a weight gradient that is to be precise, and for
     attention."""
     peak = case.gpu.bf16 * (1.0 if case.kept.element == 2 else FP32_SHARE)

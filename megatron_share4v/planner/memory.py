@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import Recompute
-from megatron_share4v.model.flops import Amounts, layer_weights, trained_blocks
+from megatron_share4v.model.flops import WorkloadCounts, layer_weights, trained_blocks
 
 FP32, INT64, INT32 = 4, 8, 4
 ALIGNMENT = 64  # elements: where megatron-core begins each weight in a sharded gradient buffer
@@ -189,7 +189,7 @@ def held(
     )
 
 
-def activations(model: ModelConfig, chunk: Chunk, amounts: Amounts, kept: Kept, *, sequences: int) -> float:
+def activations(model: ModelConfig, chunk: Chunk, amounts: WorkloadCounts, kept: Kept, *, sequences: int) -> float:
     """Bytes that one micro-batch of `amounts` (padding included) keeps of a chunk from its forward pass to its backward pass."""
     e, n = kept.element, amounts.positions
     rows = n / (kept.tensor if kept.sequence else 1)
@@ -314,7 +314,7 @@ def head_columns(rows: float, columns: int) -> int:
     return max(1024, int(min((1 << 23) // max(rows, 1), columns // 8)) // 64 * 64)
 
 
-def workspace(model: ModelConfig, chunks: list[Chunk], amounts: Amounts, kept: Kept) -> float:
+def workspace(model: ModelConfig, chunks: list[Chunk], amounts: WorkloadCounts, kept: Kept) -> float:
     """The larger of: the gradients inside one decoder layer with that of its largest matrix; the gradient of embedding or head."""
     language, e, split = model.language, kept.element, kept.tensor
     width, inner, n = language.hidden_size, language.intermediate_size, amounts.positions

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.model.flops import Amounts
+from megatron_share4v.model.flops import WorkloadCounts
 
 # (text positions per sample, longest of a step, longest of all, share of the text that is trained) where no data set is at hand: captions of
 # ShareGPT4V-PT without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md: half of all positions).
@@ -43,18 +43,18 @@ class Workload:
     source: str
     """Where these numbers come from."""
 
-    def real(self, sequences: float) -> Amounts:
+    def real(self, sequences: float) -> WorkloadCounts:
         """Of so many sequences, without padding."""
-        return Amounts(
+        return WorkloadCounts(
             positions=self.positions * sequences,
             squares=self.squares * sequences,
             images=self.images * sequences,
             head_rows=self.head_rows * sequences,
         )
 
-    def done(self, sequences: float) -> Amounts:
+    def done(self, sequences: float) -> WorkloadCounts:
         """Of so many sequences, as the machine computes them."""
-        return Amounts(
+        return WorkloadCounts(
             positions=self.length * sequences,
             squares=self.padded_squares * sequences,
             images=self.images * sequences,

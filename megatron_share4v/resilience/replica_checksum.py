@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.errors import DamageError
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import gather_weights, unwrap
+from megatron_share4v.mcore.optimizer import gather_updated_params, unwrap_model
 from megatron_share4v.parallel.collectives import gather_objects
 from megatron_share4v.parallel.layout import Layout
 
@@ -33,11 +33,11 @@ def check_replicas(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, step: int) 
     replicas = mesh.layout.data * mesh.layout.context
     if replicas == 1:
         return
-    gather_weights(chunks)
+    gather_updated_params(chunks)
     sums = checksums(chunks)
     mine = torch.stack(list(sums.values())).to(mesh.device.torch_device)
     several = [torch.empty_like(mine) for _ in range(replicas)]
-    dist.all_gather(several, mine, group=mesh.replica_group)
+    dist.all_gather(several, mine, group=mesh.dp_cp_group)
     differs = torch.tensor(
         float(any(not torch.equal(several[0], other) for other in several)), device=mesh.device.torch_device
     )
@@ -57,7 +57,7 @@ def checksums(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """[2] int64 for each parameter of this rank: the sum of its words, and the sum weighted by place, both modulo 2**64, so that no order matters."""
     found = {}
     for number, chunk in enumerate(chunks):
-        for name, parameter in unwrap(chunk).named_parameters():
+        for name, parameter in unwrap_model(chunk).named_parameters():
             words = (
                 parameter.detach()
                 .reshape(-1)

@@ -16,11 +16,11 @@ from megatron_share4v.data.images.decoder import library
 from megatron_share4v.data.images.parity import Features, pass_gate
 from megatron_share4v.files import atomic_write_json
 from megatron_share4v.logging import get_logger
-from megatron_share4v.mcore.backends import AttentionChoice
+from megatron_share4v.mcore.backends import AttentionBackend
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.observability.records import read_object
-from megatron_share4v.ops.backend import Choice
+from megatron_share4v.ops.backend import OpsBackend
 from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.train.data_feed import Source
 
@@ -34,7 +34,7 @@ def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Pat
 
     `chunk` is this rank's first one, with its weights. Raises OpsError when the backend is not installed or too far from the reference.
     """
-    if not mesh.holds_first_stage:
+    if not mesh.is_first_stage:
         return
     options = source.options
     result = pass_gate(
@@ -64,8 +64,8 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
         shared = broadcast_tensors(
             [pixels] if mesh.reads_data else None,
             count=1,
-            source=mesh.sample_source,
-            group=mesh.sample_group,
+            source=mesh.tp_cp_source_rank,
+            group=mesh.tp_cp_group,
             device=device,
         )
         [images] = shared
@@ -75,7 +75,7 @@ def _tower(chunk: Share4V, mesh: Mesh) -> Features:
     return features
 
 
-def record_ops(choice: Choice, *, mesh: Mesh, directory: Path) -> None:
+def record_ops(choice: OpsBackend, *, mesh: Mesh, directory: Path) -> None:
     """Write down what mcore/backends.py decided (and said). A change since the run's last start is said too."""
     if mesh.rank == 0:
         record = {
@@ -88,7 +88,7 @@ def record_ops(choice: Choice, *, mesh: Mesh, directory: Path) -> None:
         _write(record, directory / OPS_FILE, names=("ops", "on"), said=said)
 
 
-def record_attention(choice: AttentionChoice, *, mesh: Mesh, directory: Path) -> None:
+def record_attention(choice: AttentionBackend, *, mesh: Mesh, directory: Path) -> None:
     """The same for the attention kernel."""
     get_logger().info(choice.line)
     if mesh.rank == 0:

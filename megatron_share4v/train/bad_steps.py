@@ -16,7 +16,7 @@ from megatron_share4v.data.prepare.audit_samples import show_sample, write_prepr
 from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError, TrainingError
 from megatron_share4v.logging import get_logger
-from megatron_share4v.mcore.gradient_norms import module_norms
+from megatron_share4v.mcore.gradient_norms import grad_norms_by_module
 from megatron_share4v.model.initialize import SHARDING
 from megatron_share4v.parallel.collectives import gather_objects
 from megatron_share4v.train.build import Training
@@ -73,8 +73,8 @@ class BadSteps:
     def _report(self, data: StepData, result: StepResult) -> None:
         """Collective."""
         training, step = self._training, data.items.step + 1
-        norms = module_norms(training.chunks, training.optimizer, mesh=training.mesh, sharding=SHARDING)
-        speaks = training.mesh.holds_last_stage and training.mesh.coordinates.tensor == 0
+        norms = grad_norms_by_module(training.chunks, training.optimizer, mesh=training.mesh, sharding=SHARDING)
+        speaks = training.mesh.is_last_stage and training.mesh.coordinates.tensor == 0
         told = gather_objects([(float(part.total), part.tokens) for part in result.own_losses] if speaks else [])
         if training.mesh.rank:
             return

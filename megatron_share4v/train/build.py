@@ -23,18 +23,18 @@ from megatron_share4v.data.sampling.fingerprint import describe_data, difference
 from megatron_share4v.data.sampling.sampler import Order, Plan
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.logging import get_logger
-from megatron_share4v.mcore.backends import agree_on_attention, agree_on_ops, check_precision
+from megatron_share4v.mcore.backends import check_precision, select_attention_backend, select_ops_backend
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.mcore.layer_options import LayerOptions, layer_options
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_chunks
-from megatron_share4v.mcore.tp_comm_overlap import start_tensor_overlap
-from megatron_share4v.mcore.transformer_engine import missing_engine
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_ddp
+from megatron_share4v.mcore.tp_comm_overlap import initialize_tp_comm_overlap
+from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import initialize
+from megatron_share4v.model.initialize import initialize_weights
 from megatron_share4v.model.pipeline_split import describe_stages, layers_per_stage
-from megatron_share4v.model.trainable import parameter_counts, table
-from megatron_share4v.ops.backend import Choice
+from megatron_share4v.model.trainable import format_parameter_table, parameter_counts
+from megatron_share4v.ops.backend import OpsBackend
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
@@ -88,10 +88,12 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         if config.data.validation
         else None
     )
-    ops = agree_on_ops(config.ops, mesh=mesh)
+    ops = select_ops_backend(config.ops, mesh=mesh)
     record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
     dtype = DTYPES[config.precision.dtype]
-    attention = agree_on_attention(config.attention, mesh=mesh, packed=config.data.pack_length is not None, dtype=dtype)
+    attention = select_attention_backend(
+        config.attention, mesh=mesh, packed=config.data.pack_length is not None, dtype=dtype
+    )
     record_attention(attention, mesh=mesh, directory=Path(config.run.directory))
     check_precision(config, mesh=mesh)
     options = layer_options(
@@ -100,9 +102,9 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         engine=config.transformer_engine,
         attention=attention.implementation,
         own_lengths=config.data.pad_to == "micro_batch",
-        has_transformer_engine=missing_engine() is None,
+        has_transformer_engine=te_unavailable_reason() is None,
     )
-    start_tensor_overlap(config, mesh=mesh)
+    initialize_tp_comm_overlap(config, mesh=mesh)
     bare = build_chunks(
         config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options
     )
@@ -119,7 +121,7 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         keep_companions(
             Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None
         )
-    chunks = wrap_chunks(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
+    chunks = wrap_ddp(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
     start_step = 0
     if newest is not None:
@@ -197,7 +199,7 @@ def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Enc
 def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
     start = config.checkpoint.initialize_from
     if start is None:
-        initialize(chunks, seed=config.run.seed, model=config.model)
+        initialize_weights(chunks, seed=config.run.seed, model=config.model)
         get_logger().info("weights: freshly initialised, seed %d", config.run.seed)
         return
     where, manifest = read_start(Path(start), mesh=mesh)
@@ -260,7 +262,7 @@ def _append(path: Path, record: dict[str, object]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, options: LayerOptions) -> None:
+def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: OpsBackend, options: LayerOptions) -> None:
     """Every choice that was made, once."""
     logger = get_logger()
     ours = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
@@ -275,5 +277,5 @@ def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: Choice, optio
     )
     logger.info("recomputed in the backward pass: language model %s; tower %s", options.language, options.tower)
     logger.info(describe_stages(layers_per_stage(config.model, config.parallel), pipeline=config.parallel.pipeline))
-    for line in table(parameter_counts(chunks, mesh=mesh)):
+    for line in format_parameter_table(parameter_counts(chunks, mesh=mesh)):
         logger.info(line)

@@ -83,7 +83,7 @@ def feed(
 
 def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
     """None on ranks that read nothing."""
-    role = Role(first=mesh.holds_first_stage, last=mesh.holds_last_stage and mesh.reads_data)
+    role = Role(first=mesh.is_first_stage, last=mesh.is_last_stage and mesh.reads_data)
     if not (role.first or role.last):
         source.plan.micro_batches_per_rank(data_size=mesh.layout.data)
         return None
@@ -95,7 +95,7 @@ def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
         data_rank=mesh.coordinates.data,
         data_size=mesh.layout.data,
         options=source.options,
-        share=ImageShare(mesh.sample_group.rank(), mesh.sample_group.size()) if role.first else ImageShare(),
+        share=ImageShare(mesh.tp_cp_group.rank(), mesh.tp_cp_group.size()) if role.first else ImageShare(),
     )
 
 
@@ -129,9 +129,9 @@ def _batches(
             for batch, plan, rows in zip(local, planned, hit)
         ]
     whole = [NO_DATA] * len(planned)
-    if mesh.holds_first_stage or mesh.holds_last_stage:
+    if mesh.is_first_stage or mesh.is_last_stage:
         whole = _share_text(local if mesh.reads_data else None, count=len(planned), mesh=mesh)
-    if mesh.holds_first_stage:
+    if mesh.is_first_stage:
         pixels = _share_pixels(
             local, [source.index.rows["n_img"][list(plan.rows)].sum() for plan in planned], mesh=mesh
         )
@@ -146,13 +146,13 @@ def _batches(
 def _share_text(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Batch]:
     """Hand what the reading rank has read, but for the pixels, to its sample group."""
     device = mesh.device.torch_device
-    if mesh.sample_group.size() == 1:
+    if mesh.tp_cp_group.size() == 1:
         assert local is not None
         return [replace(batch, **{name: _moved(getattr(batch, name), device) for name in _TEXT}) for batch in local]
     tensors = [getattr(batch, name) for batch in local for name in _TEXT] if local is not None else None
     width = len(_TEXT)
     received = broadcast_tensors(
-        tensors, count=count * width, source=mesh.sample_source, group=mesh.sample_group, device=device
+        tensors, count=count * width, source=mesh.tp_cp_source_rank, group=mesh.tp_cp_group, device=device
     )
     return [replace(NO_DATA, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
 
@@ -161,9 +161,9 @@ def _share_pixels(local: list[Batch], counts: Sequence[int], *, mesh: Mesh) -> l
     """The images of each micro-batch from the shares of the sample group."""
     device = mesh.device.torch_device
     parts = [_moved(batch.pixels, device) for batch in local]
-    if mesh.sample_group.size() == 1:
+    if mesh.tp_cp_group.size() == 1:
         return parts
-    return gather_interleaved_rows(parts, [int(count) for count in counts], group=mesh.sample_group)
+    return gather_interleaved_rows(parts, [int(count) for count in counts], group=mesh.tp_cp_group)
 
 
 def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from megatron_share4v.data.sampling.blend import open_store
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.model.greedy_reference import greedy_answers
+from megatron_share4v.model.greedy_reference import greedy_generate
 from megatron_share4v.observability.writers import Preview
 from megatron_share4v.parallel.collectives import broadcast_object
 from megatron_share4v.train.data_feed import Source
@@ -30,7 +30,7 @@ def preview(
         return None
     prompts, wanted = zip(*(_question(source, row) for row in rows))
     tokenizer = source.encoder.tokenizer
-    answers = greedy_answers(
+    answers = greedy_generate(
         chunks,
         prompts,
         mesh=mesh,

@@ -15,12 +15,12 @@ from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import (
     MegatronOptimizer,
     clip_gradients,
-    gather_weights,
+    gather_updated_params,
     set_learning_rate,
-    squared_norm,
+    squared_grad_norm,
 )
 from megatron_share4v.mcore.schedule import run_schedule
-from megatron_share4v.model.loss import TokenLoss, divisor
+from megatron_share4v.model.loss import TokenLoss, loss_and_divisor
 from megatron_share4v.parallel.device import to_device_async
 from megatron_share4v.train.data_feed import StepData
 
@@ -132,7 +132,7 @@ def gradients_of(
     losses = _run(chunks, some, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
     sums = _summed(losses, mesh=mesh, normalize=normalize, votes=votes())
     optimizer.prepare_grads()
-    squared = squared_norm(optimizer, device=mesh.device.torch_device)
+    squared = squared_grad_norm(optimizer, device=mesh.device.torch_device)
     *told, square = torch.cat([sums, squared.double()]).tolist()
     loss, tokens, agreed = _told(told)
     return Gradients(loss, tokens, square**0.5, agreed, tuple(losses))
@@ -143,7 +143,7 @@ def validation_loss(
     chunks: Sequence[torch.nn.Module], steps: Sequence[StepData], *, mesh: Mesh, micro_batch_size: int
 ) -> float:
     """Mean loss over the trained tokens of `steps`; 0 when they have none."""
-    gather_weights(chunks)
+    gather_updated_params(chunks)
     losses: list[TokenLoss] = []
     for data in steps:
         losses += _run(
@@ -166,7 +166,7 @@ def _run(
             tokens = batch.targets.numel()
             whole = tokens if batch.trained is None else batch.trained
             first = mesh.coordinates.context == 0
-            return *divisor(total, tokens=tokens, whole=whole, first=first, normalize=normalize), TokenLoss(
+            return *loss_and_divisor(total, tokens=tokens, whole=whole, first=first, normalize=normalize), TokenLoss(
                 total.detach(), tokens, whole
             )
 
@@ -195,7 +195,7 @@ def _summed(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, vo
     speak, each for its positions; every rank votes. Nothing is asked of the device."""
     device = mesh.device.torch_device
     total, weight, tokens = torch.zeros((), dtype=torch.float64, device=device), 0, 0
-    if mesh.holds_last_stage and mesh.coordinates.tensor == 0:
+    if mesh.is_last_stage and mesh.coordinates.tensor == 0:
         for part in losses:
             if normalize == "tokens":
                 total, weight = total + part.total.double(), weight + part.tokens

@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.sampling.sampler import StepItems
-from megatron_share4v.model.flops import Amounts, Execution, hardware_flops, model_flops
+from megatron_share4v.model.flops import ExecutionOptions, WorkloadCounts, hardware_flops, model_flops
 from megatron_share4v.model.pipeline_split import layers_per_stage
 
 
@@ -30,7 +30,7 @@ def step_flops(
     Blank images: with overlapped reduction a micro-batch without images sends one through the tower. Not counted is what context parallelism adds: an
     image across a border goes through the tower of two ranks, and with overlap a rank without images of a micro-batch that has some sends a blank one.
     """
-    real = Amounts(
+    real = WorkloadCounts(
         positions=items.tokens, squares=_squares(items.lengths), images=items.images, head_rows=trained_tokens
     )
     trainable = config.model.trainable
@@ -45,8 +45,10 @@ def step_flops(
     else:  # the padding at the end of a pack is a sequence of its own
         filled = np.add.reduceat(items.lengths, np.cumsum([0, *items.counts[:-1]]))
         squares = _squares(items.lengths) + _squares(length - filled)
-    done = Amounts(positions=items.positions, squares=squares, images=items.images + blank, head_rows=trained_tokens)
-    execution = Execution.of(
+    done = WorkloadCounts(
+        positions=items.positions, squares=squares, images=items.images + blank, head_rows=trained_tokens
+    )
+    execution = ExecutionOptions.of(
         config, fused_head=fused_head, layers_per_stage=layers_per_stage(config.model, config.parallel)
     )
     return StepFlops(model_flops(config.model, real), hardware_flops(config.model, done, execution))

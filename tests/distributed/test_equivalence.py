@@ -66,12 +66,12 @@ class Outcome:
 def train_variant(mesh, variant: Variant) -> Outcome:
     """Five steps of AdamW from the same seed."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
-    from megatron_share4v.mcore.backends import agree_on_ops
+    from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options
-    from megatron_share4v.mcore.optimizer import build_optimizer, unwrap, wrap_chunks
+    from megatron_share4v.mcore.optimizer import build_optimizer, unwrap_model, wrap_ddp
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.model.trainable import parameter_counts
     from megatron_share4v.resilience.replica_checksum import check_replicas
     from megatron_share4v.train.data_feed import StepData
@@ -89,7 +89,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         overlap_param_gather=variant.gather,
         layout=variant.layout,
     )
-    ops = agree_on_ops(variant.ops, mesh=mesh).implementation
+    ops = select_ops_backend(variant.ops, mesh=mesh).implementation
     again = variant.recompute
     settings = TrainConfig(
         global_batch_size=1, recompute=again, recompute_modules=("core_attn", "mlp"), recompute_tower=again
@@ -102,8 +102,8 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         ops=ops,
         options=layer_options(settings, own_lengths=variant.lengths == "cropped"),
     )
-    initialize(bare, seed=1, model=model)
-    chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel, bucket_elements=3000 if variant.gather else None)
+    initialize_weights(bare, seed=1, model=model)
+    chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel, bucket_elements=3000 if variant.gather else None)
     optim = OptimConfig(learning_rate=1e-3, projector_learning_rate=2e-3, weight_decay=0.1, clip_grad_norm=1.0)
     optimizer = build_optimizer(chunks, optim, parallel=parallel, dtype=dtype)
     outcome = Outcome([], [], parameter_counts(bare, mesh=mesh), {})
@@ -130,7 +130,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
     check_replicas(chunks, mesh=mesh, step=STEPS)
-    outcome.weights.update(global_weights([unwrap(chunk) for chunk in chunks]))
+    outcome.weights.update(global_weights([unwrap_model(chunk) for chunk in chunks]))
     return outcome
 
 
@@ -154,9 +154,9 @@ def _of_own_length(batch: Batch, number: int, lengths: str) -> Batch:
 
 def global_weights(chunks) -> dict[str, torch.Tensor]:
     """All weights as global tensors, on rank 0."""
-    from megatron_share4v.model.initialize import shards
+    from megatron_share4v.model.initialize import iter_shards
 
-    mine = [(s.key, s.global_shape, s.offset, s.data.detach().clone()) for s in shards(chunks) if not s.replica]
+    mine = [(s.key, s.global_shape, s.offset, s.data.detach().clone()) for s in iter_shards(chunks) if not s.replica]
     gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, gathered)
     weights: dict[str, torch.Tensor] = {}

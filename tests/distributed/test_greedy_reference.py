@@ -43,8 +43,8 @@ def answers(
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.greedy_reference import greedy_answers
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.greedy_reference import greedy_generate
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
@@ -53,10 +53,10 @@ def answers(
     with open_mesh(layout, device=Device("cpu")) as mesh:
         model = tiny_model()
         chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
-        initialize(chunks, seed=2, model=model)
+        initialize_weights(chunks, seed=2, model=model)
         asked = [[prompt] for prompt in prompts()] if alone else [prompts()]
         options = {"max_new_tokens": NEW_TOKENS, "stop_ids": stop, "vocabulary": vocabulary}
-        return [ids for part in asked for ids in greedy_answers(chunks, part, mesh=mesh, **options)]
+        return [ids for part in asked for ids in greedy_generate(chunks, part, mesh=mesh, **options)]
 
 
 @pytest.fixture(scope="module")

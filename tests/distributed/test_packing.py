@@ -88,9 +88,9 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
 def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) -> Result:
     """Loss and gradients of one step."""
     from megatron_share4v.mcore.layer_options import LayerOptions
-    from megatron_share4v.mcore.optimizer import wrap_chunks
+    from megatron_share4v.mcore.optimizer import wrap_ddp
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.train.data_feed import StepData
     from megatron_share4v.train.step import _reduce, _run
 
@@ -98,8 +98,8 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     bare = build_chunks(
         model, mesh=mesh, parallel=parallel, dtype=torch.float32, options=LayerOptions(attention=kernel)
     )
-    initialize(bare, seed=seed, model=model)
-    chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+    initialize_weights(bare, seed=seed, model=model)
+    chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
     batches, length, sequences = micro_batches(packed=packed)
     items = StepItems(0, np.arange(SAMPLES), positions(examples()), length, 0, 0)
     mine = [

@@ -24,14 +24,14 @@ from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import StepItems
 from megatron_share4v.errors import OpsError
-from megatron_share4v.mcore.attention import KERNELS, places
-from megatron_share4v.mcore.backends import agree_on_ops, choose_attention
+from megatron_share4v.mcore.attention import KERNELS, build_attention_metadata
+from megatron_share4v.mcore.backends import choose_attention_backend, select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.layer_options import layer_options
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, clip_gradients, wrap_chunks
-from megatron_share4v.mcore.transformer_engine import missing_engine
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, clip_gradients, wrap_ddp
+from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import initialize
+from megatron_share4v.model.initialize import initialize_weights
 from megatron_share4v.ops.fp8_linear import CAPABILITY
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
@@ -105,10 +105,10 @@ def built(
         attention=attention,
         has_transformer_engine=engine != "none",
     )
-    ops = agree_on_ops("auto", mesh=mesh).implementation
+    ops = select_ops_backend("auto", mesh=mesh).implementation
     bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.bfloat16, ops=ops, options=options)
-    initialize(bare, seed=1, model=MODEL)
-    [chunk] = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+    initialize_weights(bare, seed=1, model=MODEL)
+    [chunk] = wrap_ddp(bare, mesh=mesh, parallel=parallel)
     return chunk, build_optimizer(
         [chunk], OptimConfig(learning_rate=1e-3, **(optim or {})), parallel=parallel, dtype=torch.bfloat16
     )
@@ -152,13 +152,13 @@ def waits(mesh: Mesh) -> str:
     }
     said = []
     try:
-        choose_attention("varlen", device=mesh.device.torch_device, packed=True, dtype=torch.bfloat16)
+        choose_attention_backend("varlen", device=mesh.device.torch_device, packed=True, dtype=torch.bfloat16)
         variants["varlen"] = {"attention": "varlen"}
     except OpsError as error:
         said.append(f"varlen not here ({error})")
     if mesh.device.kind == "cpu" or torch.cuda.get_device_capability() >= CAPABILITY:
         variants["fp8"] = {"precision": {"fp8": "tensorwise"}}
-    if not missing_engine():
+    if not te_unavailable_reason():
         variants["engine"] = {"engine": "language", "attention": "te", "precision": {"fp8": "tensorwise"}}
     first = batch(mesh.device.torch_device)
     plain = replace(first, image_slots=first.image_slots[:0], pixels=first.pixels[:0])
@@ -182,14 +182,16 @@ def kernels(mesh: Mesh) -> str:
     slope = torch.randn(LENGTH, 2, 256, generator=generator).to(device)
 
     def run(kernel: str, dtype: torch.dtype, causal: bool, packed: bool) -> list[torch.Tensor]:
-        at = places(torch.zeros(LENGTH, 32, device=device), segments=SEGMENTS if packed else None, kernel=kernel)
+        at = build_attention_metadata(
+            torch.zeros(LENGTH, 32, device=device), segments=SEGMENTS if packed else None, kernel=kernel
+        )
         leaves = [x.to(dtype).requires_grad_() for x in drawn]
         context = KERNELS[kernel](*leaves, at=at, causal=causal, scale=None)
         return [context, *torch.autograd.grad(context, leaves, slope.to(dtype))]
 
     for kernel in ("sdpa", "varlen"):
         try:
-            choose_attention(kernel, device=device, packed=True, dtype=torch.bfloat16)
+            choose_attention_backend(kernel, device=device, packed=True, dtype=torch.bfloat16)
         except OpsError as error:
             said.append(f"{kernel} not here ({error})")
             continue
@@ -205,8 +207,8 @@ def kernels(mesh: Mesh) -> str:
 
 def engine(mesh: Mesh) -> str:
     """Transformer Engine's layers and attention on packs, bf16 and every recipe of this GPU, against ours in bf16."""
-    if missing_engine():
-        return f"not here ({missing_engine()})"
+    if te_unavailable_reason():
+        return f"not here ({te_unavailable_reason()})"
     plain = updated(mesh)
     said = [
         f"attention {_near(updated(mesh, attention='te'), plain, BF16)}",

@@ -8,7 +8,7 @@ from engine_helpers import EOS, VOCABULARY, ask, engine_of, mixed_prompts, promp
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.request import Request, Sampling
-from megatron_share4v.model.greedy_reference import greedy_answers
+from megatron_share4v.model.greedy_reference import greedy_generate
 
 NEW = 12
 
@@ -16,7 +16,7 @@ NEW = 12
 @pytest.fixture(scope="module")
 def expected(chunks: list, mesh) -> list[list[int]]:
     """By running the whole sequence again for each token."""
-    found = greedy_answers(
+    found = greedy_generate(
         chunks, mixed_prompts(), mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
     )
     assert len({tuple(answer) for answer in found}) == 6 and len({token for answer in found for token in answer}) > 20
@@ -65,7 +65,7 @@ def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> N
 
 def test_same_text_with_another_image_shares_nothing_after_the_image(chunks: list, mesh) -> None:
     one, other = (prompt(1, length=44, image_seed=seed) for seed in (1, 2))
-    reference = greedy_answers(
+    reference = greedy_generate(
         chunks, [one, other], mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
     )
     assert reference[0] != reference[1]

@@ -70,7 +70,7 @@ def raw_logprobs(chunks: list, given) -> torch.Tensor:
     length = given.token_ids.numel()
     batch = Batch(given.token_ids.unsqueeze(0), given.image_slots, given.pixels, torch.arange(length), None)
     with torch.no_grad():
-        return chunks[0].query(batch)[:, :VOCABULARY].log_softmax(-1)
+        return chunks[0].forward_logits(batch)[:, :VOCABULARY].log_softmax(-1)
 
 
 @pytest.mark.parametrize("step_positions", [16, 256])

@@ -14,7 +14,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
     import engine_helpers
 
     from megatron_share4v.checkpoint.store import RunState, write
-    from megatron_share4v.model.greedy_reference import greedy_answers
+    from megatron_share4v.model.greedy_reference import greedy_generate
 
     with opened(tensor=2, pipeline=2) as mesh:
         chunks = engine_helpers.build(mesh)
@@ -25,7 +25,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
             "stop_ids": frozenset({engine_helpers.EOS}),
             "vocabulary": engine_helpers.VOCABULARY,
         }
-        return greedy_answers(chunks, engine_helpers.mixed_prompts(), mesh=mesh, **options)
+        return greedy_generate(chunks, engine_helpers.mixed_prompts(), mesh=mesh, **options)
 
 
 def opened(**degrees: int):

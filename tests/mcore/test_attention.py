@@ -7,8 +7,14 @@ from megatron.core.transformer.enums import AttnMaskType
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore import backends
-from megatron_share4v.mcore.attention import KERNELS, CoreAttention, Places, places, restarting_positions
-from megatron_share4v.mcore.backends import choose_attention
+from megatron_share4v.mcore.attention import (
+    KERNELS,
+    AttentionMetadata,
+    CoreAttention,
+    build_attention_metadata,
+    positions_in_samples,
+)
+from megatron_share4v.mcore.backends import choose_attention_backend
 from megatron_share4v.mcore.layer_config import LayerConfig
 
 SEGMENTS = ((5, 1, 3, 3), (12,))  # the first sequence has three positions of padding
@@ -32,7 +38,7 @@ def _inputs(seed: int) -> list[torch.Tensor]:
 @kernels
 def test_equals_each_sample_alone(kernel: str):
     attention, (query, key, value) = _attention(kernel), _inputs(0)
-    packed = attention(query, key, value, packed_seq_params=Places(lengths=SEGMENTS))
+    packed = attention(query, key, value, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))
     assert packed.shape == (12, 2, 16)
     for sequence, start, end in ((0, 0, 5), (0, 5, 6), (0, 6, 9), (1, 0, 12)):
         piece = [x[start:end, sequence : sequence + 1] for x in (query, key, value)]
@@ -44,7 +50,7 @@ def test_equals_an_explicit_block_mask(kernel: str):
     attention, tensors = _attention(kernel), [x.requires_grad_() for x in _inputs(1)]
     owner = torch.tensor([0] * 5 + [1] + [2] * 3 + [3] * 3)
     mask = (owner[:, None] == owner) & torch.ones(12, 12, dtype=torch.bool).tril()
-    packed = attention(*tensors, packed_seq_params=Places(lengths=SEGMENTS))[:, 0]
+    packed = attention(*tensors, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))[:, 0]
     q, k, v = (x[:, 0].transpose(0, 1) for x in tensors)
     scores = torch.einsum("hqd,hkd->hqk", q, k.repeat_interleave(2, 0)) / 2.0
     expected = torch.einsum(
@@ -62,10 +68,10 @@ def test_equals_an_explicit_block_mask(kernel: str):
 @pytest.mark.parametrize("changed", [slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 12)])
 def test_a_changed_sample_changes_itself_alone(changed: slice, kernel: str):
     attention, tensors = _attention(kernel), _inputs(3)
-    before = attention(*tensors, packed_seq_params=Places(lengths=SEGMENTS))
+    before = attention(*tensors, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))
     for tensor in tensors:
         tensor[changed, 0] += 1.0
-    after = attention(*tensors, packed_seq_params=Places(lengths=SEGMENTS))
+    after = attention(*tensors, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))
     moved = (before != after).any(dim=2)
     others = torch.ones(12, dtype=torch.bool)
     others[changed] = False
@@ -73,7 +79,7 @@ def test_a_changed_sample_changes_itself_alone(changed: slice, kernel: str):
 
 
 def test_positions_restart():
-    assert restarting_positions(((5, 1, 3), (12,)), 12).T.tolist() == [
+    assert positions_in_samples(((5, 1, 3), (12,)), 12).T.tolist() == [
         [0, 1, 2, 3, 4, 0, 0, 1, 2, 0, 1, 2],
         list(range(12)),
     ]
@@ -88,7 +94,7 @@ def test_kernels_are_equal(mask: AttnMaskType, lengths: tuple[tuple[int, ...], .
     )
     results = []
     for kernel in ("math", "sdpa"):
-        context = _attention(kernel, mask)(*tensors, packed_seq_params=Places(lengths=lengths))
+        context = _attention(kernel, mask)(*tensors, packed_seq_params=AttentionMetadata(lengths=lengths))
         results.append((context, *torch.autograd.grad((context * weight).sum(), tensors)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -96,35 +102,35 @@ def test_kernels_are_equal(mask: AttnMaskType, lengths: tuple[tuple[int, ...], .
 
 def test_ends_of_samples():
     angles = torch.zeros(12, 2)
-    at = places(angles, segments=((5, 1, 3), (12,)), kernel="varlen")
+    at = build_attention_metadata(angles, segments=((5, 1, 3), (12,)), kernel="varlen")
     assert (
         at.lengths == SEGMENTS
         and at.ends.tolist() == [0, 5, 6, 9, 12, 24]
         and at.ends.dtype == torch.int32
         and at.longest == 12
     )
-    assert places(angles, segments=((5, 1, 3), (12,)), kernel="sdpa").ends is None
-    assert places(angles, segments=None, kernel="varlen").lengths is None
+    assert build_attention_metadata(angles, segments=((5, 1, 3), (12,)), kernel="sdpa").ends is None
+    assert build_attention_metadata(angles, segments=None, kernel="varlen").lengths is None
 
 
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     fp32, bf16 = {"packed": True, "dtype": torch.float32}, {"packed": True, "dtype": torch.bfloat16}
     assert (
-        choose_attention("auto", device=cpu, packed=False, dtype=torch.float32).line
+        choose_attention_backend("auto", device=cpu, packed=False, dtype=torch.float32).line
         == "attention: sdpa (samples are not packed)"
     )
-    chosen = choose_attention("auto", device=cpu, **bf16)
+    chosen = choose_attention_backend("auto", device=cpu, **bf16)
     assert chosen.implementation == "sdpa" and "for NVIDIA GPUs alone" in chosen.reason
-    assert choose_attention("math", device=cpu, **fp32).implementation == "math"
+    assert choose_attention_backend("math", device=cpu, **fp32).implementation == "math"
     for name, what in (("varlen", "for NVIDIA GPUs alone"), ("te", "built without CUDA; install it")):
         with pytest.raises(OpsError, match=f"attention: {name} was asked for on cpu: .*{what}"):
-            choose_attention(name, device=cpu, **bf16)
+            choose_attention_backend(name, device=cpu, **bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "missing_engine", lambda: None)
-    assert choose_attention("auto", device=gpu, **bf16).implementation == "varlen"
-    assert choose_attention("auto", device=gpu, **fp32).implementation == "sdpa"
-    assert choose_attention("te", device=gpu, **bf16).implementation == "te"
+    monkeypatch.setattr(backends, "te_unavailable_reason", lambda: None)
+    assert choose_attention_backend("auto", device=gpu, **bf16).implementation == "varlen"
+    assert choose_attention_backend("auto", device=gpu, **fp32).implementation == "sdpa"
+    assert choose_attention_backend("te", device=gpu, **bf16).implementation == "te"
     for name, what in (("varlen", "for bf16 alone"), ("te", "keep the samples of a pack apart")):
         with pytest.raises(OpsError, match=what):
-            choose_attention(name, device=gpu, **fp32)
+            choose_attention_backend(name, device=gpu, **fp32)

@@ -33,19 +33,19 @@ def outcome(machine: Path, requested: str, with_compiler: tuple[bool, ...]) -> s
     import torch.distributed as dist
 
     from megatron_share4v.errors import OpsError
-    from megatron_share4v.mcore.backends import agree_on_ops
+    from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.ops import backend
-    from megatron_share4v.ops.backend import Available
+    from megatron_share4v.ops.backend import LibrarySources
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
-    backend.load = lambda library: None  # there are no ops in it
+    backend.load_library = lambda library: None  # there are no ops in it
     toolchain = Toolchain(str(machine / "g++")) if with_compiler[dist.get_rank()] else None
-    available = Available(toolchain, machine / "cache", machine / "csrc", machine / "prebuilt")
+    available = LibrarySources(toolchain, machine / "cache", machine / "csrc", machine / "prebuilt")
     with open_mesh(Layout(data=dist.get_world_size()), device=Device("cpu")) as mesh:
         try:
-            return agree_on_ops(requested, mesh=mesh, available=available).implementation
+            return select_ops_backend(requested, mesh=mesh, available=available).implementation
         except OpsError as error:
             return str(error)
 

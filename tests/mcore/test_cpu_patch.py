@@ -111,7 +111,7 @@ def test_opening_twice_changes_nothing() -> None:
         "current": torch.cuda.current_device,
         "to": torch.Tensor.to,
     }
-    assert cpu_patch.open_door()
+    assert cpu_patch.patch_cuda_for_cpu()
     after = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {
         "current": torch.cuda.current_device,
         "to": torch.Tensor.to,

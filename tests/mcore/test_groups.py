@@ -23,18 +23,18 @@ def places(layouts: list[Layout]) -> list[dict]:
                 {
                     "rank": mesh.rank,
                     "coordinates": mesh.coordinates,
-                    "tensor": dist.get_process_group_ranks(mesh.tensor_group),
-                    "data": dist.get_process_group_ranks(mesh.data_group),
+                    "tensor": dist.get_process_group_ranks(mesh.tp_group),
+                    "data": dist.get_process_group_ranks(mesh.dp_group),
                     "pipeline": dist.get_process_group_ranks(mesh.groups.pp),
-                    "context": dist.get_process_group_ranks(mesh.context_group),
-                    "replicas": dist.get_process_group_ranks(mesh.replica_group),
-                    "samples": dist.get_process_group_ranks(mesh.sample_group),
-                    "place": mesh.sample_group.rank(),
-                    "first_replica": mesh.first_replica,
-                    "source": mesh.sample_source,
+                    "context": dist.get_process_group_ranks(mesh.cp_group),
+                    "replicas": dist.get_process_group_ranks(mesh.dp_cp_group),
+                    "samples": dist.get_process_group_ranks(mesh.tp_cp_group),
+                    "place": mesh.tp_cp_group.rank(),
+                    "is_first_replica": mesh.is_first_replica,
+                    "source": mesh.tp_cp_source_rank,
                     "reads": mesh.reads_data,
-                    "first": mesh.holds_first_stage,
-                    "last": mesh.holds_last_stage,
+                    "first": mesh.is_first_stage,
+                    "last": mesh.is_last_stage,
                 }
             )
     return found
@@ -55,7 +55,7 @@ def test_groups_are_those_of_the_layout() -> None:
             assert place["rank"] == rank and place["coordinates"] == coordinates
             for axis in ("tensor", "context", "data", "pipeline"):
                 assert place[axis] in layout.groups(axis) and rank in place[axis]
-            assert place["replicas"] in layout.groups("context", "data") and place["first_replica"] == (
+            assert place["replicas"] in layout.groups("context", "data") and place["is_first_replica"] == (
                 rank == min(place["replicas"])
             )
             assert place["samples"] in layout.groups("tensor", "context")
@@ -68,7 +68,7 @@ def test_groups_are_those_of_the_layout() -> None:
 def timeouts(timeout_s: int) -> set[float]:
     """On one rank: seconds that the mesh's groups wait."""
     with open_mesh(Layout(tensor=2), device=Device("cpu"), timeout_s=timeout_s) as mesh:
-        groups = (mesh.tensor_group, mesh.data_group, mesh.groups.pp)
+        groups = (mesh.tp_group, mesh.dp_group, mesh.groups.pp)
         return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 

@@ -10,7 +10,7 @@ from tolerances import FP32_MODULE
 
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.attention import CoreAttention
-from megatron_share4v.mcore.kv_cache import CachedStep, KeyValueCache, Span
+from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata, KVCache, SequenceSpan
 from megatron_share4v.mcore.layer_config import language_config
 
 CONFIG = language_config(
@@ -32,14 +32,17 @@ def sequence(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("cuts", [(11,), (1,) * 11, (4, 1, 6), (8, 1, 1, 1)], ids=str)
 def test_pieces_give_what_the_whole_gives(cuts: tuple[int, ...], gather: bool) -> None:
-    cache = KeyValueCache(CONFIG, rows=40, device=torch.device("cpu"))
+    cache = KVCache(CONFIG, rows=40, device=torch.device("cpu"))
     whole, other = sequence(11, 1), sequence(11, 2)
     expected = [attention()(*tensors) for tensors in (whole, other)]
     found, at = [[], []], 0
     for count in cuts:
-        spans = (Span(start=20, count=count, end=at + count), Span(start=3, count=count, end=at + count))
+        spans = (
+            SequenceSpan(start=20, count=count, end=at + count),
+            SequenceSpan(start=3, count=count, end=at + count),
+        )
         piece = [torch.cat([a[at : at + count], b[at : at + count]]) for a, b in zip(whole, other)]
-        result = attention()(*piece, packed_seq_params=CachedStep(cache=cache, spans=spans, gather=gather))
+        result = attention()(*piece, packed_seq_params=CachedAttentionMetadata(cache=cache, spans=spans, gather=gather))
         for kept, part in zip(found, result.split(count)):
             kept.append(part)
         at += count
@@ -48,7 +51,7 @@ def test_pieces_give_what_the_whole_gives(cuts: tuple[int, ...], gather: bool) -
 
 
 def test_gathering_those_with_one_new_position_leaves_the_others_alone() -> None:
-    cache = KeyValueCache(CONFIG, rows=60, device=torch.device("cpu"))
+    cache = KVCache(CONFIG, rows=60, device=torch.device("cpu"))
     lengths, counts, starts = (4, 9, 7, 2), (1, 3, 1, 1), (0, 10, 25, 40)
     tensors = [sequence(length, seed) for seed, length in enumerate(lengths)]
     cache.keys.fill_(torch.nan)
@@ -57,28 +60,37 @@ def test_gathering_those_with_one_new_position_leaves_the_others_alone() -> None
         if length > count:
             before = [x[: length - count] for x in (query, key, value)]
             attention()(
-                *before, packed_seq_params=CachedStep(cache=cache, spans=(Span(start, length - count, length - count),))
+                *before,
+                packed_seq_params=CachedAttentionMetadata(
+                    cache=cache, spans=(SequenceSpan(start, length - count, length - count),)
+                ),
             )
-    spans = tuple(Span(start, count, length) for start, count, length in zip(starts, counts, lengths))
+    spans = tuple(SequenceSpan(start, count, length) for start, count, length in zip(starts, counts, lengths))
     new = [torch.cat([parts[which][-count:] for parts, count in zip(tensors, counts)]) for which in range(3)]
-    result = attention()(*new, packed_seq_params=CachedStep(cache=cache, spans=spans, gather=True))
+    result = attention()(*new, packed_seq_params=CachedAttentionMetadata(cache=cache, spans=spans, gather=True))
     expected = torch.cat([attention()(*parts)[-count:] for parts, count in zip(tensors, counts)])
     assert (result - expected).abs().max() <= FP32_MODULE * expected.abs().max()
 
 
 def test_a_copied_prefix_serves_another_sequence() -> None:
-    cache = KeyValueCache(CONFIG, rows=40, device=torch.device("cpu"))
+    cache = KVCache(CONFIG, rows=40, device=torch.device("cpu"))
     tensors = sequence(9, 1)
-    attention()(*(x[:6] for x in tensors), packed_seq_params=CachedStep(cache=cache, spans=(Span(0, 6, 6),)))
+    attention()(
+        *(x[:6] for x in tensors),
+        packed_seq_params=CachedAttentionMetadata(cache=cache, spans=(SequenceSpan(0, 6, 6),)),
+    )
     cache.copy(0, 30, 6)
     cache.keys[:, :6] = torch.nan
-    result = attention()(*(x[6:] for x in tensors), packed_seq_params=CachedStep(cache=cache, spans=(Span(30, 3, 9),)))
+    result = attention()(
+        *(x[6:] for x in tensors),
+        packed_seq_params=CachedAttentionMetadata(cache=cache, spans=(SequenceSpan(30, 3, 9),)),
+    )
     reference = attention()(*tensors)[6:]
     assert (result - reference).abs().max() <= FP32_MODULE * reference.abs().max()
 
 
 def test_positions_and_rows_of_a_step() -> None:
-    cache = KeyValueCache(CONFIG, rows=40, device=torch.device("cpu"))
-    step = CachedStep(cache=cache, spans=(Span(10, 2, 5), Span(0, 1, 1)))
+    cache = KVCache(CONFIG, rows=40, device=torch.device("cpu"))
+    step = CachedAttentionMetadata(cache=cache, spans=(SequenceSpan(10, 2, 5), SequenceSpan(0, 1, 1)))
     assert step.positions.squeeze(1).tolist() == [3, 4, 0] and step.rows.tolist() == [13, 14, 0]
-    assert KeyValueCache.bytes_per_row(CONFIG) == 2 * 8 * GROUPS * WIDTH * 4 == cache.keys.nbytes * 2 // 40
+    assert KVCache.bytes_per_row(CONFIG) == 2 * 8 * GROUPS * WIDTH * 4 == cache.keys.nbytes * 2 // 40

@@ -16,7 +16,7 @@ import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore import layer_specs_te
-from megatron_share4v.mcore.attention import Places, math, places
+from megatron_share4v.mcore.attention import AttentionMetadata, build_attention_metadata, math
 from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear
 from megatron_share4v.mcore.layer_config import LayerConfig, language_config
 from megatron_share4v.mcore.layer_options import Fp8, LayerOptions
@@ -51,7 +51,7 @@ class StandIn(torch.nn.Module):
         )
         causal = kind is AttnMaskType.causal
         if not named:
-            return math(query, key, value, at=Places(), causal=causal, scale=None)
+            return math(query, key, value, at=AttentionMetadata(), causal=causal, scale=None)
         packs = named["packed_seq_params"]
         assert (
             packs.qkv_format == "thd"
@@ -63,7 +63,7 @@ class StandIn(torch.nn.Module):
         assert packs.max_seqlen_q == packs.max_seqlen_kv == max(lengths)
         together = math(
             *(x.unsqueeze(1) for x in (query, key, value)),
-            at=Places(lengths=(tuple(lengths),)),
+            at=AttentionMetadata(lengths=(tuple(lengths),)),
             causal=causal,
             scale=None,
         )
@@ -76,12 +76,12 @@ def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.Monke
     config = LayerConfig(
         num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention="te"
     )
-    attention = layer_specs_te.EngineAttention(
+    attention = layer_specs_te.TEAttention(
         config, 1, AttnMaskType.causal, "self", softmax_scale=None, cp_comm_type=None, pg_collection=None
     )
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(12, 2, heads, 4, generator=generator) for heads in (4, 2, 2))
-    at = places(torch.zeros(12, 2), segments=segments, kernel="te")
+    at = build_attention_metadata(torch.zeros(12, 2), segments=segments, kernel="te")
     at.table = None
     got = attention(query, key, value, packed_seq_params=at)
     assert got.is_contiguous()
@@ -105,7 +105,7 @@ def test_the_engine_is_told_of_a_rank_s_heads_alone(
 
 
 def columns(options: LayerOptions) -> list[type]:
-    mesh = SimpleNamespace(tensor_group=None)
+    mesh = SimpleNamespace(tp_group=None)
     layers = decoder_submodules(range(2, 6), layers=6, mesh=mesh, options=options).layer_specs
     return [layer.submodules.mlp.submodules.linear_fc1 for layer in (*layers, tower_spec(mesh=mesh, options=options))]
 
@@ -119,9 +119,9 @@ def test_layers_are_made_of_what_was_chosen() -> None:
     assert columns(LayerOptions(fp8=fp8, engine="language")) == [engine] * 4 + [plain]
     assert columns(LayerOptions(engine="all")) == [engine] * 5
     te = decoder_submodules(
-        range(1), layers=1, mesh=SimpleNamespace(tensor_group=None), options=LayerOptions(attention="te")
+        range(1), layers=1, mesh=SimpleNamespace(tp_group=None), options=LayerOptions(attention="te")
     ).layer_specs[0]
-    assert te.submodules.self_attention.submodules.core_attention is layer_specs_te.EngineAttention
+    assert te.submodules.self_attention.submodules.core_attention is layer_specs_te.TEAttention
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def trained_and_counted(folder: str, names: list[str]) -> dict[str, Kept]:
     from small_run import Run
 
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.mcore.optimizer import optimizer_parts
-    from megatron_share4v.ops.backend import choose_ops
+    from megatron_share4v.mcore.optimizer import chained_optimizers
+    from megatron_share4v.ops.backend import choose_ops_backend
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
@@ -55,7 +55,7 @@ def trained_and_counted(folder: str, names: list[str]) -> dict[str, Kept]:
     with open_mesh(Layout(data=dist.get_world_size()), device=Device("cpu")) as mesh:
         for name in names:
             if SETTINGS[name].ops == "native":
-                choose_ops("native", device="cpu")
+                choose_ops_backend("native", device="cpu")
             run, again, plain = (Run(mesh, setting, seed=seed) for setting, seed in _three(SETTINGS[name]))
             losses = run.train(0, 2)
             saved = run.save(Path(folder) / name.replace(", ", "-"), 2)
@@ -63,7 +63,7 @@ def trained_and_counted(folder: str, names: list[str]) -> dict[str, Kept]:
             again.load(saved)
             plain.load(saved)
             [chunk] = run.chunks
-            states = [state for part in optimizer_parts(run.optimizer) for state in part.optimizer.state.values()]
+            states = [state for part in chained_optimizers(run.optimizer) for state in part.optimizer.state.values()]
             parameters = list(run.bare[0].parameters())
             results[name] = Kept(
                 losses=[loss for loss, _ in losses],

@@ -16,7 +16,7 @@ from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.mcore.layer_config import language_config, vision_config
 from megatron_share4v.mcore.layer_options import LayerOptions
-from megatron_share4v.mcore.tp_comm_overlap import start_tensor_overlap
+from megatron_share4v.mcore.tp_comm_overlap import initialize_tp_comm_overlap
 from megatron_share4v.parallel.layout import Layout
 
 ON = ParallelConfig(tensor=2, sequence=True, overlap_tensor=True)
@@ -83,14 +83,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     ],
 )
 def test_buffers_are_made_once_for_a_micro_batch(precision: dict, modes: list[str], made: list[dict[str, Any]]) -> None:
-    start_tensor_overlap(run(**precision), mesh=MESH)
+    initialize_tp_comm_overlap(run(**precision), mesh=MESH)
     assert made == [
         {"shape": [2 * 4096, 4096], "tp_size": 2, "modes": modes, "dtype": torch.bfloat16, "backend": "nccl"}
     ]
 
 
 def test_nothing_is_made_where_it_is_off(made: list[dict[str, Any]]) -> None:
-    start_tensor_overlap(run(parallel=replace(ON, overlap_tensor=False)), mesh=MESH)
+    initialize_tp_comm_overlap(run(parallel=replace(ON, overlap_tensor=False)), mesh=MESH)
     assert not made
 
 

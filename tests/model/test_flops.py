@@ -17,8 +17,8 @@ from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, T
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions, layer_options
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.flops import Amounts, Execution, parts
-from megatron_share4v.model.initialize import initialize
+from megatron_share4v.model.flops import ExecutionOptions, WorkloadCounts, flops_by_part
+from megatron_share4v.model.initialize import initialize_weights
 
 WITHIN = 0.005
 """Core computes the gradient of what enters the projector also where nothing wants it, and a frozen matrix's products are batched ones, which are
@@ -45,7 +45,7 @@ def counted(
 ) -> tuple[float, float]:
     """(products with weights, products of attention) of one forward and backward pass. Plain attention, whose products are seen one by one."""
     [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=dtype, ops=ops, options=options)
-    initialize([chunk], seed=1, model=model)
+    initialize_weights([chunk], seed=1, model=model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         chunk(batch).backward()
     by_op = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
@@ -53,9 +53,11 @@ def counted(
     return sum(by_op.values()), attention
 
 
-def computed(model: ModelConfig, amounts: Amounts, execution: Execution | None = None) -> tuple[float, float]:
+def computed(
+    model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None = None
+) -> tuple[float, float]:
     """The same two; the counter sees the whole square of causal attention, of which half is needed."""
-    of = parts(model, amounts, execution)
+    of = flops_by_part(model, amounts, execution)
     layers = of.layer * model.language.num_layers
     whole = of.tower + of.projector + layers + of.head
     seen = whole.attention_forward + whole.attention_backward + layers.attention_forward + layers.attention_backward
@@ -74,7 +76,7 @@ def test_unpacked(trainable: str, mesh: Mesh) -> None:
     """Two full sequences with an image each: nothing is padding, so mathematics and machine agree."""
     model = without_padded_rows(dataclasses.replace(tiny_model(), trainable=TrainableConfig(**TRAINABLE[trainable])))
     batch = micro_batches(0)[0]
-    amounts = Amounts(
+    amounts = WorkloadCounts(
         positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
     )
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
@@ -85,7 +87,7 @@ def test_linear_projector(mesh: Mesh) -> None:
         dataclasses.replace(tiny_model(vision_from_block=-1), projector=ProjectorConfig(type="linear"))
     )
     batch = micro_batches(0)[3]
-    amounts = Amounts(
+    amounts = WorkloadCounts(
         positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
     )
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
@@ -96,8 +98,10 @@ def test_packed_with_padding(mesh: Mesh) -> None:
     model, segments = tiny_model(), ((10, 9), (17, 3))
     batch = dataclasses.replace(micro_batches(0)[0], segments=segments)
     pieces = np.array([10, 9, 5, 17, 3, 4])
-    done = Amounts(positions=2 * LENGTH, squares=int((pieces**2).sum()), images=2, head_rows=batch.targets.numel())
-    execution = Execution(fused_head=False, flash=False)
+    done = WorkloadCounts(
+        positions=2 * LENGTH, squares=int((pieces**2).sum()), images=2, head_rows=batch.targets.numel()
+    )
+    execution = ExecutionOptions(fused_head=False, flash=False)
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(
         computed(model, done, execution), rel=WITHIN
     )
@@ -105,13 +109,13 @@ def test_packed_with_padding(mesh: Mesh) -> None:
 
 def test_native_head_computes_its_logits_twice(mesh: Mesh, native_ops: None) -> None:
     model, batch = tiny_model(), micro_batches(0)[0]
-    done = Amounts(
+    done = WorkloadCounts(
         positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
     )
     # bf16: in fp32 the head adds its products in place, which the counter does not know.
     matrices, _ = counted(model, batch, mesh=mesh, ops="native", dtype=torch.bfloat16)
-    assert matrices == computed(model, done, Execution(fused_head=True, flash=False))[0]
-    assert matrices > computed(model, done, Execution(fused_head=False, flash=False))[0]
+    assert matrices == computed(model, done, ExecutionOptions(fused_head=True, flash=False))[0]
+    assert matrices > computed(model, done, ExecutionOptions(fused_head=False, flash=False))[0]
 
 
 RECOMPUTED = {
@@ -131,14 +135,14 @@ def test_recomputation(name: str, mesh: Mesh) -> None:
     data = DataConfig(train="data", tokenizer="tokenizer.model", max_text_length=20)
     config = RunConfig(run=RunSection(directory="none"), data=data, model=model, train=train)
     execution = dataclasses.replace(
-        Execution.of(config, fused_head=False, layers_per_stage=(model.language.num_layers,)), flash=False
+        ExecutionOptions.of(config, fused_head=False, layers_per_stage=(model.language.num_layers,)), flash=False
     )
-    done = Amounts(
+    done = WorkloadCounts(
         positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
     )
     expected = computed(model, done, execution)
     assert counted(model, batch, mesh=mesh, ops="reference", options=layer_options(train)) == pytest.approx(
         expected, rel=WITHIN
     )
-    plain = computed(model, done, Execution(fused_head=False, flash=False))
+    plain = computed(model, done, ExecutionOptions(fused_head=False, flash=False))
     assert sum(expected) > 1.02 * sum(plain)

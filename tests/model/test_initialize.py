@@ -14,7 +14,7 @@ from tiny import tiny_model
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import fill, initial_value, initialize, shards
+from megatron_share4v.model.initialize import fill_parameters, initial_value, initialize_weights, iter_shards
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.layout import Layout
 
@@ -26,9 +26,10 @@ def slices(parallel: ParallelConfig) -> list[tuple[str, tuple[int, ...], tuple[i
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
         chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
-        initialize(chunks, seed=7, model=MODEL)
+        initialize_weights(chunks, seed=7, model=MODEL)
         return [
-            (shard.key, shard.global_shape, shard.offset, shard.data.clone(), shard.replica) for shard in shards(chunks)
+            (shard.key, shard.global_shape, shard.offset, shard.data.clone(), shard.replica)
+            for shard in iter_shards(chunks)
         ]
 
 
@@ -67,7 +68,7 @@ def wrongly_tagged(parallel: ParallelConfig) -> list[str]:
     with open_mesh(layout, device=Device("cpu")) as mesh:
         chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
         held, whole = Counter(), {}
-        for shard in shards(chunks):
+        for shard in iter_shards(chunks):
             # Gate and up are two slices of one parameter.
             held[shard.data.untyped_storage().data_ptr()] += shard.data.numel()
             whole[shard.data.untyped_storage().data_ptr()] = math.prod(shard.global_shape)
@@ -113,4 +114,4 @@ def test_the_seed_and_the_name_decide() -> None:
 def test_fill_refuses_a_value_of_another_shape(mesh: Mesh) -> None:
     chunks = build_chunks(MODEL, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32)
     with pytest.raises(AssertionError, match="class_embedding"):
-        fill(chunks, lambda key, shape: torch.zeros(1, 2, 3))
+        fill_parameters(chunks, lambda key, shape: torch.zeros(1, 2, 3))

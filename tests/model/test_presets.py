@@ -13,7 +13,7 @@ from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.model.pipeline_split import layers_per_stage
-from megatron_share4v.model.share4v import ChunkPlace, Share4V
+from megatron_share4v.model.share4v import PipelineStage, Share4V
 
 PUBLISHED_TOWER = 303_507_456
 BLOCK = 12_596_224
@@ -37,7 +37,7 @@ def test_parameter_counts_are_the_published_ones(name: str, mesh: Mesh, reposito
             ops="reference",
             options=LayerOptions(),
             layers_per_stage=layers_per_stage(model, parallel),
-            place=ChunkPlace(stage=0, num_stages=1, chunk=None),
+            place=PipelineStage(stage=0, num_stages=1, chunk=None),
         )
     assert all(parameter.is_meta for parameter in chunk.parameters()), "building took memory"
     counts = {

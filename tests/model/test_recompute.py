@@ -28,7 +28,7 @@ def kept_and_gradients() -> dict[str, tuple[int, list[torch.Tensor]]]:
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
@@ -38,7 +38,7 @@ def kept_and_gradients() -> dict[str, tuple[int, list[torch.Tensor]]]:
         for name, choice in CHOICES.items():
             options = layer_options(TrainConfig(global_batch_size=1, **choice))
             [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32, options=options)
-            initialize([chunk], seed=1, model=model)
+            initialize_weights([chunk], seed=1, model=model)
             weights = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
             kept: dict[int, int] = {}
 

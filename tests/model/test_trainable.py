@@ -9,15 +9,15 @@ from tiny import micro_batches, tiny_model
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import initialize
+from megatron_share4v.model.initialize import initialize_weights
 from megatron_share4v.model.share4v import Share4V
-from megatron_share4v.model.trainable import component_of, parameter_counts, table
+from megatron_share4v.model.trainable import component_of, format_parameter_table, parameter_counts
 
 
 def _build(mesh: Mesh, **trainable) -> Share4V:
     model = tiny_model(**trainable)
     (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32)
-    initialize([chunk], seed=0, model=model)
+    initialize_weights([chunk], seed=0, model=model)
     return chunk
 
 
@@ -89,7 +89,7 @@ def test_counts_and_table_agree_with_the_model(mesh: Mesh) -> None:
     assert counts["projector", False] == 0 and counts["vision", True] == sum(
         p.numel() for p in chunk.vision.layers[1].parameters()
     )
-    lines = list(table(counts))
+    lines = list(format_parameter_table(counts))
     assert lines[0].split() == ["component", "trained", "frozen"]
     assert lines[1].split() == ["vision", f"{counts['vision', True]:,}", f"{counts['vision', False]:,}"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.ops.adamw import Step, adamw_, clip_coefficient, keys_for, sum_of_squares
+from megatron_share4v.ops.adamw import AdamWStep, adamw_, clip_coefficient, rounding_keys, sum_of_squares
 from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 from megatron_share4v.ops.op import Implementation, draw
 
@@ -83,7 +83,7 @@ def one_step(
         grads=[torch.ones_like(weight)],
         means=zeros[:1],
         squares=zeros[1:],
-        step=Step(rate, 0.9, 0.999, 1e-8, 0.0, 1),
+        step=AdamWStep(rate, 0.9, 0.999, 1e-8, 0.0, 1),
         keys=keys,
         implementation=implementation,
     )
@@ -95,7 +95,7 @@ def test_stochastic_rounding_keeps_the_mean_of_steps_that_are_lost_to_nearest(im
     count, rate = 20_000, 1e-3
     weight = torch.full((count,), 1.5, dtype=torch.bfloat16)  # units of 2**-7, the step is an eighth of one
     assert torch.equal(one_step(weight, keys=[], implementation=implementation, rate=rate), weight)
-    moved = one_step(weight, keys=keys_for(seed=5, step=1, numbers=[0]), implementation=implementation, rate=rate)
+    moved = one_step(weight, keys=rounding_keys(seed=5, step=1, numbers=[0]), implementation=implementation, rate=rate)
     share = (moved != weight).double().mean().item()
     assert set(moved.double().unique().tolist()) == {1.5, 1.5 - 2**-7}
     expected = rate * 2**7
@@ -106,7 +106,7 @@ def test_stochastic_rounding_keeps_the_mean_of_steps_that_are_lost_to_nearest(im
 @implementations
 def test_noise_depends_on_seed_step_and_tensor_and_on_nothing_else(implementation: Implementation) -> None:
     weight = draw((4000,), dtype=torch.bfloat16)
-    keys = {name: keys_for(**of) for name, of in {
+    keys = {name: rounding_keys(**of) for name, of in {
         "here": {"seed": 1, "step": 2, "numbers": [3]},
         "other seed": {"seed": 2, "step": 2, "numbers": [3]},
         "other step": {"seed": 1, "step": 3, "numbers": [3]},
@@ -119,7 +119,7 @@ def test_noise_depends_on_seed_step_and_tensor_and_on_nothing_else(implementatio
 
 
 def test_native_and_reference_draw_the_same_bits() -> None:
-    weight, keys = draw((30_000,), dtype=torch.bfloat16), keys_for(seed=1, step=1, numbers=[0])
+    weight, keys = draw((30_000,), dtype=torch.bfloat16), rounding_keys(seed=1, step=1, numbers=[0])
     native, reference = (one_step(weight, keys=keys, implementation=which) for which in ("native", "reference"))
     # Before it is rounded a value may differ by a unit of 2**-24, which tips one rounding in 2**15 or so.
     assert (native != reference).float().mean() < 1e-3
@@ -145,7 +145,7 @@ def test_bf16_squares_fall_when_gradients_vanish(implementation: Implementation)
 
 def test_not_finite_stays_so() -> None:
     weight = torch.tensor([float("inf"), float("nan"), 1.0], dtype=torch.bfloat16)
-    moved = one_step(weight, keys=keys_for(seed=0, step=0, numbers=[0]), implementation="native")
+    moved = one_step(weight, keys=rounding_keys(seed=0, step=0, numbers=[0]), implementation="native")
     assert moved[0] == float("inf") and moved[1].isnan() and moved[2].isfinite()
 
 
@@ -199,6 +199,6 @@ def test_what_it_cannot_do_is_refused() -> None:
             grads=[torch.ones(3)],
             means=[torch.ones(2)],
             squares=[torch.ones(2)],
-            step=Step(1, 0, 0, 0, 0, 1),
+            step=AdamWStep(1, 0, 0, 0, 0, 1),
             implementation="native",
         )

@@ -15,8 +15,16 @@ import torch
 
 from megatron_share4v.errors import OpsError
 from megatron_share4v.ops import backend
-from megatron_share4v.ops.backend import Available, Choice, choose_ops
-from megatron_share4v.ops.build import LIBRARY, BuildFailed, Toolchain, built, find_toolchain, prebuild, sources
+from megatron_share4v.ops.backend import LibrarySources, OpsBackend, choose_ops_backend
+from megatron_share4v.ops.build import (
+    LIBRARY,
+    BuildFailed,
+    Toolchain,
+    csrc_directory,
+    find_or_build,
+    find_toolchain,
+    prebuild,
+)
 
 REAL = find_toolchain()
 needs_cxx = pytest.mark.skipif(REAL is None, reason="no C++ compiler on PATH")
@@ -43,10 +51,10 @@ def toolchain(tmp_path: Path) -> Toolchain:
 
 
 @pytest.fixture
-def available(tmp_path: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> Available:
+def available(tmp_path: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> LibrarySources:
     """A machine without compilers. Its libraries have no ops in them and are not loaded."""
-    monkeypatch.setattr(backend, "load", lambda library: None)
-    return Available(toolchain=None, cache=tmp_path / "cache", csrc=csrc, prebuilt=tmp_path / "prebuilt")
+    monkeypatch.setattr(backend, "load_library", lambda library: None)
+    return LibrarySources(toolchain=None, cache=tmp_path / "cache", csrc=csrc, prebuilt=tmp_path / "prebuilt")
 
 
 def calls(tmp_path: Path) -> int:
@@ -54,20 +62,20 @@ def calls(tmp_path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def with_compiler(available: Available, toolchain: Toolchain | None) -> Available:
-    return Available(toolchain, available.cache, available.csrc, available.prebuilt)
+def with_compiler(available: LibrarySources, toolchain: Toolchain | None) -> LibrarySources:
+    return LibrarySources(toolchain, available.cache, available.csrc, available.prebuilt)
 
 
 @needs_cxx
 def test_library_is_built_once_and_anew_for_other_sources(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
-    first = built(toolchain, cache=tmp_path / "cache", csrc=csrc)
+    first = find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc)
     assert ctypes.CDLL(str(first)).answer() == 41
     assert calls(tmp_path) == 3  # two sources and the link
-    assert built(toolchain, cache=tmp_path / "cache", csrc=csrc) == first
+    assert find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc) == first
     assert calls(tmp_path) == 3
     source = csrc / "binding.cpp"
     source.write_text(source.read_text().replace("41", "42"))
-    second = built(toolchain, cache=tmp_path / "cache", csrc=csrc)
+    second = find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc)
     assert second != first and ctypes.CDLL(str(second)).answer() == 42
 
 
@@ -75,7 +83,7 @@ def test_library_is_built_once_and_anew_for_other_sources(tmp_path: Path, csrc: 
 def test_eight_processes_build_once(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=built, args=(toolchain,), kwargs={"cache": tmp_path / "cache", "csrc": csrc})
+        context.Process(target=find_or_build, args=(toolchain,), kwargs={"cache": tmp_path / "cache", "csrc": csrc})
         for _ in range(8)
     ]
     for process in processes:
@@ -94,16 +102,16 @@ def test_failed_build_is_recorded_and_shown(tmp_path: Path, csrc: Path, toolchai
     with pytest.raises(
         BuildFailed, match=r"do not compile \(C\+\+,(?s:.*)failed.log to try again(?s:.*)undeclared_name"
     ):
-        built(toolchain, cache=tmp_path / "cache", csrc=csrc)
+        find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc)
     before = calls(tmp_path)
     with pytest.raises(BuildFailed, match="undeclared_name"):
-        built(toolchain, cache=tmp_path / "cache", csrc=csrc)
+        find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc)
     assert calls(tmp_path) == before
     (log,) = (tmp_path / "cache").glob("*/failed.log")
     assert "undeclared_name" in log.read_text()
     log.unlink()
     with pytest.raises(BuildFailed):
-        built(toolchain, cache=tmp_path / "cache", csrc=csrc)
+        find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc)
     assert calls(tmp_path) > before
 
 
@@ -111,27 +119,29 @@ def test_failed_build_is_recorded_and_shown(tmp_path: Path, csrc: Path, toolchai
 def test_unwritable_cache_is_named(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OpsError, match="file.* cannot be made .*XDG_CACHE_HOME"):
-        built(toolchain, cache=tmp_path / "file" / "cache", csrc=csrc)
+        find_or_build(toolchain, cache=tmp_path / "file" / "cache", csrc=csrc)
 
 
 def test_without_compiler_the_reference_is_used_and_said(
-    available: Available, caplog: pytest.LogCaptureFixture
+    available: LibrarySources, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="megatron_share4v"):
-        choice = choose_ops("auto", device="cpu", available=available)
+        choice = choose_ops_backend("auto", device="cpu", available=available)
     assert choice.implementation == "reference" and choice.library is None
     assert caplog.messages == [
         "fused ops: reference (no C++ compiler (g++, c++) on PATH and no prebuilt library that fits)"
     ]
-    assert choose_ops("reference", device="cpu", available=available) == Choice("reference", "as configured")
+    assert choose_ops_backend("reference", device="cpu", available=available) == OpsBackend(
+        "reference", "as configured"
+    )
 
 
-def test_native_without_compiler_is_refused_with_the_remedy(available: Available) -> None:
+def test_native_without_compiler_is_refused_with_the_remedy(available: LibrarySources) -> None:
     with pytest.raises(
         OpsError,
         match=r"ops: native was asked for on cpu(?s:.*)no C\+\+ compiler(?s:.*)install g\+\+(?s:.*)ops: reference",
     ):
-        choose_ops("native", device="cpu", available=available)
+        choose_ops_backend("native", device="cpu", available=available)
 
 
 def test_empty_path_has_no_compilers() -> None:
@@ -139,20 +149,20 @@ def test_empty_path_has_no_compilers() -> None:
 
 
 @needs_cxx
-def test_cxx_alone_serves_the_cpu_only(available: Available, toolchain: Toolchain) -> None:
+def test_cxx_alone_serves_the_cpu_only(available: LibrarySources, toolchain: Toolchain) -> None:
     machine = with_compiler(available, toolchain)
-    choice = choose_ops("auto", device="cpu", available=machine)
+    choice = choose_ops_backend("auto", device="cpu", available=machine)
     assert (choice.implementation, choice.reason) == ("native", "C++")
-    assert choose_ops("auto", device="cuda", available=machine) == Choice(
+    assert choose_ops_backend("auto", device="cuda", available=machine) == OpsBackend(
         "reference", "no nvcc on PATH and no prebuilt library with CUDA kernels"
     )
     with pytest.raises(OpsError, match="asked for on cuda(?s:.*)no nvcc"):
-        choose_ops("native", device="cuda", available=machine)
+        choose_ops_backend("native", device="cuda", available=machine)
 
 
 @needs_cxx
 def test_cuda_kernels_that_do_not_compile_are_left_out_and_said(
-    tmp_path: Path, available: Available, toolchain: Toolchain
+    tmp_path: Path, available: LibrarySources, toolchain: Toolchain
 ) -> None:
     (available.csrc / "answer/cuda.cu").write_text("")
     nvcc = tmp_path / "nvcc"
@@ -161,32 +171,32 @@ def test_cuda_kernels_that_do_not_compile_are_left_out_and_said(
     )
     nvcc.chmod(0o755)
     machine = with_compiler(available, Toolchain(toolchain.cxx, str(nvcc)))
-    choice = choose_ops("auto", device="cpu", available=machine)
+    choice = choose_ops_backend("auto", device="cpu", available=machine)
     assert (
         choice.implementation == "native"
         and "without CUDA kernels" in choice.reason
         and "out of order" in choice.reason
     )
     with pytest.raises(OpsError, match="out of order"):
-        choose_ops("native", device="cuda", available=machine)
+        choose_ops_backend("native", device="cuda", available=machine)
 
 
 @needs_cxx
-def test_prebuilt_library_is_used_for_its_sources_only(available: Available, toolchain: Toolchain) -> None:
+def test_prebuilt_library_is_used_for_its_sources_only(available: LibrarySources, toolchain: Toolchain) -> None:
     prebuild(toolchain, csrc=available.csrc, to=available.prebuilt)
-    choice = choose_ops("native", device="cpu", available=available)
+    choice = choose_ops_backend("native", device="cpu", available=available)
     assert choice.library == available.prebuilt / LIBRARY and choice.reason == "prebuilt, C++"
-    assert choose_ops("auto", device="cuda", available=available).implementation == "reference"
+    assert choose_ops_backend("auto", device="cuda", available=available).implementation == "reference"
     assert json.loads((available.prebuilt / "built.json").read_text())["cuda"] is False
     (available.csrc / "binding.cpp").write_text("int other;\n")
-    assert choose_ops("auto", device="cpu", available=available).implementation == "reference"
+    assert choose_ops_backend("auto", device="cpu", available=available).implementation == "reference"
 
 
 @needs_cxx
 def test_loading_twice_is_harmless() -> None:
-    choice = choose_ops("native", device="cpu")
-    backend.load.cache_clear()
-    backend.load(choice.library)
+    choice = choose_ops_backend("native", device="cpu")
+    backend.load_library.cache_clear()
+    backend.load_library(choice.library)
     assert torch.ops.share4v.rms_norm(torch.ones(2, 4), torch.ones(4), 0.0)[0].eq(1).all()
 
 
@@ -197,7 +207,7 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.
     broken.parent.mkdir()
     broken.write_text("no library")
     with pytest.raises(OpsError, match="other.so cannot be loaded"):
-        backend.load(broken)
+        backend.load_library(broken)
 
 
 def test_tool_says_what_there_is(repository: Path) -> None:
@@ -217,5 +227,5 @@ def test_installed_package_carries_the_sources(repository: Path, tmp_path: Path)
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shipped = tmp_path / "lib/megatron_share4v/csrc"
-    wanted = {path.relative_to(sources()) for path in sources().rglob("*") if path.is_file()}
+    wanted = {path.relative_to(csrc_directory()) for path in csrc_directory().rglob("*") if path.is_file()}
     assert {path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file()} == wanted

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_share4v.ops.build import LIBRARY, STABLE_ABI, Toolchain, built, default_cache, find_toolchain, sources
-from megatron_share4v.ops.kernel_usage import Usage, usages
+from megatron_share4v.ops.build import (
+    LIBRARY,
+    STABLE_ABI,
+    Toolchain,
+    csrc_directory,
+    default_cache_directory,
+    find_or_build,
+    find_toolchain,
+)
+from megatron_share4v.ops.kernel_usage import KernelUsage, parse_kernel_usage
 from megatron_share4v.ops.registry import OPS
 
 TOOLCHAIN = find_toolchain()
@@ -46,7 +54,7 @@ def sanitized() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library whose ops run the CUDA kernels on CPU tensors."""
-    csrc, folder = sources(), tmp_path_factory.mktemp("emulated")
+    csrc, folder = csrc_directory(), tmp_path_factory.mktemp("emulated")
     torch_root = Path(torch.__file__).parent
     compile_one = [TOOLCHAIN.cxx, *HOST_FLAGS, "-c", "-o"]
     run(
@@ -107,7 +115,7 @@ def test_emulated_kernels_give_values_and_gradients_of_the_reference(emulated: P
 
 @needs_cxx
 def test_library_without_cuda_gives_them_too(tmp_path: Path) -> None:
-    library = built(Toolchain(TOOLCHAIN.cxx), cache=tmp_path, csrc=sources())
+    library = find_or_build(Toolchain(TOOLCHAIN.cxx), cache=tmp_path, csrc=csrc_directory())
     assert "cases" in walk(library, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -132,7 +140,7 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
     table = ", ".join(f"kernel{number}" for number in range(len(PLANTED)))
     source = tmp_path / "planted.cu"
     source.write_text(
-        f'#include "{sources()}/common/device.cuh"\n{kernels}\nint main(int, char** words) {{\n  void (*kernels[])(float*) = {{{table}}};\n'
+        f'#include "{csrc_directory()}/common/device.cuh"\n{kernels}\nint main(int, char** words) {{\n  void (*kernels[])(float*) = {{{table}}};\n'
         "  float* out = static_cast<float*>(std::malloc(64 * sizeof(float)));\n"
         "  return launch(kernels[std::atoi(words[1])], dim3(2), dim3(64), 64 * sizeof(float), nullptr, out);\n}\n"
     )
@@ -147,11 +155,11 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
 
 @needs_nvcc
 def test_kernels_keep_their_register_budgets() -> None:
-    csrc = sources()
+    csrc = csrc_directory()
     # Of the build that the other tests use.
-    log = built(TOOLCHAIN, cache=default_cache(), csrc=csrc).with_name("build.log").read_text()
+    log = find_or_build(TOOLCHAIN, cache=default_cache_directory(), csrc=csrc).with_name("build.log").read_text()
     budgets = json.loads((csrc / "budgets.json").read_text())
-    found = list(usages(log))
+    found = list(parse_kernel_usage(log))
     assert {usage.op for usage in found} == {path.parent.name for path in csrc.glob("*/cuda.cu")} == set(budgets)
     for usage in found:
         named = [registers for name, registers in budgets[usage.op].items() if f"{len(name)}{name}" in usage.kernel]
@@ -167,4 +175,6 @@ def test_kernels_keep_their_register_budgets() -> None:
 def test_spills_are_seen() -> None:
     entry = "ptxas info    : Compiling entry function '_Z7forwardv' for 'sm_80'\nptxas info    : Function properties for _Z7forwardv\n"
     spills = "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info    : Used 40 registers, used 0 barriers\n"
-    assert list(usages(f"== norm_cuda\n{entry}{spills}")) == [Usage("norm", "_Z7forwardv", "sm_80", 40, 16)]
+    assert list(parse_kernel_usage(f"== norm_cuda\n{entry}{spills}")) == [
+        KernelUsage("norm", "_Z7forwardv", "sm_80", 40, 16)
+    ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_share4v.mcore.attention import restarting_positions
+from megatron_share4v.mcore.attention import positions_in_samples
 from megatron_share4v.mcore.layers import RotaryEmbedding
 from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation, draw
@@ -75,7 +75,7 @@ def test_rotation_is_that_of_core(implementation: Implementation, segments: tupl
     angles = RotaryEmbedding(kv_channels=width, rotary_percent=1.0, rotary_base=10000, use_cpu_initialization=True)(
         length
     )  # [S, 1, 1, D]
-    positions = None if segments is None else restarting_positions(segments, length)
+    positions = None if segments is None else positions_in_samples(segments, length)
     leaves = [draw((length, batch, heads, width), dtype=torch.float32, seed=heads).requires_grad_() for heads in (4, 2)]
     slopes = [draw(tuple(leaf.shape), dtype=torch.float32, seed=9) for leaf in leaves]
     table = rope_table(angles[:, 0, 0, : width // 2])

@@ -127,11 +127,11 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     from megatron_share4v.mcore.layer_config import LayerConfig
     from megatron_share4v.mcore.layers import ColumnParallelLinear
     from megatron_share4v.model.loss import summed_cross_entropy
-    from megatron_share4v.ops.backend import choose_ops
+    from megatron_share4v.ops.backend import choose_ops_backend
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
-    choose_ops("native", device="cpu")
+    choose_ops_backend("native", device="cpu")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     own, results = slice(COLUMNS // ranks * rank, COLUMNS // ranks * (rank + 1)), []
     padded = torch.arange(COLUMNS)[own] >= REAL
@@ -147,7 +147,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
             }
             config = LayerConfig(**options, use_cpu_initialization=True, params_dtype=dtype)
             head = ColumnParallelLinear(
-                WIDTH, COLUMNS, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=mesh.tensor_group
+                WIDTH, COLUMNS, config=config, init_method=torch.nn.init.zeros_, bias=False, tp_group=mesh.tp_group
             )
             with torch.no_grad():
                 head.weight.copy_(weight[own])
@@ -156,7 +156,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
                 weight=head.weight,
                 targets=targets,
                 vocabulary=REAL,
-                group=mesh.tensor_group,
+                group=mesh.tp_group,
                 block_columns=10,
                 implementation=implementation,
             )

@@ -12,10 +12,10 @@ from tolerances import LAYOUT_LOSS, LAYOUT_WEIGHT
 
 def swap(run: object) -> None:
     """Put the fused optimizer where core has torch's."""
-    from megatron_share4v.mcore.optimizer import optimizer_parts
+    from megatron_share4v.mcore.optimizer import chained_optimizers
     from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 
-    for part in optimizer_parts(run.optimizer):
+    for part in chained_optimizers(run.optimizer):
         part.optimizer = FusedAdamW.in_place_of(part.optimizer, implementation="native")
 
 
@@ -26,11 +26,11 @@ def four_steps(folder: str) -> dict[str, object]:
 
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.ops.backend import choose_ops
+    from megatron_share4v.ops.backend import choose_ops_backend
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
-    choose_ops("native", device="cpu")
+    choose_ops_backend("native", device="cpu")
     layout = Layout.for_world(ParallelConfig(distributed_optimizer=True), world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
         plain, fused, resumed = (Run(mesh, Setting(language_layers=2), seed=seed) for seed in (1, 1, 2))

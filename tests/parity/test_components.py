@@ -18,7 +18,7 @@ from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import fill, initial_value
+from megatron_share4v.model.initialize import fill_parameters, initial_value
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.parallel.device import Device
@@ -68,7 +68,7 @@ def _build(
 ) -> Share4V:
     """With `weights`, and fresh ones where those say nothing."""
     (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32, ops=ops)
-    fill(
+    fill_parameters(
         [chunk],
         lambda name, shape: weights[name] if name in weights else initial_value(name, shape, seed=0, model=model),
     )
@@ -157,7 +157,7 @@ def test_decoder_equals_llama(mesh: Mesh, ops: Implementation) -> None:
         targets=none,
     )
     theirs = llama(tokens).logits
-    ours = chunk.query(batch)[:, : language.vocab_size].view(2, 12, -1)
+    ours = chunk.forward_logits(batch)[:, : language.vocab_size].view(2, 12, -1)
     assert (ours - theirs).abs().max() / theirs.abs().max() <= FP32_MODULE
 
 

@@ -20,13 +20,13 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Trainable
 from megatron_share4v.config.run import Ops, ParallelConfig
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
-from megatron_share4v.mcore.backends import agree_on_ops
+from megatron_share4v.mcore.backends import select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
-from megatron_share4v.mcore.optimizer import wrap_chunks
+from megatron_share4v.mcore.optimizer import wrap_ddp
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import fill, shards
-from megatron_share4v.model.loss import divisor
+from megatron_share4v.model.initialize import fill_parameters, iter_shards
+from megatron_share4v.model.loss import loss_and_divisor
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.layout import Layout
@@ -162,17 +162,17 @@ def _logits(chunk: Share4V, batch: Batch, mesh: Mesh) -> torch.Tensor | None:
     """[B, S, vocabulary] on the last stage, by passing hidden states along by hand."""
     neighbours = dist.get_process_group_ranks(mesh.groups.pp)
     here = mesh.coordinates.pipeline
-    if not mesh.holds_first_stage:
+    if not mesh.is_first_stage:
         held = LENGTH // mesh.layout.tensor if chunk.config.sequence_parallel else LENGTH
         received = torch.empty(held, SAMPLES, MODEL.language.hidden_size)
         dist.recv(received, src=neighbours[here - 1])
         chunk.set_input_tensor(received)
-    part = chunk.query(replace(batch, target_rows=torch.arange(SAMPLES * LENGTH)))
-    if not mesh.holds_last_stage:
+    part = chunk.forward_logits(replace(batch, target_rows=torch.arange(SAMPLES * LENGTH)))
+    if not mesh.is_last_stage:
         dist.send(part.contiguous(), dst=neighbours[here + 1])
         return None
     parts = [torch.empty_like(part) for _ in range(mesh.layout.tensor)]
-    dist.all_gather(parts, part.contiguous(), group=mesh.tensor_group)
+    dist.all_gather(parts, part.contiguous(), group=mesh.tp_group)
     padded = torch.cat(parts, dim=1)
     assert torch.isneginf(padded[:, MODEL.language.vocab_size :]).all()
     return padded[:, : MODEL.language.vocab_size].view(SAMPLES, LENGTH, -1)
@@ -181,11 +181,11 @@ def _logits(chunk: Share4V, batch: Batch, mesh: Mesh) -> torch.Tensor | None:
 def _forward_differences(chunk: Share4V, reference: dict, mesh: Mesh) -> dict[str, float]:
     found = {}
     whole = _micro_batch(reference, slice(None))
-    if mesh.holds_first_stage:
+    if mesh.is_first_stage:
         with torch.no_grad():
             features = chunk.vision(whole.pixels).transpose(0, 1)
             found["features"] = _relative(features, reference["features"])
-            found["projected"] = _relative(chunk.image_features(whole.pixels), reference["projected"])
+            found["projected"] = _relative(chunk.encode_images(whole.pixels), reference["projected"])
     logits = _logits(chunk, whole, mesh)
     if logits is not None:
         found["logits"] = _relative(logits, reference["logits"])
@@ -197,12 +197,12 @@ def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, flo
     reference = torch.load(path)
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
-        implementation = agree_on_ops(ops, mesh=mesh).implementation
+        implementation = select_ops_backend(ops, mesh=mesh).implementation
         chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32, ops=implementation)
-        fill(chunks, lambda name, shape: reference["weights"][name])
+        fill_parameters(chunks, lambda name, shape: reference["weights"][name])
         found = _forward_differences(chunks[0], reference, mesh) if parallel.virtual == 1 else {}
         records = run_schedule(
-            wrap_chunks(chunks, mesh=mesh, parallel=parallel),
+            wrap_ddp(chunks, mesh=mesh, parallel=parallel),
             [_micro_batch(reference, slice(sample, sample + 1)) for sample in range(SAMPLES)],
             mesh=mesh,
             sequence_length=LENGTH,
@@ -219,7 +219,7 @@ def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, flo
             for parameter in chunk.parameters():
                 parameter.data = parameter.main_grad
         found["gradients"] = max(
-            _relative(shard.data, shard.slice_of(reference["gradients"][shard.key])) for shard in shards(chunks)
+            _relative(shard.data, shard.slice_from(reference["gradients"][shard.key])) for shard in iter_shards(chunks)
         )
     return found
 
@@ -227,7 +227,10 @@ def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, flo
 def _loss_function(batch: Batch):
     def finish(total: torch.Tensor) -> tuple:
         tokens = batch.targets.numel()
-        return *divisor(total, tokens=tokens, whole=tokens, first=True, normalize="tokens"), (total.detach(), tokens)
+        return *loss_and_divisor(total, tokens=tokens, whole=tokens, first=True, normalize="tokens"), (
+            total.detach(),
+            tokens,
+        )
 
     return finish
 

@@ -14,7 +14,7 @@ from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, TrainConfig
 from megatron_share4v.data.loading.context_parallel import context_part
-from megatron_share4v.model.flops import Amounts
+from megatron_share4v.model.flops import WorkloadCounts
 from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.planner.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
 
@@ -94,13 +94,13 @@ def kept_by_autograd(chunk, batch, *, width: int, length: int, dtype: torch.dtyp
 def measure(cases: list[Case]) -> list[Measured]:
     """Build each case as the trainer does and weigh it."""
     from megatron_share4v.config.run import OptimConfig
-    from megatron_share4v.mcore.backends import agree_on_ops
+    from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options
-    from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
+    from megatron_share4v.mcore.optimizer import build_optimizer, chained_optimizers, wrap_ddp
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
@@ -111,7 +111,7 @@ def measure(cases: list[Case]) -> list[Measured]:
         with open_mesh(layout, device=Device("cpu")) as mesh:
             model, dtype = case.model, DTYPES[case.dtype]
             parallel = ParallelConfig(**degrees, sequence=case.sequence, distributed_optimizer=case.sharded)
-            agree_on_ops(case.ops, mesh=mesh)
+            select_ops_backend(case.ops, mesh=mesh)
             bare = build_chunks(
                 model,
                 mesh=mesh,
@@ -120,14 +120,14 @@ def measure(cases: list[Case]) -> list[Measured]:
                 ops=case.ops,
                 options=layer_options(case.train, precision=case.precision),
             )
-            initialize(bare, seed=1, model=model)
+            initialize_weights(bare, seed=1, model=model)
             short = "bf16" if case.short else "fp32"
-            wrapped = wrap_chunks(bare, mesh=mesh, parallel=parallel, gradients=short)
+            wrapped = wrap_ddp(bare, mesh=mesh, parallel=parallel, gradients=short)
             optimizer = build_optimizer(wrapped, OptimConfig(moments=short), parallel=parallel, dtype=dtype)
             weights = storages(parameter for chunk in bare for parameter in chunk.parameters())
             states = [
                 value
-                for part in optimizer_parts(optimizer)
+                for part in chained_optimizers(optimizer)
                 for group in part.optimizer.param_groups
                 for parameter in group["params"]
                 for value in (parameter, *part.optimizer.state[parameter].values())
@@ -222,7 +222,7 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
             for real in mine:
                 assert planned.weights == pytest.approx(real.weights, rel=WITHIN), (case, rank)
                 assert planned.gradients == pytest.approx(real.gradients, rel=WITHIN), (case, rank)
-                amounts = Amounts(positions=positions, squares=0, images=real.images, head_rows=real.head_rows)
+                amounts = WorkloadCounts(positions=positions, squares=0, images=real.images, head_rows=real.head_rows)
                 for chunk, bytes_kept in zip(chunks, real.activations, strict=True):
                     expected = activations(model, chunk, amounts, kept, sequences=MICRO_BATCH)
                     if (

@@ -29,10 +29,10 @@ def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[Piece]]]:
     """(pipeline rank, pieces as they ran) of each case, recorded at the chunks' outputs and at the gradients that arrive there."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.mcore.optimizer import wrap_chunks
+    from megatron_share4v.mcore.optimizer import wrap_ddp
     from megatron_share4v.mcore.schedule import run_schedule
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
@@ -42,8 +42,8 @@ def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[Piece]]]:
         with open_mesh(layout, device=Device("cpu")) as mesh:
             model, parallel = tiny_model(), ParallelConfig(pipeline=pipeline, virtual=virtual)
             bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
-            initialize(bare, seed=1, model=model)
-            chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel)
+            initialize_weights(bare, seed=1, model=model)
+            chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
             batches = list(itertools.islice(itertools.cycle(micro_batches(0)), count))
             numbered = [(number, batch) for number, batch in enumerate(batches)]
             pieces: list[Piece] = []

@@ -43,7 +43,7 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
     from tiny import MICRO_BATCH, micro_batches, step_items
 
     from megatron_share4v.errors import PrecisionError
-    from megatron_share4v.mcore.backends import agree_on_ops
+    from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.fp8 import _ProductInFp8
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
@@ -54,7 +54,7 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
     results = {}
     for name, setting in variants.items():
         with open_mesh(Layout(tensor=setting.tensor), device=Device("cpu")) as mesh:
-            setting = replace(setting, ops=agree_on_ops("auto", mesh=mesh).implementation)
+            setting = replace(setting, ops=select_ops_backend("auto", mesh=mesh).implementation)
             run = Run(mesh, setting, seed=1)
             losses = [loss for _ in range(steps // 4) for loss, _ in run.train(0, 4)]
             data = StepData(step_items(0), micro_batches(0)[:1], 0.0)

@@ -59,7 +59,7 @@ SHARED = [
 
 def waits_of(cases: list[Case]) -> list[list[str]]:
     """Of the second step of each case; the first makes tables that are kept."""
-    from megatron_share4v.mcore.backends import agree_on_ops
+    from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
@@ -71,7 +71,7 @@ def waits_of(cases: list[Case]) -> list[list[str]]:
             **degrees, virtual=case.virtual, data=dist.get_world_size() // (case.tensor * case.context * case.pipeline)
         )
         with open_mesh(layout, device=Device("cpu")) as mesh:
-            agree_on_ops(case.ops, mesh=mesh)
+            select_ops_backend(case.ops, mesh=mesh)
             results.append(watched_step(mesh, case))
     return results
 
@@ -80,9 +80,9 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options
-    from megatron_share4v.mcore.optimizer import build_optimizer, optimizer_parts, wrap_chunks
+    from megatron_share4v.mcore.optimizer import build_optimizer, chained_optimizers, wrap_ddp
     from megatron_share4v.model.chunks import build_chunks
-    from megatron_share4v.model.initialize import initialize
+    from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.ops.adamw_optimizer import FusedAdamW
     from megatron_share4v.train.step import train_step
 
@@ -96,15 +96,15 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     )
     dtype = DTYPES[case.dtype]
     bare = build_chunks(model, mesh=mesh, parallel=parallel, dtype=dtype, ops=case.ops, options=options)
-    initialize(bare, seed=1, model=model)
-    chunks = wrap_chunks(bare, mesh=mesh, parallel=parallel, gradients=precision.gradients)
+    initialize_weights(bare, seed=1, model=model)
+    chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel, gradients=precision.gradients)
     optimizer = build_optimizer(chunks, OptimConfig(learning_rate=1e-3, **case.optim), parallel=parallel, dtype=dtype)
     how = dict(
         mesh=mesh, micro_batch_size=sequences, normalize=case.normalize, learning_rate_factor=1.0, clip_grad_norm=1e-3
     )
     how["votes"] = lambda: (1.0, 2.0)
     first = train_step(chunks, optimizer, data, **how)
-    fused = [part.optimizer for part in optimizer_parts(optimizer) if isinstance(part.optimizer, FusedAdamW)]
+    fused = [part.optimizer for part in chained_optimizers(optimizer) if isinstance(part.optimizer, FusedAdamW)]
     with watched(host=[state["step"] for one in fused for state in one.state.values()]) as waits:
         result = train_step(chunks, optimizer, data, **how)
     world = dist.get_world_size()

@@ -11,7 +11,7 @@ from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.data.sampling.sampler import StepItems
-from megatron_share4v.model.flops import Amounts, model_flops
+from megatron_share4v.model.flops import WorkloadCounts, model_flops
 from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.train.step_flops import StepFlops, step_flops
 
@@ -19,7 +19,7 @@ LLM_7B = 6_738_415_616
 
 
 def flops(model: ModelConfig, *, length: int, images: int, trained: int) -> float:
-    return model_flops(model, Amounts(positions=length, squares=length**2, images=images, head_rows=trained))
+    return model_flops(model, WorkloadCounts(positions=length, squares=length**2, images=images, head_rows=trained))
 
 
 def test_language_model_matches_six_n_d() -> None:

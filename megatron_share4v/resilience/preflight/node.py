@@ -18,8 +18,8 @@ import torch
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import OpsError
-from megatron_share4v.mcore.transformer_engine import missing_engine
-from megatron_share4v.ops.backend import choose_ops
+from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
+from megatron_share4v.ops.backend import choose_ops_backend
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.planner.memory import Chunk, tensors
 
@@ -178,13 +178,13 @@ def check_limits(device: Device) -> Iterator[Finding]:
 def check_kernels(config: RunConfig, device: Device) -> Iterator[Finding]:
     """Whether what the configuration asks for can be had; building the ops is part of the answer."""
     try:
-        choice = choose_ops(config.ops, device=device.kind)
+        choice = choose_ops_backend(config.ops, device=device.kind)
     except OpsError as problem:
         yield error(str(problem))
     else:
         if choice.implementation == "reference" and config.ops == "auto":
             yield warning(f"fused ops: plain torch will be used ({choice.reason})")
-    if config.attention == "te" and (missing := missing_engine()) is not None:
+    if config.attention == "te" and (missing := te_unavailable_reason()) is not None:
         yield error(f"attention: te was asked for: {missing}")
 
 

@@ -22,7 +22,7 @@ from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.model.chunks import build_chunks
-from megatron_share4v.model.initialize import shards
+from megatron_share4v.model.initialize import iter_shards
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.layout import Layout
 
@@ -50,7 +50,7 @@ def _shapes_of_shards(model: ModelConfig, parallel: ParallelConfig) -> dict[str,
     layout = Layout.for_world(parallel, world_size=parallel.tensor * parallel.pipeline)
     with open_mesh(layout, device=Device("cpu")) as mesh:
         chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
-        return {shard.key: shard.global_shape for shard in shards(chunks)}
+        return {shard.key: shard.global_shape for shard in iter_shards(chunks)}
 
 
 def shapes_at(parallel: ParallelConfig) -> list[dict[str, tuple[int, ...]]]:
