@@ -4,13 +4,14 @@ Importing this package opens the CPU door (mcore/cpu_patch.py) where there is no
 Every other package takes megatron-core's classes from here or from the modules beside this one.
 """
 
-import logging
-import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 
+import torch
+
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore import cpu_patch
+from megatron_share4v.upstream_warnings import route_warnings
 
 SUPPORTED = ("0.16.1",)
 
@@ -31,16 +32,6 @@ def _check_environment() -> None:
         raise OpsError("psutil is missing: saving a checkpoint would hang; pip install psutil")
 
 
-def _quiet_upstream() -> None:
-    """Core's own use of deprecated torch names and its notes on absent optional packages; what is used instead is in the start-up lines."""
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.* is deprecated")
-    warnings.filterwarnings("ignore", category=UserWarning, message="Transformer Engine and Apex are not installed")
-    # Core says so of every MLP class that is not its own; ours is given all that core's would be (layer_specs.py).
-    logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
-        lambda record: "Unknown MLP type" not in record.getMessage()
-    )
-
-
 _check_environment()
-_quiet_upstream()
+route_warnings(cuda=torch.cuda.is_available())
 cpu_patch.patch_cuda_for_cpu()
