@@ -27,6 +27,9 @@ from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
 from megatron_share4v.checkpoint.resumable_writer import write_parts, writing
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
+
+
 BLOCK = 1 << 20
 COMMANDS = ("import", "export")
 MOST_OVER_COPY, MOST_OVER_SHARD_GB = 2.0, (1 << 30) / 1e9
@@ -168,7 +171,7 @@ def write_tokenizer(path: Path, given: Path | None) -> None:
     if given is not None:
         shutil.copyfile(given, path)
     else:
-        from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+        from examples.quickstart.tokenizer import train_tokenizer
 
         train_tokenizer([f"sentence {number} of a tiny text" for number in range(200)], path, vocab_size=300)
 

@@ -17,7 +17,9 @@ from bench_packing import bench_packing
 from bench_plan import bench_plans
 from bench_prepare import bench_prepare, bench_with_images
 
-from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
+
+from examples.quickstart.tokenizer import train_tokenizer
 
 RECORDS, IMAGES, DECODED = 1_250_000, 2_000, 512
 

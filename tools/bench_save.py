@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,10 +21,13 @@ import torch
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-from megatron_share4v.data.quickstart import write_dataset
-from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.train import loop
 from megatron_share4v.train.checkpoint_saver import Saver
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
+
+from examples.quickstart.dataset import write_dataset
+from examples.quickstart.tokenizer import train_tokenizer
 
 MODEL = Path(__file__).parents[1] / "examples" / "models" / "tiny.yaml"
 BYTES_PER_WEIGHT = 16  # fp32: the weight, the optimizer's and its two moments

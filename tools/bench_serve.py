@@ -14,6 +14,7 @@ import json
 import random
 import statistics
 import string
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +27,6 @@ import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.loading.prompt import Prompt
-from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import Request, Sampling
 from megatron_share4v.infer.session import Session
@@ -34,6 +34,10 @@ from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
+
+from examples.quickstart.tokenizer import train_tokenizer
 
 PIECES = 32000
 USERS = (1, 4, 16)

@@ -19,6 +19,9 @@ from pathlib import Path
 from megatron_share4v.data.images.pil_decoder import data_url
 from megatron_share4v.errors import ServeError, exit_on_user_error
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: examples/ is no installed package
+
+
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"
 READY_S, ANSWER_S, TOKENS = 120, 60, 24
 
@@ -29,7 +32,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=8, help="held-out questions to ask")
     arguments = parser.parse_args()
     with exit_on_user_error():
-        from megatron_share4v.data.quickstart import load_held_out
+        from examples.quickstart.dataset import load_held_out
 
         out = arguments.out
         _, questions = load_held_out(out / "scenes" / "held_out.json")

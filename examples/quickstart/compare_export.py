@@ -13,6 +13,8 @@ from pathlib import Path
 from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.logging import configure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: examples/ is no installed package
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -27,8 +29,8 @@ def main() -> None:
 
 def compare(out: Path, count: int) -> bool:
     """Whether ids, pixels, logits and greedy answers agree; what was found goes to the file."""
+    from examples.quickstart.scoring import held_out_questions
     from megatron_share4v.evaluate.agreement import compare_alone
-    from megatron_share4v.evaluate.quickstart import held_out_questions
 
     checkpoint, export = out / "finetune", out / "hf"
     found = compare_alone(checkpoint, export, questions=held_out_questions(out / "scenes" / "held_out.json")[:count])

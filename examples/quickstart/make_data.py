@@ -10,9 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_share4v.data.quickstart import finetune_record, load_held_out, make_scene, pretrain_record, write_dataset
-from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.text.template import get_template
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: examples/ is no installed package
+
+from examples.quickstart.dataset import finetune_record, load_held_out, make_scene, pretrain_record, write_dataset
+from examples.quickstart.tokenizer import train_tokenizer
 
 SEED = 1
 VALIDATION_SCENES = 64

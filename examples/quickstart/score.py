@@ -15,6 +15,9 @@ from pathlib import Path
 from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.parallel.launch import World
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: examples/ is no installed package
+
+
 VQA_FLOOR, LOOKING_FLOOR = 0.85, 0.3
 
 
@@ -39,7 +42,7 @@ def main() -> None:
 
 def summarise(arguments: argparse.Namespace, world: World) -> dict:
     """Everything that the quickstart reports."""
-    from megatron_share4v.evaluate.quickstart import score
+    from examples.quickstart.scoring import score
     from megatron_share4v.infer.session import Session
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device

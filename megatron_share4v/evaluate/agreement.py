@@ -6,20 +6,19 @@ L positions of a prompt with its image slots, V tokens of our vocabulary.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_share4v.checkpoint.hf.reader import read_json
-from megatron_share4v.data.images.pil_decoder import open_rgb
+from megatron_share4v.data.images.pil_decoder import encode_png, open_rgb
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
-from megatron_share4v.data.quickstart_scenes import draw_scene, make_scene
 from megatron_share4v.data.records import Batch, Turn
 from megatron_share4v.errors import ConversionError, OpsError
 from megatron_share4v.infer.session import Question, Session
@@ -39,6 +38,8 @@ _QUESTIONS = (
     "What is this?\nAnswer  in one word.",
     "What colour is the object on the left?",
 )
+
+_SIZES = ((96, 96), (76, 96), (96, 76))  # height and width in pixels, one for each question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,18 +128,24 @@ def compare(
 
 
 def generated_questions() -> list[Question]:
-    """Drawn pictures, wide, high and square, and a question without one."""
+    """Questions about a square, a wide and a high generated picture, and a dialogue without a picture."""
     result = []
-    for number, text in enumerate(_QUESTIONS):
-        picture = draw_scene(make_scene(0, "held_out", number), 96).crop(
-            (0, 0, 96 - 20 * (number == 1), 96 - 20 * (number == 2))
-        )
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
+    for number, (text, (height, width)) in enumerate(zip(_QUESTIONS, _SIZES)):
         turn = Turn("human", f"{IMAGE_PLACEHOLDER}\n{text}")
-        result.append(Question(turns=(turn,), image=buffer.getvalue(), name=f"generated {number}"))
+        picture = encode_png(_picture(number, height=height, width=width))
+        result.append(Question(turns=(turn,), image=picture, name=f"generated {number}"))
     rounds = (Turn("human", "Who are you?"), Turn("gpt", "An assistant."), Turn("human", "What can you do?"))
     return [*result, Question(turns=rounds, image=None, name="generated, text only")]
+
+
+def _picture(number: int, *, height: int, width: int) -> np.ndarray:
+    """Draw [height, width, 3] uint8 pixels: a disc on a colour gradient with noise, a pure function of `number`."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([2 * rows, 2 * columns, np.full_like(rows, 60 + 40 * number)], axis=-1)
+    disc = (rows - height // 3) ** 2 + (columns - width // 2) ** 2 < (height // 5) ** 2
+    pixels[disc] = np.roll((240, 60, 90), number)
+    noise = np.random.default_rng(number).integers(-6, 7, pixels.shape)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
 def _load(export: Path) -> tuple[Any, Any]:

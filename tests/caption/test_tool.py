@@ -15,11 +15,11 @@ from fake_endpoint import caption_of, serving
 from forked_tools import Tool, run_tool
 from hf_fixtures import write_llava_hf
 
+from examples.quickstart.scenes import draw_scene, make_scene
 from megatron_share4v.caption.job import JobOptions
 from megatron_share4v.caption.records import Settings
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import Request
-from megatron_share4v.data.quickstart_scenes import draw_scene, make_scene
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.launch import World
 

@@ -29,9 +29,9 @@ SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set and an imported Vicuna + CLIP that share a tokenizer, and a run's YAML file."""
+    from examples.quickstart.dataset import write_dataset
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart import write_dataset
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("stage")
     write_dataset(root / "scenes", train_scenes=16, held_out_scenes=64, seed=3, image_size=28)

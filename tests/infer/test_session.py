@@ -10,12 +10,12 @@ from engine_helpers import ask
 from harness import run_world
 from hf_fixtures import write_llava_hf
 
+from examples.quickstart.tokenizer import train_tokenizer
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import Request
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
-from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.errors import ConfigError, ConversionError, DataError
 from megatron_share4v.evaluate.agreement import generated_questions
 from megatron_share4v.infer.engine import Engine

@@ -13,8 +13,8 @@ STEPS = 3
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("launchers")
     turns = [{"from": "human", "value": "colours?"}, {"from": "gpt", "value": "red green blue"}]

@@ -110,10 +110,10 @@ def test_the_page_says_what_the_planner_says(repository: Path) -> None:
 
 def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
     """Means over a small run's own steps, packed and not."""
+    from examples.quickstart.dataset import write_dataset
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.config.load import load_run
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart import write_dataset
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
     from megatron_share4v.data.store.index import Index
     from megatron_share4v.planner.workload import workload_of
 

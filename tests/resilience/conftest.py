@@ -35,8 +35,8 @@ def curve(directory: Path) -> list[list[float]]:
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("faults")
     (root / "images").mkdir()

@@ -17,9 +17,9 @@ STEPS = 32
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's captions of a few scenes, prepared."""
+    from examples.quickstart.dataset import write_dataset
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart import write_dataset
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("curves")
     write_dataset(root / "scenes", train_scenes=160, held_out_scenes=64, seed=3, image_size=72)

@@ -67,8 +67,8 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("damaged")
     (root / "images").mkdir()

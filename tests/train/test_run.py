@@ -33,9 +33,9 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+    from examples.quickstart.dataset import write_dataset
+    from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-    from megatron_share4v.data.quickstart import write_dataset
-    from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("run")
     write_dataset(root / "scenes", train_scenes=40, held_out_scenes=64, seed=3, image_size=56)

@@ -82,6 +82,13 @@ def data_url(data: bytes) -> str:
     return f"data:image/{_SUBTYPES.get(extension, extension)};base64,{base64.b64encode(data).decode()}"
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode [H, W, 3] uint8 pixels as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def centre_square(data: bytes) -> bytes:
     """What `square` keeps of an image, in its own resolution, as PNG. Raises DataError."""
     image = open_rgb(data)

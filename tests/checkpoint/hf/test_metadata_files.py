@@ -22,13 +22,13 @@ from transformers import (
     GenerationConfig,
 )
 
+from examples.quickstart.tokenizer import train_tokenizer
 from megatron_share4v.checkpoint.hf.chat_template import chat_template
 from megatron_share4v.checkpoint.hf.config import read_model, read_tower
 from megatron_share4v.checkpoint.hf.metadata_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.images.policy import ImagePolicy, normalise
-from megatron_share4v.data.quickstart_tokenizer import train_tokenizer
 from megatron_share4v.errors import ConfigError, ConversionError
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX, encode_prompt
 from megatron_share4v.text.template import TEMPLATES, Message, get_template, render_prompt

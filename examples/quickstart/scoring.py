@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from megatron_share4v.data.quickstart import (
+from examples.quickstart.dataset import (
     CAPTION_REQUESTS,
     HeldOutQuestion,
     Scene,
@@ -20,7 +21,6 @@ from megatron_share4v.data.quickstart import (
     caption_attribute_accuracy,
     load_held_out,
 )
-from megatron_share4v.data.quickstart_picture import captioned_picture
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.session import Question, Session
@@ -126,3 +126,15 @@ def _write(output: Path, rows: list[dict], scenes: list[tuple[Scene, str]], capt
     (output / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
     for number, ((_, image), text) in enumerate(list(zip(scenes, captions))[:SAMPLE_PICTURES]):
         captioned_picture(folder / image, text).save(output / f"sample_{number}.png")
+
+
+def captioned_picture(path: Path, text: str, *, side: int = 320, margin: int = 12) -> Image.Image:
+    """The scene at `path`, enlarged to `side` pixels, with `text` under it, wrapped."""
+    words, lines = text.split(), [""]
+    for word in words:
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 60 else [*lines, word]
+    canvas = Image.new("RGB", (side + 2 * margin, side + 3 * margin + 14 * len(lines)), "white")
+    with Image.open(path) as scene:
+        canvas.paste(scene.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    ImageDraw.Draw(canvas).multiline_text((margin, side + 2 * margin), "\n".join(lines), fill="black", spacing=2)
+    return canvas

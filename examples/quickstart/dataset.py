@@ -19,16 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.data.quickstart_scenes import (
-    COLORS,
-    PLACES,
-    SHAPES,
-    Scene,
-    draw_scene,
-    make_scene,
-    scene_rng,
-)
-from megatron_share4v.data.quickstart_text import (
+from examples.quickstart.conversations import (
     QUESTION_KINDS,
     Question,
     answer_matches,
@@ -38,6 +29,15 @@ from megatron_share4v.data.quickstart_text import (
     held_out_questions,
     scene_questions,
     stated_facts,
+)
+from examples.quickstart.scenes import (
+    COLORS,
+    PLACES,
+    SHAPES,
+    Scene,
+    draw_scene,
+    make_scene,
+    scene_rng,
 )
 
 __all__ = [

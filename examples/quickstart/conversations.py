@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from megatron_share4v.data.quickstart_scenes import (
+from examples.quickstart.scenes import (
     COLORS,
     PLACES,
     SHADES,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_share4v.data import quickstart as qs
-from megatron_share4v.data import quickstart_scenes as scenes_module
+from examples.quickstart import dataset as qs
+from examples.quickstart import scenes as scenes_module
 
 SEED = 7
 CHANCE = {
