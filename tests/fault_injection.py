@@ -155,14 +155,14 @@ def die_in_save(fault: Fault, chunks: Any) -> None:
     """When all tensors of the checkpoint of step `value` are written but nothing is published."""
     from megatron_share4v.checkpoint import store
 
-    describe_files = store.describe_files
+    hash_files = store.hash_files
 
     def dying(directory: Path, **options: Any) -> Any:
         if f"{int(fault.value):08d}" in directory.name:
             os.kill(os.getpid(), signal.SIGKILL)
-        return describe_files(directory, **options)
+        return hash_files(directory, **options)
 
-    store.describe_files = dying
+    store.hash_files = dying
 
 
 def edit_code(fault: Fault, chunks: Any) -> None:
@@ -196,13 +196,13 @@ def write_slowly(fault: Fault, chunks: Any) -> None:
     """From now on every save takes `value` seconds longer."""
     from megatron_share4v.checkpoint import store
 
-    describe_files = store.describe_files
+    hash_files = store.hash_files
 
     def slow(*args: Any, **options: Any) -> Any:
         time.sleep(float(fault.value))
-        return describe_files(*args, **options)
+        return hash_files(*args, **options)
 
-    store.describe_files = slow
+    store.hash_files = slow
 
 
 KINDS: dict[str, Callable[[Fault, Any], None]] = {

@@ -12,7 +12,15 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from megatron_share4v.checkpoint.hf.weight_map import CLIP, LLAVA_HF, SHARE4V, Component, Naming, rows, unused_shapes
+from megatron_share4v.checkpoint.hf.weight_map import (
+    CLIP,
+    LLAVA_HF,
+    SHARE4V,
+    Component,
+    Naming,
+    unused_tower_shapes,
+    weight_mappings,
+)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 PIECES = 300
@@ -80,11 +88,11 @@ def theirs(
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         name: shape
-        for row in rows(model, naming=naming, components=components)
-        for name, shape in row.their_shapes().items()
+        for mapping in weight_mappings(model, naming=naming, components=components)
+        for name, shape in mapping.hf_shapes().items()
     }
     if "vision" in components:
-        shapes |= {f"{naming.tower}{name}": shape for name, shape in unused_shapes(model).items()}
+        shapes |= {f"{naming.tower}{name}": shape for name, shape in unused_tower_shapes(model).items()}
     return {name: _value(name, shape, generator).to(TORCH[dtype]) for name, shape in shapes.items()}
 
 

@@ -95,10 +95,10 @@ class Run:
 
     def save(self, directory: Path, step: int) -> Path:
         """A checkpoint of this run, with its optimizer."""
-        from megatron_share4v.checkpoint.store import RunState, save
+        from megatron_share4v.checkpoint.store import RunState, save_checkpoint
 
         state = RunState(step=step, consumed_samples=step * GLOBAL_BATCH, plan_fingerprint="plan")
-        return save(
+        return save_checkpoint(
             directory,
             step=step,
             chunks=self.chunks,
@@ -110,9 +110,9 @@ class Run:
 
     def load(self, path: Path, **options):
         """Go on from `path`."""
-        from megatron_share4v.checkpoint.store import load
+        from megatron_share4v.checkpoint.store import load_checkpoint
 
-        return load(path, chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, **options)
+        return load_checkpoint(path, chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, **options)
 
     def weights(self) -> list[torch.Tensor]:
         """Copies of this rank's weights."""

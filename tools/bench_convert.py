@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, rows, unused_shapes
-from megatron_share4v.checkpoint.hf.writer import model_parts, write_index
+from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, unused_tower_shapes, weight_mappings
+from megatron_share4v.checkpoint.hf.writer import safetensors_files, write_index
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
-from megatron_share4v.checkpoint.resumable_writer import write_parts, writing
+from megatron_share4v.checkpoint.resumable_writer import stage_directory, write_files
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
@@ -137,9 +137,9 @@ def write_source(directory: Path, layers: int, arguments: argparse.Namespace) ->
     model = ModelConfig(
         vision=VisionConfig(), language=LanguageConfig(**width, num_layers=layers, num_key_value_heads=heads)
     )
-    table = rows(model, naming=LLAVA_HF, components=("language", "projector", "vision"))
-    shapes = {name: shape for row in table for name, shape in row.their_shapes().items()}
-    shapes |= {f"{LLAVA_HF.tower}{name}": shape for name, shape in unused_shapes(model).items()}
+    table = weight_mappings(model, naming=LLAVA_HF, components=("language", "projector", "vision"))
+    shapes = {name: shape for mapping in table for name, shape in mapping.hf_shapes().items()}
+    shapes |= {f"{LLAVA_HF.tower}{name}": shape for name, shape in unused_tower_shapes(model).items()}
     shapes = {name: (32064, *shape[1:]) if shape[0] == 32000 else shape for name, shape in shapes.items()}
     noise = torch.randn(BLOCK).bfloat16()
 
@@ -149,9 +149,9 @@ def write_source(directory: Path, layers: int, arguments: argparse.Namespace) ->
 
     tensors = {name: value(shape) for name, shape in shapes.items()}
     shard_bytes = int(arguments.shard_gb * 1e9)
-    with writing(directory, fingerprint="noise") as place:
-        write_parts(place, model_parts(tensors, max_bytes=shard_bytes), title="noise")
-        write_index(place.directory, tensors, max_bytes=shard_bytes)
+    with stage_directory(directory, fingerprint="noise") as staging:
+        write_files(staging, safetensors_files(tensors, max_bytes=shard_bytes), title="noise")
+        write_index(staging.path, tensors, max_bytes=shard_bytes)
         text = {
             **width,
             "num_hidden_layers": layers,
@@ -162,8 +162,8 @@ def write_source(directory: Path, layers: int, arguments: argparse.Namespace) ->
         tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
         tower |= {"image_size": 336, "patch_size": 14}
         config = {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": tower}
-        (place.directory / "config.json").write_text(json.dumps(config))
-        write_tokenizer(place.directory / "tokenizer.model", arguments.tokenizer)
+        (staging.path / "config.json").write_text(json.dumps(config))
+        write_tokenizer(staging.path / "tokenizer.model", arguments.tokenizer)
 
 
 def write_tokenizer(path: Path, given: Path | None) -> None:
@@ -207,11 +207,11 @@ def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
     """In the child: convert and print what it took."""
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-    from megatron_share4v.checkpoint.hf.source import Request
+    from megatron_share4v.checkpoint.hf.source import HfSource
 
     baseline, started, cpu = resident(), time.perf_counter(), time.process_time()
     if command == "import":
-        import_model(Request(directory=Path(start)), Path(end), options=ImportOptions())
+        import_model(HfSource(directory=Path(start)), Path(end), options=ImportOptions())
     else:
         export_model(Path(start), Path(end), layout="llava-hf", shard_bytes=shard_bytes)
     print(

@@ -99,10 +99,10 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def request_of(arguments: argparse.Namespace):
-    from megatron_share4v.checkpoint.hf.source import Request
+    from megatron_share4v.checkpoint.hf.source import HfSource
 
     options = ("base", "delta", "tower", "projector", "tokenizer", "any_tower")
-    return Request(directory=arguments.source, **{name: getattr(arguments, name) for name in options})
+    return HfSource(directory=arguments.source, **{name: getattr(arguments, name) for name in options})
 
 
 def import_(arguments: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.hf.verify import verify as compare
+    from megatron_share4v.checkpoint.hf.verify import verify_conversion as compare
 
     # An error leaves without emptying buffers.
     print(compare(request_of(arguments), arguments.checkpoint), flush=True)
@@ -136,20 +136,20 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.inspect import describe
+    from megatron_share4v.checkpoint.inspect import describe_checkpoint
 
-    for line in describe(arguments.checkpoint, hashes=arguments.hashes, every_layer=arguments.every_layer):
+    for line in describe_checkpoint(arguments.checkpoint, hashes=arguments.hashes, every_layer=arguments.every_layer):
         print(line)
 
 
 def average(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.hf.average import average as average_
+    from megatron_share4v.checkpoint.hf.average import average_checkpoints as average_
 
     average_(arguments.sources, arguments.to)
 
 
 def prune(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.retention import prune as prune_
+    from megatron_share4v.checkpoint.retention import prune_checkpoints as prune_
 
     for path in prune_(arguments.directory, keep_last=arguments.keep_last, keep_every_steps=arguments.keep_every_steps):
         print(f"removed {path}")

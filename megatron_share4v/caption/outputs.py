@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from megatron_share4v.caption.records import Picture, Row
-from megatron_share4v.checkpoint.manifest import flush_directory
+from megatron_share4v.checkpoint.manifest import fsync_directory
 from megatron_share4v.data.images.pil_decoder import EXTENSIONS, open_header
 from megatron_share4v.data.store.shards import ShardWriter
 from megatron_share4v.errors import DataError
@@ -65,7 +65,7 @@ def write_shards(
     if directory.exists():
         shutil.rmtree(directory)
     staging.rename(directory)
-    flush_directory(directory.parent)
+    fsync_directory(directory.parent)
 
 
 def is_trainable(row: Row) -> bool:
@@ -109,4 +109,4 @@ def _replacing(path: Path) -> Iterator[IO[str]]:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    flush_directory(path.parent)
+    fsync_directory(path.parent)

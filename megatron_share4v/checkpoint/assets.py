@@ -17,18 +17,18 @@ UNUSED = "unused.safetensors"
 FOLDER = "companions"
 
 
-def companions_of(directory: Path) -> tuple[Path, ...]:
-    """Those that lie in `directory`: a checkpoint, or what `keep_companions` made."""
+def asset_files(directory: Path) -> tuple[Path, ...]:
+    """Those that lie in `directory`: a checkpoint, or what `copy_assets_to_run` made."""
     return tuple(path for name in (TOKENIZER, UNUSED) if (path := directory / name).is_file())
 
 
-def tokenizer_of(checkpoint: Path, data: DataConfig) -> Path:
+def tokenizer_path(checkpoint: Path, data: DataConfig) -> Path:
     """The checkpoint's own copy, or the file that its configuration names."""
     own = checkpoint / TOKENIZER
     return own if own.is_file() else Path(data.tokenizer)
 
 
-def keep_companions(run: Path, *, tokenizer: Path, start: Path | None, resumes: bool) -> Path:
+def copy_assets_to_run(run: Path, *, tokenizer: Path, start: Path | None, resumes: bool) -> Path:
     """A run's own copies, for the checkpoints that it will write: of its tokenizer, and of the unused weights of the checkpoint it starts from.
 
     A run that resumes keeps the latter; one that starts anew does not inherit those of an earlier start. Returns their directory. Run it on one rank.

@@ -20,7 +20,7 @@ FREE = ("language.max_position_embeddings",)
 """May change from one stage to the next: it is a limit, no part of the computation."""
 
 
-def config_of(manifest: Manifest, *, where: Path) -> RunConfig:
+def stored_config(manifest: Manifest, *, where: Path) -> RunConfig:
     """The configuration that a checkpoint carries. Raises CheckpointError when this version cannot read it."""
     try:
         return restore(RunConfig, manifest.config)
@@ -32,7 +32,7 @@ def config_of(manifest: Manifest, *, where: Path) -> RunConfig:
         ) from error
 
 
-def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object, object]]:
+def model_differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object, object]]:
     """(key, value of one, value of the other) where the computation differs."""
     found = []
     for section in ("vision", "projector", "language"):
@@ -45,12 +45,14 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object,
     return [difference for difference in found if difference[0] not in FREE]
 
 
-def check_start(manifest: Manifest, model: ModelConfig, *, where: Path, expect_tower: str | None = None) -> None:
+def check_initial_model(
+    manifest: Manifest, model: ModelConfig, *, where: Path, expect_tower: str | None = None
+) -> None:
     """Raises CheckpointError when a run of `model` does not compute what the checkpoint's weights were trained for, or has another tower.
 
     expect_tower: SHA-256 of the tower's weights that the run asks for; None: any.
     """
-    found = differences(model, config_of(manifest, where=where).model)
+    found = model_differences(model, stored_config(manifest, where=where).model)
     if found:
         what = "another tower" if all(key.startswith("vision.") for key, _, _ in found) else "another model"
         listed = "; ".join(f"model.{key} is {mine!r} here, {stored!r} in the checkpoint" for key, mine, stored in found)

@@ -54,7 +54,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
 
 
 @dataclass(frozen=True)
-class Change:
+class ConfigChange:
     """One key whose value is not the checkpoint's."""
 
     key: str
@@ -66,13 +66,17 @@ class Change:
         return f"{self.key}: was {self.before!r}, is {self.now!r}"
 
 
-def changes(before: str, config: RunConfig) -> list[Change]:
+def diff_config(before: str, config: RunConfig) -> list[ConfigChange]:
     """Where `config` differs from the YAML text of a checkpoint's. Keys that only one version of this project knows are left out."""
     old, new = dict(leaves(yaml.safe_load(before))), flat(config)
-    return [Change(key, old[key], new[key], _effect(key, config)) for key in new if key in old and old[key] != new[key]]
+    return [
+        ConfigChange(key, old[key], new[key], _effect(key, config))
+        for key in new
+        if key in old and old[key] != new[key]
+    ]
 
 
-def describe(found: Sequence[Change]) -> str:
+def format_changes(found: Sequence[ConfigChange]) -> str:
     """The difference, class by class, a line for each key."""
     words = {
         "refused": "cannot be changed",
@@ -84,17 +88,17 @@ def describe(found: Sequence[Change]) -> str:
     return "".join(lines)
 
 
-def check_changes(found: Sequence[Change], *, where: object, accepted: bool) -> None:
+def check_config_changes(found: Sequence[ConfigChange], *, where: object, accepted: bool) -> None:
     """Raises CheckpointError for changes that a run cannot make, or may make but has not been told to (checkpoint.accept_changes)."""
     effects = {change.effect for change in found}
     if "refused" in effects:
         raise CheckpointError(
-            f"{where}: cannot be gone on from with another model, other trained parts or another global batch:{describe(found)}\n"
+            f"{where}: cannot be gone on from with another model, other trained parts or another global batch:{format_changes(found)}\n"
             "Restore the old values, or start another run.directory from its weights with checkpoint.initialize_from"
         )
     if "mathematics" in effects and not accepted:
         raise CheckpointError(
-            f"{where}: was trained with other settings:{describe(found)}\n"
+            f"{where}: was trained with other settings:{format_changes(found)}\n"
             "Restore the old values, or set checkpoint.accept_changes true to go on with the new ones"
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.hf.exporter import Opened, open_checkpoint
+from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
 from megatron_share4v.checkpoint.lazy_tensor import FLOAT_NAMES, LazyTensor, hash_components
 from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
 from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
@@ -16,7 +16,7 @@ from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def describe(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
+def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
     """Lines for the console. `hashes`: read all weights to hash their components, if the manifest does not have that.
 
     Layers that are alike are one line, unless `every_layer`. Raises CheckpointError.
@@ -44,7 +44,7 @@ def describe(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
     yield from (f"  {line}" for line in manifest.config.splitlines())
 
 
-def _tree(opened: Opened, *, every_layer: bool) -> Iterator[str]:
+def _tree(opened: OpenCheckpoint, *, every_layer: bool) -> Iterator[str]:
     groups: dict[tuple[str, tuple[int, ...], torch.dtype], list[tuple[str, LazyTensor]]] = {}
     for name, tensor in opened.weights.items():
         key = name if every_layer else _NUMBER.sub("*", name)

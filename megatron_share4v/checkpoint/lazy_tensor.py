@@ -20,10 +20,10 @@ FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 @runtime_checkable
-class ReadsRows(Protocol):
+class RowReader(Protocol):
     """What reads a tensor, and can read some of its rows alone."""
 
-    def rows(self, start: int, stop: int) -> Callable[[], torch.Tensor]:
+    def slice_rows(self, start: int, stop: int) -> Callable[[], torch.Tensor]:
         """What reads rows start .. stop - 1."""
 
 
@@ -45,15 +45,15 @@ class LazyTensor:
         """The same tensor, rounded to `dtype` when it is read."""
         return self if dtype == self.dtype else replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
-    def rows(self, start: int, stop: int) -> LazyTensor:
+    def slice_rows(self, start: int, stop: int) -> LazyTensor:
         """Rows start .. stop - 1 alone; of what can read those alone, no others are read."""
         shape = (stop - start, *self.shape[1:])
-        if isinstance(self.read, ReadsRows):
-            return replace(self, shape=shape, read=self.read.rows(start, stop))
+        if isinstance(self.read, RowReader):
+            return replace(self, shape=shape, read=self.read.slice_rows(start, stop))
         return replace(self, shape=shape, read=lambda: self.read()[start:stop])
 
 
-Tensors = Mapping[str, LazyTensor]
+LazyTensors = Mapping[str, LazyTensor]
 
 
 def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
@@ -75,14 +75,14 @@ def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
     return replace(rounded, read=read)
 
 
-class LastRead:
+class SplitCache:
     """Reads a tensor of which several parts are wanted once, as long as they are asked for one after the other."""
 
     def __init__(self) -> None:
         self._name = ""
         self._parts: tuple[torch.Tensor, ...] = ()
 
-    def parts(self, name: str, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    def get(self, name: str, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         """What `make` gave for `name`."""
         if name != self._name:
             self._name, self._parts = "", ()  # frees the old ones before the new ones come
@@ -91,7 +91,7 @@ class LastRead:
         return self._parts
 
 
-def merged(*parts: Tensors) -> dict[str, LazyTensor]:
+def merge_disjoint(*parts: LazyTensors) -> dict[str, LazyTensor]:
     """All tensors together. Raises ConversionError naming a tensor that is there twice, and both places."""
     result: dict[str, LazyTensor] = {}
     for part in parts:
@@ -104,7 +104,7 @@ def merged(*parts: Tensors) -> dict[str, LazyTensor]:
     return result
 
 
-def check_floats(tensors: Tensors) -> None:
+def check_float_dtypes(tensors: LazyTensors) -> None:
     """ConversionError naming the first tensor whose values are no floating-point numbers of 16 or 32 bits (quantised weights)."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_NAMES:
@@ -114,7 +114,7 @@ def check_floats(tensors: Tensors) -> None:
             )
 
 
-def read_ahead(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def prefetch_tensors(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor): the next one is read by another thread while the caller works on this one."""
 
     def load(item: tuple[str, LazyTensor]) -> tuple[str, torch.Tensor]:
@@ -134,17 +134,17 @@ def read_ahead(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str,
             yield coming.result()
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The values of a contiguous tensor as bytes, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
-def digest_of(tensor: torch.Tensor) -> str:
+def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of the values."""
-    return hashlib.sha256(bytes_of(tensor.contiguous())).hexdigest()
+    return hashlib.sha256(tensor_bytes(tensor.contiguous())).hexdigest()
 
 
-def component_digests(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, str]]) -> dict[str, str]:
+def combine_component_hashes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, str]]) -> dict[str, str]:
     """One SHA-256 per component of the model, over the names, shapes, dtypes and digests of its tensors in the order of their names.
 
     Equal weights give equal digests whatever files, layouts or processes they went through.
@@ -157,8 +157,11 @@ def component_digests(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, 
     return {component: found.hexdigest() for component, found in hashes.items()}
 
 
-def hash_components(tensors: Tensors) -> dict[str, str]:
+def hash_components(tensors: LazyTensors) -> dict[str, str]:
     """`component_digests` of tensors that are read for it."""
-    return component_digests(
-        {name: (tuple(tensor.shape), tensor.dtype, digest_of(tensor)) for name, tensor in read_ahead(tensors.items())}
+    return combine_component_hashes(
+        {
+            name: (tuple(tensor.shape), tensor.dtype, tensor_sha256(tensor))
+            for name, tensor in prefetch_tensors(tensors.items())
+        }
     )

@@ -83,12 +83,12 @@ def digest_of_ranges(lengths: Sequence[int], digests: Sequence[str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def current_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of what writes checkpoints."""
     return {"megatron_share4v": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
 
 
-def describe_files(directory: Path, *, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
+def hash_files(directory: Path, *, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
     """Size and SHA-256 of every file in `directory`, each flushed to the disk; those in `known` were, and are not read again."""
     known = known or {}
     paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST and path.name not in known)
@@ -103,7 +103,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    flush_directory(directory)
+    fsync_directory(directory)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -142,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
     )
 
 
-def verify(directory: Path, *, contents: bool) -> Manifest:
+def verify_files(directory: Path, *, contents: bool) -> Manifest:
     """The manifest, after comparing presence and size of every file with it, and with `contents` every byte (SHA-256).
 
     Raises CheckpointError naming the first files that differ, and how.
@@ -162,7 +162,7 @@ def verify(directory: Path, *, contents: bool) -> Manifest:
     return manifest
 
 
-def flush_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
     """Make entries that were made or renamed in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

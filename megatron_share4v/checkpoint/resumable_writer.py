@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, flush_directory
+from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, fsync_directory
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 
@@ -29,7 +29,7 @@ SENT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputFile:
     """One file: its name inside the directory, about how many bytes it takes, and what writes it.
 
     `write` gets the file and a function to call with the number of bytes that were done; the object of JSON that it returns is kept in the journal.
@@ -37,13 +37,13 @@ class Part:
 
     name: str
     nbytes: int
-    write: Callable[[Output, Callable[[int], Any]], dict[str, Any]]
+    write: Callable[[HashingWriter, Callable[[int], Any]], dict[str, Any]]
     hashed: bool = True
     """Whether the SHA-256 of the file is wanted."""
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """A part that is done."""
 
     name: str
@@ -59,7 +59,7 @@ class Written:
         return StoredFile(self.size, self.sha256, tuple(self.ranges))
 
 
-class Output:
+class HashingWriter:
     """A file for writing. What goes into it is hashed, if wanted, and sent to the disk by other threads meanwhile: each takes as long as writing.
 
     A large piece that comes at once is hashed as a range of its own, all that is written between two of them as one (manifest.StoredFile).
@@ -100,7 +100,7 @@ class Output:
         """As a file's."""
         return self._file.tell()
 
-    def digest_of(self, length: int, *, since: int) -> str | None:
+    def sha256_of_write(self, length: int, *, since: int) -> str | None:
         """SHA-256 of the one piece of `length` bytes that was written after offset `since`; None: it was not large enough to be hashed alone."""
         start = self._start
         for size, digest in zip(reversed(self._lengths), reversed(self._digests)):
@@ -135,24 +135,26 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class StagingDirectory:
     """Where a target is made: a directory beside it, and the journal of what is done."""
 
-    directory: Path
+    path: Path
     journal: Path
 
 
 @contextlib.contextmanager
-def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
+def stage_directory(target: Path, *, fingerprint: str) -> Iterator[StagingDirectory]:
     """A workplace for the directory `target`, which gets its name when the block ends well.
 
     What an ended process left there is used again if its `fingerprint` (of everything that decides the content) is the same.
     Raises ConversionError when `target` is there already, at the end too, or another process is writing it; what is there is never touched.
     """
     _refuse_existing(target)
-    place = Workplace(target.with_name(f".{target.name}.converting"), target.with_name(f".{target.name}.journal"))
-    place.directory.mkdir(parents=True, exist_ok=True)
-    with open(place.journal, "a+", encoding="utf-8") as journal:
+    staging = StagingDirectory(
+        target.with_name(f".{target.name}.converting"), target.with_name(f".{target.name}.journal")
+    )
+    staging.path.mkdir(parents=True, exist_ok=True)
+    with open(staging.journal, "a+", encoding="utf-8") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -160,34 +162,34 @@ def writing(target: Path, *, fingerprint: str) -> Iterator[Workplace]:
         _refuse_existing(target)  # by a process that had the lock until now
         journal.seek(0)
         if journal.readline().rstrip("\n") != json.dumps(fingerprint):
-            shutil.rmtree(place.directory)
-            place.directory.mkdir()
+            shutil.rmtree(staging.path)
+            staging.path.mkdir()
             journal.truncate(0)
             _append(journal, fingerprint)
-        elif not place.journal.read_text(encoding="utf-8").endswith("\n"):
+        elif not staging.journal.read_text(encoding="utf-8").endswith("\n"):
             journal.write("\n")  # after a last line that was cut short
             journal.flush()
-        yield place
-        _flush(place)
+        yield staging
+        _flush(staging)
         _refuse_existing(target)
         try:
-            os.rename(place.directory, target)
+            os.rename(staging.path, target)
         except OSError as error:  # somebody was faster
             raise ConversionError(
                 f"{target}: cannot be given its name ({error.strerror}); remove what is there, then start again"
             ) from error
-        flush_directory(target.parent)
-        place.journal.unlink()
+        fsync_directory(target.parent)
+        staging.journal.unlink()
 
 
-def discard(place: Workplace) -> None:
+def discard_staging(staging: StagingDirectory) -> None:
     """Forget what was written, because it turned out wrong: nothing of it may be taken for done later."""
-    os.truncate(place.journal, 0)
-    shutil.rmtree(place.directory)
-    place.journal.unlink()
+    os.truncate(staging.journal, 0)
+    shutil.rmtree(staging.path)
+    staging.journal.unlink()
 
 
-def stated(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
+def file_states(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
     """For a fingerprint: what changes when one of these files is written again, repaired or exchanged, even by one of the same size and age."""
     found = []
     for path in paths:
@@ -196,15 +198,15 @@ def stated(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
     return found
 
 
-def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[str, Written]:
+def write_files(staging: StagingDirectory, parts: Sequence[OutputFile], *, title: str) -> dict[str, WrittenFile]:
     """Write those of `parts` that the journal does not have, with progress in bytes per second.
 
     Raises ConversionError, before anything is written, when the disk is too full.
     """
-    directory = place.directory
+    directory = staging.path
     done = {
         name: written
-        for name, written in _read_journal(place.journal).items()
+        for name, written in _read_journal(staging.journal).items()
         if _size(directory / name) == written.size
     }
     left = [part for part in parts if part.name not in done]
@@ -232,16 +234,16 @@ def write_parts(place: Workplace, parts: Sequence[Part], *, title: str) -> dict[
                 finish = _write(directory, part, bar.update)
                 if entered is not None:
                     entered.result()
-                entered = finishing.submit(_enter, place, finish)
+                entered = finishing.submit(_enter, staging, finish)
             if entered is not None:
                 entered.result()
-    done = _read_journal(place.journal)
+    done = _read_journal(staging.journal)
     return {part.name: done[part.name] for part in parts}
 
 
-def _enter(place: Workplace, finish: Callable[[], Written]) -> None:
+def _enter(staging: StagingDirectory, finish: Callable[[], WrittenFile]) -> None:
     written = finish()
-    with open(place.journal, "a", encoding="utf-8") as journal:
+    with open(staging.journal, "a", encoding="utf-8") as journal:
         _append(journal, asdict(written))
 
 
@@ -250,32 +252,32 @@ def _refuse_existing(target: Path) -> None:
         raise ConversionError(f"{target}: is there already; remove it or give another directory")
 
 
-def _flush(place: Workplace) -> None:
+def _flush(staging: StagingDirectory) -> None:
     """To the disk: every file that is no part of the journal, which was flushed when it was entered, and every folder."""
-    journaled = {place.directory / name for name in _read_journal(place.journal)}
-    entries = list(place.directory.rglob("*"))
+    journaled = {staging.path / name for name in _read_journal(staging.journal)}
+    entries = list(staging.path.rglob("*"))
     for path in entries:
         if path.is_file() and path not in journaled:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    for folder in {place.directory, *(path for path in entries if path.is_dir())}:
-        flush_directory(folder)
+    for folder in {staging.path, *(path for path in entries if path.is_dir())}:
+        fsync_directory(folder)
 
 
-def _write(directory: Path, part: Part, progress: Callable[[int], Any]) -> Callable[[], Written]:
+def _write(directory: Path, part: OutputFile, progress: Callable[[int], Any]) -> Callable[[], WrittenFile]:
     """Write it, and leave what is to be called for its last bytes to reach the disk."""
     path = directory / part.name
     with _blaming(path), contextlib.ExitStack() as opened:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = opened.enter_context(open(path, "wb"))
-        output = Output(file, hashed=part.hashed, threads=opened.enter_context(ThreadPoolExecutor(2)))
+        output = HashingWriter(file, hashed=part.hashed, threads=opened.enter_context(ThreadPoolExecutor(2)))
         note = part.write(output, progress)
         kept = opened.pop_all()
 
-    def finish() -> Written:
+    def finish() -> WrittenFile:
         with _blaming(path), kept:
             sha256, ranges = output.finish()
-            return Written(part.name, file.tell(), sha256, note, ranges=ranges)
+            return WrittenFile(part.name, file.tell(), sha256, note, ranges=ranges)
 
     return finish
 
@@ -299,11 +301,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def _read_journal(path: Path) -> dict[str, Written]:
+def _read_journal(path: Path) -> dict[str, WrittenFile]:
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
     # A line without its end is of a process that was killed while it wrote it.
     entries: list[Mapping[str, Any]] = [json.loads(line) for line in lines if line.endswith("}}")]
-    return {entry["name"]: Written(**entry) for entry in entries}
+    return {entry["name"]: WrittenFile(**entry) for entry in entries}
 
 
 def _append(journal: Any, content: Any) -> None:

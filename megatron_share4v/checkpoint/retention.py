@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_share4v.checkpoint.manifest import flush_directory, verify
+from megatron_share4v.checkpoint.manifest import fsync_directory, verify_files
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.logging import get_logger
 
@@ -20,12 +20,12 @@ _NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"
 
 
-def directory_name(step: int) -> str:
+def step_directory_name(step: int) -> str:
     """The directory of the checkpoint after `step` updates."""
     return f"step_{step:08d}"
 
 
-def checkpoint_directories(directory: Path) -> dict[int, Path]:
+def list_checkpoints(directory: Path) -> dict[int, Path]:
     """Published checkpoints by step, oldest first; none when `directory` does not exist."""
     if not directory.is_dir():
         return {}
@@ -35,16 +35,16 @@ def checkpoint_directories(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether every file is there with its size."""
     try:
-        verify(checkpoint, contents=False)
+        verify_files(checkpoint, contents=False)
     except CheckpointError:
         return False
     return True
 
 
-def start_writing(target: Path) -> Path:
+def create_staging_directory(target: Path) -> Path:
     """An empty directory beside `target`, in which a checkpoint can be made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}{_WRITING}")
@@ -61,10 +61,10 @@ def publish(temporary: Path, target: Path) -> None:
         shutil.rmtree(replaced)
     else:
         os.rename(temporary, target)
-    flush_directory(target.parent)
+    fsync_directory(target.parent)
 
 
-def set_aside(checkpoint: Path) -> Path:
+def mark_damaged(checkpoint: Path) -> Path:
     """Give a damaged checkpoint a name under which nobody takes it for one, beside the others; the new path."""
     target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}")
     for number in itertools.count(2):
@@ -72,14 +72,14 @@ def set_aside(checkpoint: Path) -> Path:
             break
         target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}_{number}")
     os.rename(checkpoint, target)
-    flush_directory(checkpoint.parent)
+    fsync_directory(checkpoint.parent)
     get_logger().warning(
         "checkpoint: set %s aside as %s; remove it when it has been looked at", checkpoint, target.name
     )
     return target
 
 
-def remove_leftovers(directory: Path) -> list[Path]:
+def remove_incomplete(directory: Path) -> list[Path]:
     """Remove what killed processes were writing or removing in `directory`, and say so. No other process may be writing there."""
     found = sorted(path for suffix in (_WRITING, _REMOVING) for path in directory.glob(f".*{suffix}"))
     for path in found:
@@ -90,14 +90,14 @@ def remove_leftovers(directory: Path) -> list[Path]:
     return found
 
 
-def remove_old(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
+def remove_old_checkpoints(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
     """Remove checkpoints older than the `keep_last` newest whole ones, except those at multiples of `keep_every_steps` (0: no exception).
 
     Nothing is removed while there are fewer whole ones than that. Run it on one rank, after a save.
     """
     assert keep_last > 0, keep_last
-    checkpoints = checkpoint_directories(directory)
-    whole = [step for step, path in checkpoints.items() if is_whole(path)]
+    checkpoints = list_checkpoints(directory)
+    whole = [step for step, path in checkpoints.items() if is_complete(path)]
     if len(whole) < keep_last:
         return []
     old = [
@@ -111,14 +111,14 @@ def remove_old(directory: Path, *, keep_last: int, keep_every_steps: int) -> lis
     return old
 
 
-def prune(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
+def prune_checkpoints(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
     """`remove_old` for a user: of a run directory or its checkpoints/. Raises CheckpointError when nothing would be kept, or nothing is there."""
     if keep_last < 1:
         raise CheckpointError(f"--keep-last {keep_last}: at least the newest checkpoint is kept; give 1 or more")
-    found = next((path for path in (directory, directory / "checkpoints") if checkpoint_directories(path)), None)
+    found = next((path for path in (directory, directory / "checkpoints") if list_checkpoints(path)), None)
     if found is None:
         raise CheckpointError(f"{directory}: holds no checkpoints; give a run directory")
-    return remove_old(found, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    return remove_old_checkpoints(found, keep_last=keep_last, keep_every_steps=keep_every_steps)
 
 
 def _hidden(target: Path) -> Path:

@@ -21,19 +21,19 @@ from megatron_share4v.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     RunState,
-    current_versions,
-    describe_files,
-    flush_directory,
-    verify,
+    fsync_directory,
+    hash_files,
+    library_versions,
+    verify_files,
     write_manifest,
 )
 from megatron_share4v.checkpoint.retention import (
-    checkpoint_directories,
-    directory_name,
+    create_staging_directory,
+    list_checkpoints,
+    mark_damaged,
     publish,
-    remove_leftovers,
-    set_aside,
-    start_writing,
+    remove_incomplete,
+    step_directory_name,
 )
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.logging import get_logger
@@ -46,26 +46,26 @@ from megatron_share4v.model.initialize import SHARDING
 from megatron_share4v.parallel.collectives import run_on_rank0
 
 __all__ = [
-    "Completion",
+    "FinishSave",
     "RunState",
-    "begin_save",
-    "find_newest_whole",
-    "load",
+    "find_latest_complete",
+    "load_checkpoint",
     "load_weights",
-    "locate",
-    "read_start",
-    "save",
-    "write",
+    "resolve_and_read_manifest",
+    "resolve_checkpoint",
+    "save_checkpoint",
+    "start_save",
+    "write_checkpoint",
 ]
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
 T = TypeVar("T")
-Completion = Callable[[dist.ProcessGroup | None], Path]
+FinishSave = Callable[[dist.ProcessGroup | None], Path]
 """Writes what was taken, over a group of all ranks (None: the default one), and gives the checkpoint's directory. Collective."""
 
 
-def save(
+def save_checkpoint(
     directory: Path,
     *,
     step: int,
@@ -74,14 +74,14 @@ def save(
     mesh: Mesh,
     state: RunState,
     config_text: str,
-    companions: Sequence[Path] = (),
+    assets: Sequence[Path] = (),
 ) -> Path:
     """Write `directory`/step_<step> and name it in `directory`/latest. Leftovers of a killed save are removed first.
 
-    `config_text` is the run's whole configuration; `companions` are files that are copied in (checkpoint/assets.py). Returns
+    `config_text` is the run's whole configuration; `assets` are files that are copied in (checkpoint/assets.py). Returns
     the new directory. Raises CheckpointError when it cannot be written; what was there before is then untouched.
     """
-    return begin_save(
+    return start_save(
         directory,
         step=step,
         chunks=chunks,
@@ -89,11 +89,11 @@ def save(
         mesh=mesh,
         state=state,
         config_text=config_text,
-        companions=companions,
+        assets=assets,
     )(None)
 
 
-def begin_save(
+def start_save(
     directory: Path,
     *,
     step: int,
@@ -102,16 +102,16 @@ def begin_save(
     mesh: Mesh,
     state: RunState,
     config_text: str,
-    companions: Sequence[Path] = (),
+    assets: Sequence[Path] = (),
     buffers: HostBuffers | None = None,
-) -> Completion:
+) -> FinishSave:
     """`save` in two: what is to be written is taken now, and the result writes and names it. With `buffers`, a thread may do so while training goes on.
 
     One save must be complete before the next one begins.
     """
     assert state.step == step, (state, step)
     directory = Path(directory)
-    target = directory / directory_name(step)
+    target = directory / step_directory_name(step)
     complete = _begin(
         target,
         chunks=chunks,
@@ -119,7 +119,7 @@ def begin_save(
         mesh=mesh,
         state=state,
         config_text=config_text,
-        companions=companions,
+        assets=assets,
         buffers=buffers,
     )
 
@@ -131,7 +131,7 @@ def begin_save(
     return named
 
 
-def write(
+def write_checkpoint(
     target: Path,
     *,
     chunks: Sequence[torch.nn.Module],
@@ -139,7 +139,7 @@ def write(
     mesh: Mesh,
     state: RunState,
     config_text: str,
-    companions: Sequence[Path] = (),
+    assets: Sequence[Path] = (),
 ) -> None:
     """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
     _begin(
@@ -149,7 +149,7 @@ def write(
         mesh=mesh,
         state=state,
         config_text=config_text,
-        companions=companions,
+        assets=assets,
     )(None)
 
 
@@ -161,19 +161,19 @@ def _begin(
     mesh: Mesh,
     state: RunState,
     config_text: str,
-    companions: Sequence[Path],
+    assets: Sequence[Path],
     buffers: HostBuffers | None = None,
-) -> Completion:
+) -> FinishSave:
     started = time.perf_counter()
     temporary = run_on_rank0(lambda: _prepare(target))
     updates = None if optimizer is None else count_updates(optimizer)
     snapshot = take_snapshot(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING, buffers=buffers)
 
     def finish() -> tuple[int, str]:
-        for path in companions:
+        for path in assets:
             shutil.copyfile(path, temporary / path.name)
-        files = describe_files(temporary)
-        versions, weights = current_versions(), _tower_hash(temporary)
+        files = hash_files(temporary)
+        versions, weights = library_versions(), _tower_hash(temporary)
         manifest = Manifest(
             state=state,
             updates=updates,
@@ -202,7 +202,7 @@ def _begin(
     return complete
 
 
-def load(
+def load_checkpoint(
     path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, mesh: Mesh, verified: bool = False
 ) -> RunState:
     """Weights and optimizer state of the checkpoint `path` (see `locate`), in place; the state of the run that wrote it.
@@ -233,12 +233,12 @@ def load_weights(path: Path, *, chunks: Sequence[torch.nn.Module], mesh: Mesh) -
     return manifest
 
 
-def read_start(path: Path, *, mesh: Mesh) -> tuple[Path, Manifest]:
+def resolve_and_read_manifest(path: Path, *, mesh: Mesh) -> tuple[Path, Manifest]:
     """Which checkpoint `path` means, and its manifest, for a look before `load_weights`; of its files only presence and sizes are compared."""
     return _opened(path, mesh=mesh, contents=False)
 
 
-def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | None:
+def find_latest_complete(directory: Path, *, mesh: Mesh | None = None) -> Path | None:
     """The newest checkpoint in `directory` that is whole; those passed over are named in the log with the reason. None: there is none.
 
     With a mesh: for a run that resumes. Rank 0 removes leftovers of a killed save, reads every byte, sets damaged ones aside and tells the others.
@@ -250,7 +250,7 @@ def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | No
         return _newest_whole(directory, contents=False)
 
     def find() -> Path | None:
-        remove_leftovers(directory)
+        remove_incomplete(directory)
         passed: dict[Path, str] = {}
         newest = _newest_whole(directory, contents=True, passed=passed)
         if newest is None and passed:
@@ -260,14 +260,14 @@ def find_newest_whole(directory: Path, *, mesh: Mesh | None = None) -> Path | No
             )
         if newest is not None and passed:
             for path in passed:
-                set_aside(path)
+                mark_damaged(path)
             _name_latest(directory, newest.name)
         return newest
 
     return run_on_rank0(find)
 
 
-def locate(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, what a file `latest` names, or the newest whole one of a run directory or its checkpoints/.
 
     Raises CheckpointError when a directory of checkpoints holds no whole one.
@@ -275,7 +275,7 @@ def locate(path: Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path.parent / path.read_text(encoding="utf-8").strip()
-    holders = [directory for directory in (path, path / CHECKPOINTS) if checkpoint_directories(directory)]
+    holders = [directory for directory in (path, path / CHECKPOINTS) if list_checkpoints(directory)]
     if (path / MANIFEST).exists() or not holders:
         return path
     newest = _newest_whole(holders[0], contents=False)
@@ -286,9 +286,9 @@ def locate(path: Path) -> Path:
 
 def _newest_whole(directory: Path, *, contents: bool, passed: dict[Path, str] | None = None) -> Path | None:
     """`passed` collects those that are not whole, newest first, with what is wrong."""
-    for path in reversed(checkpoint_directories(directory).values()):
+    for path in reversed(list_checkpoints(directory).values()):
         try:
-            verify(path, contents=contents)
+            verify_files(path, contents=contents)
         except CheckpointError as error:
             get_logger().warning("checkpoint: passed over %s", error)
             if passed is not None:
@@ -300,8 +300,8 @@ def _newest_whole(directory: Path, *, contents: bool, passed: dict[Path, str] | 
 
 def _opened(path: Path, *, mesh: Mesh, contents: bool) -> tuple[Path, Manifest]:
     def open_() -> tuple[Path, Manifest]:
-        checkpoint = locate(path)
-        return checkpoint, verify(checkpoint, contents=contents)
+        checkpoint = resolve_checkpoint(path)
+        return checkpoint, verify_files(checkpoint, contents=contents)
 
     return run_on_rank0(open_)
 
@@ -318,15 +318,15 @@ def _tower_hash(directory: Path) -> dict[str, str]:
 
 
 def _prepare(target: Path) -> Path:
-    remove_leftovers(target.parent)
-    return start_writing(target)
+    remove_incomplete(target.parent)
+    return create_staging_directory(target)
 
 
 def _name_latest(directory: Path, name: str) -> None:
     temporary = directory / f".{LATEST}"
     temporary.write_text(name + "\n", encoding="utf-8")
     os.replace(temporary, directory / LATEST)
-    flush_directory(directory)
+    fsync_directory(directory)
 
 
 def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> None:

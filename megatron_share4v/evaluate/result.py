@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.checkpoint.manifest import current_versions
+from megatron_share4v.checkpoint.manifest import library_versions
 from megatron_share4v.data.images.pil_decoder import VERSION
 from megatron_share4v.data.images.policy import PAD_COLOUR
 from megatron_share4v.evaluate.judge import Judgement
@@ -94,7 +94,7 @@ def result_of(
         },
         "preprocessing": {"image_mode": decoding.image_mode, "pad_colour": PAD_COLOUR, "decoder": VERSION},
         "decoding": {"greedy": True, "beams": 1, "max_new_tokens": decoding.max_new_tokens, "stop": decoding.stop},
-        "versions": current_versions(),
+        "versions": library_versions(),
     }
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.hf.auto_import import is_foreign
+from megatron_share4v.checkpoint.hf.auto_import import is_hf_model
 from megatron_share4v.checkpoint.manifest import MANIFEST
-from megatron_share4v.checkpoint.store import locate
+from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.infer.answer_log import Share
@@ -55,7 +55,7 @@ def opened_replica(
     Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when the world is no multiple of `tensor`.
     """
     path = (
-        model if is_foreign(model) else locate(model)
+        model if is_hf_model(model) else resolve_checkpoint(model)
     )  # now, so that a run that goes on training does not change the model under way
     layout = Layout.for_world(ParallelConfig(tensor=tensor), world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
@@ -77,7 +77,7 @@ def opened_replica(
 
 def fingerprint(path: Path) -> str:
     """Of a checkpoint's manifest, which has the hashes of all its files; of another layout's config.json and the names and sizes of its files."""
-    if not is_foreign(path):
+    if not is_hf_model(path):
         return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in sorted(path.iterdir()):

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.assets import tokenizer_of
-from megatron_share4v.checkpoint.compatibility import config_of
-from megatron_share4v.checkpoint.hf.auto_import import as_checkpoint
+from megatron_share4v.checkpoint.assets import tokenizer_path
+from megatron_share4v.checkpoint.compatibility import stored_config
+from megatron_share4v.checkpoint.hf.auto_import import open_as_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.checkpoint.store import load_weights
 from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig
@@ -63,9 +63,9 @@ class Session:
         and OpsError when `ops` is "native" and there are none.
         """
         implementation = select_ops_backend(ops, mesh=mesh).implementation
-        with as_checkpoint(Path(checkpoint), mesh=mesh) as path:
+        with open_as_checkpoint(Path(checkpoint), mesh=mesh) as path:
             manifest = read_manifest(path)
-            config = config_of(manifest, where=path)
+            config = stored_config(manifest, where=path)
             parallel = ParallelConfig(
                 tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual
             )
@@ -77,7 +77,7 @@ class Session:
                 ops=implementation,
             )
             load_weights(path, chunks=chunks, mesh=mesh)
-            tokenizer = Tokenizer(tokenizer_of(path, config.data))
+            tokenizer = Tokenizer(tokenizer_path(path, config.data))
             if tokenizer.vocab_size > config.model.language.vocab_size:
                 raise DataError(
                     f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} knows {config.model.language.vocab_size} "

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.checkpoint.retention import checkpoint_directories
+from megatron_share4v.checkpoint.retention import list_checkpoints
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import ConfigError, RunDirectoryInUse
 from megatron_share4v.exit_codes import ExitCode
@@ -207,7 +207,7 @@ class Supervisor:
         return [line for line in split_lines(self._run / FILE) if line.endswith("\n")]
 
     def _newest(self) -> int:
-        return max(checkpoint_directories(self._run / "checkpoints"), default=0)
+        return max(list_checkpoints(self._run / "checkpoints"), default=0)
 
     def _record(self, after: ExitAnalysis, *, attempt: int, code: int, newest: int, again: bool) -> None:
         if not self._policy.leads:

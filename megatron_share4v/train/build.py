@@ -9,10 +9,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.assets import keep_companions
-from megatron_share4v.checkpoint.compatibility import check_start
-from megatron_share4v.checkpoint.config_diff import changes, check_changes, describe
-from megatron_share4v.checkpoint.store import RunState, find_newest_whole, load, load_weights, locate, read_start
+from megatron_share4v.checkpoint.assets import copy_assets_to_run
+from megatron_share4v.checkpoint.compatibility import check_initial_model
+from megatron_share4v.checkpoint.config_diff import check_config_changes, diff_config, format_changes
+from megatron_share4v.checkpoint.store import (
+    RunState,
+    find_latest_complete,
+    load_checkpoint,
+    load_weights,
+    resolve_and_read_manifest,
+    resolve_checkpoint,
+)
 from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.images.policy import ImagePolicy
@@ -110,22 +117,22 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     )
     _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
-    newest = find_newest_whole(checkpoints, mesh=mesh)
+    newest = find_latest_complete(checkpoints, mesh=mesh)
     if newest is None:
         _set_first_weights(config, bare, mesh=mesh)
     else:
         _check_configuration(config, newest, mesh=mesh)
     if mesh.rank == 0:
         start = config.checkpoint.initialize_from if newest is None else None
-        begin = locate(Path(start)) if start else None
-        keep_companions(
+        begin = resolve_checkpoint(Path(start)) if start else None
+        copy_assets_to_run(
             Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None
         )
     chunks = wrap_ddp(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
     start_step = 0
     if newest is not None:
-        state = load(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
+        state = load_checkpoint(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
         _check_position(
             state,
             source,
@@ -202,20 +209,20 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
         initialize_weights(chunks, seed=config.run.seed, model=config.model)
         get_logger().info("weights: freshly initialised, seed %d", config.run.seed)
         return
-    where, manifest = read_start(Path(start), mesh=mesh)
-    check_start(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
+    where, manifest = resolve_and_read_manifest(Path(start), mesh=mesh)
+    check_initial_model(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
     load_weights(where, chunks=chunks, mesh=mesh)
     get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 
 def _check_configuration(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
     """Show what became of the configuration since the checkpoint was written; refuse what it cannot be gone on with."""
-    _, manifest = read_start(path, mesh=mesh)
-    found = changes(manifest.config, config)
-    check_changes(found, where=path, accepted=config.checkpoint.accept_changes)
+    _, manifest = resolve_and_read_manifest(path, mesh=mesh)
+    found = diff_config(manifest.config, config)
+    check_config_changes(found, where=path, accepted=config.checkpoint.accept_changes)
     if not found:
         return
-    get_logger().info("configuration: not that of %s:%s", path, describe(found))
+    get_logger().info("configuration: not that of %s:%s", path, format_changes(found))
     if mesh.rank == 0:
         _append(
             Path(config.run.directory) / CONFIG_CHANGES,

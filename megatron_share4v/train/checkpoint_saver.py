@@ -10,9 +10,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.assets import FOLDER, companions_of
-from megatron_share4v.checkpoint.retention import remove_old
-from megatron_share4v.checkpoint.store import Completion, RunState, begin_save
+from megatron_share4v.checkpoint.assets import FOLDER, asset_files
+from megatron_share4v.checkpoint.retention import remove_old_checkpoints
+from megatron_share4v.checkpoint.store import FinishSave, RunState, start_save
 from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.logging import get_logger
@@ -61,7 +61,7 @@ class Saver:
         training, started = self._training, time.perf_counter()
         if self._timekeeper is not None:
             self._timekeeper.save_began()
-        complete = begin_save(
+        complete = start_save(
             training.checkpoints,
             step=step,
             chunks=training.chunks,
@@ -69,7 +69,7 @@ class Saver:
             mesh=training.mesh,
             state=_state(training, step),
             config_text=dump(training.config),
-            companions=companions_of(training.directory / FOLDER),
+            assets=asset_files(training.directory / FOLDER),
             buffers=self._buffers,
         )
         if self._buffers is None:
@@ -97,7 +97,7 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _complete_in_background(self, complete: Completion, started: float) -> None:
+    def _complete_in_background(self, complete: FinishSave, started: float) -> None:
         if sys.platform == "linux":  # elsewhere a thread has no priority of its own
             # Of this thread and those that it starts: training comes first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
@@ -106,11 +106,11 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _complete(self, complete: Completion, started: float) -> None:
+    def _complete(self, complete: FinishSave, started: float) -> None:
         checkpoint, training = self._training.config.checkpoint, self._training
         complete(self._group)
         if training.mesh.rank == 0:
-            remove_old(
+            remove_old_checkpoints(
                 training.checkpoints, keep_last=checkpoint.keep_last, keep_every_steps=checkpoint.keep_every_steps
             )
         if self._timekeeper is not None:

@@ -6,8 +6,8 @@ started again comes to the same weights.
 
 from __future__ import annotations
 
-from megatron_share4v.checkpoint.retention import checkpoint_directories, is_whole, set_aside
-from megatron_share4v.checkpoint.store import load
+from megatron_share4v.checkpoint.retention import is_complete, list_checkpoints, mark_damaged
+from megatron_share4v.checkpoint.store import load_checkpoint
 from megatron_share4v.errors import TrainingError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.collectives import run_on_rank0
@@ -22,8 +22,8 @@ def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int
     """
 
     def choose() -> int:
-        directories = checkpoint_directories(training.checkpoints)
-        older = [step for step, path in directories.items() if step < first_bad - 1 and is_whole(path)]
+        directories = list_checkpoints(training.checkpoints)
+        older = [step for step, path in directories.items() if step < first_bad - 1 and is_complete(path)]
         if not older:
             raise TrainingError(
                 f"{why}, and {training.checkpoints} holds no checkpoint from before step {first_bad - 1} to roll back to; save more often, keep more "
@@ -33,16 +33,16 @@ def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int
 
     def remember() -> None:
         add_skip_steps(training.directory, range(target + 1, last + 1), reason=f"rolled back after {why}")
-        for step, path in checkpoint_directories(training.checkpoints).items():
+        for step, path in list_checkpoints(training.checkpoints).items():
             if step > target:
-                set_aside(path)
+                mark_damaged(path)
 
     target = run_on_rank0(choose)
     get_logger().warning(
         "rolling back to step %d: %s. Steps %d to %d are skipped from now on", target, why, target + 1, last
     )
-    load(
-        checkpoint_directories(training.checkpoints)[target],
+    load_checkpoint(
+        list_checkpoints(training.checkpoints)[target],
         chunks=training.chunks,
         optimizer=training.optimizer,
         mesh=training.mesh,

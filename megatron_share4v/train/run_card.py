@@ -25,8 +25,8 @@ import torch
 import yaml
 
 import megatron_share4v
-from megatron_share4v.checkpoint.manifest import current_versions, read_manifest
-from megatron_share4v.checkpoint.store import locate
+from megatron_share4v.checkpoint.manifest import library_versions, read_manifest
+from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.blend import shares_of
 from megatron_share4v.data.sampling.fingerprint import describe_data
@@ -113,7 +113,7 @@ def start_card(training: Training, *, hosts: Sequence[str], before: Mapping[str,
 
 def versions() -> dict[str, str]:
     """Of everything that computes."""
-    found = {"python": platform.python_version(), **current_versions(), "torch build": torch.__version__}
+    found = {"python": platform.python_version(), **library_versions(), "torch build": torch.__version__}
     if torch.version.cuda is not None:
         found |= {
             "CUDA": torch.version.cuda,
@@ -151,7 +151,7 @@ def start_weights(training: Training) -> dict[str, Any]:
     if start is None:
         return {"from": f"random, seed {training.config.run.seed}"}
     try:
-        path = locate(Path(start))
+        path = resolve_checkpoint(Path(start))
         manifest = read_manifest(path)
     except CheckpointError as gone:  # a run that resumes does without
         return {"from": start, "now": str(gone)}

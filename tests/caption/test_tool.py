@@ -19,7 +19,7 @@ from examples.quickstart.scenes import draw_scene, make_scene
 from megatron_share4v.caption.job import JobOptions
 from megatron_share4v.caption.records import Settings
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.hf.source import HfSource
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.launch import World
 
@@ -31,7 +31,7 @@ BROKEN = ("05.png", "17.png", "18.png")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and images/ with a list that repeats some and of which some are broken."""
     root = tmp_path_factory.mktemp("caption")
-    import_model(Request(directory=write_llava_hf(root / "hf")), root / "model", options=ImportOptions())
+    import_model(HfSource(directory=write_llava_hf(root / "hf")), root / "model", options=ImportOptions())
     (root / "images").mkdir()
     names = [f"{number:02}.png" for number in range(IMAGES)]
     for number, name in enumerate(names):

@@ -13,11 +13,11 @@ import yaml
 from forked_tools import run_tool
 from hf_fixtures import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
 
-from megatron_share4v.checkpoint.assets import companions_of, keep_companions
-from megatron_share4v.checkpoint.compatibility import check_start
+from megatron_share4v.checkpoint.assets import asset_files, copy_assets_to_run
+from megatron_share4v.checkpoint.compatibility import check_initial_model
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.hf.source import HfSource
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import CheckpointConfig
@@ -48,7 +48,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_weights(root / "llama", theirs(SIZED, SHARE4V, "language"))
     write_json(root / "llama" / "config.json", llama_config(SIZED))
     import_model(
-        Request(directory=root / "llama", tower=write_clip(root / "clip")), root / "start", options=ImportOptions()
+        HfSource(directory=root / "llama", tower=write_clip(root / "clip")), root / "start", options=ImportOptions()
     )
     model = yaml.safe_load(read_manifest(root / "start").config)["model"]
     content = {
@@ -112,7 +112,7 @@ def test_another_tower_is_refused(stage: Path) -> None:
 
 def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
     """As OpenAI's CLIP and the one that ShareGPT4V tuned."""
-    tuned = Request(directory=stage / "llama", tower=write_clip(stage / "tuned", seed=5))
+    tuned = HfSource(directory=stage / "llama", tower=write_clip(stage / "tuned", seed=5))
     import_model(tuned, stage / "other", options=ImportOptions())
     expected, stored = (read_manifest(stage / name).weights["vision"] for name in ("start", "other"))
     assert expected != stored
@@ -121,9 +121,9 @@ def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expected}" in done.stderr
     manifest = read_manifest(stage / "other")
-    check_start(manifest, SIZED, where=stage, expect_tower=stored)
+    check_initial_model(manifest, SIZED, where=stage, expect_tower=stored)
     with pytest.raises(CheckpointError, match="does not state its tower's hash"):
-        check_start(replace(manifest, weights={}), SIZED, where=stage, expect_tower=stored)
+        check_initial_model(replace(manifest, weights={}), SIZED, where=stage, expect_tower=stored)
 
 
 @pytest.mark.parametrize(
@@ -140,22 +140,22 @@ def test_a_hash_that_checks_nothing(options: dict[str, str], words: str) -> None
 
 def test_unused_weights_of_an_earlier_start_are_not_inherited(stage: Path, tmp_path: Path) -> None:
     tokenizer = stage / "llama" / "tokenizer.model"
-    folder = keep_companions(tmp_path, tokenizer=tokenizer, start=stage / "start", resumes=False)
-    assert len(companions_of(folder)) == 2
-    keep_companions(tmp_path, tokenizer=tokenizer, start=None, resumes=True)
-    assert len(companions_of(folder)) == 2
-    keep_companions(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint that carries none
-    assert [path.name for path in companions_of(folder)] == ["tokenizer.model"]
+    folder = copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage / "start", resumes=False)
+    assert len(asset_files(folder)) == 2
+    copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=None, resumes=True)
+    assert len(asset_files(folder)) == 2
+    copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint that carries none
+    assert [path.name for path in asset_files(folder)] == ["tokenizer.model"]
 
 
 def test_another_model_is_refused_and_a_longer_one_is_not(stage: Path) -> None:
     manifest = read_manifest(stage / "start")
     longer = replace(SIZED, language=replace(SIZED.language, max_position_embeddings=2048))
-    check_start(manifest, longer, where=stage)
+    check_initial_model(manifest, longer, where=stage)
     with pytest.raises(
         CheckpointError,
         match=r"another model than this run's: model.language.rope_theta is 5.0 here, 10000.0 in the checkpoint",
     ):
-        check_start(manifest, replace(SIZED, language=replace(SIZED.language, rope_theta=5.0)), where=stage)
+        check_initial_model(manifest, replace(SIZED, language=replace(SIZED.language, rope_theta=5.0)), where=stage)
     with pytest.raises(CheckpointError, match="configuration is of another version"):
-        check_start(replace(manifest, config=dump(SIZED)), SIZED, where=stage)
+        check_initial_model(replace(manifest, config=dump(SIZED)), SIZED, where=stage)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.checkpoint.config_diff import Change, changes, check_changes, describe
+from megatron_share4v.checkpoint.config_diff import ConfigChange, check_config_changes, diff_config, format_changes
 from megatron_share4v.config.load import dump, flat, load_run
 from megatron_share4v.errors import CheckpointError
 
@@ -17,9 +17,9 @@ BASE = ["run.directory=a", "data.train=d", "data.tokenizer=t", "train.global_bat
 def found(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("")
 
-    def found(*overrides: str, before: tuple[str, ...] = ()) -> list[Change]:
+    def found(*overrides: str, before: tuple[str, ...] = ()) -> list[ConfigChange]:
         old, new = (load_run(tmp_path / "run.yaml", [*BASE, *before, *values]) for values in ((), overrides))
-        return changes(dump(old), new)
+        return diff_config(dump(old), new)
 
     return found
 
@@ -76,7 +76,7 @@ def test_every_key_of_the_configuration_has_an_effect_on_purpose(found, tmp_path
 def test_a_yes_is_needed_for_mathematics_and_does_not_help_where_refused(found) -> None:
     changed = found("optim.learning_rate=1e-3", "log.every_steps=5", "data.train=other")
     with pytest.raises(CheckpointError) as error:
-        check_changes(changed, where="step_1", accepted=False)
+        check_config_changes(changed, where="step_1", accepted=False)
     assert str(error.value).splitlines() == [
         "step_1: was trained with other settings:",
         "  changes the mathematics: optim.learning_rate: was 2e-05, is 0.001",
@@ -84,16 +84,16 @@ def test_a_yes_is_needed_for_mathematics_and_does_not_help_where_refused(found) 
         "  safe: log.every_steps: was 1, is 5",
         "Restore the old values, or set checkpoint.accept_changes true to go on with the new ones",
     ]
-    check_changes(changed, where="step_1", accepted=True)
+    check_config_changes(changed, where="step_1", accepted=True)
     refused = found("optim.learning_rate=1e-3", "train.global_batch_size=16")
     with pytest.raises(
         CheckpointError, match="another global batch:\n  cannot be changed: train.global_batch_size: was 8, is 16"
     ):
-        check_changes(refused, where="step_1", accepted=True)
-    check_changes(found("log.every_steps=5"), where="step_1", accepted=False)
+        check_config_changes(refused, where="step_1", accepted=True)
+    check_config_changes(found("log.every_steps=5"), where="step_1", accepted=False)
 
 
 def test_keys_of_another_version_are_left_out(found, tmp_path: Path) -> None:
     config = load_run(tmp_path / "run.yaml", BASE)
     older = dump(config).replace("  weight_decay: 0.0\n", "").replace("optim:\n", "optim:\n  forgotten: 3\n")
-    assert older != dump(config) and changes(older, config) == [] and describe([]) == ""
+    assert older != dump(config) and diff_config(older, config) == [] and format_changes([]) == ""

@@ -15,10 +15,10 @@ from megatron_share4v.checkpoint.manifest import (
     Manifest,
     RunState,
     StoredFile,
-    describe_files,
     digest_of_ranges,
+    hash_files,
     read_manifest,
-    verify,
+    verify_files,
     write_manifest,
 )
 from megatron_share4v.errors import CheckpointError
@@ -38,13 +38,13 @@ def checkpoint(tmp_path: Path) -> Path:
     """Two files and their manifest."""
     (tmp_path / "__0_0.distcp").write_bytes(bytes(range(256)) * 40)
     (tmp_path / ".metadata").write_bytes(b"names")
-    write_manifest(tmp_path, replace(MANIFEST, files=describe_files(tmp_path)))
+    write_manifest(tmp_path, replace(MANIFEST, files=hash_files(tmp_path)))
     return tmp_path
 
 
 def test_a_manifest_reads_back_equal(checkpoint: Path) -> None:
-    manifest = verify(checkpoint, contents=True)
-    assert manifest == read_manifest(checkpoint) == replace(MANIFEST, files=describe_files(checkpoint))
+    manifest = verify_files(checkpoint, contents=True)
+    assert manifest == read_manifest(checkpoint) == replace(MANIFEST, files=hash_files(checkpoint))
     assert set(manifest.files) == {"__0_0.distcp", ".metadata"} and manifest.size == 256 * 40 + 5
 
 
@@ -101,18 +101,18 @@ def newer_format(checkpoint: Path) -> None:
 def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], None], message: str, contents: bool) -> None:
     damage(checkpoint)
     with pytest.raises(CheckpointError) as caught:
-        verify(checkpoint, contents=contents)
+        verify_files(checkpoint, contents=contents)
     assert message in str(caught.value) and str(checkpoint) in str(caught.value)
 
 
 def test_a_flipped_byte_is_found_where_contents_are_read(checkpoint: Path) -> None:
     flip(checkpoint)
-    verify(checkpoint, contents=False)
+    verify_files(checkpoint, contents=False)
     with pytest.raises(
         CheckpointError,
         match=r"damaged: __0_0\.distcp has other content than was written \(sha256 \w{12}, manifest \w{12}\)",
     ):
-        verify(checkpoint, contents=True)
+        verify_files(checkpoint, contents=True)
 
 
 def in_ranges(content: bytes, lengths: tuple[int, ...]) -> StoredFile:
@@ -128,11 +128,11 @@ def test_a_file_hashed_in_ranges_is_covered_to_the_last_byte(tmp_path: Path) -> 
     path = tmp_path / "a.distcp"
     path.write_bytes(content)
     write_manifest(tmp_path, replace(MANIFEST, files={path.name: in_ranges(content, lengths)}))
-    assert verify(tmp_path, contents=True).files[path.name].ranges == lengths
+    assert verify_files(tmp_path, contents=True).files[path.name].ranges == lengths
     for position in (0, 6, 7, BLOCK + 6, BLOCK + 9, BLOCK + 10, BLOCK + 11, len(content) - 1):
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         with pytest.raises(CheckpointError, match=r"damaged: a\.distcp has other content than was written"):
-            verify(tmp_path, contents=True)
+            verify_files(tmp_path, contents=True)
 
 
 def test_other_borders_are_another_digest(tmp_path: Path) -> None:
@@ -140,10 +140,10 @@ def test_other_borders_are_another_digest(tmp_path: Path) -> None:
     stored = in_ranges(b"abcdef", (2, 4))
     write_manifest(tmp_path, replace(MANIFEST, files={"a.distcp": replace(stored, ranges=(4, 2))}))
     with pytest.raises(CheckpointError, match="other content"):
-        verify(tmp_path, contents=True)
+        verify_files(tmp_path, contents=True)
     write_manifest(tmp_path, replace(MANIFEST, files={"a.distcp": replace(stored, ranges=(2, 3))}))
     with pytest.raises(CheckpointError, match="a.distcp has 6 bytes, its ranges in the manifest 5"):
-        verify(tmp_path, contents=False)
+        verify_files(tmp_path, contents=False)
 
 
 def test_a_manifest_of_format_1_is_read(checkpoint: Path) -> None:
@@ -161,20 +161,20 @@ def test_a_manifest_of_format_1_is_read(checkpoint: Path) -> None:
     }
     stated = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**content, "sha256": stated}))
-    assert verify(checkpoint, contents=True).files["__0_0.distcp"].ranges == ()
+    assert verify_files(checkpoint, contents=True).files["__0_0.distcp"].ranges == ()
     flip(checkpoint)
     with pytest.raises(CheckpointError, match="other content"):
-        verify(checkpoint, contents=True)
+        verify_files(checkpoint, contents=True)
 
 
 def test_many_damaged_files_are_counted(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.distcp").write_bytes(b"x")
-    write_manifest(tmp_path, replace(MANIFEST, files=describe_files(tmp_path)))
+    write_manifest(tmp_path, replace(MANIFEST, files=hash_files(tmp_path)))
     for number in range(5):
         (tmp_path / f"{number}.distcp").unlink()
     with pytest.raises(CheckpointError, match="2.distcp is missing; and 2 more;"):
-        verify(tmp_path, contents=False)
+        verify_files(tmp_path, contents=False)
 
 
 def test_no_directory_is_said(tmp_path: Path) -> None:

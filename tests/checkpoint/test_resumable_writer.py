@@ -19,11 +19,11 @@ from megatron_share4v.checkpoint import resumable_writer
 from megatron_share4v.checkpoint.hf import exporter, importer
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
-from megatron_share4v.checkpoint.hf.writer import model_parts, write_index
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, digest_of, hash_components
-from megatron_share4v.checkpoint.manifest import digest_of_ranges, read_manifest, verify
-from megatron_share4v.checkpoint.resumable_writer import Part, write_parts, writing
+from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.writer import safetensors_files, write_index
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, hash_components, tensor_sha256
+from megatron_share4v.checkpoint.manifest import digest_of_ranges, read_manifest, verify_files
+from megatron_share4v.checkpoint.resumable_writer import OutputFile, stage_directory, write_files
 from megatron_share4v.errors import ConversionError
 
 
@@ -31,7 +31,7 @@ class Ended(Exception):
     """Stands for a signal."""
 
 
-def part(name: str, content: bytes, log: list[str]) -> Part:
+def part(name: str, content: bytes, log: list[str]) -> OutputFile:
     def write(file, progress) -> dict:
         log.append(name)
         if content == b"end":
@@ -40,20 +40,22 @@ def part(name: str, content: bytes, log: list[str]) -> Part:
         progress(len(content))
         return {"length": len(content)}
 
-    return Part(name, len(content), write)
+    return OutputFile(name, len(content), write)
 
 
 def test_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
     target, log = tmp_path / "target", []
-    with pytest.raises(Ended), writing(target, fingerprint="a") as place:
-        write_parts(place, [part("one", b"1", log), part("two", b"22", log), part("three", b"end", log)], title="test")
+    with pytest.raises(Ended), stage_directory(target, fingerprint="a") as staging:
+        write_files(
+            staging, [part("one", b"1", log), part("two", b"22", log), part("three", b"end", log)], title="test"
+        )
     assert not target.exists()
     with open(tmp_path / ".target.journal", "a") as journal:
         journal.write('{"name": "three", "size"')  # of a process that was killed while it wrote this
     log.clear()
-    with writing(target, fingerprint="a") as place:
-        written = write_parts(
-            place, [part("one", b"1", log), part("two", b"22", log), part("three", b"333", log)], title="test"
+    with stage_directory(target, fingerprint="a") as staging:
+        written = write_files(
+            staging, [part("one", b"1", log), part("two", b"22", log), part("three", b"333", log)], title="test"
         )
     assert log == ["three"] and written["two"].note == {"length": 2}
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {"one": b"1", "two": b"22", "three": b"333"}
@@ -62,22 +64,22 @@ def test_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
 
 def test_begins_anew_when_something_else_is_asked_for(tmp_path: Path) -> None:
     target, log = tmp_path / "target", []
-    with pytest.raises(Ended), writing(target, fingerprint="a") as place:
-        write_parts(place, [part("one", b"1", log), part("two", b"end", log)], title="test")
-    with writing(target, fingerprint="b") as place:
-        assert not list(place.directory.iterdir())
-        write_parts(place, [part("two", b"2", log)], title="test")
+    with pytest.raises(Ended), stage_directory(target, fingerprint="a") as staging:
+        write_files(staging, [part("one", b"1", log), part("two", b"end", log)], title="test")
+    with stage_directory(target, fingerprint="b") as staging:
+        assert not list(staging.path.iterdir())
+        write_files(staging, [part("two", b"2", log)], title="test")
     assert [path.name for path in target.iterdir()] == ["two"]
 
 
 def test_a_part_that_lost_bytes_is_written_again(tmp_path: Path) -> None:
     target, log = tmp_path / "target", []
-    with pytest.raises(Ended), writing(target, fingerprint="a") as place:
-        write_parts(place, [part("one", b"11", log), part("two", b"end", log)], title="test")
+    with pytest.raises(Ended), stage_directory(target, fingerprint="a") as staging:
+        write_files(staging, [part("one", b"11", log), part("two", b"end", log)], title="test")
     (tmp_path / ".target.converting" / "one").write_bytes(b"1")
     log.clear()
-    with writing(target, fingerprint="a") as place:
-        write_parts(place, [part("one", b"11", log)], title="test")
+    with stage_directory(target, fingerprint="a") as staging:
+        write_files(staging, [part("one", b"11", log)], title="test")
     assert log == ["one"]
 
 
@@ -86,16 +88,19 @@ def test_a_large_piece_is_hashed_once_for_all(tmp_path: Path) -> None:
     pieces = [b"head", large[0], large[1], b"be", b"tween", large[2], b"end"]
     found = {}
 
-    def write(file: resumable_writer.Output, progress: object) -> dict:
+    def write(file: resumable_writer.HashingWriter, progress: object) -> dict:
         for number, piece in enumerate(pieces):
             start = file.tell()
             file.write(piece)
-            found[number] = file.digest_of(len(piece), since=start)
-        assert file.digest_of(len(large[0]), since=5) is None and file.digest_of(len(large[0]), since=4) == found[1]
+            found[number] = file.sha256_of_write(len(piece), since=start)
+        assert (
+            file.sha256_of_write(len(large[0]), since=5) is None
+            and file.sha256_of_write(len(large[0]), since=4) == found[1]
+        )
         return {}
 
-    with writing(tmp_path / "target", fingerprint="a") as place:
-        written = write_parts(place, [Part("one", 1, write)], title="test")["one"]
+    with stage_directory(tmp_path / "target", fingerprint="a") as staging:
+        written = write_files(staging, [OutputFile("one", 1, write)], title="test")["one"]
     ranges = [b"head", *large[:2], b"between", large[2], b"end"]
     digests = [hashlib.sha256(piece).hexdigest() for piece in ranges]
     assert (tmp_path / "target" / "one").read_bytes() == b"".join(pieces)
@@ -108,9 +113,11 @@ def test_a_large_piece_is_hashed_once_for_all(tmp_path: Path) -> None:
 def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable_writer, "LARGE_BYTES", large := 2000)  # more than what surrounds a tensor in its file
     again = []
-    monkeypatch.setattr(importer, "digest_of", lambda tensor: (again.append(tensor.nbytes), digest_of(tensor))[1])
+    monkeypatch.setattr(
+        importer, "tensor_sha256", lambda tensor: (again.append(tensor.nbytes), tensor_sha256(tensor))[1]
+    )
     manifest = import_model(
-        Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions()
+        HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions()
     )
     opened = open_checkpoint(tmp_path / "ours")
     sizes = [tensor.nbytes for tensor in opened.weights.values()]
@@ -122,39 +129,42 @@ def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest
         != []
     )
     assert manifest.weights == hash_components(opened.weights)
-    verify(tmp_path / "ours", contents=True)
+    verify_files(tmp_path / "ours", contents=True)
 
 
 def test_an_empty_part_is_hashed_like_others(tmp_path: Path) -> None:
-    with writing(tmp_path / "target", fingerprint="a") as place:
-        written = write_parts(place, [part("one", b"", [])], title="test")["one"]
+    with stage_directory(tmp_path / "target", fingerprint="a") as staging:
+        written = write_files(staging, [part("one", b"", [])], title="test")["one"]
     assert written.stored.ranges == (0,) and written.sha256 == digest_of_ranges((0,), [hashlib.sha256().hexdigest()])
 
 
 def test_a_journal_without_ranges_is_taken_up(tmp_path: Path) -> None:
-    with pytest.raises(Ended), writing(tmp_path / "target", fingerprint="a") as place:
-        write_parts(place, [part("one", b"1", []), part("two", b"end", [])], title="test")
+    with pytest.raises(Ended), stage_directory(tmp_path / "target", fingerprint="a") as staging:
+        write_files(staging, [part("one", b"1", []), part("two", b"end", [])], title="test")
     journal = tmp_path / ".target.journal"
     journal.write_text(re.sub(r'"ranges": \[1\], ', "", journal.read_text()))
     assert "ranges" not in journal.read_text()
-    with writing(tmp_path / "target", fingerprint="a") as place:
-        assert write_parts(place, [part("one", b"end", [])], title="test")["one"].stored.ranges == ()
+    with stage_directory(tmp_path / "target", fingerprint="a") as staging:
+        assert write_files(staging, [part("one", b"end", [])], title="test")["one"].stored.ranges == ()
 
 
 def test_two_writers_and_an_existing_target(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with writing(target, fingerprint="a"):
-        with pytest.raises(ConversionError, match="written by another process"), writing(target, fingerprint="a"):
+    with stage_directory(target, fingerprint="a"):
+        with (
+            pytest.raises(ConversionError, match="written by another process"),
+            stage_directory(target, fingerprint="a"),
+        ):
             pass
-    with pytest.raises(ConversionError, match="is there already"), writing(target, fingerprint="a"):
+    with pytest.raises(ConversionError, match="is there already"), stage_directory(target, fingerprint="a"):
         pass
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
 def test_what_appears_meanwhile_is_not_touched(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with pytest.raises(ConversionError, match="is there already"), writing(target, fingerprint="a") as place:
-        write_parts(place, [part("one", b"1", [])], title="test")
+    with pytest.raises(ConversionError, match="is there already"), stage_directory(target, fingerprint="a") as staging:
+        write_files(staging, [part("one", b"1", [])], title="test")
         if kind == "file":
             target.write_text("precious")
         else:
@@ -183,17 +193,20 @@ def test_everything_is_on_the_disk_before_the_name_is_given(tmp_path: Path, monk
     renamed = os.rename
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    with writing(tmp_path / "target", fingerprint="a") as place:
-        write_parts(place, [part("one", b"1", []), part("folder/two", b"2", [])], title="test")
-        (place.directory / "three").write_text("3")
-        (place.directory / "folder" / "four").write_text("4")
+    with stage_directory(tmp_path / "target", fingerprint="a") as staging:
+        write_files(staging, [part("one", b"1", []), part("folder/two", b"2", [])], title="test")
+        (staging.path / "three").write_text("3")
+        (staging.path / "folder" / "four").write_text("4")
     assert (tmp_path / "target").is_dir() and flushed.count(str(tmp_path / ".target.converting" / "one")) == 1
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
-    huge = Part("huge", 10**18, lambda file, progress: {})
-    with pytest.raises(ConversionError, match=r"GB are free"), writing(tmp_path / "target", fingerprint="a") as place:
-        write_parts(place, [huge], title="test")
+    huge = OutputFile("huge", 10**18, lambda file, progress: {})
+    with (
+        pytest.raises(ConversionError, match=r"GB are free"),
+        stage_directory(tmp_path / "target", fingerprint="a") as staging,
+    ):
+        write_files(staging, [huge], title="test")
 
 
 KILLED = """
@@ -203,19 +216,19 @@ from megatron_share4v.checkpoint.hf import importer
 from megatron_share4v.checkpoint.hf import exporter
 from megatron_share4v.checkpoint.hf import writer
 from megatron_share4v.checkpoint import resumable_writer
-from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.hf.source import HfSource
 importer.FILE_BYTES = 100_000
-count, write = 0, parts._write
+count, write = 0, resumable_writer._write
 def dies(*arguments):
     global count
     count += 1
     if count == 4:
         os.kill(os.getpid(), 9)
     return write(*arguments)
-parts._write = dies
+resumable_writer._write = dies
 source, target = map(Path, sys.argv[2:])
 if sys.argv[1] == "import":
-    importer.import_model(Request(directory=source), target, options=importer.ImportOptions())
+    importer.import_model(HfSource(directory=source), target, options=importer.ImportOptions())
 else:
     exporter.export_model(source, target, layout="llava-hf", shard_bytes=100_000)
 """
@@ -237,16 +250,16 @@ def test_killed_conversions_go_on(
     monkeypatch.setattr(importer, "FILE_BYTES", 100_000)
     killed("import", source, ours, repository)
     with caplog.at_level("INFO", logger="megatron_share4v"):
-        manifest = import_model(Request(directory=source), ours, options=ImportOptions())
+        manifest = import_model(HfSource(directory=source), ours, options=ImportOptions())
         assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
         caplog.clear()
         killed("export", ours, back, repository)
         export_model(ours, back, layout="llava-hf", shard_bytes=100_000)
         assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
-    verify(ours, contents=True)
+    verify_files(ours, contents=True)
     monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
     assert (
-        import_model(Request(directory=source), tmp_path / "at_once", options=ImportOptions()).weights
+        import_model(HfSource(directory=source), tmp_path / "at_once", options=ImportOptions()).weights
         == manifest.weights
     )
     before, after = read_weights(source), read_weights(back)
@@ -266,9 +279,9 @@ def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
         name: LazyTensor(tuple(tensor.shape), tensor.dtype, "", lambda tensor=tensor: tensor)
         for name, tensor in tensors.items()
     }
-    with writing(tmp_path / "target", fingerprint="a") as place:
-        write_parts(place, model_parts(lazy, max_bytes=60), title="test")
-        write_index(place.directory, lazy, max_bytes=60)
+    with stage_directory(tmp_path / "target", fingerprint="a") as staging:
+        write_files(staging, safetensors_files(lazy, max_bytes=60), title="test")
+        write_index(staging.path, lazy, max_bytes=60)
     index = json.loads((tmp_path / "target" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values()) and list(
         index["weight_map"]
@@ -279,7 +292,7 @@ def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
 
 
 def test_the_modes_of_files_let_others_read(tmp_path: Path) -> None:
-    import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
     export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
     umask = os.umask(0)
     os.umask(umask)

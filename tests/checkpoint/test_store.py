@@ -102,7 +102,7 @@ def message_of(action) -> str:
 
 def misfits_are_named(source: Path) -> list[str]:
     """Another width, more layers, other trained parts, weights alone."""
-    from megatron_share4v.checkpoint.store import RunState, load_weights, write
+    from megatron_share4v.checkpoint.store import RunState, load_weights, write_checkpoint
 
     with opened(MAIN) as mesh:
         wider, deeper, other, same = (
@@ -111,7 +111,7 @@ def misfits_are_named(source: Path) -> list[str]:
         )
         alone = source.parent.parent / "weights_alone"
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
-        write(alone, chunks=same.bare, optimizer=None, mesh=mesh, state=state, config_text="")
+        write_checkpoint(alone, chunks=same.bare, optimizer=None, mesh=mesh, state=state, config_text="")
         load_weights(alone, chunks=same.bare, mesh=mesh)
         return [
             message_of(lambda: wider.load(source)),
@@ -147,7 +147,7 @@ def failed_writes_are_agreed_on(directory: Path) -> str:
 
 def damage_is_agreed_on(directory: Path) -> tuple[str, str, Path | None, Path | None]:
     """A flipped byte in the newest of two checkpoints."""
-    from megatron_share4v.checkpoint.store import find_newest_whole
+    from megatron_share4v.checkpoint.store import find_latest_complete
 
     with opened(MAIN) as mesh:
         run = Run(mesh, MAIN, seed=1)
@@ -156,15 +156,15 @@ def damage_is_agreed_on(directory: Path) -> tuple[str, str, Path | None, Path | 
         if mesh.rank == 0:
             flip_a_byte(next(newest.glob("*.distcp")))
         dist.barrier()
-        message, by_size = message_of(lambda: run.load(newest)), find_newest_whole(directory)
+        message, by_size = message_of(lambda: run.load(newest)), find_latest_complete(directory)
         dist.barrier()
-        with_contents = find_newest_whole(directory, mesh=mesh)
+        with_contents = find_latest_complete(directory, mesh=mesh)
         run.load(with_contents, verified=True)
         alone = directory / "alone"
         if mesh.rank == 0:
             shutil.copytree(directory / "step_00000002.damaged", alone / "step_00000002")
         dist.barrier()
-        refused = message_of(lambda: find_newest_whole(alone, mesh=mesh))
+        refused = message_of(lambda: find_latest_complete(alone, mesh=mesh))
         return message, refused, with_contents, by_size
 
 
@@ -289,19 +289,24 @@ def test_damage_is_named_on_all_ranks_and_passed_over(results: dict) -> None:
 
 
 def test_latest_names_the_newest(results: dict, directory: Path) -> None:
-    from megatron_share4v.checkpoint.store import locate
+    from megatron_share4v.checkpoint.store import resolve_checkpoint
     from megatron_share4v.errors import CheckpointError
 
     newest, latest = directory / "damage" / "step_00000002", directory / "damage" / "latest"
     assert latest.read_text() == "step_00000001\n" and not newest.exists(), "the damaged one was set aside"
     (directory / "damage" / "step_00000002.damaged").rename(newest)
     latest.write_text("step_00000002\n")
-    assert locate(directory / "damage" / "latest") == locate(directory / "damage") == locate(newest) == newest
+    assert (
+        resolve_checkpoint(directory / "damage" / "latest")
+        == resolve_checkpoint(directory / "damage")
+        == resolve_checkpoint(newest)
+        == newest
+    )
     (newest / "manifest.json").rename(newest / "elsewhere")
-    assert locate(directory / "damage").name == "step_00000001"
+    assert resolve_checkpoint(directory / "damage").name == "step_00000001"
     (directory / "damage" / "step_00000001" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-        locate(directory / "damage")
+        resolve_checkpoint(directory / "damage")
 
 
 def killed_while_saving(directory: Path, moment: str) -> None:
@@ -325,7 +330,7 @@ def killed_while_saving(directory: Path, moment: str) -> None:
 def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[str]]:
     import logging
 
-    from megatron_share4v.checkpoint.store import find_newest_whole
+    from megatron_share4v.checkpoint.store import find_latest_complete
     from megatron_share4v.logging import get_logger
 
     class Heard(logging.Handler):
@@ -336,7 +341,7 @@ def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[st
     get_logger().setLevel(logging.INFO)
     with opened(Setting()) as mesh:
         run = Run(mesh, Setting(), seed=2)
-        state = run.load(find_newest_whole(directory, mesh=mesh), verified=True)
+        state = run.load(find_latest_complete(directory, mesh=mesh), verified=True)
         run.train(1, 2)
         run.save(directory, 2)
     return state.step, messages

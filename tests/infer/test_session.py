@@ -13,7 +13,7 @@ from hf_fixtures import write_llava_hf
 from examples.quickstart.tokenizer import train_tokenizer
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.hf.source import HfSource
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConfigError, ConversionError, DataError
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its export."""
     root = tmp_path_factory.mktemp("models")
     import_model(
-        Request(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions(template="share4v_v1")
+        HfSource(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions(template="share4v_v1")
     )
     export_model(root / "ours", root / "export", layout="llava-hf")
     return root / "ours", root / "export"
@@ -72,7 +72,7 @@ def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_pat
         vocab_size=400,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_share4v.infer.session.tokenizer_of", lambda *_: tmp_path / "larger")
+        patch.setattr("megatron_share4v.infer.session.tokenizer_path", lambda *_: tmp_path / "larger")
         with pytest.raises(DataError, match="larger: has 400 pieces, the model of .* knows 300 ids"):
             Session.open(models[0], mesh=mesh)
 

@@ -13,13 +13,13 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
     """At tensor 2 x pipeline 2; greedy answers of the plain reference."""
     import engine_helpers
 
-    from megatron_share4v.checkpoint.store import RunState, write
+    from megatron_share4v.checkpoint.store import RunState, write_checkpoint
     from megatron_share4v.model.greedy_reference import greedy_generate
 
     with opened(tensor=2, pipeline=2) as mesh:
         chunks = engine_helpers.build(mesh)
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
-        write(directory, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
+        write_checkpoint(directory, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
         options = {
             "max_new_tokens": 12,
             "stop_ids": frozenset({engine_helpers.EOS}),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tolerances import FP32_MODULE
 
-from megatron_share4v.checkpoint.hf.weight_map import CLIP_IN_MEMORY, SHARE4V, to_ours
+from megatron_share4v.checkpoint.hf.weight_map import CLIP_IN_MEMORY, SHARE4V, to_megatron
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.data.images.policy import normalise
@@ -103,7 +103,9 @@ def _clip(vision: VisionConfig) -> torch.nn.Module:
 def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) -> None:
     model = ModelConfig(vision=_vision(feature_layer), language=_language())
     clip = _clip(model.vision)
-    chunk = _build(model, mesh, to_ours(clip.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",)), ops)
+    chunk = _build(
+        model, mesh, to_megatron(clip.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",)), ops
+    )
     pixels = torch.randint(0, 256, (3, 24, 24, 3), dtype=torch.uint8)
     theirs = clip(normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[feature_layer][:, 1:]
     difference = (chunk.vision(pixels).transpose(0, 1) - theirs).abs().max() / theirs.abs().max()
@@ -115,7 +117,7 @@ def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) 
 def test_an_early_patch_sees_a_late_one(mesh: Mesh) -> None:
     model = ModelConfig(vision=_vision(), language=_language())
     tower = _build(
-        model, mesh, to_ours(_clip(model.vision).state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))
+        model, mesh, to_megatron(_clip(model.vision).state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))
     ).vision
     pixels = torch.randint(0, 256, (1, 24, 24, 3), dtype=torch.uint8)
     changed = pixels.clone()
@@ -146,7 +148,7 @@ def test_decoder_equals_llama(mesh: Mesh, ops: Implementation) -> None:
             )
         )
     )
-    chunk = _build(model, mesh, to_ours(llama.state_dict(), model, naming=SHARE4V, components=("language",)), ops)
+    chunk = _build(model, mesh, to_megatron(llama.state_dict(), model, naming=SHARE4V, components=("language",)), ops)
     tokens = torch.randint(0, language.vocab_size, (2, 12))
     none = torch.zeros(0, dtype=torch.int64)
     batch = Batch(
@@ -166,6 +168,6 @@ def test_linear_projector_is_one_matrix(mesh: Mesh) -> None:
     model = ModelConfig(vision=_vision(), language=_language(), projector=ProjectorConfig(type="linear"))
     theirs = torch.nn.Linear(32, 32)
     published = {f"model.mm_projector.{name}": tensor for name, tensor in theirs.state_dict().items()}
-    chunk = _build(model, mesh, to_ours(published, model, naming=SHARE4V, components=("projector",)))
+    chunk = _build(model, mesh, to_megatron(published, model, naming=SHARE4V, components=("projector",)))
     features = torch.randn(9, 2, 32)
     torch.testing.assert_close(chunk.projector(features), theirs(features), rtol=FP32_MODULE, atol=FP32_MODULE)

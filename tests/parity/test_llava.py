@@ -15,7 +15,7 @@ import torch.distributed as dist
 from harness import run_world
 from tolerances import FP32_MODULE
 
-from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, to_ours
+from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, to_megatron
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import Ops, ParallelConfig
 from megatron_share4v.data.images.policy import normalise
@@ -124,12 +124,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "pixels": pixels,
             "tokens": tokens,
             "labels": labels,
-            "weights": to_ours(model.state_dict(), MODEL, naming=LLAVA_IN_MEMORY),
+            "weights": to_megatron(model.state_dict(), MODEL, naming=LLAVA_IN_MEMORY),
             "features": features.detach(),
             "projected": model.model.multi_modal_projector(features).detach(),
             "logits": output.logits.detach(),
             "loss": output.loss.detach(),
-            "gradients": to_ours(gradients, MODEL, naming=LLAVA_IN_MEMORY),
+            "gradients": to_megatron(gradients, MODEL, naming=LLAVA_IN_MEMORY),
         },
         path,
     )

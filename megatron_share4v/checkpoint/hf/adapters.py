@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.hf.reader import open_file, read_json
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, Tensors
+from megatron_share4v.checkpoint.hf.reader import open_weights_file, read_json
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 
@@ -28,7 +28,7 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
-def with_lora(base: Tensors, directory: Path) -> dict[str, LazyTensor]:
+def merge_lora(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
     """`base` with the adapter in `directory` merged, and with what was trained beside it (projector, tower) in its place or added.
 
     Raises ConversionError naming a tensor that does not fit the base, and for kinds of adapters that are not merged here.
@@ -45,7 +45,7 @@ def with_lora(base: Tensors, directory: Path) -> dict[str, LazyTensor]:
     rank, alpha = config["r"], config["lora_alpha"]
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     result = dict(base)
-    pairs = _pairs({_base_name(name): tensor for name, tensor in open_file(path).items()}, path)
+    pairs = _pairs({_base_name(name): tensor for name, tensor in open_weights_file(path).items()}, path)
     for name, (down, up) in pairs.items():
         if name not in base:
             raise ConversionError(
@@ -57,7 +57,7 @@ def with_lora(base: Tensors, directory: Path) -> dict[str, LazyTensor]:
             )
         result[name] = replace(base[name], read=_LoraSum(base[name], down, up, scale))
     rest = (
-        {_base_name(name): tensor for name, tensor in open_file(directory / REST).items()}
+        {_base_name(name): tensor for name, tensor in open_weights_file(directory / REST).items()}
         if (directory / REST).is_file()
         else {}
     )
@@ -67,7 +67,7 @@ def with_lora(base: Tensors, directory: Path) -> dict[str, LazyTensor]:
     return {**result, **rest}
 
 
-def with_delta(base: Tensors, delta: Tensors) -> dict[str, LazyTensor]:
+def merge_delta(base: LazyTensors, delta: LazyTensors) -> dict[str, LazyTensor]:
     """Delta weights added to `base`, as LLaVA's apply_delta does: the projector and the tower are whole, new rows of the vocabulary too."""
     result = {}
     for name, tensor in delta.items():
@@ -120,7 +120,7 @@ def _base_name(name: str) -> str:
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name
 
 
-def _pairs(adapter: Tensors, path: Path) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+def _pairs(adapter: LazyTensors, path: Path) -> dict[str, tuple[LazyTensor, LazyTensor]]:
     pairs: dict[str, tuple[LazyTensor, LazyTensor]] = {}
     for name, tensor in adapter.items():
         if ".lora_A." in name:

@@ -11,44 +11,44 @@ from pathlib import Path
 import torch
 
 from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED
-from megatron_share4v.checkpoint.hf.exporter import Opened, open_checkpoint
-from megatron_share4v.checkpoint.hf.importer import report_weights, write_checkpoint
-from megatron_share4v.checkpoint.hf.vocab import ROWS_OF
-from megatron_share4v.checkpoint.hf.writer import write_file
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, Tensors
-from megatron_share4v.checkpoint.manifest import Manifest, verify
-from megatron_share4v.checkpoint.resumable_writer import writing
+from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
+from megatron_share4v.checkpoint.hf.importer import log_component_hashes, write_weights_checkpoint
+from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS
+from megatron_share4v.checkpoint.hf.writer import write_safetensors
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
+from megatron_share4v.checkpoint.manifest import Manifest, verify_files
+from megatron_share4v.checkpoint.resumable_writer import stage_directory
 from megatron_share4v.errors import ConversionError
 
 
-def average(checkpoints: Sequence[Path], target: Path) -> Manifest:
+def average_checkpoints(checkpoints: Sequence[Path], target: Path) -> Manifest:
     """Write the checkpoint `target` (weights alone): sums in fp32, in the order given, rounded once to the first one's dtype.
 
     It has the first one's configuration and the last one's step. Raises ConversionError naming the first tensor that they do not share.
     """
     opened = [open_checkpoint(path) for path in checkpoints]
     for one in opened:
-        verify(one.path, contents=True)
+        verify_files(one.path, contents=True)
     first = opened[0]
     for other in opened[1:]:
         _check_same(first, other)
     ours = {name: _mean([one.weights for one in opened], name) for name in first.weights}
     names = ", ".join(one.path.name for one in opened)
     files = [[str(one.path.resolve()), *(file.sha256 for file in one.manifest.files.values())] for one in opened]
-    with writing(target, fingerprint=hashlib.sha256(json.dumps(files).encode()).hexdigest()) as place:
-        manifest = write_checkpoint(
-            place,
+    with stage_directory(target, fingerprint=hashlib.sha256(json.dumps(files).encode()).hexdigest()) as staging:
+        manifest = write_weights_checkpoint(
+            staging,
             ours,
             config=first.config,
             state=opened[-1].manifest.state,
             source=f"mean of {names}" if len(opened) > 1 else f"weights of {names}",
-            companions=lambda: _write_companions(opened, place.directory),
+            write_assets=lambda: _write_assets(opened, staging.path),
         )
-    report_weights(target, manifest)
+    log_component_hashes(target, manifest)
     return manifest
 
 
-def _check_same(first: Opened, other: Opened) -> None:
+def _check_same(first: OpenCheckpoint, other: OpenCheckpoint) -> None:
     for name in [*first.weights, *other.weights]:
         one, two = (opened.weights.get(name) for opened in (first, other))
         if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
@@ -58,7 +58,7 @@ def _check_same(first: Opened, other: Opened) -> None:
             )
 
 
-def _mean(checkpoints: Sequence[Tensors], name: str) -> LazyTensor:
+def _mean(checkpoints: Sequence[LazyTensors], name: str) -> LazyTensor:
     first = checkpoints[0][name]
 
     def read() -> torch.Tensor:
@@ -73,7 +73,7 @@ def _mean(checkpoints: Sequence[Tensors], name: str) -> LazyTensor:
     return LazyTensor(first.shape, first.dtype, first.origin, read)
 
 
-def _write_companions(opened: Sequence[Opened], directory: Path) -> None:
+def _write_assets(opened: Sequence[OpenCheckpoint], directory: Path) -> None:
     """The first one's tokenizer, and the mean of what all carry; added rows belong to imports, so they go when one was trained."""
     if opened[0].tokenizer.is_file():
         shutil.copyfile(opened[0].tokenizer, directory / TOKENIZER)
@@ -84,6 +84,6 @@ def _write_companions(opened: Sequence[Opened], directory: Path) -> None:
         if all(name in other and other[name].shape == tensor.shape for other in carried)
     ]
     if any(one.manifest.state.step for one in opened):
-        shared = [name for name in shared if name not in ROWS_OF.values()]
+        shared = [name for name in shared if name not in ADDED_ROWS.values()]
     if shared:
-        write_file(directory / UNUSED, {name: _mean(carried, name) for name in shared})
+        write_safetensors(directory / UNUSED, {name: _mean(carried, name) for name in shared})

@@ -51,7 +51,7 @@ _JINJA = """\
 """
 
 
-def chat_template(template: Template) -> str:
+def to_jinja(template: Template) -> str:
     """The Jinja source. A first message of role "system" replaces the template's system prompt; an empty one leaves it out.
 
     Raises ConversionError for a template that writes its image into a round of its own, which messages with parts cannot say.
@@ -85,10 +85,10 @@ def chat_template(template: Template) -> str:
     return source
 
 
-def recognise_template(source: str) -> str | None:
+def detect_template(source: str) -> str | None:
     """The name of the template whose chat template `source` is; None when it is none of ours."""
     plain = (template for name, template in TEMPLATES.items() if name == template.name and not template.tags_image)
-    return next((template.name for template in plain if chat_template(template) == source), None)
+    return next((template.name for template in plain if to_jinja(template) == source), None)
 
 
 def _examples(template: Template) -> str:

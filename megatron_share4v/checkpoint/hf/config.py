@@ -72,7 +72,7 @@ class HfConfig:
     """share4v: path or hub name of the tower that the model was trained with."""
 
 
-def read_model(config: Json, *, where: str) -> HfConfig:
+def parse_model_config(config: Json, *, where: str) -> HfConfig:
     """The model that a config.json describes. Raises ConversionError naming the key whose value is foreign."""
     kind = _kind_of(config, where)
     try:
@@ -93,7 +93,7 @@ def read_model(config: Json, *, where: str) -> HfConfig:
         raise ConversionError(f"{where}: {error}") from error
 
 
-def read_tower(config: Json, *, feature_layer: int, where: str) -> VisionConfig:
+def parse_vision_config(config: Json, *, feature_layer: int, where: str) -> VisionConfig:
     """The tower that the config.json of a CLIP model describes. Raises ConversionError."""
     if config.get("model_type") == "clip":
         config = config.get("vision_config") or {}

@@ -15,12 +15,12 @@ from typing import Literal
 
 import torch
 
-from megatron_share4v.checkpoint.assets import UNUSED, tokenizer_of
-from megatron_share4v.checkpoint.compatibility import config_of
+from megatron_share4v.checkpoint.assets import UNUSED, tokenizer_path
+from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf import metadata_files
 from megatron_share4v.checkpoint.hf.importer import PROVENANCE
-from megatron_share4v.checkpoint.hf.reader import open_file
-from megatron_share4v.checkpoint.hf.vocab import ROWS_OF, added_rows
+from megatron_share4v.checkpoint.hf.reader import open_weights_file
+from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS, added_vocab_rows
 from megatron_share4v.checkpoint.hf.weight_map import (
     CLIP,
     COMPONENTS,
@@ -28,23 +28,23 @@ from megatron_share4v.checkpoint.hf.weight_map import (
     SHARE4V,
     Component,
     Naming,
-    Row,
-    check_ours,
-    unused_shapes,
+    WeightMapping,
+    check_megatron_weights,
+    unused_tower_shapes,
 )
-from megatron_share4v.checkpoint.hf.writer import model_parts, write_index
+from megatron_share4v.checkpoint.hf.writer import safetensors_files, write_index
 from megatron_share4v.checkpoint.lazy_tensor import (
     FLOAT_NAMES,
     FLOATS,
-    LastRead,
     LazyTensor,
+    SplitCache,
     cast_checked,
-    component_digests,
-    digest_of,
+    combine_component_hashes,
+    tensor_sha256,
 )
-from megatron_share4v.checkpoint.manifest import Manifest, current_versions, verify
-from megatron_share4v.checkpoint.resumable_writer import discard, stated, write_parts, writing
-from megatron_share4v.checkpoint.store import locate
+from megatron_share4v.checkpoint.manifest import Manifest, library_versions, verify_files
+from megatron_share4v.checkpoint.resumable_writer import discard_staging, file_states, stage_directory, write_files
+from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import CheckpointError, ConversionError
 from megatron_share4v.logging import get_logger
@@ -59,7 +59,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenCheckpoint:
     """A checkpoint that is to be read one tensor at a time."""
 
     path: Path
@@ -72,20 +72,20 @@ class Opened:
     @property
     def tokenizer(self) -> Path:
         """Its own copy, or the file that its configuration names."""
-        return tokenizer_of(self.path, self.config.data)
+        return tokenizer_path(self.path, self.config.data)
 
 
-def open_checkpoint(path: Path) -> Opened:
+def open_checkpoint(path: Path) -> OpenCheckpoint:
     """The checkpoint that `path` means (see store.locate). Raises CheckpointError when it is missing, or a file of it is missing or too short."""
-    path = locate(path)
-    manifest = verify(path, contents=False)
+    path = resolve_checkpoint(path)
+    manifest = verify_files(path, contents=False)
     weights = {
         name: LazyTensor(tensor.shape, tensor.dtype, str(path), tensor.read)
         for name, tensor in stored_tensors(path).items()
         if not name.startswith(STATE_PREFIX)
     }
-    unused = open_file(path / UNUSED) if (path / UNUSED).is_file() else {}
-    return Opened(path, manifest, config_of(manifest, where=path), weights, unused)
+    unused = open_weights_file(path / UNUSED) if (path / UNUSED).is_file() else {}
+    return OpenCheckpoint(path, manifest, stored_config(manifest, where=path), weights, unused)
 
 
 def export_model(
@@ -106,31 +106,38 @@ def export_model(
     seen = None if _hashes_hold(opened, chosen) else _Seen(FLOATS[chosen])
     folders = {
         folder: {name: cast_checked(name, tensor, chosen) for name, tensor in tensors.items()}
-        for folder, tensors in their_tensors(opened, layout=layout, seen=seen).items()
+        for folder, tensors in hf_tensors(opened, layout=layout, seen=seen).items()
     }
     files = {name: file.sha256 for name, file in opened.manifest.files.items()}
     # The hashes are what the files should hold; what was read from them in fact, before it was compared, goes by their state on the disk.
-    content = [stated(opened.path / name for name in files), files, layout, chosen, shard_bytes, current_versions()]
-    with writing(target, fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest()) as place:
+    content = [
+        file_states(opened.path / name for name in files),
+        files,
+        layout,
+        chosen,
+        shard_bytes,
+        library_versions(),
+    ]
+    with stage_directory(target, fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest()) as staging:
         try:
             with ThreadPoolExecutor(1) as pool:
-                verified = pool.submit(verify, opened.path, contents=True)
+                verified = pool.submit(verify_files, opened.path, contents=True)
                 parts = [
                     part
                     for folder, tensors in folders.items()
-                    for part in model_parts(tensors, max_bytes=shard_bytes, folder=folder)
+                    for part in safetensors_files(tensors, max_bytes=shard_bytes, folder=folder)
                 ]
                 try:
-                    write_parts(place, parts, title=f"export {layout}")
+                    write_files(staging, parts, title=f"export {layout}")
                 finally:  # a damaged file explains whatever else went wrong
                     verified.result()
         except CheckpointError:
-            discard(place)
+            discard_staging(staging)
             raise
         for folder, tensors in folders.items():
-            write_index(place.directory / folder, tensors, max_bytes=shard_bytes)
+            write_index(staging.path / folder, tensors, max_bytes=shard_bytes)
         weights = opened.manifest.weights if seen is None else seen.components(opened)
-        _write_files(place.directory, opened, layout=layout, dtype=chosen, weights=weights)
+        _write_files(staging.path, opened, layout=layout, dtype=chosen, weights=weights)
     get_logger().info(
         "%s: %s in %s, from %s (step %d)", target, layout, chosen, opened.path, opened.manifest.state.step
     )
@@ -147,26 +154,28 @@ class _Seen:
     digests: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        self.digests[name] = digest_of(values.to(self.dtype))
+        self.digests[name] = tensor_sha256(values.to(self.dtype))
 
-    def components(self, opened: Opened) -> dict[str, str]:
+    def components(self, opened: OpenCheckpoint) -> dict[str, str]:
         """One per component. What an earlier process wrote, whose export this one finished, is read again."""
         for name, tensor in opened.weights.items():
             if name not in self.digests:
                 self.add(name, tensor.read())
-        return component_digests(
+        return combine_component_hashes(
             {name: (tensor.shape, self.dtype, self.digests[name]) for name, tensor in opened.weights.items()}
         )
 
 
-def _hashes_hold(opened: Opened, dtype: str) -> bool:
+def _hashes_hold(opened: OpenCheckpoint, dtype: str) -> bool:
     """Whether the manifest's hashes of the components are those of the export."""
     return set(opened.manifest.weights) == set(COMPONENTS) and all(
         tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values()
     )
 
 
-def their_tensors(opened: Opened, *, layout: Layout, seen: _Seen | None = None) -> dict[str, dict[str, LazyTensor]]:
+def hf_tensors(
+    opened: OpenCheckpoint, *, layout: Layout, seen: _Seen | None = None
+) -> dict[str, dict[str, LazyTensor]]:
     """Every tensor of an export by folder ("" or "clip/") and name, as stored. Raises ConversionError when one of ours is missing."""
     if layout == "llava-hf":
         plain = _renamed(opened, LLAVA_HF, ("language", "projector", "vision"), seen)
@@ -177,40 +186,40 @@ def their_tensors(opened: Opened, *, layout: Layout, seen: _Seen | None = None) 
 
 
 def _renamed(
-    opened: Opened, naming: Naming, components: tuple[Component, ...], seen: _Seen | None
+    opened: OpenCheckpoint, naming: Naming, components: tuple[Component, ...], seen: _Seen | None
 ) -> dict[str, LazyTensor]:
     assert set(components) <= set(COMPONENTS)
-    last = LastRead()
+    cache = SplitCache()
     result = {}
-    for row in check_ours(opened.weights, opened.config.model, naming=naming, components=components):
-        whole = opened.weights[row.ours]
-        split = _splitter(row, whole, seen)
-        for number, (name, shape) in enumerate(row.their_shapes().items()):
-            result[name] = LazyTensor(shape, whole.dtype, whole.origin, _part(last, row.ours, split, number))
+    for mapping in check_megatron_weights(opened.weights, opened.config.model, naming=naming, components=components):
+        whole = opened.weights[mapping.name]
+        split = _splitter(mapping, whole, seen)
+        for number, (name, shape) in enumerate(mapping.hf_shapes().items()):
+            result[name] = LazyTensor(shape, whole.dtype, whole.origin, _part(cache, mapping.name, split, number))
     return result
 
 
-def _splitter(row: Row, whole: LazyTensor, seen: _Seen | None) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _splitter(mapping: WeightMapping, whole: LazyTensor, seen: _Seen | None) -> Callable[[], tuple[torch.Tensor, ...]]:
     def split() -> tuple[torch.Tensor, ...]:
         values = whole.read()
         if seen is not None:
-            seen.add(row.ours, values)
-        return row.transform.to_theirs(values)
+            seen.add(mapping.name, values)
+        return mapping.transform.to_hf(values)
 
     return split
 
 
 def _part(
-    last: LastRead, name: str, split: Callable[[], tuple[torch.Tensor, ...]], number: int
+    cache: SplitCache, name: str, split: Callable[[], tuple[torch.Tensor, ...]], number: int
 ) -> Callable[[], torch.Tensor]:
-    return lambda: last.parts(name, split)[number]
+    return lambda: cache.get(name, split)[number]
 
 
-def _unused(opened: Opened, *, prefix: str) -> dict[str, LazyTensor]:
+def _unused(opened: OpenCheckpoint, *, prefix: str) -> dict[str, LazyTensor]:
     """The tower's weights that we do not compute: carried along since the import, or else fresh, and this is said."""
     model, dtype = opened.config.model, opened.weights["vision.class_embedding"].dtype
     result, fresh = {}, []
-    for name, shape in unused_shapes(model).items():
+    for name, shape in unused_tower_shapes(model).items():
         carried = opened.unused.get(f"vision.{name}")
         if carried is None or carried.shape != shape:
             fresh.append(name)
@@ -227,22 +236,27 @@ def _unused(opened: Opened, *, prefix: str) -> dict[str, LazyTensor]:
     return result
 
 
-def _with_added_rows(opened: Opened, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+def _with_added_rows(opened: OpenCheckpoint, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     rows = metadata_files.llava_vocab_rows(opened.config.model)
     names = {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}
     carried = opened.unused if opened.manifest.state.step == 0 else {}
-    return {**plain, **{name: _extended(plain[name], rows, carried.get(ROWS_OF[part])) for part, name in names.items()}}
+    return {
+        **plain,
+        **{name: _extended(plain[name], rows, carried.get(ADDED_ROWS[part])) for part, name in names.items()},
+    }
 
 
 def _extended(tensor: LazyTensor, rows: int, carried: LazyTensor | None) -> LazyTensor:
     def read() -> torch.Tensor:
         values = tensor.read()
-        return torch.cat([values, added_rows(values, rows - tensor.shape[0], carried=carried)])
+        return torch.cat([values, added_vocab_rows(values, rows - tensor.shape[0], carried=carried)])
 
     return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, tensor.origin, read)
 
 
-def _write_files(directory: Path, opened: Opened, *, layout: Layout, dtype: str, weights: dict[str, str]) -> None:
+def _write_files(
+    directory: Path, opened: OpenCheckpoint, *, layout: Layout, dtype: str, weights: dict[str, str]
+) -> None:
     config = opened.config
     aspect = config.data.image_aspect_ratio
     if layout == "llava-hf":
@@ -263,5 +277,5 @@ def _write_files(directory: Path, opened: Opened, *, layout: Layout, dtype: str,
             image_aspect_ratio=aspect,
             dtype=dtype,
         )
-    content = {"step": opened.manifest.state.step, "dtype": dtype, "weights": weights, "versions": current_versions()}
+    content = {"step": opened.manifest.state.step, "dtype": dtype, "weights": weights, "versions": library_versions()}
     (directory / PROVENANCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.checkpoint.hf.chat_template import chat_template
+from megatron_share4v.checkpoint.hf.chat_template import to_jinja
 from megatron_share4v.checkpoint.hf.tokenizer import (
     NEW_TOKENS,
     PAD,
@@ -52,7 +52,7 @@ def write_llava_hf_files(
             f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; use the layout share4v"
         )
     tokens = read_tokenizer(tokenizer, vocab_size=model.language.vocab_size)
-    chat = chat_template(get_template(template))
+    chat = to_jinja(get_template(template))
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(
         directory / "config.json", _llava_config(model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype)

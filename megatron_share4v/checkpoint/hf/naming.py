@@ -21,7 +21,7 @@ PROJECTORS_MLP = (
 PROJECTOR_LINEAR = "mm_projector."
 
 
-def recognise(names: Iterable[str], *, title: str) -> Naming:
+def detect_naming(names: Iterable[str], *, title: str) -> Naming:
     """The prefixes of the parts that are among `names`; None for those that are not.
 
     Raises ConversionError naming two tensors when there are two towers, projectors or language models.
@@ -49,7 +49,7 @@ def recognise(names: Iterable[str], *, title: str) -> Naming:
     )
 
 
-def components_of(naming: Naming) -> tuple[Component, ...]:
+def present_components(naming: Naming) -> tuple[Component, ...]:
     """The parts of the model that `naming` has a place for."""
     there = {
         "vision": naming.tower is not None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, bytes_of, merged
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, merge_disjoint, tensor_bytes
 from megatron_share4v.errors import ConversionError
 
 DTYPES = {
@@ -41,7 +41,7 @@ def has_weights(directory: Path) -> bool:
     return bool(_weight_files(directory))
 
 
-def open_directory(directory: Path) -> dict[str, LazyTensor]:
+def open_weights_directory(directory: Path) -> dict[str, LazyTensor]:
     """The weights of a model's directory (no adapters, no projector files). Raises ConversionError for what is missing or damaged."""
     files = _weight_files(directory)
     if not files:
@@ -49,7 +49,7 @@ def open_directory(directory: Path) -> dict[str, LazyTensor]:
             f"{directory}: holds no weights ({', '.join(WHOLE)}, or shards with an index); give the directory of a model"
         )
     mapped = _MappedFile()
-    tensors = merged(*(_open(path, mapped) for path in files))
+    tensors = merge_disjoint(*(_open(path, mapped) for path in files))
     index = next(
         (directory / name for name, whole in zip(INDEXES, WHOLE) if files[0].suffix == Path(whole).suffix), None
     )
@@ -60,7 +60,7 @@ def open_directory(directory: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def open_file(path: Path) -> dict[str, LazyTensor]:
+def open_weights_file(path: Path) -> dict[str, LazyTensor]:
     """The tensors of one .safetensors or .bin file. Raises ConversionError when it is missing or damaged."""
     return _open(path, _MappedFile())
 
@@ -139,7 +139,7 @@ class _Range:
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.path, self.offset, self.shape, self.dtype = path, offset, shape, dtype
 
-    def rows(self, start: int, stop: int) -> _Range:
+    def slice_rows(self, start: int, stop: int) -> _Range:
         """Of rows start .. stop - 1."""
         size = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
         return _Range(self.path, self.offset + start * size, (stop - start, *self.shape[1:]), self.dtype)
@@ -147,7 +147,7 @@ class _Range:
     def __call__(self) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         try:
-            self._fill(bytes_of(tensor))
+            self._fill(tensor_bytes(tensor))
         except OSError as error:
             raise ConversionError(
                 f"{self.path}: cannot be read ({error.strerror}); check where it lies, or {AGAIN}"

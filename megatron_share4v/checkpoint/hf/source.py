@@ -9,21 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_share4v.checkpoint.hf.adapters import is_adapter, with_delta, with_lora
-from megatron_share4v.checkpoint.hf.config import HfConfig, read_model, read_tower
-from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, components_of, recognise
-from megatron_share4v.checkpoint.hf.reader import has_weights, open_directory, open_file, read_json
+from megatron_share4v.checkpoint.hf.adapters import is_adapter, merge_delta, merge_lora
+from megatron_share4v.checkpoint.hf.config import HfConfig, parse_model_config, parse_vision_config
+from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, detect_naming, present_components
+from megatron_share4v.checkpoint.hf.reader import has_weights, open_weights_directory, open_weights_file, read_json
 from megatron_share4v.checkpoint.hf.weight_map import (
     COMPONENTS,
     LLAVA_HF,
     SHARE4V,
     Component,
     Naming,
-    Row,
-    check_theirs,
-    drops,
+    WeightMapping,
+    check_hf_weights,
+    ignored_weights,
 )
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, check_floats, merged
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, check_float_dtypes, merge_disjoint
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
@@ -41,7 +41,7 @@ CLIP_TEXT = ("text_model.", "text_projection", "visual_projection", "logit_scale
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class HfSource:
     """Where to look. Only `directory` is needed when all of a model is in it."""
 
     directory: Path
@@ -57,12 +57,12 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class HfModel:
     """A model of another layout."""
 
-    model: ModelConfig
+    config: ModelConfig
     naming: Naming
-    rows: tuple[Row, ...]
+    mappings: tuple[WeightMapping, ...]
     """Of the parts that are there; without a projector it is to be initialised."""
     tensors: dict[str, LazyTensor]
     """By their names; embedding and head have the tokenizer's rows and no more."""
@@ -75,11 +75,13 @@ class Source:
     @property
     def has_projector(self) -> bool:
         """Whether the projector is among the rows."""
-        return any(row.ours.startswith("projector.") for row in self.rows)
+        return any(mapping.name.startswith("projector.") for mapping in self.mappings)
 
     def unused(self) -> dict[str, LazyTensor]:
         """Weights of the tower that we do not compute, by CLIP's names."""
-        kept = [drop for drop in drops(self.model, naming=self.naming, components=("vision",)) if drop.weights]
+        kept = [
+            drop for drop in ignored_weights(self.config, naming=self.naming, components=("vision",)) if drop.weights
+        ]
         prefix = self.naming.tower or ""
         return {
             name.removeprefix(prefix): tensor
@@ -88,12 +90,12 @@ class Source:
         }
 
 
-def open_source(request: Request) -> Source:
+def open_hf_model(request: HfSource) -> HfModel:
     """The model that `request` describes. Raises ConversionError naming the tensor, key or file that is missing, foreign or there twice."""
     if not request.directory.is_dir():
         raise ConversionError(f"{request.directory}: there is no such directory; give the directory of a model")
     config_path = _config_path(request)
-    config = read_model(read_json(config_path), where=str(config_path))
+    config = parse_model_config(read_json(config_path), where=str(config_path))
     if config.kind == "llava-hf" and request.tower is not None:
         raise ConversionError(
             f"two towers: {request.directory} is llava-hf, which has one among its weights, and {request.tower}; leave --tower out"
@@ -103,14 +105,14 @@ def open_source(request: Request) -> Source:
     vision = config.model.vision
     if tower_folder is not None:
         described = read_json(tower_folder / CONFIG)
-        vision = read_tower(described, feature_layer=vision.feature_layer, where=str(tower_folder / CONFIG))
+        vision = parse_vision_config(described, feature_layer=vision.feature_layer, where=str(tower_folder / CONFIG))
         if has_weights(tower_folder):
-            tower = open_directory(tower_folder)
+            tower = open_weights_directory(tower_folder)
             # A whole CLIP model: its text half is of no use here.
-            tensors = merged(
+            tensors = merge_disjoint(
                 tensors, {name: tensor for name, tensor in tower.items() if not name.startswith(CLIP_TEXT)}
             )
-    naming = recognise(tensors, title=config.kind)
+    naming = detect_naming(tensors, title=config.kind)
     if tower_folder is None and config.kind != "llava-hf" and naming.tower is not None:
         vision = _vision_from_shapes(vision, naming.tower, tensors)
     components = _components(naming, config, request)
@@ -121,13 +123,13 @@ def open_source(request: Request) -> Source:
     model, tensors, added = _cut_vocabulary(
         model, tensors, naming, config=config, pieces=Tokenizer(tokenizer).vocab_size
     )
-    rows = check_theirs(tensors, model, naming=naming, components=components)
-    check_floats({name: tensors[name] for row in rows for name in row.theirs})
-    _check_equal_dtypes(rows, tensors)
-    return Source(
-        model=model,
+    mappings = check_hf_weights(tensors, model, naming=naming, components=components)
+    check_float_dtypes({name: tensors[name] for mapping in mappings for name in mapping.hf_names})
+    _check_equal_dtypes(mappings, tensors)
+    return HfModel(
+        config=model,
         naming=naming,
-        rows=rows,
+        mappings=mappings,
         tensors=tensors,
         added_rows=added,
         tokenizer=tokenizer,
@@ -138,14 +140,14 @@ def open_source(request: Request) -> Source:
     )
 
 
-def _config_path(request: Request) -> Path:
+def _config_path(request: HfSource) -> Path:
     for directory in (request.directory, request.base):
         if directory is not None and (directory / CONFIG).is_file():
             return directory / CONFIG
     raise ConversionError(f"{request.directory / CONFIG}: missing; give the directory of a model, with its config.json")
 
 
-def _main_tensors(request: Request) -> dict[str, LazyTensor]:
+def _main_tensors(request: HfSource) -> dict[str, LazyTensor]:
     directory, base = request.directory, request.base
     adapter = is_adapter(directory)
     alone = not adapter and not has_weights(directory) and (directory / PROJECTOR).is_file()
@@ -156,29 +158,29 @@ def _main_tensors(request: Request) -> dict[str, LazyTensor]:
         if adapter or alone or request.delta:
             what = "a LoRA adapter" if adapter else "a projector alone" if alone else "delta weights"
             raise ConversionError(f"{directory}: is {what}; give the model that it belongs to with --base")
-        return open_directory(directory)
+        return open_weights_directory(directory)
     if adapter:
-        return with_lora(open_directory(base), directory)
+        return merge_lora(open_weights_directory(base), directory)
     if request.delta:
-        return with_delta(open_directory(base), open_directory(directory))
+        return merge_delta(open_weights_directory(base), open_weights_directory(directory))
     if alone:
-        return merged(open_directory(base), open_file(directory / PROJECTOR))
+        return merge_disjoint(open_weights_directory(base), open_weights_file(directory / PROJECTOR))
     raise ConversionError(f"{directory}: is a whole model, so --base {base} has no use; leave it out, or say --delta")
 
 
-def _with_projector(tensors: dict[str, LazyTensor], request: Request) -> dict[str, LazyTensor]:
+def _with_projector(tensors: dict[str, LazyTensor], request: HfSource) -> dict[str, LazyTensor]:
     if request.projector is None:
         return tensors
-    projector = open_file(request.projector)
+    projector = open_weights_file(request.projector)
     strangers = [name for name in projector if "mm_projector" not in name]
     if strangers:
         raise ConversionError(
             f"{request.projector}: unexpected tensor: {strangers[0]}; give a projector's file (mm_projector.bin)"
         )
-    return merged(tensors, projector)
+    return merge_disjoint(tensors, projector)
 
 
-def _tower_folder(request: Request, config: HfConfig, tensors: dict[str, LazyTensor]) -> Path | None:
+def _tower_folder(request: HfSource, config: HfConfig, tensors: dict[str, LazyTensor]) -> Path | None:
     """Where the tower's config.json is, and its weights unless they are among `tensors`."""
     inside = next((name for name in tensors if name.endswith(TOWER)), None)
     beside = [request.directory / name for name in TOWER_FOLDERS]
@@ -251,8 +253,8 @@ def _vision_from_shapes(vision: VisionConfig, prefix: str, tensors: dict[str, La
     )
 
 
-def _components(naming: Naming, config: HfConfig, request: Request) -> tuple[Component, ...]:
-    there = components_of(naming)
+def _components(naming: Naming, config: HfConfig, request: HfSource) -> tuple[Component, ...]:
+    there = present_components(naming)
     if naming.decoder is None:
         raise ConversionError(
             f"{request.directory}: missing tensor: {DECODER}: has no language model; give its directory"
@@ -282,7 +284,7 @@ def _projector_type(config: HfConfig, naming: Naming) -> str:
     return config.model.projector.type
 
 
-def _tokenizer(request: Request) -> Path:
+def _tokenizer(request: HfSource) -> Path:
     candidates = (
         [request.tokenizer]
         if request.tokenizer
@@ -318,15 +320,15 @@ def _cut_vocabulary(
             f"{stated} rows, and <image> comes after the pieces; give the tokenizer of this model with --tokenizer, or correct the configuration"
         )
     vocabulary = config.image_token
-    added = {part: tensors[name].rows(vocabulary, stated) for part, name in names.items()}
-    cut = {name: tensors[name].rows(0, vocabulary) for name in names.values()}
+    added = {part: tensors[name].slice_rows(vocabulary, stated) for part, name in names.items()}
+    cut = {name: tensors[name].slice_rows(0, vocabulary) for name in names.values()}
     return replace(model, language=replace(model.language, vocab_size=vocabulary)), {**tensors, **cut}, added
 
 
-def _check_equal_dtypes(rows: tuple[Row, ...], tensors: dict[str, LazyTensor]) -> None:
-    for row in rows:
-        first = row.theirs[0]
-        for name in row.theirs[1:]:
+def _check_equal_dtypes(mappings: tuple[WeightMapping, ...], tensors: dict[str, LazyTensor]) -> None:
+    for mapping in mappings:
+        first = mapping.hf_names[0]
+        for name in mapping.hf_names[1:]:
             if tensors[name].dtype != tensors[first].dtype:
                 raise ConversionError(
                     f"wrong dtype: {name} is {tensors[name].dtype}, {first} {tensors[first].dtype}; they become one tensor of ours"

@@ -17,44 +17,44 @@ import torch.nn.functional as F
 class Transform(Protocol):
     """`to_ours(to_theirs(x)) == x` and `to_theirs(to_ours(parts)) == parts`; shapes alone can be had on the meta device."""
 
-    def to_ours(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """One global tensor from the parts."""
 
-    def to_theirs(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The parts of one global tensor."""
 
 
 @dataclass(frozen=True)
-class Same:
+class Identity:
     """One part, as it is."""
 
-    def to_ours(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[...] -> [...]"""
         (tensor,) = parts
         return tensor
 
-    def to_theirs(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[...] -> [...]"""
         return (tensor,)
 
 
 @dataclass(frozen=True)
-class Stack:
+class ConcatRows:
     """`count` equal parts above each other: gate and up, each of which tensor parallelism splits for itself."""
 
     count: int = 2
 
-    def to_ours(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """count x [R, ...] -> [count * R, ...]"""
         return torch.cat(tuple(parts))
 
-    def to_theirs(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[count * R, ...] -> count x [R, ...]"""
         return tensor.chunk(self.count)
 
 
 @dataclass(frozen=True)
-class InterleaveHeads:
+class InterleaveQKV:
     """Query, key, value <-> one matrix (or bias) in which the rows of a key/value group stand together: its q queries, its key, its value.
 
     Whole groups can then be given to tensor-parallel ranks (Ainslie et al. 2023, GQA; megatron-core's `linear_qkv`).
@@ -64,12 +64,12 @@ class InterleaveHeads:
     queries_per_group: int
     head_dim: int
 
-    def to_ours(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[G q d, W], [G d, W], [G d, W] -> [G (q + 2) d, W]; the same without W for biases."""
         by_group = [part.unflatten(0, (self.groups, -1)) for part in parts]
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
-    def to_theirs(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[G (q + 2) d, W] -> [G q d, W], [G d, W], [G d, W]"""
         sizes = (self.queries_per_group * self.head_dim, self.head_dim, self.head_dim)
         return tuple(part.flatten(0, 1) for part in tensor.unflatten(0, (self.groups, sum(sizes))).split(sizes, dim=1))
@@ -82,13 +82,13 @@ class PadVocabulary:
     rows: int
     padded: int
 
-    def to_ours(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[V, W] -> [padded, W]"""
         (tensor,) = parts
         if self.padded == self.rows:  # padding with nothing would copy
             return tensor
         return F.pad(tensor, (0, 0, 0, self.padded - self.rows))
 
-    def to_theirs(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[padded, W] -> [V, W]"""
         return (tensor[: self.rows],)

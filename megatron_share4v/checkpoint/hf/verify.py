@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.compatibility import differences
-from megatron_share4v.checkpoint.hf.exporter import Opened, open_checkpoint
-from megatron_share4v.checkpoint.hf.importer import our_tensors
-from megatron_share4v.checkpoint.hf.source import Request, Source, open_source
-from megatron_share4v.checkpoint.hf.transforms import InterleaveHeads, Stack
-from megatron_share4v.checkpoint.hf.vocab import ROWS_OF, added_rows
-from megatron_share4v.checkpoint.hf.weight_map import Row, check_ours
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, component_digests, digest_of
-from megatron_share4v.checkpoint.manifest import verify as verify_files
+from megatron_share4v.checkpoint.compatibility import model_differences
+from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
+from megatron_share4v.checkpoint.hf.importer import megatron_tensors
+from megatron_share4v.checkpoint.hf.source import HfModel, HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.transforms import ConcatRows, InterleaveQKV
+from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS, added_vocab_rows
+from megatron_share4v.checkpoint.hf.weight_map import WeightMapping, check_megatron_weights
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, combine_component_hashes, tensor_sha256
+from megatron_share4v.checkpoint.manifest import verify_files as verify_files
 from megatron_share4v.errors import ConversionError
 
 SHOWN = 5
@@ -29,10 +29,10 @@ BF16_STEP = 2**-7  # between neighbours, relative to the smaller
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """One tensor of ours that is not what the other side makes of it."""
 
-    row: Row
+    mapping: WeightMapping
     where: tuple[int, ...]
     """Index of the first different value, in our tensor."""
     values: tuple[float, float]
@@ -44,15 +44,15 @@ class Difference:
 
     def __str__(self) -> str:
         theirs, ours = self.values
-        total = torch.Size(self.row.shape).numel()
+        total = torch.Size(self.mapping.shape).numel()
         return (
-            f"{self.row.ours} (from {', '.join(self.row.theirs)}): {self.count} of {total} values differ, by up to {self.largest:.3g}; "
+            f"{self.mapping.name} (from {', '.join(self.mapping.hf_names)}): {self.count} of {total} values differ, by up to {self.largest:.3g}; "
             f"first at {list(self.where)}: {theirs!r} there, {ours!r} in the checkpoint"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verified:
+class VerifyReport:
     """What was compared and found equal."""
 
     tensors: int
@@ -83,9 +83,9 @@ class Verified:
         return "\n".join([*lines, *(f"  {component}: sha256 {digest}" for component, digest in self.weights.items())])
 
 
-def verify(request: Request, checkpoint: Path) -> Verified:
+def verify_conversion(request: HfSource, checkpoint: Path) -> VerifyReport:
     """Compare every tensor. Raises ConversionError with the first differences and their likely cause, CheckpointError for a damaged checkpoint."""
-    source, opened = open_source(request), open_checkpoint(checkpoint)
+    source, opened = open_hf_model(request), open_checkpoint(checkpoint)
     verify_files(opened.path, contents=True)
     if not source.has_projector:
         raise ConversionError(
@@ -93,30 +93,33 @@ def verify(request: Request, checkpoint: Path) -> Verified:
         )
     _check_models(source, opened)
     _check_names(source, opened)
-    theirs = our_tensors(source, seed=0)
+    theirs = megatron_tensors(source, seed=0)
     different, digests, rounded = [], {}, 0
-    for row in source.rows:
-        expected, found = theirs[row.ours].read(), opened.weights[row.ours].read()
-        digests[row.ours] = (row.shape, found.dtype, digest_of(found))
+    for mapping in source.mappings:
+        expected, found = theirs[mapping.name].read(), opened.weights[mapping.name].read()
+        digests[mapping.name] = (mapping.shape, found.dtype, tensor_sha256(found))
         rounded += expected.dtype != found.dtype
         if not _same_rounded(expected, found):
             rounded_either_way = ((expected.to(found.dtype), found), (expected, found.to(expected.dtype)))
             different.append(
-                min((_difference(row, *pair) for pair in rounded_either_way), key=lambda difference: difference.count)
+                min(
+                    (_difference(mapping, *pair) for pair in rounded_either_way),
+                    key=lambda difference: difference.count,
+                )
             )
     carried = {name: tensor for name, tensor in source.unused().items() if f"vision.{name}" in opened.unused}
     others = [f"{name} (not computed, carried for exports) differs" for name in _different_unused(carried, opened)]
     others += _different_added_rows(source, opened)
     if different or others:
         raise ConversionError(_report(request, opened, different, others, theirs))
-    return Verified(
-        tensors=len(source.rows),
-        names=sum(len(row.theirs) for row in source.rows),
+    return VerifyReport(
+        tensors=len(source.mappings),
+        names=sum(len(mapping.hf_names) for mapping in source.mappings),
         rounded=rounded,
         unused=len(carried),
         not_carried=tuple(name for name in source.unused() if name not in carried),
         added=len(source.added_rows),
-        weights=component_digests(digests),
+        weights=combine_component_hashes(digests),
     )
 
 
@@ -131,7 +134,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
 
-def _difference(row: Row, theirs: torch.Tensor, ours: torch.Tensor) -> Difference:
+def _difference(mapping: WeightMapping, theirs: torch.Tensor, ours: torch.Tensor) -> TensorDifference:
     """Chunk by chunk: a large tensor's differences in fp32 would take several times its memory."""
     first, count, largest, is_small = 0, 0, 0.0, True
     pairs = zip(theirs.reshape(-1).split(CHUNK), ours.reshape(-1).split(CHUNK))
@@ -145,22 +148,22 @@ def _difference(row: Row, theirs: torch.Tensor, ours: torch.Tensor) -> Differenc
         largest = max(largest, float(gap.max()))
         is_small &= bool((gap <= BF16_STEP * torch.maximum(one.abs(), other.abs()).float()).all())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), theirs.shape))
-    return Difference(row, where, (float(theirs[where]), float(ours[where])), count, largest, is_small)
+    return TensorDifference(mapping, where, (float(theirs[where]), float(ours[where])), count, largest, is_small)
 
 
-def _different_unused(carried: dict[str, LazyTensor], opened: Opened) -> Iterator[str]:
+def _different_unused(carried: dict[str, LazyTensor], opened: OpenCheckpoint) -> Iterator[str]:
     for name, tensor in carried.items():
         own = opened.unused[f"vision.{name}"]
         if own.shape != tensor.shape or not _same_rounded(own.read(), tensor.read()):
             yield name
 
 
-def _different_added_rows(source: Source, opened: Opened) -> Iterator[str]:
+def _different_added_rows(source: HfModel, opened: OpenCheckpoint) -> Iterator[str]:
     """Where the rows after the vocabulary are not what an export of the checkpoint has there."""
     for part, theirs in source.added_rows.items():
-        carried = opened.unused.get(ROWS_OF[part]) if opened.manifest.state.step == 0 else None
-        values = opened.weights[f"language.{part}.weight"].read()[: source.model.language.vocab_size]
-        if not _same_rounded(theirs.read(), added_rows(values, theirs.shape[0], carried=carried)):
+        carried = opened.unused.get(ADDED_ROWS[part]) if opened.manifest.state.step == 0 else None
+        values = opened.weights[f"language.{part}.weight"].read()[: source.config.language.vocab_size]
+        if not _same_rounded(theirs.read(), added_vocab_rows(values, theirs.shape[0], carried=carried)):
             kind = (
                 "the mean of the others"
                 if carried is None or carried.shape[0] != theirs.shape[0]
@@ -169,20 +172,20 @@ def _different_added_rows(source: Source, opened: Opened) -> Iterator[str]:
             yield f"{part}: its {theirs.shape[0]} rows after the vocabulary are not {kind}, which an export would have there"
 
 
-def _check_models(source: Source, opened: Opened) -> None:
-    found = differences(source.model, opened.config.model)
+def _check_models(source: HfModel, opened: OpenCheckpoint) -> None:
+    found = model_differences(source.config, opened.config.model)
     if found:
         listed = "; ".join(f"{key} {theirs!r} there, {ours!r} in the checkpoint" for key, theirs, ours in found)
         raise ConversionError(f"{opened.path}: is of another model: {listed}")
 
 
-def _check_names(source: Source, opened: Opened) -> None:
+def _check_names(source: HfModel, opened: OpenCheckpoint) -> None:
     """Each tensor of ours is there once, with its shape, and no other."""
     try:
-        table = check_ours(opened.weights, source.model, naming=source.naming)
+        table = check_megatron_weights(opened.weights, source.config, naming=source.naming)
     except ConversionError as error:
         raise ConversionError(f"{opened.path}: {error}") from error
-    extra = sorted(opened.weights.keys() - {row.ours for row in table})
+    extra = sorted(opened.weights.keys() - {mapping.name for mapping in table})
     if extra:
         raise ConversionError(
             f"{opened.path}: unexpected: {', '.join(extra[:SHOWN])}: no tensor of the model that its configuration describes"
@@ -190,7 +193,11 @@ def _check_names(source: Source, opened: Opened) -> None:
 
 
 def _report(
-    request: Request, opened: Opened, different: list[Difference], others: list[str], theirs: dict[str, LazyTensor]
+    request: HfSource,
+    opened: OpenCheckpoint,
+    different: list[TensorDifference],
+    others: list[str],
+    theirs: dict[str, LazyTensor],
 ) -> str:
     lines = [f"{opened.path} and {request.directory} differ in {len(different) + len(others)} tensors:"]
     lines += [f"  {difference}" for difference in different[:SHOWN]]
@@ -202,16 +209,16 @@ def _report(
     return "\n".join(lines)
 
 
-def _cause(different: list[Difference], theirs: dict[str, LazyTensor], opened: Opened) -> str:
-    names = [difference.row.ours for difference in different]
+def _cause(different: list[TensorDifference], theirs: dict[str, LazyTensor], opened: OpenCheckpoint) -> str:
+    names = [difference.mapping.name for difference in different]
     if "vision.class_embedding" in names and not opened.weights["vision.class_embedding"].read().any():
         return "a missing class token: vision.class_embedding is all zeros in the checkpoint"
     if set(names) <= {"language.embedding.weight", "language.head.weight"}:
         return "vocabulary padding: only embedding and head differ, so rows were cut, added or overwritten"
     components = {name.partition(".")[0] for name in names}
     first = different[0]
-    expected, found = theirs[first.row.ours].read(), opened.weights[first.row.ours].read()
-    for cause, change in _changes(first.row):
+    expected, found = theirs[first.mapping.name].read(), opened.weights[first.mapping.name].read()
+    for cause, change in _changes(first.mapping):
         if _same_rounded(change(expected), found):
             return cause
     if all(difference.is_small for difference in different):
@@ -224,20 +231,20 @@ def _cause(different: list[Difference], theirs: dict[str, LazyTensor], opened: O
     return "other weights: one side was trained further, or comes from another model"
 
 
-def _changes(row: Row) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+def _changes(mapping: WeightMapping) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
     """Mistakes that converters make, as functions of the right tensor."""
-    transform = row.transform
-    if isinstance(transform, InterleaveHeads):
+    transform = mapping.transform
+    if isinstance(transform, InterleaveQKV):
 
         def permuted(tensor: torch.Tensor) -> torch.Tensor:
-            query, key, value = transform.to_theirs(tensor)
-            return transform.to_ours(
+            query, key, value = transform.to_hf(tensor)
+            return transform.to_megatron(
                 [_rope_permuted(query, transform.head_dim), _rope_permuted(key, transform.head_dim), value]
             )
 
         def returned(tensor: torch.Tensor) -> torch.Tensor:
-            query, key, value = transform.to_theirs(tensor)
-            return transform.to_ours(
+            query, key, value = transform.to_hf(tensor)
+            return transform.to_megatron(
                 [_rope_returned(query, transform.head_dim), _rope_returned(key, transform.head_dim), value]
             )
 
@@ -246,11 +253,11 @@ def _changes(row: Row) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Ten
         yield cause, returned
         yield (
             "query, key and value stand one after the other instead of by head",
-            lambda tensor: torch.cat(transform.to_theirs(tensor)),
+            lambda tensor: torch.cat(transform.to_hf(tensor)),
         )
-    elif isinstance(transform, Stack):
-        yield "gate and up are swapped", lambda tensor: torch.cat(transform.to_theirs(tensor)[::-1])
-    if len(row.shape) == 2 and row.shape[0] == row.shape[1]:
+    elif isinstance(transform, ConcatRows):
+        yield "gate and up are swapped", lambda tensor: torch.cat(transform.to_hf(tensor)[::-1])
+    if len(mapping.shape) == 2 and mapping.shape[0] == mapping.shape[1]:
         yield "the matrix is transposed", lambda tensor: tensor.t()
 
 

@@ -10,11 +10,11 @@ import torch
 
 from megatron_share4v.checkpoint.lazy_tensor import FLOAT_NAMES, LazyTensor, cast_checked
 
-ROWS_OF = {"embedding": "embedding.added_rows", "head": "head.added_rows"}
+ADDED_ROWS = {"embedding": "embedding.added_rows", "head": "head.added_rows"}
 """Under which names a checkpoint carries them (checkpoint/assets.py)."""
 
 
-def added_rows(values: torch.Tensor, count: int, *, carried: LazyTensor | None) -> torch.Tensor:
+def added_vocab_rows(values: torch.Tensor, count: int, *, carried: LazyTensor | None) -> torch.Tensor:
     """[V, W] -> [count, W], in its dtype. `carried`: the ones that came with these values, of which there may be another number; None: trained."""
     if carried is not None and carried.shape[0] == count:
         return cast_checked("added rows", carried, FLOAT_NAMES[values.dtype]).read()

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from megatron_share4v.checkpoint.hf.transforms import InterleaveHeads, PadVocabulary, Same, Stack, Transform
+from megatron_share4v.checkpoint.hf.transforms import ConcatRows, Identity, InterleaveQKV, PadVocabulary, Transform
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.errors import ConversionError
 
@@ -72,22 +72,22 @@ CLIP_IN_MEMORY = Naming(title="transformers 5 CLIPVisionModel", tower="")
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightMapping:
     """One global tensor of ours, its shape, and the tensors of theirs that it is made of."""
 
-    ours: str
+    name: str
     shape: tuple[int, ...]
-    theirs: tuple[str, ...]
+    hf_names: tuple[str, ...]
     transform: Transform
 
-    def their_shapes(self) -> dict[str, tuple[int, ...]]:
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """The inverse transform, run on shapes alone."""
-        parts = self.transform.to_theirs(torch.empty(self.shape, device="meta"))
-        return {name: tuple(part.shape) for name, part in zip(self.theirs, parts, strict=True)}
+        parts = self.transform.to_hf(torch.empty(self.shape, device="meta"))
+        return {name: tuple(part.shape) for name, part in zip(self.hf_names, parts, strict=True)}
 
 
 @dataclass(frozen=True)
-class Drop:
+class IgnoredWeights:
     """Names of theirs that have no counterpart, by prefix or, for buffers, by suffix."""
 
     prefix: str
@@ -103,22 +103,22 @@ class Drop:
 
 def _with_bias(
     ours: str, width: int, theirs: Iterable[str], transform: Transform, *, inputs: tuple[int, ...]
-) -> Iterator[Row]:
-    yield Row(f"{ours}.weight", (width, *inputs), tuple(f"{name}.weight" for name in theirs), transform)
-    yield Row(f"{ours}.bias", (width,), tuple(f"{name}.bias" for name in theirs), transform)
+) -> Iterator[WeightMapping]:
+    yield WeightMapping(f"{ours}.weight", (width, *inputs), tuple(f"{name}.weight" for name in theirs), transform)
+    yield WeightMapping(f"{ours}.bias", (width,), tuple(f"{name}.bias" for name in theirs), transform)
 
 
-def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[Row]:
-    vision, same = model.vision, Same()
+def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[WeightMapping]:
+    vision, same = model.vision, Identity()
     width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    heads = InterleaveHeads(
+    heads = InterleaveQKV(
         groups=vision.num_attention_heads, queries_per_group=1, head_dim=width // vision.num_attention_heads
     )
-    yield Row("vision.class_embedding", (width,), (f"{prefix}embeddings.class_embedding",), same)
-    yield Row(
+    yield WeightMapping("vision.class_embedding", (width,), (f"{prefix}embeddings.class_embedding",), same)
+    yield WeightMapping(
         "vision.patch_embedding.weight", (width, 3, patch, patch), (f"{prefix}embeddings.patch_embedding.weight",), same
     )
-    yield Row(
+    yield WeightMapping(
         "vision.position_embedding",
         (vision.num_patches + 1, width),
         (f"{prefix}embeddings.position_embedding.weight",),
@@ -139,8 +139,8 @@ def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[Row]:
         yield from _with_bias(f"{ours}.mlp.linear_fc2", width, [f"{theirs}.mlp.fc2"], same, inputs=(inner,))
 
 
-def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
-    source, width, same = model.vision.hidden_size, model.language.hidden_size, Same()
+def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping]:
+    source, width, same = model.vision.hidden_size, model.language.hidden_size, Identity()
     kind = model.projector.type
     if kind == "mlp2x_gelu" and naming.projector_mlp is not None:
         first, second = (prefix.removesuffix(".") for prefix in naming.projector_mlp)
@@ -156,36 +156,40 @@ def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
         )
 
 
-def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[Row]:
-    language, same = model.language, Same()
+def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping]:
+    language, same = model.language, Identity()
     width, inner, groups = language.hidden_size, language.intermediate_size, language.num_key_value_heads
-    heads = InterleaveHeads(
+    heads = InterleaveQKV(
         groups=groups,
         queries_per_group=language.num_attention_heads // groups,
         head_dim=width // language.num_attention_heads,
     )
     vocabulary = PadVocabulary(rows=language.vocab_size, padded=language.padded_vocab_size)
     qkv_rows = groups * (heads.queries_per_group + 2) * heads.head_dim
-    yield Row(
+    yield WeightMapping(
         "language.embedding.weight", (vocabulary.padded, width), (f"{naming.decoder}embed_tokens.weight",), vocabulary
     )
     for i in range(language.num_layers):
         ours, theirs = f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}"
         qkv = tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv")
         gate_up = tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-        yield Row(f"{ours}.input_layernorm.weight", (width,), (f"{theirs}.input_layernorm.weight",), same)
-        yield Row(f"{ours}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
-        yield Row(
+        yield WeightMapping(f"{ours}.input_layernorm.weight", (width,), (f"{theirs}.input_layernorm.weight",), same)
+        yield WeightMapping(f"{ours}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
+        yield WeightMapping(
             f"{ours}.self_attention.linear_proj.weight", (width, width), (f"{theirs}.self_attn.o_proj.weight",), same
         )
-        yield Row(f"{ours}.pre_mlp_layernorm.weight", (width,), (f"{theirs}.post_attention_layernorm.weight",), same)
-        yield Row(f"{ours}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, Stack())
-        yield Row(f"{ours}.mlp.linear_fc2.weight", (width, inner), (f"{theirs}.mlp.down_proj.weight",), same)
-    yield Row("language.decoder.final_layernorm.weight", (width,), (f"{naming.decoder}norm.weight",), same)
-    yield Row("language.head.weight", (vocabulary.padded, width), (f"{naming.head}weight",), vocabulary)
+        yield WeightMapping(
+            f"{ours}.pre_mlp_layernorm.weight", (width,), (f"{theirs}.post_attention_layernorm.weight",), same
+        )
+        yield WeightMapping(f"{ours}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, ConcatRows())
+        yield WeightMapping(f"{ours}.mlp.linear_fc2.weight", (width, inner), (f"{theirs}.mlp.down_proj.weight",), same)
+    yield WeightMapping("language.decoder.final_layernorm.weight", (width,), (f"{naming.decoder}norm.weight",), same)
+    yield WeightMapping("language.head.weight", (vocabulary.padded, width), (f"{naming.head}weight",), vocabulary)
 
 
-def rows(model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS) -> Iterator[Row]:
+def weight_mappings(
+    model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> Iterator[WeightMapping]:
     """Every global tensor of `components`. ConversionError when `naming` does not have one of them."""
     for component in components:
         if component == "projector":
@@ -198,43 +202,45 @@ def rows(model: ModelConfig, *, naming: Naming, components: Iterable[Component] 
             raise ConversionError(f"the layout {naming.title} has no component {component}; use another layout")
 
 
-def drops(model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS) -> Iterator[Drop]:
+def ignored_weights(
+    model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> Iterator[IgnoredWeights]:
     """What of theirs is left out on purpose, and why."""
     for component in components:
         if component == "vision" and naming.tower is not None:
-            yield Drop(
+            yield IgnoredWeights(
                 f"{naming.tower}post_layernorm.",
                 "",
                 "touches the pooled class token alone, which is not used",
                 weights=True,
             )
-            yield Drop(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
+            yield IgnoredWeights(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
             for i in range(model.vision.num_built_layers, model.vision.num_layers):
                 reason = "comes after model.vision.feature_layer, so it is never computed"
-                yield Drop(f"{naming.tower}encoder.layers.{i}.", "", reason, weights=True)
+                yield IgnoredWeights(f"{naming.tower}encoder.layers.{i}.", "", reason, weights=True)
         if component == "language" and naming.decoder is not None:
-            yield Drop(
+            yield IgnoredWeights(
                 f"{naming.decoder}layers.",
                 "rotary_emb.inv_freq",
                 "a buffer that follows from model.language.rope_theta",
             )
 
 
-def unused_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def unused_tower_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The tower's weights that `drops` leaves out, by CLIP's own names without prefix: what an export has beyond our weights."""
     tower = replace(model, vision=replace(model.vision, feature_layer=model.vision.num_layers))
-    built = {name for row in _vision_rows(model, "") for name in row.theirs}
+    built = {name for mapping in _vision_rows(model, "") for name in mapping.hf_names}
     unused = {
         name: shape
-        for row in _vision_rows(tower, "")
-        for name, shape in row.their_shapes().items()
+        for mapping in _vision_rows(tower, "")
+        for name, shape in mapping.hf_shapes().items()
         if name not in built
     }
     width = (model.vision.hidden_size,)
     return {**unused, "post_layernorm.weight": width, "post_layernorm.bias": width}
 
 
-class Shaped(Protocol):
+class HasShape(Protocol):
     """Whatever has a shape: a tensor, or the description of one."""
 
     @property
@@ -242,20 +248,20 @@ class Shaped(Protocol):
         """Sizes."""
 
 
-def check_theirs(
-    theirs: Mapping[str, Shaped], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
-) -> tuple[Row, ...]:
+def check_hf_weights(
+    theirs: Mapping[str, HasShape], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> tuple[WeightMapping, ...]:
     """The rows of `components`. Raises ConversionError that names missing, unexpected and wrongly shaped tensors of `theirs`."""
     components = tuple(components)
-    table = tuple(rows(model, naming=naming, components=components))
-    expected = {name: shape for row in table for name, shape in row.their_shapes().items()}
-    dropped = tuple(drops(model, naming=naming, components=components))
+    table = tuple(weight_mappings(model, naming=naming, components=components))
+    expected = {name: shape for mapping in table for name, shape in mapping.hf_shapes().items()}
+    dropped = tuple(ignored_weights(model, naming=naming, components=components))
     extra = [name for name in theirs if name not in expected and not any(drop.covers(name) for drop in dropped)]
     _check(theirs, expected, extra=extra, where=f"a model of layout {naming.title}")
     return table
 
 
-def to_ours(
+def to_megatron(
     theirs: Mapping[str, torch.Tensor],
     model: ModelConfig,
     *,
@@ -263,40 +269,42 @@ def to_ours(
     components: Iterable[Component] = COMPONENTS,
 ) -> dict[str, torch.Tensor]:
     """Global tensors of `components` by our names. Raises ConversionError as `check_theirs` does."""
-    table = check_theirs(theirs, model, naming=naming, components=components)
-    return {row.ours: row.transform.to_ours([theirs[name] for name in row.theirs]) for row in table}
+    table = check_hf_weights(theirs, model, naming=naming, components=components)
+    return {
+        mapping.name: mapping.transform.to_megatron([theirs[name] for name in mapping.hf_names]) for mapping in table
+    }
 
 
-def check_ours(
-    ours: Mapping[str, Shaped], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
-) -> tuple[Row, ...]:
+def check_megatron_weights(
+    ours: Mapping[str, HasShape], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+) -> tuple[WeightMapping, ...]:
     """The rows of `components`. Raises ConversionError that names missing and wrongly shaped tensors of `ours`; others are not looked at."""
-    table = tuple(rows(model, naming=naming, components=components))
-    _check(ours, {row.ours: row.shape for row in table}, extra=(), where="our own weights")
+    table = tuple(weight_mappings(model, naming=naming, components=components))
+    _check(ours, {mapping.name: mapping.shape for mapping in table}, extra=(), where="our own weights")
     return table
 
 
-def to_theirs(
+def to_hf(
     ours: Mapping[str, torch.Tensor],
     model: ModelConfig,
     *,
     naming: Naming,
     components: Iterable[Component] = COMPONENTS,
 ) -> dict[str, torch.Tensor]:
-    """Inverse of `to_ours`, without what `drops` leaves out. Other components of `ours` may be there and are not looked at.
+    """Inverse of `to_megatron`, without what `drops` leaves out. Other components of `ours` may be there and are not looked at.
 
     Raises ConversionError that names missing and wrongly shaped tensors. Results may be views of `ours`.
     """
-    table = check_ours(ours, model, naming=naming, components=components)
+    table = check_megatron_weights(ours, model, naming=naming, components=components)
     return {
         name: part
-        for row in table
-        for name, part in zip(row.theirs, row.transform.to_theirs(ours[row.ours]), strict=True)
+        for mapping in table
+        for name, part in zip(mapping.hf_names, mapping.transform.to_hf(ours[mapping.name]), strict=True)
     }
 
 
 def _check(
-    tensors: Mapping[str, Shaped], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str
+    tensors: Mapping[str, HasShape], expected: Mapping[str, tuple[int, ...]], *, extra: Iterable[str], where: str
 ) -> None:
     problems = [f"missing: {name}, of shape {shape}" for name, shape in expected.items() if name not in tensors]
     problems += [f"unexpected: {name}, of shape {tuple(tensors[name].shape)}" for name in extra]

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_share4v.checkpoint.hf.reader import DTYPES
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, Tensors, bytes_of, read_ahead
-from megatron_share4v.checkpoint.resumable_writer import Output, Part
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors, prefetch_tensors, tensor_bytes
+from megatron_share4v.checkpoint.resumable_writer import HashingWriter, OutputFile
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def shards(tensors: Tensors, *, max_bytes: int) -> list[dict[str, LazyTensor]]:
+def split_into_shards(tensors: LazyTensors, *, max_bytes: int) -> list[dict[str, LazyTensor]]:
     """Cut in the order of the names' appearance; a tensor larger than `max_bytes` is a shard of its own."""
     result: list[dict[str, LazyTensor]] = [{}]
     size = 0
@@ -31,18 +31,18 @@ def shards(tensors: Tensors, *, max_bytes: int) -> list[dict[str, LazyTensor]]:
     return result
 
 
-def model_parts(tensors: Tensors, *, max_bytes: int, folder: str = "") -> list[Part]:
+def safetensors_files(tensors: LazyTensors, *, max_bytes: int, folder: str = "") -> list[OutputFile]:
     """The files of a model's weights, below `folder`: one, or shards."""
-    cut = shards(tensors, max_bytes=max_bytes)
+    cut = split_into_shards(tensors, max_bytes=max_bytes)
     return [
-        Part(folder + name, sum(tensor.nbytes for tensor in shard.values()), _writer(shard), hashed=False)
+        OutputFile(folder + name, sum(tensor.nbytes for tensor in shard.values()), _writer(shard), hashed=False)
         for name, shard in zip(_names(len(cut)), cut)
     ]
 
 
-def write_index(directory: Path, tensors: Tensors, *, max_bytes: int) -> None:
+def write_index(directory: Path, tensors: LazyTensors, *, max_bytes: int) -> None:
     """model.safetensors.index.json, when `model_parts` makes more than one file."""
-    cut = shards(tensors, max_bytes=max_bytes)
+    cut = split_into_shards(tensors, max_bytes=max_bytes)
     if len(cut) > 1:
         weight_map = {name: file for file, shard in zip(_names(len(cut)), cut) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -50,7 +50,7 @@ def write_index(directory: Path, tensors: Tensors, *, max_bytes: int) -> None:
         (directory / INDEX).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_file(path: Path, tensors: Tensors) -> None:
+def write_safetensors(path: Path, tensors: LazyTensors) -> None:
     """All of them to one file."""
     with open(path, "wb") as file:
         _writer(tensors)(file, lambda count: None)
@@ -62,8 +62,8 @@ def _names(count: int) -> Sequence[str]:
     )
 
 
-def _writer(tensors: Tensors) -> Callable[[BinaryIO | Output, Callable[[int], Any]], dict[str, Any]]:
-    def write(file: BinaryIO | Output, progress: Callable[[int], Any]) -> dict[str, Any]:
+def _writer(tensors: LazyTensors) -> Callable[[BinaryIO | HashingWriter, Callable[[int], Any]], dict[str, Any]]:
+    def write(file: BinaryIO | HashingWriter, progress: Callable[[int], Any]) -> dict[str, Any]:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, tensor in tensors.items():
@@ -72,8 +72,8 @@ def _writer(tensors: Tensors) -> Callable[[BinaryIO | Output, Callable[[int], An
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the library aligns its data too
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in read_ahead(tensors.items()):
-            file.write(bytes_of(tensor))
+        for _, tensor in prefetch_tensors(tensors.items()):
+            file.write(tensor_bytes(tensor))
             progress(tensor.nbytes)
         return {}
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_share4v
-from megatron_share4v.checkpoint.manifest import current_versions
+from megatron_share4v.checkpoint.manifest import library_versions
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.collectives import broadcast_object, gather_objects
@@ -131,7 +131,7 @@ def _same_everywhere(config: RunConfig | None, device: Device, hosts: Sequence[s
         described = {
             "code": code_hash(Path(megatron_share4v.__file__).parent),
             "python": platform.python_version(),
-            **current_versions(),
+            **library_versions(),
         }
     must, better = gather_objects(described), gather_objects(facts(device))
     return different(list(zip(hosts, must))), different(list(zip(hosts, better)))

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import megatron_share4v
-from megatron_share4v.checkpoint.manifest import current_versions
+from megatron_share4v.checkpoint.manifest import library_versions
 from megatron_share4v.config.load import flat
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
@@ -32,7 +32,7 @@ def check_same_start(config: RunConfig) -> None:
 
 def describe_start(config: RunConfig) -> dict[str, str]:
     """Everything that must be equal, by name."""
-    versions = {"python": platform.python_version(), **current_versions()}
+    versions = {"python": platform.python_version(), **library_versions()}
     return {
         "code": code_hash(Path(megatron_share4v.__file__).parent),
         **versions,

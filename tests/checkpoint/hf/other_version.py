@@ -45,7 +45,7 @@ def answer(folder: Path, dtype: str) -> None:
 
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-    from megatron_share4v.checkpoint.hf.source import Request
+    from megatron_share4v.checkpoint.hf.source import HfSource
     from megatron_share4v.data.images.policy import normalise
     from megatron_share4v.data.loading.prompt import make_prompt
     from megatron_share4v.evaluate.agreement import generated_questions, messages_of, query
@@ -56,7 +56,7 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.parallel.layout import Layout
 
     import_model(
-        Request(directory=write_llava_hf(folder / "hf", dtype=dtype)), folder / "ours", options=ImportOptions()
+        HfSource(directory=write_llava_hf(folder / "hf", dtype=dtype)), folder / "ours", options=ImportOptions()
     )
     export_model(folder / "ours", folder / "export", layout="llava-hf")
     device, found = Device("cpu"), []

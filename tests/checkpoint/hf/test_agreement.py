@@ -12,7 +12,7 @@ from hf_fixtures import MODEL, clip_config, llama_config, read_weights, write_ll
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
+from megatron_share4v.checkpoint.hf.source import HfSource
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConversionError
@@ -46,7 +46,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A checkpoint and its export."""
     root = tmp_path_factory.mktemp("exported")
     import_model(
-        Request(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "ours", options=ImportOptions()
+        HfSource(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "ours", options=ImportOptions()
     )
     export_model(root / "ours", root / "out", layout="llava-hf")
     return root / "ours", root / "out"
@@ -119,7 +119,7 @@ def test_what_transformers_saved_is_imported(feature_layer: int, mesh: Mesh, tmp
     model = replace(MODEL, vision=replace(MODEL.vision, feature_layer=feature_layer))
     theirs = random_llava(model)
     theirs.save_pretrained(tmp_path / "saved")
-    request = Request(directory=tmp_path / "saved", tokenizer=write_tokenizer(tmp_path / "tokenizer.model"))
+    request = HfSource(directory=tmp_path / "saved", tokenizer=write_tokenizer(tmp_path / "tokenizer.model"))
     import_model(request, tmp_path / "ours", options=ImportOptions())
     session = Session.open(tmp_path / "ours", mesh=mesh)
     assert session.config.model == model

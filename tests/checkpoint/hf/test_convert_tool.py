@@ -12,13 +12,13 @@ import torch
 from forked_tools import run_tool
 from hf_fixtures import read_weights, write_clip, write_llama, write_llava_hf, write_weights
 
-from megatron_share4v.checkpoint.hf.average import average
+from megatron_share4v.checkpoint.hf.average import average_checkpoints
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
-from megatron_share4v.checkpoint.inspect import describe
+from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.inspect import describe_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
-from megatron_share4v.checkpoint.retention import prune
+from megatron_share4v.checkpoint.retention import prune_checkpoints
 from megatron_share4v.errors import CheckpointError, ConversionError
 
 
@@ -58,13 +58,13 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     for seed in (1, 2):
         llama = write_llama(tmp_path / f"llama{seed}", seed=seed)
         paths.append(tmp_path / f"ours{seed}")
-        import_model(Request(directory=llama, tower=tower), paths[-1], options=ImportOptions(seed=seed))
+        import_model(HfSource(directory=llama, tower=tower), paths[-1], options=ImportOptions(seed=seed))
     return paths
 
 
 def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
     one, two = (open_checkpoint(path).weights for path in checkpoints)
-    manifest = average(checkpoints, tmp_path / "mean")
+    manifest = average_checkpoints(checkpoints, tmp_path / "mean")
     mean = open_checkpoint(tmp_path / "mean")
     assert (
         manifest.source == "mean of ours1, ours2"
@@ -73,7 +73,7 @@ def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
     )
     for name, tensor in mean.weights.items():
         assert torch.equal(tensor.read(), (one[name].read() + two[name].read()) / 2)
-    alone = average(checkpoints[:1], tmp_path / "alone")
+    alone = average_checkpoints(checkpoints[:1], tmp_path / "alone")
     assert alone.weights == open_checkpoint(checkpoints[0]).manifest.weights
 
 
@@ -84,15 +84,15 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
         source = write_llava_hf(tmp_path / f"hf{factor}")
         write_weights(source, {name: tensor * factor for name, tensor in read_weights(source).items()})
         paths.append(tmp_path / f"ours{factor}")
-        import_model(Request(directory=source), paths[-1], options=ImportOptions())
+        import_model(HfSource(directory=source), paths[-1], options=ImportOptions())
     before = read_weights(tmp_path / "hf1")
-    average(paths, tmp_path / "mean")
+    average_checkpoints(paths, tmp_path / "mean")
     export_model(tmp_path / "mean", tmp_path / "out", layout="llava-hf")
     after = read_weights(tmp_path / "out")
     assert all(torch.allclose(after[name], 2 * before[name]) for name in before)
     manifest = read_manifest(paths[1])
     write_manifest(paths[1], replace(manifest, state=replace(manifest.state, step=4)))
-    average(paths[::-1], tmp_path / "trained")  # its step is the import's, 0
+    average_checkpoints(paths[::-1], tmp_path / "trained")  # its step is the import's, 0
     export_model(tmp_path / "trained", tmp_path / "out2", layout="llava-hf")
     rows = read_weights(tmp_path / "out2")[names[0]]
     assert torch.equal(rows[300:], rows[:300].mean(0, keepdim=True).expand(20, -1))
@@ -101,18 +101,18 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
 def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> None:
     write_llama(tmp_path / "half", dtype="bf16")
     import_model(
-        Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions()
+        HfSource(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions()
     )
     with pytest.raises(
         ConversionError, match=r"ours3: cannot be averaged with .*ours1: .* torch.bfloat16, there .*float32"
     ):
-        average([checkpoints[0], tmp_path / "ours3"], tmp_path / "mean")
+        average_checkpoints([checkpoints[0], tmp_path / "ours3"], tmp_path / "mean")
 
 
 def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path: Path) -> None:
     write_llama(tmp_path / "half", dtype="bf16")
     import_model(
-        Request(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions()
+        HfSource(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions()
     )
     with pytest.raises(ConversionError, match="weights in bf16, fp32; say which one to write with --dtype"):
         export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf")
@@ -121,7 +121,7 @@ def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path:
 
 
 def test_inspect(checkpoints: list[Path]) -> None:
-    text = "\n".join(describe(checkpoints[0], hashes=False, every_layer=False))
+    text = "\n".join(describe_checkpoint(checkpoints[0], hashes=False, every_layer=False))
     assert "source: llama: llama1, clip" in text and "optimizer: none (weights alone)" in text
     assert "language.decoder.layers.*.mlp.linear_fc1.weight x 4: [128, 48] fp32" in text
     assert (
@@ -130,7 +130,7 @@ def test_inspect(checkpoints: list[Path]) -> None:
         and "rope_theta: 10000.0" in text
     )
     assert "language.decoder.layers.3.mlp.linear_fc1.weight: [128, 48]" in "\n".join(
-        describe(checkpoints[0], hashes=True, every_layer=True)
+        describe_checkpoint(checkpoints[0], hashes=True, every_layer=True)
     )
 
 
@@ -139,9 +139,9 @@ def test_prune(checkpoints: list[Path], tmp_path: Path) -> None:
     for step in (5, 10, 15):
         shutil.copytree(checkpoints[0], run / f"step_{step:08d}")
     with pytest.raises(CheckpointError, match="--keep-last 0"):
-        prune(tmp_path / "run", keep_last=0, keep_every_steps=0)
+        prune_checkpoints(tmp_path / "run", keep_last=0, keep_every_steps=0)
     with pytest.raises(CheckpointError, match="holds no checkpoints"):
-        prune(tmp_path / "llama1", keep_last=1, keep_every_steps=0)
-    removed = prune(tmp_path / "run", keep_last=1, keep_every_steps=10)
+        prune_checkpoints(tmp_path / "llama1", keep_last=1, keep_every_steps=0)
+    removed = prune_checkpoints(tmp_path / "run", keep_last=1, keep_every_steps=10)
     assert [path.name for path in removed] == ["step_00000005"]
     assert sorted(path.name for path in run.iterdir()) == ["step_00000010", "step_00000015"]

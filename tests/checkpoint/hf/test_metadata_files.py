@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from examples.quickstart.tokenizer import train_tokenizer
-from megatron_share4v.checkpoint.hf.chat_template import chat_template
-from megatron_share4v.checkpoint.hf.config import read_model, read_tower
+from megatron_share4v.checkpoint.hf.chat_template import to_jinja
+from megatron_share4v.checkpoint.hf.config import parse_model_config, parse_vision_config
 from megatron_share4v.checkpoint.hf.metadata_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.data.images.pil_decoder import decode
@@ -155,7 +155,7 @@ def test_conversations_are_ours_with_one_bos(processor, ours: Tokenizer, name: s
 @pytest.mark.parametrize("name", [name for name in sorted(TEMPLATES) if not TEMPLATES[name].tags_image])
 def test_every_template_renders_as_ours(processor, name: str):
     template = get_template(name)
-    source = chat_template(template)
+    source = to_jinja(template)
     for turns in CONVERSATIONS.values():
         has_image = any("<image>" in turn.text for turn in turns)
         if template.caption_only and (len(turns) > 1 or not has_image):
@@ -288,21 +288,23 @@ def test_published_sizes():
 
 
 def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, tmp_path: Path):
-    llava = read_model(json.loads((exported / "config.json").read_text()), where="export")
+    llava = parse_model_config(json.loads((exported / "config.json").read_text()), where="export")
     assert (
         llava.model == replace(MODEL, language=replace(MODEL.language, vocab_size=448)) and llava.image_token == PIECES
     )
     write_share4v_files(
         tmp_path, model=MODEL, tokenizer=tokenizer_path, tower_path="tower", image_aspect_ratio="pad", dtype="bf16"
     )
-    official = read_model(json.loads((tmp_path / "config.json").read_text()), where="export")
+    official = parse_model_config(json.loads((tmp_path / "config.json").read_text()), where="export")
     assert (official.model.language, official.model.projector, official.tower) == (
         MODEL.language,
         MODEL.projector,
         "tower",
     )
     assert (
-        read_tower(json.loads((tmp_path / "tower" / "config.json").read_text()), feature_layer=-2, where="tower")
+        parse_vision_config(
+            json.loads((tmp_path / "tower" / "config.json").read_text()), feature_layer=-2, where="tower"
+        )
         == MODEL.vision
     )
 

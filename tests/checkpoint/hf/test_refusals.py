@@ -25,8 +25,8 @@ from hf_fixtures import (
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
-from megatron_share4v.checkpoint.hf.verify import verify
+from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, SHARE4V
 from megatron_share4v.errors import CheckpointError, ConfigError, ConversionError
 
@@ -48,7 +48,7 @@ def copy(llava: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llava, tmp_path / "hf"))
 
 
-def refused(request: Request, target: Path) -> str:
+def refused(request: HfSource, target: Path) -> str:
     with pytest.raises(ConversionError) as caught:
         import_model(request, target, options=ImportOptions())
     assert not target.exists()
@@ -108,7 +108,7 @@ def test_tensors(case: str, copy: Path, tmp_path: Path) -> None:
     tensors = read_weights(copy)
     change(tensors)
     write_weights(copy, tensors)
-    message = refused(Request(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "ours")
     assert all(word in message for word in words), message
 
 
@@ -132,7 +132,7 @@ def test_configurations(case: str, copy: Path, tmp_path: Path) -> None:
     outer, text, words = CONFIGS[case]
     config = json.loads((copy / "config.json").read_text())
     write_json(copy / "config.json", {**config, **outer, "text_config": {**config["text_config"], **text}})
-    message = refused(Request(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "ours")
     assert "config.json" in message and all(word in message for word in words), message
 
 
@@ -140,22 +140,22 @@ def test_files(copy: Path, tmp_path: Path) -> None:
     target, weights = tmp_path / "ours", copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    message = refused(Request(directory=copy), target)
+    message = refused(HfSource(directory=copy), target)
     assert "truncated" in message and "model.safetensors" in message and "_tower" in message  # the last tensor's name
     weights.write_bytes(whole[:40])
-    assert "truncated" in refused(Request(directory=copy), target)
+    assert "truncated" in refused(HfSource(directory=copy), target)
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert "Git LFS pointer" in refused(Request(directory=copy), target)
+    assert "Git LFS pointer" in refused(HfSource(directory=copy), target)
     weights.unlink()
-    assert "holds no weights" in refused(Request(directory=copy), target)
+    assert "holds no weights" in refused(HfSource(directory=copy), target)
     weights.write_bytes(whole)
     (copy / "tokenizer.model").unlink()
-    assert "--tokenizer" in refused(Request(directory=copy), target)
+    assert "--tokenizer" in refused(HfSource(directory=copy), target)
     (copy / "config.json").write_text("{")
-    assert "config.json" in refused(Request(directory=copy), target)
+    assert "config.json" in refused(HfSource(directory=copy), target)
     (copy / "config.json").unlink()
-    assert "config.json" in refused(Request(directory=copy), target)
-    assert "no such directory" in refused(Request(directory=tmp_path / "nowhere"), target)
+    assert "config.json" in refused(HfSource(directory=copy), target)
+    assert "no such directory" in refused(HfSource(directory=tmp_path / "nowhere"), target)
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -163,15 +163,15 @@ def test_shards(tmp_path: Path) -> None:
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     write_json(index, {"weight_map": {**content["weight_map"], "extra.weight": "model-00001-of-00003.safetensors"}})
-    assert "missing tensor: extra.weight" in refused(Request(directory=source), target)
+    assert "missing tensor: extra.weight" in refused(HfSource(directory=source), target)
     index.unlink()
     (source / "model-00002-of-00003.safetensors").unlink()
-    assert "2 of 3 weight shards" in refused(Request(directory=source), target)
+    assert "2 of 3 weight shards" in refused(HfSource(directory=source), target)
     tensors = read_weights(source)
     name = sorted(tensors)[0]
     write_weights(source, {name: tensors[name].clone()})
     (source / "model.safetensors").rename(source / "model-00002-of-00003.safetensors")
-    assert f"{name} is there twice" in refused(Request(directory=source), target)
+    assert f"{name} is there twice" in refused(HfSource(directory=source), target)
 
 
 def test_bin_shards(tmp_path: Path) -> None:
@@ -179,78 +179,80 @@ def test_bin_shards(tmp_path: Path) -> None:
     shard = source / "pytorch_model-00002-of-00002.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    assert "truncated or damaged" in refused(Request(directory=source), target) and not target.exists()
+    assert "truncated or damaged" in refused(HfSource(directory=source), target) and not target.exists()
     torch.save({"model.norm.weight": [1, 2]}, shard)
-    assert "model.norm.weight is list, not a tensor" in refused(Request(directory=source), target)
+    assert "model.norm.weight is list, not a tensor" in refused(HfSource(directory=source), target)
     torch.save({"f": torch.nn.Linear(2, 2)}, shard)
-    assert "something else than tensors" in refused(Request(directory=source), target)
+    assert "something else than tensors" in refused(HfSource(directory=source), target)
 
 
 def test_towers(tmp_path: Path) -> None:
     target, tower = tmp_path / "ours", write_clip(tmp_path / "other")
     source = write_share4v(tmp_path / "s4v")
-    message = refused(Request(directory=source), target)
+    message = refused(HfSource(directory=source), target)
     assert "Lin-Chen/tower" in message and "--tower" in message
-    message = refused(Request(directory=source, tower=tower), target)
+    message = refused(HfSource(directory=source, tower=tower), target)
     assert "another tower than" in message and "Lin-Chen/tower" in message and "--any-tower" in message
-    import_model(Request(directory=source, tower=tower, any_tower=True), tmp_path / "accepted", options=ImportOptions())
-    assert "is no tower" in refused(Request(directory=source, tower=tmp_path, any_tower=True), target)
+    import_model(
+        HfSource(directory=source, tower=tower, any_tower=True), tmp_path / "accepted", options=ImportOptions()
+    )
+    assert "is no tower" in refused(HfSource(directory=source, tower=tmp_path, any_tower=True), target)
     inside = write_share4v(tmp_path / "inside", inside=True)
-    message = refused(Request(directory=inside, tower=tower, any_tower=True), target)
+    message = refused(HfSource(directory=inside, tower=tower, any_tower=True), target)
     assert "two towers" in message and "embeddings.class_embedding" in message
     write_clip(source / "clip")
     write_clip(source / "vision_tower")
-    assert "two towers" in refused(Request(directory=source), target)
+    assert "two towers" in refused(HfSource(directory=source), target)
 
 
 def test_an_export_knows_its_tower(tmp_path: Path) -> None:
     write_clip(tmp_path / "tower")
     import_model(
-        Request(directory=write_share4v(tmp_path / "s4v"), tower=tmp_path / "tower"),
+        HfSource(directory=write_share4v(tmp_path / "s4v"), tower=tmp_path / "tower"),
         tmp_path / "ours",
         options=ImportOptions(),
     )
     export_model(tmp_path / "ours", tmp_path / "out", layout="share4v")
     tensors = read_weights(tmp_path / "out" / "clip")
     write_weights(tmp_path / "out" / "clip", {name: tensor + 1 for name, tensor in tensors.items()})
-    message = refused(Request(directory=tmp_path / "out"), tmp_path / "again")
+    message = refused(HfSource(directory=tmp_path / "out"), tmp_path / "again")
     assert "another tower than" in message and "provenance.json" in message
     for dtype in ("bf16", "fp32"):
         with pytest.raises(ConversionError, match="another tower than"):
-            import_model(Request(directory=tmp_path / "out"), tmp_path / "again", options=ImportOptions(dtype=dtype))
-    import_model(Request(directory=tmp_path / "out", any_tower=True), tmp_path / "again", options=ImportOptions())
+            import_model(HfSource(directory=tmp_path / "out"), tmp_path / "again", options=ImportOptions(dtype=dtype))
+    import_model(HfSource(directory=tmp_path / "out", any_tower=True), tmp_path / "again", options=ImportOptions())
 
 
 def test_parts(tmp_path: Path) -> None:
     llama, tower, target = write_llama(tmp_path / "llama"), write_clip(tmp_path / "clip"), tmp_path / "ours"
-    assert "no vision tower" in refused(Request(directory=llama), target)
+    assert "no vision tower" in refused(HfSource(directory=llama), target)
     torch.save({"model.norm.weight": torch.zeros(2)}, tmp_path / "p.bin")
     assert "unexpected tensor: model.norm.weight" in refused(
-        Request(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
+        HfSource(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
     )
     projector = theirs(MODEL, SHARE4V, "projector")
     projector["model.mm_projector.2.weight"] = torch.zeros(3, 3)
     torch.save(projector, tmp_path / "p.bin")
     assert "wrong shape: model.mm_projector.2.weight" in refused(
-        Request(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
+        HfSource(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
     )
-    assert "has no use" in refused(Request(directory=llama, base=llama, tower=tower), target)
+    assert "has no use" in refused(HfSource(directory=llama, base=llama, tower=tower), target)
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
     write_json(tmp_path / "lora" / "config.json", json.loads((llama / "config.json").read_text()))
-    assert "--base" in refused(Request(directory=tmp_path / "lora"), target)
-    assert "adapter_model" in refused(Request(directory=tmp_path / "lora", base=llama, tower=tower), target)
+    assert "--base" in refused(HfSource(directory=tmp_path / "lora"), target)
+    assert "adapter_model" in refused(HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target)
     pair = {f"base_model.model.model.layers.9.mlp.up_proj.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
     torch.save(pair, tmp_path / "lora" / "adapter_model.bin")
     assert "model.layers.9.mlp.up_proj.weight" in refused(
-        Request(directory=tmp_path / "lora", base=llama, tower=tower), target
+        HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target
     )
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4, "use_dora": True})
-    assert "use_dora" in refused(Request(directory=tmp_path / "lora", base=llama, tower=tower), target)
+    assert "use_dora" in refused(HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target)
 
 
 def test_exports(llava: Path, tmp_path: Path) -> None:
     ours, target = tmp_path / "ours", tmp_path / "out"
-    import_model(Request(directory=llava), ours, options=ImportOptions())
+    import_model(HfSource(directory=llava), ours, options=ImportOptions())
     target.mkdir()
     with pytest.raises(ConversionError, match="is there already"):
         export_model(ours, target, layout="llava-hf")
@@ -282,7 +284,7 @@ def test_an_export_that_was_ended_before_the_damage_was_seen(
     from megatron_share4v.checkpoint.hf import exporter
 
     ours, target = tmp_path / "ours", tmp_path / "out"
-    import_model(Request(directory=llava), ours, options=ImportOptions())
+    import_model(HfSource(directory=llava), ours, options=ImportOptions())
     data = ours / "__0_0.distcp"
     whole = bytearray(data.read_bytes())
     place = whole.find(read_weights(llava)[DOWN].numpy().tobytes())
@@ -295,15 +297,15 @@ def test_an_export_that_was_ended_before_the_damage_was_seen(
             raise KeyboardInterrupt
         return checked(path, contents=contents)
 
-    checked = exporter.verify
+    checked = exporter.verify_files
     status = data.stat()
     data.write_bytes(damaged)
     os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
-    monkeypatch.setattr(exporter, "verify", ended)
+    monkeypatch.setattr(exporter, "verify_files", ended)
     with pytest.raises(KeyboardInterrupt):
         export_model(ours, target, layout="llava-hf")
     assert (tmp_path / ".out.converting" / "model.safetensors").is_file()
-    monkeypatch.setattr(exporter, "verify", checked)
+    monkeypatch.setattr(exporter, "verify_files", checked)
     data.write_bytes(whole)
     os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))  # a copying tool keeps times
     export_model(ours, target, layout="llava-hf")
@@ -319,36 +321,36 @@ def test_fp16_that_overflows_while_it_is_imported(copy: Path, tmp_path: Path) ->
         changed[name].view(-1)[-1] = value
         write_weights(copy, changed)
         with pytest.raises(ConversionError, match="has values beyond fp16's 65504"):
-            import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
+            import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
         assert not (tmp_path / "ours").exists()
     changed[EMBEDDING].view(-1)[-1] = float("inf")  # as it was
     write_weights(copy, changed)
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
+    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
 
 
 def test_a_template_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="template 'nope' does not exist"):
         import_model(
-            Request(directory=tmp_path / "not looked at"), tmp_path / "ours", options=ImportOptions(template="nope")
+            HfSource(directory=tmp_path / "not looked at"), tmp_path / "ours", options=ImportOptions(template="nope")
         )
 
 
 def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
     tower, target = write_clip(tmp_path / "clip"), tmp_path / "ours"
-    message = refused(Request(directory=copy, tower=tower), target)
+    message = refused(HfSource(directory=copy, tower=tower), target)
     assert "two towers" in message and str(tower) in message and "--tower" in message
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
     write_json(tmp_path / "lora" / "config.json", json.loads((copy / "config.json").read_text()))
     for base in (None, copy):
         assert "is a LoRA adapter, no delta weights; leave --delta out" in refused(
-            Request(directory=tmp_path / "lora", base=base, delta=True), target
+            HfSource(directory=tmp_path / "lora", base=base, delta=True), target
         )
 
 
 @pytest.mark.parametrize("token", [7, 299, 320, -1])
 def test_an_image_token_that_is_no_added_one(token: int, copy: Path, tmp_path: Path) -> None:
     write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "image_token_index": token})
-    message = refused(Request(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "ours")
     assert f"image_token_index {token}" in message and "300 .. 319" in message
 
 
@@ -360,21 +362,21 @@ def test_a_share4v_model_without_its_projector(kind: str, tmp_path: Path) -> Non
         torch.save({name: tensor for name, tensor in torch.load(path).items() if "mm_projector" not in name}, path)
     (source / "pytorch_model.bin.index.json").unlink()
     name = "model.mm_projector.weight" if kind == "linear" else "model.mm_projector.0.weight"
-    assert f"missing tensor: {name}" in refused(Request(directory=source), tmp_path / "ours")
+    assert f"missing tensor: {name}" in refused(HfSource(directory=source), tmp_path / "ours")
 
 
 def test_a_source_that_cannot_be_read(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the target is at fault."""
     from megatron_share4v.checkpoint.hf import importer
 
-    started = importer.write_checkpoint
+    started = importer.write_weights_checkpoint
 
     def lost(*arguments: object, **options: object) -> object:
         (copy / "model.safetensors").unlink()
         return started(*arguments, **options)
 
-    monkeypatch.setattr(importer, "write_checkpoint", lost)
-    message = refused(Request(directory=copy), tmp_path / "ours")
+    monkeypatch.setattr(importer, "write_weights_checkpoint", lost)
+    message = refused(HfSource(directory=copy), tmp_path / "ours")
     assert f"{copy / 'model.safetensors'}: cannot be read (No such file" in message and "written" not in message
 
 
@@ -382,7 +384,7 @@ def test_fp16_that_overflows(copy: Path, tmp_path: Path) -> None:
     tensors = read_weights(copy)
     tensors[DOWN][0, 0] = 1e6
     write_weights(copy, tensors)
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
     with pytest.raises(ConversionError, match="down_proj.weight has values beyond fp16"):
         export_model(tmp_path / "ours", tmp_path / "out", layout="llava-hf", dtype="fp16")
     assert not (tmp_path / "out").exists()
@@ -394,11 +396,11 @@ def test_linear_projector_has_no_place_in_llava_hf(tmp_path: Path) -> None:
     write_json(
         source / "vision_tower" / "config.json", json.loads((write_clip(tmp_path / "clip") / "config.json").read_text())
     )
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     with pytest.raises(ConversionError, match="no projector of model.projector.type linear"):
         export_model(tmp_path / "ours", tmp_path / "out", layout="llava-hf")
     export_model(tmp_path / "ours", tmp_path / "s4v2", layout="share4v")
-    assert verify(Request(directory=tmp_path / "s4v2"), tmp_path / "ours").rounded == 0
+    assert verify_conversion(HfSource(directory=tmp_path / "s4v2"), tmp_path / "ours").rounded == 0
 
 
 def test_the_tokenizer_of_another_model(copy: Path, tmp_path: Path) -> None:
@@ -408,5 +410,5 @@ def test_the_tokenizer_of_another_model(copy: Path, tmp_path: Path) -> None:
     small = {name: tensor[:256] if tensor.shape[0] == 320 else tensor for name, tensor in read_weights(copy).items()}
     write_weights(copy, {name: tensor.contiguous() for name, tensor in small.items()})
     write_json(copy / "config.json", {**config, "text_config": {**config["text_config"], "vocab_size": 256}})
-    request = Request(directory=copy, tokenizer=write_tokenizer(tmp_path / "other.model"))
+    request = HfSource(directory=copy, tokenizer=write_tokenizer(tmp_path / "other.model"))
     assert "vocabulary too small" in refused(request, tmp_path / "ours")

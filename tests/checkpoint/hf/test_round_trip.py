@@ -23,9 +23,9 @@ from hf_fixtures import (
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import Request
-from megatron_share4v.checkpoint.hf.verify import verify
-from megatron_share4v.checkpoint.manifest import RunState, describe_files, read_manifest, write_manifest
+from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.verify import verify_conversion
+from megatron_share4v.checkpoint.manifest import RunState, hash_files, read_manifest, write_manifest
 from megatron_share4v.config.model import LanguageConfig, VisionConfig
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -39,11 +39,11 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_llava_hf_comes_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     source = write_llava_hf(tmp_path / "hf", dtype=dtype, shards=3)
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf", shard_bytes=100_000)
     assert equal(read_weights(source), read_weights(tmp_path / "back"))
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
-    again = import_model(Request(directory=tmp_path / "back"), tmp_path / "again", options=ImportOptions())
+    again = import_model(HfSource(directory=tmp_path / "back"), tmp_path / "again", options=ImportOptions())
     assert again.weights == read_manifest(tmp_path / "ours").weights
     assert provenance(tmp_path / "back") == again.weights
 
@@ -57,7 +57,7 @@ def test_an_export_states_the_hashes_of_what_it_holds(tmp_path: Path, monkeypatc
     from megatron_share4v.checkpoint import resumable_writer
     from megatron_share4v.checkpoint.hf import exporter
 
-    import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
     manifest = read_manifest(tmp_path / "ours")
     write_manifest(tmp_path / "ours", replace(manifest, weights={"vision": manifest.weights["vision"]}))
     for dtype in ("fp32", "bf16"):
@@ -70,7 +70,7 @@ def test_an_export_states_the_hashes_of_what_it_holds(tmp_path: Path, monkeypatc
             export_model(tmp_path / "ours", tmp_path / dtype, **options)
         monkeypatch.setattr(resumable_writer, "_write", whole)
         exporter.export_model(tmp_path / "ours", tmp_path / dtype, **options)
-        again = import_model(Request(directory=tmp_path / dtype), tmp_path / f"again_{dtype}", options=ImportOptions())
+        again = import_model(HfSource(directory=tmp_path / dtype), tmp_path / f"again_{dtype}", options=ImportOptions())
         assert provenance(tmp_path / dtype) == again.weights and len(again.weights) == 3
     assert again.weights.keys() == manifest.weights.keys() and again.weights != manifest.weights
 
@@ -78,21 +78,21 @@ def test_an_export_states_the_hashes_of_what_it_holds(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_share4v_comes_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
     source, tower = write_share4v(tmp_path / "s4v", dtype=dtype), write_clip(tmp_path / "tower", dtype=dtype)
-    request = Request(directory=source, tower=tower)
+    request = HfSource(directory=source, tower=tower)
     ours = import_model(request, tmp_path / "ours", options=ImportOptions())
     export_model(tmp_path / "ours", tmp_path / "back", layout="share4v")
     assert equal(read_weights(tmp_path / "back"), theirs(MODEL, SHARE4V, "projector", "language", dtype=dtype))
     assert equal(read_weights(tmp_path / "back" / "clip"), theirs(MODEL, CLIP, "vision", dtype=dtype))
-    again = import_model(Request(directory=tmp_path / "back"), tmp_path / "again", options=ImportOptions())
+    again = import_model(HfSource(directory=tmp_path / "back"), tmp_path / "again", options=ImportOptions())
     assert again.weights == ours.weights
-    assert verify(Request(directory=tmp_path / "back"), tmp_path / "ours").unused == 18
+    assert verify_conversion(HfSource(directory=tmp_path / "back"), tmp_path / "ours").unused == 18
 
 
 def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> None:
     """In a world: load the checkpoint at a layout, write it from there, as a run that starts and saves does."""
-    from megatron_share4v.checkpoint.assets import companions_of
-    from megatron_share4v.checkpoint.compatibility import config_of
-    from megatron_share4v.checkpoint.store import load_weights, write
+    from megatron_share4v.checkpoint.assets import asset_files
+    from megatron_share4v.checkpoint.compatibility import stored_config
+    from megatron_share4v.checkpoint.store import load_weights, write_checkpoint
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.layer_config import DTYPES
@@ -102,21 +102,21 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
 
     tensor, pipeline = degrees
     manifest = read_manifest(source)
-    config = config_of(manifest, where=source)
+    config = stored_config(manifest, where=source)
     data = torch.distributed.get_world_size() // (tensor * pipeline)
     with open_mesh(Layout(tensor=tensor, pipeline=pipeline, data=data), device=Device("cpu")) as mesh:
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
         chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[config.precision.dtype])
         load_weights(source, chunks=chunks, mesh=mesh)
-        state, companions = RunState(step=0, consumed_samples=0, plan_fingerprint=""), companions_of(source)
-        write(
+        state, assets = RunState(step=0, consumed_samples=0, plan_fingerprint=""), asset_files(source)
+        write_checkpoint(
             target,
             chunks=chunks,
             optimizer=None,
             mesh=mesh,
             state=state,
             config_text=manifest.config,
-            companions=companions,
+            assets=assets,
         )
 
 
@@ -124,9 +124,9 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_through_every_layout(degrees: tuple[int, int], dtype: str, tmp_path: Path) -> None:
     source = write_llava_hf(tmp_path / "hf", dtype=dtype)
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     run_world(degrees[0] * degrees[1], trained_elsewhere, tmp_path / "ours", tmp_path / "there", degrees)
-    report = verify(Request(directory=source), tmp_path / "there")
+    report = verify_conversion(HfSource(directory=source), tmp_path / "there")
     assert (report.rounded, report.unused) == (0, 18)
     assert report.weights == read_manifest(tmp_path / "ours").weights
     export_model(tmp_path / "there", tmp_path / "back", layout="llava-hf")
@@ -150,7 +150,7 @@ def test_heads_of_7b_in_fp32_through_one_layout_after_the_other(tmp_path: Path) 
         num_key_value_heads=8,
     )
     source = write_llava_hf(tmp_path / "hf", replace(MODEL, vision=vision, language=language))
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     run_world(4, at_all_layouts, tmp_path / "ours", tmp_path)
     weights = read_manifest(tmp_path / "ours").weights
     assert all(read_manifest(tmp_path / f"{number}").weights == {"vision": weights["vision"]} for number in range(4))
@@ -164,7 +164,7 @@ def test_widths_of_7b(tmp_path: Path) -> None:
     vision = VisionConfig(image_size=28, num_layers=2)
     model = replace(MODEL, vision=vision, language=LanguageConfig(vocab_size=300, num_layers=1))
     source = write_llava_hf(tmp_path / "hf", model, dtype="bf16")
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     run_world(2, trained_elsewhere, tmp_path / "ours", tmp_path / "there", (2, 1))
     export_model(tmp_path / "there", tmp_path / "back", layout="llava-hf")
     assert equal(read_weights(source), read_weights(tmp_path / "back"))
@@ -172,23 +172,23 @@ def test_widths_of_7b(tmp_path: Path) -> None:
 
 def test_dtype_is_rounded_once_and_noticed(tmp_path: Path) -> None:
     source = write_llava_hf(tmp_path / "hf")
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions(dtype="bf16"))
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions(dtype="bf16"))
     export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
     before, after = read_weights(source), read_weights(tmp_path / "back")
     assert all(torch.equal(before[name].bfloat16(), after[name]) for name in before)
-    assert verify(Request(directory=source), tmp_path / "ours").rounded == 72
+    assert verify_conversion(HfSource(directory=source), tmp_path / "ours").rounded == 72
     export_model(tmp_path / "ours", tmp_path / "wide", layout="llava-hf", dtype="fp32")
     assert all(torch.equal(after[name].float(), tensor) for name, tensor in read_weights(tmp_path / "wide").items())
 
 
-def test_a_trained_model_gets_mean_rows_and_an_old_one_without_companions_fresh_blocks(
+def test_a_trained_model_gets_mean_rows_and_an_old_one_without_assets_fresh_blocks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import_model(Request(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
     (tmp_path / "ours" / "unused.safetensors").unlink()
     manifest = read_manifest(tmp_path / "ours")
     state = RunState(step=3, consumed_samples=9, plan_fingerprint="")
-    write_manifest(tmp_path / "ours", replace(manifest, state=state, files=describe_files(tmp_path / "ours")))
+    write_manifest(tmp_path / "ours", replace(manifest, state=state, files=hash_files(tmp_path / "ours")))
     with caplog.at_level("WARNING", logger="megatron_share4v"):
         export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
     assert "18 tensors after its feature layer" in caplog.text and "freshly initialised" in caplog.text
@@ -203,7 +203,7 @@ def test_a_trained_model_gets_mean_rows_and_an_old_one_without_companions_fresh_
 
 def test_tokenizer_travels(tmp_path: Path) -> None:
     source = write_llava_hf(tmp_path / "hf")
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     expected = write_tokenizer(tmp_path / "tokenizer.model").read_bytes()
     assert (tmp_path / "ours" / "tokenizer.model").read_bytes() == expected
     export_model(tmp_path / "ours", tmp_path / "back", layout="share4v")

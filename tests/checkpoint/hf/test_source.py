@@ -26,9 +26,9 @@ from hf_fixtures import (
     write_weights,
 )
 
-from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, our_tensors
-from megatron_share4v.checkpoint.hf.source import Request, open_source
-from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, Naming, to_ours
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, megatron_tensors
+from megatron_share4v.checkpoint.hf.source import HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, Naming, to_megatron
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
 from megatron_share4v.config.load import restore
 from megatron_share4v.config.run import RunConfig
@@ -57,17 +57,17 @@ def same(found: dict[str, LazyTensor], expected: dict[str, torch.Tensor]) -> boo
 
 
 def parts_in_ours(*, seed_of_tower: int = 0) -> dict[str, torch.Tensor]:
-    language = to_ours(theirs(MODEL, SHARE4V, "language"), MODEL, naming=SHARE4V, components=("language",))
-    vision = to_ours(theirs(MODEL, CLIP, "vision", seed=seed_of_tower), MODEL, naming=CLIP, components=("vision",))
+    language = to_megatron(theirs(MODEL, SHARE4V, "language"), MODEL, naming=SHARE4V, components=("language",))
+    vision = to_megatron(theirs(MODEL, CLIP, "vision", seed=seed_of_tower), MODEL, naming=CLIP, components=("vision",))
     return {**vision, **language}
 
 
 @pytest.mark.parametrize("naming", [LLAVA_HF, V4_52, LLAVA_IN_MEMORY, V5_SAVED], ids=lambda naming: naming.title)
 def test_every_naming_of_transformers(naming: Naming, tmp_path: Path) -> None:
-    source = open_source(Request(directory=write_llava_hf(tmp_path / "hf", naming=naming)))
-    assert source.model == MODEL
+    source = open_hf_model(HfSource(directory=write_llava_hf(tmp_path / "hf", naming=naming)))
+    assert source.config == MODEL
     whole = theirs(MODEL, naming, *ALL)
-    assert same(our_tensors(source, seed=0), to_ours(whole, MODEL, naming=naming))
+    assert same(megatron_tensors(source, seed=0), to_megatron(whole, MODEL, naming=naming))
     assert source.added_rows["embedding"].shape == (20, 48) and len(source.unused()) == 18
 
 
@@ -79,12 +79,12 @@ def test_configuration_of_transformers_5(tmp_path: Path) -> None:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     config["image_token_id"] = config.pop("image_token_index")
     write_json(directory / "config.json", config)
-    assert open_source(Request(directory=directory)).model.language.rope_theta == 5000.0
+    assert open_hf_model(HfSource(directory=directory)).model.language.rope_theta == 5000.0
 
 
 def test_what_transformers_leaves_out_is_its_default() -> None:
     """The hub's llava-1.5-7b-hf states what differs from LlamaConfig alone."""
-    from megatron_share4v.checkpoint.hf.config import read_model
+    from megatron_share4v.checkpoint.hf.config import parse_model_config
     from megatron_share4v.config.model import LanguageConfig, VisionConfig
 
     text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
@@ -97,7 +97,7 @@ def test_what_transformers_leaves_out_is_its_default() -> None:
         "num_hidden_layers": 24,
         "patch_size": 14,
     }
-    found = read_model(
+    found = parse_model_config(
         {"model_type": "llava", "image_token_index": 32000, "text_config": text, "vision_config": tower},
         where="config.json",
     )
@@ -120,16 +120,16 @@ def test_share4v_with_its_tower_anywhere(place: str, tmp_path: Path) -> None:
         write_json(directory / "vision_tower" / "config.json", clip_config(MODEL))
     else:
         write_clip(folders[place])
-    source = open_source(Request(directory=directory, tower=folders[place] if place == "given" else None))
-    assert source.model == MODEL and source.image_aspect_ratio == "pad"
-    ours = our_tensors(source, seed=0)
+    source = open_hf_model(HfSource(directory=directory, tower=folders[place] if place == "given" else None))
+    assert source.config == MODEL and source.image_aspect_ratio == "pad"
+    ours = megatron_tensors(source, seed=0)
     if place == "inside":
-        assert same(ours, to_ours(theirs(MODEL, SHARE4V, "projector", "language", "vision"), MODEL, naming=SHARE4V))
+        assert same(ours, to_megatron(theirs(MODEL, SHARE4V, "projector", "language", "vision"), MODEL, naming=SHARE4V))
     else:
         projector = theirs(MODEL, SHARE4V, "projector", "language")
-        main = to_ours(projector, MODEL, naming=SHARE4V, components=("projector", "language"))
+        main = to_megatron(projector, MODEL, naming=SHARE4V, components=("projector", "language"))
         assert same(
-            ours, {**main, **to_ours(theirs(MODEL, CLIP, "vision"), MODEL, naming=CLIP, components=("vision",))}
+            ours, {**main, **to_megatron(theirs(MODEL, CLIP, "vision"), MODEL, naming=CLIP, components=("vision",))}
         )
 
 
@@ -138,14 +138,14 @@ def test_the_shape_of_an_undescribed_tower_is_read_off_its_tensors(
 ) -> None:
     directory = write_share4v(tmp_path / "s4v", inside=True)
     with caplog.at_level(logging.INFO, logger="megatron_share4v"):
-        vision = open_source(Request(directory=directory)).model.vision
+        vision = open_hf_model(HfSource(directory=directory)).model.vision
     assert "heads assumed" in caplog.text
     assert (vision.num_layers, vision.image_size, vision.patch_size, vision.intermediate_size) == (4, 28, 14, 48)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_from_parts_without_a_projector(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    request = Request(
+    request = HfSource(
         directory=write_llama(tmp_path / "vicuna", suffix=suffix), tower=write_clip(tmp_path / "clip-large")
     )
     with caplog.at_level(logging.WARNING, logger="megatron_share4v"):
@@ -153,7 +153,7 @@ def test_from_parts_without_a_projector(suffix: str, tmp_path: Path, caplog: pyt
     assert "projector: none was given, so it is freshly initialised (seed 7)" in caplog.text
     assert set(manifest.weights) == {"vision", "projector", "language"}
     assert restore(RunConfig, manifest.config).model == MODEL
-    ours = our_tensors(open_source(request), seed=7)
+    ours = megatron_tensors(open_hf_model(request), seed=7)
     fresh = {
         name: initial_value(name, ours[name].shape, seed=7, model=MODEL)
         for name in ours
@@ -169,13 +169,13 @@ def test_from_parts_with_a_projector(kind: str, tmp_path: Path) -> None:
     else:
         projector = {"model.mm_projector.weight": torch.randn(48, 32), "model.mm_projector.bias": torch.randn(48)}
     torch.save(projector, tmp_path / "mm_projector.bin")
-    request = Request(
+    request = HfSource(
         directory=write_llama(tmp_path / "v"), tower=write_clip(tmp_path / "c"), projector=tmp_path / "mm_projector.bin"
     )
-    source = open_source(request)
-    assert source.model.projector.type == kind
-    expected = to_ours(projector, source.model, naming=SHARE4V, components=("projector",))
-    assert same(our_tensors(source, seed=0), {**parts_in_ours(), **expected})
+    source = open_hf_model(request)
+    assert source.config.projector.type == kind
+    expected = to_megatron(projector, source.config, naming=SHARE4V, components=("projector",))
+    assert same(megatron_tensors(source, seed=0), {**parts_in_ours(), **expected})
 
 
 def test_stage_1_directory_with_a_projector_alone(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_stage_1_directory_with_a_projector_alone(tmp_path: Path) -> None:
     write_json(directory / "config.json", share4v_config(MODEL, tower="clip-large"))
     torch.save(theirs(MODEL, SHARE4V, "projector"), directory / "mm_projector.bin")
     write_clip(tmp_path / "clip-large")
-    source = open_source(Request(directory=directory, base=write_llama(tmp_path / "vicuna")))
-    expected = to_ours(theirs(MODEL, SHARE4V, "projector"), MODEL, naming=SHARE4V, components=("projector",))
-    assert same(our_tensors(source, seed=0), {**parts_in_ours(), **expected})
+    source = open_hf_model(HfSource(directory=directory, base=write_llama(tmp_path / "vicuna")))
+    expected = to_megatron(theirs(MODEL, SHARE4V, "projector"), MODEL, naming=SHARE4V, components=("projector",))
+    assert same(megatron_tensors(source, seed=0), {**parts_in_ours(), **expected})
 
 
 def write_lora(
@@ -217,10 +217,10 @@ def test_lora_is_merged(tmp_path: Path) -> None:
     base = theirs(MODEL, SHARE4V, "language")
     merged = write_lora(tmp_path / "lora", base=base)
     write_clip(tmp_path / "clip-large")
-    source = open_source(Request(directory=tmp_path / "lora", base=write_llama(tmp_path / "vicuna")))
-    expected = to_ours({**base, **merged}, MODEL, naming=SHARE4V, components=("projector", "language"))
+    source = open_hf_model(HfSource(directory=tmp_path / "lora", base=write_llama(tmp_path / "vicuna")))
+    expected = to_megatron({**base, **merged}, MODEL, naming=SHARE4V, components=("projector", "language"))
     vision = {name: tensor for name, tensor in parts_in_ours().items() if name.startswith("vision.")}
-    assert same(our_tensors(source, seed=0), {**expected, **vision})
+    assert same(megatron_tensors(source, seed=0), {**expected, **vision})
 
 
 def test_delta_is_added(tmp_path: Path) -> None:
@@ -235,8 +235,8 @@ def test_delta_is_added(tmp_path: Path) -> None:
     write_weights(tmp_path / "llama", base)
     write_json(tmp_path / "llama" / "config.json", llama_config(MODEL))
     write_tokenizer(tmp_path / "llama" / "tokenizer.model")
-    source = open_source(Request(directory=tmp_path / "delta", base=tmp_path / "llama", delta=True))
-    ours = our_tensors(source, seed=0)
-    expected = to_ours(whole, MODEL, naming=SHARE4V, components=("projector", "language"))
+    source = open_hf_model(HfSource(directory=tmp_path / "delta", base=tmp_path / "llama", delta=True))
+    ours = megatron_tensors(source, seed=0)
+    expected = to_megatron(whole, MODEL, naming=SHARE4V, components=("projector", "language"))
     assert all(torch.allclose(ours[name].read(), tensor, atol=1e-6) for name, tensor in expected.items())
     assert torch.equal(ours["projector.mlp.linear_fc1.weight"].read(), whole["model.mm_projector.0.weight"])

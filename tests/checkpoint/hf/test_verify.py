@@ -12,14 +12,14 @@ import pytest
 import torch
 from hf_fixtures import read_weights, write_json, write_llava_hf, write_share4v, write_weights
 
-from megatron_share4v.checkpoint.assets import companions_of
-from megatron_share4v.checkpoint.hf import verify as verify_module
+from megatron_share4v.checkpoint.assets import asset_files
+from megatron_share4v.checkpoint.hf import verify_conversion as verify_module
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
-from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, write_checkpoint
-from megatron_share4v.checkpoint.hf.source import Request
-from megatron_share4v.checkpoint.hf.verify import verify
+from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, write_weights_checkpoint
+from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
-from megatron_share4v.checkpoint.resumable_writer import writing
+from megatron_share4v.checkpoint.resumable_writer import stage_directory
 from megatron_share4v.errors import ConversionError
 
 Change = Callable[[dict[str, torch.Tensor]], None]
@@ -43,21 +43,21 @@ def remade(
     change: Callable[[dict[str, LazyTensor]], object],
     *,
     step: int = 0,
-    companions: bool = True,
+    assets: bool = True,
 ) -> Path:
     """A whole checkpoint with other tensors, or as if it had been trained."""
     opened = open_checkpoint(checkpoint)
     ours = dict(opened.weights)
     change(ours)
-    with writing(target, fingerprint="remade") as place:
+    with stage_directory(target, fingerprint="remade") as staging:
 
-        def copy_companions() -> None:
-            for path in companions_of(opened.path):
-                if companions or path.suffix == ".model":
-                    shutil.copy(path, place.directory)
+        def copy_assets() -> None:
+            for path in asset_files(opened.path):
+                if assets or path.suffix == ".model":
+                    shutil.copy(path, staging.path)
 
         state = replace(opened.manifest.state, step=step)
-        write_checkpoint(place, ours, config=opened.config, state=state, source="", companions=copy_companions)
+        write_weights_checkpoint(staging, ours, config=opened.config, state=state, source="", write_assets=copy_assets)
     return target
 
 
@@ -106,32 +106,32 @@ def test_verify_names_the_first_difference_and_its_likely_cause(case: str, copy:
     if case == "zero is not minus zero":
         tensors[DOWN][0] = 0.0
         write_weights(copy, tensors)
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
     change(tensors)
     write_weights(copy, tensors)
     if case == "nothing":
-        assert verify(Request(directory=copy), tmp_path / "ours").tensors == 72
+        assert verify_conversion(HfSource(directory=copy), tmp_path / "ours").tensors == 72
         return
     with pytest.raises(ConversionError) as caught:
-        verify(Request(directory=copy), tmp_path / "ours")
+        verify_conversion(HfSource(directory=copy), tmp_path / "ours")
     assert words in str(caught.value) and "first at [" in str(caught.value), caught.value
 
 
 def test_verify_needs_the_same_model(copy: Path, tmp_path: Path) -> None:
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
     config = json.loads((copy / "config.json").read_text())
     write_json(copy / "config.json", {**config, "text_config": {**config["text_config"], "rope_theta": 5e5}})
     with pytest.raises(ConversionError, match=r"another model: language.rope_theta 500000.0 there, 10000.0"):
-        verify(Request(directory=copy), tmp_path / "ours")
+        verify_conversion(HfSource(directory=copy), tmp_path / "ours")
 
 
 def test_a_class_token_of_zeros(copy: Path, tmp_path: Path) -> None:
     tensors = read_weights(copy)
     write_weights(copy, {**tensors, CLASS: torch.zeros(32)})
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
     write_weights(copy, tensors)
     with pytest.raises(ConversionError, match="missing class token"):
-        verify(Request(directory=copy), tmp_path / "ours")
+        verify_conversion(HfSource(directory=copy), tmp_path / "ours")
 
 
 def _zeros(shape: tuple[int, ...]) -> LazyTensor:
@@ -157,10 +157,10 @@ NAMES: dict[str, tuple[Callable[[dict[str, LazyTensor]], object], str]] = {
 @pytest.mark.parametrize("case", NAMES)
 def test_names_and_shapes_on_our_side(case: str, llava: Path, tmp_path: Path) -> None:
     change, words = NAMES[case]
-    import_model(Request(directory=llava), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=llava), tmp_path / "ours", options=ImportOptions())
     remade(tmp_path / "ours", tmp_path / "other", change)
     with pytest.raises(ConversionError, match=words):
-        verify(Request(directory=llava), tmp_path / "other")
+        verify_conversion(HfSource(directory=llava), tmp_path / "other")
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")])
@@ -170,28 +170,28 @@ def test_rounding_between_dtypes_is_no_difference(theirs: str, ours: str, tmp_pa
     tensors = read_weights(source)
     tensors[DOWN].view(-1)[:2] = torch.tensor([1e-30, 6e-8]).to(tensors[DOWN].dtype)
     write_weights(source, tensors)
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions(dtype=ours))
-    found = verify(Request(directory=source), tmp_path / "ours")
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions(dtype=ours))
+    found = verify_conversion(HfSource(directory=source), tmp_path / "ours")
     assert found.rounded == found.tensors == 72 and found.unused == 18 and found.added == 2
     tensors[DOWN].view(-1)[7] *= 1.05
     write_weights(source, tensors)
     with pytest.raises(ConversionError, match=r"linear_fc2.weight .*: 1 of 3072 values differ.* first at \[0, 7\]"):
-        verify(Request(directory=source), tmp_path / "ours")
+        verify_conversion(HfSource(directory=source), tmp_path / "ours")
 
 
 def test_rows_after_the_vocabulary(copy: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
-    import_model(Request(directory=copy), ours, options=ImportOptions())
+    import_model(HfSource(directory=copy), ours, options=ImportOptions())
     assert "rows after the vocabulary: those that an export has, in 2 tensors" in str(
-        verify(Request(directory=copy), ours)
+        verify_conversion(HfSource(directory=copy), ours)
     )
     trained = remade(ours, tmp_path / "trained", lambda tensors: None, step=3)
     with pytest.raises(
         ConversionError, match="embedding: its 20 rows after the vocabulary are not the mean of the others"
     ):
-        verify(Request(directory=copy), trained)
+        verify_conversion(HfSource(directory=copy), trained)
     export_model(trained, tmp_path / "back", layout="llava-hf", dtype="bf16")
-    assert verify(Request(directory=tmp_path / "back"), trained).added == 2
+    assert verify_conversion(HfSource(directory=tmp_path / "back"), trained).added == 2
     tensors = read_weights(copy)
     tensors[EMBEDDING][310] += 1
     write_weights(copy, tensors)
@@ -199,20 +199,20 @@ def test_rows_after_the_vocabulary(copy: Path, tmp_path: Path) -> None:
         ConversionError,
         match="(?s)differ in 1 tensors.*embedding: its 20 rows after the vocabulary are not the ones that were imported",
     ):
-        verify(Request(directory=copy), ours)
+        verify_conversion(HfSource(directory=copy), ours)
 
 
 def test_unused_weights_that_are_not_carried_are_said(llava: Path, tmp_path: Path) -> None:
-    import_model(Request(directory=llava), tmp_path / "ours", options=ImportOptions())
-    bare = remade(tmp_path / "ours", tmp_path / "bare", lambda tensors: None, step=1, companions=False)
+    import_model(HfSource(directory=llava), tmp_path / "ours", options=ImportOptions())
+    bare = remade(tmp_path / "ours", tmp_path / "bare", lambda tensors: None, step=1, assets=False)
     export_model(bare, tmp_path / "back", layout="share4v")
-    found = verify(Request(directory=tmp_path / "back"), bare)
+    found = verify_conversion(HfSource(directory=tmp_path / "back"), bare)
     assert found.unused == 0 and len(found.not_carried) == 18
     assert "does not carry, so that exports get fresh ones: " in str(found) and "post_layernorm.weight" in str(found)
 
 
 def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import_model(Request(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
     tensors = read_weights(copy)
     flat = tensors[DOWN].view(-1)
     flat[1000], flat[2001], flat[3071] = flat[1000] + 1, flat[2001] + 2, flat[3071] - 4
@@ -223,7 +223,7 @@ def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monk
         with pytest.raises(
             ConversionError, match=r"3 of 3072 values differ, by up to 4; first at \[15, 40\]"
         ) as caught:
-            verify(Request(directory=copy), tmp_path / "ours")
+            verify_conversion(HfSource(directory=copy), tmp_path / "ours")
         messages.add(str(caught.value))
     assert len(messages) == 1
 
@@ -231,6 +231,6 @@ def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monk
 def test_verify_of_a_released_model(tmp_path: Path) -> None:
     """Without rows after the vocabulary there is nothing to say about them."""
     source = write_share4v(tmp_path / "s4v", inside=True)
-    import_model(Request(directory=source), tmp_path / "ours", options=ImportOptions())
-    found = verify(Request(directory=source), tmp_path / "ours")
+    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
+    found = verify_conversion(HfSource(directory=source), tmp_path / "ours")
     assert found.added == 0 and found.not_carried == () and "rows after" not in str(found)

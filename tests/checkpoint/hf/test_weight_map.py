@@ -12,10 +12,10 @@ from megatron_share4v.checkpoint.hf.weight_map import (
     LLAVA_IN_MEMORY,
     SHARE4V,
     Naming,
-    drops,
-    rows,
-    to_ours,
-    to_theirs,
+    ignored_weights,
+    to_hf,
+    to_megatron,
+    weight_mappings,
 )
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.config.run import ParallelConfig
@@ -41,8 +41,8 @@ def _theirs(model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator)
-        for row in rows(model, naming=naming)
-        for name, shape in row.their_shapes().items()
+        for mapping in weight_mappings(model, naming=naming)
+        for name, shape in mapping.hf_shapes().items()
     }
 
 
@@ -65,7 +65,7 @@ def test_the_map_has_the_models_tensors_at_every_layout(parallel: ParallelConfig
     ranks = run_world(parallel.tensor * parallel.pipeline, shapes_at, parallel)
     for number, (model, naming) in enumerate([(MODEL, LLAVA_HF), (LINEAR, SHARE4V)]):
         built = {name: shape for rank in ranks for name, shape in rank[number].items()}
-        assert built == {row.ours: row.shape for row in rows(model, naming=naming)}
+        assert built == {mapping.name: mapping.shape for mapping in weight_mappings(model, naming=naming)}
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_the_map_has_the_models_tensors_at_every_layout(parallel: ParallelConfig
 )
 def test_there_and_back(model: ModelConfig, naming: Naming) -> None:
     theirs = _theirs(model, naming)
-    back = to_theirs(to_ours(theirs, model, naming=naming), model, naming=naming)
+    back = to_hf(to_megatron(theirs, model, naming=naming), model, naming=naming)
     assert set(back) == set(theirs)
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
 def test_from_one_layout_to_another_keeps_every_number() -> None:
     theirs = _theirs(MODEL, LLAVA_HF)
-    moved = to_theirs(to_ours(theirs, MODEL, naming=LLAVA_HF), MODEL, naming=SHARE4V)
+    moved = to_hf(to_megatron(theirs, MODEL, naming=LLAVA_HF), MODEL, naming=SHARE4V)
     assert torch.equal(
         moved["model.layers.3.mlp.up_proj.weight"], theirs["language_model.model.layers.3.mlp.up_proj.weight"]
     )
@@ -90,12 +90,12 @@ def test_from_one_layout_to_another_keeps_every_number() -> None:
 
 def test_parts_can_come_from_different_places() -> None:
     theirs = _theirs(MODEL, SHARE4V)
-    whole = to_ours(theirs, MODEL, naming=SHARE4V)
+    whole = to_megatron(theirs, MODEL, naming=SHARE4V)
     prefix = "model.vision_tower.vision_tower."
     tower = {name.removeprefix(prefix): tensor for name, tensor in theirs.items() if name.startswith(prefix)}
     rest = {name: tensor for name, tensor in theirs.items() if not name.startswith(prefix)}
-    joined = to_ours(tower, MODEL, naming=CLIP, components=("vision",))
-    joined |= to_ours(rest, MODEL, naming=SHARE4V, components=("projector", "language"))
+    joined = to_megatron(tower, MODEL, naming=CLIP, components=("vision",))
+    joined |= to_megatron(rest, MODEL, naming=SHARE4V, components=("projector", "language"))
     assert set(joined) == set(whole) and all(torch.equal(joined[name], whole[name]) for name in whole)
 
 
@@ -108,11 +108,11 @@ def test_what_is_never_used_is_dropped_with_a_reason() -> None:
         f"{tower}embeddings.position_ids",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
     }
-    ours = to_ours(theirs | {name: torch.zeros(1) for name in unused}, MODEL, naming=SHARE4V)
-    assert set(ours) == {row.ours for row in rows(MODEL, naming=SHARE4V)}
+    ours = to_megatron(theirs | {name: torch.zeros(1) for name in unused}, MODEL, naming=SHARE4V)
+    assert set(ours) == {mapping.name for mapping in weight_mappings(MODEL, naming=SHARE4V)}
     for name in unused:
-        assert [drop.reason for drop in drops(MODEL, naming=SHARE4V) if drop.covers(name)]
-    assert not [name for name in theirs if any(drop.covers(name) for drop in drops(MODEL, naming=SHARE4V))]
+        assert [drop.reason for drop in ignored_weights(MODEL, naming=SHARE4V) if drop.covers(name)]
+    assert not [name for name in theirs if any(drop.covers(name) for drop in ignored_weights(MODEL, naming=SHARE4V))]
 
 
 @pytest.mark.parametrize(
@@ -136,15 +136,15 @@ def test_what_is_never_used_is_dropped_with_a_reason() -> None:
 def test_a_tensor_that_does_not_fit_is_named(change: dict[str, torch.Tensor | None], message: str) -> None:
     theirs = {name: tensor for name, tensor in (_theirs(MODEL, LLAVA_HF) | change).items() if tensor is not None}
     with pytest.raises(ConversionError, match=message):
-        to_ours(theirs, MODEL, naming=LLAVA_HF)
+        to_megatron(theirs, MODEL, naming=LLAVA_HF)
 
 
 def test_the_way_back_is_checked_too() -> None:
-    ours = to_ours(_theirs(MODEL, LLAVA_HF), MODEL, naming=LLAVA_HF)
+    ours = to_megatron(_theirs(MODEL, LLAVA_HF), MODEL, naming=LLAVA_HF)
     ours["language.embedding.weight"] = torch.zeros(30, 24)
     del ours["projector.mlp.linear_fc2.bias"]
     with pytest.raises(ConversionError) as error:
-        to_theirs(ours, MODEL, naming=LLAVA_HF)
+        to_hf(ours, MODEL, naming=LLAVA_HF)
     assert "missing: projector.mlp.linear_fc2.bias" in str(error.value)
     assert "wrong shape: language.embedding.weight is (30, 24); the model configuration asks for (64, 24)" in str(
         error.value
@@ -153,11 +153,11 @@ def test_the_way_back_is_checked_too() -> None:
 
 def test_another_model_gives_a_short_message() -> None:
     with pytest.raises(ConversionError, match=r"\.\.\. and \d+ more"):
-        to_ours({}, MODEL, naming=LLAVA_HF)
+        to_megatron({}, MODEL, naming=LLAVA_HF)
 
 
 def test_a_layout_without_the_part_says_so() -> None:
     with pytest.raises(ConversionError, match="llava-hf has no projector of model.projector.type linear"):
-        list(rows(LINEAR, naming=LLAVA_HF))
+        list(weight_mappings(LINEAR, naming=LLAVA_HF))
     with pytest.raises(ConversionError, match="CLIPVisionModel has no component language"):
-        list(rows(MODEL, naming=CLIP, components=("language",)))
+        list(weight_mappings(MODEL, naming=CLIP, components=("language",)))
