@@ -13,7 +13,7 @@ import torch
 from hf_fixtures import read_weights, write_json, write_llava_hf, write_share4v, write_weights
 
 from megatron_share4v.checkpoint.assets import asset_files
-from megatron_share4v.checkpoint.hf import verify_conversion as verify_module
+from megatron_share4v.checkpoint.hf import verify as verify_module
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, write_weights_checkpoint
 from megatron_share4v.checkpoint.hf.source import HfSource
