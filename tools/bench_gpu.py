@@ -125,7 +125,10 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
     attention = select_attention_backend(config.attention, mesh=mesh, packed=True, dtype=dtype)
     ops = select_ops_backend(config.ops, mesh=mesh).implementation
     options = layer_options(
-        config.train, precision=config.precision, engine=config.transformer_engine, attention=attention.implementation
+        config.train,
+        precision=config.precision,
+        transformer_engine=config.transformer_engine,
+        attention=attention.implementation,
     )
     bare = build_chunks(config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops, options=options)
     with torch.no_grad():

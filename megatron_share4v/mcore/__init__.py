@@ -1,7 +1,7 @@
-"""The only door to megatron-core: version check, CPU door, groups, configuration, layer specs, schedule.
+"""The only package that imports megatron-core: version check, CPU patch, groups, layer specs, optimizer, schedule.
 
-Importing this package opens the CPU door (mcore/cpu_patch.py) where there is no CUDA, and must come before any import of megatron.core.
-Every other package takes megatron-core's classes from here or from the modules beside this one.
+Importing it patches torch.cuda (mcore/cpu_patch.py) where there is no CUDA, and must precede any import of
+megatron.core. Every other package takes megatron-core's classes from here or from the modules beside this one.
 """
 
 from importlib.metadata import version
@@ -17,17 +17,19 @@ SUPPORTED = ("0.16.1",)
 
 
 def _check_environment() -> None:
-    """Refuse the set-ups in which megatron-core fails late or silently."""
+    """Refuse installations in which megatron-core fails late or silently."""
     found = version("megatron-core")
     if found not in SUPPORTED:
         raise OpsError(
-            f"megatron-core {found} is installed; this version works with {' or '.join(SUPPORTED)}: pip install megatron-core=={SUPPORTED[-1]}"
+            f"megatron-core {found} is installed; this version works with {' or '.join(SUPPORTED)}: "
+            f"pip install megatron-core=={SUPPORTED[-1]}"
         )
     if find_spec("apex") is not None and find_spec("apex.multi_tensor_apply") is None:
         raise OpsError(
-            "the installed package 'apex' is not NVIDIA's and would be mistaken for it by megatron-core; pip uninstall apex"
+            "the installed package 'apex' is not NVIDIA's and would be mistaken for it by megatron-core; "
+            "pip uninstall apex"
         )
-    # Without psutil the writer processes of dist_checkpointing die and a save never returns.
+    # Without psutil the writer processes of dist_checkpointing die and a save hangs.
     if find_spec("psutil") is None:
         raise OpsError("psutil is missing: saving a checkpoint would hang; pip install psutil")
 

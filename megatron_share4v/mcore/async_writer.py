@@ -1,4 +1,4 @@
-"""What one rank has to write of a checkpoint, taken at one moment, and written then or later by another thread while training goes on."""
+"""Snapshot of one rank's part of a checkpoint, written at once or later by a background thread."""
 
 from __future__ import annotations
 
@@ -27,32 +27,41 @@ WRITER_THREADS = 2
 
 
 class HostBuffers:
-    """Memory on the host into which a rank's tensors are copied, the same for every save: memory that a GPU can copy to at full speed is dear to get."""
+    """Host memory that a rank's tensors are copied into, reused by every save: pinned memory is slow to allocate."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def copies(self, whose: str, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of `tensors`, which are of the same shapes at every call with the same name. Those of the call before are overwritten."""
+    def copy_to_host(self, name: str, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy `tensors` to the host, over the copies of the previous call with the same name.
+
+        Shapes must be the same at every call with one name.
+        """
         copied = []
-        for number, tensor in enumerate(tensors):
-            name = f"{whose} {number}"
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copied.append(self._buffers[name].copy_(tensor, non_blocking=True))
+        for index, tensor in enumerate(tensors):
+            key = f"{name} {index}"
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copied.append(self._buffers[key].copy_(tensor, non_blocking=True))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return copied
 
-    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Room for fp32 values of that shape, the same at every call with the same name. Not pinned: most of it comes from other hosts."""
+    def full_buffer(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return an fp32 buffer of that shape, the same one at every call with the same name.
+
+        Not pinned: most of its content comes from other hosts.
+        """
         if name not in self._buffers:
             self._buffers[name] = torch.empty(shape)
         return self._buffers[name]
 
 
 class ErrorRecordingFileSystem(FileSystem):
-    """Keeps what goes wrong while a file is written. torch's own threads lose it, and then take a checkpoint that lacks tensors for complete."""
+    """File system that records write errors.
+
+    torch's writer threads lose them and take a checkpoint that lacks tensors for complete.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +69,7 @@ class ErrorRecordingFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        """An open file."""
+        """Open a file; record the error when writing it fails."""
         try:
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -69,21 +78,21 @@ class ErrorRecordingFileSystem(FileSystem):
 
 
 class ErrorRaisingWriter(torch_checkpoint.FileSystemWriter):
-    """Raises on the rank whose files could not be written."""
+    """Storage writer that raises on the rank whose files could not be written."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, thread_count=WRITER_THREADS)
-        self.fs = ErrorRecordingFileSystem()
+        self.fs: ErrorRecordingFileSystem = ErrorRecordingFileSystem()
 
     def write_data(self, plan: torch_checkpoint.SavePlan, planner: torch_checkpoint.SavePlanner) -> Any:
-        """This rank's tensors."""
+        """Write this rank's tensors."""
         written = super().write_data(plan, planner)
         self._check()
         assert len(written.value()) == len(plan.items), (len(written.value()), len(plan.items))
         return written
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """What describes the tensors of all ranks."""
+        """Write the metadata of all ranks' tensors."""
         super().finish(metadata, results)
         self._check()
 
@@ -93,7 +102,10 @@ class ErrorRaisingWriter(torch_checkpoint.FileSystemWriter):
 
 
 def _root_cause(error: Exception) -> Exception:
-    """torch says `unexpected pos` when it closes a file that the system refused to write; what the system said is what it stumbled over."""
+    """Return the OSError behind `error`.
+
+    torch raises `unexpected pos` when it closes a file that the system refused to write.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -101,9 +113,10 @@ def _root_cause(error: Exception) -> Exception:
 
 
 class CheckpointSnapshot(TorchDistSaveShardedStrategy):
-    """This rank's share, in core's torch_dist format, written by threads of this process.
+    """This rank's tensors in core's torch_dist format, written by threads of this process.
 
-    Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them dies.
+    Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them
+    dies.
     """
 
     def __init__(
@@ -113,8 +126,11 @@ class CheckpointSnapshot(TorchDistSaveShardedStrategy):
         live: Iterable[torch.Tensor],
         fill: Callable[[dist.ProcessGroup | None], None],
     ) -> None:
-        """buffers: where to copy what `live` tensors hold; None: nothing is copied, and it must be written before training goes on. fill: is called, with
-        the group that is written over, before anything is.
+        """Keep where to copy and what to complete; `save` fills the snapshot.
+
+        `live`: tensors that training goes on changing; they are copied into `buffers`. Without `buffers` nothing is
+        copied, and the snapshot must be written before training continues. `fill` runs before anything is written, with
+        the process group of the write.
         """
         super().__init__("torch_dist", 1)
         self._buffers, self._live = buffers, {tensor.untyped_storage().data_ptr() for tensor in live}
@@ -122,12 +138,14 @@ class CheckpointSnapshot(TorchDistSaveShardedStrategy):
         self._content: dict[str, Any] = {}
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str) -> None:
-        """Called by core when it has checked that the ranks together have everything once: keep the tensors of which this rank is the main replica."""
+        """Keep the tensors of which this rank is the main replica; core calls it after validating the sharding."""
         tensors = [tensor for tensor in nested_values(sharded_state_dict) if is_main_replica(tensor.replica_id)]
         if self._buffers is not None:
-            # What is gathered for this save alone need not be copied again.
+            # Tensors gathered for this save alone need no copy.
             changing = [tensor for tensor in tensors if tensor.data.untyped_storage().data_ptr() in self._live]
-            for tensor, copy in zip(changing, self._buffers.copies("weights", [tensor.data for tensor in changing])):
+            for tensor, copy in zip(
+                changing, self._buffers.copy_to_host("weights", [tensor.data for tensor in changing])
+            ):
                 tensor.data = copy
         owned: dict[str, list[ShardedTensor]] = defaultdict(list)
         for tensor in tensors:
@@ -135,7 +153,12 @@ class CheckpointSnapshot(TorchDistSaveShardedStrategy):
         self._directory, self._content = Path(checkpoint_dir), mcore_to_pyt_state_dict(owned)
 
     def write(self, group: dist.ProcessGroup | None) -> None:
-        """Collective over `group`, which no other thread uses meanwhile; None: the default one. Raises CheckpointError, on all ranks."""
+        """Write the snapshot.
+
+        Collective over `group`, which no other thread may use meanwhile; None: the default group.
+
+        Raises CheckpointError, on all ranks.
+        """
         self._fill(group)
         try:
             torch_checkpoint.save(
@@ -149,7 +172,9 @@ class CheckpointSnapshot(TorchDistSaveShardedStrategy):
                 "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
                 or "another rank failed"
             )
-            message = f"{self._directory}: cannot be written ({failures}); free space or check the file system, then start again"
-            raise CheckpointError(message) from error
+            raise CheckpointError(
+                f"{self._directory}: cannot be written ({failures}); free space or check the file system, "
+                "then start again"
+            ) from error
         finally:
             self._content = {}

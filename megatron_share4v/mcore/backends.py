@@ -1,8 +1,11 @@
-"""What one run computes with: fused ops (each rank decides by ops/backend.py) and the attention kernel. All ranks must have come to the same."""
+"""Backend selection of a run: fused ops (ops/backend.py decides on each rank) and the attention kernel.
+
+All ranks must agree.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,11 +23,15 @@ BLACKWELL = (10, 0)
 
 
 def select_ops_backend(requested: Ops, *, mesh: Mesh, available: LibrarySources | None = None) -> OpsBackend:
-    """This rank's choice, which is every rank's. Collective; of the ranks of one machine, one builds.
+    """Select the ops implementation. Collective; one rank of each machine builds the library.
 
-    Raises OpsError on every rank, with one message, when `native` was asked for and some rank cannot have it, or when ranks would differ.
+    Raises OpsError on every rank, with one message, when `native` is requested and a rank cannot have it, or when ranks
+    would differ.
     """
-    remedy = f"ops: {requested} does not lead to the same on every rank; give all machines the same compilers, or set ops: reference."
+    remedy = (
+        f"ops: {requested} does not lead to the same on every rank; give all machines the same compilers, "
+        "or set ops: reference."
+    )
     return _require_same_choice(
         lambda: choose_ops_backend(requested, device=mesh.device.kind, available=available), mesh=mesh, remedy=remedy
     )
@@ -35,20 +42,27 @@ Backend = TypeVar("Backend", OpsBackend, "AttentionBackend")
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """The kernel (attention.py) and why; `implementation` is its name. Record `line` with the run."""
+    """The selected attention kernel (attention.py) and the reason. Record `line` with the run."""
 
     implementation: str
     reason: str
 
     @property
     def line(self) -> str:
-        """One line for the log and the run directory."""
+        """Return one line for the log and the run directory."""
         return f"attention: {self.implementation} ({self.reason})"
 
 
 def select_attention_backend(requested: Attention, *, mesh: Mesh, packed: bool, dtype: torch.dtype) -> AttentionBackend:
-    """Collective. Raises OpsError on every rank, with one message, when the kernel that was asked for cannot be had, or not for packs."""
-    remedy = f"attention: {requested} does not lead to the same on every rank; give all machines the same GPUs and packages, or set attention: sdpa."
+    """Select the attention kernel. Collective.
+
+    Raises OpsError on every rank, with one message, when the requested kernel is unavailable, or unavailable for packed
+    samples.
+    """
+    remedy = (
+        f"attention: {requested} does not lead to the same on every rank; give all machines the same GPUs and "
+        "packages, or set attention: sdpa."
+    )
     return _require_same_choice(
         lambda: choose_attention_backend(requested, device=mesh.device.torch_device, packed=packed, dtype=dtype),
         mesh=mesh,
@@ -59,19 +73,19 @@ def select_attention_backend(requested: Attention, *, mesh: Mesh, packed: bool, 
 def choose_attention_backend(
     requested: Attention, *, device: torch.device, packed: bool, dtype: torch.dtype
 ) -> AttentionBackend:
-    """The one rule. Raises OpsError."""
+    """Choose the attention kernel of this process. Raises OpsError."""
     if requested == "auto":
         if not packed:
             return AttentionBackend("sdpa", "samples are not packed")
-        refused = _unsupported_reason("varlen", device=device, packed=packed, dtype=dtype)
+        unsupported = _unsupported_reason("varlen", device=device, packed=packed, dtype=dtype)
         return (
-            AttentionBackend("sdpa", f"sample by sample, since varlen: {refused}")
-            if refused
+            AttentionBackend("sdpa", f"sample by sample, since varlen: {unsupported}")
+            if unsupported
             else AttentionBackend("varlen", "samples are packed")
         )
-    refused = _unsupported_reason(requested, device=device, packed=packed, dtype=dtype)
-    if refused:
-        raise OpsError(f"attention: {requested} was asked for on {device.type}: {refused}")
+    unsupported = _unsupported_reason(requested, device=device, packed=packed, dtype=dtype)
+    if unsupported:
+        raise OpsError(f"attention: {requested} was asked for on {device.type}: {unsupported}")
     return AttentionBackend(requested, "as configured")
 
 
@@ -88,44 +102,49 @@ def _unsupported_reason(kernel: str, *, device: torch.device, packed: bool, dtyp
         if missing:
             return f"{missing}; {REMEDY}"
         if packed and dtype is not torch.bfloat16:
-            return "Transformer Engine's fused kernels, which alone keep the samples of a pack apart at their own cost, are for bf16; use precision.dtype bf16, sdpa, or no data.pack_length"
+            return (
+                "Transformer Engine's fused kernels, which alone keep the samples of a pack apart at their own cost, "
+                "are for bf16; use precision.dtype bf16, sdpa, or no data.pack_length"
+            )
     return None
 
 
 def check_precision(config: RunConfig, *, mesh: Mesh) -> None:
-    """Raise OpsError where this machine has no FP8 products, or no Transformer Engine, and the run asks for them."""
+    """Raise OpsError when the run requests FP8 or Transformer Engine and this machine does not have it."""
     if config.transformer_engine != "none":
         missing = te_unavailable_reason()
         if missing:
             raise OpsError(
-                f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, or set transformer_engine: none"
+                f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, "
+                "or set transformer_engine: none"
             )
     if config.precision.fp8 != "none":
         require_fp8(mesh.device.torch_device)
     if config.precision.fp8 == "mxfp8" and torch.cuda.get_device_capability(mesh.device.torch_device) < BLACKWELL:
         raise OpsError(
-            f"precision.fp8: mxfp8 needs compute capability {BLACKWELL} (Blackwell); use tensorwise, delayed or blockwise"
+            f"precision.fp8: mxfp8 needs compute capability {BLACKWELL} (Blackwell); "
+            "use tensorwise, delayed or blockwise"
         )
 
 
 def _require_same_choice(choose: Callable[[], Backend], *, mesh: Mesh, remedy: str) -> Backend:
     try:
         choice = choose()
-        mine = choice.line
+        outcome = choice.line
     except OpsError as error:
-        choice, mine = None, str(error)
-    ranks = gather_objects((choice.implementation if choice else None, mine))
+        choice, outcome = None, str(error)
+    ranks = gather_objects((choice.implementation if choice else None, outcome))
     if len({implementation for implementation, _ in ranks}) == 1 and choice:
         return choice
     raise OpsError(_describe_difference(remedy, ranks))
 
 
-def _describe_difference(remedy: str, ranks: list[tuple[str | None, str]]) -> str:
-    """What each rank came to, ranks with the same outcome on one line."""
+def _describe_difference(remedy: str, ranks: Sequence[tuple[str | None, str]]) -> str:
+    """Format each rank's outcome, ranks with the same outcome on one line."""
     members: dict[str, list[int]] = {}
-    for rank, (_, said) in enumerate(ranks):
-        members.setdefault(said, []).append(rank)
+    for rank, (_, outcome) in enumerate(ranks):
+        members.setdefault(outcome, []).append(rank)
     if len(members) == 1:
         return next(iter(members))
-    lines = "".join(f"\nranks {', '.join(map(str, numbers))}: {said}" for said, numbers in members.items())
+    lines = "".join(f"\nranks {', '.join(map(str, numbers))}: {outcome}" for outcome, numbers in members.items())
     return remedy + lines

@@ -1,9 +1,9 @@
 """Weights and optimizer state of all ranks as global tensors on disk, through megatron-core's dist_checkpointing.
 
-A tensor is stored under its global name, with its global shape, whatever the layout: weights as `<name>`, what AdamW keeps for a trained
-weight as `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, always in fp32. Sharded and unsharded optimizers write the same tensors, so
-a run may change over. Nothing of the optimizer's configuration is stored: learning rates and weight decay come from the run's own.
-What directories mean, and which of them are whole, is checkpoint/'s business.
+A tensor is stored under its global name with its global shape, whatever the layout: weights as `<name>`, AdamW state of
+a trained weight as `optimizer.state.{param,exp_avg,exp_avg_sq}.<name>`, always in fp32. Sharded and unsharded
+optimizers write the same tensors, so a run may switch. Optimizer settings are not stored: learning rates and weight
+decay come from the run's configuration. Directory names and completeness are handled by checkpoint/.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ STATE_PREFIX = "optimizer.state."
 STATES = ("param", "exp_avg", "exp_avg_sq")
 SHOWN_MISMATCHES = 5
 
-ShardedEntry = ShardedTensor | ShardedTensorFactory
+ShardedEntry: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def take_snapshot(
@@ -53,28 +53,30 @@ def take_snapshot(
     sharding: dict[str, Any],
     buffers: HostBuffers | None,
 ) -> CheckpointSnapshot:
-    """What this rank will write into the empty `directory` (on a file system that all ranks see). Collective.
+    """Snapshot what this rank will write into the empty `directory` (on a file system that all ranks see). Collective.
 
-    `sharding` is passed to the chunks' sharded_state_dict. With `buffers`, copied to the host: training may go on before it is written. Raises CheckpointError, on all ranks, when there is no room.
+    `sharding` is passed to the chunks' sharded_state_dict. With `buffers` the tensors are copied to the host, and
+    training may continue before they are written. Raises CheckpointError, on all ranks, when the disk has too little
+    space.
     """
     gather_updated_params(chunks)
     weights = named_weights(chunks, sharding)
     entries = _build_factories(nested_values(weights))
-    live = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    gatherings: list[OptimizerStateGather] = []
+    live: list[torch.Tensor] = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    gathers: list[OptimizerStateGather] = []
     if optimizer is not None:
-        entries += _build_factories(_saved_state(optimizer, weights, gatherings, buffers))
+        entries += _build_factories(_saved_state(optimizer, weights, gathers, buffers))
         live += [
             tensor
             for part in chained_optimizers(optimizer)
-            for piece in optimizer_shards(part)
-            for tensor in piece.tensors.values()
+            for shard in optimizer_shards(part)
+            for tensor in shard.tensors.values()
         ]
     _check_space(directory, entries)
 
     def fill(group: dist.ProcessGroup | None) -> None:
-        for gathering in gatherings:
-            gathering.complete(group)
+        for gather in gathers:
+            gather.complete(group)
 
     snapshot = CheckpointSnapshot(buffers, live=live, fill=fill)
     dist_checkpointing.save(_numbered(entries), str(directory), snapshot)
@@ -89,16 +91,17 @@ def load_sharded(
     updates: int,
     sharding: dict[str, Any],
 ) -> None:
-    """Read weights, and with an optimizer its state, in place, at whatever layout they were written. Collective.
+    """Load weights and, with an optimizer, its state, in place, whatever layout wrote them. Collective.
 
-    `updates` becomes the step count of every trained parameter. Raises CheckpointError, on all ranks, when names or shapes differ.
+    `updates` becomes the step count of every trained parameter. Raises CheckpointError, on all ranks, when names or
+    shapes differ.
     """
     weights = named_weights(chunks, sharding)
     entries = _build_factories(nested_values(weights))
     targets = [] if optimizer is None else list(_state_targets(optimizer, weights))
     entries += _build_factories(target.entry for target in targets)
     _check_fit(directory, entries, with_state=optimizer is not None)
-    # A rank of a sharded optimizer asks for the parameters that it updates alone, so nobody covers everything.
+    # A rank of a sharded optimizer loads only the parameters that it updates, so no group of ranks covers everything.
     dist_checkpointing.load(_numbered(entries), str(directory), validate_access_integrity=False)
     for target in targets:
         target.copy_shard()
@@ -107,7 +110,7 @@ def load_sharded(
 
 
 def count_updates(optimizer: MegatronOptimizer) -> int:
-    """Updates that the trained parameters, on whatever stage, have had. Collective."""
+    """Return the number of updates that the trained parameters, on whatever stage, have had. Collective."""
     counts = gather_objects(set(step_counts(optimizer)))
     different = set[int]().union(*counts)
     assert len(different) == 1, f"parameters had different numbers of updates: {sorted(different)}"
@@ -116,7 +119,7 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """What this rank keeps for one trained parameter: its fp32 weight and moments, by name, from flat position `start` on."""
+    """This rank's fp32 weight and moments of one trained parameter, by name, from flat position `start` on."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -125,22 +128,25 @@ class OptimizerShard:
 
 @dataclass(frozen=True)
 class _LoadTarget:
-    """Where one tensor of optimizer state is read into: the `whole` parameter's, of which this rank keeps a piece from `start` on."""
+    """Destination of one tensor of optimizer state.
+
+    `full` is loaded; its part from `start` on belongs to this rank and goes to `local`.
+    """
 
     entry: ShardedEntry
-    whole: torch.Tensor
-    kept: torch.Tensor
+    full: torch.Tensor
+    local: torch.Tensor
     start: int
 
     @torch.no_grad()
     def copy_shard(self) -> None:
-        """Copy the piece out, unless `whole` is a view of it and hence already there."""
-        if self.whole.data_ptr() != self.kept.data_ptr():
-            self.kept.view(-1).copy_(self.whole.view(-1)[self.start : self.start + self.kept.numel()])
+        """Copy this rank's part to `local`, unless `full` is a view of it."""
+        if self.full.data_ptr() != self.local.data_ptr():
+            self.local.view(-1).copy_(self.full.view(-1)[self.start : self.start + self.local.numel()])
 
 
 def named_weights(chunks: Sequence[torch.nn.Module], sharding: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Core's layers also name objects that only Transformer Engine fills; those are left out."""
+    """Return the sharded entries of every chunk, without the extra-state objects that only Transformer Engine fills."""
     found = {
         f"chunk{number}": unwrap_model(chunk).sharded_state_dict(metadata=dict(sharding))
         for number, chunk in enumerate(chunks)
@@ -152,8 +158,8 @@ def named_weights(chunks: Sequence[torch.nn.Module], sharding: dict[str, Any]) -
 
 
 def _build_factories(entries: Iterable[ShardedEntry]) -> list[ShardedTensor]:
-    """Fused matrices as the parts that are stored; the parts are views, so what is read lands in place."""
-    tensors = []
+    """Replace fused matrices by their stored parts; the parts are views, so loading fills the parameter."""
+    tensors: list[ShardedTensor] = []
     for entry in entries:
         tensors += nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]
     return tensors
@@ -166,71 +172,71 @@ def _numbered(tensors: Sequence[ShardedTensor]) -> dict[str, ShardedTensor]:
 def _saved_state(
     optimizer: MegatronOptimizer,
     weights: dict[str, Any],
-    gatherings: list[OptimizerStateGather],
+    gathers: list[OptimizerStateGather],
     buffers: HostBuffers | None,
 ) -> Iterator[ShardedEntry]:
-    """What a sharded optimizer's ranks hold in pieces is announced by the first of them, and there when the new one of `gatherings` is complete."""
+    """Yield the optimizer state entries that this rank writes.
+
+    State that a sharded optimizer splits over ranks is written by the first of them, from buffers that one of `gathers`
+    fills.
+    """
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
     for part in chained_optimizers(optimizer):
         if isinstance(part, DistributedOptimizer):
-            kept = {id(piece.parameter): piece.tensors for piece in _sharded_pieces(part)}
-            gatherings.append(
-                OptimizerStateGather(part, kept, names=STATES, buffers=buffers, label=str(len(gatherings)))
-            )
-            for (parameter, name), whole in gatherings[-1].wholes.items():
-                yield _state_entry(by_parameter[parameter], name, whole)
+            local = {id(shard.parameter): shard.tensors for shard in _distributed_shards(part)}
+            gathers.append(OptimizerStateGather(part, local, names=STATES, buffers=buffers, label=str(len(gathers))))
+            for (parameter, name), full in gathers[-1].full_tensors.items():
+                yield _state_entry(by_parameter[parameter], name, full)
         else:
-            for piece in _whole_pieces(part):
-                for name, tensor in piece.tensors.items():
-                    yield _state_entry(by_parameter[id(piece.parameter)], name, tensor.float())
+            for shard in _unsharded_shards(part):
+                for name, tensor in shard.tensors.items():
+                    yield _state_entry(by_parameter[id(shard.parameter)], name, tensor.float())
 
 
 def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Iterator[_LoadTarget]:
-    """Only of the parameters that this rank updates, so that the memory needed falls with the number of data-parallel ranks."""
+    """Yield load targets only for parameters that this rank updates: memory shrinks with the number of DP ranks."""
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
     for part in chained_optimizers(optimizer):
-        for piece in optimizer_shards(part):
-            shape = piece.parameter.shape
-            for name, kept in piece.tensors.items():
-                in_place = kept.numel() == shape.numel() and kept.dtype is torch.float32
-                whole = kept.detach().view(shape) if in_place else torch.empty(shape)
-                yield _LoadTarget(
-                    _state_entry(by_parameter[id(piece.parameter)], name, whole), whole, kept, piece.start
-                )
+        for shard in optimizer_shards(part):
+            shape = shard.parameter.shape
+            for name, local in shard.tensors.items():
+                in_place = local.numel() == shape.numel() and local.dtype is torch.float32
+                full = local.detach().view(shape) if in_place else torch.empty(shape)
+                yield _LoadTarget(_state_entry(by_parameter[id(shard.parameter)], name, full), full, local, shard.start)
 
 
 def optimizer_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
-    """What one of core's optimizers keeps on this rank."""
-    return _sharded_pieces(part) if isinstance(part, DistributedOptimizer) else _whole_pieces(part)
+    """Return this rank's shards of one of core's optimizers."""
+    return _distributed_shards(part) if isinstance(part, DistributedOptimizer) else _unsharded_shards(part)
 
 
-def _sharded_pieces(part: DistributedOptimizer) -> Iterator[OptimizerShard]:
+def _distributed_shards(part: DistributedOptimizer) -> Iterator[OptimizerShard]:
     for buffer in part.gbuf_ranges:
         for buckets in buffer.values():
             for bucket in buckets:
                 for parameter, ranges in bucket["param_map"].items():
                     group, position = part.model_param_group_index_map[parameter]
                     main = part.optimizer.param_groups[group]["params"][position]
-                    yield OptimizerShard(parameter, ranges["param"].start, _kept(part, main))
+                    yield OptimizerShard(parameter, ranges["param"].start, _state_tensors(part, main))
 
 
-def _whole_pieces(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
+def _unsharded_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
     if isinstance(part, Float16OptimizerWithFloat16Params):
         halves, mains = (chain.from_iterable(groups) for groups in (part.float16_groups, part.fp32_from_float16_groups))
         pairs = [*zip(halves, mains), *((main, main) for main in chain.from_iterable(part.fp32_from_fp32_groups))]
     else:
         pairs = [(main, main) for group in part.param_groups for main in group["params"]]
     for parameter, main in pairs:
-        yield OptimizerShard(parameter, 0, _kept(part, main))
+        yield OptimizerShard(parameter, 0, _state_tensors(part, main))
 
 
-def _kept(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
+def _state_tensors(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
     state = part.optimizer.state[main]
     return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
 
 def _state_entry(weight: ShardedEntry, name: str, data: torch.Tensor) -> ShardedEntry:
-    """`data`, of the weight's own shape, split and named like the weight."""
+    """Sharded entry of `data`, which has the weight's shape, split and named like the weight."""
     changes: dict[str, Any] = {"key": f"{STATE_PREFIX}{name}.{weight.key}", "data": data}
     if isinstance(weight, ShardedTensor):
         changes["dtype"] = data.dtype
@@ -238,29 +244,32 @@ def _state_entry(weight: ShardedEntry, name: str, data: torch.Tensor) -> Sharded
 
 
 def _check_space(directory: Path, tensors: Sequence[ShardedTensor]) -> None:
-    """A full disk is better noticed before anything is written."""
-    mine = sum(tensor.data.numel() * tensor.data.itemsize for tensor in tensors if is_main_replica(tensor.replica_id))
-    reports = gather_objects((mine, shutil.disk_usage(directory).free))
+    """Raise CheckpointError on all ranks when the disk has too little free space."""
+    own_bytes = sum(
+        tensor.data.numel() * tensor.data.itemsize for tensor in tensors if is_main_replica(tensor.replica_id)
+    )
+    reports = gather_objects((own_bytes, shutil.disk_usage(directory).free))
     needed, free = sum(size for size, _ in reports), reports[0][1]
     if needed > free:
         raise CheckpointError(
-            f"{directory}: a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again"
+            f"{directory}: a checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "make room, then start again"
         )
 
 
 def _check_fit(directory: Path, tensors: Sequence[ShardedTensor], *, with_state: bool) -> None:
-    """Names and shapes of all ranks against the stored ones; every rank comes to the same verdict."""
+    """Compare names and shapes of all ranks with the stored ones; every rank reaches the same result."""
     stored = _stored_shapes(directory)
     if not with_state:
         stored = {name: shape for name, shape in stored.items() if not name.startswith(STATE_PREFIX)}
     parts = gather_objects({tensor.key: tuple(tensor.global_shape) for tensor in tensors})
-    here = {name: shape for part in parts for name, shape in part.items()}
-    wrong = [name for name in stored.keys() | here.keys() if stored.get(name) != here.get(name)]
+    own = {name: shape for part in parts for name, shape in part.items()}
+    wrong = [name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name)]
     wrong.sort(key=lambda name: (name.startswith(STATE_PREFIX), name))
     if not wrong:
         return
     lines = [
-        f"  {name}: {_shape(here, name)} here, {_shape(stored, name)} in the checkpoint"
+        f"  {name}: {_shape(own, name)} here, {_shape(stored, name)} in the checkpoint"
         for name in wrong[:SHOWN_MISMATCHES]
     ]
     if len(wrong) > SHOWN_MISMATCHES:

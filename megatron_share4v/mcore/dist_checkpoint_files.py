@@ -1,6 +1,7 @@
-"""Global tensors in the files of a dist_checkpointing directory (format torch_dist), one at a time and without ranks: what conversion needs.
+"""Global tensors in the files of a dist_checkpointing directory (format torch_dist), for conversion.
 
-The files are those that `mcore.checkpointing` reads and writes at any layout. Which directories are whole is checkpoint/'s business.
+Read and written one at a time and without ranks. The files are those that `mcore.dist_checkpoint` reads and writes at
+any layout. Completeness of directories is handled by checkpoint/.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # pickled into .metadata: the format names this class
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -32,19 +34,19 @@ COMMON = "common.pt"
 DESCRIPTION = ".metadata"
 
 
-class Appended(Protocol):
-    """What bytes are written to, one piece after the other."""
+class AppendableFile(Protocol):
+    """File-like object that tensors are appended to."""
 
     def write(self, data: Any) -> int:
-        """As a file's."""
+        """Append `data`."""
 
     def flush(self) -> None:
-        """As a file's."""
+        """Flush buffered bytes."""
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where the bytes of one whole tensor lie."""
+class ByteRange:
+    """Byte range of one full tensor in a file."""
 
     file: str
     offset: int
@@ -54,12 +56,12 @@ class Placed:
 @dataclass(frozen=True)
 class _Chunk:
     starts: tuple[int, ...]
-    place: Placed
+    byte_range: ByteRange
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A global tensor of a checkpoint, whatever the number of ranks that wrote it."""
+    """Global tensor of a checkpoint, whatever the number of ranks that wrote it."""
 
     directory: Path
     name: str
@@ -68,20 +70,21 @@ class StoredTensor:
     chunks: tuple[_Chunk, ...]
 
     def read(self) -> torch.Tensor:
-        """The whole tensor. Raises CheckpointError that names it when its bytes cannot be read."""
+        """Return the full tensor. Raises CheckpointError with its name when its bytes cannot be read."""
         if len(self.chunks) == 1:
             return self._read(self.chunks[0])
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        full = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.chunks:
             part = self._read(chunk)
-            whole[tuple(slice(start, start + size) for start, size in zip(chunk.starts, part.shape))] = part
-        return whole
+            full[tuple(slice(start, start + size) for start, size in zip(chunk.starts, part.shape))] = part
+        return full
 
     def _read(self, chunk: _Chunk) -> torch.Tensor:
-        path = self.directory / chunk.place.file
+        path = self.directory / chunk.byte_range.file
         try:
             with open(path, "rb", buffering=0) as file:
-                return torch.load(_Window(file, chunk.place), map_location="cpu", weights_only=True)
+                window = cast(IO[bytes], _ByteRangeFile(file, chunk.byte_range))
+                return torch.load(window, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
@@ -89,11 +92,11 @@ class StoredTensor:
             ) from error
 
 
-class _Window(io.RawIOBase):
-    """One tensor's part of a file as a file, so that its values are read to where they stay."""
+class _ByteRangeFile(io.RawIOBase):
+    """A byte range of a file as a file of its own; values are read straight into the destination."""
 
-    def __init__(self, file: io.RawIOBase, place: Placed) -> None:
-        self._file, self._place, self._position = file, place, 0
+    def __init__(self, file: io.RawIOBase, byte_range: ByteRange) -> None:
+        self._file, self._range, self._position = file, byte_range, 0
 
     def readable(self) -> bool:
         return True
@@ -105,13 +108,13 @@ class _Window(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._place.length}[whence]
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._range.length}[whence]
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        left = memoryview(buffer).cast("B")[: max(0, self._place.length - self._position)]
+        left = memoryview(buffer).cast("B")[: max(0, self._range.length - self._position)]
         total = 0
-        self._file.seek(self._place.offset + self._position)
+        self._file.seek(self._range.offset + self._position)
         while total < len(left) and (count := self._file.readinto(left[total:])):
             total += count
         self._position += total
@@ -119,7 +122,10 @@ class _Window(io.RawIOBase):
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint `directory` by its global name, optimizer state included; nothing but their description is read."""
+    """Return every tensor of the checkpoint `directory` by its global name, optimizer state included.
+
+    Reads metadata only.
+    """
     try:
         described = torch_checkpoint.FileSystemReader(directory).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
@@ -127,28 +133,28 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             f"{directory}: its {DESCRIPTION} cannot be read ({error}); use another checkpoint, or copy this one again"
         ) from error
     assert described.storage_data is not None
-    places: dict[str, list[_Chunk]] = {}
+    chunks: dict[str, list[_Chunk]] = {}
     for index, info in described.storage_data.items():
-        place = Placed(info.relative_path, info.offset, info.length)
-        places.setdefault(index.fqn, []).append(_Chunk(tuple(index.offset or ()), place))
+        byte_range = ByteRange(info.relative_path, info.offset, info.length)
+        chunks.setdefault(index.fqn, []).append(_Chunk(tuple(index.offset or ()), byte_range))
     return {
-        name: StoredTensor(directory, name, tuple(entry.size), entry.properties.dtype, tuple(places[name]))
+        name: StoredTensor(directory, name, tuple(entry.size), entry.properties.dtype, tuple(chunks[name]))
         for name, entry in described.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def write_tensor(file: Appended, tensor: torch.Tensor) -> None:
-    """Append the bytes of `tensor` alone, in the format that `stored_tensors` and dist_checkpointing read."""
+def write_tensor(file: AppendableFile, tensor: torch.Tensor) -> None:
+    """Append the bytes of `tensor` in the format that `stored_tensors` and dist_checkpointing read."""
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     with _without_crc():
-        torch.save(tensor, file)
+        torch.save(tensor, cast(IO[bytes], file))
 
 
 @contextlib.contextmanager
 def _without_crc() -> Iterator[None]:
-    """The manifest has a SHA-256 of the same bytes; the format's own checksums would take as long again."""
+    """Disable the format's checksums, which take as long as the manifest's SHA-256 of the same bytes."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -158,16 +164,22 @@ def _without_crc() -> Iterator[None]:
 
 
 def describe_tensors(
-    directory: Path, placed: Mapping[str, Placed], *, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]
+    directory: Path,
+    byte_ranges: Mapping[str, ByteRange],
+    *,
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
 ) -> None:
-    """Write what makes `directory`, with the data of `tensors` (name, shape, dtype) where `placed` says, a dist_checkpointing directory."""
-    entries: dict[str, TensorStorageMetadata] = {}
+    """Write the metadata that makes `directory` a dist_checkpointing directory.
+
+    `byte_ranges` says where the data of `tensors` (name, shape, dtype) lies.
+    """
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for name, shape, dtype in tensors:
-        start, size, place = torch.Size([0] * len(shape)), torch.Size(shape), placed[name]
+        start, size, byte_range = torch.Size([0] * len(shape)), torch.Size(shape), byte_ranges[name]
         chunk = ChunkStorageMetadata(offsets=start, sizes=size)
         entries[name] = TensorStorageMetadata(properties=TensorProperties(dtype=dtype), size=size, chunks=[chunk])
-        storage[MetadataIndex(name, start, 0)] = _StorageInfo(place.file, place.offset, place.length)
+        storage[MetadataIndex(name, start, 0)] = _StorageInfo(byte_range.file, byte_range.offset, byte_range.length)
     with open(directory / DESCRIPTION, "wb") as file:
         pickle.dump(Metadata(state_dict_metadata=entries, storage_data=storage), file)
     torch.save({}, directory / COMMON)

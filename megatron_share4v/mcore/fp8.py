@@ -1,24 +1,32 @@
-"""Tensor-parallel linear layers whose products run in FP8 without Transformer Engine (ops/fp8_linear.py), and the way back for a moment.
+"""Tensor-parallel linear layers with FP8 matrix products without Transformer Engine (ops/fp8_linear.py).
 
-Parameters, their names and their communication are core's: checkpoints do not know the difference. Scales are of each rank's own part of a weight.
+Parameters, their names and communication are core's, so checkpoints are the same with and without FP8. Scales are per
+rank: of its own shard of a weight.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.ops.fp8_linear import fp8_linear
 
+if TYPE_CHECKING:  # the mixin goes before either of core's classes
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear as _Base
+else:
+    _Base = object
 
-class _ProductInFp8:
-    """Replaces the product of core's layer, which also does the communication on the input's side."""
 
+class _Fp8Linear(_Base):
+    """Mixin that replaces the matrix product of core's layer and does the communication of its input."""
+
+    config: LayerConfig
     in_fp8 = True
 
     def _forward_impl(
@@ -33,38 +41,42 @@ class _ProductInFp8:
         **others: Any,
     ) -> torch.Tensor:
         if not self.in_fp8:
-            communication = {
-                "allreduce_dgrad": allreduce_dgrad,
-                "sequence_parallel": sequence_parallel,
-                "tp_group": tp_group,
-            }
-            return super()._forward_impl(input=input, weight=weight, bias=bias, **communication, **others)
+            return super()._forward_impl(
+                input=input,
+                weight=weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                tp_group=tp_group,
+                **others,
+            )
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        how = {"precise_weight_grad": self.config.precise_weight_gradient, "implementation": self.config.ops}
-        return fp8_linear(input, weight=weight, bias=bias, **how)
+        return fp8_linear(
+            input,
+            weight=weight,
+            bias=bias,
+            precise_weight_grad=self.config.precise_weight_gradient,
+            implementation=self.config.ops,
+        )
 
 
-class Fp8ColumnParallelLinear(_ProductInFp8, ColumnParallelLinear):
-    """Core's, in FP8."""
+class Fp8ColumnParallelLinear(_Fp8Linear, ColumnParallelLinear):
+    """Core's ColumnParallelLinear in FP8."""
 
 
-class Fp8RowParallelLinear(_ProductInFp8, RowParallelLinear):
-    """Core's, in FP8."""
+class Fp8RowParallelLinear(_Fp8Linear, RowParallelLinear):
+    """Core's RowParallelLinear in FP8."""
 
 
 @contextlib.contextmanager
 def without_fp8(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """All products of `chunks` in the type of their weights, ours and Transformer Engine's."""
-    own = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _ProductInFp8)]
-    configs = {
-        id(module.config): module.config
-        for chunk in chunks
-        for module in chunk.modules()
-        if getattr(getattr(module, "config", None), "fp8", None)
-    }
+    """Run all products of `chunks`, ours and Transformer Engine's, in the dtype of their weights."""
+    own = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _Fp8Linear)]
+    all_configs = (getattr(module, "config", None) for chunk in chunks for module in chunk.modules())
+    configs: dict[int, Any] = {id(config): config for config in all_configs if getattr(config, "fp8", None)}
     formats = {key: config.fp8 for key, config in configs.items()}
     try:
         for module in own:

@@ -1,4 +1,4 @@
-"""The gradient by module: who is to blame when the norm of the whole is not what it should be. Not for every step."""
+"""Gradient norm by module, to locate a bad total norm. Too slow for every step."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ _LAYER = re.compile(r"(.*\blayers\.\d+)\.")
 def grad_norms_by_module(
     chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, mesh: Mesh, sharding: dict[str, Any]
 ) -> dict[str, float]:
-    """L2 norm of the gradient that the optimizer was about to use, by layer and other module, under global names; equal on all ranks. Collective.
+    """Return the L2 norm of the gradient of each layer and other module, under global names; equal on all ranks.
 
-    Call it after optimizer.prepare_grads() and before the gradients are scaled. Only trained modules have one.
+    Collective.
+
+    Call after optimizer.prepare_grads() and before gradients are scaled. Only trained modules are listed.
     """
     names = {id(entry.data): entry.key for entry in nested_values(named_weights(chunks, sharding))}
     squares: dict[str, float] = {}
     for part in chained_optimizers(optimizer):
         if not isinstance(part, DistributedOptimizer) and not mesh.is_first_replica:
-            continue  # all replicas hold the same
-        for piece in optimizer_shards(part):
-            gradient = piece.tensors["param"].grad
-            if gradient is not None and param_is_not_tensor_parallel_duplicate(piece.parameter):
-                module = _module(names[id(piece.parameter)])
+            continue  # all replicas hold the same gradients
+        for shard in optimizer_shards(part):
+            gradient = shard.tensors["param"].grad
+            if gradient is not None and param_is_not_tensor_parallel_duplicate(shard.parameter):
+                module = _module(names[id(shard.parameter)])
                 squares[module] = (
                     squares.get(module, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
                 )

@@ -1,7 +1,7 @@
-"""Process groups: a Layout becomes a Mesh, once, for the length of a block.
+"""Process groups of a Layout, held by a Mesh for the length of a `with` block.
 
-megatron-core still reads its module `parallel_state` inside schedules and layers, so it is initialised here, from the same Layout, and
-named nowhere else in the project.
+megatron-core still reads its module `parallel_state` inside schedules and layers, so it is initialized here, from the
+same Layout, and used nowhere else in the project.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ProcessGroup = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the layout, with the groups it talks to."""
+    """Coordinates of this rank in the layout, with its process groups."""
 
     layout: Layout
     device: Device
@@ -34,60 +34,61 @@ class Mesh:
 
     @property
     def tp_group(self) -> ProcessGroup:
-        """Ranks that share every matrix with this one."""
+        """Tensor-parallel group."""
         return self.groups.tp
 
     @property
     def dp_group(self) -> ProcessGroup:
-        """Ranks that do what this one does, with other samples."""
+        """Data-parallel group: ranks with the same weights and other samples."""
         return self.groups.dp
 
     @property
     def cp_group(self) -> ProcessGroup:
-        """Ranks that hold other positions of the same sequences."""
+        """Context-parallel group: ranks that hold other positions of the same sequences."""
         return self.groups.cp
 
     @property
     def dp_cp_group(self) -> ProcessGroup:
-        """Ranks that hold the same weights as this one: those of the data and the context axis."""
+        """Group of the DP and CP axes: all ranks that hold the same weights."""
         return self.groups.dp_cp
 
     @property
     def is_first_replica(self) -> bool:
-        """Of those, one that can speak for all."""
+        """True on DP rank 0, CP rank 0: one rank per set of replicated weights."""
         return self.coordinates.data == self.coordinates.context == 0
 
     @property
     def tp_cp_group(self) -> ProcessGroup:
-        """Ranks of this pipeline rank that work on the same samples, tensor fastest: those of the tensor and the context axis."""
+        """Group of the TP and CP axes, TP fastest: ranks of one pipeline rank that work on the same samples."""
         return self.groups.tp_cp
 
     @property
     def tp_cp_source_rank(self) -> int:
-        """Global rank of the first of them, which reads the data for the others."""
+        """Global rank of the first member of `tp_cp_group`, which reads the data and broadcasts it to the others."""
         return dist.get_global_rank(self.groups.tp_cp, 0)
 
     @property
     def reads_data(self) -> bool:
-        """One rank per sample group reads text; the others receive."""
+        """True on TP rank 0, CP rank 0, which reads text and broadcasts it."""
         return self.coordinates.tensor == self.coordinates.context == 0
 
     @property
     def is_first_stage(self) -> bool:
-        """The vision tower, the projector and the embedding live here."""
+        """True on pipeline rank 0, which holds the vision tower, the projector and the embedding."""
         return self.coordinates.pipeline == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """The head and the loss live here."""
+        """True on the last pipeline rank, which holds the head and the loss."""
         return self.coordinates.pipeline == self.layout.pipeline - 1
 
 
 @contextlib.contextmanager
 def open_mesh(layout: Layout, *, device: Device, timeout_s: int = 600) -> Iterator[Mesh]:
-    """Create all groups of `layout` over the default process group; ConfigError when its world size differs.
+    """Create all groups of `layout` over the default process group; destroy them on exit.
 
-    A collective of one of these groups that waits longer than `timeout_s` seconds ends the job.
+    Raises ConfigError when the world size differs from the layout's. A collective of one of these groups that takes
+    longer than `timeout_s` seconds ends the job.
     """
     if dist.get_world_size() != layout.world_size:
         raise ConfigError(f"layout {layout} needs {layout.world_size} ranks; {dist.get_world_size()} joined")
@@ -96,11 +97,11 @@ def open_mesh(layout: Layout, *, device: Device, timeout_s: int = 600) -> Iterat
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
-        # Core's own default is 30 minutes, whatever the default group was told.
+        # Core defaults to 30 minutes, whatever timeout the default group has.
         distributed_timeout_minutes=timeout_s / 60,
     )
     try:
-        # Layers ask the tracker for a state even when nothing is random (this project's models have no dropout).
+        # Layers read the RNG tracker's state even though these models use no dropout.
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
         rank = dist.get_rank()
         groups = ProcessGroupCollection.use_mpu_process_groups()

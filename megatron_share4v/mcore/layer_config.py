@@ -1,4 +1,7 @@
-"""Our configuration, translated once into megatron-core's. Every value that core would otherwise guess is set here."""
+"""megatron-core configurations of the tower, projector and language model layers.
+
+Every value that core would otherwise guess is set here.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,16 @@ _UNFUSED = dict(
 
 @dataclass
 class LayerConfig(TransformerConfig):
-    """Core's configuration of a tower's layers, and what ours need beside it."""
+    """Core's TransformerConfig with the fields that our layers add."""
 
     ops: Implementation = "reference"
-    """Of the fused ops in these layers; backends.py decides."""
+    """Implementation of the fused ops; backends.py decides."""
     attention: str = "sdpa"
-    """Kernel of the attention (attention.py); backends.py decides."""
+    """Attention kernel (attention.py); backends.py decides."""
     precise_weight_gradient: bool = False
-    """In FP8 layers of ours (fp8.py)."""
+    """Whether FP8 layers (fp8.py) compute weight gradients in the weight's dtype."""
     activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")  # noqa: RUF009 (immutable)
-    """Between the matrices of an MLP, called as f(x, bias=bias of the first) (mlp.py). Core's own `activation_func` is not used."""
+    """Activation of an MLP, called as f(x, bias=bias of fc1) (mlp.py). Core's own `activation_func` is not used."""
 
 
 def _base(
@@ -52,13 +55,13 @@ def _base(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Weights are made on the CPU and filled by model/initialize.py or a checkpoint: core draws nothing.
+        # Weights are allocated on the CPU and filled by model/initialize.py or a checkpoint; core initializes nothing.
         use_cpu_initialization=True,
         perform_initialization=False,
         init_method_std=init_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Loss is a sum and a count; core divides gradients by the global count of the step.
+        # The loss is a sum and a count; core divides gradients by the global count of the step.
         calculate_per_token_loss=True,
         num_layers=num_layers,
         **_UNFUSED,
@@ -74,7 +77,10 @@ def language_config(
     options: LayerOptions = LayerOptions(),
     layers_per_stage: Sequence[int],
 ) -> LayerConfig:
-    """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases. `layers_per_stage` covers pipeline x virtual stages in order."""
+    """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases.
+
+    `layers_per_stage` covers pipeline x virtual stages in order.
+    """
     language = model.language
     stages = [["decoder"] * count for count in layers_per_stage]
     stages[0].insert(0, "embedding")
@@ -84,17 +90,17 @@ def language_config(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=language.num_layers),
         attention=options.attention,
         precise_weight_gradient=options.fp8.precise_weight_gradient,
-        **(options.fp8.engine_settings() if options.engine != "none" else {}),
-        **options.language.settings(),
+        **(options.fp8.te_config_kwargs() if options.transformer_engine != "none" else {}),
+        **options.language.config_kwargs(),
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
         pipeline_model_parallel_layout=stages if parallel.pipeline > 1 else None,
-        # With two pipeline ranks, batched point-to-point calls of the interleaved schedule swap two messages without an error.
+        # With two pipeline ranks, batched point-to-point calls of the interleaved schedule silently swap two messages.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        batch_p2p_sync=False,  # a wait of the host after each message, which versions of torch needed that are long gone
-        variable_seq_lengths=options.own_lengths and parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # the default of core's refuses other lengths, also where there are no experts
+        batch_p2p_sync=False,  # a host sync after each message, which only old versions of torch needed
+        variable_seq_lengths=options.variable_seq_lengths and parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # core's default does not allow variable lengths, even without experts
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         tp_comm_overlap=parallel.overlap_tensor,
@@ -119,8 +125,11 @@ def vision_config(
     ops: Implementation,
     options: LayerOptions = LayerOptions(),
 ) -> LayerConfig:
-    """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU. It lives on the first stage alone, without sequence parallelism
-    (its 577 tokens would be duplicated, not split); of the ranks that share a sequence, each has the images of its own positions."""
+    """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU.
+
+    On the first stage only, without sequence parallelism (its 577 tokens would be duplicated, not split); each CP rank
+    has the images of its own positions.
+    """
     vision = model.vision
     return LayerConfig(
         **_base(
@@ -128,7 +137,7 @@ def vision_config(
         ),
         attention=options.tower_attention,
         precise_weight_gradient=options.fp8.precise_weight_gradient,
-        **options.tower.settings(),
+        **options.tower.config_kwargs(),
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         num_attention_heads=vision.num_attention_heads,

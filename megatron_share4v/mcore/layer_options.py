@@ -1,4 +1,4 @@
-"""What a run chooses about its transformer layers beside their shape: computed how, and what of them is kept for the backward pass."""
+"""Run-dependent options of transformer layers: recomputation, FP8, Transformer Engine, attention kernel."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from megatron_share4v.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Recomputation:
-    """Of one tower; the fields are those of TrainConfig."""
+    """Activation recomputation of one tower; the fields are those of TrainConfig."""
 
     granularity: Recompute = "none"
     modules: tuple[str, ...] = ()
     layers: int | None = None
 
-    def settings(self) -> dict[str, Any]:
-        """For core's configuration. Core counts layers as `uniform` (all, one by one) or `block` (the first ones of each stage)."""
+    def config_kwargs(self) -> dict[str, Any]:
+        """Return arguments of core's configuration.
+
+        Core counts layers as `uniform` (all, one by one) or `block` (the first of each stage).
+        """
         if self.granularity == "none":
             return {}
         if self.granularity == "selective":
@@ -47,11 +50,14 @@ class Fp8:
     precise_weight_gradient: bool = False
 
     def covers(self, layer: int, *, layers: int) -> bool:
-        """Whether decoder layer `layer` of `layers`, counted from 0, is among them."""
+        """Whether decoder layer `layer` of `layers`, counted from 0, is in FP8."""
         return self.recipe != "none" and self.first_layers <= layer < layers - self.last_layers
 
-    def engine_settings(self) -> dict[str, Any]:
-        """For core's configuration, where Transformer Engine does it. Blocks have scales of their own and no need for a second format."""
+    def te_config_kwargs(self) -> dict[str, Any]:
+        """Return arguments of core's configuration for FP8 by Transformer Engine.
+
+        Blockwise recipes have a scale per block and need no second format.
+        """
         if self.recipe == "none":
             return {}
         return {
@@ -74,21 +80,21 @@ class Fp8:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """Defaults are those of inference and of conversion: plain layers that keep everything."""
+    """Layer options of a run. Defaults are those of inference and conversion: no recomputation, no FP8."""
 
     language: Recomputation = Recomputation()
     tower: Recomputation = Recomputation()
     fp8: Fp8 = Fp8()
-    engine: Literal["none", "language", "all"] = "none"
-    """Which matrix products are Transformer Engine's."""
+    transformer_engine: Literal["none", "language", "all"] = "none"
+    """Which matrix products Transformer Engine computes."""
     attention: str = "sdpa"
-    """Kernel of the language model's attention."""
-    own_lengths: bool = False
-    """Micro-batches have lengths of their own, which pipeline stages must tell each other."""
+    """Attention kernel of the language model."""
+    variable_seq_lengths: bool = False
+    """Whether sequence lengths vary between micro-batches, so that pipeline stages must exchange shapes."""
 
     @property
     def tower_attention(self) -> str:
-        """The tower's: its sequences are never packed, so kernels for packs have nothing to give there."""
+        """Attention kernel of the vision tower, whose sequences are never packed."""
         return "sdpa" if self.attention in ("varlen", "te") else self.attention
 
 
@@ -96,20 +102,20 @@ def layer_options(
     train: TrainConfig,
     *,
     precision: PrecisionConfig = PrecisionConfig(),
-    engine: Literal["none", "language", "all"] = "none",
+    transformer_engine: Literal["none", "language", "all"] = "none",
     attention: str = "sdpa",
-    own_lengths: bool = False,
+    variable_seq_lengths: bool = False,
     has_transformer_engine: bool = False,
 ) -> LayerOptions:
-    """Of one run. Raises ConfigError for what this machine cannot do."""
+    """Return the layer options of a run. Raises ConfigError for what this machine does not support."""
     if (
         "selective" in (train.recompute, train.recompute_tower)
         and "layernorm" in train.recompute_modules
         and not has_transformer_engine
     ):
         raise ConfigError(
-            "train.recompute_modules has layernorm, which megatron-core can recompute only where Transformer Engine is installed; leave it out, or "
-            "use train.recompute full"
+            "train.recompute_modules has layernorm, which megatron-core can recompute only where Transformer Engine is "
+            "installed; leave it out, or use train.recompute full"
         )
     return LayerOptions(
         language=Recomputation(
@@ -123,7 +129,7 @@ def layer_options(
             tower=precision.fp8_tower,
             precise_weight_gradient=precision.fp8_weight_gradient == "dtype",
         ),
-        engine=engine,
+        transformer_engine=transformer_engine,
         attention=attention,
-        own_lengths=own_lengths,
+        variable_seq_lengths=variable_seq_lengths,
     )

@@ -1,4 +1,4 @@
-"""Layer specs: which norm, linear layers and attention a transformer layer is made of."""
+"""Layer specs: the norm, linear layers and attention of a transformer layer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from megatron_share4v.ops.norm import layer_norm, rms_norm
 
 
 class NativeRMSNorm(torch.nn.RMSNorm):
-    """torch's, computed by our kernel."""
+    """torch.nn.RMSNorm with the fused kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., W] -> [..., W]."""
+        assert self.eps is not None
         return rms_norm(x, weight=self.weight, eps=self.eps, implementation="native")
 
 
 class NativeLayerNorm(torch.nn.LayerNorm):
-    """torch's, computed by our kernel."""
+    """torch.nn.LayerNorm with the fused kernel."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., W] -> [..., W]."""
@@ -43,51 +44,60 @@ class NativeLayerNorm(torch.nn.LayerNorm):
 NORMS = {
     ("RMSNorm", "native"): NativeRMSNorm,
     ("LayerNorm", "native"): NativeLayerNorm,
-    # torch has these norms fused already: faster than the reference formulas that the kernels are tested against.
+    # torch's fused norms are faster than the reference formulas that the kernels are tested against.
     ("RMSNorm", "reference"): torch.nn.RMSNorm,
     ("LayerNorm", "reference"): torch.nn.LayerNorm,
 }
 
 
 class Norm:
-    """RMSNorm or LayerNorm, by `config.normalization` and `config.ops`. Core's own wrapper refuses sequence parallelism."""
+    """RMSNorm or LayerNorm, by `config.normalization` and `config.ops`.
 
-    def __new__(cls, config: LayerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+    Core's own wrapper does not support sequence parallelism.
+    """
+
+    def __new__(cls, config: LayerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
+        """Build the norm module; core's build_module needs a class."""
         norm = NORMS[config.normalization, config.ops](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            # finalize_model_grads sums the gradients of tagged parameters over the tensor group.
+            # finalize_model_grads sums the gradients of tagged parameters over the TP group.
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
 
 @dataclass(frozen=True)
-class Linears:
-    """The matrices of a layer: split over their outputs, and over their inputs. All have the same parameters under the same names."""
+class LinearClasses:
+    """Column-parallel and row-parallel linear classes of a layer. All have the same parameters under the same names."""
 
     column: type = ColumnParallelLinear
     row: type = RowParallelLinear
 
 
-PLAIN = Linears()
-FP8 = Linears(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+PLAIN = LinearClasses()
+FP8 = LinearClasses(Fp8ColumnParallelLinear, Fp8RowParallelLinear)
 
 
-def _choose(*, fp8: bool, engine: bool) -> Linears:
-    """`engine`: Transformer Engine's, which are told apart from FP8 ones by core's configuration, not by class."""
-    if engine:
-        from megatron_share4v.mcore.layer_specs_te import COLUMN, ROW  # not importable without it
+def _linear_classes(*, fp8: bool, transformer_engine: bool) -> LinearClasses:
+    """Select the linear classes. Transformer Engine uses one class for bf16 and FP8: core's configuration decides."""
+    if transformer_engine:
+        from megatron_share4v.mcore.layer_specs_te import COLUMN, ROW  # not importable without Transformer Engine
 
-        return Linears(COLUMN, ROW)
+        return LinearClasses(COLUMN, ROW)
     return FP8 if fp8 else PLAIN
 
 
-def mlp_submodules(linears: Linears = PLAIN) -> MLPSubmodules:
-    """Column-parallel in, row-parallel out."""
+def mlp_submodules(linears: LinearClasses = PLAIN) -> MLPSubmodules:
+    """Column-parallel fc1, row-parallel fc2."""
     return MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
 
 
-def layer_spec(*, causal: bool, mesh: Mesh, linears: Linears = PLAIN, attention: type = CoreAttention) -> ModuleSpec:
-    """A pre-norm transformer layer. `causal=False` is for the vision tower (core's own ViT spec is causal, which CLIP is not)."""
+def layer_spec(
+    *, causal: bool, mesh: Mesh, linears: LinearClasses = PLAIN, attention: type = CoreAttention
+) -> ModuleSpec:
+    """Spec of a pre-norm transformer layer.
+
+    `causal=False` is for the vision tower (core's ViT spec is causal, CLIP is not).
+    """
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     submodules = SelfAttentionSubmodules(linear_qkv=linears.column, core_attention=attention, linear_proj=linears.row)
     return ModuleSpec(
@@ -104,8 +114,11 @@ def layer_spec(*, causal: bool, mesh: Mesh, linears: Linears = PLAIN, attention:
 
 
 def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: LayerOptions) -> TransformerBlockSubmodules:
-    """The decoder layers `numbers` (counted from 0) of `layers`, those of one stage, and the final norm (built on the last stage alone)."""
-    attention = CoreAttention
+    """Specs of one stage's decoder layers `numbers` (counted from 0) of `layers`, and the final norm.
+
+    Core builds the final norm on the last stage only.
+    """
+    attention: type = CoreAttention
     if options.attention == "te":
         from megatron_share4v.mcore.layer_specs_te import TEAttention
 
@@ -114,7 +127,9 @@ def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: Laye
         layer_spec(
             causal=True,
             mesh=mesh,
-            linears=_choose(fp8=options.fp8.covers(number, layers=layers), engine=options.engine != "none"),
+            linears=_linear_classes(
+                fp8=options.fp8.covers(number, layers=layers), transformer_engine=options.transformer_engine != "none"
+            ),
             attention=attention,
         )
         for number in numbers
@@ -123,5 +138,9 @@ def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: Laye
 
 
 def tower_spec(*, mesh: Mesh, options: LayerOptions) -> ModuleSpec:
-    """A block of the vision tower."""
-    return layer_spec(causal=False, mesh=mesh, linears=_choose(fp8=options.fp8.tower, engine=options.engine == "all"))
+    """Spec of a block of the vision tower."""
+    return layer_spec(
+        causal=False,
+        mesh=mesh,
+        linears=_linear_classes(fp8=options.fp8.tower, transformer_engine=options.transformer_engine == "all"),
+    )

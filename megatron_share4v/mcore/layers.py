@@ -1,4 +1,4 @@
-"""The tensor-parallel layers and building blocks that the model rooms use, as megatron-core provides them."""
+"""megatron-core's tensor-parallel layers and building blocks that model/ uses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LayerList(torch.nn.ModuleList):
     """Transformer layers that are all on this rank; checkpoints name them `<prefix><number>.…`, whatever the layout."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Core's own default would take the layers for unsplit tensors."""
+        """Return the entries of every layer; core's default would treat the layers as unsharded tensors."""
         sharded: dict = {}
         for number, layer in enumerate(self):
             sharded.update(sharded_state_dict_default(layer, f"{prefix}{number}.", sharded_offsets, metadata))
@@ -54,8 +54,11 @@ class LayerList(torch.nn.ModuleList):
 
 
 def mark_parallel_weights(model: torch.nn.Module) -> None:
-    """Tag split weights as such. Core does it only while drawing initial values, which this project does itself, and an
-    untagged weight would count on tensor rank 0 alone in the gradient norm."""
+    """Set the tensor-parallel attributes of sharded weights.
+
+    Core sets them only while initializing weights, which this project does itself; without them a weight would count on
+    TP rank 0 only in the gradient norm.
+    """
     dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         for kind, split in dimension.items():

@@ -1,13 +1,13 @@
-"""Gradient buffers and AdamW through megatron-core: data-parallel wrapping, per-component learning rates, sharded optimizer state.
+"""DDP gradient buffers and AdamW through megatron-core: per-component learning rates, sharded optimizer state.
 
-Without Transformer Engine or apex, core's optimizer is torch's AdamW, which counts steps per parameter; core's own way of restoring them
-is wrong, so the functions at the end do it for mcore/dist_checkpoint.py.
+Without Transformer Engine or apex, core's optimizer is torch's AdamW, which counts steps per parameter; core restores
+these counts wrongly, so the functions at the end do it for mcore/dist_checkpoint.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
+from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.mcore.schedule import set_schedule_hooks
 from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 from megatron_share4v.ops.op import Implementation
@@ -42,9 +44,10 @@ def wrap_ddp(
     gradients: Literal["fp32", "bf16"] = "fp32",
     bucket_elements: int | None = None,
 ) -> list[DistributedDataParallel]:
-    """Give trainable parameters, and these alone, gradient buffers that are reduced over the data-parallel group; in bf16 if the weights are too.
+    """Wrap chunks in DDP: gradient buffers for trainable parameters, reduced over the DP group.
 
-    `bucket_elements`: in parts of about that many, where communication overlaps; None: core's choice, 40 million or more.
+    `gradients`: bf16 buffers need bf16 weights. `bucket_elements`: approximate bucket size where communication
+    overlaps; None: core's default, 40 million or more.
     """
     config = chunks[0].config
     settings = DistributedDataParallelConfig(
@@ -65,16 +68,18 @@ def wrap_ddp(
 
 
 def gather_updated_params(chunks: Sequence[torch.nn.Module]) -> None:
-    """Bring all updated weights to this rank, before anything but a training step reads them: with overlap_param_gather, only those come by
-    themselves that the next forward pass of a training step asks for. Collective."""
+    """All-gather the updated weights before anything but a training step reads them. Collective.
+
+    With overlap_param_gather, only the next forward pass of a training step gathers them by itself.
+    """
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 
-def unwrap_model(chunk: torch.nn.Module) -> torch.nn.Module:
-    """The model chunk inside its data-parallel wrapper."""
-    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+def unwrap_model(chunk: torch.nn.Module) -> MegatronModule:
+    """Return the model chunk inside its DDP wrapper."""
+    return cast(MegatronModule, chunk.module if isinstance(chunk, DistributedDataParallel) else chunk)
 
 
 def build_optimizer(
@@ -85,7 +90,10 @@ def build_optimizer(
     dtype: torch.dtype,
     seed: int = 0,
 ) -> MegatronOptimizer:
-    """AdamW with fp32 weights. Each parameter group carries `max_lr`, the rate that the schedule scales. `seed`: of stochastic rounding."""
+    """Build AdamW with fp32 main weights. Each parameter group has `max_lr`, which the schedule scales.
+
+    `seed` is for stochastic rounding.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.learning_rate,
@@ -103,20 +111,23 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_config_overrides(optim))
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-    _use_fused_adamw(optimizer, optim, ops=unwrap_model(chunks[0]).config.ops, seed=seed)
+    layer_config = cast(LayerConfig, unwrap_model(chunks[0]).config)
+    _use_fused_adamw(optimizer, optim, ops=layer_config.ops, seed=seed)
     _init_optimizer_state(optimizer)
     return optimizer
 
 
 def _use_fused_adamw(optimizer: MegatronOptimizer, optim: OptimConfig, *, ops: Implementation, seed: int) -> None:
-    """Over each weight and its state, instead of a dozen: our AdamW, or torch's fused one where our ops are not there and nothing of ours is asked for."""
+    """Use FusedAdamW, or torch's fused AdamW when `ops` is "reference" and nothing needs FusedAdamW."""
     for group in optimizer.param_groups:
         group["fused"] = True
-    short = optim.moments == "bf16"
-    if ops == "native" or short or optim.offload:
-        how: dict[str, Any] = {"seed": seed, "average_dtype": torch.bfloat16} if short else {}
+    bf16_moments = optim.moments == "bf16"
+    if ops == "native" or bf16_moments or optim.offload:
+        options: dict[str, Any] = {"seed": seed, "average_dtype": torch.bfloat16} if bf16_moments else {}
         for part in chained_optimizers(optimizer):
-            part.optimizer = FusedAdamW.in_place_of(part.optimizer, on_host=optim.offload, implementation=ops, **how)
+            part.optimizer = FusedAdamW.in_place_of(
+                part.optimizer, on_host=optim.offload, implementation=ops, **options
+            )
 
 
 def _config_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
@@ -133,16 +144,17 @@ def _config_overrides(optim: OptimConfig) -> dict[ParamKey, dict[str, float]]:
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, factor: float) -> None:
-    """Scale every group's own rate."""
+    """Set each group's learning rate to `factor` times its `max_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = group["max_lr"] * factor
 
 
 @torch.no_grad()
 def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> torch.Tensor:
-    """[1] fp32: the square of the global L2 norm of the gradients, after optimizer.prepare_grads(). Collective, and nothing waits for it.
+    """Return the squared global L2 norm of the gradients, [1] fp32, without a host sync. Collective.
 
-    Core's own way gives a number of the host's, and asks the device for the norm of each weight where neither Transformer Engine nor apex is there.
+    Call after optimizer.prepare_grads(). Core's own function returns a host number and syncs once per weight where
+    neither Transformer Engine nor apex is installed.
     """
     gradients = [
         gradient
@@ -155,11 +167,11 @@ def squared_grad_norm(optimizer: MegatronOptimizer, *, device: torch.device) -> 
 
 
 def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float) -> None:
-    """Scale gradients of global L2 norm `norm` down to `max_norm`; core's own way would compute the norm once more.
+    """Scale gradients of global L2 norm `norm` down to `max_norm`.
 
-    Our own AdamW scales them as it reads them.
+    FusedAdamW scales gradients as it reads them. Core's own function would compute the norm again.
     """
-    coefficient = max_norm / (norm + 1e-6)  # core's and torch's
+    coefficient = max_norm / (norm + 1e-6)  # as in core and torch
     for part in chained_optimizers(optimizer):
         if not isinstance(part.optimizer, FusedAdamW):
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm, norm)
@@ -170,14 +182,17 @@ def clip_gradients(optimizer: MegatronOptimizer, *, max_norm: float, norm: float
 
 
 def chained_optimizers(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """Core's optimizers inside its chain; none on a pipeline stage that trains nothing (projector-only training)."""
+    """Yield core's optimizers inside its chain; none on a pipeline stage that trains nothing."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:
             yield part
 
 
 def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any], torch.device]]:
-    """Each parameter with its state and where its count of steps is: with the parameter for torch's fused update, else on the host."""
+    """Yield each parameter, its state, and the device of its step count.
+
+    The device is the parameter's for a fused update, else the CPU.
+    """
     for part in chained_optimizers(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -189,27 +204,30 @@ def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, d
 
 
 def _init_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """AdamW makes its state at the first step; a checkpoint may be written or read before."""
+    """Create the state of every parameter.
+
+    AdamW creates it at the first step, but a checkpoint may be written or read before.
+    """
     for part in chained_optimizers(optimizer):
         if isinstance(part.optimizer, FusedAdamW):
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     part.optimizer.state_of(parameter)
-    for parameter, state, where in _adam_states(optimizer):
+    for parameter, state, device in _adam_states(optimizer):
         if not state:
             state.update(
                 exp_avg=torch.zeros_like(parameter),
                 exp_avg_sq=torch.zeros_like(parameter),
-                step=torch.tensor(0.0, device=where),
+                step=torch.tensor(0.0, device=device),
             )
 
 
 def step_counts(optimizer: MegatronOptimizer) -> Iterable[int]:
-    """Updates that each parameter has had."""
+    """Return the number of updates of each parameter."""
     return [int(state["step"]) for _, state, _ in _adam_states(optimizer)]
 
 
 def restore_step_counts(optimizer: MegatronOptimizer, step: int) -> None:
-    """After loading: a step count of its own for each parameter (a shared tensor would advance once per parameter)."""
-    for _, state, where in _adam_states(optimizer):
-        state["step"] = torch.tensor(float(step), device=where)
+    """Set the step count of each parameter after loading; a shared tensor would advance once per parameter."""
+    for _, state, device in _adam_states(optimizer):
+        state["step"] = torch.tensor(float(step), device=device)

@@ -1,7 +1,7 @@
-"""Optimizer state that data-parallel ranks hold in pieces, put together on the first of them in host memory, to be written as whole tensors.
+"""Gather of sharded optimizer state to full tensors in host memory of the first DP rank, for checkpoints.
 
-Core has a function for it. This one takes one copy instead of five, and does its talking later, over whatever group it is told: a save in the
-background holds training up for its own rank's copy alone.
+Core has a function for it; this one makes one copy instead of five and defers communication to `complete`, over any
+group: an asynchronous save blocks training only for this rank's copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_share4v.mcore.async_writer import HostBuffers
 
 @dataclass(frozen=True)
 class ParamRange:
-    """What one rank keeps of a parameter: its flat elements start .. stop - 1."""
+    """Flat elements start .. stop - 1 of a parameter, local by one rank."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -26,68 +26,80 @@ class ParamRange:
 
 
 def param_ranges(part: DistributedOptimizer, *, rank: int) -> Iterator[ParamRange]:
-    """Those of data-parallel rank `rank`, in an order that all ranks agree on: each bucket of gradients is cut into as many equal shares as there are ranks."""
+    """Yield the ranges of DP rank `rank`, in the same order on all ranks.
+
+    Each gradient bucket is split into equal shards, one per rank.
+    """
     size = part.data_parallel_group.size()
     for buffer in part.buffers:
         for bucket in buffer.buckets:
             share = bucket.grad_data.numel() // size
             first = bucket.offset + rank * share
-            for parameter, (begin, end, number) in buffer.param_index_map.items():
+            for parameter, (begin, end, index) in buffer.param_index_map.items():
                 start, stop = max(begin, first), min(end, first + share)
-                if number == bucket.bucket_id and start < stop:
+                if index == bucket.bucket_id and start < stop:
                     yield ParamRange(parameter, start - begin, stop - begin)
 
 
 class OptimizerStateGather:
-    """The state of one sharded optimizer. `wholes` fill up when `complete` is called; empty but on the first data-parallel rank."""
+    """Gather of one sharded optimizer's state to the first DP rank.
+
+    `complete` fills `full_tensors`, which are empty on the other ranks.
+    """
 
     def __init__(
         self,
         part: DistributedOptimizer,
-        kept: Mapping[int, Mapping[str, torch.Tensor]],
+        local: Mapping[int, Mapping[str, torch.Tensor]],
         *,
         names: tuple[str, ...],
         buffers: HostBuffers | None,
         label: str,
     ) -> None:
-        """kept: by the parameter's id, this rank's flat tensors for each of `names`. With `buffers` they are copied now, to those of `label`; else they
-        must not change until it is complete.
+        """Copy this rank's state.
+
+        `local`: by the parameter's id, this rank's flat tensors for each of `names`. With `buffers` they are copied
+        now, under `label`; otherwise they must not change until `complete`.
         """
         self._part, self._names = part, names
         self._ranks = dist.get_process_group_ranks(part.data_parallel_group)
-        mine = list(param_ranges(part, rank=part.data_parallel_group.rank()))
-        tensors = [kept[id(span.parameter)][name].detach().view(-1) for span in mine for name in names]
-        assert [len(tensor) for tensor in tensors] == [span.stop - span.start for span in mine for _ in names], (
-            "shares are not cut as core cuts them"
-        )
-        self.wholes: dict[tuple[int, str], torch.Tensor] = {}
+        own_ranges = list(param_ranges(part, rank=part.data_parallel_group.rank()))
+        tensors = [
+            local[id(param_range.parameter)][name].detach().view(-1) for param_range in own_ranges for name in names
+        ]
+        assert [len(tensor) for tensor in tensors] == [
+            param_range.stop - param_range.start for param_range in own_ranges for _ in names
+        ], "shards differ from core's"
+        self.full_tensors: dict[tuple[int, str], torch.Tensor] = {}
         self._sent: list[torch.Tensor] = []
         if dist.get_rank() != self._ranks[0]:
-            self._sent = tensors if buffers is None else buffers.copies(f"share {label}", tensors)
+            self._sent = tensors if buffers is None else buffers.copy_to_host(f"share {label}", tensors)
             return
         host = buffers or HostBuffers()
         for buffer in part.buffers:
             for parameter in buffer.param_index_map:
                 for name in names:
-                    self.wholes[id(parameter), name] = host.whole(f"whole {label} {len(self.wholes)}", parameter.shape)
-        for number, span in enumerate(mine):
-            for name, tensor in zip(names, tensors[number * len(names) :]):
-                self._place(span, name).copy_(tensor, non_blocking=True)
+                    self.full_tensors[id(parameter), name] = host.full_buffer(
+                        f"whole {label} {len(self.full_tensors)}", parameter.shape
+                    )
+        for index, param_range in enumerate(own_ranges):
+            for name, tensor in zip(names, tensors[index * len(names) :]):
+                self._slice(param_range, name).copy_(tensor, non_blocking=True)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
     def complete(self, group: dist.ProcessGroup | None) -> None:
-        """Send, or receive, over a group of all ranks for tensors of the host; None: core's own for it. Every rank of the world calls this."""
+        """Send or receive the shards over `group`, a CPU group of all ranks; None: core's own. Collective."""
         group = group or self._part.data_parallel_group_gloo
         if self._sent:
             for tensor in self._sent:
                 dist.send(tensor.to("cpu", torch.float32), dst=self._ranks[0], group=group)
-        elif self.wholes:
-            for number, rank in enumerate(self._ranks[1:], 1):
-                for span in param_ranges(self._part, rank=number):
+        elif self.full_tensors:
+            for index, rank in enumerate(self._ranks[1:], 1):
+                for param_range in param_ranges(self._part, rank=index):
                     for name in self._names:
-                        dist.recv(self._place(span, name), src=rank, group=group)
+                        dist.recv(self._slice(param_range, name), src=rank, group=group)
         self._sent = []
 
-    def _place(self, span: ParamRange, name: str) -> torch.Tensor:
-        return self.wholes[id(span.parameter), name].view(-1)[span.start : span.stop]
+    def _slice(self, param_range: ParamRange, name: str) -> torch.Tensor:
+        return self.full_tensors[id(param_range.parameter), name].view(-1)[param_range.start : param_range.stop]

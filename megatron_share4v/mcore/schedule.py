@@ -1,4 +1,4 @@
-"""The pipeline schedule of one step: micro-batches in, (loss sum, trained tokens) per micro-batch out."""
+"""Pipeline schedule of one step: micro-batches in, (loss sum, trained tokens) per micro-batch out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_share4v.mcore.groups import Mesh
 
-# A model chunk's output -> (number to differentiate, divisor count, record kept for the caller).
+# A model chunk's output -> (loss to differentiate, divisor count, record returned to the caller).
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
@@ -27,10 +28,11 @@ def run_schedule(
     forward_only: bool,
     call: Callable[[torch.nn.Module, Any], torch.Tensor] = lambda chunk, batch: chunk(batch),
 ) -> list[Any]:
-    """Forward and backward over all micro-batches of a step; gradients end up reduced and divided by the summed counts.
+    """Run forward and backward over all micro-batches of a step.
 
-    Each chunk runs as `call(chunk, batch)`; `loss_function(batch)` turns the last chunk's output into (loss, count, record).
-    Returns the records on the last pipeline stage and an empty list elsewhere.
+    Gradients end up reduced and divided by the summed counts. Each chunk runs as `call(chunk, batch)`;
+    `loss_function(batch)` turns the last chunk's output into (loss, count, record). Returns the records on the last
+    pipeline stage and an empty list elsewhere.
     """
 
     def forward_step(iterator: Any, chunk: torch.nn.Module, *_: Any) -> tuple[torch.Tensor, LossFunction]:
@@ -39,7 +41,7 @@ def run_schedule(
 
     records = get_forward_backward_func()(
         forward_step_func=forward_step,
-        # Under the interleaved schedule every chunk walks through the same micro-batches.
+        # Under the interleaved schedule every chunk iterates over the same micro-batches.
         data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
         model=list(chunks),
         num_microbatches=len(batches),
@@ -51,7 +53,7 @@ def run_schedule(
 
 
 def set_schedule_hooks(config: Any, chunks: Sequence[torch.nn.Module], *, overlap_grad_reduce: bool) -> None:
-    """Tell core's schedule how gradients are finished and, with overlap, when they must not be reduced yet."""
+    """Set core's hooks for gradient finalization and, with overlap, for delaying the gradient reduction."""
     config.finalize_model_grads_func = _finalize_gradients
     if overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -59,16 +61,19 @@ def set_schedule_hooks(config: Any, chunks: Sequence[torch.nn.Module], *, overla
 
 
 def _finalize_gradients(
-    model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None, *, pg_collection: Any, **others: Any
+    model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None, *, pg_collection: Any, **others: Any
 ) -> None:
-    """Core's, but for the division by the count of the step: core asks the device whether that is zero, and the host would wait for the answer."""
+    """Reduce gradients as core does, but divide by the token count of the step without a host sync.
+
+    Core checks on the host whether the count is zero.
+    """
     finalize_model_grads(model, None, pg_collection=pg_collection, **others)
     if num_tokens is None:
         return
     pipeline = pg_collection.pp
     dist.broadcast(
         num_tokens, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline
-    )  # the last stage alone counts
+    )  # the last stage has the count
     dist.all_reduce(num_tokens, group=pg_collection.dp_cp)
     scale = 1.0 / num_tokens.clamp(min=1)
     for chunk in model:

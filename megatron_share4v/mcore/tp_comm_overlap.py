@@ -1,5 +1,6 @@
-"""Tensor-parallel messages behind matrix products: Transformer Engine's user buffers, which its layers gather into and scatter from piece by piece
-while they multiply. Written against Transformer Engine 2.20 and megatron-core 0.16, by reading; no GPU has run it.
+"""Overlap of TP communication with matrix products: Transformer Engine's user buffers.
+
+Written against Transformer Engine 2.20 and megatron-core 0.16 from their sources; not run on a GPU.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from megatron_share4v.mcore.groups import Mesh
 
 
 def initialize_tp_comm_overlap(config: RunConfig, *, mesh: Mesh) -> None:
-    """Make the buffers, where `parallel.overlap_tensor` asks for them: once per process, before the layers, which look for them as they are built.
+    """Allocate the user buffers when `parallel.overlap_tensor` is set: once per process, before the layers are built.
 
-    Collective over all ranks. Tensor groups are ranks in a row, as the engine takes them to be. Buffers are [positions of a micro-batch on all ranks of a
-    tensor group, width]; layers in FP8 have theirs in 8 bits, those that stay in bf16, or go back to it under the guard, have others.
+    Collective over all ranks. Transformer Engine assumes that a TP group is consecutive ranks. Buffers are [positions
+    of a micro-batch on all ranks of a TP group, width]; FP8 layers use 8-bit buffers, layers that stay in bf16, or fall
+    back to it, use bf16 buffers.
     """
     if not config.parallel.overlap_tensor:
         return
     from transformer_engine.pytorch import UserBufferQuantizationMode, initialize_ub
 
-    assert config.data.pack_length is not None, "the configuration refuses lengths that differ"
+    assert config.data.pack_length is not None, "the configuration requires data.pack_length"
     positions = config.data.pack_length * config.train.micro_batch_size // mesh.layout.context
     precision, layers = config.precision, config.model.language.num_layers
     covered = precision.fp8_layers(layers)

@@ -1,4 +1,4 @@
-"""Whether NVIDIA's Transformer Engine can be used here. Nothing of it is imported by asking; layer_specs_te.py does that where a run wants it."""
+"""Availability check for NVIDIA's Transformer Engine, without importing it; layer_specs_te.py imports it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from importlib.util import find_spec
 
 import torch
 
-REMEDY = "install it on a machine with an NVIDIA GPU (transformer-engine[pytorch], built for this torch), or choose another backend"
+REMEDY = (
+    "install it on a machine with an NVIDIA GPU (transformer-engine[pytorch], built for this torch), "
+    "or choose another backend"
+)
 
 
 @functools.cache
 def te_unavailable_reason() -> str | None:
-    """Why Transformer Engine cannot be used in this process; None where it can."""
+    """Return why Transformer Engine cannot be used in this process; None where it can."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
@@ -21,5 +24,5 @@ def te_unavailable_reason() -> str | None:
         return "Transformer Engine is not installed"
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    # Core looks for names inside it and, where a later version has dropped one, goes on without a word.
+    # Core looks up names in it and silently continues where a later version has dropped one.
     return None if HAVE_TE else "megatron-core does not recognise the installed Transformer Engine"

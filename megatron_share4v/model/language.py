@@ -119,12 +119,12 @@ class LanguageModel(MegatronModule):
         `step`: hidden [T, 1, H] are the new positions of a generation step, whose earlier ones are in the cache.
         """
         if step is not None:
-            at = replace(step, table=self._table)
-            return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
+            metadata = replace(step, rope_cache=self._table)
+            return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=metadata)
         held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
         length = held * self.mesh.layout.context * (self.mesh.layout.tensor if self.config.sequence_parallel else 1)
-        at = build_attention_metadata(self._angles(length), segments=segments, kernel=self.config.attention)
-        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=at)
+        metadata = build_attention_metadata(self._angles(length), segments=segments, kernel=self.config.attention)
+        return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=metadata)
 
     @cached_property
     def _table(self) -> torch.Tensor:

@@ -106,9 +106,9 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     options = layer_options(
         config.train,
         precision=config.precision,
-        engine=config.transformer_engine,
+        transformer_engine=config.transformer_engine,
         attention=attention.implementation,
-        own_lengths=config.data.pad_to == "micro_batch",
+        variable_seq_lengths=config.data.pad_to == "micro_batch",
         has_transformer_engine=te_unavailable_reason() is None,
     )
     initialize_tp_comm_overlap(config, mesh=mesh)

@@ -100,7 +100,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         parallel=parallel,
         dtype=dtype,
         ops=ops,
-        options=layer_options(settings, own_lengths=variant.lengths == "cropped"),
+        options=layer_options(settings, variable_seq_lengths=variant.lengths == "cropped"),
     )
     initialize_weights(bare, seed=1, model=model)
     chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel, bucket_elements=3000 if variant.gather else None)

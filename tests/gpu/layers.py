@@ -101,7 +101,7 @@ def built(
     options = layer_options(
         settings,
         precision=PrecisionConfig(**(precision or {})),
-        engine=engine,
+        transformer_engine=engine,
         attention=attention,
         has_transformer_engine=engine != "none",
     )

@@ -38,7 +38,7 @@ def _inputs(seed: int) -> list[torch.Tensor]:
 @kernels
 def test_equals_each_sample_alone(kernel: str):
     attention, (query, key, value) = _attention(kernel), _inputs(0)
-    packed = attention(query, key, value, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))
+    packed = attention(query, key, value, packed_seq_params=AttentionMetadata(sample_lengths=SEGMENTS))
     assert packed.shape == (12, 2, 16)
     for sequence, start, end in ((0, 0, 5), (0, 5, 6), (0, 6, 9), (1, 0, 12)):
         piece = [x[start:end, sequence : sequence + 1] for x in (query, key, value)]
@@ -50,7 +50,7 @@ def test_equals_an_explicit_block_mask(kernel: str):
     attention, tensors = _attention(kernel), [x.requires_grad_() for x in _inputs(1)]
     owner = torch.tensor([0] * 5 + [1] + [2] * 3 + [3] * 3)
     mask = (owner[:, None] == owner) & torch.ones(12, 12, dtype=torch.bool).tril()
-    packed = attention(*tensors, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))[:, 0]
+    packed = attention(*tensors, packed_seq_params=AttentionMetadata(sample_lengths=SEGMENTS))[:, 0]
     q, k, v = (x[:, 0].transpose(0, 1) for x in tensors)
     scores = torch.einsum("hqd,hkd->hqk", q, k.repeat_interleave(2, 0)) / 2.0
     expected = torch.einsum(
@@ -68,10 +68,10 @@ def test_equals_an_explicit_block_mask(kernel: str):
 @pytest.mark.parametrize("changed", [slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 12)])
 def test_a_changed_sample_changes_itself_alone(changed: slice, kernel: str):
     attention, tensors = _attention(kernel), _inputs(3)
-    before = attention(*tensors, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))
+    before = attention(*tensors, packed_seq_params=AttentionMetadata(sample_lengths=SEGMENTS))
     for tensor in tensors:
         tensor[changed, 0] += 1.0
-    after = attention(*tensors, packed_seq_params=AttentionMetadata(lengths=SEGMENTS))
+    after = attention(*tensors, packed_seq_params=AttentionMetadata(sample_lengths=SEGMENTS))
     moved = (before != after).any(dim=2)
     others = torch.ones(12, dtype=torch.bool)
     others[changed] = False
@@ -94,23 +94,23 @@ def test_kernels_are_equal(mask: AttnMaskType, lengths: tuple[tuple[int, ...], .
     )
     results = []
     for kernel in ("math", "sdpa"):
-        context = _attention(kernel, mask)(*tensors, packed_seq_params=AttentionMetadata(lengths=lengths))
+        context = _attention(kernel, mask)(*tensors, packed_seq_params=AttentionMetadata(sample_lengths=lengths))
         results.append((context, *torch.autograd.grad((context * weight).sum(), tensors)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
-def test_ends_of_samples():
+def test_cumulative_sample_lengths():
     angles = torch.zeros(12, 2)
-    at = build_attention_metadata(angles, segments=((5, 1, 3), (12,)), kernel="varlen")
+    metadata = build_attention_metadata(angles, segments=((5, 1, 3), (12,)), kernel="varlen")
     assert (
-        at.lengths == SEGMENTS
-        and at.ends.tolist() == [0, 5, 6, 9, 12, 24]
-        and at.ends.dtype == torch.int32
-        and at.longest == 12
+        metadata.sample_lengths == SEGMENTS
+        and metadata.cu_seqlens.tolist() == [0, 5, 6, 9, 12, 24]
+        and metadata.cu_seqlens.dtype == torch.int32
+        and metadata.max_seqlen == 12
     )
-    assert build_attention_metadata(angles, segments=((5, 1, 3), (12,)), kernel="sdpa").ends is None
-    assert build_attention_metadata(angles, segments=None, kernel="varlen").lengths is None
+    assert build_attention_metadata(angles, segments=((5, 1, 3), (12,)), kernel="sdpa").cu_seqlens is None
+    assert build_attention_metadata(angles, segments=None, kernel="varlen").sample_lengths is None
 
 
 def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch):

@@ -51,7 +51,7 @@ class StandIn(torch.nn.Module):
         )
         causal = kind is AttnMaskType.causal
         if not named:
-            return math(query, key, value, at=AttentionMetadata(), causal=causal, scale=None)
+            return math(query, key, value, metadata=AttentionMetadata(), causal=causal, scale=None)
         packs = named["packed_seq_params"]
         assert (
             packs.qkv_format == "thd"
@@ -63,7 +63,7 @@ class StandIn(torch.nn.Module):
         assert packs.max_seqlen_q == packs.max_seqlen_kv == max(lengths)
         together = math(
             *(x.unsqueeze(1) for x in (query, key, value)),
-            at=AttentionMetadata(lengths=(tuple(lengths),)),
+            metadata=AttentionMetadata(sample_lengths=(tuple(lengths),)),
             causal=causal,
             scale=None,
         )
@@ -81,11 +81,13 @@ def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.Monke
     )
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(12, 2, heads, 4, generator=generator) for heads in (4, 2, 2))
-    at = build_attention_metadata(torch.zeros(12, 2), segments=segments, kernel="te")
-    at.table = None
-    got = attention(query, key, value, packed_seq_params=at)
+    metadata = build_attention_metadata(torch.zeros(12, 2), segments=segments, kernel="te")
+    metadata.rope_cache = None
+    got = attention(query, key, value, packed_seq_params=metadata)
     assert got.is_contiguous()
-    torch.testing.assert_close(got, math(query, key, value, at=at, causal=True, scale=None), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        got, math(query, key, value, metadata=metadata, causal=True, scale=None), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,8 +118,8 @@ def test_layers_are_made_of_what_was_chosen() -> None:
     fp8 = Fp8(recipe="tensorwise", first_layers=3, last_layers=1)
     assert columns(LayerOptions(fp8=fp8)) == [plain, own, own, plain, plain]
     assert columns(LayerOptions(fp8=Fp8(recipe="tensorwise", tower=True))) == [own] * 5
-    assert columns(LayerOptions(fp8=fp8, engine="language")) == [engine] * 4 + [plain]
-    assert columns(LayerOptions(engine="all")) == [engine] * 5
+    assert columns(LayerOptions(fp8=fp8, transformer_engine="language")) == [engine] * 4 + [plain]
+    assert columns(LayerOptions(transformer_engine="all")) == [engine] * 5
     te = decoder_submodules(
         range(1), layers=1, mesh=SimpleNamespace(tp_group=None), options=LayerOptions(attention="te")
     ).layer_specs[0]
@@ -129,7 +131,7 @@ def test_layers_are_made_of_what_was_chosen() -> None:
 )
 def test_recipes_reach_core(recipe: Any, format: str) -> None:
     first = 0 if recipe == "delayed" else 1
-    options = LayerOptions(fp8=Fp8(recipe=recipe, first_layers=first), engine="language")
+    options = LayerOptions(fp8=Fp8(recipe=recipe, first_layers=first), transformer_engine="language")
     config = language_config(
         ModelConfig(),
         parallel=ParallelConfig(),

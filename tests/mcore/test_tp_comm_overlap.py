@@ -101,7 +101,7 @@ def test_core_is_told_for_the_language_model_alone() -> None:
             "parallel": replace(ON, overlap_tensor=on),
             "dtype": torch.bfloat16,
             "ops": "reference",
-            "options": LayerOptions(engine="all"),
+            "options": LayerOptions(transformer_engine="all"),
         }
         assert language_config(ModelConfig(), layers_per_stage=(32,), **how).tp_comm_overlap is on
         assert vision_config(ModelConfig(), **how).tp_comm_overlap is False

@@ -46,7 +46,7 @@ from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import PrecisionConfig, RunConfig, RunSection, TrainConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
-from megatron_share4v.mcore.dist_checkpoint_files import Placed, describe_tensors, write_tensor
+from megatron_share4v.mcore.dist_checkpoint_files import ByteRange, describe_tensors, write_tensor
 from megatron_share4v.model.initialize import initial_value
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.text.template import get_template
@@ -120,7 +120,7 @@ def write_weights_checkpoint(
     ]
     written = write_files(staging, parts, title="import")
     notes = {name: (file, *note) for file, part in written.items() for name, note in part.note.items()}
-    placed = {name: Placed(file, offset, length) for name, (file, offset, length, _) in notes.items()}
+    placed = {name: ByteRange(file, offset, length) for name, (file, offset, length, _) in notes.items()}
     describe_tensors(
         staging.path, placed, tensors=((name, tensor.shape, tensor.dtype) for name, tensor in ours.items())
     )
