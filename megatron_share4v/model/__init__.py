@@ -1,1 +1,1 @@
-"""The network: CLIP ViT tower, projector, LLaMA, and how they are cut into pipeline stages."""
+"""The model: CLIP ViT tower, projector, LLaMA decoder, and their split into pipeline stages."""

@@ -1,4 +1,4 @@
-"""All model chunks of one rank, built on its device, with the right parts frozen."""
+"""Construction of this rank's model chunks on its device, with frozen parameters marked."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def build_chunks(
     ops: Implementation = "reference",
     options: LayerOptions = LayerOptions(),
 ) -> list[Share4V]:
-    """The chunks of this rank, in the order in which the interleaved schedule runs them; weights are not set yet.
+    """Build this rank's chunks in the order of the interleaved schedule; weights are uninitialized.
 
     With `ops` "native" the library must be loaded already (mcore/backends.py).
     """
     layout = mesh.layout
     chunks = []
     for number in range(layout.virtual):
-        place = PipelineStage(
+        stage = PipelineStage(
             stage=layout.stage(pipeline_rank=mesh.coordinates.pipeline, chunk=number),
             num_stages=layout.num_stages,
             chunk=number if layout.virtual > 1 else None,
@@ -44,7 +44,7 @@ def build_chunks(
             ops=ops,
             options=options,
             layers_per_stage=counts,
-            place=place,
+            pipeline_stage=stage,
         )
         apply_trainable(chunk, model.trainable)
         chunks.append(chunk.to(mesh.device.torch_device))

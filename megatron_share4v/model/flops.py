@@ -1,8 +1,10 @@
-"""FLOPs of a step as pure arithmetic, of what the mathematics asks for and of what the machine does. Training logs and the planner count alike.
+"""FLOPs of a step in closed form: of the model (MFU) and of the hardware (HFU).
 
-A multiply-add is two FLOPs. Only products of matrices count, as in torch.utils.flop_counter, and causal attention as half of its square.
-S positions, V tower width, H language width. What a frozen part saves: a frozen matrix has no weight gradient, and where nothing trains before
-it, no gradient to its input either; a frozen prefix of the tower is a forward pass alone.
+Training logs and the planner use the same.
+
+A multiply-add is two FLOPs. Only matrix products count, as in torch.utils.flop_counter, and causal attention as half of
+its square. A frozen matrix has no weight gradient, and no input gradient where nothing before it trains; a frozen
+prefix of the tower is a forward pass only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from megatron_share4v.config.run import Recompute, RunConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one part of the model. Attention's own products (scores, weighted values) apart: they run at another speed."""
+    """FLOPs of one part of the model.
+
+    Attention's products (scores, weighted values) are separate: they run at another speed.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
@@ -24,7 +29,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """Of both passes."""
+        """FLOPs of both passes."""
         return self.forward + self.backward + self.attention_forward + self.attention_backward
 
     def __add__(self, other: Flops) -> Flops:
@@ -40,41 +45,41 @@ class Flops:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadCounts:
-    """What goes through the model."""
+    """Sizes of the data of one step."""
 
     positions: float
     squares: float
-    """Sum of the squares of the lengths that attention sees: of each sample, not of a pack."""
+    """Sum of the squared sequence lengths that attention sees: of each sample, not of a pack."""
     images: float
     head_rows: float
-    """Positions that carry a label: no others reach the head."""
+    """Positions with a label: only these reach the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionOptions:
-    """What a machine does beyond the mathematics, over Amounts that count padding."""
+    """Computation beyond the model's FLOPs, for WorkloadCounts that include padding."""
 
     fused_head: bool = True
-    """ops/linear_cross_entropy.py computes the logits once more in its backward pass."""
+    """Whether the backward pass of ops/linear_cross_entropy.py recomputes the logits."""
     flash: bool = True
-    """Attention kernels compute the scores once more in theirs."""
+    """Whether the backward pass of attention recomputes the scores."""
     recompute: Recompute = "none"
-    """What of decoder layers is computed once more before their backward pass."""
+    """Activation recomputation of decoder layers."""
     recompute_share: float = 1.0
-    """Of the layers, where `full` takes some of them alone."""
+    """Fraction of the layers that `full` recomputes."""
     recompute_tower: Recompute = "none"
     recompute_modules: tuple[str, ...] = ()
-    """With `selective`, in both."""
+    """Modules that `selective` recomputes, in decoder and tower."""
 
     @classmethod
     def of(cls, config: RunConfig, *, fused_head: bool, layers_per_stage: tuple[int, ...]) -> ExecutionOptions:
-        """As a run is configured."""
-        train, most = config.train, config.train.recompute_layers
-        again = sum(layers_per_stage) if most is None else sum(min(most, count) for count in layers_per_stage)
+        """Execution options of a run's configuration."""
+        train, layers = config.train, config.train.recompute_layers
+        recomputed = sum(count if layers is None else min(layers, count) for count in layers_per_stage)
         return cls(
             fused_head=fused_head,
             recompute=train.recompute,
-            recompute_share=again / sum(layers_per_stage),
+            recompute_share=recomputed / sum(layers_per_stage),
             recompute_tower=train.recompute_tower,
             recompute_modules=train.recompute_modules,
         )
@@ -82,7 +87,7 @@ class ExecutionOptions:
 
 @dataclass(frozen=True)
 class FlopsByPart:
-    """FLOPs by part; `layer` is one decoder layer."""
+    """FLOPs by part of the model; `layer` is one decoder layer."""
 
     tower: Flops
     projector: Flops
@@ -90,26 +95,26 @@ class FlopsByPart:
     head: Flops
 
     def total(self, num_layers: int) -> float:
-        """Of the whole model."""
+        """FLOPs of the whole model."""
         return self.tower.total + self.projector.total + num_layers * self.layer.total + self.head.total
 
 
 def model_flops(model: ModelConfig, amounts: WorkloadCounts) -> float:
-    """What the mathematics of one step asks for: the numerator of MFU. Amounts without padding."""
+    """Model FLOPs of one step, the numerator of MFU. Counts exclude padding."""
     return flops_by_part(model, amounts).total(model.language.num_layers)
 
 
 def hardware_flops(
     model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions = ExecutionOptions()
 ) -> float:
-    """What the machine computes in one step: the numerator of hardware utilisation. Amounts with padding and blank images."""
+    """Hardware FLOPs of one step, the numerator of HFU. Counts include padding and blank images."""
     return flops_by_part(model, amounts, execution).total(model.language.num_layers)
 
 
 def flops_by_part(
     model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None = None
 ) -> FlopsByPart:
-    """FLOPs by part of the model; without `execution`, what the mathematics asks for."""
+    """FLOPs by part of the model; without `execution`, model FLOPs."""
     return FlopsByPart(
         tower=_tower(model, execution) * amounts.images,
         projector=_projector(model) * amounts.images,
@@ -119,14 +124,17 @@ def flops_by_part(
 
 
 def _products(products: float, *, input_gradient: bool, weight_gradient: bool) -> Flops:
-    """Of a matrix with `products` multiply-adds."""
+    """FLOPs of a matrix with `products` multiply-adds."""
     return Flops(forward=2 * products, backward=2 * products * (input_gradient + weight_gradient))
 
 
 def _attention(products: float, *, backward: bool, execution: ExecutionOptions | None) -> Flops:
-    """`products` multiply-adds for the scores and as many for the values; twice that backward, and the scores again in a flash kernel."""
-    again = 2.5 if execution and execution.flash else 2.0
-    return Flops(attention_forward=4 * products, attention_backward=4 * products * again * backward)
+    """FLOPs of attention with `products` multiply-adds for the scores and as many for the values.
+
+    Backward is twice that, plus the recomputed scores of a flash kernel.
+    """
+    recomputed = 2.5 if execution and execution.flash else 2.0
+    return Flops(attention_forward=4 * products, attention_backward=4 * products * recomputed * backward)
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -138,23 +146,24 @@ def layer_weights(model: ModelConfig) -> int:
 
 
 def _layer(model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None) -> Flops:
-    # Something before every layer trains, or nothing does; with a frozen language model it is the projector or the tower.
+    # Something before every layer trains, or nothing does; with a frozen language model it is the projector or the
+    # tower.
     matrices = _products(
         amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language
     )
     attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
     mlp = 3 * model.language.hidden_size * model.language.intermediate_size / layer_weights(model)
-    again = (
-        _again(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp)
+    recomputed = (
+        _recomputed(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp)
         if execution
         else Flops()
     )
     share = execution.recompute_share if execution and execution.recompute == "full" else 1.0
-    return matrices + attention + again * share
+    return matrices + attention + recomputed * share
 
 
-def _again(layer: Flops, recompute: Recompute, modules: tuple[str, ...], *, mlp: float) -> Flops:
-    """What the backward pass computes once more of a layer's forward pass; `mlp`: share of its matrices that the MLP has."""
+def _recomputed(layer: Flops, recompute: Recompute, modules: tuple[str, ...], *, mlp: float) -> Flops:
+    """FLOPs of recomputing a layer in the backward pass; `mlp`: the MLP's share of its matrices."""
     whole, selective = recompute == "full", recompute == "selective"
     return Flops(
         backward=layer.forward * (1.0 if whole else mlp * (selective and "mlp" in modules)),
@@ -172,13 +181,13 @@ def _head(model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptio
 
 
 def trained_blocks(model: ModelConfig) -> int:
-    """Blocks of the tower, counted from its end, that train."""
+    """Number of trained tower blocks, counted from its end."""
     start = model.trainable.vision_from_block
     return 0 if start is None else model.vision.num_built_layers - max(start, 0)
 
 
 def _tower(model: ModelConfig, execution: ExecutionOptions | None) -> Flops:
-    """For one image."""
+    """FLOPs of one image."""
     vision, trained = model.vision, trained_blocks(model)
     frozen, tokens = vision.num_built_layers - trained, vision.num_patches + 1
     weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
@@ -187,18 +196,18 @@ def _tower(model: ModelConfig, execution: ExecutionOptions | None) -> Flops:
         input_gradient=False,  # pixels
         weight_gradient=model.trainable.vision_from_block == -1,
     )
-    # In the first block that trains, too: the LayerNorm before its first matrix wants its gradient.
+    # Also in the first trained block: the LayerNorm before its first matrix needs its gradient.
     block = _products(tokens * weights, input_gradient=True, weight_gradient=True)
     block += _attention(tokens * tokens * vision.hidden_size, backward=True, execution=execution)
     forward = Flops(forward=block.forward, attention_forward=block.attention_forward)
     if execution:
         mlp = 2 * vision.hidden_size * vision.intermediate_size / weights
-        block += _again(forward, execution.recompute_tower, execution.recompute_modules, mlp=mlp)
+        block += _recomputed(forward, execution.recompute_tower, execution.recompute_modules, mlp=mlp)
     return stem + forward * frozen + block * trained
 
 
 def _projector(model: ModelConfig) -> Flops:
-    """For one image."""
+    """FLOPs of one image."""
     width, patches, trains = model.language.hidden_size, model.vision.num_patches, model.trainable.projector
     before = model.trainable.vision_from_block is not None
     first = _products(patches * model.vision.hidden_size * width, input_gradient=before, weight_gradient=trains)

@@ -1,7 +1,7 @@
 """Initial weights as a pure function of (seed, global name): the same model at every layout.
 
-Also the walk over global tensors that it rests on, which conversion uses too: each tensor of a checkpoint has one global name and shape,
-and each rank holds a slice of it.
+Also iterates over this rank's shards of global tensors, which conversion uses: each tensor of a checkpoint has one
+global name and shape, and each rank holds a slice of it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import nn
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.mcore.layer_config import residual_init_std
-from megatron_share4v.mcore.layers import ShardedTensor, ShardedTensorFactory
+from megatron_share4v.mcore.layers import MegatronModule, ShardedTensor, ShardedTensorFactory
 
 # Layers keep their own names, since some may be frozen and have no optimizer state.
 SHARDING = {"non_homogeneous_layers": True}
-# Rows beyond the vocabulary get no gradient and stay zero, so that conversion can cut them off and put them back.
+# Rows beyond the vocabulary get no gradient and stay zero, so that conversion can cut them off and restore them.
 PADDED = ("language.embedding.weight", "language.head.weight")
 
 
@@ -32,16 +32,17 @@ class TensorShard:
     offset: tuple[int, ...]
     data: torch.Tensor
     replica: bool
-    """Another rank is the one that writes this slice."""
+    """Whether another rank writes this slice to checkpoints."""
 
     def slice_from(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of the global `tensor` that this shard is."""
+        """Return this shard's part of the global `tensor`."""
         return tensor[tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape))]
 
 
 def iter_shards(chunks: Iterable[nn.Module]) -> Iterator[TensorShard]:
-    """All slices that this rank holds. Fused matrices appear as the parts that their factories name (gate and up)."""
+    """Yield all shards of this rank. Fused matrices appear as the parts that their factories name (gate and up)."""
     for chunk in chunks:
+        assert isinstance(chunk, MegatronModule), type(chunk)
         for entry in chunk.sharded_state_dict(metadata=dict(SHARDING)).values():
             yield from _iter_entry_shards(entry)
 
@@ -66,7 +67,10 @@ def fill_parameters(chunks: Iterable[nn.Module], tensor_for: Callable[[str, tupl
 
 
 def initial_value(key: str, shape: tuple[int, ...], *, seed: int, model: ModelConfig) -> torch.Tensor:
-    """fp32 initial value of the global tensor `key`: ones for norms, zeros for biases and padding of the vocabulary, normal for the rest."""
+    """Return the fp32 initial value of the global tensor `key`.
+
+    Ones for norms, zeros for biases and vocabulary padding, normal for the rest.
+    """
     if key.endswith("bias"):
         return torch.zeros(shape)
     if "norm" in key:
@@ -84,5 +88,5 @@ def initial_value(key: str, shape: tuple[int, ...], *, seed: int, model: ModelCo
 
 
 def initialize_weights(chunks: Iterable[nn.Module], *, seed: int, model: ModelConfig) -> None:
-    """Fresh weights, equal for every layout."""
+    """Initialize all weights, equal for every layout."""
     fill_parameters(chunks, lambda key, shape: initial_value(key, shape, seed=seed, model=model))

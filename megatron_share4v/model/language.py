@@ -1,7 +1,9 @@
-"""The LLaMA decoder of one pipeline stage: embedding on the first, decoder layers everywhere, head and loss on the last.
+"""The LLaMA decoder of one pipeline stage: embedding on the first, decoder layers on all, head and loss on the last.
 
-S positions, B sequences, H width; under sequence parallelism each tensor rank holds S / tensor positions between its matrices.
 Touvron et al. 2023 (LLaMA); Hugging Face `LlamaForCausalLM` semantics.
+
+S: positions of a sequence (S / TP on each rank between matrices under sequence parallelism); B: sequences; H: width; T:
+positions that reach the head, or new positions of an inference step.
 """
 
 from __future__ import annotations
@@ -32,13 +34,19 @@ from megatron_share4v.ops.rope import rope_table
 
 
 class Head(ColumnParallelLinear):
-    """Hidden states to this rank's columns of the logits, or straight to the summed loss. Both by a call of the module, which is what waits for
-    its weight where updated weights are gathered while the forward pass runs."""
+    """Output head: hidden states to this rank's columns of the logits, or to the summed loss.
+
+    Both are forward passes of the module: its forward hook waits for the weight when updated weights are gathered
+    during the forward pass.
+    """
 
     def forward(
         self, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, vocabulary: int = 0
     ) -> torch.Tensor:
-        """[T, H] -> [T, vocab / tensor]; with `targets` [T] -> the sum of -log p(target), with native ops, and no logits in memory."""
+        """[T, H] -> [T, vocab / TP].
+
+        With `targets` [T] -> the sum of -log p(target), by native ops, without logits in memory.
+        """
         if targets is None:
             return super().forward(hidden)[0]
         return linear_cross_entropy(
@@ -52,7 +60,7 @@ class Head(ColumnParallelLinear):
 
 
 class LanguageModel(MegatronModule):
-    """The decoder layers of one stage, with the ends that belong to it."""
+    """The decoder layers of one stage, with the embedding or the head that belong to it."""
 
     def __init__(
         self,
@@ -66,7 +74,7 @@ class LanguageModel(MegatronModule):
         last: bool,
         chunk: int | None,
     ) -> None:
-        """`numbers`: the decoder layers of this stage, counted from 0."""
+        """Build the decoder layers `numbers`, counted from 0 over the whole model."""
         super().__init__(config)
         self.language = language
         self.mesh = mesh
@@ -102,7 +110,7 @@ class LanguageModel(MegatronModule):
                 gather_output=False,
                 tp_group=mesh.tp_group,
             )
-            # Rows are picked from the full sequence before the head, so the head itself must not gather it again.
+            # Rows are selected from the full sequence before the head, so the head must not gather it again.
             self.head.sequence_parallel = False
             self.head.allreduce_dgrad = mesh.layout.tensor > 1
 
@@ -113,60 +121,63 @@ class LanguageModel(MegatronModule):
         segments: tuple[tuple[int, ...], ...] | None = None,
         step: CachedAttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """[S, B, H] embeddings (first stage; None elsewhere: the input comes from the previous stage) -> [S, B, H].
+        """[S, B, H] embeddings (None except on the first stage: input comes from the previous stage) -> [S, B, H].
 
-        `segments` (see Batch): where the samples of packed sequences end; each sees itself alone and counts its positions from 0.
-        `step`: hidden [T, 1, H] are the new positions of a generation step, whose earlier ones are in the cache.
+        `segments` (see Batch): sample lengths of packed sequences; samples attend to themselves only and count
+        positions from 0. `step`: hidden [T, 1, H] are the new positions of an inference step, whose earlier ones are in
+        the KV cache.
         """
         if step is not None:
-            metadata = replace(step, rope_cache=self._table)
+            metadata = replace(step, rope_cache=self._rope_cache)
             return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=metadata)
-        held = (self.decoder.input_tensor if hidden is None else hidden).size(0)
-        length = held * self.mesh.layout.context * (self.mesh.layout.tensor if self.config.sequence_parallel else 1)
-        metadata = build_attention_metadata(self._angles(length), segments=segments, kernel=self.config.attention)
+        local_length = (self.decoder.input_tensor if hidden is None else hidden).size(0)
+        length = (
+            local_length * self.mesh.layout.context * (self.mesh.layout.tensor if self.config.sequence_parallel else 1)
+        )
+        metadata = build_attention_metadata(self._rope_angles(length), segments=segments, kernel=self.config.attention)
         return self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=metadata)
 
     @cached_property
-    def _table(self) -> torch.Tensor:
-        """For generation, whose steps are too short to make it anew."""
-        return rope_table(self._angles(self.language.max_position_embeddings))
+    def _rope_cache(self) -> torch.Tensor:
+        """Rotary table for inference, whose steps are too short to compute it each time."""
+        return rope_table(self._rope_angles(self.language.max_position_embeddings))
 
-    def _angles(self, length: int) -> torch.Tensor:
-        """[length, head_dim / 2]: of whole sequences, also where this rank holds a part of their positions."""
+    def _rope_angles(self, length: int) -> torch.Tensor:
+        """[length, head_dim / 2] angles of whole sequences, also where this CP rank holds a part of their positions."""
         return self.rotary.get_freqs_non_repeated(length)
 
     def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of -log p(target), an fp32 scalar, over the flat positions `rows` [T] (as in `logits`); targets [T] ids.
 
-        Without any the head still runs, for the sake of its collectives. With native ops the logits are never in memory together.
+        With T = 0 the head still runs, for its collectives. With native ops the logits are never in memory at once.
         """
         if self.config.ops == "native":
-            return self.head(self._picked(hidden, rows), targets=targets, vocabulary=self.language.vocab_size)
+            return self.head(self._select_rows(hidden, rows), targets=targets, vocabulary=self.language.vocab_size)
         if rows.numel() == 0:
             blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
             return 0.0 * summed_cross_entropy(self.logits(hidden, blank), blank)
         return summed_cross_entropy(self.logits(hidden, rows), targets)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the fp32 logits, [T, vocab / tensor], of the flat positions `rows` ([T], b * S + s) of `hidden` [S, B, H].
+        """This rank's columns of the fp32 logits, [T, vocab / TP], of the flat positions `rows` of `hidden` [S, B, H].
 
-        Only rows that matter reach the head: in stage 1 about a quarter of all positions carry a label.
+        `rows` [T] are b * S + s. Only these reach the head: in stage 1 about a quarter of all positions have a label.
         """
-        return self._without_padding(self.head(self._picked(hidden, rows)).float())
+        return self._mask_padding(self.head(self._select_rows(hidden, rows)).float())
 
-    def _picked(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[T, H]."""
+    def _select_rows(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Select [T, H] of the flat positions `rows`."""
         if self.config.sequence_parallel:
-            # The head's gradient is already summed over the tensor group, hence split, not reduce-scattered.
+            # The head's gradient is already summed over the TP group, hence split, not reduce-scattered.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.mesh.tp_group
             )
         length, batch = hidden.shape[:2]
-        # Positions are counted sequence by sequence, `hidden` is not: no copy of it is made to pick from.
+        # `rows` is sequence-major, `hidden` position-major: the indices are converted instead of copying `hidden`.
         return hidden.flatten(0, 1).index_select(0, rows % length * batch + rows // length)
 
-    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Rows of the head beyond the vocabulary exist for divisibility alone and must not take probability."""
+    def _mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Set the logits of rows beyond the vocabulary, which exist for divisibility only, to -inf."""
         columns = logits.size(-1)
         real = self.language.vocab_size - self.mesh.coordinates.tensor * columns
         if real >= columns:

@@ -1,4 +1,4 @@
-"""Token losses of one micro-batch as a sum and a count; the division happens once, by the global count of the step."""
+"""Token losses of one micro-batch as a sum and a count, divided once by the global count of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from megatron_share4v.mcore.layers import vocab_parallel_cross_entropy
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Detached numbers of one micro-batch: summed loss (fp32 scalar tensor) and trained tokens of this rank's positions; `whole`: tokens of all of them."""
+    """Detached loss of one micro-batch: summed loss (fp32 scalar tensor) and trained tokens of this rank's positions.
+
+    `whole`: trained tokens of all CP ranks' positions.
+    """
 
     total: torch.Tensor
     tokens: int
@@ -20,19 +23,20 @@ class TokenLoss:
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(target) over T rows; logits [T, vocab / tensor] of this rank, targets [T] global ids."""
+    """Sum of -log p(target) over T rows; logits [T, vocab / TP] of this rank, targets [T] global ids."""
     return vocab_parallel_cross_entropy(logits, targets).sum()
 
 
 def loss_and_divisor(
     total: torch.Tensor, *, tokens: int, whole: int, first: bool, normalize: Literal["tokens", "microbatch"]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What to differentiate, and what its gradient is later divided by (summed over micro-batches and ranks).
+    """Return the loss to differentiate and what its gradient is later divided by (summed over micro-batches and ranks).
 
-    `tokens`: the sum and its count, so that the result does not depend on the layout. `microbatch`: the mean, counted once per micro-batch
-    that trains anything, which reproduces LLaVA's mean of per-device means. Of the ranks that share the micro-batch's `whole` tokens, the `first` counts it.
+    `tokens`: the sum and its count, so that the result does not depend on the layout. `microbatch`: the mean, counted
+    once per micro-batch that trains anything, which reproduces LLaVA's mean of per-device means; of the CP ranks that
+    share the micro-batch's `whole` tokens, the `first` counts it.
     """
     if normalize == "microbatch":
         total, tokens = total / max(whole, 1), min(whole, 1) if first else 0
-    # Filled in where it is wanted: a tensor of a number of the host's would be copied there, and waited for.
+    # Filled on the device: copying a host number there would cost a host sync.
     return total, torch.full((), tokens, dtype=torch.int, device=total.device)

@@ -1,4 +1,7 @@
-"""Which decoder layers live on which pipeline stage, when the tower, the embedding and the head cost something too. Pure integers."""
+"""Split of the decoder layers over pipeline stages by cost, counting the tower, the embedding and the head.
+
+Pure integers.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from dataclasses import dataclass
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import ParallelConfig
 
-# Mean caption length of ShareGPT4V-PT in tokens; only the balance of the pipeline depends on it.
+# Mean caption length of ShareGPT4V-PT in tokens; affects only the balance of the pipeline.
 TYPICAL_TEXT_LENGTH = 200
 
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Multiply-adds per sample, forward and backward, of the parts that pipeline stages are made of."""
+    """Multiply-adds per sample, forward and backward, of the parts of pipeline stages."""
 
     layer: float
     first: float
@@ -24,10 +27,10 @@ class StageCosts:
 
 
 def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float = 0.5) -> StageCosts:
-    """Costs of one sample with one image and `text_length` text tokens, of which `trained_share` carry a label.
+    """Estimate the cost of a sample with one image and `text_length` text tokens.
 
-    A trained matrix costs three products (forward, gradient to the input, gradient to the weight), a frozen one with something trained
-    before it two, a frozen one with nothing trained before it one.
+    A fraction `trained_share` of the text tokens have a label. A trained matrix costs three products (forward, input
+    gradient, weight gradient), a frozen one with trained parameters before it two, a frozen one without them one.
     """
     vision, language, trainable = model.vision, model.language, model.trainable
     length = vision.num_patches + text_length
@@ -49,7 +52,7 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
 
 
 def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers on each pipeline stage: as `parallel.layout` says, or counting tower, projector and head as cost."""
+    """Decoder layers on each pipeline stage: `parallel.layout`, or balanced by cost."""
     if parallel.layout != "auto":
         return parallel.layout
     costs = estimate_costs(model, text_length=TYPICAL_TEXT_LENGTH)
@@ -59,10 +62,11 @@ def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> tuple[int,
 
 
 def split_layers(num_layers: int, *, stages: int, pipeline: int, costs: StageCosts) -> tuple[int, ...]:
-    """Decoder layers per stage (`stages` = pipeline x virtual, in order), at least one each, so that the slowest pipeline rank is fastest.
+    """Split decoder layers over `stages` so that the most loaded pipeline rank has the least load.
 
-    Pipeline rank r runs stages r, r + pipeline, ... Layers are handed out one by one to the stage of the least loaded rank, which is optimal
-    for equal layers; among equals the later rank takes one first, since the first also holds the tower's activations.
+    `stages` = pipeline x virtual, in order; each gets at least one layer. Pipeline rank r runs stages r, r + pipeline,
+    ... Layers are assigned one by one to the least loaded rank, which is optimal for equal layers; on a tie the later
+    rank gets one, since the first also holds the tower's activations.
     """
     assert 0 < stages <= num_layers and stages % pipeline == 0, (num_layers, stages, pipeline)
     counts = [1] * stages
@@ -78,6 +82,6 @@ def split_layers(num_layers: int, *, stages: int, pipeline: int, costs: StageCos
 
 
 def describe_stages(counts: Sequence[int], *, pipeline: int) -> str:
-    """One line for the log: decoder layers on each pipeline rank, chunk by chunk."""
+    """Format the decoder layers of each pipeline rank, chunk by chunk, as one log line."""
     ranks = ["+".join(str(counts[stage]) for stage in range(rank, len(counts), pipeline)) for rank in range(pipeline)]
     return "decoder layers per pipeline rank: " + ", ".join(ranks)

@@ -1,4 +1,7 @@
-"""The map from tower features to language-model embeddings: one linear layer, or Linear, erf GELU, Linear (LLaVA-1.5's mlp2x_gelu)."""
+"""Projector from tower features to language model embeddings: one linear layer, or LLaVA-1.5's mlp2x_gelu.
+
+P: patches per image; N: images; V: tower width; H: language width.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from megatron_share4v.mcore.mlp import ActivatedMLP
 
 
 class Projector(MegatronModule):
-    """[P, N, V] features -> [P, N, H] embeddings; split over the tensor group, full result on every rank of it."""
+    """[P, N, V] features -> [P, N, H] embeddings; sharded over the TP group, full result on every rank."""
 
     def __init__(self, config: LayerConfig, *, model: ModelConfig, mesh: Mesh) -> None:
         super().__init__(config)
@@ -37,6 +40,6 @@ class Projector(MegatronModule):
             )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Apply the map to every position."""
+        """Project the features of every patch."""
         output, bias = self.linear(features) if hasattr(self, "linear") else self.mlp(features)
         return output if bias is None else output + bias

@@ -1,4 +1,4 @@
-"""Freezing: which parameters train, by component and block number, and a table that shows it."""
+"""Freezing of parameters by component and block number, and a table of the result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
 
 
 def component_of(name: str) -> Component:
-    """The component that a parameter name (with or without wrapper prefixes) belongs to."""
+    """Return the component of a parameter name (with or without wrapper prefixes)."""
     for part in name.split("."):
         if part in COMPONENTS:
             return part
@@ -26,7 +26,10 @@ def component_of(name: str) -> Component:
 
 
 def apply_trainable(chunk: Share4V, trainable: TrainableConfig) -> None:
-    """Switch gradients on and off. Must run before gradient buffers are made, so that frozen parts get none."""
+    """Set requires_grad of every parameter.
+
+    Run before gradient buffers are made, so that frozen parameters get none.
+    """
     for name, parameter in chunk.named_parameters():
         component = component_of(name)
         parameter.component = component
@@ -44,7 +47,10 @@ def _trains(name: str, component: Component, trainable: TrainableConfig) -> bool
 
 
 def parameter_counts(chunks: Iterable[nn.Module], *, mesh: Mesh) -> dict[tuple[Component, bool], int]:
-    """Elements of the whole model by (component, trains). Collective: every rank counts what no other rank has counted."""
+    """Count the elements of the whole model by (component, trained).
+
+    Collective; replicated weights are counted once.
+    """
     counts = {(component, trains): 0 for component in COMPONENTS for trains in (True, False)}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -57,7 +63,7 @@ def parameter_counts(chunks: Iterable[nn.Module], *, mesh: Mesh) -> dict[tuple[C
 
 
 def format_parameter_table(counts: dict[tuple[Component, bool], int]) -> Iterator[str]:
-    """Lines of a table: what trains and what is frozen, in elements."""
+    """Yield the lines of a table of trained and frozen elements."""
     yield f"{'component':<12}{'trained':>18}{'frozen':>18}"
     for component in COMPONENTS:
         yield f"{component:<12}{counts[component, True]:>18,}{counts[component, False]:>18,}"

@@ -1,6 +1,8 @@
-"""The CLIP ViT tower: uint8 pixels in, patch features of the selected layer out. Nothing after that layer is built.
+"""The CLIP ViT tower: uint8 pixels to patch features of the selected layer; later layers are not built.
 
-N images of H x H pixels, p the side of a patch; P patches; V tower width. Radford et al. 2021 (CLIP); Hugging Face `CLIPVisionModel` names.
+Radford et al. 2021 (CLIP); Hugging Face `CLIPVisionModel` names.
+
+N: images of X x X pixels; P: patches per image; V: tower width.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from megatron_share4v.ops.patchify import patchify
 
 
 class PatchEmbedding(nn.Module):
-    """CLIP's patch convolution, whose stride is its side: one matrix product over normalised patches. Its weight is that of a Conv2d."""
+    """CLIP's patch convolution as one matrix product over normalized patches. Its weight is that of a Conv2d."""
 
     def __init__(self, config: LayerConfig, *, vision: VisionConfig) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class PatchEmbedding(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, H, H, 3] uint8 -> [N, P, V]."""
+        """[N, X, X, 3] uint8 -> [N, P, V]."""
         table = normalised_values(pixels.device, self.weight.dtype)
         patches = patchify(pixels, table=table, patch=self.patch, implementation=self.ops)
         return F.linear(patches, self.weight.flatten(1))
@@ -42,7 +44,7 @@ class VisionTower(MegatronModule):
     """Class token and patches through pre-LayerNorm blocks; the class token is dropped at the end."""
 
     def __init__(self, config: LayerConfig, *, vision: VisionConfig, mesh: Mesh, spec: ModuleSpec) -> None:
-        """`spec`: of a block (mcore/layer_specs.py)."""
+        """Build the tower from blocks of `spec` (mcore/layer_specs.py)."""
         super().__init__(config)
         width, dtype = vision.hidden_size, config.params_dtype
         self.patch_embedding = PatchEmbedding(config, vision=vision)
@@ -64,7 +66,7 @@ class VisionTower(MegatronModule):
         ]
 
     def num_frozen_blocks(self) -> int:
-        """Leading blocks (with the stem) in which nothing trains; 0 also when the stem trains."""
+        """Number of leading blocks in which nothing trains; 0 also when the stem trains."""
         if any(parameter.requires_grad for parameter in self.stem()):
             return 0
         frozen = 0
@@ -75,7 +77,7 @@ class VisionTower(MegatronModule):
         return frozen
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[N, H, H, 3] uint8 -> [P, N, V] features."""
+        """[N, X, X, 3] uint8 -> [P, N, V] features."""
         frozen = self.num_frozen_blocks()
         prefix_is_frozen = frozen > 0 or not any(parameter.requires_grad for parameter in self.stem())
         # The frozen prefix keeps no activations.
@@ -84,12 +86,15 @@ class VisionTower(MegatronModule):
             for layer in self.layers[:frozen]:
                 hidden, _ = layer(hidden_states=hidden, attention_mask=None)
         for layer in self.layers[frozen:]:
-            hidden = self._run_trained(layer, hidden)
+            hidden = self._run_trained_block(layer, hidden)
         return hidden[1:]
 
-    def _run_trained(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Core recomputes parts of a layer itself, and whole ones in its block alone. Its own way needs an input with a gradient, which the first
-        trained block does not have."""
+    def _run_trained_block(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one block, with full recomputation when configured.
+
+        Core recomputes whole layers only inside its TransformerBlock, and needs an input with a gradient, which the
+        first trained block does not have.
+        """
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
             return layer(hidden_states=hidden, attention_mask=None)[0]

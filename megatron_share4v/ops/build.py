@@ -182,7 +182,7 @@ def prebuild(toolchain: Toolchain, *, csrc: Path, to: Path) -> Path:
             log = to / "failed.log"
             log.write_text(str(error), encoding="utf-8")
             raise _failed(toolchain, log) from error
-    note = {"csrc_directory": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
+    note = {"sources": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
     (to / "built.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
     return to / LIBRARY
 

@@ -37,7 +37,7 @@ def test_parameter_counts_are_the_published_ones(name: str, mesh: Mesh, reposito
             ops="reference",
             options=LayerOptions(),
             layers_per_stage=layers_per_stage(model, parallel),
-            place=PipelineStage(stage=0, num_stages=1, chunk=None),
+            pipeline_stage=PipelineStage(stage=0, num_stages=1, chunk=None),
         )
     assert all(parameter.is_meta for parameter in chunk.parameters()), "building took memory"
     counts = {

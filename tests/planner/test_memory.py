@@ -82,11 +82,11 @@ def kept_by_autograd(chunk, batch, *, width: int, length: int, dtype: torch.dtyp
         seen.update(storages([tensor]))
         return tensor
 
-    if not chunk.place.first:
+    if not chunk.pipeline_stage.first:
         chunk.set_input_tensor(torch.randn(length, MICRO_BATCH, width, dtype=dtype, requires_grad=True))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = chunk(batch)
-    if not chunk.place.last:
+    if not chunk.pipeline_stage.last:
         seen.update(storages([output]))
     return sum(size for place, size in seen.items() if place not in own)
 
