@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from megatron_share4v.data.records import Batch
 
 STEPS = 5
 OPS = ("auto", "reference")
+WORLDS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,35 @@ def groups_of(world: int) -> list[tuple[tuple[int, int, int, int], list[Variant]
     return groups
 
 
+def pairs_of(world: int, variant: Variant) -> set[tuple[tuple[str, object], ...]]:
+    """All pairs of (setting, value) that occur together in a variant, the number of ranks among the settings."""
+    return set(itertools.combinations(sorted({"world": world, **asdict(variant)}.items()), 2))
+
+
+@cache
+def pairwise() -> frozenset[tuple[int, Variant]]:
+    """Select (world, variant) of the full matrix so that every pair of values that occurs in it occurs in the selection.
+
+    Greedy: the variant with the most uncovered pairs first, ties in the order of the matrix.
+    """
+    matrix = [(world, variant) for world in WORLDS for _, variants in groups_of(world) for variant in variants]
+    missing = set().union(*(pairs_of(*entry) for entry in matrix))
+    selected = []
+    while missing:
+        best = max(matrix, key=lambda entry: len(pairs_of(*entry) & missing))
+        selected.append(best)
+        missing -= pairs_of(*best)
+    return frozenset(selected)
+
+
+def selection_of(world: int, *, full: bool) -> list[tuple[tuple[int, int, int, int], list[Variant]]]:
+    """Groups of a world size: the full matrix, or its pairwise selection."""
+    groups = groups_of(world)
+    if not full:
+        groups = [(place, [v for v in variants if (world, v) in pairwise()]) for place, variants in groups]
+    return [(place, variants) for place, variants in groups if variants]
+
+
 def layouts_of(world: int) -> list[tuple[int, int, int]]:
     """{tensor 1,2} x {pipeline 1,2,4} x {virtual 1,2} with data 1 or 2."""
     return [
@@ -271,9 +302,18 @@ def reference() -> dict[tuple[str, str, str, str], Outcome]:
     }
 
 
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_every_layout_equals_one_rank(world: int, reference: dict[tuple[str, str, str, str], Outcome]) -> None:
-    groups = groups_of(world)
+def test_pairwise_selection_is_smaller_and_covers_every_pair() -> None:
+    matrix = {(world, variant) for world in WORLDS for _, variants in groups_of(world) for variant in variants}
+    assert pairwise() < matrix and len(pairwise()) < 0.6 * len(matrix)
+    assert set().union(*(pairs_of(*e) for e in pairwise())) == set().union(*(pairs_of(*e) for e in matrix))
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["pairwise", "full"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_layout_equals_one_rank(
+    world: int, full: bool, reference: dict[tuple[str, str, str, str], Outcome]
+) -> None:
+    groups = selection_of(world, full=full)
     results = run_world(world, run_variants, groups)[0]
     assert len(results) == sum(len(variants) for _, variants in groups)
     worst = {"loss": 0.0, "norm": 0.0, "weight": 0.0}
