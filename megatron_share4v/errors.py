@@ -1,6 +1,7 @@
-"""The errors that a user can cause. Each message says what is wrong, the value, where, and what to do.
+"""The errors that a user can cause; each message states what is wrong, the value, where it is, and what to do.
 
-A command ends with the message alone (no traceback) and exit code 2, or the class's own, for any of them; every other exception is our bug.
+A command ends with the message alone (no traceback) and exit code 2, or the exit code of the class. Any other exception
+is a fault of this project.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_share4v.exit_codes import ExitCode
 
 
 class Share4VError(Exception):
-    """Base of all user-facing errors; `exit_code` is what the command ends with, `word` what its message begins with."""
+    """Base of all user-facing errors, with the exit code of the command and the first word of its message."""
 
     exit_code = ExitCode.USER_ERROR
     word = "error"
@@ -29,7 +30,7 @@ class ConfigError(Share4VError):
 
 
 class RunDirectoryInUse(ConfigError):
-    """Another job trains in the run directory. It says nothing there: that is the other's."""
+    """Another job trains in the run directory; nothing was written there."""
 
 
 class DataError(Share4VError):
@@ -53,59 +54,65 @@ class PrecisionError(Share4VError):
 
 
 class ServeError(Share4VError):
-    """A server that was asked for, or asked, does not answer."""
+    """A server cannot be started, or a remote server does not respond."""
 
 
 class TrainingError(Share4VError):
-    """Training does not learn any more, and starting again would not change that."""
+    """Training has diverged, and a restart would not change that."""
 
 
 class DamageError(Share4VError):
-    """A rank's numbers are wrong though its program is right. Starting again from a checkpoint may help, on another node."""
+    """The numbers of a rank are wrong although its program is right; a restart on another node may help."""
 
     exit_code = ExitCode.DAMAGED
 
 
 class RunStopped(Share4VError):
-    """A run ended in order before its last step, because it was asked to: all is saved, and the same command goes on."""
+    """A run ended in order before its last step, on request: everything is saved and the same command continues it."""
 
     exit_code = ExitCode.STOPPED
     word = "stopped"
 
 
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""A full, read-only or failing disk: a user error wherever it occurs."""
 PATH_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT)
+"""A path that cannot be used: a user error below the directory that the user named."""
+PEER_DELAY_S = 3.0
+"""How long ranks other than 0 wait before they print an error; the launcher has usually ended them by then."""
 
 
 @contextlib.contextmanager
 def disk_errors_as_config_error(directory: Path) -> Iterator[None]:
-    """A disk that is full or lost, and a place below `directory` that is not ours to write, is the user's to mend: ConfigError, from the system's error."""
+    """Turn the OSError of a full or failing disk, or of an unusable path below `directory`, into a ConfigError."""
     try:
         yield
     except OSError as error:
-        where = Path(error.filename or directory)  # a flush does not say which file
-        if error.errno not in DISK_ERRNOS and (
-            error.errno not in PATH_ERRNOS or not where.absolute().is_relative_to(directory.absolute())
-        ):
+        where = Path(error.filename or directory)  # the error of a flush names no file
+        below = where.absolute().is_relative_to(directory.absolute())
+        if error.errno not in DISK_ERRNOS and not (error.errno in PATH_ERRNOS and below):
             raise
         raise ConfigError(
-            f"{where} cannot be read or written on {socket.gethostname()}: {error.strerror}; see to the disk or its permissions, then start again"
+            f"{where} cannot be read or written on {socket.gethostname()}: {error.strerror}; "
+            "see to the disk or its permissions, then start again"
         ) from error
 
 
 @contextlib.contextmanager
 def exit_on_user_error(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
-    """End the process with the error's exit code and its message alone when the user is at fault.
+    """End the process with the message and the exit code of a Share4VError raised in the block.
 
-    Most such errors occur on all ranks alike: rank 0 speaks at once, the others a little later, by when the launcher has usually ended them.
+    Most such errors occur on all ranks alike: rank 0 prints at once, the others after PEER_DELAY_S. A run that was
+    stopped in order is reported by rank 0 alone.
     """
     try:
         yield
     except Share4VError as error:
-        if rank and not isinstance(error, RunStopped):
-            time.sleep(3.0)
+        stopped = isinstance(error, RunStopped)
+        if rank and not stopped:
+            time.sleep(PEER_DELAY_S)
         where = f"rank {rank}: " if ranks > 1 else ""
-        if not (rank and isinstance(error, RunStopped)):
+        if not (rank and stopped):
             print(f"{error.word}: {where}{error}", file=sys.stderr, flush=True)
         # Peers may still be in a collective: leave without waiting for them.
         sys.stderr.flush()

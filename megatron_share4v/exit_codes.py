@@ -1,4 +1,4 @@
-"""Exit codes of the commands; docs/operations.md explains what a supervisor or a batch script does about each."""
+"""Exit codes of all commands; docs/operations.md says what a supervisor or a batch script does about each."""
 
 from enum import IntEnum
 
@@ -7,11 +7,15 @@ class ExitCode(IntEnum):
     """How a command of this project ended."""
 
     OK = 0
+    FAILURE = 1
+    """An uncaught exception: a fault of this project or of the machine. A restart may help."""
     USER_ERROR = 2
-    """Bad input or configuration; starting again would fail again."""
+    """Bad input or configuration; a restart would fail again."""
+    PARTIAL = 3
+    """Finished, but some of the inputs failed and are listed in the output."""
     STOPPED = 75
-    """EX_TEMPFAIL of sysexits.h: ended in order before its last step, everything saved; the same command continues."""
+    """Ended in order before the last step, everything saved; the same command continues (EX_TEMPFAIL of sysexits.h)."""
     HUNG = 76
-    """A rank exceeded its time bound; the report in `watch/` names it. Starting again may help."""
+    """A rank exceeded its time bound; the report in `watch/` names it. A restart may help."""
     DAMAGED = 77
-    """A rank's numbers are wrong although its program is right, probably its hardware. Continue on another node."""
+    """A rank computes wrong numbers with the right program, probably its hardware. Continue on another node."""

@@ -63,8 +63,8 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """3 when there are error rows."""
-        return 3 if self.errors else 0
+        """PARTIAL when there are error rows, else OK."""
+        return ExitCode.PARTIAL if self.errors else ExitCode.OK
 
 
 def run_job(

@@ -1,1 +1,1 @@
-"""Ranks and devices: who computes what, and how the ranks of one job find each other. Only torch.distributed here."""
+"""The layout of ranks, the device of a rank, and process groups; everything here builds on torch.distributed alone."""

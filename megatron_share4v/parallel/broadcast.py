@@ -1,4 +1,4 @@
-"""Sending records of tensors from one rank of a group to the others: one header, one byte buffer, whatever the number of tensors."""
+"""Broadcast of a record of tensors within a group: one header and one byte buffer, whatever the number of tensors."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def broadcast_tensors(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> list[torch.Tensor | None]:
-    """Give every rank of `group` the tensors that global rank `source` holds.
+    """Broadcast a list of tensors from global rank `source` to every rank of `group`; the result lies on `device`.
 
-    `tensors` has `count` entries (None where there is no tensor) on the source and is None elsewhere; the result lies on `device`.
-    Every rank must know `count` already; shapes and dtypes travel ahead.
+    `tensors` has `count` entries (None where there is no tensor) on the source and is None on other ranks. Every rank
+    must know `count`; shapes and dtypes are sent in the header.
     """
     header = torch.zeros(count, 2 + _MAX_DIMS, dtype=torch.int64)
     if tensors is not None:
@@ -39,11 +39,8 @@ def broadcast_tensors(
     rows = header.tolist()
     sizes = [0 if row[0] == _ABSENT else math.prod(row[2 : 2 + row[1]]) * _DTYPES[row[0]].itemsize for row in rows]
     if tensors is not None:
-        parts = [
-            tensor.contiguous().view(-1).view(torch.uint8)
-            for tensor in tensors
-            if tensor is not None and tensor.numel()
-        ]
+        present = [tensor for tensor in tensors if tensor is not None and tensor.numel()]
+        parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in present]
         buffer = torch.cat(parts).to(device) if parts else torch.empty(0, dtype=torch.uint8, device=device)
     else:
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
@@ -51,6 +48,6 @@ def broadcast_tensors(
         dist.broadcast(buffer, src=source, group=group)
     received: list[torch.Tensor | None] = []
     for row, part in zip(rows, buffer.split(sizes)):
-        # clone: a slice may start at an address that its dtype cannot be viewed from
+        # clone: a slice may start at an address that is not aligned for its dtype
         received.append(None if row[0] == _ABSENT else part.clone().view(_DTYPES[row[0]]).view(row[2 : 2 + row[1]]))
     return received

@@ -1,4 +1,7 @@
-"""Joining the world that torchrun made, or a world of one without it. The only reader of launcher environment variables."""
+"""The ranks of a job as torchrun starts them: launcher environment variables and the default process group.
+
+This is the only reader of launcher environment variables. Without torchrun the job is a single process.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.process import kill_on_parent_exit
 
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+JOB_END = "SLURM_JOB_END_TIME"
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """Rank and world size of this process, in the job and on its node."""
 
     rank: int
     size: int
@@ -32,40 +38,42 @@ class World:
     @classmethod
     def from_environment(cls) -> World:
         """Read the variables that torchrun sets; a single process when none is set, ConfigError when only some are."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        missing = [name for name in names if name not in os.environ]
-        if len(missing) == len(names):
+        missing = [name for name in VARIABLES if name not in os.environ]
+        if len(missing) == len(VARIABLES):
             return cls.single_process()
         if missing:
             raise ConfigError(
-                f"the launcher set some of {', '.join(names)} but not {', '.join(missing)}; start with torchrun, or unset them all"
+                f"the launcher set some of {', '.join(VARIABLES)} but not {', '.join(missing)}; "
+                "start with torchrun, or unset them all"
             )
-        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+        return cls(*(int(os.environ[name]) for name in VARIABLES))
 
 
-def job_end() -> float | None:
-    """When the scheduler ends this job, in seconds since 1970 (Slurm says so since 22.05); None: it does not say. ConfigError when it says nonsense."""
-    name = "SLURM_JOB_END_TIME"
-    text = os.environ.get(name)
+def scheduled_end() -> float | None:
+    """Read when Slurm (22.05 or later) ends this job, in seconds since 1970; None when it is not set.
+
+    Raises ConfigError when the variable is not a number.
+    """
+    text = os.environ.get(JOB_END)
     if text is None:
         return None
     try:
         return float(text)
     except ValueError as error:
         raise ConfigError(
-            f"{name} is {text!r}, which is no time in seconds since 1970; unset it, or set run.time_limit_minutes"
+            f"{JOB_END} is {text!r}, which is no time in seconds since 1970; unset it, or set run.time_limit_minutes"
         ) from error
 
 
 def kill_on_launcher_exit() -> None:
-    """When torchrun is killed, so is this process: ranks that train on without it would write beside those of the next start. Linux alone can do it."""
+    """Have the kernel kill this rank when torchrun dies: an orphan would write beside the ranks of the next start."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         kill_on_parent_exit()
 
 
 @contextlib.contextmanager
 def process_group(world: World, device: Device, *, timeout_s: int) -> Iterator[None]:
-    """The default process group, for the length of the block."""
+    """Initialize the default process group for the length of the block."""
     timeout = timedelta(seconds=timeout_s)
     if world.size == 1:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -74,7 +82,7 @@ def process_group(world: World, device: Device, *, timeout_s: int) -> Iterator[N
     try:
         yield
     except BaseException:
-        # NCCL would first wait for collectives that the failed rank will never join; the process is about to end anyway.
+        # NCCL would wait for collectives that the failed rank will never join; the process is about to end anyway.
         if device.backend == "gloo":
             dist.destroy_process_group()
         raise

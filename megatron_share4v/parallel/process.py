@@ -1,4 +1,4 @@
-"""What the operating system knows of processes: whether one lives, and that one ends with another. No torch here."""
+"""Process facts of the operating system: state and start time of a process, and the parent-death signal. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def process_status(pid: int) -> tuple[str, int] | None:
-    """(letter of its state, start time in ticks) of a process of this host; None where there is none."""
+    """Read (state letter, start time in clock ticks) of a process of this host; None when there is no such process."""
     path = Path(f"/proc/{pid}/stat")
     try:
-        # The name in parentheses may contain anything.
+        # The command name in parentheses may contain anything.
         fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
@@ -20,7 +20,7 @@ def process_status(pid: int) -> tuple[str, int] | None:
 
 
 def kill_on_parent_exit() -> None:
-    """The kernel kills this process when the one that started it ends."""
+    """Have the kernel kill this process when its parent ends (PR_SET_PDEATHSIG; Linux only)."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.logging import get_logger
-from megatron_share4v.parallel.launch import job_end
+from megatron_share4v.parallel.launch import scheduled_end
 
 
 class TimeLimit:
@@ -25,7 +25,7 @@ class TimeLimit:
         self._last_save = self._last_step = now()
         self._longest_step_s = self._longest_save_s = 0.0
         limit = config.run.time_limit_minutes
-        scheduled = job_end()
+        scheduled = scheduled_end()
         job = None if scheduled is None else self._last_step + scheduled - clock()
         ends = [end for end in (job, None if limit is None else self._last_step + 60.0 * limit) if end is not None]
         self._end = min(ends, default=None)
