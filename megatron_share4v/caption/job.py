@@ -21,6 +21,7 @@ from megatron_share4v.caption.outputs import (
 )
 from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.infer.answer_log import Done, Journal, Share, take_up
 from megatron_share4v.logging import get_logger
 
