@@ -127,9 +127,9 @@ def verify(arguments: argparse.Namespace) -> None:
     # An error leaves without emptying buffers.
     print(compare(request_of(arguments), arguments.checkpoint), flush=True)
     if arguments.logits:
-        from megatron_share4v.evaluate.agreement import compare_alone, generated_questions
+        from megatron_share4v.evaluate.agreement import compare_single_process, generated_questions
 
-        found = compare_alone(arguments.checkpoint, arguments.source, questions=generated_questions())
+        found = compare_single_process(arguments.checkpoint, arguments.source, questions=generated_questions())
         if not found.holds:
             raise ConversionError(f"{arguments.source}: {found}")
         print(found)

@@ -1,11 +1,9 @@
-"""What the quickstart says and asks about its scenes, and how it scores.
+"""Captions of and questions about the quickstart's scenes, and the scoring of generated text against them.
 
-Captions state every object's attributes, the relations of objects that follow
-each other in the caption, and the background.  Questions have answers of one sentence.  The scoring
-functions are pure: text in, numbers out.
+A caption states every object's attributes, the relations of consecutive objects, and the background. Every question is
+answered in one sentence. The scoring functions are pure: text in, numbers out.
 
-A *fact* is a triple ``(subject, attribute, value)`` of strings.  The subject
-is an object's colour (``"red"``) or ``"background"``.
+A *fact* is a triple `(subject, attribute, value)` of strings; its subject is an object's colour or "background".
 """
 
 from __future__ import annotations
@@ -26,30 +24,17 @@ from examples.quickstart.scenes import (
     scene_rng,
 )
 
-__all__ = [
-    "QUESTION_KINDS",
-    "Fact",
-    "Question",
-    "answer_matches",
-    "caption",
-    "caption_attribute_accuracy",
-    "caption_facts",
-    "held_out_questions",
-    "scene_questions",
-    "stated_facts",
-]
-
 Fact = tuple[str, str, str]
 
 QUESTION_KINDS = ("color", "shape", "place", "size", "count", "background")
 _COUNTS = ("zero", "one", "two", "three")
-# (what the question names an object by, what it asks for); no two objects of a scene share a colour or a place
+# (attribute that identifies the object, attribute asked for); no two objects of a scene share a colour or a place
 _LINKS = (("color", "shape"), ("color", "size"), ("color", "place"), ("place", "color"))
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question about one scene; its answer is a sentence, of which ``value`` is the part that the picture decides."""
+class SceneQuestion:
+    """One question about one scene; `answer` is a sentence, `value` the part of it that depends on the image."""
 
     kind: str
     text: str
@@ -61,17 +46,13 @@ class Question:
 
 
 def _relations(first: SceneObject, second: SceneObject) -> tuple[str, ...]:
-    """How ``first`` lies to ``second``: one or two of the four directions."""
+    """Return the position of `first` relative to `second`: one or two of the four directions."""
     words = []
     if first.row != second.row:
         words.append("above" if first.row < second.row else "below")
     if first.column != second.column:
         words.append("left of" if first.column < second.column else "right of")
     return tuple(words)
-
-
-def _name(item: SceneObject, given: str) -> str:
-    return f"the {item.color} object" if given == "color" else f"the object at the {item.place}"
 
 
 def _count_sentence(scene: Scene) -> str:
@@ -84,7 +65,7 @@ def _relation_sentence(first: SceneObject, second: SceneObject) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The detailed caption of a scene, one line of English; the objects come in the order of their colours in ``COLORS``."""
+    """Return the detailed caption of a scene, one line of English; objects are sorted by colour as in `COLORS`."""
     parts = [_count_sentence(scene)]
     for item in scene.objects:
         parts.append(f"The {item.color} object is a {item.size} {item.shape} at the {item.place}.")
@@ -96,11 +77,10 @@ def caption(scene: Scene) -> str:
 
 
 def caption_facts(scene: Scene) -> frozenset[Fact]:
-    """Every true fact that a full caption of ``scene`` states.
+    """Return every true fact that a complete caption of `scene` states.
 
-    Per object its size, shape and place (subject: its colour); per pair of
-    objects that follow each other in the caption their one or two directions;
-    one of the background.
+    Size, shape and place of each object (subject: its colour), one or two directions for each pair of consecutive
+    objects, and the background's shade.
     """
     facts: set[Fact] = {("background", "shade", scene.shade)}
     for item in scene.objects:
@@ -112,7 +92,7 @@ def caption_facts(scene: Scene) -> frozenset[Fact]:
     return frozenset(facts)
 
 
-def _one_of(words: Sequence[str]) -> str:
+def _alternatives(words: Sequence[str]) -> str:
     return "(" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
@@ -124,19 +104,20 @@ _OPPOSITE = {
     "right of": "left of",
 }
 _OBJECT_RE = re.compile(
-    rf"\bthe {_one_of(COLORS)} object is a {_one_of(SIZES)} {_one_of(SHAPES)} at the {_one_of(PLACES)}\b"
+    rf"\bthe {_alternatives(COLORS)} object is a {_alternatives(SIZES)} {_alternatives(SHAPES)} "
+    rf"at the {_alternatives(PLACES)}\b"
 )
-_BACKGROUND_RE = re.compile(rf"\bthe background is {_one_of(SHADES)}\b")
+_BACKGROUND_RE = re.compile(rf"\bthe background is {_alternatives(SHADES)}\b")
 _RELATION_RE = re.compile(
-    rf"\bthe {_one_of(COLORS)} object is {_one_of(_DIRECTIONS)}(?: and {_one_of(_DIRECTIONS)})? the {_one_of(COLORS)} object\b"
+    rf"\bthe {_alternatives(COLORS)} object is {_alternatives(_DIRECTIONS)}(?: and {_alternatives(_DIRECTIONS)})? "
+    rf"the {_alternatives(COLORS)} object\b"
 )
 
 
 def stated_facts(text: str) -> frozenset[Fact]:
-    """The facts that a caption states; never an error, whatever the text.
+    """Parse the facts that a caption states; any text is accepted.
 
-    What a caption contradicts counts as not stated: two values for one
-    attribute of one subject, or a direction and its opposite, cancel.
+    Contradictions count as not stated: two values for one attribute of one subject, or a direction and its opposite.
     """
     plain = " ".join(text.lower().split())
     values: dict[tuple[str, str], set[str]] = {}
@@ -156,10 +137,9 @@ def stated_facts(text: str) -> frozenset[Fact]:
 
 
 def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str]) -> float:
-    """Share (0 to 1) of the scenes' true facts that their captions state.
+    """Return the fraction (0 to 1) of the scenes' true facts that their captions state.
 
-    ``captions[i]`` is judged against ``scenes[i]``.  Raises ``ValueError``
-    when the two differ in length or are empty.
+    `captions[i]` is compared with `scenes[i]`. Raises ValueError when the two differ in length or are empty.
     """
     if len(scenes) != len(captions) or not scenes:
         raise ValueError(f"{len(scenes)} scenes for {len(captions)} captions")
@@ -174,29 +154,27 @@ def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str])
 # --- questions --------------------------------------------------------------
 
 
-def _attribute_question(item: SceneObject, given: str, asked: str) -> Question:
-    name, value = (
-        f"the {item.color} object" if given == "color" else f"the object at the {item.place}",
-        str(getattr(item, asked)),
-    )
+def _attribute_question(item: SceneObject, given: str, asked: str) -> SceneQuestion:
+    name = f"the {item.color} object" if given == "color" else f"the object at the {item.place}"
+    value = str(getattr(item, asked))
     text = f"Where is {name}?" if asked == "place" else f"What {asked} is {name}?"
-    said = {"shape": f"a {value}", "place": f"at the {value}"}.get(asked, value)
-    return Question(kind=asked, text=text, answer=f"{name[0].upper()}{name[1:]} is {said}.", value=value)
+    predicate = {"shape": f"a {value}", "place": f"at the {value}"}.get(asked, value)
+    return SceneQuestion(kind=asked, text=text, answer=f"{name[0].upper()}{name[1:]} is {predicate}.", value=value)
 
 
-def _scene_wide_questions(scene: Scene) -> list[Question]:
+def _scene_wide_questions(scene: Scene) -> list[SceneQuestion]:
     count = _COUNTS[len(scene.objects)]
     return [
-        Question("count", "How many objects are there?", _count_sentence(scene), count),
-        Question("background", "What color is the background?", f"The background is {scene.shade}.", scene.shade),
+        SceneQuestion("count", "How many objects are there?", _count_sentence(scene), count),
+        SceneQuestion("background", "What color is the background?", f"The background is {scene.shade}.", scene.shade),
     ]
 
 
-def scene_questions(scene: Scene, limit: int, rng: Random) -> list[Question]:
-    """Up to ``limit`` questions in random order, for one conversation.
+def scene_questions(scene: Scene, limit: int, rng: Random) -> list[SceneQuestion]:
+    """Return up to `limit` questions in random order, for one conversation.
 
-    No answer can be read off the turns before it: once two attributes of an
-    object are linked by questions, no later question links them again.
+    No answer follows from earlier turns: once two attributes of an object are linked by questions, directly or through
+    others, no later question links them again.
     """
     found = _scene_wide_questions(scene)
     for item in scene.objects:
@@ -211,8 +189,8 @@ def scene_questions(scene: Scene, limit: int, rng: Random) -> list[Question]:
     return found[:limit]
 
 
-def _candidates(scene: Scene) -> list[Question]:
-    """Every question that could be asked of one held-out scene."""
+def _candidates(scene: Scene) -> list[SceneQuestion]:
+    """Return every possible question about one held-out scene, shuffled."""
     found = _scene_wide_questions(scene)
     for item in scene.objects:
         found += [_attribute_question(item, given, asked) for given, asked in _LINKS]
@@ -220,20 +198,18 @@ def _candidates(scene: Scene) -> list[Question]:
     return found
 
 
-def held_out_questions(scenes: Sequence[Scene], per_kind: int) -> list[tuple[int, Question]]:
-    """``per_kind`` questions of each kind as ``(index into scenes, question)``.
+def held_out_questions(scenes: Sequence[Scene], per_kind: int) -> list[tuple[int, SceneQuestion]]:
+    """Choose `per_kind` questions of each kind, as `(index into scenes, question)`.
 
-    Within a kind the values take turns, so each is right equally
-    often (to within one) and asking without looking earns chance: 1/6 for a
-    colour, 1/4 for a shape, 1/9 for a place, 1/3 for a count, 1/4
-    for a background, 1/2 for a size.  A scene is asked at most
-    one question per kind.  Raises ``ValueError`` when the scenes are too few.
+    Within a kind all answers are equally frequent (to within one), so answering without the image scores chance: 1/6
+    for a colour, 1/5 for a shape, 1/9 for a place, 1/3 for a count, 1/4 for a background, 1/2 for a size. A scene has
+    at most one question of each kind. Raises ValueError when there are too few scenes.
     """
-    pools: dict[str, dict[str, list[tuple[int, Question]]]] = {k: {} for k in QUESTION_KINDS}
+    pools: dict[str, dict[str, list[tuple[int, SceneQuestion]]]] = {k: {} for k in QUESTION_KINDS}
     for index, scene in enumerate(scenes):
         for question in _candidates(scene):
             pools[question.kind].setdefault(question.value, []).append((index, question))
-    chosen: list[tuple[int, Question]] = []
+    chosen: list[tuple[int, SceneQuestion]] = []
     for kind in QUESTION_KINDS:
         used: set[int] = set()
         answers = sorted(pools[kind])
@@ -248,6 +224,5 @@ def held_out_questions(scenes: Sequence[Scene], per_kind: int) -> list[tuple[int
 
 
 def answer_matches(generated: str, answer: str) -> bool:
-    """Whether a generated answer is the right one: equal but for case, outer
-    space and one full stop at the end."""
+    """Whether a generated answer is right: equal up to case, surrounding white space and one final full stop."""
     return generated.strip().lower().removesuffix(".") == answer.lower().removesuffix(".")

@@ -1,14 +1,13 @@
-"""The data set that the quickstart draws for itself.
+"""Data set of the quickstart: drawn scenes with captions and conversations, in ShareGPT4V's JSON format.
 
-:func:`write_dataset` draws scenes (:mod:`.quickstart_scenes`), says and asks
-things about them (:mod:`.quickstart_text`) and writes ShareGPT4V JSON::
+`write_dataset` writes:
 
-    out_dir/images/train_000000.png ...
-    out_dir/pretrain.json    stage 1: one detailed caption per training scene
-    out_dir/finetune.json    stage 2: conversations about training scenes
-    out_dir/held_out.json    scenes and questions that training never sees
+    images/train_000000.png ...
+    pretrain.json    stage 1: one detailed caption per training scene
+    finetune.json    stage 2: conversations about training scenes
+    held_out.json    scenes and questions that training never sees
 
-Everything written is a pure function of ``seed`` and the scene's number.
+All files are pure functions of the seed and the numbers of scenes.
 """
 
 from __future__ import annotations
@@ -20,53 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from examples.quickstart.conversations import (
-    QUESTION_KINDS,
-    Question,
-    answer_matches,
     caption,
-    caption_attribute_accuracy,
-    caption_facts,
     held_out_questions,
     scene_questions,
-    stated_facts,
 )
-from examples.quickstart.scenes import (
-    COLORS,
-    PLACES,
-    SHAPES,
-    Scene,
-    draw_scene,
-    make_scene,
-    scene_rng,
-)
+from examples.quickstart.scenes import COLORS, PLACES, SHAPES, Scene, draw_scene, make_scene, scene_rng
 
-__all__ = [
-    "CAPTION_REQUESTS",
-    "IMAGE_SIZE",
-    "QUESTION_KINDS",
-    "HeldOutQuestion",
-    "Question",
-    "Scene",
-    "answer_matches",
-    "caption",
-    "caption_attribute_accuracy",
-    "caption_facts",
-    "draw_scene",
-    "finetune_record",
-    "held_out_questions",
-    "load_held_out",
-    "make_scene",
-    "pretrain_record",
-    "scene_questions",
-    "stated_facts",
-    "text_only_record",
-    "write_dataset",
-]
-
-IMAGE_SIZE = 72  # pixels, edge of every picture
-TURNS = 6  # question-answer turns of one conversation, at most
-CAPTION_SHARE = 0.1  # of the stage-2 records ask for the detailed caption
-TEXT_ONLY_SHARE = 0.04  # text-only records per training scene, stage 2
+IMAGE_SIZE = 72  # pixels, edge of every image
+MAX_TURNS = 6  # question-answer pairs of one conversation
+CAPTION_FRACTION = 0.1  # stage-2 records that ask for the detailed caption
+TEXT_ONLY_FRACTION = 0.04  # stage-2 records without an image, per training scene
 CAPTION_REQUESTS = (
     "Describe this image in detail.",
     "What is in this image? Describe it in detail.",
@@ -90,7 +52,7 @@ def _image_name(scene: Scene) -> str:
 
 
 def pretrain_record(scene: Scene) -> Record:
-    """The stage-1 record of a scene: a request and its detailed caption."""
+    """Build the stage-1 record of a scene: a request and the detailed caption."""
     rng = scene_rng(scene.seed, scene.split, scene.index, "pretrain")
     pairs = [(rng.choice(CAPTION_REQUESTS), caption(scene))]
     return {
@@ -101,13 +63,12 @@ def pretrain_record(scene: Scene) -> Record:
 
 
 def finetune_record(scene: Scene) -> Record:
-    """The stage-2 record of a scene: up to six questions, each answered in a sentence,
-    or (one scene in ten) a request for the detailed caption."""
+    """Build the stage-2 record of a scene: up to six questions and answers, or (one in ten) the detailed caption."""
     rng = scene_rng(scene.seed, scene.split, scene.index, "finetune")
-    if rng.random() < CAPTION_SHARE:
+    if rng.random() < CAPTION_FRACTION:
         pairs = [(rng.choice(CAPTION_REQUESTS), caption(scene))]
     else:
-        pairs = [(q.text, q.answer) for q in scene_questions(scene, TURNS, rng)]
+        pairs = [(q.text, q.answer) for q in scene_questions(scene, MAX_TURNS, rng)]
     return {
         "id": f"finetune_{scene.name}",
         "image": _image_name(scene),
@@ -126,7 +87,7 @@ _OPPOSITES = (
 
 
 def text_only_record(seed: int, index: int) -> Record:
-    """A stage-2 record without a picture: two to four turns about words."""
+    """Build a stage-2 record without an image: two to four questions about words."""
     rng = scene_rng(seed, "train", index, "text_only")
     pairs = []
     for _ in range(rng.randint(2, 4)):
@@ -149,10 +110,10 @@ def text_only_record(seed: int, index: int) -> Record:
 
 @dataclass(frozen=True)
 class HeldOutQuestion:
-    """A held-out question, its own picture and another scene's picture.
+    """A held-out question with its own image and another scene's image.
 
-    ``image`` and ``other_image`` are paths relative to the data set's
-    folder.  The other scene is drawn without looking at its answer.
+    `image` and `other_image` are relative to the data set's directory. The other scene is chosen independently of the
+    answer.
     """
 
     image: str
@@ -166,7 +127,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def _held_out(scenes: list[Scene], per_kind: int) -> dict[str, Any]:
+def _held_out_content(scenes: list[Scene], per_kind: int) -> dict[str, Any]:
     count = len(scenes)
     questions = []
     for number, (index, question) in enumerate(held_out_questions(scenes, per_kind)):
@@ -196,10 +157,9 @@ def _held_out(scenes: list[Scene], per_kind: int) -> dict[str, Any]:
 
 
 def load_held_out(path: str | Path) -> tuple[list[tuple[Scene, str]], list[HeldOutQuestion]]:
-    """Read ``held_out.json``: ``[(scene, its picture's path)]`` and the questions.
+    """Read `held_out.json`: `[(scene, path of its image)]` and the questions.
 
-    Raises ``OSError`` when the file cannot be read and ``ValueError`` when it
-    is not what :func:`write_dataset` writes.
+    Raises OSError when the file cannot be read and ValueError when `write_dataset` did not write it.
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
@@ -226,17 +186,15 @@ def write_dataset(
     image_size: int = IMAGE_SIZE,
     progress: Callable[[str], None] = _print_progress,
 ) -> dict[str, int]:
-    """Draw the whole data set into ``out_dir`` (made if it is not there).
+    """Draw the whole data set into `out_dir`, which is created if missing.
 
-    ``image_size`` is in pixels.  ``progress`` gets one line of text per 1,000
-    pictures and one at the end.  Held-out questions: ``held_out_scenes // 4``
-    of each of the eight kinds, at most one of each kind per scene.  Returns counts: ``train_images``, ``held_out_images``,
-    ``pretrain``, ``finetune``, ``text_only``, ``questions``.
+    `image_size` is in pixels. `progress` receives one line of text per 1,000 images and one at the end. There are
+    `held_out_scenes // 4` held-out questions of each of the six kinds, at most one of each kind per scene. Returns the
+    counts `train_images`, `held_out_images`, `pretrain`, `finetune`, `text_only` and `questions`.
 
-    Raises ``ValueError`` for fewer than 1 training or 64 held-out scenes
-    (below that the answers cannot be balanced) and ``OSError`` when a file
-    cannot be written.  An interrupted call can be repeated: files are
-    overwritten and the JSON files come last.
+    Raises ValueError for fewer than 1 training or 64 held-out scenes (with fewer, the answers cannot be balanced) and
+    OSError when a file cannot be written. An interrupted call can be repeated: files are overwritten, the JSON files
+    last.
     """
     if train_scenes < 1 or held_out_scenes < 64:
         raise ValueError(f"need 1 training and 64 held-out scenes or more, not {train_scenes} and {held_out_scenes}")
@@ -248,9 +206,9 @@ def write_dataset(
     for number, scene in enumerate(train + held_out, start=1):
         draw_scene(scene, image_size).save(out / _image_name(scene))
         if number % 1000 == 0 and number < total:
-            progress(f"drew {number} of {total} pictures")
-    text_only = [text_only_record(seed, i) for i in range(round(TEXT_ONLY_SHARE * train_scenes))]
-    held = _held_out(held_out, held_out_scenes // 4)
+            progress(f"drew {number} of {total} images")
+    text_only = [text_only_record(seed, i) for i in range(round(TEXT_ONLY_FRACTION * train_scenes))]
+    held = _held_out_content(held_out, held_out_scenes // 4)
     _write_json(out / "pretrain.json", [pretrain_record(scene) for scene in train])
     _write_json(out / "finetune.json", [finetune_record(scene) for scene in train] + text_only)
     _write_json(out / "held_out.json", held)
@@ -262,5 +220,5 @@ def write_dataset(
         "text_only": len(text_only),
         "questions": len(held["questions"]),
     }
-    progress(f"drew {total} pictures and wrote {len(held['questions'])} held-out questions")
+    progress(f"drew {total} images and wrote {len(held['questions'])} held-out questions")
     return counts

@@ -1,14 +1,10 @@
-"""The scenes of the quickstart: what they hold and how they are drawn.
+"""Synthetic scenes of the quickstart: contents and rendering.
 
-A scene is one to three simple objects on a background.  Every object has a
-shape, a colour, a size and a place (a cell of a 3 x 3 grid); no two objects
-of a scene share a shape, a colour or a place, so that each of the three names
-one object without doubt.  Everything here is a pure function of
-``(seed, split, index)``: the same three give the same scene and the same
-pixels in every process.
+A scene is one to three simple objects on a background. Every object has a shape, a colour, a size and a place (a cell
+of a 3 x 3 grid); no two objects of a scene share a shape, a colour or a place, so each of these identifies an object.
+Scenes and pixels are pure functions of `(seed, split, index)`.
 
-Units: pixels for ``image_size``; every other length is a share of the
-picture's edge.  Colours are 8-bit RGB.
+Units: pixels for `image_size`; every other length is a fraction of the image's edge. Colours are 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -19,21 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-__all__ = [
-    "COLORS",
-    "PLACES",
-    "SHADES",
-    "SHAPES",
-    "SIZES",
-    "SPLITS",
-    "TEXTURES",
-    "Scene",
-    "SceneObject",
-    "draw_scene",
-    "make_scene",
-    "scene_rng",
-]
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -61,24 +42,24 @@ _COLOR_RGB = {
     "purple": (212, 88, 248),
     "cyan": (64, 228, 244),
 }
-_SHADE_RGB = {  # darker than every colour of an object
+_SHADE_RGB = {  # darker than every object colour
     "gray": (74, 74, 74),
     "brown": (98, 62, 40),
     "olive": (72, 82, 34),
     "slate": (44, 62, 94),
 }
-_RADIUS = {"small": 0.09, "large": 0.15}  # of the picture's edge
-_JITTER = 0.015  # largest shift of an object from its cell's middle, per axis
+_RADIUS = {"small": 0.09, "large": 0.15}  # fractions of the image's edge
+_JITTER = 0.015  # largest shift of an object from the centre of its cell, per axis
 _COLOR_JITTER = 14  # largest change of one colour channel, 8-bit steps
-_OVERSAMPLE = 3  # drawn this much larger, then reduced: smooth edges
+_OVERSAMPLE = 3  # drawn this many times larger, then reduced, for smooth edges
 
 
 @dataclass(frozen=True)
 class SceneObject:
     """One object of a scene.
 
-    ``shift`` is its offset from the middle of its cell, ``tint`` the change
-    of its colour's three channels (8-bit steps); neither is ever asked for.
+    `shift` is the offset from the centre of its cell, `tint` the change of the three colour channels (8-bit steps); no
+    question asks for either.
     """
 
     shape: str
@@ -90,18 +71,18 @@ class SceneObject:
 
     @property
     def row(self) -> int:
-        """Row of its cell: 0 at the top, 2 at the bottom."""
+        """Row of the cell: 0 at the top, 2 at the bottom."""
         return PLACES.index(self.place) // 3
 
     @property
     def column(self) -> int:
-        """Column of its cell: 0 at the left, 2 at the right."""
+        """Column of the cell: 0 at the left, 2 at the right."""
         return PLACES.index(self.place) % 3
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene; ``objects`` stand in the order of their colours in ``COLORS``."""
+    """One scene; `objects` are sorted by their colour's position in `COLORS`."""
 
     seed: int
     split: str
@@ -113,15 +94,14 @@ class Scene:
 
     @property
     def name(self) -> str:
-        """A name for it that no other scene of one ``seed`` has."""
+        """Name of the scene, unique for one `seed`."""
         return f"{self.split}_{self.index:06d}"
 
 
 def scene_rng(seed: int, split: str, index: int, purpose: str) -> random.Random:
-    """The random source of one purpose of one scene.
+    """Return the random generator of one purpose of one scene.
 
-    Apart purposes (and splits, and indices) have unrelated sources, so that
-    asking for one never shifts another.
+    Generators of different purposes, splits and indices are independent: drawing from one never shifts another.
     """
     return random.Random(f"{seed}/{split}/{index}/{purpose}")
 
@@ -132,10 +112,9 @@ def _tint(rng: random.Random) -> tuple[int, int, int]:
 
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of number ``index`` (0 and up) of one split.
+    """Generate scene `index` (0 and up) of one split.
 
-    Raises ``ValueError`` for a split that is not one of :data:`SPLITS` and
-    for a negative index.
+    Raises ValueError for a split that is not in `SPLITS` and for a negative index.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
@@ -173,7 +152,7 @@ def _rgb(base: tuple[int, int, int], tint: tuple[int, int, int], gain: int = 0) 
 
 
 def _draw_background(draw: ImageDraw.ImageDraw, scene: Scene, edge: int) -> None:
-    """Fill a square of ``edge`` pixels with the scene's shade and texture."""
+    """Fill a square of `edge` pixels with the scene's shade and texture."""
     base = _SHADE_RGB[scene.shade]
     draw.rectangle((0, 0, edge, edge), fill=_rgb(base, scene.shade_tint))
     accent = _rgb(base, scene.shade_tint, 28)
@@ -194,7 +173,7 @@ def _draw_background(draw: ImageDraw.ImageDraw, scene: Scene, edge: int) -> None
 
 
 def _draw_object(draw: ImageDraw.ImageDraw, item: SceneObject, edge: int) -> None:
-    """Draw one object into a square of ``edge`` pixels."""
+    """Draw one object into a square of `edge` pixels."""
     x = ((item.column + 0.5) / 3 + item.shift[0]) * edge
     y = ((item.row + 0.5) / 3 + item.shift[1]) * edge
     r = _RADIUS[item.size] * edge
@@ -217,12 +196,10 @@ def _draw_object(draw: ImageDraw.ImageDraw, item: SceneObject, edge: int) -> Non
 
 
 def draw_scene(scene: Scene, image_size: int) -> Image.Image:
-    """The scene's picture: RGB, ``image_size`` x ``image_size`` pixels.
+    """Render the scene as an RGB image of `image_size` x `image_size` pixels.
 
-    A soft light falls over the picture from a side of the scene's own and
-    every pixel carries a little noise, so no two pictures share a
-    background.  Raises ``ValueError`` for an ``image_size`` below 16, where
-    the shapes can no longer be told apart.
+    A brightness gradient and pixel noise, both random per scene, make every background different. Raises ValueError for
+    an `image_size` below 16, where the shapes can no longer be distinguished.
     """
     if image_size < 16:
         raise ValueError(f"image_size must be 16 or more, not {image_size}")

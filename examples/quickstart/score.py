@@ -1,6 +1,7 @@
-"""Score the quickstart's model on held-out scenes; the last line of the output is one JSON object. Fails below the floors.
+"""Score the quickstart's model on held-out scenes and print a summary; the last line of the output is one JSON object.
 
-Run by examples/quickstart/run.sh under torchrun: the ranks share the questions.
+Run by examples/quickstart/run.sh under torchrun; the ranks divide the questions. Exit code 1 when the model has not
+learned enough.
 """
 
 from __future__ import annotations
@@ -11,37 +12,41 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: `examples` is not installed
 
 from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.parallel.launch import World
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: examples/ is no installed package
-
-
-VQA_FLOOR, LOOKING_FLOOR = 0.85, 0.3
+MIN_ACCURACY = 0.85
+MIN_GAIN = 0.3  # accuracy with the right image minus accuracy with another scene's image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--captions", type=int, default=64, help="held-out scenes to describe")
+    parser.add_argument("--captions", type=int, default=64, help="number of held-out scenes to caption")
     parser.add_argument("--started", type=float, default=time.time(), help="Unix time at which the quickstart began")
-    parser.add_argument("--no-floors", action="store_true", help="report only: for runs that are too short to learn")
+    parser.add_argument(
+        "--no-floors", action="store_true", help="accept any scores, for runs that are too short to learn"
+    )
     arguments = parser.parse_args()
     world = World.from_environment()
     with exit_on_user_error(rank=world.rank, ranks=world.size):
-        summary = summarise(arguments, world)
+        results = collect_results(arguments, world)
     if world.rank:
         return
-    failures = [] if arguments.no_floors else below_floors(summary)
+    failures = [] if arguments.no_floors else find_failures(results)
+    print(format_summary(results, arguments.out), flush=True)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
-    print(json.dumps(summary), flush=True)
+    print(json.dumps(results), flush=True)
     sys.exit(1 if failures else 0)
 
 
-def summarise(arguments: argparse.Namespace, world: World) -> dict:
-    """Everything that the quickstart reports."""
+def collect_results(arguments: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Score the model and add what the earlier parts of the quickstart wrote; this is the content of the JSON line."""
     from examples.quickstart.scoring import score
     from megatron_share4v.infer.session import Session
     from megatron_share4v.mcore.groups import open_mesh
@@ -55,34 +60,31 @@ def summarise(arguments: argparse.Namespace, world: World) -> dict:
         session = Session.open(out / "finetune", mesh=mesh)
         held_out = score(session, out / "scenes" / "held_out.json", captions=arguments.captions, output=out / "samples")
         parallel = session.config.parallel
-    first, second = losses(out / "pretrain"), losses(out / "finetune")
+    stage1, stage2 = read_losses(out / "pretrain"), read_losses(out / "finetune")
     return {
         "layout": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": 1},
-        "stage1_loss_first": first[0],
-        "stage1_loss_last": first[-1],
-        "stage2_loss_first": second[0],
-        "stage2_loss_last": second[-1],
+        "stage1_loss_first": stage1[0],
+        "stage1_loss_last": stage1[-1],
+        "stage2_loss_first": stage2[0],
+        "stage2_loss_last": stage2[-1],
         "held_out": asdict(held_out),
         "served": compare_served(out / "served.json", out / "samples" / "answers.jsonl"),
-        "evaluation": evaluation(out / "evaluation" / "result.json"),
+        "evaluation": read_evaluation(out / "evaluation" / "result.json"),
         "hf_export": json.loads((out / "hf_export.json").read_text(encoding="utf-8")),
         "wall_s": round(time.time() - arguments.started, 1),
     }
 
 
-def compare_served(served: Path, scored: Path) -> dict:
-    """Whether the server's answers are those that were scored, question by question."""
+def compare_served(served: Path, scored: Path) -> dict[str, Any]:
+    """Compare the server's answers with the scored ones, question by question."""
     over_http = json.loads(served.read_text(encoding="utf-8"))
-    scored_rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
-    return {
-        "asked": len(over_http),
-        "equal": [(row["question"], row["answer"]) for row in over_http]
-        == [(r["question"], r["model"]) for r in scored_rows],
-    }
+    rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
+    answers = [(row["question"], row["answer"]) for row in over_http]
+    return {"asked": len(over_http), "equal": answers == [(row["question"], row["model"]) for row in rows]}
 
 
-def evaluation(result: Path) -> dict:
-    """What tools/evaluate.py found: answers that are right to the letter, in percent."""
+def read_evaluation(result: Path) -> dict[str, Any]:
+    """Read the exact-match accuracy, in percent, that tools/evaluate.py measured."""
     content = json.loads(result.read_text(encoding="utf-8"))
     return {
         "benchmark": content["benchmark"],
@@ -91,30 +93,62 @@ def evaluation(result: Path) -> dict:
     }
 
 
-def losses(run: Path) -> list[float]:
-    """Training loss by step."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def read_losses(run: Path) -> list[float]:
+    """Read the training loss of every step of a run directory."""
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def below_floors(summary: dict) -> list[str]:
-    """What the model should have learned and has not."""
-    held_out = summary["held_out"]
-    right, swapped = held_out["vqa_accuracy"], held_out["vqa_accuracy_image_swapped"]
-    problems = []
-    if right < VQA_FLOOR:
-        problems.append(f"vqa_accuracy {right} is below {VQA_FLOOR}")
-    if right - swapped < LOOKING_FLOOR:
-        problems.append(
-            f"vqa_accuracy {right} is less than {LOOKING_FLOOR} above that with swapped images, {swapped}: the model does not look"
+def find_failures(results: dict[str, Any]) -> list[str]:
+    """List what the model should have learned and has not, and what disagrees."""
+    held_out = results["held_out"]
+    accuracy, swapped = held_out["vqa_accuracy"], held_out["vqa_accuracy_image_swapped"]
+    failures = []
+    if accuracy < MIN_ACCURACY:
+        failures.append(f"vqa_accuracy {accuracy} is below {MIN_ACCURACY}")
+    if accuracy - swapped < MIN_GAIN:
+        failures.append(
+            f"vqa_accuracy {accuracy} is less than {MIN_GAIN} above the accuracy with wrong images, {swapped}: "
+            "the model does not use the image"
         )
-    if not summary["served"]["equal"]:
-        problems.append(
-            "the server answered other than the model that was scored: compare served.json with samples/answers.jsonl"
+    if not results["served"]["equal"]:
+        failures.append(
+            "the server's answers differ from the scored ones: compare served.json with samples/answers.jsonl"
         )
     for stage in ("stage1", "stage2"):
-        if summary[f"{stage}_loss_last"] >= summary[f"{stage}_loss_first"]:
-            problems.append(f"{stage} loss did not fall")
-    return problems
+        if results[f"{stage}_loss_last"] >= results[f"{stage}_loss_first"]:
+            failures.append(f"{stage} loss did not fall")
+    return failures
+
+
+def format_summary(results: dict[str, Any], out: Path) -> str:
+    """Format the results as text: what was trained, scores by kind of question, and where to look next."""
+    held_out, layout, export = results["held_out"], results["layout"], results["hf_export"]
+    served = results["served"]
+    kinds = "\n".join(f"  {kind:<12}{value:6.2f}" for kind, value in held_out["vqa_accuracy_by_kind"].items())
+    return f"""
+Quickstart finished after {results["wall_s"]:.0f} s.
+
+Training at tensor {layout["tensor"]} x pipeline {layout["pipeline"]}
+  stage 1, captions:  loss {results["stage1_loss_first"]:.3f} -> {results["stage1_loss_last"]:.3f}
+  stage 2, questions: loss {results["stage2_loss_first"]:.3f} -> {results["stage2_loss_last"]:.3f}
+
+Accuracy on {held_out["questions"]} questions about scenes that were not trained on
+{kinds}
+  {"all":<12}{held_out["vqa_accuracy"]:6.2f}   ({held_out["vqa_accuracy_image_swapped"]:.2f} with another scene's image)
+Facts stated right in {held_out["captions"]} captions: {held_out["caption_attribute_accuracy"]:.2f}
+
+Checks
+  HTTP server: {served["asked"]} answers {"equal to" if served["equal"] else "DIFFERENT from"} the scored ones
+  Hugging Face export against transformers: greedy answers {"equal" if export["greedy_equal"] else "DIFFERENT"}, \
+largest logit difference {export["max_logit_diff"]:.1e}
+
+Where to look next
+  images with the model's captions: {out}/samples/sample_*.png
+  every answer:                     {out}/samples/answers.jsonl
+  Hugging Face export:              {export["dir"]}
+  training curves:                  tensorboard --logdir {out}
+  chat with the model in a browser: python tools/serve.py {out}/finetune
+"""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Scores of the quickstart: captions and questions about held-out scenes, each question also with another scene's picture.
+"""Scores of the quickstart's model on held-out scenes: captions, and questions with the right and with a wrong image.
 
-A model that looks answers well with the right picture and near chance with the wrong one.
+A model that uses the image answers well with the right image and near chance with another scene's.
 """
 
 from __future__ import annotations
@@ -9,30 +9,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from examples.quickstart.dataset import (
-    CAPTION_REQUESTS,
-    HeldOutQuestion,
-    Scene,
-    answer_matches,
-    caption_attribute_accuracy,
-    load_held_out,
-)
+from examples.quickstart.conversations import answer_matches, caption_attribute_accuracy
+from examples.quickstart.dataset import CAPTION_REQUESTS, HeldOutQuestion, load_held_out
+from examples.quickstart.scenes import Scene
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.session import Question, Session
 from megatron_share4v.parallel.collectives import gather_objects
 
-CAPTION_TOKENS, ANSWER_TOKENS, BATCH = 160, 24, 32
-SAMPLE_PICTURES = 6
+MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS, BATCH_SIZE = 160, 24, 32
+SAMPLE_IMAGES = 6
 
 
 @dataclass(frozen=True)
 class HeldOutScores:
-    """Shares between 0 and 1, with the counts that they are of."""
+    """Accuracies (0 to 1) and the numbers of captions and questions that they are computed from."""
 
     captions: int
     caption_attribute_accuracy: float
@@ -42,53 +38,62 @@ class HeldOutScores:
     vqa_accuracy_by_kind: dict[str, float]
 
 
-def held_out_questions(held_out: Path) -> list[Question]:
-    """Every question of `held_out` (held_out.json, pictures beside it) with its own picture. Raises DataError when it is not readable."""
+def load_questions(held_out: Path) -> list[Question]:
+    """Read every question of `held_out` (held_out.json, images beside it) with its own image.
+
+    Raises DataError when the file cannot be read.
+    """
     _, questions = _load(held_out)
-    return [_ask(q.question, held_out.parent / q.image) for q in questions]
+    return [_make_question(q.question, held_out.parent / q.image) for q in questions]
 
 
 def score(session: Session, held_out: Path, *, captions: int, output: Path) -> HeldOutScores:
-    """Answer everything in `held_out` (held_out.json, pictures beside it), write answers.jsonl and sample pictures to `output`.
+    """Caption `captions` scenes and answer all questions of `held_out`; write answers and sample images to `output`.
 
-    Data-parallel ranks share the questions; every rank gets the result. Raises DataError when `held_out` is not readable.
+    `held_out` is held_out.json with the images beside it. DP ranks divide the questions; every rank returns the result.
+    Raises DataError when `held_out` cannot be read.
     """
     scenes, questions = _load(held_out)
-    folder = held_out.parent
+    directory = held_out.parent
     scenes = scenes[:captions]
-    described = _answer(
-        session,
-        [_ask(CAPTION_REQUESTS[0], folder / image) for _, image in scenes],
-        tokens=CAPTION_TOKENS,
-        title="captions",
-    )
-    answered = _answer(
-        session, [_ask(q.question, folder / q.image) for q in questions], tokens=ANSWER_TOKENS, title="questions"
-    )
-    swapped = _answer(
-        session,
-        [_ask(q.question, folder / q.other_image) for q in questions],
-        tokens=ANSWER_TOKENS,
-        title="questions, swapped",
-    )
-    right = [answer_matches(text, question.answer) for text, question in zip(answered, questions)]
-    right_swapped = [answer_matches(text, question.answer) for text, question in zip(swapped, questions)]
+    requests = [_make_question(CAPTION_REQUESTS[0], directory / image) for _, image in scenes]
+    own = [_make_question(q.question, directory / q.image) for q in questions]
+    other = [_make_question(q.question, directory / q.other_image) for q in questions]
+    generated = _generate(session, requests, max_new_tokens=MAX_CAPTION_TOKENS, title="captions")
+    answers = _generate(session, own, max_new_tokens=MAX_ANSWER_TOKENS, title="questions")
+    swapped = _generate(session, other, max_new_tokens=MAX_ANSWER_TOKENS, title="questions, wrong image")
     if session.mesh.rank == 0:
-        rows = [
-            asdict(q) | {"model": text, "model_swapped": other} for q, text, other in zip(questions, answered, swapped)
-        ]
-        _write(output, rows, scenes, described, folder)
-    kinds = sorted({question.kind for question in questions})
+        output.mkdir(parents=True, exist_ok=True)
+        _write_answers(output / "answers.jsonl", questions, answers, swapped)
+        _write_captions(output, [image for _, image in scenes], generated, directory)
+    right = [answer_matches(text, question.answer) for text, question in zip(answers, questions)]
+    right_swapped = [answer_matches(text, question.answer) for text, question in zip(swapped, questions)]
+    by_kind: dict[str, list[bool]] = {}
+    for is_right, question in zip(right, questions):
+        by_kind.setdefault(question.kind, []).append(is_right)
     return HeldOutScores(
         captions=len(scenes),
-        caption_attribute_accuracy=caption_attribute_accuracy([scene for scene, _ in scenes], described),
+        caption_attribute_accuracy=caption_attribute_accuracy([scene for scene, _ in scenes], generated),
         questions=len(questions),
-        vqa_accuracy=_share(right),
-        vqa_accuracy_image_swapped=_share(right_swapped),
-        vqa_accuracy_by_kind={
-            kind: _share([ok for ok, question in zip(right, questions) if question.kind == kind]) for kind in kinds
-        },
+        vqa_accuracy=_mean(right),
+        vqa_accuracy_image_swapped=_mean(right_swapped),
+        vqa_accuracy_by_kind={kind: _mean(by_kind[kind]) for kind in sorted(by_kind)},
     )
+
+
+def captioned_image(path: Path, text: str, *, side: int = 320, margin: int = 12) -> Image.Image:
+    """Enlarge the image at `path` to `side` pixels and write `text`, wrapped, below it."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) < 60:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        else:
+            lines.append(word)
+    canvas = Image.new("RGB", (side + 2 * margin, side + 3 * margin + 14 * len(lines)), "white")
+    with Image.open(path) as scene:
+        canvas.paste(scene.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (margin, margin))
+    ImageDraw.Draw(canvas).multiline_text((margin, side + 2 * margin), "\n".join(lines), fill="black", spacing=2)
+    return canvas
 
 
 def _load(held_out: Path) -> tuple[list[tuple[Scene, str]], list[HeldOutQuestion]]:
@@ -98,43 +103,42 @@ def _load(held_out: Path) -> tuple[list[tuple[Scene, str]], list[HeldOutQuestion
         raise DataError(f"{held_out}: {error}; run examples/quickstart/run.sh again") from error
 
 
-def _ask(text: str, picture: Path) -> Question:
-    return Question(turns=(Turn("human", f"<image>\n{text}"),), image=picture.read_bytes(), name=picture.name)
+def _make_question(text: str, image: Path) -> Question:
+    return Question(turns=(Turn("human", f"<image>\n{text}"),), image=image.read_bytes(), name=image.name)
 
 
-def _share(right: Sequence[bool]) -> float:
-    return round(sum(right) / len(right), 4)
+def _mean(values: Sequence[bool]) -> float:
+    return round(sum(values) / len(values), 4)
 
 
-def _answer(session: Session, questions: list[Question], *, tokens: int, title: str) -> list[str]:
-    """All answers, in order, on every rank."""
+def _generate(session: Session, questions: list[Question], *, max_new_tokens: int, title: str) -> list[str]:
+    """Generate all answers, in order, on every rank. Collective over the DP ranks."""
     mesh = session.mesh
-    mine = range(mesh.coordinates.data, len(questions), mesh.layout.data)
+    own = range(mesh.coordinates.data, len(questions), mesh.layout.data)
     answers: dict[int, str] = {}
-    for start in tqdm(range(0, len(mine), BATCH), desc=title, disable=mesh.rank != 0, unit="batch"):
-        numbers = mine[start : start + BATCH]
-        answers.update(zip(numbers, session.answer([questions[number] for number in numbers], max_new_tokens=tokens)))
-    parts = gather_objects(answers, group=mesh.dp_group)
-    merged = {number: text for part in parts for number, text in part.items()}
-    return [merged[number] for number in range(len(questions))]
+    for start in tqdm(range(0, len(own), BATCH_SIZE), desc=title, disable=mesh.rank != 0, unit="batch"):
+        batch = own[start : start + BATCH_SIZE]
+        texts = session.answer([questions[index] for index in batch], max_new_tokens=max_new_tokens)
+        answers.update(zip(batch, texts))
+    merged: dict[int, str] = {}
+    for part in gather_objects(answers, group=mesh.dp_group):
+        merged.update(part)
+    return [merged[index] for index in range(len(questions))]
 
 
-def _write(output: Path, rows: list[dict], scenes: list[tuple[Scene, str]], captions: list[str], folder: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"image": image, "caption": text}) for (_, image), text in zip(scenes, captions)]
-    (output / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (output / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
-    for number, ((_, image), text) in enumerate(list(zip(scenes, captions))[:SAMPLE_PICTURES]):
-        captioned_picture(folder / image, text).save(output / f"sample_{number}.png")
+def _write_answers(path: Path, questions: list[HeldOutQuestion], answers: list[str], swapped: list[str]) -> None:
+    rows = [
+        asdict(question) | {"model": text, "model_swapped": other}
+        for question, text, other in zip(questions, answers, swapped)
+    ]
+    _write_lines(path, rows)
 
 
-def captioned_picture(path: Path, text: str, *, side: int = 320, margin: int = 12) -> Image.Image:
-    """The scene at `path`, enlarged to `side` pixels, with `text` under it, wrapped."""
-    words, lines = text.split(), [""]
-    for word in words:
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < 60 else [*lines, word]
-    canvas = Image.new("RGB", (side + 2 * margin, side + 3 * margin + 14 * len(lines)), "white")
-    with Image.open(path) as scene:
-        canvas.paste(scene.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (margin, margin))
-    ImageDraw.Draw(canvas).multiline_text((margin, side + 2 * margin), "\n".join(lines), fill="black", spacing=2)
-    return canvas
+def _write_captions(output: Path, images: list[str], captions: list[str], directory: Path) -> None:
+    _write_lines(output / "captions.jsonl", [{"image": i, "caption": text} for i, text in zip(images, captions)])
+    for number, (image, text) in enumerate(zip(images[:SAMPLE_IMAGES], captions)):
+        captioned_image(directory / image, text).save(output / f"sample_{number}.png")
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The quickstart's own tokenizer: a small sentencepiece model with LLaMA's special ids, trained on the data set's text."""
+"""Tokenizer of the quickstart: a small sentencepiece model with LLaMA's special ids, trained on the data set's text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import sentencepiece
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int) -> None:
-    """Write a BPE model with byte fallback, dummy prefix and unk 0, bos 1, eos 2, as LLaMA's has. `texts` are lines."""
+    """Train a BPE model with byte fallback, dummy prefix, unk 0, bos 1 and eos 2 like LLaMA's, and write it to `path`.
+
+    `texts` are lines.
+    """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),

@@ -19,7 +19,7 @@ from megatron_share4v.checkpoint.hf.source import HfSource as Source
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.evaluate.agreement import _inputs, _load, generated_questions
+from megatron_share4v.evaluate.agreement import _encode_inputs, _load, generated_questions
 from megatron_share4v.infer.beam_search import BeamEngine
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import Request, Sampling
@@ -83,7 +83,7 @@ def theirs(export: Path, *, beams: int, eos: int) -> list[list[int]]:
     suppressed = list(range(vocabulary, model.config.text_config.vocab_size))
     answers = []
     for question in generated_questions():
-        inputs = _inputs(processor, question)
+        inputs = _encode_inputs(processor, question)
         output = model.generate(
             **inputs,
             do_sample=False,

@@ -61,8 +61,8 @@ def test_transformers_answers_what_the_engine_does(models: tuple[Path, Path], me
 
     session = Session.open(models[1], mesh=mesh, dtype="fp32")
     processor, model = agreement._load(models[1])
-    asked = [agreement._inputs(processor, question) for question in generated_questions()]
-    assert engine_answers(session) == [agreement._greedy(model, session, inputs, NEW) for inputs in asked]
+    asked = [agreement._encode_inputs(processor, question) for question in generated_questions()]
+    assert engine_answers(session) == [agreement._generate_greedy(model, session, inputs, NEW) for inputs in asked]
 
 
 def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:

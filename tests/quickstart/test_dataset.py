@@ -1,4 +1,4 @@
-"""The quickstart's data set: deterministic, true to its scenes, balanced."""
+"""Tests of the quickstart's data set: determinism, consistency of text and scenes, balance of answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples.quickstart import dataset as qs
-from examples.quickstart import scenes as scenes_module
+from examples.quickstart.conversations import (
+    QUESTION_KINDS,
+    answer_matches,
+    caption,
+    caption_attribute_accuracy,
+    caption_facts,
+    held_out_questions,
+    scene_questions,
+    stated_facts,
+)
+from examples.quickstart.dataset import IMAGE_SIZE, load_held_out, write_dataset
+from examples.quickstart.scenes import _COLOR_RGB, Scene, draw_scene, make_scene
 
 SEED = 7
 CHANCE = {
@@ -26,12 +36,12 @@ CHANCE = {
 }
 
 
-def _scenes(count: int, split: str = "train") -> list[qs.Scene]:
-    return [qs.make_scene(SEED, split, index) for index in range(count)]
+def _scenes(count: int, split: str = "train") -> list[Scene]:
+    return [make_scene(SEED, split, index) for index in range(count)]
 
 
-def _true_value(scene: qs.Scene, text: str) -> str | None:
-    """The value that a question asks for, found anew from its words; None: no such object."""
+def _true_value(scene: Scene, text: str) -> str | None:
+    """Recompute the answer to a question from its text; None if the scene has no such object."""
     if text == "How many objects are there?":
         return ("zero", "one", "two", "three")[len(scene.objects)]
     by_color = {item.color: item for item in scene.objects}
@@ -46,18 +56,18 @@ def _true_value(scene: qs.Scene, text: str) -> str | None:
 
 def test_scene_is_a_function_of_seed_split_and_index() -> None:
     assert _scenes(50) == _scenes(50)
-    assert qs.make_scene(SEED, "train", 3) != qs.make_scene(SEED + 1, "train", 3)
+    assert make_scene(SEED, "train", 3) != make_scene(SEED + 1, "train", 3)
     kinds = {(s.objects, s.shade_tint) for s in _scenes(200) + _scenes(200, "held_out")}
     assert len(kinds) == 400
 
 
 def test_scene_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError, match="split"):
-        qs.make_scene(SEED, "test", 0)
+        make_scene(SEED, "test", 0)
     with pytest.raises(ValueError, match="index"):
-        qs.make_scene(SEED, "train", -1)
+        make_scene(SEED, "train", -1)
     with pytest.raises(ValueError, match="image_size"):
-        qs.draw_scene(qs.make_scene(SEED, "train", 0), 8)
+        draw_scene(make_scene(SEED, "train", 0), 8)
 
 
 def test_objects_have_apart_shapes_colors_and_places() -> None:
@@ -73,41 +83,41 @@ def test_objects_have_apart_shapes_colors_and_places() -> None:
 
 def test_picture_is_deterministic_and_shows_the_object() -> None:
     for scene in _scenes(40):
-        picture = qs.draw_scene(scene, qs.IMAGE_SIZE)
+        picture = draw_scene(scene, IMAGE_SIZE)
         assert picture.mode == "RGB"
-        assert picture.size == (qs.IMAGE_SIZE, qs.IMAGE_SIZE)
+        assert picture.size == (IMAGE_SIZE, IMAGE_SIZE)
         pixels = np.asarray(picture, dtype=np.int64)
-        assert np.array_equal(pixels, np.asarray(qs.draw_scene(scene, qs.IMAGE_SIZE)))
-        third = qs.IMAGE_SIZE // 3
+        assert np.array_equal(pixels, np.asarray(draw_scene(scene, IMAGE_SIZE)))
+        third = IMAGE_SIZE // 3
         for item in scene.objects:
             cell = pixels[
                 item.row * third : (item.row + 1) * third,
                 item.column * third : (item.column + 1) * third,
             ]
-            wanted = np.array(scenes_module._COLOR_RGB[item.color]) + np.array(item.tint)
+            wanted = np.array(_COLOR_RGB[item.color]) + np.array(item.tint)
             near = np.abs(cell - wanted).max(axis=-1) < 45
             assert near.mean() > 0.04, (scene.name, item)
 
 
 def test_caption_round_trip_and_swap() -> None:
     scenes = _scenes(300)
-    captions = [qs.caption(scene) for scene in scenes]
+    captions = [caption(scene) for scene in scenes]
     for scene, text in zip(scenes, captions, strict=True):
-        assert qs.stated_facts(text) == qs.caption_facts(scene)
-    assert qs.caption_attribute_accuracy(scenes, captions) == 1.0
+        assert stated_facts(text) == caption_facts(scene)
+    assert caption_attribute_accuracy(scenes, captions) == 1.0
     swapped = captions[1:] + captions[:1]
-    assert qs.caption_attribute_accuracy(scenes, swapped) < 0.25
-    assert qs.caption_attribute_accuracy(scenes, [""] * len(scenes)) == 0.0
+    assert caption_attribute_accuracy(scenes, swapped) < 0.25
+    assert caption_attribute_accuracy(scenes, [""] * len(scenes)) == 0.0
 
 
 def test_caption_accuracy_counts_facts() -> None:
     scene = next(s for s in _scenes(50) if len(s.objects) == 1)
     item = scene.objects[0]
     other = "small" if item.size == "large" else "large"
-    text = qs.caption(scene).replace(item.size, other)
-    assert qs.caption_attribute_accuracy([scene], [text]) == pytest.approx(3 / 4)
+    text = caption(scene).replace(item.size, other)
+    assert caption_attribute_accuracy([scene], [text]) == pytest.approx(3 / 4)
     with pytest.raises(ValueError, match="captions"):
-        qs.caption_attribute_accuracy([scene], [])
+        caption_attribute_accuracy([scene], [])
 
 
 def test_contradicting_captions_state_nothing() -> None:
@@ -115,22 +125,22 @@ def test_contradicting_captions_state_nothing() -> None:
         "The red object is a large cross at the top. The red object is a small cross at the top. "
         "The red object is above the blue object. The red object is below the blue object."
     )
-    assert qs.stated_facts(text) == {("red", "shape", "cross"), ("red", "place", "top")}
-    assert qs.stated_facts("nonsense \u0000 words") == frozenset()
+    assert stated_facts(text) == {("red", "shape", "cross"), ("red", "place", "top")}
+    assert stated_facts("nonsense \u0000 words") == frozenset()
 
 
 def test_answers_are_right() -> None:
     for scene in _scenes(200):
-        for question in qs.scene_questions(scene, 99, Random(scene.index)):
+        for question in scene_questions(scene, 99, Random(scene.index)):
             assert _true_value(scene, question.text) == question.value
             assert question.value in question.answer and question.answer.endswith(".")
-            assert question.kind in qs.QUESTION_KINDS
+            assert question.kind in QUESTION_KINDS
 
 
 def test_no_answer_follows_from_earlier_turns() -> None:
-    """No question's two attributes of one object were linked before it."""
+    """No question links two attributes of an object that earlier turns already link."""
     for scene in _scenes(200):
-        asked = [q.text for q in qs.scene_questions(scene, 99, Random(scene.index))]
+        asked = [q.text for q in scene_questions(scene, 99, Random(scene.index))]
         assert len(set(asked)) == len(asked)
         for item in scene.objects:
             mine = [
@@ -141,9 +151,9 @@ def test_no_answer_follows_from_earlier_turns() -> None:
 
 def test_held_out_questions_are_balanced_and_swap_to_chance() -> None:
     scenes = _scenes(400, "held_out")
-    chosen = qs.held_out_questions(scenes, 90)
-    assert len(chosen) == 90 * len(qs.QUESTION_KINDS)
-    for kind in qs.QUESTION_KINDS:
+    chosen = held_out_questions(scenes, 90)
+    assert len(chosen) == 90 * len(QUESTION_KINDS)
+    for kind in QUESTION_KINDS:
         mine = [(index, q) for index, q in chosen if q.kind == kind]
         assert len({index for index, _ in mine}) == len(mine) == 90
         counts = Counter(q.value for _, q in mine)
@@ -162,10 +172,10 @@ def test_held_out_questions_are_balanced_and_swap_to_chance() -> None:
 
 
 def test_questions_do_not_give_their_answers_away() -> None:
-    """Over many scenes, no question text has a favourite answer."""
+    """Over many scenes, no question text has a preferred answer."""
     answers: dict[str, Counter[str]] = {}
     for scene in _scenes(3000):
-        for question in qs.scene_questions(scene, 99, Random(scene.index)):
+        for question in scene_questions(scene, 99, Random(scene.index)):
             answers.setdefault(question.text, Counter())[question.value] += 1
             assert question.value not in question.text.rstrip("?").split()
     for text, counts in answers.items():
@@ -176,15 +186,13 @@ def test_questions_do_not_give_their_answers_away() -> None:
 
 def test_held_out_questions_need_enough_scenes() -> None:
     with pytest.raises(ValueError, match="too few"):
-        qs.held_out_questions(_scenes(10, "held_out"), 9)
+        held_out_questions(_scenes(10, "held_out"), 9)
 
 
 def test_write_dataset(tmp_path: Path) -> None:
     lines: list[str] = []
     out = tmp_path / "data"
-    counts = qs.write_dataset(
-        out, train_scenes=100, held_out_scenes=64, seed=SEED, image_size=48, progress=lines.append
-    )
+    counts = write_dataset(out, train_scenes=100, held_out_scenes=64, seed=SEED, image_size=48, progress=lines.append)
     assert lines and "164" in lines[-1]
     pretrain = json.loads((out / "pretrain.json").read_text())
     finetune = json.loads((out / "finetune.json").read_text())
@@ -203,9 +211,9 @@ def test_write_dataset(tmp_path: Path) -> None:
                 assert picture.size == (48, 48)
     assert all(len(record["conversations"]) == 2 for record in pretrain)
 
-    scenes, questions = qs.load_held_out(out / "held_out.json")
+    scenes, questions = load_held_out(out / "held_out.json")
     assert [scene for scene, _ in scenes] == _scenes(64, "held_out")
-    assert len(questions) == counts["questions"] == 16 * len(qs.QUESTION_KINDS)
+    assert len(questions) == counts["questions"] == 16 * len(QUESTION_KINDS)
     by_image = {image: scene for scene, image in scenes}
     for question in questions:
         assert question.image != question.other_image
@@ -213,23 +221,23 @@ def test_write_dataset(tmp_path: Path) -> None:
         assert _true_value(by_image[question.image], question.question) in question.answer
 
     first = {p.name: p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()}
-    qs.write_dataset(out, train_scenes=100, held_out_scenes=64, seed=SEED, image_size=48, progress=lines.append)
+    write_dataset(out, train_scenes=100, held_out_scenes=64, seed=SEED, image_size=48, progress=lines.append)
     assert first == {p.name: p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()}
 
 
 def test_write_dataset_refuses_too_few_scenes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="held-out"):
-        qs.write_dataset(tmp_path, train_scenes=10, held_out_scenes=5, seed=SEED)
+        write_dataset(tmp_path, train_scenes=10, held_out_scenes=5, seed=SEED)
 
 
 def test_load_held_out_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "held_out.json"
     path.write_text('{"scenes": [{}], "questions": []}')
     with pytest.raises(ValueError, match="held_out"):
-        qs.load_held_out(path)
+        load_held_out(path)
 
 
 def test_answer_matches() -> None:
-    assert qs.answer_matches(" Top left.", "top left")
-    assert not qs.answer_matches("top", "top left")
-    assert not qs.answer_matches("", "red")
+    assert answer_matches(" Top left.", "top left")
+    assert not answer_matches("top", "top left")
+    assert not answer_matches("", "red")

@@ -48,7 +48,7 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.checkpoint.hf.source import HfSource
     from megatron_share4v.data.images.policy import normalise
     from megatron_share4v.data.loading.prompt import make_prompt
-    from megatron_share4v.evaluate.agreement import generated_questions, messages_of, query
+    from megatron_share4v.evaluate.agreement import compute_logits, generated_questions, to_messages
     from megatron_share4v.infer.session import Session
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
@@ -72,10 +72,10 @@ def answer(folder: Path, dtype: str) -> None:
             [answered] = session.answer_ids([question], max_new_tokens=NEW_TOKENS)
             found.append(
                 {
-                    "messages": messages_of(question),
+                    "messages": to_messages(question),
                     "ids": prompt.token_ids.index_fill(0, prompt.image_slots, session.config.model.language.vocab_size),
                     "pixels": normalise(prompt.pixels, dtype=torch.float32),
-                    "logits": query(session, prompt),
+                    "logits": compute_logits(session, prompt),
                     "answer": answered,
                 }
             )
