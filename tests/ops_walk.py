@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from megatron_share4v.ops.backend import choose_ops_backend, load_library
-from megatron_share4v.ops.op import NAMESPACE, Case, Implementation, Op
-from megatron_share4v.ops.registry import OPS
+from megatron_share4v.ops.op import NAMESPACE, Implementation
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: tools/ is no installed package
+from tools.op_cases import OPS
+from tools.op_cases.record import Case, OpCases
 
 Tensors = list[torch.Tensor]
 QUICK_CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -31,7 +34,7 @@ def poison_empty_memory() -> None:
 
 
 def call(
-    op: Op, case: Case, implementation: Implementation, *, wide: bool = False, device: str = "cpu"
+    op: OpCases, case: Case, implementation: Implementation, *, wide: bool = False, device: str = "cpu"
 ) -> tuple[Tensors, Tensors]:
     """(outputs, gradients of the differentiable arguments) of one case, on the CPU; `wide`: all floating arguments in fp64."""
 
@@ -73,7 +76,7 @@ def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def check(op: Op, case: Case, implementation: Implementation, *, device: str = "cpu") -> None:
+def check(op: OpCases, case: Case, implementation: Implementation, *, device: str = "cpu") -> None:
     """Outputs and gradients against the reference in fp64 on the CPU, whose inputs are the same numbers."""
     tolerance = op.tolerances[case.dtype]
     truths, slopes = call(op, case, "reference", wide=True)
@@ -116,7 +119,7 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def check_registration(op: Op, case: Case, *, thorough: bool) -> int:
+def check_registration(op: OpCases, case: Case, *, thorough: bool) -> int:
     """torch.library.opcheck for every op of ours that the case calls; `thorough` also traces them through AOTAutograd. Returns how many."""
     with Recorder() as recorder:
         call(op, case, "native")

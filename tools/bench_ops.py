@@ -21,14 +21,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.ops.backend import choose_ops_backend
-from megatron_share4v.ops.op import Bench, Op
-from megatron_share4v.ops.registry import OPS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: tools/ is no installed package
+from tools.op_cases import OPS
+from tools.op_cases.record import Bench, OpCases
 
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 7, 50, 1.0  # per shape and pass, over all variants
 COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
@@ -107,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(op: Op, bench: Bench, *, device: str, compiled: bool, copy: float) -> list[Row]:
+def measure(op: OpCases, bench: Bench, *, device: str, compiled: bool, copy: float) -> list[Row]:
     """The forward pass, and forward with backward where there is one."""
     arguments = bench.make(device)
 

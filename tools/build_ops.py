@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             library = find_or_build(toolchain, cache=available.cache, csrc=available.csrc)
         print(
-            f"{library}: {toolchain.what}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
+            f"{library}: {toolchain.description}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
         )
     return 0
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from megatron_share4v.errors import OpsError, exit_on_user_error
 from megatron_share4v.ops.build import Toolchain, csrc_directory, default_cache_directory, find_or_build, find_toolchain
 from megatron_share4v.ops.kernel_usage import KernelUsage, parse_kernel_usage
-from megatron_share4v.ops.registry import OPS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: tools/ is no installed package
+from tools.op_cases import OPS
 
 COPY_H200 = 4.3e12  # bytes per second of a device-to-device copy on an H200, read and written bytes counted
 OUTPUT = Path("docs/measurements/ops.md")

@@ -19,7 +19,7 @@ class Runner:
     """All tensor ranks of a model replica run the same plans, in the same order."""
 
     def __init__(self, model: Share4V, *, rows: int) -> None:
-        assert model.place.first and model.place.last and not model.config.sequence_parallel, (
+        assert model.pipeline_stage.first and model.pipeline_stage.last and not model.config.sequence_parallel, (
             "generation wants the whole depth on each rank"
         )
         self.model, self.mesh = model, model.mesh

@@ -1,29 +1,27 @@
-"""Bias + GELU, bias + quick GELU, bias + SwiGLU in one pass each. R rows (all leading dimensions), W width of the result.
+"""Fused bias + GELU, bias + quick GELU, bias + SwiGLU.
 
-Hendrycks & Gimpel 2016 (GELU, here with the normal distribution itself, not its tanh approximation); Shazeer 2020 (SwiGLU). All compute in fp32
-and round once. For the backward pass the input alone is kept; the rest is computed anew.
+Hendrycks & Gimpel 2016 (GELU with the exact normal distribution, not its tanh approximation); Shazeer 2020 (SwiGLU).
+All compute in fp32 and round once. The backward pass keeps only the input and recomputes the rest.
+
+R: rows (all leading dimensions); W: width of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
-
-Shape = tuple[int, int]
-LANGUAGE_7B, TOWER, PROJECTOR = (12_416, 11_008), (16 * 577, 4096), (16 * 576, 4096)
+from megatron_share4v.ops.op import Implementation, register_op, upcast
 
 
 def bias_gelu(x: torch.Tensor, *, bias: torch.Tensor | None = None, implementation: Implementation) -> torch.Tensor:
     """z * P(N < z), z = x + bias; x [..., W], bias [W]."""
     if implementation == "native":
         return torch.ops.share4v.bias_gelu(x, bias)
-    return F.gelu(_shifted(x, bias)).to(x.dtype)
+    return F.gelu(_add_bias(x, bias)).to(x.dtype)
 
 
 def bias_quick_gelu(
@@ -32,19 +30,19 @@ def bias_quick_gelu(
     """z * sigmoid(1.702 z), z = x + bias; x [..., W], bias [W]. CLIP's activation."""
     if implementation == "native":
         return torch.ops.share4v.bias_quick_gelu(x, bias)
-    z = _shifted(x, bias)
+    z = _add_bias(x, bias)
     return (z * torch.sigmoid(1.702 * z)).to(x.dtype)
 
 
 def bias_swiglu(x: torch.Tensor, *, bias: torch.Tensor | None = None, implementation: Implementation) -> torch.Tensor:
-    """silu(gate) * up, [..., W], where x + bias [..., 2 W] holds the gates in its first half, the values in its second; bias [2 W]."""
+    """silu(gate) * up, [..., W]; x + bias [..., 2 W] is (gate, up), bias [2 W]."""
     if implementation == "native":
         return torch.ops.share4v.bias_swiglu(x, bias)
-    gate, up = _shifted(x, bias).chunk(2, dim=-1)
+    gate, up = _add_bias(x, bias).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def _shifted(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _add_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return upcast(x) if bias is None else upcast(x) + upcast(bias)
 
 
@@ -62,95 +60,20 @@ def _fake_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | Non
     return x.new_empty(x.shape), x.new_empty(0 if bias is None else bias.shape)
 
 
-def _register() -> None:
+def register_ops() -> None:
+    """Register fake kernels and gradients with torch."""
     for name, parts in (("bias_gelu", 1), ("bias_quick_gelu", 1), ("bias_swiglu", 2)):
 
         def fake(x: torch.Tensor, bias: torch.Tensor | None, parts: int = parts) -> torch.Tensor:
             return x.new_empty(*x.shape[:-1], x.size(-1) // parts)
 
-        register(name, fake=fake, setup_context=_save, backward=partial(_backward, name=name))
-        register(f"{name}_backward", fake=_fake_backward)
-
-
-def _cases(*, parts: int, biased: bool) -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-
-        def case(label: str, x: torch.Tensor, dtype: torch.dtype = dtype, name: str = name) -> Case:
-            bias = {"bias": draw((x.size(-1),), dtype=dtype, seed=1)} if biased else {}
-            return Case(f"{name} {label}", dtype, {"x": x} | bias)
-
-        # One element, odd, one vector, several rows of a chunk, more columns than a block of threads has, nothing; 3 x 5 leading dimensions.
-        for *leading, width in ((1, 1), (3, 7), (5, 8), (3, 5, 96), (70, 32), (2, 1032), (0, 16)):
-            # Twice the usual spread, so that both tails are met.
-            yield case("x".join(map(str, (*leading, width))), 2 * draw((*leading, parts * width), dtype=dtype))
-        yield case("transposed", draw((parts * 24, 6), dtype=dtype).t())
-        yield case("misaligned", draw((9 * parts * 16 + 1,), dtype=dtype)[1:].view(9, parts * 16))
-        # Where exponentials overflow and distributions end.
-        yield case("far out", torch.linspace(-300, 300, 2 * parts * 64).to(dtype).view(2, parts * 64))
-
-
-def _eager_gelu(x: torch.Tensor, *, bias: torch.Tensor) -> torch.Tensor:
-    return F.gelu(x + bias)
-
-
-def _eager_quick_gelu(x: torch.Tensor, *, bias: torch.Tensor) -> torch.Tensor:
-    x = x + bias
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _eager_swiglu(x: torch.Tensor, *, bias: torch.Tensor | None = None) -> torch.Tensor:
-    gate, up = (x if bias is None else x + bias).chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def _benches(
-    *, large: Shape, small: Shape, parts: int, biased: bool, eager: Callable[..., torch.Tensor]
-) -> Iterator[Bench]:
-    for (rows, width), where in ((large, "gpu"), (small, "cpu")):
-
-        def make(device: str, rows: int = rows, columns: int = parts * width) -> dict[str, Any]:
-            bias = {"bias": draw((columns,), dtype=torch.bfloat16, seed=1, device=device)} if biased else {}
-            return {"x": draw((rows, columns), dtype=torch.bfloat16, device=device)} | bias
-
-        size = 2 * rows * width
-        yield Bench(f"{rows} rows of {width}", where, make, (parts + 1) * size, (2 * parts + 1) * size, eager)
-
-
-_TOLERANCES = {
-    torch.float32: Tolerance(
-        3e-6,
-        "exponentials to 2 units of 2**-23, a distribution fitted to 1.5e-7; sums of 70 rows for the bias",
-        floor=0.1,
-    ),
-    torch.bfloat16: Tolerance(2**-8, "results are rounded to 8 bits (2**-9)", floor=0.1),
-}
-
-
-def _op(
-    name: str,
-    function: Callable[..., torch.Tensor],
-    large: Shape,
-    rows: int,
-    eager: Callable[..., torch.Tensor],
-    *,
-    parts: int,
-    biased: bool,
-) -> Op:
-    return Op(
-        name,
-        function,
-        ("x", "bias") if biased else ("x",),
-        lambda: _cases(parts=parts, biased=biased),
-        lambda: _benches(large=large, small=(rows, large[1]), parts=parts, biased=biased, eager=eager),
-        _TOLERANCES,
-        _register,
-    )
+        register_op(name, fake=fake, setup_context=_save, backward=partial(_backward, name=name))
+        register_op(f"{name}_backward", fake=_fake_backward)
 
 
 OPS = (
-    _op("bias_gelu", bias_gelu, PROJECTOR, 576, _eager_gelu, parts=1, biased=True),
-    _op("bias_quick_gelu", bias_quick_gelu, TOWER, 577, _eager_quick_gelu, parts=1, biased=True),
-    _op("swiglu", bias_swiglu, LANGUAGE_7B, 256, _eager_swiglu, parts=2, biased=False),
-    _op("bias_swiglu", bias_swiglu, LANGUAGE_7B, 256, _eager_swiglu, parts=2, biased=True),
+    "bias_gelu",
+    "bias_quick_gelu",
+    "swiglu",
+    "bias_swiglu",
 )

@@ -1,4 +1,4 @@
-"""The one rule that decides between native ops and their references, and loading of the library that it decides for."""
+"""Choice between native ops and their references, and loading of the chosen library."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ from megatron_share4v.ops.build import (
     source_hash,
 )
 from megatron_share4v.ops.op import Implementation
-from megatron_share4v.ops.registry import OPS
+from megatron_share4v.ops.registry import OPS, register_all
 
-if TYPE_CHECKING:  # the ops can be tested and measured where nothing but torch is installed
+if TYPE_CHECKING:  # ops can be tested and measured where only torch is installed
     from megatron_share4v.config.run import Ops
 
-REMEDY = "install g++ (and, for GPUs, CUDA's nvcc) and start again, or bring a library built by tools/build_ops.py, or set ops: reference"
+REMEDY = (
+    "install g++ (and, for GPUs, CUDA's nvcc) and start again, or bring a library built by tools/build_ops.py, "
+    "or set ops: reference"
+)
 
 
 @dataclass(frozen=True)
 class OpsBackend:
-    """What this process uses. Hand `implementation` to the ops' functions; record `line` with the run."""
+    """The ops implementation of this process.
+
+    Pass `implementation` to the ops' functions; record `line` with the run.
+    """
 
     implementation: Implementation
     reason: str
@@ -42,7 +48,7 @@ class OpsBackend:
 
     @property
     def line(self) -> str:
-        """One line for the log and the run directory."""
+        """Return one line for the log and the run directory."""
         return f"fused ops: {self.implementation} ({self.reason})"
 
 
@@ -57,10 +63,13 @@ class LibrarySources:
 
 
 def choose_ops_backend(requested: Ops, *, device: str, available: LibrarySources | None = None) -> OpsBackend:
-    """Decide, load what is decided for, and log it. `device`: "cpu" or "cuda", where the tensors will be.
+    """Choose the implementation, load its library, and log the choice.
 
-    native: a prebuilt library, else one built from csrc/ by the compilers that are there; both must serve `device`. reference: plain torch.
-    auto: native where it can be had, else reference, with the reason. Raises OpsError when `native` cannot be had.
+    `device`: "cpu" or "cuda", where the tensors will be.
+
+    native: a prebuilt library, else one built from csrc/ by the available compilers; both must support `device`.
+    reference: plain torch. auto: native where available, else reference, with the reason. Raises OpsError when `native`
+    is unavailable.
     """
     choice = _decide(requested, device=device, available=available or LibrarySources())
     if choice.library is not None:
@@ -81,11 +90,11 @@ def _decide(requested: Ops, *, device: str, available: LibrarySources) -> OpsBac
 
 
 def _native(device: str, available: LibrarySources) -> OpsBackend:
-    toolchain, refused = available.toolchain, []
-    note = _prebuilt_note(available)
-    if note is not None and (device == "cpu" or note["cuda"]):
+    toolchain, failures = available.toolchain, []
+    metadata = _prebuilt_metadata(available)
+    if metadata is not None and (device == "cpu" or metadata["cuda"]):
         return OpsBackend(
-            "native", f"prebuilt, {'C++ and CUDA' if note['cuda'] else 'C++'}", available.prebuilt / LIBRARY
+            "native", f"prebuilt, {'C++ and CUDA' if metadata['cuda'] else 'C++'}", available.prebuilt / LIBRARY
         )
     if toolchain is None:
         raise OpsError("no C++ compiler (g++, c++) on PATH and no prebuilt library that fits")
@@ -94,30 +103,35 @@ def _native(device: str, available: LibrarySources) -> OpsBackend:
     if toolchain.nvcc is not None:
         try:
             return OpsBackend(
-                "native", toolchain.what, find_or_build(toolchain, cache=available.cache, csrc=available.csrc)
+                "native", toolchain.description, find_or_build(toolchain, cache=available.cache, csrc=available.csrc)
             )
         except BuildFailed as error:
             if device != "cpu":
                 raise
-            refused.append(f"; without CUDA kernels, since {error}")
-    alone = Toolchain(toolchain.cxx)
+            failures.append(f"; without CUDA kernels, since {error}")
+    cpu_only = Toolchain(toolchain.cxx)
     return OpsBackend(
-        "native", alone.what + "".join(refused), find_or_build(alone, cache=available.cache, csrc=available.csrc)
+        "native",
+        cpu_only.description + "".join(failures),
+        find_or_build(cpu_only, cache=available.cache, csrc=available.csrc),
     )
 
 
-def _prebuilt_note(available: LibrarySources) -> dict | None:
-    """What a prebuilt library says of itself; None when there is none or it is of other sources."""
+def _prebuilt_metadata(available: LibrarySources) -> dict | None:
+    """Return the metadata of the prebuilt library; None when there is none or it was built from other sources."""
     path = available.prebuilt / "built.json"
     if not path.is_file() or not (available.prebuilt / LIBRARY).is_file():
         return None
-    note = json.loads(path.read_text(encoding="utf-8"))
-    return note if note["csrc_directory"] == source_hash(available.csrc) else None
+    metadata = json.loads(path.read_text(encoding="utf-8"))
+    return metadata if metadata["sources"] == source_hash(available.csrc) else None
 
 
 @functools.cache
 def load_library(library: Path) -> None:
-    """Load the library into this process and give its ops their fake kernels and gradients. A process has one. Raises OpsError."""
+    """Load the library into this process and register fake kernels and gradients of its ops.
+
+    A process has one library. Raises OpsError.
+    """
     loaded = {Path(path).resolve() for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY}
     if loaded - {library.resolve()}:
         raise OpsError(f"this process has the ops of {loaded.pop()} and cannot load those of {library} too")
@@ -125,21 +139,21 @@ def load_library(library: Path) -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise OpsError(
-            f"the ops in {library} cannot be loaded ({error}); remove that file to build them again, or set ops: reference"
+            f"the ops in {library} cannot be loaded ({error}); remove that file to build them again, "
+            "or set ops: reference"
         ) from error
-    for register in {op.register: None for op in OPS}:
-        register()
+    register_all()
 
 
 def describe_library(available: LibrarySources | None = None) -> str:
-    """What there is on this machine, in lines: compilers, sources, prebuilt library, cached library or failed build."""
+    """Describe this machine's compilers, sources, prebuilt library, and cached library or failed build, in lines."""
     available = available or LibrarySources()
     toolchain = available.toolchain
     lines = [
-        f"ops: {', '.join(op.name for op in OPS)}",
+        f"ops: {', '.join(OPS)}",
         f"sources: {available.csrc} ({source_hash(available.csrc)[:12]})",
     ]
-    lines.append(f"prebuilt: {available.prebuilt if _prebuilt_note(available) else 'none that fits'}")
+    lines.append(f"prebuilt: {available.prebuilt if _prebuilt_metadata(available) else 'none that fits'}")
     if toolchain is None:
         return "\n".join([*lines, "compilers: none"])
     lines.append(f"compilers: {toolchain.cxx}, {toolchain.nvcc or 'no nvcc'}")
@@ -147,7 +161,7 @@ def describe_library(available: LibrarySources | None = None) -> str:
     found = next(
         (
             state
-            for name, state in ((LIBRARY, "find_or_build"), ("failed.log", "failed, see failed.log"))
+            for name, state in ((LIBRARY, "built"), ("failed.log", "failed, see failed.log"))
             if (folder / name).is_file()
         ),
         "not built yet",

@@ -1,6 +1,7 @@
-"""Compiles csrc/ into one library, at first use into a cache or beforehand into a file. Which implementation is used is backend.py's to decide.
+"""Compilation of csrc/ into one library, at first use into a cache or beforehand into a directory.
 
-No torch is compiled against beyond its stable C ABI, so the library serves every torch from 2.11 on and every Python.
+Only torch's stable C ABI is used, so the library works with every torch from 2.11 on and every Python. backend.py
+decides whether it is used.
 """
 
 from __future__ import annotations
@@ -25,44 +26,45 @@ from megatron_share4v.logging import get_logger
 
 LIBRARY = "share4v_ops.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
-# errno and floating-point traps, of which nobody asks, would keep loops with roots and choices from being vectorised.
+# errno and floating-point traps, which nothing reads, would prevent vectorization of loops with roots and selects.
 CXX_FLAGS = (
     "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"
 )  # fmt: skip
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Wno-deprecated-gpu-targets")
-# One object code for A100, H100/H200 and B200 each, and PTX that newer ones translate.
+# Object code for A100, H100/H200 and B200, and PTX for newer GPUs.
 ARCHITECTURES = {
     "compute_80": "arch=compute_80,code=[sm_80,compute_80]",
     "compute_90a": "arch=compute_90a,code=sm_90a",
     "compute_100": "arch=compute_100,code=sm_100",
 }
-TAIL = 30  # lines of a compiler's output that an error shows
+TAIL = 30  # lines of compiler output in an error message
 
 
 class BuildFailed(OpsError):
-    """csrc/ did not compile; the message shows the end of the compiler's output and where all of it is."""
+    """Failed compilation of csrc/; the message has the end of the compiler's output and the path of the whole."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Compilers by path; `nvcc` None: the library is C++ only."""
+    """Compilers by path; without `nvcc` the library is C++ only."""
 
     cxx: str
     nvcc: str | None = None
 
     @property
-    def what(self) -> str:
-        """What it builds."""
+    def description(self) -> str:
+        """Languages of the library."""
         return "C++ and CUDA" if self.nvcc else "C++"
 
     def versions(self) -> str:
-        """What the compilers say of themselves, in one text."""
+        """Return the compilers' version texts."""
         return "\n".join(_output([tool, "--version"]) for tool in (self.cxx, self.nvcc) if tool)
 
     def gencodes(self) -> list[str]:
-        """nvcc's options for those ARCHITECTURES that it knows."""
+        """Return nvcc's options for the ARCHITECTURES that it supports."""
+        assert self.nvcc is not None, "a toolchain without nvcc has no GPU architectures"
         known = _output([self.nvcc, "--list-gpu-arch"]).split()
-        # The list names compute_90 alone, which comes with 90a.
+        # The list has compute_90 only, which implies 90a.
         return [
             word
             for name, code in ARCHITECTURES.items()
@@ -72,24 +74,25 @@ class Toolchain:
 
 
 def find_toolchain(path: str | None = None) -> Toolchain | None:
-    """The compilers on `path` (default: PATH); None without one for C++."""
+    """Find the compilers on `path` (default: PATH); None without a C++ compiler."""
     cxx = shutil.which("g++", path=path) or shutil.which("c++", path=path)
     return Toolchain(cxx, shutil.which("nvcc", path=path)) if cxx else None
 
 
 def csrc_directory() -> Path:
-    """csrc/: beside the package in a checkout, inside it when installed."""
+    """Return csrc/: beside the package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "csrc", package / "csrc"):
         if (folder / "binding.cpp").is_file():
             return folder
     raise OpsError(
-        f"the sources of the ops are neither in {package.parent / 'csrc'} nor in {package / 'csrc'}; install the package again"
+        f"the sources of the ops are neither in {package.parent / 'csrc'} nor in {package / 'csrc'}; "
+        "install the package again"
     )
 
 
 def source_hash(csrc: Path) -> str:
-    """sha256 over names and contents of all sources."""
+    """Return the SHA-256 of names and contents of all sources."""
     digest = hashlib.sha256()
     for path in sorted(csrc.rglob("*")):
         if path.suffix in (".cpp", ".cu", ".cuh", ".h"):
@@ -98,21 +101,21 @@ def source_hash(csrc: Path) -> str:
 
 
 def default_cache_directory() -> Path:
-    """Where libraries are kept between runs: `megatron_share4v/ops` in the user's cache directory (XDG Base Directory Specification)."""
+    """Return `megatron_share4v/ops` in the user's cache directory (XDG Base Directory Specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_share4v" / "ops"
 
 
 def build_key(toolchain: Toolchain, csrc: Path) -> str:
-    """Changes with the sources, the flags, the compilers and their versions."""
+    """Return a key of the sources, the flags, the compilers and their versions."""
     flags = json.dumps([CXX_FLAGS, STABLE_ABI, (CUDA_FLAGS, toolchain.gencodes()) if toolchain.nvcc else None])
     parts = (source_hash(csrc), flags, str(toolchain), toolchain.versions())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def find_or_build(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
-    """The library of `toolchain` in the cache, built now if it is not there; of many processes at once one builds, the others wait for it.
+    """Return the library of `toolchain` from the cache, built now if missing; of several processes one builds.
 
-    Raises BuildFailed; also, without trying again, when this very build has failed before.
+    Raises BuildFailed; also, without another attempt, when the same build has failed before.
     """
     folder = cache / build_key(toolchain, csrc)
     library, failure = folder / LIBRARY, folder / "failed.log"
@@ -122,14 +125,15 @@ def find_or_build(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OpsError(
-            f"the ops cannot be built: {folder} cannot be made ({error.strerror}); point XDG_CACHE_HOME at a writable directory"
+            f"the ops cannot be built: {folder} cannot be made ({error.strerror}); "
+            "point XDG_CACHE_HOME at a writable directory"
         ) from error
     with _locked(folder / "lock"):
         if library.is_file():
             return library
         if failure.is_file():
             raise _failed(toolchain, failure)
-        get_logger().info("fused ops: compiling them (%s), once, into %s", toolchain.what, folder)
+        get_logger().info("fused ops: compiling them (%s), once, into %s", toolchain.description, folder)
         with tempfile.TemporaryDirectory(dir=folder) as name:
             try:
                 compile_library(toolchain, csrc=csrc, work=Path(name), to=library)
@@ -140,11 +144,14 @@ def find_or_build(toolchain: Toolchain, *, cache: Path, csrc: Path) -> Path:
 
 
 class CompilerError(Exception):
-    """A command that failed, with all that it said."""
+    """Failed command with its output."""
 
 
 def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -> None:
-    """Compile every source, in parallel, into `work`, link, and move the whole library to `to`. Raises CompilerError."""
+    """Compile every source, in parallel, into `work`, link, and move the finished library to `to`.
+
+    Raises CompilerError.
+    """
     jobs = {work / "binding.o": _cxx(toolchain, csrc / "binding.cpp", *_torch_flags(toolchain))}
     jobs |= {work / f"{path.parent.name}_cpu.o": _cxx(toolchain, path) for path in sorted(csrc.glob("*/cpu.cpp"))}
     if toolchain.nvcc:
@@ -152,13 +159,13 @@ def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -
         jobs |= {
             work / f"{path.parent.name}_cuda.o": [*cuda, "-c", str(path)] for path in sorted(csrc.glob("*/cuda.cu"))
         }
-    # The long ones first.
+    # Slow compilations first.
     order = sorted(jobs, key=lambda output: not output.stem.endswith(("_cuda", "binding")))
     with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        said = list(pool.map(lambda output: run([*jobs[output], "-o", str(output)]), order))
+        outputs = list(pool.map(lambda output: run([*jobs[output], "-o", str(output)]), order))
     linked = work / LIBRARY
     libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10", "-ldl"]
-    # nvcc knows where its own run-time library is.
+    # nvcc finds its own run-time library.
     linker = (
         [toolchain.nvcc, "-ccbin", toolchain.cxx, "-shared", "-Xcompiler=-fopenmp"]
         if toolchain.nvcc
@@ -167,13 +174,16 @@ def compile_library(toolchain: Toolchain, *, csrc: Path, work: Path, to: Path) -
     run([*linker, *map(str, jobs), *libraries, "-o", str(linked)])
     # Warnings, and the registers and spills of every CUDA kernel.
     to.with_name("build.log").write_text(
-        "\n".join(f"== {output.stem}\n{text}" for output, text in zip(order, said, strict=True)), encoding="utf-8"
+        "\n".join(f"== {output.stem}\n{text}" for output, text in zip(order, outputs, strict=True)), encoding="utf-8"
     )
     os.replace(linked, to)
 
 
 def prebuild(toolchain: Toolchain, *, csrc: Path, to: Path) -> Path:
-    """Build into the directory `to`, with a note of what it was built from: for a wheel, or an image of a machine. Raises BuildFailed."""
+    """Build into the directory `to`, with metadata of the sources, for a wheel or a machine image.
+
+    Raises BuildFailed.
+    """
     to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to) as name:
         try:
@@ -182,18 +192,18 @@ def prebuild(toolchain: Toolchain, *, csrc: Path, to: Path) -> Path:
             log = to / "failed.log"
             log.write_text(str(error), encoding="utf-8")
             raise _failed(toolchain, log) from error
-    note = {"sources": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
-    (to / "built.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+    metadata = {"sources": source_hash(csrc), "cuda": toolchain.nvcc is not None, "compilers": toolchain.versions()}
+    (to / "built.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     return to / LIBRARY
 
 
 def run(command: list[str]) -> str:
-    """Output of a command, both streams. Raises CompilerError when it fails."""
+    """Run a command and return its output, both streams. Raises CompilerError when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
+    outputs = done.stdout + done.stderr
     if done.returncode:
-        raise CompilerError(f"{' '.join(command)}\nexit code {done.returncode}\n{said}")
-    return said
+        raise CompilerError(f"{' '.join(command)}\nexit code {done.returncode}\n{outputs}")
+    return outputs
 
 
 def _cxx(toolchain: Toolchain, source: Path, *flags: str) -> list[str]:
@@ -208,7 +218,7 @@ def _torch_flags(toolchain: Toolchain) -> list[str]:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
-        # Given up by the system when the process ends, however it ends.
+        # Released by the system when the process ends.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -216,7 +226,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _failed(toolchain: Toolchain, log: Path) -> BuildFailed:
     tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-TAIL:])
     return BuildFailed(
-        f"the ops do not compile ({toolchain.what}, {toolchain.cxx}); remove {log} to try again, or set ops: reference. It ends:\n{tail}"
+        f"the ops do not compile ({toolchain.description}, {toolchain.cxx}); remove {log} to try again, "
+        f"or set ops: reference. It ends:\n{tail}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Registers and spills of the CUDA kernels, read from the log that build.py leaves beside a library."""
+"""Registers and spills of the CUDA kernels, parsed from the build log beside a library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelUsage:
-    """What ptxas says of one kernel on one GPU."""
+    """ptxas's resource usage of one kernel on one GPU."""
 
     op: str
     kernel: str
@@ -19,7 +19,7 @@ class KernelUsage:
 
 
 def parse_kernel_usage(log: str) -> Iterator[KernelUsage]:
-    """Kernels of a build log; `kernel` is the mangled name."""
+    """Yield the kernels of a build log; `kernel` is the mangled name."""
     for section in re.split(r"^== ", log, flags=re.MULTILINE):
         op, _, text = section.partition("_cuda\n")
         for match in re.finditer(

@@ -1,16 +1,15 @@
-"""All ops, in one tuple: what tests, benchmarks and loading walk over."""
+"""Registry of the fused ops: their names, and the registration of their fake kernels and gradients."""
 
 from __future__ import annotations
 
 from megatron_share4v.ops import activation, adamw, fp8, image_merge, linear_cross_entropy, norm, patchify, rope
 
-OPS = (
-    *norm.OPS,
-    *image_merge.OPS,
-    *patchify.OPS,
-    *activation.OPS,
-    *rope.OPS,
-    *linear_cross_entropy.OPS,
-    *adamw.OPS,
-    *fp8.OPS,
-)
+_MODULES = (norm, image_merge, patchify, activation, rope, linear_cross_entropy, adamw, fp8)
+
+OPS: tuple[str, ...] = tuple(name for module in _MODULES for name in module.OPS)
+
+
+def register_all() -> None:
+    """Register fake kernels and gradients of all ops of the loaded library; a second call changes nothing."""
+    for module in _MODULES:
+        module.register_ops()

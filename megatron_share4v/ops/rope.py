@@ -1,19 +1,18 @@
-"""Rotary positions on queries and keys in one pass. S positions, B sequences, D the width of a head (even). Su et al. 2021.
+"""Rotary position embedding of queries and keys in one kernel. Su et al. 2021.
 
-Elements i and i + D / 2 of a head are a point in a plane, turned by angle i of the token's position: the layout of GPT-NeoX and of
-Hugging Face's LLaMA.
+Elements i and i + D / 2 of a head are a point in a plane, rotated by angle i of the token's position: the layout of
+GPT-NeoX and of Hugging Face's LLaMA.
+
+S: positions; B: sequences; D: width of a head (even).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from megatron_share4v.ops.op import Bench, Case, Implementation, Op, Tolerance, draw, register, upcast
-
-LENGTH_7B, HEADS_7B, WIDTH_7B = 776, 32, 128
+from megatron_share4v.ops.op import Implementation, register_op, upcast
 
 
 def rope(
@@ -24,25 +23,25 @@ def rope(
     positions: torch.Tensor | None = None,
     implementation: Implementation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(query, key), rotated: [S, B, heads, D] and [S, B, groups, D]; slices of a fused projection are read where they lie.
+    """Rotated (query, key): [S, B, heads, D] and [S, B, groups, D]; slices of a fused projection are read in place.
 
-    `table` is rope_table's. `positions` [S, B] int64 are places in it, as where several samples share a sequence; None: 0 to S - 1 in each.
-    The gradient is the rotation back. A position outside the table is an error on the CPU and ends the kernel on a GPU.
+    `table` is rope_table's. `positions` [S, B] int64 are its rows, for several samples in one sequence; None: 0 to S -
+    1 in each. The gradient is the inverse rotation. A position outside the table raises on the CPU and traps on a GPU.
     """
     if implementation == "native":
         return torch.ops.share4v.rope(query, key, table, positions, False)
     rows = table[: query.size(0), None] if positions is None else table[positions]
     cosine, sine = upcast(rows).unsqueeze(2).chunk(2, dim=-1)
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = upcast(x).chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
-    return turned(query), turned(key)
+    return rotate(query), rotate(key)
 
 
 def rope_table(angles: torch.Tensor) -> torch.Tensor:
-    """[places, D] fp32, cosines before sines, of the angles [places, D / 2]; once per model and length."""
+    """[positions, D] fp32, cosines before sines, of the angles [positions, D / 2]; once per model and length."""
     return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
 
 
@@ -56,8 +55,9 @@ def _backward(ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor) -> tup
     return *torch.ops.share4v.rope(grad_query, grad_key, table, positions, not ctx.inverse), None, None, None
 
 
-def _register() -> None:
-    register(
+def register_ops() -> None:
+    """Register fake kernels and gradients with torch."""
+    register_op(
         "rope",
         fake=lambda query, key, table, positions, inverse: (query.new_empty(query.shape), key.new_empty(key.shape)),
         setup_context=_save,
@@ -65,91 +65,4 @@ def _register() -> None:
     )
 
 
-def _angles(places: int, width: int, *, device: str = "cpu") -> torch.Tensor:
-    inverse = 10000.0 ** -(torch.arange(0, width, 2, device=device).float() / width)
-    return torch.outer(torch.arange(places, device=device).float(), inverse)
-
-
-def _cases() -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        # One point, odd, grouped queries, more heads than a block takes at once, wider than a block, nothing.
-        shapes = (
-            (1, 1, 1, 1, 2),
-            (5, 2, 3, 1, 6),
-            (7, 3, 4, 2, 32),
-            (2, 1, 40, 8, 16),
-            (3, 1, 2, 2, 544),
-            (0, 2, 2, 1, 8),
-        )
-        for length, batch, heads, groups, width in shapes:
-            shared = {
-                "key": draw((length, batch, groups, width), dtype=dtype, seed=1),
-                "table": rope_table(_angles(40, width)),
-            }
-            arguments = {"query": draw((length, batch, heads, width), dtype=dtype), **shared}
-            label = f"{name} {length}x{batch}x{heads}+{groups}x{width}"
-            yield Case(label, dtype, arguments)
-            if length:
-                positions = torch.randint(0, 40, (length, batch), generator=torch.Generator().manual_seed(2))
-                yield Case(f"{label} at positions", dtype, arguments | {"positions": positions})
-        fused, table = draw((4, 2, 5 * 16), dtype=dtype), rope_table(_angles(40, 16))
-        query, key = (part.unflatten(-1, (-1, 16)) for part in fused.split((3 * 16, 2 * 16), dim=-1))
-        yield Case(f"{name} slices", dtype, {"query": query, "key": key, "table": table})
-        transposed = (part.transpose(0, 1) for part in (query, key))
-        yield Case(
-            f"{name} transposed", dtype, {**dict(zip(("query", "key"), transposed, strict=True)), "table": table}
-        )
-        # One sequence, as attention's backward leaves it: contiguous, though the stride of its second dimension is that of all of it.
-        whole = [draw((1, 4, heads, 16), dtype=dtype, seed=heads).transpose(0, 1) for heads in (3, 2)]
-        yield Case(f"{name} one sequence", dtype, {"query": whole[0], "key": whole[1], "table": table})
-        odd = draw((4 * 2 * 48 + 1,), dtype=dtype)[1:].view(4, 2, 3, 16)
-        yield Case(f"{name} misaligned", dtype, {"query": odd, "key": key, "table": table})
-
-
-def _eager(
-    query: torch.Tensor, *, key: torch.Tensor, table: torch.Tensor, positions: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As megatron-core and Hugging Face do it: both halves of the table twice over, in the type of the queries."""
-    rows = (table[: query.size(0), None] if positions is None else table[positions]).unsqueeze(2).to(query.dtype)
-    cosine, sine = (torch.cat((half, half), dim=-1) for half in rows.chunk(2, dim=-1))
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cosine + torch.cat((-second, first), dim=-1) * sine
-
-    return turned(query), turned(key)
-
-
-def _benches() -> Iterator[Bench]:
-    for batch, where in ((16, "gpu"), (1, "cpu")):
-
-        def make(device: str, batch: int = batch) -> dict[str, Any]:
-            shape = (LENGTH_7B, batch, HEADS_7B, WIDTH_7B)
-            query, key = (draw(shape, dtype=torch.bfloat16, seed=seed, device=device) for seed in range(2))
-            positions = torch.arange(LENGTH_7B, device=device).unsqueeze(1).repeat(1, batch) % 400
-            return {
-                "query": query,
-                "key": key,
-                "table": rope_table(_angles(LENGTH_7B, WIDTH_7B, device=device)),
-                "positions": positions,
-            }
-
-        size = 2 * 2 * LENGTH_7B * batch * HEADS_7B * WIDTH_7B
-        yield Bench(f"7B, {batch} x {LENGTH_7B}", where, make, 2 * size, 2 * size, _eager)
-
-
-OPS = (
-    Op(
-        "rope",
-        rope,
-        ("query", "key"),
-        _cases,
-        _benches,
-        {
-            torch.float32: Tolerance(5e-7, "two products and a sum in fp32: some units of 2**-24", floor=0.1),
-            torch.bfloat16: Tolerance(2**-8, "results are rounded to 8 bits (2**-9)", floor=0.1),
-        },
-        _register,
-    ),
-)
+OPS = ("rope",)

@@ -134,7 +134,7 @@ def test_too_late_is_said() -> None:
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert finished.returncode != 0
-    assert "the CPU door must be opened before megatron.core is imported" in finished.stderr
+    assert "torch.cuda must be patched before megatron.core is imported" in finished.stderr
 
 
 def test_every_kind_of_touch_is_tried_above() -> None:

@@ -101,7 +101,7 @@ def test_the_engine_is_told_of_a_rank_s_heads_alone(
         num_layers=1, hidden_size=32, num_attention_heads=8, num_query_groups=groups, tensor_model_parallel_size=tensor,
         context_parallel_size=context, attention_dropout=0.0, attention="te",
     )  # fmt: skip
-    alone = layer_specs_te._alone(config)
+    alone = layer_specs_te._without_context_parallel(config)
     assert (alone.num_attention_heads, alone.num_query_groups, alone.context_parallel_size) == (*expected, 1)
     assert (config.num_attention_heads, config.context_parallel_size) == (8, context)
 

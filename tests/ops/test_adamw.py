@@ -10,7 +10,8 @@ import torch
 from megatron_share4v.errors import OpsError
 from megatron_share4v.ops.adamw import AdamWStep, adamw_, clip_coefficient, rounding_keys, sum_of_squares
 from megatron_share4v.ops.adamw_optimizer import FusedAdamW
-from megatron_share4v.ops.op import Implementation, draw
+from megatron_share4v.ops.op import Implementation
+from tools.op_cases.record import draw
 
 SHAPES = ((33, 5), (7,), (1,), (64, 16))
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])

@@ -10,7 +10,8 @@ from megatron_share4v.errors import OpsError
 from megatron_share4v.ops import fp8_linear as module
 from megatron_share4v.ops.fp8 import DTYPES, Format, fp8_cast, fp8_cast_both, fp8_cast_transposed, fp8_scale
 from megatron_share4v.ops.fp8_linear import Fp8Linear, fp8_linear, require_fp8
-from megatron_share4v.ops.op import Implementation, draw
+from megatron_share4v.ops.op import Implementation
+from tools.op_cases.record import draw
 
 formats = pytest.mark.parametrize("format", DTYPES)
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])

@@ -21,7 +21,7 @@ from megatron_share4v.ops.build import (
     find_toolchain,
 )
 from megatron_share4v.ops.kernel_usage import KernelUsage, parse_kernel_usage
-from megatron_share4v.ops.registry import OPS
+from tools.op_cases import OPS
 
 TOOLCHAIN = find_toolchain()
 needs_cxx = pytest.mark.skipif(TOOLCHAIN is None, reason="no C++ compiler on PATH")

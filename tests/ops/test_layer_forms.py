@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from megatron_share4v.mcore.attention import positions_in_samples
 from megatron_share4v.mcore.layers import RotaryEmbedding
 from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
-from megatron_share4v.ops.op import Implementation, draw
+from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.rope import rope, rope_table
+from tools.op_cases.record import draw
 
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
 

@@ -9,9 +9,10 @@ import torch
 from harness import run_world
 
 from megatron_share4v.ops.linear_cross_entropy import _block_columns, linear_cross_entropy
-from megatron_share4v.ops.op import Implementation, draw
-from megatron_share4v.ops.registry import OPS
+from megatron_share4v.ops.op import Implementation
 from tools.bench_ops import peak_bytes
+from tools.op_cases import OPS
+from tools.op_cases.record import draw
 
 ROWS, WIDTH, COLUMNS, REAL = 23, 12, 48, 41
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])

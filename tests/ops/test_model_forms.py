@@ -8,8 +8,9 @@ import torch
 from megatron_share4v.data.images.policy import normalise, normalised_values
 from megatron_share4v.ops.image_merge import image_merge
 from megatron_share4v.ops.norm import add_rms_norm, layer_norm, rms_norm
-from megatron_share4v.ops.op import Implementation, draw
+from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.patchify import patchify
+from tools.op_cases.record import draw
 
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
 

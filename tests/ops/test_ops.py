@@ -9,8 +9,8 @@ import pytest
 import torch
 from ops_walk import call, check, check_registration, poison_empty_memory
 
-from megatron_share4v.ops.op import Case, Op
-from megatron_share4v.ops.registry import OPS
+from tools.op_cases import OPS
+from tools.op_cases.record import Case, OpCases
 
 CASES = [pytest.param(op, case, id=f"{op.name} {case.name}") for op in OPS for case in op.cases()]
 
@@ -23,23 +23,23 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_native_gives_values_and_gradients_of_the_reference(native_ops: None, op: Op, case: Case) -> None:
+def test_native_gives_values_and_gradients_of_the_reference(native_ops: None, op: OpCases, case: Case) -> None:
     check(op, case, "native")
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_reference_keeps_the_tolerance_too(op: Op, case: Case) -> None:
+def test_reference_keeps_the_tolerance_too(op: OpCases, case: Case) -> None:
     check(op, case, "reference")
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_torch_accepts_the_registration(native_ops: None, op: Op) -> None:
+def test_torch_accepts_the_registration(native_ops: None, op: OpCases) -> None:
     checked = [check_registration(op, case, thorough=number == 2) for number, case in enumerate(op.cases())]
     assert sum(checked) >= len(checked)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_threads_do_not_change_the_result(native_ops: None, op: Op) -> None:
+def test_threads_do_not_change_the_result(native_ops: None, op: OpCases) -> None:
     for case in op.cases():
         one, _ = call(op, case, "native")
         threads = torch.get_num_threads()
@@ -50,7 +50,7 @@ def test_threads_do_not_change_the_result(native_ops: None, op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=lambda op: op.name)
-def test_gradcheck_of_the_reference(op: Op) -> None:
+def test_gradcheck_of_the_reference(op: OpCases) -> None:
     small = [case for case in op.cases() if 0 < sum(case.arguments[name].numel() for name in op.differentiable) < 200]
     assert small
     for case in small[:3]:

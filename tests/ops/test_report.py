@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from megatron_share4v.ops.build import find_toolchain
-from megatron_share4v.ops.registry import OPS
+from tools.op_cases import OPS
 
 TOOLCHAIN = find_toolchain()
 needs_nvcc = pytest.mark.skipif(TOOLCHAIN is None or TOOLCHAIN.nvcc is None, reason="no nvcc on PATH")

@@ -44,7 +44,7 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
 
     from megatron_share4v.errors import PrecisionError
     from megatron_share4v.mcore.backends import select_ops_backend
-    from megatron_share4v.mcore.fp8 import _ProductInFp8
+    from megatron_share4v.mcore.fp8 import _Fp8Linear
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
@@ -65,7 +65,7 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
                 Guard(precision=replace(watched, guard_loss_gap=1e-9), **parts).check(1, data)
             except PrecisionError as error:
                 refused = str(error)
-            matrices = sum(isinstance(module, _ProductInFp8) for module in run.bare[0].modules())
+            matrices = sum(isinstance(module, _Fp8Linear) for module in run.bare[0].modules())
             results[name] = Learned(losses, matrices, (gap.loss, gap.norm) if gap else (0.0, 0.0), refused)
     return results
 
