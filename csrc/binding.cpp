@@ -11,7 +11,7 @@
 #include "rope/schema.cpp"
 
 #ifdef SHARE4V_EMULATE
-#include "emulate/fibres.h"
-// Another order in which the fibres of a block run.
+#include "emulate/fibers.h"
+// Another order in which the fibers of a block run.
 extern "C" __attribute__((visibility("default"))) void share4v_emulate_seed(unsigned seed) { emulate::machine().random.seed(seed); }
 #endif

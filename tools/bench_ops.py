@@ -1,11 +1,12 @@
-"""Time every fused op against eager torch and torch.compile in one run: medians of interleaved calls, with the bytes that must move at least.
+"""Time every fused op against eager torch and torch.compile: medians of interleaved calls.
 
     tools/bench_ops.py [OP ...]         on the CPU, one thread (or `--threads N`)
     tools/bench_ops.py --device cuda    on the GPU, at the shapes of ShareGPT4V-7B
 
-`fwd` is the forward pass without gradients, `fwd+bwd` both. `of copy` is the native bandwidth as a part of a plain copy's, measured in the same run.
-`peak MB` is what one call allocates at most beside its arguments, results included; the ratio is eager's over native's. Below 0.1 MB: -.
-The last line is one JSON object.
+`MB` is what must be read and written at least. `fwd` is the forward pass without gradients, `fwd+bwd` both. `of copy`
+is the native bandwidth relative to a plain copy's, measured in the same run. `peak MB` is the peak allocation of one
+call beside its arguments, results included; the ratio is eager's over native's. Below 0.1 MB: -. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """As it is printed, under HEADER."""
+        """The line as printed under HEADER."""
         memory = (
             f"{self.native_peak_mb:8.1f} {self.eager_peak_mb / self.native_peak_mb:6.1f}"
             if self.native_peak_mb > 0.1
@@ -67,27 +68,29 @@ class Row:
             else f"{'-':>11} {'-':>6}"
         )
         return (
-            f"{self.op:20} {self.shape:22} {self.direction:8} {self.megabytes:9.2f} {self.native_us:10.0f} {self.eager_us:10.0f} "
-            f"{self.eager_us / self.native_us:6.2f} {compiled} {self.gigabytes_per_s:8.1f} {self.of_copy:8.2f} {memory}"
+            f"{self.op:20} {self.shape:22} {self.direction:8} {self.megabytes:9.2f} {self.native_us:10.0f} "
+            f"{self.eager_us:10.0f} {self.eager_us / self.native_us:6.2f} {compiled} {self.gigabytes_per_s:8.1f} "
+            f"{self.of_copy:8.2f} {memory}"
         )
 
 
 HEADER = (
-    f"{'op':20} {'shape':22} {'pass':8} {'MB':>9} {'native us':>10} {'eager us':>10} {'ratio':>6} {'compiled us':>11} {'ratio':>6} {'GB/s':>8} {'of copy':>8} "
-    f"{'peak MB':>8} {'ratio':>6}"
+    f"{'op':20} {'shape':22} {'pass':8} {'MB':>9} {'native us':>10} {'eager us':>10} {'ratio':>6} {'compiled us':>11} "
+    f"{'ratio':>6} {'GB/s':>8} {'of copy':>8} {'peak MB':>8} {'ratio':>6}"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and print."""
+    """Run the benchmarks and print the table."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     with exit_on_user_error():
-        choice = choose_ops_backend("native", device=options.device)
+        backend = choose_ops_backend("native", device=options.device)
     where = "gpu" if options.device == "cuda" else "cpu"
     copy = copy_bandwidth(options.device)
     print(
-        f"{_machine(options.device)}, {options.threads} thread(s), torch {torch.__version__}; {choice.line}; copy {copy:.1f} GB/s\n{HEADER}",
+        f"{_machine(options.device)}, {options.threads} thread(s), torch {torch.__version__}; {backend.line}; "
+        f"copy {copy:.1f} GB/s\n{HEADER}",
         flush=True,
     )
     rows: list[Row] = []
@@ -97,21 +100,21 @@ def main(arguments: list[str] | None = None) -> int:
                 for row in measure(op, bench, device=options.device, compiled=not options.no_compile, copy=copy):
                     print(row.text, flush=True)
                     rows.append(row)
-    said = {
+    results = {
         "command": " ".join(["tools/bench_ops.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": _machine(options.device),
         "threads": options.threads,
         "torch": torch.__version__,
-        "ops": choice.line,
+        "ops": backend.line,
         "copy_gb_s": copy,
     }
-    print(json.dumps(said | {"rows": [asdict(row) for row in rows]}))
+    print(json.dumps(results | {"rows": [asdict(row) for row in rows]}))
     return 0
 
 
 def measure(op: OpCases, bench: Bench, *, device: str, compiled: bool, copy: float) -> list[Row]:
-    """The forward pass, and forward with backward where there is one."""
+    """Measure the forward pass, and forward with backward where there is one."""
     arguments = bench.make(device)
 
     native = bench.native or functools.partial(op.function, implementation="native")
@@ -148,9 +151,9 @@ def measure(op: OpCases, bench: Bench, *, device: str, compiled: bool, copy: flo
     return rows
 
 
-def medians(calls: dict[str, Callable[[], None]], *, device: str) -> dict[str, float]:
-    """Seconds per call. The variants take turns, so that what else happens on the machine happens to all of them."""
-    timed = _timed_on_gpu if device == "cuda" else _timed_on_cpu
+def medians(calls: dict[str, Callable[[], Any]], *, device: str) -> dict[str, float]:
+    """Median seconds per call. The variants take turns, so that other load on the machine affects all of them."""
+    timed = _time_on_gpu if device == "cuda" else _time_on_cpu
     for call in calls.values():
         for _ in range(3):
             call()
@@ -164,8 +167,8 @@ def medians(calls: dict[str, Callable[[], None]], *, device: str) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_bytes(call: Callable[[], None], *, device: str) -> int:
-    """What torch's allocator holds at most during the call, beyond what it held before."""
+def peak_bytes(call: Callable[[], Any], *, device: str) -> int:
+    """Peak of torch's allocator during the call, beyond what was allocated before."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -173,7 +176,7 @@ def peak_bytes(call: Callable[[], None], *, device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Its log, of every start and stop, would go between the lines of the table.
+    # The profiler's log of every start and stop would go between the lines of the table.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -186,7 +189,7 @@ def peak_bytes(call: Callable[[], None], *, device: str) -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s of a plain copy, read and written bytes counted."""
+    """Bandwidth of a plain copy in GB/s, read and written bytes counted."""
     size = COPY_BYTES[device]
     source, target = (
         torch.zeros(size, dtype=torch.uint8, device=device),
@@ -221,13 +224,13 @@ def _forward_and_backward(
     return call
 
 
-def _timed_on_cpu(call: Callable[[], None]) -> float:
+def _time_on_cpu(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _timed_on_gpu(call: Callable[[], None]) -> float:
+def _time_on_gpu(call: Callable[[], Any]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()

@@ -1,8 +1,8 @@
-"""Build the fused ops beforehand: without options into the cache where every process looks, with `--output DIR` into a directory.
+"""Build the fused ops beforehand, into the cache that every process uses or, with `--output DIR`, into a directory.
 
-tools/build_ops.py                                              this machine's cache, so that no run compiles
-tools/build_ops.py --output megatron_share4v/ops/prebuilt       a library that `pip wheel .` takes along
-tools/build_ops.py --status                                     what is there
+tools/build_ops.py                                          this machine's cache, so that no run compiles
+tools/build_ops.py --output megatron_share4v/ops/prebuilt   a library for `pip wheel .`
+tools/build_ops.py --status                                 compilers, sources and libraries of this machine
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_share4v.ops.build import Toolchain, find_or_build, find_toolchain,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, or say what is there."""
+    """Build the library, or print the status."""
     options = _parser().parse_args(arguments)
     with exit_on_user_error():
         if options.status:
@@ -29,22 +29,25 @@ def main(arguments: list[str] | None = None) -> int:
             raise OpsError(f"no C++ compiler (g++, c++) on PATH. {REMEDY}")
         if options.cpu_only:
             toolchain = Toolchain(toolchain.cxx)
-        available, start = LibrarySources(toolchain=toolchain), time.perf_counter()
+        sources, start = LibrarySources(toolchain=toolchain), time.perf_counter()
         if options.output:
-            library = prebuild(toolchain, csrc=available.csrc, to=options.output)
+            library = prebuild(toolchain, csrc=sources.csrc, to=options.output)
         else:
-            library = find_or_build(toolchain, cache=available.cache, csrc=available.csrc)
+            library = find_or_build(toolchain, cache=sources.cache, csrc=sources.csrc)
         print(
-            f"{library}: {toolchain.description}, {library.stat().st_size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
+            f"{library}: {toolchain.description}, {library.stat().st_size / 1e6:.1f} MB, "
+            f"{time.perf_counter() - start:.1f} s"
         )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write the library and a note of its sources here")
-    parser.add_argument("--cpu-only", action="store_true", help="leave CUDA kernels out although there is nvcc")
-    parser.add_argument("--status", action="store_true", help="say what there is and build nothing")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write the library and metadata of its sources here")
+    parser.add_argument(
+        "--cpu-only", action="store_true", help="build without CUDA kernels even where nvcc is installed"
+    )
+    parser.add_argument("--status", action="store_true", help="print compilers, sources and libraries; build nothing")
     return parser
 
 

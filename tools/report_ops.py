@@ -1,11 +1,10 @@
-"""Write docs/measurements/ops.md: what every op must move at least at the shapes of ShareGPT4V-7B, what the compiler made of its kernels, and
-what was measured.
+"""Write docs/measurements/ops.md: bandwidth floors, compiled resources and measurements of every op.
 
     tools/bench_ops.py | tee cpu.txt        on this machine
     bash tests/gpu/run.sh                   on a machine with a GPU: runs/gpu/ops_gpu.txt
     tools/report_ops.py --cpu cpu.txt [--gpu runs/gpu/ops_gpu.txt]
 
-The compiled resources are those of a build with nvcc, made here if there is none yet.
+Floors are of the shapes of ShareGPT4V-7B. Compiled resources are those of a build with nvcc, made if missing.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ OUTPUT = Path("docs/measurements/ops.md")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read, put together, write."""
+    """Read the results and write the report."""
     options = _parser().parse_args(arguments)
     with exit_on_user_error():
         toolchain = find_toolchain()
         if toolchain is None or toolchain.nvcc is None:
-            raise OpsError("the report names registers and spills, which nvcc says; there is none on PATH")
+            raise OpsError("the report has registers and spills, which nvcc prints; there is no nvcc on PATH")
         log = (
             find_or_build(toolchain, cache=default_cache_directory(), csrc=csrc_directory())
             .with_name("build.log")
@@ -49,24 +48,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _results(path: Path) -> dict:
-    """The JSON object in the last line of what tools/bench_ops.py printed."""
+    """Return the JSON object in the last line of the output of tools/bench_ops.py."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if not lines or not lines[-1].startswith("{"):
-        raise OpsError(f"{path} is not the output of tools/bench_ops.py: its last line is no JSON object")
+        raise OpsError(f"{path} is not the output of tools/bench_ops.py: its last line is not a JSON object")
     return json.loads(lines[-1])
 
 
 def _document(measured: dict[str, dict], compiled: list[KernelUsage], toolchain: Toolchain) -> Iterator[str]:
     yield "# Fused ops: floors, compiled resources, measurements"
-    yield "\nWritten by `tools/report_ops.py`, not by hand. MB and GB are 10^6 and 10^9 bytes; `fwd+bwd` is both passes together."
+    yield (
+        "\nWritten by `tools/report_ops.py`, not by hand. MB and GB are 10^6 and 10^9 bytes; "
+        "`fwd+bwd` is both passes together."
+    )
     yield "\n## Floors on a GPU\n"
-    yield f"Bytes that must be read and written at the shapes of ShareGPT4V-7B, and the time that takes at {COPY_H200 / 1e12:.1f} TB/s, the copy bandwidth"
-    yield "of an H200. Nothing that only moves memory can be faster.\n"
+    yield (
+        "Bytes that must be read and written at the shapes of ShareGPT4V-7B, and the time for it at "
+        f"{COPY_H200 / 1e12:.1f} TB/s, the copy bandwidth"
+    )
+    yield "of an H200: the lower bound of a memory-bound kernel.\n"
     yield from _floors(measured.get("gpu"))
     yield "\n## Compiled resources\n"
     version = next(line for line in toolchain.versions().splitlines()[::-1] if "release" in line)
-    yield f"`-Xptxas -v`, {version}. Ranges are over the instantiations of a kernel (element types, vector widths). `csrc/budgets.json` is the ceiling"
-    yield "that `tests/ops/test_kernels.py` holds them to; a spill fails it.\n"
+    yield (
+        f"`-Xptxas -v`, {version}. Ranges are over the instantiations of a kernel (element types, vector widths). "
+        "`csrc/register_limits.json` has"
+    )
+    yield "the limits that `tests/ops/test_kernels.py` checks; a spill fails it.\n"
     yield from _resources(compiled)
     for name, title in (("cpu", "Measured on a CPU"), ("gpu", "Measured on a GPU")):
         yield f"\n## {title}\n"
@@ -100,25 +108,28 @@ def _floors(results: dict | None) -> Iterator[str]:
 
 def _resources(compiled: list[KernelUsage]) -> Iterator[str]:
     gpus = sorted({usage.gpu for usage in compiled}, key=lambda gpu: int("".join(filter(str.isdigit, gpu))))
-    budgets = json.loads((csrc_directory() / "budgets.json").read_text(encoding="utf-8"))
+    limits = json.loads((csrc_directory() / "register_limits.json").read_text(encoding="utf-8"))
     rows = []
-    for op, kernels in budgets.items():
-        for name, budget in kernels.items():
+    for op, kernels in limits.items():
+        for name, limit in kernels.items():
             found = [usage for usage in compiled if usage.op == op and f"{len(name)}{name}" in usage.kernel]
             by_gpu = {gpu: sorted(usage.registers for usage in found if usage.gpu == gpu) for gpu in gpus}
             ranges = [
                 f"{registers[0]}\N{EN DASH}{registers[-1]}" if registers else "not compiled"
                 for registers in by_gpu.values()
             ]
-            rows.append((op, name, len(found) // len(gpus), *ranges, sum(usage.spilled for usage in found), budget))
+            rows.append((op, name, len(found) // len(gpus), *ranges, sum(usage.spilled for usage in found), limit))
     yield from _table(
-        ("op", "kernel", "instantiations", *(f"registers {gpu}" for gpu in gpus), "bytes spilled", "budget"), rows
+        ("op", "kernel", "instantiations", *(f"registers {gpu}" for gpu in gpus), "bytes spilled", "limit"), rows
     )
 
 
 def _measurement(results: dict) -> Iterator[str]:
-    yield f"`{results['command']}` on {results['date']}: {results['machine']}, {results['threads']} CPU thread(s), torch {results['torch']}; {results['ops']};"
-    yield f"copy {results['copy_gb_s']:.1f} GB/s. Medians of calls that take turns; ratios above 1: native is faster.\n"
+    yield (
+        f"`{results['command']}` on {results['date']}: {results['machine']}, {results['threads']} CPU thread(s), "
+        f"torch {results['torch']}; {results['ops']};"
+    )
+    yield f"copy {results['copy_gb_s']:.1f} GB/s. Medians of interleaved calls; ratios above 1: native is faster.\n"
     heading = (
         "op",
         "shape",
@@ -159,8 +170,8 @@ def _table(heading: tuple[str, ...], rows: Iterable[tuple]) -> Iterator[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", type=Path, metavar="FILE", help="what tools/bench_ops.py printed on a CPU")
-    parser.add_argument("--gpu", type=Path, metavar="FILE", help="what it printed on a GPU (tests/gpu/run.sh)")
+    parser.add_argument("--cpu", type=Path, metavar="FILE", help="output of tools/bench_ops.py on a CPU")
+    parser.add_argument("--gpu", type=Path, metavar="FILE", help="its output on a GPU (tests/gpu/run.sh)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default: {OUTPUT}")
     return parser
 

@@ -91,7 +91,7 @@ extern "C" int share4v_activation_backward_cpu(int type, int kind, const void* g
                   bias ? partial + chunk * columns : nullptr, rows * chunk / chunks, rows * (chunk + 1) / chunks, width);
         }
       });
-      if (bias) add_up(partial, static_cast<T*>(grad_bias), chunks, columns, 0, columns);
+      if (bias) reduce_columns(partial, static_cast<T*>(grad_bias), chunks, columns, 0, columns);
       return static_cast<int>(kDone);
     });
   });

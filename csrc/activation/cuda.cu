@@ -1,5 +1,5 @@
 // Activations on the GPU: a thread has 16 bytes of columns and walks down rows, so that bias and the bias's gradient stay in registers.
-#include "../common/add_up.cuh"
+#include "../common/reduce.cuh"
 #include "formulas.h"
 
 namespace {
@@ -118,6 +118,6 @@ extern "C" int share4v_activation_backward_cuda(int type, int kind, const void* 
                     static_cast<T*>(grad_x), partial, rows, width);
     });
     if (status || !grad_bias) return status;
-    return launch_add_up(partial, static_cast<T*>(grad_bias), chunks, columns, columns, stream);
+    return launch_reduce_columns(partial, static_cast<T*>(grad_bias), chunks, columns, columns, stream);
   });
 }

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) sum_chunk(Sources table, float* __re
   if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
 }
 
-__global__ void __launch_bounds__(kSumThreads) add_up(const float* __restrict__ partial, int64_t chunks, float* __restrict__ to) {
+__global__ void __launch_bounds__(kSumThreads) sum_partials(const float* __restrict__ partial, int64_t chunks, float* __restrict__ to) {
   float sums[1] = {0.0f};
   for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads) sums[0] += partial[i];
   block_sum(sums);
@@ -181,6 +181,6 @@ extern "C" int share4v_sum_of_squares_cuda(int type, int count, const void* cons
       return done;
     });
   });
-  if (!status) status = launch(add_up, dim3(1), dim3(kSumThreads), 0, stream, partial, chunks, to);
+  if (!status) status = launch(sum_partials, dim3(1), dim3(kSumThreads), 0, stream, partial, chunks, to);
   return status;
 }

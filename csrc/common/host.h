@@ -40,7 +40,7 @@ void parallel_rows(int64_t rows, int64_t width, const Body& body) {
 
 // Columns [begin, end) of `partial` [chunks, stride], added up into `to`.
 template <class T>
-SHARE4V_CLONES static void add_up(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t begin, int64_t end) {
+SHARE4V_CLONES static void reduce_columns(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     float total = 0.0f;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * stride + i];

@@ -1,7 +1,7 @@
-// The CUDA language on the host, so that tests run the very kernels of cuda.cu on a CPU, under AddressSanitizer. One fibre per CUDA thread; blocks run
-// one after the other. Barriers and shuffles are real: a fibre waits until the others have come. What ends the process, with a message: a barrier
+// The CUDA language on the host, so that tests run the very kernels of cuda.cu on a CPU, under AddressSanitizer. One fiber per CUDA thread; blocks run
+// one after the other. Barriers and shuffles are real: a fiber waits until the others have come. What ends the process, with a message: a barrier
 // that only a part of the block reaches, a shuffle that lanes of its mask miss, a misaligned vector access, a trap, an impossible launch.
-// Not shown: races that need two blocks or two warps at one instant (the order of fibres is shuffled, see emulate_seed), and time.
+// Not shown: races that need two blocks or two warps at one instant (the order of fibers is shuffled, see emulate_seed), and time.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <type_traits>
 
-#include "fibres.h"
+#include "fibers.h"
 
 #define __global__
 #define __device__
@@ -72,7 +72,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
 inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) { return __ballot_sync(mask, predicate, line) != 0; }
 inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) { return __ballot_sync(mask, predicate, line) == mask; }
 
-// Fibres switch only at barriers and shuffles, so plain arithmetic is atomic.
+// Fibers switch only at barriers and shuffles, so plain arithmetic is atomic.
 template <class T>
 T atomicAdd(T* to, T value) {
   const T old = *to;

@@ -102,8 +102,8 @@ extern "C" int share4v_norm_backward_cpu(int type, const void* grad, const void*
                 static_cast<T*>(grad_x), partial + chunk * stride, rows * chunk / chunks, rows * (chunk + 1) / chunks, width);
       }
     });
-    add_up(partial, static_cast<T*>(grad_weight), chunks, stride, 0, width);
-    if (layer) add_up(partial + width, static_cast<T*>(grad_bias), chunks, stride, 0, width);
+    reduce_columns(partial, static_cast<T*>(grad_weight), chunks, stride, 0, width);
+    if (layer) reduce_columns(partial + width, static_cast<T*>(grad_bias), chunks, stride, 0, width);
     return static_cast<int>(kDone);
   });
 }

@@ -1,6 +1,6 @@
 // Norms on the GPU: one block per row forward; backward, blocks walk over rows and keep their share of the weight's gradient in shared memory.
 // A row is read twice, the second time from the cache.
-#include "../common/add_up.cuh"
+#include "../common/reduce.cuh"
 
 namespace {
 
@@ -149,8 +149,8 @@ extern "C" int share4v_norm_backward_cuda(int type, const void* grad, const void
                     static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
                     static_cast<T*>(grad_x), partial, rows, width);
     });
-    if (!status) status = launch_add_up(partial, static_cast<T*>(grad_weight), chunks, stride, width, stream);
-    if (!status && layer) status = launch_add_up(partial + width, static_cast<T*>(grad_bias), chunks, stride, width, stream);
+    if (!status) status = launch_reduce_columns(partial, static_cast<T*>(grad_weight), chunks, stride, width, stream);
+    if (!status && layer) status = launch_reduce_columns(partial + width, static_cast<T*>(grad_bias), chunks, stride, width, stream);
     return status;
   });
 }

@@ -7,6 +7,7 @@ depend only on (seed, step, tensor, element). adamw_optimizer.py is the torch Op
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,10 @@ MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class AdamWStep:
-    """Hyperparameters of one update: learning learning_rate, betas, eps, decoupled weight weight_decay, and the step number from 1."""
+    """Hyperparameters of one update.
+
+    `weight_decay` is decoupled (times the learning rate), `number` counts updates from 1.
+    """
 
     learning_rate: float
     beta1: float

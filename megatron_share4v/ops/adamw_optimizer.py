@@ -144,7 +144,7 @@ class FusedAdamW(torch.optim.AdamW):
             squares=on_device[1],
             step=step,
             scale=scale,
-            keys=() if self.seed is None else rounding_keys(seed=self.seed, step=step.index, numbers=batch.numbers),
+            keys=() if self.seed is None else rounding_keys(seed=self.seed, step=step.number, numbers=batch.numbers),
             implementation=self.implementation,
         )
         for moment, moved in zip((*batch.means, *batch.squares), (*on_device[0], *on_device[1])):

@@ -28,7 +28,8 @@ LIBRARY = "share4v_ops.so"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 # errno and floating-point traps, which nothing reads, would prevent vectorization of loops with roots and selects.
 CXX_FLAGS = (
-    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall",
+    "-Wno-unknown-pragmas",
 )  # fmt: skip
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Wno-deprecated-gpu-targets")
 # Object code for A100, H100/H200 and B200, and PTX for newer GPUs.

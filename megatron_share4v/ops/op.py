@@ -1,4 +1,4 @@
-"""Common parts of the fused ops: the choice of implementation, and registration of fake kernels and gradients with torch.
+"""Common parts of the fused ops: the implementation type, and registration with torch.
 
 The kernels are in csrc/; registry.py lists the ops; backend.py decides which implementation a process uses.
 """

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: run on the host through csrc/emulate under AddressSanitizer, and compiled for every GPU within their budgets."""
+"""The CUDA kernels without a GPU: run on the host through csrc/emulate under AddressSanitizer, and compiled for every GPU within their limits."""
 
 from __future__ import annotations
 
@@ -154,19 +154,19 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
 
 
 @needs_nvcc
-def test_kernels_keep_their_register_budgets() -> None:
+def test_kernels_keep_their_register_limits() -> None:
     csrc = csrc_directory()
     # Of the build that the other tests use.
     log = find_or_build(TOOLCHAIN, cache=default_cache_directory(), csrc=csrc).with_name("build.log").read_text()
-    budgets = json.loads((csrc / "budgets.json").read_text())
+    limits = json.loads((csrc / "register_limits.json").read_text())
     found = list(parse_kernel_usage(log))
-    assert {usage.op for usage in found} == {path.parent.name for path in csrc.glob("*/cuda.cu")} == set(budgets)
+    assert {usage.op for usage in found} == {path.parent.name for path in csrc.glob("*/cuda.cu")} == set(limits)
     for usage in found:
-        named = [registers for name, registers in budgets[usage.op].items() if f"{len(name)}{name}" in usage.kernel]
-        assert len(named) == 1, f"{usage.op}: give {usage.kernel} one budget in csrc/budgets.json"
+        named = [registers for name, registers in limits[usage.op].items() if f"{len(name)}{name}" in usage.kernel]
+        assert len(named) == 1, f"{usage.op}: give {usage.kernel} one limit in csrc/register_limits.json"
         assert not usage.spilled, f"{usage} spills"
-        assert usage.registers <= named[0], f"{usage} is above its budget of {named[0]} registers"
-    for op, kernels in budgets.items():
+        assert usage.registers <= named[0], f"{usage} is above its limit of {named[0]} registers"
+    for op, kernels in limits.items():
         for name in kernels:
             compiled = {usage.gpu for usage in found if usage.op == op and f"{len(name)}{name}" in usage.kernel}
             assert compiled == GPUS, f"{op}: {name} is compiled for {compiled}"

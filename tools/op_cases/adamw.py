@@ -114,11 +114,11 @@ def _native(*, weights: Tensors, grads: Tensors, means: Tensors, squares: Tensor
     return ()
 
 
-def _torch_adamw(**options: bool) -> Any:
+def _torch_adamw(*, foreach: bool, fused: bool) -> Any:
     def run(*, weights: Tensors, grads: Tensors, means: Tensors, squares: Tensors, counts: Tensors) -> tuple:
         torch_adamw(
-            *(list(tensors) for tensors in (weights, grads, means, squares)), [], list(counts),
-            amsgrad=False, lr=1e-6, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, maximize=False, **options,
+            list(weights), list(grads), list(means), list(squares), [], list(counts), foreach=foreach, fused=fused,
+            amsgrad=False, lr=1e-6, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, maximize=False,
         )  # fmt: skip
         return ()
 

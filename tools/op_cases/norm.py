@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,7 +81,11 @@ def _eager_layer_norm(x: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tens
     return torch.nn.functional.layer_norm(x, (x.size(-1),), weight, bias, eps)
 
 
-_EAGER = {"": _eager_rms_norm, "residual": _eager_add_rms_norm, "bias": _eager_layer_norm}
+_EAGER: dict[str, Callable[..., Any]] = {
+    "": _eager_rms_norm,
+    "residual": _eager_add_rms_norm,
+    "bias": _eager_layer_norm,
+}
 _LANGUAGE = {"language 7B": (ROWS_7B, WIDTH_7B), "language, 1024 rows": (1024, WIDTH_7B)}
 _TOWER = {"tower": (ROWS_TOWER, WIDTH_TOWER), "tower, 1 image": (577, WIDTH_TOWER)}
 _TOLERANCES = {

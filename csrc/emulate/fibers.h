@@ -1,4 +1,4 @@
-// Fibres that stand for the threads of one CUDA block: each has a stack of its own and runs until it waits for its block or its warp.
+// Fibers that stand for the threads of one CUDA block: each has a stack of its own and runs until it waits for its block or its warp.
 #pragma once
 
 #include <ucontext.h>
@@ -29,7 +29,7 @@ constexpr int kLanes = 32;
 
 enum class Waits { kNot, kForBlock, kForWarp, kForever };
 
-struct Fibre {
+struct Fiber {
   ucontext_t context;
   Dim3 thread;
   int index = 0;
@@ -46,12 +46,12 @@ struct Running {
 };
 
 struct Machine {
-  std::vector<Fibre> fibres;
+  std::vector<Fiber> fibers;
   std::vector<unsigned char*> stacks;
   std::vector<uint64_t> slots;  // [warp][2][lane]
   ucontext_t scheduler;
   Running running;
-  Fibre* current = nullptr;
+  Fiber* current = nullptr;
   const std::function<void()>* body = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_size = 0;
@@ -75,7 +75,7 @@ inline int lane() { return machine().current->index % kLanes; }
 
 inline void switch_to_scheduler(bool for_good) {
   Machine& m = machine();
-  Fibre* self = m.current;
+  Fiber* self = m.current;
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, m.scheduler_stack, m.scheduler_size);
 #endif
@@ -85,7 +85,7 @@ inline void switch_to_scheduler(bool for_good) {
 #endif
 }
 
-inline void fibre_main() {
+inline void fiber_main() {
   Machine& m = machine();
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_size);
@@ -95,15 +95,15 @@ inline void fibre_main() {
   switch_to_scheduler(true);
 }
 
-inline void resume(Fibre& fibre) {
+inline void resume(Fiber& fiber) {
   Machine& m = machine();
-  m.current = &fibre;
-  m.running.thread = fibre.thread;
+  m.current = &fiber;
+  m.running.thread = fiber.thread;
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, m.stacks[fibre.index], kStack);
+  __sanitizer_start_switch_fiber(&fake_stack, m.stacks[fiber.index], kStack);
 #endif
-  swapcontext(&m.scheduler, &fibre.context);
+  swapcontext(&m.scheduler, &fiber.context);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -111,7 +111,7 @@ inline void resume(Fibre& fibre) {
 }
 
 inline void wait_for_block(int line) {
-  Fibre& self = *machine().current;
+  Fiber& self = *machine().current;
   self.waits = Waits::kForBlock;
   self.line = line;
   switch_to_scheduler(false);
@@ -121,7 +121,7 @@ inline void wait_for_block(int line) {
 // the next exchange does not overwrite what slower lanes have yet to read, and cannot be two ahead.
 inline const uint64_t* exchange(unsigned mask, uint64_t value, int line) {
   Machine& m = machine();
-  Fibre& self = *m.current;
+  Fiber& self = *m.current;
   uint64_t* half = &m.slots[(self.index / kLanes * 2 + self.exchanges % 2) * kLanes];
   half[self.index % kLanes] = value;
   ++self.exchanges;
@@ -132,22 +132,22 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value, int line) {
   return half;
 }
 
-// Lets the block go on when all its fibres stand at one barrier. False: some are still to come.
+// Lets the block go on when all its fibers stand at one barrier. False: some are still to come.
 inline bool release_block(int threads) {
   Machine& m = machine();
-  const Fibre& first = m.fibres[0];
+  const Fiber& first = m.fibers[0];
   for (int i = 0; i < threads; ++i) {
-    const Fibre& fibre = m.fibres[i];
-    if (fibre.waits == Waits::kNot) return false;
+    const Fiber& fiber = m.fibers[i];
+    if (fiber.waits == Waits::kNot) return false;
   }
   for (int i = 0; i < threads; ++i) {
-    const Fibre& fibre = m.fibres[i];
-    if (fibre.waits != Waits::kForBlock || fibre.line != first.line) {
-      m.current = &m.fibres[i];
-      fail("divergent barrier: the threads of this block wait at different places, or some have ended", fibre.line);
+    const Fiber& fiber = m.fibers[i];
+    if (fiber.waits != Waits::kForBlock || fiber.line != first.line) {
+      m.current = &m.fibers[i];
+      fail("divergent barrier: the threads of this block wait at different places, or some have ended", fiber.line);
     }
   }
-  for (int i = 0; i < threads; ++i) m.fibres[i].waits = Waits::kNot;
+  for (int i = 0; i < threads; ++i) m.fibers[i].waits = Waits::kNot;
   return true;
 }
 
@@ -157,18 +157,18 @@ inline bool release_warp(int first, int threads) {
   const int last = first + kLanes < threads ? first + kLanes : threads;
   bool released = false;
   for (int i = first; i < last; ++i) {
-    const Fibre asks = m.fibres[i];
+    const Fiber asks = m.fibers[i];
     if (asks.waits != Waits::kForWarp) continue;
     bool complete = true;
     for (int j = 0; j < kLanes && complete; ++j) {
       if (!(asks.mask >> j & 1u)) continue;
-      const bool there = first + j < last && m.fibres[first + j].waits == Waits::kForWarp;
-      complete = there && m.fibres[first + j].line == asks.line && m.fibres[first + j].mask == asks.mask;
+      const bool there = first + j < last && m.fibers[first + j].waits == Waits::kForWarp;
+      complete = there && m.fibers[first + j].line == asks.line && m.fibers[first + j].mask == asks.mask;
     }
     if (!complete) continue;
     if (!(asks.mask >> (i - first) & 1u)) fail("a lane shuffles that is not in its own mask", asks.line);
     for (int j = 0; j < kLanes; ++j) {
-      if (asks.mask >> j & 1u) m.fibres[first + j].waits = Waits::kNot;
+      if (asks.mask >> j & 1u) m.fibers[first + j].waits = Waits::kNot;
     }
     released = true;
   }
@@ -184,36 +184,36 @@ inline void run_block(int threads) {
     for (int i = threads - 1; i > 0; --i) std::swap(order[i], order[m.random() % (i + 1)]);
     bool ran = false, ended = true;
     for (int i : order) {
-      if (m.fibres[i].waits == Waits::kNot) resume(m.fibres[i]), ran = true;
+      if (m.fibers[i].waits == Waits::kNot) resume(m.fibers[i]), ran = true;
     }
     for (int first = 0; first < threads; first += kLanes) ran |= release_warp(first, threads);
-    for (int i = 0; i < threads; ++i) ended &= m.fibres[i].waits == Waits::kForever;
+    for (int i = 0; i < threads; ++i) ended &= m.fibers[i].waits == Waits::kForever;
     if (ended) return;
     if (ran) continue;
     for (int i = 0; i < threads; ++i) {
-      m.current = &m.fibres[i];
-      if (m.fibres[i].waits == Waits::kForWarp) fail("lanes of this shuffle's mask never come", m.fibres[i].line);
+      m.current = &m.fibers[i];
+      if (m.fibers[i].waits == Waits::kForWarp) fail("lanes of this shuffle's mask never come", m.fibers[i].line);
     }
     release_block(threads);
   }
 }
 
-inline void prepare(Fibre& fibre, int index, const Dim3& block) {
+inline void prepare(Fiber& fiber, int index, const Dim3& block) {
   Machine& m = machine();
   while (m.stacks.size() <= static_cast<size_t>(index)) m.stacks.push_back(static_cast<unsigned char*>(std::malloc(kStack)));
 #ifdef __SANITIZE_ADDRESS__
-  // The fibre before left this stack in the middle of a frame.
+  // The fiber before left this stack in the middle of a frame.
   __asan_unpoison_memory_region(m.stacks[index], kStack);
 #endif
-  fibre = Fibre{};
-  fibre.index = index;
+  fiber = Fiber{};
+  fiber.index = index;
   const unsigned number = static_cast<unsigned>(index);
-  fibre.thread = Dim3(number % block.x, number / block.x % block.y, number / (block.x * block.y));
-  getcontext(&fibre.context);
-  fibre.context.uc_stack.ss_sp = m.stacks[index];
-  fibre.context.uc_stack.ss_size = kStack;
-  fibre.context.uc_link = nullptr;
-  makecontext(&fibre.context, fibre_main, 0);
+  fiber.thread = Dim3(number % block.x, number / block.x % block.y, number / (block.x * block.y));
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = m.stacks[index];
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
 }
 
 inline void run(const Dim3& grid, const Dim3& block, size_t shared, const std::function<void()>& body) {
@@ -222,7 +222,7 @@ inline void run(const Dim3& grid, const Dim3& block, size_t shared, const std::f
   if (!threads || threads > kMostThreads || !grid.count() || grid.y > 65535 || grid.z > 65535 || shared > kMostShared) {
     fail("impossible launch: 1 to 1024 threads, a grid that is not empty, at most 163 KB of shared memory", __LINE__);
   }
-  m.fibres.resize(threads);
+  m.fibers.resize(threads);
   m.slots.assign((threads + kLanes - 1) / kLanes * kLanes * 2, 0);
   m.body = &body;
   m.running.block_size = block;
@@ -235,7 +235,7 @@ inline void run(const Dim3& grid, const Dim3& block, size_t shared, const std::f
         unsigned char* memory = static_cast<unsigned char*>(std::malloc(shared ? shared : 1));
         std::memset(memory, 0xff, shared);
         m.running.shared = memory;
-        for (size_t i = 0; i < threads; ++i) prepare(m.fibres[i], static_cast<int>(i), block);
+        for (size_t i = 0; i < threads; ++i) prepare(m.fibers[i], static_cast<int>(i), block);
         run_block(static_cast<int>(threads));
         std::free(memory);
       }

@@ -10,7 +10,7 @@ constexpr int kColumnThreads = 256;
 
 // Columns of `partial` [chunks, stride] added up: a warp takes 32 neighbouring columns, the warps of a block every eighth chunk.
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads) add_up(const float* __restrict__ partial, T* __restrict__ to, int64_t chunks, int64_t stride,
+__global__ void __launch_bounds__(kColumnThreads) reduce_columns(const float* __restrict__ partial, T* __restrict__ to, int64_t chunks, int64_t stride,
                                                          int64_t width) {
   constexpr int kWarps = kColumnThreads / kWarp;
   __shared__ float sums[kWarps][kWarp];
@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kColumnThreads) add_up(const float* __restrict
 
 // `to` [width] = the sums over `chunks` of `partial` [chunks, stride].
 template <class T>
-int launch_add_up(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t width, void* stream) {
+int launch_reduce_columns(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t width, void* stream) {
   const dim3 columns(static_cast<unsigned>((width + kWarp - 1) / kWarp));
-  return launch(add_up<T>, columns, dim3(kColumnThreads), 0, stream, partial, to, chunks, stride, width);
+  return launch(reduce_columns<T>, columns, dim3(kColumnThreads), 0, stream, partial, to, chunks, stride, width);
 }
 
 }  // namespace
