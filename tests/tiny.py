@@ -7,7 +7,7 @@ import torch
 
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.data.records import Batch
-from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.sampling.sampler import GlobalBatch
 
 GLOBAL_BATCH, MICRO_BATCH, LENGTH, PATCHES = 16, 2, 24, 4
 
@@ -56,10 +56,10 @@ def micro_batches(step: int) -> list[Batch]:
     return result
 
 
-def step_items(step: int) -> StepItems:
+def step_items(step: int) -> GlobalBatch:
     """What a plan would say of the same step."""
     batches = micro_batches(step)
-    return StepItems(
+    return GlobalBatch(
         step=step,
         rows=np.arange(GLOBAL_BATCH),
         lengths=np.full(GLOBAL_BATCH, LENGTH),

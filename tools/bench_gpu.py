@@ -29,7 +29,7 @@ from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
-from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.errors import OpsError, Share4VError, exit_on_user_error
 from megatron_share4v.mcore.backends import check_precision, select_attention_backend, select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
@@ -84,7 +84,7 @@ def sizes(job: Job, config: RunConfig) -> tuple[list[int], int, int]:
     return [patches + text] * (length // (patches + text)), text, max(1, int(TEXT[job.stage][1] * (text - 1)))
 
 
-def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[list[Batch], StepItems]:
+def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[list[Batch], GlobalBatch]:
     """The micro-batches of a step, one pack each: BOS, an image, then random text whose last part is trained."""
     generator = torch.Generator().manual_seed(0)
     vision, length = config.model.vision, config.data.pack_length
@@ -106,7 +106,7 @@ def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[
         given = {"token_ids": ids, "image_slots": slots, "pixels": pixels, "target_rows": rows, "targets": targets}
         batches.append(Batch(**{name: tensor.to(device) for name, tensor in given.items()}, segments=(tuple(samples),)))
     count = len(samples) * len(batches)
-    items = StepItems(
+    items = GlobalBatch(
         0,
         np.arange(count),
         np.full(count, samples[0]),

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from megatron_share4v.data.images.decoder import Backend, open_decoder
-from megatron_share4v.data.images.parity import measure
+from megatron_share4v.data.images.parity import measure_parity
 from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, normalise
 from megatron_share4v.data.loading.workers import ordered_map
 
@@ -57,7 +57,7 @@ def bench_images(count: int, *, rounds: int = 3, workers: int = 2) -> dict[str, 
         encoded = [path.read_bytes() for path in files]
         found = {REFERENCE: {"images_per_core_s": best[REFERENCE], "ratio": 1.0}}
         for backend in backends:
-            result = measure(backend, open_decoder(backend, POLICY), encoded, POLICY)
+            result = measure_parity(backend, open_decoder(backend, POLICY), encoded, POLICY)
             found[backend] = {
                 "images_per_core_s": best[backend],
                 "ratio": best[backend] / best[REFERENCE],
@@ -90,7 +90,7 @@ class _Decode:
     def __call__(self, paths: list[Path]) -> torch.Tensor:
         if "decoder" not in self.__dict__:
             self.__dict__["decoder"] = open_decoder(self.backend, POLICY)  # one for each process
-        result = self.__dict__["decoder"].decode_all([path.read_bytes() for path in paths])
+        result = self.__dict__["decoder"].decode_batch([path.read_bytes() for path in paths])
         assert not result.failures, result.failures
         return result.pixels
 
@@ -150,7 +150,7 @@ def _check_bit_equal(files: list[Path]) -> None:
     official, ours = _Official(files), open_decoder("pil", POLICY)
     for path in files:
         data = path.read_bytes()
-        assert torch.equal(normalise(ours.decode_all([data]).pixels, dtype=torch.float32)[0], official.process(data)), (
-            path
-        )
+        assert torch.equal(
+            normalise(ours.decode_batch([data]).pixels, dtype=torch.float32)[0], official.process(data)
+        ), path
     print(f"pil: bit-equal to CLIPImageProcessorPil on {len(files)} images, after normalising")

@@ -19,11 +19,11 @@ from bench_plan import write_synthetic_index
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
-from megatron_share4v.data.loading.collate import Role, collate
+from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.records import Batch, Example
 from megatron_share4v.data.sampling.blend import open_index
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import MicroBatch, Plan
+from megatron_share4v.data.sampling.sampler import MicroBatch, Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
@@ -62,7 +62,9 @@ class Side:
     ) -> None:
         self.index, self.mesh, self.size = index, mesh, size
         sizes = dict(group_size=None, global_batch_size=micro_batches * size, micro_batch_size=size)
-        self.plan = Plan(index, order=order, packing=packing, seed=0, tokens_per_image=SLOTS, pad_multiple=8, **sizes)
+        self.plan = Sampler(
+            index, order=order, packing=packing, seed=0, tokens_per_image=SLOTS, pad_multiple=8, **sizes
+        )
         parallel = ParallelConfig(distributed_optimizer=False)
         bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
         initialize_weights(bare, seed=0, model=MODEL)
@@ -74,7 +76,7 @@ class Side:
 
     def step(self, step: int) -> None:
         """Train one step and count it; the first one, which makes buffers, is not counted."""
-        items = self.plan.step(step)
+        items = self.plan.global_batch(step)
         batches = [
             _batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)
         ]
@@ -149,7 +151,7 @@ def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
             ids[1] = IMAGE_TOKEN_INDEX
         pixels = torch.zeros(int(entry["n_img"]), side, side, 3, dtype=torch.uint8)
         examples.append(Example(key=str(row), name=str(row), input_ids=ids, labels=labels, pixels=pixels))
-    both = Role(first=True, last=True)
+    both = StageRole(first=True, last=True)
     return collate(
         examples,
         sequence_length=micro_batch.sequence_length,

@@ -17,7 +17,7 @@ import numpy as np
 from megatron_share4v.config.data import BlendSource
 from megatron_share4v.data.sampling.blend import open_index
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.sampling.sampler import Sampler
 from megatron_share4v.data.store.index import ROW, DatasetInfo, write_index
 
 SLOTS, PACK_LENGTH, GLOBAL_BATCH = 576, 4096, 256
@@ -96,7 +96,7 @@ def measure(plan: str, paths: list[str]) -> dict[str, float]:
         pad_multiple=8,
     )
     started = time.perf_counter(), time.process_time()
-    made = Plan(index, **settings, **PLANS[plan])
+    made = Sampler(index, **settings, **PLANS[plan])
     made.step(0)
     seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

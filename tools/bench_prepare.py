@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_share4v.data.images.pil_decoder import ImageHeader
-from megatron_share4v.data.prepare.annotations import Annotations, Entry
+from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry
 from megatron_share4v.data.prepare.validate import Accepted, CheckedImage, CheckedText
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.store.index import Index
@@ -50,7 +50,7 @@ def bench_prepare(directory: Path, *, records: int, tokenizer: Path) -> dict[str
         _write_annotations(path, records)
     found["annotations_bytes"] = path.stat().st_size
     with _stage(f"read {path.stat().st_size / 1e9:.2f} GB of annotations as a stream", found, "read"):
-        count = sum(1 for _ in Annotations(path))
+        count = sum(1 for _ in AnnotationFile(path))
     assert count == records, "the reader lost records"
     options = PrepareOptions(
         annotations=path, images=images, output=directory / "out", tokenizer=tokenizer, template="plain", in_place=True

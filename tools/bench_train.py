@@ -73,7 +73,7 @@ def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
 
 def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     """A function that makes one step and returns its loss."""
-    from megatron_share4v.data.sampling.sampler import StepItems
+    from megatron_share4v.data.sampling.sampler import GlobalBatch
 
     parallel = ParallelConfig(distributed_optimizer=False)
     ops = select_ops_backend("auto", mesh=mesh).implementation
@@ -82,7 +82,7 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     wrapped = wrap_ddp(chunks, mesh=mesh, parallel=parallel)
     optimizer = build_optimizer(wrapped, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32)
     samples, size = batch.token_ids.shape
-    items = StepItems(
+    items = GlobalBatch(
         step=0, rows=torch.arange(samples).numpy(), lengths=torch.full((samples,), size).numpy(), sequence_length=size, images=samples,
         trained_tokens=batch.targets.numel(),
     )  # fmt: skip

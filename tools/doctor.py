@@ -19,22 +19,22 @@ from megatron_share4v import logging
 from megatron_share4v.config.arguments import natural, positive
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.images.policy import ImagePolicy
-from megatron_share4v.data.prepare.annotations import Annotations
+from megatron_share4v.data.prepare.annotations import AnnotationFile
 from megatron_share4v.data.prepare.audit import (
     AUDIT_KINDS,
-    AnnotatedRecords,
-    Audit,
+    AnnotationSource,
+    AuditResult,
+    DatasetSource,
     Finding,
-    PreparedRecords,
-    Records,
-    audit,
+    RecordSource,
+    audit_records,
 )
-from megatron_share4v.data.prepare.audit_report import Shape, draw_histogram, report
-from megatron_share4v.data.prepare.audit_samples import show_sample, write_preprocessed
+from megatron_share4v.data.prepare.audit_report import BatchShape, draw_histogram, format_report
+from megatron_share4v.data.prepare.audit_samples import format_sample, write_preprocessed
 from megatron_share4v.data.prepare.image_files import ImageFiles, scan_images
-from megatron_share4v.data.prepare.validate import KINDS, Examine
+from megatron_share4v.data.prepare.validate import KINDS, RecordValidator
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import Share4VError, exit_on_user_error
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
@@ -82,7 +82,7 @@ def _env(options: argparse.Namespace) -> int:
 def _data(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     names = ("tokens_per_image", "micro_batch_size", "global_batch_size", "pad_multiple", "pack_length")
-    shape = Shape(**{name: getattr(options, name) for name in names})
+    shape = BatchShape(**{name: getattr(options, name) for name in names})
     with (
         tempfile.TemporaryDirectory() as scratch,
         (options.out / "findings.jsonl").open("w", encoding="utf-8") as findings,
@@ -92,8 +92,8 @@ def _data(options: argparse.Namespace) -> int:
             findings.write(json.dumps(dataclasses.asdict(finding)) + "\n")
 
         records = _records(options, Path(scratch))
-        result = audit(records, workers=options.workers, choose=options.show, on_finding=write)
-        text = report(result, shape, allowed=options.allow)
+        result = audit_records(records, workers=options.workers, choose=options.show, on_finding=write)
+        text = format_report(result, shape, allowed=options.allow)
         (options.out / "report.txt").write_text(text, encoding="utf-8")
         if len(result.facts):
             draw_histogram(result, shape).save(options.out / "lengths.png")
@@ -103,7 +103,7 @@ def _data(options: argparse.Namespace) -> int:
     return 1 if unexpected or not result.records else 0
 
 
-def _records(options: argparse.Namespace, scratch: Path) -> Records:
+def _records(options: argparse.Namespace, scratch: Path) -> RecordSource:
     tokenizer = Tokenizer(options.tokenizer)
     if options.prepared:
         index = Index.open(options.prepared)
@@ -113,22 +113,22 @@ def _records(options: argparse.Namespace, scratch: Path) -> Records:
         )
         index.check(tokenizer=tokenizer, template=get_template(template).name, max_text_length=length)
         nothing = ImageFiles(options.prepared, archives=(), table=None)
-        return PreparedRecords(
-            SampleStore(index), Examine(nothing, tokenizer, get_template(template), length, keep_bytes=False)
+        return DatasetSource(
+            SampleReader(index), RecordValidator(nothing, tokenizer, get_template(template), length, keep_bytes=False)
         )
     images = scan_images(options.images, table=scratch / "archives", in_place=False)
     template, length = get_template(options.template or "vicuna_v1"), options.max_text_length or 2048
-    return AnnotatedRecords(
-        Annotations(options.annotations), Examine(images, tokenizer, template, length, keep_bytes=False)
+    return AnnotationSource(
+        AnnotationFile(options.annotations), RecordValidator(images, tokenizer, template, length, keep_bytes=False)
     )
 
 
-def _show(options: argparse.Namespace, records: Records, result: Audit) -> None:
+def _show(options: argparse.Namespace, records: RecordSource, result: AuditResult) -> None:
     policy = ImagePolicy(image_size=options.image_size, aspect_ratio=options.image_aspect_ratio)
     examine = records.examine
     for position, item in result.chosen:
         sample = records.sample(item)
-        text = show_sample(
+        text = format_sample(
             sample, tokenizer=examine.tokenizer, template=examine.template, max_text_length=examine.max_text_length,
             tokens_per_image=options.tokens_per_image, colour=sys.stdout.isatty(),
         )  # fmt: skip

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: `examples` is not installed
 
-from megatron_share4v.data.images.pil_decoder import data_url
+from megatron_share4v.data.images.pil_decoder import image_to_data_url
 from megatron_share4v.errors import ServeError, exit_on_user_error
 
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"
@@ -73,7 +73,7 @@ def _wait_until_ready(server: subprocess.Popen, log: Path) -> str:
 
 def ask(url: str, question: str, image: Path) -> str:
     """Request the greedy answer to `question` about the image file."""
-    image_part = {"type": "image_url", "image_url": {"url": data_url(image.read_bytes())}}
+    image_part = {"type": "image_url", "image_url": {"url": image_to_data_url(image.read_bytes())}}
     body = {
         "model": "share4v",
         "temperature": 0,

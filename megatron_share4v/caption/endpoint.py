@@ -11,7 +11,7 @@ from itertools import islice
 
 from megatron_share4v.caption.job import JobOptions, Summary, run_job
 from megatron_share4v.caption.records import Picture, Row, Settings
-from megatron_share4v.data.images.pil_decoder import data_url
+from megatron_share4v.data.images.pil_decoder import image_to_data_url
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.answer_log import Share
 from megatron_share4v.parallel.launch import World
@@ -82,7 +82,7 @@ class EndpointCaptioner:
 
     def _row(self, picture: Picture) -> tuple[Row, bool]:
         try:
-            url = data_url(picture.read())
+            url = image_to_data_url(picture.read())
         except DataError as error:
             return Row(picture.id, picture.path, error=str(error)), True
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from megatron_share4v.data.images.pil_decoder import centre_square, data_url
+from megatron_share4v.data.images.pil_decoder import crop_centre_square, image_to_data_url
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
@@ -72,8 +72,8 @@ class RemoteAsker:
     def _ask(self, item: Item) -> Outcome:
         content: list[dict[str, object]] = [{"type": "text", "text": item.prompt}]
         if (image := item.read_image()) is not None:
-            shown = centre_square(image) if self._decoding.image_mode == "crop" else image
-            content.insert(0, {"type": "image_url", "image_url": {"url": data_url(shown)}})
+            shown = crop_centre_square(image) if self._decoding.image_mode == "crop" else image
+            content.insert(0, {"type": "image_url", "image_url": {"url": image_to_data_url(shown)}})
         messages = [
             {"role": "system", "content": get_template(self._decoding.template).system},
             {"role": "user", "content": content},

@@ -20,7 +20,7 @@ from megatron_share4v.checkpoint.store import load_weights
 from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
-from megatron_share4v.data.loading.prompt import Prompt, make_prompt, make_question
+from megatron_share4v.data.loading.prompt import Prompt, make_chat_prompt, make_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.mcore.backends import select_ops_backend
@@ -96,7 +96,9 @@ class Session:
 
         Raises DataError for a bad conversation or image.
         """
-        return make_question(self.encoder, turns, images=images, tokens_per_image=self.config.model.vision.num_patches)
+        return make_chat_prompt(
+            self.encoder, turns, images=images, tokens_per_image=self.config.model.vision.num_patches
+        )
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
         """Greedy answers, all questions as one batch. Every rank of one model replica calls this with the same questions."""

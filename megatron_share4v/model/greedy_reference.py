@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
@@ -115,7 +115,7 @@ def _next_logits(
     # The interleaved schedule needs a multiple of the pipeline ranks as micro-batches; the first one's logits are used.
     repeats = mesh.layout.pipeline if mesh.layout.virtual > 1 else 1
     context, ranks = mesh.coordinates.context, mesh.layout.context
-    part = context_part(batch, rank=context, size=ranks, sequence_length=size)
+    part = slice_for_context_parallel(batch, rank=context, size=ranks, sequence_length=size)
     records = run_schedule(
         chunks,
         [part] * repeats,

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.sampling.blend import open_index
-from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.sampling.sampler import Sampler
 from megatron_share4v.planner.workload import Workload
 
 SAMPLED_STEPS = 40
@@ -15,10 +15,11 @@ SAMPLED_STEPS = 40
 def measured(config: RunConfig) -> Workload:
     """Means over some steps of the run's own plan."""
     data, train = config.data, config.train
-    plan = Plan.from_config(config, open_index(data.train))
+    plan = Sampler.from_config(config, open_index(data.train))
     total = train.total_steps(plan.epoch_items)
     steps = [
-        plan.step(int(step)) for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))
+        plan.global_batch(int(step))
+        for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))
     ]
     sequences = sum(items.sequences for items in steps)
     lengths = np.concatenate([items.lengths for items in steps]).astype(float)
@@ -37,7 +38,7 @@ def measured(config: RunConfig) -> Workload:
     )
 
 
-def _longest(plan: Plan) -> int:
+def _longest(plan: Sampler) -> int:
     """Positions of the longest sample, rounded up as a step that has it would be."""
     rows = plan.index.rows
     positions = int((rows["n_tok"].astype(int) + rows["n_img"].astype(int) * (plan.tokens_per_image - 1)).max())

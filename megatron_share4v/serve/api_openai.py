@@ -133,7 +133,9 @@ class OpenAi:
                 )
                 ids = asked.prompt.token_ids.tolist()
             else:
-                text = fields.text("prompt", "", longest=served.engine.limits.max_positions * tokenizer.longest_piece)
+                text = fields.text(
+                    "prompt", "", longest=served.engine.limits.max_positions * tokenizer.max_piece_length
+                )
                 ids = await self.preparation.run(tokenizer.encode, text)
                 if fields.boolean("add_special_tokens", True):
                     ids = [tokenizer.bos_id, *ids]

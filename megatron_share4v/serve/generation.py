@@ -12,7 +12,7 @@ from megatron_share4v.serve.api_error import Refusal
 from megatron_share4v.serve.engine_thread import Job, Tick, Worker
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import Asked, room
-from megatron_share4v.text.detokenizer import TextStream
+from megatron_share4v.text.detokenizer import IncrementalDetokenizer
 
 CONTEXT_TOKENS = 4  # of a bare prompt, before its continuation: enough for sentencepiece's spaces
 INT64 = 2**63
@@ -54,7 +54,7 @@ class Order:
 class _Choice:
     index: int
     request: Request
-    stream: TextStream
+    stream: IncrementalDetokenizer
     asked: Asked
     tokens: int = 0
     last: float | None = None
@@ -80,7 +80,7 @@ class Generation:
                 seed=None if seed is None else (seed + number + INT64) % (2 * INT64) - INT64,
             )
             after = one.prompt.token_ids[-CONTEXT_TOKENS:].tolist() if order.continues else []
-            stream = TextStream(served.encoder.tokenizer, order.stop, order.include_stop, after=after)
+            stream = IncrementalDetokenizer(served.encoder.tokenizer, order.stop, order.include_stop, after=after)
             request = Request(uuid.uuid4().hex, one.prompt, sampling)
             self._choices[request.id] = _Choice(index=number, request=request, stream=stream, asked=one)
         self.prompt_tokens = sum(one.prompt.token_ids.numel() for one in asked)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from megatron_share4v.config.serve import ServeConfig
-from megatron_share4v.data.loading.prompt import Prompt, make_question, spread_prompt
+from megatron_share4v.data.loading.prompt import Prompt, make_chat_prompt, prompt_from_ids
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.serve.api_error import Refusal
@@ -88,7 +88,7 @@ class Preparation:
 def check_length(served: Served, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
     """Refuse, before it is tokenised, what cannot fit whatever its tokens are. Raises Refusal."""
     characters = sum(map(len, texts))
-    if characters > served.engine.limits.max_positions * served.encoder.tokenizer.longest_piece:
+    if characters > served.engine.limits.max_positions * served.encoder.tokenizer.max_piece_length:
         raise Refusal(
             f"a prompt of {characters} characters is longer than this model can read",
             param=param,
@@ -128,7 +128,7 @@ def _question(
     if system is not None:
         encoder = replace(encoder, template=replace(encoder.template, system=system))
     turns = [Turn(message.role, message.text) for message in messages]
-    return Asked(make_question(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
+    return Asked(make_chat_prompt(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
 
 
 def _text(served: Served, prompt: str | tuple[int, ...]) -> Asked:
@@ -136,7 +136,7 @@ def _text(served: Served, prompt: str | tuple[int, ...]) -> Asked:
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
     return Asked(
-        spread_prompt(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text
+        prompt_from_ids(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text
     )
 
 
@@ -156,5 +156,5 @@ def _pieces(
     if not ids:
         raise Refusal(f"{place} is empty", param=place)
     return Asked(
-        spread_prompt(served.encoder, ids, images=images, tokens_per_image=served.tokens_per_image, name=place)
+        prompt_from_ids(served.encoder, ids, images=images, tokens_per_image=served.tokens_per_image, name=place)
     )

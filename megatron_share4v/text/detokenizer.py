@@ -9,7 +9,7 @@ from megatron_share4v.text.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Feed ids, get the text that is new. `stopped` is the stop string that was met; from then on nothing comes.
 
     after: the ids before, whose text is known; without any, the first token's leading space is left out, as sentencepiece does.

@@ -16,10 +16,10 @@ from megatron_share4v.text.template import (
     HUMAN,
     IMAGE_PLACEHOLDER,
     Message,
-    Rendered,
+    RenderedConversation,
     Template,
     Turn,
-    render,
+    render_conversation,
     render_prompt,
 )
 from megatron_share4v.text.tokenizer import Tokenizer, check_unicode
@@ -31,7 +31,7 @@ TYPED_PLACEHOLDER = "\ud800"
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedConversation:
     """input_ids: <s> first, IMAGE_TOKEN_INDEX for an image. labels: as long; the id itself where it is trained, else IGNORE_INDEX."""
 
     input_ids: tuple[int, ...]
@@ -40,7 +40,7 @@ class Encoded:
 
 def encode_conversation(
     tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool, max_length: int
-) -> Encoded:
+) -> EncodedConversation:
     """Ids and labels of a training sample, cut to `max_length` positions (an image counts as one).
 
     Without an image, a literal "<image>" is text. Raises DataError for an empty conversation or turn, roles that do not alternate from human
@@ -62,7 +62,7 @@ def encode_conversation(
         raise DataError(
             f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; write it there"
         )
-    rendered = render(template, turns, has_image=has_image)
+    rendered = render_conversation(template, turns, has_image=has_image)
     _check_placeholders(rendered.text, has_image=has_image)
     _check_marks(template, turns, rendered)
     input_ids, labels = _label(tokenizer, rendered, has_image=has_image)
@@ -70,7 +70,7 @@ def encode_conversation(
         raise DataError(
             "the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it from the record"
         )
-    return Encoded(input_ids=tuple(input_ids[:max_length]), labels=tuple(labels[:max_length]))
+    return EncodedConversation(input_ids=tuple(input_ids[:max_length]), labels=tuple(labels[:max_length]))
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool) -> list[int]:
@@ -89,10 +89,10 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
         )
     text = render_prompt(template, turns, has_image=has_image)
     _check_placeholders(text, has_image=has_image)
-    return _label(tokenizer, Rendered(text=text, trained=()), has_image=has_image)[0]
+    return _label(tokenizer, RenderedConversation(text=text, trained=()), has_image=has_image)[0]
 
 
-def encode_question(
+def encode_chat_prompt(
     tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, images: Sequence[bool]
 ) -> list[int]:
     """As encode_prompt, where texts are what somebody typed: an <image> in them is text. `images`: for each turn, whether an image belongs to it;
@@ -129,7 +129,7 @@ def _on_a_line_of_its_own(text: str) -> str:
     return f"{IMAGE_PLACEHOLDER}\n{text}" if text else IMAGE_PLACEHOLDER
 
 
-def _label(tokenizer: Tokenizer, rendered: Rendered, *, has_image: bool) -> tuple[list[int], list[int]]:
+def _label(tokenizer: Tokenizer, rendered: RenderedConversation, *, has_image: bool) -> tuple[list[int], list[int]]:
     """Ids and labels. The text around an image is tokenised on each side by itself, hence with a leading space after the image, too."""
     is_trained = bytearray(len(rendered.text))
     for start, stop in rendered.trained:
@@ -179,7 +179,7 @@ def _check_placeholders(text: str, *, has_image: bool) -> None:
         )
 
 
-def _check_marks(template: Template, turns: Sequence[Turn], rendered: Rendered) -> None:
+def _check_marks(template: Template, turns: Sequence[Turn], rendered: RenderedConversation) -> None:
     """Refuse a text in which the official code, which looks for the answers by splitting, would find others than there are."""
     frame = template.training
     if not frame.answer_mark:

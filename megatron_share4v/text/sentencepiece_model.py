@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_share4v.text.tokenizer import Tokenizer
 
 
-class PieceKind(IntEnum):
+class PieceType(IntEnum):
     """ModelProto.SentencePiece.Type."""
 
     NORMAL = 1
@@ -37,19 +37,19 @@ class ModelType(IntEnum):
 
 
 @dataclass(frozen=True)
-class Piece:
+class SentencePiece:
     """One entry of the vocabulary; of the merges that a text allows, BPE does that with the highest score first."""
 
     text: str
     score: float
-    kind: PieceKind
+    kind: PieceType
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceModel:
     """pieces: by id. The rest as in TrainerSpec and NormalizerSpec, where absent fields have the values here."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SentencePiece, ...]
     bos_id: int
     eos_id: int
     unk_id: int
@@ -88,7 +88,7 @@ _NORMALIZER_FIELDS = {
 def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel:
     """Raises DataError, as Tokenizer does, when the file is missing or is no usable model."""
     tokenizer = Tokenizer(path)
-    pieces: list[Piece] = []
+    pieces: list[SentencePiece] = []
     settings: dict[str, object] = {}
     for number, value in _fields(Path(path).read_bytes()):
         if number == _PIECES:
@@ -105,10 +105,10 @@ def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel
     )
 
 
-def _piece(message: bytes) -> Piece:
+def _piece(message: bytes) -> SentencePiece:
     fields = dict(_fields(message))
     [score] = struct.unpack("<f", fields.get(2, bytes(4)))
-    return Piece(text=fields[1].decode("utf-8"), score=score, kind=PieceKind(fields.get(3, PieceKind.NORMAL)))
+    return SentencePiece(text=fields[1].decode("utf-8"), score=score, kind=PieceType(fields.get(3, PieceType.NORMAL)))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

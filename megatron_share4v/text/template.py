@@ -37,7 +37,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Frame:
+class ConversationFormat:
     """The fixed text around the turns. `{system}` stands for the system prompt; opening and preamble are left out when there is none.
 
     A conversation is: opening, then for each turn either `human` around its text or header plus `answer` around its text, then ending.
@@ -73,8 +73,8 @@ class Template:
 
     name: str
     system: str
-    training: Frame
-    prompt: Frame
+    training: ConversationFormat
+    prompt: ConversationFormat
     placeholder: str = IMAGE_PLACEHOLDER
     caption_only: bool = False
     examples: tuple[Message, ...] = ()
@@ -86,7 +86,7 @@ class Template:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedConversation:
     """`text`, and the half-open character spans (start, stop) of it that are trained, in order."""
 
     text: str
@@ -114,7 +114,7 @@ def normalise_placeholders(text: str, *, placeholder: str = IMAGE_PLACEHOLDER) -
     return f"{IMAGE_PLACEHOLDER}\n{bare}".strip().replace(IMAGE_PLACEHOLDER, placeholder)
 
 
-def render(template: Template, turns: Sequence[Turn], *, has_image: bool) -> Rendered:
+def render_conversation(template: Template, turns: Sequence[Turn], *, has_image: bool) -> RenderedConversation:
     """A whole conversation for training. `turns` must be in order and complete (mask.py checks); <image> is text unless `has_image`."""
     if has_image:
         turns = [
@@ -129,7 +129,7 @@ def render(template: Template, turns: Sequence[Turn], *, has_image: bool) -> Ren
             start = trained.pop()[0] if trained and trained[-1][1] == len(text) else len(text)
             trained.append((start, len(text) + len(part)))
         text += part
-    return Rendered(text=text, trained=tuple(trained))
+    return RenderedConversation(text=text, trained=tuple(trained))
 
 
 def render_prompt(template: Template, turns: Sequence[Turn], *, has_image: bool) -> str:
@@ -159,7 +159,7 @@ def _placed_for_prompt(template: Template, turns: Sequence[Turn]) -> list[Messag
     return placed
 
 
-def _parts(frame: Frame, turns: Sequence[Turn], *, system: str) -> Iterator[tuple[str, bool]]:
+def _parts(frame: ConversationFormat, turns: Sequence[Turn], *, system: str) -> Iterator[tuple[str, bool]]:
     """The pieces of a conversation in order, each with whether it is trained."""
     yield _with_system(frame.opening, system), False
     between, preamble = "", _with_system(frame.preamble, system)
@@ -179,7 +179,7 @@ def _with_system(part: str, system: str) -> str:
 
 
 # The answer's leading space is trained and the header's colon is not; the closing </s> is trained too.
-_TWO = Frame(
+_TWO = ConversationFormat(
     opening="{system} ",
     human=("USER: ", " "),
     header="ASSISTANT:",
@@ -187,17 +187,17 @@ _TWO = Frame(
     answer_mark=" ASSISTANT: ",
     round_mark="</s>",
 )
-_LLAMA_2 = Frame(
+_LLAMA_2 = ConversationFormat(
     preamble="<<SYS>>\n{system}\n<</SYS>>\n\n", human=("[INST] ", " [/INST]"), header="", answer=(" ", " </s>"), between="<s>",
     answer_mark="[/INST] ", round_mark="</s>",
 )  # fmt: skip
-_MPT = Frame(
+_MPT = ConversationFormat(
     opening="<|im_start|>system\n{system}<|im_end|>", human=("<|im_start|>user\n", "<|im_end|>"), header="<|im_start|>assistant\n",
     answer=("", "<|im_end|>"), answer_mark="<|im_end|><|im_start|>assistant\n", round_mark="<|im_end|>",
 )  # fmt: skip
 # v0 is the odd one: "###" is trained before every turn, the human's too ("masked from the third token on": LLaMA writes "\n###" in two),
 # the whole of an assistant's turn is trained, its name included, and so is the "### " that follows the last turn.
-_V0_TRAINING = Frame(
+_V0_TRAINING = ConversationFormat(
     opening="{system}\n\n",
     signal="###",
     human=(" Human: ", "\n"),
@@ -205,8 +205,10 @@ _V0_TRAINING = Frame(
     answer=(" ", "\n"),
     ending="### ",
 )
-_V0_PROMPT = Frame(opening="{system}###", human=("Human: ", "###"), header="Assistant:", answer=(" ", "###"))
-_PLAIN = Frame(human=("", ""), header="", answer=("", "\n"))
+_V0_PROMPT = ConversationFormat(
+    opening="{system}###", human=("Human: ", "###"), header="Assistant:", answer=(" ", "###")
+)
+_PLAIN = ConversationFormat(human=("", ""), header="", answer=("", "\n"))
 
 _ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 _USER_SYSTEM = f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT.format('user')}"
@@ -253,7 +255,9 @@ _ENERGY_EXAMPLE = (
 )
 
 
-def _template(name: str, frame: Frame, system: str = "", *, prompt: Frame | None = None, **more: object) -> Template:
+def _template(
+    name: str, frame: ConversationFormat, system: str = "", *, prompt: ConversationFormat | None = None, **more: object
+) -> Template:
     return Template(name=name, system=system, training=frame, prompt=prompt or frame, **more)
 
 

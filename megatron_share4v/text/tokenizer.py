@@ -26,7 +26,7 @@ class Tokenizer:
     between them is tokenised on its own, each time with sentencepiece's leading space; so "</s>USER:" goes on with "▁USER".
 
     bos_id, eos_id, pad_id: of `<s>`, `</s>` and `<unk>` (LLaMA has no padding token: <unk>, 0, stands in).
-    vocab_size: pieces in the model. longest_piece: characters of the longest one. fingerprint: sha256 of the file.
+    vocab_size: pieces in the model. max_piece_length: characters of the longest one. fingerprint: sha256 of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -43,7 +43,7 @@ class Tokenizer:
         special = [i for i in range(self.vocab_size) if self._model.is_control(i) or self._model.is_unknown(i)]
         self._special = {self._model.id_to_piece(i): i for i in special}
         self._special_ids = frozenset(special)
-        self.longest_piece = max(len(self._model.id_to_piece(i)) for i in range(self.vocab_size))
+        self.max_piece_length = max(len(self._model.id_to_piece(i)) for i in range(self.vocab_size))
         self._cut = re.compile(
             f"({'|'.join(re.escape(piece) for piece in sorted(self._special, key=len, reverse=True))})"
         )

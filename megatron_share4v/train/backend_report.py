@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.data.images.decoder import library
-from megatron_share4v.data.images.parity import Features, pass_gate
+from megatron_share4v.data.images.decoder import backend_version
+from megatron_share4v.data.images.parity import Features, check_backend_parity
 from megatron_share4v.files import atomic_write_json
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import AttentionBackend
@@ -37,7 +37,7 @@ def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Pat
     if not mesh.is_first_stage:
         return
     options = source.options
-    result = pass_gate(
+    result = check_backend_parity(
         options.image_backend,
         source.encoder.images,
         source.index,
@@ -45,7 +45,7 @@ def record_backend(source: Source, chunk: Share4V, *, mesh: Mesh, directory: Pat
         features=_tower(chunk, mesh),
     )
     on = "cpu" if options.device_index is None else "gpu"
-    record = {"backend": options.image_backend, "on": on, "library": library(options.image_backend)}
+    record = {"backend": options.image_backend, "on": on, "library": backend_version(options.image_backend)}
     get_logger().info("images: %s on %s (%s)", *record.values())
     if result is not None:
         get_logger().info(str(result))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_share4v.data.prepare.audit_samples import show_sample, write_preprocessed
-from megatron_share4v.data.sampling.blend import open_store
+from megatron_share4v.data.prepare.audit_samples import format_sample, write_preprocessed
+from megatron_share4v.data.sampling.blend import open_sample_reader
 from megatron_share4v.errors import DataError, TrainingError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.gradient_norms import grad_norms_by_module
@@ -131,12 +131,12 @@ def _blame(micro_batches: Sequence[MicroBatchLoss], norms: dict[str, float]) -> 
 def _show(training: Training, folder: Path, rows: Sequence[int]) -> None:
     """Text and images of these samples; one that cannot be read is told as such."""
     source, texts = training.source, []
-    store = open_store(source.index)
+    store = open_sample_reader(source.index)
     for number, row in enumerate(rows):
         try:
             sample = store.read(row, with_image=True)
             texts.append(
-                show_sample(
+                format_sample(
                     sample,
                     tokenizer=source.encoder.tokenizer,
                     template=source.encoder.template,

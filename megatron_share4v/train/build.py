@@ -24,10 +24,10 @@ from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
-from megatron_share4v.data.loading.loader import ReadOptions
-from megatron_share4v.data.sampling.blend import open_index, shares_of
-from megatron_share4v.data.sampling.fingerprint import describe_data, differences
-from megatron_share4v.data.sampling.sampler import Order, Plan
+from megatron_share4v.data.loading.loader import LoaderOptions
+from megatron_share4v.data.sampling.blend import open_index, source_rows
+from megatron_share4v.data.sampling.fingerprint import describe_data, fingerprint_differences
+from megatron_share4v.data.sampling.sampler import Order, Sampler
 from megatron_share4v.errors import CheckpointError, DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import check_precision, select_attention_backend, select_ops_backend
@@ -155,9 +155,9 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     )
 
 
-def read_options(data: DataConfig, *, device: Device) -> ReadOptions:
+def read_options(data: DataConfig, *, device: Device) -> LoaderOptions:
     """How this rank reads: DALI decodes on the GPU where there is one."""
-    return ReadOptions(
+    return LoaderOptions(
         num_workers=data.num_workers,
         prefetch=data.prefetch,
         worker_timeout_s=data.worker_timeout_s,
@@ -167,7 +167,7 @@ def read_options(data: DataConfig, *, device: Device) -> ReadOptions:
 
 
 def open_source(
-    config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: Order, options: ReadOptions
+    config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: Order, options: LoaderOptions
 ) -> Source:
     """Prepared data sets that belong to this run's tokenizer and template; DataError otherwise."""
     data = config.data
@@ -179,8 +179,8 @@ def open_source(
         )
     index = open_index(data_sets)
     index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
-    plan = Plan.from_config(config, index, order=order)
-    for share in shares_of(index):
+    plan = Sampler.from_config(config, index, order=order)
+    for share in source_rows(index):
         get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)
     if plan.packing:
         get_logger().info(
@@ -235,7 +235,7 @@ def _check_position(
 ) -> None:
     """Refuse to go on with other data than the checkpoint's, or to land elsewhere in the same."""
     plan = source.plan
-    changed = differences(state.data, describe_data(plan, source.encoder)) if state.data else []
+    changed = fingerprint_differences(state.data, describe_data(plan, source.encoder)) if state.data else []
     if not changed and state.plan_fingerprint != plan.fingerprint:
         changed = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
     if changed and allow_data_change:

@@ -14,13 +14,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.loading.encode import Encoder
-from megatron_share4v.data.loading.loader import NO_DATA, ImageShare, Loader, Reading, ReadOptions, Role
-from megatron_share4v.data.loading.prefetch import on_device
+from megatron_share4v.data.loading.loader import (
+    EMPTY_BATCH,
+    ImageSharding,
+    LoadedMicroBatch,
+    Loader,
+    LoaderOptions,
+    StageRole,
+)
+from megatron_share4v.data.loading.prefetch import prefetch_to_device
 from megatron_share4v.data.records import Batch
-from megatron_share4v.data.sampling.blend import Blend
-from megatron_share4v.data.sampling.sampler import MicroBatch, Plan, StepItems
+from megatron_share4v.data.sampling.blend import BlendedIndex
+from megatron_share4v.data.sampling.sampler import GlobalBatch, MicroBatch, Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.quarantine import Fault
 from megatron_share4v.mcore.groups import Mesh
@@ -34,7 +41,7 @@ _TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has
 class StepData:
     """What one optimizer step trains on, as this rank sees it."""
 
-    items: StepItems
+    items: GlobalBatch
     batches: list[Batch]
     wait_s: float
     """Time that this rank waited for its data."""
@@ -48,10 +55,10 @@ class StepData:
 class Source:
     """One prepared data set with the order in which it is read."""
 
-    index: Index | Blend
-    plan: Plan
+    index: Index | BlendedIndex
+    plan: Sampler
     encoder: Encoder
-    options: ReadOptions
+    options: LoaderOptions
 
 
 def feed(
@@ -62,10 +69,10 @@ def feed(
     Of the steps in `without` nothing is read; they have no batches.
     """
     loader = _open_loader(source, mesh)
-    reading = on_device(loader.steps(start_step, stop_step, without=without), mesh.device) if loader else None
+    reading = prefetch_to_device(loader.steps(start_step, stop_step, without=without), mesh.device) if loader else None
     try:
         for step in range(start_step, stop_step):
-            items = source.plan.step(step)
+            items = source.plan.global_batch(step)
             if step in without:
                 yield StepData(items, [], 0.0)
                 continue
@@ -83,7 +90,7 @@ def feed(
 
 def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
     """None on ranks that read nothing."""
-    role = Role(first=mesh.is_first_stage, last=mesh.is_last_stage and mesh.reads_data)
+    role = StageRole(first=mesh.is_first_stage, last=mesh.is_last_stage and mesh.reads_data)
     if not (role.first or role.last):
         source.plan.micro_batches_per_rank(data_size=mesh.layout.data)
         return None
@@ -95,11 +102,11 @@ def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
         data_rank=mesh.coordinates.data,
         data_size=mesh.layout.data,
         options=source.options,
-        share=ImageShare(mesh.tp_cp_group.rank(), mesh.tp_cp_group.size()) if role.first else ImageShare(),
+        share=ImageSharding(mesh.tp_cp_group.rank(), mesh.tp_cp_group.size()) if role.first else ImageSharding(),
     )
 
 
-def _agree(items: StepItems, faults: Sequence[Fault], mesh: Mesh) -> frozenset[int]:
+def _agree(items: GlobalBatch, faults: Sequence[Fault], mesh: Mesh) -> frozenset[int]:
     """The rows of the step that any rank of the world could not read.
 
     An image fails where it is decoded, on the first stage; its labels must be masked on the last. One byte per sample goes round, every step,
@@ -113,7 +120,7 @@ def _agree(items: StepItems, faults: Sequence[Fault], mesh: Mesh) -> frozenset[i
 
 def _batches(
     source: Source,
-    readings: list[Reading] | None,
+    readings: list[LoadedMicroBatch] | None,
     planned: Sequence[MicroBatch],
     loader: Loader | None,
     *,
@@ -128,7 +135,7 @@ def _batches(
             loader.without_labels(batch, plan, rows=rows) if rows else batch
             for batch, plan, rows in zip(local, planned, hit)
         ]
-    whole = [NO_DATA] * len(planned)
+    whole = [EMPTY_BATCH] * len(planned)
     if mesh.is_first_stage or mesh.is_last_stage:
         whole = _share_text(local if mesh.reads_data else None, count=len(planned), mesh=mesh)
     if mesh.is_first_stage:
@@ -138,7 +145,9 @@ def _batches(
         whole = [replace(batch, pixels=images) for batch, images in zip(whole, pixels)]
     rank, size = mesh.coordinates.context, mesh.layout.context
     return [
-        context_part(replace(batch, segments=plan.segments), rank=rank, size=size, sequence_length=plan.sequence_length)
+        slice_for_context_parallel(
+            replace(batch, segments=plan.segments), rank=rank, size=size, sequence_length=plan.sequence_length
+        )
         for batch, plan in zip(whole, planned)
     ]
 
@@ -154,7 +163,7 @@ def _share_text(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Ba
     received = broadcast_tensors(
         tensors, count=count * width, source=mesh.tp_cp_source_rank, group=mesh.tp_cp_group, device=device
     )
-    return [replace(NO_DATA, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
+    return [replace(EMPTY_BATCH, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
 
 
 def _share_pixels(local: list[Batch], counts: Sequence[int], *, mesh: Mesh) -> list[torch.Tensor]:

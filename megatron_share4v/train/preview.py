@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
-from megatron_share4v.data.sampling.blend import open_store
+from megatron_share4v.data.sampling.blend import open_sample_reader
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
@@ -58,7 +58,7 @@ def _readable(source: Source, count: int) -> list[int]:
 
 def _question(source: Source, row: int) -> tuple[Prompt, str]:
     """The first turn, and the record's answer to it."""
-    store = open_store(source.index)
+    store = open_sample_reader(source.index)
     sample = store.read(row, with_image=True)
     store.close()
     question, answer = sample.turns[:2]

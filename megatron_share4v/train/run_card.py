@@ -28,7 +28,7 @@ import megatron_share4v
 from megatron_share4v.checkpoint.manifest import library_versions, read_manifest
 from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.load import dump
-from megatron_share4v.data.sampling.blend import shares_of
+from megatron_share4v.data.sampling.blend import source_rows
 from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.errors import CheckpointError
 from megatron_share4v.logging import get_logger
@@ -102,7 +102,7 @@ def start_card(training: Training, *, hosts: Sequence[str], before: Mapping[str,
             "plan": source.plan.fingerprint,
             **describe_data(source.plan, source.encoder),
             "sources": {
-                share.name: {"samples": share.count, "epochs": share.epochs} for share in shares_of(source.index)
+                share.name: {"samples": share.count, "epochs": share.epochs} for share in source_rows(source.index)
             },
         },
         "total_steps": training.total_steps,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.model.flops import ExecutionOptions, WorkloadCounts, hardware_flops, model_flops
 from megatron_share4v.model.pipeline_split import layers_per_stage
 
@@ -23,7 +23,7 @@ class StepFlops:
 
 
 def step_flops(
-    config: RunConfig, items: StepItems, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool
+    config: RunConfig, items: GlobalBatch, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool
 ) -> StepFlops:
     """FLOPs of a step over `items`; `images_per_sample` [n] belongs to items.rows, and `trained_tokens` were counted while training.
 
@@ -54,7 +54,7 @@ def step_flops(
     return StepFlops(model_flops(config.model, real), hardware_flops(config.model, done, execution))
 
 
-def _bounds(items: StepItems, micro_batch_size: int) -> np.ndarray:
+def _bounds(items: GlobalBatch, micro_batch_size: int) -> np.ndarray:
     """Where micro-batches begin in items.rows, but the first."""
     ends = np.arange(1, len(items.rows) + 1) if items.counts is None else np.cumsum(items.counts)
     return ends[micro_batch_size - 1 : -1 : micro_batch_size]

@@ -18,7 +18,7 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_model
 from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
-from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.records import Batch
 
 STEPS = 5
@@ -112,7 +112,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     for step in range(STEPS):
         batches = [_of_own_length(batch, number, variant.lengths) for number, batch in enumerate(micro_batches(step))]
         mine = [
-            context_part(
+            slice_for_context_parallel(
                 batch, rank=mesh.coordinates.context, size=variant.context, sequence_length=batch.token_ids.size(1)
             )
             for batch in batches[mesh.coordinates.data :: mesh.layout.data]

@@ -12,11 +12,11 @@ from harness import run_world
 from tiny import PATCHES, tiny_model
 from tolerances import PACKED_GRADIENT, PACKED_LOSS
 
-from megatron_share4v.data.loading.collate import Role, collate
-from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.collate import StageRole, collate
+from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.records import Batch, Example
-from megatron_share4v.data.sampling.packing import Packing, pack
-from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.sampling.packing import Packing, pack_samples
+from megatron_share4v.data.sampling.sampler import GlobalBatch
 
 SAMPLES, MICRO_BATCHES, PACK_LENGTH = 24, 4, 48
 KERNELS = ("sdpa", "math")
@@ -61,13 +61,13 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
     """(micro-batches, sequence length, sequences of each)."""
     samples = examples()
     lengths = positions(samples)
-    both = dict(tokens_per_image=PATCHES, role=Role(first=True, last=True))
+    both = dict(tokens_per_image=PATCHES, role=StageRole(first=True, last=True))
     if not packed:
         size = int(-(-lengths.max() // 8) * 8)
         per_batch = SAMPLES // MICRO_BATCHES
         cut = [samples[start : start + per_batch] for start in range(0, SAMPLES, per_batch)]
         return [collate(part, sequence_length=size, **both) for part in cut], size, per_batch
-    packs = pack(np.arange(SAMPLES), lengths, Packing(length=PACK_LENGTH, window=SAMPLES))
+    packs = pack_samples(np.arange(SAMPLES), lengths, Packing(length=PACK_LENGTH, window=SAMPLES))
     groups = [packs.rows[start:end].tolist() for start, end in zip(packs.bounds, packs.bounds[1:])]
     assert len(groups) == 8, len(groups)
     batches = []
@@ -101,9 +101,11 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     initialize_weights(bare, seed=seed, model=model)
     chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
     batches, length, sequences = micro_batches(packed=packed)
-    items = StepItems(0, np.arange(SAMPLES), positions(examples()), length, 0, 0)
+    items = GlobalBatch(0, np.arange(SAMPLES), positions(examples()), length, 0, 0)
     mine = [
-        context_part(batch, rank=mesh.coordinates.context, size=mesh.layout.context, sequence_length=length)
+        slice_for_context_parallel(
+            batch, rank=mesh.coordinates.context, size=mesh.layout.context, sequence_length=length
+        )
         for batch in batches[mesh.coordinates.data :: mesh.layout.data]
     ]
     for chunk in chunks:

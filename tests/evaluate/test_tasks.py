@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from official_files import WRITERS, jsonl, picture
 
-from megatron_share4v.data.images.pil_decoder import inspect
+from megatron_share4v.data.images.pil_decoder import validate_image
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_id, make_answer, read_answers, write_rows
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
@@ -197,7 +197,7 @@ def test_official_prompt(case: tuple[str, str | None], data: Path) -> None:
     if recorded is not None:
         [row] = task.rows(items, [make_answer(item, "x")], model="m")
         assert row["prompt"] == recorded
-    assert all(inspect(each.read_image()).width == 12 for each in items if each.image is not None)
+    assert all(validate_image(each.read_image()).width == 12 for each in items if each.image is not None)
     assert [each.id for each in task.items(task.open(data, case[1]))] == [each.id for each in items]
 
 

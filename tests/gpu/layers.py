@@ -22,7 +22,7 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Trainable
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
 from megatron_share4v.data.records import Batch
-from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.attention import KERNELS, build_attention_metadata
 from megatron_share4v.mcore.backends import choose_attention_backend, select_ops_backend
@@ -162,7 +162,7 @@ def waits(mesh: Mesh) -> str:
         variants["engine"] = {"engine": "language", "attention": "te", "precision": {"fp8": "tensorwise"}}
     first = batch(mesh.device.torch_device)
     plain = replace(first, image_slots=first.image_slots[:0], pixels=first.pixels[:0])
-    data = StepData(StepItems(0, np.arange(4), np.full(4, LENGTH), LENGTH, 6, 0), [first, plain, first], 0.0)
+    data = StepData(GlobalBatch(0, np.arange(4), np.full(4, LENGTH), LENGTH, 6, 0), [first, plain, first], 0.0)
     for name, how in variants.items():
         chunk, _ = built(mesh, **how)
         run = {"mesh": mesh, "micro_batch_size": 2, "normalize": "tokens", "forward_only": False}

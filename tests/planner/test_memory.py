@@ -13,7 +13,7 @@ from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.run import ParallelConfig, TrainConfig
-from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.model.flops import WorkloadCounts
 from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.planner.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
@@ -139,7 +139,7 @@ def measure(cases: list[Case]) -> list[Measured]:
                 if tensor.dim() and tensor.untyped_storage().data_ptr() not in weights
             )
             length = LENGTH // case.context // (case.tensor if case.sequence else 1)
-            batch = context_part(
+            batch = slice_for_context_parallel(
                 micro_batches(0)[3], rank=mesh.coordinates.context, size=case.context, sequence_length=LENGTH
             )
             kept = [

@@ -12,7 +12,13 @@ import pytest
 import sentencepiece
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_conversation, encode_prompt
+from megatron_share4v.text.mask import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    EncodedConversation,
+    encode_conversation,
+    encode_prompt,
+)
 from megatron_share4v.text.template import TEMPLATES, Message, get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 
@@ -214,13 +220,13 @@ def test_plain_as_counted(tokenizer: Tokenizer, counting: Counting):
 
 def encode(
     tokenizer: Tokenizer, texts: list[str], *, name: str = "v1", has_image: bool = True, max_length: int = 2048
-) -> Encoded:
+) -> EncodedConversation:
     return encode_conversation(
         tokenizer, get_template(name), as_turns(texts), has_image=has_image, max_length=max_length
     )
 
 
-def trained_runs(tokenizer: Tokenizer, encoded: Encoded) -> list[str]:
+def trained_runs(tokenizer: Tokenizer, encoded: EncodedConversation) -> list[str]:
     runs: list[list[int]] = [[]]
     for label in encoded.labels:
         if label != IGNORE_INDEX:
@@ -272,7 +278,7 @@ def test_truncation_cuts_ids_and_labels_together(tokenizer: Tokenizer, length: i
     texts = ["<image>\nWhat animal is this?", "A cat. " * 20]
     whole, cut = encode(tokenizer, texts), encode(tokenizer, texts, max_length=length)
     assert len(whole.input_ids) == len(whole.labels) > 100
-    assert cut == Encoded(whole.input_ids[:length], whole.labels[:length])
+    assert cut == EncodedConversation(whole.input_ids[:length], whole.labels[:length])
 
 
 def test_prompt_is_the_untrained_start_of_the_sample(tokenizer: Tokenizer, chatml_tokenizer: Tokenizer):

@@ -10,7 +10,7 @@ from megatron_share4v.text.template import (
     Message,
     get_template,
     normalise_placeholders,
-    render,
+    render_conversation,
     render_prompt,
 )
 
@@ -51,7 +51,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", TRAINING_TEXTS)
 def test_training_text(name: str):
-    assert render(get_template(name), ROUNDS, has_image=True).text == TRAINING_TEXTS[name]
+    assert render_conversation(get_template(name), ROUNDS, has_image=True).text == TRAINING_TEXTS[name]
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -70,12 +70,12 @@ def test_prompt_text(name: str):
     ],
 )
 def test_trained_spans(name: str, segments: list[str]):
-    rendered = render(get_template(name), ROUNDS, has_image=True)
+    rendered = render_conversation(get_template(name), ROUNDS, has_image=True)
     assert [rendered.text[start:stop] for start, stop in rendered.trained] == segments
 
 
 def test_plain_is_image_caption_newline():
-    rendered = render(
+    rendered = render_conversation(
         get_template("plain"), [Message("human", "Describe it.\n<image>"), Message("gpt", " A cat.")], has_image=True
     )
     assert rendered.text == "<image> A cat.\n" and rendered.trained == ((7, 15),)
@@ -116,20 +116,25 @@ def test_normalise_placeholders(text: str, expected: str):
 
 def test_text_only_records_are_not_touched():
     turns = [Message("human", " what is <image>? "), Message("gpt", "A tag.")]
-    assert " what is <image>?  ASSISTANT: A tag." in render(get_template("v1"), turns, has_image=False).text
+    assert (
+        " what is <image>?  ASSISTANT: A tag." in render_conversation(get_template("v1"), turns, has_image=False).text
+    )
     assert render_prompt(get_template("v1"), turns[:1], has_image=False).endswith("USER:  what is <image>?  ASSISTANT:")
 
 
 def test_tagged_image():
     template = get_template("v1_mmtag")
     assert "natural language.The visual" in template.system
-    assert " USER: <Image><image></Image>\nQ1 ASSISTANT: A1</s>" in render(template, ROUNDS, has_image=True).text
+    assert (
+        " USER: <Image><image></Image>\nQ1 ASSISTANT: A1</s>"
+        in render_conversation(template, ROUNDS, has_image=True).text
+    )
     assert render_prompt(template, ROUNDS[:1], has_image=True).endswith(
         "<Image>visual content</Image>. USER: <Image><image></Image> ASSISTANT: Received.</s>USER: Q1 ASSISTANT:"
     )
     assert (
         "### Human: <Image><image></Image>\nQ1\n### Assistant"
-        in render(get_template("v0_mmtag"), ROUNDS, has_image=True).text
+        in render_conversation(get_template("v0_mmtag"), ROUNDS, has_image=True).text
     )
 
 
@@ -137,7 +142,7 @@ def test_v0_prompt_opens_with_its_example():
     prompt = render_prompt(get_template("v0"), [Message("human", "Q")], has_image=False)
     assert prompt.startswith(f"{HUMAN_SYSTEM}###Human: What are the key differences between renewable")
     assert prompt.endswith("and social instability.\n###Human: Q###Assistant:")
-    assert "renewable" not in render(get_template("v0"), ROUNDS, has_image=True).text
+    assert "renewable" not in render_conversation(get_template("v0"), ROUNDS, has_image=True).text
 
 
 def test_prompt_keeps_a_question_that_is_already_placed():
@@ -161,4 +166,4 @@ def test_another_system_prompt():
 
 
 def test_meta_system_prompt_has_its_two_spaces():
-    assert "being safe.  Your answers" in render(get_template("llama_2"), ROUNDS, has_image=True).text
+    assert "being safe.  Your answers" in render_conversation(get_template("llama_2"), ROUNDS, has_image=True).text

@@ -124,10 +124,10 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
     import numpy as np
     import tiny
 
-    from megatron_share4v.data.loading.collate import Role, collate
-    from megatron_share4v.data.loading.context_parallel import context_part
+    from megatron_share4v.data.loading.collate import StageRole, collate
+    from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
     from megatron_share4v.data.records import Example
-    from megatron_share4v.data.sampling.sampler import StepItems
+    from megatron_share4v.data.sampling.sampler import GlobalBatch
     from megatron_share4v.train.data_feed import StepData
 
     model = tiny.tiny_model(**trainable)
@@ -155,12 +155,12 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
                 sequence_length=48,
                 segments=segments,
                 tokens_per_image=tiny.PATCHES,
-                role=Role(first=True, last=True),
+                role=StageRole(first=True, last=True),
             )
         )
-    items = StepItems(0, np.arange(20), np.full(20, 9), 48, 0, 0)
+    items = GlobalBatch(0, np.arange(20), np.full(20, 9), 48, 0, 0)
     place = {"rank": mesh.coordinates.context, "size": mesh.layout.context, "sequence_length": 48}
-    batches = [context_part(batch, **place) for batch in batches]
+    batches = [slice_for_context_parallel(batch, **place) for batch in batches]
     return StepData(items, batches[mesh.coordinates.data :: mesh.layout.data], 0.0), model, 2
 
 

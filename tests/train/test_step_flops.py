@@ -10,7 +10,7 @@ import pytest
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
 from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
-from megatron_share4v.data.sampling.sampler import StepItems
+from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.model.flops import WorkloadCounts, model_flops
 from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.train.step_flops import StepFlops, step_flops
@@ -60,7 +60,7 @@ def of_step(
         run=RunSection(directory="runs/none"), data=DataConfig(train="data", tokenizer="tokenizer.model"), parallel=ParallelConfig(overlap_grad_reduce=overlap),
         train=TrainConfig(global_batch_size=len(counts or lengths), micro_batch_size=2, **recompute),
     )  # fmt: skip
-    items = StepItems(
+    items = GlobalBatch(
         0,
         np.arange(len(lengths)),
         np.array(lengths),

@@ -15,8 +15,8 @@ from typing import Any
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.sentencepiece_model import (
     ModelType,
-    Piece,
-    PieceKind,
+    PieceType,
+    SentencePiece,
     SentencePieceModel,
     read_sentencepiece_model,
 )
@@ -49,7 +49,7 @@ class ExportedTokenizer:
         special = {
             i: piece.text
             for i, piece in enumerate(self.model.pieces)
-            if piece.kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)
+            if piece.kind in (PieceType.UNKNOWN, PieceType.CONTROL)
         }
         rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         return {
@@ -175,19 +175,19 @@ def _problems(model: SentencePieceModel, vocab_size: int) -> Iterator[str]:
     for token in NEW_TOKENS:
         if token in texts:
             yield f"it has a piece {token} already, which the export adds"
-    for kind in (PieceKind.USER_DEFINED, PieceKind.UNUSED):
+    for kind in (PieceType.USER_DEFINED, PieceType.UNUSED):
         found = [piece.text for piece in model.pieces if piece.kind == kind]
         if found:
             yield f"{len(found)} pieces are {kind.name.lower()} ({found[0]!r}), LLaMA's are not"
 
 
-def _merges(pieces: tuple[Piece, ...]) -> Iterator[str]:
+def _merges(pieces: tuple[SentencePiece, ...]) -> Iterator[str]:
     """Pairs of pieces that make a piece, the first to be done first.
 
     Sentencepiece ranks what is made, tokenizer.json the pairs; in which order the pairs of one piece stand has made no difference to any text.
     """
-    normal = {piece.text for piece in pieces if piece.kind == PieceKind.NORMAL}
-    for piece in sorted((piece for piece in pieces if piece.kind == PieceKind.NORMAL), key=lambda piece: -piece.score):
+    normal = {piece.text for piece in pieces if piece.kind == PieceType.NORMAL}
+    for piece in sorted((piece for piece in pieces if piece.kind == PieceType.NORMAL), key=lambda piece: -piece.score):
         for cut in range(1, len(piece.text)):
             left, right = piece.text[:cut], piece.text[cut:]
             if left in normal and right in normal:

@@ -16,7 +16,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from megatron_share4v.data.images import pil_decoder
-from megatron_share4v.data.images.policy import PAD_COLOUR, Decoded, ImagePolicy, blank
+from megatron_share4v.data.images.policy import PAD_COLOUR, DecodedBatch, ImagePolicy, mean_colour_images
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.logging import get_logger
 
@@ -83,9 +83,9 @@ class DaliDecoder:
                 f"data.image_backend dali: GPU {device_index} cannot be used; let it decode on the CPU, or check the driver"
             )
 
-    def decode_all(self, files: Sequence[bytes]) -> Decoded:
+    def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
         """See Decoder. Pixels lie on the GPU when this decodes there."""
-        pixels = blank(len(files), self._policy)
+        pixels = mean_colour_images(len(files), self._policy)
         if self._device_index is not None:
             pixels = pixels.to(torch.device("cuda", self._device_index))
         shapes, failures = self._examine(files)
@@ -99,7 +99,7 @@ class DaliDecoder:
                 pixels[position] = torch.from_numpy(np.array(pil_decoder.decode(files[position], self._policy)))
             except DataError as error:
                 failures[position] = str(error)
-        return Decoded(pixels, failures, left)
+        return DecodedBatch(pixels, failures, left)
 
     def _examine(self, files: Sequence[bytes]) -> tuple[dict[int, tuple[int, int] | None], dict[int, str]]:
         """(width, height) of each image by position, None where DALI would not read it right; and what cannot be read by anyone."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_share4v.data.images import pil_decoder, torch_decoder
-from megatron_share4v.data.images.policy import Decoded, ImagePolicy, blank
+from megatron_share4v.data.images.policy import DecodedBatch, ImagePolicy, mean_colour_images
 from megatron_share4v.errors import DataError, OpsError
 
 Backend = Literal["pil", "torch_u8", "dali"]
@@ -22,29 +22,29 @@ Backend = Literal["pil", "torch_u8", "dali"]
 class Decoder(Protocol):
     """Decodes the images of one micro-batch; what an image becomes does not depend on the others."""
 
-    def decode_all(self, files: Sequence[bytes]) -> Decoded:
+    def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
         """N encoded files -> pixels and failures."""
 
 
-class EachAlone:
+class PerImageDecoder:
     """A decoder made of a function for one image, which raises DataError."""
 
     def __init__(self, function: Callable[[bytes, ImagePolicy], np.ndarray], policy: ImagePolicy) -> None:
         self._function, self._policy = function, policy
 
-    def decode_all(self, files: Sequence[bytes]) -> Decoded:
+    def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
         """One after the other."""
-        pixels = blank(len(files), self._policy)
+        pixels = mean_colour_images(len(files), self._policy)
         failures = {}
         for position, data in enumerate(files):
             try:
                 pixels[position] = torch.from_numpy(np.array(self._function(data, self._policy)))
             except DataError as error:
                 failures[position] = str(error)
-        return Decoded(pixels, failures)
+        return DecodedBatch(pixels, failures)
 
 
-def library(backend: Backend) -> str:
+def backend_version(backend: Backend) -> str:
     """Name and version of what decodes. Raises ImportError when it is not installed."""
     if backend == "dali":
         from megatron_share4v.data.images.dali_decoder import VERSION
@@ -56,9 +56,9 @@ def library(backend: Backend) -> str:
 def open_decoder(backend: Backend, policy: ImagePolicy, *, device_index: int | None = None) -> Decoder:
     """device_index: the GPU that `dali` decodes on; None: the CPU. Raises OpsError when the backend is not installed."""
     if backend == "pil":
-        return EachAlone(pil_decoder.decode, policy)
+        return PerImageDecoder(pil_decoder.decode, policy)
     if backend == "torch_u8":
-        return EachAlone(torch_decoder.decode, policy)
+        return PerImageDecoder(torch_decoder.decode, policy)
     try:
         from megatron_share4v.data.images.dali_decoder import DaliDecoder
     except ImportError as error:

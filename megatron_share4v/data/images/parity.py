@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from megatron_share4v.data.images.decoder import Backend, Decoder, open_decoder
 from megatron_share4v.data.images.policy import ImagePolicy
-from megatron_share4v.data.sampling.blend import Blend, open_store
+from megatron_share4v.data.sampling.blend import BlendedIndex, open_sample_reader
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.logging import get_logger
@@ -33,7 +33,7 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class GateResult:
+class ParityResult:
     """Errors are of uint8 values. by_reference: images that the backend left to Pillow; cosine: smallest of all images, None without a tower."""
 
     backend: Backend
@@ -52,14 +52,14 @@ class GateResult:
         )
 
 
-def measure(
+def measure_parity(
     backend: Backend, decoder: Decoder, files: Sequence[bytes], policy: ImagePolicy, *, features: Features | None = None
-) -> GateResult:
+) -> ParityResult:
     """Decode `files` with `decoder` and with the reference. Files that the reference cannot decode are left out. `features` is called twice in any
     case, with as many images as are left: it may be a collective.
     """
-    expected = open_decoder("pil", policy).decode_all(files)
-    got = decoder.decode_all(files)
+    expected = open_decoder("pil", policy).decode_batch(files)
+    got = decoder.decode_batch(files)
     kept = [position for position in range(len(files)) if position not in expected.failures]
     ours, theirs = got.pixels.cpu()[kept], expected.pixels[kept]
     error = (ours.int() - theirs.int()).abs()
@@ -67,7 +67,7 @@ def measure(
     if features is not None:
         found, wanted = (features(pixels).float() for pixels in (ours, theirs))
         cosine = float(cosine_similarity(found, wanted).min()) if len(found) else None
-    return GateResult(
+    return ParityResult(
         backend=backend,
         images=len(kept),
         max_error=int(error.max()) if kept else 0,
@@ -78,7 +78,7 @@ def measure(
     )
 
 
-def check(result: GateResult) -> None:
+def check_limits(result: ParityResult) -> None:
     """Raise OpsError when the errors are larger than those known of this backend: its library does something else than it did."""
     largest, mean, cosine = LIMITS[result.backend]
     if result.max_error > largest or result.mean_error > mean or (result.cosine is not None and result.cosine < cosine):
@@ -87,10 +87,10 @@ def check(result: GateResult) -> None:
         )
 
 
-def probe(index: Index | Blend, *, count: int = PROBES) -> list[bytes]:
+def read_probe_images(index: Index | BlendedIndex, *, count: int = PROBES) -> list[bytes]:
     """Encoded images from all over the data set; those that cannot be read are left out, training will name them."""
     rows = np.flatnonzero(index.rows["n_img"])
-    store = open_store(index)
+    store = open_sample_reader(index)
     files = []
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)].tolist():
         try:
@@ -101,18 +101,18 @@ def probe(index: Index | Blend, *, count: int = PROBES) -> list[bytes]:
     return files
 
 
-def pass_gate(
+def check_backend_parity(
     backend: Backend,
     policy: ImagePolicy,
-    index: Index | Blend,
+    index: Index | BlendedIndex,
     *,
     device_index: int | None,
     features: Features | None = None,
-) -> GateResult | None:
+) -> ParityResult | None:
     """Measure `backend` on some images of the data set. None for the reference itself. Raises OpsError when it is not installed, or too far off."""
     decoder = open_decoder(backend, policy, device_index=device_index)
     if backend == "pil":
         return None
-    result = measure(backend, decoder, probe(index), policy, features=features)
-    check(result)
+    result = measure_parity(backend, decoder, read_probe_images(index), policy, features=features)
+    check_limits(result)
     return result

@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_size
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size
 from megatron_share4v.errors import DataError
 
 VERSION = f"pillow {PIL.__version__}"
@@ -49,7 +49,7 @@ class ImageHeader:
     extension: str
 
 
-def inspect(data: bytes) -> ImageHeader:
+def validate_image(data: bytes) -> ImageHeader:
     """Decode the whole image once, keeping only its header. Raises DataError when it cannot be decoded or is not accepted."""
     image = open_header(data)
     _to_rgb(image)
@@ -65,7 +65,7 @@ def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
         if image.width > image.height:
             # Pillow resizes sideways first and rounds in between, and rows of padding stay what they are: add them to the narrowed image.
             image, width = image.resize((size, image.height), resample=Image.Resampling.BICUBIC), size
-        image = pad(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
+        image = pad_to_canvas(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
     else:
         image = image.resize(policy.resized(*image.size), resample=Image.Resampling.BICUBIC)
     return np.asarray(image.crop(policy.crop_box(*image.size)))
@@ -76,9 +76,9 @@ def open_rgb(data: bytes) -> Image.Image:
     return _to_rgb(open_header(data))
 
 
-def data_url(data: bytes) -> str:
+def image_to_data_url(data: bytes) -> str:
     """The encoded image as data:image/TYPE;base64,... Raises DataError when it cannot be decoded."""
-    extension = inspect(data).extension
+    extension = validate_image(data).extension
     return f"data:image/{_SUBTYPES.get(extension, extension)};base64,{base64.b64encode(data).decode()}"
 
 
@@ -89,7 +89,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def centre_square(data: bytes) -> bytes:
+def crop_centre_square(data: bytes) -> bytes:
     """What `square` keeps of an image, in its own resolution, as PNG. Raises DataError."""
     image = open_rgb(data)
     side = min(image.size)
@@ -99,7 +99,7 @@ def centre_square(data: bytes) -> bytes:
     return kept.getvalue()
 
 
-def pad(image: Image.Image, *, width: int, height: int) -> Image.Image:
+def pad_to_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image:
     """LLaVA's expand2square to any size: the image in the middle, an odd pixel of padding at the right or bottom."""
     if image.size == (width, height):
         return image
@@ -121,7 +121,7 @@ def open_header(data: bytes) -> Image.Image:
         raise DataError(
             f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record out"
         )
-    check_size(*image.size)
+    check_image_size(*image.size)
     return image
 
 

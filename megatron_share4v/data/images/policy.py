@@ -48,7 +48,7 @@ class ImagePolicy:
         return left, top, left + self.image_size, top + self.image_size
 
 
-def check_size(width: int, height: int) -> None:
+def check_image_size(width: int, height: int) -> None:
     """Refuse, before anything is decoded, sizes that cannot be an honest picture. Raises OversizedImage."""
     if not width or not height or width * height > MAX_PIXELS:
         raise OversizedImage(
@@ -61,7 +61,7 @@ def check_size(width: int, height: int) -> None:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedBatch:
     """pixels: [N, S, S, 3] uint8, the mean colour where decoding failed; failures: position -> reason;
     by_reference: positions that the backend left to Pillow (formats that it does not read).
     """
@@ -71,7 +71,7 @@ class Decoded:
     by_reference: tuple[int, ...] = ()
 
 
-def blank(count: int, policy: ImagePolicy) -> torch.Tensor:
+def mean_colour_images(count: int, policy: ImagePolicy) -> torch.Tensor:
     """[count, S, S, 3] uint8 in the mean colour: what stands for an image that is not there."""
     return (
         torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()

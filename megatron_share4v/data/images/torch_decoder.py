@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from megatron_share4v.data.images.pil_decoder import open_rgb, pad
+from megatron_share4v.data.images.pil_decoder import open_rgb, pad_to_canvas
 from megatron_share4v.data.images.policy import ImagePolicy
 
 
@@ -18,7 +18,7 @@ def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
     image = open_rgb(data)
     width, height = policy.canvas(*image.size)
     # A view in channels-last order, for which torch has vectorised code.
-    pixels = torch.from_numpy(np.array(pad(image, width=width, height=height))).permute(2, 0, 1).unsqueeze(0)
+    pixels = torch.from_numpy(np.array(pad_to_canvas(image, width=width, height=height))).permute(2, 0, 1).unsqueeze(0)
     width, height = policy.resized(width, height)
     resized = interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     left, top, right, bottom = policy.crop_box(width, height)

@@ -18,7 +18,7 @@ PAD_ID = 0
 
 
 @dataclass(frozen=True)
-class Role:
+class StageRole:
     """Which ends of the pipeline this rank holds: the first reads tokens and images, the last labels, the middle nothing."""
 
     first: bool
@@ -38,7 +38,7 @@ def collate(
     *,
     sequence_length: int,
     tokens_per_image: int,
-    role: Role,
+    role: StageRole,
     segments: tuple[tuple[int, ...], ...] | None = None,
 ) -> Batch:
     """Examples -> Batch of B x S; the fields that `role` does not need are None. `segments` (see Batch): the positions that the plan gives to

@@ -13,7 +13,7 @@ import torch
 from megatron_share4v.data.records import Batch
 
 
-def context_part(batch: Batch, *, rank: int, size: int, sequence_length: int) -> Batch:
+def slice_for_context_parallel(batch: Batch, *, rank: int, size: int, sequence_length: int) -> Batch:
     """Positions [rank * L, (rank + 1) * L) of each sequence, as a micro-batch of its own whose flat positions are b * L + s; segments stay those of the
     whole sequences.
 

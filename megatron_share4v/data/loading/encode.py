@@ -56,6 +56,6 @@ def check_placeholders(input_ids: torch.Tensor, *, images: int) -> None:
         )
 
 
-def trained_positions(labels: torch.Tensor) -> int:
+def count_trained_positions(labels: torch.Tensor) -> int:
     """How many positions of [L] labels are trained: position 0 has no predecessor that could predict it."""
     return int((labels[1:] != IGNORE_INDEX).sum())

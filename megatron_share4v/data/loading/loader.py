@@ -12,25 +12,25 @@ from functools import cached_property
 import torch
 
 from megatron_share4v.data.images.decoder import Backend, Decoder, open_decoder
-from megatron_share4v.data.images.policy import blank
-from megatron_share4v.data.loading.collate import Role, collate
+from megatron_share4v.data.images.policy import mean_colour_images
+from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.loading.workers import ordered_map
 from megatron_share4v.data.records import Batch, Example, Sample
-from megatron_share4v.data.sampling.blend import Blend, BlendStore, open_store
-from megatron_share4v.data.sampling.sampler import MicroBatch, Plan
+from megatron_share4v.data.sampling.blend import BlendedIndex, BlendedSampleReader, open_sample_reader
+from megatron_share4v.data.sampling.sampler import MicroBatch, Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.quarantine import Fault, masked, stand_in
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
 
-__all__ = ["ImageShare", "Loader", "ReadOptions", "Reading", "Role"]
+__all__ = ["ImageSharding", "LoadedMicroBatch", "Loader", "LoaderOptions", "StageRole"]
 
-NO_DATA = Batch(token_ids=None, image_slots=None, pixels=None, target_rows=None, targets=None)
+EMPTY_BATCH = Batch(token_ids=None, image_slots=None, pixels=None, target_rows=None, targets=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadOptions:
+class LoaderOptions:
     """How samples are read; what is read does not depend on it, but for the pixels of an image_backend other than pil.
 
     prefetch: micro-batches that each worker keeps ready. worker_timeout_s: a worker that gives nothing for so long is started again.
@@ -50,7 +50,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class ImageShare:
+class ImageSharding:
     """Of each micro-batch's images, a rank decodes number `rank`, `rank + size`, ...; the text is read by rank 0 alone."""
 
     rank: int = 0
@@ -58,7 +58,7 @@ class ImageShare:
 
 
 @dataclass(frozen=True)
-class Reading:
+class LoadedMicroBatch:
     """One micro-batch as one rank has read it; faults: the samples of it that could not be read, already replaced.
 
     batch.pixels are this rank's share of the images.
@@ -68,11 +68,11 @@ class Reading:
     faults: tuple[Fault, ...] = ()
     files: tuple[bytes, ...] = field(default=(), repr=False)
     """Encoded images on their way from a worker to a decoder in the rank's process; their samples are `owners`."""
-    owners: tuple[Wanted, ...] = field(default=(), repr=False)
+    owners: tuple[SampleRequest, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleRequest:
     """One sample of a request, and what the index says of it. name: `shard:key`; room: positions that the plan has for it."""
 
     row: int
@@ -83,9 +83,9 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class _Request:
+class MicroBatchRequest:
     micro_batch: MicroBatch
-    samples: tuple[Wanted, ...]
+    samples: tuple[SampleRequest, ...]
 
 
 class Loader:
@@ -93,15 +93,15 @@ class Loader:
 
     def __init__(
         self,
-        index: Index | Blend,
-        plan: Plan,
+        index: Index | BlendedIndex,
+        plan: Sampler,
         encoder: Encoder,
         *,
-        role: Role,
+        role: StageRole,
         data_rank: int,
         data_size: int,
-        options: ReadOptions = ReadOptions(),
-        share: ImageShare = ImageShare(),
+        options: LoaderOptions = LoaderOptions(),
+        share: ImageSharding = ImageSharding(),
     ) -> None:
         """The first stage gets tokens and pixels, the last labels (image bytes are not read).
 
@@ -112,8 +112,8 @@ class Loader:
         self._data_rank, self._data_size = data_rank, data_size
         decoder = open_decoder(options.image_backend, encoder.images, device_index=options.device_index)
         self._decoder = decoder if options.decodes_in_rank and role.first else None
-        self._read = _Read(
-            store=open_store(index),
+        self._read = _MicroBatchReader(
+            store=open_sample_reader(index),
             encoder=encoder,
             role=role,
             tokens_per_image=plan.tokens_per_image,
@@ -121,7 +121,7 @@ class Loader:
             backend=None if options.decodes_in_rank else options.image_backend,
         )
 
-    def steps(self, start: int, stop: int, *, without: Container[int] = ()) -> Iterator[list[Reading]]:
+    def steps(self, start: int, stop: int, *, without: Container[int] = ()) -> Iterator[list[LoadedMicroBatch]]:
         """For each step in [start, stop) that is not in `without`: this rank's micro-batches, in the order in which they are run.
 
         What is yielded depends neither on the number of workers nor on where reading started.
@@ -148,12 +148,12 @@ class Loader:
         again = self._read.labels(self._request(micro_batch), mask=rows)
         return replace(batch, target_rows=again.target_rows, targets=again.targets)
 
-    def _requests(self, step: int) -> Iterator[_Request]:
-        items = self._plan.step(step)
+    def _requests(self, step: int) -> Iterator[MicroBatchRequest]:
+        items = self._plan.global_batch(step)
         for micro_batch in self._plan.micro_batches(items, data_rank=self._data_rank, data_size=self._data_size):
             yield self._request(micro_batch)
 
-    def _request(self, micro_batch: MicroBatch) -> _Request:
+    def _request(self, micro_batch: MicroBatch) -> MicroBatchRequest:
         entries = self._index.rows[list(micro_batch.rows)]
         if micro_batch.segments is None:
             rooms = [micro_batch.sequence_length] * len(entries)
@@ -161,29 +161,30 @@ class Loader:
             rooms = [length for lengths in micro_batch.segments for length in lengths]
         known = zip(micro_batch.rows, entries["n_tok"].tolist(), entries["n_img"].tolist(), rooms)
         samples = tuple(
-            Wanted(row, _name(self._index, row), length, bool(images), room) for row, length, images, room in known
+            SampleRequest(row, _name(self._index, row), length, bool(images), room)
+            for row, length, images, room in known
         )
-        return _Request(micro_batch, samples)
+        return MicroBatchRequest(micro_batch, samples)
 
-    def _decoded(self, reading: Reading) -> Reading:
+    def _decoded(self, reading: LoadedMicroBatch) -> LoadedMicroBatch:
         """With a decoder in this process: the pixels of the files that a worker has read."""
         if self._decoder is None:
             return reading
-        decoded = self._decoder.decode_all(reading.files)
+        decoded = self._decoder.decode_batch(reading.files)
         faults = {fault.row: fault for fault in reading.faults}
         _add_failures(faults, decoded.failures, reading.owners)
-        return Reading(replace(reading.batch, pixels=decoded.pixels), tuple(faults.values()))
+        return LoadedMicroBatch(replace(reading.batch, pixels=decoded.pixels), tuple(faults.values()))
 
 
 @dataclass(frozen=True)
-class _Read:
+class _MicroBatchReader:
     """Request -> Reading; what a worker runs. backend None: files are handed on undecoded."""
 
-    store: SampleStore | BlendStore
+    store: SampleReader | BlendedSampleReader
     encoder: Encoder
-    role: Role
+    role: StageRole
     tokens_per_image: int
-    share: ImageShare
+    share: ImageSharding
     backend: Backend | None
 
     @cached_property
@@ -192,7 +193,7 @@ class _Read:
         assert self.backend is not None
         return open_decoder(self.backend, self.encoder.images)
 
-    def __call__(self, request: _Request) -> Reading:
+    def __call__(self, request: MicroBatchRequest) -> LoadedMicroBatch:
         faults: dict[int, Fault] = {}
         owners = self._owners(request)
         examples, files = [], []
@@ -207,13 +208,13 @@ class _Read:
         ours = tuple(owners.values())
         pixels = None
         if self.role.first and self.backend is not None:
-            decoded = self.decoder.decode_all(files)
+            decoded = self.decoder.decode_batch(files)
             pixels, files = decoded.pixels, []
             _add_failures(faults, decoded.failures, ours)
-        batch = self._collate(request, examples, mask=frozenset(faults)) if self.share.rank == 0 else NO_DATA
-        return Reading(replace(batch, pixels=pixels), tuple(faults.values()), tuple(files), ours)
+        batch = self._collate(request, examples, mask=frozenset(faults)) if self.share.rank == 0 else EMPTY_BATCH
+        return LoadedMicroBatch(replace(batch, pixels=pixels), tuple(faults.values()), tuple(files), ours)
 
-    def lost(self, request: _Request, reason: str) -> Reading:
+    def lost(self, request: MicroBatchRequest, reason: str) -> LoadedMicroBatch:
         """What stands for a micro-batch that ends every process that reads it."""
         faults = tuple(
             Fault(wanted.row, wanted.name, f"{reason} while it read this sample's micro-batch")
@@ -223,12 +224,12 @@ class _Read:
             stand_in(wanted.name, text_length=wanted.text_length, has_image=wanted.has_image)
             for wanted in request.samples
         ]
-        batch = self._collate(request, examples, mask=frozenset()) if self.share.rank == 0 else NO_DATA
+        batch = self._collate(request, examples, mask=frozenset()) if self.share.rank == 0 else EMPTY_BATCH
         owners = tuple(self._owners(request).values())
-        pixels = blank(len(owners), self.encoder.images) if self.role.first else None
-        return Reading(replace(batch, pixels=pixels), faults, tuple(b"" for _ in owners), owners)
+        pixels = mean_colour_images(len(owners), self.encoder.images) if self.role.first else None
+        return LoadedMicroBatch(replace(batch, pixels=pixels), faults, tuple(b"" for _ in owners), owners)
 
-    def labels(self, request: _Request, *, mask: frozenset[int]) -> Batch:
+    def labels(self, request: MicroBatchRequest, *, mask: frozenset[int]) -> Batch:
         """The text of a request alone, with the labels of the rows `mask` left out."""
         faults: dict[int, Fault] = {}
         examples = [
@@ -237,14 +238,14 @@ class _Read:
         ]
         return self._collate(request, examples, mask=mask | frozenset(faults))
 
-    def _owners(self, request: _Request) -> dict[int, Wanted]:
+    def _owners(self, request: MicroBatchRequest) -> dict[int, SampleRequest]:
         """The samples whose image this rank decodes, by their place in the request."""
         if not self.role.first:
             return {}
         with_image = [(number, wanted) for number, wanted in enumerate(request.samples) if wanted.has_image]
         return dict(with_image[self.share.rank :: self.share.size])
 
-    def _sample(self, wanted: Wanted, *, with_image: bool, faults: dict[int, Fault]) -> Sample | None:
+    def _sample(self, wanted: SampleRequest, *, with_image: bool, faults: dict[int, Fault]) -> Sample | None:
         try:
             return self.store.read(wanted.row, with_image=with_image)
         except DataError as error:
@@ -252,7 +253,7 @@ class _Read:
             # The text may be whole though the image is not.
             return self._sample(wanted, with_image=False, faults=faults) if with_image else None
 
-    def _example(self, wanted: Wanted, sample: Sample | None, *, faults: dict[int, Fault]) -> Example:
+    def _example(self, wanted: SampleRequest, sample: Sample | None, *, faults: dict[int, Fault]) -> Example:
         try:
             if sample is not None:
                 return self._encoded(wanted, sample)
@@ -260,7 +261,7 @@ class _Read:
             faults.setdefault(wanted.row, Fault(wanted.row, wanted.name, str(error)))
         return stand_in(wanted.name, text_length=wanted.text_length, has_image=wanted.has_image)
 
-    def _encoded(self, wanted: Wanted, sample: Sample) -> Example:
+    def _encoded(self, wanted: SampleRequest, sample: Sample) -> Example:
         example = self.encoder.encode(sample, with_pixels=False)
         positions = len(example.input_ids) + wanted.has_image * (self.tokens_per_image - 1)
         if positions > wanted.room or sample.has_image != wanted.has_image:
@@ -270,7 +271,7 @@ class _Read:
             )
         return example
 
-    def _collate(self, request: _Request, examples: Sequence[Example], *, mask: frozenset[int]) -> Batch:
+    def _collate(self, request: MicroBatchRequest, examples: Sequence[Example], *, mask: frozenset[int]) -> Batch:
         # Pixels of no size: how many images there are is checked here, the images themselves are decoded together and put in later.
         counted = [
             replace(
@@ -289,15 +290,15 @@ class _Read:
         )
 
 
-def _add_failures(faults: dict[int, Fault], failures: dict[int, str], owners: Sequence[Wanted]) -> None:
+def _add_failures(faults: dict[int, Fault], failures: dict[int, str], owners: Sequence[SampleRequest]) -> None:
     for position, reason in failures.items():
         wanted = owners[position]
         faults.setdefault(wanted.row, Fault(wanted.row, wanted.name, reason))
 
 
-def _name(index: Index | Blend, row: int) -> str:
+def _name(index: Index | BlendedIndex, row: int) -> str:
     """`shard:key`; in a blend with its source in front."""
-    if isinstance(index, Blend):
+    if isinstance(index, BlendedIndex):
         part, local = index.locate(row)
         return f"{index.parts[part].name}/{_name(index.parts[part].index, local)}"
     return f"{index.info.shards[int(index.rows[row]['shard'])].name}:{index.key(row)}"

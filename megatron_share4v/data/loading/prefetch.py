@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron_share4v.data.loading.loader import Reading
+from megatron_share4v.data.loading.loader import LoadedMicroBatch
 from megatron_share4v.data.records import Batch
 from megatron_share4v.parallel.device import Device
 
@@ -18,12 +18,12 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def on_device(steps: Iterator[list[Reading]], device: Device) -> Iterator[list[Reading]]:
+def prefetch_to_device(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
     """The same readings with their tensors on `device`; on the CPU `steps` itself."""
     return _copied(steps, device) if device.kind == "cuda" else steps
 
 
-def in_background(items: Iterator[Item], *, depth: int = 1) -> Iterator[Item]:
+def iterate_in_thread(items: Iterator[Item], *, depth: int = 1) -> Iterator[Item]:
     """The same items, made by a thread up to `depth` items ahead. What it raises is raised here, at its place."""
     ready: queue.SimpleQueue = queue.SimpleQueue()
     room = threading.Semaphore(depth)
@@ -55,10 +55,10 @@ def in_background(items: Iterator[Item], *, depth: int = 1) -> Iterator[Item]:
         thread.join()
 
 
-def _copied(steps: Iterator[list[Reading]], device: Device) -> Iterator[list[Reading]]:
+def _copied(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
     stream = torch.cuda.Stream(device.torch_device)
 
-    def copies() -> Iterator[tuple[list[Reading], torch.cuda.Event]]:
+    def copies() -> Iterator[tuple[list[LoadedMicroBatch], torch.cuda.Event]]:
         torch.cuda.set_device(device.torch_device)  # each thread has its own current device
         for readings in steps:
             with torch.cuda.stream(stream):
@@ -67,7 +67,7 @@ def _copied(steps: Iterator[list[Reading]], device: Device) -> Iterator[list[Rea
                 ]
                 yield moved, stream.record_event()
 
-    for readings, copied in in_background(copies()):
+    for readings, copied in iterate_in_thread(copies()):
         current = torch.cuda.current_stream(device.torch_device)
         current.wait_event(copied)
         for reading in readings:

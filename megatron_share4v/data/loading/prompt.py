@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_share4v.data.images.pil_decoder import decode
-from megatron_share4v.data.loading.collate import Role, collate
+from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.loading.encode import Encoder, check_placeholders
 from megatron_share4v.data.records import Example, Turn
-from megatron_share4v.text.mask import encode_prompt, encode_question
+from megatron_share4v.text.mask import encode_chat_prompt, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ def make_prompt(
     """`turns` ends with the human's; `image` is an encoded file. Raises DataError for a bad conversation or image."""
     ids = encode_prompt(encoder.tokenizer, encoder.template, turns, has_image=image is not None)
     check_placeholders(torch.tensor(ids, dtype=torch.int64), images=int(image is not None))
-    return spread_prompt(
+    return prompt_from_ids(
         encoder, ids, images=[] if image is None else [image], tokens_per_image=tokens_per_image, name=name
     )
 
 
-def make_question(
+def make_chat_prompt(
     encoder: Encoder, turns: Sequence[Turn], *, images: Sequence[bytes | None], tokens_per_image: int
 ) -> Prompt:
     """As make_prompt, of texts that somebody typed: `images` has one entry per turn, and an <image> in a text is text. Raises DataError."""
-    ids = encode_question(encoder.tokenizer, encoder.template, turns, images=[image is not None for image in images])
+    ids = encode_chat_prompt(encoder.tokenizer, encoder.template, turns, images=[image is not None for image in images])
     files = [image for image in images if image is not None]
-    return spread_prompt(encoder, ids, images=files, tokens_per_image=tokens_per_image, name="question")
+    return prompt_from_ids(encoder, ids, images=files, tokens_per_image=tokens_per_image, name="question")
 
 
-def spread_prompt(
+def prompt_from_ids(
     encoder: Encoder, ids: Sequence[int], *, images: Sequence[bytes], tokens_per_image: int, name: str
 ) -> Prompt:
     """Ids with one IMAGE_TOKEN_INDEX per image, in order, to a prompt with slots and pixels. Raises DataError for a bad image."""
@@ -54,6 +54,6 @@ def spread_prompt(
     example = Example(key=name, name=name, input_ids=input_ids, labels=input_ids, pixels=pixels)
     length = input_ids.numel() + pixels.size(0) * (tokens_per_image - 1)
     batch = collate(
-        [example], sequence_length=length, tokens_per_image=tokens_per_image, role=Role(first=True, last=False)
+        [example], sequence_length=length, tokens_per_image=tokens_per_image, role=StageRole(first=True, last=False)
     )
     return Prompt(token_ids=batch.token_ids[0], image_slots=batch.image_slots, pixels=batch.pixels)

@@ -48,7 +48,7 @@ class Record:
     turns: tuple[Turn, ...]
 
 
-class Annotations:
+class AnnotationFile:
     """An annotation file, read record by record: memory does not grow with the file. Iterating again starts anew."""
 
     def __init__(self, path: Path) -> None:
@@ -116,7 +116,7 @@ class _Window:
             self.grow()
 
 
-def _elements(annotations: Annotations) -> Iterator[object]:
+def _elements(annotations: AnnotationFile) -> Iterator[object]:
     """The elements of the JSON list that the file holds."""
     window = _Window(annotations.chunks())
     first = window.skip_space()
@@ -191,7 +191,7 @@ def parse_record(content: object, *, where: str) -> Record:
     return Record(id=str(content.get("id") or ""), image=image, turns=turns)
 
 
-def source_of(content: object) -> str:
+def source_name(content: object) -> str:
     """The collection that a record belongs to: the first folder of its image path ("coco", "sam", ...), or TEXT_ONLY."""
     image = content.get("image") if isinstance(content, dict) else None
     if not isinstance(image, str):
@@ -200,7 +200,7 @@ def source_of(content: object) -> str:
     return parts[0] if len(parts) > 1 else "."
 
 
-def word_count(turns: tuple[Turn, ...]) -> int:
+def count_words(turns: tuple[Turn, ...]) -> int:
     """Whitespace words over all turns: LLaVA's measure of length for group_by_modality_length."""
     return sum(len(turn.text.split()) for turn in turns)
 

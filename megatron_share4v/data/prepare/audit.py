@@ -16,14 +16,21 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_share4v.data.prepare.annotations import Annotations, Entry, parse_record, source_of
+from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, parse_record, source_name
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
-from megatron_share4v.data.prepare.growing_array import Table
-from megatron_share4v.data.prepare.image_files import FoundImage
-from megatron_share4v.data.prepare.validate import Accepted, CheckedText, Examine, Refused, check_image, examine_all
+from megatron_share4v.data.prepare.growing_array import GrowingArray
+from megatron_share4v.data.prepare.image_files import EncodedImage
+from megatron_share4v.data.prepare.validate import (
+    Accepted,
+    CheckedText,
+    RecordValidator,
+    Rejected,
+    check_image,
+    validate_all,
+)
 from megatron_share4v.data.records import Sample
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.data.store.shards import Member, ShardReader
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
@@ -70,27 +77,27 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Seen:
+class AuditedRecord:
     """What a worker says about one record. stray: it has a placeholder and no image. outdated: how the index differs, if it does."""
 
     where: str
     id: str
     source: str
-    verdict: Accepted | Refused
+    verdict: Accepted | Rejected
     image_path: str = ""
     stray: bool = False
     outdated: str = ""
 
 
-class Records(Protocol):
+class RecordSource(Protocol):
     """Where records come from; can be sent to a worker."""
 
     @property
-    def examine(self) -> Examine: ...
+    def examine(self) -> RecordValidator: ...
 
     def items(self) -> Iterator[object]: ...
 
-    def look(self, item: object) -> Seen: ...
+    def look(self, item: object) -> AuditedRecord: ...
 
     def sample(self, item: object) -> Sample: ...
 
@@ -98,27 +105,27 @@ class Records(Protocol):
 
 
 @dataclass(frozen=True)
-class AnnotatedRecords:
+class AnnotationSource:
     """The records of an annotation file with a folder of images."""
 
-    annotations: Annotations
-    examine: Examine
+    annotations: AnnotationFile
+    examine: RecordValidator
 
     def items(self) -> Iterator[Entry]:
         """In the order of the file."""
         return iter(self.annotations)
 
-    def look(self, entry: Entry) -> Seen:
+    def look(self, entry: Entry) -> AuditedRecord:
         """Examine one record."""
         verdict = self.examine((entry, False))
         content = entry.content if isinstance(entry.content, dict) else {}
         path, stray = content.get("image"), False
         if isinstance(verdict, Accepted) and verdict.image_path is None:
             stray = any(IMAGE_PLACEHOLDER in turn.text for turn in parse_record(content, where=entry.where).turns)
-        return Seen(
+        return AuditedRecord(
             entry.where,
             str(content.get("id") or ""),
-            source_of(content),
+            source_name(content),
             verdict,
             path if isinstance(path, str) else "",
             stray,
@@ -136,17 +143,17 @@ class AnnotatedRecords:
 
 
 @dataclass(frozen=True)
-class PreparedRecords:
+class DatasetSource:
     """The samples of a prepared data set: its bytes are checked too."""
 
-    store: SampleStore
-    examine: Examine
+    store: SampleReader
+    examine: RecordValidator
 
     def items(self) -> Iterator[int]:
         """Row numbers."""
         return iter(range(len(self.store.index)))
 
-    def look(self, row: int) -> Seen:
+    def look(self, row: int) -> AuditedRecord:
         """Read, verify and examine one sample."""
         index = self.store.index
         key, shards = index.key(row), tuple(shard.name for shard in index.info.shards)
@@ -155,18 +162,18 @@ class PreparedRecords:
             content = _content(index, row, shards, key=key)
             sample = self.store.read(row, with_image=True)
         except DataError as error:
-            return Seen(where, "", UNREADABLE, Refused(DAMAGED, str(error)))
-        image = check_image(FoundImage(sample.image), keep_bytes=False) if sample.has_image else None
+            return AuditedRecord(where, "", UNREADABLE, Rejected(DAMAGED, str(error)))
+        image = check_image(EncodedImage(sample.image), keep_bytes=False) if sample.has_image else None
         text = self.examine.check_text(sample.turns, has_image=sample.has_image)
-        verdict = next((v for v in (image, text) if isinstance(v, Refused)), None) or Accepted(
+        verdict = next((v for v in (image, text) if isinstance(v, Rejected)), None) or Accepted(
             key, content.get("image"), image, text
         )
         stray = not sample.has_image and any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns)
-        outdated = "" if isinstance(verdict, Refused) else _differences(index.rows[row], verdict.text)
-        return Seen(
+        outdated = "" if isinstance(verdict, Rejected) else _differences(index.rows[row], verdict.text)
+        return AuditedRecord(
             where,
             str(content.get("id") or ""),
-            source_of(content),
+            source_name(content),
             verdict,
             content.get("image") or "",
             stray,
@@ -183,7 +190,7 @@ class PreparedRecords:
 
 
 @dataclass
-class Audit:
+class AuditResult:
     """What was found. records: looked at. counts: by kind; examples: the first findings of each kind. sources: names, FACTS holds numbers.
 
     refused: records of each source that cannot be trained. chosen: positions and items of a random sample of the accepted.
@@ -199,25 +206,25 @@ class Audit:
     facts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=FACTS))
 
 
-def audit(
-    records: Records,
+def audit_records(
+    records: RecordSource,
     *,
     workers: int,
     choose: int = 0,
     on_finding: Callable[[Finding], None] | None = None,
     examples: int = 3,
-) -> Audit:
+) -> AuditResult:
     """Look at all records. on_finding is called with each finding. choose: how many accepted records to pick at random, always the same."""
-    result, collector = Audit(), _Collector(on_finding, examples)
-    table, ids, numbers = Table(FACTS), Table(np.dtype([("id", "<u8"), ("position", "<u4")])), {}
+    result, collector = AuditResult(), _Collector(on_finding, examples)
+    table, ids, numbers = GrowingArray(FACTS), GrowingArray(np.dtype([("id", "<u8"), ("position", "<u4")])), {}
     heap: list[tuple[int, int, object]] = []
     last = started = time.monotonic()
-    for position, (item, seen) in enumerate(examine_all(records.look, records.items(), workers=workers)):
+    for position, (item, seen) in enumerate(validate_all(records.look, records.items(), workers=workers)):
         result.records += 1
         source = numbers.setdefault(seen.source, len(numbers))
         if seen.id:
             ids.append((_hash(seen.id), position))
-        if isinstance(seen.verdict, Refused):
+        if isinstance(seen.verdict, Rejected):
             result.refused[seen.source] += 1
             collector.add(seen.verdict.kind, seen.where, seen.verdict.reason)
         else:
@@ -260,7 +267,7 @@ class _Collector:
             self.on_finding(finding)
 
 
-def _remarks(seen: Seen) -> Iterator[tuple[str, str]]:
+def _remarks(seen: AuditedRecord) -> Iterator[tuple[str, str]]:
     """What is odd about an accepted record."""
     text = seen.verdict.text
     if seen.outdated:
@@ -279,7 +286,7 @@ def _remarks(seen: Seen) -> Iterator[tuple[str, str]]:
         )
 
 
-def _facts(position: int, source: int, seen: Seen) -> tuple[int, ...]:
+def _facts(position: int, source: int, seen: AuditedRecord) -> tuple[int, ...]:
     text, image = seen.verdict.text, seen.verdict.image
     of_image = (
         (_hash(seen.image_path), image.length, image.crc32, image.header.width, image.header.height)
@@ -290,7 +297,7 @@ def _facts(position: int, source: int, seen: Seen) -> tuple[int, ...]:
     return position, source, int(image is not None), *counts, *of_image
 
 
-def _find_repeats(records: Records, facts: np.ndarray, ids: np.ndarray, collector: _Collector) -> Duplicates:
+def _find_repeats(records: RecordSource, facts: np.ndarray, ids: np.ndarray, collector: _Collector) -> Duplicates:
     """Repeated ids, records and images, as findings."""
     order = np.lexsort((ids["position"], ids["id"]))
     repeated = np.flatnonzero(ids["id"][order][1:] == ids["id"][order][:-1]) + 1

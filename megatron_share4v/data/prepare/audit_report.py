@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_share4v.data.prepare.audit import Audit
+from megatron_share4v.data.prepare.audit import AuditResult
 from megatron_share4v.data.sampling.orders import modality_length_order, random_order
-from megatron_share4v.data.sampling.packing import Packing, pack
+from megatron_share4v.data.sampling.packing import Packing, pack_samples
 
 BINS, BAR = 20, 50
 QUANTILES = (0.5, 0.95, 1.0)
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """How the run will batch. tokens_per_image: positions of an image; pad_multiple: sequences are rounded up to it; pack_length: of a pack."""
 
     tokens_per_image: int = 576
@@ -49,12 +49,12 @@ class PackingEstimate:
     too_long: int
 
 
-def sample_lengths(audit: Audit, shape: Shape) -> np.ndarray:
+def sample_lengths(audit: AuditResult, shape: BatchShape) -> np.ndarray:
     """[N] int64."""
     return audit.facts["n_tok"].astype(np.int64) + audit.facts["n_img"].astype(np.int64) * (shape.tokens_per_image - 1)
 
 
-def padding(audit: Audit, shape: Shape) -> list[Padding]:
+def estimate_padding(audit: AuditResult, shape: BatchShape) -> list[Padding]:
     """For the random order and for group_by_modality_length; whole steps only, empty when there is not one."""
     lengths = sample_lengths(audit, shape)
     whole = len(lengths) // shape.global_batch_size * shape.global_batch_size
@@ -75,19 +75,19 @@ def padding(audit: Audit, shape: Shape) -> list[Padding]:
     return found
 
 
-def packing(audit: Audit, shape: Shape) -> PackingEstimate:
+def estimate_packing(audit: AuditResult, shape: BatchShape) -> PackingEstimate:
     """Best fit into sequences of pack_length, in a random order."""
     lengths = sample_lengths(audit, shape)
     rows = random_order(len(lengths), seed=0, epoch=0)
     rows = rows[lengths[rows] <= shape.pack_length]
-    packs = len(pack(rows, lengths[rows], Packing(length=shape.pack_length)))
+    packs = len(pack_samples(rows, lengths[rows], Packing(length=shape.pack_length)))
     positions = max(packs * shape.pack_length, 1)
     return PackingEstimate(
         packs, float(lengths[rows].sum() / positions), len(rows) / max(packs, 1), len(lengths) - len(rows)
     )
 
 
-def report(audit: Audit, shape: Shape, *, allowed: Sequence[str] = ()) -> str:
+def format_report(audit: AuditResult, shape: BatchShape, *, allowed: Sequence[str] = ()) -> str:
     """The whole audit as text; findings of an `allowed` kind are marked as such."""
     parts = [_findings(audit, allowed), _sources(audit, shape)]
     if len(audit.facts):
@@ -95,7 +95,7 @@ def report(audit: Audit, shape: Shape, *, allowed: Sequence[str] = ()) -> str:
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
-def draw_histogram(audit: Audit, shape: Shape) -> Image.Image:
+def draw_histogram(audit: AuditResult, shape: BatchShape) -> Image.Image:
     """The lengths as a bar chart."""
     counts, edges = np.histogram(sample_lengths(audit, shape), bins=2 * BINS)
     width, height, left, top, bottom = 900, 420, 70, 40, 60
@@ -126,7 +126,7 @@ def _padded(lengths: np.ndarray, size: int, multiple: int) -> int:
     return int((-(-longest // multiple) * multiple).sum()) * size
 
 
-def _findings(audit: Audit, allowed: Sequence[str]) -> Iterator[str]:
+def _findings(audit: AuditResult, allowed: Sequence[str]) -> Iterator[str]:
     yield f"{audit.records} records, {len(audit.facts)} can be trained, {audit.counts.total()} findings"
     for kind, count in audit.counts.most_common():
         yield f"  {count:>9} {kind}" + (" (allowed)" if kind in allowed else "")
@@ -135,7 +135,7 @@ def _findings(audit: Audit, allowed: Sequence[str]) -> Iterator[str]:
         yield f"  {audit.duplicates.shared:>9} samples share another's image (no finding: it is stored once)"
 
 
-def _sources(audit: Audit, shape: Shape) -> Iterator[str]:
+def _sources(audit: AuditResult, shape: BatchShape) -> Iterator[str]:
     yield f"{'source':<24}{'records':>10}{'refused':>10}{'images':>10}{'mean length':>13}{'95 %':>8}{'trained':>9}"
     lengths = sample_lengths(audit, shape)
     for number, name in sorted(enumerate(audit.sources), key=lambda pair: pair[1]):
@@ -150,7 +150,7 @@ def _sources(audit: Audit, shape: Shape) -> Iterator[str]:
         yield line
 
 
-def _lengths(audit: Audit, shape: Shape) -> Iterator[str]:
+def _lengths(audit: AuditResult, shape: BatchShape) -> Iterator[str]:
     lengths = sample_lengths(audit, shape)
     yield f"length in positions, an image as {shape.tokens_per_image}: mean {lengths.mean():.0f}, " + _quantiles(
         lengths
@@ -162,7 +162,7 @@ def _lengths(audit: Audit, shape: Shape) -> Iterator[str]:
     yield f"  {cut.sum()} samples are cut, {int((audit.facts['full_lab'] - audit.facts['n_lab']).sum())} trained positions are lost"
 
 
-def _images(audit: Audit) -> Iterator[str]:
+def _images(audit: AuditResult) -> Iterator[str]:
     with_image = audit.facts[audit.facts["n_img"] > 0]
     yield f"images: {len(with_image)} samples have one, {len(audit.facts) - len(with_image)} are text only"
     if len(with_image):
@@ -170,14 +170,14 @@ def _images(audit: Audit) -> Iterator[str]:
         yield f"  encoded size in kB: {_quantiles(with_image['length'] / 1000)}"
 
 
-def _batching(audit: Audit, shape: Shape) -> Iterator[str]:
+def _batching(audit: AuditResult, shape: BatchShape) -> Iterator[str]:
     yield f"padding, micro-batch {shape.micro_batch_size}, global batch {shape.global_batch_size}:"
-    found = padding(audit, shape)
+    found = estimate_padding(audit, shape)
     for row in found:
         yield f"  {row.order:<26}{row.micro_batch:>7.1%} with micro-batches as long as their longest, {row.step:>7.1%} with steps as long"
     if not found:
         yield "  fewer samples than one global batch"
-    packs = packing(audit, shape)
+    packs = estimate_packing(audit, shape)
     yield (
         f"packing to {shape.pack_length}: {packs.fill:.1%} filled, {packs.packs} packs, {packs.samples_per_pack:.1f} samples each"
         + (f", {packs.too_long} samples are too long" if packs.too_long else "")

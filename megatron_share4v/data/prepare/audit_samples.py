@@ -17,7 +17,7 @@ from megatron_share4v.text.tokenizer import Tokenizer
 COLOUR, PLAIN = ("\033[1;32m", "\033[0m"), ("[[", "]]")
 
 
-def show_sample(
+def format_sample(
     sample: Sample,
     *,
     tokenizer: Tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-class Table:
+class GrowingArray:
     """Rows of one dtype, appended one by one."""
 
     def __init__(self, dtype: np.dtype, rows: np.ndarray | None = None) -> None:

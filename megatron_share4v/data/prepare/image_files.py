@@ -35,7 +35,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 @dataclass(frozen=True)
-class FoundImage:
+class EncodedImage:
     """An encoded image. archive: number of the archive whose bytes [offset, offset + length) it is as it stands, None where there is none."""
 
     data: bytes
@@ -57,10 +57,10 @@ class ImageFiles:
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return _open_images, (self.root, self.archives, self._table_path)
 
-    def read(self, path: str) -> FoundImage:
+    def read(self, path: str) -> EncodedImage:
         """The image at `path` (relative, as records have it). Raises DataError when there is none, or it cannot be read or is empty."""
         try:
-            found = FoundImage((self.root / path).read_bytes())
+            found = EncodedImage((self.root / path).read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             entry = self._entry(path)
             if entry is None:
@@ -85,7 +85,7 @@ class ImageFiles:
         place = int(np.searchsorted(self._paths, name))
         return self._members[place] if place < len(self._paths) and self._paths[place] == name else None
 
-    def _read_member(self, path: str, entry: np.void) -> FoundImage:
+    def _read_member(self, path: str, entry: np.void) -> EncodedImage:
         number, method = int(entry["archive"]), int(entry["method"])
         where = f"image {path} in archive {self.root / self.archives[number]}"
         if method == _UNREADABLE:
@@ -98,9 +98,9 @@ class ImageFiles:
             offset += _LOCAL_HEADER.size + sum(variable)
         data = self._pread(number, stored, offset, where=where)
         return (
-            FoundImage(_inflated(data, int(entry["length"]), where=where))
+            EncodedImage(_inflated(data, int(entry["length"]), where=where))
             if method == _ZIP_DEFLATED
-            else FoundImage(data, number, offset)
+            else EncodedImage(data, number, offset)
         )
 
     def _pread(self, number: int, length: int, offset: int, *, where: str) -> bytes:

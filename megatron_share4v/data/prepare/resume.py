@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_share4v.data.prepare.growing_array import Table
+from megatron_share4v.data.prepare.growing_array import GrowingArray
 from megatron_share4v.data.store.index import ROW, ShardFile
 from megatron_share4v.errors import DataError
 
@@ -40,7 +40,7 @@ class Journal:
         self.sources: Counter[tuple[str, str]] = Counter()
         self.rejected: Counter[str] = Counter()
         self.keys: list[str] = []
-        self._table = Table(KEPT_ROW)
+        self._table = GrowingArray(KEPT_ROW)
         self._written = 0
         self._files = {name: (directory / name).open("ab") for name in (NAME, ROWS, KEYS, REJECTED)}
 
@@ -136,7 +136,7 @@ class Journal:
         self.sources.update({(source, what): count for source, what, count in state["sources"]})
         self.rejected.update(state["rejected"])
         if states:
-            self._table = Table(KEPT_ROW, np.fromfile(self.directory / ROWS, dtype=KEPT_ROW))
+            self._table = GrowingArray(KEPT_ROW, np.fromfile(self.directory / ROWS, dtype=KEPT_ROW))
             self.keys = (self.directory / KEYS).read_text(encoding="ascii").splitlines()
         assert self._written == len(self.keys) == len(self._table), "the journal and its files disagree"
 

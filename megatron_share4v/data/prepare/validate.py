@@ -16,12 +16,12 @@ from typing import TypeVar
 import torch
 from PIL import Image
 
-from megatron_share4v.data.images.pil_decoder import ImageHeader, inspect
+from megatron_share4v.data.images.pil_decoder import ImageHeader, validate_image
 from megatron_share4v.data.images.policy import OversizedImage
-from megatron_share4v.data.loading.encode import check_placeholders, trained_positions
+from megatron_share4v.data.loading.encode import check_placeholders, count_trained_positions
 from megatron_share4v.data.loading.workers import ordered_map
-from megatron_share4v.data.prepare.annotations import Entry, parse_record, word_count
-from megatron_share4v.data.prepare.image_files import FoundImage, ImageFiles
+from megatron_share4v.data.prepare.annotations import Entry, count_words, parse_record
+from megatron_share4v.data.prepare.image_files import EncodedImage, ImageFiles
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.mask import encode_conversation
@@ -40,7 +40,7 @@ Verdict = TypeVar("Verdict")
 
 
 @dataclass(frozen=True)
-class Refused:
+class Rejected:
     """kind: which check refused the record, one of KINDS; reason: the message."""
 
     kind: str
@@ -86,7 +86,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Examine:
+class RecordValidator:
     """(entry, whether its image is known to be good) -> verdict; what a worker runs. keep_bytes: return the encoded image too."""
 
     images: ImageFiles
@@ -95,25 +95,25 @@ class Examine:
     max_text_length: int
     keep_bytes: bool = True
 
-    def __call__(self, request: tuple[Entry, bool]) -> Accepted | Refused:
+    def __call__(self, request: tuple[Entry, bool]) -> Accepted | Rejected:
         entry, image_is_known = request
         try:
             record = parse_record(entry.content, where=entry.where)
         except DataError as error:
-            return Refused(BAD_RECORD, str(error))
+            return Rejected(BAD_RECORD, str(error))
         image = None
         if record.image is not None and not image_is_known:
             try:
                 found = self.images.read(record.image)
             except DataError as error:
-                return Refused(MISSING, str(error))
+                return Rejected(MISSING, str(error))
             image = check_image(found, keep_bytes=self.keep_bytes)
-            if isinstance(image, Refused):
+            if isinstance(image, Rejected):
                 return image
         text = self.check_text(record.turns, has_image=record.image is not None)
-        return text if isinstance(text, Refused) else Accepted(record.id, record.image, image, text)
+        return text if isinstance(text, Rejected) else Accepted(record.id, record.image, image, text)
 
-    def check_text(self, turns: tuple[Turn, ...], *, has_image: bool) -> CheckedText | Refused:
+    def check_text(self, turns: tuple[Turn, ...], *, has_image: bool) -> CheckedText | Rejected:
         """Tokenise a conversation and count."""
         kind = (
             PLACEHOLDERS
@@ -128,12 +128,12 @@ class Examine:
             kept = encoded.input_ids[: self.max_text_length]
             check_placeholders(torch.as_tensor(kept), images=int(has_image))
         except DataError as error:
-            return Refused(kind, str(error))
+            return Rejected(kind, str(error))
         labels = torch.as_tensor(encoded.labels)
-        n_lab = trained_positions(labels[: self.max_text_length])
+        n_lab = count_trained_positions(labels[: self.max_text_length])
         if not n_lab:
-            return Refused(NO_LABEL, f"nothing to train: no answer within the first {self.max_text_length} positions")
-        words = word_count(turns)
+            return Rejected(NO_LABEL, f"nothing to train: no answer within the first {self.max_text_length} positions")
+        words = count_words(turns)
         identity = hashlib.blake2b(
             "\0".join(f"{turn.role}\0{turn.text}" for turn in turns).encode("utf-8", "surrogatepass"), digest_size=8
         ).digest()
@@ -142,19 +142,19 @@ class Examine:
             n_tok=len(kept),
             n_lab=n_lab,
             full_tok=len(encoded.input_ids),
-            full_lab=trained_positions(labels),
+            full_lab=count_trained_positions(labels),
             identity=int.from_bytes(identity, "little"),
         )
 
 
-def check_image(found: FoundImage, *, keep_bytes: bool) -> CheckedImage | Refused:
+def check_image(found: EncodedImage, *, keep_bytes: bool) -> CheckedImage | Rejected:
     """Decode an image once."""
     data = found.data
     try:
-        header = inspect(data)
+        header = validate_image(data)
     except DataError as error:
         is_oversized = isinstance(error, OversizedImage) or isinstance(error.__cause__, Image.DecompressionBombError)
-        return Refused(OVERSIZED if is_oversized else CORRUPT, str(error))
+        return Rejected(OVERSIZED if is_oversized else CORRUPT, str(error))
     return CheckedImage(
         data=data if keep_bytes else b"",
         length=len(data),
@@ -165,7 +165,7 @@ def check_image(found: FoundImage, *, keep_bytes: bool) -> CheckedImage | Refuse
     )
 
 
-def examine_all(
+def validate_all(
     examine: Callable[[Item], Verdict], items: Iterable[Item], *, workers: int
 ) -> Iterator[tuple[Item, Verdict]]:
     """Each item with its verdict, in order; `workers` processes, 0: this one. Items are taken from their iterator only a little ahead."""

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_share4v.data.prepare.annotations import Annotations, Entry, source_of
+from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, source_name
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.prepare.image_files import ImageFiles, find_archives, scan_images
 from megatron_share4v.data.prepare.resume import NO_PATH, PATH_BYTES, REJECTED, Journal
-from megatron_share4v.data.prepare.validate import Accepted, Examine, Refused, examine_all
+from megatron_share4v.data.prepare.validate import Accepted, RecordValidator, Rejected, validate_all
 from megatron_share4v.data.store.index import IN_PLACE, ROW, VERSION, DatasetInfo, ShardFile, SourceCount, write_index
 from megatron_share4v.data.store.shards import Member, ShardWriter
 from megatron_share4v.errors import DataError
@@ -38,7 +38,7 @@ DUPLICATES = "duplicates.jsonl"
 ARCHIVES = "archives"
 FIRST_ARCHIVE = 1 << 15  # archives used in place get shard numbers from here on, until the number of shards is known
 
-Judge = Callable[[tuple[Entry, bool]], Accepted | Refused]
+Validator = Callable[[tuple[Entry, bool]], Accepted | Rejected]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class PrepareSummary:
         return f"{self.output}: {self.samples} samples ({self.images} with an image) in {self.shards} shards; {refused}{repeated}"
 
 
-def prepare(options: PrepareOptions, *, judge: Judge | None = None) -> PrepareSummary:
+def prepare(options: PrepareOptions, *, judge: Validator | None = None) -> PrepareSummary:
     """Write the data set, going on with an unfinished one. judge: another judgement than Examine's, to measure the rest.
 
     Raises DataError (ConfigError for an unknown template) when there is nothing to prepare, when the output is in the way, or when more than
@@ -109,14 +109,14 @@ def prepare(options: PrepareOptions, *, judge: Judge | None = None) -> PrepareSu
         raise DataError(
             f"output {options.output}: exists and is not empty; choose another directory or pass --overwrite"
         )
-    annotations = Annotations(options.annotations)
+    annotations = AnnotationFile(options.annotations)
     staging = options.output.parent / f".{options.output.name}.partial"
     journal = Journal.open(
         staging, identity=_identity(options, annotations, tokenizer, template.name), restart=options.restart
     )
     try:
         images = scan_images(options.images, table=staging / ARCHIVES, in_place=options.in_place)
-        examine = Examine(images, tokenizer, template, options.max_text_length, keep_bytes=not options.in_place)
+        examine = RecordValidator(images, tokenizer, template, options.max_text_length, keep_bytes=not options.in_place)
         writer = _Writer(
             journal,
             samples_per_shard=options.samples_per_shard,
@@ -133,7 +133,7 @@ def prepare(options: PrepareOptions, *, judge: Judge | None = None) -> PrepareSu
 
 
 def _identity(
-    options: PrepareOptions, annotations: Annotations, tokenizer: Tokenizer, template: str
+    options: PrepareOptions, annotations: AnnotationFile, tokenizer: Tokenizer, template: str
 ) -> dict[str, object]:
     """What an unfinished preparation must have in common with this one to be gone on with."""
     return {
@@ -155,15 +155,15 @@ def _identity(
     }
 
 
-def _write_samples(annotations: Annotations, examine: Judge, writer: _Writer, *, workers: int) -> None:
+def _write_samples(annotations: AnnotationFile, examine: Validator, writer: _Writer, *, workers: int) -> None:
     journal = writer.journal
     if journal.entries:
         get_logger().info(f"going on after {journal.entries} records, {len(journal.shards)} finished shards")
     entries = islice(annotations, journal.entries, None)
     requests = ((entry, writer.has_image(entry)) for entry in entries)
     progress = _Progress(annotations, done=journal.entries)
-    for (entry, _), verdict in examine_all(examine, requests, workers=workers):
-        if isinstance(verdict, Refused):
+    for (entry, _), verdict in validate_all(examine, requests, workers=workers):
+        if isinstance(verdict, Rejected):
             writer.reject(entry, verdict)
         else:
             writer.accept(entry, verdict)
@@ -191,7 +191,7 @@ class _Writer:
 
     def accept(self, entry: Entry, sample: Accepted) -> None:
         """Write one sample. An image that an earlier one has is not stored again: its text names the shard and key where it is."""
-        source, key = source_of(entry.content), self._new_key(sample.id, entry.position)
+        source, key = source_name(entry.content), self._new_key(sample.id, entry.position)
         path = _path_hash(sample.image_path) if sample.image_path is not None else NO_PATH
         owner = self._owners.get(path) if path != NO_PATH and not self._repeat_images else None
         content = entry.content
@@ -223,7 +223,7 @@ class _Writer:
         self.journal.sources.update({(source, "samples"): 1, (source, "images"): int(image is not None)})
         self._advance(entry)
 
-    def reject(self, entry: Entry, verdict: Refused) -> None:
+    def reject(self, entry: Entry, verdict: Rejected) -> None:
         """List one refused record."""
         content = entry.content if isinstance(entry.content, dict) else {}
         self.journal.reject(
@@ -234,7 +234,7 @@ class _Writer:
                 **dataclasses.asdict(verdict),
             }
         )
-        self.journal.sources[source_of(entry.content), "rejected"] += 1
+        self.journal.sources[source_name(entry.content), "rejected"] += 1
         self._advance(entry)
 
     def close(self) -> None:
@@ -276,7 +276,7 @@ class _Writer:
 class _Progress:
     """A line every few seconds: how far, how fast, how long still. The file's bytes say how far: its records are not counted beforehand."""
 
-    def __init__(self, annotations: Annotations, *, done: int) -> None:
+    def __init__(self, annotations: AnnotationFile, *, done: int) -> None:
         self._annotations, self._first, self._done = annotations, done, done
         self._started = self._last = time.monotonic()
         self._fraction_at_start: float | None = None

@@ -16,12 +16,12 @@ import numpy as np
 from megatron_share4v.config.data import BlendSource
 from megatron_share4v.data.records import Sample
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Part:
+class BlendMember:
     """One data set of a blend. epochs: how often an epoch of the blend goes through it; need not be whole."""
 
     name: str
@@ -30,7 +30,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Share:
+class SourceRows:
     """Rows start .. start + count - 1 belong to source `name`, visited `epochs` times per epoch."""
 
     name: str
@@ -39,10 +39,10 @@ class Share:
     epochs: float
 
 
-class Blend:
+class BlendedIndex:
     """What an Index is to its users, over several of them. Pickles as its parts."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[BlendMember]) -> None:
         self.parts = tuple(parts)
         self._starts = np.cumsum([0, *(len(part.index) for part in self.parts)])
 
@@ -50,7 +50,7 @@ class Blend:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return Blend, (self.parts,)
+        return BlendedIndex, (self.parts,)
 
     @property
     def directory(self) -> str:
@@ -69,11 +69,11 @@ class Blend:
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @property
-    def shares(self) -> tuple[Share, ...]:
+    def shares(self) -> tuple[SourceRows, ...]:
         """The rows of each source."""
         counts = zip(self.parts, self._starts.tolist())
         return tuple(
-            Share(name=part.name, start=start, count=len(part.index), epochs=part.epochs) for part, start in counts
+            SourceRows(name=part.name, start=start, count=len(part.index), epochs=part.epochs) for part, start in counts
         )
 
     def locate(self, row: int) -> tuple[int, int]:
@@ -92,15 +92,15 @@ class Blend:
             part.index.check(tokenizer=tokenizer, template=template, max_text_length=max_text_length)
 
 
-class BlendStore:
-    """Reads samples of a blend by their row; one SampleStore per part."""
+class BlendedSampleReader:
+    """Reads samples of a blend by their row; one SampleReader per part."""
 
-    def __init__(self, blend: Blend) -> None:
+    def __init__(self, blend: BlendedIndex) -> None:
         self.index = blend
-        self._stores = [SampleStore(part.index) for part in blend.parts]
+        self._stores = [SampleReader(part.index) for part in blend.parts]
 
     def read(self, row: int, *, with_image: bool) -> Sample:
-        """As SampleStore.read."""
+        """As SampleReader.read."""
         part, local = self.index.locate(row)
         return self._stores[part].read(local, with_image=with_image)
 
@@ -110,7 +110,7 @@ class BlendStore:
             store.close()
 
 
-def open_index(train: str | Sequence[BlendSource]) -> Index | Blend:
+def open_index(train: str | Sequence[BlendSource]) -> Index | BlendedIndex:
     """What `data.train` names. A weight becomes a number of epochs: an epoch of the blend is as long as all its data sets together.
 
     Raises DataError as Index.open does.
@@ -125,19 +125,19 @@ def open_index(train: str | Sequence[BlendSource]) -> Index | Blend:
     parts = []
     for source, index, folder in zip(train, indexes, folders):
         epochs = total * source.weight / weights / max(len(index), 1) if source.weight else source.epochs or 1.0
-        parts.append(Part(name=source.path if folder in repeated else folder, index=index, epochs=epochs))
-    return Blend(parts)
+        parts.append(BlendMember(name=source.path if folder in repeated else folder, index=index, epochs=epochs))
+    return BlendedIndex(parts)
 
 
-def open_store(index: Index | Blend) -> SampleStore | BlendStore:
+def open_sample_reader(index: Index | BlendedIndex) -> SampleReader | BlendedSampleReader:
     """Reads samples by the rows of `index`."""
-    return BlendStore(index) if isinstance(index, Blend) else SampleStore(index)
+    return BlendedSampleReader(index) if isinstance(index, BlendedIndex) else SampleReader(index)
 
 
-def shares_of(index: Index | Blend) -> tuple[Share, ...]:
+def source_rows(index: Index | BlendedIndex) -> tuple[SourceRows, ...]:
     """The sources of `index`; a single data set is one."""
     return (
         index.shares
-        if isinstance(index, Blend)
-        else (Share(name=Path(index.directory).name, start=0, count=len(index), epochs=1.0),)
+        if isinstance(index, BlendedIndex)
+        else (SourceRows(name=Path(index.directory).name, start=0, count=len(index), epochs=1.0),)
     )

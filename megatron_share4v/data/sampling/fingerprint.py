@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from megatron_share4v.data.loading.encode import Encoder
-from megatron_share4v.data.sampling.blend import Blend
-from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.sampling.blend import BlendedIndex
+from megatron_share4v.data.sampling.sampler import Sampler
 
-Value = str | int | float | None
+FingerprintValue = str | int | float | None
 
 
-def describe_data(plan: Plan, encoder: Encoder) -> dict[str, Value]:
+def describe_data(plan: Sampler, encoder: Encoder) -> dict[str, FingerprintValue]:
     """Order of the samples, the data sets themselves, and how samples become ids, labels and pixels."""
-    described: dict[str, Value] = dict(plan.spec)
-    if isinstance(plan.index, Blend):
+    described: dict[str, FingerprintValue] = dict(plan.spec)
+    if isinstance(plan.index, BlendedIndex):
         described |= {
             f"data set {part.name}": f"{part.index.fingerprint[:12]} x {part.epochs:g} epochs"
             for part in plan.index.parts
@@ -31,7 +31,7 @@ def describe_data(plan: Plan, encoder: Encoder) -> dict[str, Value]:
     return described | {f"image policy {name}": value for name, value in asdict(encoder.images).items()}
 
 
-def differences(saved: Mapping[str, Value], now: Mapping[str, Value]) -> list[str]:
+def fingerprint_differences(saved: Mapping[str, FingerprintValue], now: Mapping[str, FingerprintValue]) -> list[str]:
     """`name: was A, is B` for each name whose value is not the same in both."""
     names = [*saved, *(name for name in now if name not in saved)]
     return [
@@ -41,7 +41,7 @@ def differences(saved: Mapping[str, Value], now: Mapping[str, Value]) -> list[st
     ]
 
 
-def _shown(described: Mapping[str, Value], name: str) -> str:
+def _shown(described: Mapping[str, FingerprintValue], name: str) -> str:
     value = described.get(name)
     if value is None:
         return "not set"

@@ -30,7 +30,7 @@ def block_order(count: int, *, block_size: int, window: int, seed: int, epoch: i
     return rows[shuffled[np.argsort(shuffled // (block_size * window), kind="stable")]]
 
 
-def selection(count: int, *, take: int, seed: int, epoch: int, source: int) -> np.ndarray:
+def select_items(count: int, *, take: int, seed: int, epoch: int, source: int) -> np.ndarray:
     """Which items of source number `source` (it has `count`) epoch `epoch` of a blend visits: [take], ascending, repeated where take > count.
 
     Each epoch goes on where the one before stopped in one endless cycle over a permutation, so no item is ever two visits ahead of another.

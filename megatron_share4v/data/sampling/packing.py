@@ -37,7 +37,7 @@ class Packs:
         return self.rows[firsts + np.arange(counts.sum())], counts
 
 
-def pack(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Packs:
+def pack_samples(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Packs:
     """rows: [N] in the order in which windows are cut; lengths: [N] positions of each of them, 1 .. packing.length.
 
     Of the two ways to fill, the one that needs fewer packs for a few windows fills all of them: which is better depends on how the lengths lie
@@ -64,7 +64,7 @@ def pack(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Packs:
     return Packs(rows=np.concatenate(placed)[by_pack], bounds=bounds.astype(np.int64))
 
 
-def join(parts: list[Packs], *, offsets: list[int]) -> Packs:
+def concatenate_packs(parts: list[Packs], *, offsets: list[int]) -> Packs:
     """The packs of several sources one after the other; the rows of each moved by its offset."""
     rows = np.concatenate([part.rows + offset for part, offset in zip(parts, offsets)])
     sizes = np.concatenate([np.diff(part.bounds) for part in parts])

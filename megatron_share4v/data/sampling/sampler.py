@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.sampling.blend import Blend, Share, shares_of
-from megatron_share4v.data.sampling.orders import block_order, modality_length_order, random_order, selection
-from megatron_share4v.data.sampling.packing import Packing, Packs, join, pack
+from megatron_share4v.data.sampling.blend import BlendedIndex, SourceRows, source_rows
+from megatron_share4v.data.sampling.orders import block_order, modality_length_order, random_order, select_items
+from megatron_share4v.data.sampling.packing import Packing, Packs, concatenate_packs, pack_samples
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.errors import ConfigError, DataError
 
@@ -28,7 +28,7 @@ Order = Literal["sequential", "random", "block", "group_by_modality_length"]
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockShuffle:
     """What the order `block` permutes: `size` consecutive items; `window` blocks are shuffled together."""
 
     size: int = 64
@@ -36,7 +36,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class StepItems:
+class GlobalBatch:
     """What one optimizer step trains, all data-parallel ranks together.
 
     rows: [n] row numbers of the index, in plan order. lengths: [n] positions of each sample, image slots included, padding not.
@@ -79,12 +79,12 @@ class MicroBatch:
     segments: tuple[tuple[int, ...], ...] | None
 
 
-class Plan:
+class Sampler:
     """The sequence of samples of a whole run."""
 
     def __init__(
         self,
-        index: Index | Blend,
+        index: Index | BlendedIndex,
         *,
         order: Order,
         group_size: int | None,
@@ -93,7 +93,7 @@ class Plan:
         micro_batch_size: int,
         tokens_per_image: int,
         pad_multiple: int,
-        blocks: Blocks = Blocks(),
+        blocks: BlockShuffle = BlockShuffle(),
         packing: Packing | None = None,
         pad_to: PadTo = "step",
     ) -> None:
@@ -124,7 +124,7 @@ class Plan:
         self._own_lengths = pad_to == "micro_batch" and packing is None
         self.index = index
         self._rows = index.rows
-        self._samples = shares_of(index)
+        self._samples = source_rows(index)
         self._packs = self._make_packs() if packing else None
         self._items = _item_shares(self._samples, self._packs)
         self._takes = [max(1, round(share.count * share.epochs)) for share in self._items]
@@ -132,7 +132,7 @@ class Plan:
         self._consumed_before = [np.zeros(len(self._items), dtype=np.int64)]
 
     @classmethod
-    def from_config(cls, config: RunConfig, index: Index | Blend, *, order: Order | None = None) -> Plan:
+    def from_config(cls, config: RunConfig, index: Index | BlendedIndex, *, order: Order | None = None) -> Sampler:
         """Build the plan of a run over `index`; `order` None means data.order. Raises as the constructor does."""
         data, train = config.data, config.train
         return cls(
@@ -144,7 +144,7 @@ class Plan:
             micro_batch_size=train.micro_batch_size,
             tokens_per_image=config.model.vision.num_patches,
             pad_multiple=config.length_multiple(),
-            blocks=Blocks(size=data.block_size, window=data.block_window),
+            blocks=BlockShuffle(size=data.block_size, window=data.block_window),
             packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,
             pad_to=data.pad_to,
         )
@@ -203,12 +203,12 @@ class Plan:
         """The row numbers of `items` one after the other, and how many each item has."""
         return self._packs.rows_of(items) if self._packs else (items, np.ones(len(items), dtype=np.int64))
 
-    def step(self, step: int) -> StepItems:
+    def global_batch(self, step: int) -> GlobalBatch:
         """The samples of optimizer step `step`, counted from 0."""
         rows, counts = self.rows_of(self._slice(step * self.global_batch_size, (step + 1) * self.global_batch_size))
         entries = self._rows[rows]
         positions = self._positions(entries)
-        return StepItems(
+        return GlobalBatch(
             step=step,
             rows=rows,
             lengths=positions,
@@ -236,7 +236,7 @@ class Plan:
             )
         return count // data_size
 
-    def micro_batches(self, items: StepItems, *, data_rank: int, data_size: int) -> list[MicroBatch]:
+    def micro_batches(self, items: GlobalBatch, *, data_rank: int, data_size: int) -> list[MicroBatch]:
         """The micro-batches that data-parallel rank `data_rank` runs, in order.
 
         The global batch is cut into M micro-batches whatever `data_size` is; rank r runs r, r + data_size, ... of them.
@@ -283,7 +283,7 @@ class Plan:
     def _visited(self, epoch: int) -> np.ndarray:
         """The items of an epoch, source after source."""
         chosen = [
-            share.start + selection(share.count, take=take, seed=self.seed, epoch=epoch, source=number)
+            share.start + select_items(share.count, take=take, seed=self.seed, epoch=epoch, source=number)
             for number, (share, take) in enumerate(zip(self._items, self._takes))
         ]
         return np.concatenate(chosen)
@@ -325,17 +325,17 @@ class Plan:
             rows = (
                 random_order(share.count, seed=self.seed, epoch=0) if self.order == "random" else np.arange(share.count)
             )
-            parts.append(pack(rows, lengths[share.start + rows], self.packing))
-        return join(parts, offsets=[share.start for share in self._samples])
+            parts.append(pack_samples(rows, lengths[share.start + rows], self.packing))
+        return concatenate_packs(parts, offsets=[share.start for share in self._samples])
 
 
-def _item_shares(samples: tuple[Share, ...], packs: Packs | None) -> tuple[Share, ...]:
+def _item_shares(samples: tuple[SourceRows, ...], packs: Packs | None) -> tuple[SourceRows, ...]:
     """The shares counted in items."""
     if packs is None:
         return samples
     starts = np.searchsorted(packs.bounds, [share.start for share in samples]).tolist()
     ends = [*starts[1:], len(packs)]
     return tuple(
-        Share(name=share.name, start=start, count=end - start, epochs=share.epochs)
+        SourceRows(name=share.name, start=start, count=end - start, epochs=share.epochs)
         for share, start, end in zip(samples, starts, ends)
     )

@@ -16,7 +16,7 @@ from megatron_share4v.logging import get_logger
 PAUSES_S = (0.1, 0.5, 2.0)
 
 
-class SampleStore:
+class SampleReader:
     """The samples of an index, by row number. Can be sent to another process."""
 
     def __init__(self, index: Index) -> None:

@@ -26,7 +26,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Location:
+class SampleLocation:
     """Where one sample lies; `shard` counts from 0."""
 
     shard: int
@@ -64,7 +64,7 @@ class ShardWriter:
         """No shard is open: nothing was written since the last `close`."""
         return self._tar is None
 
-    def write(self, key: str, *, text: bytes, image: bytes, extension: str) -> Location:
+    def write(self, key: str, *, text: bytes, image: bytes, extension: str) -> SampleLocation:
         """Add one sample: `text` as key.json and, unless empty, `image` as key.<extension>. `key` has no dot and at most 90 characters."""
         if self.is_full:
             self.close()
@@ -73,7 +73,7 @@ class ShardWriter:
             self._tar = self._new_tar(str(self._directory / self.names[-1]), encoder=False, mtime=0)
         self._in_shard += 1
         image_member = self._add(key, extension, image) if image else Member(offset=0, length=0, crc32=0)
-        return Location(shard=len(self.names) - 1, image=image_member, text=self._add(key, "json", text))
+        return SampleLocation(shard=len(self.names) - 1, image=image_member, text=self._add(key, "json", text))
 
     def close(self) -> None:
         """Finish the file that is open; call it after the last sample."""

@@ -12,9 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_share4v.data.images.decoder import EachAlone, library, open_decoder
-from megatron_share4v.data.images.parity import GateResult, check, measure, pass_gate, probe
-from megatron_share4v.data.images.policy import ImagePolicy, blank, normalise
+from megatron_share4v.data.images.decoder import PerImageDecoder, backend_version, open_decoder
+from megatron_share4v.data.images.parity import (
+    ParityResult,
+    check_backend_parity,
+    check_limits,
+    measure_parity,
+    read_probe_images,
+)
+from megatron_share4v.data.images.policy import ImagePolicy, mean_colour_images, normalise
 from megatron_share4v.errors import OpsError
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
@@ -118,8 +124,8 @@ def bad() -> dict[str, bytes]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_formats(backend: str, policy: ImagePolicy) -> None:
     files = good()
-    expected = open_decoder("pil", policy).decode_all(list(files.values()))
-    got = open_decoder(backend, policy).decode_all(list(files.values()))
+    expected = open_decoder("pil", policy).decode_batch(list(files.values()))
+    got = open_decoder(backend, policy).decode_batch(list(files.values()))
     assert expected.failures == {} and got.failures == {}
     assert got.pixels.shape == (len(files), policy.image_size, policy.image_size, 3) and got.pixels.dtype == torch.uint8
     error = (got.pixels.int() - expected.pixels.int()).abs().flatten(1)
@@ -135,26 +141,28 @@ def test_damage_is_named_and_harms_nobody_else(backend: str) -> None:
     sound, broken = saved(smooth(50, 40), "JPEG"), bad()
     files = [sound, *(data for one in broken.values() for data in (one, sound))]
     decoder = open_decoder(backend, policy)
-    result = decoder.decode_all(files)
+    result = decoder.decode_batch(files)
     assert sorted(result.failures) == list(range(1, len(files), 2))
     assert all(reason.startswith("image ") for reason in result.failures.values())
-    alone = decoder.decode_all([sound]).pixels[0]
+    alone = decoder.decode_batch([sound]).pixels[0]
     for position, pixels in enumerate(result.pixels):
-        assert torch.equal(pixels, blank(1, policy)[0] if position % 2 else alone), position
-    assert decoder.decode_all([]).pixels.shape == (0, 28, 28, 3)
+        assert torch.equal(pixels, mean_colour_images(1, policy)[0] if position % 2 else alone), position
+    assert decoder.decode_batch([]).pixels.shape == (0, 28, 28, 3)
 
 
 @pytest.mark.parametrize("backend", ["pil", *BACKENDS])
 def test_exif_orientation_changes_nothing(backend: str) -> None:
     image = smooth(50, 30)
     plain, turned = (
-        open_decoder(backend, POLICIES[0]).decode_all([saved(image, "JPEG"), saved(image, "JPEG", exif=exif(6))]).pixels
+        open_decoder(backend, POLICIES[0])
+        .decode_batch([saved(image, "JPEG"), saved(image, "JPEG", exif=exif(6))])
+        .pixels
     )
     assert torch.equal(plain, turned)
 
 
 def test_the_mean_colour_is_the_towers_zero() -> None:
-    assert normalise(blank(2, POLICIES[0]), dtype=torch.float32).abs().max() < 0.02
+    assert normalise(mean_colour_images(2, POLICIES[0]), dtype=torch.float32).abs().max() < 0.02
 
 
 @needs_dali
@@ -205,7 +213,7 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
         )
     ).eval()
     with torch.no_grad():
-        result = measure(
+        result = measure_parity(
             backend,
             open_decoder(backend, policy),
             files,
@@ -222,27 +230,27 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
     assert "features' cosine at least 0.99" in str(
         result
     ) and f"image backend {backend}: against pil on 7 images" in str(result)
-    check(result)
+    check_limits(result)
 
 
 def test_the_gate_refuses_what_is_too_far_off(prepared) -> None:
     policy = POLICIES[0]
-    assert pass_gate("pil", policy, prepared.index, device_index=None) is None
-    passed = pass_gate("torch_u8", policy, prepared.index, device_index=None)
-    assert isinstance(passed, GateResult) and passed.images == len(probe(prepared.index)) == 16
-    nearest = EachAlone(
+    assert check_backend_parity("pil", policy, prepared.index, device_index=None) is None
+    passed = check_backend_parity("torch_u8", policy, prepared.index, device_index=None)
+    assert isinstance(passed, ParityResult) and passed.images == len(read_probe_images(prepared.index)) == 16
+    nearest = PerImageDecoder(
         lambda data, policy: np.array(
             Image.open(io.BytesIO(data)).convert("RGB").resize((28, 28), Image.Resampling.NEAREST)
         ),
         policy,
     )
     with pytest.raises(OpsError, match="accepted are 2, a mean of 0.05"):
-        check(measure("torch_u8", nearest, probe(prepared.index), policy))
+        check_limits(measure_parity("torch_u8", nearest, read_probe_images(prepared.index), policy))
     with pytest.raises(OpsError, match="accepted are 24"):
-        check(replace(passed, backend="dali", mean_error=0.6))
+        check_limits(replace(passed, backend="dali", mean_error=0.6))
     with pytest.raises(OpsError, match="a cosine of 0.999"):
-        check(replace(passed, cosine=0.998))
+        check_limits(replace(passed, cosine=0.998))
 
 
 def test_libraries_are_named() -> None:
-    assert library("pil").startswith("pillow ") and library("torch_u8").endswith(torch.__version__)
+    assert backend_version("pil").startswith("pillow ") and backend_version("torch_u8").endswith(torch.__version__)

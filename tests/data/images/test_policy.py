@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from megatron_share4v.data.images.pil_decoder import decode, inspect
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_size, normalise
+from megatron_share4v.data.images.pil_decoder import decode, validate_image
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size, normalise
 from megatron_share4v.errors import DataError
 
 SIZES = [(64, 48), (37, 91), (91, 37), (55, 55), (28, 28), (13, 14), (200, 31), (1, 3)]
@@ -114,11 +114,11 @@ def test_absurd_sizes_are_refused_from_the_header(width: int, height: int):
 
 
 def test_size_limits():
-    check_size(8000, 8000)
-    check_size(5000, 100)
+    check_image_size(8000, 8000)
+    check_image_size(5000, 100)
     for size in ((8001, 8000), (5001, 100), (0, 5)):
         with pytest.raises(DataError, match="accepted|times the other"):
-            check_size(*size)
+            check_image_size(*size)
 
 
 def test_damaged_files_are_refused(picture):
@@ -136,24 +136,28 @@ def test_damaged_files_are_refused(picture):
         bytes(500),
     ):
         with pytest.raises(DataError, match="cannot be (read|decoded)"):
-            inspect(data)
+            validate_image(data)
 
 
 def test_32_bit_pixels_are_refused():
     buffer = io.BytesIO()
     Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(buffer, "TIFF")
     with pytest.raises(DataError, match="32 bits per channel"):
-        inspect(buffer.getvalue())
+        validate_image(buffer.getvalue())
 
 
 def test_formats_that_are_no_photographs_are_refused():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "EPS")
     with pytest.raises(DataError, match="image is in EPS format; accepted are JPEG"):
-        inspect(buffer.getvalue())
+        validate_image(buffer.getvalue())
 
 
 def test_inspect_tells_size_and_extension(picture):
-    header = inspect(picture(0, size=(30, 20), format="JPEG"))
+    header = validate_image(picture(0, size=(30, 20), format="JPEG"))
     assert (header.width, header.height, header.extension) == (30, 20, "jpg")
-    assert [inspect(picture(0, format=name)).extension for name in ("PNG", "WEBP", "GIF")] == ["png", "webp", "gif"]
+    assert [validate_image(picture(0, format=name)).extension for name in ("PNG", "WEBP", "GIF")] == [
+        "png",
+        "webp",
+        "gif",
+    ]

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_share4v.data.loading.collate import Role, collate
+from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.records import Example, Sample, Turn
 from megatron_share4v.errors import DataError
 
-BOTH = Role(first=True, last=True)
+BOTH = StageRole(first=True, last=True)
 IMAGE, IGNORE = -200, -100
 
 
@@ -68,8 +68,8 @@ def test_batch_without_images():
 
 def test_roles_fill_their_own_fields():
     blind = dataclasses.replace(WITH_IMAGE, pixels=None)
-    first = collate([WITH_IMAGE], sequence_length=8, tokens_per_image=3, role=Role(first=True, last=False))
-    last = collate([blind], sequence_length=8, tokens_per_image=3, role=Role(first=False, last=True))
+    first = collate([WITH_IMAGE], sequence_length=8, tokens_per_image=3, role=StageRole(first=True, last=False))
+    last = collate([blind], sequence_length=8, tokens_per_image=3, role=StageRole(first=False, last=True))
     both = collate([WITH_IMAGE], sequence_length=8, tokens_per_image=3, role=BOTH)
     assert first.target_rows is None and first.targets is None
     assert last.token_ids is None and last.image_slots is None and last.pixels is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_share4v.data.loading.context_parallel import context_part
+from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.records import Batch
 
 LENGTH, PATCHES = 12, 4
@@ -24,7 +24,7 @@ def micro_batch() -> Batch:
 
 
 def parts(size: int, batch: Batch) -> list[Batch]:
-    return [context_part(batch, rank=rank, size=size, sequence_length=LENGTH) for rank in range(size)]
+    return [slice_for_context_parallel(batch, rank=rank, size=size, sequence_length=LENGTH) for rank in range(size)]
 
 
 def back(flat: torch.Tensor, rank: int, length: int) -> list[int]:
@@ -73,19 +73,21 @@ def test_a_part_without_images_or_labels_is_empty_there() -> None:
 
 def test_one_rank_has_all() -> None:
     batch = micro_batch()
-    assert context_part(batch, rank=0, size=1, sequence_length=LENGTH) is batch
+    assert slice_for_context_parallel(batch, rank=0, size=1, sequence_length=LENGTH) is batch
 
 
 def test_a_stage_keeps_what_it_has() -> None:
     whole = micro_batch()
-    last = context_part(
+    last = slice_for_context_parallel(
         Batch(None, None, None, whole.target_rows, whole.targets), rank=1, size=2, sequence_length=LENGTH
     )
     assert last.token_ids is last.image_slots is last.pixels is None and last.target_rows.tolist() == [0, 4, 11]
-    middle = context_part(Batch(None, None, None, None, None, SEGMENTS), rank=1, size=2, sequence_length=LENGTH)
+    middle = slice_for_context_parallel(
+        Batch(None, None, None, None, None, SEGMENTS), rank=1, size=2, sequence_length=LENGTH
+    )
     assert middle == Batch(None, None, None, None, None, SEGMENTS)
     # Features that were computed before are picked from all of them.
-    computed = context_part(
+    computed = slice_for_context_parallel(
         Batch(whole.token_ids, whole.image_slots, None, whole.target_rows, None), rank=1, size=2, sequence_length=LENGTH
     )
     assert (

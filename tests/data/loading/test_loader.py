@@ -11,27 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_share4v.data.images.policy import blank
-from megatron_share4v.data.loading.collate import Role
-from megatron_share4v.data.loading.loader import ImageShare, Loader, ReadOptions
+from megatron_share4v.data.images.policy import mean_colour_images
+from megatron_share4v.data.loading.collate import StageRole
+from megatron_share4v.data.loading.loader import ImageSharding, Loader, LoaderOptions
 from megatron_share4v.data.records import Batch
-from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.sampling.sampler import Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.errors import ConfigError
 
-BOTH = Role(first=True, last=True)
+BOTH = StageRole(first=True, last=True)
 TOKENS_PER_IMAGE = 4
 
 
-def _plan(index: Index, **changes: object) -> Plan:
+def _plan(index: Index, **changes: object) -> Sampler:
     settings = {
         "order": "group_by_modality_length", "group_size": None, "seed": 11, "global_batch_size": 8, "micro_batch_size": 2,
         "tokens_per_image": TOKENS_PER_IMAGE, "pad_multiple": 8,
     }  # fmt: skip
-    return Plan(index, **(settings | changes))
+    return Sampler(index, **(settings | changes))
 
 
-def _read(index: Index, encoder, *, plan: Plan | None = None, **changes: object) -> list[list[Batch]]:
+def _read(index: Index, encoder, *, plan: Sampler | None = None, **changes: object) -> list[list[Batch]]:
     settings = {
         "role": BOTH,
         "start_step": 0,
@@ -41,7 +41,7 @@ def _read(index: Index, encoder, *, plan: Plan | None = None, **changes: object)
         "num_workers": 0,
     } | changes
     start, stop, options = (settings.pop(name) for name in ("start_step", "stop_step", "num_workers"))
-    loader = Loader(index, plan or _plan(index), encoder, options=ReadOptions(num_workers=options), **settings)
+    loader = Loader(index, plan or _plan(index), encoder, options=LoaderOptions(num_workers=options), **settings)
     steps = list(loader.steps(start, stop))
     assert not any(reading.faults for step in steps for reading in step)
     return [[reading.batch for reading in step] for step in steps]
@@ -63,7 +63,7 @@ def test_steps_agree_with_the_plan(prepared, one_rank):
     plan = _plan(prepared.index)
     assert [len(step) for step in one_rank] == [4] * 4
     for number, step in enumerate(one_rank):
-        items = plan.step(number)
+        items = plan.global_batch(number)
         assert all(batch.token_ids.shape == (2, items.sequence_length) for batch in step)
         assert sum(len(batch.targets) for batch in step) == items.trained_tokens
         assert sum(len(batch.pixels) for batch in step) == items.images
@@ -103,9 +103,9 @@ def test_each_stage_reads_what_it_needs(prepared, encoder, one_rank, tmp_path: P
         with (directory / f"shard-{entry['shard']:06d}.tar").open("r+b") as shard:
             shard.seek(int(entry["image_offset"]))
             shard.write(bytes(int(entry["image_length"])))
-    last = _read(Index.open(directory), encoder, role=Role(first=False, last=True))
-    first = _read(prepared.index, encoder, role=Role(first=True, last=False))
-    middle = _read(prepared.index, encoder, role=Role(first=False, last=False))
+    last = _read(Index.open(directory), encoder, role=StageRole(first=False, last=True))
+    first = _read(prepared.index, encoder, role=StageRole(first=True, last=False))
+    middle = _read(prepared.index, encoder, role=StageRole(first=False, last=False))
     for number, step in enumerate(one_rank):
         for slot, whole in enumerate(step):
             assert torch.equal(last[number][slot].targets, whole.targets) and torch.equal(
@@ -125,7 +125,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_slot(prepared, encoder, tmp_path
     whole = _read(index, encoder, plan=plan, stop_step=3)
     _overwrite(index, 9, "image", 9, b"\0\0\0")
     _overwrite(index, 13, "text", 2, b"\0")
-    options = ReadOptions(num_workers=num_workers)
+    options = LoaderOptions(num_workers=num_workers)
     loader = Loader(index, plan, encoder, role=BOTH, data_rank=0, data_size=1, options=options)
     steps = list(loader.steps(0, 3))
     faults = {fault.row: fault for step in steps for reading in step for fault in reading.faults}
@@ -139,7 +139,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_slot(prepared, encoder, tmp_path
                 continue
             [row] = bad
             place = row % 2
-            spared = (batch.target_rows // plan.step(1).sequence_length) != place
+            spared = (batch.target_rows // plan.global_batch(1).sequence_length) != place
             assert torch.equal(reading.batch.targets, batch.targets[spared]) and torch.equal(
                 reading.batch.target_rows, batch.target_rows[spared]
             )
@@ -147,7 +147,7 @@ def test_a_sample_that_cannot_be_read_keeps_its_slot(prepared, encoder, tmp_path
                 batch.image_slots
             )
             number = sum(int(index.rows[other]["n_img"]) for other in range(row - place, row))
-            assert torch.equal(reading.batch.pixels[number], blank(1, encoder.images)[0])
+            assert torch.equal(reading.batch.pixels[number], mean_colour_images(1, encoder.images)[0])
             assert torch.equal(reading.batch.token_ids[1 - place], batch.token_ids[1 - place])
 
 
@@ -160,9 +160,9 @@ def _overwrite(index: Index, row: int, kind: str, offset: int, content: bytes) -
 
 def test_labels_are_masked_for_what_other_ranks_could_not_read(prepared, encoder, one_rank):
     plan = _plan(prepared.index)
-    loader = Loader(prepared.index, plan, encoder, role=Role(first=False, last=True), data_rank=0, data_size=1)
+    loader = Loader(prepared.index, plan, encoder, role=StageRole(first=False, last=True), data_rank=0, data_size=1)
     [step] = loader.steps(0, 1)
-    micro_batch = plan.micro_batches(plan.step(0), data_rank=0, data_size=1)[1]
+    micro_batch = plan.micro_batches(plan.global_batch(0), data_rank=0, data_size=1)[1]
     masked = loader.without_labels(step[1].batch, micro_batch, rows=frozenset(micro_batch.rows[:1]))
     spared = step[1].batch.target_rows >= micro_batch.sequence_length
     assert torch.equal(masked.targets, step[1].batch.targets[spared]) and 0 < int(spared.sum()) < len(spared)
@@ -170,7 +170,7 @@ def test_labels_are_masked_for_what_other_ranks_could_not_read(prepared, encoder
 
 def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
     """Three ranks of a tensor group: the first reads the text as well."""
-    shares = [ImageShare(rank, 3) for rank in range(3)]
+    shares = [ImageSharding(rank, 3) for rank in range(3)]
     loaders = [
         Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, share=share)
         for share in shares
@@ -182,7 +182,7 @@ def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
             assert torch.equal(readings[0].batch.token_ids, batch.token_ids) and readings[1].batch.token_ids is None
 
 
-class DecodesInRank(ReadOptions):
+class DecodesInRank(LoaderOptions):
     """As on a GPU: workers hand on encoded files."""
 
     decodes_in_rank = True
@@ -234,7 +234,7 @@ def test_a_micro_batch_that_kills_every_worker_is_given_up(prepared, encoder, on
         role=BOTH,
         data_rank=0,
         data_size=1,
-        options=ReadOptions(num_workers=2),
+        options=LoaderOptions(num_workers=2),
     )
     readings = [reading for step in loader.steps(0, 2) for reading in step]
     assert [[fault.row for fault in reading.faults] for reading in readings] == [[], [], [4, 5], [], [], [], [], []]
@@ -271,28 +271,28 @@ def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_
 
 
 def test_ranks_that_cannot_share_are_refused(prepared, encoder):
-    for role in (BOTH, Role(first=False, last=False)):
+    for role in (BOTH, StageRole(first=False, last=False)):
         with pytest.raises(ConfigError, match="3 data-parallel ranks cannot share evenly"):
             _read(prepared.index, encoder, role=role, data_size=3)
 
 
 SCRIPT = """
     import sys
-    from megatron_share4v.data.loading.collate import Role
+    from megatron_share4v.data.loading.collate import StageRole
     from megatron_share4v.data.loading.encode import Encoder
     from megatron_share4v.data.images.policy import ImagePolicy
     from megatron_share4v.data.store.index import Index
-    from megatron_share4v.data.loading.loader import Loader, ReadOptions
-    from megatron_share4v.data.sampling.sampler import Plan
+    from megatron_share4v.data.loading.loader import Loader, LoaderOptions
+    from megatron_share4v.data.sampling.sampler import Sampler
     from megatron_share4v.text.template import get_template
     from megatron_share4v.text.tokenizer import Tokenizer
 
     if __name__ == "__main__":
         index = Index.open(sys.argv[1])
-        plan = Plan(index, order="random", group_size=None, seed=0, global_batch_size=4, micro_batch_size=2, tokens_per_image=4, pad_multiple=8)
+        plan = Sampler(index, order="random", group_size=None, seed=0, global_batch_size=4, micro_batch_size=2, tokens_per_image=4, pad_multiple=8)
         encoder = Encoder(Tokenizer(sys.argv[2]), get_template("vicuna_v1"), 512, ImagePolicy(28))
-        options = ReadOptions(num_workers=2, prefetch=4)
-        stream = Loader(index, plan, encoder, role=Role(True, True), data_rank=0, data_size=1, options=options).steps(0, 10**6)
+        options = LoaderOptions(num_workers=2, prefetch=4)
+        stream = Loader(index, plan, encoder, role=StageRole(True, True), data_rank=0, data_size=1, options=options).steps(0, 10**6)
         next(stream)
         print("got one", flush=True)
         raise SystemExit(3)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_share4v.data.loading.prefetch import in_background, on_device
+from megatron_share4v.data.loading.prefetch import iterate_in_thread, prefetch_to_device
 from megatron_share4v.parallel.device import Device
 
 
@@ -32,13 +32,13 @@ class Source:
 
 def test_order_and_end() -> None:
     source = Source(20)
-    assert list(in_background(source.items(), depth=3)) == list(range(20))
+    assert list(iterate_in_thread(source.items(), depth=3)) == list(range(20))
     assert source.closed and not _threads()
 
 
 def test_only_a_little_ahead() -> None:
     source = Source(20)
-    stream = in_background(source.items(), depth=2)
+    stream = iterate_in_thread(source.items(), depth=2)
     assert next(stream) == 0
     time.sleep(0.2)
     assert source.made <= 1 + 2
@@ -47,7 +47,7 @@ def test_only_a_little_ahead() -> None:
 
 
 def test_errors_at_their_place() -> None:
-    stream = in_background(Source(5, fails_at=2).items())
+    stream = iterate_in_thread(Source(5, fails_at=2).items())
     assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(ValueError, match="no 2"):
         next(stream)
@@ -56,7 +56,7 @@ def test_errors_at_their_place() -> None:
 
 def test_nothing_of_this_on_the_cpu() -> None:
     steps = iter([])
-    assert on_device(steps, Device("cpu")) is steps
+    assert prefetch_to_device(steps, Device("cpu")) is steps
 
 
 def _threads() -> list[str]:

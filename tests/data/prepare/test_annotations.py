@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_share4v.data.prepare import annotations
-from megatron_share4v.data.prepare.annotations import Annotations, parse_record, source_of, word_count
+from megatron_share4v.data.prepare.annotations import AnnotationFile, count_words, parse_record, source_name
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 
@@ -18,7 +18,7 @@ TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "va
 def test_entries_carry_file_and_position(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"id": "x", "conversations": TURNS}, 7]), encoding="utf-8")
-    first, second = Annotations(path)
+    first, second = AnnotationFile(path)
     assert first.where == "a.json, record 0 (id 'x')"
     assert (second.where, second.content) == ("a.json, record 1", 7)
 
@@ -43,7 +43,7 @@ def test_files_that_are_no_list_are_refused(tmp_path: Path, text: str, message: 
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(DataError, match=re.escape(message)):
-        list(Annotations(path))
+        list(AnnotationFile(path))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1 << 20])
@@ -62,7 +62,7 @@ def test_chunks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for ascii_only, indent in ((True, None), (False, 1)):
         path = tmp_path / "a.json"
         path.write_text(json.dumps(content, ensure_ascii=ascii_only, indent=indent), encoding="utf-8")
-        assert [entry.content for entry in Annotations(path)] == content
+        assert [entry.content for entry in AnnotationFile(path)] == content
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
     )
     assert path.stat().st_size > 12 << 20
     tracemalloc.start()
-    count = sum(1 for _ in Annotations(path))
+    count = sum(1 for _ in AnnotationFile(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 1_500 and peak < 6 * annotations.CHUNK_BYTES
@@ -83,7 +83,7 @@ def test_a_record_without_end_is_refused_early(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(annotations, "CHUNK_BYTES", 1_000)
     path = tmp_path / "a.json"
     path.write_text('[{"a": "' + "x" * 100_000, encoding="utf-8")
-    source = Annotations(path)
+    source = AnnotationFile(path)
     with pytest.raises(DataError, match="a record longer than 5000 characters"):
         list(source)
     assert source.bytes_read < 20_000
@@ -91,7 +91,7 @@ def test_a_record_without_end_is_refused_early(tmp_path: Path, monkeypatch: pyte
 
 def test_missing_file_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="nothing.json: cannot be read"):
-        Annotations(tmp_path / "nothing.json")
+        AnnotationFile(tmp_path / "nothing.json")
 
 
 def test_record_with_and_without_image():
@@ -99,7 +99,7 @@ def test_record_with_and_without_image():
     assert (record.id, record.image) == ("5", "coco/1.jpg")
     assert record.turns == (Turn("human", "<image>\nWhat is it?"), Turn("gpt", "A cat."))
     assert parse_record({"conversations": TURNS}, where="here").image is None
-    assert word_count(record.turns) == 6
+    assert count_words(record.turns) == 6
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_bad_records_are_refused_by_name(content: object, message: str):
 
 
 def test_source_is_the_first_folder():
-    assert [source_of(c) for c in ({"image": "sam/images/1.jpg"}, {"image": "1.jpg"}, {}, 3)] == [
+    assert [source_name(c) for c in ({"image": "sam/images/1.jpg"}, {"image": "1.jpg"}, {}, 3)] == [
         "sam",
         ".",
         "text-only",

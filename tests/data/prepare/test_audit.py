@@ -13,17 +13,23 @@ from PIL import Image
 
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.images.policy import ImagePolicy
-from megatron_share4v.data.prepare.annotations import Annotations
-from megatron_share4v.data.prepare.audit import FACTS, AnnotatedRecords, Audit, PreparedRecords, audit
-from megatron_share4v.data.prepare.audit_report import Shape, packing, padding, report, sample_lengths
-from megatron_share4v.data.prepare.audit_samples import show_sample
+from megatron_share4v.data.prepare.annotations import AnnotationFile
+from megatron_share4v.data.prepare.audit import FACTS, AnnotationSource, AuditResult, DatasetSource, audit_records
+from megatron_share4v.data.prepare.audit_report import (
+    BatchShape,
+    estimate_packing,
+    estimate_padding,
+    format_report,
+    sample_lengths,
+)
+from megatron_share4v.data.prepare.audit_samples import format_sample
 from megatron_share4v.data.prepare.image_files import ImageFiles
-from megatron_share4v.data.prepare.validate import Examine
+from megatron_share4v.data.prepare.validate import RecordValidator
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.records import Sample, Turn
 from megatron_share4v.data.sampling.orders import modality_length_order, random_order
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.logging import get_logger
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
@@ -32,9 +38,9 @@ TOOL = Path(__file__).parents[3] / "tools" / "doctor.py"
 
 
 @pytest.fixture(scope="module")
-def examine(prepared) -> Examine:
+def examine(prepared) -> RecordValidator:
     images = ImageFiles(prepared.images, archives=(), table=None)
-    return Examine(images, Tokenizer(prepared.tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False)
+    return RecordValidator(images, Tokenizer(prepared.tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False)
 
 
 @pytest.fixture
@@ -71,12 +77,12 @@ WANTED = {
 }  # fmt: skip
 
 
-def _audit(folder: Path, examine: Examine, **named) -> Audit:
+def _audit(folder: Path, examine: RecordValidator, **named) -> AuditResult:
     examine = dataclasses.replace(examine, images=ImageFiles(folder / "images", archives=(), table=None))
-    return audit(AnnotatedRecords(Annotations(folder / "annotations.json"), examine), workers=0, **named)
+    return audit_records(AnnotationSource(AnnotationFile(folder / "annotations.json"), examine), workers=0, **named)
 
 
-def test_every_kind_is_found(bad: Path, examine: Examine):
+def test_every_kind_is_found(bad: Path, examine: RecordValidator):
     found = []
     result = _audit(bad, examine, on_finding=found.append)
     assert dict(result.counts) == WANTED, found
@@ -91,19 +97,19 @@ def test_every_kind_is_found(bad: Path, examine: Examine):
     assert len(_audit(bad, examine, examples=1).examples["placeholder mismatch"]) == 1
 
 
-def test_numbers_agree_with_the_index(prepared, examine: Examine):
-    records = AnnotatedRecords(Annotations(prepared.annotations), examine)
-    result = audit(records, workers=2)
+def test_numbers_agree_with_the_index(prepared, examine: RecordValidator):
+    records = AnnotationSource(AnnotationFile(prepared.annotations), examine)
+    result = audit_records(records, workers=2)
     rows = prepared.index.rows
     assert not result.counts
     for name in ("n_tok", "n_lab", "words", "n_img", "width", "height"):
         assert np.array_equal(result.facts[name], rows[name])
-    assert sample_lengths(result, Shape(tokens_per_image=10))[0] == rows[0]["n_tok"] + 9
+    assert sample_lengths(result, BatchShape(tokens_per_image=10))[0] == rows[0]["n_tok"] + 9
 
 
-def test_a_prepared_data_set_is_verified(prepared, examine: Examine, tmp_path: Path):
+def test_a_prepared_data_set_is_verified(prepared, examine: RecordValidator, tmp_path: Path):
     copy = Path(shutil.copytree(prepared.directory, tmp_path / "copy"))
-    clean = audit(PreparedRecords(SampleStore(Index.open(copy)), examine), workers=0)
+    clean = audit_records(DatasetSource(SampleReader(Index.open(copy)), examine), workers=0)
     assert (clean.records, len(clean.facts), dict(clean.counts)) == (24, 24, {})
     index = Index.open(copy)
     path = copy / "shard-000001.tar"
@@ -111,40 +117,42 @@ def test_a_prepared_data_set_is_verified(prepared, examine: Examine, tmp_path: P
     data[int(index.rows[6]["image_offset"]) + 30] ^= 1
     path.write_bytes(data)
     shorter = dataclasses.replace(examine, max_text_length=int(index.rows[0]["n_tok"]) - 1)
-    damaged = audit(PreparedRecords(SampleStore(index), shorter), workers=0)
+    damaged = audit_records(DatasetSource(SampleReader(index), shorter), workers=0)
     [finding] = damaged.examples["damaged sample"]
     assert finding.where == "shard-000001.tar:img_6" and "crc32 is" in finding.reason
     assert damaged.counts["outdated index"] > 0 and "n_tok is" in damaged.examples["outdated index"][0].reason
 
 
-def _lengths(lengths: list[int], *, images: int = 0) -> Audit:
+def _lengths(lengths: list[int], *, images: int = 0) -> AuditResult:
     facts = np.zeros(len(lengths), dtype=FACTS)
     facts["n_tok"] = facts["full_tok"] = lengths
     facts["n_lab"] = facts["full_lab"] = 1
     facts["words"] = lengths
     facts["n_img"][:images] = 1
-    return Audit(records=len(lengths), facts=facts, sources=["x"])
+    return AuditResult(records=len(lengths), facts=facts, sources=["x"])
 
 
 def test_padding_and_packing_are_what_a_hand_counts():
     result = _lengths([8, 16] * 8)
-    shape = Shape(tokens_per_image=1, micro_batch_size=2, global_batch_size=4, pad_multiple=8, pack_length=24)
-    for found in padding(result, shape):
+    shape = BatchShape(tokens_per_image=1, micro_batch_size=2, global_batch_size=4, pad_multiple=8, pack_length=24)
+    for found in estimate_padding(result, shape):
         order = modality_length_order(result.facts["words"], group_size=4, batch_size=2, seed=0, epoch=0)
         order = order if found.order == "group_by_modality_length" else random_order(16, seed=0, epoch=0)
         lengths = [(8, 16)[row % 2] for row in order]
         for share, size in ((found.micro_batch, 2), (found.step, 4)):
             padded = sum(max(lengths[start : start + size]) * size for start in range(0, 16, size))
             assert share == pytest.approx(1 - 8 * 24 / padded)
-    packs = packing(result, shape)
+    packs = estimate_packing(result, shape)
     assert (packs.packs, packs.fill, packs.samples_per_pack, packs.too_long) == (8, 1.0, 2.0, 0)
-    assert packing(result, dataclasses.replace(shape, pack_length=10)).too_long == 8
-    assert padding(result, dataclasses.replace(shape, global_batch_size=32)) == []
+    assert estimate_packing(result, dataclasses.replace(shape, pack_length=10)).too_long == 8
+    assert estimate_padding(result, dataclasses.replace(shape, global_batch_size=32)) == []
 
 
-def test_report_says_it_all(bad: Path, examine: Examine):
-    text = report(
-        _audit(bad, examine), Shape(tokens_per_image=4, global_batch_size=8, pack_length=512), allowed=["repeated id"]
+def test_report_says_it_all(bad: Path, examine: RecordValidator):
+    text = format_report(
+        _audit(bad, examine),
+        BatchShape(tokens_per_image=4, global_batch_size=8, pack_length=512),
+        allowed=["repeated id"],
     )
     assert text.startswith("37 records, 30 can be trained, 12 findings\n")
     assert (
@@ -160,10 +168,10 @@ def test_report_says_it_all(bad: Path, examine: Examine):
         "1 samples are cut",
     ):
         assert words in text
-    assert report(Audit(), Shape()).startswith("0 records, 0 can be trained, 0 findings")
+    assert format_report(AuditResult(), BatchShape()).startswith("0 records, 0 can be trained, 0 findings")
 
 
-def test_a_sample_as_the_model_sees_it(examine: Examine):
+def test_a_sample_as_the_model_sees_it(examine: RecordValidator):
     turns = (Turn("human", "<image>\nwhat is it?"), Turn("gpt", "a red\x1b[2J circle"))
     sample = Sample(key="k", turns=turns, image=None, has_image=True, shard="s")
     named = {
@@ -172,12 +180,12 @@ def test_a_sample_as_the_model_sees_it(examine: Examine):
         "max_text_length": 512,
         "tokens_per_image": 576,
     }
-    plain = show_sample(sample, colour=False, **named)
+    plain = format_sample(sample, colour=False, **named)
     assert (
         plain.startswith("--- s:k: ")
         and "USER: <image: 576 positions> \nwhat is it? ASSISTANT:[[ a red\\x1b[2J circle</s>]]" in plain
     )
-    assert "\033[1;32m a red\\x1b[2J circle</s>\033[0m" in show_sample(sample, colour=True, **named)
+    assert "\033[1;32m a red\\x1b[2J circle</s>\033[0m" in format_sample(sample, colour=True, **named)
 
 
 @pytest.fixture
@@ -246,7 +254,7 @@ def test_the_command_on_a_prepared_directory(prepared, tmp_path: Path, command, 
             command(wrong)
 
 
-def test_prepare_and_doctor_agree(bad: Path, prepared, examine: Examine):
+def test_prepare_and_doctor_agree(bad: Path, prepared, examine: RecordValidator):
     options = PrepareOptions(
         annotations=bad / "annotations.json", images=bad / "images", output=bad / "out", tokenizer=prepared.tokenizer_path, max_text_length=512,
         max_rejected_fraction=0.5,

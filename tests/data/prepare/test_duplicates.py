@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_share4v.data.prepare.duplicates import find_duplicates
-from megatron_share4v.data.prepare.growing_array import Table
+from megatron_share4v.data.prepare.growing_array import GrowingArray
 
 
 def test_groups_are_what_pairs_say():
@@ -42,10 +42,10 @@ def test_nothing_is_no_duplicate(tmp_path: Path):
 
 
 def test_table_grows():
-    table = Table(np.dtype([("x", "<u4")]))
+    table = GrowingArray(np.dtype([("x", "<u4")]))
     for number in range(3000):
         table.append((number,))
     assert len(table) == 3000 and np.array_equal(table.rows["x"], np.arange(3000))
-    more = Table(table.rows.dtype, table.rows.copy())
+    more = GrowingArray(table.rows.dtype, table.rows.copy())
     more.append((7,))
     assert more.rows["x"][-1] == 7 and len(more) == 3001 and len(table) == 3000

@@ -21,7 +21,7 @@ from megatron_share4v.data.prepare.image_files import scan_images
 from megatron_share4v.data.prepare.resume import Journal
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.store.index import IN_PLACE, Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
 
 COUNT = 30
@@ -244,7 +244,7 @@ def test_in_place_reads_the_same_without_a_copy(options, packed: bool):
         _pack(options.images / "coco", options.images / "coco.tar")
     options = dataclasses.replace(options, in_place=True)
     prepare(options)
-    ours, theirs = (SampleStore(Index.open(directory)) for directory in (options.output, copied.output))
+    ours, theirs = (SampleReader(Index.open(directory)) for directory in (options.output, copied.output))
     assert len(ours.index) == len(theirs.index) == 26
     for row in range(26):
         one, other = ours.read(row, with_image=True), theirs.read(row, with_image=True)
@@ -260,12 +260,12 @@ def test_in_place_notices_what_changed_since(options, picture):
     image = options.images / "coco" / "0.png"
     image.write_bytes(image.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match=r"coco/0.png:img_0: is not the image that was prepared"):
-        SampleStore(Index.open(options.output)).read(0, with_image=True)
+        SampleReader(Index.open(options.output)).read(0, with_image=True)
     image.unlink()
     with pytest.raises(
         DataError, match=r"coco/0.png:img_0: cannot be read .* prepared with --in-place: put the image back"
     ):
-        SampleStore(Index.open(options.output)).read(0, with_image=True)
+        SampleReader(Index.open(options.output)).read(0, with_image=True)
     options.images.rename(options.images.with_name("elsewhere"))
     with pytest.raises(DataError, match="images were left in place and their folder .*images is missing"):
         Index.open(options.output)
@@ -301,7 +301,7 @@ def shared(options) -> PrepareOptions:
 def test_a_shared_image_is_stored_once(shared):
     summary = prepare(shared)
     index = Index.open(shared.output)
-    store = SampleStore(index)
+    store = SampleReader(index)
     image = (shared.images / "coco" / "0.png").read_bytes()
     rows = [row for row in range(len(index)) if index.key(row) in ("img_0", "again", "img_3~31", "img_0~33")]
     assert len(rows) == 4 and all(store.read(row, with_image=True).image == image for row in rows)

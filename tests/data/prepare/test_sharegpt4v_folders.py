@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.logging import get_logger
 
 ROOT = Path(__file__).parents[3]
@@ -152,7 +152,7 @@ def test_one_command_prepares_stage_1(layout: Path, run):
         "coco": (3, 0, 3), "llava": (3, 0, 3), "sam": (3, 0, 3),
     }  # fmt: skip
     assert index.info.template == "plain"
-    store = SampleStore(index)
+    store = SampleReader(index)
     assert all(store.read(row, with_image=True).image for row in range(9))
 
 
@@ -185,7 +185,7 @@ def test_the_other_commands(layout: Path, run, capsys):
     assert "1 equal images" in capsys.readouterr().out
     assert run(_command("prepare_data", "--in-place")) == 0
     copied, left = (
-        SampleStore(Index.open(layout / "sharegpt4v" / name)) for name in ("finetune_665k", "finetune_665k_in_place")
+        SampleReader(Index.open(layout / "sharegpt4v" / name)) for name in ("finetune_665k", "finetune_665k_in_place")
     )
     assert [left.read(row, with_image=True) for row in range(len(left.index))] == [
         copied.read(row, with_image=True) for row in range(len(copied.index))

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.logging import get_logger
 
@@ -178,7 +178,7 @@ def test_repeated_and_odd_ids_get_keys_of_their_own(options, prepared):
     prepare(_change(options, *extra))
     index = Index.open(options.output)
     assert [index.key(row) for row in range(6, 11)] == ["img_0~6", "a_b_c__", "~8", "x" * 64, "7"]
-    store = SampleStore(index)
+    store = SampleReader(index)
     assert all(store.read(row, with_image=True).image for row in range(6, 11))
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_share4v.config.data import BlendSource
-from megatron_share4v.data.loading.collate import Role
-from megatron_share4v.data.loading.loader import Loader, ReadOptions
-from megatron_share4v.data.sampling.blend import Blend, open_index, open_store, shares_of
+from megatron_share4v.data.loading.collate import StageRole
+from megatron_share4v.data.loading.loader import Loader, LoaderOptions
+from megatron_share4v.data.sampling.blend import BlendedIndex, open_index, open_sample_reader, source_rows
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.sampling.sampler import Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.errors import DataError
 
@@ -24,18 +24,18 @@ def second(prepared, tmp_path_factory) -> Path:
     return Path(shutil.copytree(prepared.directory, tmp_path_factory.mktemp("blend") / "second"))
 
 
-def _blend(prepared, second: Path, **shares: tuple[float, float]) -> Blend:
+def _blend(prepared, second: Path, **shares: tuple[float, float]) -> BlendedIndex:
     [(kind, values)] = shares.items()
     return open_index(
         [BlendSource(path=str(path), **{kind: value}) for path, value in zip((prepared.directory, second), values)]
     )
 
 
-def _plan(index, **changes: object) -> Plan:
+def _plan(index, **changes: object) -> Sampler:
     settings = {
         "order": "random", "group_size": None, "seed": 11, "global_batch_size": 8, "micro_batch_size": 2, "tokens_per_image": 4, "pad_multiple": 8,
     }  # fmt: skip
-    return Plan(index, **(settings | changes))
+    return Sampler(index, **(settings | changes))
 
 
 def test_rows_keys_and_samples_are_those_of_the_parts(prepared, second, encoder):
@@ -47,7 +47,7 @@ def test_rows_keys_and_samples_are_those_of_the_parts(prepared, second, encoder)
     assert blend.key(3) == f"out:{prepared.index.key(3)}" and blend.key(27) == f"second:{prepared.index.key(3)}"
     assert np.array_equal(blend.rows[24:], prepared.index.rows)
     copy = pickle.loads(pickle.dumps(blend))
-    store, alone = open_store(copy), open_store(prepared.index)
+    store, alone = open_sample_reader(copy), open_sample_reader(prepared.index)
     assert store.read(27, with_image=True) == alone.read(3, with_image=True)
     store.close()
     alone.close()
@@ -58,7 +58,7 @@ def test_rows_keys_and_samples_are_those_of_the_parts(prepared, second, encoder)
 
 def test_one_directory_is_no_blend(prepared):
     index = open_index(str(prepared.directory))
-    assert isinstance(index, Index) and [share.epochs for share in shares_of(index)] == [1.0]
+    assert isinstance(index, Index) and [share.epochs for share in source_rows(index)] == [1.0]
 
 
 def test_folders_of_one_name_are_told_apart(prepared, tmp_path: Path):
@@ -78,7 +78,7 @@ def test_epochs(prepared, second, order: str):
         visits += chosen
     assert np.all(visits[:24] == 8) and np.all(visits[24:] == 2)
     assert plan.consumed(15) == {"out": 96, "second": 24}
-    seen = np.concatenate([plan.step(step).rows for step in range(11)])
+    seen = np.concatenate([plan.global_batch(step).rows for step in range(11)])
     assert plan.consumed(11) == {"out": int((seen < 24).sum()), "second": int((seen >= 24).sum())}
 
 
@@ -99,7 +99,7 @@ def test_packs_hold_one_source_each(prepared, second):
         for group in np.split(rows, np.cumsum(counts)[:-1]):
             assert len(set(group >= 24)) == 1
         assert np.all(np.bincount(rows, minlength=48)[:24] == 1) and len(counts) == half
-    seen = np.concatenate([plan.step(step).rows for step in range(9)])
+    seen = np.concatenate([plan.global_batch(step).rows for step in range(9)])
     assert plan.consumed(9) == {"out": int((seen < 24).sum()), "second": int((seen >= 24).sum())}
 
 
@@ -107,11 +107,13 @@ def test_packs_hold_one_source_each(prepared, second):
 def test_the_loader_reads_blends_and_packs(prepared, second, encoder, packing):
     blend = _blend(prepared, second, epochs=(1.0, 1.0))
     plan = _plan(blend, packing=packing)
-    settings = dict(role=Role(first=True, last=True), data_rank=0, data_size=1)
-    loaders = [Loader(blend, plan, encoder, options=ReadOptions(num_workers=workers), **settings) for workers in (0, 2)]
+    settings = dict(role=StageRole(first=True, last=True), data_rank=0, data_size=1)
+    loaders = [
+        Loader(blend, plan, encoder, options=LoaderOptions(num_workers=workers), **settings) for workers in (0, 2)
+    ]
     alone, helped = ([[reading.batch for reading in step] for step in loader.steps(0, 2)] for loader in loaders)
     for number, (step, other) in enumerate(zip(alone, helped, strict=True)):
-        items = plan.step(number)
+        items = plan.global_batch(number)
         assert (
             sum(len(batch.targets) for batch in step) == items.trained_tokens
             and sum(len(batch.pixels) for batch in step) == items.images

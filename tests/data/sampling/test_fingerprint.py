@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 
 from megatron_share4v.data.images.policy import ImagePolicy
-from megatron_share4v.data.sampling.fingerprint import describe_data, differences
+from megatron_share4v.data.sampling.fingerprint import describe_data, fingerprint_differences
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import Plan
+from megatron_share4v.data.sampling.sampler import Sampler
 from megatron_share4v.text.template import get_template
 
 
-def _plan(index, **changes: object) -> Plan:
+def _plan(index, **changes: object) -> Sampler:
     settings = {
         "order": "random", "group_size": None, "seed": 11, "global_batch_size": 8, "micro_batch_size": 2, "tokens_per_image": 4, "pad_multiple": 8,
     }  # fmt: skip
-    return Plan(index, **(settings | changes))
+    return Sampler(index, **(settings | changes))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def _plan(index, **changes: object) -> Plan:
 )
 def test_order(prepared, encoder, changes, named):
     saved, now = (describe_data(_plan(prepared.index, **settings), encoder) for settings in ({}, changes))
-    assert "; ".join(differences(saved, now)) == named
+    assert "; ".join(fingerprint_differences(saved, now)) == named
 
 
 def test_encoding(prepared, encoder):
@@ -43,7 +43,7 @@ def test_encoding(prepared, encoder):
     saved = describe_data(plan, encoder)
 
     def named(**changes: object) -> str:
-        return "; ".join(differences(saved, describe_data(plan, dataclasses.replace(encoder, **changes))))
+        return "; ".join(fingerprint_differences(saved, describe_data(plan, dataclasses.replace(encoder, **changes))))
 
     assert named() == ""
     assert named(template=get_template("plain")) == "template: was vicuna_v1, is plain"
@@ -55,4 +55,6 @@ def test_encoding(prepared, encoder):
 
 
 def test_long_hashes_are_shown_in_short():
-    assert differences({"index": "a" * 64}, {"index": "b" * 64}) == [f"index: was {'a' * 12}, is {'b' * 12}"]
+    assert fingerprint_differences({"index": "a" * 64}, {"index": "b" * 64}) == [
+        f"index: was {'a' * 12}, is {'b' * 12}"
+    ]

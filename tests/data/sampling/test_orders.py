@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from megatron_share4v.data.sampling.orders import block_order, modality_length_order, random_order, selection
+from megatron_share4v.data.sampling.orders import block_order, modality_length_order, random_order, select_items
 
 
 def _hash(order: np.ndarray) -> str:
@@ -26,7 +26,7 @@ def test_golden_hashes():
         _hash(modality_length_order(_words(1000), group_size=32, batch_size=4, seed=42, epoch=0)) == "3bfd37e22bb2c05b"
     )
     assert _hash(block_order(1000, block_size=16, window=8, seed=42, epoch=0)) == "c1024401867bc40e"
-    assert _hash(selection(1000, take=300, seed=42, epoch=3, source=1)) == "bd0f5308015af0fd"
+    assert _hash(select_items(1000, take=300, seed=42, epoch=3, source=1)) == "bd0f5308015af0fd"
 
 
 def test_random_order_visits_each_once_and_depends_on_seed_and_epoch():
@@ -115,11 +115,11 @@ def test_blocks_are_permuted_and_shuffled_in_windows(count: int):
 
 
 def test_selection_visits_all_alike():
-    assert np.array_equal(selection(7, take=7, seed=0, epoch=5, source=0), np.arange(7))
+    assert np.array_equal(select_items(7, take=7, seed=0, epoch=5, source=0), np.arange(7))
     for take in (3, 10, 25):
         visits = np.zeros(10, dtype=int)
         for epoch in range(8):
-            chosen = selection(10, take=take, seed=4, epoch=epoch, source=2)
+            chosen = select_items(10, take=take, seed=4, epoch=epoch, source=2)
             assert len(chosen) == take and np.all(np.diff(chosen) >= 0)
             visits += np.bincount(chosen, minlength=10)
             assert visits.max() - visits.min() <= 1

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from megatron_share4v.data.sampling.packing import Packing, best_fit, even_fill, join, pack
+from megatron_share4v.data.sampling.packing import Packing, best_fit, concatenate_packs, even_fill, pack_samples
 
 
 def _lengths(count: int, *, longest: int) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_best_fit_is_that_of_the_textbook(count: int, capacity: int):
 )
 def test_every_sample_is_in_one_pack_of_its_window(count: int, capacity: int, window: int):
     lengths, rows = _lengths(count, longest=capacity), np.arange(count)[::-1].copy()
-    packs = pack(rows, lengths[rows], Packing(length=capacity, window=window))
+    packs = pack_samples(rows, lengths[rows], Packing(length=capacity, window=window))
     assert np.array_equal(np.sort(packs.rows), np.arange(count))
     for start, end in zip(packs.bounds, packs.bounds[1:]):
         content = packs.rows[start:end]
@@ -63,8 +63,8 @@ def test_even_fill_needs_fewer_packs_for_like_lengths():
 
 
 def test_rows_of_and_join():
-    first, second = (pack(np.arange(5), np.array([4, 3, 3, 2, 2]), Packing(length=6)) for _ in range(2))
-    both = join([first, second], offsets=[0, 5])
+    first, second = (pack_samples(np.arange(5), np.array([4, 3, 3, 2, 2]), Packing(length=6)) for _ in range(2))
+    both = concatenate_packs([first, second], offsets=[0, 5])
     assert len(both) == len(first) * 2 and np.array_equal(both.rows[:5] + 5, both.rows[5:])
     rows, counts = both.rows_of(np.array([3, 0]))
     assert rows.tolist() == [*both.rows[both.bounds[3] : both.bounds[4]], *both.rows[: both.bounds[1]]]
@@ -73,7 +73,7 @@ def test_rows_of_and_join():
 
 def test_golden_hash():
     """Packs are part of every saved run: if this fails, old runs can no longer be resumed."""
-    packs = pack(np.arange(3000), _lengths(3000, longest=900), Packing(length=1024, window=512))
+    packs = pack_samples(np.arange(3000), _lengths(3000, longest=900), Packing(length=1024, window=512))
     assert (
         hashlib.sha256(packs.rows.astype("<i8").tobytes() + packs.bounds.astype("<i8").tobytes()).hexdigest()[:16]
         == "4cec10f956024a01"
@@ -83,5 +83,5 @@ def test_golden_hash():
 def test_a_caption_data_set_is_packed_tightly():
     """One image of 576 positions and about 200 words of text each, as in ShareGPT4V's captions."""
     lengths = 576 + 100 + np.random.RandomState(0).gamma(4, 30, 20_000).astype(np.int64).clip(1, 1400)
-    packs = pack(np.arange(20_000), lengths, Packing(length=4096))
+    packs = pack_samples(np.arange(20_000), lengths, Packing(length=4096))
     assert lengths.sum() / (len(packs) * 4096) > 0.95

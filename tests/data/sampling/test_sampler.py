@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_share4v.data.sampling.blend import Blend, Part
+from megatron_share4v.data.sampling.blend import BlendedIndex, BlendMember
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import ORDERS, Blocks, Plan
+from megatron_share4v.data.sampling.sampler import ORDERS, BlockShuffle, Sampler
 from megatron_share4v.data.store.index import ROW, DatasetInfo, Index
 from megatron_share4v.errors import ConfigError, DataError
 
@@ -35,17 +35,17 @@ def _index(count: int) -> Index:
     )
 
 
-def _plan(index: Index, **changes: object) -> Plan:
+def _plan(index: Index, **changes: object) -> Sampler:
     settings = {
         "order": "random", "group_size": None, "seed": 5, "global_batch_size": 8, "micro_batch_size": 2, "tokens_per_image": 16, "pad_multiple": 8,
     }  # fmt: skip
-    return Plan(index, **(settings | changes))
+    return Sampler(index, **(settings | changes))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_steps_run_through_epochs_without_a_gap(order: str):
     plan = _plan(_index(30), order=order)
-    items = np.concatenate([plan.step(k).rows for k in range(15)])
+    items = np.concatenate([plan.global_batch(k).rows for k in range(15)])
     for epoch in range(4):
         assert np.array_equal(items[30 * epoch : 30 * (epoch + 1)], plan.epoch(epoch))
         assert np.array_equal(np.sort(plan.epoch(epoch)), np.arange(30))
@@ -79,7 +79,7 @@ def test_step_counts_positions_images_and_labels():
 @pytest.mark.parametrize("data_size", [1, 2, 4])
 def test_micro_batches_do_not_depend_on_data_parallel_size(data_size: int):
     plan = _plan(_index(30))
-    items = plan.step(1)
+    items = plan.global_batch(1)
     slots = {}
     for rank in range(data_size):
         for position, micro_batch in enumerate(plan.micro_batches(items, data_rank=rank, data_size=data_size)):
@@ -100,7 +100,7 @@ def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(
         ConfigError, match="4 micro-batches of 2, which 3 data-parallel ranks cannot share evenly; use a multiple of 6"
     ):
-        plan.micro_batches(plan.step(0), data_rank=0, data_size=3)
+        plan.micro_batches(plan.global_batch(0), data_rank=0, data_size=3)
     with pytest.raises(DataError, match="no samples"):
         _plan(_index(0))
 
@@ -116,7 +116,7 @@ def test_fingerprint_covers_what_decides_the_sequence():
         {"packing": Packing(97, 40)},
         {"order": "block"},
     ]
-    others.append({"order": "block", "blocks": Blocks(size=8)})
+    others.append({"order": "block", "blocks": BlockShuffle(size=8)})
     assert len({base, *(_plan(index, **change).fingerprint for change in others)}) == 7
     grouped = [_plan(index, order="group_by_modality_length", group_size=size).fingerprint for size in (8, 16)]
     assert grouped[0] != grouped[1]
@@ -133,7 +133,7 @@ def test_packs_hold_every_sample_once_and_none_too_long(order: str):
         rows, counts = plan.rows_of(plan.epoch(epoch))
         assert np.array_equal(np.sort(rows), np.arange(150)) and counts.sum() == 150
         assert len(counts) == plan.epoch_items
-    items = plan.step(3)
+    items = plan.global_batch(3)
     assert (
         items.sequence_length == 96
         and items.sequences == 4 == len(items.counts)
@@ -183,11 +183,17 @@ GOLDEN = {
 def test_golden_plans(name: str):
     """The first steps of each kind of plan, epoch boundary included: if this fails, old runs can no longer be resumed."""
     order = name.split()[-1]
-    index = Blend([Part("a", _index(200), 1.0), Part("b", _index(100), 1.7)]) if "blend" in name else _index(300)
-    plan = _plan(index, order=order, blocks=Blocks(size=8, window=4), packing=PACKING if "packed" in name else None)
+    index = (
+        BlendedIndex([BlendMember("a", _index(200), 1.0), BlendMember("b", _index(100), 1.7)])
+        if "blend" in name
+        else _index(300)
+    )
+    plan = _plan(
+        index, order=order, blocks=BlockShuffle(size=8, window=4), packing=PACKING if "packed" in name else None
+    )
     digest = hashlib.sha256()
     for step in range(45):
-        items = plan.step(step)
+        items = plan.global_batch(step)
         digest.update(items.rows.astype("<i8").tobytes() + items.lengths.astype("<i8").tobytes())
     assert digest.hexdigest()[:16] == GOLDEN[name]
 
@@ -203,7 +209,9 @@ def test_a_run_that_changes_its_data_parallel_size_sees_the_same_samples(order: 
     for first, last, size in zip((0, *sorted(steps)), (*sorted(steps), 60), (2, 1, 4)):
         plan = _plan(index, order=order, packing=packing)
         for step in range(first, last):
-            ranks = [plan.micro_batches(plan.step(step), data_rank=rank, data_size=size) for rank in range(size)]
+            ranks = [
+                plan.micro_batches(plan.global_batch(step), data_rank=rank, data_size=size) for rank in range(size)
+            ]
             seen.append([ranks[slot % size][slot // size] for slot in range(4)])
     for step, micro_batches in enumerate(seen):
         assert micro_batches == undisturbed.micro_batches(undisturbed.step(step), data_rank=0, data_size=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.sample_reader import SampleStore
+from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def test_rows_describe_the_samples(prepared):
 
 
 def test_store_reads_text_alone_or_with_the_image(prepared):
-    store = SampleStore(prepared.index)
+    store = SampleReader(prepared.index)
     with_image, without, text_only = (
         store.read(0, with_image=True),
         store.read(0, with_image=False),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.data.store.shards import Location, ShardReader, ShardWriter
+from megatron_share4v.data.store.shards import SampleLocation, ShardReader, ShardWriter
 from megatron_share4v.errors import DataError
 
 SAMPLES = [
@@ -17,7 +17,7 @@ SAMPLES = [
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> tuple[ShardWriter, list[Location]]:
+def written(tmp_path: Path) -> tuple[ShardWriter, list[SampleLocation]]:
     writer = ShardWriter(tmp_path, samples_per_shard=2)
     locations = [
         writer.write(key, text=text, image=image, extension=extension) for key, text, image, extension in SAMPLES
