@@ -82,9 +82,9 @@ def test_killed_and_started_again_ends_with_the_same_bytes(options, monkeypatch)
     first = {path.name: path.stat() for path in staging.glob("shard-*.tar")}
     assert sorted(first) == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
     parsed = []
-    examine_all = prepare_module.examine_all
+    validate_all = prepare_module.validate_all
     monkeypatch.setattr(
-        prepare_module, "examine_all", lambda f, items, workers: examine_all(f, _noted(items, parsed), workers=workers)
+        prepare_module, "validate_all", lambda f, items, workers: validate_all(f, _noted(items, parsed), workers=workers)
     )
     prepare(options)
     assert _content(options.output) == _content(whole.output)
