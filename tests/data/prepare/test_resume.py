@@ -84,7 +84,9 @@ def test_killed_and_started_again_ends_with_the_same_bytes(options, monkeypatch)
     parsed = []
     validate_all = prepare_module.validate_all
     monkeypatch.setattr(
-        prepare_module, "validate_all", lambda f, items, workers: validate_all(f, _noted(items, parsed), workers=workers)
+        prepare_module,
+        "validate_all",
+        lambda f, items, workers: validate_all(f, _noted(items, parsed), workers=workers),
     )
     prepare(options)
     assert _content(options.output) == _content(whole.output)
