@@ -97,7 +97,7 @@ def measure(plan: str, paths: list[str]) -> dict[str, float]:
     )
     started = time.perf_counter(), time.process_time()
     made = Sampler(index, **settings, **PLANS[plan])
-    made.step(0)
+    made.global_batch(0)
     seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "fill": made.fill}

@@ -56,18 +56,18 @@ def test_any_step_can_be_the_first(order: str):
     index = _index(30)
     running = _plan(index, order=order)
     for step in range(12):
-        expected = running.step(step)
-        fresh = _plan(index, order=order).step(step)
+        expected = running.global_batch(step)
+        fresh = _plan(index, order=order).global_batch(step)
         assert np.array_equal(fresh.rows, expected.rows) and fresh.sequence_length == expected.sequence_length
 
 
 def test_data_set_smaller_than_a_batch():
-    assert _plan(_index(3), order="sequential").step(1).rows.tolist() == [2, 0, 1, 2, 0, 1, 2, 0]
+    assert _plan(_index(3), order="sequential").global_batch(1).rows.tolist() == [2, 0, 1, 2, 0, 1, 2, 0]
 
 
 def test_step_counts_positions_images_and_labels():
     index = _index(30)
-    items = _plan(index).step(2)
+    items = _plan(index).global_batch(2)
     entries = index.rows[items.rows]
     positions = entries["n_tok"] + entries["n_img"].astype(int) * 15
     assert items.tokens == positions.sum()
@@ -164,7 +164,7 @@ def test_consumed_counts_samples():
     seen = 0
     for step in range(20):
         assert packed.consumed(step) == {"synthetic": seen}
-        seen += len(packed.step(step).rows)
+        seen += len(packed.global_batch(step).rows)
 
 
 GOLDEN = {
@@ -214,7 +214,7 @@ def test_a_run_that_changes_its_data_parallel_size_sees_the_same_samples(order: 
             ]
             seen.append([ranks[slot % size][slot // size] for slot in range(4)])
     for step, micro_batches in enumerate(seen):
-        assert micro_batches == undisturbed.micro_batches(undisturbed.step(step), data_rank=0, data_size=1)
+        assert micro_batches == undisturbed.micro_batches(undisturbed.global_batch(step), data_rank=0, data_size=1)
 
 
 def test_micro_batches_may_have_lengths_of_their_own():
@@ -222,7 +222,7 @@ def test_micro_batches_may_have_lengths_of_their_own():
     same, own = _plan(index), _plan(index, pad_to="micro_batch")
     assert own.fingerprint == same.fingerprint
     for step in range(6):
-        a, b = same.step(step), own.step(step)
+        a, b = same.global_batch(step), own.global_batch(step)
         assert (
             np.array_equal(a.rows, b.rows)
             and a.sequence_length == b.sequence_length
@@ -238,5 +238,5 @@ def test_micro_batches_may_have_lengths_of_their_own():
             and (b.padded >= b.lengths).all()
         )
         assert max(batch.sequence_length for batch in batches) == b.sequence_length
-    packed = _plan(index, pad_to="micro_batch", packing=Packing(length=128, window=64)).step(0)
+    packed = _plan(index, pad_to="micro_batch", packing=Packing(length=128, window=64)).global_batch(0)
     assert packed.positions == 8 * 128
