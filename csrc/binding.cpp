@@ -1,4 +1,5 @@
-// The one file that knows torch: every op's schema and the code between tensors and kernels. Add an op's schema.cpp here.
+// The only translation unit that includes torch: every op's schema and the code between tensors and kernels. Include an
+// op's schema.cpp here.
 #include "common/binding.h"
 
 #include "activation/schema.cpp"
@@ -12,6 +13,8 @@
 
 #ifdef SHARE4V_EMULATE
 #include "emulate/fibers.h"
-// Another order in which the fibers of a block run.
-extern "C" __attribute__((visibility("default"))) void share4v_emulate_seed(unsigned seed) { emulate::machine().random.seed(seed); }
+// Seed of the random order in which the fibers of a block run.
+extern "C" __attribute__((visibility("default"))) void share4v_emulate_seed(unsigned seed) {
+  emulate::machine().random.seed(seed);
+}
 #endif

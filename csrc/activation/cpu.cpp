@@ -1,5 +1,6 @@
-// Activations on the CPU: one pass, in fp32; backward computes them anew. `omp simd` says that arrays do not overlap, which the compiler would
-// otherwise check for more pairs than it is willing to. W is the width of the result, a gated input has 2 W columns.
+// CPU activations: one pass, in fp32; backward recomputes them. `omp simd` asserts that arrays do not overlap;
+// otherwise the compiler would need more run-time checks than it allows. W is the width of the result, a gated input
+// has 2 W columns.
 #include "../common/exponential.h"
 #include "../common/host.h"
 #include "formulas.h"
@@ -26,9 +27,10 @@ SHARE4V_CLONES void forward_rows(const T* x, const T* bias, T* y, int64_t begin,
   }
 }
 
-// Also adds the rows' share of the bias's gradient to `part`.
+// Also adds these rows' part of the bias gradient to `part`.
 template <class T, int kKind, bool kBias>
-SHARE4V_CLONES void backward_rows(const T* grad, const T* x, const T* bias, T* grad_x, float* part, int64_t begin, int64_t end, int64_t width) {
+SHARE4V_CLONES void backward_rows(const T* grad, const T* x, const T* bias, T* grad_x, float* part, int64_t begin,
+                                  int64_t end, int64_t width) {
   constexpr bool kGated = kKind == kSwiglu;
   const int64_t columns = kGated ? 2 * width : width;
   if (kBias) {
@@ -63,7 +65,8 @@ int with_kind(int kind, Body body) {
 
 }  // namespace
 
-extern "C" int share4v_activation_forward_cpu(int type, int kind, const void* x, const void* bias, void* y, int64_t rows, int64_t width, void*) {
+extern "C" int share4v_activation_forward_cpu(int type, int kind, const void* x, const void* bias, void* y,
+                                              int64_t rows, int64_t width, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     return with_kind(kind, [&](auto constant) {
@@ -77,8 +80,9 @@ extern "C" int share4v_activation_forward_cpu(int type, int kind, const void* x,
   });
 }
 
-extern "C" int share4v_activation_backward_cpu(int type, int kind, const void* grad, const void* x, const void* bias, void* grad_x, void* grad_bias,
-                                               float* partial, int64_t chunks, int64_t rows, int64_t width, void*) {
+extern "C" int share4v_activation_backward_cpu(int type, int kind, const void* grad, const void* x, const void* bias,
+                                               void* grad_x, void* grad_bias, float* partial, int64_t chunks,
+                                               int64_t rows, int64_t width, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     return with_kind(kind, [&](auto constant) {
@@ -87,8 +91,9 @@ extern "C" int share4v_activation_backward_cpu(int type, int kind, const void* g
       const int64_t columns = kKind == kSwiglu ? 2 * width : width;
       parallel_rows(chunks, rows / chunks * width, [&](int64_t begin, int64_t end) {
         for (int64_t chunk = begin; chunk < end; ++chunk) {
-          rows_of(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(grad_x),
-                  bias ? partial + chunk * columns : nullptr, rows * chunk / chunks, rows * (chunk + 1) / chunks, width);
+          rows_of(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(bias),
+                  static_cast<T*>(grad_x), bias ? partial + chunk * columns : nullptr, rows * chunk / chunks,
+                  rows * (chunk + 1) / chunks, width);
         }
       });
       if (bias) reduce_columns(partial, static_cast<T*>(grad_bias), chunks, columns, 0, columns);

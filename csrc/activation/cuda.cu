@@ -1,4 +1,5 @@
-// Activations on the GPU: a thread has 16 bytes of columns and walks down rows, so that bias and the bias's gradient stay in registers.
+// CUDA activations: a thread has 16 bytes of columns and loops over rows, so that the bias and its gradient stay in
+// registers.
 #include "../common/reduce.cuh"
 #include "formulas.h"
 
@@ -6,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 128, kRowsOfThread = 4;
 
-// The hardware's exponential and reciprocal, to a few units in the last place.
+// Hardware exponential and reciprocal, to a few ulp.
 struct Math {
   static __device__ __forceinline__ float exponential(float x) { return __expf(x); }
   static __device__ __forceinline__ float reciprocal(float x) { return __fdividef(1.0f, x); }
@@ -22,10 +23,11 @@ __device__ __forceinline__ Vector<T, V> load_or_zero(const T* from, int64_t at) 
 }
 
 template <class T, int V, int kKind>
-__global__ void __launch_bounds__(kThreads) forward(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, int64_t rows,
-                                                    int64_t width) {
+__global__ void __launch_bounds__(kThreads)
+    forward(const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y, int64_t rows, int64_t width) {
   constexpr bool kGated = kKind == kSwiglu;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, columns = kGated ? 2 * width : width;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V,
+                columns = kGated ? 2 * width : width;
   if (column >= width) return;
   const Vector<T, V> shift = load_or_zero<T, V>(bias, column);
   Vector<T, V> up_shift;
@@ -45,10 +47,12 @@ __global__ void __launch_bounds__(kThreads) forward(const T* __restrict__ x, con
 }
 
 template <class T, int V, int kKind>
-__global__ void __launch_bounds__(kThreads) backward(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ bias,
-                                                     T* __restrict__ grad_x, float* __restrict__ partial, int64_t rows, int64_t width) {
+__global__ void __launch_bounds__(kThreads)
+    backward(const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ grad_x,
+             float* __restrict__ partial, int64_t rows, int64_t width) {
   constexpr bool kGated = kKind == kSwiglu;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V, columns = kGated ? 2 * width : width;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V,
+                columns = kGated ? 2 * width : width;
   if (column >= width) return;
   const Vector<T, V> shift = load_or_zero<T, V>(bias, column);
   Vector<T, V> up_shift;
@@ -75,47 +79,53 @@ __global__ void __launch_bounds__(kThreads) backward(const T* __restrict__ grad,
     if (kGated) store<T, V>(grad_x + row * columns + width + column, up_out);
   }
   if (!partial) return;
-  float* const mine = partial + blockIdx.y * columns + column;
+  float* const block_partial = partial + blockIdx.y * columns + column;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    mine[k] = sums[0][k];
-    if (kGated) mine[width + k] = sums[kGated][k];
+    block_partial[k] = sums[0][k];
+    if (kGated) block_partial[width + k] = sums[kGated][k];
   }
 }
 
-// Blocks for columns and rows.
+// Grid of (column blocks, row blocks).
 dim3 grid_of(int64_t width, int vector, int64_t chunks) {
-  return dim3(static_cast<unsigned>((width + kThreads * vector - 1) / (kThreads * vector)), static_cast<unsigned>(chunks < 65535 ? chunks : 65535));
+  return dim3(static_cast<unsigned>((width + kThreads * vector - 1) / (kThreads * vector)),
+              static_cast<unsigned>(chunks < 65535 ? chunks : 65535));
 }
 
 }  // namespace
 
-extern "C" int share4v_activation_forward_cuda(int type, int kind, const void* x, const void* bias, void* y, int64_t rows, int64_t width,
-                                               void* stream) {
+extern "C" int share4v_activation_forward_cuda(int type, int kind, const void* x, const void* bias, void* y,
+                                               int64_t rows, int64_t width, void* stream) {
   if (rows == 0) return kDone;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return with_vector<T>(can_vectorise<T>(width, x, bias, y), [&](auto length) {
+    return with_vector<T>(can_vectorize<T>(width, x, bias, y), [&](auto length) {
       constexpr int V = decltype(length)::value;
-      const auto kernel = kind == kGelu ? forward<T, V, kGelu> : kind == kQuickGelu ? forward<T, V, kQuickGelu> : forward<T, V, kSwiglu>;
-      return launch(kernel, grid_of(width, V, (rows + kRowsOfThread - 1) / kRowsOfThread), dim3(kThreads), 0, stream, static_cast<const T*>(x),
-                    static_cast<const T*>(bias), static_cast<T*>(y), rows, width);
+      const auto kernel = kind == kGelu        ? forward<T, V, kGelu>
+                          : kind == kQuickGelu ? forward<T, V, kQuickGelu>
+                                               : forward<T, V, kSwiglu>;
+      return launch(kernel, grid_of(width, V, (rows + kRowsOfThread - 1) / kRowsOfThread), dim3(kThreads), 0, stream,
+                    static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), rows, width);
     });
   });
 }
 
-extern "C" int share4v_activation_backward_cuda(int type, int kind, const void* grad, const void* x, const void* bias, void* grad_x, void* grad_bias,
-                                                float* partial, int64_t chunks, int64_t rows, int64_t width, void* stream) {
+extern "C" int share4v_activation_backward_cuda(int type, int kind, const void* grad, const void* x, const void* bias,
+                                                void* grad_x, void* grad_bias, float* partial, int64_t chunks,
+                                                int64_t rows, int64_t width, void* stream) {
   const int64_t columns = kind == kSwiglu ? 2 * width : width;
   if (rows == 0 && !grad_bias) return kDone;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const int status = with_vector<T>(can_vectorise<T>(width, grad, x, bias, grad_x), [&](auto length) {
+    const int status = with_vector<T>(can_vectorize<T>(width, grad, x, bias, grad_x), [&](auto length) {
       constexpr int V = decltype(length)::value;
-      const auto kernel = kind == kGelu ? backward<T, V, kGelu> : kind == kQuickGelu ? backward<T, V, kQuickGelu> : backward<T, V, kSwiglu>;
+      const auto kernel = kind == kGelu        ? backward<T, V, kGelu>
+                          : kind == kQuickGelu ? backward<T, V, kQuickGelu>
+                                               : backward<T, V, kSwiglu>;
       const dim3 grid = grid_of(width, V, partial ? chunks : (rows + kRowsOfThread - 1) / kRowsOfThread);
-      return launch(kernel, grid, dim3(kThreads), 0, stream, static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(bias),
-                    static_cast<T*>(grad_x), partial, rows, width);
+      return launch(kernel, grid, dim3(kThreads), 0, stream, static_cast<const T*>(grad), static_cast<const T*>(x),
+                    static_cast<const T*>(bias), static_cast<T*>(grad_x), partial, rows, width);
     });
     if (status || !grad_bias) return status;
     return launch_reduce_columns(partial, static_cast<T*>(grad_bias), chunks, columns, columns, stream);

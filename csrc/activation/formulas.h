@@ -1,13 +1,15 @@
-// The activations and their slopes, for one element in fp32. M has `exponential` and `reciprocal`, as fast as the compiler at hand has them.
+// Activations and their derivatives for one element in fp32. M provides `exponential` and `reciprocal`, the fastest of
+// each compiler.
 #pragma once
 
 #include "../common/types.h"
 
-// What the schema's functions and the kernels call them; kSwiglu takes two inputs, the others one.
+// Activation kind, shared by schema and kernels; kSwiglu takes two inputs, the others one.
 enum Activation : int { kGelu = 0, kQuickGelu = 1, kSwiglu = 2 };
 
-// The normal distribution below x, given exp(-x^2 / 2). For negative x the product of that and exp(x^2 / 2) * erfc(-x / sqrt 2) / 2, which keeps its
-// relative accuracy where 1 + erf cancels; the second factor is a polynomial in 1 / (1 + 0.3 |x|), fitted on [0, 14] to 1.5e-7 relative.
+// Normal CDF at x, given exp(-x^2 / 2). For negative x the product of that and exp(x^2 / 2) * erfc(-x / sqrt 2) / 2,
+// which keeps its relative accuracy where 1 + erf cancels; the second factor is a polynomial in 1 / (1 + 0.3 |x|),
+// fitted on [0, 14] to 1.5e-7 relative.
 template <class M>
 SHARE4V_INLINE float normal_below(float x, float bell) {
   const float t = M::reciprocal(1.0f + 0.3f * (x < 0.0f ? -x : x));
@@ -27,7 +29,8 @@ struct Value {
   float value, slope;
 };
 
-// gelu(x) = x * P(N < x); quick gelu(x) = x * sigmoid(1.702 x) (both Hendrycks & Gimpel 2016); for kSwiglu silu(x) = x * sigmoid(x), the gate's part.
+// gelu(x) = x * P(N < x); quick gelu(x) = x * sigmoid(1.702 x) (both Hendrycks & Gimpel 2016); for kSwiglu silu(x) = x
+// * sigmoid(x), the gate.
 template <int kKind, class M>
 SHARE4V_INLINE Value activate(float x) {
   if (kKind == kGelu) {
@@ -35,7 +38,8 @@ SHARE4V_INLINE Value activate(float x) {
     return {x * below, below + x * bell * 0.39894228f};
   }
   const float steepness = kKind == kQuickGelu ? 1.702f : 1.0f;
-  // Of the magnitude, so that exponents stay below 0.
-  const float down = M::exponential(-steepness * (x < 0.0f ? -x : x)), sigmoid = (x < 0.0f ? down : 1.0f) * M::reciprocal(1.0f + down);
+  // Of -|x|, so that the exponential does not overflow.
+  const float down = M::exponential(-steepness * (x < 0.0f ? -x : x)),
+              sigmoid = (x < 0.0f ? down : 1.0f) * M::reciprocal(1.0f + down);
   return {x * sigmoid, sigmoid * (1.0f + steepness * x * (1.0f - sigmoid))};
 }

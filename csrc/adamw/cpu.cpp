@@ -1,4 +1,4 @@
-// AdamW on the CPU: one pass over weight, gradient and averages; threads share out chunks of all tensors together.
+// CPU AdamW: one pass over weight, gradient and moments; threads split the chunks of all tensors.
 #include <vector>
 
 #include "../common/host.h"
@@ -7,11 +7,12 @@
 namespace {
 
 constexpr int64_t kChunk = 1 << 14;
-constexpr int64_t kFloatSum = 4096;  // squares added up in fp32 before fp64
+constexpr int64_t kFloatSum = 4096;  // squares summed in fp32 before fp64
 
 template <class W, class G, class M, bool kStochastic>
-SHARE4V_CLONES void update_range(W* __restrict__ weight, const G* __restrict__ grad, M* __restrict__ mean, M* __restrict__ square, uint32_t key,
-                                 uint32_t other_key, float scale, const Update& by, int64_t begin, int64_t end) {
+SHARE4V_CLONES void update_range(W* __restrict__ weight, const G* __restrict__ grad, M* __restrict__ mean,
+                                 M* __restrict__ square, uint32_t key, uint32_t other_key, float scale,
+                                 const Update& by, int64_t begin, int64_t end) {
   const Update update = by;
   for (int64_t i = begin; i < end; ++i) {
     const uint32_t noise = kStochastic ? random_bits(static_cast<uint32_t>(i), key, other_key) : 0u;
@@ -32,7 +33,7 @@ SHARE4V_CLONES float squares_of_range(const T* values, int64_t begin, int64_t en
   return static_cast<float>(total);
 }
 
-// Calls body(tensor, begin, end, chunk) for every chunk of `size` elements of `count` tensors, shared out to threads.
+// Calls body(tensor, begin, end, chunk) for every chunk of `size` elements of `count` tensors, in parallel.
 template <class Body>
 void each_chunk(int count, const int64_t* elements, int64_t size, const Body& body) {
   std::vector<int64_t> first(count + 1, 0);
@@ -49,8 +50,9 @@ void each_chunk(int count, const int64_t* elements, int64_t size, const Body& bo
 
 }  // namespace
 
-extern "C" int share4v_adamw_cpu(const int* types, int count, void* const* weights, const void* const* grads, void* const* means, void* const* squares,
-                                 const int64_t* elements, const uint32_t* keys, const float* scale, const Update* update, void*) {
+extern "C" int share4v_adamw_cpu(const int* types, int count, void* const* weights, const void* const* grads,
+                                 void* const* means, void* const* squares, const int64_t* elements,
+                                 const uint32_t* keys, const float* scale, const Update* update, void*) {
   const float factor = scale ? *scale : 1.0f;
   return with_type(types[0], [&](auto zero_weight) {
     return with_type(types[1], [&](auto zero_grad) {
@@ -60,8 +62,8 @@ extern "C" int share4v_adamw_cpu(const int* types, int count, void* const* weigh
         using M = decltype(zero_mean);
         const auto range = update->stochastic ? update_range<W, G, M, true> : update_range<W, G, M, false>;
         each_chunk(count, elements, kChunk, [&](int i, int64_t begin, int64_t end, int64_t) {
-          range(static_cast<W*>(weights[i]), static_cast<const G*>(grads[i]), static_cast<M*>(means[i]), static_cast<M*>(squares[i]), keys[2 * i],
-                keys[2 * i + 1], factor, *update, begin, end);
+          range(static_cast<W*>(weights[i]), static_cast<const G*>(grads[i]), static_cast<M*>(means[i]),
+                static_cast<M*>(squares[i]), keys[2 * i], keys[2 * i + 1], factor, *update, begin, end);
         });
         return static_cast<int>(kDone);
       });
@@ -69,8 +71,8 @@ extern "C" int share4v_adamw_cpu(const int* types, int count, void* const* weigh
   });
 }
 
-extern "C" int share4v_sum_of_squares_cpu(int type, int count, const void* const* tensors, const int64_t* elements, float* partial, int64_t chunks,
-                                          float* to, void*) {
+extern "C" int share4v_sum_of_squares_cpu(int type, int count, const void* const* tensors, const int64_t* elements,
+                                          float* partial, int64_t chunks, float* to, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     each_chunk(count, elements, kSquaresChunk, [&](int i, int64_t begin, int64_t end, int64_t chunk) {

@@ -1,4 +1,4 @@
-// AdamW on the GPU: as many tensors per launch as fit into the kernel's parameters, a block for each chunk of a tensor.
+// CUDA AdamW: as many tensors per launch as fit into the kernel parameters, one block per chunk of a tensor.
 #include "../common/device.cuh"
 #include "update.h"
 
@@ -9,7 +9,7 @@ constexpr int64_t kChunk = 1 << 14;
 template <class T>
 constexpr int kAccess = static_cast<int>(16 / sizeof(T));  // elements in 16 bytes
 
-// Below the 4 KB that parameters may take, so that nothing is copied to the device for a launch.
+// Below the 4 KB limit of kernel parameters, so that a launch needs no copy to the device.
 struct Table {
   void* weights[kTensors];
   const void* grads[kTensors];
@@ -26,7 +26,7 @@ struct Sources {
   int first_block[kTensors + 1];
 };
 
-// Which tensor this block works on.
+// Index of this block's tensor.
 template <class Blocks>
 __device__ __forceinline__ int tensor_of_block(const Blocks& table) {
   int tensor = 0;
@@ -35,7 +35,9 @@ __device__ __forceinline__ int tensor_of_block(const Blocks& table) {
 }
 
 template <class T>
-__device__ __forceinline__ bool aligned(const T* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__device__ __forceinline__ bool aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 template <class T, int V>
 __device__ __forceinline__ void load_values(const T* from, T (&to)[V]) {
@@ -62,7 +64,7 @@ __device__ __forceinline__ void store_values(T* to, const T (&from)[V]) {
 
 template <class W, class G, class M>
 __global__ void __launch_bounds__(kThreads, 3) update(Table table, const float* __restrict__ scale, Update by) {
-  // 16 bytes of the narrowest type in hand.
+  // 16 bytes of the narrowest type.
   constexpr int V = sizeof(W) == 4 && sizeof(G) == 4 && sizeof(M) == 4 ? 4 : 8;
   const int tensor = tensor_of_block(table);
   W* const weight = static_cast<W*>(table.weights[tensor]);
@@ -70,9 +72,10 @@ __global__ void __launch_bounds__(kThreads, 3) update(Table table, const float* 
   M *const mean = static_cast<M*>(table.means[tensor]), *const square = static_cast<M*>(table.squares[tensor]);
   const uint32_t key = table.keys[2 * tensor], other_key = table.keys[2 * tensor + 1];
   const float factor = scale ? *scale : 1.0f;
-  // Rounding to fp32 is none, stochastic or not.
+  // Rounding to fp32 is the identity, stochastic or not.
   const bool stochastic = (sizeof(W) == 2 || sizeof(M) == 2) && by.stochastic;
-  const int64_t begin = (static_cast<int>(blockIdx.x) - table.first_block[tensor]) * kChunk, left = table.elements[tensor] - begin;
+  const int64_t begin = (static_cast<int>(blockIdx.x) - table.first_block[tensor]) * kChunk,
+                left = table.elements[tensor] - begin;
   const int size = static_cast<int>(left < kChunk ? left : kChunk);
   const int whole = aligned(weight) && aligned(grad) && aligned(mean) && aligned(square) ? size / V * V : 0;
   for (int i = threadIdx.x * V; i < whole; i += kThreads * V) {
@@ -102,7 +105,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) sum_chunk(Sources table, float* __restrict__ partial) {
   constexpr int V = kAccess<T>;
   const int tensor = tensor_of_block(table);
-  const int64_t begin = (static_cast<int>(blockIdx.x) - table.first_block[tensor]) * kSquaresChunk, left = table.elements[tensor] - begin;
+  const int64_t begin = (static_cast<int>(blockIdx.x) - table.first_block[tensor]) * kSquaresChunk,
+                left = table.elements[tensor] - begin;
   const T* const values = static_cast<const T*>(table.tensors[tensor]) + begin;
   const int size = static_cast<int>(left < kSquaresChunk ? left : kSquaresChunk);
   const int whole = aligned(values) ? size / V * V : 0;
@@ -117,14 +121,15 @@ __global__ void __launch_bounds__(kThreads) sum_chunk(Sources table, float* __re
   if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
 }
 
-__global__ void __launch_bounds__(kSumThreads) sum_partials(const float* __restrict__ partial, int64_t chunks, float* __restrict__ to) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_partials(const float* __restrict__ partial, int64_t chunks, float* __restrict__ to) {
   float sums[1] = {0.0f};
   for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads) sums[0] += partial[i];
   block_sum(sums);
   if (threadIdx.x == 0) *to = sums[0];
 }
 
-// Fills a table with tensors from `next` on and launches with it, until all are done. fill(table, place, tensor); start(table, blocks).
+// Fills tables with tensors and launches a kernel per table. fill(table, slot, tensor); start(table, blocks).
 template <class Blocks, class Fill, class Start>
 int in_tables(int count, const int64_t* elements, int64_t chunk, Fill fill, Start start) {
   for (int next = 0; next < count;) {
@@ -145,8 +150,9 @@ int in_tables(int count, const int64_t* elements, int64_t chunk, Fill fill, Star
 
 }  // namespace
 
-extern "C" int share4v_adamw_cuda(const int* types, int count, void* const* weights, const void* const* grads, void* const* means, void* const* squares,
-                                  const int64_t* elements, const uint32_t* keys, const float* scale, const Update* by, void* stream) {
+extern "C" int share4v_adamw_cuda(const int* types, int count, void* const* weights, const void* const* grads,
+                                  void* const* means, void* const* squares, const int64_t* elements,
+                                  const uint32_t* keys, const float* scale, const Update* by, void* stream) {
   const auto fill = [&](Table& table, int place, int i) {
     table.weights[place] = weights[i];
     table.grads[place] = grads[i];
@@ -162,21 +168,23 @@ extern "C" int share4v_adamw_cuda(const int* types, int count, void* const* weig
         using G = decltype(zero_grad);
         using M = decltype(zero_mean);
         return in_tables<Table>(count, elements, kChunk, fill, [&](const Table& table, int blocks) {
-          return launch(update<W, G, M>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, table, scale, *by);
+          return launch(update<W, G, M>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, table, scale,
+                        *by);
         });
       });
     });
   });
 }
 
-extern "C" int share4v_sum_of_squares_cuda(int type, int count, const void* const* tensors, const int64_t* elements, float* partial, int64_t chunks,
-                                           float* to, void* stream) {
+extern "C" int share4v_sum_of_squares_cuda(int type, int count, const void* const* tensors, const int64_t* elements,
+                                           float* partial, int64_t chunks, float* to, void* stream) {
   const auto fill = [&](Sources& table, int place, int i) { table.tensors[place] = tensors[i]; };
   int status = with_type(type, [&](auto zero) {
     using T = decltype(zero);
     float* next = partial;
     return in_tables<Sources>(count, elements, kSquaresChunk, fill, [&](const Sources& table, int blocks) {
-      const int done = launch(sum_chunk<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, table, next);
+      const int done =
+          launch(sum_chunk<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, table, next);
       next += blocks;
       return done;
     });

@@ -1,4 +1,5 @@
-// For cuda.cu files: launch, 16-byte accesses, sums over a warp and a block. The same text compiles under nvcc and, through emulate/cuda.h, under g++.
+// Helpers of cuda.cu files: launch, 16-byte accesses, sums over a warp and a block. The same source compiles under nvcc
+// and, through emulate/cuda.h, under g++.
 #pragma once
 
 #include "types.h"
@@ -9,15 +10,16 @@
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, void* stream, Arguments... arguments) {
   if (shared > 48 * 1024) {
-    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (refused != cudaSuccess) return static_cast<int>(refused);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return static_cast<int>(error);
   }
   kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return static_cast<int>(cudaGetLastError());
 }
 
-// `float* name` on the block's dynamic shared memory, 16-byte aligned. One per kernel.
-#define SHARE4V_DYNAMIC_SHARED(name)                        \
+// Declares `float* name`, the block's dynamic shared memory, 16-byte aligned. One per kernel.
+#define SHARE4V_DYNAMIC_SHARED(name) \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   float* const name = reinterpret_cast<float*>(name##_raw)
 
@@ -27,10 +29,10 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
 #endif
 
 constexpr int kWarp = 32;
-// Dynamic shared memory that every supported GPU can give to a block (sm_80: 163 KB).
+// Dynamic shared memory per block that every supported GPU has (sm_80: 163 KB).
 constexpr size_t kSharedLimit = 160 * 1024;
 
-// N consecutive elements, moved in one access; N * sizeof(T) is at most 16 bytes.
+// N consecutive elements, loaded or stored in one access; N * sizeof(T) is at most 16 bytes.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
@@ -53,13 +55,13 @@ __device__ __forceinline__ void store(T* to, const Vector<T, N>& value) {
   *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 
-// Whether rows of `width` elements that start at these pointers can be walked with 16-byte accesses. Null pointers do not count.
+// Whether rows of `width` elements that start at these pointers allow 16-byte accesses. Null pointers are ignored.
 template <class T, class... Pointers>
-bool can_vectorise(int64_t width, const Pointers*... pointers) {
+bool can_vectorize(int64_t width, const Pointers*... pointers) {
   return width % vector_length<T>() == 0 && ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-// Calls `body` with the vector length as a constant: 16 bytes where `vectors`, else one element.
+// Calls `body` with the vector length as a constant: 16 bytes if `vectors`, else one element.
 template <class T, class Body>
 int with_vector(bool vectors, Body body) {
   if (vectors) return body(std::integral_constant<int, vector_length<T>()>{});
@@ -72,7 +74,8 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sums of N values over the block, in every thread. All threads of the block must call; blockDim.x is a multiple of 32, at most 1024.
+// Sums N values over the block, in every thread. All threads of the block must call; blockDim.x is a multiple of 32, at
+// most 1024.
 template <int N>
 __device__ __forceinline__ void block_sum(float (&values)[N]) {
   __shared__ float partial[N][kWarp];
@@ -85,11 +88,11 @@ __device__ __forceinline__ void block_sum(float (&values)[N]) {
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = warp_sum(lane < warps ? partial[i][lane] : 0.0f);
-  // The next call writes `partial` again.
+  // The next call overwrites `partial`.
   __syncthreads();
 }
 
-// Threads for a row of `vectors` accesses: a power of two from 32 to `most`.
+// Number of threads for a row of `vectors` accesses: a power of two from 32 to `most`.
 inline int threads_for(int64_t vectors, int most) {
   int threads = kWarp;
   while (threads < most && threads < vectors) threads *= 2;

@@ -1,13 +1,13 @@
-// e^x for cpu.cpp files. Branch-free, unlike std::exp, so that loops vectorise.
+// e^x for cpu.cpp files. Branch-free, unlike std::exp, so that loops vectorize.
 #pragma once
 
 #include "types.h"
 
-// For x up to 0 and a little more, to 2 units in the last place: Cody-Waite reduction by ln 2 and the polynomial of Moshier's Cephes library. Below
-// -87 it stays at e^-87; NaN stays NaN. No second bound above: with it g++ 12 makes loops three times slower.
+// For x up to slightly above 0, to 2 ulp: Cody-Waite reduction by ln 2 and the polynomial of Moshier's Cephes library.
+// Clamped at e^-87 below -87; NaN stays NaN. No upper bound: with one, g++ 12 makes loops three times slower.
 SHARE4V_INLINE float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
-  // Adding 1.5 * 2^23 leaves the nearest integer in the last bits.
+  // Adding 1.5 * 2^23 rounds to the nearest integer, in the last bits.
   const float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
   const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   float series = 1.9875691500e-4f;

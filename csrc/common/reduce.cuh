@@ -1,17 +1,18 @@
-// For cuda.cu files whose blocks each leave a share of a column sum.
+// Column reduction for cuda.cu files whose blocks write partial sums.
 #pragma once
 
 #include "device.cuh"
 
-// Unnamed: each file has kernels of its own.
+// Unnamed namespace: each file has kernels of its own.
 namespace {
 
 constexpr int kColumnThreads = 256;
 
-// Columns of `partial` [chunks, stride] added up: a warp takes 32 neighbouring columns, the warps of a block every eighth chunk.
+// Sums the columns of `partial` [chunks, stride]: a warp has 32 neighboring columns, each warp of a block every eighth
+// chunk.
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads) reduce_columns(const float* __restrict__ partial, T* __restrict__ to, int64_t chunks, int64_t stride,
-                                                         int64_t width) {
+__global__ void __launch_bounds__(kColumnThreads) reduce_columns(const float* __restrict__ partial, T* __restrict__ to,
+                                                                 int64_t chunks, int64_t stride, int64_t width) {
   constexpr int kWarps = kColumnThreads / kWarp;
   __shared__ float sums[kWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kColumnThreads) reduce_columns(const float* __
   }
 }
 
-// `to` [width] = the sums over `chunks` of `partial` [chunks, stride].
+// `to` [width] = sum of `partial` [chunks, stride] over the chunks.
 template <class T>
 int launch_reduce_columns(const float* partial, T* to, int64_t chunks, int64_t stride, int64_t width, void* stream) {
   const dim3 columns(static_cast<unsigned>((width + kWarp - 1) / kWarp));

@@ -1,5 +1,6 @@
-// Element types, for every compiler that reads the kernels: nvcc, g++ for the CPU kernels, g++ for the emulated .cu files. No torch header here or
-// in any kernel: kernels have a C ABI of raw pointers, and only schema.cpp files (through binding.h) know tensors.
+// Element types, for every compiler of the kernels: nvcc, g++ for the CPU kernels, g++ for the emulated .cu files.
+// Kernels include no torch header: they have a C ABI of raw pointers, and only schema.cpp files (through binding.h) use
+// tensors.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +17,10 @@ struct bf16 {
 };
 #endif
 
-// What a kernel's first argument, `type`, says about its elements.
+// Element type, the first argument `type` of a kernel.
 enum Type : int { kFloat32 = 0, kBFloat16 = 1 };
 
-// What a kernel returns; positive values are cudaError_t.
+// Return value of a kernel; positive values are cudaError_t.
 enum Status : int { kDone = 0, kUnknownType = -1, kIndexOutOfRange = -2, kTooWide = -3 };
 
 SHARE4V_INLINE float to_float(float value) { return value; }
@@ -29,9 +30,13 @@ SHARE4V_INLINE float to_float(bf16 value) { return __bfloat162float(value); }
 template <class T>
 SHARE4V_INLINE T from_float(float value);
 template <>
-SHARE4V_INLINE float from_float<float>(float value) { return value; }
+SHARE4V_INLINE float from_float<float>(float value) {
+  return value;
+}
 template <>
-SHARE4V_INLINE bf16 from_float<bf16>(float value) { return __float2bfloat16(value); }
+SHARE4V_INLINE bf16 from_float<bf16>(float value) {
+  return __float2bfloat16(value);
+}
 #else
 SHARE4V_INLINE float to_float(bf16 value) {
   uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -42,8 +47,10 @@ SHARE4V_INLINE float to_float(bf16 value) {
 template <class T>
 SHARE4V_INLINE T from_float(float value);
 template <>
-SHARE4V_INLINE float from_float<float>(float value) { return value; }
-// To nearest, ties to even; NaN stays NaN. Branch-free, so that loops vectorise.
+SHARE4V_INLINE float from_float<float>(float value) {
+  return value;
+}
+// To nearest, ties to even; NaN stays NaN. Branch-free, so that loops vectorize.
 template <>
 SHARE4V_INLINE bf16 from_float<bf16>(float value) {
   uint32_t bits;
@@ -53,12 +60,16 @@ SHARE4V_INLINE bf16 from_float<bf16>(float value) {
 }
 #endif
 
-// Calls `body` with a value of the element type that `type` names: with_type(type, [&](auto zero) { using T = decltype(zero); ... }).
+// Calls `body` with a value of the element type `type`: with_type(type, [&](auto zero) { using T = decltype(zero); ...
+// }).
 template <class Body>
 int with_type(int type, Body body) {
   switch (type) {
-    case kFloat32: return body(float{});
-    case kBFloat16: return body(bf16{});
-    default: return kUnknownType;
+    case kFloat32:
+      return body(float{});
+    case kBFloat16:
+      return body(bf16{});
+    default:
+      return kUnknownType;
   }
 }

@@ -1,7 +1,8 @@
-// The CUDA language on the host, so that tests run the very kernels of cuda.cu on a CPU, under AddressSanitizer. One fiber per CUDA thread; blocks run
-// one after the other. Barriers and shuffles are real: a fiber waits until the others have come. What ends the process, with a message: a barrier
-// that only a part of the block reaches, a shuffle that lanes of its mask miss, a misaligned vector access, a trap, an impossible launch.
-// Not shown: races that need two blocks or two warps at one instant (the order of fibers is shuffled, see emulate_seed), and time.
+// CUDA emulation on the host, so that tests run the kernels of cuda.cu on a CPU, under AddressSanitizer. One fiber per
+// CUDA thread; blocks run one after the other. Barriers and shuffles are real: a fiber waits for the others. These
+// abort the process with a message: a barrier that only a part of the block reaches, a shuffle that lanes of its mask
+// miss, a misaligned vector access, a trap, an invalid launch. Not detected: races between blocks or between warps (the
+// order of fibers is shuffled, see emulate_seed), and performance.
 #pragma once
 
 #include <cmath>
@@ -33,8 +34,8 @@ struct alignas(16) float4 {
 };
 
 #define SHARE4V_DYNAMIC_SHARED(name) float* const name = reinterpret_cast<float*>(emulate::running().shared)
-#define SHARE4V_CHECK_ALIGNED(pointer, bytes)                                                                   \
-  do {                                                                                                          \
+#define SHARE4V_CHECK_ALIGNED(pointer, bytes) \
+  do { \
     if (reinterpret_cast<uintptr_t>(pointer) % (bytes)) emulate::fail("misaligned vector access", __LINE__); \
   } while (0)
 
@@ -69,8 +70,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
   for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1u) && lanes[i] ? 1u << i : 0u;
   return votes;
 }
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) { return __ballot_sync(mask, predicate, line) != 0; }
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) { return __ballot_sync(mask, predicate, line) == mask; }
+inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) == mask;
+}
 
 // Fibers switch only at barriers and shuffles, so plain arithmetic is atomic.
 template <class T>
@@ -89,14 +94,24 @@ inline void __threadfence() {}
 inline void __trap(int line = __builtin_LINE()) { emulate::fail("trap", line); }
 
 template <class T>
-T __ldg(const T* from) { return *from; }
+T __ldg(const T* from) {
+  return *from;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
-inline uint32_t __float_as_uint(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
-inline float __uint_as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 using cudaStream_t = void*;
 inline int cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {

@@ -1,4 +1,5 @@
-// Fibers that stand for the threads of one CUDA block: each has a stack of its own and runs until it waits for its block or its warp.
+// Fibers that emulate the threads of one CUDA block: each has a stack and runs until it waits for its block or its
+// warp.
 #pragma once
 
 #include <ucontext.h>
@@ -34,9 +35,9 @@ struct Fiber {
   Dim3 thread;
   int index = 0;
   Waits waits = Waits::kNot;
-  int line = 0;           // of the barrier or shuffle it waits in
-  unsigned mask = 0;      // of the shuffle
-  unsigned exchanges = 0; // so far; the parity picks the half of its warp's slots
+  int line = 0;            // of the barrier or shuffle it waits in
+  unsigned mask = 0;       // of the shuffle
+  unsigned exchanges = 0;  // so far; the parity selects the half of its warp slots
   void* fake_stack = nullptr;
 };
 
@@ -67,8 +68,8 @@ inline int lane() { return machine().current->index % kLanes; }
 
 [[noreturn]] inline void fail(const char* what, int line) {
   const Machine& m = machine();
-  std::fprintf(stderr, "emulated CUDA: %s, near line %d, thread %d of block (%u, %u, %u)\n", what, line, m.current ? m.current->index : -1,
-               m.running.block.x, m.running.block.y, m.running.block.z);
+  std::fprintf(stderr, "emulated CUDA: %s, near line %d, thread %d of block (%u, %u, %u)\n", what, line,
+               m.current ? m.current->index : -1, m.running.block.x, m.running.block.y, m.running.block.z);
   std::fflush(stderr);
   std::abort();
 }
@@ -117,8 +118,9 @@ inline void wait_for_block(int line) {
   switch_to_scheduler(false);
 }
 
-// Leaves `value` for the warp, waits for the lanes of `mask`, and returns what all lanes left. The halves alternate: a lane that is already in
-// the next exchange does not overwrite what slower lanes have yet to read, and cannot be two ahead.
+// Publishes `value` to the warp, waits for the lanes of `mask`, and returns the values of all lanes. The halves
+// alternate: a lane that is already in the next exchange does not overwrite what slower lanes have yet to read, and
+// cannot be two ahead.
 inline const uint64_t* exchange(unsigned mask, uint64_t value, int line) {
   Machine& m = machine();
   Fiber& self = *m.current;
@@ -132,7 +134,7 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value, int line) {
   return half;
 }
 
-// Lets the block go on when all its fibers stand at one barrier. False: some are still to come.
+// Releases the block when all its fibers wait at one barrier. Returns false while some still run.
 inline bool release_block(int threads) {
   Machine& m = machine();
   const Fiber& first = m.fibers[0];
@@ -151,7 +153,7 @@ inline bool release_block(int threads) {
   return true;
 }
 
-// Lets a warp go on whose lanes of the mask all stand in one shuffle. False: none of its lanes can.
+// Releases the lanes of a warp whose mask is complete in one shuffle. Returns false when there are none.
 inline bool release_warp(int first, int threads) {
   Machine& m = machine();
   const int last = first + kLanes < threads ? first + kLanes : threads;
@@ -166,7 +168,7 @@ inline bool release_warp(int first, int threads) {
       complete = there && m.fibers[first + j].line == asks.line && m.fibers[first + j].mask == asks.mask;
     }
     if (!complete) continue;
-    if (!(asks.mask >> (i - first) & 1u)) fail("a lane shuffles that is not in its own mask", asks.line);
+    if (!(asks.mask >> (i - first) & 1u)) fail("a lane of this shuffle is not in its own mask", asks.line);
     for (int j = 0; j < kLanes; ++j) {
       if (asks.mask >> j & 1u) m.fibers[first + j].waits = Waits::kNot;
     }
@@ -180,7 +182,7 @@ inline void run_block(int threads) {
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = i;
   while (true) {
-    // Fisher-Yates by hand: std::shuffle is not the same everywhere.
+    // Own Fisher-Yates: std::shuffle differs between standard libraries.
     for (int i = threads - 1; i > 0; --i) std::swap(order[i], order[m.random() % (i + 1)]);
     bool ran = false, ended = true;
     for (int i : order) {
@@ -192,7 +194,7 @@ inline void run_block(int threads) {
     if (ran) continue;
     for (int i = 0; i < threads; ++i) {
       m.current = &m.fibers[i];
-      if (m.fibers[i].waits == Waits::kForWarp) fail("lanes of this shuffle's mask never come", m.fibers[i].line);
+      if (m.fibers[i].waits == Waits::kForWarp) fail("lanes of this shuffle's mask did not arrive", m.fibers[i].line);
     }
     release_block(threads);
   }
@@ -200,9 +202,10 @@ inline void run_block(int threads) {
 
 inline void prepare(Fiber& fiber, int index, const Dim3& block) {
   Machine& m = machine();
-  while (m.stacks.size() <= static_cast<size_t>(index)) m.stacks.push_back(static_cast<unsigned char*>(std::malloc(kStack)));
+  while (m.stacks.size() <= static_cast<size_t>(index))
+    m.stacks.push_back(static_cast<unsigned char*>(std::malloc(kStack)));
 #ifdef __SANITIZE_ADDRESS__
-  // The fiber before left this stack in the middle of a frame.
+  // The previous fiber left this stack in the middle of a frame.
   __asan_unpoison_memory_region(m.stacks[index], kStack);
 #endif
   fiber = Fiber{};
@@ -220,7 +223,7 @@ inline void run(const Dim3& grid, const Dim3& block, size_t shared, const std::f
   Machine& m = machine();
   const size_t threads = block.count();
   if (!threads || threads > kMostThreads || !grid.count() || grid.y > 65535 || grid.z > 65535 || shared > kMostShared) {
-    fail("impossible launch: 1 to 1024 threads, a grid that is not empty, at most 163 KB of shared memory", __LINE__);
+    fail("invalid launch: 1 to 1024 threads, a non-empty grid, at most 163 KB of shared memory", __LINE__);
   }
   m.fibers.resize(threads);
   m.slots.assign((threads + kLanes - 1) / kLanes * kLanes * 2, 0);
@@ -231,7 +234,8 @@ inline void run(const Dim3& grid, const Dim3& block, size_t shared, const std::f
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         m.running.block = Dim3(x, y, z);
-        // Its own allocation of the exact size for each block, full of NaN: what is read was written, and inside.
+        // A separate allocation of the exact size for each block, filled with NaN, so that uninitialized and
+        // out-of-bounds reads are found.
         unsigned char* memory = static_cast<unsigned char*>(std::malloc(shared ? shared : 1));
         std::memset(memory, 0xff, shared);
         m.running.shared = memory;

@@ -1,4 +1,4 @@
-// FP8 on the CPU. Magnitudes are compared as integers, which orders NaN above infinity: neither is lost in a maximum.
+// CPU FP8. Magnitudes are compared as integers, which orders NaN above infinity: a maximum loses neither.
 #include "../common/fp8.h"
 #include "../common/host.h"
 
@@ -26,7 +26,8 @@ SHARE4V_CLONES void cast_row(const T* from, uint8_t* to, float inverse, int64_t 
   for (int64_t i = 0; i < count; ++i) to[i] = fp8_code<F>(to_float(from[i]) * inverse);
 }
 
-// words[g][c] = the bytes of column c in rows 8 g to 8 g + 7, the first in the lowest byte: turning them over takes an eighth of the moves.
+// words[g][c] = the bytes of column c in rows 8 g to 8 g + 7, the first in the lowest byte: transposing words takes an
+// eighth of the moves.
 SHARE4V_CLONES void gather(const uint8_t (*tile)[kTile], uint64_t (*words)[kTile]) {
   for (int64_t group = 0; group < kTile / 8; ++group) {
 #pragma omp simd
@@ -38,10 +39,10 @@ SHARE4V_CLONES void gather(const uint8_t (*tile)[kTile], uint64_t (*words)[kTile
   }
 }
 
-// Bands of kTile rows; each is cast tile by tile, and a tile is turned over while it is in the L1 cache.
+// Casts bands of kTile rows tile by tile; a tile is transposed while it is in the L1 cache.
 template <class T, class F>
-void bands(const T* x, uint8_t* codes, uint8_t* transposed, float inverse, int64_t begin, int64_t end, int64_t rows, int64_t columns,
-           int64_t padded) {
+void bands(const T* x, uint8_t* codes, uint8_t* transposed, float inverse, int64_t begin, int64_t end, int64_t rows,
+           int64_t columns, int64_t padded) {
   uint8_t tile[kTile][kTile] = {};
   uint64_t words[kTile / 8][kTile];
   for (int64_t top = begin * kTile; top < std::min(end * kTile, padded); top += kTile) {
@@ -66,7 +67,8 @@ void bands(const T* x, uint8_t* codes, uint8_t* transposed, float inverse, int64
 }
 
 template <class T, class F>
-void cast(const T* x, uint8_t* codes, uint8_t* transposed, float inverse, int64_t rows, int64_t columns, int64_t padded) {
+void cast(const T* x, uint8_t* codes, uint8_t* transposed, float inverse, int64_t rows, int64_t columns,
+          int64_t padded) {
   if (!transposed) {
     parallel_rows(rows, columns, [&](int64_t begin, int64_t end) {
       cast_row<T, F>(x + begin * columns, codes + begin * columns, inverse, (end - begin) * columns);
@@ -80,7 +82,8 @@ void cast(const T* x, uint8_t* codes, uint8_t* transposed, float inverse, int64_
 
 }  // namespace
 
-extern "C" int share4v_fp8_scale_cpu(int type, bool e5m2, const void* x, float* scale, uint32_t*, int64_t count, float least, void*) {
+extern "C" int share4v_fp8_scale_cpu(int type, bool e5m2, const void* x, float* scale, uint32_t*, int64_t count,
+                                     float least, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     int32_t peaks[kMostChunks] = {};
@@ -98,8 +101,8 @@ extern "C" int share4v_fp8_scale_cpu(int type, bool e5m2, const void* x, float* 
   });
 }
 
-extern "C" int share4v_fp8_cast_cpu(int type, bool e5m2, const void* x, const float* scale, uint8_t* codes, uint8_t* transposed, int64_t rows,
-                                    int64_t columns, int64_t padded, void*) {
+extern "C" int share4v_fp8_cast_cpu(int type, bool e5m2, const void* x, const float* scale, uint8_t* codes,
+                                    uint8_t* transposed, int64_t rows, int64_t columns, int64_t padded, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     const auto cast_to = e5m2 ? cast<T, E5M2> : cast<T, E4M3>;

@@ -1,4 +1,5 @@
-// FP8 on the GPU: the scale in one pass, its last block dividing; the cast in another, which can turn the matrix over through shared memory.
+// CUDA FP8: the scale in one pass, divided by the last block; the cast in another, which can transpose through shared
+// memory.
 #include "../common/device.cuh"
 #include "../common/fp8.h"
 
@@ -6,7 +7,8 @@ namespace {
 
 constexpr int kThreads = 256, kMostBlocks = 1056, kTileRows = 128, kTileColumns = 64, kWords = kTileRows / 4;
 
-// Two codes, of `low` in the lower byte. From sm_89 on by one instruction, which would make the largest number of an infinity.
+// Two codes, that of `low` in the lower byte. One instruction from sm_89 on, which would saturate infinities to the
+// maximum.
 template <class F>
 __device__ __forceinline__ uint32_t two_codes(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -52,10 +54,11 @@ __device__ __forceinline__ uint32_t block_max(uint32_t value) {
   return value;
 }
 
-// scratch: the largest magnitude so far, as an integer (which orders NaN above infinity), and how many blocks are done; both start at 0.
+// scratch: the maximum magnitude so far, as an integer (which orders NaN above infinity), and the number of finished
+// blocks; both start at 0.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) measure(const T* __restrict__ x, float* scale, uint32_t* scratch, int64_t count, float least,
-                                                    float most) {
+__global__ void __launch_bounds__(kThreads)
+    compute_scale(const T* __restrict__ x, float* scale, uint32_t* scratch, int64_t count, float least, float most) {
   uint32_t peak = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * V;
 #pragma unroll 4
@@ -76,10 +79,10 @@ __global__ void __launch_bounds__(kThreads) measure(const T* __restrict__ x, flo
   *scale = (largest < least ? least : largest) / most;
 }
 
-// 16 elements of each thread, or one.
+// 16 elements per thread, or one.
 template <class T, class F, int N>
-__global__ void __launch_bounds__(kThreads) cast(const T* __restrict__ x, const float* __restrict__ scale, uint8_t* __restrict__ codes,
-                                                 int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    cast(const T* __restrict__ x, const float* __restrict__ scale, uint8_t* __restrict__ codes, int64_t count) {
   constexpr int V = N == 1 ? 1 : static_cast<int>(16 / sizeof(T));
   const float inverse = 1.0f / *scale;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
@@ -90,11 +93,13 @@ __global__ void __launch_bounds__(kThreads) cast(const T* __restrict__ x, const 
   store<uint8_t, N>(codes + first, out);
 }
 
-// A tile per block. Four rows make a word of a column; 33 words apart, neighbouring columns lie in other banks.
+// One tile per block. Four rows make a word of a column; a stride of 33 words puts neighboring columns into different
+// banks.
 template <class T, class F, int V>
-__global__ void __launch_bounds__(kThreads) cast_across(const T* __restrict__ x, const float* __restrict__ scale, uint8_t* __restrict__ codes,
-                                                        uint8_t* __restrict__ transposed, int64_t rows, int64_t columns, int64_t padded,
-                                                        int64_t tiles_across) {
+__global__ void __launch_bounds__(kThreads)
+    cast_transposed(const T* __restrict__ x, const float* __restrict__ scale, uint8_t* __restrict__ codes,
+                    uint8_t* __restrict__ transposed, int64_t rows, int64_t columns, int64_t padded,
+                    int64_t tiles_across) {
   __shared__ uint32_t tile[kTileColumns][kWords + 1];
   const float inverse = 1.0f / *scale;
   const int64_t top = blockIdx.x / tiles_across * kTileRows, left = blockIdx.x % tiles_across * kTileColumns;
@@ -133,39 +138,43 @@ __global__ void __launch_bounds__(kThreads) cast_across(const T* __restrict__ x,
 unsigned blocks_of(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
 template <class T, class F>
-int cast_any(const T* x, const float* scale, uint8_t* codes, uint8_t* transposed, int64_t rows, int64_t columns, int64_t padded, void* stream) {
+int cast_any(const T* x, const float* scale, uint8_t* codes, uint8_t* transposed, int64_t rows, int64_t columns,
+             int64_t padded, void* stream) {
   const int64_t count = rows * columns;
   if (count == 0) return kDone;
   if (!transposed) {
-    const bool wide = count % 16 == 0 && can_vectorise<T>(16, x, codes);
+    const bool wide = count % 16 == 0 && can_vectorize<T>(16, x, codes);
     const auto kernel = wide ? cast<T, F, 16> : cast<T, F, 1>;
-    return launch(kernel, dim3(blocks_of(count, kThreads * (wide ? 16 : 1))), dim3(kThreads), 0, stream, x, scale, codes, count);
+    return launch(kernel, dim3(blocks_of(count, kThreads * (wide ? 16 : 1))), dim3(kThreads), 0, stream, x, scale,
+                  codes, count);
   }
   const int64_t across = (columns + kTileColumns - 1) / kTileColumns, down = (padded + kTileRows - 1) / kTileRows;
-  return with_vector<T>(can_vectorise<T>(columns, x, codes), [&](auto length) {
-    return launch(cast_across<T, F, decltype(length)::value>, dim3(static_cast<unsigned>(across * down)), dim3(kThreads), 0, stream, x, scale, codes,
-                  transposed, rows, columns, padded, across);
+  return with_vector<T>(can_vectorize<T>(columns, x, codes), [&](auto length) {
+    return launch(cast_transposed<T, F, decltype(length)::value>, dim3(static_cast<unsigned>(across * down)),
+                  dim3(kThreads), 0, stream, x, scale, codes, transposed, rows, columns, padded, across);
   });
 }
 
 }  // namespace
 
-extern "C" int share4v_fp8_scale_cuda(int type, bool e5m2, const void* x, float* scale, uint32_t* scratch, int64_t count, float least, void* stream) {
+extern "C" int share4v_fp8_scale_cuda(int type, bool e5m2, const void* x, float* scale, uint32_t* scratch,
+                                      int64_t count, float least, void* stream) {
   const int status = static_cast<int>(cudaMemsetAsync(scratch, 0, 8, static_cast<cudaStream_t>(stream)));
   if (status) return status;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return with_vector<T>(can_vectorise<T>(count, x), [&](auto length) {
+    return with_vector<T>(can_vectorize<T>(count, x), [&](auto length) {
       constexpr int V = decltype(length)::value;
       const int64_t blocks = count / (kThreads * V * 4) + 1;
-      return launch(measure<T, V>, dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)), dim3(kThreads), 0, stream,
-                    static_cast<const T*>(x), scale, scratch, count, least, e5m2 ? E5M2::kLargest : E4M3::kLargest);
+      return launch(compute_scale<T, V>, dim3(static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks)),
+                    dim3(kThreads), 0, stream, static_cast<const T*>(x), scale, scratch, count, least,
+                    e5m2 ? E5M2::kLargest : E4M3::kLargest);
     });
   });
 }
 
-extern "C" int share4v_fp8_cast_cuda(int type, bool e5m2, const void* x, const float* scale, uint8_t* codes, uint8_t* transposed, int64_t rows,
-                                     int64_t columns, int64_t padded, void* stream) {
+extern "C" int share4v_fp8_cast_cuda(int type, bool e5m2, const void* x, const float* scale, uint8_t* codes,
+                                     uint8_t* transposed, int64_t rows, int64_t columns, int64_t padded, void* stream) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     const auto cast_to = e5m2 ? cast_any<T, E5M2> : cast_any<T, E4M3>;

@@ -1,18 +1,20 @@
-// Scale and cast to 8-bit floating point. R rows, C columns; codes are bytes, x = code * scale. Included by binding.cpp.
+// FP8 scale and cast. R rows, C columns; codes are bytes, x = code * scale. Included by binding.cpp.
 
-// x [count] -> scale fp32 [1], the largest magnitude over the format's largest, at least `least`; scratch: 8 bytes
-SHARE4V_KERNEL(share4v_fp8_scale, int type, bool e5m2, const void* x, float* scale, uint32_t* scratch, int64_t count, float least);
-// x [R, C], scale [1] -> codes [R, C] (null: none), transposed [C, padded] (null: none): R rounded up to a multiple of 16, filled with zeros
-SHARE4V_KERNEL(share4v_fp8_cast, int type, bool e5m2, const void* x, const float* scale, uint8_t* codes, uint8_t* transposed, int64_t rows,
-               int64_t columns, int64_t padded);
+// x [count] -> scale fp32 [1]: amax, at least `least`, over the format's maximum; scratch: 8 bytes
+SHARE4V_KERNEL(share4v_fp8_scale, int type, bool e5m2, const void* x, float* scale, uint32_t* scratch, int64_t count,
+               float least);
+// x [R, C], scale [1] -> codes [R, C] (null: none), transposed [C, padded] (null: none): R rounded up to a multiple of
+// 16, padded with zeros
+SHARE4V_KERNEL(share4v_fp8_cast, int type, bool e5m2, const void* x, const float* scale, uint8_t* codes,
+               uint8_t* transposed, int64_t rows, int64_t columns, int64_t padded);
 
 namespace {
 
 Tensor fp8_scale(const Tensor& x_, bool e5m2, double least) {
   const Tensor x = packed(x_);
   Tensor scale = empty(x, {}, ScalarType::Float), scratch = empty(x, {8}, ScalarType::Byte);
-  SHARE4V_RUN(share4v_fp8_scale, x, type_of(x), e5m2, x.data_ptr(), static_cast<float*>(scale.data_ptr()), static_cast<uint32_t*>(scratch.data_ptr()),
-              x.numel(), static_cast<float>(least));
+  SHARE4V_RUN(share4v_fp8_scale, x, type_of(x), e5m2, x.data_ptr(), static_cast<float*>(scale.data_ptr()),
+              static_cast<uint32_t*>(scratch.data_ptr()), x.numel(), static_cast<float>(least));
   return scale;
 }
 
@@ -26,14 +28,20 @@ std::tuple<Tensor, Tensor> fp8_cast_as(const Tensor& x_, const Tensor& scale, bo
   if (straight) codes = empty(x, {rows, columns}, ScalarType::Byte);
   if (across) transposed = empty(x, {columns, padded}, ScalarType::Byte);
   SHARE4V_RUN(share4v_fp8_cast, x, type_of(x), e5m2, x.data_ptr(), static_cast<const float*>(scale.data_ptr()),
-              straight ? static_cast<uint8_t*>(codes.data_ptr()) : nullptr, across ? static_cast<uint8_t*>(transposed.data_ptr()) : nullptr, rows,
-              columns, padded);
+              straight ? static_cast<uint8_t*>(codes.data_ptr()) : nullptr,
+              across ? static_cast<uint8_t*>(transposed.data_ptr()) : nullptr, rows, columns, padded);
   return {codes, transposed};
 }
 
-Tensor fp8_cast(const Tensor& x, const Tensor& scale, bool e5m2) { return std::get<0>(fp8_cast_as(x, scale, e5m2, true, false)); }
-Tensor fp8_cast_transposed(const Tensor& x, const Tensor& scale, bool e5m2) { return std::get<1>(fp8_cast_as(x, scale, e5m2, false, true)); }
-std::tuple<Tensor, Tensor> fp8_cast_both(const Tensor& x, const Tensor& scale, bool e5m2) { return fp8_cast_as(x, scale, e5m2, true, true); }
+Tensor fp8_cast(const Tensor& x, const Tensor& scale, bool e5m2) {
+  return std::get<0>(fp8_cast_as(x, scale, e5m2, true, false));
+}
+Tensor fp8_cast_transposed(const Tensor& x, const Tensor& scale, bool e5m2) {
+  return std::get<1>(fp8_cast_as(x, scale, e5m2, false, true));
+}
+std::tuple<Tensor, Tensor> fp8_cast_both(const Tensor& x, const Tensor& scale, bool e5m2) {
+  return fp8_cast_as(x, scale, e5m2, true, true);
+}
 
 }  // namespace
 

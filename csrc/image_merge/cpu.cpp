@@ -1,10 +1,11 @@
-// Image merge on the CPU: every output row is written once, from the one row that it comes from.
+// CPU image merge: every output row is written once, from its source row.
 #include "../common/host.h"
 
 namespace {
 
-// False: a slot lies outside. Of several features with one slot, the last one stays.
-bool mark(const int64_t* slots, int32_t* source, int64_t num_tokens, int64_t num_features) {
+// Maps tokens to features; returns false when a slot is out of range. Of several features with one slot, the last one
+// is kept.
+bool map_slots(const int64_t* slots, int32_t* source, int64_t num_tokens, int64_t num_features) {
   std::fill(source, source + num_tokens, -1);
   for (int64_t i = 0; i < num_features; ++i) {
     if (slots[i] < 0 || slots[i] >= num_tokens) return false;
@@ -15,14 +16,15 @@ bool mark(const int64_t* slots, int32_t* source, int64_t num_tokens, int64_t num
 
 }  // namespace
 
-extern "C" int share4v_image_merge_forward_cpu(const void* tokens, const void* features, const int64_t* slots, void* merged, int32_t* source,
-                                               int64_t num_tokens, int64_t num_features, int64_t bytes, void*) {
-  if (!mark(slots, source, num_tokens, num_features)) return kIndexOutOfRange;
+extern "C" int share4v_image_merge_forward_cpu(const void* tokens, const void* features, const int64_t* slots,
+                                               void* merged, int32_t* source, int64_t num_tokens, int64_t num_features,
+                                               int64_t bytes, void*) {
+  if (!map_slots(slots, source, num_tokens, num_features)) return kIndexOutOfRange;
   const char *from_tokens = static_cast<const char*>(tokens), *from_features = static_cast<const char*>(features);
   char* to = static_cast<char*>(merged);
   parallel_rows(num_tokens, bytes, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end;) {
-      // Runs of neighbours (the text between two images, an image) are copied at once.
+      // Consecutive rows (the text between two images, an image) are copied at once.
       const int32_t origin = source[row];
       int64_t last = row + 1;
       while (last < end && source[last] == (origin < 0 ? -1 : origin + static_cast<int32_t>(last - row))) ++last;
@@ -34,8 +36,9 @@ extern "C" int share4v_image_merge_forward_cpu(const void* tokens, const void* f
   return kDone;
 }
 
-extern "C" int share4v_image_merge_backward_cpu(const void* grad, const int64_t* slots, const int32_t* source, void* grad_tokens, void* grad_features,
-                                                int64_t num_tokens, int64_t num_features, int64_t bytes, void*) {
+extern "C" int share4v_image_merge_backward_cpu(const void* grad, const int64_t* slots, const int32_t* source,
+                                                void* grad_tokens, void* grad_features, int64_t num_tokens,
+                                                int64_t num_features, int64_t bytes, void*) {
   const char* from = static_cast<const char*>(grad);
   const size_t size = static_cast<size_t>(bytes);
   if (char* to = static_cast<char*>(grad_tokens)) {

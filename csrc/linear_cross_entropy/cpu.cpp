@@ -1,4 +1,5 @@
-// Cross-entropy of a block of logits on the CPU: two passes over a row for its statistics, one for its gradient, while it is in the cache.
+// CPU cross-entropy of a block of logits: two passes over a row for its statistics, one for its gradient, while it is
+// in the cache.
 #include <cfloat>
 #include <cmath>
 
@@ -8,8 +9,9 @@
 namespace {
 
 template <class T>
-SHARE4V_CLONES void statistics_rows(const T* logits, const int64_t* targets, float* maximum, float* total, float* target, int64_t begin, int64_t end,
-                                    int64_t width, int64_t columns, int64_t first) {
+SHARE4V_CLONES void statistics_rows(const T* logits, const int64_t* targets, float* maximum, float* total,
+                                    float* target, int64_t begin, int64_t end, int64_t width, int64_t columns,
+                                    int64_t first) {
   for (int64_t row = begin; row < end; ++row) {
     const T* in = logits + row * width;
     const float before = maximum[row];
@@ -29,8 +31,8 @@ SHARE4V_CLONES void statistics_rows(const T* logits, const int64_t* targets, flo
 }
 
 template <class T>
-SHARE4V_CLONES void gradient_rows(T* logits, const int64_t* targets, const float* normaliser, float scale, int64_t begin, int64_t end, int64_t width,
-                                  int64_t columns, int64_t first) {
+SHARE4V_CLONES void gradient_rows(T* logits, const int64_t* targets, const float* normaliser, float scale,
+                                  int64_t begin, int64_t end, int64_t width, int64_t columns, int64_t first) {
   for (int64_t row = begin; row < end; ++row) {
     T* values = logits + row * width;
     const float level = normaliser[row];
@@ -49,29 +51,35 @@ bool all_inside(const int64_t* targets, int64_t rows, int64_t vocabulary) {
   return inside;
 }
 
-int64_t real_columns(int64_t width, int64_t first, int64_t vocabulary) { return std::max<int64_t>(0, std::min(width, vocabulary - first)); }
+int64_t real_columns(int64_t width, int64_t first, int64_t vocabulary) {
+  return std::max<int64_t>(0, std::min(width, vocabulary - first));
+}
 
 }  // namespace
 
-extern "C" int share4v_cross_entropy_statistics_cpu(int type, const void* logits, const int64_t* targets, float* maximum, float* total, float* target,
-                                                    int64_t rows, int64_t width, int64_t first, int64_t vocabulary, void*) {
+extern "C" int share4v_cross_entropy_statistics_cpu(int type, const void* logits, const int64_t* targets,
+                                                    float* maximum, float* total, float* target, int64_t rows,
+                                                    int64_t width, int64_t first, int64_t vocabulary, void*) {
   if (!all_inside(targets, rows, vocabulary)) return kIndexOutOfRange;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-      statistics_rows(static_cast<const T*>(logits), targets, maximum, total, target, begin, end, width, real_columns(width, first, vocabulary), first);
+      statistics_rows(static_cast<const T*>(logits), targets, maximum, total, target, begin, end, width,
+                      real_columns(width, first, vocabulary), first);
     });
     return static_cast<int>(kDone);
   });
 }
 
-extern "C" int share4v_cross_entropy_gradient_cpu(int type, void* logits, const int64_t* targets, const float* normaliser, const float* scale,
-                                                  int64_t rows, int64_t width, int64_t first, int64_t vocabulary, void*) {
+extern "C" int share4v_cross_entropy_gradient_cpu(int type, void* logits, const int64_t* targets,
+                                                  const float* normaliser, const float* scale, int64_t rows,
+                                                  int64_t width, int64_t first, int64_t vocabulary, void*) {
   if (!all_inside(targets, rows, vocabulary)) return kIndexOutOfRange;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-      gradient_rows(static_cast<T*>(logits), targets, normaliser, *scale, begin, end, width, real_columns(width, first, vocabulary), first);
+      gradient_rows(static_cast<T*>(logits), targets, normaliser, *scale, begin, end, width,
+                    real_columns(width, first, vocabulary), first);
     });
     return static_cast<int>(kDone);
   });

@@ -1,4 +1,4 @@
-// Norms on the CPU: sums in fp32, one pass to read a row's sums and one to write it, while it is in the L1 cache.
+// CPU norms: sums in fp32; a row is read for its sums and again for its output, while it is in the L1 cache.
 #include <cmath>
 
 #include "../common/host.h"
@@ -6,8 +6,8 @@
 namespace {
 
 template <class T, bool kLayer, bool kResidual>
-SHARE4V_CLONES void forward_rows(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y, float* mean, float* rstd, int64_t begin,
-                                 int64_t end, int64_t width, float eps) {
+SHARE4V_CLONES void forward_rows(const T* x, const T* residual, const T* weight, const T* bias, T* sum, T* y,
+                                 float* mean, float* rstd, int64_t begin, int64_t end, int64_t width, float eps) {
   for (int64_t row = begin; row < end; ++row) {
     const T* in = x + row * width;
     if (kResidual) {
@@ -39,10 +39,11 @@ SHARE4V_CLONES void forward_rows(const T* x, const T* residual, const T* weight,
   }
 }
 
-// Also adds the rows' share of the weight's (and bias's) gradient to `weight_part`.
+// Also adds these rows' part of the weight (and bias) gradient to `weight_part`.
 template <class T, bool kLayer, bool kResidual>
-SHARE4V_CLONES void backward_rows(const T* grad, const T* grad_sum, const T* x, const T* weight, const float* mean, const float* rstd, T* grad_x,
-                                  float* weight_part, int64_t begin, int64_t end, int64_t width) {
+SHARE4V_CLONES void backward_rows(const T* grad, const T* grad_sum, const T* x, const T* weight, const float* mean,
+                                  const float* rstd, T* grad_x, float* weight_part, int64_t begin, int64_t end,
+                                  int64_t width) {
   float* bias_part = weight_part + width;
   for (int64_t i = 0; i < (kLayer ? 2 * width : width); ++i) weight_part[i] = 0.0f;
   for (int64_t row = begin; row < end; ++row) {
@@ -74,32 +75,40 @@ SHARE4V_CLONES void backward_rows(const T* grad, const T* grad_sum, const T* x, 
 
 }  // namespace
 
-extern "C" int share4v_norm_forward_cpu(int type, const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
-                                        float* mean, float* rstd, int64_t rows, int64_t width, float eps, void*) {
+extern "C" int share4v_norm_forward_cpu(int type, const void* x, const void* residual, const void* weight,
+                                        const void* bias, void* sum, void* y, float* mean, float* rstd, int64_t rows,
+                                        int64_t width, float eps, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const auto rows_of = bias ? forward_rows<T, true, false> : residual ? forward_rows<T, false, true> : forward_rows<T, false, false>;
+    const auto rows_of = bias       ? forward_rows<T, true, false>
+                         : residual ? forward_rows<T, false, true>
+                                    : forward_rows<T, false, false>;
     parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
-      rows_of(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<const T*>(bias),
-              static_cast<T*>(sum), static_cast<T*>(y), mean, rstd, begin, end, width, eps);
+      rows_of(static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
+              static_cast<const T*>(bias), static_cast<T*>(sum), static_cast<T*>(y), mean, rstd, begin, end, width,
+              eps);
     });
     return static_cast<int>(kDone);
   });
 }
 
-extern "C" int share4v_norm_backward_cpu(int type, const void* grad, const void* grad_sum, const void* x, const void* weight, const float* mean,
-                                         const float* rstd, void* grad_x, void* grad_weight, void* grad_bias, float* partial, int64_t chunks,
+extern "C" int share4v_norm_backward_cpu(int type, const void* grad, const void* grad_sum, const void* x,
+                                         const void* weight, const float* mean, const float* rstd, void* grad_x,
+                                         void* grad_weight, void* grad_bias, float* partial, int64_t chunks,
                                          int64_t rows, int64_t width, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    // Not by `mean`, which is null as well where there are no rows.
+    // Not by `mean`, which is also null where there are no rows.
     const bool layer = grad_bias != nullptr;
-    const auto rows_of = layer ? backward_rows<T, true, false> : grad_sum ? backward_rows<T, false, true> : backward_rows<T, false, false>;
+    const auto rows_of = layer      ? backward_rows<T, true, false>
+                         : grad_sum ? backward_rows<T, false, true>
+                                    : backward_rows<T, false, false>;
     const int64_t stride = layer ? 2 * width : width;
     parallel_rows(chunks, rows / chunks * width, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        rows_of(static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
-                static_cast<T*>(grad_x), partial + chunk * stride, rows * chunk / chunks, rows * (chunk + 1) / chunks, width);
+        rows_of(static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x),
+                static_cast<const T*>(weight), mean, rstd, static_cast<T*>(grad_x), partial + chunk * stride,
+                rows * chunk / chunks, rows * (chunk + 1) / chunks, width);
       }
     });
     reduce_columns(partial, static_cast<T*>(grad_weight), chunks, stride, 0, width);

@@ -1,5 +1,5 @@
-// Norms on the GPU: one block per row forward; backward, blocks walk over rows and keep their share of the weight's gradient in shared memory.
-// A row is read twice, the second time from the cache.
+// CUDA norms: one block per row forward; backward, blocks loop over rows and keep their part of the weight gradient in
+// shared memory. A row is read twice, the second time from the cache.
 #include "../common/reduce.cuh"
 
 namespace {
@@ -7,9 +7,10 @@ namespace {
 constexpr int kForwardThreads = 512, kBackwardThreads = 512;
 
 template <class T, int V, bool kLayer, bool kResidual>
-__global__ void __launch_bounds__(kForwardThreads) forward(const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ weight,
-                                                           const T* __restrict__ bias, T* sum, T* __restrict__ y, float* __restrict__ mean,
-                                                           float* __restrict__ rstd, int64_t width, float eps) {
+__global__ void __launch_bounds__(kForwardThreads)
+    forward(const T* __restrict__ x, const T* __restrict__ residual, const T* __restrict__ weight,
+            const T* __restrict__ bias, T* sum, T* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd,
+            int64_t width, float eps) {
   const int64_t start = blockIdx.x * width;
   const int64_t step = static_cast<int64_t>(blockDim.x) * V;
   float totals[2] = {0.0f, 0.0f};  // of the values, of their squares
@@ -28,12 +29,12 @@ __global__ void __launch_bounds__(kForwardThreads) forward(const T* __restrict__
       if (!kLayer) totals[1] += value * value;
     }
   }
-  // What is normalised; with a residual, each thread reads back what it wrote itself.
+  // The normalized input; with a residual, each thread reads back what it wrote itself.
   const T* const row = (kResidual ? sum : x) + start;
   block_sum(totals);
   const float centre = kLayer ? totals[0] / width : 0.0f;
   if (kLayer) {
-    // A second look rather than E[x^2] - E[x]^2, which cancels.
+    // A second pass, since E[x^2] - E[x]^2 cancels.
     float squares[1] = {0.0f};
     for (int64_t i = threadIdx.x * V; i < width; i += step) {
       const Vector<T, V> in = load<T, V>(row + i);
@@ -62,12 +63,12 @@ __global__ void __launch_bounds__(kForwardThreads) forward(const T* __restrict__
 }
 
 template <class T, int V, bool kLayer, bool kResidual>
-__global__ void __launch_bounds__(kBackwardThreads) backward(const T* __restrict__ grad, const T* __restrict__ grad_sum, const T* __restrict__ x,
-                                                             const T* __restrict__ weight, const float* __restrict__ mean,
-                                                             const float* __restrict__ rstd, T* __restrict__ grad_x, float* __restrict__ partial,
-                                                             int64_t rows, int64_t width) {
-  // A thread meets the same columns in every row, so its sums need no barrier. Element k of vector j lies at k * vectors + j: neighbouring threads,
-  // neighbouring banks.
+__global__ void __launch_bounds__(kBackwardThreads)
+    backward(const T* __restrict__ grad, const T* __restrict__ grad_sum, const T* __restrict__ x,
+             const T* __restrict__ weight, const float* __restrict__ mean, const float* __restrict__ rstd,
+             T* __restrict__ grad_x, float* __restrict__ partial, int64_t rows, int64_t width) {
+  // A thread has the same columns in every row, so its sums need no barrier. Element k of vector j is at k * vectors +
+  // j: neighboring threads use neighboring banks.
   SHARE4V_DYNAMIC_SHARED(weight_part);
   float* const bias_part = weight_part + width;
   const int vectors = static_cast<int>(width / V);
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(const T* __restrict
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T *g = grad + row * width, *in = x + row * width;
     const float scale = rstd[row], centre = kLayer ? mean[row] : 0.0f;
-    float totals[kLayer ? 2 : 1] = {};  // of gradient * weight * normal, of gradient * weight
+    float totals[kLayer ? 2 : 1] = {};  // of gradient * weight * normalized, of gradient * weight
     for (int j = threadIdx.x; j < vectors; j += blockDim.x) {
       const Vector<T, V> slope = load<T, V>(g + j * V), value = load<T, V>(in + j * V), by = load<T, V>(weight + j * V);
 #pragma unroll
@@ -106,51 +107,58 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(const T* __restrict
       store<T, V>(grad_x + row * width + j * V, out);
     }
   }
-  float* const mine = partial + blockIdx.x * (kLayer ? 2 * width : width);
+  float* const block_partial = partial + blockIdx.x * (kLayer ? 2 * width : width);
   for (int j = threadIdx.x; j < vectors; j += blockDim.x) {
     for (int k = 0; k < V; ++k) {
-      mine[j * V + k] = weight_part[k * vectors + j];
-      if (kLayer) mine[width + j * V + k] = bias_part[k * vectors + j];
+      block_partial[j * V + k] = weight_part[k * vectors + j];
+      if (kLayer) block_partial[width + j * V + k] = bias_part[k * vectors + j];
     }
   }
 }
 
 }  // namespace
 
-extern "C" int share4v_norm_forward_cuda(int type, const void* x, const void* residual, const void* weight, const void* bias, void* sum, void* y,
-                                         float* mean, float* rstd, int64_t rows, int64_t width, float eps, void* stream) {
+extern "C" int share4v_norm_forward_cuda(int type, const void* x, const void* residual, const void* weight,
+                                         const void* bias, void* sum, void* y, float* mean, float* rstd, int64_t rows,
+                                         int64_t width, float eps, void* stream) {
   if (rows == 0) return kDone;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return with_vector<T>(can_vectorise<T>(width, x, residual, weight, bias, sum, y), [&](auto length) {
+    return with_vector<T>(can_vectorize<T>(width, x, residual, weight, bias, sum, y), [&](auto length) {
       constexpr int V = decltype(length)::value;
-      const auto kernel = bias ? forward<T, V, true, false> : residual ? forward<T, V, false, true> : forward<T, V, false, false>;
-      return launch(kernel, dim3(static_cast<unsigned>(rows)), dim3(threads_for(width / V, kForwardThreads)), 0, stream, static_cast<const T*>(x),
-                    static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<const T*>(bias), static_cast<T*>(sum),
-                    static_cast<T*>(y), mean, rstd, width, eps);
+      const auto kernel = bias       ? forward<T, V, true, false>
+                          : residual ? forward<T, V, false, true>
+                                     : forward<T, V, false, false>;
+      return launch(kernel, dim3(static_cast<unsigned>(rows)), dim3(threads_for(width / V, kForwardThreads)), 0, stream,
+                    static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<const T*>(weight),
+                    static_cast<const T*>(bias), static_cast<T*>(sum), static_cast<T*>(y), mean, rstd, width, eps);
     });
   });
 }
 
-extern "C" int share4v_norm_backward_cuda(int type, const void* grad, const void* grad_sum, const void* x, const void* weight, const float* mean,
-                                          const float* rstd, void* grad_x, void* grad_weight, void* grad_bias, float* partial, int64_t chunks,
+extern "C" int share4v_norm_backward_cuda(int type, const void* grad, const void* grad_sum, const void* x,
+                                          const void* weight, const float* mean, const float* rstd, void* grad_x,
+                                          void* grad_weight, void* grad_bias, float* partial, int64_t chunks,
                                           int64_t rows, int64_t width, void* stream) {
-  // Not by `mean`, which is null as well where there are no rows.
+  // Not by `mean`, which is also null where there are no rows.
   const bool layer = grad_bias != nullptr;
   const int64_t stride = layer ? 2 * width : width;
   const size_t shared = sizeof(float) * static_cast<size_t>(stride);
   if (shared > kSharedLimit) return kTooWide;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    int status = with_vector<T>(can_vectorise<T>(width, grad, grad_sum, x, weight, grad_x), [&](auto length) {
+    int status = with_vector<T>(can_vectorize<T>(width, grad, grad_sum, x, weight, grad_x), [&](auto length) {
       constexpr int V = decltype(length)::value;
-      const auto kernel = layer ? backward<T, V, true, false> : grad_sum ? backward<T, V, false, true> : backward<T, V, false, false>;
-      return launch(kernel, dim3(static_cast<unsigned>(chunks)), dim3(threads_for(width / V, kBackwardThreads)), shared, stream,
-                    static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x), static_cast<const T*>(weight), mean, rstd,
-                    static_cast<T*>(grad_x), partial, rows, width);
+      const auto kernel = layer      ? backward<T, V, true, false>
+                          : grad_sum ? backward<T, V, false, true>
+                                     : backward<T, V, false, false>;
+      return launch(kernel, dim3(static_cast<unsigned>(chunks)), dim3(threads_for(width / V, kBackwardThreads)), shared,
+                    stream, static_cast<const T*>(grad), static_cast<const T*>(grad_sum), static_cast<const T*>(x),
+                    static_cast<const T*>(weight), mean, rstd, static_cast<T*>(grad_x), partial, rows, width);
     });
     if (!status) status = launch_reduce_columns(partial, static_cast<T*>(grad_weight), chunks, stride, width, stream);
-    if (!status && layer) status = launch_reduce_columns(partial + width, static_cast<T*>(grad_bias), chunks, stride, width, stream);
+    if (!status && layer)
+      status = launch_reduce_columns(partial + width, static_cast<T*>(grad_bias), chunks, stride, width, stream);
     return status;
   });
 }

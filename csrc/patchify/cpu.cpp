@@ -1,11 +1,12 @@
-// Patchify on the CPU: one table look-up per value, written in order; the strip of pixels that is read stays in the L1 cache.
+// CPU patchify: one table lookup per value, written in order; the strip of pixels that is read stays in the L1 cache.
 #include "../common/host.h"
 
 namespace {
 
 // Strips of `patch` rows of pixels, [begin, end) of all images.
 template <class T>
-void strips(const uint8_t* pixels, const T* table, T* patches, int64_t begin, int64_t end, int64_t width, int64_t patch) {
+void strips(const uint8_t* pixels, const T* table, T* patches, int64_t begin, int64_t end, int64_t width,
+            int64_t patch) {
   for (int64_t strip = begin; strip < end; ++strip) {
     const uint8_t* from = pixels + strip * patch * width * 3;
     T* to = patches + strip * patch * width * 3;
@@ -23,8 +24,8 @@ void strips(const uint8_t* pixels, const T* table, T* patches, int64_t begin, in
 
 }  // namespace
 
-extern "C" int share4v_patchify_cpu(int type, const uint8_t* pixels, const void* table, void* patches, int64_t images, int64_t height, int64_t width,
-                                    int64_t patch, void*) {
+extern "C" int share4v_patchify_cpu(int type, const uint8_t* pixels, const void* table, void* patches, int64_t images,
+                                    int64_t height, int64_t width, int64_t patch, void*) {
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
     parallel_rows(images * (height / patch), patch * width * 3, [&](int64_t begin, int64_t end) {

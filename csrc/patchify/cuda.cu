@@ -1,4 +1,5 @@
-// Patchify on the GPU: the table in shared memory, 16 bytes of one image's output per thread; pixels are read through the L1 cache.
+// CUDA patchify: the table in shared memory, 16 bytes of one image's output per thread; pixels are read through the L1
+// cache.
 #include "../common/device.cuh"
 
 namespace {
@@ -6,8 +7,9 @@ namespace {
 constexpr int kThreads = 256, kValues = 3 * 256;
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) forward(const uint8_t* __restrict__ pixels, const T* __restrict__ table, T* __restrict__ patches,
-                                                    int64_t images, int height, int width, int patch) {
+__global__ void __launch_bounds__(kThreads)
+    forward(const uint8_t* __restrict__ pixels, const T* __restrict__ table, T* __restrict__ patches, int64_t images,
+            int height, int width, int patch) {
   __shared__ T values[kValues];
   for (int i = threadIdx.x; i < kValues; i += blockDim.x) values[i] = table[i];
   __syncthreads();
@@ -45,18 +47,20 @@ __global__ void __launch_bounds__(kThreads) forward(const uint8_t* __restrict__ 
 
 }  // namespace
 
-extern "C" int share4v_patchify_cuda(int type, const uint8_t* pixels, const void* table, void* patches, int64_t images, int64_t height, int64_t width,
-                                     int64_t patch, void* stream) {
+extern "C" int share4v_patchify_cuda(int type, const uint8_t* pixels, const void* table, void* patches, int64_t images,
+                                     int64_t height, int64_t width, int64_t patch, void* stream) {
   const int64_t size = height * width * 3;
   if (images == 0 || size == 0) return kDone;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    return with_vector<T>(can_vectorise<T>(size, patches), [&](auto length) {
+    return with_vector<T>(can_vectorize<T>(size, patches), [&](auto length) {
       constexpr int V = decltype(length)::value;
       const int64_t vectors = size / V;
-      const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads), static_cast<unsigned>(images < 65535 ? images : 65535));
-      return launch(forward<T, V>, grid, dim3(kThreads), 0, stream, pixels, static_cast<const T*>(table), static_cast<T*>(patches), images,
-                    static_cast<int>(height), static_cast<int>(width), static_cast<int>(patch));
+      const dim3 grid(static_cast<unsigned>((vectors + kThreads - 1) / kThreads),
+                      static_cast<unsigned>(images < 65535 ? images : 65535));
+      return launch(forward<T, V>, grid, dim3(kThreads), 0, stream, pixels, static_cast<const T*>(table),
+                    static_cast<T*>(patches), images, static_cast<int>(height), static_cast<int>(width),
+                    static_cast<int>(patch));
     });
   });
 }

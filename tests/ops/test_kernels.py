@@ -122,7 +122,7 @@ def test_library_without_cuda_gives_them_too(tmp_path: Path) -> None:
 PLANTED = {
     "if (threadIdx.x < 3) __syncthreads();": "divergent barrier",
     "__syncthreads(); if (threadIdx.x == 40) return; __syncthreads();": "divergent barrier",
-    "if (threadIdx.x % 2) __shfl_xor_sync(0xffffffffu, 1.0f, 1);": "lanes of this shuffle's mask never come",
+    "if (threadIdx.x % 2) __shfl_xor_sync(0xffffffffu, 1.0f, 1);": "lanes of this shuffle's mask did not arrive",
     "store<float, 4>(out + 1, load<float, 4>(out));": "misaligned vector access",
     "out[threadIdx.x + 1] = 0.0f;": "heap-buffer-overflow",
     "SHARE4V_DYNAMIC_SHARED(own); own[threadIdx.x + 8] = 0.0f;": "heap-buffer-overflow",
