@@ -61,11 +61,13 @@ def mixed_prompts(count: int = 6):
 
 def ask(engine, prompts, *, alone: bool = False, **options) -> list[list[int]]:
     """The answers to all prompts, one request each, together or one after the other. `seeds`: one per request."""
-    from megatron_share4v.infer.request import Request, Sampling
+    from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
     seeds = options.pop("seeds", [None] * len(prompts))
     requests = [
-        Request(f"r{number}", given, dataclasses.replace(Sampling(**{"max_new_tokens": 12, **options}), seed=seed))
+        GenerationRequest(
+            f"r{number}", given, dataclasses.replace(SamplingParams(**{"max_new_tokens": 12, **options}), seed=seed)
+        )
         for number, (given, seed) in enumerate(zip(prompts, seeds))
     ]
     groups = [[request] for request in requests] if alone else [requests]

@@ -12,7 +12,7 @@ from server_fixture import TOKENS_PER_IMAGE, FakeEngine, make_encoder
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.logging import configure
-from megatron_share4v.serve.engine_thread import Served
+from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.server import serve
 
 
@@ -31,7 +31,9 @@ def main() -> None:
 
     engine.answer = answer
     with exit_on_user_error():
-        serve(ServeConfig(**given), lambda: Served(engine=engine, encoder=encoder, tokens_per_image=TOKENS_PER_IMAGE))
+        serve(
+            ServeConfig(**given), lambda: ServedModel(engine=engine, encoder=encoder, tokens_per_image=TOKENS_PER_IMAGE)
+        )
 
 
 if __name__ == "__main__":

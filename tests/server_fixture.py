@@ -24,8 +24,8 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import DataError
 from megatron_share4v.infer.engine import EngineStats
-from megatron_share4v.infer.request import Event, Request, TokenLogprobs
-from megatron_share4v.serve.engine_thread import Served
+from megatron_share4v.infer.request import GenerationRequest, TokenEvent, TokenLogprobs
+from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.server import HttpServer, build_app, http_server
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ class FakeLimits:
     max_positions: int = 512
 
 
-def default_answer(engine: FakeEngine, request: Request) -> str:
+def default_answer(engine: FakeEngine, request: GenerationRequest) -> str:
     """Sentences chosen by the prompt's ids and pixels; when sampling, by the seed too."""
     prompt, sampling = request.prompt, request.sampling
     content = hashlib.sha256(prompt.token_ids.numpy().tobytes() + prompt.pixels.numpy().tobytes()).hexdigest()
@@ -101,18 +101,18 @@ class FakeEngine:
     encoder: Encoder
     limits: FakeLimits = field(default_factory=FakeLimits)
     step_s: float = 0.0
-    answer: Callable[[FakeEngine, Request], str] = default_answer
+    answer: Callable[[FakeEngine, GenerationRequest], str] = default_answer
     stats: EngineStats = field(default_factory=EngineStats)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     broken: Exception | None = None
-    running: dict[str, tuple[Request, list[int], int]] = field(default_factory=dict)
+    running: dict[str, tuple[GenerationRequest, list[int], int]] = field(default_factory=dict)
 
     @property
     def has_work(self) -> bool:
         return bool(self.running)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: GenerationRequest) -> None:
         prompt, sampling = request.prompt, request.sampling
         if prompt.token_ids.numel() + sampling.max_new_tokens > self.limits.max_positions:
             raise DataError("does not fit")
@@ -128,19 +128,19 @@ class FakeEngine:
         self.running.pop(request_id)
         self.stats.running = len(self.running)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         time.sleep(self.step_s)
         if self.broken is not None:
             raise self.broken
         self.stats.steps += 1
         events = [self._next(*state) for state in self.running.values()]
         for event in events:
-            if event.finish is not None:
+            if event.finish_reason is not None:
                 self.running.pop(event.request_id)
         self.stats.running = len(self.running)
         return events
 
-    def _next(self, request: Request, ids: list[int], place: int) -> Event:
+    def _next(self, request: GenerationRequest, ids: list[int], place: int) -> TokenEvent:
         sampling = request.sampling
         prompt_logprobs = None
         if sampling.prompt_logprobs and place == 0:
@@ -150,12 +150,12 @@ class FakeEngine:
             )
         ends = place >= len(ids) or ids[place] in sampling.stop_ids
         if ends and not (sampling.ignore_eos and place >= len(ids)) and place >= sampling.min_tokens:
-            return Event(request.id, None, None, "stop", prompt_logprobs)
+            return TokenEvent(request.id, None, None, "stop", prompt_logprobs)
         token = ids[place % len(ids)]
         self.running[request.id] = (request, ids, place + 1)
         self.stats.generation_tokens += 1
         logprobs = None if sampling.logprobs is None else self._logprobs(token, sampling.logprobs)
-        return Event(
+        return TokenEvent(
             request.id, token, logprobs, "length" if place + 1 == sampling.max_new_tokens else None, prompt_logprobs
         )
 
@@ -197,9 +197,9 @@ def running(
     engine = engine or FakeEngine(encoder)
     config = ServeConfig(**{"host": "127.0.0.1", "port": port, "drain_s": 2.0} | settings)
 
-    def load() -> Served:
+    def load() -> ServedModel:
         time.sleep(load_s)
-        return Served(engine=engine, encoder=encoder, tokens_per_image=TOKENS_PER_IMAGE)
+        return ServedModel(engine=engine, encoder=encoder, tokens_per_image=TOKENS_PER_IMAGE)
 
     app = build_app(config, load, fetcher=fetcher)
     server = http_server(app, config)

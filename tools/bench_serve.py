@@ -28,7 +28,7 @@ from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.infer.session import Session
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.parallel.device import Device
@@ -173,10 +173,10 @@ def ours(
     ids: dict[str, list[int]] = {str(number): [] for number in range(len(given))}
     times: dict[str, list[float]] = {name: [] for name in ids}
     # As transformers' min_new_tokens does, the end token is kept from coming, not passed over.
-    sampling = Sampling(max_new_tokens=arguments.new_tokens, min_tokens=arguments.new_tokens)
+    sampling = SamplingParams(max_new_tokens=arguments.new_tokens, min_tokens=arguments.new_tokens)
     started = time.perf_counter()
     for name, prompt in zip(ids, given):
-        engine.add(Request(name, prompt, sampling))
+        engine.add(GenerationRequest(name, prompt, sampling))
     while engine.has_work:
         for event in engine.step():
             ids[event.request_id].append(event.token_id)

@@ -46,14 +46,14 @@ def main() -> int:
 def run(arguments: argparse.Namespace, world: World):
     from megatron_share4v.caption.endpoint import caption_with_endpoint
     from megatron_share4v.caption.job import JobOptions
-    from megatron_share4v.caption.records import Settings
+    from megatron_share4v.caption.records import CaptionSettings
     from megatron_share4v.remote.openai_client import Endpoint
 
     given = vars(arguments)
     if arguments.images_file is None and not arguments.images:
         given["images_file"] = DEFAULT_LIST
     job = JobOptions(**{name: given[name] for name in JobOptions.__dataclass_fields__})
-    settings = Settings(**{name: given[name] for name in Settings.__dataclass_fields__})
+    settings = CaptionSettings(**{name: given[name] for name in CaptionSettings.__dataclass_fields__})
     if (arguments.model_name is None) == (arguments.endpoint is None):
         raise ConfigError("give either --model-name (a checkpoint, a run directory or an export) or --endpoint")
     if arguments.endpoint is None:

@@ -63,12 +63,12 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
 
 def chat_of(given: argparse.Namespace) -> Any:
     """The judge's endpoint, if one was given."""
-    from megatron_share4v.remote.openai_client import Chat, Endpoint
+    from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
     if given.judge_base_url is None:
         return None
     key = os.environ.get(JUDGE_KEY) or os.environ.get(KEY)
-    return Chat(
+    return ChatClient(
         Endpoint(url=given.judge_base_url, model=given.judge_model or "", key=key, concurrency=given.concurrency)
     )
 
@@ -77,9 +77,9 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
     from megatron_share4v.evaluate.clients import LocalAsker
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
-    from megatron_share4v.infer.data_parallel import opened_replica
+    from megatron_share4v.infer.data_parallel import open_replica
 
-    with opened_replica(
+    with open_replica(
         given.checkpoint, tensor=given.tensor, max_requests=given.batch_size, dtype=given.dtype, world=world
     ) as replica:
         if replica is None:
@@ -98,8 +98,8 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
     from megatron_share4v.evaluate.clients import RemoteAsker
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
-    from megatron_share4v.infer.answer_log import Share
-    from megatron_share4v.remote.openai_client import Chat, Endpoint
+    from megatron_share4v.infer.answer_log import DPGroup
+    from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
     if given.endpoint_model is None or world.size > 1:
         raise ConfigError(
@@ -108,9 +108,9 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
     endpoint = Endpoint(
         url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency
     )
-    asker = RemoteAsker(Chat(endpoint), decoding=benchmark.decoding)
+    asker = RemoteAsker(ChatClient(endpoint), decoding=benchmark.decoding)
     return run_benchmark(
-        benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=Share(), **more
+        benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=DPGroup(), **more
     )
 
 

@@ -9,25 +9,27 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 
-from megatron_share4v.caption.job import JobOptions, Summary, run_job
-from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.caption.job import JobOptions, JobSummary, run_job
+from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.data.images.pil_decoder import image_to_data_url
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.infer.answer_log import Share
+from megatron_share4v.infer.answer_log import DPGroup
 from megatron_share4v.parallel.launch import World
-from megatron_share4v.remote.openai_client import Chat, Endpoint
+from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
 LEAST_FAILURES = 8
 
 
-def caption_with_endpoint(endpoint: Endpoint, job: JobOptions, *, settings: Settings, world: World) -> Summary | None:
+def caption_with_endpoint(
+    endpoint: Endpoint, job: JobOptions, *, settings: CaptionSettings, world: World
+) -> JobSummary | None:
     """The captions of `job` from a server: see run_job. Raises ConfigError, DataError."""
     if world.size > 1:
         raise ConfigError(
             f"--endpoint is asked by one process, and torchrun started {world.size}; start without it, and raise --concurrency"
         )
     return run_job(
-        EndpointCaptioner(endpoint, settings=settings), job, settings=settings, model=endpoint.model, share=Share()
+        EndpointCaptioner(endpoint, settings=settings), job, settings=settings, model=endpoint.model, share=DPGroup()
     )
 
 
@@ -35,19 +37,19 @@ class EndpointCaptioner:
     """Calls yield rows as they are finished; pictures are taken from the iterator only as they are needed."""
 
     def __init__(
-        self, endpoint: Endpoint, *, settings: Settings, sleep: Callable[[float], object] | None = None
+        self, endpoint: Endpoint, *, settings: CaptionSettings, sleep: Callable[[float], object] | None = None
     ) -> None:
         """Raises ConfigError for what is no URL."""
         if settings.num_beams > 1:
             raise ConfigError(
                 f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with --model-name"
             )
-        self._endpoint, self._settings, self._chat = endpoint, settings, Chat(endpoint, sleep=sleep)
+        self._endpoint, self._settings, self._chat = endpoint, settings, ChatClient(endpoint, sleep=sleep)
 
-    def __call__(self, pictures: Iterator[Picture]) -> Iterator[list[Row]]:
+    def __call__(self, pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
         """Raises ConfigError when the endpoint refuses key, model or path, or fails for many images with no answer in between."""
         most = max(LEAST_FAILURES, 2 * self._endpoint.concurrency)
-        held: list[Row] = []  # failures that may be the endpoint's: an answer proves that it lives
+        held: list[CaptionRow] = []  # failures that may be the endpoint's: an answer proves that it lives
         lives = False
         pool = ThreadPoolExecutor(self._endpoint.concurrency)
         going = {pool.submit(self._row, picture) for picture in islice(pictures, self._endpoint.concurrency)}
@@ -73,27 +75,27 @@ class EndpointCaptioner:
             yield held
 
     @staticmethod
-    def _sorted(finished: set[Future]) -> tuple[list[Row], list[Row]]:
+    def _sorted(finished: set[Future]) -> tuple[list[CaptionRow], list[CaptionRow]]:
         """Rows that are certain, and failures."""
         results = [future.result() for future in finished]
         return [row for row, is_certain in results if is_certain], [
             row for row, is_certain in results if not is_certain
         ]
 
-    def _row(self, picture: Picture) -> tuple[Row, bool]:
+    def _row(self, picture: ImageEntry) -> tuple[CaptionRow, bool]:
         try:
             url = image_to_data_url(picture.read())
         except DataError as error:
-            return Row(picture.id, picture.path, error=str(error)), True
+            return CaptionRow(picture.id, picture.path, error=str(error)), True
         try:
             reply = self._chat.ask(self._question(picture, url))
         except DataError as error:
-            return Row(picture.id, picture.path, error=str(error)), False
-        return Row(
+            return CaptionRow(picture.id, picture.path, error=str(error)), False
+        return CaptionRow(
             picture.id, picture.path, caption=reply.text.strip(), tokens=reply.tokens, finish_reason=reply.finish_reason
         ), True
 
-    def _question(self, picture: Picture, url: str) -> dict[str, object]:
+    def _question(self, picture: ImageEntry, url: str) -> dict[str, object]:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self._settings.prompt}]
         given = self._settings
         body = {"messages": [{"role": "user", "content": content}]}

@@ -13,21 +13,21 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from megatron_share4v.caption.records import Picture
+from megatron_share4v.caption.records import ImageEntry
 from megatron_share4v.data.prepare.image_files import COMPRESSED, SUFFIXES
 from megatron_share4v.errors import DataError
 
-Place = tuple[str | None, str, str, int, int | None]
+EntryFields = tuple[str | None, str, str, int, int | None]
 """id as given, path, file, offset, size: see Picture."""
 
 
-def read_pictures(*, images_file: Path | None, images: Sequence[str], root: Path) -> list[Picture]:
+def read_image_entries(*, images_file: Path | None, images: Sequence[str], root: Path) -> list[ImageEntry]:
     """The entries of `images_file`, then those of `images` (folders, globs, archives, files below `root`); repeated entries stay.
 
     An id is the list's own or the hash of the path; the k-th entry of the same id gets "~k". Raises DataError for a list that is none, for what
     does not exist, and when there is nothing at all.
     """
-    places: list[Place] = []
+    places: list[EntryFields] = []
     if images_file is not None:
         places += _listed(images_file, root)
     for item in images:
@@ -39,7 +39,7 @@ def read_pictures(*, images_file: Path | None, images: Sequence[str], root: Path
     return list(_with_ids(places))
 
 
-def _with_ids(places: Iterable[Place]) -> Iterator[Picture]:
+def _with_ids(places: Iterable[EntryFields]) -> Iterator[ImageEntry]:
     used: dict[str, int] = {}
     for given, path, file, offset, size in places:
         first = given or hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
@@ -48,10 +48,10 @@ def _with_ids(places: Iterable[Place]) -> Iterator[Picture]:
             count += 1
         used[first] = count
         used.setdefault(name, 1)
-        yield Picture(id=name, path=path, file=file, offset=offset, size=size)
+        yield ImageEntry(id=name, path=path, file=file, offset=offset, size=size)
 
 
-def _listed(path: Path, root: Path) -> Iterator[Place]:
+def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -80,7 +80,7 @@ def _listed(path: Path, root: Path) -> Iterator[Place]:
         yield None if name is None else str(name), image, str(root / image), 0, None
 
 
-def _found(item: str, root: Path) -> Iterator[Place]:
+def _found(item: str, root: Path) -> Iterator[EntryFields]:
     if (root / item).exists():
         yield from _at(item, root, asked=True)
         return
@@ -93,7 +93,7 @@ def _found(item: str, root: Path) -> Iterator[Place]:
         yield from _at(match, root, asked=False)
 
 
-def _at(item: str, root: Path, *, asked: bool) -> Iterator[Place]:
+def _at(item: str, root: Path, *, asked: bool) -> Iterator[EntryFields]:
     """asked: the user has named it, so that it is an image whatever its suffix."""
     path, lower = root / item, item.lower()
     if path.is_dir():
@@ -113,7 +113,7 @@ def _at(item: str, root: Path, *, asked: bool) -> Iterator[Place]:
         yield None, PurePosixPath(item).as_posix(), str(path), 0, None
 
 
-def _members(item: str, path: Path) -> Iterator[Place]:
+def _members(item: str, path: Path) -> Iterator[EntryFields]:
     """`a/b.tar` has a/b/<member>: the path under which data preparation finds it too (data/prepare/image_files.py)."""
     folder = PurePosixPath(item).with_suffix("")
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_share4v.caption.inputs import read_pictures
+from megatron_share4v.caption.inputs import read_image_entries
 from megatron_share4v.caption.outputs import (
     check_targets,
     is_trainable,
@@ -20,12 +20,12 @@ from megatron_share4v.caption.outputs import (
     write_shards,
 )
 from megatron_share4v.caption.progress import Progress
-from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.exit_codes import ExitCode
-from megatron_share4v.infer.answer_log import Done, Journal, Share, take_up
+from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
 from megatron_share4v.logging import get_logger
 
-Captioner = Callable[[Iterator[Picture]], Iterator[list[Row]]]
+Captioner = Callable[[Iterator[ImageEntry]], Iterator[list[CaptionRow]]]
 SHOWN_ERRORS = 5
 SAMPLES_PER_SHARD = 10_000
 
@@ -52,7 +52,7 @@ class JobOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class JobSummary:
     """Of the whole job; the rates are of this start and this process."""
 
     images: int
@@ -69,24 +69,24 @@ class Summary:
 
 
 def run_job(
-    captioner: Captioner, options: JobOptions, *, settings: Settings, model: str, share: Share
-) -> Summary | None:
+    captioner: Captioner, options: JobOptions, *, settings: CaptionSettings, model: str, share: DPGroup
+) -> JobSummary | None:
     """Caption what is left of the inputs and write the files. Returns None on all but the first process.
 
     model: what names the model in the journal, so that captions of two are never mixed. Raises DataError.
     """
-    pictures = read_pictures(images_file=options.images_file, images=options.images, root=options.images_root)
+    pictures = read_image_entries(images_file=options.images_file, images=options.images, root=options.images_root)
     check_targets(annotations=options.annotations, shards=options.shards, pictures=pictures)
     job: dict[str, object] = {"model": model, **vars(settings)}
-    journal = Journal(options.journals, rank=share.rank)
+    journal = AnswerLog(options.journals, rank=share.rank)
     try:
-        done = take_up(journal, job=job, row=Row, share=share, restart=options.restart)
+        done = resume_answer_log(journal, job=job, row=CaptionRow, share=share, restart=options.restart)
         left = [
             picture
             for picture in pictures
             if picture.id not in done or (options.retry_errors and picture.id in done.errors)
         ]
-        share.meet()  # all have read the journals: now they may grow
+        share.barrier()  # all have read the journals: now they may grow
         mine = left[share.rank :: share.size]
         before = (len(pictures) - len(left)) // share.size
         progress = Progress(total=before + len(mine), done=before)
@@ -94,19 +94,23 @@ def run_job(
             journal.append(rows)
             progress.advance(rows)
         get_logger().info(str(progress))
-        share.meet()
+        share.barrier()
     finally:
         journal.close()
     return (
-        _write(options, pictures, settings, Done(options.journals, job=job, row=Row), progress)
+        _write(options, pictures, settings, AnswerIndex(options.journals, job=job, row=CaptionRow), progress)
         if share.rank == 0
         else None
     )
 
 
 def _write(
-    options: JobOptions, pictures: Sequence[Picture], settings: Settings, done: Done[Row], progress: Progress
-) -> Summary:
+    options: JobOptions,
+    pictures: Sequence[ImageEntry],
+    settings: CaptionSettings,
+    done: AnswerIndex[CaptionRow],
+    progress: Progress,
+) -> JobSummary:
     """Every file from the journals anew: it is the same, however often the job was killed."""
     counts: Counter[str] = Counter()
     ids = [picture.id for picture in pictures]
@@ -134,7 +138,7 @@ def _write(
             prompt=settings.prompt,
             samples_per_shard=options.samples_per_shard,
         )
-    return Summary(
+    return JobSummary(
         images=len(pictures),
         captions=counts["captions"],
         errors=counts["errors"],

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from megatron_share4v.caption.records import Picture, Row
+from megatron_share4v.caption.records import CaptionRow, ImageEntry
 from megatron_share4v.checkpoint.manifest import fsync_directory
 from megatron_share4v.data.images.pil_decoder import EXTENSIONS, open_header
 from megatron_share4v.data.store.shards import ShardWriter
@@ -25,24 +25,24 @@ from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 MAX_KEY_LENGTH = 80
 
 
-def write_official(path: Path, rows: Iterable[Row]) -> None:
+def write_official(path: Path, rows: Iterable[CaptionRow]) -> None:
     """The published tool's list of {path: caption}, as json.dump with indent 4 writes it; pictures without a caption are left out."""
     _write_list(path, ({row.path: row.caption} for row in rows if row.error is None))
 
 
-def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+def write_jsonl(path: Path, rows: Iterable[CaptionRow]) -> None:
     """All rows, errors too."""
     with _replacing(path) as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
-def write_annotations(path: Path, rows: Iterable[Row], *, prompt: str) -> None:
+def write_annotations(path: Path, rows: Iterable[CaptionRow], *, prompt: str) -> None:
     """ShareGPT4V's records of the rows that can be trained: see `is_trainable`."""
     _write_list(path, (_record(row, prompt=prompt) for row in rows if is_trainable(row)))
 
 
 def write_shards(
-    directory: Path, rows: Iterable[Row], pictures: Sequence[Picture], *, prompt: str, samples_per_shard: int
+    directory: Path, rows: Iterable[CaptionRow], pictures: Sequence[ImageEntry], *, prompt: str, samples_per_shard: int
 ) -> None:
     """`key.jpg|png|...` and `key.json`, the annotation record, of the rows that can be trained. Replaces earlier shards in `directory`.
 
@@ -68,12 +68,12 @@ def write_shards(
     fsync_directory(directory.parent)
 
 
-def is_trainable(row: Row) -> bool:
+def is_trainable(row: CaptionRow) -> bool:
     """A caption that says something, and does not contain the image's own placeholder."""
     return row.error is None and bool(row.caption.strip()) and IMAGE_PLACEHOLDER not in row.caption
 
 
-def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Sequence[Picture]) -> None:
+def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Sequence[ImageEntry]) -> None:
     """Before the work: what could not be written after it. Raises DataError."""
     if annotations or shards:
         for picture in pictures:
@@ -85,7 +85,7 @@ def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Se
         raise DataError(f"--shards {shards}: holds more than shards; give an empty or new directory")
 
 
-def _record(row: Row, *, prompt: str) -> dict[str, object]:
+def _record(row: CaptionRow, *, prompt: str) -> dict[str, object]:
     turns = [{"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{prompt}"}, {"from": "gpt", "value": row.caption}]
     return {"id": row.id, "image": row.path, "conversations": turns}
 

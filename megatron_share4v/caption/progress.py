@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from megatron_share4v.caption.records import Row
+from megatron_share4v.caption.records import CaptionRow
 from megatron_share4v.logging import get_logger
 
 EVERY_S = 5.0
@@ -20,7 +20,7 @@ class Progress:
         self._started = self._last = clock()
         self.images = self.tokens = self.errors = 0
 
-    def advance(self, rows: Sequence[Row]) -> None:
+    def advance(self, rows: Sequence[CaptionRow]) -> None:
         """These are done; says so, if the last line is a while ago."""
         self.images += len(rows)
         self.tokens += sum(row.tokens for row in rows)

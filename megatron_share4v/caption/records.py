@@ -13,7 +13,7 @@ INSTRUCTION = "Analyze the image in a comprehensive and detailed manner."
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class ImageEntry:
     """One entry of the input. path: as the list has it, and as the results will. Its bytes are `file`, or `size` bytes of it from `offset` on."""
 
     id: str
@@ -37,7 +37,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CaptionRow:
     """What became of a picture: a caption of `tokens` tokens, or an error. finish_reason: "stop" or "length"."""
 
     id: str
@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CaptionSettings:
     """What a caption depends on besides image and model. temperature 0: greedy. num_beams: infer/beam_search.py."""
 
     prompt: str = INSTRUCTION
@@ -60,7 +60,7 @@ class Settings:
     seed: int = 0
     num_beams: int = 1
 
-    def seed_of(self, picture: Picture) -> int:
+    def seed_of(self, picture: ImageEntry) -> int:
         """Its own, so that a sampled caption depends neither on the others nor on where a killed job went on."""
         return (
             int.from_bytes(

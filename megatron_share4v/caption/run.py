@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_share4v.caption.job import JobOptions, Summary, run_job
-from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.caption.job import JobOptions, JobSummary, run_job
+from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.infer.batch_generate import Work, stream_answers
-from megatron_share4v.infer.beam_search import BeamEngine
-from megatron_share4v.infer.data_parallel import Replica, opened_replica
-from megatron_share4v.infer.request import Sampling
+from megatron_share4v.infer.batch_generate import GenerationTask, generate_stream
+from megatron_share4v.infer.beam_search import BeamSearchEngine
+from megatron_share4v.infer.data_parallel import Replica, open_replica
+from megatron_share4v.infer.request import SamplingParams
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
@@ -31,7 +31,9 @@ class ModelOptions:
     workers: int = 4
 
 
-def caption_with_model(model: ModelOptions, job: JobOptions, *, settings: Settings, world: World) -> Summary | None:
+def caption_with_model(
+    model: ModelOptions, job: JobOptions, *, settings: CaptionSettings, world: World
+) -> JobSummary | None:
     """The captions of `job` from a model of ours, on all ranks of `world`: see run_job. Raises ConfigError, CheckpointError, DataError."""
     if world.size % model.tensor:
         raise ConfigError(
@@ -44,7 +46,7 @@ def caption_with_model(model: ModelOptions, job: JobOptions, *, settings: Settin
             "itself has another architecture and is not read: a model of ours takes the same files and options)"
         )
     requests = model.batch_size * settings.num_beams
-    with opened_replica(
+    with open_replica(
         Path(model.name), tensor=model.tensor, max_requests=requests, dtype=model.dtype, world=world
     ) as replica:
         if replica is None:
@@ -56,41 +58,41 @@ def caption_with_model(model: ModelOptions, job: JobOptions, *, settings: Settin
 class LocalCaptioner:
     """Calls yield rows as they are finished, in whatever order; pictures are taken from the iterator only as they are needed."""
 
-    def __init__(self, replica: Replica, *, settings: Settings, workers: int) -> None:
+    def __init__(self, replica: Replica, *, settings: CaptionSettings, workers: int) -> None:
         self._session, self._settings, self._workers = replica.session, settings, workers
         self._engine = (
-            replica.engine if settings.num_beams == 1 else BeamEngine(replica.engine, beams=settings.num_beams)
+            replica.engine if settings.num_beams == 1 else BeamSearchEngine(replica.engine, beams=settings.num_beams)
         )
         self._turns = (Turn("human", f"{IMAGE_PLACEHOLDER}\n{settings.prompt}"),)
 
-    def __call__(self, pictures: Iterator[Picture]) -> Iterator[list[Row]]:
+    def __call__(self, pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
         """Raises DataError when prompt and longest caption do not fit into the model: that is so for all images alike."""
         paths: dict[str, str] = {}
 
-        def works() -> Iterator[Work]:
+        def works() -> Iterator[GenerationTask]:
             for picture in pictures:
                 paths[picture.id] = picture.path
-                yield Work(picture.id, partial(self._prompt, picture), self._sampling(picture))
+                yield GenerationTask(picture.id, partial(self._prompt, picture), self._sampling(picture))
 
-        for outcomes in stream_answers(
+        for outcomes in generate_stream(
             self._engine, works(), tokenizer=self._session.encoder.tokenizer, workers=self._workers
         ):
             yield [
-                Row(
+                CaptionRow(
                     o.id, paths.pop(o.id), caption=o.text, tokens=o.tokens, finish_reason=o.finish_reason, error=o.error
                 )
                 for o in outcomes
             ]
 
-    def _prompt(self, picture: Picture) -> Prompt:
+    def _prompt(self, picture: ImageEntry) -> Prompt:
         patches = self._session.config.model.vision.num_patches
         return make_prompt(
             self._session.encoder, self._turns, image=picture.read(), tokens_per_image=patches, name=picture.path
         )
 
-    def _sampling(self, picture: Picture) -> Sampling:
+    def _sampling(self, picture: ImageEntry) -> SamplingParams:
         given = self._settings
-        return Sampling(
+        return SamplingParams(
             max_new_tokens=given.max_new_tokens,
             temperature=given.temperature,
             top_p=given.top_p,

@@ -13,10 +13,10 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.evaluate.records import Decoding, Item
-from megatron_share4v.infer.batch_generate import Outcome, Work, stream_answers
+from megatron_share4v.infer.batch_generate import GenerationResult, GenerationTask, generate_stream
 from megatron_share4v.infer.data_parallel import Replica
-from megatron_share4v.infer.request import Sampling
-from megatron_share4v.remote.openai_client import Chat
+from megatron_share4v.infer.request import SamplingParams
+from megatron_share4v.remote.openai_client import ChatClient
 from megatron_share4v.text.template import get_template
 
 
@@ -31,11 +31,11 @@ class LocalAsker:
         self._encoder = replace(replica.session.encoder, template=get_template(decoding.template), images=images)
         self._tokens_per_image = vision.num_patches
 
-    def __call__(self, items: Iterator[Item]) -> Iterator[list[Outcome]]:
+    def __call__(self, items: Iterator[Item]) -> Iterator[list[GenerationResult]]:
         """An answer that does not fit ends at the context's end. Outcomes with an error are of questions that cannot be asked."""
-        sampling = Sampling(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
-        works = (Work(item.id, partial(self._prompt, item), sampling) for item in items)
-        return stream_answers(
+        sampling = SamplingParams(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
+        works = (GenerationTask(item.id, partial(self._prompt, item), sampling) for item in items)
+        return generate_stream(
             self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, cut=True
         )
 
@@ -53,10 +53,10 @@ class LocalAsker:
 class RemoteAsker:
     """The same from a server. It prepares images by its own configuration: where the benchmark crops, it gets the centre square, cut here, as PNG."""
 
-    def __init__(self, chat: Chat, *, decoding: Decoding) -> None:
+    def __init__(self, chat: ChatClient, *, decoding: Decoding) -> None:
         self._chat, self._decoding = chat, decoding
 
-    def __call__(self, items: Iterator[Item]) -> Iterator[list[Outcome]]:
+    def __call__(self, items: Iterator[Item]) -> Iterator[list[GenerationResult]]:
         """Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a question."""
         pool, count = ThreadPoolExecutor(self._chat.endpoint.concurrency), self._chat.endpoint.concurrency
         going = {pool.submit(self._ask, item) for item in islice(items, count)}
@@ -69,7 +69,7 @@ class RemoteAsker:
             self._chat.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, item: Item) -> Outcome:
+    def _ask(self, item: Item) -> GenerationResult:
         content: list[dict[str, object]] = [{"type": "text", "text": item.prompt}]
         if (image := item.read_image()) is not None:
             shown = crop_centre_square(image) if self._decoding.image_mode == "crop" else image
@@ -79,4 +79,4 @@ class RemoteAsker:
             {"role": "user", "content": content},
         ]
         reply = self._chat.ask({"messages": messages, "max_tokens": self._decoding.max_new_tokens, "temperature": 0})
-        return Outcome(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)
+        return GenerationResult(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)

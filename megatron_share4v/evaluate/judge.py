@@ -17,7 +17,7 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import write_rows
 from megatron_share4v.evaluate.benchmark_files import pick, read_jsonl
 from megatron_share4v.evaluate.judge_prompts import Body, Request, Verdicts
-from megatron_share4v.remote.openai_client import Chat, Reply, parse_completion
+from megatron_share4v.remote.openai_client import ChatClient, Reply, parse_completion
 
 JOURNAL, REQUESTS, REPLIES = "judge.jsonl", "judge_requests.jsonl", "judge_replies.jsonl"
 
@@ -78,7 +78,7 @@ def judge(
     directory: Path,
     *,
     model: str,
-    chat: Chat | None,
+    chat: ChatClient | None,
     seed: int | None = None,
     on_reply: Callable[[int], object] | None = None,
 ) -> Judgement | None:
@@ -110,7 +110,7 @@ def how_to_go_on(directory: Path, *, model: str) -> str:
     )
 
 
-def _ask(opened: Sequence[_Open], chat: Chat, replies: Replies, on_reply: Callable[[int], object] | None) -> None:
+def _ask(opened: Sequence[_Open], chat: ChatClient, replies: Replies, on_reply: Callable[[int], object] | None) -> None:
     failures: list[tuple[str, DataError]] = []
     pool = ThreadPoolExecutor(chat.endpoint.concurrency)
     futures = {pool.submit(chat.ask, each.body): each.name for each in opened}

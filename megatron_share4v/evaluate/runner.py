@@ -20,12 +20,12 @@ from megatron_share4v.evaluate.published import Measured, save_chart, table
 from megatron_share4v.evaluate.records import Answer, Item, Scores
 from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
-from megatron_share4v.infer.answer_log import Done, Journal, Share, take_up
-from megatron_share4v.infer.batch_generate import Outcome
+from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
+from megatron_share4v.infer.batch_generate import GenerationResult
 from megatron_share4v.logging import get_logger
-from megatron_share4v.remote.openai_client import Chat
+from megatron_share4v.remote.openai_client import ChatClient
 
-Asker = Callable[[Iterator[Item]], Iterator[list[Outcome]]]
+Asker = Callable[[Iterator[Item]], Iterator[list[GenerationResult]]]
 JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = (
     "journal",
     "answers.jsonl",
@@ -41,7 +41,7 @@ class Judge:
     """model None: the official one. chat None: its questions are written to a file."""
 
     model: str | None = None
-    chat: Chat | None = None
+    chat: ChatClient | None = None
     seed: int | None = None
 
 
@@ -50,7 +50,7 @@ def run_benchmark(
     asker: Asker,
     *,
     model: ModelFacts,
-    share: Share,
+    share: DPGroup,
     judging: Judge = Judge(),
     compared: Sequence[Measured] = (),
     restart: bool = False,
@@ -97,7 +97,7 @@ def write_results(
 
 
 def _answers(
-    evaluation: Evaluation, asker: Asker, model: ModelFacts, share: Share, restart: bool
+    evaluation: Evaluation, asker: Asker, model: ModelFacts, share: DPGroup, restart: bool
 ) -> list[Answer] | None:
     """All of them, in order, on the first process."""
     job: dict[str, object] = {
@@ -106,22 +106,24 @@ def _answers(
         "split": evaluation.folder.split,
     }
     job |= asdict(evaluation.decoding) | {"questions": evaluation.digest}
-    journal = Journal(evaluation.out / JOURNAL, rank=share.rank)
+    journal = AnswerLog(evaluation.out / JOURNAL, rank=share.rank)
     try:
-        done = take_up(journal, job=job, row=Outcome, share=share, restart=restart)
+        done = resume_answer_log(journal, job=job, row=GenerationResult, share=share, restart=restart)
         left = [item for item in evaluation.items if item.id not in done]
-        share.meet()  # all have read the journals: now they may grow
+        share.barrier()  # all have read the journals: now they may grow
         _ask(evaluation, asker, left[share.rank :: share.size], journal)
-        share.meet()
+        share.barrier()
     finally:
         journal.close()
     if share.rank:
         return None
-    rows = Done(evaluation.out / JOURNAL, job=job, row=Outcome).rows(item.id for item in evaluation.items)
+    rows = AnswerIndex(evaluation.out / JOURNAL, job=job, row=GenerationResult).rows(
+        item.id for item in evaluation.items
+    )
     return [make_answer(item, evaluation.decoding.clean(row.text)) for item, row in zip(evaluation.items, rows)]
 
 
-def _ask(evaluation: Evaluation, asker: Asker, items: Sequence[Item], journal: Journal) -> None:
+def _ask(evaluation: Evaluation, asker: Asker, items: Sequence[Item], journal: AnswerLog) -> None:
     with tqdm(total=len(items), desc=evaluation.task.name, unit="question") as bar:
         for outcomes in asker(iter(items)):
             journal.append(outcome for outcome in outcomes if outcome.error is None)

@@ -21,15 +21,15 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Share:
+class DPGroup:
     """This process among those that share the work. meet: returns when all have come so far."""
 
     rank: int = 0
     size: int = 1
-    meet: Callable[[], None] = lambda: None
+    barrier: Callable[[], None] = lambda: None
 
 
-class Journal:
+class AnswerLog:
     """`directory`/rank<N>.jsonl of one process: a line with what the job is, then a line per row."""
 
     def __init__(self, directory: Path, *, rank: int) -> None:
@@ -65,7 +65,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
 
-class Done(Generic[R]):
+class AnswerIndex(Generic[R]):
     """The rows of all journals in a directory, found by id: an answer rather than an error, where there are both, and else the later one.
 
     Keeps where they are, not what they say: about 150 bytes a row.
@@ -122,7 +122,9 @@ class Done(Generic[R]):
         (self.errors.discard if error is None else self.errors.add)(name)
 
 
-def take_up(journal: Journal, *, job: dict[str, object], row: type[R], share: Share, restart: bool) -> Done[R]:
+def resume_answer_log(
+    journal: AnswerLog, *, job: dict[str, object], row: type[R], share: DPGroup, restart: bool
+) -> AnswerIndex[R]:
     """What is done of `job`, with which all that share it go on; restart: nothing, whoever did it. Raises DataError."""
     directory = journal.path.parent
     if restart and share.rank == 0:
@@ -131,8 +133,8 @@ def take_up(journal: Journal, *, job: dict[str, object], row: type[R], share: Sh
             if path.name not in own:
                 path.unlink()
     journal.begin(job, restart=restart)
-    share.meet()
-    return Done(directory, job=job, row=row)
+    share.barrier()
+    return AnswerIndex(directory, job=job, row=row)
 
 
 def _check_job(path: Path, found: object, job: dict[str, object]) -> None:

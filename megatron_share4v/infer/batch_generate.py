@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.errors import DataError
-from megatron_share4v.infer.beam_search import BeamEngine
+from megatron_share4v.infer.beam_search import BeamSearchEngine
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.text.tokenizer import Tokenizer
 
 MOST_AT_ONCE = 64
@@ -19,16 +19,16 @@ MOST_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class GenerationTask:
     """One question. prompt: makes it, on another thread; raises DataError when it cannot be asked."""
 
     id: str
     prompt: Callable[[], Prompt]
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class GenerationResult:
     """An answer of `tokens` tokens, or an error. finish_reason: "stop" or "length"."""
 
     id: str
@@ -38,9 +38,14 @@ class Outcome:
     error: str | None = None
 
 
-def stream_answers(
-    engine: Engine | BeamEngine, works: Iterator[Work], *, tokenizer: Tokenizer, workers: int, cut: bool = False
-) -> Iterator[list[Outcome]]:
+def generate_stream(
+    engine: Engine | BeamSearchEngine,
+    works: Iterator[GenerationTask],
+    *,
+    tokenizer: Tokenizer,
+    workers: int,
+    cut: bool = False,
+) -> Iterator[list[GenerationResult]]:
     """Outcomes as they are finished, in whatever order; works are taken from the iterator only as they are needed.
 
     cut: an answer that does not fit into the model ends where its room ends. Otherwise, and for a prompt that leaves no room at all, raises DataError.
@@ -48,17 +53,17 @@ def stream_answers(
     limit = engine.limits.max_requests
     going: dict[str, list[int]] = {}
     with ThreadPoolExecutor(workers) as pool:
-        prompts, more = _ahead(pool, works, count=2 * limit), True
+        prompts, more = _prefetch_prompts(pool, works, count=2 * limit), True
         try:
             while more or going:
-                finished: list[Outcome] = []
+                finished: list[GenerationResult] = []
                 while more and len(going) < limit and len(finished) < MOST_AT_ONCE:
                     work, prompt = next(prompts, (None, None))
                     more = work is not None
                     if isinstance(prompt, DataError):
-                        finished.append(Outcome(work.id, error=str(prompt)))
+                        finished.append(GenerationResult(work.id, error=str(prompt)))
                     elif more:
-                        engine.add(_request(work, prompt, engine.limits.max_positions if cut else None))
+                        engine.add(_make_request(work, prompt, engine.limits.max_positions if cut else None))
                         going[work.id] = []
                 finished += _step(engine, going, tokenizer)
                 if finished:
@@ -71,31 +76,35 @@ def stream_answers(
             raise
 
 
-def _request(work: Work, prompt: Prompt, positions: int | None) -> Request:
+def _make_request(work: GenerationTask, prompt: Prompt, positions: int | None) -> GenerationRequest:
     """positions: that prompt and answer may have together."""
-    longest = work.sampling.max_new_tokens
+    find_longest_prefix = work.sampling.max_new_tokens
     if positions is not None:
-        longest = max(1, min(longest, positions - prompt.token_ids.numel()))
-    return Request(work.id, prompt, replace(work.sampling, max_new_tokens=longest))
+        find_longest_prefix = max(1, min(find_longest_prefix, positions - prompt.token_ids.numel()))
+    return GenerationRequest(work.id, prompt, replace(work.sampling, max_new_tokens=find_longest_prefix))
 
 
-def _step(engine: Engine | BeamEngine, going: dict[str, list[int]], tokenizer: Tokenizer) -> Iterator[Outcome]:
+def _step(
+    engine: Engine | BeamSearchEngine, going: dict[str, list[int]], tokenizer: Tokenizer
+) -> Iterator[GenerationResult]:
     for event in engine.step() if going else ():
         ids = going[event.request_id]
         if event.token_id is not None:
             ids.append(event.token_id)
-        if event.finish is not None:
+        if event.finish_reason is not None:
             del going[event.request_id]
-            yield Outcome(
-                event.request_id, text=tokenizer.decode(ids).strip(), tokens=len(ids), finish_reason=event.finish
+            yield GenerationResult(
+                event.request_id, text=tokenizer.decode(ids).strip(), tokens=len(ids), finish_reason=event.finish_reason
             )
 
 
-def _ahead(pool: ThreadPoolExecutor, works: Iterator[Work], *, count: int) -> Iterator[tuple[Work, Prompt | DataError]]:
+def _prefetch_prompts(
+    pool: ThreadPoolExecutor, works: Iterator[GenerationTask], *, count: int
+) -> Iterator[tuple[GenerationTask, Prompt | DataError]]:
     """In order, `count` of them on their way."""
-    waiting: deque[tuple[Work, Future]] = deque()
+    waiting: deque[tuple[GenerationTask, Future]] = deque()
     for work in works:
-        waiting.append((work, pool.submit(_prompt, work)))
+        waiting.append((work, pool.submit(_build_prompt, work)))
         if len(waiting) > count:
             first, future = waiting.popleft()
             yield first, future.result()
@@ -103,7 +112,7 @@ def _ahead(pool: ThreadPoolExecutor, works: Iterator[Work], *, count: int) -> It
         yield first, future.result()
 
 
-def _prompt(work: Work) -> Prompt | DataError:
+def _build_prompt(work: GenerationTask) -> Prompt | DataError:
     try:
         return work.prompt()
     except DataError as error:

@@ -15,11 +15,11 @@ import torch
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.kv_allocator import Place, Room
+from megatron_share4v.infer.kv_allocator import KVAllocator, KVRange
 from megatron_share4v.infer.prefix_hash import image_digest
-from megatron_share4v.infer.request import Event, Request
-from megatron_share4v.infer.sampler import GREEDY_BELOW
-from megatron_share4v.infer.step_plan import Copy, Picture, StepPlan
+from megatron_share4v.infer.request import GenerationRequest, TokenEvent
+from megatron_share4v.infer.sampler import GREEDY_TEMPERATURE
+from megatron_share4v.infer.step_plan import CacheCopy, ImageSpan, StepPlan
 from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 
@@ -37,15 +37,15 @@ class _Search:
     """One request. place: its rows of the cache; places: the first rows of its n runs among them. finished: (mean, ids, why) of the best n that have
     ended, best first."""
 
-    request: Request
-    place: Place
-    places: list[int]
+    request: GenerationRequest
+    kv_range: KVRange
+    row_starts: list[int]
     beams: list[_Beam] = field(default_factory=list)
     finished: list[tuple[float, tuple[int, ...], str]] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
+    copies: list[CacheCopy] = field(default_factory=list)
 
 
-class BeamEngine:
+class BeamSearchEngine:
     """Takes requests and gives events as Engine does, but all of an answer's at its end. Lives on the first rank; `engine` itself must stay idle. A
     beam counts as one of the engine's max_requests.
 
@@ -54,13 +54,13 @@ class BeamEngine:
     """
 
     def __init__(self, engine: Engine, *, beams: int) -> None:
-        self.limits, self._engine, self._count = engine.limits, engine, beams
-        self._waiting: deque[Request] = deque()
-        self._going: list[_Search] = []
-        self._room = Room(engine.limits.cache_positions)
+        self.limits, self._engine, self._num_beams = engine.limits, engine, beams
+        self._waiting: deque[GenerationRequest] = deque()
+        self._running: list[_Search] = []
+        self._kv_allocator = KVAllocator(engine.limits.cache_positions)
         self._encoded: tuple[bytes, ...] = ()
 
-    def add(self, request: Request) -> None:
+    def add(self, request: GenerationRequest) -> None:
         """Raises ConfigError for settings that beams do not know, DataError when n runs of prompt and answer do not fit into the cache."""
         given = request.sampling
         if (given.top_p, given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty, given.logprobs) != (
@@ -75,9 +75,9 @@ class BeamEngine:
                 "beams know temperature and repetition penalty only; leave top_p and the others out, or take one beam"
             )
         size, limits = self._size(request), self.limits
-        if size > limits.max_positions or size * self._count > limits.cache_positions:
+        if size > limits.max_positions or size * self._num_beams > limits.cache_positions:
             raise DataError(
-                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, of {self._count} beams {size * self._count}; possible are "
+                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, of {self._num_beams} beams {size * self._num_beams}; possible are "
                 f"{limits.max_positions}, of all beams {limits.cache_positions}: ask for fewer tokens or beams"
             )
         self._waiting.append(request)
@@ -85,82 +85,86 @@ class BeamEngine:
     def cancel(self, request_id: str) -> None:
         """End it before its time, without an event."""
         self._waiting = deque(request for request in self._waiting if request.id != request_id)
-        for search in [search for search in self._going if search.request.id == request_id]:
-            self._going.remove(search)
-            self._room.release(search.place)
+        for search in [search for search in self._running if search.request.id == request_id]:
+            self._running.remove(search)
+            self._kv_allocator.free(search.kv_range)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._waiting or self._going)
+        return bool(self._waiting or self._running)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """One forward of all beams."""
-        while self._waiting and len(self._going) < max(1, self.limits.max_requests // self._count):
+        while self._waiting and len(self._running) < max(1, self.limits.max_requests // self._num_beams):
             size = self._size(self._waiting[0])
-            reservation = self._room.reserve(size * self._count, ())
-            if reservation is None:
+            allocation = self._kv_allocator.allocate(size * self._num_beams, ())
+            if allocation is None:
                 break
-            places = [reservation.place.start + size * number for number in range(self._count)]
-            self._going.append(_Search(self._waiting.popleft(), reservation.place, places))
-        if not self._going:
+            row_starts = [allocation.kv_range.start + size * number for number in range(self._num_beams)]
+            self._running.append(_Search(self._waiting.popleft(), allocation.kv_range, row_starts))
+        if not self._running:
             return []
-        logits = self._engine.ranks.run(self._plan())[:, : self._engine.vocabulary].float().log_softmax(dim=-1).cpu()
+        logits = (
+            self._engine.executor.run(self._plan_step())[:, : self._engine.vocabulary].float().log_softmax(dim=-1).cpu()
+        )
         events, at = [], 0
-        for search in list(self._going):
+        for search in list(self._running):
             rows = max(1, len(search.beams))
-            if self._advance(search, logits[at : at + rows]):
+            if self._extend_beams(search, logits[at : at + rows]):
                 events += _events(search)
-                self._going.remove(search)
-                self._room.release(search.place)
+                self._running.remove(search)
+                self._kv_allocator.free(search.kv_range)
             at += rows
         return events
 
     @staticmethod
-    def _size(request: Request) -> int:
+    def _size(request: GenerationRequest) -> int:
         return request.prompt.token_ids.numel() + request.sampling.max_new_tokens
 
-    def _plan(self) -> StepPlan:
+    def _plan_step(self) -> StepPlan:
         ids: list[int] = []
-        spans, copies, encode, pictures, wanted = [], [], {}, [], []
-        for search in self._going:
+        spans, copies, encode, image_spans, logits_positions = [], [], {}, [], []
+        for search in self._running:
             prompt = search.request.prompt
             length = prompt.token_ids.numel()
             copies += search.copies
             for beam in search.beams:
                 spans.append(SequenceSpan(start=beam.start, count=1, end=length + len(beam.ids)))
                 ids.append(beam.ids[-1])
-                wanted.append(len(ids) - 1)
+                logits_positions.append(len(ids) - 1)
             if not search.beams:
                 digests = [image_digest(image) for image in prompt.pixels]
                 encode |= dict(zip(digests, prompt.pixels))
                 for digest, slots in zip(digests, prompt.image_slots.chunk(max(1, len(digests)))):
-                    pictures.append(Picture(digest=digest, slots=slots + len(ids), rows=torch.arange(slots.numel())))
-                spans.append(SequenceSpan(start=search.places[0], count=length, end=length))
+                    image_spans.append(
+                        ImageSpan(digest=digest, slots=slots + len(ids), rows=torch.arange(slots.numel()))
+                    )
+                spans.append(SequenceSpan(start=search.row_starts[0], count=length, end=length))
                 ids += prompt.token_ids.tolist()
-                wanted.append(len(ids) - 1)
-        forget, self._encoded = (
+                logits_positions.append(len(ids) - 1)
+        evict, self._encoded = (
             self._encoded,
             tuple(encode),
         )  # features are read in the step that makes them, and never again
         return StepPlan(
-            copies=tuple(copies), forget=forget, encode=tuple(encode.items()), token_ids=torch.tensor(ids), spans=tuple(spans),
-            pictures=tuple(pictures), wanted=torch.tensor(wanted),
+            copies=tuple(copies), evict=evict, encode=tuple(encode.items()), token_ids=torch.tensor(ids), spans=tuple(spans),
+            image_spans=tuple(image_spans), logits_positions=torch.tensor(logits_positions),
         )  # fmt: skip
 
-    def _advance(self, search: _Search, logits: torch.Tensor) -> bool:
+    def _extend_beams(self, search: _Search, logits: torch.Tensor) -> bool:
         """Log-probabilities [beams, V] after each beam -> whether the search has ended."""
-        given, eos, count = search.request.sampling, self._engine.eos_id, self._count
-        beams = search.beams or [_Beam((), 0.0, search.places[0])]
+        given, eos, count = search.request.sampling, self._engine.eos_id, self._num_beams
+        beams = search.beams or [_Beam((), 0.0, search.row_starts[0])]
         scores, length = self._scores(search, beams, logits), len(beams[0].ids) + 1
         order = scores.flatten()
-        if given.temperature > GREEDY_BELOW:
-            order = order + _noise(given.seed or 0, length, order.numel())
+        if given.temperature > GREEDY_TEMPERATURE:
+            order = order + _gumbel_noise(given.seed or 0, length, order.numel())
         chosen = order.topk(min(2 * count, order.numel())).indices
         chosen = chosen[scores.flatten()[chosen].argsort(descending=True, stable=True)].tolist()
         going: list[tuple[int, int, float]] = []
-        for rank, place in enumerate(chosen):
-            parent, token = divmod(place, scores.size(1))
+        for rank, flat_index in enumerate(chosen):
+            parent, token = divmod(flat_index, scores.size(1))
             score = float(scores[parent, token])
             if rank < count and (token == eos or length == given.max_new_tokens):
                 ids = beams[parent].ids if token == eos else (*beams[parent].ids, token)
@@ -170,7 +174,7 @@ class BeamEngine:
         search.finished = sorted(search.finished, key=lambda one: one[0], reverse=True)[:count]
         if length == given.max_new_tokens or not going:
             return True
-        self._follow(search, beams, going)
+        self._assign_rows(search, beams, going)
         return len(search.finished) == count and search.beams[0].score / length <= search.finished[-1][0]
 
     def _scores(self, search: _Search, beams: list[_Beam], values: torch.Tensor) -> torch.Tensor:
@@ -181,34 +185,34 @@ class BeamEngine:
                 row[list(set(beam.ids))] *= given.repetition_penalty  # logarithms of probabilities: all negative
         if not beams[0].ids:
             values[:, self._engine.eos_id] = float("-inf")
-        if given.temperature > GREEDY_BELOW:
+        if given.temperature > GREEDY_TEMPERATURE:
             values = values / given.temperature
         return values + torch.tensor([beam.score for beam in beams]).unsqueeze(1)
 
-    def _follow(self, search: _Search, beams: list[_Beam], going: list[tuple[int, int, float]]) -> None:
+    def _assign_rows(self, search: _Search, beams: list[_Beam], going: list[tuple[int, int, float]]) -> None:
         """A beam's first continuation takes its rows over; further ones get a copy in rows that nobody goes on with."""
         length = search.request.prompt.token_ids.numel()
         kept = {beams[parent].start for parent, _, _ in going}
-        spare, taken = [place for place in search.places if place not in kept], set()
+        spare, taken = [start for start in search.row_starts if start not in kept], set()
         search.copies, search.beams = [], []
         for parent, token, score in going:
             beam, start = beams[parent], beams[parent].start
             if start in taken:
                 start = spare.pop()
-                search.copies.append(Copy(beam.start, start, length + len(beam.ids)))
+                search.copies.append(CacheCopy(beam.start, start, length + len(beam.ids)))
             taken.add(start)
             search.beams.append(_Beam((*beam.ids, token), score, start))
 
 
-def _events(search: _Search) -> list[Event]:
+def _events(search: _Search) -> list[TokenEvent]:
     name, (_, ids, why) = search.request.id, search.finished[0]
-    events = [Event(name, token) for token in ids]
+    events = [TokenEvent(name, token) for token in ids]
     if why == "stop":
-        return [*events, Event(name, None, finish="stop")]
-    return [*events[:-1], Event(name, ids[-1], finish="length")]
+        return [*events, TokenEvent(name, None, finish_reason="stop")]
+    return [*events[:-1], TokenEvent(name, ids[-1], finish_reason="length")]
 
 
-def _noise(seed: int, number: int, size: int) -> torch.Tensor:
+def _gumbel_noise(seed: int, number: int, size: int) -> torch.Tensor:
     """[size] standard Gumbel of a request's `number`-th step."""
     digest = hashlib.sha256(f"beams:{seed}:{number}".encode()).digest()
     uniform = torch.rand(

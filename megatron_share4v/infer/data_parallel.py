@@ -15,10 +15,10 @@ from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.run import ParallelConfig
-from megatron_share4v.infer.answer_log import Share
+from megatron_share4v.infer.answer_log import DPGroup
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.session import Session
-from megatron_share4v.infer.tp_executor import IDLE, follow
+from megatron_share4v.infer.tp_executor import IDLE_TIMEOUT, run_follower
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
@@ -35,7 +35,7 @@ class Replica:
 
     session: Session
     engine: Engine
-    share: Share
+    share: DPGroup
     path: Path
     fingerprint: str
     dtype: str
@@ -47,7 +47,7 @@ class Replica:
 
 
 @contextlib.contextmanager
-def opened_replica(
+def open_replica(
     model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World
 ) -> Iterator[Replica | None]:
     """The replica that this rank leads; None, when the job is over, on a rank that follows another. dtype None: as trained.
@@ -63,19 +63,19 @@ def opened_replica(
         process_group(world, device, timeout_s=TIMEOUT_S),
         open_mesh(layout, device=device, timeout_s=TIMEOUT_S) as mesh,
     ):
-        share = _share(mesh)
+        share = _dp_group(mesh)
         session = Session.open(path, mesh=mesh, dtype=dtype)
         engine = Engine.open(session, EngineConfig(max_requests=max_requests))
-        if not engine.ranks.leads:
-            follow(engine.ranks)
+        if not engine.executor.is_leader:
+            run_follower(engine.executor)
             yield None
             return
         get_logger().info("answering on %s, %s", device.describe(), layout)
-        yield Replica(session, engine, share, path, fingerprint(path), dtype or session.config.precision.dtype)
+        yield Replica(session, engine, share, path, model_fingerprint(path), dtype or session.config.precision.dtype)
         engine.close()
 
 
-def fingerprint(path: Path) -> str:
+def model_fingerprint(path: Path) -> str:
     """Of a checkpoint's manifest, which has the hashes of all its files; of another layout's config.json and the names and sizes of its files."""
     if not is_hf_model(path):
         return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
@@ -85,10 +85,10 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _share(mesh: Mesh) -> Share:
+def _dp_group(mesh: Mesh) -> DPGroup:
     """The leaders of the tensor groups share the work, and wait for each other as long as it takes."""
     if mesh.layout.data == 1:
-        return Share()
+        return DPGroup()
     leaders = [rank for rank in range(mesh.layout.world_size) if mesh.layout.coordinates(rank).tensor == 0]
-    group = dist.new_group(leaders, backend="gloo", timeout=IDLE)
-    return Share(rank=mesh.coordinates.data, size=mesh.layout.data, meet=lambda: dist.barrier(group))
+    group = dist.new_group(leaders, backend="gloo", timeout=IDLE_TIMEOUT)
+    return DPGroup(rank=mesh.coordinates.data, size=mesh.layout.data, barrier=lambda: dist.barrier(group))

@@ -15,23 +15,23 @@ import torch.distributed as dist
 
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.infer.model_runner import Runner
-from megatron_share4v.infer.request import Event, Request, TokenLogprobs
-from megatron_share4v.infer.sampler import choose, describe
-from megatron_share4v.infer.scheduler import Chunk, Counts, Scheduler
+from megatron_share4v.infer.model_runner import ModelRunner
+from megatron_share4v.infer.request import GenerationRequest, TokenEvent, TokenLogprobs
+from megatron_share4v.infer.sampler import compute_logprobs, sample_tokens
+from megatron_share4v.infer.scheduler import EngineCounters, ScheduledChunk, Scheduler
 from megatron_share4v.infer.sequence import Sequence
 from megatron_share4v.infer.session import Session
-from megatron_share4v.infer.tp_executor import Ranks
+from megatron_share4v.infer.tp_executor import TPExecutor
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.kv_cache import KVCache
 from megatron_share4v.model.share4v import Share4V
 
-CACHE_SHARE = 0.5
+CACHE_MEMORY_FRACTION = 0.5
 """Of free memory, at most, when no size is given."""
 
 
 @dataclass(kw_only=True)
-class EngineStats(Counts):
+class EngineStats(EngineCounters):
     """How things stand, beside what was counted. cache_usage: share of the cache's rows that running requests have."""
 
     running: int = 0
@@ -61,12 +61,12 @@ class Engine:
             raise ConfigError(
                 f"max_positions {positions} is more than the model's {language.max_position_embeddings}, beyond which it was never trained"
             )
-        rows = config.cache_positions or _default_rows(model, config.max_requests * positions)
+        rows = config.cache_positions or _default_cache_positions(model, config.max_requests * positions)
         self.vocabulary, self.eos_id = vocabulary, eos_id
         self.limits = EngineLimits(
             max_requests=config.max_requests, max_positions=min(positions, rows), cache_positions=rows
         )
-        self.ranks = Ranks(Runner(model, rows=rows))
+        self.executor = TPExecutor(ModelRunner(model, rows=rows))
         image_bytes = model.model.vision.num_patches * language.hidden_size * model.config.params_dtype.itemsize
         self._scheduler = Scheduler(config, rows=rows, image_bytes=image_bytes)
         self._cancelled: deque[str] = deque()
@@ -82,9 +82,9 @@ class Engine:
         tokenizer = session.encoder.tokenizer
         return cls(session.chunks[0], config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: GenerationRequest) -> None:
         """It waits its turn. Raises DataError when its prompt is empty, has ids that are none, or leaves no room for the answer."""
-        self._check(request)
+        self._validate(request)
         self._scheduler.add(Sequence(request, eos_id=self.eos_id))
 
     def cancel(self, request_id: str) -> None:
@@ -100,27 +100,27 @@ class Engine:
     def stats(self) -> EngineStats:
         """As of now."""
         scheduler = self._scheduler
-        usage = scheduler.room.used / self.limits.cache_positions
+        usage = scheduler.kv_allocator.used / self.limits.cache_positions
         return EngineStats(
             running=len(scheduler.running), waiting=len(scheduler.waiting), cache_usage=usage, **vars(scheduler.counts)
         )
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """The events of one forward; without work, nothing."""
         events = self._drop_cancelled()
-        step = self._scheduler.next_step()
+        step = self._scheduler.schedule()
         if step is None:
             return events
         plan, chunks = step
-        logits = self.ranks.run(plan)[:, : self.vocabulary]
+        logits = self.executor.run(plan)[:, : self.vocabulary]
         self._scheduler.counts.steps += 1
-        return events + self._handle(chunks, logits)
+        return events + self._process_logits(chunks, logits)
 
     def close(self) -> None:
         """Let the other ranks go."""
-        self.ranks.close()
+        self.executor.close()
 
-    def _check(self, request: Request) -> None:
+    def _validate(self, request: GenerationRequest) -> None:
         prompt, sampling = request.prompt, request.sampling
         length, ids = prompt.token_ids.numel(), prompt.token_ids
         if not length:
@@ -136,66 +136,67 @@ class Engine:
                 "ask for fewer tokens or shorten the conversation"
             )
 
-    def _drop_cancelled(self) -> list[Event]:
+    def _drop_cancelled(self) -> list[TokenEvent]:
         events = []
         while self._cancelled:
             sequence = self._scheduler.remove(self._cancelled.popleft())
             if sequence is not None:
-                events.append(Event(request_id=sequence.id, token_id=None, finish="cancelled"))
+                events.append(TokenEvent(request_id=sequence.id, token_id=None, finish_reason="cancelled"))
         return events
 
-    def _handle(self, chunks: Items[Chunk], logits: torch.Tensor) -> list[Event]:
+    def _process_logits(self, chunks: Items[ScheduledChunk], logits: torch.Tensor) -> list[TokenEvent]:
         at, rows, due = 0, [], []
         for chunk in chunks:
             sequence = chunk.sequence
-            if sequence.in_prompt and sequence.sampling.prompt_logprobs:
-                self._note_prompt(chunk, logits[at : at + chunk.count])
-                at += chunk.count - chunk.completes
-            completes = chunk.completes
-            self._scheduler.advance(chunk)
-            if completes:
+            if sequence.in_prefill and sequence.sampling.prompt_logprobs:
+                self._record_prompt_logprobs(chunk, logits[at : at + chunk.count])
+                at += chunk.count - chunk.samples_token
+            samples_token = chunk.samples_token
+            self._scheduler.mark_computed(chunk)
+            if samples_token:
                 rows.append(at)
                 due.append(sequence)
                 at += 1
         if not due:
             return []
         picked = logits[torch.tensor(rows, device=logits.device)]
-        tokens = choose(picked, [sequence.row() for sequence in due])
+        tokens = sample_tokens(picked, [sequence.sampling_row() for sequence in due])
         return [
-            self._event(sequence, token, picked[number]) for number, (sequence, token) in enumerate(zip(due, tokens))
+            self._make_event(sequence, token, picked[number])
+            for number, (sequence, token) in enumerate(zip(due, tokens))
         ]
 
-    def _note_prompt(self, chunk: Chunk, logits: torch.Tensor) -> None:
+    def _record_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor) -> None:
         """Log-probabilities of the prompt's own tokens; those of image slots are none."""
         sequence = chunk.sequence
-        following = sequence.tokens[sequence.computed + 1 : sequence.computed + 1 + chunk.count]
+        following = sequence.tokens[sequence.num_computed + 1 : sequence.num_computed + 1 + chunk.count]
         slots = set(sequence.request.prompt.image_slots.tolist())
-        found = describe(logits[: len(following)], following, alternatives=sequence.sampling.logprobs or 0)
-        first = sequence.computed + 1
+        found = compute_logprobs(logits[: len(following)], following, alternatives=sequence.sampling.logprobs or 0)
+        first = sequence.num_computed + 1
         sequence.prompt_logprobs += [None if first + number in slots else entry for number, entry in enumerate(found)]
 
-    def _event(self, sequence: Sequence, token: int, logits: torch.Tensor) -> Event:
+    def _make_event(self, sequence: Sequence, token: int, logits: torch.Tensor) -> TokenEvent:
         prompt_logprobs = None
         if sequence.sampling.prompt_logprobs and len(sequence.tokens) == sequence.prompt_length:
             prompt_logprobs = tuple(sequence.prompt_logprobs)
-        finish = sequence.take(token) if sequence.sampling.max_new_tokens else "length"
-        shown = sequence.sampling.max_new_tokens > 0 and finish != "stop"
+        finish = sequence.append_token(token) if sequence.sampling.max_new_tokens else "length"
+        cached_blocks = sequence.sampling.max_new_tokens > 0 and finish != "stop"
         logprobs: TokenLogprobs | None = None
-        if shown and sequence.sampling.logprobs is not None:
-            [logprobs] = describe(logits.unsqueeze(0), [token], alternatives=sequence.sampling.logprobs)
-        self._scheduler.counts.generation_tokens += shown
+        if cached_blocks and sequence.sampling.logprobs is not None:
+            [logprobs] = compute_logprobs(logits.unsqueeze(0), [token], alternatives=sequence.sampling.logprobs)
+        self._scheduler.counts.generation_tokens += cached_blocks
         if finish is not None:
             self._scheduler.remove(sequence.id)
-        return Event(sequence.id, token if shown else None, logprobs, finish, prompt_logprobs)
+        return TokenEvent(sequence.id, token if cached_blocks else None, logprobs, finish, prompt_logprobs)
 
 
-def _default_rows(model: Share4V, wanted: int) -> int:
+def _default_cache_positions(model: Share4V, wanted: int) -> int:
     """As many rows as are `wanted`, or as fit; the same on all ranks of the tensor group."""
-    mesh, row = model.mesh, KVCache.bytes_per_row(model.config)
+    mesh, sampling_row = model.mesh, KVCache.bytes_per_row(model.config)
     if mesh.device.kind == "cuda":
         free = torch.cuda.mem_get_info(mesh.device.index)[0]
     else:
         free = psutil.virtual_memory().available // mesh.layout.tensor
-    fitting = torch.tensor(int(free * CACHE_SHARE) // row, device=mesh.device.torch_device)
+    fitting = torch.tensor(int(free * CACHE_MEMORY_FRACTION) // sampling_row, device=mesh.device.torch_device)
     dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=mesh.tp_group)
     return min(wanted, int(fitting))

@@ -10,122 +10,126 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_share4v.infer.prefix_hash import BLOCK
+from megatron_share4v.infer.prefix_hash import BLOCK_SIZE
 
 
 @dataclass(eq=False)
-class Place:
+class KVRange:
     """`size` rows from `start` on. keys: of its filled blocks, in order. shown: how many of them the store would find here."""
 
     start: int
     size: int
     keys: list[bytes] = field(default_factory=list)
-    shown: int = 0
+    cached_blocks: int = 0
 
 
 @dataclass(frozen=True)
-class Reservation:
+class Allocation:
     """A place for a sequence whose first `reused` positions are to be copied from row `source` on."""
 
-    place: Place
+    kv_range: KVRange
     source: int
     reused: int
 
 
-class Room:
+class KVAllocator:
     """`size` rows."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._free: list[tuple[int, int]] = [(0, size)]  # (start, count), by start, never touching
-        self._kept: OrderedDict[Place, None] = OrderedDict()  # of finished sequences, the least recently used first
-        self._found: dict[bytes, Place] = {}
+        self._free_runs: list[tuple[int, int]] = [(0, size)]  # (start, count), by start, never touching
+        self._evictable: OrderedDict[KVRange, None] = (
+            OrderedDict()
+        )  # of finished sequences, the least recently used first
+        self._cached: dict[bytes, KVRange] = {}
 
     @property
     def used(self) -> int:
         """Rows that are neither free nor kept for prompts to come."""
-        return self.size - sum(count for _, count in self._free) - sum(place.size for place in self._kept)
+        return (
+            self.size - sum(count for _, count in self._free_runs) - sum(kv_range.size for kv_range in self._evictable)
+        )
 
     @property
     def filled(self) -> int:
         """Rows that are not free."""
-        return self.size - sum(count for _, count in self._free)
+        return self.size - sum(count for _, count in self._free_runs)
 
-    def longest(self, keys: Sequence[bytes]) -> int:
+    def find_longest_prefix(self, keys: Sequence[bytes]) -> int:
         """How many leading blocks of a prompt are here."""
-        return next((count for count in range(len(keys), 0, -1) if keys[count - 1] in self._found), 0)
+        return next((count for count in range(len(keys), 0, -1) if keys[count - 1] in self._cached), 0)
 
-    def reserve(self, size: int, keys: Sequence[bytes]) -> Reservation | None:
+    def allocate(self, size: int, keys: Sequence[bytes]) -> Allocation | None:
         """Rows for a sequence whose blocks, as far as they may be reused, have `keys`. None: not before others finish. What is kept makes room."""
-        blocks = self.longest(keys)
-        source = self._found[keys[blocks - 1]] if blocks else None
-        if source in self._kept:
-            self._kept.move_to_end(source)
-        start = self._make_room(size, spare=source)
-        if start is None and source in self._kept:
+        blocks = self.find_longest_prefix(keys)
+        source = self._cached[keys[blocks - 1]] if blocks else None
+        if source in self._evictable:
+            self._evictable.move_to_end(source)
+        start = self._take_free_rows(size, spare=source)
+        if start is None and source in self._evictable:
             # Only the room of what could have been reused is left.
             source, blocks = None, 0
-            start = self._make_room(size, spare=None)
+            start = self._take_free_rows(size, spare=None)
         if start is None:
             return None
-        place = Place(start, size)
+        kv_range = KVRange(start, size)
         if source is None:
-            return Reservation(place, 0, 0)
-        return Reservation(place, source.start, blocks * BLOCK)
+            return Allocation(kv_range, 0, 0)
+        return Allocation(kv_range, source.start, blocks * BLOCK_SIZE)
 
-    def show(self, place: Place, keys: Sequence[bytes]) -> None:
+    def cache_blocks(self, kv_range: KVRange, keys: Sequence[bytes]) -> None:
         """The next blocks of `place` are filled; whoever begins alike may use them."""
         for key in keys:
-            before = self._found.get(key)
-            self._found[key] = place
-            place.keys.append(key)
-            place.shown += 1
+            before = self._cached.get(key)
+            self._cached[key] = kv_range
+            kv_range.keys.append(key)
+            kv_range.cached_blocks += 1
             if before is not None:
-                before.shown -= 1
-                if not before.shown and before in self._kept:
-                    self._drop(before)
+                before.cached_blocks -= 1
+                if not before.cached_blocks and before in self._evictable:
+                    self._evict(before)
 
-    def release(self, place: Place) -> None:
+    def free(self, kv_range: KVRange) -> None:
         """Its sequence has ended: keep what is shown, free the rest."""
-        filled = len(place.keys) * BLOCK if place.shown else 0
-        if filled < place.size:
-            self._give(place.start + filled, place.size - filled)
-            place.size = filled
+        filled = len(kv_range.keys) * BLOCK_SIZE if kv_range.cached_blocks else 0
+        if filled < kv_range.size:
+            self._return_rows(kv_range.start + filled, kv_range.size - filled)
+            kv_range.size = filled
         if filled:
-            self._kept[place] = None
+            self._evictable[kv_range] = None
         else:
-            self._forget(place)
+            self._uncache(kv_range)
 
-    def _make_room(self, size: int, *, spare: Place | None) -> int | None:
+    def _take_free_rows(self, size: int, *, spare: KVRange | None) -> int | None:
         """The start of `size` free rows, taken; least recently used prefixes but `spare` are dropped for it, and only if that helps."""
-        droppable = [place for place in self._kept if place is not spare]
-        runs = sorted([*self._free, *((place.start, place.size) for place in droppable)])
-        if not any(count >= size for _, count in _joined(runs)):
+        droppable = [kv_range for kv_range in self._evictable if kv_range is not spare]
+        runs = sorted([*self._free_runs, *((kv_range.start, kv_range.size) for kv_range in droppable)])
+        if not any(count >= size for _, count in _merge_adjacent(runs)):
             return None
-        for place in [None, *droppable]:
-            if place is not None:
-                self._drop(place)
-            for number, (start, count) in enumerate(self._free):
+        for kv_range in [None, *droppable]:
+            if kv_range is not None:
+                self._evict(kv_range)
+            for number, (start, count) in enumerate(self._free_runs):
                 if count >= size:
-                    self._free[number : number + 1] = [(start + size, count - size)] if count > size else []
+                    self._free_runs[number : number + 1] = [(start + size, count - size)] if count > size else []
                     return start
-        raise AssertionError(f"no {size} rows in {self._free}, though they were counted")
+        raise AssertionError(f"no {size} rows in {self._free_runs}, though they were counted")
 
-    def _drop(self, place: Place) -> None:
-        del self._kept[place]
-        self._forget(place)
-        self._give(place.start, place.size)
+    def _evict(self, kv_range: KVRange) -> None:
+        del self._evictable[kv_range]
+        self._uncache(kv_range)
+        self._return_rows(kv_range.start, kv_range.size)
 
-    def _forget(self, place: Place) -> None:
-        for key in place.keys:
-            if self._found.get(key) is place:
-                del self._found[key]
+    def _uncache(self, kv_range: KVRange) -> None:
+        for key in kv_range.keys:
+            if self._cached.get(key) is kv_range:
+                del self._cached[key]
 
-    def _give(self, start: int, count: int) -> None:
-        self._free = _joined(sorted([*self._free, (start, count)]))
+    def _return_rows(self, start: int, count: int) -> None:
+        self._free_runs = _merge_adjacent(sorted([*self._free_runs, (start, count)]))
 
 
-def _joined(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_adjacent(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Sorted runs with neighbours made one."""
     result: list[tuple[int, int]] = []
     for start, count in runs:

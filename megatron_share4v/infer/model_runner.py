@@ -15,7 +15,7 @@ from megatron_share4v.model.share4v import Share4V
 _EMPTY = {field.name: None for field in fields(Batch)}
 
 
-class Runner:
+class ModelRunner:
     """All tensor ranks of a model replica run the same plans, in the same order."""
 
     def __init__(self, model: Share4V, *, rows: int) -> None:
@@ -32,31 +32,31 @@ class Runner:
         """[R, V] fp32 logits, of the whole padded vocabulary on every rank."""
         for copy in plan.copies:
             self.cache.copy(copy.source, copy.target, copy.count)
-        for digest in plan.forget:
+        for digest in plan.evict:
             del self._features[digest]
         for digest, pixels in plan.encode:
             # One by one, so that an image's features do not depend on what else is asked.
             self._features[digest] = self.model.encode_images(pixels.unsqueeze(0).to(self.device))[0]
-        batch, features = self._batch(plan)
+        batch, features = self._build_batch(plan)
         logits = self.model.forward_logits(
             batch, features=features, step=CachedAttentionMetadata(cache=self.cache, spans=plan.spans)
         )
-        return self._whole(logits)
+        return self._gather_logits(logits)
 
-    def _batch(self, plan: StepPlan) -> tuple[Batch, torch.Tensor | None]:
+    def _build_batch(self, plan: StepPlan) -> tuple[Batch, torch.Tensor | None]:
         device = self.device
         slots, features = torch.zeros(0, dtype=torch.int64, device=device), None
-        if plan.pictures:
-            slots = torch.cat([picture.slots for picture in plan.pictures]).to(device)
-            features = torch.cat([self._features[picture.digest][picture.rows.to(device)] for picture in plan.pictures])
+        if plan.image_spans:
+            slots = torch.cat([span.slots for span in plan.image_spans]).to(device)
+            features = torch.cat([self._features[span.digest][span.rows.to(device)] for span in plan.image_spans])
         given = {
             "token_ids": plan.token_ids.unsqueeze(0).to(device),
             "image_slots": slots,
-            "target_rows": plan.wanted.to(device),
+            "target_rows": plan.logits_positions.to(device),
         }
         return Batch(**{**_EMPTY, **given}), features
 
-    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+    def _gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
         if self.mesh.layout.tensor == 1 or not logits.size(0):
             return logits
         parts = [torch.empty_like(logits) for _ in range(self.mesh.layout.tensor)]

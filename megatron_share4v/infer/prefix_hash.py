@@ -14,7 +14,7 @@ import torch
 
 from megatron_share4v.data.loading.prompt import Prompt
 
-BLOCK = 16
+BLOCK_SIZE = 16
 _WORDS = 4  # 64-bit words in a hash
 
 
@@ -43,7 +43,7 @@ def block_keys(content: np.ndarray, *, before: Sequence[bytes] = ()) -> list[byt
     """Keys of the whole blocks of a sequence's content [L, 4]; `before`: those that are known already, to be gone on from. New ones only."""
     keys = list(before[-1:])
     first = len(before)
-    for number in range(first, len(content) // BLOCK):
-        block = content[number * BLOCK : (number + 1) * BLOCK]
+    for number in range(first, len(content) // BLOCK_SIZE):
+        block = content[number * BLOCK_SIZE : (number + 1) * BLOCK_SIZE]
         keys.append(hashlib.sha256((keys[-1] if keys else b"") + block.tobytes()).digest())
     return keys[len(before[-1:]) :]

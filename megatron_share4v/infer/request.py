@@ -9,7 +9,7 @@ from megatron_share4v.data.loading.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen, and when to end. temperature up to 0.001: greedy. top_k 0: off. logprobs: how many alternatives, None: none at all.
 
     stop_ids end the answer and are not part of it; ignore_eos: the end token does not. min_tokens: before so many, nothing ends it.
@@ -32,12 +32,12 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """One sequence to continue. `id` is the caller's and unique among the requests in flight."""
 
     id: str
     prompt: Prompt
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Event:
+class TokenEvent:
     """One step of one request. The end token is not a token of the answer: it comes as token_id None with finish "stop".
 
     prompt_logprobs: on the first event only, where asked for; one entry per prompt position, None for the first.
@@ -58,5 +58,5 @@ class Event:
     request_id: str
     token_id: int | None
     logprobs: TokenLogprobs | None = None
-    finish: Literal["stop", "length", "cancelled"] | None = None
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None

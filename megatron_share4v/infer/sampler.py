@@ -13,37 +13,37 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_share4v.infer.request import Sampling, TokenLogprobs
+from megatron_share4v.infer.request import SamplingParams, TokenLogprobs
 
-GREEDY_BELOW = 1e-3
+GREEDY_TEMPERATURE = 1e-3
 _CANDIDATES = 256
 """A nucleus is looked for among so many first; sorting all ids takes twenty times as long."""
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplingRow:
     """A request that gets its token number len(generated). prompt_ids: distinct ids of its prompt, image slots left out. forbidden: ids that may not
     come now."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     prompt_ids: frozenset[int]
     generated: Sequence[int]
     forbidden: frozenset[int] = frozenset()
 
 
-def choose(logits: torch.Tensor, rows: Sequence[Row]) -> list[int]:
+def sample_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """[R, V] fp32 logits -> the id of each row."""
-    logits = _penalised(logits, rows)
+    logits = _apply_penalties(logits, rows)
     chosen = logits.argmax(dim=-1)
-    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > GREEDY_BELOW]
+    drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > GREEDY_TEMPERATURE]
     if drawn:
         places = torch.tensor(drawn, device=logits.device)
-        chosen[places] = _draw(logits[places], [rows[number] for number in drawn])
+        chosen[places] = _sample_random(logits[places], [rows[number] for number in drawn])
     return chosen.tolist()
 
 
-def describe(logits: torch.Tensor, ids: Sequence[int], *, alternatives: int) -> list[TokenLogprobs]:
+def compute_logprobs(logits: torch.Tensor, ids: Sequence[int], *, alternatives: int) -> list[TokenLogprobs]:
     """Log-probabilities of `ids` [R] under raw logits [R, V], and the likeliest `alternatives` ids of each row."""
     values = logits.log_softmax(dim=-1)
     chosen = values.gather(1, torch.tensor(ids, device=values.device).unsqueeze(1)).squeeze(1).tolist()
@@ -52,7 +52,7 @@ def describe(logits: torch.Tensor, ids: Sequence[int], *, alternatives: int) -> 
     return [TokenLogprobs(chosen=value, top=tuple(zip(*pair))) for value, pair in zip(chosen, pairs)]
 
 
-def _penalised(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """A copy, where anything changes."""
     changed = logits
     for number, row in enumerate(rows):
@@ -74,7 +74,7 @@ def _penalised(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return changed
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _sample_random(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """[R] ids from the filtered distributions: temperature, then top-k, then the nucleus among what is left, then min-p. Ties at an edge stay."""
 
     def column(name: str) -> torch.Tensor:
@@ -83,16 +83,16 @@ def _draw(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     logits = logits / column("temperature")
     logits = logits - logits.max(dim=-1, keepdim=True).values
     if any(row.sampling.top_k for row in rows):
-        logits = _keep_top_k(logits, [row.sampling.top_k for row in rows])
+        logits = _mask_top_k(logits, [row.sampling.top_k for row in rows])
     if any(row.sampling.top_p < 1.0 for row in rows):
-        logits = _keep_nucleus(logits, column("top_p"))
+        logits = _mask_top_p(logits, column("top_p"))
     if any(row.sampling.min_p for row in rows):
         logits = logits.masked_fill(logits < column("min_p").log(), float("-inf"))
-    noise = torch.stack([_noise(row.seed, len(row.generated), logits.size(1)) for row in rows])
+    noise = torch.stack([_gumbel_noise(row.seed, len(row.generated), logits.size(1)) for row in rows])
     return (logits + noise.to(logits.device)).argmax(dim=-1)
 
 
-def _keep_top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+def _mask_top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     size = logits.size(1)
     limits = torch.tensor([min(count or size, size) for count in counts], device=logits.device).unsqueeze(1)
     largest = logits.topk(max((min(count, size) for count in counts if count), default=1), dim=-1).values
@@ -100,7 +100,7 @@ def _keep_top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     return logits.masked_fill((logits < edge) & (limits < size), float("-inf"))
 
 
-def _keep_nucleus(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def _mask_top_p(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The smallest set of likeliest ids that has at least `share` [R, 1] of the probability."""
     total = logits.exp().sum(dim=-1, keepdim=True)
     largest = logits.topk(min(_CANDIDATES, logits.size(1)), dim=-1).values
@@ -113,7 +113,7 @@ def _keep_nucleus(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     return logits.masked_fill((logits < edge) & (share < 1.0), float("-inf"))
 
 
-def _noise(seed: int, number: int, size: int) -> torch.Tensor:
+def _gumbel_noise(seed: int, number: int, size: int) -> torch.Tensor:
     """[size] standard Gumbel, of the `number`-th token of a request."""
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

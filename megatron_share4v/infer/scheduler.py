@@ -10,15 +10,15 @@ from itertools import islice
 import torch
 
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.infer.kv_allocator import Room
-from megatron_share4v.infer.prefix_hash import BLOCK
+from megatron_share4v.infer.kv_allocator import KVAllocator
+from megatron_share4v.infer.prefix_hash import BLOCK_SIZE
 from megatron_share4v.infer.sequence import Sequence
-from megatron_share4v.infer.step_plan import Copy, Picture, StepPlan
+from megatron_share4v.infer.step_plan import CacheCopy, ImageSpan, StepPlan
 from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 
 @dataclass
-class Counts:
+class EngineCounters:
     """Since the start. Prefix queries and hits in positions, image queries and hits in images."""
 
     prompt_tokens: int = 0
@@ -33,23 +33,23 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ScheduledChunk:
     """`count` next positions of a sequence."""
 
     sequence: Sequence
     count: int
 
     @property
-    def completes(self) -> bool:
+    def samples_token(self) -> bool:
         """Whether the sequence gets a token after it."""
-        return self.sequence.computed + self.count == len(self.sequence.tokens)
+        return self.sequence.num_computed + self.count == len(self.sequence.tokens)
 
 
 class Scheduler:
     """`rows` of the key-value cache; an image's features take `image_bytes`."""
 
     def __init__(self, config: EngineConfig, *, rows: int, image_bytes: int) -> None:
-        self.config, self.room, self.counts = config, Room(rows), Counts()
+        self.config, self.kv_allocator, self.counts = config, KVAllocator(rows), EngineCounters()
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: OrderedDict[str, Sequence] = OrderedDict()
         self._image_bytes = image_bytes
@@ -70,79 +70,83 @@ class Scheduler:
             return self.waiting.pop(request_id)
         sequence = self.running.pop(request_id, None)
         if sequence is not None:
-            self.room.release(sequence.place)
+            self.kv_allocator.free(sequence.kv_range)
         return sequence
 
-    def next_step(self) -> tuple[StepPlan, list[Chunk]] | None:
+    def schedule(self) -> tuple[StepPlan, list[ScheduledChunk]] | None:
         """The plan, and which chunks it computes, in its order. None: there is nothing to do."""
-        copies = self._let_in()
-        chunks = self._chunks()
+        copies = self._admit_waiting()
+        chunks = self._schedule_chunks()
         if not chunks:
             assert not self.waiting or self.running, "requests wait though nothing runs"
             return None
-        pictures, spans, encode, at = [], [], {}, 0
+        image_spans, spans, encode, at = [], [], {}, 0
         for chunk in chunks:
-            sequence, end = chunk.sequence, chunk.sequence.computed + chunk.count
-            seen = sequence.pictures(sequence.computed, end, at=at)
-            encode |= self._to_encode(sequence, {picture.digest for picture in seen})
-            pictures += seen
-            spans.append(SequenceSpan(start=sequence.place.start, count=chunk.count, end=end))
+            sequence, end = chunk.sequence, chunk.sequence.num_computed + chunk.count
+            seen = sequence.image_spans(sequence.num_computed, end, at=at)
+            encode |= self._images_to_encode(sequence, {span.digest for span in seen})
+            image_spans += seen
+            spans.append(SequenceSpan(start=sequence.kv_range.start, count=chunk.count, end=end))
             at += chunk.count
         plan = StepPlan(
             copies=tuple(copies),
-            forget=tuple(self._to_forget(pictures)),
+            evict=tuple(self._evict_images(image_spans)),
             encode=tuple(encode.items()),
             token_ids=torch.tensor(
-                [t for c in chunks for t in c.sequence.tokens[c.sequence.computed : c.sequence.computed + c.count]]
+                [
+                    t
+                    for c in chunks
+                    for t in c.sequence.tokens[c.sequence.num_computed : c.sequence.num_computed + c.count]
+                ]
             ),
             spans=tuple(spans),
-            pictures=tuple(pictures),
-            wanted=_wanted(chunks),
+            image_spans=tuple(image_spans),
+            logits_positions=_logits_positions(chunks),
         )
         return plan, chunks
 
-    def advance(self, chunk: Chunk) -> None:
+    def mark_computed(self, chunk: ScheduledChunk) -> None:
         """It has been computed."""
         sequence = chunk.sequence
         self.counts.computed_prompt_tokens += max(
-            0, min(sequence.computed + chunk.count, sequence.prompt_length) - sequence.computed
+            0, min(sequence.num_computed + chunk.count, sequence.prompt_length) - sequence.num_computed
         )
-        sequence.computed += chunk.count
+        sequence.num_computed += chunk.count
         if self.config.prefix_cache:
-            self.room.show(sequence.place, sequence.new_keys())
+            self.kv_allocator.cache_blocks(sequence.kv_range, sequence.new_block_keys())
 
-    def _let_in(self) -> list[Copy]:
+    def _admit_waiting(self) -> list[CacheCopy]:
         copies = []
         for sequence in list(islice(self.waiting.values(), 2 * self.config.max_requests)):
             if len(self.running) >= self.config.max_requests:
                 break
-            keys = self._reusable(sequence)
-            if self._promised(keys) > self.room.longest(keys):
+            keys = self._reusable_keys(sequence)
+            if self._blocks_being_computed(keys) > self.kv_allocator.find_longest_prefix(keys):
                 continue  # another request is computing the same right now: what it has will be copied
-            reservation = self.room.reserve(sequence.positions, keys)
-            if reservation is None:
+            allocation = self.kv_allocator.allocate(sequence.positions, keys)
+            if allocation is None:
                 break
-            sequence.place, sequence.computed = reservation.place, reservation.reused
-            if reservation.reused:
-                copies.append(Copy(reservation.source, reservation.place.start, reservation.reused))
-                self.room.show(reservation.place, keys[: reservation.reused // BLOCK])
+            sequence.kv_range, sequence.num_computed = allocation.kv_range, allocation.reused
+            if allocation.reused:
+                copies.append(CacheCopy(allocation.source, allocation.kv_range.start, allocation.reused))
+                self.kv_allocator.cache_blocks(allocation.kv_range, keys[: allocation.reused // BLOCK_SIZE])
             self.running[sequence.id] = self.waiting.pop(sequence.id)
             self.counts.prompt_tokens += sequence.prompt_length
             self.counts.prefix_cache_queries += sequence.prompt_length
-            self.counts.prefix_cache_hits += reservation.reused
+            self.counts.prefix_cache_hits += allocation.reused
         return copies
 
-    def _reusable(self, sequence: Sequence) -> tuple[bytes, ...]:
+    def _reusable_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
         """Keys of the blocks that need not be computed: not the last position, whose logits are wanted, and none if all logits are."""
         if not self.config.prefix_cache or sequence.sampling.prompt_logprobs:
             return ()
-        return sequence.prompt_keys[: (sequence.prompt_length - 1) // BLOCK]
+        return sequence.prompt_keys[: (sequence.prompt_length - 1) // BLOCK_SIZE]
 
-    def _promised(self, keys: tuple[bytes, ...]) -> int:
+    def _blocks_being_computed(self, keys: tuple[bytes, ...]) -> int:
         """How many leading blocks a running request is about to have."""
         most = 0
         for other in self.running.values():
-            if other.in_prompt:
+            if other.in_prefill:
                 shared = 0
                 for key, theirs in zip(keys, other.prompt_keys):
                     if key != theirs:
@@ -151,22 +155,22 @@ class Scheduler:
                 most = max(most, shared)
         return most
 
-    def _chunks(self) -> list[Chunk]:
+    def _schedule_chunks(self) -> list[ScheduledChunk]:
         left = self.config.step_positions
-        chunks = [Chunk(sequence, 1) for sequence in self.running.values() if not sequence.in_prompt]
+        chunks = [ScheduledChunk(sequence, 1) for sequence in self.running.values() if not sequence.in_prefill]
         left -= len(chunks)
         for sequence in self.running.values():
-            if sequence.in_prompt and left > 0:
-                chunks.append(Chunk(sequence, min(left, sequence.prompt_length - sequence.computed)))
+            if sequence.in_prefill and left > 0:
+                chunks.append(ScheduledChunk(sequence, min(left, sequence.prompt_length - sequence.num_computed)))
                 left -= chunks[-1].count
         return chunks
 
-    def _to_encode(self, sequence: Sequence, digests: set[bytes]) -> dict[bytes, torch.Tensor]:
+    def _images_to_encode(self, sequence: Sequence, digests: set[bytes]) -> dict[bytes, torch.Tensor]:
         """Those of the images at whose slots `sequence` has come that nobody had before it. An image counts as one query of a request."""
         encode = {}
         for digest in digests:
-            if digest not in sequence.asked:
-                sequence.asked.add(digest)
+            if digest not in sequence.looked_up_images:
+                sequence.looked_up_images.add(digest)
                 self.counts.image_cache_queries += 1
                 self.counts.image_cache_hits += digest in self._images
             if digest not in self._images:
@@ -176,28 +180,28 @@ class Scheduler:
             self._images.move_to_end(digest)
         return encode
 
-    def _to_forget(self, pictures: list[Picture]) -> list[bytes]:
+    def _evict_images(self, image_spans: list[ImageSpan]) -> list[bytes]:
         """Before what is new is encoded: so it never goes itself."""
-        needed = {picture.digest for picture in pictures}.union(
+        needed = {span.digest for span in image_spans}.union(
             *(sequence.pending_digests() for sequence in self.running.values())
         )
-        forget = []
+        evict = []
         for digest in list(self._images):
             if len(self._images) * self._image_bytes <= self.config.image_cache_bytes:
                 break
             if digest not in needed:
                 del self._images[digest]
-                forget.append(digest)
-        return forget
+                evict.append(digest)
+        return evict
 
 
-def _wanted(chunks: list[Chunk]) -> torch.Tensor:
+def _logits_positions(chunks: list[ScheduledChunk]) -> torch.Tensor:
     """[R]: after the last position of a sequence, or after each of a prompt whose own probabilities are asked for."""
-    wanted, at = [], 0
+    logits_positions, at = [], 0
     for chunk in chunks:
-        if chunk.sequence.in_prompt and chunk.sequence.sampling.prompt_logprobs:
-            wanted += range(at, at + chunk.count)
-        elif chunk.completes:
-            wanted.append(at + chunk.count - 1)
+        if chunk.sequence.in_prefill and chunk.sequence.sampling.prompt_logprobs:
+            logits_positions += range(at, at + chunk.count)
+        elif chunk.samples_token:
+            logits_positions.append(at + chunk.count - 1)
         at += chunk.count
-    return torch.tensor(wanted, dtype=torch.int64)
+    return torch.tensor(logits_positions, dtype=torch.int64)

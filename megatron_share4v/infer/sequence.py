@@ -8,33 +8,33 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_share4v.infer.kv_allocator import Place
-from megatron_share4v.infer.prefix_hash import BLOCK, block_keys, image_digest, prompt_content, text_content
-from megatron_share4v.infer.request import Request, TokenLogprobs
-from megatron_share4v.infer.sampler import Row
-from megatron_share4v.infer.step_plan import Picture
+from megatron_share4v.infer.kv_allocator import KVRange
+from megatron_share4v.infer.prefix_hash import BLOCK_SIZE, block_keys, image_digest, prompt_content, text_content
+from megatron_share4v.infer.request import GenerationRequest, TokenLogprobs
+from megatron_share4v.infer.sampler import SamplingRow
+from megatron_share4v.infer.step_plan import ImageSpan
 
 
 class Sequence:
     """tokens: the prompt's ids and those generated; the first `computed` of them have their keys and values in `place`. asked: images whose features
     it has wanted."""
 
-    def __init__(self, request: Request, *, eos_id: int) -> None:
+    def __init__(self, request: GenerationRequest, *, eos_id: int) -> None:
         prompt, sampling = request.prompt, request.sampling
         self.request, self.sampling = request, sampling
         self.tokens: list[int] = prompt.token_ids.tolist()
         self.prompt_length = len(self.tokens)
-        self.computed = 0
-        self.place: Place | None = None
+        self.num_computed = 0
+        self.kv_range: KVRange | None = None
         self.digests = [image_digest(image) for image in prompt.pixels]
-        self.asked: set[bytes] = set()
+        self.looked_up_images: set[bytes] = set()
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         slots = set(prompt.image_slots.tolist())
         self._content = prompt_content(prompt, self.digests)
         self.prompt_keys = tuple(block_keys(self._content))
         self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._prompt_ids = frozenset(token for position, token in enumerate(self.tokens) if position not in slots)
-        self._ends = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | {eos_id}
+        self._stop_ids = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | {eos_id}
 
     @property
     def id(self) -> str:
@@ -52,15 +52,15 @@ class Sequence:
         return self.prompt_length + max(0, self.sampling.max_new_tokens - 1)
 
     @property
-    def in_prompt(self) -> bool:
+    def in_prefill(self) -> bool:
         """Whether some of the prompt is yet to be computed."""
-        return self.computed < self.prompt_length
+        return self.num_computed < self.prompt_length
 
-    def row(self) -> Row:
+    def sampling_row(self) -> SamplingRow:
         """What the sampler must know to choose the next token."""
         generated = self.generated
-        forbidden = self._ends if len(generated) < self.sampling.min_tokens else frozenset()
-        return Row(
+        forbidden = self._stop_ids if len(generated) < self.sampling.min_tokens else frozenset()
+        return SamplingRow(
             sampling=self.sampling,
             seed=self._seed,
             prompt_ids=self._prompt_ids,
@@ -68,23 +68,23 @@ class Sequence:
             forbidden=forbidden,
         )
 
-    def take(self, token: int) -> Literal[None, "stop", "length"]:
+    def append_token(self, token: int) -> Literal[None, "stop", "length"]:
         """Go on with `token`, unless it ends the answer: "stop", and then it is not part of it. "length": it was the last one."""
-        if token in self._ends:
+        if token in self._stop_ids:
             return "stop"
         self.tokens.append(token)
         return "length" if len(self.tokens) - self.prompt_length >= self.sampling.max_new_tokens else None
 
-    def new_keys(self) -> list[bytes]:
+    def new_block_keys(self) -> list[bytes]:
         """Keys of the blocks that have been filled beyond those that `place` has."""
-        if self.computed // BLOCK == len(self.place.keys):
+        if self.num_computed // BLOCK_SIZE == len(self.kv_range.keys):
             return []
         known = len(self._content)
-        if self.computed > known:
-            self._content = np.concatenate([self._content, text_content(self.tokens[known : self.computed])])
-        return block_keys(self._content[: self.computed], before=self.place.keys)
+        if self.num_computed > known:
+            self._content = np.concatenate([self._content, text_content(self.tokens[known : self.num_computed])])
+        return block_keys(self._content[: self.num_computed], before=self.kv_range.keys)
 
-    def pictures(self, first: int, last: int, *, at: int) -> list[Picture]:
+    def image_spans(self, first: int, last: int, *, at: int) -> list[ImageSpan]:
         """The images of positions first .. last - 1, which are computed as positions `at` on of a step."""
         slots = self.request.prompt.image_slots
         if not self.digests or first >= self.prompt_length:
@@ -94,16 +94,18 @@ class Sequence:
         for digest, own in zip(self.digests, slots.split(size)):
             rows = ((own >= first) & (own < last)).nonzero().flatten()
             if rows.numel():
-                found.append(Picture(digest=digest, slots=own[rows] - first + at, rows=rows))
+                found.append(ImageSpan(digest=digest, slots=own[rows] - first + at, rows=rows))
         return found
 
     def pending_digests(self) -> set[bytes]:
         """Images some of whose slots are yet to be computed."""
         slots = self.request.prompt.image_slots
-        if not self.digests or not self.in_prompt:
+        if not self.digests or not self.in_prefill:
             return set()
         size = slots.numel() // len(self.digests)
-        return {digest for digest, own in zip(self.digests, slots.split(size)) if bool((own >= self.computed).any())}
+        return {
+            digest for digest, own in zip(self.digests, slots.split(size)) if bool((own >= self.num_computed).any())
+        }
 
     def pixels_of(self, digest: bytes) -> torch.Tensor:
         """[H, W, 3] uint8."""

@@ -13,7 +13,7 @@ from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 
 @dataclass(frozen=True)
-class Copy:
+class CacheCopy:
     """Rows of the key-value cache that begin a sequence as they began another one."""
 
     source: int
@@ -22,7 +22,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageSpan:
     """Slots of one image among the T positions: slots [n], and which rows [n] of its P features go there."""
 
     digest: bytes
@@ -35,10 +35,10 @@ class StepPlan:
     """In the order of execution. forget: digests of images whose features go; encode: (digest, pixels [H, W, 3]) of those that come;
     wanted: [R] positions among the T after which logits are asked for."""
 
-    copies: tuple[Copy, ...]
-    forget: tuple[bytes, ...]
+    copies: tuple[CacheCopy, ...]
+    evict: tuple[bytes, ...]
     encode: tuple[tuple[bytes, torch.Tensor], ...]
     token_ids: torch.Tensor
     spans: tuple[SequenceSpan, ...]
-    pictures: tuple[Picture, ...]
-    wanted: torch.Tensor
+    image_spans: tuple[ImageSpan, ...]
+    logits_positions: torch.Tensor

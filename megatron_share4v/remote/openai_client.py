@@ -60,7 +60,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class Chat:
+class ChatClient:
     """May be used by many threads at once."""
 
     def __init__(self, endpoint: Endpoint, *, sleep: Callable[[float], object] | None = None) -> None:

@@ -14,7 +14,7 @@ TYPES = {
 }
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """Becomes a response with `status`. param: the field at fault, dotted. kind: the error's type where the status alone does not say it."""
 
     def __init__(
@@ -35,6 +35,6 @@ class Refusal(Exception):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
 
 
-def unavailable(message: str) -> Refusal:
+def unavailable_error(message: str) -> ApiError:
     """503: not yet, or not any more."""
-    return Refusal(message, status=503, headers={"Retry-After": "2"})
+    return ApiError(message, status=503, headers={"Retry-After": "2"})

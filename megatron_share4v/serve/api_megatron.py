@@ -13,14 +13,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from megatron_share4v.infer.request import Sampling
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.engine_thread import Served, Worker
+from megatron_share4v.infer.request import SamplingParams
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.generation import Generation, Order, Token
-from megatron_share4v.serve.http import Bodies, JsonResponse, while_connected
-from megatron_share4v.serve.json_fields import Fields
+from megatron_share4v.serve.http import BodyReader, JsonResponse, run_until_disconnect
+from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.prompt_builder import Asked, Preparation
+from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
 from megatron_share4v.serve.responses import LEAST_LOGPROB
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
@@ -30,12 +30,12 @@ _INERT = {"top_p_decay": 0.0, "top_p_bound": 0.0, "length_penalty": 1.0, "preven
 
 
 @dataclass
-class Megatron:
+class MegatronRoutes:
     """The route."""
 
-    worker: Worker
-    bodies: Bodies
-    preparation: Preparation
+    worker: EngineThread
+    bodies: BodyReader
+    prompt_builder: PromptBuilder
     metrics: Metrics
     max_images: int
 
@@ -50,53 +50,55 @@ class Megatron:
             return Response()  # to nobody: the client has gone
         generation = Generation(self.worker, asked, order, metrics=self.metrics, param="prompts")
         try:
-            found = await while_connected(request.receive, _collect(generation, len(asked)))
+            found = await run_until_disconnect(request.receive, _collect(generation, len(asked)))
         finally:
             generation.close()
         if found is None:
             return Response()
-        return JsonResponse(_reply(self.worker.require(), asked, found, wants_logprobs=wants_logprobs))
+        return JsonResponse(_response_body(self.worker.require(), asked, found, wants_logprobs=wants_logprobs))
 
-    async def _read(self, request: Request) -> tuple[list[Asked], Order, bool]:
+    async def _read(self, request: Request) -> tuple[list[BuiltPrompt], Order, bool]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
             order, wants_logprobs = read_order(fields, served)
             prompts = fields.items("prompts", shortest=1, longest=MAX_PROMPTS, kind=str)
             if not all(prompts):
-                raise Refusal("prompts must not be empty", param="prompts")
+                raise ApiError("prompts must not be empty", param="prompts")
             images = _images(fields, prompts, max_images=self.max_images)
             add_bos = fields.boolean("add_BOS")
-            asked = await while_connected(request.receive, self._prepare(served, prompts, images, add_bos))
+            asked = await run_until_disconnect(request.receive, self._prepare(served, prompts, images, add_bos))
         return asked or [], order, wants_logprobs
 
-    async def _prepare(self, served: Served, prompts: list[str], images: list[list[str]], add_bos: bool) -> list[Asked]:
+    async def _prepare(
+        self, served: ServedModel, prompts: list[str], images: list[list[str]], add_bos: bool
+    ) -> list[BuiltPrompt]:
         asked = []
         for number, (prompt, own) in enumerate(zip(prompts, images)):
             pieces = prompt.split(IMAGE_PLACEHOLDER) if own else [prompt]
             asked.append(
-                await self.preparation.with_images(served, pieces, own, place=f"prompts[{number}]", add_bos=add_bos)
+                await self.prompt_builder.with_images(served, pieces, own, place=f"prompts[{number}]", add_bos=add_bos)
             )
         return asked
 
 
-def read_order(fields: Fields, served: Served) -> tuple[Order, bool]:
-    """How to generate, and whether logprobs are wanted. Raises Refusal."""
+def read_order(fields: JsonFields, served: ServedModel) -> tuple[Order, bool]:
+    """How to generate, and whether logprobs are wanted. Raises ApiError."""
     for name in _GONE:
         if fields.has(name):
-            raise Refusal(f"{name} is not accepted; use tokens_to_generate and prompts, without beams", param=name)
+            raise ApiError(f"{name} is not accepted; use tokens_to_generate and prompts, without beams", param=name)
     for name, inert in _INERT.items():
         if fields.has(name) and fields.values[name] != inert:
-            raise Refusal(f"{name} other than {inert} is not supported by this server; leave it out", param=name)
+            raise ApiError(f"{name} other than {inert} is not supported by this server; leave it out", param=name)
     tokenizer = served.encoder.tokenizer
     tokens = fields.integer("tokens_to_generate", 64, low=0)
     wants_logprobs = fields.boolean("logprobs")
     if not tokens and not wants_logprobs:
-        raise Refusal(
+        raise ApiError(
             "tokens_to_generate 0 needs logprobs true: there would be nothing to answer", param="tokens_to_generate"
         )
     top_k = fields.integer("top_k", 0, low=0, high=1000)
     stops = [text for name, text in (("stop_on_eol", "\n"), ("stop_on_double_eol", "\n\n")) if fields.boolean(name)]
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=max(1, tokens),
         temperature=0.0 if top_k == 1 else fields.number("temperature", 1.0, low=0, high=100, above=True),
         top_k=top_k,
@@ -111,16 +113,16 @@ def read_order(fields: Fields, served: Served) -> tuple[Order, bool]:
     ), wants_logprobs
 
 
-def _images(fields: Fields, prompts: list[str], *, max_images: int) -> list[list[str]]:
+def _images(fields: JsonFields, prompts: list[str], *, max_images: int) -> list[list[str]]:
     if not fields.has("images"):
         return [[] for _ in prompts]
     images = fields.items("images", shortest=len(prompts), longest=len(prompts), kind=list)
     for number, (prompt, own) in enumerate(zip(prompts, images)):
         place = f"images[{number}]"
         if len(own) > max_images or not all(type(url) is str for url in own):
-            raise Refusal(f"{place} must be an array of at most {max_images} data URLs", param=place)
+            raise ApiError(f"{place} must be an array of at most {max_images} data URLs", param=place)
         if own and prompt.count(IMAGE_PLACEHOLDER) != len(own):
-            raise Refusal(
+            raise ApiError(
                 f"{place} has {len(own)} images and prompts[{number}] has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER}",
                 param=place,
             )
@@ -137,8 +139,12 @@ async def _collect(generation: Generation, count: int) -> list[tuple[str, list[T
     return list(zip(texts, prompts, tokens))
 
 
-def _reply(
-    served: Served, asked: list[Asked], found: list[tuple[str, list[Token], list[Token]]], *, wants_logprobs: bool
+def _response_body(
+    served: ServedModel,
+    asked: list[BuiltPrompt],
+    found: list[tuple[str, list[Token], list[Token]]],
+    *,
+    wants_logprobs: bool,
 ) -> dict[str, Any]:
     """`text`, `segments` and `tokens` are of prompt and continuation; `logprobs` has one entry less than `tokens`: the first has no predecessor."""
     tokenizer = served.encoder.tokenizer

@@ -13,37 +13,44 @@ from starlette.routing import Route
 from megatron_share4v import __version__
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.logging import get_logger
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.engine_thread import Served, Worker
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.generation import Generation, Order, Token
-from megatron_share4v.serve.http import Bodies, EventStream, JsonResponse, while_connected
-from megatron_share4v.serve.json_fields import Fields
+from megatron_share4v.serve.http import BodyReader, EventStreamResponse, JsonResponse, run_until_disconnect
+from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.prompt_builder import Asked, Preparation
-from megatron_share4v.serve.protocol import KNOWN, Bounds, Options, read_chat, read_completion, read_messages
-from megatron_share4v.serve.responses import DONE, Envelope, event, usage
+from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
+from megatron_share4v.serve.protocol import (
+    KNOWN,
+    GenerationOptions,
+    RequestLimits,
+    read_chat,
+    read_completion,
+    read_messages,
+)
+from megatron_share4v.serve.responses import DONE, ResponseBuilder, event, usage
 
 MAX_DETOKENIZED = 1 << 20
 MAX_NOTED = 256
 
 
 @dataclass(frozen=True)
-class _Read:
+class _ParsedRequest:
     """A request of which only what is still needed is kept. No prompts: the client has gone."""
 
-    prompts: list[Asked]
-    options: Options
+    prompts: list[BuiltPrompt]
+    options: GenerationOptions
     echo: bool = False
 
 
 @dataclass
-class OpenAi:
+class OpenAIRoutes:
     """The routes. noted: unknown fields that were logged already."""
 
     config: ServeConfig
-    worker: Worker
-    bodies: Bodies
-    preparation: Preparation
+    worker: EngineThread
+    bodies: BodyReader
+    prompt_builder: PromptBuilder
     metrics: Metrics
     started: int
     noted: set[str] = field(default_factory=set)
@@ -71,25 +78,25 @@ class OpenAi:
 
     # A body, with the images in it, is in memory only until these return.
 
-    async def _read_chat(self, request: Request) -> _Read:
+    async def _read_chat(self, request: Request) -> _ParsedRequest:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
             asked = read_chat(fields, self._bounds(served))
-            prompt = await while_connected(
-                request.receive, self.preparation.question(served, asked.system, asked.messages)
+            prompt = await run_until_disconnect(
+                request.receive, self.prompt_builder.question(served, asked.system, asked.messages)
             )
-        return _Read([] if prompt is None else [prompt], asked.options)
+        return _ParsedRequest([] if prompt is None else [prompt], asked.options)
 
-    async def _read_completion(self, request: Request) -> _Read:
+    async def _read_completion(self, request: Request) -> _ParsedRequest:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
             asked = read_completion(fields, self._bounds(served))
-            prompts = await while_connected(request.receive, self.preparation.texts(served, asked.prompts))
-        return _Read(prompts or [], asked.options, echo=asked.echo)
+            prompts = await run_until_disconnect(request.receive, self.prompt_builder.texts(served, asked.prompts))
+        return _ParsedRequest(prompts or [], asked.options, echo=asked.echo)
 
-    async def _answer(self, request: Request, read: _Read, *, chat: bool) -> Response:
+    async def _answer(self, request: Request, read: _ParsedRequest, *, chat: bool) -> Response:
         if not read.prompts:
             return Response()  # to nobody: the client has gone
         options = read.options
@@ -100,14 +107,14 @@ class OpenAi:
         generation = Generation(
             self.worker, read.prompts, order, metrics=self.metrics, param="messages" if chat else "prompt"
         )
-        envelope = Envelope(
+        envelope = ResponseBuilder(
             self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None
         )
         echoes = [one.text if read.echo else "" for one in read.prompts for _ in range(options.choices)]
         if options.stream:
-            return EventStream(_stream(generation, envelope, echoes, options), close=generation.close)
+            return EventStreamResponse(_stream(generation, envelope, echoes, options), close=generation.close)
         try:
-            body = await while_connected(request.receive, _collect(generation, envelope, echoes))
+            body = await run_until_disconnect(request.receive, _collect(generation, envelope, echoes))
         finally:
             generation.close()
         return Response() if body is None else JsonResponse(body)
@@ -128,7 +135,7 @@ class OpenAi:
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
             if fields.has("messages"):
-                asked = await self.preparation.question(
+                asked = await self.prompt_builder.question(
                     served, *read_messages(fields, max_images=self.config.max_images)
                 )
                 ids = asked.prompt.token_ids.tolist()
@@ -136,7 +143,7 @@ class OpenAi:
                 text = fields.text(
                     "prompt", "", longest=served.engine.limits.max_positions * tokenizer.max_piece_length
                 )
-                ids = await self.preparation.run(tokenizer.encode, text)
+                ids = await self.prompt_builder.run(tokenizer.encode, text)
                 if fields.boolean("add_special_tokens", True):
                     ids = [tokenizer.bos_id, *ids]
             wants_strings = fields.boolean("return_token_strs")
@@ -157,8 +164,8 @@ class OpenAi:
             self._check_model(fields)
             ids = fields.items("tokens", longest=MAX_DETOKENIZED, kind=int)
             if not all(0 <= i < tokenizer.vocab_size for i in ids):
-                raise Refusal(f"tokens must be from 0 to {tokenizer.vocab_size - 1}", param="tokens")
-            text = await self.preparation.run(lambda: tokenizer.decode(ids, skip_special=False))
+                raise ApiError(f"tokens must be from 0 to {tokenizer.vocab_size - 1}", param="tokens")
+            text = await self.prompt_builder.run(lambda: tokenizer.decode(ids, skip_special=False))
         return JsonResponse({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
@@ -185,7 +192,7 @@ class OpenAi:
             "max_image_bytes": self.config.max_image_bytes, "tokens_per_image": served.tokens_per_image,
         }  # fmt: skip
 
-    def _check_model(self, fields: Fields) -> None:
+    def _check_model(self, fields: JsonFields) -> None:
         self._check_name(fields.text("model", self.config.model_name))
         for name in fields.values:
             # Logged once, and not without end: names come from whoever asks.
@@ -195,15 +202,15 @@ class OpenAi:
 
     def _check_name(self, name: str) -> None:
         if name != self.config.model_name:
-            raise Refusal(
+            raise ApiError(
                 f"the model {name[:100]!r} does not exist; this server has {self.config.model_name!r}",
                 status=404,
                 param="model",
             )
 
-    def _bounds(self, served: Served) -> Bounds:
+    def _bounds(self, served: ServedModel) -> RequestLimits:
         tokenizer = served.encoder.tokenizer
-        return Bounds(
+        return RequestLimits(
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             max_images=self.config.max_images,
@@ -211,19 +218,19 @@ class OpenAi:
         )
 
 
-async def _collect(generation: Generation, envelope: Envelope, echoes: list[str]) -> dict[str, Any]:
+async def _collect(generation: Generation, envelope: ResponseBuilder, echoes: list[str]) -> dict[str, Any]:
     texts, finishes = list(echoes), [""] * len(echoes)
     tokens: list[list[Token]] = [[] for _ in echoes]
     async for piece in generation.pieces():
         texts[piece.index] += piece.text
         tokens[piece.index] += (*piece.prompt, *piece.tokens)
-        finishes[piece.index] = piece.finish or ""
+        finishes[piece.index] = piece.finish_reason or ""
     choices = [envelope.choice(index, texts[index], finishes[index], tokens[index]) for index in range(len(echoes))]
     return envelope.whole(choices, usage(generation))
 
 
 async def _stream(
-    generation: Generation, envelope: Envelope, echoes: list[str], options: Options
+    generation: Generation, envelope: ResponseBuilder, echoes: list[str], options: GenerationOptions
 ) -> AsyncIterator[str]:
     offsets = [0] * len(echoes)
     try:
@@ -238,6 +245,6 @@ async def _stream(
             offsets[piece.index] += len(piece.text)
         if options.include_usage:
             yield event(envelope.chunk([], usage(generation)))
-    except Refusal as refusal:
+    except ApiError as refusal:
         yield event(refusal.body())
     yield DONE

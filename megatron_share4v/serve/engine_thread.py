@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.errors import DataError
-from megatron_share4v.infer.request import Event, Request
+from megatron_share4v.infer.request import GenerationRequest, TokenEvent
 from megatron_share4v.logging import get_logger
-from megatron_share4v.serve.api_error import Refusal, unavailable
+from megatron_share4v.serve.api_error import ApiError, unavailable_error
 from megatron_share4v.serve.metrics import Metrics
 
 
-class Limits(Protocol):
+class EngineLimits(Protocol):
     """max_requests: in the engine at once; max_positions: of one request, prompt and answer together."""
 
     max_requests: int
@@ -32,21 +32,21 @@ class Limits(Protocol):
 class Engine(Protocol):
     """What is used of infer.engine.Engine."""
 
-    limits: Limits
+    limits: EngineLimits
     stats: Any
 
     @property
     def has_work(self) -> bool: ...
 
-    def add(self, request: Request) -> None: ...
+    def add(self, request: GenerationRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
 
-    def step(self) -> list[Event]: ...
+    def step(self) -> list[TokenEvent]: ...
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """The engine, and what makes its prompts. tokens_per_image: slots that an image takes. close: called in the engine's thread at the end."""
 
     engine: Engine
@@ -60,28 +60,28 @@ class Tick:
     """One event, or why there will be none. at: seconds of time.monotonic."""
 
     request_id: str
-    event: Event | None
-    refusal: Refusal | None
+    event: TokenEvent | None
+    refusal: ApiError | None
     at: float
 
 
 @dataclass
-class Job:
+class RequestGroup:
     """Requests that were submitted together, seen from the loop."""
 
-    worker: Worker
+    worker: EngineThread
     open: set[str]
     submitted: float
     ticks: asyncio.Queue[Tick] = field(default_factory=asyncio.Queue)
 
     async def events(self) -> AsyncIterator[Tick]:
-        """What the engine says of the requests, until all have ended. Raises Refusal when one of them cannot be answered."""
+        """What the engine says of the requests, until all have ended. Raises ApiError when one of them cannot be answered."""
         while self.open:
             tick = await self.ticks.get()
             if tick.refusal is not None:
                 raise tick.refusal
             if tick.request_id in self.open:
-                if tick.event.finish is not None:
+                if tick.event.finish_reason is not None:
                     self.open.discard(tick.request_id)
                 yield tick
 
@@ -97,7 +97,7 @@ class Job:
             self.cancel(request_id)
 
 
-class Worker:
+class EngineThread:
     """State: loading, ready, or failed. `served` is None until ready; `failure` is what ended it.
 
     load: makes the engine, in the thread. on_failure: called on the loop, once, when loading or a step raised.
@@ -105,7 +105,7 @@ class Worker:
 
     def __init__(
         self,
-        load: Callable[[], Served],
+        load: Callable[[], ServedModel],
         *,
         max_waiting: int,
         metrics: Metrics,
@@ -113,11 +113,11 @@ class Worker:
     ) -> None:
         self._load, self._max_waiting, self._metrics, self._on_failure = load, max_waiting, metrics, on_failure
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, RequestGroup] = {}
         self._waiting: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.served: Served | None = None
+        self.served: ServedModel | None = None
         self.failure: BaseException | None = None
 
     # The loop's side.
@@ -138,31 +138,31 @@ class Worker:
         """Requests that are not in the engine yet."""
         return len(self._waiting)
 
-    def require(self) -> Served:
-        """What is served. Raises Refusal (503) while it is not ready, and after a failure."""
+    def require(self) -> ServedModel:
+        """What is served. Raises ApiError (503) while it is not ready, and after a failure."""
         if self.failure is not None:
-            raise unavailable("the engine has failed and the server is stopping; see its log")
+            raise unavailable_error("the engine has failed and the server is stopping; see its log")
         if self.served is None:
-            raise unavailable("the model is still loading; try again in a moment")
+            raise unavailable_error("the model is still loading; try again in a moment")
         return self.served
 
-    def submit(self, requests: Sequence[Request]) -> Job:
-        """Queue requests. Raises Refusal: 503 when not ready, 429 when the queue is full, 400 when it could never hold them."""
+    def submit(self, requests: Sequence[GenerationRequest]) -> RequestGroup:
+        """Queue requests. Raises ApiError: 503 when not ready, 429 when the queue is full, 400 when it could never hold them."""
         limits = self.require().engine.limits
         if len(requests) > self._max_waiting + limits.max_requests:
-            raise Refusal(
+            raise ApiError(
                 f"{len(requests)} answers in one request; this server can take {self._max_waiting + limits.max_requests} at once"
             )
         free = max(0, limits.max_requests - (len(self._jobs) - len(self._waiting)))
         if len(self._waiting) + len(requests) > self._max_waiting + free:
             mean = self._metrics.end_to_end.total / max(1, self._metrics.end_to_end.count)
             seconds = min(60, max(1, round(mean * (1 + len(self._waiting) / limits.max_requests))))
-            raise Refusal(
+            raise ApiError(
                 f"{len(self._waiting)} requests are waiting and {self._max_waiting} may; try again later",
                 status=429,
                 headers={"Retry-After": str(seconds)},
             )
-        job = Job(worker=self, open={request.id for request in requests}, submitted=time.monotonic())
+        job = RequestGroup(worker=self, open={request.id for request in requests}, submitted=time.monotonic())
         for request in requests:
             self._jobs[request.id] = job
             self._waiting.add(request.id)
@@ -182,13 +182,13 @@ class Worker:
                 self._metrics.queue_time.observe(at - self._jobs[request_id].submitted)
         for tick in ticks:
             job = self._jobs.get(tick.request_id)
-            if tick.refusal is not None or tick.event.finish is not None:
+            if tick.refusal is not None or tick.event.finish_reason is not None:
                 self._jobs.pop(tick.request_id, None)
                 self._waiting.discard(tick.request_id)
             if job is not None:
                 job.ticks.put_nowait(tick)
 
-    def _become_ready(self, served: Served) -> None:
+    def _become_ready(self, served: ServedModel) -> None:
         self.served = served
 
     def _fail(self, error: BaseException) -> None:
@@ -196,7 +196,10 @@ class Worker:
         for request_id, job in self._jobs.items():
             job.ticks.put_nowait(
                 Tick(
-                    request_id, None, unavailable("the engine has failed and the server is stopping; see its log"), 0.0
+                    request_id,
+                    None,
+                    unavailable_error("the engine has failed and the server is stopping; see its log"),
+                    0.0,
                 )
             )
         self._jobs.clear()
@@ -218,9 +221,9 @@ class Worker:
             self._loop.call_soon_threadsafe(self._fail, error)
 
     def _serve(self, engine: Engine) -> None:
-        queued: deque[Request] = deque()
+        queued: deque[GenerationRequest] = deque()
         inside: set[str] = set()
-        while self._take_orders(engine, queued, inside):
+        while self._process_inbox(engine, queued, inside):
             admitted, ticks = [], []
             while queued and len(inside) < engine.limits.max_requests:
                 request = queued.popleft()
@@ -229,15 +232,15 @@ class Worker:
                     engine.add(request)
                     inside.add(request.id)
                 except DataError as error:
-                    ticks.append(Tick(request.id, None, Refusal(str(error)), time.monotonic()))
+                    ticks.append(Tick(request.id, None, ApiError(str(error)), time.monotonic()))
             events = engine.step() if engine.has_work else []
             now = time.monotonic()
-            inside.difference_update(event.request_id for event in events if event.finish is not None)
+            inside.difference_update(event.request_id for event in events if event.finish_reason is not None)
             ticks += [Tick(event.request_id, event, None, now) for event in events]
             if admitted or ticks:
                 self._loop.call_soon_threadsafe(self._deliver, admitted, ticks)
 
-    def _take_orders(self, engine: Engine, queued: deque[Request], inside: set[str]) -> bool:
+    def _process_inbox(self, engine: Engine, queued: deque[GenerationRequest], inside: set[str]) -> bool:
         """Obey what the loop has asked for, waiting for the next order when there is nothing to compute. False: to end."""
         idle = not engine.has_work and not queued
         while idle or not self._inbox.empty():

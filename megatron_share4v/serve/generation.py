@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_share4v.infer.request import Request, Sampling, TokenLogprobs
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.engine_thread import Job, Tick, Worker
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams, TokenLogprobs
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.engine_thread import EngineThread, RequestGroup, Tick
 from megatron_share4v.serve.metrics import Metrics
-from megatron_share4v.serve.prompt_builder import Asked, room
+from megatron_share4v.serve.prompt_builder import BuiltPrompt, room
 from megatron_share4v.text.detokenizer import IncrementalDetokenizer
 
 CONTEXT_TOKENS = 4  # of a bare prompt, before its continuation: enough for sentencepiece's spaces
@@ -27,13 +27,13 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ChoiceDelta:
     """What is new in one choice. prompt: on the first piece, the prompt's tokens, where their logprobs were asked for."""
 
     index: int
     text: str
     tokens: tuple[Token, ...] = ()
-    finish: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
     prompt: tuple[Token, ...] = ()
 
 
@@ -41,7 +41,7 @@ class Piece:
 class Order:
     """How prompts are answered: `choices` times each. max_tokens None: as many as fit; 0: none, the prompt alone is of interest."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     max_tokens: int | None
     choices: int = 1
     stop: tuple[str, ...] = ()
@@ -53,9 +53,9 @@ class Order:
 @dataclass
 class _Choice:
     index: int
-    request: Request
+    request: GenerationRequest
     stream: IncrementalDetokenizer
-    asked: Asked
+    asked: BuiltPrompt
     tokens: int = 0
     last: float | None = None
 
@@ -63,8 +63,10 @@ class _Choice:
 class Generation:
     """Submitted at once, or refused at once. Must be closed."""
 
-    def __init__(self, worker: Worker, asked: Sequence[Asked], order: Order, *, metrics: Metrics, param: str) -> None:
-        """Raises Refusal: no room in the context (`param` is to blame), a full queue, a model that is not ready."""
+    def __init__(
+        self, worker: EngineThread, asked: Sequence[BuiltPrompt], order: Order, *, metrics: Metrics, param: str
+    ) -> None:
+        """Raises ApiError: no room in the context (`param` is to blame), a full queue, a model that is not ready."""
         served = worker.require()
         self._metrics, self._order = metrics, order
         self._choices: dict[str, _Choice] = {}
@@ -81,10 +83,10 @@ class Generation:
             )
             after = one.prompt.token_ids[-CONTEXT_TOKENS:].tolist() if order.continues else []
             stream = IncrementalDetokenizer(served.encoder.tokenizer, order.stop, order.include_stop, after=after)
-            request = Request(uuid.uuid4().hex, one.prompt, sampling)
+            request = GenerationRequest(uuid.uuid4().hex, one.prompt, sampling)
             self._choices[request.id] = _Choice(index=number, request=request, stream=stream, asked=one)
         self.prompt_tokens = sum(one.prompt.token_ids.numel() for one in asked)
-        self._job: Job = worker.submit([choice.request for choice in self._choices.values()])
+        self._job: RequestGroup = worker.submit([choice.request for choice in self._choices.values()])
 
     @property
     def completion_tokens(self) -> int:
@@ -96,14 +98,14 @@ class Generation:
         self._metrics.finished["error" if self._refused else "abort"] += len(self._job.open)
         self._job.close()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The answers as they come. Raises Refusal."""
+    async def pieces(self) -> AsyncIterator[ChoiceDelta]:
+        """The answers as they come. Raises ApiError."""
         async for tick in self._events():
             choice = self._choices[tick.request_id]
             piece = self._piece(choice, tick)
-            if piece.finish is not None:
+            if piece.finish_reason is not None:
                 self._job.cancel(tick.request_id)
-                self._metrics.finished[piece.finish] += 1
+                self._metrics.finished[piece.finish_reason] += 1
                 self._metrics.end_to_end.observe(tick.at - self._job.submitted)
             yield piece
 
@@ -111,12 +113,12 @@ class Generation:
         try:
             async for tick in self._job.events():
                 yield tick
-        except Refusal:
+        except ApiError:
             self._refused = True
             raise
 
-    def _piece(self, choice: _Choice, tick: Tick) -> Piece:
-        event, finish, tokens, text = tick.event, tick.event.finish, (), ""
+    def _piece(self, choice: _Choice, tick: Tick) -> ChoiceDelta:
+        event, finish, tokens, text = tick.event, tick.event.finish_reason, (), ""
         if event.token_id is not None and self._order.max_tokens != 0:
             self._clock(choice, tick.at)
             choice.tokens += 1
@@ -132,7 +134,7 @@ class Generation:
         if event.prompt_logprobs is not None:
             ids = choice.asked.prompt.token_ids.tolist()
             prompt = tuple(Token(i, logprobs) for i, logprobs in zip(ids, event.prompt_logprobs, strict=True))
-        return Piece(choice.index, text, tokens, finish, prompt)
+        return ChoiceDelta(choice.index, text, tokens, finish, prompt)
 
     def _clock(self, choice: _Choice, at: float) -> None:
         if choice.last is None:

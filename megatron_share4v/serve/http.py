@@ -16,8 +16,8 @@ from starlette.responses import Response
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.logging import get_logger
-from megatron_share4v.serve.api_error import Refusal, unavailable
-from megatron_share4v.serve.json_fields import Fields, parse_object
+from megatron_share4v.serve.api_error import ApiError, unavailable_error
+from megatron_share4v.serve.json_fields import JsonFields, parse_object
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.responses import to_json
 
@@ -46,10 +46,10 @@ class JsonResponse(Response):
         super().__init__(to_json(value).encode("utf-8", "replace"), status_code, headers)
 
 
-class RefusalResponse(JsonResponse):
+class ErrorResponse(JsonResponse):
     """An error object. A body that is still coming in is thrown away for a moment, so that the client gets to read this."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: ApiError) -> None:
         super().__init__(refusal.body(), refusal.status, refusal.headers)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -66,7 +66,7 @@ class RefusalResponse(JsonResponse):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class EventStream(Response):
+class EventStreamResponse(Response):
     """Server-sent events from an async iterator. When they end, or the client has gone, `close` is called. A comment keeps idle connections open."""
 
     def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
@@ -81,7 +81,7 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await while_connected(receive, self._pump(send))
+            await run_until_disconnect(receive, self._pump(send))
         finally:
             self._close()
 
@@ -105,9 +105,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def while_connected(receive: Any, work: Coroutine[Any, Any, T]) -> T | None:
+async def run_until_disconnect(receive: Any, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`; None when the client has gone first, and then `work` is cancelled. The request's body has been read."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
@@ -117,12 +117,12 @@ async def while_connected(receive: Any, work: Coroutine[Any, Any, T]) -> T | Non
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _gone(receive: Any) -> None:
+async def _wait_for_disconnect(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         await asyncio.sleep(0)
 
 
-class Bodies:
+class BodyReader:
     """Reads bodies, and knows how much of them is in memory: a request's bytes count until it is prepared."""
 
     def __init__(self, config: ServeConfig) -> None:
@@ -130,12 +130,12 @@ class Bodies:
         self.buffered = 0
 
     @contextlib.asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[Fields]:
-        """The body as an object. Raises Refusal: 400, 408, 413, 415, 429."""
+    async def read(self, request: Request) -> AsyncIterator[JsonFields]:
+        """The body as an object. Raises ApiError: 400, 408, 413, 415, 429."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Also what keeps pages of other origins out: a browser asks before it sends this type, and the answer is no.
-            raise Refusal("content-type must be application/json", status=415)
+            raise ApiError("content-type must be application/json", status=415)
         counted = 0
         try:
             body = bytearray()
@@ -163,21 +163,21 @@ class Bodies:
             async with asyncio.timeout(deadline - time.monotonic()):
                 message = await request.receive()
         except TimeoutError as error:
-            raise Refusal(f"the body did not arrive within {self._config.body_timeout_s:g} s", status=408) from error
+            raise ApiError(f"the body did not arrive within {self._config.body_timeout_s:g} s", status=408) from error
         if message["type"] == "http.disconnect":
-            raise Refusal("the client has gone", status=400)
+            raise ApiError("the client has gone", status=400)
         return message
 
     def _check_size(self, size: int) -> None:
         if size > self._config.max_body_bytes:
-            raise Refusal(
+            raise ApiError(
                 f"the body has more than {self._config.max_body_bytes} bytes, which is what this server accepts",
                 status=413,
             )
 
     def _check_room(self, size: int) -> None:
         if self.buffered + size > self._config.max_buffered_bytes:
-            raise Refusal("too many large requests at once; try again later", status=429, headers={"Retry-After": "2"})
+            raise ApiError("too many large requests at once; try again later", status=429, headers={"Retry-After": "2"})
 
 
 def _declared_size(request: Request) -> int:
@@ -185,7 +185,7 @@ def _declared_size(request: Request) -> int:
     return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
 
 
-class Guard:
+class AuthMiddleware:
     """Around the whole application: asks for the key, adds headers, counts refusals."""
 
     def __init__(self, app: Any, *, config: ServeConfig, metrics: Metrics) -> None:
@@ -205,16 +205,16 @@ class Guard:
                 started = True
                 message["headers"] = [*message.get("headers", ()), *SAFE_HEADERS]
                 if message["status"] >= 400:
-                    self._metrics.refused[message["status"]] += 1
+                    self._metrics.errors[message["status"]] += 1
             await send(message)
 
         if not self._allows(scope):
-            refusal = Refusal(
+            refusal = ApiError(
                 "a valid key is needed: send the header Authorization: Bearer KEY",
                 status=401,
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await RefusalResponse(refusal)(scope, receive, send_guarded)
+            await ErrorResponse(refusal)(scope, receive, send_guarded)
             return
         try:
             await self._app(scope, receive, send_guarded)
@@ -222,7 +222,7 @@ class Guard:
             # The time that running answers are given at the end is over. This task has nothing to do after this, so the cancellation may end here.
             get_logger().info("the server is stopping: an answer was cut off")
             if not started:
-                await RefusalResponse(unavailable("the server is stopping"))(scope, receive, send_guarded)
+                await ErrorResponse(unavailable_error("the server is stopping"))(scope, receive, send_guarded)
 
     def _allows(self, scope: Any) -> bool:
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -237,17 +237,17 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-async def refused(request: Request, error: Exception) -> Response:
+async def handle_exception(request: Request, error: Exception) -> Response:
     """For Starlette: our refusals, its own (unknown path, wrong method), and what should not happen."""
-    if isinstance(error, Refusal):
-        return RefusalResponse(error)
+    if isinstance(error, ApiError):
+        return ErrorResponse(error)
     if isinstance(error, HTTPException):
         what = {
             404: f"{request.url.path[:200]} does not exist",
             405: f"{request.method[:20]} is not a method of {request.url.path[:200]}",
         }
-        return RefusalResponse(
-            Refusal(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers)
+        return ErrorResponse(
+            ApiError(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers)
         )
     get_logger().error("%s %s failed", request.method, request.url.path[:200], exc_info=error)
-    return RefusalResponse(Refusal("the server has failed at this request; see its log", status=500))
+    return ErrorResponse(ApiError("the server has failed at this request; see its log", status=500))

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import h11
 
-from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.api_error import ApiError
 
 CHUNK = 64 << 10
 MAX_URL = 4096
@@ -42,7 +42,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Fetcher:
+class ImageFetcher:
     """domains: those allowed, with their subdomains; empty: all. accepts and resolve can be replaced, for tests with servers of their own."""
 
     domains: tuple[str, ...]
@@ -52,7 +52,7 @@ class Fetcher:
     resolve: Callable = resolve
 
     async def fetch(self, url: str, *, place: str) -> bytes:
-        """The file at `url`. Raises Refusal, which does not say what stands behind an address that is not public."""
+        """The file at `url`. Raises ApiError, which does not say what stands behind an address that is not public."""
         try:
             parts, port = self._parse(url)
             async with asyncio.timeout(self.timeout_s):
@@ -64,34 +64,34 @@ class Fetcher:
                     return await self._exchange(reader, writer, parts)
                 finally:
                     writer.transport.abort()
-        except _Unfit as error:
-            raise Refusal(f"{place}: {error}", param=place) from error
+        except _FetchError as error:
+            raise ApiError(f"{place}: {error}", param=place) from error
         except TimeoutError as error:
-            raise Refusal(f"{place}: the image did not arrive within {self.timeout_s:g} s", param=place) from error
+            raise ApiError(f"{place}: the image did not arrive within {self.timeout_s:g} s", param=place) from error
         except (OSError, UnicodeError, h11.RemoteProtocolError) as error:
-            raise Refusal(f"{place}: the image cannot be fetched ({type(error).__name__})", param=place) from error
+            raise ApiError(f"{place}: the image cannot be fetched ({type(error).__name__})", param=place) from error
 
     def _parse(self, url: str) -> tuple[SplitResult, int]:
         if len(url) > MAX_URL or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-            raise _Unfit(f"the URL must be ASCII without spaces and backslashes, of at most {MAX_URL} characters")
+            raise _FetchError(f"the URL must be ASCII without spaces and backslashes, of at most {MAX_URL} characters")
         try:
             parts = urlsplit(url)
             port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
         except ValueError as error:
-            raise _Unfit("the URL cannot be read") from error
+            raise _FetchError("the URL cannot be read") from error
         if port is None or not parts.hostname:
-            raise _Unfit("the URL must be http://..., https://... or data:image/...")
+            raise _FetchError("the URL must be http://..., https://... or data:image/...")
         if parts.username is not None or parts.password is not None:
-            raise _Unfit("the URL has credentials in it; fetch the image yourself and send it as a data URL")
+            raise _FetchError("the URL has credentials in it; fetch the image yourself and send it as a data URL")
         host = parts.hostname.rstrip(".")
         if self.domains and not any(host == domain or host.endswith(f".{domain}") for domain in self.domains):
-            raise _Unfit(f"this server fetches images from {', '.join(self.domains)} only; send it as a data URL")
+            raise _FetchError(f"this server fetches images from {', '.join(self.domains)} only; send it as a data URL")
         return parts, port
 
     async def _vetted(self, host: str, port: int) -> str:
         found = [ipaddress.ip_address(address.partition("%")[0]) for address in await self.resolve(host, port)]
         if not found or not all(self.accepts(address) for address in found):
-            raise _Unfit("the URL's host is not on the public internet")
+            raise _FetchError("the URL's host is not on the public internet")
         return str(found[0])
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, parts: SplitResult) -> bytes:
@@ -117,14 +117,14 @@ class Fetcher:
             elif isinstance(event, h11.Response):
                 if event.status_code != 200:
                     more = "; redirects are not followed" if 300 <= event.status_code < 400 else ""
-                    raise _Unfit(f"the image's server answers {event.status_code}{more}")
+                    raise _FetchError(f"the image's server answers {event.status_code}{more}")
             elif isinstance(event, h11.Data):
                 data += event.data
                 if len(data) > self.max_bytes:
-                    raise _Unfit(f"the image has more than {self.max_bytes} bytes")
+                    raise _FetchError(f"the image has more than {self.max_bytes} bytes")
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(data)
 
 
-class _Unfit(Exception):
+class _FetchError(Exception):
     """Why a URL is not fetched."""

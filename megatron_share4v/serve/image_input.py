@@ -12,7 +12,7 @@ import re
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.images.pil_decoder import open_header
-from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.api_error import ApiError
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
 _DATA_URI = re.compile(
@@ -26,17 +26,17 @@ def is_inline(url: str) -> bool:
 
 
 def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
-    """The file in `data:image/...;base64,...`. Raises Refusal; `place` is the image's name in the request."""
+    """The file in `data:image/...;base64,...`. Raises ApiError; `place` is the image's name in the request."""
     head = _DATA_URI.match(url[:512])
     if not head or not (head["type"] or "image/").lower().startswith("image/"):
-        raise Refusal(f"{place}: the data URL must begin with data:image/TYPE;base64,", param=place)
+        raise ApiError(f"{place}: the data URL must begin with data:image/TYPE;base64,", param=place)
     size = (len(url) - head.end()) * 3 // 4
     if size > max_bytes + 2:
         raise too_large(size, place=place, max_bytes=max_bytes)
     try:
         data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise Refusal(
+        raise ApiError(
             f"{place}: the data URL's base64 is damaged; use the plain alphabet with padding and no line breaks",
             param=place,
         ) from error
@@ -44,18 +44,18 @@ def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
 
 
 def check_image(data: bytes, config: ServeConfig, *, place: str) -> None:
-    """Refuse what is too large or in no accepted format. Raises Refusal, and DataError for a header that cannot be read."""
+    """Refuse what is too large or in no accepted format. Raises ApiError, and DataError for a header that cannot be read."""
     if len(data) > config.max_image_bytes:
         raise too_large(len(data), place=place, max_bytes=config.max_image_bytes)
     if not data.startswith(_SIGNATURES) and not (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
-        raise Refusal(f"{place}: not an image in PNG, JPEG, WebP, GIF or BMP format ({len(data)} bytes)", param=place)
+        raise ApiError(f"{place}: not an image in PNG, JPEG, WebP, GIF or BMP format ({len(data)} bytes)", param=place)
     width, height = open_header(data).size
     if width * height > config.max_image_pixels:
-        raise Refusal(
+        raise ApiError(
             f"{place}: {width} x {height} pixels; accepted are {config.max_image_pixels}. Scale it down", param=place
         )
 
 
-def too_large(size: int, *, place: str, max_bytes: int) -> Refusal:
+def too_large(size: int, *, place: str, max_bytes: int) -> ApiError:
     """For a file that has too many bytes."""
-    return Refusal(f"{place}: the image has {size} bytes; accepted are {max_bytes}", param=place)
+    return ApiError(f"{place}: the image has {size} bytes; accepted are {max_bytes}", param=place)

@@ -1,4 +1,4 @@
-"""A JSON body, and one object of it read field by field; what is wrong is a Refusal that names the field, its value and what is accepted."""
+"""A JSON body, and one object of it read field by field; what is wrong is a ApiError that names the field, its value and what is accepted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_share4v.serve.api_error import Refusal
+from megatron_share4v.serve.api_error import ApiError
 
 SHOWN = 60
 INT64 = 2**63
@@ -22,24 +22,24 @@ _NAMES = {
 }
 
 
-def parse_object(body: bytes) -> Fields:
-    """The body of a request. Raises Refusal unless it is one JSON object."""
+def parse_object(body: bytes) -> JsonFields:
+    """The body of a request. Raises ApiError unless it is one JSON object."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise Refusal("the body is nested too deeply; no field needs more than a few levels") from error
+        raise ApiError("the body is nested too deeply; no field needs more than a few levels") from error
     except UnicodeDecodeError as error:
-        raise Refusal(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise ApiError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except ValueError as error:
-        raise Refusal(f"the body is not JSON: {str(error)[:200]}") from error
-    return Fields.of(value, "")
+        raise ApiError(f"the body is not JSON: {str(error)[:200]}") from error
+    return JsonFields.of(value, "")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value for a message: its kind, and itself when it is short."""
     if isinstance(value, (dict, list)):
         return f"{_NAMES[type(value)]} of {len(value)}"
@@ -52,17 +52,17 @@ def shown(value: Any) -> str:
     return json.dumps(value)
 
 
-class Fields:
+class JsonFields:
     """`path` is where the object stands in the body, for messages. A field that is absent or null is its default."""
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
         self.values, self.path = values, path
 
     @classmethod
-    def of(cls, value: Any, path: str) -> Fields:
-        """Raises Refusal unless `value` is an object."""
+    def of(cls, value: Any, path: str) -> JsonFields:
+        """Raises ApiError unless `value` is an object."""
         if not isinstance(value, dict):
-            raise Refusal(f"{path or 'the body'} must be an object, got {shown(value)}", param=path or None)
+            raise ApiError(f"{path or 'the body'} must be an object, got {format_value(value)}", param=path or None)
         return cls(value, path)
 
     def name(self, key: str) -> str:
@@ -73,9 +73,11 @@ class Fields:
         """Whether it is there and not null."""
         return self.values.get(key) is not None
 
-    def refuse(self, key: str, wanted: str) -> Refusal:
+    def refuse(self, key: str, wanted: str) -> ApiError:
         """To raise: the field must be `wanted`."""
-        return Refusal(f"{self.name(key)} must be {wanted}, got {shown(self.values.get(key))}", param=self.name(key))
+        return ApiError(
+            f"{self.name(key)} must be {wanted}, got {format_value(self.values.get(key))}", param=self.name(key)
+        )
 
     def integer(self, key: str, default: Any = None, *, low: int = -INT64, high: int = INT64 - 1) -> Any:
         """A whole number from low to high; 3.0 is none, and neither is true."""
@@ -122,7 +124,9 @@ class Fields:
         if type(value) is not str:
             raise self.refuse(key, "a string")
         if longest is not None and len(value) > longest:
-            raise Refusal(f"{self.name(key)} has {len(value)} characters; accepted are {longest}", param=self.name(key))
+            raise ApiError(
+                f"{self.name(key)} has {len(value)} characters; accepted are {longest}", param=self.name(key)
+            )
         return value
 
     def items(self, key: str, *, longest: int, kind: type, shortest: int = 0) -> list[Any]:
@@ -134,12 +138,12 @@ class Fields:
             raise self.refuse(key, f"an array of {shortest} to {longest} values")
         for place, item in enumerate(value):
             if type(item) is not kind:
-                raise Refusal(
-                    f"{self.name(key)}[{place}] must be {_NAMES[kind]}, got {shown(item)}",
+                raise ApiError(
+                    f"{self.name(key)}[{place}] must be {_NAMES[kind]}, got {format_value(item)}",
                     param=f"{self.name(key)}[{place}]",
                 )
         return value
 
-    def child(self, key: str) -> Fields:
+    def child(self, key: str) -> JsonFields:
         """An object; absent: an empty one."""
-        return Fields.of(self.values.get(key) if self.has(key) else {}, self.name(key))
+        return JsonFields.of(self.values.get(key) if self.has(key) else {}, self.name(key))

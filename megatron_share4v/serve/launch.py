@@ -11,12 +11,12 @@ from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.session import Session
-from megatron_share4v.infer.tp_executor import follow
+from megatron_share4v.infer.tp_executor import run_follower
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.serve.engine_thread import Served
+from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.server import serve
 
 
@@ -35,16 +35,16 @@ def serve_checkpoint(
         # The launcher tells every rank to stop; the first ends its answers first, and then lets the others go.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        follow(Engine.open(Session.open(checkpoint, mesh=mesh, dtype=dtype), engine).ranks)
+        run_follower(Engine.open(Session.open(checkpoint, mesh=mesh, dtype=dtype), engine).executor)
 
 
-def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None) -> Served:
+def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None) -> ServedModel:
     """In the engine's thread: the current GPU is a thread's own."""
     if mesh.device.kind == "cuda":
         torch.cuda.set_device(mesh.device.index)
     session = Session.open(checkpoint, mesh=mesh, dtype=dtype)
     engine = Engine.open(session, config)
-    return Served(
+    return ServedModel(
         engine=engine,
         encoder=session.encoder,
         tokens_per_image=session.config.model.vision.num_patches,

@@ -65,7 +65,7 @@ class Metrics:
     """What the server counts itself; used on the event loop only. finished: answers by reason; refused: responses by status, from 400 on."""
 
     finished: Counter[str] = field(default_factory=Counter)
-    refused: Counter[int] = field(default_factory=Counter)
+    errors: Counter[int] = field(default_factory=Counter)
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(_SHORT))
     end_to_end: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
@@ -86,7 +86,7 @@ class Metrics:
             yield from _one(suffix, kind, what, f"{{{labels}}} {getattr(stats, name) if stats else 0}")
         finishes = [f'{{{labels},finished_reason="{reason}"}} {self.finished[reason]}' for reason in FINISHES]
         yield from _one("request_success_total", "counter", "Answers that ended, by reason.", *finishes)
-        refusals = [f'{{{labels},status="{status}"}} {count}' for status, count in sorted(self.refused.items())]
+        refusals = [f'{{{labels},status="{status}"}} {count}' for status, count in sorted(self.errors.items())]
         yield from _one("http_refused_total", "counter", "Requests that were refused, by status.", *refusals)
         for suffix, histogram, what in (
             (

@@ -12,9 +12,9 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.loading.prompt import Prompt, make_chat_prompt, prompt_from_ids
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.engine_thread import Served
-from megatron_share4v.serve.image_fetch import Fetcher
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.engine_thread import ServedModel
+from megatron_share4v.serve.image_fetch import ImageFetcher
 from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
 from megatron_share4v.serve.protocol import Message
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
@@ -23,31 +23,33 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Asked:
+class BuiltPrompt:
     """One prompt. text: what it says, for echo; None where nobody will ask."""
 
     prompt: Prompt
     text: str | None = None
 
 
-class Preparation:
+class PromptBuilder:
     """Makes prompts. At most `config.image_workers` at a time; the rest wait."""
 
-    def __init__(self, config: ServeConfig, *, fetcher: Fetcher | None = None) -> None:
+    def __init__(self, config: ServeConfig, *, fetcher: ImageFetcher | None = None) -> None:
         self._config = config
         self._pool = ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare")
         self._fetching = asyncio.Semaphore(4 * config.image_workers)
         self.fetcher = fetcher
         if fetcher is None and config.allow_image_urls is not None:
             domains = tuple(domain.lower().strip(".") for domain in config.allow_image_urls)
-            self.fetcher = Fetcher(domains=domains, max_bytes=config.max_image_bytes, timeout_s=config.image_timeout_s)
+            self.fetcher = ImageFetcher(
+                domains=domains, max_bytes=config.max_image_bytes, timeout_s=config.image_timeout_s
+            )
 
     def close(self) -> None:
         """No more work is taken."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def question(self, served: Served, system: str | None, messages: Sequence[Message]) -> Asked:
-        """The prompt of a conversation. Raises Refusal."""
+    async def question(self, served: ServedModel, system: str | None, messages: Sequence[Message]) -> BuiltPrompt:
+        """The prompt of a conversation. Raises ApiError."""
         check_length(served, [system or "", *(message.text for message in messages)], param="messages")
         sources = [
             None if m.image is None else m.image if is_inline(m.image) else await self._fetch(m.image, m.place)
@@ -55,52 +57,52 @@ class Preparation:
         ]
         return await self.run(_question, served, system, messages, sources, self._config)
 
-    async def texts(self, served: Served, prompts: Sequence[str | tuple[int, ...]]) -> list[Asked]:
-        """The prompts of bare texts, which get <s>, and of ids, which are taken as they are. Raises Refusal."""
+    async def texts(self, served: ServedModel, prompts: Sequence[str | tuple[int, ...]]) -> list[BuiltPrompt]:
+        """The prompts of bare texts, which get <s>, and of ids, which are taken as they are. Raises ApiError."""
         for prompt in prompts:
             check_length(served, [prompt], param="prompt")
         return [await self.run(_text, served, prompt) for prompt in prompts]
 
     async def with_images(
-        self, served: Served, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool
-    ) -> Asked:
-        """Texts with an image between each two. Raises Refusal."""
+        self, served: ServedModel, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool
+    ) -> BuiltPrompt:
+        """Texts with an image between each two. Raises ApiError."""
         check_length(served, pieces, param=place)
         sources = [image if is_inline(image) else await self._fetch(image, place) for image in images]
         return await self.run(_pieces, served, pieces, sources, place, add_bos, self._config)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """A function on one of the threads; its DataError becomes a Refusal."""
+        """A function on one of the threads; its DataError becomes a ApiError."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
         except DataError as error:
-            raise Refusal(str(error)) from error
+            raise ApiError(str(error)) from error
 
     async def _fetch(self, url: str, place: str) -> bytes:
         if self.fetcher is None:
-            raise Refusal(
+            raise ApiError(
                 f"{place}: this server does not fetch images; send them as data:image/...;base64,... URLs", param=place
             )
         async with self._fetching:
             return await self.fetcher.fetch(url, place=place)
 
 
-def check_length(served: Served, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
-    """Refuse, before it is tokenised, what cannot fit whatever its tokens are. Raises Refusal."""
+def check_length(served: ServedModel, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
+    """Refuse, before it is tokenised, what cannot fit whatever its tokens are. Raises ApiError."""
     characters = sum(map(len, texts))
     if characters > served.engine.limits.max_positions * served.encoder.tokenizer.max_piece_length:
-        raise Refusal(
+        raise ApiError(
             f"a prompt of {characters} characters is longer than this model can read",
             param=param,
             kind="context_length_exceeded",
         )
 
 
-def room(served: Served, prompt: Prompt, *, param: str) -> int:
-    """How many tokens an answer can have. Raises Refusal when none."""
+def room(served: ServedModel, prompt: Prompt, *, param: str) -> int:
+    """How many tokens an answer can have. Raises ApiError when none."""
     length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
     if length >= limit:
-        raise Refusal(
+        raise ApiError(
             f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a new conversation, or shorten it",
             param=param,
             kind="context_length_exceeded",
@@ -117,44 +119,44 @@ def _image(source: str | bytes | None, place: str, config: ServeConfig) -> bytes
 
 
 def _question(
-    served: Served,
+    served: ServedModel,
     system: str | None,
     messages: Sequence[Message],
     sources: Sequence[str | bytes | None],
     config: ServeConfig,
-) -> Asked:
+) -> BuiltPrompt:
     images = [_image(source, message.place, config) for source, message in zip(sources, messages)]
     encoder = served.encoder
     if system is not None:
         encoder = replace(encoder, template=replace(encoder.template, system=system))
     turns = [Turn(message.role, message.text) for message in messages]
-    return Asked(make_chat_prompt(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
+    return BuiltPrompt(make_chat_prompt(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
 
 
-def _text(served: Served, prompt: str | tuple[int, ...]) -> Asked:
+def _text(served: ServedModel, prompt: str | tuple[int, ...]) -> BuiltPrompt:
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    return Asked(
+    return BuiltPrompt(
         prompt_from_ids(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text
     )
 
 
 def _pieces(
-    served: Served,
+    served: ServedModel,
     pieces: Sequence[str],
     sources: Sequence[str | bytes],
     place: str,
     add_bos: bool,
     config: ServeConfig,
-) -> Asked:
+) -> BuiltPrompt:
     images = [_image(source, place, config) for source in sources]
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id] if add_bos else []
     for number, piece in enumerate(pieces):
         ids += [IMAGE_TOKEN_INDEX] * (number > 0) + tokenizer.encode(piece)
     if not ids:
-        raise Refusal(f"{place} is empty", param=place)
-    return Asked(
+        raise ApiError(f"{place} is empty", param=place)
+    return BuiltPrompt(
         prompt_from_ids(served.encoder, ids, images=images, tokens_per_image=served.tokens_per_image, name=place)
     )

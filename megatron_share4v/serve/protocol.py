@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_share4v.infer.request import Sampling
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.json_fields import Fields
+from megatron_share4v.infer.request import SamplingParams
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.text.template import GPT, HUMAN
 
 MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS = 1024, 64, 128
@@ -65,12 +65,12 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class GenerationOptions:
     """How to answer. max_tokens None: as many as there is room for. choices: answers per prompt."""
 
     max_tokens: int | None
     choices: int
-    sampling: Sampling
+    sampling: SamplingParams
     stop: tuple[str, ...]
     include_stop: bool
     stream: bool
@@ -84,7 +84,7 @@ class ChatRequest:
 
     system: str | None
     messages: tuple[Message, ...]
-    options: Options
+    options: GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ class CompletionRequest:
 
     prompts: tuple[str | tuple[int, ...], ...]
     echo: bool
-    options: Options
+    options: GenerationOptions
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RequestLimits:
     """What the served model and the configuration allow. eos_id: what ends an answer by itself."""
 
     vocab_size: int
@@ -106,9 +106,9 @@ class Bounds:
     max_choices: int
 
 
-def read_chat(fields: Fields, bounds: Bounds) -> ChatRequest:
-    """Raises Refusal."""
-    _refuse_what_we_cannot(fields)
+def read_chat(fields: JsonFields, bounds: RequestLimits) -> ChatRequest:
+    """Raises ApiError."""
+    _reject_unsupported(fields)
     system, messages = read_messages(fields, max_images=bounds.max_images)
     wants = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_ALTERNATIVES)
@@ -119,9 +119,9 @@ def read_chat(fields: Fields, bounds: Bounds) -> ChatRequest:
     return ChatRequest(system=system, messages=messages, options=options)
 
 
-def read_completion(fields: Fields, bounds: Bounds) -> CompletionRequest:
-    """Raises Refusal."""
-    _refuse_what_we_cannot(fields)
+def read_completion(fields: JsonFields, bounds: RequestLimits) -> CompletionRequest:
+    """Raises ApiError."""
+    _reject_unsupported(fields)
     echo = fields.boolean("echo")
     max_tokens = fields.integer("max_tokens", COMPLETION_TOKENS, low=0 if echo else 1)
     logprobs = fields.integer("logprobs", None, low=0, high=MAX_ALTERNATIVES)
@@ -130,35 +130,40 @@ def read_completion(fields: Fields, bounds: Bounds) -> CompletionRequest:
     )
     prompts = _prompts(fields, vocab_size=bounds.vocab_size)
     if len(prompts) * options.choices > bounds.max_choices:
-        raise Refusal(
+        raise ApiError(
             f"{len(prompts)} prompts x n {options.choices} is more than the {bounds.max_choices} answers of one request",
             param="prompt",
         )
     return CompletionRequest(prompts=prompts, echo=echo, options=options)
 
 
-def _refuse_what_we_cannot(fields: Fields) -> None:
+def _reject_unsupported(fields: JsonFields) -> None:
     for name, inert in _INERT.items():
         if fields.has(name) and fields.values[name] not in inert:
-            raise Refusal(f"{fields.name(name)} is not supported by this server; leave it out", param=name)
+            raise ApiError(f"{fields.name(name)} is not supported by this server; leave it out", param=name)
     if fields.has("best_of") and fields.values["best_of"] != (fields.values.get("n") or 1):
-        raise Refusal("best_of other than n is not supported by this server; leave it out", param="best_of")
+        raise ApiError("best_of other than n is not supported by this server; leave it out", param="best_of")
 
 
 def _options(
-    fields: Fields, bounds: Bounds, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False
-) -> Options:
+    fields: JsonFields,
+    bounds: RequestLimits,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: bool = False,
+) -> GenerationOptions:
     stream_options = fields.child("stream_options")
     stream = fields.boolean("stream")
     if fields.has("stream_options") and not stream:
-        raise Refusal("stream_options is for stream: true only", param="stream_options")
+        raise ApiError("stream_options is for stream: true only", param="stream_options")
     temperature, top_p = fields.number("temperature", 1.0, low=0, high=100), fields.number("top_p", 1.0, low=0, high=1)
     top_k = fields.integer("top_k", 0, low=-1)
     ignore_eos = fields.boolean("ignore_eos")
     min_tokens = fields.integer("min_tokens", 0, low=0)
     if max_tokens is not None and min_tokens > max_tokens:
         raise fields.refuse("min_tokens", f"at most the {max_tokens} tokens that may come")
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=max(1, max_tokens or 1),
         # top_p 0 keeps the likeliest token alone: that is greedy, whatever the temperature.
         temperature=temperature if top_p > 0 else 0.0,
@@ -175,7 +180,7 @@ def _options(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return Options(
+    return GenerationOptions(
         max_tokens=max_tokens,
         choices=fields.integer("n", 1, low=1, high=bounds.max_choices),
         sampling=sampling,
@@ -187,26 +192,26 @@ def _options(
     )
 
 
-def _stop_ids(fields: Fields, bounds: Bounds) -> frozenset[int]:
+def _stop_ids(fields: JsonFields, bounds: RequestLimits) -> frozenset[int]:
     ids = fields.items("stop_token_ids", longest=MAX_STOP_IDS, kind=int)
     if not all(0 <= i < bounds.vocab_size for i in ids):
-        raise Refusal(
+        raise ApiError(
             f"stop_token_ids must be below {bounds.vocab_size}, the size of the vocabulary", param="stop_token_ids"
         )
     return frozenset(ids)
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
+def _stops(fields: JsonFields) -> tuple[str, ...]:
     if isinstance(fields.values.get("stop"), str):
         stops = [fields.values["stop"]]
     else:
         stops = fields.items("stop", longest=MAX_STOPS, kind=str)
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):
-        raise Refusal(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters", param="stop")
+        raise ApiError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters", param="stop")
     return tuple(stops)
 
 
-def _prompts(fields: Fields, *, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(fields: JsonFields, *, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:
     value = fields.values.get("prompt")
     if isinstance(value, str):
         return (value,)
@@ -223,14 +228,14 @@ def _prompts(fields: Fields, *, vocab_size: int) -> tuple[str | tuple[int, ...],
 
 def _ids(value: object, name: str, vocab_size: int) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(type(i) is int and 0 <= i < vocab_size for i in value):
-        raise Refusal(f"{name} must be a string or an array of token ids, each from 0 to {vocab_size - 1}", param=name)
+        raise ApiError(f"{name} must be a string or an array of token ids, each from 0 to {vocab_size - 1}", param=name)
     return tuple(value)
 
 
-def read_messages(fields: Fields, *, max_images: int) -> tuple[str | None, tuple[Message, ...]]:
-    """The system prompt, or None where no message gives one, and the messages after it. Raises Refusal."""
+def read_messages(fields: JsonFields, *, max_images: int) -> tuple[str | None, tuple[Message, ...]]:
+    """The system prompt, or None where no message gives one, and the messages after it. Raises ApiError."""
     entries = [
-        Fields.of(entry, f"messages[{place}]")
+        JsonFields.of(entry, f"messages[{place}]")
         for place, entry in enumerate(fields.items("messages", shortest=1, longest=MAX_MESSAGES, kind=dict))
     ]
     messages = [_message(entry) for entry in entries]
@@ -239,17 +244,17 @@ def read_messages(fields: Fields, *, max_images: int) -> tuple[str | None, tuple
         system = messages.pop(0).text
     for place, message in enumerate(messages):
         if message.role == "system":
-            raise Refusal(f"{message.place}: a system message must be the first", param=message.place)
+            raise ApiError(f"{message.place}: a system message must be the first", param=message.place)
         if message.role != (HUMAN, GPT)[place % 2]:
-            raise Refusal(
+            raise ApiError(
                 f"{message.place}: after an optional system message, user and assistant must take turns, a user first",
                 param=message.place,
             )
     if not messages or messages[-1].role != HUMAN:
-        raise Refusal("messages must end with one by the user, to be answered", param="messages")
+        raise ApiError("messages must end with one by the user, to be answered", param="messages")
     images = sum(message.image is not None for message in messages)
     if images > max_images:
-        raise Refusal(
+        raise ApiError(
             f"the conversation has {images} images; this server takes {max_images} per conversation", param="messages"
         )
     return system, tuple(messages)
@@ -258,7 +263,7 @@ def read_messages(fields: Fields, *, max_images: int) -> tuple[str | None, tuple
 _ROLES = {"system": "system", "developer": "system", "user": HUMAN, "assistant": GPT}
 
 
-def _message(entry: Fields) -> Message:
+def _message(entry: JsonFields) -> Message:
     role = _ROLES.get(entry.text("role", ""))
     if role is None:
         raise entry.refuse("role", f"one of {', '.join(_ROLES)}")
@@ -268,18 +273,18 @@ def _message(entry: Fields) -> Message:
     else:
         parts = entry.items("content", shortest=1, longest=MAX_PARTS, kind=dict)
         text, image = _parts(
-            [Fields.of(part, f"{entry.name('content')}[{place}]") for place, part in enumerate(parts)], entry
+            [JsonFields.of(part, f"{entry.name('content')}[{place}]") for place, part in enumerate(parts)], entry
         )
     if image is not None and role != HUMAN:
-        raise Refusal(f"{entry.path}: only a user's message can have an image", param=entry.path)
+        raise ApiError(f"{entry.path}: only a user's message can have an image", param=entry.path)
     if not text and image is None and role != "system":
-        raise Refusal(
+        raise ApiError(
             f"{entry.name('content')} is empty; write something, or leave the message out", param=entry.name("content")
         )
     return Message(role=role, text=text, image=image, place=entry.path)
 
 
-def _parts(parts: list[Fields], entry: Fields) -> tuple[str, str | None]:
+def _parts(parts: list[JsonFields], entry: JsonFields) -> tuple[str, str | None]:
     texts, images = [], []
     for part in parts:
         kind = part.text("type", "")
@@ -291,5 +296,5 @@ def _parts(parts: list[Fields], entry: Fields) -> tuple[str, str | None]:
         else:
             raise part.refuse("type", "text or image_url")
     if len(images) > 1:
-        raise Refusal(f"{entry.path} has {len(images)} images; a message can have one", param=entry.name("content"))
+        raise ApiError(f"{entry.path} has {len(images)} images; a message can have one", param=entry.name("content"))
     return "\n".join(text for text in texts if text), images[0] if images else None

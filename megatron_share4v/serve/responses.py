@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_share4v.infer.request import TokenLogprobs
-from megatron_share4v.serve.generation import Generation, Piece, Token
+from megatron_share4v.serve.generation import ChoiceDelta, Generation, Token
 from megatron_share4v.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
@@ -34,7 +34,7 @@ def usage(generation: Generation) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Envelope:
+class ResponseBuilder:
     """What all chunks of one reply have in common. chat: /v1/chat/completions, else /v1/completions."""
 
     model: str
@@ -71,20 +71,20 @@ class Envelope:
         """The first chunk of a chat's choice."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def parts(self, piece: Piece, *, offset: int) -> list[dict[str, Any]]:
+    def parts(self, piece: ChoiceDelta, *, offset: int) -> list[dict[str, Any]]:
         """The chunks of one piece: text, then in a chunk of its own why it ended. Empty when there is nothing to say yet."""
         tokens = (*piece.prompt, *piece.tokens)
         if not self.chat:
-            says = piece.text or piece.finish or (self.wants_logprobs and tokens)
-            return [self.choice(piece.index, piece.text, piece.finish, tokens, offset=offset)] if says else []
+            says = piece.text or piece.finish_reason or (self.wants_logprobs and tokens)
+            return [self.choice(piece.index, piece.text, piece.finish_reason, tokens, offset=offset)] if says else []
         logprobs = self._logprobs(tokens, offset) if self.wants_logprobs and tokens else None
         parts = []
         if piece.text or logprobs:
             parts.append(
                 {"index": piece.index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
             )
-        if piece.finish:
-            parts.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish})
+        if piece.finish_reason:
+            parts.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason})
         return parts
 
     def _frame(self, kind: str) -> dict[str, Any]:

@@ -22,27 +22,27 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.serve import page
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.api_megatron import Megatron
-from megatron_share4v.serve.api_openai import OpenAi
-from megatron_share4v.serve.engine_thread import Served, Worker
-from megatron_share4v.serve.http import Bodies, Guard, JsonResponse, refused
-from megatron_share4v.serve.image_fetch import Fetcher
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.api_megatron import MegatronRoutes
+from megatron_share4v.serve.api_openai import OpenAIRoutes
+from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
+from megatron_share4v.serve.http import AuthMiddleware, BodyReader, JsonResponse, handle_exception
+from megatron_share4v.serve.image_fetch import ImageFetcher
 from megatron_share4v.serve.metrics import CONTENT_TYPE, Metrics
-from megatron_share4v.serve.prompt_builder import Preparation
+from megatron_share4v.serve.prompt_builder import PromptBuilder
 
 
 def build_app(
     config: ServeConfig,
-    load: Callable[[], Served],
+    load: Callable[[], ServedModel],
     *,
-    fetcher: Fetcher | None = None,
-    on_failure: Callable[[Worker], None] = lambda worker: None,
+    fetcher: ImageFetcher | None = None,
+    on_failure: Callable[[EngineThread], None] = lambda worker: None,
 ) -> Starlette:
     """The ASGI application; its lifespan owns the engine's thread, in which `load` runs. `app.state.worker` and `.metrics` are there for tests."""
     metrics = Metrics()
-    worker = Worker(load, max_waiting=config.max_waiting, metrics=metrics, on_failure=lambda: on_failure(worker))
-    bodies, preparation = Bodies(config), Preparation(config, fetcher=fetcher)
+    worker = EngineThread(load, max_waiting=config.max_waiting, metrics=metrics, on_failure=lambda: on_failure(worker))
+    bodies, prompt_builder = BodyReader(config), PromptBuilder(config, fetcher=fetcher)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -50,13 +50,13 @@ def build_app(
         try:
             yield
         finally:
-            preparation.close()
+            prompt_builder.close()
             await worker.stop()
 
     async def health(request: Request) -> Response:
         try:
             worker.require()
-        except Refusal as refusal:
+        except ApiError as refusal:
             return JsonResponse({"status": "failed" if worker.failure else "loading"}, 503, refusal.headers)
         return JsonResponse({"status": "ok"})
 
@@ -70,16 +70,16 @@ def build_app(
             metrics.text(model=config.model_name, waiting=worker.waiting, stats=stats), media_type=CONTENT_TYPE
         )
 
-    openai = OpenAi(config, worker, bodies, preparation, metrics, started=int(time.time()))
-    megatron = Megatron(worker, bodies, preparation, metrics, max_images=config.max_images)
+    openai = OpenAIRoutes(config, worker, bodies, prompt_builder, metrics, started=int(time.time()))
+    megatron = MegatronRoutes(worker, bodies, prompt_builder, metrics, max_images=config.max_images)
     app = Starlette(
         routes=[
             Route("/health", health, methods=["GET"]), Route("/ping", health, methods=["GET", "POST"]),
             Route("/load", load_now, methods=["GET"]), Route("/metrics", show_metrics, methods=["GET"]),
             *openai.routes(), *megatron.routes(), *page.routes(),
         ],
-        middleware=[Middleware(Guard, config=config, metrics=metrics)],
-        exception_handlers={Refusal: refused, HTTPException: refused, Exception: refused},
+        middleware=[Middleware(AuthMiddleware, config=config, metrics=metrics)],
+        exception_handlers={ApiError: handle_exception, HTTPException: handle_exception, Exception: handle_exception},
         lifespan=lifespan,
     )  # fmt: skip
     app.router.redirect_slashes = False
@@ -121,7 +121,7 @@ def listen(config: ServeConfig) -> socket.socket:
         ) from error
 
 
-def serve(config: ServeConfig, load: Callable[[], Served]) -> None:
+def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
     """Listen, load, answer; return after SIGINT or SIGTERM once running answers have ended (`config.drain_s` at most).
 
     Raises ConfigError when it cannot listen, and what `load` or the engine raised.
@@ -130,7 +130,7 @@ def serve(config: ServeConfig, load: Callable[[], Served]) -> None:
     listening = listen(config)
     failed: list[BaseException] = []
 
-    def end(worker: Worker) -> None:
+    def end(worker: EngineThread) -> None:
         failed.append(worker.failure)
         server.should_exit = True
 

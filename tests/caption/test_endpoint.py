@@ -12,50 +12,57 @@ from fake_endpoint import FakeServer, caption_of, completion, image_of, serving
 from PIL import Image
 
 from megatron_share4v.caption.endpoint import EndpointCaptioner
-from megatron_share4v.caption.inputs import read_pictures
+from megatron_share4v.caption.inputs import read_image_entries
 from megatron_share4v.caption.job import JobOptions, run_job
-from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.infer.answer_log import Share
+from megatron_share4v.infer.answer_log import DPGroup
 from megatron_share4v.remote.openai_client import LONGEST_WAIT_S, Endpoint
 
 COUNT = 12
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Picture]:
+def pictures(tmp_path: Path) -> list[ImageEntry]:
     """COUNT images of different bytes."""
     for number in range(COUNT):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(buffer, format="PNG" if number % 2 else "JPEG")
         (tmp_path / f"{number:02}.{'png' if number % 2 else 'jpg'}").write_bytes(buffer.getvalue())
-    return read_pictures(images_file=None, images=["."], root=tmp_path)
+    return read_image_entries(images_file=None, images=["."], root=tmp_path)
 
 
 def ask(
-    url: str, pictures: list[Picture], *, waits: list[float] | None = None, settings: Settings = Settings(), **more
-) -> dict[str, Row]:
+    url: str,
+    pictures: list[ImageEntry],
+    *,
+    waits: list[float] | None = None,
+    settings: CaptionSettings = CaptionSettings(),
+    **more,
+) -> dict[str, CaptionRow]:
     endpoint = Endpoint(url=url, model="m", **{"concurrency": 4, "retries": 2, **more})
     captioner = EndpointCaptioner(endpoint, settings=settings, sleep=([] if waits is None else waits).append)
     return {row.path: row for rows in captioner(iter(pictures)) for row in rows}
 
 
-def expected(picture: Picture) -> Row:
-    return Row(picture.id, picture.path, caption=f"caption {sum(picture.read())}", tokens=4, finish_reason="stop")
+def expected(picture: ImageEntry) -> CaptionRow:
+    return CaptionRow(
+        picture.id, picture.path, caption=f"caption {sum(picture.read())}", tokens=4, finish_reason="stop"
+    )
 
 
-def all_captioned(rows: dict[str, Row], pictures: list[Picture]) -> bool:
+def all_captioned(rows: dict[str, CaptionRow], pictures: list[ImageEntry]) -> bool:
     return rows == {picture.path: expected(picture) for picture in pictures}
 
 
-def test_what_is_asked_and_what_comes(pictures: list[Picture]) -> None:
+def test_what_is_asked_and_what_comes(pictures: list[ImageEntry]) -> None:
     def slow(request: dict, number: int):
         time.sleep(0.02)
         return caption_of(request)
 
     with serving(slow) as (url, server):
         assert all_captioned(
-            ask(url, pictures, key="secret", settings=Settings(prompt="What?", max_new_tokens=7)), pictures
+            ask(url, pictures, key="secret", settings=CaptionSettings(prompt="What?", max_new_tokens=7)), pictures
         )
     assert len(server.requests) == COUNT and 2 <= server.most_at_once <= 4
     request = next(request for request in server.requests if image_of(request) == pictures[0].read())
@@ -67,8 +74,8 @@ def test_what_is_asked_and_what_comes(pictures: list[Picture]) -> None:
     assert kinds == {"data:image/png", "data:image/jpeg"}
 
 
-def test_sampling_sends_a_seed_of_each_image(pictures: list[Picture]) -> None:
-    settings = Settings(temperature=0.5, top_p=0.7, repetition_penalty=1.5, seed=3)
+def test_sampling_sends_a_seed_of_each_image(pictures: list[ImageEntry]) -> None:
+    settings = CaptionSettings(temperature=0.5, top_p=0.7, repetition_penalty=1.5, seed=3)
     with serving(lambda request, number: caption_of(request)) as (url, server):
         ask(url, pictures, settings=settings)
         ask(url, pictures[::-1], settings=settings)
@@ -96,7 +103,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]} {broken[2][:12]!r}")
-def test_what_passes_is_tried_again(broken, pictures: list[Picture]) -> None:
+def test_what_passes_is_tried_again(broken, pictures: list[ImageEntry]) -> None:
     waits: list[float] = []
     with serving(lambda request, number: broken if number < 2 else caption_of(request)) as (url, server):
         assert all_captioned(ask(url, pictures, waits=waits, timeout_s=5.0), pictures)
@@ -104,7 +111,7 @@ def test_what_passes_is_tried_again(broken, pictures: list[Picture]) -> None:
     assert set(waits) == {7.0} if broken[0] == 429 else all(0.7 < wait < 2.6 for wait in waits)
 
 
-def test_a_long_wait_is_cut(pictures: list[Picture]) -> None:
+def test_a_long_wait_is_cut(pictures: list[ImageEntry]) -> None:
     waits: list[float] = []
     with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "86400"}, b"")) as (
         url,
@@ -117,7 +124,7 @@ def test_a_long_wait_is_cut(pictures: list[Picture]) -> None:
 @pytest.mark.parametrize(
     "broken", [(500, {}, b"crashed"), (200, {}, b"{}"), (400, {}, b'{"error": {"message": "crashed: no such colour"}}')]
 )
-def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Picture]) -> None:
+def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[ImageEntry]) -> None:
     bad = pictures[5].read()
     with serving(lambda request, number: broken if image_of(request) == bad else caption_of(request)) as (url, server):
         rows = ask(url, pictures)
@@ -128,16 +135,18 @@ def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Pictu
 
 @pytest.mark.parametrize("broken", [(503, {}, b"down"), (400, {}, b"max_tokens is too large"), FakeServer.HANG_UP])
 def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(
-    broken, pictures: list[Picture], tmp_path: Path
+    broken, pictures: list[ImageEntry], tmp_path: Path
 ) -> None:
     options = JobOptions(save_path=tmp_path / "out.json", images=(".",), images_root=tmp_path)
     (tmp_path / "zz.png").write_bytes(b"broken")
 
     def job(url: str):
         captioner = EndpointCaptioner(
-            Endpoint(url=url, model="m", concurrency=2, retries=1), settings=Settings(), sleep=lambda seconds: None
+            Endpoint(url=url, model="m", concurrency=2, retries=1),
+            settings=CaptionSettings(),
+            sleep=lambda seconds: None,
         )
-        return run_job(captioner, options, settings=Settings(), model="m", share=Share())
+        return run_job(captioner, options, settings=CaptionSettings(), model="m", share=DPGroup())
 
     down = [False]
     with serving(lambda request, number: broken if down[0] else caption_of(request)) as (url, _):
@@ -151,7 +160,7 @@ def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(
     assert json.loads((tmp_path / "out.json").read_text())[0] == {pictures[0].path: expected(pictures[0]).caption}
 
 
-def test_few_images_without_any_answer_end_the_job_too(pictures: list[Picture]) -> None:
+def test_few_images_without_any_answer_end_the_job_too(pictures: list[ImageEntry]) -> None:
     with (
         serving(lambda request, number: (500, {}, b"")) as (url, _),
         pytest.raises(ConfigError, match="the last 2 images"),
@@ -159,7 +168,7 @@ def test_few_images_without_any_answer_end_the_job_too(pictures: list[Picture]) 
         ask(url, pictures[:2])
 
 
-def test_nobody_there(pictures: list[Picture]) -> None:
+def test_nobody_there(pictures: list[ImageEntry]) -> None:
     with serving(lambda request, number: completion("x")) as (url, _):
         pass
     with pytest.raises(ConfigError, match="no answer"):
@@ -167,7 +176,7 @@ def test_nobody_there(pictures: list[Picture]) -> None:
 
 
 @pytest.mark.parametrize("code", [401, 404, 307])
-def test_a_refusal_of_the_client_ends_the_job_at_once(code: int, pictures: list[Picture]) -> None:
+def test_a_refusal_of_the_client_ends_the_job_at_once(code: int, pictures: list[ImageEntry]) -> None:
     with serving(lambda request, number: (code, {"Location": "http://127.0.0.1:9/elsewhere"}, b'{"error": "no"}')) as (
         url,
         server,
@@ -177,7 +186,7 @@ def test_a_refusal_of_the_client_ends_the_job_at_once(code: int, pictures: list[
     assert len(server.requests) <= 8
 
 
-def test_the_end_does_not_wait_for_pauses(pictures: list[Picture]) -> None:
+def test_the_end_does_not_wait_for_pauses(pictures: list[ImageEntry]) -> None:
     last = pictures[3].read()
 
     def answer(request: dict, number: int):
@@ -186,13 +195,13 @@ def test_the_end_does_not_wait_for_pauses(pictures: list[Picture]) -> None:
 
     with serving(answer) as (url, _):
         started = time.monotonic()
-        captioner = EndpointCaptioner(Endpoint(url=url, model="m", concurrency=4), settings=Settings())
+        captioner = EndpointCaptioner(Endpoint(url=url, model="m", concurrency=4), settings=CaptionSettings())
         with pytest.raises(ConfigError, match="HTTP 401"):
             list(captioner(iter(pictures)))
     assert time.monotonic() - started < 20, "others are in a pause of 50 s"
 
 
-def test_a_bad_image_is_not_sent(pictures: list[Picture], tmp_path: Path) -> None:
+def test_a_bad_image_is_not_sent(pictures: list[ImageEntry], tmp_path: Path) -> None:
     Path(pictures[0].file).write_bytes(b"no image")
     Path(pictures[1].file).unlink()
     with serving(lambda request, number: caption_of(request)) as (url, server):
@@ -207,4 +216,4 @@ def test_a_bad_image_is_not_sent(pictures: list[Picture], tmp_path: Path) -> Non
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "file:///etc", "http://"])
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(ConfigError, match="no http"):
-        EndpointCaptioner(Endpoint(url=url, model="m"), settings=Settings())
+        EndpointCaptioner(Endpoint(url=url, model="m"), settings=CaptionSettings())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.caption.inputs import read_pictures
+from megatron_share4v.caption.inputs import read_image_entries
 from megatron_share4v.errors import DataError
 
 
@@ -18,7 +18,7 @@ def read(root: Path, *images: str, listed: object = None, name: str = "list.json
     if listed is not None:
         file = root / name
         file.write_text(listed if isinstance(listed, str) else json.dumps(listed), encoding="utf-8")
-    return read_pictures(images_file=file, images=images, root=root)
+    return read_image_entries(images_file=file, images=images, root=root)
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_share4v.caption.inputs import read_pictures
+from megatron_share4v.caption.inputs import read_image_entries
 from megatron_share4v.caption.job import JobOptions, run_job
 from megatron_share4v.caption.progress import Progress
-from megatron_share4v.caption.records import Picture, Row, Settings
+from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.errors import DataError
-from megatron_share4v.infer.answer_log import Share
+from megatron_share4v.infer.answer_log import DPGroup
 
 PATHS = [f"{number}.png" for number in (3, 1, 4, 1, 5, 9, 2, 6, 5, 3)]
 BAD = {"4.png"}
@@ -32,15 +32,17 @@ class Fake:
     def __init__(self, lives: int | None = None, bad: set[str] = BAD) -> None:
         self.lives, self.bad, self.asked = lives, bad, []
 
-    def __call__(self, pictures: Iterator[Picture]) -> Iterator[list[Row]]:
+    def __call__(self, pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
         rows = []
         for picture in pictures:
             self.asked.append(picture.id)
             if picture.path in self.bad:
-                rows.append(Row(picture.id, picture.path, error="is bad"))
+                rows.append(CaptionRow(picture.id, picture.path, error="is bad"))
             else:
                 rows.append(
-                    Row(picture.id, picture.path, caption=f'é "{picture.id}"\nline', tokens=3, finish_reason="stop")
+                    CaptionRow(
+                        picture.id, picture.path, caption=f'é "{picture.id}"\nline', tokens=3, finish_reason="stop"
+                    )
                 )
             if len(rows) == 2:
                 yield rows[::-1]
@@ -70,8 +72,8 @@ def options(images: Path, out: Path, **more) -> JobOptions:
     )
 
 
-def do(captioner, given: JobOptions, *, model: str = "m", share: Share = Share(), **settings):
-    return run_job(captioner, given, settings=Settings(**settings), model=model, share=share)
+def do(captioner, given: JobOptions, *, model: str = "m", share: DPGroup = DPGroup(), **settings):
+    return run_job(captioner, given, settings=CaptionSettings(**settings), model=model, share=share)
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -92,7 +94,8 @@ def undisturbed(images: Path, tmp_path: Path) -> dict[str, bytes]:
 
 def test_the_official_file(undisturbed: dict[str, bytes], images: Path) -> None:
     ids = {
-        picture.id: picture.path for picture in read_pictures(images_file=images / "list.json", images=(), root=images)
+        picture.id: picture.path
+        for picture in read_image_entries(images_file=images / "list.json", images=(), root=images)
     }
     expected = [{path: f'é "{name}"\nline'} for name, path in ids.items() if path not in BAD]
     assert undisturbed["captions.json"].decode() == json.dumps(expected, indent=4)
@@ -118,7 +121,7 @@ def test_shards_hold_images_and_records(undisturbed: dict[str, bytes], tmp_path:
     for record in records:
         assert json.loads(found[f"{record['id']}.json"]) == record
         assert found[f"{record['id']}.png"] == (images / record["image"]).read_bytes()
-    assert records[0]["conversations"][0]["value"] == f"<image>\n{Settings().prompt}"
+    assert records[0]["conversations"][0]["value"] == f"<image>\n{CaptionSettings().prompt}"
 
 
 @pytest.mark.parametrize("lives", range(1, 10))
@@ -141,22 +144,22 @@ def test_killed_anywhere_and_resumed_is_undisturbed(
     assert files_of(tmp_path / "killed") == undisturbed and third.asked == []
 
 
-def shares(size: int) -> list[Share]:
+def shares(size: int) -> list[DPGroup]:
     barrier = threading.Barrier(size, timeout=20)
-    return [Share(rank=rank, size=size, meet=barrier.wait) for rank in range(size)]
+    return [DPGroup(rank=rank, size=size, barrier=barrier.wait) for rank in range(size)]
 
 
 def do_shared(size: int, given: JobOptions, makers) -> list:
     """One thread for each rank; what they return or raise."""
     results: list = [None] * size
 
-    def work(share: Share) -> None:
+    def work(share: DPGroup) -> None:
         try:
             results[share.rank] = do(makers[share.rank], given, share=share)
         except (Killed, threading.BrokenBarrierError) as error:
             results[share.rank] = error
             if isinstance(error, Killed):
-                barrier_of[0].meet.__self__.abort()
+                barrier_of[0].barrier.__self__.abort()
 
     barrier_of = shares(size)
     threads = [threading.Thread(target=work, args=(share,)) for share in barrier_of]
@@ -219,7 +222,7 @@ def test_other_settings_are_not_mixed_in(images: Path, tmp_path: Path) -> None:
 def test_two_jobs_do_not_write_one_journal(images: Path, tmp_path: Path) -> None:
     given = options(images, tmp_path / "out")
 
-    def captioner(pictures: Iterator[Picture]) -> Iterator[list[Row]]:
+    def captioner(pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
         with pytest.raises(DataError, match="another process is at this job"):
             do(Fake(), given)
         yield from Fake()(pictures)
@@ -253,9 +256,10 @@ def test_what_could_not_be_written_is_refused_before_the_work(images: Path, tmp_
 def test_captions_that_cannot_be_trained_are_left_out_of_annotations(images: Path, tmp_path: Path) -> None:
     texts = iter(["fine", " ", "an <image> in it", *["fine"] * 7])
 
-    def captioner(pictures: Iterator[Picture]) -> Iterator[list[Row]]:
+    def captioner(pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
         yield [
-            Row(picture.id, picture.path, caption=next(texts), tokens=1, finish_reason="stop") for picture in pictures
+            CaptionRow(picture.id, picture.path, caption=next(texts), tokens=1, finish_reason="stop")
+            for picture in pictures
         ]
 
     assert do(captioner, options(images, tmp_path / "out")).trainable == 8
@@ -267,5 +271,5 @@ def test_progress_says_how_long_still() -> None:
     now = [100.0]
     progress = Progress(total=100, done=40, clock=lambda: now[0])
     now[0] += 10
-    progress.advance([Row("a", "a", caption="x", tokens=50), Row("b", "b", error="bad")] * 5)
+    progress.advance([CaptionRow("a", "a", caption="x", tokens=50), CaptionRow("b", "b", error="bad")] * 5)
     assert str(progress) == "captioned 50 of 100 images (5 errors): 1.00 images/s, 25.0 tokens/s, 0:00:50 left"

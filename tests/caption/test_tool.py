@@ -17,7 +17,7 @@ from hf_fixtures import write_llava_hf
 
 from examples.quickstart.scenes import draw_scene, make_scene
 from megatron_share4v.caption.job import JobOptions
-from megatron_share4v.caption.records import Settings
+from megatron_share4v.caption.records import CaptionSettings
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import HfSource
 from megatron_share4v.errors import ConfigError
@@ -215,4 +215,4 @@ def test_models_that_cannot_be_opened(options: dict, message: str, tmp_path: Pat
 
     model, world = ModelOptions(**{"name": str(tmp_path), **options}), World.single_process()
     with pytest.raises(ConfigError, match=message):
-        caption_with_model(model, JobOptions(save_path=tmp_path / "c.json"), settings=Settings(), world=world)
+        caption_with_model(model, JobOptions(save_path=tmp_path / "c.json"), settings=CaptionSettings(), world=world)

@@ -19,7 +19,7 @@ from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
 from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.evaluate.tasks import get_task
-from megatron_share4v.remote.openai_client import LONGEST_WAIT_S, Chat, Endpoint
+from megatron_share4v.remote.openai_client import LONGEST_WAIT_S, ChatClient, Endpoint
 
 Reaction = tuple[int, dict[str, str], bytes]
 
@@ -37,8 +37,8 @@ def judging(react: Callable[[dict], Reaction]) -> contextlib.AbstractContextMana
     return serving(lambda request, number: react(request), key_of=lambda request: b"")
 
 
-def chat(url: str, *, waits: list[float] | None = None, **more: object) -> Chat:
-    return Chat(
+def chat(url: str, *, waits: list[float] | None = None, **more: object) -> ChatClient:
+    return ChatClient(
         Endpoint(url=url, model="judge", **{"concurrency": 3, "retries": 2, **more}),
         sleep=([] if waits is None else waits).append,
     )

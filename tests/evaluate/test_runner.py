@@ -22,11 +22,11 @@ from megatron_share4v.evaluate.metrics.profile import CORRECTED
 from megatron_share4v.evaluate.records import Item
 from megatron_share4v.evaluate.result import ModelFacts
 from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
-from megatron_share4v.infer.answer_log import Share
-from megatron_share4v.infer.batch_generate import Outcome
-from megatron_share4v.infer.data_parallel import Replica, opened_replica
+from megatron_share4v.infer.answer_log import DPGroup
+from megatron_share4v.infer.batch_generate import GenerationResult
+from megatron_share4v.infer.data_parallel import Replica, open_replica
 from megatron_share4v.parallel.launch import World
-from megatron_share4v.remote.openai_client import Chat, Endpoint
+from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
 QUESTIONS = 18
 # Whose answers go to a server or into an official scorer's file.
@@ -43,7 +43,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def replica(export: Path) -> Iterator[Replica]:
-    with opened_replica(export, tensor=1, max_requests=8, dtype="fp32", world=World.single_process()) as opened:
+    with open_replica(export, tensor=1, max_requests=8, dtype="fp32", world=World.single_process()) as opened:
         yield opened
 
 
@@ -66,13 +66,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
     asker = LocalAsker(replica, decoding=evaluation.decoding, workers=2)
-    return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, name="tiny"), share=Share(), **more)
+    return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup(), **more)
 
 
-def two_lines(items: Iterator[Item]) -> Iterator[list[Outcome]]:
+def two_lines(items: Iterator[Item]) -> Iterator[list[GenerationResult]]:
     """An asker whose first answer has a line break."""
     yield [
-        Outcome(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop")
+        GenerationResult(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop")
         for number, item in enumerate(items)
     ]
 
@@ -86,7 +86,7 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
         # An answer with a line break, at which the official calculation.py breaks off. The random model's may have one or not, as it is batched.
         broken = Evaluation(name, data=tmp_path / "data", out=tmp_path / "broken")
         with pytest.raises(DataError, match="has a line break"):
-            run_benchmark(broken, two_lines, model=ModelFacts.of_replica(replica, name="tiny"), share=Share())
+            run_benchmark(broken, two_lines, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup())
         evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", profile=CORRECTED)
     content = ask(evaluation, replica)
     rows = [json.loads(line) for line in (tmp_path / "out" / ANSWERS).read_text().splitlines()]
@@ -226,8 +226,8 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
 
     with serving(answer, key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
         endpoint = Endpoint(url=url, model="theirs", concurrency=2)
-        asker = RemoteAsker(Chat(endpoint), decoding=evaluation.decoding)
-        content = run_benchmark(evaluation, asker, model=ModelFacts.of_endpoint(endpoint, name=None), share=Share())
+        asker = RemoteAsker(ChatClient(endpoint), decoding=evaluation.decoding)
+        content = run_benchmark(evaluation, asker, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
     assert content["headline"]["name"] == "accuracy" and content["model"] == "theirs"
     assert len(sent) == len(evaluation.items)
     system, user = sent[0]["messages"]
@@ -243,7 +243,7 @@ def test_a_judge_gives_the_number(replica: Replica, tmp_path: Path) -> None:
     with serving(
         lambda request, number: completion("0.5"), key_of=lambda request: json.dumps(request["messages"]).encode()
     ) as (url, _):
-        judging = Judge(model="another", chat=Chat(Endpoint(url=url, model="another")))
+        judging = Judge(model="another", chat=ChatClient(Endpoint(url=url, model="another")))
         content = ask(evaluation, replica, judging=judging)
     assert content["headline"] == {"name": "total", "value": 50.0} and content["judge"]["model"] == "another"
     assert "judge another" in (tmp_path / "out/table.md").read_text(), "never under the paper's name"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_helpers import ask, engine_of, prompt
 
-from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
 
 def families(draw: random.Random, count: int) -> list:
@@ -30,7 +30,7 @@ def test_random_arrivals(chunks: list, seed: int) -> None:
     draw = random.Random(seed)
     prompts = families(draw, 24)
     samplings = [
-        Sampling(
+        SamplingParams(
             max_new_tokens=draw.randint(1, 12), temperature=draw.choice((0.0, 1.0)), top_p=draw.choice((1.0, 0.8)), seed=draw.randrange(3),
             ignore_eos=draw.random() < 0.5, prompt_logprobs=draw.random() < 0.2, repetition_penalty=draw.choice((1.0, 1.3)),
         )
@@ -48,7 +48,7 @@ def test_random_arrivals(chunks: list, seed: int) -> None:
         "image_cache_bytes": 600,
     }
     engine = engine_of(chunks, **limits)
-    waiting = [Request(str(number), *pair) for number, pair in enumerate(zip(prompts, samplings))]
+    waiting = [GenerationRequest(str(number), *pair) for number, pair in enumerate(zip(prompts, samplings))]
     draw.shuffle(waiting)
     answers: dict[str, list[int]] = {request.id: [] for request in waiting}
     ends: dict[str, str] = {}
@@ -63,8 +63,8 @@ def test_random_arrivals(chunks: list, seed: int) -> None:
             assert event.request_id not in ends
             if event.token_id is not None:
                 answers[event.request_id].append(event.token_id)
-            if event.finish is not None:
-                ends[event.request_id] = event.finish
+            if event.finish_reason is not None:
+                ends[event.request_id] = event.finish_reason
     assert set(ends) == set(answers) and {name for name, end in ends.items() if end == "cancelled"} <= cancelled
     for name, answer in answers.items():
         whole = expected[int(name)]

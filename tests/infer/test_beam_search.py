@@ -20,9 +20,9 @@ from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.agreement import _encode_inputs, _load, generated_questions
-from megatron_share4v.infer.beam_search import BeamEngine
+from megatron_share4v.infer.beam_search import BeamSearchEngine
 from megatron_share4v.infer.engine import Engine
-from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.infer.session import Session
 
 NEW = 14
@@ -64,15 +64,15 @@ def ask(
     """(ids, why it ended) of each."""
     engine = Engine.open(session, EngineConfig(max_requests=requests, cache_positions=4096))
     engine.eos_id = engine.eos_id if eos is None else eos
-    engine = BeamEngine(engine, beams=beams)
-    sampling = Sampling(**{"max_new_tokens": NEW, **options})
+    engine = BeamSearchEngine(engine, beams=beams)
+    sampling = SamplingParams(**{"max_new_tokens": NEW, **options})
     for number, (prompt, seed) in enumerate(zip(asked, seeds)):
-        engine.add(Request(f"r{number}", prompt, replace(sampling, seed=seed)))
+        engine.add(GenerationRequest(f"r{number}", prompt, replace(sampling, seed=seed)))
     found: dict[str, tuple[list[int], str]] = {f"r{number}": ([], "") for number in range(len(asked))}
     for event in drain(engine):
         ids, why = found[event.request_id]
         assert not why, "nothing comes after the end"
-        found[event.request_id] = (ids + [event.token_id] * (event.token_id is not None), event.finish or "")
+        found[event.request_id] = (ids + [event.token_id] * (event.token_id is not None), event.finish_reason or "")
     return list(found.values())
 
 
@@ -132,7 +132,7 @@ def test_draws_are_without_replacement_by_probability(session: Session) -> None:
     """With one beam and one token, two are drawn and the likelier is the answer: P(max of two draws = i) has a closed form."""
     one, count = prompts(session)[0], 600
     engine = Engine.open(session, EngineConfig())
-    engine.add(Request("x", one, Sampling(max_new_tokens=1, logprobs=20)))
+    engine.add(GenerationRequest("x", one, SamplingParams(max_new_tokens=1, logprobs=20)))
     [event] = drain(engine)
     top = [math.exp(value / 1.0) for _, value in event.logprobs.top]
     found = Counter(

@@ -7,7 +7,7 @@ import torch
 from engine_helpers import EOS, VOCABULARY, ask, engine_of, mixed_prompts, prompt
 
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.model.greedy_reference import greedy_generate
 
 NEW = 12
@@ -113,9 +113,13 @@ def test_an_image_is_encoded_once_and_forgotten_when_there_is_no_room_for_it(chu
 
 def test_a_long_prompt_holds_nobody_up_for_more_than_a_step(chunks: list) -> None:
     engine = engine_of(chunks, step_positions=16, max_requests=4)
-    engine.add(Request("short", prompt(1, length=5, images=0), Sampling(max_new_tokens=30, ignore_eos=True)))
+    engine.add(
+        GenerationRequest("short", prompt(1, length=5, images=0), SamplingParams(max_new_tokens=30, ignore_eos=True))
+    )
     engine.step()
-    engine.add(Request("long", prompt(2, length=50, images=1), Sampling(max_new_tokens=2, ignore_eos=True)))
+    engine.add(
+        GenerationRequest("long", prompt(2, length=50, images=1), SamplingParams(max_new_tokens=2, ignore_eos=True))
+    )
     steps = [[event.request_id for event in engine.step()] for _ in range(6)]
     assert all("short" in names for names in steps) and ["long" in names for names in steps] == [False] * 3 + [
         True,
@@ -129,17 +133,19 @@ def test_what_does_not_fit_is_refused(chunks: list) -> None:
     engine = engine_of(chunks)
     ids = prompt(1, images=0)
     with pytest.raises(DataError, match="20 positions and 45 new tokens are 65 positions; 64 are possible"):
-        engine.add(Request("a", ids, Sampling(max_new_tokens=45)))
+        engine.add(GenerationRequest("a", ids, SamplingParams(max_new_tokens=45)))
     with pytest.raises(DataError, match="ids from 1 to 100; the tokenizer has 0 to 99"):
         engine.add(
-            Request("a", type(ids)(torch.tensor([1, 100]), ids.image_slots, ids.pixels), Sampling(max_new_tokens=1))
+            GenerationRequest(
+                "a", type(ids)(torch.tensor([1, 100]), ids.image_slots, ids.pixels), SamplingParams(max_new_tokens=1)
+            )
         )
     with pytest.raises(DataError, match="prompt is empty"):
         engine.add(
-            Request(
+            GenerationRequest(
                 "a",
                 type(ids)(torch.zeros(0, dtype=torch.int64), ids.image_slots, ids.pixels),
-                Sampling(max_new_tokens=1),
+                SamplingParams(max_new_tokens=1),
             )
         )
     with pytest.raises(ConfigError, match="max_positions 65 is more than the model's 64"):

@@ -8,11 +8,11 @@ from engine_helpers import EOS, VOCABULARY, ask, drain, engine_of, mixed_prompts
 from tolerances import FP32_MODULE
 
 from megatron_share4v.data.records import Batch
-from megatron_share4v.infer.request import Request, Sampling
+from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
 
 def only(engine, given, **options) -> list:
-    engine.add(Request("one", given, Sampling(**{"max_new_tokens": 8, **options})))
+    engine.add(GenerationRequest("one", given, SamplingParams(**{"max_new_tokens": 8, **options})))
     return drain(engine)
 
 
@@ -25,7 +25,7 @@ def answer(chunks: list) -> list[int]:
 
 def test_the_last_token_says_length(chunks: list, answer: list[int]) -> None:
     events = only(engine_of(chunks), prompt(0))
-    assert [(event.token_id, event.finish) for event in events] == [
+    assert [(event.token_id, event.finish_reason) for event in events] == [
         *((token, None) for token in answer[:-1]),
         (answer[-1], "length"),
     ]
@@ -34,9 +34,9 @@ def test_the_last_token_says_length(chunks: list, answer: list[int]) -> None:
 def test_a_stop_id_is_no_token_of_the_answer(chunks: list, answer: list[int]) -> None:
     stop = answer[3]
     events = only(engine_of(chunks), prompt(0), stop_ids=frozenset({stop}))
-    assert [event.token_id for event in events] == [*answer[:3], None] and events[-1].finish == "stop"
+    assert [event.token_id for event in events] == [*answer[:3], None] and events[-1].finish_reason == "stop"
     events = only(engine_of(chunks), prompt(0), stop_ids=frozenset({stop}), ignore_eos=True)
-    assert events[-1].finish == "stop"
+    assert events[-1].finish_reason == "stop"
 
 
 def test_nothing_ends_an_answer_before_its_minimum(chunks: list, answer: list[int]) -> None:
@@ -105,22 +105,24 @@ def test_logprobs_of_prompt_and_answer(chunks: list, step_positions: int) -> Non
 
 def test_no_new_tokens_but_the_prompts_own_probabilities(chunks: list) -> None:
     [event] = only(engine_of(chunks), prompt(1), max_new_tokens=0, prompt_logprobs=True, logprobs=0)
-    assert (event.token_id, event.finish, event.logprobs) == (None, "length", None) and len(event.prompt_logprobs) == 24
+    assert (event.token_id, event.finish_reason, event.logprobs) == (None, "length", None) and len(
+        event.prompt_logprobs
+    ) == 24
     [event] = only(engine_of(chunks), prompt(1), max_new_tokens=0)
-    assert (event.token_id, event.finish, event.prompt_logprobs) == (None, "length", None)
+    assert (event.token_id, event.finish_reason, event.prompt_logprobs) == (None, "length", None)
 
 
 def test_cancelling_frees_the_place_and_changes_no_other_answer(chunks: list) -> None:
     expected = ask(engine_of(chunks), mixed_prompts(), ignore_eos=True)
     engine = engine_of(chunks, max_requests=3)
     for number, given in enumerate(mixed_prompts()):
-        engine.add(Request(str(number), given, Sampling(max_new_tokens=12, ignore_eos=True)))
+        engine.add(GenerationRequest(str(number), given, SamplingParams(max_new_tokens=12, ignore_eos=True)))
     events = engine.step() + engine.step()
     engine.cancel("1")
     engine.cancel("5")  # still waiting
     engine.cancel("nobody")
     last = engine.step()
-    assert {(event.request_id, event.finish) for event in last if event.finish} == {
+    assert {(event.request_id, event.finish_reason) for event in last if event.finish_reason} == {
         ("1", "cancelled"),
         ("5", "cancelled"),
     }
@@ -143,7 +145,7 @@ def test_cancelling_frees_the_place_and_changes_no_other_answer(chunks: list) ->
 def test_a_cancelled_prefill_does_not_keep_its_likes_waiting(chunks: list) -> None:
     engine = engine_of(chunks, step_positions=16)
     for name in ("first", "second"):
-        engine.add(Request(name, prompt(4, length=50), Sampling(max_new_tokens=3, ignore_eos=True)))
+        engine.add(GenerationRequest(name, prompt(4, length=50), SamplingParams(max_new_tokens=3, ignore_eos=True)))
     engine.step()
     assert engine.stats.running == 1 and engine.stats.waiting == 1
     engine.cancel("first")

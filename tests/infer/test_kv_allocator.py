@@ -9,91 +9,98 @@ import pytest
 import torch
 
 from megatron_share4v.data.loading.prompt import Prompt
-from megatron_share4v.infer.kv_allocator import Place, Room
-from megatron_share4v.infer.prefix_hash import BLOCK, block_keys, image_digest, prompt_content, text_content
+from megatron_share4v.infer.kv_allocator import KVAllocator, KVRange
+from megatron_share4v.infer.prefix_hash import BLOCK_SIZE, block_keys, image_digest, prompt_content, text_content
 
 
 def keys_of(ids: list[int]) -> list[bytes]:
     return block_keys(text_content(ids))
 
 
-def finished(room: Room, ids: list[int]) -> Place:
-    reservation = room.reserve(len(ids), keys_of(ids)[: (len(ids) - 1) // BLOCK])
-    room.show(reservation.place, keys_of(ids))
-    room.release(reservation.place)
-    return reservation.place
+def finished(kv_allocator: KVAllocator, ids: list[int]) -> KVRange:
+    allocation = kv_allocator.allocate(len(ids), keys_of(ids)[: (len(ids) - 1) // BLOCK_SIZE])
+    kv_allocator.cache_blocks(allocation.kv_range, keys_of(ids))
+    kv_allocator.free(allocation.kv_range)
+    return allocation.kv_range
 
 
 def test_a_prefix_is_found_and_copied_to_rows_of_its_own() -> None:
-    room = Room(200)
+    kv_allocator = KVAllocator(200)
     first = list(range(50))
-    finished(room, first)
-    assert room.used == 0 and room.filled == 48
-    reservation = room.reserve(60, keys_of([*first[:40], *range(100, 120)]))
-    assert reservation.reused == 32 and reservation.source == 0 and reservation.place.start >= 48
-    assert room.reserve(60, keys_of([7, *first])).reused == 0
+    finished(kv_allocator, first)
+    assert kv_allocator.used == 0 and kv_allocator.filled == 48
+    allocation = kv_allocator.allocate(60, keys_of([*first[:40], *range(100, 120)]))
+    assert allocation.reused == 32 and allocation.source == 0 and allocation.kv_range.start >= 48
+    assert kv_allocator.allocate(60, keys_of([7, *first])).reused == 0
 
 
 def test_what_is_kept_makes_room_oldest_first_and_only_if_that_helps() -> None:
-    room = Room(96)
+    kv_allocator = KVAllocator(96)
     first, second = list(range(32)), list(range(100, 132))
-    finished(room, first)
-    finished(room, second)
-    room.release(room.reserve(40, keys_of(first)).place)  # used again: now the second is the oldest
-    assert room.longest(keys_of(first)) == 2 and room.longest(keys_of(second)) == 0
-    running = room.reserve(64, [])
-    assert (running.place.start, room.longest(keys_of(first)), room.used) == (32, 2, 64)
-    assert room.reserve(33, []) is None and room.longest(keys_of(first)) == 2
-    assert room.reserve(32, []).place.start == 0 and room.longest(keys_of(first)) == 0
+    finished(kv_allocator, first)
+    finished(kv_allocator, second)
+    kv_allocator.free(kv_allocator.allocate(40, keys_of(first)).kv_range)  # used again: now the second is the oldest
+    assert (
+        kv_allocator.find_longest_prefix(keys_of(first)) == 2 and kv_allocator.find_longest_prefix(keys_of(second)) == 0
+    )
+    running = kv_allocator.allocate(64, [])
+    assert (running.kv_range.start, kv_allocator.find_longest_prefix(keys_of(first)), kv_allocator.used) == (32, 2, 64)
+    assert kv_allocator.allocate(33, []) is None and kv_allocator.find_longest_prefix(keys_of(first)) == 2
+    assert kv_allocator.allocate(32, []).kv_range.start == 0 and kv_allocator.find_longest_prefix(keys_of(first)) == 0
 
 
 def test_the_source_of_a_copy_is_not_dropped_for_it_unless_nothing_else_is_left() -> None:
     ids = list(range(32))
-    room = Room(64)
-    finished(room, ids)
-    found = room.reserve(32, keys_of(ids))
-    assert (found.place.start, found.source, found.reused) == (32, 0, 32)
-    room = Room(64)
-    finished(room, ids)
-    found = room.reserve(48, keys_of(ids))
-    assert (found.place.start, found.reused) == (0, 0)
+    kv_allocator = KVAllocator(64)
+    finished(kv_allocator, ids)
+    found = kv_allocator.allocate(32, keys_of(ids))
+    assert (found.kv_range.start, found.source, found.reused) == (32, 0, 32)
+    kv_allocator = KVAllocator(64)
+    finished(kv_allocator, ids)
+    found = kv_allocator.allocate(48, keys_of(ids))
+    assert (found.kv_range.start, found.reused) == (0, 0)
 
 
 def test_a_place_that_nobody_would_be_sent_to_is_free() -> None:
-    room = Room(200)
-    finished(room, list(range(32)))
-    longer = finished(room, list(range(48)))
-    assert room.filled == longer.size == 48
+    kv_allocator = KVAllocator(200)
+    finished(kv_allocator, list(range(32)))
+    longer = finished(kv_allocator, list(range(48)))
+    assert kv_allocator.filled == longer.size == 48
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_row_is_ever_given_twice(seed: int) -> None:
     draw = random.Random(seed)
-    room, running = Room(400), []
+    kv_allocator, running = KVAllocator(400), []
     for _ in range(600):
         if running and draw.random() < 0.5:
-            place, keys = running.pop(draw.randrange(len(running)))
-            room.show(place, keys[len(place.keys) : draw.randint(len(place.keys), len(keys))])
-            room.release(place)
+            kv_range, keys = running.pop(draw.randrange(len(running)))
+            kv_allocator.cache_blocks(kv_range, keys[len(kv_range.keys) : draw.randint(len(kv_range.keys), len(keys))])
+            kv_allocator.free(kv_range)
         else:
             ids = [draw.randrange(2) for _ in range(draw.randint(1, 90))]
             keys = keys_of(ids)
-            reservation = room.reserve(len(ids), keys[: (len(ids) - 1) // BLOCK])
-            if reservation is not None:
-                place, reused = reservation.place, reservation.reused
+            allocation = kv_allocator.allocate(len(ids), keys[: (len(ids) - 1) // BLOCK_SIZE])
+            if allocation is not None:
+                kv_range, reused = allocation.kv_range, allocation.reused
                 assert (
                     reused == 0
-                    or reservation.source + reused <= place.start
-                    or place.start + place.size <= reservation.source
+                    or allocation.source + reused <= kv_range.start
+                    or kv_range.start + kv_range.size <= allocation.source
                 )
-                room.show(place, keys[: reused // BLOCK])
-                running.append((place, keys))
-        taken = sorted((place.start, place.size) for place in [*(place for place, _ in running), *room._kept])
+                kv_allocator.cache_blocks(kv_range, keys[: reused // BLOCK_SIZE])
+                running.append((kv_range, keys))
+        taken = sorted(
+            (kv_range.start, kv_range.size)
+            for kv_range in [*(kv_range for kv_range, _ in running), *kv_allocator._evictable]
+        )
         assert all(start + size <= other for (start, size), (other, _) in itertools.pairwise(taken))
-        assert sum(size for _, size in taken) == room.filled and room.used == sum(place.size for place, _ in running)
-    for place, _ in running:
-        room.release(place)
-    assert room.reserve(400, []) is not None
+        assert sum(size for _, size in taken) == kv_allocator.filled and kv_allocator.used == sum(
+            kv_range.size for kv_range, _ in running
+        )
+    for kv_range, _ in running:
+        kv_allocator.free(kv_range)
+    assert kv_allocator.allocate(400, []) is not None
 
 
 def test_keys_tell_images_ids_and_positions_apart_and_go_on() -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_share4v.infer.request import Sampling
-from megatron_share4v.infer.sampler import Row, choose, describe
+from megatron_share4v.infer.request import SamplingParams
+from megatron_share4v.infer.sampler import SamplingRow, compute_logprobs, sample_tokens
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -4.0]])
 
@@ -19,16 +19,16 @@ def row(
     prompt: tuple[int, ...] = (),
     forbidden: tuple[int, ...] = (),
     **options: object,
-) -> Row:
-    sampling = Sampling(max_new_tokens=1, **options)
-    return Row(
+) -> SamplingRow:
+    sampling = SamplingParams(max_new_tokens=1, **options)
+    return SamplingRow(
         sampling=sampling, seed=seed, prompt_ids=frozenset(prompt), generated=generated, forbidden=frozenset(forbidden)
     )
 
 
 def drawn(draws: int, **options: object) -> torch.Tensor:
     """Relative frequencies of the ids, over as many seeds."""
-    ids = choose(LOGITS.expand(draws, -1), [row(seed, **options) for seed in range(draws)])
+    ids = sample_tokens(LOGITS.expand(draws, -1), [row(seed, **options) for seed in range(draws)])
     return torch.bincount(torch.tensor(ids), minlength=6) / draws
 
 
@@ -65,13 +65,15 @@ def test_filters_keep_the_likeliest(options: dict, kept: int) -> None:
 def test_a_wide_nucleus_is_found_among_all_ids() -> None:
     flat = torch.zeros(1, 2000)
     flat[0, :1000] += 1e-3
-    ids = choose(flat.expand(400, -1), [row(seed, temperature=1.0, top_p=0.5) for seed in range(400)])
+    ids = sample_tokens(flat.expand(400, -1), [row(seed, temperature=1.0, top_p=0.5) for seed in range(400)])
     assert max(ids) < 1000 and len(set(ids)) > 250
 
 
 def test_greedy_takes_the_likeliest_and_no_seed_changes_it() -> None:
     assert (
-        choose(LOGITS.expand(5, -1), [row(seed, temperature=t) for seed, t in enumerate((0.0, 0.0, 0.001, 0.001, 0.0))])
+        sample_tokens(
+            LOGITS.expand(5, -1), [row(seed, temperature=t) for seed, t in enumerate((0.0, 0.0, 0.001, 0.001, 0.0))]
+        )
         == [0] * 5
     )
 
@@ -80,28 +82,28 @@ def test_a_draw_depends_on_seed_and_number_and_on_nothing_else_in_the_batch() ->
     logits = torch.randn(16, 500, generator=torch.Generator().manual_seed(1))
     kinds = [{}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.0}, {"repetition_penalty": 1.3}]
     rows = [row(seed, generated=tuple(range(seed)), **{"temperature": 0.9, **kinds[seed % 6]}) for seed in range(16)]
-    together = choose(logits, rows)
-    assert together == [choose(logits[n : n + 1], [one])[0] for n, one in enumerate(rows)]
-    assert choose(logits.flip(0), rows[::-1]) == together[::-1]
+    together = sample_tokens(logits, rows)
+    assert together == [sample_tokens(logits[n : n + 1], [one])[0] for n, one in enumerate(rows)]
+    assert sample_tokens(logits.flip(0), rows[::-1]) == together[::-1]
     again = [row(7, generated=(1,) * count, temperature=1.0) for count in range(16)]
-    assert len(set(choose(logits[:1].expand(16, -1), again))) > 8
+    assert len(set(sample_tokens(logits[:1].expand(16, -1), again))) > 8
 
 
 def test_penalties() -> None:
-    assert choose(LOGITS, [row(repetition_penalty=3.0, prompt=(0,))]) == [1]
-    assert choose(LOGITS, [row(repetition_penalty=3.0, generated=(0,))]) == [1]
+    assert sample_tokens(LOGITS, [row(repetition_penalty=3.0, prompt=(0,))]) == [1]
+    assert sample_tokens(LOGITS, [row(repetition_penalty=3.0, generated=(0,))]) == [1]
     below = torch.tensor([[-1.0, -1.1]])
-    assert choose(below, [row(repetition_penalty=1.5, prompt=(0,))]) == [1]
-    assert choose(LOGITS, [row(presence_penalty=1.5, prompt=(0,))]) == [0]
-    assert choose(LOGITS, [row(presence_penalty=1.5, generated=(0,))]) == [1]
-    assert choose(LOGITS, [row(frequency_penalty=0.6, generated=(0,))]) == [0]
-    assert choose(LOGITS, [row(frequency_penalty=0.6, generated=(0, 0))]) == [1]
-    assert choose(LOGITS, [row(forbidden=(0, 1))]) == [2]
+    assert sample_tokens(below, [row(repetition_penalty=1.5, prompt=(0,))]) == [1]
+    assert sample_tokens(LOGITS, [row(presence_penalty=1.5, prompt=(0,))]) == [0]
+    assert sample_tokens(LOGITS, [row(presence_penalty=1.5, generated=(0,))]) == [1]
+    assert sample_tokens(LOGITS, [row(frequency_penalty=0.6, generated=(0,))]) == [0]
+    assert sample_tokens(LOGITS, [row(frequency_penalty=0.6, generated=(0, 0))]) == [1]
+    assert sample_tokens(LOGITS, [row(forbidden=(0, 1))]) == [2]
     assert LOGITS[0, 0] == 2.0
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
     expected = LOGITS[0].log_softmax(0).tolist()
-    [found] = describe(LOGITS, [3], alternatives=2)
+    [found] = compute_logprobs(LOGITS, [3], alternatives=2)
     assert found.chosen == expected[3] and found.top == ((0, expected[0]), (1, expected[1]))
-    assert describe(LOGITS, [3], alternatives=0)[0].top == ()
+    assert compute_logprobs(LOGITS, [3], alternatives=0)[0].top == ()

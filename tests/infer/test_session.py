@@ -85,7 +85,7 @@ def test_pipeline_stages_are_refused_before_anything_is_computed(models: tuple[P
 
 
 def on_a_rank(path: Path) -> list[list[int]] | str | None:
-    from megatron_share4v.infer.tp_executor import follow
+    from megatron_share4v.infer.tp_executor import run_follower
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
@@ -96,7 +96,7 @@ def on_a_rank(path: Path) -> list[list[int]] | str | None:
         except ConversionError as error:
             return str(error)
         if mesh.rank:
-            return follow(Engine.open(session, EngineConfig()).ranks)
+            return run_follower(Engine.open(session, EngineConfig()).executor)
         patches = session.config.model.vision.num_patches
         prompts = [
             make_prompt(session.encoder, q.turns, image=q.image, tokens_per_image=patches)

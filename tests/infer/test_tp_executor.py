@@ -45,15 +45,15 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
     import engine_helpers
 
     from megatron_share4v.checkpoint.store import load_weights
-    from megatron_share4v.infer.request import Request, Sampling
-    from megatron_share4v.infer.tp_executor import follow
+    from megatron_share4v.infer.request import GenerationRequest, SamplingParams
+    from megatron_share4v.infer.tp_executor import run_follower
 
     with opened(tensor=tensor) as mesh:
         chunks = engine_helpers.build(mesh, seed=99)
         load_weights(directory, chunks=chunks, mesh=mesh)
         engine = engine_helpers.engine_of(chunks, step_positions=16)
-        if not engine.ranks.leads:
-            return follow(engine.ranks)
+        if not engine.executor.is_leader:
+            return run_follower(engine.executor)
         greedy = engine_helpers.ask(engine, engine_helpers.mixed_prompts())
         assert engine.step() == []  # nothing to do, nothing sent
         sampled = engine_helpers.ask(
@@ -64,7 +64,11 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
             top_p=0.9,
             repetition_penalty=1.2,
         )
-        engine.add(Request("p", engine_helpers.prompt(1), Sampling(max_new_tokens=1, logprobs=2, prompt_logprobs=True)))
+        engine.add(
+            GenerationRequest(
+                "p", engine_helpers.prompt(1), SamplingParams(max_new_tokens=1, logprobs=2, prompt_logprobs=True)
+            )
+        )
         [event] = engine_helpers.drain(engine)
         engine.close()
         return greedy, sampled, [entry.chosen for entry in event.prompt_logprobs if entry is not None]
@@ -90,11 +94,11 @@ def fail(rank: int) -> None:
     import engine_helpers
     import torch.distributed as dist
 
-    from megatron_share4v.infer.tp_executor import follow
+    from megatron_share4v.infer.tp_executor import run_follower
 
     with opened(tensor=2) as mesh:
         engine = engine_helpers.engine_of(engine_helpers.build(mesh))
-        runner, steps = engine.ranks.runner, iter(range(100))
+        runner, steps = engine.executor.runner, iter(range(100))
         run = runner.run
 
         def failing(plan):
@@ -103,10 +107,10 @@ def fail(rank: int) -> None:
             return run(plan)
 
         runner.run = failing
-        if engine.ranks.leads:
+        if engine.executor.is_leader:
             engine_helpers.ask(engine, engine_helpers.mixed_prompts())
         else:
-            follow(engine.ranks)
+            run_follower(engine.executor)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -262,7 +262,10 @@ def test_megatron_route(http: httpx.Client, server: Running, encoder: Encoder) -
         ({"prompts": [""]}, "prompts"), ({"tokens_to_generate": 0}, "tokens_to_generate"), ({"images": [["data:x"]]}, "images[0]"), ({"random_seed": -1}, "random_seed"),
     ):  # fmt: skip
         refused = http.put("/api", json={"prompts": ["a"]} | change)
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == param, (change, refused.text)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param, (
+            change,
+            refused.text,
+        )
 
 
 def test_open_host_without_key_warns(encoder: Encoder) -> None:

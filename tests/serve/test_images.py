@@ -19,8 +19,8 @@ from server_fixture import Running, data_url, picture, running
 
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.loading.encode import Encoder
-from megatron_share4v.serve.api_error import Refusal
-from megatron_share4v.serve.image_fetch import Fetcher, is_public
+from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.image_fetch import ImageFetcher, is_public
 
 
 def ask(server: Running, url: str) -> httpx.Response:
@@ -216,7 +216,7 @@ def fetch(
     url: str, *answers: list[str], accepts=lambda address: True, domains: tuple[str, ...] = (), **options
 ) -> bytes:
     settings = {"max_bytes": 100_000, "timeout_s": 1.0} | options
-    fetcher = Fetcher(
+    fetcher = ImageFetcher(
         domains=domains, accepts=accepts, resolve=Names(*answers) if answers else Names(["127.0.0.1"]), **settings
     )
     return asyncio.run(fetcher.fetch(url, place="here"))
@@ -224,7 +224,7 @@ def fetch(
 
 def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
     names = Names(["127.0.0.1"])  # a second question would raise
-    fetcher = Fetcher(
+    fetcher = ImageFetcher(
         domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=names
     )
     assert asyncio.run(fetcher.fetch(f"http://cdn.pictures.example:{elsewhere}/a.png?b=c", place="here")) == picture()
@@ -253,18 +253,18 @@ def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
 )
 def test_not_fetched(elsewhere: int, url: str, answers: list[list[str]], accepts, words: str) -> None:
     options = {"accepts": accepts} if accepts else {}
-    with pytest.raises(Refusal, match=words):
+    with pytest.raises(ApiError, match=words):
         fetch(url.format(port=elsewhere), *answers, **options)
 
 
 def test_only_allowed_domains(elsewhere: int) -> None:
     for host in ("b.example", "xa.example", "a.example.evil"):
-        with pytest.raises(Refusal, match="from a.example only"):
+        with pytest.raises(ApiError, match="from a.example only"):
             fetch(f"http://{host}:{elsewhere}/", domains=("a.example",))
 
 
 def test_served_when_allowed(encoder: Encoder, elsewhere: int) -> None:
-    fetcher = Fetcher(domains=(), max_bytes=100_000, timeout_s=5, accepts=lambda address: True)
+    fetcher = ImageFetcher(domains=(), max_bytes=100_000, timeout_s=5, accepts=lambda address: True)
     with running(encoder, allow_image_urls=(), fetcher=fetcher) as server:
         assert ask(server, f"http://127.0.0.1:{elsewhere}/a.png").status_code == 200
         assert server.engine.requests[0].prompt.pixels.size(0) == 1

@@ -34,7 +34,7 @@ def test_captioner(page: Page, host: Running) -> None:
     assert (
         sent[0]["temperature"] == 0 and sent[0]["messages"][0]["content"][1]["text"] == "Describe this image in detail."
     )
-    shown = dict(zip(page.locator("td.name").all_inner_texts(), page.locator("td.caption").all_inner_texts()))
+    format_value = dict(zip(page.locator("td.name").all_inner_texts(), page.locator("td.caption").all_inner_texts()))
     saved = {}
     for name in ("json", "jsonl"):
         with page.expect_download() as download:
@@ -44,7 +44,7 @@ def test_captioner(page: Page, host: Running) -> None:
     listed = json.loads(saved["json"])
     assert [list(entry) for entry in listed] == [[f"{name}.png"] for name in "abcde"]
     assert [text for entry in listed for text in entry.values()] == [
-        text for name, text in shown.items() if "torn" not in name
+        text for name, text in format_value.items() if "torn" not in name
     ]
     lines = [json.loads(line) for line in saved["jsonl"].splitlines()]
     assert (
