@@ -1,7 +1,7 @@
-"""One walk over the registry of ops: values, gradients, untouched inputs, torch's own checks. Run as a program, it does so with another library:
+"""Check every op's cases: values, gradients, unchanged inputs, torch's own checks. As a program, with another library:
 
-python tests/ops_walk.py LIBRARY [SEED]      the emulated CUDA kernels, under AddressSanitizer; the C++-only library
-python tests/ops_walk.py --cuda              the CUDA kernels on this machine's GPU, against references on its CPU
+python tests/ops_walk.py LIBRARY [SEED]   the emulated CUDA kernels under AddressSanitizer, or the C++-only library
+python tests/ops_walk.py --cuda           the CUDA kernels on this machine's GPU, against references on its CPU
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUICK_CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 def poison_empty_memory() -> None:
-    """Make torch.empty give NaN, so that an output which no kernel wrote is seen."""
+    """Make torch.empty return NaN, so that outputs which no kernel wrote are found."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
@@ -36,7 +36,10 @@ def poison_empty_memory() -> None:
 def call(
     op: OpCases, case: Case, implementation: Implementation, *, wide: bool = False, device: str = "cpu"
 ) -> tuple[Tensors, Tensors]:
-    """(outputs, gradients of the differentiable arguments) of one case, on the CPU; `wide`: all floating arguments in fp64."""
+    """Return (outputs, gradients of the differentiable arguments) of one case, on the CPU.
+
+    `wide`: all floating-point arguments in fp64.
+    """
 
     def prepared(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -66,7 +69,7 @@ def call(
 
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """With its strides and the offset of its first element: plain `.to` would pack what is there to be strided or misaligned."""
+    """Move with strides and storage offset: `.to` would pack strided and misaligned tensors."""
     if device == "cpu":
         return tensor
     size = (
@@ -77,7 +80,7 @@ def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def check(op: OpCases, case: Case, implementation: Implementation, *, device: str = "cpu") -> None:
-    """Outputs and gradients against the reference in fp64 on the CPU, whose inputs are the same numbers."""
+    """Compare outputs and gradients with the reference in fp64 on the CPU, from the same inputs."""
     tolerance = op.tolerances[case.dtype]
     truths, slopes = call(op, case, "reference", wide=True)
     outputs, gradients = call(op, case, implementation, device=device)
@@ -101,7 +104,7 @@ def check(op: OpCases, case: Case, implementation: Implementation, *, device: st
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every call of an op of ours, forward or backward, with its arguments."""
+    """Record every call of one of our ops, forward or backward, with its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +123,10 @@ class Recorder(TorchDispatchMode):
 
 
 def check_registration(op: OpCases, case: Case, *, thorough: bool) -> int:
-    """torch.library.opcheck for every op of ours that the case calls; `thorough` also traces them through AOTAutograd. Returns how many."""
+    """Run torch.library.opcheck for every op that the case calls; return their number.
+
+    `thorough` also traces them through AOTAutograd.
+    """
     with Recorder() as recorder:
         call(op, case, "native")
     for function, args in recorder.calls:
@@ -137,7 +143,7 @@ def check_registration(op: OpCases, case: Case, *, thorough: bool) -> int:
 
 
 def main() -> int:
-    """Walk over all cases with the library that is named on the command line, or on the GPU."""
+    """Check all cases with the library named on the command line, or on the GPU."""
     device = "cuda" if sys.argv[1] == "--cuda" else "cpu"
     library = choose_ops_backend("native", device=device).library if device == "cuda" else Path(sys.argv[1])
     load_library(library)

@@ -1,6 +1,6 @@
-"""Rung 4: every layout gives the one-rank loss, gradient norm and weights for the same global batches.
+"""Every layout gives the one-rank loss, gradient norm and weights for the same global batches.
 
-With the native ops where there is a compiler; with their references at some layouts.
+With native ops where there is a compiler; with their references at some layouts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORLDS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train the same thing."""
+    """One way to train the same model."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -45,7 +45,10 @@ class Variant:
     gather: bool = False
     layout: str | tuple[int, ...] = "auto"
     lengths: str = "equal"
-    """`masked`: in micro-batches, labels beyond a length of their own are dropped; `cropped`: so are all positions beyond it, which is the same."""
+    """`masked`: labels beyond a length of each micro-batch are dropped.
+
+    `cropped`: so are all positions beyond it, which is equivalent.
+    """
 
 
 TRAINABLE = {
@@ -57,7 +60,7 @@ TRAINABLE = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses and gradient norms by step, parameter counts of the whole model, and all global weights at the end (rank 0 only)."""
+    """Losses and gradient norms by step, model-wide parameter counts, and final global weights (rank 0 only)."""
 
     losses: list[float]
     norms: list[float]
@@ -66,7 +69,7 @@ class Outcome:
 
 
 def train_variant(mesh, variant: Variant) -> Outcome:
-    """Five steps of AdamW from the same seed."""
+    """Train five steps of AdamW from the same seed."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
     from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.layer_config import DTYPES
@@ -137,7 +140,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
 
 
 def _of_own_length(batch: Batch, number: int, lengths: str) -> Batch:
-    """Lengths 24, 12, 16, 20, 24, ..."""
+    """Give micro-batches the lengths 24, 12, 16, 20, 24, ..."""
     length = (LENGTH, 12, 16, 20)[number % 4]
     if lengths == "equal" or length == LENGTH:
         return batch
@@ -155,7 +158,7 @@ def _of_own_length(batch: Batch, number: int, lengths: str) -> Batch:
 
 
 def global_weights(chunks) -> dict[str, torch.Tensor]:
-    """All weights as global tensors, on rank 0."""
+    """Gather all weights as global tensors on rank 0."""
     from megatron_share4v.model.initialize import iter_shards
 
     mine = [(s.key, s.global_shape, s.offset, s.data.detach().clone()) for s in iter_shards(chunks) if not s.replica]
@@ -184,7 +187,10 @@ def run_variants(groups: list[tuple[tuple[int, int, int, int], list[Variant]]]) 
 
 
 def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Variant]:
-    """Without context parallelism: sequence parallelism and distributed optimizer on and off, overlap, and for some layouts other trainable parts."""
+    """Return the variants of a layout without context parallelism.
+
+    Sequence parallelism and distributed optimizer on and off, overlap, and for some layouts other trainable parts.
+    """
     place = dict(tensor=tensor, pipeline=pipeline, virtual=virtual)
     variants = [
         Variant(**place, sequence=sequence, distributed_optimizer=distributed)
@@ -233,15 +239,16 @@ WITH_CONTEXT: dict[int, dict[tuple[int, int, int, int], list[dict]]] = {
         (2, 1, 1, 2): [{"sequence": True}],
         (1, 2, 1, 2): [{"lengths": "cropped"}, {"recompute": "full", "normalize": "microbatch"}],
         (1, 1, 1, 2): [{}],
-        (1, 1, 1, 4): [{"lengths": "cropped"}],  # 3 and 5 positions on a rank, so that images of 4 lie across borders
+        # 3 and 5 positions on a rank, so that images of 4 cross rank boundaries
+        (1, 1, 1, 4): [{"lengths": "cropped"}],
     },
     8: {(2, 2, 2, 2): [{"sequence": True}]},
 }
-"""By world size: what is trained with positions shared between ranks, as changes of a Variant."""
+"""Variants with context parallelism by world size, as changes of a Variant."""
 
 
 def groups_of(world: int) -> list[tuple[tuple[int, int, int, int], list[Variant]]]:
-    """(tensor, pipeline, virtual, context) and what is trained there."""
+    """Return (tensor, pipeline, virtual, context) and its variants."""
     groups = [((*layout, 1), variants_of(*layout, world // (layout[0] * layout[1]))) for layout in layouts_of(world)]
     for (tensor, pipeline, virtual, context), changes in WITH_CONTEXT.get(world, {}).items():
         place = dict(tensor=tensor, pipeline=pipeline, virtual=virtual, context=context)
@@ -250,13 +257,13 @@ def groups_of(world: int) -> list[tuple[tuple[int, int, int, int], list[Variant]
 
 
 def pairs_of(world: int, variant: Variant) -> set[tuple[tuple[str, object], ...]]:
-    """All pairs of (setting, value) that occur together in a variant, the number of ranks among the settings."""
+    """Return all pairs of (setting, value) in a variant, with the number of ranks among the settings."""
     return set(itertools.combinations(sorted({"world": world, **asdict(variant)}.items()), 2))
 
 
 @cache
 def pairwise() -> frozenset[tuple[int, Variant]]:
-    """Select (world, variant) of the full matrix so that every pair of values that occurs in it occurs in the selection.
+    """Select (world, variant) of the full matrix so that every pair of values in it occurs in the selection.
 
     Greedy: the variant with the most uncovered pairs first, ties in the order of the matrix.
     """
@@ -271,7 +278,7 @@ def pairwise() -> frozenset[tuple[int, Variant]]:
 
 
 def selection_of(world: int, *, full: bool) -> list[tuple[tuple[int, int, int, int], list[Variant]]]:
-    """Groups of a world size: the full matrix, or its pairwise selection."""
+    """Return the groups of a world size: the full matrix, or its pairwise selection."""
     groups = groups_of(world)
     if not full:
         groups = [(place, [v for v in variants if (world, v) in pairwise()]) for place, variants in groups]
@@ -279,7 +286,7 @@ def selection_of(world: int, *, full: bool) -> list[tuple[tuple[int, int, int, i
 
 
 def layouts_of(world: int) -> list[tuple[int, int, int]]:
-    """{tensor 1,2} x {pipeline 1,2,4} x {virtual 1,2} with data 1 or 2."""
+    """Return {tensor 1,2} x {pipeline 1,2,4} x {virtual 1,2} with data 1 or 2."""
     return [
         (tensor, pipeline, virtual)
         for tensor, pipeline, virtual in itertools.product((1, 2), (1, 2, 4), (1, 2))
@@ -291,7 +298,7 @@ def layouts_of(world: int) -> list[tuple[int, int, int]]:
 
 @pytest.fixture(scope="module")
 def reference() -> dict[tuple[str, str, str, str], Outcome]:
-    """One rank, for each trainable set and each normalisation, with native ops and their references."""
+    """Outcomes of one rank for each trainable set and normalization, with native ops and their references."""
     wanted = [Variant(trainable=name, ops=ops) for name in TRAINABLE for ops in OPS] + [
         Variant(normalize="microbatch", ops=ops) for ops in OPS
     ]
@@ -338,8 +345,8 @@ def test_every_layout_equals_one_rank(
     print(f"\n{world} ranks, {len(results)} variants: worst difference {worst}")
 
 
-def test_losses_are_the_golden_ones(reference: dict[tuple[str, str, str, str], Outcome]) -> None:
-    """Rung 6: a change of the code must not change the mathematics. After an intended change: write the new losses into the file."""
+def test_losses_equal_the_golden_ones(reference: dict[tuple[str, str, str, str], Outcome]) -> None:
+    """A code change must not change the mathematics. After an intended change, write the new losses into the file."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
     for (trainable, normalize, ops, lengths), outcome in reference.items():
         if lengths != "equal":
@@ -353,7 +360,7 @@ def test_losses_are_the_golden_ones(reference: dict[tuple[str, str, str, str], O
 
 @pytest.mark.parametrize("ops", OPS)
 def test_frozen_parts_do_not_move(ops: str, reference: dict[tuple[str, str, str, str], Outcome]) -> None:
-    """Only what is asked for trains, and it does."""
+    """Only the selected parts train."""
     half, projector = (reference[part, "tokens", ops, "equal"].weights for part in ("half_tower", "projector"))
     moved = {key for key in half if not torch.equal(half[key], projector[key])}
     assert {

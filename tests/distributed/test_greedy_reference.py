@@ -1,4 +1,4 @@
-"""Greedy answers are the same at every layout, batched or alone, and each token is the argmax of a plain forward pass."""
+"""Greedy answers are the same at every layout, batched or alone, and match the argmax of a plain forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEW_TOKENS = 6
 
 
 def prompts():
-    """With an image, without, and with an image in another place; all of different length."""
+    """Prompts of different lengths: with an image, without, and with an image elsewhere."""
     from megatron_share4v.data.loading.prompt import Prompt
 
     generator = torch.Generator().manual_seed(4)
@@ -72,19 +72,21 @@ def expected() -> list[list[int]]:
     [(1, 1, 1, 1, False), (2, 1, 1, 1, True), (2, 2, 1, 1, True), (1, 2, 2, 1, False), (1, 2, 1, 2, False)],
     ids=str,
 )
-def test_every_layout_answers_alike(layout: tuple[int, int, int, int, bool], expected: list[list[int]]) -> None:
+def test_every_layout_gives_the_same_answers(
+    layout: tuple[int, int, int, int, bool], expected: list[list[int]]
+) -> None:
     tensor, pipeline, _, context, _ = layout
     for result in run_world(tensor * pipeline * context, answers, *layout, False, frozenset()):
         assert result == expected
 
 
-def test_stop_ends_one_answer_and_not_the_others(expected: list[list[int]]) -> None:
+def test_stop_token_ends_only_its_answer(expected: list[list[int]]) -> None:
     stop = expected[0][2]
     [result] = run_world(1, answers, 1, 1, 1, 1, False, False, frozenset({stop}))
     assert result == [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
 
 
-def test_ids_that_the_tokenizer_lacks_are_not_chosen(expected: list[list[int]]) -> None:
+def test_ids_beyond_the_tokenizer_are_not_chosen(expected: list[list[int]]) -> None:
     lowest = min(token for ids in expected for token in ids)
     for result in run_world(2, answers, 2, 1, 1, 1, False, False, frozenset(), lowest):
         assert all(token < lowest for ids in result for token in ids)

@@ -1,4 +1,4 @@
-"""Rung 9: packed sequences train exactly as the same samples one by one do, at every kind of layout."""
+"""Packed sequences train exactly as the same samples one by one, at every kind of layout."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ LAYOUTS = {
     2: [(1, 1, 1, 1, False), (1, 2, 1, 1, False), (1, 2, 2, 1, False), (2, 1, 1, 1, True), (1, 1, 1, 2, False)],
     4: [(2, 2, 1, 1, True), (2, 2, 1, 1, False), (2, 1, 1, 2, True), (1, 1, 1, 4, False)],
 }
-"""By world size: (tensor, pipeline, virtual, context, sequence)."""
+"""(tensor, pipeline, virtual, context, sequence) by world size."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one way to feed the samples, on one rank."""
+    """Result of one way to batch the samples, on one rank."""
 
     loss: float
     gradients: dict[str, torch.Tensor]
 
 
 def examples() -> list[Example]:
-    """Samples of 5 to 21 positions; one in four is text only, one in six trains nothing."""
+    """Samples of 5 to 21 positions; one in four is text only, one in six has no labels."""
     generator = torch.Generator().manual_seed(3)
     result = []
     for number in range(SAMPLES):
@@ -58,7 +58,7 @@ def positions(samples: list[Example]) -> np.ndarray:
 
 
 def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
-    """(micro-batches, sequence length, sequences of each)."""
+    """Return (micro-batches, sequence length, sequences per micro-batch)."""
     samples = examples()
     lengths = positions(samples)
     both = dict(tokens_per_image=PATCHES, role=StageRole(first=True, last=True))
@@ -86,7 +86,7 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
 
 
 def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) -> Result:
-    """Loss and gradients of one step."""
+    """Return loss and gradients of one step."""
     from megatron_share4v.mcore.layer_options import LayerOptions
     from megatron_share4v.mcore.optimizer import wrap_ddp
     from megatron_share4v.model.chunks import build_chunks
@@ -130,7 +130,7 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
 
 
 def compare(layouts: list[tuple[int, int, int, int, bool]]) -> list[tuple[tuple, float, float, float]]:
-    """(layout, loss, difference of the losses, largest difference of a gradient) on this rank."""
+    """Return (layout, loss, loss difference, largest gradient difference) of this rank."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device

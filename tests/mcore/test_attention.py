@@ -1,4 +1,4 @@
-"""Packed attention: each sample sees itself alone, exactly as it would without neighbours."""
+"""Packed attention: each sample attends to itself only, as it would alone."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from megatron_share4v.mcore.layer_config import LayerConfig
 SEGMENTS = ((5, 1, 3, 3), (12,))  # the first sequence has three positions of padding
 kernels = pytest.mark.parametrize(
     "kernel", [name for name in KERNELS if name != "varlen"]
-)  # which torch has for GPUs alone: tests/gpu
+)  # varlen needs a GPU: tests/gpu
 
 
 def _attention(kernel: str = "sdpa", mask: AttnMaskType = AttnMaskType.causal) -> CoreAttention:
@@ -66,7 +66,7 @@ def test_equals_an_explicit_block_mask(kernel: str):
 
 @kernels
 @pytest.mark.parametrize("changed", [slice(0, 5), slice(5, 6), slice(6, 9), slice(9, 12)])
-def test_a_changed_sample_changes_itself_alone(changed: slice, kernel: str):
+def test_changing_a_sample_changes_no_other(changed: slice, kernel: str):
     attention, tensors = _attention(kernel), _inputs(3)
     before = attention(*tensors, packed_seq_params=AttentionMetadata(sample_lengths=SEGMENTS))
     for tensor in tensors:
@@ -113,7 +113,7 @@ def test_cumulative_sample_lengths():
     assert build_attention_metadata(angles, segments=None, kernel="varlen").sample_lengths is None
 
 
-def test_the_choice_and_its_refusals(monkeypatch: pytest.MonkeyPatch):
+def test_backend_choice_and_errors(monkeypatch: pytest.MonkeyPatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     fp32, bf16 = {"packed": True, "dtype": torch.float32}, {"packed": True, "dtype": torch.bfloat16}
     assert (

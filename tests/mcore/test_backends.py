@@ -1,4 +1,4 @@
-"""All ranks of a world come to the same fused ops, build them once, or end with one message."""
+"""All ranks select the same fused ops, build them once, or end with one message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ needs_cxx = pytest.mark.skipif(REAL is None, reason="no C++ compiler on PATH")
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
-    """Sources of two lines, and a compiler that notes each call that compiles or links."""
+    """Sources of two lines, and a compiler that records each call that compiles or links."""
     (tmp_path / "csrc/answer").mkdir(parents=True)
     (tmp_path / "csrc/binding.cpp").write_text("int answer() { return 41; }\n")
     (tmp_path / "csrc/answer/cpu.cpp").write_text("int nothing() { return 0; }\n")
@@ -29,7 +29,7 @@ def machine(tmp_path: Path) -> Path:
 
 
 def outcome(machine: Path, requested: str, with_compiler: tuple[bool, ...]) -> str:
-    """What a rank comes to where `with_compiler[rank]` says whether it has a compiler: the implementation, or the error."""
+    """Return a rank's implementation or error, where `with_compiler[rank]` says whether it has a compiler."""
     import torch.distributed as dist
 
     from megatron_share4v.errors import OpsError
@@ -40,7 +40,7 @@ def outcome(machine: Path, requested: str, with_compiler: tuple[bool, ...]) -> s
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
 
-    backend.load_library = lambda library: None  # there are no ops in it
+    backend.load_library = lambda library: None  # the library has no ops
     toolchain = Toolchain(str(machine / "g++")) if with_compiler[dist.get_rank()] else None
     available = LibrarySources(toolchain, machine / "cache", machine / "csrc", machine / "prebuilt")
     with open_mesh(Layout(data=dist.get_world_size()), device=Device("cpu")) as mesh:
@@ -64,7 +64,7 @@ def test_none_has_a_compiler(machine: Path) -> None:
 
 @needs_cxx
 @pytest.mark.parametrize("requested", ["auto", "native"])
-def test_ranks_that_differ_end_with_one_message(machine: Path, requested: str) -> None:
+def test_differing_ranks_end_with_one_message(machine: Path, requested: str) -> None:
     said = run_world(3, outcome, machine, requested, (True, False, True))
     assert len(set(said)) == 1, said
     heading, *ranks = said[0].splitlines()
@@ -80,6 +80,6 @@ def test_ranks_that_differ_end_with_one_message(machine: Path, requested: str) -
 
 
 @needs_cxx
-def test_reference_asks_for_no_compiler(machine: Path) -> None:
+def test_reference_needs_no_compiler(machine: Path) -> None:
     assert run_world(2, outcome, machine, "reference", (True, False)) == ["reference"] * 2
     assert not (machine / "calls").exists()

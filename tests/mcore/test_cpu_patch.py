@@ -1,6 +1,7 @@
-"""The CPU door: megatron-core's calls into torch.cuda are answered, everybody else's are not, and the places that need it are still there.
+"""CPU patch: megatron-core's calls into torch.cuda get replacements, and other callers do not.
 
-touchpoints.tsv: what is touched, and in which file and function of megatron-core (its own inference engines, which are not used, left out).
+touchpoints.tsv has each patched call, with the file and function of megatron-core that makes it (without core's
+inference engines, which are not used); the tests fail when upstream moves one.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 
 from megatron_share4v.mcore import cpu_patch
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the door stays shut where there is CUDA")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where there is CUDA")
 
 INSIDE, OUTSIDE = "megatron.core.x", "somebody.else"
 TOUCHES = [tuple(line.split("\t")) for line in (Path(__file__).parent / "touchpoints.tsv").read_text().splitlines()]
-# What is touched -> an expression that does it, and one that is true of the answer `a`.
+# Patched call -> an expression that makes it, and one that is true of the result `a`.
 ANSWERS = {
     "_lazy_call": ("torch.cuda._lazy_call(lambda: None)", "a is None"),
     "cuda": ("torch.zeros(2).cuda()", "a.device.type == 'cpu'"),
@@ -49,9 +50,10 @@ NOT_LISTED = {
     "compile with options": ("torch.compile(dynamic=True)(len)", "a is len"),
     "set_rng_state": ("torch.cuda.set_rng_state(torch.get_rng_state())", "a is None"),
 }
-# The rest is accepted by stock torch without CUDA and fails, if at all, at a later call.
+# Stock torch without CUDA accepts the others and fails, if at all, at a later call.
 REFUSED_WITHOUT_CUDA = (
-    "cuda", "current_device", "device='cuda' literal", "get_rng_state", "pin_memory=True", "synchronize", "to", "to by keyword", "module", "factory"
+    "cuda", "current_device", "device='cuda' literal", "get_rng_state", "pin_memory=True", "synchronize", "to",
+    "to by keyword", "module", "factory",
 )  # fmt: skip
 
 
@@ -62,23 +64,23 @@ def _evaluate(expression: str, *, caller: str):
 @pytest.mark.parametrize(
     ("expression", "truth"), [*ANSWERS.values(), *NOT_LISTED.values()], ids=[*ANSWERS, *NOT_LISTED]
 )
-def test_megatron_core_is_answered(expression: str, truth: str) -> None:
+def test_megatron_core_gets_replacements(expression: str, truth: str) -> None:
     assert eval(truth, {"torch": torch, "a": _evaluate(expression, caller=INSIDE)})
 
 
 @pytest.mark.parametrize("touch", REFUSED_WITHOUT_CUDA)
-def test_others_get_what_torch_says_without_cuda(touch: str) -> None:
+def test_other_callers_get_torchs_errors(touch: str) -> None:
     expression, _ = (ANSWERS | NOT_LISTED)[touch]
     with pytest.raises((AssertionError, RuntimeError)):
         _evaluate(expression, caller=OUTSIDE)
 
 
-def test_others_see_cpu_tensors_as_such() -> None:
+def test_other_callers_see_cpu_tensor_types() -> None:
     assert _evaluate("torch.zeros(2).type()", caller=OUTSIDE) == "torch.FloatTensor"
     assert _evaluate("torch.zeros(2).type(torch.float64).dtype", caller=INSIDE) is torch.float64
 
 
-def test_seeding_by_others_leaves_the_cpu_generator_alone() -> None:
+def test_seeding_by_other_callers_leaves_the_cpu_generator() -> None:
     before = torch.get_rng_state()
     _evaluate("torch.cuda.manual_seed(5)", caller=OUTSIDE)
     assert torch.equal(torch.get_rng_state(), before)
@@ -106,7 +108,7 @@ def test_device_contexts_still_work() -> None:
         )
 
 
-def test_opening_twice_changes_nothing() -> None:
+def test_patching_twice_changes_nothing() -> None:
     before = {name: getattr(torch, name) for name in ("zeros", "empty", "tensor")} | {
         "current": torch.cuda.current_device,
         "to": torch.Tensor.to,
@@ -120,16 +122,22 @@ def test_opening_twice_changes_nothing() -> None:
 
 
 def test_torchs_compiler_is_not_loaded() -> None:
-    """It would be a third of every start; that also says that nothing on the way compiles."""
-    script = "import sys, megatron_share4v.train.loop; print(*{'torch._dynamo', 'torch._inductor'} & set(sys.modules), 'torch' in sys.modules)"
+    """Loading it would take a third of every start; also shows that nothing on the way compiles."""
+    script = (
+        "import sys, megatron_share4v.train.loop; "
+        "print(*{'torch._dynamo', 'torch._inductor'} & set(sys.modules), 'torch' in sys.modules)"
+    )
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=True
     )
     assert finished.stdout.split() == ["True"]
 
 
-def test_too_late_is_said() -> None:
-    script = "import sys, types; sys.modules['megatron.core.x'] = types.ModuleType('megatron.core.x'); import megatron_share4v.mcore"
+def test_patching_too_late_raises() -> None:
+    script = (
+        "import sys, types; sys.modules['megatron.core.x'] = types.ModuleType('megatron.core.x'); "
+        "import megatron_share4v.mcore"
+    )
     finished = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
@@ -137,23 +145,19 @@ def test_too_late_is_said() -> None:
     assert "torch.cuda must be patched before megatron.core is imported" in finished.stderr
 
 
-def test_every_kind_of_touch_is_tried_above() -> None:
+def test_every_kind_of_touchpoint_has_a_test() -> None:
     assert {what for what, _ in TOUCHES} <= set(ANSWERS)
 
 
 @pytest.mark.parametrize(("what", "where"), TOUCHES)
-def test_upstream_still_touches_there(what: str, where: str) -> None:
+def test_upstream_still_has_the_touchpoint(what: str, where: str) -> None:
     file, function = where.split(":")
     path = Path(find_spec("megatron.core").submodule_search_locations[0]) / file
-    assert path.exists(), (
-        f"megatron-core has no {file} any more; its touch of {what} has moved: list it anew in touchpoints.tsv"
-    )
+    assert path.exists(), f"megatron-core has no {file} any more; its use of {what} has moved: update touchpoints.tsv"
     bodies = list(_bodies(ast.parse(path.read_text()), function))
-    assert bodies, (
-        f"{file} has no function {function} any more; its touch of {what} has moved: list it anew in touchpoints.tsv"
-    )
+    assert bodies, f"{file} has no function {function} any more; its use of {what} has moved: update touchpoints.tsv"
     assert any(_touches(body, what) for body in bodies), (
-        f"{where} does not touch {what} any more: take the line out of touchpoints.tsv"
+        f"{where} does not use {what} any more: remove the line from touchpoints.tsv"
     )
 
 

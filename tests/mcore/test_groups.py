@@ -1,4 +1,4 @@
-"""A Mesh: its groups are the layout's, it knows its place, and it refuses a world of another size."""
+"""A Mesh: its groups are the layout's, its coordinates are right, and a world of another size raises an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_share4v.parallel.layout import Layout
 
 
 def places(layouts: list[Layout]) -> list[dict]:
-    """On one rank: what the mesh of each layout says, one after the other in the same world."""
+    """Return the mesh properties of each layout on one rank, one layout after the other in the same world."""
     found = []
     for layout in layouts:
         with open_mesh(layout, device=Device("cpu")) as mesh:
@@ -40,7 +40,7 @@ def places(layouts: list[Layout]) -> list[dict]:
     return found
 
 
-def test_groups_are_those_of_the_layout() -> None:
+def test_groups_match_the_layout() -> None:
     layouts = [
         Layout(tensor=4),
         Layout(tensor=2, pipeline=2),
@@ -66,17 +66,17 @@ def test_groups_are_those_of_the_layout() -> None:
 
 
 def timeouts(timeout_s: int) -> set[float]:
-    """On one rank: seconds that the mesh's groups wait."""
+    """Return the timeouts of the mesh's groups in seconds, on one rank."""
     with open_mesh(Layout(tensor=2), device=Device("cpu"), timeout_s=timeout_s) as mesh:
         groups = (mesh.tp_group, mesh.dp_group, mesh.groups.pp)
         return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
 
 
-def test_groups_wait_as_long_as_they_are_told() -> None:
+def test_groups_use_the_configured_timeout() -> None:
     assert run_world(2, timeouts, 90) == [{90.0}, {90.0}]
 
 
-def test_a_world_of_another_size_is_refused() -> None:
+def test_wrong_world_size_raises() -> None:
     device = Device("cpu")
     with process_group(World.single_process(), device, timeout_s=60):
         with pytest.raises(ConfigError, match="needs 2 ranks; 1 joined"):

@@ -1,4 +1,4 @@
-"""Attention over the cache: what is read piece by piece, among others, is what the whole sequence gives at once."""
+"""Attention over the KV cache: prefill and decode in pieces equal attention over the whole sequence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sequence(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("cuts", [(11,), (1,) * 11, (4, 1, 6), (8, 1, 1, 1)], ids=str)
-def test_pieces_give_what_the_whole_gives(cuts: tuple[int, ...], gather: bool) -> None:
+def test_chunked_attention_equals_whole_sequences(cuts: tuple[int, ...], gather: bool) -> None:
     cache = KVCache(CONFIG, rows=40, device=torch.device("cpu"))
     whole, other = sequence(11, 1), sequence(11, 2)
     expected = [attention()(*tensors) for tensors in (whole, other)]
@@ -50,7 +50,7 @@ def test_pieces_give_what_the_whole_gives(cuts: tuple[int, ...], gather: bool) -
         assert (torch.cat(parts) - reference).abs().max() <= FP32_MODULE * reference.abs().max()
 
 
-def test_gathering_those_with_one_new_position_leaves_the_others_alone() -> None:
+def test_batched_decode_leaves_prefill_unchanged() -> None:
     cache = KVCache(CONFIG, rows=60, device=torch.device("cpu"))
     lengths, counts, starts = (4, 9, 7, 2), (1, 3, 1, 1), (0, 10, 25, 40)
     tensors = [sequence(length, seed) for seed, length in enumerate(lengths)]
@@ -72,7 +72,7 @@ def test_gathering_those_with_one_new_position_leaves_the_others_alone() -> None
     assert (result - expected).abs().max() <= FP32_MODULE * expected.abs().max()
 
 
-def test_a_copied_prefix_serves_another_sequence() -> None:
+def test_copied_prefix_works_for_another_sequence() -> None:
     cache = KVCache(CONFIG, rows=40, device=torch.device("cpu"))
     tensors = sequence(9, 1)
     attention()(

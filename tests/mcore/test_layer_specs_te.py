@@ -1,4 +1,7 @@
-"""What is handed to Transformer Engine, with a stand-in that takes what megatron-core's wrapper takes and computes by plain products. The engine itself: tests/gpu."""
+"""Arguments passed to Transformer Engine, checked with a fake of megatron-core's wrapper.
+
+Tests/gpu runs the real one.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ SEGMENTS = ((5, 1, 3), (12,))
 
 
 def wrapped_arguments(method: str) -> set[str]:
-    """Of the wrapper's method, read from its source: without the engine the class is not there."""
+    """Argument names of the wrapper's method, read from its source: the class needs Transformer Engine."""
     tree = ast.parse(inspect.getsource(wrapper))
     [cls] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TEDotProductAttention"]
     [function] = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == method]
@@ -35,7 +38,7 @@ def wrapped_arguments(method: str) -> set[str]:
 
 
 class StandIn(torch.nn.Module):
-    """[S, B, heads, width], or [T, heads, width] with ends, as the engine takes them."""
+    """Fake attention: [S, B, heads, width], or [T, heads, width] with cu_seqlens."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class StandIn(torch.nn.Module):
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engine_gets_thd_packs(segments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_specs_te, "TEDotProductAttention", StandIn)
     config = LayerConfig(
         num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, attention="te"
@@ -93,10 +96,10 @@ def test_the_engine_gets_its_own_format(segments: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("groups", "tensor", "context", "expected"), [(8, 2, 2, (4, 4)), (2, 2, 4, (2, 2)), (8, 1, 1, (8, 8))]
 )
-def test_the_engine_is_told_of_a_rank_s_heads_alone(
+def test_transformer_engine_gets_the_heads_of_one_rank(
     groups: int, tensor: int, context: int, expected: tuple[int, int]
 ) -> None:
-    """Context parallelism is ours (mcore/ulysses.py): the engine's own must not start beside it."""
+    """Ulysses is ours (mcore/ulysses.py): Transformer Engine's context parallelism must not start beside it."""
     config = LayerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=8, num_query_groups=groups, tensor_model_parallel_size=tensor,
         context_parallel_size=context, attention_dropout=0.0, attention="te",
@@ -112,7 +115,7 @@ def columns(options: LayerOptions) -> list[type]:
     return [layer.submodules.mlp.submodules.linear_fc1 for layer in (*layers, tower_spec(mesh=mesh, options=options))]
 
 
-def test_layers_are_made_of_what_was_chosen() -> None:
+def test_layers_use_the_selected_linear_classes() -> None:
     plain, own, engine = ColumnParallelLinear, Fp8ColumnParallelLinear, layer_specs_te.COLUMN
     assert columns(LayerOptions()) == [plain] * 5
     fp8 = Fp8(recipe="tensorwise", first_layers=3, last_layers=1)

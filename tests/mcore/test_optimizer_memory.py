@@ -1,4 +1,4 @@
-"""What the optimizer keeps, counted on two data-parallel ranks: averages in bf16, gradients in bf16, averages on the host, nothing for frozen parts."""
+"""Optimizer memory on two DP ranks: bf16 moments, bf16 gradients, moments on the host, nothing for frozen parts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Kept:
-    """On one rank."""
+    """Results of one rank."""
 
     losses: list[float]
     again: list[float]
-    """The last two losses once more, after a resume from the checkpoint before them."""
+    """The last two losses again, after a resume from the checkpoint before them."""
     elsewhere: list[float]
     """The same with fp32 moments."""
     gradient_bytes: int
@@ -41,7 +41,7 @@ class Kept:
 
 
 def trained_and_counted(folder: str, names: list[str]) -> dict[str, Kept]:
-    """Four steps, saved after two; the last one shows in its loss what the averages were."""
+    """Train four steps and save after two; the last loss depends on the moments."""
     import torch.distributed as dist
     from small_run import Run
 
@@ -93,7 +93,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Kept]]:
 def test_bytes(kept: list[dict[str, Kept]]) -> None:
     for rank in kept:
         plain = rank["plain"]
-        # Half of all weights on each of two ranks, two averages of 4 bytes; the halves differ by what a bucket is padded with.
+        # Half of all weights on each of two ranks, two moments of 4 bytes; the halves differ by the padding of buckets.
         assert plain.moment_bytes == pytest.approx(2 * 4 * plain.trained / 2, rel=0.01)
         assert rank["moments"].moment_bytes * 2 == plain.moment_bytes == rank["offload"].moment_bytes
         assert rank["moments, unsharded"].moment_bytes == 2 * 2 * plain.trained
@@ -104,7 +104,7 @@ def test_bytes(kept: list[dict[str, Kept]]) -> None:
 def test_frozen_parts_have_no_gradients(kept: list[dict[str, Kept]]) -> None:
     for rank in kept:
         assert all(one.frozen_gradients == 0 for one in rank.values())
-        # Buffers begin each weight at a multiple of 64.
+        # Buffers align each weight to a multiple of 64.
         assert rank["plain"].trained <= rank["plain"].buffered < 1.05 * rank["plain"].trained
         assert rank["projector"].buffered < 1.1 * rank["projector"].trained < rank["plain"].trained / 5
 
@@ -122,7 +122,7 @@ def test_training_is_about_the_same(kept: list[dict[str, Kept]]) -> None:
             assert rank[name].losses == pytest.approx(rank[other].losses, abs=BF16_LOSS), name
 
 
-def test_checkpoints_go_on_bitwise_and_with_other_moments(kept: list[dict[str, Kept]]) -> None:
+def test_resume_is_bitwise_exact_and_works_with_other_moments(kept: list[dict[str, Kept]]) -> None:
     for rank in kept:
         for name, one in rank.items():
             assert one.again == one.losses[2:], name

@@ -1,4 +1,4 @@
-"""parallel.overlap_tensor: what is handed to Transformer Engine, with a stand-in; its names and signature are those of the version that was read."""
+"""parallel.overlap_tensor: arguments passed to Transformer Engine, checked with a fake of the supported version."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the engine was asked to make."""
+    """Buffers requested from Transformer Engine."""
     calls: list[dict[str, Any]] = []
 
     def initialize_ub(
@@ -82,20 +82,22 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         ({"fp8": "delayed", "guard_every_steps": 10}, ["fp8", "none"]),
     ],
 )
-def test_buffers_are_made_once_for_a_micro_batch(precision: dict, modes: list[str], made: list[dict[str, Any]]) -> None:
+def test_buffers_are_allocated_once_per_micro_batch_size(
+    precision: dict, modes: list[str], made: list[dict[str, Any]]
+) -> None:
     initialize_tp_comm_overlap(run(**precision), mesh=MESH)
     assert made == [
         {"shape": [2 * 4096, 4096], "tp_size": 2, "modes": modes, "dtype": torch.bfloat16, "backend": "nccl"}
     ]
 
 
-def test_nothing_is_made_where_it_is_off(made: list[dict[str, Any]]) -> None:
+def test_no_buffers_without_overlap(made: list[dict[str, Any]]) -> None:
     initialize_tp_comm_overlap(run(parallel=replace(ON, overlap_tensor=False)), mesh=MESH)
     assert not made
 
 
-def test_core_is_told_for_the_language_model_alone() -> None:
-    """The tower has no sequence parallelism, without which the engine overlaps nothing."""
+def test_core_overlaps_only_in_the_language_model() -> None:
+    """The tower has no sequence parallelism, without which Transformer Engine overlaps nothing."""
     for on in (True, False):
         how = {
             "parallel": replace(ON, overlap_tensor=on),
@@ -124,12 +126,12 @@ def test_core_is_told_for_the_language_model_alone() -> None:
         ),
     ],
 )
-def test_what_it_cannot_do_is_refused(wrong: dict, message: str) -> None:
+def test_unsupported_options_raise(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(**wrong)
 
 
-def test_it_needs_sequence_parallelism() -> None:
+def test_overlap_needs_sequence_parallelism() -> None:
     with pytest.raises(
         ValueError, match="overlap_tensor true needs tensor > 1 and sequence true, got tensor 2 and sequence false"
     ):

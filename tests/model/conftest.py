@@ -1,4 +1,4 @@
-"""A world of one, in this process, for the tests of models."""
+"""Single-process world for the tests of models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_share4v.parallel.layout import Layout
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    """Closed again before the next module."""
+    """Mesh of one rank, closed before the next module."""
     device = Device("cpu")
     with (
         process_group(World.single_process(), device, timeout_s=60),

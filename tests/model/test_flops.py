@@ -1,4 +1,4 @@
-"""FLOPs as arithmetic against those that torch.utils.flop_counter sees in the real model, frozen in all ways, and packed."""
+"""Closed-form FLOPs against torch.utils.flop_counter on the real model, with every freezing choice, and packed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from megatron_share4v.model.flops import ExecutionOptions, WorkloadCounts, flops
 from megatron_share4v.model.initialize import initialize_weights
 
 WITHIN = 0.005
-"""Core computes the gradient of what enters the projector also where nothing wants it, and a frozen matrix's products are batched ones, which are
-counted as attention's."""
+"""Core computes the gradient of the projector's input also where it is unused, and a frozen matrix's products are
+batched ones, which the counter takes for attention.
+"""
 TRAINABLE = {
     "stage 1": {"vision_from_block": 1},
     "stage 2": {},
@@ -43,7 +44,7 @@ def counted(
     dtype: torch.dtype = torch.float32,
     options: LayerOptions = LayerOptions(),
 ) -> tuple[float, float]:
-    """(products with weights, products of attention) of one forward and backward pass. Plain attention, whose products are seen one by one."""
+    """Return (weight products, attention products) of one forward and backward pass with plain attention."""
     [chunk] = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=dtype, ops=ops, options=options)
     initialize_weights([chunk], seed=1, model=model)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -56,7 +57,10 @@ def counted(
 def computed(
     model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOptions | None = None
 ) -> tuple[float, float]:
-    """The same two; the counter sees the whole square of causal attention, of which half is needed."""
+    """Return the same two from the formulas.
+
+    The counter counts the whole square of causal attention, of which half is needed.
+    """
     of = flops_by_part(model, amounts, execution)
     layers = of.layer * model.language.num_layers
     whole = of.tower + of.projector + layers + of.head
@@ -65,7 +69,7 @@ def computed(
 
 
 def without_padded_rows(model: ModelConfig) -> ModelConfig:
-    """A vocabulary that fills its head, whose rows for divisibility the mathematics does not ask for."""
+    """Model whose vocabulary fills its head, without padded rows."""
     return dataclasses.replace(
         model, language=dataclasses.replace(model.language, vocab_size=model.language.padded_vocab_size)
     )
@@ -73,7 +77,7 @@ def without_padded_rows(model: ModelConfig) -> ModelConfig:
 
 @pytest.mark.parametrize("trainable", TRAINABLE)
 def test_unpacked(trainable: str, mesh: Mesh) -> None:
-    """Two full sequences with an image each: nothing is padding, so mathematics and machine agree."""
+    """Two full sequences with an image each: without padding, model FLOPs equal hardware FLOPs."""
     model = without_padded_rows(dataclasses.replace(tiny_model(), trainable=TrainableConfig(**TRAINABLE[trainable])))
     batch = micro_batches(0)[0]
     amounts = WorkloadCounts(
@@ -94,7 +98,7 @@ def test_linear_projector(mesh: Mesh) -> None:
 
 
 def test_packed_with_padding(mesh: Mesh) -> None:
-    """Attention sees each sample of a pack, and the padding at its end, by itself."""
+    """Attention covers each sample of a pack, and the padding at its end, separately."""
     model, segments = tiny_model(), ((10, 9), (17, 3))
     batch = dataclasses.replace(micro_batches(0)[0], segments=segments)
     pieces = np.array([10, 9, 5, 17, 3, 4])
@@ -112,7 +116,7 @@ def test_native_head_computes_its_logits_twice(mesh: Mesh, native_ops: None) -> 
     done = WorkloadCounts(
         positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
     )
-    # bf16: in fp32 the head adds its products in place, which the counter does not know.
+    # bf16: in fp32 the head accumulates in place, which the counter does not support.
     matrices, _ = counted(model, batch, mesh=mesh, ops="native", dtype=torch.bfloat16)
     assert matrices == computed(model, done, ExecutionOptions(fused_head=True, flash=False))[0]
     assert matrices > computed(model, done, ExecutionOptions(fused_head=False, flash=False))[0]
@@ -130,7 +134,7 @@ RECOMPUTED = {
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_recomputation(name: str, mesh: Mesh) -> None:
-    """What core computes once more is what is counted once more."""
+    """FLOPs that core recomputes are counted twice."""
     model, batch, train = tiny_model(), micro_batches(0)[0], RECOMPUTED[name]
     data = DataConfig(train="data", tokenizer="tokenizer.model", max_text_length=20)
     config = RunConfig(run=RunSection(directory="none"), data=data, model=model, train=train)

@@ -1,4 +1,7 @@
-"""Fresh weights: the same numbers at every layout, of the intended size; and every slice knows its place in the global tensor."""
+"""Initial weights: the same at every layout, of the intended scale.
+
+Every shard knows its offset in the global tensor.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ MODEL = tiny_model(vision_from_block=-1)
 
 
 def slices(parallel: ParallelConfig) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor, bool]]:
-    """On one rank: every slice after `initialize`."""
+    """Return every shard of this rank after `initialize_weights`."""
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
         chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
@@ -34,7 +37,7 @@ def slices(parallel: ParallelConfig) -> list[tuple[str, tuple[int, ...], tuple[i
 
 
 def _assemble(ranks: list[list]) -> dict[str, torch.Tensor]:
-    """Global tensors from the slices that are written; each element must be written exactly once."""
+    """Assemble global tensors from the written shards; each element must be written exactly once."""
     tensors, written = {}, {}
     for key, shape, offset, data, replica in (piece for rank in ranks for piece in rank):
         place = tuple(slice(start, start + size) for start, size in zip(offset, data.shape))
@@ -63,13 +66,13 @@ def test_every_layout_starts_from_the_same_weights(parallel: ParallelConfig, alo
 
 
 def wrongly_tagged(parallel: ParallelConfig) -> list[str]:
-    """On one rank: parameters whose tag, from which the gradient norm learns what is split over tensor ranks, is not the truth."""
+    """Return parameters of this rank whose tensor-parallel attribute, which the gradient norm uses, is wrong."""
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
         chunks = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
         held, whole = Counter(), {}
         for shard in iter_shards(chunks):
-            # Gate and up are two slices of one parameter.
+            # Gate and up are two shards of one parameter.
             held[shard.data.untyped_storage().data_ptr()] += shard.data.numel()
             whole[shard.data.untyped_storage().data_ptr()] = math.prod(shard.global_shape)
         split = {place for place in held if held[place] < whole[place]}
@@ -81,7 +84,7 @@ def wrongly_tagged(parallel: ParallelConfig) -> list[str]:
         ]
 
 
-def test_split_weights_and_no_others_are_tagged() -> None:
+def test_only_sharded_weights_have_tensor_parallel_attributes() -> None:
     assert run_world(2, wrongly_tagged, ParallelConfig(tensor=2)) == [[], []]
 
 
@@ -102,7 +105,7 @@ def test_values_have_the_intended_size(alone: dict[str, torch.Tensor]) -> None:
         assert (alone[key][vocabulary:] == 0).all() and alone[key][:vocabulary].abs().min() > 0
 
 
-def test_the_seed_and_the_name_decide() -> None:
+def test_values_depend_only_on_seed_and_name() -> None:
     def value(seed: int, key: str) -> torch.Tensor:
         return initial_value(key, (4, 4), seed=seed, model=MODEL)
 
@@ -111,7 +114,7 @@ def test_the_seed_and_the_name_decide() -> None:
     assert not torch.equal(value(1, "a.weight"), value(1, "b.weight"))
 
 
-def test_fill_refuses_a_value_of_another_shape(mesh: Mesh) -> None:
+def test_fill_parameters_rejects_other_shapes(mesh: Mesh) -> None:
     chunks = build_chunks(MODEL, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32)
     with pytest.raises(AssertionError, match="class_embedding"):
         fill_parameters(chunks, lambda key, shape: torch.zeros(1, 2, 3))

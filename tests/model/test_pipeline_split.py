@@ -1,4 +1,4 @@
-"""Decoder layers over pipeline stages: never worse than the best of all ways, and the dear ends get fewer layers."""
+"""Split of decoder layers over pipeline stages: never worse than the best split, and costly ends get fewer layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _all_ways(num_layers: int, stages: int) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("num_layers", "stages", "pipeline"), [(8, 2, 2), (9, 3, 3), (10, 4, 2), (8, 4, 4), (7, 6, 3), (4, 4, 2), (5, 1, 1)]
 )
-def test_no_way_is_better(num_layers: int, stages: int, pipeline: int, first: float, last: float) -> None:
+def test_split_is_optimal(num_layers: int, stages: int, pipeline: int, first: float, last: float) -> None:
     costs = StageCosts(layer=1, first=first, last=last)
     counts = split_layers(num_layers, stages=stages, pipeline=pipeline, costs=costs)
     assert sum(counts) == num_layers and min(counts) >= 1 and len(counts) == stages
@@ -48,16 +48,16 @@ def test_equal_costs_give_equal_stages() -> None:
     assert split_layers(32, stages=4, pipeline=4, costs=StageCosts(layer=1, first=0, last=0)) == (8, 8, 8, 8)
 
 
-def test_a_dear_tower_takes_layers_off_the_first_rank() -> None:
+def test_costly_tower_moves_layers_off_the_first_rank() -> None:
     assert split_layers(32, stages=4, pipeline=4, costs=StageCosts(layer=1, first=4, last=0)) == (5, 9, 9, 9)
     assert split_layers(8, stages=4, pipeline=2, costs=StageCosts(layer=1, first=4, last=0)) == (1, 3, 1, 3)
 
 
-def test_of_equal_ways_the_first_rank_gets_the_fewer_layers() -> None:
+def test_ties_give_the_first_rank_fewer_layers() -> None:
     assert split_layers(5, stages=2, pipeline=2, costs=StageCosts(layer=1, first=0, last=0)) == (2, 3)
 
 
-def test_a_trained_part_costs_more_than_a_frozen_one() -> None:
+def test_trained_parts_cost_more_than_frozen_ones() -> None:
     frozen = estimate_costs(ModelConfig(), text_length=200)
     half = estimate_costs(ModelConfig(trainable=TrainableConfig(vision_from_block=12)), text_length=200)
     whole = estimate_costs(ModelConfig(trainable=TrainableConfig(vision_from_block=-1)), text_length=200)
@@ -79,12 +79,12 @@ def test_the_log_line_shows_chunks_of_a_rank_together() -> None:
     assert describe_stages((1, 2, 3, 4), pipeline=2) == "decoder layers per pipeline rank: 1+3, 2+4"
 
 
-def test_a_layout_by_hand() -> None:
+def test_explicit_layout() -> None:
     model = ModelConfig()
     assert layers_per_stage(model, ParallelConfig(pipeline=4, layout=(5, 9, 9, 9))) == (5, 9, 9, 9)
     whole = replace(model, trainable=TrainableConfig(vision_from_block=-1))
     frozen, trained = (layers_per_stage(one, ParallelConfig(pipeline=8)) for one in (model, whole))
-    # Of a decoder layer, the tower with its projector weighs 0.46 when it is frozen and 1.2 when all of it trains.
+    # Tower and projector cost 0.46 of a decoder layer when frozen and 1.2 when fully trained.
     assert frozen == (4,) * 8 and sum(trained) == 32 and trained[0] == 3, (frozen, trained)
     with pytest.raises(ValueError, match="names 2 stages; pipeline 4 x virtual 1 has 4"):
         ParallelConfig(pipeline=4, layout=(16, 16))

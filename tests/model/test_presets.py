@@ -1,4 +1,4 @@
-"""The published models, built without memory: their parameters add up to the published counts."""
+"""The published models, built on the meta device: their parameters add up to the published counts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_parameter_counts_are_the_published_ones(name: str, mesh: Mesh, reposito
         part: sum(parameter.numel() for parameter in getattr(chunk, part).parameters())
         for part in ("vision", "projector", "language")
     }
-    # The last block comes after the feature layer, the post-LayerNorm serves the pooled class token alone: neither is built.
+    # The last block comes after the feature layer, and the post-LayerNorm is for the pooled class token: neither is
+    # built.
     assert counts.pop("vision") + BLOCK + POST_LAYERNORM == PUBLISHED_TOWER
     assert sum(parameter.numel() for parameter in chunk.vision.layers[0].parameters()) == BLOCK
     assert counts == COUNTS[name]

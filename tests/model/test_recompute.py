@@ -1,4 +1,4 @@
-"""What is recomputed is not kept: bytes that one forward pass saves for its backward pass, counted, and the same gradients."""
+"""Activation recomputation: bytes that a forward pass saves for its backward pass, and equal gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHOICES = {
 
 
 def kept_and_gradients() -> dict[str, tuple[int, list[torch.Tensor]]]:
-    """For each choice: bytes of activations kept, and the gradients of all trained weights."""
+    """Return the bytes of saved activations and the gradients of all trained weights for each choice."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
@@ -58,7 +58,7 @@ def kept_and_gradients() -> dict[str, tuple[int, list[torch.Tensor]]]:
     return results
 
 
-def test_less_is_kept_and_the_gradients_are_the_same() -> None:
+def test_recomputation_saves_memory_and_keeps_gradients() -> None:
     [results] = run_world(1, kept_and_gradients)
     kept = {name: size for name, (size, _) in results.items()}
     print(kept)
@@ -71,7 +71,7 @@ def test_less_is_kept_and_the_gradients_are_the_same() -> None:
         assert all(torch.equal(a, b) for a, b in zip(gradients, results["none"][1], strict=True)), name
 
 
-def test_what_cannot_be_recomputed_is_refused() -> None:
+def test_unsupported_recomputation_raises() -> None:
     config = TrainConfig(global_batch_size=1, recompute="selective", recompute_modules=("layernorm",))
     with pytest.raises(ConfigError, match="only where Transformer Engine is installed"):
         layer_options(config)

@@ -1,4 +1,4 @@
-"""Freezing by component and block number, what the frozen prefix of the tower saves, and the table that is printed."""
+"""Freezing by component and block number, memory of the tower's frozen prefix, and the printed table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _trained(chunk: Share4V) -> set[str]:
     return {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
 
 
-def test_components_train_as_asked(mesh: Mesh) -> None:
+def test_components_train_as_configured(mesh: Mesh) -> None:
     names = {name for name, _ in _build(mesh).named_parameters()}
     of = {
         component: {name for name in names if component_of(name) == component}
@@ -45,7 +45,7 @@ def test_components_train_as_asked(mesh: Mesh) -> None:
 @pytest.mark.parametrize(
     "trainable", [{"vision_from_block": 1}, {"vision_from_block": 0}, {"vision_from_block": -1}, {"language": False}]
 )
-def test_gradients_arrive_where_something_trains_and_nowhere_else(mesh: Mesh, trainable: dict) -> None:
+def test_only_trained_parameters_get_gradients(mesh: Mesh, trainable: dict) -> None:
     chunk = _build(mesh, **trainable)
     chunk(micro_batches(0)[0]).backward()
     received = {
@@ -56,7 +56,7 @@ def test_gradients_arrive_where_something_trains_and_nowhere_else(mesh: Mesh, tr
     assert received == _trained(chunk)
 
 
-def test_the_frozen_prefix_keeps_nothing_for_the_way_back(mesh: Mesh) -> None:
+def test_frozen_prefix_saves_no_activations(mesh: Mesh) -> None:
     pixels = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
     kept: list[torch.Tensor] = []
 
@@ -94,6 +94,6 @@ def test_counts_and_table_agree_with_the_model(mesh: Mesh) -> None:
     assert lines[1].split() == ["vision", f"{counts['vision', True]:,}", f"{counts['vision', False]:,}"]
 
 
-def test_a_parameter_of_no_component_is_our_mistake() -> None:
+def test_parameter_without_component_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError, match="something.weight"):
         component_of("something.weight")

@@ -1,4 +1,4 @@
-"""The fused AdamW beside torch's, its stochastic rounding, clipping without the host, and its life as an Optimizer."""
+"""FusedAdamW against torch's AdamW: stochastic rounding, clipping without a host sync, and the Optimizer interface."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ implementations = pytest.mark.parametrize("implementation", ["native", "referenc
 
 @pytest.fixture(autouse=True)
 def native(native_ops: None) -> None:
-    """Both implementations are there."""
+    """Load the native ops: both implementations are available."""
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -36,7 +36,7 @@ def grouped(of: list[torch.nn.Parameter]) -> list[dict]:
 
 
 @implementations
-def test_twenty_steps_are_those_of_torch(implementation: Implementation) -> None:
+def test_twenty_steps_equal_torchs(implementation: Implementation) -> None:
     ours, theirs = parameters(), parameters()
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     fused = FusedAdamW(grouped(ours), **options, implementation=implementation)
@@ -44,7 +44,7 @@ def test_twenty_steps_are_those_of_torch(implementation: Implementation) -> None
     for step in range(20):
         for optimizer, held in ((fused, ours), (torchs, theirs)):
             give_gradients(held, step)
-            # One parameter starts late: it has a count of its own.
+            # One parameter starts late, with a step count of its own.
             held[1].grad = None if step < 3 else held[1].grad
             optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
@@ -52,12 +52,12 @@ def test_twenty_steps_are_those_of_torch(implementation: Implementation) -> None
         state, expected = fused.state[a], torchs.state[b]
         assert state.keys() == expected.keys() and state["step"] == expected["step"]
         for name in ("exp_avg", "exp_avg_sq"):
-            # Gradients of size 1/4 can cancel in an average; what is left has the error of what was added.
+            # Gradients of size 1/4 can cancel in a moment; the difference has the error of the terms.
             torch.testing.assert_close(state[name], expected[name], rtol=1e-6, atol=1e-6 / 4)
 
 
 @implementations
-def test_clipping_by_a_coefficient_on_the_device_is_torchs_clipping(implementation: Implementation) -> None:
+def test_device_side_clipping_equals_torchs(implementation: Implementation) -> None:
     ours, theirs = parameters(), parameters()
     fused, torchs = FusedAdamW(ours, lr=1e-2, implementation=implementation), torch.optim.AdamW(theirs, lr=1e-2)
     for max_norm in (0.5, 1e6):
@@ -76,7 +76,7 @@ def test_clipping_by_a_coefficient_on_the_device_is_torchs_clipping(implementati
 def one_step(
     weight: torch.Tensor, *, keys: list[int], implementation: Implementation, rate: float = 1e-3
 ) -> torch.Tensor:
-    """Every gradient is 1 at the first step, so that each weight is to fall by `rate`."""
+    """Update with gradients of 1 at the first step, so that each weight decreases by `rate`."""
     weight = weight.clone()
     zeros = [torch.zeros(weight.shape) for _ in range(2)]
     adamw_(
@@ -92,7 +92,7 @@ def one_step(
 
 
 @implementations
-def test_stochastic_rounding_keeps_the_mean_of_steps_that_are_lost_to_nearest(implementation: Implementation) -> None:
+def test_stochastic_rounding_keeps_the_mean_of_small_steps(implementation: Implementation) -> None:
     count, rate = 20_000, 1e-3
     weight = torch.full((count,), 1.5, dtype=torch.bfloat16)  # units of 2**-7, the step is an eighth of one
     assert torch.equal(one_step(weight, keys=[], implementation=implementation, rate=rate), weight)
@@ -105,7 +105,7 @@ def test_stochastic_rounding_keeps_the_mean_of_steps_that_are_lost_to_nearest(im
 
 
 @implementations
-def test_noise_depends_on_seed_step_and_tensor_and_on_nothing_else(implementation: Implementation) -> None:
+def test_noise_depends_only_on_seed_step_and_tensor(implementation: Implementation) -> None:
     weight = draw((4000,), dtype=torch.bfloat16)
     keys = {name: rounding_keys(**of) for name, of in {
         "here": {"seed": 1, "step": 2, "numbers": [3]},
@@ -122,13 +122,13 @@ def test_noise_depends_on_seed_step_and_tensor_and_on_nothing_else(implementatio
 def test_native_and_reference_draw_the_same_bits() -> None:
     weight, keys = draw((30_000,), dtype=torch.bfloat16), rounding_keys(seed=1, step=1, numbers=[0])
     native, reference = (one_step(weight, keys=keys, implementation=which) for which in ("native", "reference"))
-    # Before it is rounded a value may differ by a unit of 2**-24, which tips one rounding in 2**15 or so.
+    # Before rounding a value may differ by 2**-24, which changes about one rounding in 2**15.
     assert (native != reference).float().mean() < 1e-3
 
 
 @implementations
-def test_bf16_squares_fall_when_gradients_vanish(implementation: Implementation) -> None:
-    """0.999 of a bf16 value rounds to that value: to nearest it would stay for ever."""
+def test_bf16_squares_decay_when_gradients_vanish(implementation: Implementation) -> None:
+    """0.999 of a bf16 value rounds to that value: rounded to nearest it would never decrease."""
     for seed, expected in ((None, 1.0), (3, 0.999**400)):
         parameter = torch.nn.Parameter(torch.zeros(2000, dtype=torch.bfloat16))
         optimizer = FusedAdamW(
@@ -140,18 +140,18 @@ def test_bf16_squares_fall_when_gradients_vanish(implementation: Implementation)
         for _ in range(400):
             optimizer.step()
         mean = optimizer.state[parameter]["exp_avg_sq"].double().mean().item()
-        # Each roundings' deviation is at most half a unit, 2**-9; 400 of them over 2000 elements give under 1e-3.
+        # Each rounding deviates by at most half an ulp, 2**-9; 400 of them over 2000 elements give under 1e-3.
         assert abs(mean - expected) < 5e-3
 
 
-def test_not_finite_stays_so() -> None:
+def test_non_finite_values_stay_non_finite() -> None:
     weight = torch.tensor([float("inf"), float("nan"), 1.0], dtype=torch.bfloat16)
     moved = one_step(weight, keys=rounding_keys(seed=0, step=0, numbers=[0]), implementation="native")
     assert moved[0] == float("inf") and moved[1].isnan() and moved[2].isfinite()
 
 
 @pytest.mark.parametrize("average_dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_state_goes_on_bit_for_bit(average_dtype: torch.dtype) -> None:
+def test_state_dict_resume_is_bitwise_exact(average_dtype: torch.dtype) -> None:
     def fresh(held: list[torch.nn.Parameter]) -> FusedAdamW:
         return FusedAdamW(grouped(held), lr=1e-2, average_dtype=average_dtype, seed=4, implementation="native")
 
@@ -172,7 +172,7 @@ def test_a_saved_state_goes_on_bit_for_bit(average_dtype: torch.dtype) -> None:
         assert optimizer.state[a]["exp_avg"].dtype == resumed.state[b]["exp_avg"].dtype == average_dtype
 
 
-def test_it_takes_the_place_of_torchs_with_groups_and_state() -> None:
+def test_in_place_of_keeps_groups_and_state() -> None:
     ours, theirs = parameters(), parameters()
     old, torchs = (torch.optim.AdamW(grouped(held), lr=1e-2, weight_decay=0.1) for held in (ours, theirs))
     give_gradients(ours, 0), give_gradients(theirs, 0)
@@ -186,7 +186,7 @@ def test_it_takes_the_place_of_torchs_with_groups_and_state() -> None:
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_options_raise() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     optimizer = FusedAdamW([{"params": [parameter], "amsgrad": True}], implementation="native")

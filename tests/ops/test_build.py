@@ -1,4 +1,7 @@
-"""How the library comes about and who decides what is used. Sources of three lines stand for csrc/, a counting script for the compiler."""
+"""Build and choice of the library, with three-line sources in place of csrc/.
+
+The compiler is a script that counts its calls.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def csrc(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def toolchain(tmp_path: Path) -> Toolchain:
-    """g++, with a line in `calls` for each call that compiles or links."""
+    """g++ that adds a line to `calls` for each call that compiles or links."""
     script = tmp_path / "g++"
     script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo called >> "{tmp_path}/calls"\nexec "{REAL.cxx}" "$@"\n')
     script.chmod(0o755)
@@ -52,7 +55,7 @@ def toolchain(tmp_path: Path) -> Toolchain:
 
 @pytest.fixture
 def available(tmp_path: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch) -> LibrarySources:
-    """A machine without compilers. Its libraries have no ops in them and are not loaded."""
+    """Machine without compilers, whose libraries have no ops and are not loaded."""
     monkeypatch.setattr(backend, "load_library", lambda library: None)
     return LibrarySources(toolchain=None, cache=tmp_path / "cache", csrc=csrc, prebuilt=tmp_path / "prebuilt")
 
@@ -67,7 +70,7 @@ def with_compiler(available: LibrarySources, toolchain: Toolchain | None) -> Lib
 
 
 @needs_cxx
-def test_library_is_built_once_and_anew_for_other_sources(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
+def test_library_is_built_once_per_sources(tmp_path: Path, csrc: Path, toolchain: Toolchain) -> None:
     first = find_or_build(toolchain, cache=tmp_path / "cache", csrc=csrc)
     assert ctypes.CDLL(str(first)).answer() == 41
     assert calls(tmp_path) == 3  # two sources and the link
@@ -122,7 +125,7 @@ def test_unwritable_cache_is_named(tmp_path: Path, csrc: Path, toolchain: Toolch
         find_or_build(toolchain, cache=tmp_path / "file" / "cache", csrc=csrc)
 
 
-def test_without_compiler_the_reference_is_used_and_said(
+def test_without_compiler_the_reference_is_used_and_logged(
     available: LibrarySources, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="megatron_share4v"):
@@ -136,7 +139,7 @@ def test_without_compiler_the_reference_is_used_and_said(
     )
 
 
-def test_native_without_compiler_is_refused_with_the_remedy(available: LibrarySources) -> None:
+def test_native_without_compiler_raises_with_the_remedy(available: LibrarySources) -> None:
     with pytest.raises(
         OpsError,
         match=r"ops: native was asked for on cpu(?s:.*)no C\+\+ compiler(?s:.*)install g\+\+(?s:.*)ops: reference",
@@ -149,7 +152,7 @@ def test_empty_path_has_no_compilers() -> None:
 
 
 @needs_cxx
-def test_cxx_alone_serves_the_cpu_only(available: LibrarySources, toolchain: Toolchain) -> None:
+def test_cxx_only_library_supports_only_the_cpu(available: LibrarySources, toolchain: Toolchain) -> None:
     machine = with_compiler(available, toolchain)
     choice = choose_ops_backend("auto", device="cpu", available=machine)
     assert (choice.implementation, choice.reason) == ("native", "C++")
@@ -161,13 +164,14 @@ def test_cxx_alone_serves_the_cpu_only(available: LibrarySources, toolchain: Too
 
 
 @needs_cxx
-def test_cuda_kernels_that_do_not_compile_are_left_out_and_said(
+def test_cuda_compile_failure_falls_back_to_cxx_with_a_reason(
     tmp_path: Path, available: LibrarySources, toolchain: Toolchain
 ) -> None:
     (available.csrc / "answer/cuda.cu").write_text("")
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n[ "$1" = --list-gpu-arch ] && exit 0\necho out of order >&2\nexit 1\n'
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n[ "$1" = --list-gpu-arch ] && exit 0\n'
+        "echo out of order >&2\nexit 1\n"
     )
     nvcc.chmod(0o755)
     machine = with_compiler(available, Toolchain(toolchain.cxx, str(nvcc)))
@@ -201,7 +205,7 @@ def test_loading_twice_is_harmless() -> None:
 
 
 @needs_cxx
-def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_library_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "loaded_libraries", set())
     broken = tmp_path / "broken" / "other.so"
     broken.parent.mkdir()
@@ -210,7 +214,7 @@ def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.
         backend.load_library(broken)
 
 
-def test_tool_says_what_there_is(repository: Path) -> None:
+def test_build_tool_status(repository: Path) -> None:
     environment = os.environ | {"PATH": ""}
     tool = repository / "tools/build_ops.py"
     done = subprocess.run(

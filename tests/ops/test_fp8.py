@@ -1,4 +1,4 @@
-"""The FP8 formats beside torch's own, and the linear layer beside the one in fp32 and bf16."""
+"""FP8 formats against torch's own, and the linear layer against fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tools.op_cases.record import draw
 formats = pytest.mark.parametrize("format", DTYPES)
 implementations = pytest.mark.parametrize("implementation", ["native", "reference"])
 ROUNDING = {"e4m3": 2**-4, "e5m2": 2**-3}
-"""Largest relative error of one number: half of the last of 3, or 2, bits of mantissa."""
+"""Largest relative error of one number: half an ulp of 3, or 2, mantissa bits."""
 
 
 @pytest.fixture(autouse=True)
 def native(native_ops: None) -> None:
-    """Both implementations are there."""
+    """Load the native ops: both implementations are available."""
 
 
 @formats
-def test_every_code_survives(format: Format) -> None:
+def test_every_fp8_code_round_trips(format: Format) -> None:
     codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)
     values = codes.view(DTYPES[format]).float()
     finite = values.isfinite()
@@ -35,7 +35,7 @@ def test_every_code_survives(format: Format) -> None:
 
 
 @formats
-def test_midway_goes_to_the_even_code(format: Format) -> None:
+def test_ties_round_to_even(format: Format) -> None:
     codes = torch.arange(0, 0x7B, dtype=torch.uint8)
     values = codes.view(DTYPES[format]).double()
     midway = ((values[:-1] + values[1:]) / 2).float().unsqueeze(0)
@@ -61,13 +61,13 @@ def test_scaled_numbers_are_near(format: Format, implementation: Implementation)
 @formats
 @implementations
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_what_is_not_finite_is_not_hidden(format: Format, implementation: Implementation, bad: float) -> None:
+def test_non_finite_values_are_not_hidden(format: Format, implementation: Implementation, bad: float) -> None:
     x = draw((16, 32), dtype=torch.float32)
     x[3, 5] = bad
     scale = fp8_scale(x, format=format, implementation=implementation)
     assert not scale.isfinite()
     assert (fp8_cast(x, scale=scale, format=format, implementation=implementation).float() * scale).isnan().all()
-    # By a scale that somebody else found: this one number.
+    # With a scale from elsewhere: only this number.
     codes = fp8_cast(x, scale=torch.tensor(1.0), format=format, implementation=implementation).float()
     assert codes[3, 5].isnan() and codes.isnan().sum() == 1
     y = fp8_linear(x, weight=draw((16, 32), dtype=torch.float32), implementation=implementation)
@@ -82,7 +82,7 @@ def test_zeros_have_a_scale() -> None:
     assert not weight.grad.any()
 
 
-def test_beyond_the_largest_is_the_largest() -> None:
+def test_casts_saturate() -> None:
     x = torch.tensor([[449.0, 1e30, -1e30, 464.0]])
     got = fp8_cast(x, scale=torch.tensor(1.0), format="e4m3", implementation="native").float()
     assert got.tolist() == [[448, 448, -448, 448]]
@@ -112,12 +112,13 @@ def test_layer_is_near_the_one_in_full_precision(
     truth = F.linear(*wide)
     truths = torch.autograd.grad(truth, wide, slope.double())
     assert got.dtype == dtype and [grad.dtype for grad in grads] == [dtype] * 3
-    # Uniform rounding errors of 3 bits: 2**-4 / sqrt(3) = 3.6 % at most, half of it on average, of two factors; 2 bits double one of them.
+    # Uniform rounding errors of 3 bits: 2**-4 / sqrt(3) = 3.6 % at most, half of it on average, of two factors; 2 bits
+    # double one of them.
     assert 0.005 < relative(got, truth) < 0.05
     assert 0.01 < relative(grads[0], truths[0]) < 0.08
     rounding = 1e-6 if dtype == torch.float32 else 2**-8
     assert relative(grads[1], truths[1]) < rounding if precise else 0.01 < relative(grads[1], truths[1]) < 0.08
-    # The bias never sees FP8; sums of 35 rows.
+    # The bias is not in FP8; sums of 35 rows.
     assert relative(grads[2], truths[2]) < rounding
 
 
@@ -147,7 +148,7 @@ def test_layer_computes_the_product_of_its_codes() -> None:
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 @pytest.mark.parametrize("precise", [False, True])
-def test_gradient_only_where_it_is_wanted(frozen: str, precise: bool) -> None:
+def test_gradients_only_where_required(frozen: str, precise: bool) -> None:
     x, weight = (
         draw(shape, dtype=torch.float32).requires_grad_(name != frozen)
         for name, shape in (("x", (3, 16)), ("weight", (32, 16)))
@@ -156,7 +157,7 @@ def test_gradient_only_where_it_is_wanted(frozen: str, precise: bool) -> None:
     assert (x.grad is None) == (frozen == "x") and (weight.grad is None) == (frozen == "weight")
 
 
-def test_no_rows_is_no_error() -> None:
+def test_zero_rows_are_allowed() -> None:
     layer = Fp8Linear(16, 32, implementation="native")
     x = torch.zeros(2, 0, 16, requires_grad=True)
     y = layer(x)
@@ -182,7 +183,7 @@ def test_layer_learns_and_keeps_the_parameters_of_linear() -> None:
     assert losses[-1] < 0.01 * losses[0]
 
 
-def test_odd_widths_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_widths_and_gpus_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     for inputs, outputs in ((24, 16), (16, 24)):
         with pytest.raises(OpsError, match=f"multiples of 16, this layer has {inputs} inputs and {outputs} outputs"):
             fp8_linear(torch.zeros(2, inputs), weight=torch.zeros(outputs, inputs), implementation="native")
@@ -195,7 +196,7 @@ def test_odd_widths_and_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         require_fp8(torch.device("cuda"))
 
 
-def test_compiled_layer_is_the_layer() -> None:
+def test_compiled_layer_equals_eager() -> None:
     layer, x = Fp8Linear(32, 16, implementation="native"), draw((8, 32), dtype=torch.float32).requires_grad_()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for a, b in zip(

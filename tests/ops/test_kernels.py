@@ -1,4 +1,7 @@
-"""The CUDA kernels without a GPU: run on the host through csrc/emulate under AddressSanitizer, and compiled for every GPU within their limits."""
+"""CUDA kernels without a GPU: run on the host under AddressSanitizer, and compiled for every GPU.
+
+csrc/emulate runs them on the host; ptxas's register counts are compared with csrc/register_limits.json.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ GPUS = {"sm_80", "sm_90a", "sm_100"}
 
 
 def sanitized() -> dict[str, str]:
-    """The environment in which a Python process can load code that was built with AddressSanitizer."""
+    """Environment in which a Python process can load code built with AddressSanitizer."""
     runtime = subprocess.run(
         [TOOLCHAIN.cxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -53,7 +56,7 @@ def sanitized() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library whose ops run the CUDA kernels on CPU tensors."""
+    """Library whose ops run the CUDA kernels on CPU tensors."""
     csrc, folder = csrc_directory(), tmp_path_factory.mktemp("emulated")
     torch_root = Path(torch.__file__).parent
     compile_one = [TOOLCHAIN.cxx, *HOST_FLAGS, "-c", "-o"]
@@ -109,12 +112,12 @@ def walk(library: Path, *seed: str, env: dict[str, str]) -> str:
 
 
 @needs_cxx
-def test_emulated_kernels_give_values_and_gradients_of_the_reference(emulated: Path) -> None:
+def test_emulated_kernels_match_the_reference(emulated: Path) -> None:
     assert f"{sum(1 for op in OPS for _ in op.cases())} cases" in walk(emulated, "2", env=sanitized())
 
 
 @needs_cxx
-def test_library_without_cuda_gives_them_too(tmp_path: Path) -> None:
+def test_cxx_library_matches_the_reference(tmp_path: Path) -> None:
     library = find_or_build(Toolchain(TOOLCHAIN.cxx), cache=tmp_path, csrc=csrc_directory())
     assert "cases" in walk(library, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -133,14 +136,15 @@ PLANTED = {
 
 
 @needs_cxx
-def test_planted_faults_are_found(tmp_path: Path) -> None:
+def test_planted_faults_are_detected(tmp_path: Path) -> None:
     kernels = "\n".join(
         f"__global__ void kernel{number}(float* out) {{ {body} }}" for number, body in enumerate(PLANTED)
     )
     table = ", ".join(f"kernel{number}" for number in range(len(PLANTED)))
     source = tmp_path / "planted.cu"
     source.write_text(
-        f'#include "{csrc_directory()}/common/device.cuh"\n{kernels}\nint main(int, char** words) {{\n  void (*kernels[])(float*) = {{{table}}};\n'
+        f'#include "{csrc_directory()}/common/device.cuh"\n{kernels}\n'
+        f"int main(int, char** words) {{\n  void (*kernels[])(float*) = {{{table}}};\n"
         "  float* out = static_cast<float*>(std::malloc(64 * sizeof(float)));\n"
         "  return launch(kernels[std::atoi(words[1])], dim3(2), dim3(64), 64 * sizeof(float), nullptr, out);\n}\n"
     )
@@ -156,7 +160,7 @@ def test_planted_faults_are_found(tmp_path: Path) -> None:
 @needs_nvcc
 def test_kernels_keep_their_register_limits() -> None:
     csrc = csrc_directory()
-    # Of the build that the other tests use.
+    # The build that the other tests use.
     log = find_or_build(TOOLCHAIN, cache=default_cache_directory(), csrc=csrc).with_name("build.log").read_text()
     limits = json.loads((csrc / "register_limits.json").read_text())
     found = list(parse_kernel_usage(log))
@@ -173,8 +177,14 @@ def test_kernels_keep_their_register_limits() -> None:
 
 
 def test_spills_are_seen() -> None:
-    entry = "ptxas info    : Compiling entry function '_Z7forwardv' for 'sm_80'\nptxas info    : Function properties for _Z7forwardv\n"
-    spills = "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info    : Used 40 registers, used 0 barriers\n"
+    entry = (
+        "ptxas info    : Compiling entry function '_Z7forwardv' for 'sm_80'\n"
+        "ptxas info    : Function properties for _Z7forwardv\n"
+    )
+    spills = (
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 0 barriers\n"
+    )
     assert list(parse_kernel_usage(f"== norm_cuda\n{entry}{spills}")) == [
         KernelUsage("norm", "_Z7forwardv", "sm_80", 40, 16)
     ]

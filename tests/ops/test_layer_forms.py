@@ -1,4 +1,4 @@
-"""Activations and rotary positions beside what megatron-core's layers do without them."""
+"""Activations and rotary positions against those of megatron-core's layers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ implementations = pytest.mark.parametrize("implementation", ["native", "referenc
 
 @pytest.fixture(autouse=True)
 def native(native_ops: None) -> None:
-    """Both implementations are there."""
+    """Load the native ops: both implementations are available."""
 
 
 @implementations
-def test_activations_are_those_of_the_layers(implementation: Implementation) -> None:
+def test_activations_equal_those_of_core_layers(implementation: Implementation) -> None:
     x, bias = 3 * draw((4, 3, 48), dtype=torch.float32), draw((48,), dtype=torch.float32, seed=1)
-    # One activation in fp32, by another formula.
+    # Another formula of one activation, in fp32.
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(bias_gelu(x, bias=bias, implementation=implementation), F.gelu(x + bias), **close)
     torch.testing.assert_close(
@@ -32,7 +32,7 @@ def test_activations_are_those_of_the_layers(implementation: Implementation) -> 
         (x + bias) * torch.sigmoid(1.702 * (x + bias)),
         **close,
     )
-    # As core's MLP has it: `torch.chunk` of fc1's output, the activation on the first half.
+    # As in core's MLP: `torch.chunk` of fc1's output, the activation on the first half.
     first, second = torch.chunk(x + bias, 2, dim=-1)
     torch.testing.assert_close(
         bias_swiglu(x, bias=bias, implementation=implementation), F.silu(first) * second, **close
@@ -41,14 +41,14 @@ def test_activations_are_those_of_the_layers(implementation: Implementation) -> 
     torch.testing.assert_close(bias_swiglu(x, implementation=implementation), F.silu(first) * second, **close)
 
 
-def test_gelu_keeps_its_digits_in_the_tail() -> None:
+def test_gelu_is_precise_in_the_tail() -> None:
     x = torch.linspace(-12, -2, 101)
     truth = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
-    # x^2 / 2 is rounded before its exponential is taken: 72 * 2**-24 at x = -12.
+    # x^2 / 2 is rounded before the exponential: 72 * 2**-24 at x = -12.
     torch.testing.assert_close(bias_gelu(x, implementation="native").double(), truth, rtol=1e-5, atol=0)
 
 
-def test_what_is_not_finite_is_not_hidden() -> None:
+def test_non_finite_values_are_not_hidden() -> None:
     x = torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])
     for function in (bias_gelu, bias_quick_gelu, bias_swiglu):
         assert (
@@ -57,13 +57,13 @@ def test_what_is_not_finite_is_not_hidden() -> None:
         )
 
 
-def test_an_odd_number_of_columns_has_no_halves() -> None:
+def test_swiglu_rejects_odd_widths() -> None:
     with pytest.raises(RuntimeError, match=r"as many gates as values, got Float \[2, 7\]"):
         bias_swiglu(torch.zeros(2, 7), implementation="native")
 
 
 def rotated_by_core(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """[S, B, heads, D] by [S, 1 or B, 1, D]; imported here, behind the door that megatron_share4v.mcore opens."""
+    """[S, B, heads, D] by [S, 1 or B, 1, D]; imported here, after megatron_share4v.mcore has patched torch.cuda."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     return _apply_rotary_pos_emb_bshd(x, angles)
@@ -99,7 +99,7 @@ def test_rotation_back_gives_the_input() -> None:
     torch.testing.assert_close(back, (query, key), rtol=0, atol=1e-6)
 
 
-def test_places_outside_the_table_are_refused() -> None:
+def test_positions_outside_the_table_raise() -> None:
     query, table = torch.zeros(3, 1, 2, 4), torch.zeros(3, 4)
     for outside in (-1, 3):
         with pytest.raises(RuntimeError, match="index outside its range"):

@@ -1,4 +1,4 @@
-"""Head and cross-entropy in one beside the usual form, over a tensor group, and what it keeps in memory."""
+"""Fused head and cross-entropy against the unfused form, over a TP group, and its peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ implementations = pytest.mark.parametrize("implementation", ["native", "referenc
 
 @pytest.fixture(autouse=True)
 def native(native_ops: None) -> None:
-    """Both implementations are there."""
+    """Load the native ops: both implementations are available."""
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def usual(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 @implementations
 @pytest.mark.parametrize("block", [None, 7, 16, 41])
-def test_loss_and_gradients_are_those_of_the_usual_form(implementation: Implementation, block: int | None) -> None:
+def test_loss_and_gradients_equal_the_unfused_form(implementation: Implementation, block: int | None) -> None:
     hidden, weight, targets = inputs()
     loss = linear_cross_entropy(
         hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=block, implementation=implementation
@@ -56,8 +56,10 @@ def test_loss_and_gradients_are_those_of_the_usual_form(implementation: Implemen
     assert not torch.autograd.grad(usual(hidden, weight, targets), weight)[0][REAL:].any()
 
 
-def test_in_bf16_the_weights_gradient_is_bit_for_bit_that_of_the_usual_form() -> None:
-    """One product over all rows, of logits' gradients that are rounded as usual: only where e^x differs by its last unit is there another bf16."""
+def test_bf16_weight_gradient_equals_the_unfused_form_bitwise() -> None:
+    """One product over all rows of equally rounded logits gradients: bf16 values differ only where e^x differs in its
+    last ulp.
+    """
     hidden, weight, targets = inputs(torch.bfloat16)
     loss = linear_cross_entropy(
         hidden, weight=weight, targets=targets, vocabulary=REAL, block_columns=16, implementation="native"
@@ -68,7 +70,7 @@ def test_in_bf16_the_weights_gradient_is_bit_for_bit_that_of_the_usual_form() ->
 
 @implementations
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_gradient_only_where_it_is_wanted(implementation: Implementation, frozen: str) -> None:
+def test_gradients_only_where_required(implementation: Implementation, frozen: str) -> None:
     hidden, weight, targets = inputs()
     {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
     linear_cross_entropy(
@@ -78,7 +80,7 @@ def test_gradient_only_where_it_is_wanted(implementation: Implementation, frozen
 
 
 @pytest.mark.parametrize("target", [-100, REAL])
-def test_target_outside_is_refused(target: int) -> None:
+def test_target_out_of_range_raises(target: int) -> None:
     hidden, weight, targets = inputs()
     targets[4] = target
     with pytest.raises(RuntimeError, match="index outside its range"):
@@ -94,7 +96,7 @@ def test_nan_is_not_hidden() -> None:
     assert loss.isnan() and weight.grad.isnan().any()
 
 
-def test_peak_memory_is_under_a_quarter_of_the_usual_forms() -> None:
+def test_peak_memory_is_under_a_quarter_of_the_unfused_form() -> None:
     op = next(op for op in OPS if op.name == "linear_cross_entropy")
     bench = next(bench for bench in op.benches() if bench.where == "cpu")
     arguments = bench.make("cpu")
@@ -106,8 +108,8 @@ def test_peak_memory_is_under_a_quarter_of_the_usual_forms() -> None:
 
     logits, block = 2 * 256 * 32_000, 4 * 1024 * _block_columns(256, 32_000)
     assert peak(bench.eager) > 4 * peak(bench.native)
-    # Beside the gradients, which every form needs, not even the labelled rows' logits; and a block of the weight in fp32, as torch's products in bf16
-    # take it on processors that have none.
+    # Beside the gradients, which every form needs, less than the labelled rows' logits; and a block of the weight in
+    # fp32, which torch's bf16 products need on processors without bf16.
     assert peak(bench.native) < sum(leaf.nbytes for leaf in leaves) + logits + block
 
 
@@ -120,7 +122,10 @@ SETTINGS = [
 
 
 def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
-    """For each of SETTINGS: loss, and gradients of hidden states and of this rank's weight, by today's modules and by the op."""
+    """Return loss and gradients by core's modules and by the op for each of SETTINGS.
+
+    The gradients are those of hidden states and of this rank's weight.
+    """
     import torch.distributed as dist
 
     from megatron_share4v.config.run import ParallelConfig
@@ -170,7 +175,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     return results
 
 
-def test_over_a_tensor_group_it_is_todays_head_and_loss_and_that_of_one_rank(native_ops: None) -> None:
+def test_tensor_parallel_equals_core_modules_and_one_rank(native_ops: None) -> None:
     for rank, of_settings in enumerate(run_world(2, on_a_rank)):
         for (rows, _, dtype), (loss, grad_hidden, grad_weight, today, today_hidden, today_weight) in zip(
             SETTINGS, of_settings, strict=True
@@ -178,7 +183,8 @@ def test_over_a_tensor_group_it_is_todays_head_and_loss_and_that_of_one_rank(nat
             hidden, weight, targets = inputs(dtype)
             whole = usual(hidden[:rows], weight, targets[:rows])
             one_hidden, one_weight = torch.autograd.grad(whole / 7, (hidden, weight))
-            # Other orders of sums; in bf16, the ranks' partial gradients of hidden states are rounded to 8 bits before they are added.
+            # Other orders of sums; in bf16, the ranks' partial gradients of hidden states are rounded to 8 bits before
+            # they are added.
             close = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-6, "atol": 2**-7}
             torch.testing.assert_close(loss, today, rtol=1e-6, atol=0)
             torch.testing.assert_close(loss, whole.detach(), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""The ops beside what the model does without them: other formulas than the references, from torch and from the data path."""
+"""Ops against other formulas than their references, from torch and from the data path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ implementations = pytest.mark.parametrize("implementation", ["native", "referenc
 
 @pytest.fixture(autouse=True)
 def native(native_ops: None) -> None:
-    """Both implementations are there."""
+    """Load the native ops: both implementations are available."""
 
 
 @implementations
@@ -30,7 +30,7 @@ def test_patches_times_weight_are_the_convolution(implementation: Implementation
     assert torch.equal(patches, unfolded)
     convolution = torch.nn.Conv2d(3, 8, 14, stride=14, bias=False, dtype=torch.float64)
     expected = convolution(pixels_in_order.double()).flatten(2).transpose(1, 2)
-    # The product in fp64: what is compared is the order of elements.
+    # The product in fp64: only the order of elements is compared.
     torch.testing.assert_close(patches.double() @ convolution.weight.flatten(1).t(), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -58,7 +58,7 @@ def test_norms_are_those_of_torch(implementation: Implementation) -> None:
 
 @implementations
 @pytest.mark.parametrize("frozen", ["tokens", "features"])
-def test_merge_gives_a_gradient_only_where_it_is_wanted(implementation: Implementation, frozen: str) -> None:
+def test_merge_gradients_only_where_required(implementation: Implementation, frozen: str) -> None:
     slots = torch.tensor([4, 1])
     tokens, features = (
         draw((rows, 8), dtype=torch.float32).requires_grad_(name != frozen)
@@ -73,7 +73,7 @@ def test_merge_gives_a_gradient_only_where_it_is_wanted(implementation: Implemen
         )
 
 
-def test_of_two_features_with_one_slot_the_last_stays_and_has_the_gradient() -> None:
+def test_last_feature_of_a_duplicate_slot_wins() -> None:
     features = torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)
     merged = image_merge(torch.zeros(4, 1), features=features, slots=torch.tensor([2, 0, 2]), implementation="native")
     assert merged.flatten().tolist() == [2, 0, 3, 0]
@@ -82,12 +82,12 @@ def test_of_two_features_with_one_slot_the_last_stays_and_has_the_gradient() -> 
 
 
 @pytest.mark.parametrize("slot", [-1, 6])
-def test_slot_outside_is_refused(slot: int) -> None:
+def test_slot_out_of_range_raises(slot: int) -> None:
     with pytest.raises(RuntimeError, match="index outside its range"):
         image_merge(torch.zeros(6, 2), features=torch.ones(1, 2), slots=torch.tensor([slot]), implementation="native")
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
+def test_mismatched_arguments_raise_with_names() -> None:
     x = torch.zeros(4, 8)
     with pytest.raises(RuntimeError, match=r"weight is Float \[7\], which does not fit Float \[4, 8\]"):
         rms_norm(x, weight=torch.ones(7), eps=0.0, implementation="native")

@@ -1,4 +1,4 @@
-"""Every op of the registry, native and reference, against the reference in fp64; and what torch demands of a custom op."""
+"""Every op, native and reference, against the reference in fp64; and torch's checks of custom ops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("op", "case"), CASES)
-def test_native_gives_values_and_gradients_of_the_reference(native_ops: None, op: OpCases, case: Case) -> None:
+def test_native_matches_the_reference(native_ops: None, op: OpCases, case: Case) -> None:
     check(op, case, "native")
 
 
@@ -64,7 +64,7 @@ def test_gradcheck_of_the_reference(op: OpCases) -> None:
         assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_a_wrong_kernel_is_found() -> None:
+def test_wrong_kernel_is_detected() -> None:
     op = next(op for op in OPS if op.name == "rms_norm")
     case = next(op.cases())
 
@@ -76,7 +76,7 @@ def test_a_wrong_kernel_is_found() -> None:
         check(dataclasses.replace(op, function=wrong), case, "native")
 
 
-def test_an_unwritten_output_is_found() -> None:
+def test_unwritten_output_is_detected() -> None:
     op = next(op for op in OPS if op.name == "image_merge")
     case = next(op.cases())
 

@@ -1,4 +1,4 @@
-"""The fused AdamW as the optimizer inside Megatron's distributed optimizer, on two data-parallel ranks: steps, clipping, checkpoints."""
+"""FusedAdamW inside Megatron's distributed optimizer on two DP ranks: steps, clipping, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tolerances import LAYOUT_LOSS, LAYOUT_WEIGHT
 
 
 def swap(run: object) -> None:
-    """Put the fused optimizer where core has torch's."""
+    """Replace core's torch optimizer by FusedAdamW."""
     from megatron_share4v.mcore.optimizer import chained_optimizers
     from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 
@@ -20,7 +20,7 @@ def swap(run: object) -> None:
 
 
 def four_steps(folder: str) -> dict[str, object]:
-    """Torch's optimizer alone; the fused one from step 1 on; the same, saved after step 3 and resumed elsewhere."""
+    """Run torch's optimizer only; FusedAdamW from step 1 on; the same, saved after step 3 and resumed elsewhere."""
     import torch.distributed as dist
     from small_run import Run, Setting
 
@@ -55,7 +55,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, native_ops: None) -> list[di
     return run_world(2, four_steps, str(tmp_path_factory.mktemp("checkpoints")))
 
 
-def test_training_is_that_of_torchs_optimizer(ranks: list[dict]) -> None:
+def test_training_equals_torchs_optimizer(ranks: list[dict]) -> None:
     for rank in ranks:
         plain, fused = rank["losses"]
         assert plain[0] != plain[3]
@@ -65,7 +65,7 @@ def test_training_is_that_of_torchs_optimizer(ranks: list[dict]) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=LAYOUT_WEIGHT)
 
 
-def test_a_checkpoint_is_resumed_bit_for_bit(ranks: list[dict]) -> None:
+def test_checkpoint_resume_is_bitwise_exact(ranks: list[dict]) -> None:
     for rank in ranks:
         assert rank["resumed"][0] == rank["resumed"][1]
         assert all(torch.equal(a, b) for a, b in zip(*rank["weights"][1:], strict=True))

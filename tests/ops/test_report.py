@@ -1,4 +1,4 @@
-"""What is written about the ops, and what the GPU's script says where there is no GPU."""
+"""Report of the ops, and the GPU script's output where there is no GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tool(repository: Path) -> ModuleType:
 
 
 def results(path: Path, *, shape: str) -> Path:
-    """As tools/bench_ops.py leaves them, of one op."""
+    """Write the output of tools/bench_ops.py for one op."""
     row = {
         "op": "rms_norm",
         "shape": shape,
@@ -52,7 +52,7 @@ def results(path: Path, *, shape: str) -> Path:
 
 
 @needs_nvcc
-def test_what_was_not_measured_is_said_for_every_op(tool: ModuleType, tmp_path: Path) -> None:
+def test_report_marks_unmeasured_ops(tool: ModuleType, tmp_path: Path) -> None:
     tool.main(["--output", str(tmp_path / "ops.md")])
     text = (tmp_path / "ops.md").read_text()
     shapes = {(op.name, bench.name) for op in OPS for bench in op.benches() if bench.where == "gpu"}
@@ -67,7 +67,7 @@ def test_what_was_not_measured_is_said_for_every_op(tool: ModuleType, tmp_path: 
 
 
 @needs_nvcc
-def test_what_was_measured_stands_beside_its_floor(tool: ModuleType, tmp_path: Path) -> None:
+def test_report_shows_measurements_beside_floors(tool: ModuleType, tmp_path: Path) -> None:
     tool.main(["--output", str(tmp_path / "ops.md"), "--gpu", str(results(tmp_path / "gpu.txt", shape="language 7B"))])
     text = (tmp_path / "ops.md").read_text()
     assert "| rms_norm | language 7B | fwd | 203.4 | 47.3 | 51.0 |" in text
@@ -78,13 +78,13 @@ def test_what_was_measured_stands_beside_its_floor(tool: ModuleType, tmp_path: P
 
 
 @needs_nvcc
-def test_the_committed_report_is_of_these_ops(repository: Path) -> None:
+def test_committed_report_has_all_ops(repository: Path) -> None:
     text = (repository / "docs/measurements/ops.md").read_text()
     missing = [op.name for op in OPS if f"\n| {op.name} |" not in text]
     assert not missing, f"write it again (tools/report_ops.py): {missing}"
 
 
-def test_without_a_gpu_nothing_is_measured_and_that_is_said(repository: Path, tmp_path: Path) -> None:
+def test_gpu_script_without_a_gpu_says_so(repository: Path, tmp_path: Path) -> None:
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     command = ["bash", str(repository / "tests/gpu/run.sh"), str(tmp_path / "out")]

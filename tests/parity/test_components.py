@@ -1,5 +1,7 @@
-"""Tower and decoder alone against transformers' CLIPVisionModel and LlamaForCausalLM, in this process: other feature layers, one key/value head,
-a linear projector, text without images; and that the tower sees the whole image.
+"""Tower and decoder alone against transformers' CLIPVisionModel and LlamaForCausalLM, in this process.
+
+Also other feature layers, one key/value head, a linear projector, text without images; and bidirectional attention of
+the tower.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def ops(request: pytest.FixtureRequest) -> Implementation:
 def _build(
     model: ModelConfig, mesh: Mesh, weights: dict[str, torch.Tensor], ops: Implementation = "reference"
 ) -> Share4V:
-    """With `weights`, and fresh ones where those say nothing."""
+    """Build a chunk with `weights`, and initial values for the rest."""
     (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32, ops=ops)
     fill_parameters(
         [chunk],
@@ -114,7 +116,7 @@ def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) 
 
 
 @torch.no_grad()
-def test_an_early_patch_sees_a_late_one(mesh: Mesh) -> None:
+def test_tower_attention_is_bidirectional(mesh: Mesh) -> None:
     model = ModelConfig(vision=_vision(), language=_language())
     tower = _build(
         model, mesh, to_megatron(_clip(model.vision).state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))

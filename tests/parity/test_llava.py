@@ -1,7 +1,9 @@
-"""The whole model against transformers' LlavaForConditionalGeneration, tiny and random, at several layouts: features of the tower, projected
-features, logits of every position, loss, and the gradient of every parameter. Nothing about speed, nothing about files.
+"""The whole model against transformers' LlavaForConditionalGeneration, tiny and random, at several layouts.
 
-N images, P patches, B samples, S positions. The vocabulary (99) is no multiple of its padding, queries are grouped.
+Compares tower features, projected features, logits of every position, loss, and the gradient of every parameter. The
+vocabulary (99) is not a multiple of its padding, queries are grouped.
+
+N: images; P: patches; B: samples; S: positions.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ def _reference_model() -> torch.nn.Module:
         LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN)
     )
     with torch.no_grad():
-        # Larger than fresh weights, and no norm is one and no bias is zero: every mistake must show.
+        # Larger than initial weights, with norms other than one and biases other than zero, so that every mistake
+        # shows.
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
@@ -101,7 +104,7 @@ def _reference_model() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with inputs, weights under our names, and all that transformers computes from them."""
+    """File with inputs, weights under our names, and everything that transformers computes from them."""
     model = _reference_model()
     patches = MODEL.vision.num_patches
     generator = torch.Generator().manual_seed(1)
@@ -159,7 +162,7 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _logits(chunk: Share4V, batch: Batch, mesh: Mesh) -> torch.Tensor | None:
-    """[B, S, vocabulary] on the last stage, by passing hidden states along by hand."""
+    """Return [B, S, vocabulary] on the last stage, sending hidden states between stages explicitly."""
     neighbours = dist.get_process_group_ranks(mesh.groups.pp)
     here = mesh.coordinates.pipeline
     if not mesh.is_first_stage:
@@ -193,7 +196,7 @@ def _forward_differences(chunk: Share4V, reference: dict, mesh: Mesh) -> dict[st
 
 
 def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, float]:
-    """On one rank: largest relative difference of each quantity that this rank holds."""
+    """Return the largest relative difference of each quantity that this rank holds."""
     reference = torch.load(path)
     layout = Layout.for_world(parallel, world_size=dist.get_world_size())
     with open_mesh(layout, device=Device("cpu")) as mesh:
@@ -214,7 +217,7 @@ def differences(path: Path, parallel: ParallelConfig, ops: Ops) -> dict[str, flo
             found["loss"] = _relative(
                 sum(total for total, _ in records) / sum(count for _, count in records), reference["loss"]
             )
-        # The walk over weights becomes one over gradients when the gradients take the weights' place.
+        # With gradients in place of the weights, iter_shards yields gradients.
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.data = parameter.main_grad
@@ -240,7 +243,7 @@ def _loss_function(batch: Batch):
     [*((name, "auto") for name in LAYOUTS), *((name, "reference") for name in ("tensor 1", list(LAYOUTS)[-1]))],
 )
 def test_equals_transformers(name: str, ops: Ops, reference: Path) -> None:
-    """With native ops where there is a compiler, and with their references."""
+    """Run with native ops where there is a compiler, and with their references."""
     parallel = LAYOUTS[name]
     found: dict[str, float] = {}
     for rank in run_world(parallel.tensor * parallel.pipeline, differences, reference, parallel, ops):
