@@ -32,6 +32,7 @@ requirements = [
     "einops>=0.8",
     "packaging>=23",
     "safetensors>=0.4.5",
+    "matplotlib>=3.8",
 ]
 
 extras = {

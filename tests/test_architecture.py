@@ -45,11 +45,10 @@ IMPORTERS = {  # library: files that may import it (paths inside the package or 
     "nvidia.dali": ("data/images/dali_decoder.py",),
     "PIL": (
         "data/*",
-        "observability/canvas.py",
-        "observability/bar_chart.py",
         "tools/bench_*.py",
         "examples/quickstart/*.py",
     ),
+    "matplotlib": ("observability/charts.py",),
     "openpyxl": ("evaluate/tasks/mmbench.py",),
     "starlette": ("serve/*",),
     "uvicorn": ("serve/*",),

@@ -12,7 +12,6 @@ FP8 numbers.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_share4v.errors import PrecisionError, TrainingError, exit_on_user_error
-from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.observability.charts import PALETTE, new_figure, save_png, style_axes
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALED = (
@@ -155,30 +154,28 @@ def _line(entry: dict) -> str:
 
 
 def draw(curves: Sequence[Curve], window: int, path: Path) -> None:
-    """Above, the losses (means of the window); below, their relative distance from BF16's, magnified to its own scale."""
-    canvas, left, width = Canvas(900, 520), 70, 800
+    """Plot the losses (means of `window` steps) above, their relative distance from BF16 below."""
     smooth = {curve.variant: means(curve.losses, window) for curve in curves}
-    away = {
-        name: [abs(a - b) / b for a, b in zip(line, smooth[TRUTH])] for name, line in smooth.items() if name != TRUTH
+    distance = {
+        name: [100 * abs(a - b) / b for a, b in zip(line, smooth[TRUTH])]
+        for name, line in smooth.items()
+        if name != TRUTH
     }
-    canvas.text(left, 12, f"losses, means of {window} steps", size=15)
-    canvas.text(left, 286, "relative distance from bf16", size=15)
     colours = dict(zip(smooth, PALETTE))
-    for lines, top, form in ((smooth, 40, "{:.2f}"), (away, 314, "{:.2%}")):
-        highest = max((max(line) for line in lines.values()), default=0.0) or 1.0
-        for part in range(5):
-            y = top + 160 * part / 4
-            canvas.line(left, y, left + width, y, fill=FAINT)
-            canvas.text(left - 8, y - 7, form.format(highest * (1 - part / 4)), align="right", size=12)
+    figure = new_figure(900, 560)
+    above, below = figure.subplots(2, 1)
+    for axes, lines, label in (
+        (above, smooth, f"loss, mean of {window} steps"),
+        (below, distance, "distance from bf16, %"),
+    ):
         for name, line in lines.items():
-            places = [
-                (left + width * number / max(1, len(line) - 1), top + 160 * (1 - value / highest))
-                for number, value in enumerate(line)
-            ]
-            for (x, y), (to_x, to_y) in itertools.pairwise(places):
-                canvas.line(x, y, to_x, to_y, fill=colours[name])
-    canvas.legend(left, 488, list(colours.items()), columns=6, width=135)
-    canvas.save(path)
+            axes.plot(line, color=colours[name], label=name, linewidth=1)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        style_axes(axes)
+    below.set_xlabel("step")
+    above.legend(ncols=3, fontsize=8, frameon=False)
+    save_png(figure, path)
 
 
 def main() -> None:

@@ -29,13 +29,14 @@ from megatron_share4v.data.prepare.audit import (
     RecordSource,
     audit_records,
 )
-from megatron_share4v.data.prepare.audit_report import BatchShape, draw_histogram, format_report
+from megatron_share4v.data.prepare.audit_report import BINS, BatchShape, format_report, sample_lengths
 from megatron_share4v.data.prepare.audit_samples import format_sample, write_preprocessed
 from megatron_share4v.data.prepare.image_files import ImageFiles, scan_images
 from megatron_share4v.data.prepare.validate import KINDS, RecordValidator
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import Share4VError, exit_on_user_error
+from megatron_share4v.observability.charts import histogram, save_png
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
@@ -96,7 +97,12 @@ def _data(options: argparse.Namespace) -> int:
         text = format_report(result, shape, allowed=options.allow)
         (options.out / "report.txt").write_text(text, encoding="utf-8")
         if len(result.facts):
-            draw_histogram(result, shape).save(options.out / "lengths.png")
+            lengths = sample_lengths(result, shape)
+            x_label = "positions per sample, image slots included"
+            chart = histogram(
+                lengths, bins=2 * BINS, title=f"{len(lengths)} samples", x_label=x_label, y_label="samples"
+            )
+            save_png(chart, options.out / "lengths.png")
         _show(options, records, result)
     print(text + f"\nall findings, this report and the histogram are in {options.out}")
     unexpected = sum(count for kind, count in result.counts.items() if kind not in options.allow)

@@ -13,14 +13,16 @@ import sys
 from pathlib import Path
 
 from megatron_share4v.config.load import load_run
+from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError, exit_on_user_error
+from megatron_share4v.observability.charts import save_png
 from megatron_share4v.planner.case import Assumptions, Case
 from megatron_share4v.planner.gpus import GPUS
-from megatron_share4v.planner.plot import picture
+from megatron_share4v.planner.plot import draw_prediction
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import as_json, text
 from megatron_share4v.planner.search import search
-from megatron_share4v.planner.workload import workload_of
+from megatron_share4v.planner.workload import Workload, assumed_workload, has_prepared_data
 
 LARGEST = 16_384
 
@@ -31,9 +33,7 @@ def main() -> int:
         if not 1 <= options.world_size <= LARGEST:
             raise ConfigError(f"--world-size {options.world_size}: use 1 to {LARGEST}")
         config = load_run(options.config, options.overrides)
-        workload = workload_of(
-            config, samples=options.samples, text_length=options.text_length, longest=options.longest
-        )
+        workload = choose_workload(config, options)
         given = {"matrices": options.efficiency} if options.efficiency else {}
         setting = dict(
             world_size=options.world_size, workload=workload, gpu=GPUS[options.gpu], assumptions=Assumptions(**given)
@@ -52,8 +52,18 @@ def main() -> int:
         )
     drawn = asked or next(iter(found.best), None)
     if options.png and drawn is not None:
-        picture(drawn, title=f"{title}, {drawn.case.layout}").save(options.png)
+        save_png(draw_prediction(drawn, title=f"{title}, {drawn.case.layout}"), options.png)
     return 2 if refusals else 0
+
+
+def choose_workload(config: RunConfig, options: argparse.Namespace) -> Workload:
+    """The prepared data of `config` where it is on this machine and no option replaces it; assumptions otherwise."""
+    given = (options.samples, options.text_length, options.longest)
+    if given == (None, None, None) and has_prepared_data(config):
+        from megatron_share4v.planner.prepared_workload import measured_workload  # imports torch; planning needs none
+
+        return measured_workload(config)
+    return assumed_workload(config, samples=options.samples, text_length=options.text_length, longest=options.longest)
 
 
 def parse() -> argparse.Namespace:

@@ -1,11 +1,11 @@
-"""Ask the planner anew for the tables of docs/scaling.md and for docs/pictures/: python tools/plan_scaling.py [--docs DIR]"""
+"""Regenerate the tables of docs/scaling.md and the pictures of docs/pictures/: python tools/plan_scaling.py [--docs DIR]"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from megatron_share4v.planner.scaling import document, draw
+from megatron_share4v.planner.scaling import draw_pictures, update_document
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,8 +15,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that has scaling.md")
     options = parser.parse_args()
     page = options.docs / "scaling.md"
-    page.write_text(document(page.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
-    draw(ROOT, options.docs / "pictures")
+    page.write_text(update_document(page.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+    draw_pictures(ROOT, options.docs / "pictures")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from megatron_share4v.evaluate.benchmark_files import pick, read_json
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL
 from megatron_share4v.evaluate.tasks import get_task
 from megatron_share4v.evaluate.tasks.mmbench import OPEN_ROWS
-from megatron_share4v.observability.bar_chart import Series, bar_chart
+from megatron_share4v.observability.charts import Series, bar_chart, save_png
 
 COLUMNS = (
     "LLaVA-W", "MME-P", "MME-C", "MMB", "MMB-CN", "SEED-I", "MM-Vet", "QBench", "SQA-I", "VQAv2", "VizWiz", "GQA", "TextVQA", "POPE",
@@ -137,7 +137,5 @@ def save_chart(path: Path, measured: Sequence[Measured]) -> None:
         Series(line.title, [line.scores.get(column) for column in columns], bool(line.differs))
         for line in (*PUBLISHED, *ours)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bar_chart("Published, and measured here; striped: not the paper's kind of number", columns, series).save(
-        path, format="PNG"
-    )
+    title = "Published and measured scores; hatched: not comparable with the paper"
+    save_png(bar_chart(title, columns, series), path)

@@ -14,18 +14,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas
+from megatron_share4v.observability.charts import PALETTE, new_figure, save_png, style_axes
 from megatron_share4v.observability.records import read_lines
 from megatron_share4v.parallel.device import Device
 
+if TYPE_CHECKING:
+    from megatron_share4v.observability.charts import Figure
+
 ACCOUNTS = ("compute_s", "exposed_communication_s", "data_wait_s", "checkpoint_s", "restart_s", "lost_s", "other_s")
 COLOURS = dict(zip(ACCOUNTS, (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2], PALETTE[3], PALETTE[6], PALETTE[7])))
-PICTURE = "goodput.png"
+PICTURE, BINS = "goodput.png", 150
 
 
 class Clock:
@@ -116,34 +119,40 @@ def _times(metrics: Path | None, start_step: int) -> tuple[list[dict], float | N
 
 
 def draw_goodput(directory: Path) -> None:
-    """runs/X/goodput.png from runs/X/metrics.jsonl: the accounts over the run's wall-clock time, and their sums."""
+    """Write goodput.png from metrics.jsonl of a run directory; write nothing when no line has accounts."""
     lines, _ = _times(directory / "metrics.jsonl", 1 << 62)
-    if not lines:
-        return
+    if lines:
+        save_png(goodput_figure(lines), directory / PICTURE)
+
+
+def goodput_figure(lines: list[dict]) -> Figure:
+    """Share of each account over the run's wall-clock time, with the sums in the legend."""
     seconds = [sum(line[name] for name in ACCOUNTS) for line in lines]
-    whole, bins = sum(seconds), 150
-    canvas = Canvas(1000, 380)
-    left, top, width, height = 60, 56, 910, 200
-    share = 100 * sum(line["compute_s"] for line in lines) / max(whole, 1e-9)
-    canvas.text(left, 14, f"goodput {share:.1f} % of {_duration(whole)}, {len(lines)} steps", size=17)
-    for number, amounts in enumerate(_binned(lines, seconds, whole / bins, bins)):
-        y, total = top + height, max(sum(amounts.values()), 1e-12)
-        for name, amount in amounts.items():
-            tall = height * amount / total
-            y -= tall
-            canvas.box(left + number * width / bins, y, width / bins, tall, fill=COLOURS[name])
-    for part in range(5):
-        x, y = left + width * part / 4, top + height * part / 4
-        canvas.text(x, top + height + 6, _duration(whole * part / 4), align="middle", size=12)
-        canvas.line(left - 4, y, left, y, fill=FAINT)
-        canvas.text(left - 8, y - 7, f"{100 - 25 * part} %", align="right", size=12)
+    total = sum(seconds)
     sums = {name: sum(line[name] for line in lines) for name in ACCOUNTS}
-    entries = [
-        (f"{name[:-2].replace('_', ' ')}  {_duration(value)}  {100 * value / max(whole, 1e-9):.1f} %", COLOURS[name])
-        for name, value in sums.items()
-    ]
-    canvas.legend(left, top + height + 44, entries, columns=3, width=310)
-    canvas.save(directory / PICTURE)
+    shares = {name: amount / max(total, 1e-9) for name, amount in sums.items()}
+    unit, divisor = ("s", 1) if total < 120 else ("min", 60) if total < 7200 else ("h", 3600)
+    bins = _binned(lines, seconds, total / BINS, BINS)
+    heights = [[100 * amounts[name] / max(sum(amounts.values()), 1e-12) for amounts in bins] for name in ACCOUNTS]
+    labels = [f"{_label(name)}  {_duration(sums[name])}  {shares[name]:.1%}" for name in ACCOUNTS]
+    edges = [number * total / BINS / divisor for number in range(BINS + 1)]
+    figure = new_figure(1000, 380)
+    axes = figure.subplots()
+    colours = [COLOURS[name] for name in ACCOUNTS]
+    axes.stackplot(edges, [[*row, row[-1]] for row in heights], labels=labels, colors=colours, step="post", linewidth=0)
+    axes.set_title(f"goodput {shares['compute_s']:.1%} of {_duration(total)}, {len(lines)} steps", fontsize=11)
+    axes.set_xlim(0, max(edges[-1], 1e-9))
+    axes.set_ylim(0, 100)
+    axes.set_xlabel(f"wall-clock time, {unit}")
+    axes.set_ylabel("share of time, %")
+    style_axes(axes)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _label(account: str) -> str:
+    """Name of an account in the legend: the first start of a run counts as `restart_s` too, so it reads `start`."""
+    return "start" if account == "restart_s" else account.removesuffix("_s").replace("_", " ")
 
 
 def _binned(lines: list[dict], seconds: list[float], size: float, bins: int) -> list[dict[str, float]]:

@@ -1,92 +1,88 @@
-"""A prediction as a picture: what each pipeline rank does when, and what fills its memory."""
+"""Picture of a prediction: the pipeline schedule of one step, and the memory of each pipeline rank."""
 
 from __future__ import annotations
 
-from megatron_share4v.observability.canvas import FAINT, PALETTE, Canvas, Colour
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from megatron_share4v.observability.charts import PALETTE, new_figure, style_axes
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import CLASSES, PREDICTED
 
-WIDTH, LEFT, RIGHT = 1000, 70, 24
-ROWS = 16  # of more ranks, the first and the last ones are drawn
-FORWARD, BACKWARD = (
-    ((158, 190, 228), (108, 152, 206), (63, 105, 170), (36, 68, 120)),
-    ((246, 203, 165), (238, 170, 116), (226, 135, 67), (180, 96, 34)),
-)
+if TYPE_CHECKING:
+    from megatron_share4v.observability.charts import Axes, Figure
+
+WIDTH = 1000
+MAX_ROWS = 16
+"""Pipeline ranks drawn; of more, the first and the last ones."""
+FORWARD = ("#9ebee4", "#6c98ce", "#3f69aa", "#244478")
+BACKWARD = ("#f6cba5", "#eeaa74", "#e28743", "#b46022")
+IDLE = "#f3f4f6"
 
 
-def picture(plan: Prediction, *, title: str) -> Canvas:
-    """Timeline above, memory below."""
-    shown = _shown(plan.case.layout.pipeline)
-    tall = max(9, min(24, 240 // len(shown)))
-    memory_top = 76 + len(shown) * tall + 70
-    bar = max(12, min(26, 220 // len(shown)))
-    canvas = Canvas(WIDTH, memory_top + 34 + len(shown) * bar + 60)
-    canvas.text(LEFT, 12, title, size=16)
-    canvas.text(
-        LEFT, 34, f"{PREDICTED}: step {plan.step_s:.3f} s, {plan.utilisation}, bubble {plan.bubble:.1%}", size=13
-    )
-    _timeline(canvas, plan, shown, top=64, tall=tall)
-    _memory(canvas, plan, shown, top=memory_top, tall=bar)
-    return canvas
+def draw_prediction(prediction: Prediction, *, title: str) -> Figure:
+    """Schedule above, memory below, one row per pipeline rank."""
+    ranks = _shown_ranks(prediction.case.layout.pipeline)
+    row = max(10, min(24, 240 // len(ranks)))
+    figure = new_figure(WIDTH, 330 + 2 * row * len(ranks))
+    step = f"{PREDICTED}: step {prediction.step_s:.3f} s, {prediction.utilisation}, bubble {prediction.bubble:.1%}"
+    figure.suptitle(f"{title}\n{step}", fontsize=10)
+    schedule, memory = figure.subplots(2, 1)
+    _draw_schedule(schedule, prediction, ranks)
+    _draw_memory(memory, prediction, ranks)
+    return figure
 
 
-def _shown(ranks: int) -> list[int]:
-    return list(range(ranks)) if ranks <= ROWS else [*range(ROWS // 2), *range(ranks - ROWS // 2, ranks)]
+def _shown_ranks(ranks: int) -> list[int]:
+    half = MAX_ROWS // 2
+    return list(range(ranks)) if ranks <= MAX_ROWS else [*range(half), *range(ranks - half, ranks)]
 
 
-def _timeline(canvas: Canvas, plan: Prediction, shown: list[int], *, top: float, tall: float) -> None:
-    width, whole = WIDTH - LEFT - RIGHT, plan.pipeline_s + plan.after_s
-    virtual = plan.case.layout.virtual
-    for row, rank in enumerate(shown):
-        y = top + row * tall
-        canvas.text(LEFT - 8, y + tall / 2 - 8, f"rank {rank}", size=11, align="right")
-        canvas.box(LEFT, y + 1, width, tall - 2, fill=(243, 244, 246))
-        for timed in plan.timeline[rank]:
+def _draw_schedule(axes: Axes, prediction: Prediction, ranks: list[int]) -> None:
+    virtual = prediction.case.layout.virtual
+    for row, rank in enumerate(ranks):
+        spans = defaultdict(list)
+        for timed in prediction.timeline[rank]:
             shades = FORWARD if timed.piece.kind == "forward" else BACKWARD
-            x, wide = LEFT + width * timed.start / whole, width * (timed.end - timed.start) / whole
-            canvas.box(
-                x,
-                y + 1,
-                max(wide - (0.5 if wide > 4 else 0), 0.5),
-                tall - 2,
-                fill=shades[_shade(timed.piece.chunk, virtual)],
-            )
-        canvas.box(
-            LEFT + width * plan.pipeline_s / whole, y + 1, width * plan.after_s / whole, tall - 2, fill=PALETTE[2]
-        )
-    floor = top + len(shown) * tall
-    for part in range(5):
-        canvas.text(LEFT + width * part / 4, floor + 4, f"{whole * part / 4:.2f} s", size=11, align="middle")
-    entries: list[tuple[str, Colour]] = [
-        ("forward", FORWARD[2]),
-        ("backward", BACKWARD[2]),
-        ("gradients and update", PALETTE[2]),
-        ("waiting", (243, 244, 246)),
-    ]
-    canvas.legend(LEFT, floor + 24, entries, columns=4, width=190)
+            colour = shades[_shade(timed.piece.chunk, virtual)]
+            spans[colour].append((timed.start, timed.end - timed.start))
+        for colour, of_colour in spans.items():
+            axes.broken_barh(of_colour, (row - 0.45, 0.9), facecolors=colour, edgecolors=IDLE, linewidth=0.3)
+        update = [(prediction.pipeline_s, prediction.after_s)]
+        axes.broken_barh(update, (row - 0.45, 0.9), facecolors=PALETTE[2])
+    axes.set_facecolor(IDLE)
+    axes.set_xlim(0, prediction.pipeline_s + prediction.after_s)
+    axes.set_xlabel("time in the step, s", fontsize=9)
+    _label_ranks(axes, ranks)
+    colours = {"forward": FORWARD[2], "backward": BACKWARD[2], "gradients and update": PALETTE[2], "idle": IDLE}
+    for label, colour in colours.items():
+        axes.bar(0, 0, color=colour, label=label)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False)
 
 
 def _shade(chunk: int, virtual: int) -> int:
-    """Later chunks are darker; a single one is of the legend's colour."""
+    """Index of a colour: darker for later chunks, the legend's colour for a single one."""
     return 2 if virtual == 1 else round(chunk * 3 / (virtual - 1))
 
 
-def _memory(canvas: Canvas, plan: Prediction, shown: list[int], *, top: float, tall: float) -> None:
-    limit, width = plan.case.gpu.memory, WIDTH - LEFT - RIGHT
-    scale = width / max(plan.needed, limit) / 1.02
-    canvas.text(LEFT, top - 2, f"memory, GB of {plan.case.gpu.name}'s {limit / 1e9:.0f}", size=12)
-    y = top + 20
-    for row, rank in enumerate(shown):
-        x = float(LEFT)
-        canvas.text(LEFT - 8, y + row * tall + tall / 2 - 8, f"rank {rank}", size=11, align="right")
-        for number, name in enumerate(CLASSES):
-            wide = getattr(plan.memory[rank], name) * scale
-            canvas.box(x, y + row * tall + 1, wide, tall - 2, fill=PALETTE[number])
-            x += wide
-        canvas.text(x + 5, y + row * tall + tall / 2 - 8, f"{plan.memory[rank].total / 1e9:.1f}", size=11)
-    floor = y + len(shown) * tall
-    canvas.line(LEFT + limit * scale, y - 2, LEFT + limit * scale, floor + 2, fill=PALETTE[3])
-    canvas.line(LEFT, y - 2, LEFT, floor + 2, fill=FAINT)
-    canvas.legend(
-        LEFT, floor + 14, [(name, PALETTE[number]) for number, name in enumerate(CLASSES)], columns=6, width=145
-    )
+def _draw_memory(axes: Axes, prediction: Prediction, ranks: list[int]) -> None:
+    gpu = prediction.case.gpu
+    rows, left = range(len(ranks)), [0.0] * len(ranks)
+    for number, name in enumerate(CLASSES):
+        sizes = [getattr(prediction.memory[rank], name) / 1e9 for rank in ranks]
+        axes.barh(rows, sizes, left=left, height=0.9, color=PALETTE[number], label=name)
+        left = [before + size for before, size in zip(left, sizes)]
+    for row, total in zip(rows, left):
+        axes.text(total, row, f" {total:.1f}", va="center", fontsize=8)
+    axes.axvline(gpu.memory / 1e9, color=PALETTE[3], label=f"{gpu.name}, {gpu.memory / 1e9:.0f} GB")
+    axes.set_xlim(0, 1.05 * max(prediction.needed, gpu.memory) / 1e9)
+    axes.set_xlabel("memory, GB", fontsize=9)
+    style_axes(axes, grid="x")
+    _label_ranks(axes, ranks)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=7, fontsize=8, frameon=False)
+
+
+def _label_ranks(axes: Axes, ranks: list[int]) -> None:
+    axes.set_yticks(range(len(ranks)), [f"rank {rank}" for rank in ranks], fontsize=8)
+    axes.set_ylim(len(ranks) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=8)

@@ -12,7 +12,7 @@ from megatron_share4v.planner.workload import Workload
 SAMPLED_STEPS = 40
 
 
-def measured(config: RunConfig) -> Workload:
+def measured_workload(config: RunConfig) -> Workload:
     """Means over some steps of the run's own plan."""
     data, train = config.data, config.train
     plan = Sampler.from_config(config, open_index(data.train))

@@ -62,30 +62,14 @@ class Workload:
         )
 
 
-def workload_of(
-    config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None
-) -> Workload:
-    """The prepared data of `config` where it lies on this machine and nothing else is asked for; else assumptions, changed by the arguments.
-
-    text_length, longest: positions of a sample's text (its image not counted), on average and of the longest of a step. Raises DataError for
-    data that is there and cannot be read.
-    """
-    paths = [config.data.train] if isinstance(config.data.train, str) else [source.path for source in config.data.train]
-    if (
-        samples is None
-        and text_length is None
-        and longest is None
-        and all((Path(path) / "dataset.json").exists() for path in paths)
-    ):
-        from megatron_share4v.planner.prepared_workload import (
-            measured,  # reading data sets takes torch; assuming them does not
-        )
-
-        return measured(config)
-    return assumed(config, samples=samples, text_length=text_length, longest=longest)
+def has_prepared_data(config: RunConfig) -> bool:
+    """True when every training data set of `config` is prepared on this machine."""
+    train = config.data.train
+    paths = [train] if isinstance(train, str) else [source.path for source in train]
+    return all((Path(path) / "dataset.json").exists() for path in paths)
 
 
-def assumed(
+def assumed_workload(
     config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None
 ) -> Workload:
     """One image per sample, and texts as in CAPTIONS or INSTRUCTIONS, by the template."""

@@ -18,7 +18,7 @@ from megatron_share4v.planner.memory import Chunk, head_columns, tensors
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import record, text
 from megatron_share4v.planner.search import Found, search
-from megatron_share4v.planner.workload import Workload, assumed
+from megatron_share4v.planner.workload import Workload, assumed_workload
 
 RECIPE = "examples/share4v_7b/pretrain.yaml"
 
@@ -32,7 +32,7 @@ def case(config: RunConfig, world_size: int = 16, *, gpu: str = "h200", micro_ba
     changed = replace(
         config, parallel=replace(config.parallel, **parallel), train=replace(config.train, micro_batch_size=micro_batch)
     )
-    return Case.of(changed, world_size=world_size, workload=assumed(config, samples=1_246_000), gpu=GPUS[gpu])
+    return Case.of(changed, world_size=world_size, workload=assumed_workload(config, samples=1_246_000), gpu=GPUS[gpu])
 
 
 def test_weights_are_the_published_ones(config: RunConfig) -> None:
@@ -224,7 +224,8 @@ def test_options_of_memory_and_overlap_are_counted(config: RunConfig) -> None:
 
 def test_lengths_of_their_own_leave_less_padding(repository: Path) -> None:
     lengths = [
-        assumed(load_run(repository / RECIPE, [f"data.pad_to={whose}"])).length for whose in ("step", "micro_batch")
+        assumed_workload(load_run(repository / RECIPE, [f"data.pad_to={whose}"])).length
+        for whose in ("step", "micro_batch")
     ]
     assert lengths == [976, 896]
 
@@ -243,7 +244,10 @@ def test_search_finds_the_fastest(repository: Path, world_size: int, overrides: 
     """The pruned search against all candidates simulated, and its bound against every one of them."""
     config = load_run(repository / RECIPE, overrides)
     setting = dict(
-        world_size=world_size, workload=assumed(config, samples=1000), gpu=GPUS["h200"], assumptions=Assumptions()
+        world_size=world_size,
+        workload=assumed_workload(config, samples=1000),
+        gpu=GPUS["h200"],
+        assumptions=Assumptions(),
     )
     few, every = search(config, **setting, keep=4), search(config, **setting, keep=10_000)
     assert len(every.best) + sum(every.refused.values()) == every.tried and len(few.best) == 4

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from megatron_share4v.data.prepare.audit import AuditResult
 from megatron_share4v.data.sampling.orders import modality_length_order, random_order
@@ -93,31 +92,6 @@ def format_report(audit: AuditResult, shape: BatchShape, *, allowed: Sequence[st
     if len(audit.facts):
         parts += [_lengths(audit, shape), _images(audit), _batching(audit, shape)]
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
-
-
-def draw_histogram(audit: AuditResult, shape: BatchShape) -> Image.Image:
-    """The lengths as a bar chart."""
-    counts, edges = np.histogram(sample_lengths(audit, shape), bins=2 * BINS)
-    width, height, left, top, bottom = 900, 420, 70, 40, 60
-    image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    step = (width - left - 30) / len(counts)
-    floor, highest = height - bottom, max(int(counts.max(initial=0)), 1)
-    for number, count in enumerate(counts):
-        x = left + number * step
-        draw.rectangle((x, floor - (floor - top) * count / highest, x + step - 2, floor), fill=(70, 110, 180))
-    draw.line((left, floor, width - 30, floor), fill="black")
-    for number in range(0, len(edges), 5):
-        draw.text((left + number * step, floor + 6), f"{edges[number]:.0f}", fill="black", font=font, anchor="ma")
-    for share in (0.5, 1.0):
-        draw.text(
-            (left - 8, floor - (floor - top) * share), f"{highest * share:.0f}", fill="black", font=font, anchor="rm"
-        )
-    draw.text(
-        (width / 2, height - 24), "positions per sample, image slots included", fill="black", font=font, anchor="ma"
-    )
-    draw.text((width / 2, 10), f"{len(audit.facts)} samples", fill="black", font=font, anchor="ma")
-    return image
 
 
 def _padded(lengths: np.ndarray, size: int, multiple: int) -> int:
