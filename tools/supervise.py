@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_share4v.config.arguments import at_least_zero, natural
 from megatron_share4v.errors import ConfigError, disk_errors_as_config_error, exit_on_user_error
 from megatron_share4v.logging import configure
-from megatron_share4v.resilience.supervisor import Policy, Supervisor, run_directory
+from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor, run_directory
 
 
 def main() -> None:
@@ -39,7 +39,9 @@ def main() -> None:
             raise ConfigError("no command; write it after --")
         configure(rank=0)
         run = arguments.run or run_directory(command)
-        policy = Policy(max_restarts=arguments.max_restarts, pause_s=arguments.pause_s, leads=not arguments.follow)
+        policy = RestartPolicy(
+            max_restarts=arguments.max_restarts, pause_s=arguments.pause_s, leads=not arguments.follow
+        )
         with disk_errors_as_config_error(run):
             code = Supervisor(command, run, policy).supervise()
         sys.exit(code)

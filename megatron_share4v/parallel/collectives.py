@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,10 +44,10 @@ def run_on_rank0(action: Callable[[], T], *, group: dist.ProcessGroup | None = N
             failure = CheckpointError(
                 f"{error.filename}: {error.strerror}; check the path, its permissions and the free space"
             )
-    outcome: tuple[T, Share4VError | None] = broadcast_object((result, failure), group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    result, failure = broadcast_object((result, failure), group=group)
+    if failure is not None:
+        raise failure
+    return cast(T, result)
 
 
 def gather_interleaved_rows(

@@ -1,4 +1,7 @@
-"""Where one rank is, as a file that others can read: `watch/rank<N>.json` in the run directory. Who writes it is heartbeat.py; who reads it, hang_diagnosis.py and the supervisor."""
+"""The state of one rank in files that other processes can read: `watch/rank<N>.json` and `.place` in the run directory.
+
+Written by heartbeat.py, read by hang_diagnosis.py and the supervisor.
+"""
 
 from __future__ import annotations
 
@@ -14,45 +17,49 @@ from types import FrameType
 from megatron_share4v.files import atomic_write_json
 
 PACKAGE = f"{os.sep}megatron_share4v{os.sep}"
-_OF_TORCH = f"torch{os.sep}distributed{os.sep}distributed_c10d.py"
-# Where megatron-core waits for what torch.distributed began earlier.
-_WAITS = ("p2p_communication.py", "param_and_grad_buffer.py")
+_TORCH_COLLECTIVES = f"torch{os.sep}distributed{os.sep}distributed_c10d.py"
+_CORE_WAITS = ("p2p_communication.py", "param_and_grad_buffer.py")
+"""Files of megatron-core that wait for asynchronous collectives and point-to-point operations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankState:
-    """What one rank says of itself. beat: counts up while it lives; born: start time of its process, in the kernel's ticks."""
+    """State of one rank; the fields are the keys of rank<N>.json."""
 
     rank: int
     host: str
     pid: int
     born: int
+    """Start time of the process in clock ticks; tells it from a later process with the same pid."""
     beat: int
+    """Number of heartbeats so far."""
     step: int
+    """Step in progress, 1-based; 0 before the first."""
     phase: str
     micro_batch: int
-    """-1: none yet."""
+    """Micro-batch in progress, 0-based; -1 before the first of the step."""
     since_s: float
-    """In this phase and micro-batch."""
+    """Seconds in this phase and micro-batch."""
     where: str
-    """Innermost line of this project on the main thread."""
+    """Innermost line of this project on the stack of the main thread."""
     collective: str
-    """The function that waits for other ranks; "": none does."""
+    """Function of torch.distributed or megatron-core that waits for other ranks; empty when none does."""
     ended: str | None = None
-    """None: it runs. "": it came to its end. Else the error that ended it."""
+    """None while the rank runs, empty when it completed, else the error that ended it."""
     code: int | None = None
-    """What it ended with."""
+    """Exit code; None while the rank runs."""
     events: list[str] = field(default_factory=list)
+    """Last phases entered, with their time of day."""
 
     @property
     def position(self) -> str:
-        """For messages."""
+        """Step, phase and micro-batch, for messages."""
         micro_batch = f", micro-batch {self.micro_batch}" if self.micro_batch >= 0 else ""
         return f"step {self.step}, {self.phase}{micro_batch}"
 
 
-class Place:
-    """Where a rank is right now, in a file mapped into its memory: setting it costs nothing, and the kernel keeps it when the process is killed."""
+class MappedPosition:
+    """Step, phase and micro-batch of a rank in a memory-mapped file: cheap to set, and kept when the rank is killed."""
 
     _LAYOUT = struct.Struct("<qq32s")  # step, micro-batch, phase
 
@@ -63,12 +70,12 @@ class Place:
             self._memory = mmap.mmap(file.fileno(), self._LAYOUT.size)
 
     def set(self, *, step: int, phase: str, micro_batch: int) -> None:
-        """Remember it."""
+        """Store the position."""
         self._LAYOUT.pack_into(self._memory, 0, step, micro_batch, phase.encode())
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> dict[str, int | str]:
-        """The fields of RankState that it replaces; none where the rank has no such file, or has not set it."""
+        """Read the fields of RankState that the file overrides; empty when the rank has not set a position."""
         path = folder / f"rank{rank}.place"
         content = path.read_bytes() if path.exists() else b""
         if len(content) != cls._LAYOUT.size or not any(content):
@@ -78,34 +85,32 @@ class Place:
 
 
 def write_state(folder: Path, state: RankState) -> None:
-    """Replace the rank's file."""
+    """Replace rank<N>.json atomically."""
     atomic_write_json(folder / f"rank{state.rank}.json", asdict(state))
 
 
 def read_state(folder: Path, rank: int) -> RankState | None:
-    """None: the rank has not said anything."""
+    """Read the state of a rank, with the position from its mapped file; None when the rank has not started."""
     path = folder / f"rank{rank}.json"
     if not path.exists():
         return None
-    return RankState(**(json.loads(path.read_text(encoding="utf-8")) | Place.read(folder, rank)))
+    return RankState(**(json.loads(path.read_text(encoding="utf-8")) | MappedPosition.read(folder, rank)))
 
 
 def read_states(folder: Path) -> list[RankState]:
-    """Of all ranks that have said something, in their order."""
+    """Read the states of all ranks that have started, in rank order."""
     ranks = sorted(int(path.stem.removeprefix("rank")) for path in folder.glob("rank*.json"))
     return [state for rank in ranks if (state := read_state(folder, rank)) is not None]
 
 
-def locate(frame: FrameType | None) -> tuple[str, str]:
-    """(innermost line of this project, function that waits for other ranks) of a thread's stack; "" where there is none."""
+def locate_frame(frame: FrameType | None) -> tuple[str, str]:
+    """Return (innermost line of this project, function that waits for other ranks) of a stack; empty where none."""
     where, collective = "", ""
-    # From the outermost call inwards; the first of torch's is the one that was asked for.
+    # From the outermost call inwards: the first function of torch.distributed is the one that was called.
     for entry in traceback.extract_stack(frame) if frame is not None else ():
         if PACKAGE in entry.filename:
-            where, collective = (
-                f"{PACKAGE.strip(os.sep)}/{entry.filename.rpartition(PACKAGE)[2]}:{entry.lineno} {entry.name}",
-                "",
-            )
-        elif entry.filename.endswith((_OF_TORCH, *_WAITS)) and not collective and entry.name != "wrapper":
-            collective = entry.name
+            path = f"{PACKAGE.strip(os.sep)}/{entry.filename.rpartition(PACKAGE)[2]}"
+            where, collective = f"{path}:{entry.lineno} {entry.name}", ""
+        elif entry.filename.endswith((_TORCH_COLLECTIVES, *_CORE_WAITS)) and not collective:
+            collective = "" if entry.name == "wrapper" else entry.name
     return where, collective

@@ -1,4 +1,4 @@
-"""One job at a time in a run directory, kept by an advisory lock (flock) on job.lock: two jobs would write the same checkpoints and metrics.
+"""Lock of a run directory (flock on job.lock): two jobs would write the same checkpoints and metrics.
 
 The kernel, or the NFS server, releases the lock when its holder dies, however that happens; the text in the file is for
 people. The supervisor imports this module, so torch is imported only in the collective functions.

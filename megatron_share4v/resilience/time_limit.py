@@ -1,4 +1,4 @@
-"""The clock of a run: when the next save is due, and when there is just time left to save and end. One rank looks at it and the others follow."""
+"""Time limit of a run: when a periodic save is due, and when the run must save and end. Evaluated on rank 0 only."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from megatron_share4v.parallel.launch import scheduled_end
 
 
 class TimeLimit:
-    """Reads the clock `now`, in seconds. Durations of saves are told to it."""
+    """Tracks the durations of steps and saves against the time limit of the run and of the scheduler."""
 
     def __init__(
         self, config: RunConfig, *, now: Callable[[], float] = time.monotonic, clock: Callable[[], float] = time.time
     ) -> None:
-        """now: seconds that nobody sets back, unlike those of `clock`, in which the scheduler says its end. Raises ConfigError when the scheduler's time cannot be read."""
-        self._now, self._every_s, self._reserve_s = (
-            now,
-            60.0 * config.checkpoint.every_minutes,
-            config.checkpoint.before_time_limit_s,
-        )
+        """Read the limits. now: monotonic clock; clock: seconds since 1970, in which the scheduler gives its end.
+
+        Raises ConfigError when the scheduler's end time is not a number.
+        """
+        self._now, self._reserve_s = now, config.checkpoint.before_time_limit_s
+        self._save_interval_s = 60.0 * config.checkpoint.every_minutes
         self._last_save = self._last_step = now()
         self._longest_step_s = self._longest_save_s = 0.0
         limit = config.run.time_limit_minutes
@@ -38,29 +38,29 @@ class TimeLimit:
 
     @property
     def save_is_due(self) -> bool:
-        """checkpoint.every_minutes have passed since the last save."""
-        return self._every_s > 0 and self._now() - self._last_save >= self._every_s
+        """Whether checkpoint.every_minutes have passed since the last save."""
+        return self._save_interval_s > 0 and self._now() - self._last_save >= self._save_interval_s
 
     @property
     def is_up(self) -> bool:
-        """Another step and a save after it may not end checkpoint.before_time_limit_s before the limit."""
+        """Whether another step and a save may not end checkpoint.before_time_limit_s before the limit."""
         if self._end is None:
             return False
         return self._now() + self._longest_step_s + self._longest_save_s + self._reserve_s >= self._end
 
     def step_ended(self) -> None:
-        """A step, with all that came after it but for saving, is done."""
+        """Count a step as ended, with validation and logging after it but without its save."""
         self._longest_step_s = max(self._longest_step_s, self._now() - self._last_step)
         self._last_step = self._now()
 
-    def save_began(self) -> None:
-        """The next save is due so long after this moment."""
+    def save_started(self) -> None:
+        """Start the interval to the next periodic save."""
         self._last_save = self._now()
 
-    def training_goes_on(self) -> None:
-        """After a save, or what of it training waited for: the time until here is no step's."""
+    def training_resumed(self) -> None:
+        """Exclude the time since the last step, in which training waited for a save, from the next step."""
         self._last_step = self._now()
 
     def save_ended(self, *, seconds: float) -> None:
-        """A save is complete, so long after it began. Another thread may say so."""
+        """Count a save as complete; may be called from the thread that writes it."""
         self._longest_save_s = max(self._longest_save_s, seconds)

@@ -60,7 +60,7 @@ class Saver:
         waited = time.perf_counter() - started
         training, started = self._training, time.perf_counter()
         if self._timekeeper is not None:
-            self._timekeeper.save_began()
+            self._timekeeper.save_started()
         complete = start_save(
             training.checkpoints,
             step=step,
@@ -87,7 +87,7 @@ class Saver:
             )
             self._thread.start()
         if self._timekeeper is not None:
-            self._timekeeper.training_goes_on()
+            self._timekeeper.training_resumed()
 
     def finish(self) -> None:
         """Wait until nothing is being written. Raises CheckpointError, on all ranks, when that could not be."""

@@ -25,7 +25,7 @@ from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.resilience.error_report import ErrorReport
 from megatron_share4v.resilience.heartbeat import Heartbeat, PhaseTimeouts
-from megatron_share4v.resilience.preflight.consistency import check_same_start
+from megatron_share4v.resilience.preflight.consistency import check_ranks_consistent
 from megatron_share4v.resilience.replica_checksum import check_replicas
 from megatron_share4v.resilience.run_lock import exclusive_run
 from megatron_share4v.resilience.shutdown import Agreed, Ballot, Signals, announce
@@ -61,18 +61,18 @@ def _run(config: RunConfig) -> None:
     timeout_s = config.parallel.timeout_s
     signals, watch = (
         Signals(),
-        Heartbeat(directory, rank=world.rank, ranks=world.size, bounds=PhaseTimeouts.from_config(config)),
+        Heartbeat(directory, rank=world.rank, ranks=world.size, timeouts=PhaseTimeouts.from_config(config)),
     )
-    words = ErrorReport(directory / "log", rank=world.rank, ranks=world.size, place=lambda: watch.position)
+    words = ErrorReport(directory / "log", rank=world.rank, ranks=world.size, position=lambda: watch.position)
     with (
         signals.heard(),
-        words.kept(),
+        words.record_errors(),
         process_group(world, device, timeout_s=timeout_s),
         exclusive_run(directory, rank=world.rank),
     ):
         # Whatever a user has to do from here on, the watch says to whoever would start the run again.
         with watch.running(), disk_errors_as_config_error(directory):
-            check_same_start(config)
+            check_ranks_consistent(config)
             check_wandb(config)
             layout = Layout.for_world(config.parallel, world_size=world.size)
             with open_mesh(layout, device=device, timeout_s=timeout_s) as mesh:
@@ -143,7 +143,7 @@ class Loop:
         )
         self.watch.enter("data", step=training.start_step + 1)
         # What a failing rank says is said before its world is left, which may take long.
-        kept = self.words.kept() if self.words is not None else contextlib.nullcontext()
+        kept = self.words.record_errors() if self.words is not None else contextlib.nullcontext()
         with kept, self.card.failing(), disk_errors_as_config_error(training.directory), contextlib.closing(steps):
             for data in steps:
                 step, agreed = data.items.step + 1, self.make_step(data)

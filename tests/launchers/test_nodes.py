@@ -178,7 +178,7 @@ def test_supervisors_of_both_nodes_start_again(nodes: list[Node], config: Path) 
     assert [line["step"] for line in lines(directory / "metrics.jsonl")] == list(range(1, STEPS + 1))
     first, last = lines(directory / "restarts.jsonl")
     assert (
-        f"died without a word, as by kill -9 or for want of memory: rank 1 ({nodes[1].name}, " in first["reason"]
+        f"killed without an error report (kill -9, out of memory): rank 1 ({nodes[1].name}, " in first["reason"]
         and first["step"] == STEPS
     ), first
     assert (first["newest_checkpoint"], first["again"], last["newest_checkpoint"], last["code"]) == (

@@ -17,7 +17,7 @@ from megatron_share4v.errors import OpsError
 from megatron_share4v.observability.hardware_counters import Counters, read_gpus
 from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
 from megatron_share4v.observability.writers import RunWriters, StepRecord
-from megatron_share4v.resilience.error_report import Word, merged, read_words, summary
+from megatron_share4v.resilience.error_report import RankError, format_report, read_rank_errors, summarize
 
 GONE = "RuntimeError: [../gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:4: Connection reset by peer"
 
@@ -47,7 +47,7 @@ def test_the_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None
         < text.index("UTC, rank 1")
         < text.index("UTC, rank 0")
     )
-    assert next(word.rank for word in read_words(directory / "log" / "errors")) == 1
+    assert next(word.rank for word in read_rank_errors(directory / "log" / "errors")) == 1
 
 
 def test_a_killed_rank_is_missed(bench) -> None:
@@ -56,7 +56,7 @@ def test_a_killed_rank_is_missed(bench) -> None:
     assert outcome.codes[1] == -9
     assert (
         "the first to notice: rank 0 on " in outcome.output
-        and "no last word from rank 1: ended from outside (kill -9" in outcome.output
+        and "no error report from rank 1: killed (kill -9" in outcome.output
     ), outcome.output
     for name in ("rank7.json", "rankx.json"):
         (directory / "log" / "errors" / name).write_text("{")
@@ -73,17 +73,17 @@ def test_a_killed_rank_is_missed(bench) -> None:
 
 def test_words_are_ordered_by_cause_then_time() -> None:
     words = [
-        Word(0, "a", 10.0, "step 3, compute", GONE, "tb0"),
-        Word(3, "b", 12.0, "step 3, data", "DataError: x", "tb3"),
-        Word(1, "a", 11.0, "step 3, compute", GONE, "tb1"),
+        RankError(0, "a", 10.0, "step 3, compute", GONE, "tb0"),
+        RankError(3, "b", 12.0, "step 3, data", "DataError: x", "tb3"),
+        RankError(1, "a", 11.0, "step 3, compute", GONE, "tb1"),
     ]
-    words.sort(key=lambda word: (word.is_consequence, word.at))
-    assert summary(words, ranks=5).splitlines() == [
+    words.sort(key=lambda word: (word.peer_lost, word.at))
+    assert summarize(words, ranks=5).splitlines() == [
         "first to fail: rank 3 on b, step 3, data: DataError: x",
         "then rank 0, 1: its peers were gone",
-        "no last word from rank 2, 4: ended from outside (kill -9, out of memory, a lost node), or still at work",
+        "no error report from rank 2, 4: killed (kill -9, out of memory, a lost node), or still running",
     ]
-    text = merged(words, ranks=5)
+    text = format_report(words, ranks=5)
     assert text.index("tb3") < text.index("tb0") < text.index("tb1")
 
 

@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_share4v.resilience.hang_diagnosis import Seen, diagnose
-from megatron_share4v.resilience.rank_state import RankState, locate
+from megatron_share4v.resilience.hang_diagnosis import ObservedRank, diagnose
+from megatron_share4v.resilience.rank_state import RankState, locate_frame
 
 WAITING = RankState(
     rank=0, host="a", pid=1, born=1, beat=9, step=7, phase="compute", micro_batch=2, since_s=50.0, where="train/step.py:9 _reduce", collective="all_reduce"
 )  # fmt: skip
 
 
-def world(*odd: tuple[int, dict], size: int = 4) -> list[Seen]:
+def world(*odd: tuple[int, dict], size: int = 4) -> list[ObservedRank]:
     """All wait in the same place but for `odd`."""
     changes = dict(odd)
-    return [Seen(rank, replace(WAITING, rank=rank, **changes.get(rank, {})), True, "S") for rank in range(size)]
+    return [ObservedRank(rank, replace(WAITING, rank=rank, **changes.get(rank, {})), True, "S") for rank in range(size)]
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,12 @@ def world(*odd: tuple[int, dict], size: int = 4) -> list[Seen]:
             (1,),
             "it has ended: ValueError: x",
         ),
-        (world((1, {"ended": "", "code": 0})), (1,), "it came to its end while others go on"),
+        (world((1, {"ended": "", "code": 0})), (1,), "it completed while others continue"),
         (world(), (), "all ranks wait in all_reduce (train/step.py:9 _reduce) and none differs: the network"),
         (world(*((rank, {"collective": ""}) for rank in range(4))), (), "no rank waits for another"),
     ],
 )
-def test_who_differs(seen: list[Seen], ranks: tuple[int, ...], cause: str) -> None:
+def test_who_differs(seen: list[ObservedRank], ranks: tuple[int, ...], cause: str) -> None:
     found = diagnose(seen)
     assert found.ranks == ranks and cause in found.cause and found.silent == ()
 
@@ -49,13 +49,13 @@ def test_who_differs(seen: list[Seen], ranks: tuple[int, ...], cause: str) -> No
         ("T", "is stopped"),
         ("D", "waits for a disk or a driver"),
         ("gone", "is gone"),
-        ("", "nor its host answers"),
-        ("R", "in C holds its lock"),
+        ("", "nor its host responds"),
+        ("R", "into C holds the interpreter lock"),
     ],
 )
 def test_silent_ranks_come_first(letter: str, cause: str) -> None:
     seen = world((2, {"collective": ""}))
-    seen[1] = replace(seen[1], lives=False, letter=letter)
+    seen[1] = replace(seen[1], alive=False, letter=letter)
     found = diagnose(seen)
     assert (
         found.ranks == found.silent == (1,)
@@ -65,12 +65,12 @@ def test_silent_ranks_come_first(letter: str, cause: str) -> None:
 
 
 def test_a_rank_that_never_spoke() -> None:
-    found = diagnose([*world()[:3], Seen(3, None, False)])
-    assert found.ranks == (3,) and "has never said anything" in found.cause
+    found = diagnose([*world()[:3], ObservedRank(3, None, False)])
+    assert found.ranks == (3,) and "has never written its state" in found.cause
 
 
 def test_where_a_thread_stands() -> None:
-    assert locate(None) == ("", "")
+    assert locate_frame(None) == ("", "")
     import sys
 
-    assert locate(sys._getframe()) == ("", ""), "pytest and this test are none of the package"
+    assert locate_frame(sys._getframe()) == ("", ""), "pytest and this test are none of the package"

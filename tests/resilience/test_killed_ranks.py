@@ -17,9 +17,9 @@ from launching import ROOT, lines, start
 
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.process import process_status
-from megatron_share4v.resilience.exit_analysis import examine
+from megatron_share4v.resilience.exit_analysis import analyze_exit
 from megatron_share4v.resilience.rank_state import RankState, read_states, write_state
-from megatron_share4v.resilience.supervisor import Policy, Supervisor, run_directory
+from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor, run_directory
 
 T2P2 = (
     "parallel.tensor=2",
@@ -38,13 +38,14 @@ def test_any_rank_killed_at_any_step(bench) -> None:
     for rank, step in enumerate((2, 3, 5, 6)):
         outcome = train(bench.config, 4, f"run.directory={directory}", *T2P2, faults=f"kill:{rank}:{step}")
         assert outcome.codes[rank] == -9 and 0 not in outcome.codes, outcome.output
-        after = examine(directory)
+        after = analyze_exit(directory)
         assert (
-            f"died without a word, as by kill -9 or for want of memory: rank {rank} (" in after.reason and after.goes_on
+            f"killed without an error report (kill -9, out of memory): rank {rank} (" in after.reason
+            and after.restart_can_help
         ), after
         assert (after.step, after.of_step) == (step, True) and len(lines(directory / "metrics.jsonl")) == step - 1
     assert train(bench.config, 4, f"run.directory={directory}", *T2P2).codes == [0] * 4
-    assert bench.curve(directory) == bench.curve(whole) and examine(directory).code == 0
+    assert bench.curve(directory) == bench.curve(whole) and analyze_exit(directory).code == 0
 
 
 def test_ranks_end_with_their_launcher(bench) -> None:
@@ -64,7 +65,7 @@ def test_ranks_end_with_their_launcher(bench) -> None:
     ):
         assert time.monotonic() < deadline, "ranks outlive torchrun"
         time.sleep(0.1)
-    assert len(states) == 2 and "rank 0 (" in examine(directory).reason
+    assert len(states) == 2 and "rank 0 (" in analyze_exit(directory).reason
     outcome = train(bench.config, 2, f"run.directory={directory}")
     assert outcome.codes == [0, 0] and "at step 3" in outcome.output and bench.curve(directory) == bench.undisturbed
 
@@ -100,7 +101,7 @@ def test_supervised(bench) -> None:
         (3, 7, 7, False),
     ]
     assert (
-        all("died without a word" in line["reason"] and line["code"] is None for line in records[:2])
+        all("killed without an error report" in line["reason"] and line["code"] is None for line in records[:2])
         and records[2]["code"] == 75
     )
     [skipped] = lines(directory / "skip_steps.jsonl")
@@ -143,7 +144,7 @@ sys.exit({code})
 
 
 def test_giving_up_and_progress(tmp_path: Path) -> None:
-    policy = Policy(max_restarts=2, pause_s=0.0)
+    policy = RestartPolicy(max_restarts=2, pause_s=0.0)
     hopeless = Supervisor(
         script(
             tmp_path / "a",
@@ -165,9 +166,9 @@ def test_giving_up_and_progress(tmp_path: Path) -> None:
     assert saved.supervise() == 0 and len(lines(tmp_path / "b" / "restarts.jsonl")) == 6
     assert not (tmp_path / "b" / "skip_steps.jsonl").exists(), "no step's samples end a save"
     silent = Supervisor(
-        [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "c", Policy(max_restarts=0, pause_s=0.0)
+        [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "c", RestartPolicy(max_restarts=0, pause_s=0.0)
     )
-    assert silent.supervise() == 1 and "no rank has begun" in lines(tmp_path / "c" / "restarts.jsonl")[0]["reason"]
+    assert silent.supervise() == 1 and "no rank has started" in lines(tmp_path / "c" / "restarts.jsonl")[0]["reason"]
 
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (75, 1), (77, 3)])
@@ -176,7 +177,9 @@ def test_what_is_not_started_again(tmp_path: Path, code: int, starts: int) -> No
     other = RankState(**asdict(STATE) | {"ended": "RuntimeError: connection closed", "code": 1})
     assert (
         Supervisor(
-            script(tmp_path / "run", [other, ended], code=1), tmp_path / "run", Policy(max_restarts=2, pause_s=0.0)
+            script(tmp_path / "run", [other, ended], code=1),
+            tmp_path / "run",
+            RestartPolicy(max_restarts=2, pause_s=0.0),
         ).supervise()
         == code
     )
@@ -204,7 +207,7 @@ def test_a_follower_starts_when_the_first_node_has_ended(tmp_path: Path) -> None
 
     node = threading.Thread(target=first_node)
     node.start()
-    assert Supervisor(command, tmp_path, Policy(pause_s=0.0, leads=False)).supervise() == 77
+    assert Supervisor(command, tmp_path, RestartPolicy(pause_s=0.0, leads=False)).supervise() == 77
     node.join()
     assert seen == [1, 2] and len(starts.read_text()) == 2 and len(lines(records)) == 3
 
@@ -213,7 +216,7 @@ def test_who_failed_by_itself(tmp_path: Path) -> None:
     (tmp_path / "watch").mkdir()
     for rank, error in enumerate(("RuntimeError: Connection closed by peer [127.0.0.1]", "ValueError: x")):
         write_state(tmp_path / "watch", RankState(**asdict(STATE) | {"rank": rank, "ended": error, "code": 1}))
-    assert examine(tmp_path).reason == "rank 1: ValueError: x" and examine(tmp_path).goes_on
+    assert analyze_exit(tmp_path).reason == "rank 1: ValueError: x" and analyze_exit(tmp_path).restart_can_help
 
 
 def test_who_died_first(tmp_path: Path) -> None:
@@ -221,7 +224,7 @@ def test_who_died_first(tmp_path: Path) -> None:
     for rank, beat in enumerate((20, 12, 20)):
         (tmp_path / "watch").mkdir(exist_ok=True)
         write_state(tmp_path / "watch", RankState(**asdict(STATE) | {"rank": rank, "beat": beat}))
-    assert "rank 1 (h, pid 1), at step 4" in examine(tmp_path).reason
+    assert "rank 1 (h, pid 1), at step 4" in analyze_exit(tmp_path).reason
 
 
 def test_run_directory_of_a_command(bench) -> None:
@@ -239,4 +242,4 @@ def test_run_directory_of_a_command(bench) -> None:
     with pytest.raises(
         ConfigError, match="no-such-launcher: cannot be started: No such file or directory; see what stands after --"
     ):
-        Supervisor(["no-such-launcher", *words[1:]], bench.root / "unlaunched", Policy()).supervise()
+        Supervisor(["no-such-launcher", *words[1:]], bench.root / "unlaunched", RestartPolicy()).supervise()

@@ -18,10 +18,10 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.resilience.preflight import node
 from megatron_share4v.resilience.preflight.node import (
     GPU_FIELDS,
-    check_room,
+    check_capacity,
+    check_gpu_status,
     check_settings,
     checkpoint_bytes,
-    judge_gpu,
 )
 
 REMOVED = "tokenizer.model"
@@ -50,11 +50,11 @@ def look(config: Path, root: Path) -> list:
     rank, run, results = dist.get_rank(), load_run(config), []
 
     def examine(*shared: Path) -> None:
-        report = cluster.examine(run, rank=rank, device=Device("cpu"), shared=shared)
+        report = cluster.check_all(run, rank=rank, device=Device("cpu"), shared=shared)
         results.append((report.errors, report.warnings, report.lines))
 
-    cluster.PATIENCE_S = 1.0
-    cluster.SLOW_SHARE = 0.0  # the machine of the tests is shared
+    cluster.FILE_WAIT_S = 1.0
+    cluster.SLOW_FRACTION = 0.0  # the machine of the tests is shared
     examine()
     examine(root / f"own{int(rank == 1)}")
     if rank == 2:
@@ -74,9 +74,9 @@ def look(config: Path, root: Path) -> list:
             lambda path: "other" if path.name == "dataset.json" else other(path),
         )
     examine()
-    seconds, cluster.SLOW_SHARE = cluster._seconds, 0.1
-    cluster._seconds = lambda *what, **how: seconds(*what, **how) * (1000 if rank == 1 else 1)
-    results.append(cluster._speed(["first", "second", "second"], Device("cpu")))
+    seconds, cluster.SLOW_FRACTION = cluster._time_per_call, 0.1
+    cluster._time_per_call = lambda *what, **how: seconds(*what, **how) * (1000 if rank == 1 else 1)
+    results.append(cluster._check_speed(["first", "second", "second"], Device("cpu")))
     return results
 
 
@@ -141,8 +141,7 @@ def test_impossible_runs_are_one_message_and_exit_code_2(config: Path) -> None:
     done = ended(config, "--timeout=2", **alone)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
-        "rank 1 of 2 on" in done.stderr
-        and "did not come together with the others at 127.0.0.1:9 within 2 s" in done.stderr
+        "rank 1 of 2 on" in done.stderr and "could not connect to the others at 127.0.0.1:9 within 2 s" in done.stderr
     )
 
 
@@ -152,28 +151,28 @@ def status(**changes: str) -> dict[str, str]:
 
 
 def test_gpus_that_are_slow_or_damaged_by_their_own_account() -> None:
-    assert list(judge_gpu(status())) == []
+    assert list(check_gpu_status(status())) == []
     assert (
         list(
-            judge_gpu(
+            check_gpu_status(
                 status(**{"clocks.applications.graphics": "[N/A]", "ecc.errors.uncorrected.volatile.total": "[N/A]"})
             )
         )
         == []
     )
-    [finding] = judge_gpu(status(**{"clocks.applications.graphics": "1200"}))
+    [finding] = check_gpu_status(status(**{"clocks.applications.graphics": "1200"}))
     assert finding.level == "warning" and "1200 of 1980 MHz" in finding.text
-    [finding] = judge_gpu(status(**{"clocks_throttle_reasons.sw_thermal_slowdown": "Active"}))
+    [finding] = check_gpu_status(status(**{"clocks_throttle_reasons.sw_thermal_slowdown": "Active"}))
     assert finding.level == "warning" and "sw_thermal_slowdown" in finding.text
-    [finding] = judge_gpu(status(**{"ecc.errors.uncorrected.volatile.total": "3"}))
+    [finding] = check_gpu_status(status(**{"ecc.errors.uncorrected.volatile.total": "3"}))
     assert finding.level == "error" and "3 uncorrected" in finding.text
-    [finding] = judge_gpu({})
-    assert "nvidia-smi does not answer" in finding.text
+    [finding] = check_gpu_status({})
+    assert "nvidia-smi does not respond" in finding.text
 
 
 def test_forgotten_settings_are_named() -> None:
     [finding] = check_settings({"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "0", "LD_BIND_NOW": ""})
-    assert finding.text == "NCCL_P2P_DISABLE=1 is set: the GPUs of a node do not talk over NVLink"
+    assert finding.text == "NCCL_P2P_DISABLE=1 is set: the GPUs of a node do not use NVLink"
 
 
 def test_room_for_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +181,7 @@ def test_room_for_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> 
     usage = namedtuple("usage", "free")
     for free, level in ((10 * one, None), (2 * one, "warning"), (one - 1, "error")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
-        found = [finding.level for finding in check_room(run) if "checkpoint" in finding.text]
+        found = [finding.level for finding in check_capacity(run) if "checkpoint" in finding.text]
         assert found == ([level] if level else [])
 
 

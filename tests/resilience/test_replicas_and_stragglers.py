@@ -10,8 +10,8 @@ from fault_injection import train
 from launching import lines
 
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.resilience.replica_checksum import Sums, checksums, different
-from megatron_share4v.resilience.straggler import RankTiming, slow_ranks, summary
+from megatron_share4v.resilience.replica_checksum import RankChecksums, checksums, find_divergent_ranks
+from megatron_share4v.resilience.straggler import RankTiming, find_slow_ranks, summarize
 
 THREE = "train.global_batch_size=6"
 
@@ -55,24 +55,24 @@ def test_slow_rank_is_named(bench) -> None:
     assert len(lines(directory / "metrics.jsonl")) == 8
 
 
-def test_slow_ranks_are_those_that_differ_within_their_stage() -> None:
+def test_find_slow_ranks_are_those_that_differ_within_their_stage() -> None:
     layout = Layout(data=3, pipeline=2)
     even = [RankTiming(1.0, 0.0, 4.0)] * 3 + [RankTiming(2.0, 0.0, 4.0)] * 3
-    assert slow_ranks(even, layout, factor=1.5) == []
+    assert find_slow_ranks(even, layout, factor=1.5) == []
     one = [*even[:4], RankTiming(3.1, 0.0, 4.0), even[5]]
-    assert slow_ranks(one, layout, factor=1.5) == [
+    assert find_slow_ranks(one, layout, factor=1.5) == [
         "rank 4 is slow: it computes its forward passes for 3.100 s per step, the others of its stage for 2.000 s"
     ]
     waits = [RankTiming(1.0, 0.5, 4.0), *even[1:]]
-    assert slow_ranks(waits, layout, factor=1.5) == [
+    assert find_slow_ranks(waits, layout, factor=1.5) == [
         "rank 0 is slow: it waits for data for 0.500 s per step, the others of its stage for 0.000 s"
     ]
-    assert slow_ranks([RankTiming(1.0, 0.1, 4.0), *even[1:]], layout, factor=1.5) == [], "not worth a word"
-    assert slow_ranks([RankTiming(9.0, 9.0, 9.0)], Layout(), factor=1.5) == []
+    assert find_slow_ranks([RankTiming(1.0, 0.1, 4.0), *even[1:]], layout, factor=1.5) == [], "not worth a word"
+    assert find_slow_ranks([RankTiming(9.0, 9.0, 9.0)], Layout(), factor=1.5) == []
     assert (
-        summary(one)["forward_s/largest"] == 3.1
-        and summary(one)["forward_s/of_rank"] == 4.0
-        and summary(one)["forward_s/median"] == 1.5
+        summarize(one)["forward_s/largest"] == 3.1
+        and summarize(one)["forward_s/of_rank"] == 4.0
+        and summarize(one)["forward_s/median"] == 1.5
     )
 
 
@@ -93,9 +93,12 @@ def test_any_bit_and_any_order_changes_a_checksum(dtype: torch.dtype) -> None:
 
 
 def test_who_differs_is_decided_by_most() -> None:
-    good, bad = Sums("a", {"w": (1, 1), "v": (2, 2)}), Sums("b", {"w": (1, 3), "v": (2, 2)})
-    assert different([good, bad, good], Layout(data=3)) == ["rank 1 (b) in w"]
-    assert different([good, bad], Layout(data=2)) == ["rank 0 (a) in w", "rank 1 (b) in w"]
+    good, bad = RankChecksums("a", {"w": (1, 1), "v": (2, 2)}), RankChecksums("b", {"w": (1, 3), "v": (2, 2)})
+    assert find_divergent_ranks([good, bad, good], Layout(data=3)) == ["rank 1 (b) in w"]
+    assert find_divergent_ranks([good, bad], Layout(data=2)) == ["rank 0 (a) in w", "rank 1 (b) in w"]
     # Of tensor 2 x data 2 the groups are ranks 0, 2 and 1, 3.
-    assert different([good, bad, good, bad], Layout(data=2, tensor=2)) == []
-    assert different([good, bad, good, good], Layout(data=2, tensor=2)) == ["rank 1 (b) in w", "rank 3 (a) in w"]
+    assert find_divergent_ranks([good, bad, good, bad], Layout(data=2, tensor=2)) == []
+    assert find_divergent_ranks([good, bad, good, good], Layout(data=2, tensor=2)) == [
+        "rank 1 (b) in w",
+        "rank 3 (a) in w",
+    ]

@@ -8,7 +8,7 @@ import shutil
 from fault_injection import train
 from launching import lines
 
-from megatron_share4v.resilience.exit_analysis import examine
+from megatron_share4v.resilience.exit_analysis import analyze_exit
 
 
 def test_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(bench) -> None:
@@ -82,11 +82,11 @@ def test_one_rank_with_another_configuration_or_code_is_named(bench) -> None:
     assert set(outcome.codes) <= {2, -15} and re.search(
         r"the same: code is 0123456789ab on rank 2 \(.*\), [0-9a-f]{12} on 2 others\.", outcome.output
     )
-    assert examine(directory).code == 2, "a supervisor knows that starting again would not help"
+    assert analyze_exit(directory).code == 2, "a supervisor knows that starting again would not help"
     outcome = train(bench.config, 3, f"run.directory={directory}")
     assert (
         set(outcome.codes) <= {2, -15}
         and "train.global_batch_size 4 is not a multiple of" in outcome.output
-        and examine(directory).code == 2
+        and analyze_exit(directory).code == 2
     ), outcome.output
     assert not (directory / "metrics.jsonl").exists() and not (directory / "checkpoints").exists()

@@ -17,7 +17,7 @@ from launching import lines
 from megatron_share4v.errors import RunDirectoryInUse
 from megatron_share4v.resilience import run_lock
 from megatron_share4v.resilience.rank_state import read_states
-from megatron_share4v.resilience.supervisor import Policy, Supervisor
+from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor
 
 
 def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_one(bench) -> None:
@@ -38,7 +38,7 @@ def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_on
         and "Traceback" not in second.output
     ), second.output
     with pytest.raises(RunDirectoryInUse, match=living):
-        Supervisor(["false"], directory, Policy()).supervise()
+        Supervisor(["false"], directory, RestartPolicy()).supervise()
     assert [state.pid for state in read_states(directory / "watch")] == [process.pid for process in first.processes], (
         "what the first job says is left alone"
     )

@@ -61,9 +61,9 @@ def test_time_is_up_while_a_step_and_a_save_still_fit(bench, monkeypatch: pytest
     clock.time = 1030.0
     keeper.step_ended()
     clock.time = 1050.0
-    keeper.save_began()
+    keeper.save_started()
     keeper.save_ended(seconds=20.0)
-    keeper.training_goes_on()
+    keeper.training_resumed()
     clock.time = 1600.0 - 100.0 - 20.0 - 30.0 - 1.0
     assert not keeper.is_up
     clock.time += 1.0
@@ -83,7 +83,7 @@ def test_saves_are_due_by_the_minute(bench) -> None:
     assert not keeper.save_is_due
     clock.time += 1.0
     assert keeper.save_is_due and not never.save_is_due
-    keeper.save_began()
+    keeper.save_started()
     assert not keeper.save_is_due
     assert TimeLimit.__init__.__kwdefaults__["now"] is time.monotonic, (
         "a clock that is set back by an hour must not hold up saves for an hour"

@@ -1,6 +1,7 @@
-"""Whether these nodes can run a job, before one is started on them: what only all ranks together can find out, and the report.
+"""Preflight checks that need all ranks (shared folders, clocks, speed, bandwidth), and the merged report.
 
-Each rank also looks at its own machine (node.py). What makes a run impossible is one ConfigError on every rank; the rest are warnings.
+Each rank also checks its own machine (node.py). What makes a run impossible becomes one ConfigError on every rank;
+everything else is a warning.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import socket
 import statistics
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,21 +31,21 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import known_gpu
-from megatron_share4v.resilience.preflight.consistency import code_hash, describe_start, different
-from megatron_share4v.resilience.preflight.node import Finding, error, examine_machine, existing, facts
+from megatron_share4v.resilience.preflight.consistency import code_hash, describe_start, find_differences
+from megatron_share4v.resilience.preflight.node import Finding, check_machine, describe_machine, error, nearest_existing
 
 SHOWN = 5
 MEGABYTE = 1_000_000
-SLOW_SHARE, LINK_SHARE = 0.8, 0.3
-"""Of the median rank's speed in matrix products, and of what the data sheet promises a link: below these, a warning."""
-MOST_SKEW_S = 2.0
-PATIENCE_S = 20.0
-"""A network file system may show a new file so much later."""
+SLOW_FRACTION, LINK_FRACTION = 0.8, 0.3
+"""Warn below these fractions of the median rank's matrix product speed, and of the data sheet's link bandwidth."""
+MAX_CLOCK_SKEW_S = 2.0
+FILE_WAIT_S = 20.0
+"""How long a network file system may take to show a new file."""
 
 
 @dataclass
 class Report:
-    """What was found: lines for the reader, and findings with the ranks concerned."""
+    """Result of the checks: lines of information, and errors and warnings with the ranks that have them."""
 
     lines: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -56,9 +56,10 @@ class Report:
 
 
 def check_nodes(config: RunConfig | None, *, shared: Sequence[Path], timeout_s: int) -> Report | None:
-    """Meet all ranks, look, and leave; the report on rank 0, None on others. `shared`: folders that all ranks must share, besides run.directory.
+    """Open a process group, run all checks and close it; return the report on rank 0, None on other ranks.
 
-    Raises ConfigError, on all ranks, when a run is impossible here; where ranks did not even meet, on those that waited.
+    `shared`: folders that all ranks must share, besides run.directory. Raises ConfigError on all ranks when a run is
+    impossible; when the process group cannot be opened, on the ranks that waited for it.
     """
     world = World.from_environment()
     if config is not None:
@@ -68,34 +69,34 @@ def check_nodes(config: RunConfig | None, *, shared: Sequence[Path], timeout_s: 
         try:
             stack.enter_context(process_group(world, device, timeout_s=timeout_s))
             dist.barrier()
-        except (RuntimeError, ValueError) as problem:  # gloo, NCCL and the store have no class in common below these
-            raise ConfigError(_not_met(world, timeout_s, problem)) from problem
-        report = examine(config, rank=world.rank, device=device, shared=shared)
+        except (RuntimeError, ValueError) as problem:  # the only common bases of gloo's, NCCL's and the store's errors
+            raise ConfigError(_connection_failure(world, timeout_s, problem)) from problem
+        report = check_all(config, rank=world.rank, device=device, shared=shared)
     if report.errors:
         raise ConfigError("these machines cannot run the job:" + "".join(f"\n  {text}" for text in report.errors))
     return report if world.rank == 0 else None
 
 
-def examine(config: RunConfig | None, *, rank: int, device: Device, shared: Sequence[Path]) -> Report:
-    """Everything, in a world that has come together. Collective; equal on all ranks."""
+def check_all(config: RunConfig | None, *, rank: int, device: Device, shared: Sequence[Path]) -> Report:
+    """Run all checks within a process group; the report is equal on all ranks. Collective."""
     report, hosts = Report(), gather_objects(socket.gethostname())
-    report.lines.append(_machines(hosts, device))
-    same, known = _same_everywhere(config, device, hosts)
-    report.errors += same
-    report.warnings += known
-    findings = [*examine_machine(config, device=device), *_inputs(config)]
-    if not report.errors:  # ranks with other code may not make the same collectives
+    report.lines.append(_describe_machines(hosts, device))
+    errors, warnings = _find_differences(config, device, hosts)
+    report.errors += errors
+    report.warnings += warnings
+    findings = [*check_machine(config, device=device), *_check_inputs(config)]
+    if not report.errors:  # ranks with other code may not call the same collectives
         directories = [*shared, *([Path(config.run.directory)] if config else [])]
         for directory in directories:
             findings += check_shared(directory, rank=rank, ranks=len(hosts))
         report.lines += [f"shared folder: {directory}, written and read by every rank" for directory in directories]
-        for lines, found in (_clocks(hosts), _speed(hosts, device), _bandwidth(hosts, device)):
+        for lines, found in (_check_clocks(hosts), _check_speed(hosts, device), _check_bandwidth(hosts, device)):
             report.lines += lines
             report.warnings += found
-    told = gather_objects(findings)
+    findings_by_rank = gather_objects(findings)
     for level, texts in (("error", report.errors), ("warning", report.warnings)):
         by_text: dict[str, list[int]] = {}
-        for rank, own in enumerate(told):
+        for rank, own in enumerate(findings_by_rank):
             for finding in own:
                 if finding.level == level:
                     by_text.setdefault(finding.text, []).append(rank)
@@ -103,28 +104,30 @@ def examine(config: RunConfig | None, *, rank: int, device: Device, shared: Sequ
     return report
 
 
-def _not_met(world: World, timeout_s: int, problem: Exception) -> str:
+def _connection_failure(world: World, timeout_s: int, problem: Exception) -> str:
     where = f"{os.environ.get('MASTER_ADDR', 'itself')}:{os.environ.get('MASTER_PORT', '')}"
     first = str(problem).strip().splitlines() or [type(problem).__name__]
     return (
-        f"rank {world.rank} of {world.size} on {socket.gethostname()} did not come together with the others at {where} within {timeout_s} s: {first[0][:300]}. "
-        "See that every node was started, with the same number of ranks; that this address is reached from all of them; and which network card is used "
-        "(NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME)"
+        f"rank {world.rank} of {world.size} on {socket.gethostname()} could not connect to the others at {where} "
+        f"within {timeout_s} s: {first[0][:300]}. Check that every node was started, with the same number of "
+        "ranks; that this address is reachable from all of them; and which network card is used (NCCL_SOCKET_IFNAME, on CPUs "
+        "GLOO_SOCKET_IFNAME)"
     )
 
 
-def _machines(hosts: Sequence[str], device: Device) -> str:
+def _describe_machines(hosts: Sequence[str], device: Device) -> str:
     nodes = dict.fromkeys(hosts)
     each = ", ".join(
-        f"{node} (ranks {_brief([rank for rank, host in enumerate(hosts) if host == node])})"
+        f"{node} (ranks {_format_ranks([rank for rank, host in enumerate(hosts) if host == node])})"
         for node in list(nodes)[:SHOWN]
     )
     more = f" and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else ""
-    return f"{len(hosts)} ranks on {len(nodes)} nodes: {each}{more}; {device.describe()}; python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    return f"{len(hosts)} ranks on {len(nodes)} nodes: {each}{more}; {device.describe()}; {versions}"
 
 
-def _same_everywhere(config: RunConfig | None, device: Device, hosts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(errors, warnings): what all ranks must have alike, and what they had better."""
+def _find_differences(config: RunConfig | None, device: Device, hosts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (errors, warnings): differences between ranks in what must be equal, and in what should be."""
     if config is not None:
         described = describe_start(config)
     else:
@@ -133,12 +136,12 @@ def _same_everywhere(config: RunConfig | None, device: Device, hosts: Sequence[s
             "python": platform.python_version(),
             **library_versions(),
         }
-    must, better = gather_objects(described), gather_objects(facts(device))
-    return different(list(zip(hosts, must))), different(list(zip(hosts, better)))
+    required, expected = gather_objects(described), gather_objects(describe_machine(device))
+    return find_differences(list(zip(hosts, required))), find_differences(list(zip(hosts, expected)))
 
 
-def _inputs(config: RunConfig | None) -> Iterator[Finding]:
-    """Data sets, tokenizer and start weights are there for every rank, and the same."""
+def _check_inputs(config: RunConfig | None) -> Iterator[Finding]:
+    """Check that data sets, tokenizer and initial weights exist on every rank and are equal."""
     if config is None:
         return
     data = config.data
@@ -160,17 +163,17 @@ def _inputs(config: RunConfig | None) -> Iterator[Finding]:
 
 
 def check_shared(directory: Path, *, rank: int, ranks: int) -> list[Finding]:
-    """Every rank writes into it; rank 0 reads what all wrote, all read what rank 0 wrote. Nothing is left behind. Collective."""
+    """Check that all ranks can write into a folder and see each other's files; it is left as it was. Collective."""
     token = broadcast_object(uuid.uuid4().hex[:8])
     trial, refusal = directory / f".doctor_{token}", ""
-    made = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    created = [parent for parent in (directory, *directory.parents) if not parent.exists()]
     try:
         trial.mkdir(parents=True, exist_ok=True)
         (trial / str(rank)).write_text(token)
     except OSError as problem:
         refusal = problem.strerror or str(problem)
     refused = gather_objects(refusal)
-    found = [error(f"cannot write into {existing(directory)}: {refusal}")] if refusal else []
+    found = [error(f"cannot write into {nearest_existing(directory)}: {refusal}")] if refusal else []
     wanted = [0] if rank else [number for number in range(ranks) if not refused[number]]
     unseen = [] if refusal or refused[0] else _wait_for([trial / str(number) for number in wanted])
     if unseen and rank:
@@ -180,38 +183,40 @@ def check_shared(directory: Path, *, rank: int, ranks: int) -> list[Finding]:
     elif unseen:
         found.append(
             error(
-                f"does not see in {directory} what ranks {_brief([int(path.name) for path in unseen])} wrote there: it is not one folder shared by all nodes"
+                f"does not see in {directory} what ranks {_format_ranks([int(path.name) for path in unseen])} wrote "
+                "there: it is not one folder shared by all nodes"
             )
         )
     dist.barrier()
     shutil.rmtree(trial, ignore_errors=True)
     dist.barrier()
-    for parent in made:
+    for parent in created:
         if parent.exists() and not any(parent.iterdir()):
             shutil.rmtree(parent, ignore_errors=True)
     return found
 
 
 def _wait_for(paths: Sequence[Path]) -> list[Path]:
-    """Those that do not come to be in time."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Wait for files to appear; return those that do not within FILE_WAIT_S."""
+    deadline = time.monotonic() + FILE_WAIT_S
     while (missing := [path for path in paths if not path.exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return missing
 
 
-def _clocks(hosts: Sequence[str]) -> tuple[list[str], list[str]]:
+def _check_clocks(hosts: Sequence[str]) -> tuple[list[str], list[str]]:
     dist.barrier()
     times = gather_objects(time.time())
     usual = statistics.median(times)
-    wrong = [rank for rank, at in enumerate(times) if abs(at - usual) > MOST_SKEW_S]
-    return [], [
-        f"{_who(wrong, hosts)}: the clock is {MOST_SKEW_S:g} s or more away from the others'; logs of nodes cannot be compared"
-    ] if wrong else []
+    wrong = [rank for rank, at in enumerate(times) if abs(at - usual) > MAX_CLOCK_SKEW_S]
+    if not wrong:
+        return [], []
+    skew = f"the clock is {MAX_CLOCK_SKEW_S:g} s or more away from the others'; logs of nodes cannot be compared"
+    return [], [f"{_who(wrong, hosts)}: {skew}"]
 
 
-def _speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
-    """Matrix products on every rank at once: one that is slow makes all wait at every step."""
+def _check_speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
+    """Time matrix products on all ranks at once; a slow rank delays every step of all."""
     size, dtype = (8192, torch.bfloat16) if device.kind == "cuda" else (256, torch.float32)
     factor = torch.randn(size, size, device=device.torch_device, dtype=dtype)
 
@@ -219,17 +224,18 @@ def _speed(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
         torch.mm(factor, factor)
 
     dist.barrier()
-    speeds = gather_objects(2 * size**3 / _seconds(multiply, device, repeat=20) / 1e12)
+    speeds = gather_objects(2 * size**3 / _time_per_call(multiply, device, repeat=20) / 1e12)
     usual = statistics.median(speeds)
-    slow = [rank for rank, speed in enumerate(speeds) if speed < SLOW_SHARE * usual]
+    slow = [rank for rank, speed in enumerate(speeds) if speed < SLOW_FRACTION * usual]
     line = f"matrix products ({size} x {size}, {dtype}): {usual:.3g} TFLOP/s per rank, the slowest {min(speeds):.3g}"
-    return [line], [
-        f"{_who(slow, hosts)}: matrix products at {min(speeds):.3g} TFLOP/s and less than {SLOW_SHARE:.0%} of the others' {usual:.3g}"
-    ] if slow else []
+    if not slow:
+        return [line], []
+    measured = f"{min(speeds):.3g} TFLOP/s and less than {SLOW_FRACTION:.0%} of the others' {usual:.3g}"
+    return [line], [f"{_who(slow, hosts)}: matrix products at {measured}"]
 
 
-def _bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
-    """One all-reduce over all ranks, as data-parallel training makes it."""
+def _check_bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[str]]:
+    """Time an all-reduce over all ranks, the collective of data-parallel training."""
     ranks, size = len(hosts), (512 if device.kind == "cuda" else 4) * MEGABYTE
     if ranks == 1:
         return [], []
@@ -238,21 +244,23 @@ def _bandwidth(hosts: Sequence[str], device: Device) -> tuple[list[str], list[st
     def reduce() -> None:
         dist.all_reduce(buffer, op=dist.ReduceOp.MAX)
 
-    seconds = max(gather_objects(_seconds(reduce, device, repeat=5)))
+    seconds = max(gather_objects(_time_per_call(reduce, device, repeat=5)))
     rate = 2 * (ranks - 1) / ranks * size / seconds
-    line = f"all-reduce of {size // MEGABYTE} MB over {ranks} ranks: {1000 * seconds:.1f} ms, {rate / 1e9:.3g} GB/s per rank"
+    timing = f"{1000 * seconds:.1f} ms, {rate / 1e9:.3g} GB/s per rank"
+    line = f"all-reduce of {size // MEGABYTE} MB over {ranks} ranks: {timing}"
     gpu = known_gpu(torch.cuda.get_device_name()) if device.kind == "cuda" else None
     if gpu is None:
         return [line], []
-    promised = gpu.link if len(set(hosts)) == 1 else gpu.network
-    if rate >= LINK_SHARE * promised:
+    nominal = gpu.link if len(set(hosts)) == 1 else gpu.network
+    if rate >= LINK_FRACTION * nominal:
         return [line], []
     return [line], [
-        f"the all-reduce moves {rate / 1e9:.3g} GB/s per rank, less than {LINK_SHARE:.0%} of a link's {promised / 1e9:.3g}: see NCCL_DEBUG=INFO for the path taken"
+        f"the all-reduce moves {rate / 1e9:.3g} GB/s per rank, less than {LINK_FRACTION:.0%} of a link's "
+        f"{nominal / 1e9:.3g}: see NCCL_DEBUG=INFO for the path taken"
     ]
 
 
-def _seconds(function: Any, device: Device, *, repeat: int) -> float:
+def _time_per_call(function: Callable[[], None], device: Device, *, repeat: int) -> float:
     for _ in range(2):
         function()
     device.synchronize()
@@ -264,7 +272,7 @@ def _seconds(function: Any, device: Device, *, repeat: int) -> float:
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file's content, of what a folder has in it; None when it is not there."""
+    """Hash the content of a file, or list the names in a folder; None when the path does not exist."""
     if path.is_dir():
         return ",".join(sorted(entry.name for entry in path.iterdir()))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
@@ -274,7 +282,7 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     if len(ranks) == len(hosts):
         return "every rank" if len(hosts) > 1 else "this rank"
     if len(nodes := {hosts[rank] for rank in ranks}) == 1:
-        return f"rank {_brief(ranks)} ({nodes.pop()})"
+        return f"rank {_format_ranks(ranks)} ({nodes.pop()})"
     return (
         "rank "
         + ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:SHOWN])
@@ -282,7 +290,7 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     )
 
 
-def _brief(numbers: Sequence[int]) -> str:
+def _format_ranks(numbers: Sequence[int]) -> str:
     if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}-{numbers[-1]}"
     return ", ".join(map(str, numbers[:SHOWN])) + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")

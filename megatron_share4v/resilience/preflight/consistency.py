@@ -1,4 +1,7 @@
-"""Whether all ranks started the same thing: one node with another checkout, package or file would train something else, or hang, without a word."""
+"""Consistency of code, package versions and configuration across ranks.
+
+A node with another checkout, package or file would silently train something else, or hang.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,24 @@ from megatron_share4v.parallel.collectives import gather_objects
 SHOWN = 5
 
 
-def check_same_start(config: RunConfig) -> None:
-    """Raises ConfigError, on all ranks, that names the ranks whose code, versions or configuration are not those of the most. Collective."""
-    described = describe_start(config)
-    digest = hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()
+def check_ranks_consistent(config: RunConfig) -> None:
+    """Raise ConfigError on all ranks when code, versions or configuration differ between ranks. Collective.
+
+    The message names the ranks that differ from the majority.
+    """
+    description = describe_start(config)
+    digest = hashlib.sha256(repr(sorted(description.items())).encode()).hexdigest()
     if len(set(gather_objects(digest))) == 1:
         return
-    told = gather_objects((socket.gethostname(), described))
+    differences = find_differences(gather_objects((socket.gethostname(), description)))
     raise ConfigError(
-        f"not all ranks started the same: {'; '.join(different(told))}. Start the same command from the same checkout and environment on every node"
+        f"not all ranks started the same: {'; '.join(differences)}. "
+        "Start the same command from the same checkout and environment on every node"
     )
 
 
 def describe_start(config: RunConfig) -> dict[str, str]:
-    """Everything that must be equal, by name."""
+    """Return what must be equal on all ranks, by name: code hash, versions, every configuration key."""
     versions = {"python": platform.python_version(), **library_versions()}
     return {
         "code": code_hash(Path(megatron_share4v.__file__).parent),
@@ -41,7 +48,7 @@ def describe_start(config: RunConfig) -> dict[str, str]:
 
 
 def code_hash(package: Path) -> str:
-    """SHA-256 of all Python files below `package`, in short."""
+    """Return a short SHA-256 of all Python files below `package`."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
@@ -49,16 +56,15 @@ def code_hash(package: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def different(told: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """For each thing that is not equal: who has another one than most. told: (host, description) by rank."""
+def find_differences(descriptions: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Describe each value that differs from the majority, with its ranks. descriptions: (host, values) by rank."""
     found = []
-    for name in dict.fromkeys(name for _, described in told for name in described):
-        values = [described.get(name, "nothing") for _, described in told]
-        [(usual, count), *others] = Counter(values).most_common()
+    for name in dict.fromkeys(name for _, values in descriptions for name in values):
+        by_rank = [values.get(name, "nothing") for _, values in descriptions]
+        [(usual, count), *others] = Counter(by_rank).most_common()
         for value, _ in others:
-            ranks = [rank for rank, own in enumerate(values) if own == value]
-            who = ", ".join(f"{rank} ({told[rank][0]})" for rank in ranks[:SHOWN]) + (
-                f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
-            )
+            ranks = [rank for rank, own in enumerate(by_rank) if own == value]
+            who = ", ".join(f"{rank} ({descriptions[rank][0]})" for rank in ranks[:SHOWN])
+            who += f" and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else ""
             found.append(f"{name} is {value} on rank {who}, {usual} on {count} {'others' if count > 1 else 'other'}")
     return found

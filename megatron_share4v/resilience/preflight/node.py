@@ -1,4 +1,4 @@
-"""What one rank finds on its own machine before a run: GPU, kernels, memory, disk, limits, settings. Nothing here talks to other ranks (cluster.py)."""
+"""Preflight checks of one rank on its own machine: GPU, kernels, memory, disk, limits, environment. No collectives."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.planner.memory import Chunk, tensors
 
 GIB = 2**30
-FEW_FILES, LITTLE_SHARED = 4096, GIB
-CLOCK_SHARE = 0.8
-"""A GPU whose highest clock is below this share of what it can do is named."""
-ELEMENT = {"bf16": 2, "fp32": 4}
+MIN_OPEN_FILES, MIN_SHARED_MEMORY = 4096, GIB
+CLOCK_FRACTION = 0.8
+"""Warn when the clock limit of a GPU is below this fraction of its maximum."""
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
 BAD_SETTINGS = {
     "LD_BIND_NOW": "Transformer Engine cannot be imported with it",
-    "CUDA_LAUNCH_BLOCKING": "every kernel is waited for",
-    "NCCL_P2P_DISABLE": "the GPUs of a node do not talk over NVLink",
-    "NCCL_IB_DISABLE": "nodes do not talk over InfiniBand",
-    "NCCL_SHM_DISABLE": "the ranks of a node do not share memory",
-    "NVIDIA_TF32_OVERRIDE": "fp32 products are computed otherwise than torch was told",
+    "CUDA_LAUNCH_BLOCKING": "every kernel launch waits for its end",
+    "NCCL_P2P_DISABLE": "the GPUs of a node do not use NVLink",
+    "NCCL_IB_DISABLE": "nodes do not use InfiniBand",
+    "NCCL_SHM_DISABLE": "the ranks of a node do not use shared memory",
+    "NVIDIA_TF32_OVERRIDE": "fp32 products ignore torch's TF32 setting",
 }
-"""Environment variables that someone set for a test and forgot, and what they do."""
+"""Environment variables of debugging sessions that slow a run down when left set, with their effect."""
 
 GPU_FIELDS = (
     "driver_version", "clocks.max.sm", "clocks.applications.graphics", "clocks_throttle_reasons.hw_slowdown",
@@ -47,22 +47,24 @@ GPU_FIELDS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a rank. error: a run is impossible; warning: it is slow, or will fail later."""
+    """Finding about one rank: an error makes a run impossible, a warning makes it slow or fail later."""
 
     level: Literal["error", "warning"]
     text: str
 
 
 def error(text: str) -> Finding:
+    """Return a finding that makes a run impossible."""
     return Finding("error", text)
 
 
 def warning(text: str) -> Finding:
+    """Return a finding that makes a run slow or fail later."""
     return Finding("warning", text)
 
 
-def facts(device: Device) -> dict[str, str]:
-    """What should be equal on all ranks and is not decided by code and configuration."""
+def describe_machine(device: Device) -> dict[str, str]:
+    """Return properties that should be equal on all ranks: device, driver and library versions."""
     found = {"device": device.describe(), "transformer engine": _version("transformer-engine")}
     if device.kind == "cuda":
         found |= {
@@ -74,29 +76,30 @@ def facts(device: Device) -> dict[str, str]:
     return found
 
 
-def examine_machine(
+def check_machine(
     config: RunConfig | None, *, device: Device, environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
-    """All findings about this rank's own machine."""
+    """Run all checks of this rank's machine."""
     found = [
         *check_device(device, local_size=int(environment.get("LOCAL_WORLD_SIZE", "1"))),
         *check_settings(environment),
         *check_limits(device),
     ]
     if device.kind == "cuda":
-        found += judge_gpu(gpu_status(device))
+        found += check_gpu_status(gpu_status(device))
     if config is not None:
-        found += [*check_kernels(config, device), *check_room(config)]
+        found += [*check_kernels(config, device), *check_capacity(config)]
     return found
 
 
 def check_device(device: Device, *, local_size: int) -> Iterator[Finding]:
-    """A GPU that is there and cannot be used."""
+    """Check that GPUs can be used and their memory is free."""
     if device.kind == "cuda":
         free, total = torch.cuda.mem_get_info(device.index)
         if free < 0.9 * total:
             yield warning(
-                f"only {free / GIB:.1f} of {total / GIB:.1f} GiB of the GPU's memory are free: another process holds the rest (nvidia-smi shows it)"
+                f"only {free / GIB:.1f} of {total / GIB:.1f} GiB of the GPU's memory are free: "
+                "another process holds the rest (nvidia-smi shows it)"
             )
         return
     nodes = len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -108,7 +111,8 @@ def check_device(device: Device, *, local_size: int) -> Iterator[Finding]:
         )
     elif not torch.cuda.is_available():
         yield error(
-            f"{nodes} GPUs, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; the driver is older than that, or not loaded"
+            f"{nodes} GPUs, and torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use them; "
+            "the driver is older than that, or not loaded"
         )
     else:
         yield error(
@@ -117,7 +121,7 @@ def check_device(device: Device, *, local_size: int) -> Iterator[Finding]:
 
 
 def gpu_status(device: Device) -> dict[str, str]:
-    """GPU_FIELDS of this rank's GPU, as nvidia-smi says them; empty where it is not installed or does not answer in time."""
+    """Query GPU_FIELDS of this rank's GPU from nvidia-smi; empty when it is missing or does not respond in time."""
     command = [
         "nvidia-smi",
         f"--query-gpu={','.join(GPU_FIELDS)}",
@@ -132,37 +136,39 @@ def gpu_status(device: Device) -> dict[str, str]:
     return dict(zip(GPU_FIELDS, values))
 
 
-def judge_gpu(status: Mapping[str, str]) -> Iterator[Finding]:
-    """Slow or damaged by its own account. A field that the GPU does not have is passed over."""
+def check_gpu_status(status: Mapping[str, str]) -> Iterator[Finding]:
+    """Check clocks, throttling and memory errors; fields that the GPU does not have are skipped."""
     if not status:
-        yield warning("nvidia-smi does not answer: clocks, throttling and memory errors were not looked at")
+        yield warning("nvidia-smi does not respond: clocks, throttling and memory errors were not checked")
         return
     limit, most = (_number(status[name]) for name in ("clocks.applications.graphics", "clocks.max.sm"))
-    if limit is not None and most and limit < CLOCK_SHARE * most:
+    if limit is not None and most and limit < CLOCK_FRACTION * most:
         yield warning(
-            f"the GPU's clock is set to {limit:.0f} of {most:.0f} MHz (nvidia-smi --reset-applications-clocks undoes that)"
+            f"the GPU's clock is set to {limit:.0f} of {most:.0f} MHz "
+            "(nvidia-smi --reset-applications-clocks undoes that)"
         )
     for name in ("clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.sw_thermal_slowdown"):
         if status[name] == "Active":
             yield warning(f"the GPU is slowed down by {name.rpartition('.')[2]}: too hot, or too little power")
-    if _number(status["ecc.errors.uncorrected.volatile.total"]):
-        yield error(
-            f"the GPU had {status['ecc.errors.uncorrected.volatile.total']} uncorrected memory errors since it was started; take the node out"
-        )
+    memory_errors = status["ecc.errors.uncorrected.volatile.total"]
+    if _number(memory_errors):
+        yield error(f"the GPU had {memory_errors} uncorrected memory errors since it was started; take the node out")
 
 
 def check_settings(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Environment variables that slow a run down."""
+    """Check for environment variables that slow a run down."""
     for name, effect in BAD_SETTINGS.items():
         if environment.get(name, "0") not in ("", "0"):
             yield warning(f"{name}={environment[name]} is set: {effect}")
 
 
 def check_limits(device: Device) -> Iterator[Finding]:
-    """Open files, locked and shared memory."""
+    """Check the limits of open files, locked memory and shared memory."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < FEW_FILES:
-        yield warning(f"only {files} files may be open (ulimit -n): large data sets and many ranks need {FEW_FILES}")
+    if files != resource.RLIM_INFINITY and files < MIN_OPEN_FILES:
+        yield warning(
+            f"only {files} files may be open (ulimit -n): large data sets and many ranks need {MIN_OPEN_FILES}"
+        )
     if device.kind != "cuda":
         return
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -171,12 +177,12 @@ def check_limits(device: Device) -> Iterator[Finding]:
             f"only {locked / GIB:.2f} GiB of memory may be locked (ulimit -l), which InfiniBand needs unlimited"
         )
     shared = Path("/dev/shm")
-    if shared.exists() and shutil.disk_usage(shared).total < LITTLE_SHARED:
-        yield warning("/dev/shm has less than 1 GiB, which NCCL wants (docker run --shm-size)")
+    if shared.exists() and shutil.disk_usage(shared).total < MIN_SHARED_MEMORY:
+        yield warning("/dev/shm has less than 1 GiB, which NCCL needs (docker run --shm-size)")
 
 
 def check_kernels(config: RunConfig, device: Device) -> Iterator[Finding]:
-    """Whether what the configuration asks for can be had; building the ops is part of the answer."""
+    """Check that the configured kernels are available; this builds the fused ops."""
     try:
         choice = choose_ops_backend(config.ops, device=device.kind)
     except OpsError as problem:
@@ -188,28 +194,30 @@ def check_kernels(config: RunConfig, device: Device) -> Iterator[Finding]:
         yield error(f"attention: te was asked for: {missing}")
 
 
-def check_room(config: RunConfig) -> Iterator[Finding]:
-    """Memory of this node, and room for checkpoints where they are written."""
+def check_capacity(config: RunConfig) -> Iterator[Finding]:
+    """Check the memory of this node and the disk space for checkpoints."""
     available = psutil.virtual_memory().available
     if available < 4 * GIB:
         yield warning(f"only {available / GIB:.1f} GiB of memory are available on this node")
-    directory = existing(Path(config.run.directory))
+    directory = nearest_existing(Path(config.run.directory))
     free, one = shutil.disk_usage(directory).free, checkpoint_bytes(config)
     keep = config.checkpoint.keep_last + 1
     if free < one:
         yield error(
-            f"{directory} has {free / GIB:.1f} GiB free and one checkpoint takes about {one / GIB:.1f} GiB; make room, or set run.directory"
+            f"{directory} has {free / GIB:.1f} GiB free and one checkpoint takes about {one / GIB:.1f} GiB; "
+            "make room, or set run.directory"
         )
     elif free < keep * one:
         yield warning(
-            f"{directory} has {free / GIB:.1f} GiB free and {keep} checkpoints (checkpoint.keep_last and the one being written) take {keep * one / GIB:.1f}"
+            f"{directory} has {free / GIB:.1f} GiB free and {keep} checkpoints (checkpoint.keep_last and the one being "
+            f"written) take {keep * one / GIB:.1f}"
         )
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """About what one takes: weights as they are computed with, and of what trains an fp32 copy (bf16 alone) and two moments."""
+    """Estimate the size of a checkpoint: weights, and for trained ones two moments and (bf16 only) an fp32 copy."""
     whole = Chunk(layers=config.model.language.num_layers, first=True, last=True)
-    element = ELEMENT[config.precision.dtype]
+    element = ELEMENT_BYTES[config.precision.dtype]
     state = 8 if config.precision.dtype == "fp32" else 12
     return sum(
         elements * count * (element + (state if trains else 0))
@@ -217,8 +225,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
     )
 
 
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+def nearest_existing(path: Path) -> Path:
+    """Return the path, or the nearest parent that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
