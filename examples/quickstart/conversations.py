@@ -1,6 +1,7 @@
 """Captions of and questions about the quickstart's scenes, and the scoring of generated text against them.
 
-A caption states every object's attributes and the background. Every question is answered in one sentence. The scoring functions are pure: text in, numbers out.
+A caption states every object's attributes and the background. Every question is answered in one sentence. The scoring
+functions are pure: text in, numbers out.
 
 A *fact* is a triple `(subject, attribute, value)` of strings; its subject is an object's colour or "background".
 """
@@ -52,9 +53,9 @@ def _count_sentence(scene: Scene) -> str:
 def caption(scene: Scene) -> str:
     """Return the detailed caption of a scene, one line of English.
 
-    One group of sentences names the colour at each place, in reading order; the other describes the object of each colour,
-    sorted as in `COLORS`. A random half of the scenes has the groups in this order, the other half reversed, so that
-    captions teach to look up objects by place and by colour.
+    One group of sentences names the colour at each place, in reading order; the other describes the object of each
+    colour, sorted as in `COLORS`. A random half of the scenes has the groups in this order, the other half reversed, so
+    that captions teach to look up objects by place and by colour.
     """
     by_place = sorted(scene.objects, key=lambda item: PLACES.index(item.place))
     places = [f"The object at the {item.place} is {item.color}." for item in by_place]

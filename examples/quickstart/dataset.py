@@ -25,7 +25,7 @@ from examples.quickstart.conversations import (
 )
 from examples.quickstart.scenes import COLORS, PLACES, SHAPES, Scene, draw_scene, make_scene, scene_rng
 
-IMAGE_SIZE = 48  # pixels, edge of every image
+IMAGE_SIZE = 72  # pixels, edge of every image
 MAX_TURNS = 6  # question-answer pairs of one conversation
 CAPTION_FRACTION = 0.1  # stage-2 records that ask for the detailed caption
 TEXT_ONLY_FRACTION = 0.04  # stage-2 records without an image, per training scene
