@@ -1,6 +1,7 @@
-"""The records that flow through the data path: Sample (as stored), Example (one sample encoded), Batch (one micro-batch).
+"""Records of the data path: Sample (as stored), Example (one sample encoded), Batch (one micro-batch).
 
-Shapes: B samples of a micro-batch, S positions (image slots included), N images, P slots per image, T positions that carry a label.
+Shapes: B sequences of a micro-batch, S positions (image slots included), N images, P slots per image, T positions that
+carry a label.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record of a shard. `image` holds the encoded file (JPEG, PNG, WebP); None for text only, or where its bytes were not asked for.
+    """One record of a shard.
 
-    `has_image` is true in the second case: the last pipeline stage needs the labels of an image's record but not the image.
+    image: the encoded file (JPEG, PNG, WebP); None for text only, or when the bytes were not requested.
+    has_image: true in the second case as well: the last pipeline stage needs the labels of an image's record, not the
+    image.
     """
 
     key: str
@@ -39,11 +42,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Example:
-    """One sample, tokenised, image sentinels not yet expanded.
+    """One tokenised sample, image sentinels not yet expanded.
 
-    input_ids: [L] int64 with IMAGE_TOKEN_INDEX at each image; labels: [L] int64, same positions, IGNORE_INDEX where nothing is trained;
-    pixels: [n, H, W, 3] uint8 for n images (n is 0 or 1 in ShareGPT4V's records); None where images are not read.
     name: `shard:key`, for messages.
+    input_ids: [L] int64 with IMAGE_TOKEN_INDEX at each image.
+    labels: [L] int64, same positions, IGNORE_INDEX where nothing is trained.
+    pixels: [n, H, W, 3] uint8 of n images (0 or 1 in ShareGPT4V's records); None where images are not read.
     """
 
     key: str
@@ -55,18 +59,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, everything with the image slots already in place. A rank that does not need a field has None there.
+    """One micro-batch with the image slots in place; fields that a rank does not need are None.
 
     token_ids: [B, S] int64; image slots and padding hold 0.
     image_slots: [N * P] int64, flat positions b * S + s that receive the image features, in the order of `pixels`.
     pixels: [N, H, W, 3] uint8; first stage only. N may be 0.
     target_rows: [T] int64, flat positions b * S + s whose next token is trained; last stage only.
     targets: [T] int64, that next token; last stage only.
-    feature_rows: [K] int64, where context parallelism left K slots of those of N images (data/loading/context_parallel.py): which of the N * P features they
-    receive. None: all, in their order.
-    trained: what the micro-batch trains in all, where context parallelism left a part of it in `targets`. None: `targets` is all.
-    segments: for each of the B sequences the positions that each of its samples takes, in order; what is left of S is padding. None: each
-    sequence is one sample. Plain integers, known on every stage from the plan (data/sampling/sampler.py): no sample sees another.
+    segments: for each of the B sequences the lengths of its samples, in order; the rest of S is padding. None: one
+        sample per sequence. Known on every stage from the sampler, without communication. No sample attends to another.
+    feature_rows: [K] int64, with context parallelism (data/loading/context_parallel.py): which of the N * P features
+        the K slots on this rank receive. None: all, in order.
+    trained: trained tokens of the whole micro-batch, when context parallelism left only a part of them in `targets`.
+        None: `targets` holds all.
     """
 
     token_ids: torch.Tensor | None

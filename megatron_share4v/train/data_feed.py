@@ -69,7 +69,7 @@ def feed(
     Of the steps in `without` nothing is read; they have no batches.
     """
     loader = _open_loader(source, mesh)
-    reading = prefetch_to_device(loader.steps(start_step, stop_step, without=without), mesh.device) if loader else None
+    reading = prefetch_to_device(loader.steps(start_step, stop_step, skip=without), mesh.device) if loader else None
     try:
         for step in range(start_step, stop_step):
             items = source.plan.global_batch(step)
@@ -102,7 +102,9 @@ def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
         data_rank=mesh.coordinates.data,
         data_size=mesh.layout.data,
         options=source.options,
-        share=ImageSharding(mesh.tp_cp_group.rank(), mesh.tp_cp_group.size()) if role.first else ImageSharding(),
+        image_sharding=ImageSharding(mesh.tp_cp_group.rank(), mesh.tp_cp_group.size())
+        if role.first
+        else ImageSharding(),
     )
 
 
@@ -132,7 +134,7 @@ def _batches(
     if faulty and loader is not None and local[0].targets is not None:
         hit = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
         local = [
-            loader.without_labels(batch, plan, rows=rows) if rows else batch
+            loader.mask_samples(batch, plan, rows=rows) if rows else batch
             for batch, plan, rows in zip(local, planned, hit)
         ]
     whole = [EMPTY_BATCH] * len(planned)

@@ -55,5 +55,5 @@ def test_hung_loader_process_is_started_again(bench) -> None:
     outcome = train(bench.config, 2, f"run.directory={directory}", *options, faults="stop_loader:1:4")
     assert outcome.codes == [0, 0], outcome.output
     log = (directory / "log" / "rank1.txt").read_text()
-    assert "hangs: no result for 3 s; started again at the same place" in log, log
+    assert "hangs: no result for 3 s; restarted at the same request" in log, log
     assert bench.curve(directory) == bench.undisturbed and not (directory / "watch" / "report.json").exists()

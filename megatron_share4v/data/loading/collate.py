@@ -1,7 +1,7 @@
-"""Examples to one micro-batch: image placeholders become slots, labels move one position back, sequences are padded to the step's length.
+"""Collation of examples into one micro-batch: image slots in place, labels shifted one position back, rows padded.
 
-B sequences of S positions; a sequence holds one sample, or several when they are packed. N images, P slots per image, T trained positions, as
-in records.py.
+B sequences of S positions; a sequence holds one sample, or several when packed. N images, P slots per image, T trained
+positions, as in records.py.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ PAD_ID = 0
 
 @dataclass(frozen=True)
 class StageRole:
-    """Which ends of the pipeline this rank holds: the first reads tokens and images, the last labels, the middle nothing."""
+    """Pipeline ends that this rank holds: the first reads tokens and images, the last reads labels."""
 
     first: bool
     last: bool
 
 
 @dataclass(frozen=True)
-class _Spread:
-    """One example with its placeholder spread over P positions. start: [L], the flat position b * S + s of each of its positions."""
+class _ExpandedExample:
+    """One example with each placeholder expanded to P positions.
+
+    start: [L], the flat position b * S + s of each input id.
+    """
 
     start: torch.Tensor
     is_image: torch.Tensor
@@ -41,25 +44,26 @@ def collate(
     role: StageRole,
     segments: tuple[tuple[int, ...], ...] | None = None,
 ) -> Batch:
-    """Examples -> Batch of B x S; the fields that `role` does not need are None. `segments` (see Batch): the positions that the plan gives to
-    the examples of each sequence; None: one example per sequence.
+    """Collate examples into a Batch of B x S; fields that `role` does not need are None.
 
-    Raises DataError naming shard and key when an example does not fit into its place, or its placeholders and images differ in number.
+    segments (see Batch): the lengths that the sampler reserved for the examples of each sequence; None: one per
+    sequence. Raises DataError naming shard and key when an example is longer than its reserved length, or when its
+    placeholders and images differ in number.
     """
-    places = _places(segments or ((sequence_length,),) * len(examples), sequence_length=sequence_length)
-    assert len(places) == len(examples), (len(places), len(examples))
-    spreads = [
-        _spread(example, start, room, tokens_per_image=tokens_per_image)
-        for example, (start, room) in zip(examples, places)
+    ranges = _sample_ranges(segments or ((sequence_length,),) * len(examples), sequence_length=sequence_length)
+    assert len(ranges) == len(examples), (len(ranges), len(examples))
+    expanded = [
+        _expand(example, start, reserved, tokens_per_image=tokens_per_image)
+        for example, (start, reserved) in zip(examples, ranges)
     ]
     size = len(segments or examples) * sequence_length
     token_ids = image_slots = pixels = target_rows = targets = None
     if role.first:
-        token_ids, image_slots = _tokens(examples, spreads, size=size, tokens_per_image=tokens_per_image)
+        token_ids, image_slots = _tokens(examples, expanded, size=size, tokens_per_image=tokens_per_image)
         token_ids = token_ids.view(-1, sequence_length)
-        pixels = torch.cat([example.pixels for example in examples])
+        pixels = torch.cat([example.pixels for example in examples if example.pixels is not None])
     if role.last:
-        target_rows, targets = _targets(examples, spreads)
+        target_rows, targets = _targets(examples, expanded)
     return Batch(
         token_ids=token_ids,
         image_slots=image_slots,
@@ -70,53 +74,57 @@ def collate(
     )
 
 
-def _places(segments: tuple[tuple[int, ...], ...], *, sequence_length: int) -> list[tuple[int, int]]:
-    """(first flat position, positions) of each sample."""
-    places = []
+def _sample_ranges(segments: tuple[tuple[int, ...], ...], *, sequence_length: int) -> list[tuple[int, int]]:
+    """List (first flat position, reserved positions) of each sample."""
+    ranges = []
     for row, lengths in enumerate(segments):
         start = row * sequence_length
         for length in lengths:
-            places.append((start, length))
+            ranges.append((start, length))
             start += length
         assert start <= (row + 1) * sequence_length, (lengths, sequence_length)
-    return places
+    return ranges
 
 
-def _spread(example: Example, start: int, room: int, *, tokens_per_image: int) -> _Spread:
+def _expand(example: Example, start: int, reserved: int, *, tokens_per_image: int) -> _ExpandedExample:
+    """Compute the flat position of each input id after expanding the image placeholders."""
     is_image = example.input_ids == IMAGE_TOKEN_INDEX
     placeholders = int(is_image.sum())
     if example.pixels is not None and placeholders != len(example.pixels):
         raise DataError(
-            f"{example.name}: {placeholders} image placeholders for {len(example.pixels)} images; prepare the data set again"
+            f"{example.name}: {placeholders} image placeholders for {len(example.pixels)} images; "
+            "prepare the data set again"
         )
     width = torch.where(is_image, tokens_per_image, 1)
     end = width.cumsum(0)
     length = int(end[-1])
-    if length > room:
+    if length > reserved:
         raise DataError(
-            f"{example.name}: takes {length} positions, more than the {room} that the plan has for it: "
-            "the index does not describe this sample; prepare the data set again"
+            f"{example.name}: takes {length} positions, more than the {reserved} that the sampler reserved: "
+            "the index does not match this sample; prepare the data set again"
         )
-    return _Spread(start=start + end - width, is_image=is_image)
+    return _ExpandedExample(start=start + end - width, is_image=is_image)
 
 
 def _tokens(
-    examples: list[Example], spreads: list[_Spread], *, size: int, tokens_per_image: int
+    examples: list[Example], expanded: list[_ExpandedExample], *, size: int, tokens_per_image: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill token ids ([size], padding and image slots 0) and list the image slots."""
     token_ids = torch.full((size,), PAD_ID, dtype=torch.int64)
     first_slots = []
-    for example, spread in zip(examples, spreads):
-        token_ids[spread.start[~spread.is_image]] = example.input_ids[~spread.is_image]
-        first_slots.append(spread.start[spread.is_image])
+    for example, one in zip(examples, expanded):
+        token_ids[one.start[~one.is_image]] = example.input_ids[~one.is_image]
+        first_slots.append(one.start[one.is_image])
     slots = torch.cat(first_slots).unsqueeze(1) + torch.arange(tokens_per_image)
     return token_ids, slots.flatten()
 
 
-def _targets(examples: list[Example], spreads: list[_Spread]) -> tuple[torch.Tensor, torch.Tensor]:
+def _targets(examples: list[Example], expanded: list[_ExpandedExample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """List the flat position before each trained token, and the token."""
     rows, targets = [], []
-    for example, spread in zip(examples, spreads):
+    for example, one in zip(examples, expanded):
         trained = example.labels != IGNORE_INDEX
         trained[0] = False
-        rows.append(spread.start[trained] - 1)
+        rows.append(one.start[trained] - 1)
         targets.append(example.labels[trained])
     return torch.cat(rows), torch.cat(targets)

@@ -1,4 +1,4 @@
-"""A context-parallel rank's part of a micro-batch: the same range of positions of every sequence, and the images that have a slot in it.
+"""Context-parallel part of a micro-batch: one range of positions of every sequence, and the images with slots in it.
 
 C ranks; S positions of a sequence, L = S / C of them on each rank; N images of P slots.
 """
@@ -14,10 +14,10 @@ from megatron_share4v.data.records import Batch
 
 
 def slice_for_context_parallel(batch: Batch, *, rank: int, size: int, sequence_length: int) -> Batch:
-    """Positions [rank * L, (rank + 1) * L) of each sequence, as a micro-batch of its own whose flat positions are b * L + s; segments stay those of the
-    whole sequences.
+    """Positions [rank * L, (rank + 1) * L) of each sequence as a micro-batch with flat positions b * L + s.
 
-    An image that lies across a border goes to both ranks, and each writes its own slots: their gradients add up to the whole one's.
+    Segments stay those of the whole sequences. An image that crosses a rank boundary goes to both ranks, and each
+    writes its own slots: their gradients add up to the full one.
     """
     if size == 1:
         return batch
@@ -38,18 +38,22 @@ def slice_for_context_parallel(batch: Batch, *, rank: int, size: int, sequence_l
 
 
 def _inside(flat: torch.Tensor, *, rank: int, length: int, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(which of the flat positions b * S + s are this rank's, those as b * L + s)."""
+    """Select the flat positions b * S + s on this rank; return (their indices, the positions as b * L + s)."""
     column = flat % sequence_length
     kept = (column // length == rank).nonzero().flatten()
-    mine = flat[kept]
-    return kept, mine // sequence_length * length + mine % length
+    local = flat[kept]
+    return kept, local // sequence_length * length + local % length
 
 
 def _images(batch: Batch, kept: torch.Tensor, slots: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """Only images with a slot here, where there are pixels; else all features have been computed, and are picked from."""
+    """Slots, pixels and feature rows of the images on this rank.
+
+    With pixels, only images with a slot here are kept; without, feature_rows picks from the features of all images.
+    """
     if batch.pixels is None or not kept.numel():
         pixels = None if batch.pixels is None else batch.pixels[:0]
         return {"image_slots": slots, "pixels": pixels, "feature_rows": kept}
+    assert batch.image_slots is not None
     patches = batch.image_slots.numel() // batch.pixels.size(0)
     images, number = (kept // patches).unique(return_inverse=True)
     return {"image_slots": slots, "pixels": batch.pixels[images], "feature_rows": number * patches + kept % patches}

@@ -1,4 +1,4 @@
-"""One sample to one example: its conversation tokenised with labels, its image decoded."""
+"""Encoding of a sample: its conversation tokenised with labels, its image decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Encoder:
-    """What decides how a sample is encoded. max_text_length: positions kept, an image counted as one."""
+    """Settings that determine how a sample is encoded. max_text_length: positions kept, an image counted as one."""
 
     tokenizer: Tokenizer
     template: Template
@@ -25,7 +25,11 @@ class Encoder:
     images: ImagePolicy
 
     def encode(self, sample: Sample, *, with_pixels: bool) -> Example:
-        """Raises DataError, opened with shard and key, for a bad conversation, a bad image, or when placeholders and images do not match."""
+        """Tokenise a sample and, with `with_pixels`, decode its image.
+
+        Raises DataError, starting with shard and key, for a bad conversation, a bad image, or a mismatch of
+        placeholders and images.
+        """
         try:
             return self._encode(sample, with_pixels=with_pixels)
         except DataError as error:
@@ -41,7 +45,10 @@ class Encoder:
         pixels = None
         if with_pixels:
             size = self.images.image_size
-            decoded = [torch.tensor(decode(sample.image, self.images))] if sample.has_image else []
+            decoded = []
+            if sample.has_image:
+                assert sample.image is not None, "pixels were requested of a sample read without its image"
+                decoded = [torch.tensor(decode(sample.image, self.images))]
             pixels = torch.stack(decoded) if decoded else torch.empty(0, size, size, 3, dtype=torch.uint8)
         return Example(key=sample.key, name=sample.name, input_ids=input_ids, labels=labels, pixels=pixels)
 
@@ -51,11 +58,11 @@ def check_placeholders(input_ids: torch.Tensor, *, images: int) -> None:
     placeholders = int((input_ids == IMAGE_TOKEN_INDEX).sum())
     if placeholders != images:
         raise DataError(
-            f"{placeholders} image placeholders left for {images} images after cutting the text to its maximal length; write <image> nearer to "
-            "the start of the conversation, or keep more text"
+            f"{placeholders} image placeholders left for {images} images after truncation to max_text_length; "
+            "write <image> nearer to the start of the conversation, or raise max_text_length"
         )
 
 
 def count_trained_positions(labels: torch.Tensor) -> int:
-    """How many positions of [L] labels are trained: position 0 has no predecessor that could predict it."""
+    """Count the trained positions of [L] labels; position 0 has no predecessor to predict it."""
     return int((labels[1:] != IGNORE_INDEX).sum())

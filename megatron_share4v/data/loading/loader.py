@@ -1,11 +1,12 @@
-"""The micro-batches of a rank, step by step: the plan says which samples, workers read, encode and collate them, in order.
+"""Loader of a rank's micro-batches, step by step: the sampler chooses samples, workers read, encode and collate them.
 
-A sample that cannot be read does not stop the stream: its slot is kept and the failure reported beside the batch (quarantine.py).
+An unreadable sample does not stop the stream: its slot is kept and the failure reported beside the batch
+(quarantine.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,10 +32,11 @@ EMPTY_BATCH = Batch(token_ids=None, image_slots=None, pixels=None, target_rows=N
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How samples are read; what is read does not depend on it, but for the pixels of an image_backend other than pil.
+    """Reader settings; they do not change what is read, except the pixels of an image_backend other than pil.
 
-    prefetch: micro-batches that each worker keeps ready. worker_timeout_s: a worker that gives nothing for so long is started again.
-    device_index: the GPU that `dali` decodes on, in this process; None: decoding is done on the CPU, by the workers.
+    prefetch: micro-batches that each worker keeps ready.
+    worker_timeout_s: a worker without a result for so long is restarted.
+    device_index: the GPU on which `dali` decodes, in this process; None: workers decode on the CPU.
     """
 
     num_workers: int = 0
@@ -44,14 +46,17 @@ class LoaderOptions:
     device_index: int | None = None
 
     @property
-    def decodes_in_rank(self) -> bool:
-        """Whether workers hand on encoded images."""
+    def decodes_in_main_process(self) -> bool:
+        """Whether workers return encoded images and this process decodes them."""
         return self.image_backend == "dali" and self.device_index is not None
 
 
 @dataclass(frozen=True)
 class ImageSharding:
-    """Of each micro-batch's images, a rank decodes number `rank`, `rank + size`, ...; the text is read by rank 0 alone."""
+    """Split of each micro-batch's images over ranks: a rank decodes images `rank`, `rank + size`, ...
+
+    Only rank 0 reads the text.
+    """
 
     rank: int = 0
     size: int = 1
@@ -59,115 +64,127 @@ class ImageSharding:
 
 @dataclass(frozen=True)
 class LoadedMicroBatch:
-    """One micro-batch as one rank has read it; faults: the samples of it that could not be read, already replaced.
+    """One micro-batch as read by one rank.
 
-    batch.pixels are this rank's share of the images.
+    batch: its `pixels` are the images that this rank decodes.
+    faults: unreadable samples, already replaced in `batch`.
     """
 
     batch: Batch
     faults: tuple[Fault, ...] = ()
     files: tuple[bytes, ...] = field(default=(), repr=False)
-    """Encoded images on their way from a worker to a decoder in the rank's process; their samples are `owners`."""
+    """Encoded images that the main process decodes; their samples are `owners`."""
     owners: tuple[SampleRequest, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One sample of a request, and what the index says of it. name: `shard:key`; room: positions that the plan has for it."""
+    """One sample to read, with its index entry.
+
+    name: `shard:key`; reserved: positions that the sampler reserved for it.
+    """
 
     row: int
     name: str
     text_length: int
     has_image: bool
-    room: int
+    reserved: int
 
 
 @dataclass(frozen=True)
 class MicroBatchRequest:
+    """Work item of a reader process: one micro-batch and its samples."""
+
     micro_batch: MicroBatch
     samples: tuple[SampleRequest, ...]
 
 
 class Loader:
-    """What one rank of a data-parallel replica reads."""
+    """Reader of the micro-batches of one rank."""
 
     def __init__(
         self,
         index: Index | BlendedIndex,
-        plan: Sampler,
+        sampler: Sampler,
         encoder: Encoder,
         *,
         role: StageRole,
         data_rank: int,
         data_size: int,
         options: LoaderOptions = LoaderOptions(),
-        share: ImageSharding = ImageSharding(),
+        image_sharding: ImageSharding = ImageSharding(),
     ) -> None:
-        """The first stage gets tokens and pixels, the last labels (image bytes are not read).
+        """Open the data set; the first stage reads tokens and pixels, the last labels (without image bytes).
 
-        Raises ConfigError when the micro-batches of a step cannot be shared by data_size ranks, OpsError when the backend is not installed.
+        Raises ConfigError when the micro-batches of a step do not divide by data_size, OpsError when the image backend
+        is not installed.
         """
-        self._count = plan.micro_batches_per_rank(data_size=data_size)
-        self._index, self._plan, self._options = index, plan, options
+        self._count = sampler.micro_batches_per_rank(data_size=data_size)
+        self._index, self._sampler, self._options = index, sampler, options
         self._data_rank, self._data_size = data_rank, data_size
         decoder = open_decoder(options.image_backend, encoder.images, device_index=options.device_index)
-        self._decoder = decoder if options.decodes_in_rank and role.first else None
+        self._decoder = decoder if options.decodes_in_main_process and role.first else None
         self._read = _MicroBatchReader(
-            store=open_sample_reader(index),
+            samples=open_sample_reader(index),
             encoder=encoder,
             role=role,
-            tokens_per_image=plan.tokens_per_image,
-            share=share,
-            backend=None if options.decodes_in_rank else options.image_backend,
+            tokens_per_image=sampler.tokens_per_image,
+            image_sharding=image_sharding,
+            backend=None if options.decodes_in_main_process else options.image_backend,
         )
 
-    def steps(self, start: int, stop: int, *, without: Container[int] = ()) -> Iterator[list[LoadedMicroBatch]]:
-        """For each step in [start, stop) that is not in `without`: this rank's micro-batches, in the order in which they are run.
+    def steps(
+        self, start: int, stop: int, *, skip: Container[int] = ()
+    ) -> Generator[list[LoadedMicroBatch], None, None]:
+        """Yield this rank's micro-batches of each step in [start, stop) that is not in `skip`, in execution order.
 
-        What is yielded depends neither on the number of workers nor on where reading started.
+        The result depends neither on the number of workers nor on where reading started.
         """
         options, read = self._options, self._read
-        wanted = [step for step in range(start, stop) if step not in without]
+        steps = [step for step in range(start, stop) if step not in skip]
         stream = ordered_map(
             read,
-            (request for step in wanted for request in self._requests(step)),
+            (request for step in steps for request in self._requests(step)),
             num_workers=options.num_workers,
             prefetch=options.prefetch,
             timeout_s=options.worker_timeout_s,
-            lost=read.lost,
+            on_crash=read.failed_micro_batch,
         )
         try:
-            for _ in wanted:
-                yield [self._decoded(next(stream)) for _ in range(self._count)]
+            for _ in steps:
+                yield [self._decode(next(stream)) for _ in range(self._count)]
         finally:
             stream.close()
-            read.store.close()
+            read.samples.close()
 
-    def without_labels(self, batch: Batch, micro_batch: MicroBatch, *, rows: frozenset[int]) -> Batch:
-        """`batch` with the labels of `rows` masked: other ranks could not read these samples. Its text is read again."""
-        again = self._read.labels(self._request(micro_batch), mask=rows)
-        return replace(batch, target_rows=again.target_rows, targets=again.targets)
+    def mask_samples(self, batch: Batch, micro_batch: MicroBatch, *, rows: frozenset[int]) -> Batch:
+        """Mask the labels of `rows` in `batch`, after other ranks failed to read these samples.
+
+        The text of the micro-batch is read again.
+        """
+        reread = self._read.text_batch(self._request(micro_batch), mask=rows)
+        return replace(batch, target_rows=reread.target_rows, targets=reread.targets)
 
     def _requests(self, step: int) -> Iterator[MicroBatchRequest]:
-        items = self._plan.global_batch(step)
-        for micro_batch in self._plan.micro_batches(items, data_rank=self._data_rank, data_size=self._data_size):
+        batch = self._sampler.global_batch(step)
+        for micro_batch in self._sampler.micro_batches(batch, data_rank=self._data_rank, data_size=self._data_size):
             yield self._request(micro_batch)
 
     def _request(self, micro_batch: MicroBatch) -> MicroBatchRequest:
         entries = self._index.rows[list(micro_batch.rows)]
         if micro_batch.segments is None:
-            rooms = [micro_batch.sequence_length] * len(entries)
+            reserved = [micro_batch.sequence_length] * len(entries)
         else:
-            rooms = [length for lengths in micro_batch.segments for length in lengths]
-        known = zip(micro_batch.rows, entries["n_tok"].tolist(), entries["n_img"].tolist(), rooms)
+            reserved = [length for lengths in micro_batch.segments for length in lengths]
+        known = zip(micro_batch.rows, entries["n_tok"].tolist(), entries["n_img"].tolist(), reserved)
         samples = tuple(
-            SampleRequest(row, _name(self._index, row), length, bool(images), room)
+            SampleRequest(row, _sample_name(self._index, row), length, bool(images), room)
             for row, length, images, room in known
         )
         return MicroBatchRequest(micro_batch, samples)
 
-    def _decoded(self, reading: LoadedMicroBatch) -> LoadedMicroBatch:
-        """With a decoder in this process: the pixels of the files that a worker has read."""
+    def _decode(self, reading: LoadedMicroBatch) -> LoadedMicroBatch:
+        """Decode the files that a worker has read, when this process holds the decoder."""
         if self._decoder is None:
             return reading
         decoded = self._decoder.decode_batch(reading.files)
@@ -178,107 +195,107 @@ class Loader:
 
 @dataclass(frozen=True)
 class _MicroBatchReader:
-    """Request -> Reading; what a worker runs. backend None: files are handed on undecoded."""
+    """Callable that reads one micro-batch; runs in a worker. backend None: files are returned encoded."""
 
-    store: SampleReader | BlendedSampleReader
+    samples: SampleReader | BlendedSampleReader
     encoder: Encoder
     role: StageRole
     tokens_per_image: int
-    share: ImageSharding
+    image_sharding: ImageSharding
     backend: Backend | None
 
     @cached_property
     def decoder(self) -> Decoder:
-        """Opened in the process that uses it."""
+        """Decoder, opened in the process that uses it."""
         assert self.backend is not None
         return open_decoder(self.backend, self.encoder.images)
 
     def __call__(self, request: MicroBatchRequest) -> LoadedMicroBatch:
         faults: dict[int, Fault] = {}
-        owners = self._owners(request)
+        owners = self._images_to_decode(request)
         examples, files = [], []
-        for number, wanted in enumerate(request.samples):
-            is_ours = number in owners
-            if is_ours or self.share.rank == 0:
-                sample = self._sample(wanted, with_image=is_ours, faults=faults)
-                if is_ours:
+        for number, item in enumerate(request.samples):
+            is_local = number in owners
+            if is_local or self.image_sharding.rank == 0:
+                sample = self._sample(item, with_image=is_local, faults=faults)
+                if is_local:
                     files.append((sample.image if sample else None) or b"")
-                if self.share.rank == 0:
-                    examples.append(self._example(wanted, sample, faults=faults))
-        ours = tuple(owners.values())
+                if self.image_sharding.rank == 0:
+                    examples.append(self._example(item, sample, faults=faults))
+        local = tuple(owners.values())
         pixels = None
         if self.role.first and self.backend is not None:
             decoded = self.decoder.decode_batch(files)
             pixels, files = decoded.pixels, []
-            _add_failures(faults, decoded.failures, ours)
-        batch = self._collate(request, examples, mask=frozenset(faults)) if self.share.rank == 0 else EMPTY_BATCH
-        return LoadedMicroBatch(replace(batch, pixels=pixels), tuple(faults.values()), tuple(files), ours)
+            _add_failures(faults, decoded.failures, local)
+        batch = (
+            self._collate(request, examples, mask=frozenset(faults)) if self.image_sharding.rank == 0 else EMPTY_BATCH
+        )
+        return LoadedMicroBatch(replace(batch, pixels=pixels), tuple(faults.values()), tuple(files), local)
 
-    def lost(self, request: MicroBatchRequest, reason: str) -> LoadedMicroBatch:
-        """What stands for a micro-batch that ends every process that reads it."""
+    def failed_micro_batch(self, request: MicroBatchRequest, reason: str) -> LoadedMicroBatch:
+        """Placeholder for a micro-batch that crashed every process that read it; all its samples are faults."""
         faults = tuple(
-            Fault(wanted.row, wanted.name, f"{reason} while it read this sample's micro-batch")
-            for wanted in request.samples
+            Fault(item.row, item.name, f"{reason} while it read this sample's micro-batch") for item in request.samples
         )
         examples = [
-            stand_in(wanted.name, text_length=wanted.text_length, has_image=wanted.has_image)
-            for wanted in request.samples
+            stand_in(item.name, text_length=item.text_length, has_image=item.has_image) for item in request.samples
         ]
-        batch = self._collate(request, examples, mask=frozenset()) if self.share.rank == 0 else EMPTY_BATCH
-        owners = tuple(self._owners(request).values())
+        batch = self._collate(request, examples, mask=frozenset()) if self.image_sharding.rank == 0 else EMPTY_BATCH
+        owners = tuple(self._images_to_decode(request).values())
         pixels = mean_colour_images(len(owners), self.encoder.images) if self.role.first else None
         return LoadedMicroBatch(replace(batch, pixels=pixels), faults, tuple(b"" for _ in owners), owners)
 
-    def labels(self, request: MicroBatchRequest, *, mask: frozenset[int]) -> Batch:
-        """The text of a request alone, with the labels of the rows `mask` left out."""
+    def text_batch(self, request: MicroBatchRequest, *, mask: frozenset[int]) -> Batch:
+        """Read the text of a request, with the labels of the rows in `mask` masked."""
         faults: dict[int, Fault] = {}
         examples = [
-            self._example(wanted, self._sample(wanted, with_image=False, faults=faults), faults=faults)
-            for wanted in request.samples
+            self._example(item, self._sample(item, with_image=False, faults=faults), faults=faults)
+            for item in request.samples
         ]
         return self._collate(request, examples, mask=mask | frozenset(faults))
 
-    def _owners(self, request: MicroBatchRequest) -> dict[int, SampleRequest]:
-        """The samples whose image this rank decodes, by their place in the request."""
+    def _images_to_decode(self, request: MicroBatchRequest) -> dict[int, SampleRequest]:
+        """Samples whose image this rank decodes, by position in the request."""
         if not self.role.first:
             return {}
-        with_image = [(number, wanted) for number, wanted in enumerate(request.samples) if wanted.has_image]
-        return dict(with_image[self.share.rank :: self.share.size])
+        with_image = [(number, item) for number, item in enumerate(request.samples) if item.has_image]
+        return dict(with_image[self.image_sharding.rank :: self.image_sharding.size])
 
-    def _sample(self, wanted: SampleRequest, *, with_image: bool, faults: dict[int, Fault]) -> Sample | None:
+    def _sample(self, item: SampleRequest, *, with_image: bool, faults: dict[int, Fault]) -> Sample | None:
         try:
-            return self.store.read(wanted.row, with_image=with_image)
+            return self.samples.read(item.row, with_image=with_image)
         except DataError as error:
-            faults.setdefault(wanted.row, Fault(wanted.row, wanted.name, str(error)))
-            # The text may be whole though the image is not.
-            return self._sample(wanted, with_image=False, faults=faults) if with_image else None
+            faults.setdefault(item.row, Fault(item.row, item.name, str(error)))
+            # The text may be readable although the image is not.
+            return self._sample(item, with_image=False, faults=faults) if with_image else None
 
-    def _example(self, wanted: SampleRequest, sample: Sample | None, *, faults: dict[int, Fault]) -> Example:
+    def _example(self, item: SampleRequest, sample: Sample | None, *, faults: dict[int, Fault]) -> Example:
         try:
             if sample is not None:
-                return self._encoded(wanted, sample)
+                return self._encode(item, sample)
         except DataError as error:
-            faults.setdefault(wanted.row, Fault(wanted.row, wanted.name, str(error)))
-        return stand_in(wanted.name, text_length=wanted.text_length, has_image=wanted.has_image)
+            faults.setdefault(item.row, Fault(item.row, item.name, str(error)))
+        return stand_in(item.name, text_length=item.text_length, has_image=item.has_image)
 
-    def _encoded(self, wanted: SampleRequest, sample: Sample) -> Example:
+    def _encode(self, item: SampleRequest, sample: Sample) -> Example:
         example = self.encoder.encode(sample, with_pixels=False)
-        positions = len(example.input_ids) + wanted.has_image * (self.tokens_per_image - 1)
-        if positions > wanted.room or sample.has_image != wanted.has_image:
+        positions = len(example.input_ids) + item.has_image * (self.tokens_per_image - 1)
+        if positions > item.reserved or sample.has_image != item.has_image:
             raise DataError(
-                f"{wanted.name}: takes {positions} positions, the plan has {wanted.room} for it: the index does not describe this sample; "
-                "prepare the data set again"
+                f"{item.name}: takes {positions} positions, {item.reserved} reserved by the sampler: "
+                "the index does not match this sample; prepare the data set again"
             )
         return example
 
     def _collate(self, request: MicroBatchRequest, examples: Sequence[Example], *, mask: frozenset[int]) -> Batch:
-        # Pixels of no size: how many images there are is checked here, the images themselves are decoded together and put in later.
+        # Pixels of zero size: collate checks the number of images; the images are decoded in one batch and added later.
         counted = [
             replace(
-                masked(example) if wanted.row in mask else example,
-                pixels=torch.empty(int(wanted.has_image), 0, 0, 3, dtype=torch.uint8),
+                masked(example) if item.row in mask else example,
+                pixels=torch.empty(int(item.has_image), 0, 0, 3, dtype=torch.uint8),
             )
-            for wanted, example in zip(request.samples, examples)
+            for item, example in zip(request.samples, examples)
         ]
         micro_batch = request.micro_batch
         return collate(
@@ -291,14 +308,16 @@ class _MicroBatchReader:
 
 
 def _add_failures(faults: dict[int, Fault], failures: dict[int, str], owners: Sequence[SampleRequest]) -> None:
+    """Record a fault for each image that could not be decoded."""
     for position, reason in failures.items():
-        wanted = owners[position]
-        faults.setdefault(wanted.row, Fault(wanted.row, wanted.name, reason))
+        item = owners[position]
+        faults.setdefault(item.row, Fault(item.row, item.name, reason))
 
 
-def _name(index: Index | BlendedIndex, row: int) -> str:
-    """`shard:key`; in a blend with its source in front."""
+def _sample_name(index: Index | BlendedIndex, row: int) -> str:
+    """`shard:key`; in a blend `source/shard:key`."""
     if isinstance(index, BlendedIndex):
-        part, local = index.locate(row)
-        return f"{index.parts[part].name}/{_name(index.parts[part].index, local)}"
+        number, local = index.locate(row)
+        member = index.members[number]
+        return f"{member.name}/{_sample_name(member.index, local)}"
     return f"{index.info.shards[int(index.rows[row]['shard'])].name}:{index.key(row)}"

@@ -1,12 +1,12 @@
-"""Reading ahead of a GPU: while it works on one step, the next one is fetched, pinned and copied to it. On the CPU nothing of this is needed."""
+"""Prefetch to a GPU: while it runs one step, the next one is read, pinned and copied to it. Not needed on the CPU."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,26 +19,30 @@ _END = object()
 
 
 def prefetch_to_device(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
-    """The same readings with their tensors on `device`; on the CPU `steps` itself."""
-    return _copied(steps, device) if device.kind == "cuda" else steps
+    """Iterate over the same micro-batches with their tensors on `device`; on the CPU return `steps` itself."""
+    return _copy_to_device(steps, device) if device.kind == "cuda" else steps
 
 
 def iterate_in_thread(items: Iterator[Item], *, depth: int = 1) -> Iterator[Item]:
-    """The same items, made by a thread up to `depth` items ahead. What it raises is raised here, at its place."""
+    """Iterate over `items` in a thread, up to `depth` items ahead.
+
+    An exception of `items` is raised here, at its position in the order.
+    """
     ready: queue.SimpleQueue = queue.SimpleQueue()
-    room = threading.Semaphore(depth)
+    free_slots = threading.Semaphore(depth)
     stopped = threading.Event()
 
     def work() -> None:
         try:
-            while room.acquire() and not stopped.is_set():
+            while free_slots.acquire() and not stopped.is_set():
                 ready.put((next(items, _END), None))
         except BaseException as error:
             ready.put((_END, error))
         finally:
-            items.close()
+            if isinstance(items, Generator):
+                items.close()
 
-    thread = threading.Thread(target=work, name="reading-ahead", daemon=True)
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
@@ -47,23 +51,24 @@ def iterate_in_thread(items: Iterator[Item], *, depth: int = 1) -> Iterator[Item
                 raise error
             if item is _END:
                 return
-            room.release()
+            free_slots.release()
             yield item
     finally:
         stopped.set()
-        room.release()
+        free_slots.release()
         thread.join()
 
 
-def _copied(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
+def _copy_to_device(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
+    """Copy each step on a side stream, one step ahead of the consumer."""
     stream = torch.cuda.Stream(device.torch_device)
 
     def copies() -> Iterator[tuple[list[LoadedMicroBatch], torch.cuda.Event]]:
-        torch.cuda.set_device(device.torch_device)  # each thread has its own current device
+        torch.cuda.set_device(device.torch_device)  # the current device is per thread
         for readings in steps:
             with torch.cuda.stream(stream):
                 moved = [
-                    replace(reading, batch=_pinned_copy(reading.batch, device.torch_device)) for reading in readings
+                    replace(reading, batch=_copy_pinned(reading.batch, device.torch_device)) for reading in readings
                 ]
                 yield moved, stream.record_event()
 
@@ -76,8 +81,9 @@ def _copied(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator
         yield readings
 
 
-def _pinned_copy(batch: Batch, device: torch.device) -> Batch:
-    moved = {
+def _copy_pinned(batch: Batch, device: torch.device) -> Batch:
+    """Copy the tensors of a batch through pinned memory, without a host sync."""
+    moved: dict[str, Any] = {
         name: tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
         for name, tensor in _tensors(batch).items()
     }
@@ -85,6 +91,7 @@ def _pinned_copy(batch: Batch, device: torch.device) -> Batch:
 
 
 def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Tensor fields of a batch, by name."""
     return {
         field.name: value for field in fields(Batch) if isinstance(value := getattr(batch, field.name), torch.Tensor)
     }

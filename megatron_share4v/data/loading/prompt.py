@@ -1,4 +1,4 @@
-"""A question to the model: a conversation whose last answer is open, with its image, as ids with the slots in place."""
+"""Prompts for generation: a conversation with an open last answer, and its images, as ids with slots and pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from megatron_share4v.text.mask import encode_chat_prompt, encode_prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """token_ids: [L] int64, 0 at image slots; image_slots: [n * P] positions of the slots; pixels: [n, H, W, 3] uint8, n mostly 0 or 1."""
+    """Token ids and pixels of one prompt.
+
+    token_ids: [L] int64, 0 at image slots; image_slots: [n * P] positions of the slots; pixels: [n, H, W, 3] uint8.
+    """
 
     token_ids: torch.Tensor
     image_slots: torch.Tensor
@@ -26,7 +29,10 @@ class Prompt:
 def make_prompt(
     encoder: Encoder, turns: Sequence[Turn], *, image: bytes | None, tokens_per_image: int, name: str = "prompt"
 ) -> Prompt:
-    """`turns` ends with the human's; `image` is an encoded file. Raises DataError for a bad conversation or image."""
+    """Build a prompt from turns that end with a human turn, and an encoded image file.
+
+    Raises DataError for a bad conversation or image.
+    """
     ids = encode_prompt(encoder.tokenizer, encoder.template, turns, has_image=image is not None)
     check_placeholders(torch.tensor(ids, dtype=torch.int64), images=int(image is not None))
     return prompt_from_ids(
@@ -37,7 +43,10 @@ def make_prompt(
 def make_chat_prompt(
     encoder: Encoder, turns: Sequence[Turn], *, images: Sequence[bytes | None], tokens_per_image: int
 ) -> Prompt:
-    """As make_prompt, of texts that somebody typed: `images` has one entry per turn, and an <image> in a text is text. Raises DataError."""
+    """Build a prompt from user-typed turns: `images` has one entry per turn, a typed <image> is plain text.
+
+    Raises DataError as make_prompt does.
+    """
     ids = encode_chat_prompt(encoder.tokenizer, encoder.template, turns, images=[image is not None for image in images])
     files = [image for image in images if image is not None]
     return prompt_from_ids(encoder, ids, images=files, tokens_per_image=tokens_per_image, name="question")
@@ -46,7 +55,10 @@ def make_chat_prompt(
 def prompt_from_ids(
     encoder: Encoder, ids: Sequence[int], *, images: Sequence[bytes], tokens_per_image: int, name: str
 ) -> Prompt:
-    """Ids with one IMAGE_TOKEN_INDEX per image, in order, to a prompt with slots and pixels. Raises DataError for a bad image."""
+    """Build a prompt from ids with one IMAGE_TOKEN_INDEX per image, in order.
+
+    Raises DataError for a bad image.
+    """
     size = encoder.images.image_size
     decoded = [torch.tensor(decode(image, encoder.images)) for image in images]
     pixels = torch.stack(decoded) if decoded else torch.empty(0, size, size, 3, dtype=torch.uint8)
@@ -56,4 +68,5 @@ def prompt_from_ids(
     batch = collate(
         [example], sequence_length=length, tokens_per_image=tokens_per_image, role=StageRole(first=True, last=False)
     )
+    assert batch.token_ids is not None and batch.image_slots is not None and batch.pixels is not None
     return Prompt(token_ids=batch.token_ids[0], image_slots=batch.image_slots, pixels=batch.pixels)

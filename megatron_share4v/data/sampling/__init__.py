@@ -1,1 +1,1 @@
-"""Which samples each step trains on: orders, blending, packing, and the sampler that combines them. Pure arithmetic."""
+"""Sample order, blending, packing, and the sampler that combines them: pure arithmetic, no I/O."""

@@ -1,5 +1,6 @@
-"""Several prepared data sets as one: rows are numbered over all of them, one after the other. What share each has is said here; the order of
-the mixture is made by sampler.py.
+"""Blend of several prepared data sets behind the interface of one index, with consecutive row numbers.
+
+Sets how much of each data set an epoch holds; sampler.py orders the mixture.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class BlendMember:
-    """One data set of a blend. epochs: how often an epoch of the blend goes through it; need not be whole."""
+    """One data set of a blend; an epoch of the blend visits it `epochs` times (a fraction is allowed)."""
 
     name: str
     index: Index
@@ -31,7 +32,7 @@ class BlendMember:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Rows start .. start + count - 1 belong to source `name`, visited `epochs` times per epoch."""
+    """Row range start .. start + count - 1 of source `name`, visited `epochs` times per epoch."""
 
     name: str
     start: int
@@ -40,80 +41,83 @@ class SourceRows:
 
 
 class BlendedIndex:
-    """What an Index is to its users, over several of them. Pickles as its parts."""
+    """Several indexes with the interface of one Index. Pickles as its members."""
 
-    def __init__(self, parts: Sequence[BlendMember]) -> None:
-        self.parts = tuple(parts)
-        self._starts = np.cumsum([0, *(len(part.index) for part in self.parts)])
+    def __init__(self, members: Sequence[BlendMember]) -> None:
+        self.members = tuple(members)
+        self._starts = np.cumsum([0, *(len(member.index) for member in self.members)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return BlendedIndex, (self.parts,)
+        return BlendedIndex, (self.members,)
 
     @property
     def directory(self) -> str:
         """All directories, for messages."""
-        return " + ".join(str(part.index.directory) for part in self.parts)
+        return " + ".join(str(member.index.directory) for member in self.members)
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """[N] of index.ROW. A copy in memory, unlike an Index's: only what plans needs it, not what reads samples."""
-        return np.concatenate([part.index.rows for part in self.parts])
+        """[N] of index.ROW, copied into memory: needed by the sampler, not by sample readers."""
+        return np.concatenate([member.index.rows for member in self.members])
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all data sets and their shares."""
-        identity = [(part.index.fingerprint, part.epochs) for part in self.parts]
+        """sha256 over all data sets and their epochs."""
+        identity = [(member.index.fingerprint, member.epochs) for member in self.members]
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @property
-    def shares(self) -> tuple[SourceRows, ...]:
-        """The rows of each source."""
-        counts = zip(self.parts, self._starts.tolist())
+    def sources(self) -> tuple[SourceRows, ...]:
+        """Row range of each source."""
+        starts = zip(self.members, self._starts.tolist())
         return tuple(
-            SourceRows(name=part.name, start=start, count=len(part.index), epochs=part.epochs) for part, start in counts
+            SourceRows(name=member.name, start=start, count=len(member.index), epochs=member.epochs)
+            for member, start in starts
         )
 
     def locate(self, row: int) -> tuple[int, int]:
-        """(number of the part, row inside it)."""
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return part, row - int(self._starts[part])
+        """Return (member number, row inside the member)."""
+        member = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return member, row - int(self._starts[member])
 
     def key(self, row: int) -> str:
         """`source:key`, unique in the blend."""
-        part, local = self.locate(row)
-        return f"{self.parts[part].name}:{self.parts[part].index.key(local)}"
+        number, local = self.locate(row)
+        member = self.members[number]
+        return f"{member.name}:{member.index.key(local)}"
 
     def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
-        """As Index.check, for each part."""
-        for part in self.parts:
-            part.index.check(tokenizer=tokenizer, template=template, max_text_length=max_text_length)
+        """Run Index.check on each member."""
+        for member in self.members:
+            member.index.check(tokenizer=tokenizer, template=template, max_text_length=max_text_length)
 
 
 class BlendedSampleReader:
-    """Reads samples of a blend by their row; one SampleReader per part."""
+    """Reader of blended samples by row, with one SampleReader per member."""
 
     def __init__(self, blend: BlendedIndex) -> None:
         self.index = blend
-        self._stores = [SampleReader(part.index) for part in blend.parts]
+        self._readers = [SampleReader(member.index) for member in blend.members]
 
     def read(self, row: int, *, with_image: bool) -> Sample:
-        """As SampleReader.read."""
-        part, local = self.index.locate(row)
-        return self._stores[part].read(local, with_image=with_image)
+        """Read sample `row` (see SampleReader.read)."""
+        member, local = self.index.locate(row)
+        return self._readers[member].read(local, with_image=with_image)
 
     def close(self) -> None:
-        """Close all shards; reading opens them again."""
-        for store in self._stores:
-            store.close()
+        """Close all shards; the next read opens them again."""
+        for reader in self._readers:
+            reader.close()
 
 
 def open_index(train: str | Sequence[BlendSource]) -> Index | BlendedIndex:
-    """What `data.train` names. A weight becomes a number of epochs: an epoch of the blend is as long as all its data sets together.
+    """Open the data set, or the blend of data sets, that `data.train` names.
 
-    Raises DataError as Index.open does.
+    Weights become epochs: one epoch of the blend has as many samples as all its data sets together. Raises DataError as
+    Index.open does.
     """
     if isinstance(train, str):
         return Index.open(train)
@@ -122,22 +126,22 @@ def open_index(train: str | Sequence[BlendSource]) -> Index | BlendedIndex:
     total = sum(len(index) for index in indexes)
     folders = [Path(source.path).name for source in train]
     repeated = {name for name, times in Counter(folders).items() if times > 1}
-    parts = []
+    members = []
     for source, index, folder in zip(train, indexes, folders):
         epochs = total * source.weight / weights / max(len(index), 1) if source.weight else source.epochs or 1.0
-        parts.append(BlendMember(name=source.path if folder in repeated else folder, index=index, epochs=epochs))
-    return BlendedIndex(parts)
+        members.append(BlendMember(name=source.path if folder in repeated else folder, index=index, epochs=epochs))
+    return BlendedIndex(members)
 
 
 def open_sample_reader(index: Index | BlendedIndex) -> SampleReader | BlendedSampleReader:
-    """Reads samples by the rows of `index`."""
+    """Open a reader of samples by the row numbers of `index`."""
     return BlendedSampleReader(index) if isinstance(index, BlendedIndex) else SampleReader(index)
 
 
 def source_rows(index: Index | BlendedIndex) -> tuple[SourceRows, ...]:
-    """The sources of `index`; a single data set is one."""
+    """Row ranges of the sources of `index`; a single data set is one source."""
     return (
-        index.shares
+        index.sources
         if isinstance(index, BlendedIndex)
         else (SourceRows(name=Path(index.directory).name, start=0, count=len(index), epochs=1.0),)
     )

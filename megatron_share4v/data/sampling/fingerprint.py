@@ -1,6 +1,7 @@
-"""What a checkpoint remembers of the data, beside how much of it was consumed: everything that decides which tensors step k trains on.
+"""Fingerprint of the data order for checkpoints: everything that decides which tensors step k trains on.
 
-A run that resumes compares it with its own, name by name. Data-parallel size, workers and the place of the files are not in it: they change nothing.
+A resumed run compares it with its own, entry by entry. The data-parallel size, the workers and the location of the
+files are not in it: they do not change the tensors.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from megatron_share4v.data.sampling.sampler import Sampler
 FingerprintValue = str | int | float | None
 
 
-def describe_data(plan: Sampler, encoder: Encoder) -> dict[str, FingerprintValue]:
-    """Order of the samples, the data sets themselves, and how samples become ids, labels and pixels."""
-    described: dict[str, FingerprintValue] = dict(plan.spec)
-    if isinstance(plan.index, BlendedIndex):
+def describe_data(sampler: Sampler, encoder: Encoder) -> dict[str, FingerprintValue]:
+    """Describe the sample order, the data sets, and how samples become ids, labels and pixels."""
+    described: dict[str, FingerprintValue] = dict(sampler.spec)
+    if isinstance(sampler.index, BlendedIndex):
         described |= {
-            f"data set {part.name}": f"{part.index.fingerprint[:12]} x {part.epochs:g} epochs"
-            for part in plan.index.parts
+            f"data set {member.name}": f"{member.index.fingerprint[:12]} x {member.epochs:g} epochs"
+            for member in sampler.index.members
         }
     described |= {
         "tokenizer": encoder.tokenizer.fingerprint,
@@ -32,16 +33,16 @@ def describe_data(plan: Sampler, encoder: Encoder) -> dict[str, FingerprintValue
 
 
 def fingerprint_differences(saved: Mapping[str, FingerprintValue], now: Mapping[str, FingerprintValue]) -> list[str]:
-    """`name: was A, is B` for each name whose value is not the same in both."""
+    """List `name: was A, is B` for each entry whose value differs."""
     names = [*saved, *(name for name in now if name not in saved)]
     return [
-        f"{name}: was {_shown(saved, name)}, is {_shown(now, name)}"
+        f"{name}: was {_format_value(saved, name)}, is {_format_value(now, name)}"
         for name in names
         if saved.get(name) != now.get(name)
     ]
 
 
-def _shown(described: Mapping[str, FingerprintValue], name: str) -> str:
+def _format_value(described: Mapping[str, FingerprintValue], name: str) -> str:
     value = described.get(name)
     if value is None:
         return "not set"

@@ -1,7 +1,7 @@
-"""In what order an epoch visits its items (samples or packs): pure functions of (seed, epoch) and, for one of them, of the samples' lengths.
+"""Order in which an epoch visits its items (samples or packs): pure functions of seed, epoch and lengths.
 
-Random numbers are splitmix64 of a counter, sorted stably: unlike library generators, they cannot change between versions.
-N samples; an order is [N] int64 row numbers, each once.
+Random numbers are splitmix64 of a counter, sorted stably: unlike library generators, they cannot change between
+versions. N samples; an order is [N] int64 row numbers, each once.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 _MASK = 0xFFFFFFFFFFFFFFFF
-_IMAGES, _TEXTS, _GROUPS, _SAMPLES, _BLOCKS, _WITHIN, _SELECTION = range(
-    7
-)  # independent streams of random keys within one epoch
+# Independent streams of random keys within one epoch.
+_IMAGES, _TEXTS, _GROUPS, _SAMPLES, _BLOCKS, _WITHIN, _SELECTION = range(7)
 
 
 def random_order(count: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `count` samples."""
+    """Permute `count` samples."""
     return _permutation(count, seed=seed, epoch=epoch, stream=_SAMPLES)
 
 
 def block_order(count: int, *, block_size: int, window: int, seed: int, epoch: int) -> np.ndarray:
-    """For storage that likes consecutive reads: blocks of `block_size` consecutive rows are permuted, and samples are shuffled inside windows of
-    `window` blocks. So a window reads `window` contiguous pieces.
+    """Permute blocks of consecutive rows and shuffle inside windows of blocks, for storage with fast sequential reads.
+
+    Blocks of `block_size` rows are permuted; samples are shuffled inside windows of `window` blocks, so a window reads
+    `window` contiguous ranges.
     """
     blocks = _permutation(-(-count // block_size), seed=seed, epoch=epoch, stream=_BLOCKS)
     rows = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)
@@ -31,9 +32,10 @@ def block_order(count: int, *, block_size: int, window: int, seed: int, epoch: i
 
 
 def select_items(count: int, *, take: int, seed: int, epoch: int, source: int) -> np.ndarray:
-    """Which items of source number `source` (it has `count`) epoch `epoch` of a blend visits: [take], ascending, repeated where take > count.
+    """Items of source number `source` (of `count` items) that epoch `epoch` of a blend visits.
 
-    Each epoch goes on where the one before stopped in one endless cycle over a permutation, so no item is ever two visits ahead of another.
+    Returns [take] int64, ascending, with repeats where take > count. Each epoch continues one endless cycle over a
+    permutation where the previous epoch stopped, so no item is ever two visits ahead of another.
     """
     if take == count:
         return np.arange(count, dtype=np.int64)
@@ -46,13 +48,16 @@ def modality_length_order(
 ) -> np.ndarray:
     """LLaVA's group_by_modality_length: groups of one modality and near-equal length.
 
-    words: [N], length of each sample, negative for text only, never 0. group_size is LLaVA's world size x accumulation x batch per device,
-    batch_size its batch per device. Each modality is shuffled and cut into groups; a group is sorted from long to short and dealt into
-    batches of near-equal total length; the groups of both modalities are shuffled, and each modality's last piece closes the epoch,
-    merged and sorted by row. So all other groups hold one modality. Source: LLaVA, get_modality_length_grouped_indices.
+    words: [N], length of each sample, negative for text only, never 0. group_size is LLaVA's world size x accumulation
+    x batch per device, batch_size its batch per device. Each modality is shuffled and cut into groups; a group is
+    sorted from long to short and dealt into batches of near-equal total length; the groups of both modalities are
+    shuffled, and the last group of each modality, whole or not, closes the epoch, merged and sorted by row. All other
+    groups hold one modality.
+    Source: LLaVA, get_modality_length_grouped_indices.
 
-    offset: position in the stream of epochs at which this one begins. Where that is inside a group, as many of the merged samples open the epoch as
-    fill it: one group around each boundary may mix modalities, and no other. (LLaVA's epochs end with a short batch instead.)
+    offset: position in the stream of epochs at which this one begins. When it lies inside a group, that group is filled
+    with merged samples: only the one group around each epoch boundary mixes modalities. (LLaVA's epochs end with a
+    short batch.)
     """
     lengths = np.abs(words.astype(np.int64))
     modalities = [(np.flatnonzero(words > 0), _IMAGES), (np.flatnonzero(words < 0), _TEXTS)]
@@ -62,7 +67,7 @@ def modality_length_order(
         orders.append(_deal_groups(shuffled, lengths, group_size=group_size, num_batches=group_size // batch_size))
     if not all(len(order) for order in orders):
         return np.concatenate(orders)
-    # The last piece of each modality is held back even where it is whole, as LLaVA does.
+    # As in LLaVA, the last group of each modality is held back even when it is whole.
     held_back = [(len(order) - 1) // group_size * group_size for order in orders]
     groups = np.concatenate([order[:end] for order, end in zip(orders, held_back)]).reshape(-1, group_size)
     groups = groups[_permutation(len(groups), seed=seed, epoch=epoch, stream=_GROUPS)]
@@ -75,7 +80,7 @@ def modality_length_order(
 
 
 def _deal_groups(rows: np.ndarray, lengths: np.ndarray, *, group_size: int, num_batches: int) -> np.ndarray:
-    """Cut `rows` into groups and order each from inside: sorted by length, then dealt into `num_batches` batches."""
+    """Cut `rows` into groups, sort each by length and deal it into `num_batches` batches."""
     whole = len(rows) // group_size * group_size
     dealt = _deal(_long_to_short(rows[:whole].reshape(-1, group_size), lengths), lengths, num_batches=num_batches)
     rest = _long_to_short(rows[whole:][None], lengths)
@@ -87,17 +92,18 @@ def _deal_groups(rows: np.ndarray, lengths: np.ndarray, *, group_size: int, num_
 
 
 def _long_to_short(groups: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sort each group of rows by falling length."""
     return np.take_along_axis(groups, np.argsort(-lengths[groups], axis=1, kind="stable"), axis=1)
 
 
 def _deal(groups: np.ndarray, lengths: np.ndarray, *, num_batches: int) -> np.ndarray:
-    """Deal each group's samples, in their order, to the batch with the least length that still has room; all groups at once.
+    """Deal each group's samples, in order, to the batch with the least length that is not full; all groups at once.
 
     groups: [G, K] rows -> [G, K] rows, batch after batch.
     """
     count, size = groups.shape
-    room = size // num_batches
-    batches = np.empty((count, num_batches, room), dtype=np.int64)
+    capacity = size // num_batches
+    batches = np.empty((count, num_batches, capacity), dtype=np.int64)
     load = np.zeros((count, num_batches), dtype=np.int64)
     filled = np.zeros((count, num_batches), dtype=np.int64)
     every = np.arange(count)
@@ -107,11 +113,12 @@ def _deal(groups: np.ndarray, lengths: np.ndarray, *, num_batches: int) -> np.nd
         batches[every, batch, filled[every, batch]] = rows
         filled[every, batch] += 1
         load[every, batch] += lengths[rows]
-        load[every, batch] = np.where(filled[every, batch] == room, np.iinfo(np.int64).max, load[every, batch])
+        load[every, batch] = np.where(filled[every, batch] == capacity, np.iinfo(np.int64).max, load[every, batch])
     return batches.reshape(count, size)
 
 
 def _permutation(count: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """Argsort of splitmix64 over a counter, keyed by (seed, epoch, stream)."""
     state = np.zeros(1, dtype=np.uint64)
     for value in (seed, epoch, stream):
         state = _splitmix64(state ^ np.uint64(value & _MASK))

@@ -1,6 +1,6 @@
-"""Packing: samples into sequences of a fixed length, inside windows. Pure arithmetic on lengths.
+"""Packing of samples into sequences of a fixed length, inside windows: pure arithmetic on lengths.
 
-N samples, K packs. The order in which packs are visited is made by orders.py; where a sample's tokens go inside its pack by collate.py.
+N samples, K packs. orders.py orders the packs; collate.py places a sample's tokens inside its pack.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TRIED_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Packing:
-    """length: positions of every sequence; window: samples among which a pack is put together."""
+    """`length`: positions of every sequence; `window`: number of samples among which packs are formed."""
 
     length: int
     window: int = 2048
@@ -22,7 +22,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Packs:
-    """rows: [N] int64, pack after pack; bounds: [K + 1] int64, where each pack starts in `rows`."""
+    """`rows`: [N] int64, pack after pack; `bounds`: [K + 1] int64, start of each pack in `rows`."""
 
     rows: np.ndarray
     bounds: np.ndarray
@@ -31,17 +31,17 @@ class Packs:
         return len(self.bounds) - 1
 
     def rows_of(self, packs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the given packs one after the other, and how many each has."""
+        """Concatenate the rows of the given packs, and count the rows of each."""
         counts = self.bounds[packs + 1] - self.bounds[packs]
         firsts = np.repeat(self.bounds[packs] - (np.cumsum(counts) - counts), counts)
         return self.rows[firsts + np.arange(counts.sum())], counts
 
 
 def pack_samples(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Packs:
-    """rows: [N] in the order in which windows are cut; lengths: [N] positions of each of them, 1 .. packing.length.
+    """Pack `rows` ([N], in the order in which windows are cut) with `lengths` ([N], 1 .. packing.length).
 
-    Of the two ways to fill, the one that needs fewer packs for a few windows fills all of them: which is better depends on how the lengths lie
-    to packing.length.
+    Uses the fill method (even_fill or best_fit) that needs fewer packs on a few windows: which is better depends on the
+    distribution of the lengths relative to packing.length.
     """
     assert len(rows) == len(lengths) and (not len(lengths) or 0 < lengths.min() <= lengths.max() <= packing.length), (
         "lengths that cannot be packed"
@@ -50,7 +50,7 @@ def pack_samples(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Pac
     tried = windows[:: max(1, len(windows) // TRIED_WINDOWS)][:TRIED_WINDOWS]
     fill = min(
         (even_fill, best_fit),
-        key=lambda way: sum(way(_falling(lengths[window]), packing.length)[1] for window in tried),
+        key=lambda method: sum(method(_falling(lengths[window]), packing.length)[1] for window in tried),
     )
     placed, numbers, count = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)], 0
     for window in windows:
@@ -65,33 +65,37 @@ def pack_samples(rows: np.ndarray, lengths: np.ndarray, packing: Packing) -> Pac
 
 
 def concatenate_packs(parts: list[Packs], *, offsets: list[int]) -> Packs:
-    """The packs of several sources one after the other; the rows of each moved by its offset."""
+    """Concatenate the packs of several sources, adding each offset to the rows of its source."""
     rows = np.concatenate([part.rows + offset for part, offset in zip(parts, offsets)])
     sizes = np.concatenate([np.diff(part.bounds) for part in parts])
     return Packs(rows=rows, bounds=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
 
 def _longest_first(lengths: np.ndarray) -> np.ndarray:
+    """Argsort by falling length, stable."""
     return np.argsort(-lengths, kind="stable")
 
 
 def _falling(lengths: np.ndarray) -> list[int]:
+    """Lengths from long to short."""
     return lengths[_longest_first(lengths)].tolist()
 
 
 def best_fit(lengths: list[int], capacity: int) -> tuple[list[int], int]:
-    """(pack of each length, number of packs); lengths fall. Each goes to the pack that it leaves with the least room (best fit decreasing;
-    Johnson 1973). Good when many samples are short.
+    """Best fit decreasing (Johnson 1973): each length goes to the pack that it leaves with the least free space.
+
+    `lengths` must fall. Returns (pack of each length, number of packs). Good when many samples are short.
     """
-    # Bit r of `rooms` says that some pack has room r: the best fit is the lowest bit from `length` up.
-    rooms, packs_with, chosen, count = 0, {}, [], 0
+    # Bit r of `free` is set when some pack has r free positions: the best fit is the lowest set bit from `length` up.
+    packs_with: dict[int, list[int]] = {}
+    free, chosen, count = 0, [], 0
     for length in lengths:
-        fitting = rooms >> length
+        fitting = free >> length
         if fitting:
             room = length + (fitting & -fitting).bit_length() - 1
             number = packs_with[room].pop()
             if not packs_with[room]:
-                rooms ^= 1 << room
+                free ^= 1 << room
         else:
             room, number = capacity, count
             count += 1
@@ -99,16 +103,18 @@ def best_fit(lengths: list[int], capacity: int) -> tuple[list[int], int]:
         left = room - length
         if left:
             packs_with.setdefault(left, []).append(number)
-            rooms |= 1 << left
+            free |= 1 << left
     return chosen, count
 
 
 def even_fill(lengths: list[int], capacity: int) -> tuple[list[int], int]:
-    """(pack of each length, number of packs); lengths fall. A pack starts with the longest sample left; its room is then shared evenly among as
-    many samples as it should hold on average. Good when samples have like lengths, as captions of one image have, which best fit would sort
-    into packs of four too long for a fifth.
+    """Fill packs evenly: each opens with the longest sample left and is shared by samples of equal length.
+
+    `lengths` must fall. Returns (pack of each length, number of packs). Good when samples have similar lengths, as
+    captions of single images have; best fit would group these into packs of four that leave no space for a fifth.
     """
-    # Bit (capacity - length) of `left` says that some sample of this length is left: the longest up to a limit is the lowest bit from there up.
+    # Bit (capacity - length) of `left` is set when a sample of this length is left: the longest sample up to a limit is
+    # the lowest set bit from (capacity - limit) up.
     members: dict[int, list[int]] = {}
     left = 0
     for number, length in enumerate(lengths):

@@ -56,7 +56,7 @@ def test_packs():
     flat = batch.token_ids.flatten()
     # The last position of a sample does not predict the first token of the next one.
     assert torch.equal(flat[batch.target_rows + 1], batch.targets) and not {3, 11, 17} & set(batch.target_rows.tolist())
-    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the 7 that the plan has for it"):
+    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the 7 that the sampler reserved"):
         collate([TEXT, WITH_IMAGE], sequence_length=18, tokens_per_image=3, role=BOTH, segments=((4, 7),))
 
 
@@ -79,7 +79,7 @@ def test_roles_fill_their_own_fields():
 
 def test_what_does_not_fit_is_named():
     collate([WITH_IMAGE], sequence_length=8, tokens_per_image=3, role=BOTH)
-    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the 7 that the plan has for it"):
+    with pytest.raises(DataError, match="s.tar:k: takes 8 positions, more than the 7 that the sampler reserved"):
         collate([WITH_IMAGE], sequence_length=7, tokens_per_image=3, role=BOTH)
     with pytest.raises(DataError, match="s.tar:k: 1 image placeholders for 0 images"):
         collate([dataclasses.replace(WITH_IMAGE, pixels=TEXT.pixels)], sequence_length=9, tokens_per_image=3, role=BOTH)

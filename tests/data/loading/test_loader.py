@@ -163,7 +163,7 @@ def test_labels_are_masked_for_what_other_ranks_could_not_read(prepared, encoder
     loader = Loader(prepared.index, plan, encoder, role=StageRole(first=False, last=True), data_rank=0, data_size=1)
     [step] = loader.steps(0, 1)
     micro_batch = plan.micro_batches(plan.global_batch(0), data_rank=0, data_size=1)[1]
-    masked = loader.without_labels(step[1].batch, micro_batch, rows=frozenset(micro_batch.rows[:1]))
+    masked = loader.mask_samples(step[1].batch, micro_batch, rows=frozenset(micro_batch.rows[:1]))
     spared = step[1].batch.target_rows >= micro_batch.sequence_length
     assert torch.equal(masked.targets, step[1].batch.targets[spared]) and 0 < int(spared.sum()) < len(spared)
 
@@ -172,7 +172,9 @@ def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
     """Three ranks of a tensor group: the first reads the text as well."""
     shares = [ImageSharding(rank, 3) for rank in range(3)]
     loaders = [
-        Loader(prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, share=share)
+        Loader(
+            prepared.index, _plan(prepared.index), encoder, role=BOTH, data_rank=0, data_size=1, image_sharding=share
+        )
         for share in shares
     ]
     for ranks, batches in zip(zip(*(loader.steps(0, 4) for loader in loaders), strict=True), one_rank, strict=True):
@@ -272,7 +274,7 @@ def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_
 
 def test_ranks_that_cannot_share_are_refused(prepared, encoder):
     for role in (BOTH, StageRole(first=False, last=False)):
-        with pytest.raises(ConfigError, match="3 data-parallel ranks cannot share evenly"):
+        with pytest.raises(ConfigError, match="do not divide by 3 data-parallel ranks"):
             _read(prepared.index, encoder, role=role, data_size=3)
 
 

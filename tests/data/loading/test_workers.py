@@ -46,8 +46,8 @@ class Unloadable:
 
 def test_workers_that_cannot_begin_end_the_reading() -> None:
     """Not one lost result after the other."""
-    with pytest.raises(DataError, match="ended with exit code 5 before it began, also when it was started again"):
-        next(ordered_map(Unloadable(), range(10**6), num_workers=2, prefetch=2, lost=given_up))
+    with pytest.raises(DataError, match="ended with exit code 5 during start-up, also after a restart"):
+        next(ordered_map(Unloadable(), range(10**6), num_workers=2, prefetch=2, on_crash=given_up))
 
 
 def given_up(request: int, reason: str) -> tuple[int, str]:
@@ -76,11 +76,11 @@ def test_errors_arrive_at_their_place() -> None:
 def test_dead_and_hung_workers_go_on_at_the_same_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fragile = Fragile(tmp_path, victims={0: "kill", 3: "exit", 4: "hang", 7: "kill"})
     with caplog.at_level("WARNING", logger="megatron_share4v"):
-        results = list(ordered_map(fragile, range(12), num_workers=2, prefetch=3, timeout_s=4.0, lost=given_up))
+        results = list(ordered_map(fragile, range(12), num_workers=2, prefetch=3, timeout_s=4.0, on_crash=given_up))
     assert results == [n**2 for n in range(12)]
     # In what order the deaths are met depends on how far each process came.
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 4 and all("started again at the same place" in line for line in told)
+    assert len(told) == 4 and all("restarted at the same request" in line for line in told)
     for who, how, times in (
         (0, "killed by SIGKILL", 1),
         (1, "ended with exit code 7", 1),
@@ -92,11 +92,11 @@ def test_dead_and_hung_workers_go_on_at_the_same_place(tmp_path: Path, caplog: p
 
 def test_work_that_always_kills_is_given_up(tmp_path: Path) -> None:
     fragile = Fragile(tmp_path, victims={2: "kill always", 3: "hang always", 5: "exit"})
-    results = list(ordered_map(fragile, range(8), num_workers=2, prefetch=2, timeout_s=4.0, lost=given_up))
+    results = list(ordered_map(fragile, range(8), num_workers=2, prefetch=2, timeout_s=4.0, on_crash=given_up))
     assert [result for n, result in enumerate(results) if n not in (2, 3)] == [
         n**2 for n in range(8) if n not in (2, 3)
     ]
     assert results[2][0] == 2 and "killed by SIGKILL" in results[2][1]
     assert results[3][0] == 3 and "hangs" in results[3][1]
-    with pytest.raises(DataError, match="killed by SIGKILL, 2 times at the same place: 2"):
+    with pytest.raises(DataError, match="killed by SIGKILL, 2 times on the same request: 2"):
         list(ordered_map(fragile, range(4), num_workers=1, prefetch=4))

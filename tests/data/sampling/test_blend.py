@@ -40,7 +40,7 @@ def _plan(index, **changes: object) -> Sampler:
 
 def test_rows_keys_and_samples_are_those_of_the_parts(prepared, second, encoder):
     blend = _blend(prepared, second, epochs=(1.0, 2.0))
-    assert len(blend) == 48 and [(share.name, share.start, share.count, share.epochs) for share in blend.shares] == [
+    assert len(blend) == 48 and [(share.name, share.start, share.count, share.epochs) for share in blend.sources] == [
         ("out", 0, 24, 1.0),
         ("second", 24, 24, 2.0),
     ]
@@ -64,7 +64,7 @@ def test_one_directory_is_no_blend(prepared):
 def test_folders_of_one_name_are_told_apart(prepared, tmp_path: Path):
     other = shutil.copytree(prepared.directory, tmp_path / prepared.directory.name)
     blend = _blend(prepared, Path(other), epochs=(1.0, 1.0))
-    assert [share.name for share in blend.shares] == [str(prepared.directory), str(other)]
+    assert [share.name for share in blend.sources] == [str(prepared.directory), str(other)]
 
 
 @pytest.mark.parametrize("order", ["sequential", "random", "block", "group_by_modality_length"])

@@ -98,7 +98,7 @@ def test_sizes_that_do_not_divide_are_refused():
         _plan(index, order="shuffled")
     plan = _plan(index)
     with pytest.raises(
-        ConfigError, match="4 micro-batches of 2, which 3 data-parallel ranks cannot share evenly; use a multiple of 6"
+        ConfigError, match="4 micro-batches of 2, which do not divide by 3 data-parallel ranks; use a multiple of 6"
     ):
         plan.micro_batches(plan.global_batch(0), data_rank=0, data_size=3)
     with pytest.raises(DataError, match="no samples"):
