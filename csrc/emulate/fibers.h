@@ -159,18 +159,18 @@ inline bool release_warp(int first, int threads) {
   const int last = first + kLanes < threads ? first + kLanes : threads;
   bool released = false;
   for (int i = first; i < last; ++i) {
-    const Fiber asks = m.fibers[i];
-    if (asks.waits != Waits::kForWarp) continue;
+    const Fiber waiting = m.fibers[i];
+    if (waiting.waits != Waits::kForWarp) continue;
     bool complete = true;
     for (int j = 0; j < kLanes && complete; ++j) {
-      if (!(asks.mask >> j & 1u)) continue;
+      if (!(waiting.mask >> j & 1u)) continue;
       const bool there = first + j < last && m.fibers[first + j].waits == Waits::kForWarp;
-      complete = there && m.fibers[first + j].line == asks.line && m.fibers[first + j].mask == asks.mask;
+      complete = there && m.fibers[first + j].line == waiting.line && m.fibers[first + j].mask == waiting.mask;
     }
     if (!complete) continue;
-    if (!(asks.mask >> (i - first) & 1u)) fail("a lane of this shuffle is not in its own mask", asks.line);
+    if (!(waiting.mask >> (i - first) & 1u)) fail("a lane of this shuffle is not in its own mask", waiting.line);
     for (int j = 0; j < kLanes; ++j) {
-      if (asks.mask >> j & 1u) m.fibers[first + j].waits = Waits::kNot;
+      if (waiting.mask >> j & 1u) m.fibers[first + j].waits = Waits::kNot;
     }
     released = true;
   }

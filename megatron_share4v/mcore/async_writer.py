@@ -141,7 +141,7 @@ class CheckpointSnapshot(TorchDistSaveShardedStrategy):
         """Keep the tensors of which this rank is the main replica; core calls it after validating the sharding."""
         tensors = [tensor for tensor in nested_values(sharded_state_dict) if is_main_replica(tensor.replica_id)]
         if self._buffers is not None:
-            # Tensors gathered for this save alone need no copy.
+            # Tensors gathered only for this save need no copy.
             changing = [tensor for tensor in tensors if tensor.data.untyped_storage().data_ptr() in self._live]
             for tensor, copy in zip(
                 changing, self._buffers.copy_to_host("weights", [tensor.data for tensor in changing])

@@ -85,16 +85,16 @@ def choose_attention_backend(
         )
     unsupported = _unsupported_reason(requested, device=device, packed=packed, dtype=dtype)
     if unsupported:
-        raise OpsError(f"attention: {requested} was asked for on {device.type}: {unsupported}")
+        raise OpsError(f"attention: {requested} was requested on {device.type}: {unsupported}")
     return AttentionBackend(requested, "as configured")
 
 
 def _unsupported_reason(kernel: str, *, device: torch.device, packed: bool, dtype: torch.dtype) -> str | None:
     if kernel == "varlen":
         if device.type != "cuda":
-            return "torch has this kernel for NVIDIA GPUs alone; use sdpa or auto"
+            return "torch has this kernel for NVIDIA GPUs only; use sdpa or auto"
         if dtype is not torch.bfloat16:
-            return "torch has this kernel for bf16 alone; use sdpa, auto or precision.dtype bf16"
+            return "torch has this kernel for bf16 only; use sdpa, auto or precision.dtype bf16"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs compute capability 8.0 (A100) or later; use sdpa or auto"
     if kernel == "te":
@@ -103,8 +103,8 @@ def _unsupported_reason(kernel: str, *, device: torch.device, packed: bool, dtyp
             return f"{missing}; {REMEDY}"
         if packed and dtype is not torch.bfloat16:
             return (
-                "Transformer Engine's fused kernels, which alone keep the samples of a pack apart at their own cost, "
-                "are for bf16; use precision.dtype bf16, sdpa, or no data.pack_length"
+                "Transformer Engine's fused kernels, the only ones that keep packed samples apart without the cost of "
+                "a mask, are for bf16; use precision.dtype bf16, sdpa, or no data.pack_length"
             )
     return None
 
@@ -115,7 +115,7 @@ def check_precision(config: RunConfig, *, mesh: Mesh) -> None:
         missing = te_unavailable_reason()
         if missing:
             raise OpsError(
-                f"transformer_engine: {config.transformer_engine} was asked for: {missing}; {REMEDY}, "
+                f"transformer_engine: {config.transformer_engine} was requested: {missing}; {REMEDY}, "
                 "or set transformer_engine: none"
             )
     if config.precision.fp8 != "none":

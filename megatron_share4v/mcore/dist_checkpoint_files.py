@@ -171,7 +171,7 @@ def describe_tensors(
 ) -> None:
     """Write the metadata that makes `directory` a dist_checkpointing directory.
 
-    `byte_ranges` says where the data of `tensors` (name, shape, dtype) lies.
+    `byte_ranges` is the location of the data of `tensors` (name, shape, dtype).
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}

@@ -85,7 +85,7 @@ def _decide(requested: Ops, *, device: str, available: LibrarySources) -> OpsBac
         return _native(device, available)
     except OpsError as error:
         if requested == "native":
-            raise OpsError(f"ops: native was asked for on {device}, and there is none: {error}. {REMEDY}") from error
+            raise OpsError(f"ops: native was requested on {device}, but is unavailable: {error}. {REMEDY}") from error
         return OpsBackend("reference", str(error))
 
 

@@ -23,7 +23,7 @@ def require_fp8(device: torch.device) -> None:
     """Raise OpsError where `device` has no FP8 matrix products."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         raise OpsError(
-            f"FP8 was asked for on {torch.cuda.get_device_name(device)} of compute capability "
+            f"FP8 was requested on {torch.cuda.get_device_name(device)} of compute capability "
             f"{torch.cuda.get_device_capability(device)}, which has no FP8 matrix products; they need {CAPABILITY} "
             "(Ada, Hopper, Blackwell). Train in bf16 there"
         )

@@ -18,6 +18,7 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_model
 from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
+from megatron_share4v.config.run import ParallelConfig
 from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.records import Batch
 
@@ -70,7 +71,7 @@ class Outcome:
 
 def train_variant(mesh, variant: Variant) -> Outcome:
     """Train five steps of AdamW from the same seed."""
-    from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
+    from megatron_share4v.config.run import OptimConfig, TrainConfig
     from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options
@@ -83,21 +84,11 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     from megatron_share4v.train.step import train_step
 
     model, dtype = tiny_model(**TRAINABLE[variant.trainable]), DTYPES[variant.dtype]
-    parallel = ParallelConfig(
-        tensor=variant.tensor,
-        pipeline=variant.pipeline,
-        virtual=variant.virtual,
-        context=variant.context,
-        sequence=variant.sequence,
-        distributed_optimizer=variant.distributed_optimizer,
-        overlap_grad_reduce=variant.overlap,
-        overlap_param_gather=variant.gather,
-        layout=variant.layout,
-    )
+    parallel = _parallel_config(variant)
     ops = select_ops_backend(variant.ops, mesh=mesh).implementation
-    again = variant.recompute
+    recompute = variant.recompute
     settings = TrainConfig(
-        global_batch_size=1, recompute=again, recompute_modules=("core_attn", "mlp"), recompute_tower=again
+        global_batch_size=1, recompute=recompute, recompute_modules=("core_attn", "mlp"), recompute_tower=recompute
     )
     bare = build_chunks(
         model,
@@ -113,8 +104,8 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     optimizer = build_optimizer(chunks, optim, parallel=parallel, dtype=dtype)
     outcome = Outcome([], [], parameter_counts(bare, mesh=mesh), {})
     for step in range(STEPS):
-        batches = [_of_own_length(batch, number, variant.lengths) for number, batch in enumerate(micro_batches(step))]
-        mine = [
+        batches = [_with_own_length(batch, number, variant.lengths) for number, batch in enumerate(micro_batches(step))]
+        own_batches = [
             slice_for_context_parallel(
                 batch, rank=mesh.coordinates.context, size=variant.context, sequence_length=batch.token_ids.size(1)
             )
@@ -123,7 +114,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
         result = train_step(
             chunks,
             optimizer,
-            StepData(step_items(step), mine, 0.0),
+            StepData(step_items(step), own_batches, 0.0),
             mesh=mesh,
             micro_batch_size=MICRO_BATCH,
             normalize=variant.normalize,
@@ -139,7 +130,21 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     return outcome
 
 
-def _of_own_length(batch: Batch, number: int, lengths: str) -> Batch:
+def _parallel_config(variant: Variant) -> ParallelConfig:
+    return ParallelConfig(
+        tensor=variant.tensor,
+        pipeline=variant.pipeline,
+        virtual=variant.virtual,
+        context=variant.context,
+        sequence=variant.sequence,
+        distributed_optimizer=variant.distributed_optimizer,
+        overlap_grad_reduce=variant.overlap,
+        overlap_param_gather=variant.gather,
+        layout=variant.layout,
+    )
+
+
+def _with_own_length(batch: Batch, number: int, lengths: str) -> Batch:
     """Give micro-batches the lengths 24, 12, 16, 20, 24, ..."""
     length = (LENGTH, 12, 16, 20)[number % 4]
     if lengths == "equal" or length == LENGTH:
@@ -161,9 +166,11 @@ def global_weights(chunks) -> dict[str, torch.Tensor]:
     """Gather all weights as global tensors on rank 0."""
     from megatron_share4v.model.initialize import iter_shards
 
-    mine = [(s.key, s.global_shape, s.offset, s.data.detach().clone()) for s in iter_shards(chunks) if not s.replica]
+    own_batches = [
+        (s.key, s.global_shape, s.offset, s.data.detach().clone()) for s in iter_shards(chunks) if not s.replica
+    ]
     gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, gathered)
+    dist.gather_object(own_batches, gathered)
     weights: dict[str, torch.Tensor] = {}
     for key, shape, offset, data in itertools.chain.from_iterable(gathered or []):
         whole = weights.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
@@ -211,10 +218,10 @@ def variants_of(tensor: int, pipeline: int, virtual: int, data: int) -> list[Var
         variants += [Variant(**place, dtype="bf16", sequence=True, ops=ops) for ops in ("auto", "reference")]
     if (tensor, pipeline, virtual, data) in [(2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 1, 2)]:
         variants.append(Variant(**place, sequence=tensor > 1, ops="reference"))
-    again = {(1, 1, 1, 2): ("selective",), (2, 2, 1, 1): ("full", "selective"), (1, 2, 2, 1): ("full",)}.get(
+    recompute = {(1, 1, 1, 2): ("selective",), (2, 2, 1, 1): ("full", "selective"), (1, 2, 2, 1): ("full",)}.get(
         (tensor, pipeline, virtual, data), ()
     )
-    variants += [Variant(**place, sequence=tensor > 1, recompute=what, overlap=data > 1) for what in again]
+    variants += [Variant(**place, sequence=tensor > 1, recompute=what, overlap=data > 1) for what in recompute]
     uneven = {(2, 2, 1, 1): (5, 3), (1, 4, 1, 1): (1, 3, 3, 1), (1, 2, 2, 1): (1, 3, 2, 2)}.get(
         (tensor, pipeline, virtual, data)
     )

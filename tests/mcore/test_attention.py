@@ -121,16 +121,16 @@ def test_backend_choice_and_errors(monkeypatch: pytest.MonkeyPatch):
         == "attention: sdpa (samples are not packed)"
     )
     chosen = choose_attention_backend("auto", device=cpu, **bf16)
-    assert chosen.implementation == "sdpa" and "for NVIDIA GPUs alone" in chosen.reason
+    assert chosen.implementation == "sdpa" and "for NVIDIA GPUs only" in chosen.reason
     assert choose_attention_backend("math", device=cpu, **fp32).implementation == "math"
-    for name, what in (("varlen", "for NVIDIA GPUs alone"), ("te", "built without CUDA; install it")):
-        with pytest.raises(OpsError, match=f"attention: {name} was asked for on cpu: .*{what}"):
+    for name, what in (("varlen", "for NVIDIA GPUs only"), ("te", "built without CUDA; install it")):
+        with pytest.raises(OpsError, match=f"attention: {name} was requested on cpu: .*{what}"):
             choose_attention_backend(name, device=cpu, **bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "te_unavailable_reason", lambda: None)
     assert choose_attention_backend("auto", device=gpu, **bf16).implementation == "varlen"
     assert choose_attention_backend("auto", device=gpu, **fp32).implementation == "sdpa"
     assert choose_attention_backend("te", device=gpu, **bf16).implementation == "te"
-    for name, what in (("varlen", "for bf16 alone"), ("te", "keep the samples of a pack apart")):
+    for name, what in (("varlen", "for bf16 only"), ("te", "keep packed samples apart")):
         with pytest.raises(OpsError, match=what):
             choose_attention_backend(name, device=gpu, **fp32)

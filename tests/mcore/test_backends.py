@@ -59,7 +59,7 @@ def test_four_ranks_build_once(machine: Path) -> None:
 def test_none_has_a_compiler(machine: Path) -> None:
     assert run_world(2, outcome, machine, "auto", (False,) * 2) == ["reference"] * 2
     first, second = run_world(2, outcome, machine, "native", (False,) * 2)
-    assert first == second and first.startswith("ops: native was asked for on cpu") and "ranks" not in first
+    assert first == second and first.startswith("ops: native was requested on cpu") and "ranks" not in first
 
 
 @needs_cxx

@@ -142,7 +142,7 @@ def test_without_compiler_the_reference_is_used_and_logged(
 def test_native_without_compiler_raises_with_the_remedy(available: LibrarySources) -> None:
     with pytest.raises(
         OpsError,
-        match=r"ops: native was asked for on cpu(?s:.*)no C\+\+ compiler(?s:.*)install g\+\+(?s:.*)ops: reference",
+        match=r"ops: native was requested on cpu(?s:.*)no C\+\+ compiler(?s:.*)install g\+\+(?s:.*)ops: reference",
     ):
         choose_ops_backend("native", device="cpu", available=available)
 
@@ -159,7 +159,7 @@ def test_cxx_only_library_supports_only_the_cpu(available: LibrarySources, toolc
     assert choose_ops_backend("auto", device="cuda", available=machine) == OpsBackend(
         "reference", "no nvcc on PATH and no prebuilt library with CUDA kernels"
     )
-    with pytest.raises(OpsError, match="asked for on cuda(?s:.*)no nvcc"):
+    with pytest.raises(OpsError, match="requested on cuda(?s:.*)no nvcc"):
         choose_ops_backend("native", device="cuda", available=machine)
 
 

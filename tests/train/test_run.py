@@ -191,7 +191,7 @@ def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> No
     assert record["ops"] == "reference" and "no C++ compiler" in record["reason"]
     message = refused(bench, "ops=native", *few, path="")
     assert (
-        "error: ops: native was asked for on cpu" in message
+        "error: ops: native was requested on cpu" in message
         and "install g++" in message
         and "or set ops: reference" in message
     )
@@ -238,7 +238,7 @@ def test_fp8_is_watched(bench: Bench) -> None:
         "transformer_engine=language",
         "precision.dtype=bf16",
     )
-    assert "transformer_engine: language was asked for: this torch is built without CUDA; install it" in message
+    assert "transformer_engine: language was requested: this torch is built without CUDA; install it" in message
 
 
 def refused(bench: Bench, *overrides: str, path: str | None = None) -> str:
@@ -259,7 +259,7 @@ def test_bad_configuration_is_refused(bench: Bench) -> None:
     message = refused(
         bench, "attention=te", f"run.directory={bench.root / 'no_engine'}", "data.pack_length=512", "data.order=random"
     )
-    assert "attention: te was asked for on cpu: this torch is built without CUDA; install it" in message
+    assert "attention: te was requested on cpu: this torch is built without CUDA; install it" in message
     message = refused(bench, "parallel.tensor=2")
     assert "world size 1 is not a multiple of" in message
     message = refused(
