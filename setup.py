@@ -46,7 +46,7 @@ extras = {
     "fa": ["flash-attn-4>=4.0.0b36"],
     "hf": ["transformers==5.23.0"],  # to compare exports with what they are for; training needs none of it
     "evaluate": ["openpyxl>=3.1,<4"],  # MMBench's server takes nothing but a sheet
-    "serve": ["starlette>=1.0,<2", "uvicorn>=0.30,<1", "h11>=0.14"],
+    "serve": ["starlette>=1.0,<2", "uvicorn>=0.30,<1", "h11>=0.14", "prometheus-client>=0.20,<1"],
     "dev": [
         "pytest>=8",
         "transformers==5.23.0",

@@ -155,7 +155,7 @@ class EngineThread:
             )
         free = max(0, limits.max_requests - (len(self._jobs) - len(self._waiting)))
         if len(self._waiting) + len(requests) > self._max_waiting + free:
-            mean = self._metrics.end_to_end.total / max(1, self._metrics.end_to_end.count)
+            mean = self._metrics.mean_latency_s()
             seconds = min(60, max(1, round(mean * (1 + len(self._waiting) / limits.max_requests))))
             raise ApiError(
                 f"{len(self._waiting)} requests are waiting and {self._max_waiting} may; try again later",

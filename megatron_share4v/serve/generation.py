@@ -95,7 +95,7 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what still runs. Whoever made this object calls it in any case."""
-        self._metrics.finished["error" if self._refused else "abort"] += len(self._job.open)
+        self._metrics.count_finished("error" if self._refused else "abort", len(self._job.open))
         self._job.close()
 
     async def pieces(self) -> AsyncIterator[ChoiceDelta]:
@@ -105,7 +105,7 @@ class Generation:
             piece = self._piece(choice, tick)
             if piece.finish_reason is not None:
                 self._job.cancel(tick.request_id)
-                self._metrics.finished[piece.finish_reason] += 1
+                self._metrics.count_finished(piece.finish_reason)
                 self._metrics.end_to_end.observe(tick.at - self._job.submitted)
             yield piece
 

@@ -205,7 +205,7 @@ class AuthMiddleware:
                 started = True
                 message["headers"] = [*message.get("headers", ()), *SAFE_HEADERS]
                 if message["status"] >= 400:
-                    self._metrics.errors[message["status"]] += 1
+                    self._metrics.count_error(message["status"])
             await send(message)
 
         if not self._allows(scope):

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -28,8 +29,11 @@ from megatron_share4v.serve.api_openai import OpenAIRoutes
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.http import AuthMiddleware, BodyReader, JsonResponse, handle_exception
 from megatron_share4v.serve.image_fetch import ImageFetcher
-from megatron_share4v.serve.metrics import CONTENT_TYPE, Metrics
+from megatron_share4v.serve.metrics import CONTENT_TYPE, EngineCollector, Metrics
 from megatron_share4v.serve.prompt_builder import PromptBuilder
+
+if TYPE_CHECKING:
+    from megatron_share4v.infer.engine import EngineStats
 
 
 def build_app(
@@ -40,7 +44,7 @@ def build_app(
     on_failure: Callable[[EngineThread], None] = lambda worker: None,
 ) -> Starlette:
     """The ASGI application; its lifespan owns the engine's thread, in which `load` runs. `app.state.worker` and `.metrics` are there for tests."""
-    metrics = Metrics()
+    metrics = Metrics(config.model_name)
     worker = EngineThread(load, max_waiting=config.max_waiting, metrics=metrics, on_failure=lambda: on_failure(worker))
     bodies, prompt_builder = BodyReader(config), PromptBuilder(config, fetcher=fetcher)
 
@@ -60,15 +64,17 @@ def build_app(
             return JsonResponse({"status": "failed" if worker.failure else "loading"}, 503, refusal.headers)
         return JsonResponse({"status": "ok"})
 
+    def engine_state() -> tuple[int, EngineStats | None]:
+        return worker.waiting, worker.served.engine.stats if worker.served else None
+
+    metrics.registry.register(EngineCollector(config.model_name, engine_state))
+
     async def load_now(request: Request) -> Response:
-        stats = worker.served.engine.stats if worker.served else None
-        return JsonResponse({"server_load": worker.waiting + (stats.waiting + stats.running if stats else 0)})
+        waiting, stats = engine_state()
+        return JsonResponse({"server_load": waiting + (stats.waiting + stats.running if stats else 0)})
 
     async def show_metrics(request: Request) -> Response:
-        stats = worker.served.engine.stats if worker.served else None
-        return Response(
-            metrics.text(model=config.model_name, waiting=worker.waiting, stats=stats), media_type=CONTENT_TYPE
-        )
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     openai = OpenAIRoutes(config, worker, bodies, prompt_builder, metrics, started=int(time.time()))
     megatron = MegatronRoutes(worker, bodies, prompt_builder, metrics, max_images=config.max_images)

@@ -125,10 +125,10 @@ def test_storm(tmp_path: Path) -> None:
                 for line in metrics.splitlines()
                 if line.startswith(("share4v_num_requests_running", "share4v_num_requests_waiting"))
             ]
-            if all(line.endswith(" 0") for line in left) or time.monotonic() > deadline:
+            if all(float(line.split()[-1]) == 0 for line in left) or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        assert len(left) == 2 and all(line.endswith(" 0") for line in left), left
+        assert len(left) == 2 and all(float(line.split()[-1]) == 0 for line in left), left
         assert (
             httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat() | {"temperature": 0}).json()[
                 "choices"
