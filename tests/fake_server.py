@@ -1,4 +1,7 @@
-"""serve() with the fake engine in a process of its own: python tests/fake_server.py TOKENIZER_DIRECTORY [setting=json ...]. Prints its URL's port."""
+"""serve() with the fake engine in a process of its own: python tests/fake_server.py TOKENIZER_DIRECTORY [setting=json ...].
+
+Prints its URL's port.
+"""
 
 from __future__ import annotations
 

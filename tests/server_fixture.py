@@ -1,4 +1,7 @@
-"""A server on a port of its own with a fake engine behind it: deterministic answers at a chosen speed. For tests/serve."""
+"""A server on a port of its own with a fake engine behind it: deterministic answers at a chosen speed.
+
+For tests/serve.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,10 @@ def default_answer(engine: FakeEngine, request: GenerationRequest) -> str:
 
 @dataclass
 class FakeEngine:
-    """The contract of infer.engine.Engine. answer may be replaced at any time; step_s: how long a step takes; broken: raised by the next step."""
+    """The contract of infer.engine.Engine.
+
+    answer may be replaced at any time; step_s: how long a step takes; broken: raised by the next step.
+    """
 
     encoder: Encoder
     limits: FakeLimits = field(default_factory=FakeLimits)

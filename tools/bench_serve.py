@@ -1,9 +1,9 @@
 """Time to first token, time between tokens and tokens per second at 1, 4 and 16 users, beside transformers' generate on the same model, in one run.
 
-Each user sends one request at the same moment: an image nobody has sent before and some words; all answers have the same length. transformers
-answers one after the other, as a script around generate does. Rounds alternate between all of them; medians are printed, the counters of the engine
-too. Tokens per second of processor time are less moved by what else the machine does. Without --model, a random one is made (--width, --layers).
-Needs transformers (extra [dev]).
+Each user sends one request at the same moment: an image nobody has sent before and some words; all answers have the
+same length. transformers answers one after the other, as a script around generate does. Rounds alternate between all of
+them; medians are printed, the counters of the engine too. Tokens per second of processor time are less moved by what
+else the machine does. Without --model, a random one is made (--width, --layers). Needs transformers (extra [dev]).
 """
 
 from __future__ import annotations
@@ -220,7 +220,8 @@ def measure(
     )
     for key in ("tokens_per_s", "tokens_per_cpu_s"):
         print(
-            f"{key}: {USERS[-1]} users / 1 user {most[key] / one[key]:.2f}, {USERS[-1]} users / transformers {most[key] / theirs_[key]:.2f}"
+            f"{key}: {USERS[-1]} users / 1 user {most[key] / one[key]:.2f}, {USERS[-1]} users / transformers "
+            f"{most[key] / theirs_[key]:.2f}"
         )
     parameters = sum(parameter.numel() for parameter in session.chunks[0].parameters())
     print(f"{parameters / 1e6:.0f}M parameters, {arguments.dtype}, {arguments.threads} threads, {arguments.words} words and an image, "

@@ -1,8 +1,8 @@
 """Caption images, with a model of ours or any OpenAI-compatible endpoint; the options and files of ShareGPT4V's share-cap_batch_infer.py, and more.
 
-Killed? Start the same command again: what was captioned is in SAVE_PATH.journal/ and is kept. torchrun --nproc-per-node N tools/caption.py ...
-captions with N models at once. Exit code 3: some images have no caption (each is named with its error). The last line is one JSON object. More is in
-docs/captioning.md.
+Killed? Start the same command again: what was captioned is in SAVE_PATH.journal/ and is kept. torchrun --nproc-per-node
+N tools/caption.py ... captions with N models at once. Exit code 3: some images have no caption (each is named with its
+error). The last line is one JSON object. More is in docs/captioning.md.
 """
 
 from __future__ import annotations

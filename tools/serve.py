@@ -1,7 +1,7 @@
 """Serve a checkpoint, a run directory (its newest) or a Hugging Face export: OpenAI's API, and a page at /. Stop it with Ctrl-C.
 
-python tools/serve.py CKPT                                    one process, http://127.0.0.1:8000/
-torchrun --nproc-per-node 2 tools/serve.py CKPT               tensor parallel over two, whatever it was trained at
+python tools/serve.py CKPT                                    one process, http://127.0.0.1:8000/ torchrun
+--nproc-per-node 2 tools/serve.py CKPT               tensor parallel over two, whatever it was trained at
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Captions for many images: inputs -> a captioner (our engine, or an endpoint) -> journals -> files. Uses infer/, knows nothing of the server."""
+"""Batch captioning: inputs -> captioner (our engine or an endpoint) -> answer logs -> output files."""

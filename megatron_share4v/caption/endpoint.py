@@ -1,6 +1,7 @@
-"""Captions from a server that speaks OpenAI's chat completions: several requests at a time, tried again within a bound.
+"""Captions from an OpenAI-compatible server: concurrent requests with bounded retries.
 
-A refusal of one image becomes that image's error; an endpoint that answers nothing ends the job, with nothing written about the images in question.
+A rejected image becomes that image's error; an endpoint that answers nothing ends the job without recording errors for
+the images.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ LEAST_FAILURES = 8
 def caption_with_endpoint(
     endpoint: Endpoint, job: JobOptions, *, settings: CaptionSettings, world: World
 ) -> JobSummary | None:
-    """The captions of `job` from a server: see run_job. Raises ConfigError, DataError."""
+    """Caption `job` with a server: see run_job. Raises ConfigError, DataError."""
     if world.size > 1:
         raise ConfigError(
-            f"--endpoint is asked by one process, and torchrun started {world.size}; start without it, and raise --concurrency"
+            f"--endpoint is asked by one process, and torchrun started {world.size}; start without it, and raise "
+            "--concurrency"
         )
     return run_job(
         EndpointCaptioner(endpoint, settings=settings), job, settings=settings, model=endpoint.model, share=DPGroup()
@@ -34,22 +36,27 @@ def caption_with_endpoint(
 
 
 class EndpointCaptioner:
-    """Calls yield rows as they are finished; pictures are taken from the iterator only as they are needed."""
+    """Yields rows as they finish, in any order; images are consumed only as needed."""
 
     def __init__(
         self, endpoint: Endpoint, *, settings: CaptionSettings, sleep: Callable[[float], object] | None = None
     ) -> None:
-        """Raises ConfigError for what is no URL."""
+        """Raise ConfigError for an invalid URL or for beams."""
         if settings.num_beams > 1:
             raise ConfigError(
-                f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with --model-name"
+                f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with "
+                "--model-name"
             )
         self._endpoint, self._settings, self._chat = endpoint, settings, ChatClient(endpoint, sleep=sleep)
 
     def __call__(self, pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
-        """Raises ConfigError when the endpoint refuses key, model or path, or fails for many images with no answer in between."""
+        """Caption images.
+
+        Raises ConfigError when the endpoint rejects key, model or path, or fails for many images with no success in
+        between.
+        """
         most = max(LEAST_FAILURES, 2 * self._endpoint.concurrency)
-        held: list[CaptionRow] = []  # failures that may be the endpoint's: an answer proves that it lives
+        held: list[CaptionRow] = []  # failures that may be the endpoint's fault; a success shows that it works
         lives = False
         pool = ThreadPoolExecutor(self._endpoint.concurrency)
         going = {pool.submit(self._row, picture) for picture in islice(pictures, self._endpoint.concurrency)}
@@ -63,20 +70,21 @@ class EndpointCaptioner:
                     rows, held, lives = rows + held, [], True
                 if len(held) >= most or (held and not going and not lives):
                     raise ConfigError(
-                        f"endpoint {self._endpoint.url}: the last {len(held)} images got no caption ({held[-1].error}); see to it, and start "
+                        f"endpoint {self._endpoint.url}: the last {len(held)} images got no caption "
+                        f"({held[-1].error}); see to it, and start "
                         "the same command again: what was captioned is kept"
                     )
                 if rows:
                     yield rows
         finally:
-            self._chat.stop()  # whoever ends the job early does not wait for pauses and answers that are still to come
+            self._chat.stop()  # do not wait for retry pauses and pending answers when the job ends early
             pool.shutdown(wait=False, cancel_futures=True)
         if held:
             yield held
 
     @staticmethod
     def _sorted(finished: set[Future]) -> tuple[list[CaptionRow], list[CaptionRow]]:
-        """Rows that are certain, and failures."""
+        """Split finished rows into definitive ones and failures that the endpoint may have caused."""
         results = [future.result() for future in finished]
         return [row for row, is_certain in results if is_certain], [
             row for row, is_certain in results if not is_certain
@@ -103,5 +111,5 @@ class EndpointCaptioner:
         if given.temperature:
             body |= {"top_p": given.top_p, "seed": given.seed_of(picture)}
         if given.repetition_penalty != 1.0:
-            body["repetition_penalty"] = given.repetition_penalty  # not OpenAI's; ours and vLLM know it
+            body["repetition_penalty"] = given.repetition_penalty  # an extension of our server and vLLM
         return body

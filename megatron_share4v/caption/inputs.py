@@ -1,6 +1,7 @@
-"""Which images: lists (JSON, JSONL), folders, globs and tar archives become Pictures, in order, each with an id that never changes.
+"""Input images: lists (JSON, JSONL), folders, globs and tar archives become ImageEntries, in order, with stable ids.
 
-An entry's path is what results are known by. All paths are relative to one root, so that they can be those of a data set's records.
+An entry's path names it in the results. All paths are relative to one root, so that they can match those of a data
+set's records.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from megatron_share4v.data.prepare.image_files import COMPRESSED, SUFFIXES
 from megatron_share4v.errors import DataError
 
 EntryFields = tuple[str | None, str, str, int, int | None]
-"""id as given, path, file, offset, size: see Picture."""
+"""Given id, path, file, offset, size: see ImageEntry."""
 
 
 def read_image_entries(*, images_file: Path | None, images: Sequence[str], root: Path) -> list[ImageEntry]:
-    """The entries of `images_file`, then those of `images` (folders, globs, archives, files below `root`); repeated entries stay.
+    """Entries of `images_file`, then of `images` (folders, globs, archives, files below `root`); duplicates are kept.
 
-    An id is the list's own or the hash of the path; the k-th entry of the same id gets "~k". Raises DataError for a list that is none, for what
-    does not exist, and when there is nothing at all.
+    An id is the list's own or the hash of the path; the k-th entry with the same id gets "~k". Raises DataError for an
+    invalid list, a missing input, and an empty result.
     """
     places: list[EntryFields] = []
     if images_file is not None:
@@ -56,7 +57,8 @@ def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}: cannot be read ({error}); --images-file is a JSON list of image paths, or JSONL with one entry a line"
+            f"{path}: cannot be read ({error}); --images-file is a JSON list of image paths, or JSONL with one entry "
+            "a line"
         ) from error
     try:
         if path.suffix == ".jsonl":
@@ -65,7 +67,8 @@ def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
             entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: is no JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a line"
+            f"{path}: is no JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a "
+            "line"
         ) from error
     if not isinstance(entries, list):
         raise DataError(f"{path}: holds a JSON {type(entries).__name__}; expected a list of image paths")
@@ -75,7 +78,8 @@ def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
         )
         if not isinstance(image, str) or not image:
             raise DataError(
-                f"{path}, entry {number}: is {str(entry)[:60]!r}; expected an image path, or an object with 'image' and perhaps 'id'"
+                f"{path}, entry {number}: is {str(entry)[:60]!r}; expected an image path, or an object with 'image' "
+                "and perhaps 'id'"
             )
         yield None if name is None else str(name), image, str(root / image), 0, None
 
@@ -87,14 +91,15 @@ def _found(item: str, root: Path) -> Iterator[EntryFields]:
     matches = sorted(glob.glob(item, root_dir=root, recursive=True)) if glob.has_magic(item) else []
     if not matches:
         raise DataError(
-            f"--images {item}: no such file, folder or match below {root.resolve()}; quote a pattern, and mind --images-root"
+            f"--images {item}: no such file, folder or match below {root.resolve()}; quote a pattern, and mind "
+            "--images-root"
         )
     for match in matches:
         yield from _at(match, root, asked=False)
 
 
 def _at(item: str, root: Path, *, asked: bool) -> Iterator[EntryFields]:
-    """asked: the user has named it, so that it is an image whatever its suffix."""
+    """Entries of one path. asked: named by the user, so it counts as an image whatever its suffix."""
     path, lower = root / item, item.lower()
     if path.is_dir():
         for folder, below, names in os.walk(path):
@@ -105,7 +110,8 @@ def _at(item: str, root: Path, *, asked: bool) -> Iterator[EntryFields]:
                 )
     elif lower.endswith(COMPRESSED):
         raise DataError(
-            f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar"
+            f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make "
+            "it a plain .tar"
         )
     elif lower.endswith(".tar"):
         yield from _members(item, path)
@@ -114,13 +120,13 @@ def _at(item: str, root: Path, *, asked: bool) -> Iterator[EntryFields]:
 
 
 def _members(item: str, path: Path) -> Iterator[EntryFields]:
-    """`a/b.tar` has a/b/<member>: the path under which data preparation finds it too (data/prepare/image_files.py)."""
+    """Members of an archive: `a/b.tar` has a/b/<member>, as in data preparation (data/prepare/image_files.py)."""
     folder = PurePosixPath(item).with_suffix("")
     try:
         end = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
-                tar.members.clear()  # else the whole list is kept
+                tar.members.clear()  # bounds memory: tarfile keeps every member
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"ends within {member.name}")
                 if member.isreg() and not member.issparse() and member.name.lower().endswith((*SUFFIXES, ".tiff")):

@@ -1,6 +1,6 @@
-"""One job from its inputs to its files: who captions what, what is done already, and what is written at the end.
+"""One caption job from inputs to output files: distribution over ranks, resuming, and merging.
 
-Ranks share the pictures that are left; each has a journal of its own; the first merges them when all have finished.
+Ranks share the remaining images, each with its own answer log; rank 0 merges the logs when all have finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ SAMPLES_PER_SHARD = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """images: folders, globs, archives and files below images_root. restart: forget what was done; retry_errors: try again what became an error."""
+    """Inputs and outputs of a job.
+
+    images: folders, globs, archives and files below images_root. restart: discard earlier results; retry_errors: retry
+    failed images.
+    """
 
     save_path: Path
     images_file: Path | None = None
@@ -47,13 +51,13 @@ class JobOptions:
 
     @property
     def journals(self) -> Path:
-        """Where the ranks write what they have."""
+        """Directory of the answer logs."""
         return self.save_path.with_name(f"{self.save_path.name}.journal")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSummary:
-    """Of the whole job; the rates are of this start and this process."""
+    """Totals of the job; rates are of this run and process."""
 
     images: int
     captions: int
@@ -64,16 +68,16 @@ class JobSummary:
 
     @property
     def exit_code(self) -> int:
-        """PARTIAL when there are error rows, else OK."""
+        """ExitCode.PARTIAL when there are error rows."""
         return ExitCode.PARTIAL if self.errors else ExitCode.OK
 
 
 def run_job(
     captioner: Captioner, options: JobOptions, *, settings: CaptionSettings, model: str, share: DPGroup
 ) -> JobSummary | None:
-    """Caption what is left of the inputs and write the files. Returns None on all but the first process.
+    """Caption the remaining images and write the files. Returns None on all but DP rank 0.
 
-    model: what names the model in the journal, so that captions of two are never mixed. Raises DataError.
+    model: identifies the model in the answer logs, so that captions of different models never mix. Raises DataError.
     """
     pictures = read_image_entries(images_file=options.images_file, images=options.images, root=options.images_root)
     check_targets(annotations=options.annotations, shards=options.shards, pictures=pictures)
@@ -86,7 +90,7 @@ def run_job(
             for picture in pictures
             if picture.id not in done or (options.retry_errors and picture.id in done.errors)
         ]
-        share.barrier()  # all have read the journals: now they may grow
+        share.barrier()  # all ranks have read the logs before any appends
         mine = left[share.rank :: share.size]
         before = (len(pictures) - len(left)) // share.size
         progress = Progress(total=before + len(mine), done=before)
@@ -111,7 +115,7 @@ def _write(
     done: AnswerIndex[CaptionRow],
     progress: Progress,
 ) -> JobSummary:
-    """Every file from the journals anew: it is the same, however often the job was killed."""
+    """Write all output files from the answer logs; the result does not depend on how often the job was killed."""
     counts: Counter[str] = Counter()
     ids = [picture.id for picture in pictures]
     for row in done.rows(ids):

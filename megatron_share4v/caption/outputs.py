@@ -1,6 +1,6 @@
-"""Captions as files, from rows in the order of the input: the official list, JSONL, annotations to train with, WebDataset shards.
+"""Output files from rows in input order: the official list, JSONL, annotations for training, WebDataset shards.
 
-Each is written whole or not at all; the same rows give the same bytes.
+Each file is written atomically; the same rows give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ MAX_KEY_LENGTH = 80
 
 
 def write_official(path: Path, rows: Iterable[CaptionRow]) -> None:
-    """The published tool's list of {path: caption}, as json.dump with indent 4 writes it; pictures without a caption are left out."""
+    """Write the published tool's list of {path: caption} (json.dump, indent 4) without failed images."""
     _write_list(path, ({row.path: row.caption} for row in rows if row.error is None))
 
 
 def write_jsonl(path: Path, rows: Iterable[CaptionRow]) -> None:
-    """All rows, errors too."""
+    """Write all rows, errors included."""
     with _replacing(path) as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
 
 
 def write_annotations(path: Path, rows: Iterable[CaptionRow], *, prompt: str) -> None:
-    """ShareGPT4V's records of the rows that can be trained: see `is_trainable`."""
+    """Write ShareGPT4V records of the trainable rows: see `is_trainable`."""
     _write_list(path, (_record(row, prompt=prompt) for row in rows if is_trainable(row)))
 
 
 def write_shards(
     directory: Path, rows: Iterable[CaptionRow], pictures: Sequence[ImageEntry], *, prompt: str, samples_per_shard: int
 ) -> None:
-    """`key.jpg|png|...` and `key.json`, the annotation record, of the rows that can be trained. Replaces earlier shards in `directory`.
+    """Write shards of `key.jpg|png|...` and `key.json` (the annotation record) of the trainable rows.
 
-    Raises DataError when an image has gone since it was captioned.
+    Raises DataError when an image has disappeared since it was captioned.
     """
     staging = directory.parent / f".{directory.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -69,17 +69,18 @@ def write_shards(
 
 
 def is_trainable(row: CaptionRow) -> bool:
-    """A caption that says something, and does not contain the image's own placeholder."""
+    """Whether a row has a non-empty caption without the image placeholder."""
     return row.error is None and bool(row.caption.strip()) and IMAGE_PLACEHOLDER not in row.caption
 
 
 def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Sequence[ImageEntry]) -> None:
-    """Before the work: what could not be written after it. Raises DataError."""
+    """Check, before the work, that the outputs can be written. Raises DataError."""
     if annotations or shards:
         for picture in pictures:
             if picture.path.startswith("/") or ".." in PurePosixPath(picture.path).parts:
                 raise DataError(
-                    f"image {picture.path}: annotations want paths inside one folder of images; name it with --images-root, and images relative to it"
+                    f"image {picture.path}: annotations want paths inside one folder of images; name it with "
+                    "--images-root, and images relative to it"
                 )
     if shards and shards.exists() and any(not path.name.startswith("shard-") for path in shards.iterdir()):
         raise DataError(f"--shards {shards}: holds more than shards; give an empty or new directory")
@@ -91,7 +92,7 @@ def _record(row: CaptionRow, *, prompt: str) -> dict[str, object]:
 
 
 def _write_list(path: Path, items: Iterator[dict[str, object]]) -> None:
-    """What json.dump(list, indent=4) writes, without the list."""
+    """Stream what json.dump(list, indent=4) would write."""
     with _replacing(path) as file:
         opening = "[\n"
         for item in items:

@@ -1,4 +1,4 @@
-"""How far, how fast, how long still: a line every few seconds."""
+"""Periodic progress lines: images done, rates, time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EVERY_S = 5.0
 
 
 class Progress:
-    """Of one process. done: how many of its `total` images an earlier start has left behind."""
+    """Progress of one process. done: how many of its `total` images an earlier run has finished."""
 
     def __init__(self, *, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._before, self._clock = total, done, clock
@@ -21,7 +21,7 @@ class Progress:
         self.images = self.tokens = self.errors = 0
 
     def advance(self, rows: Sequence[CaptionRow]) -> None:
-        """These are done; says so, if the last line is a while ago."""
+        """Count finished rows; log a line at most every EVERY_S seconds."""
         self.images += len(rows)
         self.tokens += sum(row.tokens for row in rows)
         self.errors += sum(row.error is not None for row in rows)
@@ -31,7 +31,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return max(self._clock() - self._started, 1e-9)
 
     def __str__(self) -> str:

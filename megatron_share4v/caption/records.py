@@ -1,4 +1,4 @@
-"""What flows through the captioner: a Picture goes in, a Row comes out, Settings say how. No model, no files but an image's own."""
+"""Records of the captioner: ImageEntry in, CaptionRow out, CaptionSettings for both."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pathlib import Path
 from megatron_share4v.errors import DataError
 
 INSTRUCTION = "Analyze the image in a comprehensive and detailed manner."
-"""ShareCaptioner's (arXiv 2311.12793, published tool)."""
+"""Prompt of ShareCaptioner (arXiv 2311.12793, published tool)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry:
-    """One entry of the input. path: as the list has it, and as the results will. Its bytes are `file`, or `size` bytes of it from `offset` on."""
+    """One input image.
+
+    path: as listed, and as in the results. Its bytes are `file`, or `size` bytes of it from `offset`.
+    """
 
     id: str
     path: str
@@ -23,7 +26,7 @@ class ImageEntry:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The encoded image. Raises DataError when it cannot be read, is cut or is empty."""
+        """Read the encoded image. Raises DataError when it is unreadable, truncated or empty."""
         try:
             with Path(self.file).open("rb") as file:
                 file.seek(self.offset)
@@ -38,7 +41,7 @@ class ImageEntry:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRow:
-    """What became of a picture: a caption of `tokens` tokens, or an error. finish_reason: "stop" or "length"."""
+    """Result of one image: a caption of `tokens` tokens, or an error. finish_reason: "stop" or "length"."""
 
     id: str
     path: str
@@ -50,7 +53,7 @@ class CaptionRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings:
-    """What a caption depends on besides image and model. temperature 0: greedy. num_beams: infer/beam_search.py."""
+    """What a caption depends on besides image and model. temperature 0: greedy. num_beams: see infer/beam_search.py."""
 
     prompt: str = INSTRUCTION
     max_new_tokens: int = 500
@@ -61,7 +64,7 @@ class CaptionSettings:
     num_beams: int = 1
 
     def seed_of(self, picture: ImageEntry) -> int:
-        """Its own, so that a sampled caption depends neither on the others nor on where a killed job went on."""
+        """Seed of one image, so that a sampled caption depends neither on the others nor on a restart."""
         return (
             int.from_bytes(
                 hashlib.sha256(f"{self.seed}:{picture.id}".encode("utf-8", "surrogateescape")).digest()[:4], "little"

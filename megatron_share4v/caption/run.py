@@ -1,4 +1,4 @@
-"""Captions from a model of ours: the pictures of a job as questions to the engine, on all ranks of the world. Without torchrun: one process."""
+"""Captions from a local model: the images of a job as engine tasks, on all ranks of the world."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """name: a checkpoint, a run directory, or the directory of an export. tensor: ranks that one model is spread over. dtype None: as trained."""
+    """Model to caption with.
+
+    name: checkpoint, run directory or export directory. tensor: TP ranks per replica. dtype None: as trained.
+    """
 
     name: str
     batch_size: int = 16
@@ -34,15 +37,18 @@ class ModelOptions:
 def caption_with_model(
     model: ModelOptions, job: JobOptions, *, settings: CaptionSettings, world: World
 ) -> JobSummary | None:
-    """The captions of `job` from a model of ours, on all ranks of `world`: see run_job. Raises ConfigError, CheckpointError, DataError."""
+    """Caption `job` with a local model: see run_job. Raises ConfigError, CheckpointError, DataError."""
     if world.size % model.tensor:
         raise ConfigError(
-            f"--num_gpus {model.tensor} spreads one model over {model.tensor} processes, and {world.size} are running; start with "
-            f"torchrun --nproc-per-node {model.tensor} tools/caption.py ..., or a multiple of it to caption with several models at once"
+            f"--num_gpus {model.tensor} spreads one model over {model.tensor} processes, and {world.size} are "
+            "running; start with "
+            f"torchrun --nproc-per-node {model.tensor} tools/caption.py ..., or a multiple of it to caption with "
+            "several models at once"
         )
     if not Path(model.name).exists():
         raise ConfigError(
-            f"--model-name {model.name}: is no directory here; give a checkpoint, a run directory or an export of tools/convert.py. (ShareCaptioner "
+            f"--model-name {model.name}: is no directory here; give a checkpoint, a run directory or an export of "
+            "tools/convert.py. (ShareCaptioner "
             "itself has another architecture and is not read: a model of ours takes the same files and options)"
         )
     requests = model.batch_size * settings.num_beams
@@ -56,7 +62,7 @@ def caption_with_model(
 
 
 class LocalCaptioner:
-    """Calls yield rows as they are finished, in whatever order; pictures are taken from the iterator only as they are needed."""
+    """Yields rows as they finish, in any order; images are consumed only as needed."""
 
     def __init__(self, replica: Replica, *, settings: CaptionSettings, workers: int) -> None:
         self._session, self._settings, self._workers = replica.session, settings, workers
@@ -66,7 +72,7 @@ class LocalCaptioner:
         self._turns = (Turn("human", f"{IMAGE_PLACEHOLDER}\n{settings.prompt}"),)
 
     def __call__(self, pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
-        """Raises DataError when prompt and longest caption do not fit into the model: that is so for all images alike."""
+        """Caption images. Raises DataError when prompt and longest caption exceed the context, as for every image."""
         paths: dict[str, str] = {}
 
         def works() -> Iterator[GenerationTask]:

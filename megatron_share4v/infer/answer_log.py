@@ -1,6 +1,6 @@
-"""What has been answered so far, on disk: one append-only file per rank, flushed to the disk before anything else happens.
+"""Results finished so far, on disk: one append-only JSON-lines file per rank, with an fsync per append.
 
-A killed job, started again with any number of ranks, goes on after the last whole line of each file.
+A killed job, restarted with any number of ranks, resumes after the last complete line of each file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from megatron_share4v.errors import DataError
 
 _FILE_BITS = 20
 R = TypeVar("R")
-"""A row: a dataclass of plain values with `id` and `error`, None where there is an answer."""
+"""Row type: a dataclass of plain values with `id` and `error` (None for an answer)."""
 
 
 @dataclass(frozen=True)
 class DPGroup:
-    """This process among those that share the work. meet: returns when all have come so far."""
+    """Position of this process among the DP replicas that share a job. barrier: waits for all of them."""
 
     rank: int = 0
     size: int = 1
@@ -30,10 +30,10 @@ class DPGroup:
 
 
 class AnswerLog:
-    """`directory`/rank<N>.jsonl of one process: a line with what the job is, then a line per row."""
+    """`directory`/rank<N>.jsonl of one process: a header line that identifies the job, then one line per row."""
 
     def __init__(self, directory: Path, *, rank: int) -> None:
-        """Raises DataError when another process has it."""
+        """Open and lock the file. Raises DataError when another process has it locked."""
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"rank{rank}.jsonl"
         self._file = self.path.open("ab")
@@ -45,18 +45,18 @@ class AnswerLog:
             ) from error
 
     def begin(self, job: dict[str, object], *, restart: bool) -> None:
-        """Cut off a line that was not written to its end, and all others with `restart`; name the job if nothing is left."""
+        """Truncate an incomplete last line, or everything with `restart`; write the header into an empty file."""
         whole = 0 if restart else self.path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(whole)
         if not whole:
             self._append([{"job": job}])
 
     def append(self, rows: Iterable[Any]) -> None:
-        """They are on the disk when this returns."""
+        """Append rows and fsync."""
         self._append([asdict(row) for row in rows])
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def _append(self, lines: Sequence[dict[str, object]]) -> None:
@@ -66,13 +66,13 @@ class AnswerLog:
 
 
 class AnswerIndex(Generic[R]):
-    """The rows of all journals in a directory, found by id: an answer rather than an error, where there are both, and else the later one.
+    """Rows of all logs in a directory by id: an answer takes precedence over an error, a later row over an earlier one.
 
-    Keeps where they are, not what they say: about 150 bytes a row.
+    Keeps file offsets, not contents: about 150 bytes per row.
     """
 
     def __init__(self, directory: Path, *, job: dict[str, object], row: type[R]) -> None:
-        """Raises DataError when a journal is another job's, or damaged before its last line."""
+        """Scan the logs. Raises DataError when one belongs to another job or is damaged before its last line."""
         self._row = row
         self._paths = sorted(directory.glob("rank*.jsonl"))
         assert len(self._paths) < 1 << _FILE_BITS
@@ -85,7 +85,7 @@ class AnswerIndex(Generic[R]):
         return name in self._places
 
     def rows(self, ids: Iterable[str]) -> Iterator[R]:
-        """Those of `ids`, in their order."""
+        """Yield the rows of `ids`, in their order."""
         files = [path.open("rb") for path in self._paths]
         try:
             for name in ids:
@@ -125,7 +125,7 @@ class AnswerIndex(Generic[R]):
 def resume_answer_log(
     journal: AnswerLog, *, job: dict[str, object], row: type[R], share: DPGroup, restart: bool
 ) -> AnswerIndex[R]:
-    """What is done of `job`, with which all that share it go on; restart: nothing, whoever did it. Raises DataError."""
+    """Start the log and index what is done of `job`; `restart` discards all earlier rows. Raises DataError."""
     directory = journal.path.parent
     if restart and share.rank == 0:
         own = {f"rank{rank}.jsonl" for rank in range(share.size)}
@@ -147,6 +147,7 @@ def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
         if before.get(name) != job.get(name)
     ]
     raise DataError(
-        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with --restart, or have "
+        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with "
+        "--restart, or have "
         "this one write elsewhere"
     )

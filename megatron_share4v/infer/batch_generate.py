@@ -1,4 +1,4 @@
-"""Answers to a stream of questions: prompts are read and decoded ahead by threads, the engine answers as many at a time as it takes."""
+"""Batch generation over a stream of tasks: threads prefetch prompts, the engine runs as many requests as it admits."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.text.tokenizer import Tokenizer
 
 MOST_AT_ONCE = 64
-"""Outcomes of bad questions that are handed on together."""
+"""Maximum number of failed prompts per yielded list."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationTask:
-    """One question. prompt: makes it, on another thread; raises DataError when it cannot be asked."""
+    """One prompt to answer. prompt: builds it on a worker thread; raises DataError when that is impossible."""
 
     id: str
     prompt: Callable[[], Prompt]
@@ -44,11 +44,12 @@ def generate_stream(
     *,
     tokenizer: Tokenizer,
     workers: int,
-    cut: bool = False,
+    truncate: bool = False,
 ) -> Iterator[list[GenerationResult]]:
-    """Outcomes as they are finished, in whatever order; works are taken from the iterator only as they are needed.
+    """Yield results as they finish, in any order; tasks are consumed only as needed.
 
-    cut: an answer that does not fit into the model ends where its room ends. Otherwise, and for a prompt that leaves no room at all, raises DataError.
+    truncate: an answer that exceeds the model's positions is truncated. Otherwise, and for a prompt that leaves no
+    position for an answer, raises DataError.
     """
     limit = engine.limits.max_requests
     going: dict[str, list[int]] = {}
@@ -63,13 +64,13 @@ def generate_stream(
                     if isinstance(prompt, DataError):
                         finished.append(GenerationResult(work.id, error=str(prompt)))
                     elif more:
-                        engine.add(_make_request(work, prompt, engine.limits.max_positions if cut else None))
+                        engine.add(_make_request(work, prompt, engine.limits.max_positions if truncate else None))
                         going[work.id] = []
                 finished += _step(engine, going, tokenizer)
                 if finished:
                     yield finished
         except (DataError, GeneratorExit):
-            # Whoever breaks off leaves an engine behind that has nothing to do.
+            # Cancel the remaining requests so that the engine can be used again.
             for name in going:
                 engine.cancel(name)
             engine.step()
@@ -77,7 +78,7 @@ def generate_stream(
 
 
 def _make_request(work: GenerationTask, prompt: Prompt, positions: int | None) -> GenerationRequest:
-    """positions: that prompt and answer may have together."""
+    """Engine request of a task. positions: limit of prompt and answer together."""
     find_longest_prefix = work.sampling.max_new_tokens
     if positions is not None:
         find_longest_prefix = max(1, min(find_longest_prefix, positions - prompt.token_ids.numel()))
@@ -87,6 +88,7 @@ def _make_request(work: GenerationTask, prompt: Prompt, positions: int | None) -
 def _step(
     engine: Engine | BeamSearchEngine, going: dict[str, list[int]], tokenizer: Tokenizer
 ) -> Iterator[GenerationResult]:
+    """Results of the requests that finish in one engine step."""
     for event in engine.step() if going else ():
         ids = going[event.request_id]
         if event.token_id is not None:
@@ -101,7 +103,7 @@ def _step(
 def _prefetch_prompts(
     pool: ThreadPoolExecutor, works: Iterator[GenerationTask], *, count: int
 ) -> Iterator[tuple[GenerationTask, Prompt | DataError]]:
-    """In order, `count` of them on their way."""
+    """Yield tasks with their prompts in order, `count` of them being built ahead."""
     waiting: deque[tuple[GenerationTask, Future]] = deque()
     for work in works:
         waiting.append((work, pool.submit(_build_prompt, work)))
@@ -113,6 +115,7 @@ def _prefetch_prompts(
 
 
 def _build_prompt(work: GenerationTask) -> Prompt | DataError:
+    """Build a task's prompt; returns the DataError when that fails."""
     try:
         return work.prompt()
     except DataError as error:

@@ -1,8 +1,9 @@
-"""Beam search and beam sampling over the engine's ranks and cache: several continuations of a prompt are followed, the best one is the answer.
+"""Beam search and beam sampling over the engine's executor and KV cache.
 
-The algorithm is transformers' (length penalty 1, early stopping off): of the 2n likeliest continuations of n beams, or of 2n that are drawn without
-replacement, those that end are kept with their mean log-probability, and the best n others go on. It ends when none of these can beat the worst of
-n kept ones. Drawing 2n at once is taking the 2n largest after Gumbel noise (Kool et al. 2019, arXiv 1903.06059). V ids of the tokenizer.
+The algorithm is transformers' (length penalty 1, early stopping off): of the 2n most likely continuations of n beams,
+or 2n drawn without replacement, finished ones are kept with their mean log-probability and the best n others continue.
+It ends when none of these can beat the worst of n finished ones. Drawing 2n without replacement is taking the top 2n
+after Gumbel noise (Kool et al. 2019, arXiv 1903.06059). V ids of the tokenizer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 @dataclass(frozen=True)
 class _Beam:
-    """ids: generated so far, their summed log-probability, and the row where its keys and values begin."""
+    """One beam: its generated ids, their summed log-probability, and the first KV row."""
 
     ids: tuple[int, ...]
     score: float
@@ -34,8 +35,11 @@ class _Beam:
 
 @dataclass
 class _Search:
-    """One request. place: its rows of the cache; places: the first rows of its n runs among them. finished: (mean, ids, why) of the best n that have
-    ended, best first."""
+    """State of one request.
+
+    kv_range: its KV rows. row_starts: first row of each of its n beams. finished: (mean, ids, reason) of the best n
+    finished beams, best first.
+    """
 
     request: GenerationRequest
     kv_range: KVRange
@@ -46,11 +50,11 @@ class _Search:
 
 
 class BeamSearchEngine:
-    """Takes requests and gives events as Engine does, but all of an answer's at its end. Lives on the first rank; `engine` itself must stay idle. A
-    beam counts as one of the engine's max_requests.
+    """Engine interface for beam search; all events of a request come when it finishes.
 
-    temperature 0 searches, above it samples. The repetition penalty counts generated ids only, and the first token is never the end, as in the
-    published captioner. top_p, min_p, top_k, the other penalties and logprobs are refused.
+    Lives on TP rank 0; `engine` itself must stay idle. A beam counts as one of the engine's max_requests. Temperature 0
+    searches, above it samples. The repetition penalty counts generated ids only, and the first token is never the end
+    token, as in the published captioner. top_p, min_p, top_k, other penalties and logprobs are rejected.
     """
 
     def __init__(self, engine: Engine, *, beams: int) -> None:
@@ -61,7 +65,11 @@ class BeamSearchEngine:
         self._encoded: tuple[bytes, ...] = ()
 
     def add(self, request: GenerationRequest) -> None:
-        """Raises ConfigError for settings that beams do not know, DataError when n runs of prompt and answer do not fit into the cache."""
+        """Append to the waiting queue.
+
+        Raises ConfigError for unsupported sampling parameters, DataError when n beams of prompt and answer exceed the
+        cache.
+        """
         given = request.sampling
         if (given.top_p, given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty, given.logprobs) != (
             1.0,
@@ -77,13 +85,14 @@ class BeamSearchEngine:
         size, limits = self._size(request), self.limits
         if size > limits.max_positions or size * self._num_beams > limits.cache_positions:
             raise DataError(
-                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, of {self._num_beams} beams {size * self._num_beams}; possible are "
+                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, of {self._num_beams} beams "
+                f"{size * self._num_beams}; possible are "
                 f"{limits.max_positions}, of all beams {limits.cache_positions}: ask for fewer tokens or beams"
             )
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> None:
-        """End it before its time, without an event."""
+        """Cancel a request, without an event."""
         self._waiting = deque(request for request in self._waiting if request.id != request_id)
         for search in [search for search in self._running if search.request.id == request_id]:
             self._running.remove(search)
@@ -91,11 +100,11 @@ class BeamSearchEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """Whether `step` has anything to do."""
         return bool(self._waiting or self._running)
 
     def step(self) -> list[TokenEvent]:
-        """One forward of all beams."""
+        """Run one forward pass of all beams."""
         while self._waiting and len(self._running) < max(1, self.limits.max_requests // self._num_beams):
             size = self._size(self._waiting[0])
             allocation = self._kv_allocator.allocate(size * self._num_beams, ())
@@ -146,14 +155,19 @@ class BeamSearchEngine:
         evict, self._encoded = (
             self._encoded,
             tuple(encode),
-        )  # features are read in the step that makes them, and never again
+        )  # features are only read in the step that encodes them
         return StepPlan(
-            copies=tuple(copies), evict=evict, encode=tuple(encode.items()), token_ids=torch.tensor(ids), spans=tuple(spans),
-            image_spans=tuple(image_spans), logits_positions=torch.tensor(logits_positions),
-        )  # fmt: skip
+            copies=tuple(copies),
+            evict=evict,
+            encode=tuple(encode.items()),
+            token_ids=torch.tensor(ids),
+            spans=tuple(spans),
+            image_spans=tuple(image_spans),
+            logits_positions=torch.tensor(logits_positions),
+        )
 
     def _extend_beams(self, search: _Search, logits: torch.Tensor) -> bool:
-        """Log-probabilities [beams, V] after each beam -> whether the search has ended."""
+        """Extend the beams by one token from log-probabilities [beams, V]; True when the search has ended."""
         given, eos, count = search.request.sampling, self._engine.eos_id, self._num_beams
         beams = search.beams or [_Beam((), 0.0, search.row_starts[0])]
         scores, length = self._scores(search, beams, logits), len(beams[0].ids) + 1
@@ -182,7 +196,7 @@ class BeamSearchEngine:
         values = values.clone()
         for row, beam in zip(values, beams):
             if given.repetition_penalty != 1.0 and beam.ids:
-                row[list(set(beam.ids))] *= given.repetition_penalty  # logarithms of probabilities: all negative
+                row[list(set(beam.ids))] *= given.repetition_penalty  # log-probabilities are all negative
         if not beams[0].ids:
             values[:, self._engine.eos_id] = float("-inf")
         if given.temperature > GREEDY_TEMPERATURE:
@@ -190,7 +204,7 @@ class BeamSearchEngine:
         return values + torch.tensor([beam.score for beam in beams]).unsqueeze(1)
 
     def _assign_rows(self, search: _Search, beams: list[_Beam], going: list[tuple[int, int, float]]) -> None:
-        """A beam's first continuation takes its rows over; further ones get a copy in rows that nobody goes on with."""
+        """Give each continuation KV rows: the first one of a beam keeps its rows, others get a copy in unused rows."""
         length = search.request.prompt.token_ids.numel()
         kept = {beams[parent].start for parent, _, _ in going}
         spare, taken = [start for start in search.row_starts if start not in kept], set()
@@ -213,7 +227,7 @@ def _events(search: _Search) -> list[TokenEvent]:
 
 
 def _gumbel_noise(seed: int, number: int, size: int) -> torch.Tensor:
-    """[size] standard Gumbel of a request's `number`-th step."""
+    """Standard Gumbel noise [size] for the `number`-th step of a request."""
     digest = hashlib.sha256(f"beams:{seed}:{number}".encode()).digest()
     uniform = torch.rand(
         size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1), dtype=torch.float64

@@ -1,4 +1,4 @@
-"""A model on the ranks of a job: as many replicas as the world holds, each spread over `tensor` ranks, sharing the work. Without torchrun: one."""
+"""Data-parallel inference: as many model replicas as the world holds, over `tensor` ranks each."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
 TIMEOUT_S = 1800
-"""Of collectives while the model is opened."""
+"""Timeout of collectives while the model is loaded."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What the leading rank of a replica holds. share: its place among the leaders. path: of the very checkpoint or export; dtype: it computes in."""
+    """Model replica as seen by its TP rank 0.
+
+    share: its position among the replicas. path: the resolved checkpoint or export. dtype: of the computation.
+    """
 
     session: Session
     engine: Engine
@@ -42,7 +45,7 @@ class Replica:
 
     @property
     def name(self) -> str:
-        """Of the model as it answers here: for journals, whose answers are no other's."""
+        """Identifies model and dtype in answer logs, so that answers of different models never mix."""
         return f"{self.fingerprint} {self.dtype}"
 
 
@@ -50,13 +53,14 @@ class Replica:
 def open_replica(
     model: Path, *, tensor: int, max_requests: int, dtype: str | None, world: World
 ) -> Iterator[Replica | None]:
-    """The replica that this rank leads; None, when the job is over, on a rank that follows another. dtype None: as trained.
+    """Open this rank's replica; yields None, after the job has ended, on TP ranks other than 0.
 
-    Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when the world is no multiple of `tensor`.
+    Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when `tensor` does not
+    divide the world.
     """
     path = (
         model if is_hf_model(model) else resolve_checkpoint(model)
-    )  # now, so that a run that goes on training does not change the model under way
+    )  # resolved once: a run that is still training may write newer checkpoints
     layout = Layout.for_world(ParallelConfig(tensor=tensor), world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with (
@@ -76,7 +80,7 @@ def open_replica(
 
 
 def model_fingerprint(path: Path) -> str:
-    """Of a checkpoint's manifest, which has the hashes of all its files; of another layout's config.json and the names and sizes of its files."""
+    """Hash of a checkpoint's manifest, or of an export's config.json and its file names and sizes."""
     if not is_hf_model(path):
         return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:16]
     digest = hashlib.sha256((path / "config.json").read_bytes())
@@ -86,7 +90,7 @@ def model_fingerprint(path: Path) -> str:
 
 
 def _dp_group(mesh: Mesh) -> DPGroup:
-    """The leaders of the tensor groups share the work, and wait for each other as long as it takes."""
+    """DP group of the TP rank 0 processes; its barrier has no time limit."""
     if mesh.layout.data == 1:
         return DPGroup()
     leaders = [rank for rank in range(mesh.layout.world_size) if mesh.layout.coordinates(rank).tensor == 0]

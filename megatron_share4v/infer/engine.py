@@ -1,6 +1,7 @@
-"""Requests of ids and pixels in, token events out: one step at a time, each a single forward of all running requests' next positions.
+"""Continuous-batching engine: requests of ids and pixels in, token events out, one forward pass per step.
 
-Runs on the first rank of a tensor group; the others follow (tp_executor.py). Every request may be answered in any company: what it gets does not depend on it.
+Runs on TP rank 0; the others follow (tp_executor.py). A request's answer does not depend on the other requests in the
+batch.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from megatron_share4v.mcore.kv_cache import KVCache
 from megatron_share4v.model.share4v import Share4V
 
 CACHE_MEMORY_FRACTION = 0.5
-"""Of free memory, at most, when no size is given."""
+"""Fraction of free memory used for the KV cache when no size is configured."""
 
 
 @dataclass(kw_only=True)
 class EngineStats(EngineCounters):
-    """How things stand, beside what was counted. cache_usage: share of the cache's rows that running requests have."""
+    """Current queue sizes and KV cache usage (fraction of rows held by running requests), with the counters."""
 
     running: int = 0
     waiting: int = 0
@@ -41,7 +42,10 @@ class EngineStats(EngineCounters):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """max_positions: of a request, prompt and answer together. cache_positions: of all that run."""
+    """Limits of the engine.
+
+    max_positions: of one request, prompt and answer. cache_positions: of all running requests.
+    """
 
     max_requests: int
     max_positions: int
@@ -49,9 +53,10 @@ class EngineLimits:
 
 
 class Engine:
-    """Not thread safe: one thread owns it. On every rank of a tensor group the same call makes one; the first rank's is used, the others' followed.
+    """Scheduler, executor and sampler of one model replica. Not thread-safe.
 
-    Only ids below `vocabulary` are generated: a model may have more than its tokenizer.
+    Constructed on every TP rank; rank 0 uses it and the others pass its executor to run_follower. Only ids below
+    `vocabulary` are generated: the model's padded vocabulary may be larger than the tokenizer's.
     """
 
     def __init__(self, model: Share4V, *, config: EngineConfig, vocabulary: int, eos_id: int) -> None:
@@ -59,7 +64,8 @@ class Engine:
         positions = config.max_positions or language.max_position_embeddings
         if positions > language.max_position_embeddings:
             raise ConfigError(
-                f"max_positions {positions} is more than the model's {language.max_position_embeddings}, beyond which it was never trained"
+                f"max_positions {positions} is more than the model's {language.max_position_embeddings}, beyond "
+                "which it was never trained"
             )
         rows = config.cache_positions or _default_cache_positions(model, config.max_requests * positions)
         self.vocabulary, self.eos_id = vocabulary, eos_id
@@ -74,31 +80,32 @@ class Engine:
 
     @classmethod
     def open(cls, session: Session, config: EngineConfig) -> Engine:
-        """For the session's model and tokenizer. Raises ConfigError when its mesh has pipeline stages."""
+        """Engine for the session's model and tokenizer. Raises ConfigError when its mesh has pipeline stages."""
         if session.mesh.layout.num_stages > 1:
             raise ConfigError(
-                f"generation knows tensor and data parallel ranks alone, got {session.mesh.layout}; the weights of any layout load at pipeline 1"
+                f"generation supports tensor and data parallelism only, got {session.mesh.layout}; the weights of "
+                "any layout load at pipeline 1"
             )
         tokenizer = session.encoder.tokenizer
         return cls(session.chunks[0], config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
 
     def add(self, request: GenerationRequest) -> None:
-        """It waits its turn. Raises DataError when its prompt is empty, has ids that are none, or leaves no room for the answer."""
+        """Append to the waiting queue. Raises DataError for an empty prompt, invalid ids, or too many positions."""
         self._validate(request)
         self._scheduler.add(Sequence(request, eos_id=self.eos_id))
 
     def cancel(self, request_id: str) -> None:
-        """End it before its time: the next step says so. Nothing happens if it has ended already."""
+        """Cancel a request; the next step emits its last event. No effect on a finished request."""
         self._cancelled.append(request_id)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """Whether `step` has anything to do."""
         return bool(self._cancelled or self._scheduler.waiting or self._scheduler.running)
 
     @property
     def stats(self) -> EngineStats:
-        """As of now."""
+        """Current statistics."""
         scheduler = self._scheduler
         usage = scheduler.kv_allocator.used / self.limits.cache_positions
         return EngineStats(
@@ -106,7 +113,7 @@ class Engine:
         )
 
     def step(self) -> list[TokenEvent]:
-        """The events of one forward; without work, nothing."""
+        """Run one forward pass; returns its events, an empty list without work."""
         events = self._drop_cancelled()
         step = self._scheduler.schedule()
         if step is None:
@@ -117,7 +124,7 @@ class Engine:
         return events + self._process_logits(chunks, logits)
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """Release the other TP ranks."""
         self.executor.close()
 
     def _validate(self, request: GenerationRequest) -> None:
@@ -127,12 +134,14 @@ class Engine:
             raise DataError("the prompt is empty; give it at least one token")
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
             raise DataError(
-                f"the prompt has ids from {int(ids.min())} to {int(ids.max())}; the tokenizer has 0 to {self.vocabulary - 1}"
+                f"the prompt has ids from {int(ids.min())} to {int(ids.max())}; the tokenizer has 0 to "
+                f"{self.vocabulary - 1}"
             )
         wanted, limit = length + sampling.max_new_tokens, self.limits.max_positions
         if wanted > limit:
             raise DataError(
-                f"the prompt's {length} positions and {sampling.max_new_tokens} new tokens are {wanted} positions; {limit} are possible: "
+                f"the prompt's {length} positions and {sampling.max_new_tokens} new tokens are {wanted} positions; "
+                f"{limit} are possible: "
                 "ask for fewer tokens or shorten the conversation"
             )
 
@@ -167,7 +176,7 @@ class Engine:
         ]
 
     def _record_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's own tokens; those of image slots are none."""
+        """Record log-probabilities of the prompt's own tokens; None at image slots."""
         sequence = chunk.sequence
         following = sequence.tokens[sequence.num_computed + 1 : sequence.num_computed + 1 + chunk.count]
         slots = set(sequence.request.prompt.image_slots.tolist())
@@ -191,7 +200,7 @@ class Engine:
 
 
 def _default_cache_positions(model: Share4V, wanted: int) -> int:
-    """As many rows as are `wanted`, or as fit; the same on all ranks of the tensor group."""
+    """Cache rows that fit in memory, at most `wanted`; equal on all TP ranks."""
     mesh, sampling_row = model.mesh, KVCache.bytes_per_row(model.config)
     if mesh.device.kind == "cuda":
         free = torch.cuda.mem_get_info(mesh.device.index)[0]

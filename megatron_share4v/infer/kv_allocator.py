@@ -1,7 +1,8 @@
-"""Which rows of the key-value cache belong to whom: runs of rows for running sequences, and what finished ones leave for prompts that begin alike.
+"""Allocation of KV cache rows: contiguous ranges for running sequences, and a prefix cache of finished ones.
 
-Pure bookkeeping. A sequence has all rows that it may ever need from the start, in one run: attention reads them in place, and a request that was
-let in can always finish. A prefix is known by the key of its last block (prefix_hash.py), which stands for everything before it.
+Pure bookkeeping. A sequence gets all rows it may need at once, in one range: attention reads them in place, and an
+admitted request can always finish. A prefix is identified by the key of its last block (prefix_hash.py), which covers
+all before it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from megatron_share4v.infer.prefix_hash import BLOCK_SIZE
 
 @dataclass(eq=False)
 class KVRange:
-    """`size` rows from `start` on. keys: of its filled blocks, in order. shown: how many of them the store would find here."""
+    """`size` cache rows from `start`.
+
+    keys: of its full blocks, in order. cached_blocks: how many of them the prefix cache maps to this range.
+    """
 
     start: int
     size: int
@@ -25,7 +29,7 @@ class KVRange:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A place for a sequence whose first `reused` positions are to be copied from row `source` on."""
+    """Rows for a sequence whose first `reused` positions are to be copied from row `source`."""
 
     kv_range: KVRange
     source: int
@@ -33,41 +37,42 @@ class Allocation:
 
 
 class KVAllocator:
-    """`size` rows."""
+    """First-fit allocator of `size` KV cache rows with an LRU prefix cache."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._free_runs: list[tuple[int, int]] = [(0, size)]  # (start, count), by start, never touching
-        self._evictable: OrderedDict[KVRange, None] = (
-            OrderedDict()
-        )  # of finished sequences, the least recently used first
+        self._free_runs: list[tuple[int, int]] = [(0, size)]  # (start, count), sorted, never adjacent
+        self._evictable: OrderedDict[KVRange, None] = OrderedDict()  # of finished sequences, least recently used first
         self._cached: dict[bytes, KVRange] = {}
 
     @property
     def used(self) -> int:
-        """Rows that are neither free nor kept for prompts to come."""
+        """Rows of running sequences."""
         return (
             self.size - sum(count for _, count in self._free_runs) - sum(kv_range.size for kv_range in self._evictable)
         )
 
     @property
     def filled(self) -> int:
-        """Rows that are not free."""
+        """Rows of running sequences and of the prefix cache."""
         return self.size - sum(count for _, count in self._free_runs)
 
     def find_longest_prefix(self, keys: Sequence[bytes]) -> int:
-        """How many leading blocks of a prompt are here."""
+        """Number of leading blocks found in the prefix cache."""
         return next((count for count in range(len(keys), 0, -1) if keys[count - 1] in self._cached), 0)
 
     def allocate(self, size: int, keys: Sequence[bytes]) -> Allocation | None:
-        """Rows for a sequence whose blocks, as far as they may be reused, have `keys`. None: not before others finish. What is kept makes room."""
+        """Allocate rows for a sequence; None when no range is free until others finish.
+
+        keys: of the blocks that may be reused. Cached prefixes are evicted when needed.
+        """
         blocks = self.find_longest_prefix(keys)
         source = self._cached[keys[blocks - 1]] if blocks else None
         if source in self._evictable:
             self._evictable.move_to_end(source)
         start = self._take_free_rows(size, spare=source)
         if start is None and source in self._evictable:
-            # Only the room of what could have been reused is left.
+            # Only the rows of the reusable prefix itself are left: evict it.
             source, blocks = None, 0
             start = self._take_free_rows(size, spare=None)
         if start is None:
@@ -78,7 +83,7 @@ class KVAllocator:
         return Allocation(kv_range, source.start, blocks * BLOCK_SIZE)
 
     def cache_blocks(self, kv_range: KVRange, keys: Sequence[bytes]) -> None:
-        """The next blocks of `place` are filled; whoever begins alike may use them."""
+        """Add the next full blocks of a range to the prefix cache."""
         for key in keys:
             before = self._cached.get(key)
             self._cached[key] = kv_range
@@ -90,7 +95,7 @@ class KVAllocator:
                     self._evict(before)
 
     def free(self, kv_range: KVRange) -> None:
-        """Its sequence has ended: keep what is shown, free the rest."""
+        """Free a finished sequence's rows; cached blocks stay until evicted."""
         filled = len(kv_range.keys) * BLOCK_SIZE if kv_range.cached_blocks else 0
         if filled < kv_range.size:
             self._return_rows(kv_range.start + filled, kv_range.size - filled)
@@ -101,7 +106,7 @@ class KVAllocator:
             self._uncache(kv_range)
 
     def _take_free_rows(self, size: int, *, spare: KVRange | None) -> int | None:
-        """The start of `size` free rows, taken; least recently used prefixes but `spare` are dropped for it, and only if that helps."""
+        """Take `size` free rows, evicting LRU prefixes other than `spare` only if that suffices; returns the start."""
         droppable = [kv_range for kv_range in self._evictable if kv_range is not spare]
         runs = sorted([*self._free_runs, *((kv_range.start, kv_range.size) for kv_range in droppable)])
         if not any(count >= size for _, count in _merge_adjacent(runs)):
@@ -130,7 +135,7 @@ class KVAllocator:
 
 
 def _merge_adjacent(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted runs with neighbours made one."""
+    """Merge adjacent runs of a sorted list."""
     result: list[tuple[int, int]] = []
     for start, count in runs:
         if result and sum(result[-1]) == start:

@@ -1,4 +1,4 @@
-"""Carries out steps on one rank: holds its part of the model, its heads' keys and values, and the features of images. Decides nothing."""
+"""Executes step plans on one TP rank: holds its model shard, its heads' KV cache, and the image feature cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _EMPTY = {field.name: None for field in fields(Batch)}
 
 
 class ModelRunner:
-    """All tensor ranks of a model replica run the same plans, in the same order."""
+    """Model, KV cache and image features of one TP rank. All TP ranks run the same plans in the same order."""
 
     def __init__(self, model: Share4V, *, rows: int) -> None:
         assert model.pipeline_stage.first and model.pipeline_stage.last and not model.config.sequence_parallel, (
-            "generation wants the whole depth on each rank"
+            "generation needs all layers on each rank and no sequence parallelism"
         )
         self.model, self.mesh = model, model.mesh
         self.device = model.mesh.device.torch_device
@@ -29,13 +29,13 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """[R, V] fp32 logits, of the whole padded vocabulary on every rank."""
+        """fp32 logits [R, V] over the padded vocabulary, on every TP rank."""
         for copy in plan.copies:
             self.cache.copy(copy.source, copy.target, copy.count)
         for digest in plan.evict:
             del self._features[digest]
         for digest, pixels in plan.encode:
-            # One by one, so that an image's features do not depend on what else is asked.
+            # One by one, so that an image's features do not depend on the batch.
             self._features[digest] = self.model.encode_images(pixels.unsqueeze(0).to(self.device))[0]
         batch, features = self._build_batch(plan)
         logits = self.model.forward_logits(
@@ -57,6 +57,7 @@ class ModelRunner:
         return Batch(**{**_EMPTY, **given}), features
 
     def _gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """All-gather the vocabulary shards over the TP group."""
         if self.mesh.layout.tensor == 1 or not logits.size(0):
             return logits
         parts = [torch.empty_like(logits) for _ in range(self.mesh.layout.tensor)]

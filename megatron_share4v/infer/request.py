@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: records only."""
+"""Request and event records of the engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from megatron_share4v.data.loading.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen, and when to end. temperature up to 0.001: greedy. top_k 0: off. logprobs: how many alternatives, None: none at all.
+    """How tokens are chosen and when generation ends, after vLLM's SamplingParams.
 
-    stop_ids end the answer and are not part of it; ignore_eos: the end token does not. min_tokens: before so many, nothing ends it.
+    temperature: up to 0.001 means greedy. top_k: 0 means off. logprobs: number of alternatives per token, None for
+    none. stop_ids end the answer and are not part of it. ignore_eos: the end token does not end it. min_tokens: no stop
+    before this many.
     """
 
     max_new_tokens: int
@@ -33,7 +35,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to continue. `id` is the caller's and unique among the requests in flight."""
+    """One sequence to continue. `id` is chosen by the caller and unique among requests in flight."""
 
     id: str
     prompt: Prompt
@@ -42,7 +44,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logarithms of probabilities: of the token that was taken, and of the likeliest (id, value), falling."""
+    """Log-probability of the chosen token, and the most likely (id, log-probability) pairs, descending."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
@@ -50,9 +52,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One step of one request. The end token is not a token of the answer: it comes as token_id None with finish "stop".
+    """Result of one step for one request.
 
-    prompt_logprobs: on the first event only, where asked for; one entry per prompt position, None for the first.
+    The end token is not part of the answer: it comes as token_id None with finish_reason "stop".
+    prompt_logprobs: on the first event only, when requested; one entry per prompt position, None for the first.
     """
 
     request_id: str

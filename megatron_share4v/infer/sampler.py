@@ -1,8 +1,9 @@
-"""Logits to tokens: penalties, filters, and noise that depends on the request's seed and the token's number alone, never on the batch.
+"""Sample tokens from logits: penalties, filters, and and noise that depends only on seed and token index.
 
-R rows, one per request that gets a token in this step; V ids of the tokenizer. Penalties: Keskar et al. 2019 (CTRL, section 4.1) for repetition, OpenAI's
-for presence and frequency. Nucleus: Holtzman et al. 2020. A token is drawn by the Gumbel-max trick: the likeliest after independent noise; unlike a
-draw from cumulated probabilities it is not moved by the last bits of tokens that have nothing to do with it.
+R rows, one per request that gets a token in this step; V ids of the tokenizer. Repetition penalty: Keskar et al. 2019
+(CTRL, section 4.1); presence and frequency penalties: OpenAI's. Nucleus (top-p): Holtzman et al. 2020. Tokens are drawn
+by the Gumbel-max trick (argmax after independent noise): unlike inverse-CDF sampling, rounding in unrelated tokens does
+not change the draw.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from megatron_share4v.infer.request import SamplingParams, TokenLogprobs
 
 GREEDY_TEMPERATURE = 1e-3
 _CANDIDATES = 256
-"""A nucleus is looked for among so many first; sorting all ids takes twenty times as long."""
+"""Ids searched for the nucleus first; sorting all ids takes twenty times as long."""
 
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """A request that gets its token number len(generated). prompt_ids: distinct ids of its prompt, image slots left out. forbidden: ids that may not
-    come now."""
+    """Sampling state of one request, about to get token number len(generated).
+
+    prompt_ids: distinct prompt ids without image slots. forbidden: ids that may not be sampled in this step.
+    """
 
     sampling: SamplingParams
     seed: int
@@ -33,7 +36,7 @@ class SamplingRow:
 
 
 def sample_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """[R, V] fp32 logits -> the id of each row."""
+    """Sample one id per row from fp32 logits [R, V]."""
     logits = _apply_penalties(logits, rows)
     chosen = logits.argmax(dim=-1)
     drawn = [number for number, row in enumerate(rows) if row.sampling.temperature > GREEDY_TEMPERATURE]
@@ -44,7 +47,7 @@ def sample_tokens(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int
 
 
 def compute_logprobs(logits: torch.Tensor, ids: Sequence[int], *, alternatives: int) -> list[TokenLogprobs]:
-    """Log-probabilities of `ids` [R] under raw logits [R, V], and the likeliest `alternatives` ids of each row."""
+    """Log-probabilities of `ids` [R] under raw logits [R, V], with the top `alternatives` ids of each row."""
     values = logits.log_softmax(dim=-1)
     chosen = values.gather(1, torch.tensor(ids, device=values.device).unsqueeze(1)).squeeze(1).tolist()
     top = values.topk(min(alternatives, values.size(1)), dim=-1)
@@ -53,7 +56,7 @@ def compute_logprobs(logits: torch.Tensor, ids: Sequence[int], *, alternatives: 
 
 
 def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """A copy, where anything changes."""
+    """Apply penalties and forbidden ids; copies the logits when anything changes."""
     changed = logits
     for number, row in enumerate(rows):
         given = row.sampling
@@ -75,7 +78,7 @@ def _apply_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
 
 
 def _sample_random(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """[R] ids from the filtered distributions: temperature, then top-k, then the nucleus among what is left, then min-p. Ties at an edge stay."""
+    """Sample ids [R] after temperature, top-k, top-p and min-p, in this order. Ties at a threshold are kept."""
 
     def column(name: str) -> torch.Tensor:
         return torch.tensor([getattr(row.sampling, name) for row in rows], device=logits.device).unsqueeze(1)
@@ -101,7 +104,7 @@ def _mask_top_k(logits: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 
 def _mask_top_p(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """The smallest set of likeliest ids that has at least `share` [R, 1] of the probability."""
+    """Keep the smallest set of most likely ids with at least `share` [R, 1] of the probability."""
     total = logits.exp().sum(dim=-1, keepdim=True)
     largest = logits.topk(min(_CANDIDATES, logits.size(1)), dim=-1).values
     mass = largest.exp().cumsum(dim=-1) / total
@@ -114,9 +117,9 @@ def _mask_top_p(logits: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
 
 
 def _gumbel_noise(seed: int, number: int, size: int) -> torch.Tensor:
-    """[size] standard Gumbel, of the `number`-th token of a request."""
+    """Standard Gumbel noise [size] for the `number`-th token of a request."""
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    # rand gives multiples of 2**-24 from 0 on: 0 would always win.
+    # rand returns multiples of 2**-24 from 0 on; 0 would give infinite noise.
     uniform = torch.rand(size, generator=generator) + 2.0**-25
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))

@@ -1,5 +1,8 @@
-"""Who runs, and what the next step computes: waiting requests are let in when there is room, running ones get a token each, and what is left of the
-step goes to prompts, in the order of arrival. Knows no model."""
+"""Continuous batching: admit waiting requests, and choose which positions the next step computes.
+
+Waiting requests are admitted when the KV cache has rows for them. Running sequences in decode get one position each;
+the rest of the step budget goes to prefill chunks in arrival order. Independent of the model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 @dataclass
 class EngineCounters:
-    """Since the start. Prefix queries and hits in positions, image queries and hits in images."""
+    """Counters since start. Prefix queries and hits are in positions, image queries and hits in images."""
 
     prompt_tokens: int = 0
     computed_prompt_tokens: int = 0
@@ -34,19 +37,19 @@ class EngineCounters:
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """`count` next positions of a sequence."""
+    """The next `count` positions of a sequence."""
 
     sequence: Sequence
     count: int
 
     @property
     def samples_token(self) -> bool:
-        """Whether the sequence gets a token after it."""
+        """Whether a token is sampled after this chunk."""
         return self.sequence.num_computed + self.count == len(self.sequence.tokens)
 
 
 class Scheduler:
-    """`rows` of the key-value cache; an image's features take `image_bytes`."""
+    """Waiting and running queues over a KV cache of `rows` rows; image features take `image_bytes` per image."""
 
     def __init__(self, config: EngineConfig, *, rows: int, image_bytes: int) -> None:
         self.config, self.kv_allocator, self.counts = config, KVAllocator(rows), EngineCounters()
@@ -58,14 +61,14 @@ class Scheduler:
         )  # whose features the runners hold, the least recently used first
 
     def add(self, sequence: Sequence) -> None:
-        """It waits."""
+        """Append to the waiting queue."""
         assert sequence.id not in self.waiting and sequence.id not in self.running, (
-            f"request {sequence.id!r} is there already"
+            f"request {sequence.id!r} is already queued"
         )
         self.waiting[sequence.id] = sequence
 
     def remove(self, request_id: str) -> Sequence | None:
-        """It has ended, or is to end; None when it is not there."""
+        """Remove a finished or cancelled request; returns None when it is not queued."""
         if request_id in self.waiting:
             return self.waiting.pop(request_id)
         sequence = self.running.pop(request_id, None)
@@ -74,11 +77,11 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> tuple[StepPlan, list[ScheduledChunk]] | None:
-        """The plan, and which chunks it computes, in its order. None: there is nothing to do."""
+        """The next step's plan and its chunks in plan order; None when there is no work."""
         copies = self._admit_waiting()
         chunks = self._schedule_chunks()
         if not chunks:
-            assert not self.waiting or self.running, "requests wait though nothing runs"
+            assert not self.waiting or self.running, "requests are waiting but none is running"
             return None
         image_spans, spans, encode, at = [], [], {}, 0
         for chunk in chunks:
@@ -106,7 +109,7 @@ class Scheduler:
         return plan, chunks
 
     def mark_computed(self, chunk: ScheduledChunk) -> None:
-        """It has been computed."""
+        """Record that `chunk` has been computed, and add its full blocks to the prefix cache."""
         sequence = chunk.sequence
         self.counts.computed_prompt_tokens += max(
             0, min(sequence.num_computed + chunk.count, sequence.prompt_length) - sequence.num_computed
@@ -116,13 +119,14 @@ class Scheduler:
             self.kv_allocator.cache_blocks(sequence.kv_range, sequence.new_block_keys())
 
     def _admit_waiting(self) -> list[CacheCopy]:
+        """Move waiting requests to the running queue while rows are free; returns the prefix copies they need."""
         copies = []
         for sequence in list(islice(self.waiting.values(), 2 * self.config.max_requests)):
             if len(self.running) >= self.config.max_requests:
                 break
             keys = self._reusable_keys(sequence)
             if self._blocks_being_computed(keys) > self.kv_allocator.find_longest_prefix(keys):
-                continue  # another request is computing the same right now: what it has will be copied
+                continue  # another request is computing this prefix: wait and copy it
             allocation = self.kv_allocator.allocate(sequence.positions, keys)
             if allocation is None:
                 break
@@ -137,13 +141,16 @@ class Scheduler:
         return copies
 
     def _reusable_keys(self, sequence: Sequence) -> tuple[bytes, ...]:
-        """Keys of the blocks that need not be computed: not the last position, whose logits are wanted, and none if all logits are."""
+        """Keys of the prompt blocks that may come from the prefix cache.
+
+        Excludes the last position, whose logits are needed, and everything when prompt logprobs are requested.
+        """
         if not self.config.prefix_cache or sequence.sampling.prompt_logprobs:
             return ()
         return sequence.prompt_keys[: (sequence.prompt_length - 1) // BLOCK_SIZE]
 
     def _blocks_being_computed(self, keys: tuple[bytes, ...]) -> int:
-        """How many leading blocks a running request is about to have."""
+        """Number of leading blocks that a running prefill will compute."""
         most = 0
         for other in self.running.values():
             if other.in_prefill:
@@ -156,6 +163,7 @@ class Scheduler:
         return most
 
     def _schedule_chunks(self) -> list[ScheduledChunk]:
+        """Decode positions first, then prefill chunks up to the step's budget."""
         left = self.config.step_positions
         chunks = [ScheduledChunk(sequence, 1) for sequence in self.running.values() if not sequence.in_prefill]
         left -= len(chunks)
@@ -166,7 +174,7 @@ class Scheduler:
         return chunks
 
     def _images_to_encode(self, sequence: Sequence, digests: set[bytes]) -> dict[bytes, torch.Tensor]:
-        """Those of the images at whose slots `sequence` has come that nobody had before it. An image counts as one query of a request."""
+        """Images of this chunk that are not in the feature cache. Each image counts as one query per request."""
         encode = {}
         for digest in digests:
             if digest not in sequence.looked_up_images:
@@ -181,7 +189,7 @@ class Scheduler:
         return encode
 
     def _evict_images(self, image_spans: list[ImageSpan]) -> list[bytes]:
-        """Before what is new is encoded: so it never goes itself."""
+        """Evict least recently used image features over the cache limit. Runs before new images are encoded."""
         needed = {span.digest for span in image_spans}.union(
             *(sequence.pending_digests() for sequence in self.running.values())
         )
@@ -196,7 +204,7 @@ class Scheduler:
 
 
 def _logits_positions(chunks: list[ScheduledChunk]) -> torch.Tensor:
-    """[R]: after the last position of a sequence, or after each of a prompt whose own probabilities are asked for."""
+    """Positions [R] that need logits: the last one of a sequence, or all of a prompt with prompt logprobs."""
     logits_positions, at = [], 0
     for chunk in chunks:
         if chunk.sequence.in_prefill and chunk.sequence.sampling.prompt_logprobs:

@@ -1,4 +1,4 @@
-"""A request on its way: what it consists of, how much of it has been computed, and whether a token ends it."""
+"""State of one request in the engine: tokens, computed positions, KV rows, and stop conditions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from megatron_share4v.infer.step_plan import ImageSpan
 
 
 class Sequence:
-    """tokens: the prompt's ids and those generated; the first `computed` of them have their keys and values in `place`. asked: images whose features
-    it has wanted."""
+    """Tokens of a request, prompt and generated; the first `num_computed` have keys and values in `kv_range`.
+
+    looked_up_images: digests already counted as image cache queries.
+    """
 
     def __init__(self, request: GenerationRequest, *, eos_id: int) -> None:
         prompt, sampling = request.prompt, request.sampling
@@ -38,26 +40,26 @@ class Sequence:
 
     @property
     def id(self) -> str:
-        """The request's."""
+        """The request's id."""
         return self.request.id
 
     @property
     def generated(self) -> list[int]:
-        """Without the prompt."""
+        """Generated ids, without the prompt."""
         return self.tokens[self.prompt_length :]
 
     @property
     def positions(self) -> int:
-        """Of the prompt and the longest answer; the last token of an answer is never read."""
+        """Rows needed by the prompt and the longest answer; the last token is never fed back."""
         return self.prompt_length + max(0, self.sampling.max_new_tokens - 1)
 
     @property
     def in_prefill(self) -> bool:
-        """Whether some of the prompt is yet to be computed."""
+        """Whether part of the prompt has not been computed."""
         return self.num_computed < self.prompt_length
 
     def sampling_row(self) -> SamplingRow:
-        """What the sampler must know to choose the next token."""
+        """The sampler's input for the next token."""
         generated = self.generated
         forbidden = self._stop_ids if len(generated) < self.sampling.min_tokens else frozenset()
         return SamplingRow(
@@ -69,14 +71,14 @@ class Sequence:
         )
 
     def append_token(self, token: int) -> Literal[None, "stop", "length"]:
-        """Go on with `token`, unless it ends the answer: "stop", and then it is not part of it. "length": it was the last one."""
+        """Append `token`, or return "stop" when it ends the answer; "length" when it was the last allowed one."""
         if token in self._stop_ids:
             return "stop"
         self.tokens.append(token)
         return "length" if len(self.tokens) - self.prompt_length >= self.sampling.max_new_tokens else None
 
     def new_block_keys(self) -> list[bytes]:
-        """Keys of the blocks that have been filled beyond those that `place` has."""
+        """Keys of the blocks filled since the last call."""
         if self.num_computed // BLOCK_SIZE == len(self.kv_range.keys):
             return []
         known = len(self._content)
@@ -85,7 +87,7 @@ class Sequence:
         return block_keys(self._content[: self.num_computed], before=self.kv_range.keys)
 
     def image_spans(self, first: int, last: int, *, at: int) -> list[ImageSpan]:
-        """The images of positions first .. last - 1, which are computed as positions `at` on of a step."""
+        """Image slots among positions first .. last - 1, which the step computes from index `at`."""
         slots = self.request.prompt.image_slots
         if not self.digests or first >= self.prompt_length:
             return []
@@ -98,7 +100,7 @@ class Sequence:
         return found
 
     def pending_digests(self) -> set[bytes]:
-        """Images some of whose slots are yet to be computed."""
+        """Digests of images with slots that have not been computed."""
         slots = self.request.prompt.image_slots
         if not self.digests or not self.in_prefill:
             return set()
@@ -108,5 +110,5 @@ class Sequence:
         }
 
     def pixels_of(self, digest: bytes) -> torch.Tensor:
-        """[H, W, 3] uint8."""
+        """Pixels [H, W, 3] uint8 of an image."""
         return self.request.prompt.pixels[self.digests.index(digest)]

@@ -1,6 +1,6 @@
-"""A conversation with a checkpoint: turns and an image in, text out. Joins the model with its tokenizer, template and image policy.
+"""Model, tokenizer, template and image policy of a checkpoint: turns and an image in, text out.
 
-Everything that shapes a prompt comes from the configuration that the checkpoint carries, never from its name.
+Everything that shapes a prompt comes from the checkpoint's configuration, never from its name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Question:
-    """One open conversation; it ends with the human's turn. `image` is an encoded file or None."""
+    """One conversation that ends with the user's turn. `image` is an encoded file or None."""
 
     turns: tuple[Turn, ...]
     image: bytes | None
@@ -43,24 +43,24 @@ class Question:
 
 @dataclass(frozen=True)
 class Session:
-    """A model that answers, on every rank of its mesh."""
+    """A loaded model with its encoder, on every rank of its mesh."""
 
     config: RunConfig
     mesh: Mesh
     chunks: Sequence[torch.nn.Module]
     encoder: Encoder
     weights: Mapping[str, str]
-    """SHA-256 of components, as far as the checkpoint's manifest has them; always of the tower."""
+    """SHA-256 per component, as recorded in the checkpoint's manifest; always of the vision tower."""
 
     @classmethod
     def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None, ops: Ops = "auto") -> Session:
-        """The model of `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout, whatever it was trained at.
+        """Load `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout, whatever it was trained at.
 
-        It may also be a model of another layout, an export for instance, which is imported for the moment. It computes in `dtype` (fp32, bf16), or
-        in that of its training, with the fused ops that this machine has, whatever it was trained with.
+        A model in another format, an export for instance, is imported temporarily. Computes in `dtype` (fp32, bf16) or
+        the dtype of the training, with the fused ops available on this machine.
 
-        Raises CheckpointError or ConversionError, DataError when it has no tokenizer of its own and the file that its configuration names is gone,
-        and OpsError when `ops` is "native" and there are none.
+        Raises CheckpointError or ConversionError, DataError when there is no tokenizer, and OpsError when `ops` is
+        "native" and none are available.
         """
         implementation = select_ops_backend(ops, mesh=mesh).implementation
         with open_as_checkpoint(Path(checkpoint), mesh=mesh) as path:
@@ -80,10 +80,11 @@ class Session:
             tokenizer = Tokenizer(tokenizer_path(path, config.data))
             if tokenizer.vocab_size > config.model.language.vocab_size:
                 raise DataError(
-                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} knows {config.model.language.vocab_size} "
+                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} knows "
+                    f"{config.model.language.vocab_size} "
                     "ids; put the tokenizer that it was trained with in its place"
                 )
-            dist.barrier()  # only when all have read may what was imported for the moment go
+            dist.barrier()  # the temporary import may be deleted only when all ranks have read it
         for chunk in chunks:
             chunk.eval()
         images = ImagePolicy(image_size=config.model.vision.image_size, aspect_ratio=config.data.image_aspect_ratio)
@@ -101,7 +102,10 @@ class Session:
         )
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
-        """Greedy answers, all questions as one batch. Every rank of one model replica calls this with the same questions."""
+        """Greedy answers, all questions as one batch.
+
+        Every rank of one model replica calls this with the same questions.
+        """
         answers = self.answer_ids(questions, max_new_tokens=max_new_tokens)
         return [self.encoder.tokenizer.decode(ids).strip() for ids in answers]
 

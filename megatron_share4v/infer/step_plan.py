@@ -1,6 +1,6 @@
-"""What one step computes: made by the scheduler on the first rank of a tensor group, carried out by the runner on all of them.
+"""Plan of one engine step, made by the scheduler on TP rank 0 and executed by the model runner on every TP rank.
 
-T new positions of several sequences one after the other, R rows of logits, H width, P slots per image.
+T new positions of several sequences, concatenated; R rows of logits; H hidden size; P slots per image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_share4v.mcore.kv_cache import SequenceSpan
 
 @dataclass(frozen=True)
 class CacheCopy:
-    """Rows of the key-value cache that begin a sequence as they began another one."""
+    """KV cache rows to copy from another sequence with the same prefix."""
 
     source: int
     target: int
@@ -23,7 +23,7 @@ class CacheCopy:
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Slots of one image among the T positions: slots [n], and which rows [n] of its P features go there."""
+    """Slots [n] of one image among the T positions, and the rows [n] of its P features that go there."""
 
     digest: bytes
     slots: torch.Tensor
@@ -32,8 +32,11 @@ class ImageSpan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """In the order of execution. forget: digests of images whose features go; encode: (digest, pixels [H, W, 3]) of those that come;
-    wanted: [R] positions among the T after which logits are asked for."""
+    """Work of one step, in execution order.
+
+    evict: digests of image features to drop. encode: (digest, pixels [H, W, 3]) of images to encode.
+    logits_positions: [R] of the T positions whose logits are needed.
+    """
 
     copies: tuple[CacheCopy, ...]
     evict: tuple[bytes, ...]

@@ -1,7 +1,7 @@
-"""One engine over several tensor ranks: the first sends each step's plan, all carry it out, and the first alone decides and answers.
+"""Run one engine over several TP ranks: rank 0 broadcasts each step's plan, all ranks execute it, rank 0 samples.
 
-A rank that fails ends the job: its exception leaves `follow` (or `step` on the first rank), its process ends with the traceback, and the launcher
-ends the others; where they wait in a collective of gloo, that fails too.
+An exception on any rank leaves `run_follower` (or `step` on rank 0) and ends its process; the launcher ends the others,
+and a pending gloo collective fails.
 """
 
 from __future__ import annotations
@@ -15,48 +15,47 @@ from megatron_share4v.infer.model_runner import ModelRunner
 from megatron_share4v.infer.step_plan import StepPlan
 from megatron_share4v.parallel.collectives import broadcast_object
 
-SHUTDOWN = "leave"
 IDLE_TIMEOUT = timedelta(days=3650)
-"""Followers wait as long as nobody asks anything. A peer that ends breaks the connection, which is noticed at once."""
+"""Timeout of the plan broadcast, which waits between requests. A peer that exits breaks the connection at once."""
 
 
 class TPExecutor:
-    """The runners of one model replica, of which this rank has one. All ranks of the tensor group make theirs together."""
+    """Model runners of one model replica, one per TP rank. All ranks of the TP group construct it together."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner, self._mesh, self._group = runner, runner.mesh, None
         self._first = dist.get_global_rank(runner.mesh.tp_group, 0)
         if runner.mesh.layout.tensor > 1:
             members = dist.get_process_group_ranks(runner.mesh.tp_group)
-            # Of its own: plans are host memory, whatever the model runs on, and the model's collectives keep their time limit.
+            # A separate gloo group: plans are host memory, and the collectives of the model keep their timeout.
             self._group = dist.new_group(members, backend="gloo", timeout=IDLE_TIMEOUT, use_local_synchronization=True)
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank decides; the others follow."""
+        """Whether this is TP rank 0, which schedules and samples."""
         return self._mesh.coordinates.tensor == 0
 
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """[R, V] logits; on the first rank."""
+        """Logits [R, V] of a step; on TP rank 0."""
         self._send(plan)
         return self.runner.run(plan)
 
     def close(self) -> None:
-        """The others leave `follow`."""
-        self._send(SHUTDOWN)
+        """Make the other ranks leave `run_follower`."""
+        self._send(None)
 
-    def receive(self) -> StepPlan | str:
-        """What the first rank has sent; waits for it."""
+    def receive(self) -> StepPlan | None:
+        """Wait for the next message from TP rank 0."""
         assert not self.is_leader
         return broadcast_object(None, source=self._first, group=self._group)
 
-    def _send(self, message: StepPlan | str) -> None:
-        assert self.is_leader, "only the first rank of a tensor group decides; the others call follow(engine.ranks)"
+    def _send(self, plan: StepPlan | None) -> None:
+        assert self.is_leader, "only TP rank 0 sends plans; the other ranks call follow(engine.ranks)"
         if self._group is not None:
-            broadcast_object(message, source=self._first, group=self._group)
+            broadcast_object(plan, source=self._first, group=self._group)
 
 
 def run_follower(executor: TPExecutor) -> None:
-    """The loop of every rank but the first of its tensor group, until that one closes its own."""
-    while (message := executor.receive()) != SHUTDOWN:
-        executor.runner.run(message)
+    """Execute plans from TP rank 0 until it closes its executor."""
+    while (plan := executor.receive()) is not None:
+        executor.runner.run(plan)

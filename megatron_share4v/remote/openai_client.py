@@ -1,6 +1,6 @@
-"""A client of OpenAI's chat completions, the only one of the house: one request in, one reply out, tried again within a bound.
+"""Client of OpenAI's chat completions API with bounded retries, for captioning and evaluation.
 
-What is asked, of how many at a time, and what becomes of refusals is the caller's; so is the key, which is never logged.
+Concurrency and the handling of errors are the caller's. The API key is never logged.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from urllib.parse import urlsplit
 
 from megatron_share4v.errors import ConfigError, DataError
 
-TRIED_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-NOT_ABOUT_THE_REQUEST = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
-LONGEST_WAIT_S = 60.0
+RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+FATAL_STATUSES = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
+MAX_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """url: up to and with /v1. retries: further tries of one request. timeout_s: of one reply. key: sent as a bearer token."""
+    """Endpoint settings.
+
+    url: up to and including /v1. retries: further attempts per request. timeout_s: of one response. key: sent as bearer
+    token.
+    """
 
     url: str
     model: str
@@ -37,7 +41,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """text: as it came. tokens: of the reply, 0 where the server does not say. model: as the server calls itself."""
+    """One response. tokens: completion tokens, 0 when not reported. model: the name the server reports."""
 
     text: str
     tokens: int
@@ -45,49 +49,51 @@ class Reply:
     model: str
 
 
-class _TryAgain(Exception):
-    """This time it failed; `wait_s` as the server asks."""
+class _TransientError(Exception):
+    """A transient failure. wait_s: from Retry-After."""
 
     def __init__(self, message: str, *, wait_s: float | None = None) -> None:
         super().__init__(message)
         self.wait_s = wait_s
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """A redirection would take the key elsewhere, and make a GET of the request."""
+class _RejectRedirects(urllib.request.HTTPRedirectHandler):
+    """Rejects redirects, which would send the key elsewhere and turn the POST into a GET."""
 
     def redirect_request(self, *arguments: object) -> None:
         return None
 
 
 class ChatClient:
-    """May be used by many threads at once."""
+    """Thread-safe chat client."""
 
     def __init__(self, endpoint: Endpoint, *, sleep: Callable[[float], object] | None = None) -> None:
-        """Raises ConfigError for what is no URL."""
+        """Raise ConfigError for an invalid URL."""
         if urlsplit(endpoint.url).scheme not in ("http", "https") or not urlsplit(endpoint.url).netloc:
             raise ConfigError(
-                f"endpoint {endpoint.url!r}: is no http(s) URL; give the part up to and with /v1, as in http://127.0.0.1:8000/v1"
+                f"endpoint {endpoint.url!r}: is no http(s) URL; give the part up to and with /v1, as in "
+                "http://127.0.0.1:8000/v1"
             )
         self.endpoint = endpoint
         self._stopped = threading.Event()
         self._sleep = sleep or self._stopped.wait
-        self._opener = urllib.request.build_opener(_Stay)
+        self._opener = urllib.request.build_opener(_RejectRedirects)
 
     def stop(self) -> None:
-        """End pauses, and try nothing again: the job is over."""
+        """End retry pauses and stop retrying: the job is over."""
         self._stopped.set()
 
     def ask(self, body: Mapping[str, object]) -> Reply:
-        """The reply to `body`, to which the endpoint's model is added where it names none.
+        """Send `body` and return the response; the endpoint's model is added where the body names none.
 
-        Raises ConfigError when the endpoint refuses key, model or path, and DataError when it refuses this request or never answers it.
+        Raises ConfigError when the endpoint rejects key, model or path, and DataError when it rejects this request or
+        every attempt fails.
         """
         data = json.dumps({"model": self.endpoint.model, **body}).encode()
         for number in range(self.endpoint.retries + 1):
             try:
-                return self._once(data)
-            except _TryAgain as error:
+                return self._send(data)
+            except _TransientError as error:
                 reason = str(error)
                 if self._stopped.is_set():
                     break
@@ -97,10 +103,10 @@ class ChatClient:
                         if error.wait_s is not None
                         else self.endpoint.first_wait_s * 2**number * random.uniform(0.75, 1.25)
                     )
-                    self._sleep(min(pause, LONGEST_WAIT_S))
+                    self._sleep(min(pause, MAX_WAIT_S))
         raise DataError(f"{reason}, {self.endpoint.retries + 1} times")
 
-    def _once(self, data: bytes) -> Reply:
+    def _send(self, data: bytes) -> Reply:
         headers = {"Content-Type": "application/json"}
         if self.endpoint.key:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
@@ -111,34 +117,35 @@ class ChatClient:
             with self._opener.open(request, timeout=self.endpoint.timeout_s) as reply:
                 text = reply.read()
         except urllib.error.HTTPError as error:
-            raise self._refusal(error) from error
+            raise self._error_of_status(error) from error
         except (OSError, http.client.HTTPException) as error:
-            raise _TryAgain(f"no answer ({getattr(error, 'reason', error) or type(error).__name__})") from error
+            raise _TransientError(f"no answer ({getattr(error, 'reason', error) or type(error).__name__})") from error
         try:
             return parse_completion(json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise _TryAgain(
+            raise _TransientError(
                 f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:80]!r}"
             ) from error
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    def _error_of_status(self, error: urllib.error.HTTPError) -> Exception:
         try:
             said = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as cut:
             said = str(cut)
         what = f"HTTP {error.code}: {said[:300].strip() or error.reason}"
-        if error.code in NOT_ABOUT_THE_REQUEST:
+        if error.code in FATAL_STATUSES:
             return ConfigError(
-                f"endpoint {self.endpoint.url}, model {self.endpoint.model}: {what}; check URL, the model's name and the key"
+                f"endpoint {self.endpoint.url}, model {self.endpoint.model}: {what}; check URL, the model's name and "
+                "the key"
             )
-        if error.code in TRIED_AGAIN:
+        if error.code in RETRIED_STATUSES:
             asked = error.headers.get("Retry-After", "")
-            return _TryAgain(what, wait_s=float(asked) if asked.isdecimal() else None)
+            return _TransientError(what, wait_s=float(asked) if asked.isdecimal() else None)
         return DataError(f"the endpoint refused: {what}")
 
 
 def parse_completion(content: object) -> Reply:
-    """The one choice of a chat completion. Raises ValueError for anything else."""
+    """Parse a chat completion with one choice. Raises ValueError for anything else."""
     try:
         [choice] = content["choices"]
         text, finish = choice["message"]["content"], choice.get("finish_reason")

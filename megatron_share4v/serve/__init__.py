@@ -1,1 +1,1 @@
-"""The demo server: OpenAI's API over HTTP, its page, and the thread that drives the engine."""
+"""HTTP server: OpenAI's API, Megatron-LM's API, the demo page, and the thread that drives the engine."""

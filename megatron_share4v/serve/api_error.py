@@ -1,4 +1,4 @@
-"""What a client is told when it does not get what it asked for: status and OpenAI's error object."""
+"""Errors of the HTTP API: a status and OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """Becomes a response with `status`. param: the field at fault, dotted. kind: the error's type where the status alone does not say it."""
+    """Becomes a response with `status`.
+
+    param: dotted name of the invalid field. kind: the error type where the status does not imply it.
+    """
 
     def __init__(
         self,
@@ -31,10 +34,10 @@ class ApiError(Exception):
         self.kind = kind or TYPES.get(status, "invalid_request_error")
 
     def body(self) -> dict[str, Any]:
-        """The error object that the openai SDK turns into its exception classes."""
+        """The error object that the openai SDK maps to its exception classes."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
 
 
 def unavailable_error(message: str) -> ApiError:
-    """503: not yet, or not any more."""
+    """A 503 with Retry-After."""
     return ApiError(message, status=503, headers={"Retry-After": "2"})

@@ -1,7 +1,7 @@
-"""Megatron-LM's own text generation API, PUT /api, with its fields; bad values are answered with 400 and the error object.
+"""Megatron-LM's text generation API, PUT /api, with its fields; invalid values get 400 and the error object.
 
-Unlike the original, top_k and top_p can be combined, stop_token is the model's own end token by default, and prompts may have images: `images` holds
-a list of data URLs for each prompt, which then has one <image> for each of them.
+Unlike the original, top_k and top_p can be combined, stop_token defaults to the model's end token, and prompts may
+contain images: `images` holds a list of data URLs per prompt, one for each <image> in it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron_share4v.serve.responses import LEAST_LOGPROB
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 MAX_PROMPTS, MAX_SEED = 128, 2**63 - 1
-_GONE = ("max_len", "sentences", "beam_width")  # names that Megatron-LM itself refuses
+_GONE = ("max_len", "sentences", "beam_width")  # names that Megatron-LM itself rejects
 _INERT = {"top_p_decay": 0.0, "top_p_bound": 0.0, "length_penalty": 1.0, "prevent_newline_after_colon": False}
 
 
 @dataclass
 class MegatronRoutes:
-    """The route."""
+    """Route of Megatron-LM's API."""
 
     worker: EngineThread
     bodies: BodyReader
@@ -40,14 +40,14 @@ class MegatronRoutes:
     max_images: int
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """The Starlette routes."""
         return [Route("/api", self.generate, methods=["PUT"])]
 
     async def generate(self, request: Request) -> Response:
-        """PUT /api."""
+        """Handle PUT /api."""
         asked, order, wants_logprobs = await self._read(request)
         if not asked:
-            return Response()  # to nobody: the client has gone
+            return Response()  # the client has disconnected
         generation = Generation(self.worker, asked, order, metrics=self.metrics, param="prompts")
         try:
             found = await run_until_disconnect(request.receive, _collect(generation, len(asked)))
@@ -82,7 +82,7 @@ class MegatronRoutes:
 
 
 def read_order(fields: JsonFields, served: ServedModel) -> tuple[Order, bool]:
-    """How to generate, and whether logprobs are wanted. Raises ApiError."""
+    """Read the generation options, and whether logprobs are requested. Raises ApiError."""
     for name in _GONE:
         if fields.has(name):
             raise ApiError(f"{name} is not accepted; use tokens_to_generate and prompts, without beams", param=name)
@@ -94,7 +94,7 @@ def read_order(fields: JsonFields, served: ServedModel) -> tuple[Order, bool]:
     wants_logprobs = fields.boolean("logprobs")
     if not tokens and not wants_logprobs:
         raise ApiError(
-            "tokens_to_generate 0 needs logprobs true: there would be nothing to answer", param="tokens_to_generate"
+            "tokens_to_generate 0 needs logprobs true: the response would be empty", param="tokens_to_generate"
         )
     top_k = fields.integer("top_k", 0, low=0, high=1000)
     stops = [text for name, text in (("stop_on_eol", "\n"), ("stop_on_double_eol", "\n\n")) if fields.boolean(name)]
@@ -123,14 +123,15 @@ def _images(fields: JsonFields, prompts: list[str], *, max_images: int) -> list[
             raise ApiError(f"{place} must be an array of at most {max_images} data URLs", param=place)
         if own and prompt.count(IMAGE_PLACEHOLDER) != len(own):
             raise ApiError(
-                f"{place} has {len(own)} images and prompts[{number}] has {prompt.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER}",
+                f"{place} has {len(own)} images and prompts[{number}] has {prompt.count(IMAGE_PLACEHOLDER)} "
+                f"{IMAGE_PLACEHOLDER}",
                 param=place,
             )
     return images
 
 
 async def _collect(generation: Generation, count: int) -> list[tuple[str, list[Token], list[Token]]]:
-    """For each prompt: the text that was added, the prompt's tokens if their logprobs were asked for, the new tokens."""
+    """Per prompt: the generated text, the prompt's tokens when logprobs are requested, and the generated tokens."""
     texts, prompts, tokens = [""] * count, [[] for _ in range(count)], [[] for _ in range(count)]
     async for piece in generation.pieces():
         texts[piece.index] += piece.text
@@ -146,7 +147,10 @@ def _response_body(
     *,
     wants_logprobs: bool,
 ) -> dict[str, Any]:
-    """`text`, `segments` and `tokens` are of prompt and continuation; `logprobs` has one entry less than `tokens`: the first has no predecessor."""
+    """Response body. `text`, `segments` and `tokens` cover prompt and continuation.
+
+    `logprobs` has one entry less than `tokens`: the first token has no predecessor.
+    """
     tokenizer = served.encoder.tokenizer
     ids = [
         [*one.prompt.token_ids.tolist(), *(token.token_id for token in new)] for one, (_, _, new) in zip(asked, found)

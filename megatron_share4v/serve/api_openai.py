@@ -1,4 +1,4 @@
-"""OpenAI's routes: chat and bare completions, models; and vLLM's tokenize, detokenize and tokenizer_info."""
+"""OpenAI's routes (chat and text completions, models) and vLLM's tokenize, detokenize and tokenizer_info."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MAX_NOTED = 256
 
 @dataclass(frozen=True)
 class _ParsedRequest:
-    """A request of which only what is still needed is kept. No prompts: the client has gone."""
+    """Tokenized prompts and options of a request. Without prompts when the client has disconnected."""
 
     prompts: list[BuiltPrompt]
     options: GenerationOptions
@@ -45,7 +45,7 @@ class _ParsedRequest:
 
 @dataclass
 class OpenAIRoutes:
-    """The routes. noted: unknown fields that were logged already."""
+    """Handlers of OpenAI's and vLLM's routes. noted: unknown fields that have been logged."""
 
     config: ServeConfig
     worker: EngineThread
@@ -56,7 +56,7 @@ class OpenAIRoutes:
     noted: set[str] = field(default_factory=set)
 
     def routes(self) -> list[Route]:
-        """For the application."""
+        """The Starlette routes."""
         return [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -69,14 +69,14 @@ class OpenAIRoutes:
         ]
 
     async def chat(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
+        """Handle POST /v1/chat/completions."""
         return await self._answer(request, await self._read_chat(request), chat=True)
 
     async def completions(self, request: Request) -> Response:
-        """POST /v1/completions."""
+        """Handle POST /v1/completions."""
         return await self._answer(request, await self._read_completion(request), chat=False)
 
-    # A body, with the images in it, is in memory only until these return.
+    # The request body, with its images, is in memory only until these return.
 
     async def _read_chat(self, request: Request) -> _ParsedRequest:
         served = self.worker.require()
@@ -98,12 +98,16 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, read: _ParsedRequest, *, chat: bool) -> Response:
         if not read.prompts:
-            return Response()  # to nobody: the client has gone
+            return Response()  # the client has disconnected
         options = read.options
         order = Order(
-            sampling=options.sampling, max_tokens=options.max_tokens, choices=options.choices, stop=options.stop, include_stop=options.include_stop,
+            sampling=options.sampling,
+            max_tokens=options.max_tokens,
+            choices=options.choices,
+            stop=options.stop,
+            include_stop=options.include_stop,
             continues=not chat,
-        )  # fmt: skip
+        )
         generation = Generation(
             self.worker, read.prompts, order, metrics=self.metrics, param="messages" if chat else "prompt"
         )
@@ -120,16 +124,16 @@ class OpenAIRoutes:
         return Response() if body is None else JsonResponse(body)
 
     async def models(self, request: Request) -> Response:
-        """GET /v1/models."""
+        """Handle GET /v1/models."""
         return JsonResponse({"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
-        """GET /v1/models/{id}."""
+        """Handle GET /v1/models/{id}."""
         self._check_name(request.path_params["model"])
         return JsonResponse(self._card())
 
     async def tokenize(self, request: Request) -> Response:
-        """POST /tokenize: `prompt`, or `messages` as the model would read them (0 at image positions)."""
+        """Handle POST /tokenize: `prompt`, or `messages` in the model's template (0 at image positions)."""
         served = self.worker.require()
         tokenizer = served.encoder.tokenizer
         async with self.bodies.read(request) as fields:
@@ -158,7 +162,7 @@ class OpenAIRoutes:
         )
 
     async def detokenize(self, request: Request) -> Response:
-        """POST /detokenize."""
+        """Handle POST /detokenize."""
         tokenizer = self.worker.require().encoder.tokenizer
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
@@ -169,33 +173,46 @@ class OpenAIRoutes:
         return JsonResponse({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
-        """GET /tokenizer_info: the tokenizer and the template that prompts are made with."""
+        """Handle GET /tokenizer_info: the tokenizer and the prompt template."""
         encoder = self.worker.require().encoder
         tokenizer, template = encoder.tokenizer, encoder.template
         return JsonResponse(
             {
-                "tokenizer_class": "LlamaTokenizer", "legacy": True, "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
-                "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "sha256": tokenizer.fingerprint, "template": template.name,
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": True,
+                "vocab_size": tokenizer.vocab_size,
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "pad_token_id": tokenizer.pad_id,
+                "sha256": tokenizer.fingerprint,
+                "template": template.name,
                 "system": template.system,
             }
-        )  # fmt: skip
+        )
 
     async def version(self, request: Request) -> Response:
-        """GET /version."""
+        """Handle GET /version."""
         return JsonResponse({"version": __version__})
 
     def _card(self) -> dict[str, Any]:
         served = self.worker.require()
         return {
-            "id": self.config.model_name, "object": "model", "created": self.started, "owned_by": "megatron_share4v", "root": self.config.model_name,
-            "parent": None, "max_model_len": served.engine.limits.max_positions, "max_images": self.config.max_images,
-            "max_image_bytes": self.config.max_image_bytes, "tokens_per_image": served.tokens_per_image,
-        }  # fmt: skip
+            "id": self.config.model_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "megatron_share4v",
+            "root": self.config.model_name,
+            "parent": None,
+            "max_model_len": served.engine.limits.max_positions,
+            "max_images": self.config.max_images,
+            "max_image_bytes": self.config.max_image_bytes,
+            "tokens_per_image": served.tokens_per_image,
+        }
 
     def _check_model(self, fields: JsonFields) -> None:
         self._check_name(fields.text("model", self.config.model_name))
         for name in fields.values:
-            # Logged once, and not without end: names come from whoever asks.
+            # Logged once each, up to MAX_NOTED: clients choose the names.
             if name not in KNOWN and name not in self.noted and len(self.noted) < MAX_NOTED:
                 self.noted.add(name)
                 get_logger().info("a request has the unknown field %r, which is ignored", name[:100])

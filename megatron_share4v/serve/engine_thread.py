@@ -1,6 +1,7 @@
-"""The one thread that owns the engine, and its door to the event loop.
+"""The thread that owns the engine, and its interface to the event loop.
 
-The loop side submits requests and receives Ticks; the thread side keeps the queue, feeds the engine and steps it. Nothing else touches the engine.
+The event loop submits requests and receives their events; the thread keeps the waiting queue, feeds the engine and
+steps it.
 """
 
 from __future__ import annotations
@@ -23,31 +24,45 @@ from megatron_share4v.serve.metrics import Metrics
 
 
 class EngineLimits(Protocol):
-    """max_requests: in the engine at once; max_positions: of one request, prompt and answer together."""
+    """Limits of the engine.
+
+    max_requests: in the engine at once. max_positions: of one request, prompt and answer.
+    """
 
     max_requests: int
     max_positions: int
 
 
 class Engine(Protocol):
-    """What is used of infer.engine.Engine."""
+    """Interface of infer.engine.Engine used by the server."""
 
     limits: EngineLimits
     stats: Any
 
     @property
-    def has_work(self) -> bool: ...
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        ...
 
-    def add(self, request: GenerationRequest) -> None: ...
+    def add(self, request: GenerationRequest) -> None:
+        """Append to the waiting queue."""
+        ...
 
-    def cancel(self, request_id: str) -> None: ...
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request."""
+        ...
 
-    def step(self) -> list[TokenEvent]: ...
+    def step(self) -> list[TokenEvent]:
+        """Run one forward pass."""
+        ...
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The engine, and what makes its prompts. tokens_per_image: slots that an image takes. close: called in the engine's thread at the end."""
+    """A loaded engine with its prompt encoder.
+
+    tokens_per_image: image slots per image. close: called in the engine's thread at the end.
+    """
 
     engine: Engine
     encoder: Encoder
@@ -57,7 +72,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Tick:
-    """One event, or why there will be none. at: seconds of time.monotonic."""
+    """One event of a request, or the error that ends it. at: time.monotonic of the step."""
 
     request_id: str
     event: TokenEvent | None
@@ -67,7 +82,7 @@ class Tick:
 
 @dataclass
 class RequestGroup:
-    """Requests that were submitted together, seen from the loop."""
+    """Requests submitted together, as seen from the event loop."""
 
     worker: EngineThread
     open: set[str]
@@ -75,7 +90,7 @@ class RequestGroup:
     ticks: asyncio.Queue[Tick] = field(default_factory=asyncio.Queue)
 
     async def events(self) -> AsyncIterator[Tick]:
-        """What the engine says of the requests, until all have ended. Raises ApiError when one of them cannot be answered."""
+        """Yield the requests' events until all have ended. Raises ApiError when one cannot be answered."""
         while self.open:
             tick = await self.ticks.get()
             if tick.refusal is not None:
@@ -86,21 +101,21 @@ class RequestGroup:
                 yield tick
 
     def cancel(self, request_id: str) -> None:
-        """No more of this one; the engine is told."""
+        """Cancel one request."""
         if request_id in self.open:
             self.open.discard(request_id)
             self.worker.drop(request_id)
 
     def close(self) -> None:
-        """Cancel what is still open. Called in any case, by whoever submitted."""
+        """Cancel all open requests. The submitter must call this."""
         for request_id in tuple(self.open):
             self.cancel(request_id)
 
 
 class EngineThread:
-    """State: loading, ready, or failed. `served` is None until ready; `failure` is what ended it.
+    """Engine thread in state loading, ready (`served` is set) or failed (`failure` is set).
 
-    load: makes the engine, in the thread. on_failure: called on the loop, once, when loading or a step raised.
+    load: builds the engine, in the thread. on_failure: called once on the event loop when loading or a step raised.
     """
 
     def __init__(
@@ -120,26 +135,26 @@ class EngineThread:
         self.served: ServedModel | None = None
         self.failure: BaseException | None = None
 
-    # The loop's side.
+    # Called on the event loop.
 
     def start(self) -> None:
-        """Called on the loop. Loading starts; `served` is set when it has ended."""
+        """Start the thread and the loading; call on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the thread after its present step; what still runs is cancelled. Returns when the engine is closed."""
+        """Stop after the current step, cancelling running requests; returns when the engine is closed."""
         self._inbox.put(("stop", None))
         while self._thread.is_alive():
             await asyncio.sleep(0.01)
 
     @property
     def waiting(self) -> int:
-        """Requests that are not in the engine yet."""
+        """Number of requests not yet in the engine."""
         return len(self._waiting)
 
     def require(self) -> ServedModel:
-        """What is served. Raises ApiError (503) while it is not ready, and after a failure."""
+        """The served model. Raises ApiError (503) while loading and after a failure."""
         if self.failure is not None:
             raise unavailable_error("the engine has failed and the server is stopping; see its log")
         if self.served is None:
@@ -147,11 +162,15 @@ class EngineThread:
         return self.served
 
     def submit(self, requests: Sequence[GenerationRequest]) -> RequestGroup:
-        """Queue requests. Raises ApiError: 503 when not ready, 429 when the queue is full, 400 when it could never hold them."""
+        """Queue requests.
+
+        Raises ApiError: 503 when not ready, 429 when the queue is full, 400 when the queue could never hold them.
+        """
         limits = self.require().engine.limits
         if len(requests) > self._max_waiting + limits.max_requests:
             raise ApiError(
-                f"{len(requests)} answers in one request; this server can take {self._max_waiting + limits.max_requests} at once"
+                f"{len(requests)} answers in one request; this server can take "
+                f"{self._max_waiting + limits.max_requests} at once"
             )
         free = max(0, limits.max_requests - (len(self._jobs) - len(self._waiting)))
         if len(self._waiting) + len(requests) > self._max_waiting + free:
@@ -170,7 +189,7 @@ class EngineThread:
         return job
 
     def drop(self, request_id: str) -> None:
-        """Nobody waits for this request any more."""
+        """Cancel a request whose client no longer needs it."""
         if self._jobs.pop(request_id, None) is not None:
             self._waiting.discard(request_id)
             self._inbox.put(("cancel", request_id))
@@ -206,7 +225,7 @@ class EngineThread:
         self._waiting.clear()
         self._on_failure()
 
-    # The thread's side.
+    # Called in the engine's thread.
 
     def _run(self) -> None:
         try:
@@ -241,7 +260,7 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(self._deliver, admitted, ticks)
 
     def _process_inbox(self, engine: Engine, queued: deque[GenerationRequest], inside: set[str]) -> bool:
-        """Obey what the loop has asked for, waiting for the next order when there is nothing to compute. False: to end."""
+        """Process submissions and cancellations, blocking while there is no work; False to stop."""
         idle = not engine.has_work and not queued
         while idle or not self._inbox.empty():
             order, subject = self._inbox.get()

@@ -1,4 +1,4 @@
-"""Answers in the making: requests to the engine, its events back as pieces of text, with stop strings, counts and metrics."""
+"""Generation for one HTTP request: engine requests out, text deltas back, stop strings and usage."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, room
 from megatron_share4v.text.detokenizer import IncrementalDetokenizer
 
-CONTEXT_TOKENS = 4  # of a bare prompt, before its continuation: enough for sentencepiece's spaces
+CONTEXT_TOKENS = 4  # of the prompt fed to the detokenizer before its continuation, for sentencepiece's spaces
 INT64 = 2**63
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer, or of a prompt whose logprobs were asked for."""
+    """A token of an answer, or of a prompt whose logprobs were requested."""
 
     token_id: int
     logprobs: TokenLogprobs | None
@@ -28,7 +28,10 @@ class Token:
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What is new in one choice. prompt: on the first piece, the prompt's tokens, where their logprobs were asked for."""
+    """New text and tokens of one choice.
+
+    prompt: on the first delta, the prompt's tokens when their logprobs were requested.
+    """
 
     index: int
     text: str
@@ -39,7 +42,10 @@ class ChoiceDelta:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """How prompts are answered: `choices` times each. max_tokens None: as many as fit; 0: none, the prompt alone is of interest."""
+    """Generation options of one request: `choices` answers per prompt.
+
+    max_tokens None: up to the context limit; 0: no tokens, only prompt logprobs.
+    """
 
     sampling: SamplingParams
     max_tokens: int | None
@@ -47,7 +53,7 @@ class Order:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     continues: bool = False
-    """The answer goes on a text: its first token keeps its leading space."""
+    """The answer continues a text: its first token keeps its leading space."""
 
 
 @dataclass
@@ -61,12 +67,15 @@ class _Choice:
 
 
 class Generation:
-    """Submitted at once, or refused at once. Must be closed."""
+    """Engine requests of one HTTP request, submitted on construction. Must be closed."""
 
     def __init__(
         self, worker: EngineThread, asked: Sequence[BuiltPrompt], order: Order, *, metrics: Metrics, param: str
     ) -> None:
-        """Raises ApiError: no room in the context (`param` is to blame), a full queue, a model that is not ready."""
+        """Submit the requests.
+
+        Raises ApiError: the prompt fills the context (`param` is named), the queue is full, or the model is not ready.
+        """
         served = worker.require()
         self._metrics, self._order = metrics, order
         self._choices: dict[str, _Choice] = {}
@@ -90,16 +99,16 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        """Of all choices, so far."""
+        """Tokens generated so far, over all choices."""
         return sum(choice.tokens for choice in self._choices.values())
 
     def close(self) -> None:
-        """Cancel what still runs. Whoever made this object calls it in any case."""
+        """Cancel the running requests. The creator must call this."""
         self._metrics.count_finished("error" if self._refused else "abort", len(self._job.open))
         self._job.close()
 
     async def pieces(self) -> AsyncIterator[ChoiceDelta]:
-        """The answers as they come. Raises ApiError."""
+        """Yield the deltas of all choices as they come. Raises ApiError."""
         async for tick in self._events():
             choice = self._choices[tick.request_id]
             piece = self._piece(choice, tick)
@@ -120,7 +129,7 @@ class Generation:
     def _piece(self, choice: _Choice, tick: Tick) -> ChoiceDelta:
         event, finish, tokens, text = tick.event, tick.event.finish_reason, (), ""
         if event.token_id is not None and self._order.max_tokens != 0:
-            self._clock(choice, tick.at)
+            self._observe_latency(choice, tick.at)
             choice.tokens += 1
             tokens = (Token(event.token_id, event.logprobs),)
             text = choice.stream.feed([event.token_id])
@@ -136,7 +145,7 @@ class Generation:
             prompt = tuple(Token(i, logprobs) for i, logprobs in zip(ids, event.prompt_logprobs, strict=True))
         return ChoiceDelta(choice.index, text, tokens, finish, prompt)
 
-    def _clock(self, choice: _Choice, at: float) -> None:
+    def _observe_latency(self, choice: _Choice, at: float) -> None:
         if choice.last is None:
             self._metrics.time_to_first_token.observe(at - self._job.submitted)
         else:

@@ -1,4 +1,4 @@
-"""HTTP beneath the routes: bodies read within limits, the client's disappearance noticed, server-sent events, OpenAI's error shape for everything."""
+"""HTTP layer below the routes: size-limited bodies, disconnect detection, server-sent events, OpenAI's error shape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPEN_PATHS = (
     "/health",
     "/ping",
     "/favicon.ico",
-)  # the page holds nothing of the model, and a browser cannot send a key before it is loaded
+)  # the page exposes no model data, and a browser cannot send a key before loading it
 BODY_READ = "share4v.body_read"  # set in a request's scope
 LINGER_S, PING_S = 1.0, 15.0
 SAFE_HEADERS = [
@@ -38,7 +38,7 @@ SAFE_HEADERS = [
 
 
 class JsonResponse(Response):
-    """Strict JSON in one line."""
+    """Strict JSON on one line."""
 
     media_type = "application/json"
 
@@ -47,7 +47,7 @@ class JsonResponse(Response):
 
 
 class ErrorResponse(JsonResponse):
-    """An error object. A body that is still coming in is thrown away for a moment, so that the client gets to read this."""
+    """OpenAI's error object. Briefly drains a body that is still arriving, so that the client reads the response."""
 
     def __init__(self, refusal: ApiError) -> None:
         super().__init__(refusal.body(), refusal.status, refusal.headers)
@@ -67,7 +67,7 @@ class ErrorResponse(JsonResponse):
 
 
 class EventStreamResponse(Response):
-    """Server-sent events from an async iterator. When they end, or the client has gone, `close` is called. A comment keeps idle connections open."""
+    """Server-sent events from an async iterator, with keep-alive comments; calls `close` at the end or on disconnect."""
 
     def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
         super().__init__(
@@ -91,7 +91,7 @@ class EventStreamResponse(Response):
             while True:
                 following = following or asyncio.ensure_future(anext(self._events, None))
                 await asyncio.wait({following}, timeout=PING_S)
-                text = ": still here\n\n"
+                text = ": ping\n\n"
                 if following.done():
                     text, following = following.result(), None
                 if text is None:
@@ -106,7 +106,10 @@ class EventStreamResponse(Response):
 
 
 async def run_until_disconnect(receive: Any, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`; None when the client has gone first, and then `work` is cancelled. The request's body has been read."""
+    """Result of `work`; None when the client disconnects first, which cancels it.
+
+    The request body must have been read.
+    """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -123,7 +126,7 @@ async def _wait_for_disconnect(receive: Any) -> None:
 
 
 class BodyReader:
-    """Reads bodies, and knows how much of them is in memory: a request's bytes count until it is prepared."""
+    """Reads request bodies and limits the bytes buffered by requests in preparation."""
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
@@ -131,10 +134,10 @@ class BodyReader:
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[JsonFields]:
-        """The body as an object. Raises ApiError: 400, 408, 413, 415, 429."""
+        """Yield the body as a JSON object. Raises ApiError: 400, 408, 413, 415, 429."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
-            # Also what keeps pages of other origins out: a browser asks before it sends this type, and the answer is no.
+            # Also blocks other origins: a browser needs a CORS preflight for this type, which is not granted.
             raise ApiError("content-type must be application/json", status=415)
         counted = 0
         try:
@@ -165,7 +168,7 @@ class BodyReader:
         except TimeoutError as error:
             raise ApiError(f"the body did not arrive within {self._config.body_timeout_s:g} s", status=408) from error
         if message["type"] == "http.disconnect":
-            raise ApiError("the client has gone", status=400)
+            raise ApiError("the client disconnected", status=400)
         return message
 
     def _check_size(self, size: int) -> None:
@@ -186,7 +189,7 @@ def _declared_size(request: Request) -> int:
 
 
 class AuthMiddleware:
-    """Around the whole application: asks for the key, adds headers, counts refusals."""
+    """ASGI middleware: checks the API key, adds security headers, counts errors."""
 
     def __init__(self, app: Any, *, config: ServeConfig, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -219,7 +222,7 @@ class AuthMiddleware:
         try:
             await self._app(scope, receive, send_guarded)
         except asyncio.CancelledError:
-            # The time that running answers are given at the end is over. This task has nothing to do after this, so the cancellation may end here.
+            # drain_s has passed during shutdown. Nothing runs in this task after this, so the cancellation may end here.
             get_logger().info("the server is stopping: an answer was cut off")
             if not started:
                 await ErrorResponse(unavailable_error("the server is stopping"))(scope, receive, send_guarded)
@@ -229,7 +232,7 @@ class AuthMiddleware:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
-        # Digests have one length, so the time of the comparison says nothing of the key.
+        # Digests have a fixed length, so the comparison time does not depend on the key.
         return hmac.compare_digest(_digest(key.strip()), self._key) and scheme.lower() == b"bearer"
 
 
@@ -238,7 +241,7 @@ def _digest(key: bytes) -> bytes:
 
 
 async def handle_exception(request: Request, error: Exception) -> Response:
-    """For Starlette: our refusals, its own (unknown path, wrong method), and what should not happen."""
+    """Starlette exception handler: ApiError, Starlette's own (unknown path, wrong method), and unexpected errors."""
     if isinstance(error, ApiError):
         return ErrorResponse(error)
     if isinstance(error, HTTPException):
@@ -250,4 +253,4 @@ async def handle_exception(request: Request, error: Exception) -> Response:
             ApiError(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers)
         )
     get_logger().error("%s %s failed", request.method, request.url.path[:200], exc_info=error)
-    return ErrorResponse(ApiError("the server has failed at this request; see its log", status=500))
+    return ErrorResponse(ApiError("internal server error; see the server's log", status=500))

@@ -1,5 +1,7 @@
-"""Images from http(s) URLs, without lending our network position to whoever asks: a name is resolved once, every address of the answer must be
-public, and the connection goes to a vetted address. No redirects, no credentials, one deadline for all of it.
+"""Fetch images from http(s) URLs without server-side request forgery.
+
+A name is resolved once, every resolved address must be public, and the connection goes to a vetted address. No
+redirects, no credentials, one deadline for everything.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from megatron_share4v.serve.api_error import ApiError
 CHUNK = 64 << 10
 MAX_URL = 4096
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-# Prefixes whose addresses carry an IPv4 address that a gateway on the way would reach: NAT64, 6to4, Teredo, IPv4-compatible.
+# Prefixes that embed an IPv4 address reachable through a gateway: NAT64, 6to4, Teredo, IPv4-compatible.
 _CARRIERS = tuple(
     ipaddress.ip_network(prefix) for prefix in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
 )
 
 
 def is_public(address: Address) -> bool:
-    """Whether anybody on the internet could connect to it, and nothing else than it is meant."""
+    """Whether an address is globally routable and does not embed another address."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -36,14 +38,17 @@ def is_public(address: Address) -> bool:
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a name, as the system resolves it."""
+    """All addresses of a name, from the system resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [entry[4][0] for entry in found]
 
 
 @dataclass(frozen=True)
 class ImageFetcher:
-    """domains: those allowed, with their subdomains; empty: all. accepts and resolve can be replaced, for tests with servers of their own."""
+    """Fetcher of images.
+
+    domains: allowed domains with their subdomains; empty allows all. accepts and resolve: replaceable for tests.
+    """
 
     domains: tuple[str, ...]
     max_bytes: int
@@ -52,7 +57,7 @@ class ImageFetcher:
     resolve: Callable = resolve
 
     async def fetch(self, url: str, *, place: str) -> bytes:
-        """The file at `url`. Raises ApiError, which does not say what stands behind an address that is not public."""
+        """The file at `url`. Raises ApiError, whose text reveals nothing about non-public addresses."""
         try:
             parts, port = self._parse(url)
             async with asyncio.timeout(self.timeout_s):
@@ -127,4 +132,4 @@ class ImageFetcher:
 
 
 class _FetchError(Exception):
-    """Why a URL is not fetched."""
+    """Reason why a URL is not fetched."""

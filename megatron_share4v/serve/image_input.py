@@ -1,7 +1,7 @@
-"""From the URL of an image in a request to the bytes of a file that is safe to decode.
+"""From an image URL in a request to bytes that are safe to decode.
 
-Accepted: PNG, JPEG, WebP, GIF (its first frame) and BMP. Size in pixels is read from the header before anything is decoded. EXIF orientation is
-ignored, as in training. Decoding itself is data/images/pil_decoder.py's, and refuses truncated files.
+Accepted: PNG, JPEG, WebP, GIF (first frame) and BMP. The pixel size is read from the header before decoding. EXIF
+orientation is ignored, as in training. Decoding is data/images/pil_decoder.py's, which rejects truncated files.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _DATA_URI = re.compile(
 
 
 def is_inline(url: str) -> bool:
-    """Whether the URL carries the image itself."""
+    """Whether the URL is a data URL."""
     return url[:5].lower() == "data:"
 
 
 def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
-    """The file in `data:image/...;base64,...`. Raises ApiError; `place` is the image's name in the request."""
+    """Decode `data:image/...;base64,...`. place: the image's name in error messages. Raises ApiError."""
     head = _DATA_URI.match(url[:512])
     if not head or not (head["type"] or "image/").lower().startswith("image/"):
         raise ApiError(f"{place}: the data URL must begin with data:image/TYPE;base64,", param=place)
@@ -44,7 +44,7 @@ def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
 
 
 def check_image(data: bytes, config: ServeConfig, *, place: str) -> None:
-    """Refuse what is too large or in no accepted format. Raises ApiError, and DataError for a header that cannot be read."""
+    """Check size and format. Raises ApiError, and DataError for an unreadable header."""
     if len(data) > config.max_image_bytes:
         raise too_large(len(data), place=place, max_bytes=config.max_image_bytes)
     if not data.startswith(_SIGNATURES) and not (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
@@ -57,5 +57,5 @@ def check_image(data: bytes, config: ServeConfig, *, place: str) -> None:
 
 
 def too_large(size: int, *, place: str, max_bytes: int) -> ApiError:
-    """For a file that has too many bytes."""
+    """Error for a file with too many bytes."""
     return ApiError(f"{place}: the image has {size} bytes; accepted are {max_bytes}", param=place)

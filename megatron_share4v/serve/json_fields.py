@@ -1,4 +1,7 @@
-"""A JSON body, and one object of it read field by field; what is wrong is a ApiError that names the field, its value and what is accepted."""
+"""Typed access to the fields of a JSON request body.
+
+Errors are ApiErrors that name the field, its value and the accepted values.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ _NAMES = {
 
 
 def parse_object(body: bytes) -> JsonFields:
-    """The body of a request. Raises ApiError unless it is one JSON object."""
+    """Parse the body of a request. Raises ApiError unless it is one JSON object."""
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError as error:
@@ -40,7 +43,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def format_value(value: Any) -> str:
-    """A value for a message: its kind, and itself when it is short."""
+    """A value for an error message: its JSON type, and the value when it is short."""
     if isinstance(value, (dict, list)):
         return f"{_NAMES[type(value)]} of {len(value)}"
     if isinstance(value, str):
@@ -53,34 +56,34 @@ def format_value(value: Any) -> str:
 
 
 class JsonFields:
-    """`path` is where the object stands in the body, for messages. A field that is absent or null is its default."""
+    """Fields of one JSON object. `path`: its dotted location in the body. A missing or null field takes its default."""
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
         self.values, self.path = values, path
 
     @classmethod
     def of(cls, value: Any, path: str) -> JsonFields:
-        """Raises ApiError unless `value` is an object."""
+        """Wrap `value`. Raises ApiError unless it is an object."""
         if not isinstance(value, dict):
             raise ApiError(f"{path or 'the body'} must be an object, got {format_value(value)}", param=path or None)
         return cls(value, path)
 
     def name(self, key: str) -> str:
-        """The field's dotted name."""
+        """Dotted name of a field."""
         return f"{self.path}.{key}" if self.path else key
 
     def has(self, key: str) -> bool:
-        """Whether it is there and not null."""
+        """Whether a field is present and not null."""
         return self.values.get(key) is not None
 
     def refuse(self, key: str, wanted: str) -> ApiError:
-        """To raise: the field must be `wanted`."""
+        """An error to raise: the field must be `wanted`."""
         return ApiError(
             f"{self.name(key)} must be {wanted}, got {format_value(self.values.get(key))}", param=self.name(key)
         )
 
     def integer(self, key: str, default: Any = None, *, low: int = -INT64, high: int = INT64 - 1) -> Any:
-        """A whole number from low to high; 3.0 is none, and neither is true."""
+        """An integer from low to high; 3.0 and true are rejected."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -94,7 +97,7 @@ class JsonFields:
         return value
 
     def number(self, key: str, default: Any = None, *, low: float, high: float, above: bool = False) -> Any:
-        """A finite number from low to high; `above`: low itself is not accepted."""
+        """A finite number from low to high; `above` excludes low itself."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -108,7 +111,7 @@ class JsonFields:
         return float(value)
 
     def boolean(self, key: str, default: bool = False) -> bool:
-        """true or false."""
+        """A boolean."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -130,7 +133,7 @@ class JsonFields:
         return value
 
     def items(self, key: str, *, longest: int, kind: type, shortest: int = 0) -> list[Any]:
-        """An array of that many values of one kind; absent: empty."""
+        """An array of `shortest` to `longest` values of one type; missing: empty."""
         value = self.values.get(key)
         if value is None and not shortest:
             return []
@@ -145,5 +148,5 @@ class JsonFields:
         return value
 
     def child(self, key: str) -> JsonFields:
-        """An object; absent: an empty one."""
+        """An object; missing: an empty one."""
         return JsonFields.of(self.values.get(key) if self.has(key) else {}, self.name(key))

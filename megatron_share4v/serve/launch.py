@@ -1,4 +1,4 @@
-"""From a checkpoint to a running server, on every rank: the first listens and answers, the others follow its engine."""
+"""Start the server from a checkpoint: rank 0 listens and answers, the other TP ranks follow its engine."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from megatron_share4v.serve.server import serve
 def serve_checkpoint(
     checkpoint: Path, world: World, *, config: ServeConfig, engine: EngineConfig, dtype: str | None = None
 ) -> None:
-    """Serve until a signal says otherwise. All ranks of `world` share the model's matrices, whatever layout it was trained at.
+    """Serve until a signal. All ranks of `world` form one TP group, whatever layout the model was trained at.
 
-    Raises ConfigError, CheckpointError, ConversionError or DataError for what cannot be served, and whatever the engine fails with.
+    Raises ConfigError, CheckpointError, ConversionError or DataError for what cannot be served, and whatever the engine
+    raises.
     """
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with process_group(world, device, timeout_s=600), open_mesh(Layout(tensor=world.size), device=device) as mesh:
         if world.rank == 0:
             serve(config, lambda: _load(checkpoint, mesh, engine, dtype))
             return
-        # The launcher tells every rank to stop; the first ends its answers first, and then lets the others go.
+        # The launcher signals every rank; rank 0 finishes its answers and then releases the others.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         run_follower(Engine.open(Session.open(checkpoint, mesh=mesh, dtype=dtype), engine).executor)
 
 
 def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None) -> ServedModel:
-    """In the engine's thread: the current GPU is a thread's own."""
+    """Load the model in the engine's thread: the current CUDA device is per thread."""
     if mesh.device.kind == "cuda":
         torch.cuda.set_device(mesh.device.index)
     session = Session.open(checkpoint, mesh=mesh, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The page at /: read once, with the headers that let it run its own script and style and nothing else."""
+"""The page at /, with a content security policy that allows only its own script and style."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ ICON = (
 
 
 def content_security_policy(page: str) -> str:
-    """Scripts and styles by their hash; connections and images from here alone (a chosen file is a blob: or data: URL); strings are no code."""
+    """Policy with scripts and styles by hash, and connections and images from this origin."""
     hashes: dict[str, list[str]] = {"script": [], "style": []}
     for kind, text in _INLINE.findall(page):
         hashes[kind].append(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
     return (
-        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; img-src 'self' blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"default-src 'none'; script-src {' '.join(hashes['script'])}; style-src {' '.join(hashes['style'])}; "
+        "img-src 'self' blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for "
+        "'script'; trusted-types 'none'"
     )
 
 
 def routes() -> list[Route]:
-    """The page and its icon."""
+    """Routes of the page and its icon."""
     page = resources.files("megatron_share4v.serve").joinpath("page.html").read_text(encoding="utf-8")
     headers = {
         "content-security-policy": content_security_policy(page),

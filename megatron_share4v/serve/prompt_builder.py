@@ -1,4 +1,4 @@
-"""From a checked request to the engine's prompts: images decoded, conversations tokenised, on threads of their own. And what room is left."""
+"""From parsed requests to engine prompts: decodes images and tokenizes conversations on worker threads."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BuiltPrompt:
-    """One prompt. text: what it says, for echo; None where nobody will ask."""
+    """One prompt. text: for echo, None otherwise."""
 
     prompt: Prompt
     text: str | None = None
 
 
 class PromptBuilder:
-    """Makes prompts. At most `config.image_workers` at a time; the rest wait."""
+    """Builds prompts on `config.image_workers` threads."""
 
     def __init__(self, config: ServeConfig, *, fetcher: ImageFetcher | None = None) -> None:
         self._config = config
@@ -45,7 +45,7 @@ class PromptBuilder:
             )
 
     def close(self) -> None:
-        """No more work is taken."""
+        """Shut down the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def question(self, served: ServedModel, system: str | None, messages: Sequence[Message]) -> BuiltPrompt:
@@ -58,7 +58,7 @@ class PromptBuilder:
         return await self.run(_question, served, system, messages, sources, self._config)
 
     async def texts(self, served: ServedModel, prompts: Sequence[str | tuple[int, ...]]) -> list[BuiltPrompt]:
-        """The prompts of bare texts, which get <s>, and of ids, which are taken as they are. Raises ApiError."""
+        """Prompts of texts, with a leading <s>, and of ids, unchanged. Raises ApiError."""
         for prompt in prompts:
             check_length(served, [prompt], param="prompt")
         return [await self.run(_text, served, prompt) for prompt in prompts]
@@ -66,13 +66,13 @@ class PromptBuilder:
     async def with_images(
         self, served: ServedModel, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool
     ) -> BuiltPrompt:
-        """Texts with an image between each two. Raises ApiError."""
+        """The prompt of texts with one image between consecutive texts. Raises ApiError."""
         check_length(served, pieces, param=place)
         sources = [image if is_inline(image) else await self._fetch(image, place) for image in images]
         return await self.run(_pieces, served, pieces, sources, place, add_bos, self._config)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
-        """A function on one of the threads; its DataError becomes a ApiError."""
+        """Run a function on a worker thread; its DataError becomes an ApiError."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
         except DataError as error:
@@ -88,7 +88,7 @@ class PromptBuilder:
 
 
 def check_length(served: ServedModel, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
-    """Refuse, before it is tokenised, what cannot fit whatever its tokens are. Raises ApiError."""
+    """Reject, before tokenizing, what exceeds the context for any tokenization. Raises ApiError."""
     characters = sum(map(len, texts))
     if characters > served.engine.limits.max_positions * served.encoder.tokenizer.max_piece_length:
         raise ApiError(
@@ -99,11 +99,12 @@ def check_length(served: ServedModel, texts: Sequence[str | tuple[int, ...]], *,
 
 
 def room(served: ServedModel, prompt: Prompt, *, param: str) -> int:
-    """How many tokens an answer can have. Raises ApiError when none."""
+    """Number of tokens left for an answer. Raises ApiError when there are none."""
     length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
     if length >= limit:
         raise ApiError(
-            f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a new conversation, or shorten it",
+            f"the prompt takes {length} positions of this model's {limit} and leaves none for an answer; start a new "
+            "conversation, or shorten it",
             param=param,
             kind="context_length_exceeded",
         )

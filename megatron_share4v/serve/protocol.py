@@ -1,6 +1,6 @@
-"""OpenAI's requests as records: what /v1/chat/completions and /v1/completions accept, checked. Replies are in responses.py.
+"""OpenAI's request bodies: what /v1/chat/completions and /v1/completions accept. Responses are in responses.py.
 
-Where OpenAI and vLLM differ, vLLM's extra fields (top_k, min_p, repetition_penalty, stop_token_ids, ...) are accepted beside OpenAI's.
+vLLM's extra fields (top_k, min_p, repetition_penalty, stop_token_ids, ...) are accepted beside OpenAI's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,21 @@ MAX_MESSAGES, MAX_PARTS, MAX_PROMPTS = 1024, 64, 128
 MAX_STOPS, MAX_STOP_IDS, MAX_STOP_LENGTH = 4, 64, 256
 MAX_ALTERNATIVES = 20
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-# Fields that change an answer in a way that we cannot, with the values that change nothing.
+# Unsupported fields, with the values that have no effect.
 _INERT: dict[str, tuple] = {
-    "tools": ([],), "functions": ([],), "logit_bias": ({},), "response_format": ({"type": "text"},), "suffix": ("",),
-    "use_beam_search": (False,), "guided_json": (), "guided_regex": (), "guided_choice": (), "structured_outputs": (), "prompt_embeds": (), "audio": (),
-}  # fmt: skip
+    "tools": ([],),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "structured_outputs": (),
+    "prompt_embeds": (),
+    "audio": (),
+}
 _COMMON = frozenset(
     [
         "model",
@@ -56,7 +66,7 @@ KNOWN = _COMMON | frozenset(_INERT)
 
 @dataclass(frozen=True)
 class Message:
-    """One message; `image` is the URL of its image, wherever that stood among the parts; `place` is its dotted name in the request."""
+    """One message. image: URL of its image. place: dotted name in the request."""
 
     role: str
     text: str
@@ -66,7 +76,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How to answer. max_tokens None: as many as there is room for. choices: answers per prompt."""
+    """Generation options. max_tokens None: up to the context limit. choices: answers per prompt."""
 
     max_tokens: int | None
     choices: int
@@ -80,7 +90,7 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """system None: the template's own."""
+    """A parsed chat request. system None: the template's own."""
 
     system: str | None
     messages: tuple[Message, ...]
@@ -89,7 +99,7 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """prompts: texts, or ids."""
+    """A parsed text completion request. prompts: texts or ids."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     echo: bool
@@ -98,7 +108,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What the served model and the configuration allow. eos_id: what ends an answer by itself."""
+    """Limits from the served model and the configuration."""
 
     vocab_size: int
     eos_id: int
@@ -107,7 +117,7 @@ class RequestLimits:
 
 
 def read_chat(fields: JsonFields, bounds: RequestLimits) -> ChatRequest:
-    """Raises ApiError."""
+    """Parse a chat request. Raises ApiError."""
     _reject_unsupported(fields)
     system, messages = read_messages(fields, max_images=bounds.max_images)
     wants = fields.boolean("logprobs")
@@ -120,7 +130,7 @@ def read_chat(fields: JsonFields, bounds: RequestLimits) -> ChatRequest:
 
 
 def read_completion(fields: JsonFields, bounds: RequestLimits) -> CompletionRequest:
-    """Raises ApiError."""
+    """Parse a text completion request. Raises ApiError."""
     _reject_unsupported(fields)
     echo = fields.boolean("echo")
     max_tokens = fields.integer("max_tokens", COMPLETION_TOKENS, low=0 if echo else 1)
@@ -131,7 +141,8 @@ def read_completion(fields: JsonFields, bounds: RequestLimits) -> CompletionRequ
     prompts = _prompts(fields, vocab_size=bounds.vocab_size)
     if len(prompts) * options.choices > bounds.max_choices:
         raise ApiError(
-            f"{len(prompts)} prompts x n {options.choices} is more than the {bounds.max_choices} answers of one request",
+            f"{len(prompts)} prompts x n {options.choices} is more than the {bounds.max_choices} answers of one "
+            "request",
             param="prompt",
         )
     return CompletionRequest(prompts=prompts, echo=echo, options=options)
@@ -165,7 +176,7 @@ def _options(
         raise fields.refuse("min_tokens", f"at most the {max_tokens} tokens that may come")
     sampling = SamplingParams(
         max_new_tokens=max(1, max_tokens or 1),
-        # top_p 0 keeps the likeliest token alone: that is greedy, whatever the temperature.
+        # top_p 0 keeps only the most likely token: greedy at any temperature.
         temperature=temperature if top_p > 0 else 0.0,
         top_p=top_p or 1.0,
         top_k=max(top_k, 0),
@@ -233,7 +244,7 @@ def _ids(value: object, name: str, vocab_size: int) -> tuple[int, ...]:
 
 
 def read_messages(fields: JsonFields, *, max_images: int) -> tuple[str | None, tuple[Message, ...]]:
-    """The system prompt, or None where no message gives one, and the messages after it. Raises ApiError."""
+    """The system prompt (None when no message gives one) and the other messages. Raises ApiError."""
     entries = [
         JsonFields.of(entry, f"messages[{place}]")
         for place, entry in enumerate(fields.items("messages", shortest=1, longest=MAX_MESSAGES, kind=dict))

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: whole ones and the chunks of streams. No logic of generation here."""
+"""Response bodies in OpenAI's form: complete responses and stream chunks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DONE = "data: [DONE]\n\n"
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON. Half a surrogate pair, which UTF-8 cannot carry, does not occur: texts come from the tokenizer."""
+    """Serialise as one line of strict JSON."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
@@ -28,14 +28,14 @@ def event(value: Any) -> str:
 
 
 def usage(generation: Generation) -> dict[str, int]:
-    """Counts of a request; image positions are prompt tokens."""
+    """Token counts of a request; image positions count as prompt tokens."""
     prompt, completion = generation.prompt_tokens, generation.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 @dataclass(frozen=True)
 class ResponseBuilder:
-    """What all chunks of one reply have in common. chat: /v1/chat/completions, else /v1/completions."""
+    """Builds the response or chunks of one request. chat: /v1/chat/completions, else /v1/completions."""
 
     model: str
     chat: bool
@@ -45,18 +45,18 @@ class ResponseBuilder:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: Sequence[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
-        """The reply of a request that does not stream."""
+        """Body of a non-streaming response."""
         return {**self._frame("chat.completion"), "choices": list(choices), "usage": counts}
 
     def chunk(self, choices: Sequence[dict[str, Any]], counts: dict[str, int] | None = None) -> dict[str, Any]:
-        """One chunk of a stream; with counts and no choices, the last one."""
+        """One stream chunk; the last one has counts and no choices."""
         body = {**self._frame("chat.completion.chunk"), "choices": list(choices)}
         return body if counts is None else {**body, "usage": counts}
 
     def choice(
         self, index: int, text: str, finish: str | None, tokens: Sequence[Token], *, offset: int = 0
     ) -> dict[str, Any]:
-        """A finished choice; for a stream of bare text also a part of one, `offset` characters into it."""
+        """A finished choice; for a text completion stream also a part of one, `offset` characters into it."""
         logprobs = self._logprobs(tokens, offset) if self.wants_logprobs else None
         if self.chat:
             return {
@@ -68,11 +68,11 @@ class ResponseBuilder:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The first chunk of a chat's choice."""
+        """First chunk of a chat choice, with the role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
     def parts(self, piece: ChoiceDelta, *, offset: int) -> list[dict[str, Any]]:
-        """The chunks of one piece: text, then in a chunk of its own why it ended. Empty when there is nothing to say yet."""
+        """Chunk choices of one delta: text, then the finish reason in a chunk of its own. Empty without new content."""
         tokens = (*piece.prompt, *piece.tokens)
         if not self.chat:
             says = piece.text or piece.finish_reason or (self.wants_logprobs and tokens)
@@ -126,7 +126,7 @@ class ResponseBuilder:
 
 
 def _likeliest(token: Token) -> list[tuple[int, float]]:
-    """The alternatives and, where it is not among them, the token itself."""
+    """The alternatives, and the token itself where it is not among them."""
     top = list(token.logprobs.top)
     return top if any(i == token.token_id for i, _ in top) else [*top, (token.token_id, token.logprobs.chosen)]
 

@@ -1,4 +1,4 @@
-"""The application put together, and run until it is told to stop or its engine fails."""
+"""Assemble the ASGI application and run it until a signal or an engine failure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def build_app(
     fetcher: ImageFetcher | None = None,
     on_failure: Callable[[EngineThread], None] = lambda worker: None,
 ) -> Starlette:
-    """The ASGI application; its lifespan owns the engine's thread, in which `load` runs. `app.state.worker` and `.metrics` are there for tests."""
+    """The ASGI application. Its lifespan owns the engine thread, which runs `load`.
+
+    `app.state.worker`, `.metrics` and `.bodies` are for tests.
+    """
     metrics = Metrics(config.model_name)
     worker = EngineThread(load, max_waiting=config.max_waiting, metrics=metrics, on_failure=lambda: on_failure(worker))
     bodies, prompt_builder = BodyReader(config), PromptBuilder(config, fetcher=fetcher)
@@ -80,25 +83,32 @@ def build_app(
     megatron = MegatronRoutes(worker, bodies, prompt_builder, metrics, max_images=config.max_images)
     app = Starlette(
         routes=[
-            Route("/health", health, methods=["GET"]), Route("/ping", health, methods=["GET", "POST"]),
-            Route("/load", load_now, methods=["GET"]), Route("/metrics", show_metrics, methods=["GET"]),
-            *openai.routes(), *megatron.routes(), *page.routes(),
+            Route("/health", health, methods=["GET"]),
+            Route("/ping", health, methods=["GET", "POST"]),
+            Route("/load", load_now, methods=["GET"]),
+            Route("/metrics", show_metrics, methods=["GET"]),
+            *openai.routes(),
+            *megatron.routes(),
+            *page.routes(),
         ],
         middleware=[Middleware(AuthMiddleware, config=config, metrics=metrics)],
         exception_handlers={ApiError: handle_exception, HTTPException: handle_exception, Exception: handle_exception},
         lifespan=lifespan,
-    )  # fmt: skip
+    )
     app.router.redirect_slashes = False
     app.state.worker, app.state.metrics, app.state.bodies = worker, metrics, bodies
     return app
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, which after a graceful end returns instead of dying of the signal that asked for it. A second signal ends at once."""
+    """uvicorn server that returns after a graceful shutdown instead of re-raising the signal.
+
+    A second signal forces exit.
+    """
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # Signals come to the main thread only; whoever runs this in another sets should_exit.
+        # Signals are delivered to the main thread only; elsewhere set should_exit instead.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
@@ -108,14 +118,22 @@ class HttpServer(uvicorn.Server):
 def http_server(app: Starlette, config: ServeConfig) -> HttpServer:
     """uvicorn with our settings."""
     settings = uvicorn.Config(
-        app, http="h11", ws="none", lifespan="on", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=config.drain_s, timeout_keep_alive=15,
-    )  # fmt: skip
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=config.drain_s,
+        timeout_keep_alive=15,
+    )
     return HttpServer(settings)
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """The port, taken before anything is loaded. Raises ConfigError when it cannot be had."""
+    """Bind the port before anything is loaded. Raises ConfigError when that fails."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -123,12 +141,13 @@ def listen(config: ServeConfig) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=512)
     except OSError as error:
         raise ConfigError(
-            f"host {config.host}, port {config.port}: cannot listen there ({error.strerror or error}); choose another --host or --port"
+            f"host {config.host}, port {config.port}: cannot listen there ({error.strerror or error}); choose "
+            "another --host or --port"
         ) from error
 
 
 def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
-    """Listen, load, answer; return after SIGINT or SIGTERM once running answers have ended (`config.drain_s` at most).
+    """Listen, load and serve; returns after SIGINT or SIGTERM once running answers have ended (at most `config.drain_s`).
 
     Raises ConfigError when it cannot listen, and what `load` or the engine raised.
     """
@@ -144,7 +163,8 @@ def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     if config.is_open:
         log.warning(
-            "WARNING: listening on %s without a key: everybody who can reach this port can use the model. Set --api-key, or --host 127.0.0.1.",
+            "WARNING: listening on %s without a key: everybody who can reach this port can use the model. Set "
+            "--api-key, or --host 127.0.0.1.",
             config.host,
         )
     log.info(

@@ -17,7 +17,7 @@ from megatron_share4v.caption.job import JobOptions, run_job
 from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.infer.answer_log import DPGroup
-from megatron_share4v.remote.openai_client import LONGEST_WAIT_S, Endpoint
+from megatron_share4v.remote.openai_client import MAX_WAIT_S, Endpoint
 
 COUNT = 12
 
@@ -118,7 +118,7 @@ def test_a_long_wait_is_cut(pictures: list[ImageEntry]) -> None:
         _,
     ):
         ask(url, pictures, waits=waits)
-    assert set(waits) == {LONGEST_WAIT_S}
+    assert set(waits) == {MAX_WAIT_S}
 
 
 @pytest.mark.parametrize(

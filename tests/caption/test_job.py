@@ -27,7 +27,10 @@ class Killed(Exception):
 
 
 class Fake:
-    """Captions that depend on the picture alone, in pairs and the second first; dies after `lives` rows. Remembers what it was asked."""
+    """Captions that depend on the picture alone, in pairs and the second first; dies after `lives` rows.
+
+    Remembers what it was asked.
+    """
 
     def __init__(self, lives: int | None = None, bad: set[str] = BAD) -> None:
         self.lives, self.bad, self.asked = lives, bad, []

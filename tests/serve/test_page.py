@@ -104,7 +104,8 @@ def test_regenerate_replaces_the_last_answer_and_keeps_the_image(page: Page) -> 
     page.get_by_role("button", name="Regenerate").click()
     wait(
         page,
-        "(old) => { const a = document.querySelectorAll('.answer')[1]; return a.ariaBusy === 'false' && a.textContent !== old; }",
+        "(old) => { const a = document.querySelectorAll('.answer')[1]; return a.ariaBusy === 'false' && "
+        "a.textContent !== old; }",
         second,
     )
     assert page.inner_text(".answer >> nth=0") == first and page.locator(".answer").count() == 2

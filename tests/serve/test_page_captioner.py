@@ -26,7 +26,8 @@ def test_captioner(page: Page, host: Running) -> None:
     page.click("#run")
     wait(
         page,
-        "[...document.querySelectorAll('td.caption')].some((c) => c.textContent && c.parentNode.dataset.state === 'running')",
+        "[...document.querySelectorAll('td.caption')].some((c) => c.textContent && c.parentNode.dataset.state === "
+        "'running')",
     )
     expect(page.locator("#run")).to_have_text("Retry 1 failed", timeout=15000)
     host.engine.step_s = 0.0
