@@ -54,7 +54,7 @@ class Session:
 
     @classmethod
     def open(cls, checkpoint: Path, *, mesh: Mesh, dtype: str | None = None, ops: Ops = "auto") -> Session:
-        """Load `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout, whatever it was trained at.
+        """Load `checkpoint` (a checkpoint, or a run directory: its newest) at this mesh's layout.
 
         A model in another format, an export for instance, is imported temporarily. Computes in `dtype` (fp32, bf16) or
         the dtype of the training, with the fused ops available on this machine.
@@ -93,7 +93,7 @@ class Session:
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)
 
     def prompt(self, turns: Sequence[Turn], *, images: Sequence[bytes | None]) -> Prompt:
-        """What the engine is given for a conversation that somebody typed: `images` has an encoded file or None per turn; an <image> in a text is text.
+        """Prompt of a typed conversation: `images` has an encoded file or None per turn; an <image> in a text is text.
 
         Raises DataError for a bad conversation or image.
         """

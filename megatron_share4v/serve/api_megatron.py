@@ -16,11 +16,12 @@ from starlette.routing import Route
 from megatron_share4v.infer.request import SamplingParams
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
-from megatron_share4v.serve.generation import Generation, Order, Token
+from megatron_share4v.serve.generation import Generation, Token
 from megatron_share4v.serve.http import BodyReader, JsonResponse, run_until_disconnect
 from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
+from megatron_share4v.serve.protocol import GenerationOptions
 from megatron_share4v.serve.responses import LEAST_LOGPROB
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
@@ -45,10 +46,10 @@ class MegatronRoutes:
 
     async def generate(self, request: Request) -> Response:
         """Handle PUT /api."""
-        asked, order, wants_logprobs = await self._read(request)
+        asked, options, wants_logprobs = await self._read(request)
         if not asked:
             return Response()  # the client has disconnected
-        generation = Generation(self.worker, asked, order, metrics=self.metrics, param="prompts")
+        generation = Generation(self.worker, asked, options, metrics=self.metrics, param="prompts", continues_text=True)
         try:
             found = await run_until_disconnect(request.receive, _collect(generation, len(asked)))
         finally:
@@ -57,17 +58,17 @@ class MegatronRoutes:
             return Response()
         return JsonResponse(_response_body(self.worker.require(), asked, found, wants_logprobs=wants_logprobs))
 
-    async def _read(self, request: Request) -> tuple[list[BuiltPrompt], Order, bool]:
+    async def _read(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions, bool]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
-            order, wants_logprobs = read_order(fields, served)
+            options, wants_logprobs = read_options(fields, served)
             prompts = fields.items("prompts", shortest=1, longest=MAX_PROMPTS, kind=str)
             if not all(prompts):
                 raise ApiError("prompts must not be empty", param="prompts")
             images = _images(fields, prompts, max_images=self.max_images)
             add_bos = fields.boolean("add_BOS")
             asked = await run_until_disconnect(request.receive, self._prepare(served, prompts, images, add_bos))
-        return asked or [], order, wants_logprobs
+        return asked or [], options, wants_logprobs
 
     async def _prepare(
         self, served: ServedModel, prompts: list[str], images: list[list[str]], add_bos: bool
@@ -81,7 +82,7 @@ class MegatronRoutes:
         return asked
 
 
-def read_order(fields: JsonFields, served: ServedModel) -> tuple[Order, bool]:
+def read_options(fields: JsonFields, served: ServedModel) -> tuple[GenerationOptions, bool]:
     """Read the generation options, and whether logprobs are requested. Raises ApiError."""
     for name in _GONE:
         if fields.has(name):
@@ -108,9 +109,8 @@ def read_order(fields: JsonFields, served: ServedModel) -> tuple[Order, bool]:
         logprobs=0 if wants_logprobs else None,
         prompt_logprobs=wants_logprobs,
     )
-    return Order(
-        sampling=sampling, max_tokens=tokens, stop=tuple(stops), include_stop=True, continues=True
-    ), wants_logprobs
+    options = GenerationOptions(sampling=sampling, max_tokens=tokens, stop=tuple(stops), include_stop=True)
+    return options, wants_logprobs
 
 
 def _images(fields: JsonFields, prompts: list[str], *, max_images: int) -> list[list[str]]:
@@ -133,10 +133,10 @@ def _images(fields: JsonFields, prompts: list[str], *, max_images: int) -> list[
 async def _collect(generation: Generation, count: int) -> list[tuple[str, list[Token], list[Token]]]:
     """Per prompt: the generated text, the prompt's tokens when logprobs are requested, and the generated tokens."""
     texts, prompts, tokens = [""] * count, [[] for _ in range(count)], [[] for _ in range(count)]
-    async for piece in generation.pieces():
-        texts[piece.index] += piece.text
-        prompts[piece.index] += piece.prompt
-        tokens[piece.index] += piece.tokens
+    async for delta in generation.deltas():
+        texts[delta.index] += delta.text
+        prompts[delta.index] += delta.prompt
+        tokens[delta.index] += delta.tokens
     return list(zip(texts, prompts, tokens))
 
 

@@ -15,7 +15,7 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.logging import get_logger
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
-from megatron_share4v.serve.generation import Generation, Order, Token
+from megatron_share4v.serve.generation import Generation, Token
 from megatron_share4v.serve.http import BodyReader, EventStreamResponse, JsonResponse, run_until_disconnect
 from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
@@ -100,16 +100,13 @@ class OpenAIRoutes:
         if not read.prompts:
             return Response()  # the client has disconnected
         options = read.options
-        order = Order(
-            sampling=options.sampling,
-            max_tokens=options.max_tokens,
-            choices=options.choices,
-            stop=options.stop,
-            include_stop=options.include_stop,
-            continues=not chat,
-        )
         generation = Generation(
-            self.worker, read.prompts, order, metrics=self.metrics, param="messages" if chat else "prompt"
+            self.worker,
+            read.prompts,
+            options,
+            metrics=self.metrics,
+            param="messages" if chat else "prompt",
+            continues_text=not chat,
         )
         envelope = ResponseBuilder(
             self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None
@@ -238,10 +235,10 @@ class OpenAIRoutes:
 async def _collect(generation: Generation, envelope: ResponseBuilder, echoes: list[str]) -> dict[str, Any]:
     texts, finishes = list(echoes), [""] * len(echoes)
     tokens: list[list[Token]] = [[] for _ in echoes]
-    async for piece in generation.pieces():
-        texts[piece.index] += piece.text
-        tokens[piece.index] += (*piece.prompt, *piece.tokens)
-        finishes[piece.index] = piece.finish_reason or ""
+    async for delta in generation.deltas():
+        texts[delta.index] += delta.text
+        tokens[delta.index] += (*delta.prompt, *delta.tokens)
+        finishes[delta.index] = delta.finish_reason or ""
     choices = [envelope.choice(index, texts[index], finishes[index], tokens[index]) for index in range(len(echoes))]
     return envelope.whole(choices, usage(generation))
 
@@ -253,13 +250,13 @@ async def _stream(
     try:
         for index in range(len(echoes) if envelope.chat else 0):
             yield event(envelope.chunk([envelope.opening(index)]))
-        async for piece in generation.pieces():
-            if echoes[piece.index]:
-                piece = replace(piece, text=echoes[piece.index] + piece.text)
-                echoes[piece.index] = ""
-            for part in envelope.parts(piece, offset=offsets[piece.index]):
+        async for delta in generation.deltas():
+            if echoes[delta.index]:
+                delta = replace(delta, text=echoes[delta.index] + delta.text)
+                echoes[delta.index] = ""
+            for part in envelope.parts(delta, offset=offsets[delta.index]):
                 yield event(envelope.chunk([part], usage(generation) if options.continuous_usage else None))
-            offsets[piece.index] += len(piece.text)
+            offsets[delta.index] += len(delta.text)
         if options.include_usage:
             yield event(envelope.chunk([], usage(generation)))
     except ApiError as refusal:

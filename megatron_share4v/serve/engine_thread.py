@@ -70,16 +70,6 @@ class ServedModel:
     close: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True)
-class Tick:
-    """One event of a request, or the error that ends it. at: time.monotonic of the step."""
-
-    request_id: str
-    event: TokenEvent | None
-    refusal: ApiError | None
-    at: float
-
-
 @dataclass
 class RequestGroup:
     """Requests submitted together, as seen from the event loop."""
@@ -87,18 +77,22 @@ class RequestGroup:
     worker: EngineThread
     open: set[str]
     submitted: float
-    ticks: asyncio.Queue[Tick] = field(default_factory=asyncio.Queue)
+    outputs: asyncio.Queue[tuple[TokenEvent, float] | ApiError] = field(default_factory=asyncio.Queue)
 
-    async def events(self) -> AsyncIterator[Tick]:
-        """Yield the requests' events until all have ended. Raises ApiError when one cannot be answered."""
+    async def events(self) -> AsyncIterator[tuple[TokenEvent, float]]:
+        """Yield events with the time.monotonic of their step, until all requests have ended.
+
+        Raises ApiError when one cannot be answered.
+        """
         while self.open:
-            tick = await self.ticks.get()
-            if tick.refusal is not None:
-                raise tick.refusal
-            if tick.request_id in self.open:
-                if tick.event.finish_reason is not None:
-                    self.open.discard(tick.request_id)
-                yield tick
+            output = await self.outputs.get()
+            if isinstance(output, ApiError):
+                raise output
+            event, _ = output
+            if event.request_id in self.open:
+                if event.finish_reason is not None:
+                    self.open.discard(event.request_id)
+                yield output
 
     def cancel(self, request_id: str) -> None:
         """Cancel one request."""
@@ -128,7 +122,7 @@ class EngineThread:
     ) -> None:
         self._load, self._max_waiting, self._metrics, self._on_failure = load, max_waiting, metrics, on_failure
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._jobs: dict[str, RequestGroup] = {}
+        self._groups: dict[str, RequestGroup] = {}
         self._waiting: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -172,7 +166,7 @@ class EngineThread:
                 f"{len(requests)} answers in one request; this server can take "
                 f"{self._max_waiting + limits.max_requests} at once"
             )
-        free = max(0, limits.max_requests - (len(self._jobs) - len(self._waiting)))
+        free = max(0, limits.max_requests - (len(self._groups) - len(self._waiting)))
         if len(self._waiting) + len(requests) > self._max_waiting + free:
             mean = self._metrics.mean_latency_s()
             seconds = min(60, max(1, round(mean * (1 + len(self._waiting) / limits.max_requests))))
@@ -181,69 +175,75 @@ class EngineThread:
                 status=429,
                 headers={"Retry-After": str(seconds)},
             )
-        job = RequestGroup(worker=self, open={request.id for request in requests}, submitted=time.monotonic())
+        group = RequestGroup(worker=self, open={request.id for request in requests}, submitted=time.monotonic())
         for request in requests:
-            self._jobs[request.id] = job
+            self._groups[request.id] = group
             self._waiting.add(request.id)
             self._inbox.put(("add", request))
-        return job
+        return group
 
     def drop(self, request_id: str) -> None:
         """Cancel a request whose client no longer needs it."""
-        if self._jobs.pop(request_id, None) is not None:
+        if self._groups.pop(request_id, None) is not None:
             self._waiting.discard(request_id)
             self._inbox.put(("cancel", request_id))
 
-    def _deliver(self, admitted: list[tuple[str, float]], ticks: list[Tick]) -> None:
+    def _deliver(
+        self,
+        admitted: list[tuple[str, float]],
+        errors: list[tuple[str, ApiError]],
+        events: list[TokenEvent],
+        time_s: float,
+    ) -> None:
         for request_id, at in admitted:
             if request_id in self._waiting:
                 self._waiting.discard(request_id)
-                self._metrics.queue_time.observe(at - self._jobs[request_id].submitted)
-        for tick in ticks:
-            job = self._jobs.get(tick.request_id)
-            if tick.refusal is not None or tick.event.finish_reason is not None:
-                self._jobs.pop(tick.request_id, None)
-                self._waiting.discard(tick.request_id)
-            if job is not None:
-                job.ticks.put_nowait(tick)
+                self._metrics.queue_time.observe(at - self._groups[request_id].submitted)
+        for request_id, error in errors:
+            self._waiting.discard(request_id)
+            if (group := self._groups.pop(request_id, None)) is not None:
+                group.outputs.put_nowait(error)
+        for event in events:
+            group = self._groups.get(event.request_id)
+            if event.finish_reason is not None:
+                self._groups.pop(event.request_id, None)
+                self._waiting.discard(event.request_id)
+            if group is not None:
+                group.outputs.put_nowait((event, time_s))
 
     def _become_ready(self, served: ServedModel) -> None:
         self.served = served
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
-        for request_id, job in self._jobs.items():
-            job.ticks.put_nowait(
-                Tick(
-                    request_id,
-                    None,
-                    unavailable_error("the engine has failed and the server is stopping; see its log"),
-                    0.0,
-                )
-            )
-        self._jobs.clear()
+        for group in self._groups.values():
+            group.outputs.put_nowait(unavailable_error("the engine has failed and the server is stopping; see its log"))
+        self._groups.clear()
         self._waiting.clear()
         self._on_failure()
 
     # Called in the engine's thread.
 
     def _run(self) -> None:
+        loop = self._loop
+        assert loop is not None, "start() sets the loop before the thread runs"
         try:
             served = self._load()
-            self._loop.call_soon_threadsafe(self._become_ready, served)
+            loop.call_soon_threadsafe(self._become_ready, served)
             try:
-                self._serve(served.engine)
+                self._serve(served.engine, loop)
             finally:
                 served.close()
         except BaseException as error:
             get_logger().debug("the engine's thread ended", exc_info=True)
-            self._loop.call_soon_threadsafe(self._fail, error)
+            loop.call_soon_threadsafe(self._fail, error)
 
-    def _serve(self, engine: Engine) -> None:
+    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         queued: deque[GenerationRequest] = deque()
         inside: set[str] = set()
         while self._process_inbox(engine, queued, inside):
-            admitted, ticks = [], []
+            admitted: list[tuple[str, float]] = []
+            errors: list[tuple[str, ApiError]] = []
             while queued and len(inside) < engine.limits.max_requests:
                 request = queued.popleft()
                 admitted.append((request.id, time.monotonic()))
@@ -251,13 +251,12 @@ class EngineThread:
                     engine.add(request)
                     inside.add(request.id)
                 except DataError as error:
-                    ticks.append(Tick(request.id, None, ApiError(str(error)), time.monotonic()))
+                    errors.append((request.id, ApiError(str(error))))
             events = engine.step() if engine.has_work else []
             now = time.monotonic()
             inside.difference_update(event.request_id for event in events if event.finish_reason is not None)
-            ticks += [Tick(event.request_id, event, None, now) for event in events]
-            if admitted or ticks:
-                self._loop.call_soon_threadsafe(self._deliver, admitted, ticks)
+            if admitted or errors or events:
+                loop.call_soon_threadsafe(self._deliver, admitted, errors, events, now)
 
     def _process_inbox(self, engine: Engine, queued: deque[GenerationRequest], inside: set[str]) -> bool:
         """Process submissions and cancellations, blocking while there is no work; False to stop."""

@@ -67,7 +67,7 @@ class ErrorResponse(JsonResponse):
 
 
 class EventStreamResponse(Response):
-    """Server-sent events from an async iterator, with keep-alive comments; calls `close` at the end or on disconnect."""
+    """Server-sent events from an async iterator, with keep-alive comments; calls `close` at the end."""
 
     def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
         super().__init__(
@@ -222,7 +222,7 @@ class AuthMiddleware:
         try:
             await self._app(scope, receive, send_guarded)
         except asyncio.CancelledError:
-            # drain_s has passed during shutdown. Nothing runs in this task after this, so the cancellation may end here.
+            # drain_s has passed during shutdown. Nothing follows in this task, so swallow it.
             get_logger().info("the server is stopping: an answer was cut off")
             if not started:
                 await ErrorResponse(unavailable_error("the server is stopping"))(scope, receive, send_guarded)

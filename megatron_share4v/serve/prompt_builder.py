@@ -98,12 +98,12 @@ def check_length(served: ServedModel, texts: Sequence[str | tuple[int, ...]], *,
         )
 
 
-def room(served: ServedModel, prompt: Prompt, *, param: str) -> int:
+def remaining_positions(served: ServedModel, prompt: Prompt, *, param: str) -> int:
     """Number of tokens left for an answer. Raises ApiError when there are none."""
     length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
     if length >= limit:
         raise ApiError(
-            f"the prompt takes {length} positions of this model's {limit} and leaves none for an answer; start a new "
+            f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a new "
             "conversation, or shorten it",
             param=param,
             kind="context_length_exceeded",

@@ -76,16 +76,19 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Generation options. max_tokens None: up to the context limit. choices: answers per prompt."""
+    """Generation options. choices: answers per prompt.
 
-    max_tokens: int | None
-    choices: int
+    max_tokens None: up to the context limit; 0: no tokens, only prompt logprobs.
+    """
+
     sampling: SamplingParams
-    stop: tuple[str, ...]
-    include_stop: bool
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
+    max_tokens: int | None
+    choices: int = 1
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
 
 
 @dataclass(frozen=True)

@@ -71,20 +71,20 @@ class ResponseBuilder:
         """First chunk of a chat choice, with the role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def parts(self, piece: ChoiceDelta, *, offset: int) -> list[dict[str, Any]]:
+    def parts(self, delta: ChoiceDelta, *, offset: int) -> list[dict[str, Any]]:
         """Chunk choices of one delta: text, then the finish reason in a chunk of its own. Empty without new content."""
-        tokens = (*piece.prompt, *piece.tokens)
+        tokens = (*delta.prompt, *delta.tokens)
         if not self.chat:
-            says = piece.text or piece.finish_reason or (self.wants_logprobs and tokens)
-            return [self.choice(piece.index, piece.text, piece.finish_reason, tokens, offset=offset)] if says else []
+            says = delta.text or delta.finish_reason or (self.wants_logprobs and tokens)
+            return [self.choice(delta.index, delta.text, delta.finish_reason, tokens, offset=offset)] if says else []
         logprobs = self._logprobs(tokens, offset) if self.wants_logprobs and tokens else None
         parts = []
-        if piece.text or logprobs:
+        if delta.text or logprobs:
             parts.append(
-                {"index": piece.index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+                {"index": delta.index, "delta": {"content": delta.text}, "logprobs": logprobs, "finish_reason": None}
             )
-        if piece.finish_reason:
-            parts.append({"index": piece.index, "delta": {}, "logprobs": None, "finish_reason": piece.finish_reason})
+        if delta.finish_reason:
+            parts.append({"index": delta.index, "delta": {}, "logprobs": None, "finish_reason": delta.finish_reason})
         return parts
 
     def _frame(self, kind: str) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
-    """Listen, load and serve; returns after SIGINT or SIGTERM once running answers have ended (at most `config.drain_s`).
+    """Listen, load and serve; returns after SIGINT or SIGTERM and running answers (`config.drain_s` at most).
 
     Raises ConfigError when it cannot listen, and what `load` or the engine raised.
     """
