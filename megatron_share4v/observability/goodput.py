@@ -1,4 +1,4 @@
-"""Where the wall-clock time of a run went, as rank 0 sees it: each second belongs to one account, from the run's first start to its last step.
+"""Goodput accounting: assigns every second of a run's wall-clock time, from first start to last step on rank 0, to one account.
 
 compute_s: the step, less what is exposed. exposed_communication_s: reducing gradients after the last backward pass, and gathering weights after the
 update, with the wait for the slowest rank; messages inside forward and backward (tensor, context, pipeline) cannot be told from compute without

@@ -1,4 +1,4 @@
-"""One run on one layout, as values: what is predicted. Making one is making the trainer's own checks."""
+"""A run on one layout: the input of a prediction, checked as the trainer checks it."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from megatron_share4v.model.flops import ExecutionOptions, FlopsByPart, Workload
 from megatron_share4v.model.pipeline_split import layers_per_stage
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.planner.gpus import Gpu
-from megatron_share4v.planner.memory import Chunk, Fp8Kept, Kept, Recomputed, chunk_of
+from megatron_share4v.planner.memory import Chunk, Fp8Settings, MemorySettings, RecomputeSettings, make_chunk
 from megatron_share4v.planner.workload import Workload
 
 CODE_SCALES = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
-"""Bytes of scale for each 8-bit value: one fp32 for 128 of them, or one byte for 32; the other recipes have one scale for all."""
+"""Bytes of scale per 8-bit value: one fp32 for 128 values, or one byte for 32; the other recipes have one scale per tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What no configuration says. Shares are of the GPU's data sheet (gpus.py)."""
+    """Efficiencies and overheads that no configuration contains. Fractions are relative to the GPU's data sheet (gpus.py)."""
 
     matrices: float = 0.62
-    """Of the peak, in products with weights. A large one alone was measured at 0.80 of an H200's; in a step they are smaller and share the power.
-    With this value a text model of 8 B comes to the 47 % MFU that Megatron-LM publishes for H100."""
+    """Fraction of the BF16 peak in matrix products with weights. A large product alone reached 0.80 on an H200; in a step products are smaller
+    and share the power. With this value a text model of 8 B comes to the 47 % MFU that Megatron-LM publishes for H100."""
     fp8: float = 0.57
-    """Of the FP8 peak, in FP8 products, by all recipes. With this value our own layers make a text model of 8 B 1.28 times as fast as in BF16, which
-    torchtitan publishes of such layers on H100. Megatron-Bridge publishes 744 TFLOP/s with Transformer Engine, more than this comes to."""
+    """Fraction of the FP8 peak in FP8 products, for all recipes. With this value our FP8 layers make an 8 B text model 1.28 times as fast as BF16,
+    the speed-up that torchtitan publishes on H100. Megatron-Bridge publishes 744 TFLOP/s with Transformer Engine, which is more than this predicts."""
     attention: float = 0.35
-    """Of the peak, in attention kernels."""
+    """Fraction of the BF16 peak in attention kernels."""
     memory: float = 0.80
-    """Of the memory's bandwidth, in everything between the products."""
+    """Fraction of the memory bandwidth in everything between matrix products."""
     links: float = 0.75
-    """Of a link, in collectives."""
+    """Fraction of a link's bandwidth in collectives."""
     host: float = 40e9
-    """Bytes/s between a GPU and its host's memory, each way."""
+    """Bandwidth between GPU and host memory in each direction, bytes/s."""
     collective_s: float = 15e-6
-    """What a collective takes beside its bytes."""
+    """Latency of a collective, seconds."""
     layer_s: float = 1e-4
-    """What the forward pass of a layer takes at least, as the host must launch its kernels; twice that backward."""
+    """Minimum time of a layer's forward pass, seconds, limited by kernel launches; the backward pass takes twice as long."""
     step_s: float = 0.02
-    """Of each step, for reading the loss, the norm and the clock."""
+    """Host time per step for reading the loss, the gradient norm and the clock, seconds."""
     reserve: float = 3e9
-    """Bytes of CUDA, NCCL and cuBLAS."""
+    """Memory of CUDA, NCCL and cuBLAS, bytes."""
     fragments: float = 0.05
-    """Of what is allocated, lost between allocations."""
+    """Fraction of the allocated memory lost to fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A configuration whose `parallel` and `train` have been put at a world of some size."""
+    """A configuration placed on a world size, with the workload and the GPU."""
 
     config: RunConfig
     layout: Layout
     micro_batches: int
-    """Of each data-parallel rank in a step."""
+    """Micro-batches per DP rank in a step."""
     workload: Workload
     gpu: Gpu
     assumptions: Assumptions = field(default_factory=Assumptions)
@@ -69,7 +69,7 @@ class Case:
         gpu: Gpu,
         assumptions: Assumptions = Assumptions(),
     ) -> Case:
-        """Raises ConfigError, as the trainer does, when world size or batch do not divide."""
+        """Build the layout for a world size. Raises ConfigError, as the trainer does, when world size or batch do not divide."""
         layout = Layout.for_world(config.parallel, world_size=world_size)
         train = config.train
         count = layout.check_micro_batches(
@@ -81,37 +81,39 @@ class Case:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Decoder layers of each stage."""
+        """Decoder layers of each pipeline stage."""
         return layers_per_stage(self.config.model, self.config.parallel)
 
     def chunk(self, stage: int) -> Chunk:
-        """What a stage holds."""
-        return chunk_of(stage, self.counts, fp8=self.config.precision.fp8_layers(self.config.model.language.num_layers))
+        """Contents of a pipeline stage."""
+        return make_chunk(
+            stage, self.counts, fp8=self.config.precision.fp8_layers(self.config.model.language.num_layers)
+        )
 
     def stages(self, rank: int) -> range:
-        """Of a pipeline rank."""
+        """Stages of a pipeline rank."""
         return range(rank, len(self.counts), self.layout.pipeline)
 
     @cached_property
-    def kept(self) -> Kept:
-        """How ranks hold things."""
+    def settings(self) -> MemorySettings:
+        """Settings that determine the memory of a rank."""
         config, train = self.config, self.config.train
-        return Kept(
+        return MemorySettings(
             tensor=self.layout.tensor,
             context=self.layout.context,
             sequence=config.parallel.sequence,
             element=2 if config.precision.dtype == "bf16" else 4,
             native=config.ops != "reference",
-            recompute=Recomputed(
+            recompute=RecomputeSettings(
                 train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules
             ),
             fp8=self._fp8_kept,
         )
 
     @property
-    def _fp8_kept(self) -> Fp8Kept:
+    def _fp8_kept(self) -> Fp8Settings:
         precision = self.config.precision
-        return Fp8Kept(
+        return Fp8Settings(
             engine=self.config.transformer_engine != "none",
             code=1.0 + CODE_SCALES.get(precision.fp8, 0.0),
             precise=precision.fp8_weight_gradient == "dtype",
@@ -120,16 +122,16 @@ class Case:
 
     @cached_property
     def work(self) -> FlopsByPart:
-        """FLOPs of a micro-batch."""
+        """FLOPs of a micro-batch by part of the model."""
         return flops_by_part(self.config.model, self.micro_batch, self.execution)
 
     @cached_property
     def micro_batch(self) -> WorkloadCounts:
-        """What a micro-batch is made of on average, padding included: of it, what one rank has (`_part`)."""
+        """Average amounts in one rank's share of a micro-batch, padding included."""
         return self._part(self.workload.done(self.config.train.micro_batch_size))
 
     def _part(self, whole: WorkloadCounts) -> WorkloadCounts:
-        """Of the context-parallel rank that has most. Images lie everywhere in a pack, but at the beginning of a sample."""
+        """Amounts on the CP rank that has most of them. Images are spread over a pack, but come first in a sample."""
         ranks = self.layout.context
         return WorkloadCounts(
             positions=whole.positions / ranks,
@@ -140,17 +142,17 @@ class Case:
 
     @property
     def gradient(self) -> int:
-        """Bytes of a gradient in its buffer."""
+        """Bytes per gradient in the gradient buffer."""
         return 2 if self.config.precision.gradients == "bf16" else 4
 
     @property
     def moments(self) -> int:
-        """Bytes of AdamW's two averages of a weight, wherever they are."""
+        """Bytes of AdamW's two moments of a weight, on the GPU or offloaded."""
         return 4 if self.config.optim.moments == "bf16" else 8
 
     @property
     def largest_micro_batch(self) -> WorkloadCounts:
-        """Of the longest step."""
+        """Amounts in one rank's share of a micro-batch of the longest step."""
         count, usual = self.config.train.micro_batch_size, self.workload
         return self._part(
             WorkloadCounts(
@@ -163,10 +165,10 @@ class Case:
 
     @property
     def replicas(self) -> int:
-        """Ranks that hold the same weights."""
+        """Ranks with the same weights: DP x CP."""
         return self.layout.data * self.layout.context
 
     @property
     def execution(self) -> ExecutionOptions:
-        """What the machine computes twice."""
-        return ExecutionOptions.of(self.config, fused_head=self.kept.native, layers_per_stage=self.counts)
+        """Recomputation and padding that hardware FLOPs count."""
+        return ExecutionOptions.of(self.config, fused_head=self.settings.native, layers_per_stage=self.counts)

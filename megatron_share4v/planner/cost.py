@@ -1,4 +1,4 @@
-"""Seconds and bytes of the pieces of a step, from shapes, a GPU's data sheet and stated assumptions. Collectives are counted as rings.
+"""Seconds and bytes of the parts of a step, from shapes, the GPU's data sheet and stated assumptions. Collectives are rings.
 
 n positions of a micro-batch on a rank, W width of the language model, T tensor ranks; a ring over k ranks sends (k - 1) / k of what it gathers or scatters.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_share4v.model.flops import Flops, layer_weights, trained_blocks
 from megatron_share4v.planner.case import Case
-from megatron_share4v.planner.memory import Chunk, tensors
+from megatron_share4v.planner.memory import Chunk, weight_shapes
 from megatron_share4v.planner.schedule import Kind
 
 FP32_SHARE = 1 / 15  # of the BF16 peak: plain fp32 products use no tensor cores (H100: 67 of 989 TFLOP/s)
@@ -17,22 +17,22 @@ FP32_SHARE = 1 / 15  # of the BF16 peak: plain fp32 products use no tensor cores
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank sends in one step, by axis; of the pipeline rank that sends most."""
+    """Bytes that one rank sends per step, by parallel axis, on the pipeline rank that sends most."""
 
     tensor: float
     context: float
     pipeline: float
     data: float
-    """Between all ranks that hold the same weights."""
+    """Bytes between all ranks with the same weights (DP and CP)."""
 
 
-def ring(ranks: int) -> float:
-    """Share that each rank sends."""
+def ring_fraction(ranks: int) -> float:
+    """Fraction of the data that each rank of a ring sends."""
     return (ranks - 1) / ranks
 
 
 def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
-    """One pass of one micro-batch through a stage, its tensor-parallel messages included."""
+    """Time of one pass of one micro-batch through a stage, TP and CP communication included."""
     chunk, of = case.chunk(stage), case.work
     assumed, forward = case.assumptions, kind == "forward"
     between, least = _layer_bytes(case, forward) / _bandwidth(case), assumed.layer_s * (1 if forward else 2)
@@ -50,7 +50,7 @@ def stage_seconds(case: Case, stage: int, kind: Kind) -> float:
     if chunk.last:
         seconds += _work_seconds(case, of.head, forward)
     if not forward:  # each micro-batch adds its gradients, made in the weights' type, to the buffer
-        seconds += _trained(case, chunk) * 2 * (case.kept.element + case.gradient) / _bandwidth(case)
+        seconds += _trained(case, chunk) * 2 * (case.settings.element + case.gradient) / _bandwidth(case)
     for axes, (sent, calls) in (
         (1, tensor_bytes(case, chunk, forward)),
         (case.layout.context, context_bytes(case, chunk)),
@@ -65,9 +65,11 @@ def _bandwidth(case: Case) -> float:
 
 
 def _work_seconds(case: Case, work: Flops, forward: bool, *, fp8: bool = False) -> float:
-    """Products at their share of the peak, which narrow matrices lower. `fp8`: of FP8's, but for a weight gradient that is to be precise, and for
-    attention."""
-    peak = case.gpu.bf16 * (1.0 if case.kept.element == 2 else FP32_SHARE)
+    """Time of matrix products at their fraction of the peak, which narrow matrices lower.
+
+    fp8: products run at the FP8 peak, except weight gradients that stay in the compute type, and attention.
+    """
+    peak = case.gpu.bf16 * (1.0 if case.settings.element == 2 else FP32_SHARE)
     narrowest = min(case.config.model.language.hidden_size / case.layout.tensor, case.micro_batch.positions)
     wide = narrowest / (narrowest + 64)
     products, attention = (
@@ -77,7 +79,7 @@ def _work_seconds(case: Case, work: Flops, forward: bool, *, fp8: bool = False) 
         products
         if not fp8
         else work.forward
-        if case.kept.fp8.precise and not forward and case.config.model.trainable.language
+        if case.settings.fp8.precise and not forward and case.config.model.trainable.language
         else 0.0
     )
     seconds = plain / (peak * case.assumptions.matrices * wide) + attention / (peak * case.assumptions.attention)
@@ -87,91 +89,96 @@ def _work_seconds(case: Case, work: Flops, forward: bool, *, fp8: bool = False) 
 
 
 def _cast_bytes(case: Case, forward: bool) -> float:
-    """Read and written around a decoder layer's FP8 products: what goes in is read for its scale and again for its codes, written as they are and
-    transposed; backward the gradients of what came out in the same way. Weights are cast for every micro-batch by ours, by Transformer Engine once
-    in a step."""
-    language, kept = case.config.model.language, case.kept
-    e, n, width, inner = kept.element, case.micro_batch.positions, language.hidden_size, language.intermediate_size
+    """Bytes read and written by the casts of a decoder layer's FP8 products.
+
+    Inputs are read for their scale and again for their codes, which are written as they are and transposed; output gradients likewise in the
+    backward pass. Our layers cast weights for every micro-batch, Transformer Engine once per step.
+    """
+    language, settings = case.config.model.language, case.settings
+    e, n, width, inner = settings.element, case.micro_batch.positions, language.hidden_size, language.intermediate_size
     grouped = language.num_key_value_heads * width // language.num_attention_heads
-    ins = n * (2 * width + (width + inner) / kept.tensor)
-    outs = n * (2 * width + (width + 2 * grouped + 2 * inner) / kept.tensor)
-    weights = layer_weights(case.config.model) / kept.tensor * (2 * e + 1 if forward else e + 1)
-    return (ins if forward else outs) * (2 * e + 2) + weights / (case.micro_batches if kept.fp8.engine else 1)
+    ins = n * (2 * width + (width + inner) / settings.tensor)
+    outs = n * (2 * width + (width + 2 * grouped + 2 * inner) / settings.tensor)
+    weights = layer_weights(case.config.model) / settings.tensor * (2 * e + 1 if forward else e + 1)
+    return (ins if forward else outs) * (2 * e + 2) + weights / (case.micro_batches if settings.fp8.engine else 1)
 
 
 def _layer_bytes(case: Case, forward: bool) -> float:
-    """Read and written between the products of a decoder layer: two norms, two residual sums, rotation, SwiGLU; twice as much backward."""
-    language, kept = case.config.model.language, case.kept
+    """Bytes read and written between the products of a decoder layer: two norms, two residual sums, RoPE, SwiGLU; twice as many backward."""
+    language, settings = case.config.model.language, case.settings
     n = case.micro_batch.positions
-    rows = n / (kept.tensor if kept.sequence else 1)
+    rows = n / (settings.tensor if settings.sequence else 1)
     grouped = language.num_key_value_heads * language.hidden_size // language.num_attention_heads
-    values = 10 * rows * language.hidden_size + n / kept.tensor * (
+    values = 10 * rows * language.hidden_size + n / settings.tensor * (
         2 * (language.hidden_size + grouped) + 3 * language.intermediate_size
     )
-    return kept.element * values * (1 if forward else 2)
+    return settings.element * values * (1 if forward else 2)
 
 
 def _tower_bytes(case: Case, forward: bool) -> float:
-    vision, kept = case.config.model.vision, case.kept
+    vision, settings = case.config.model.vision, case.settings
     tokens = case.micro_batch.images * (vision.num_patches + 1)
-    values = tokens * (10 * vision.hidden_size + 2 * vision.intermediate_size / kept.tensor)
-    return kept.element * values * (vision.num_built_layers if forward else 2 * trained_blocks(case.config.model))
+    values = tokens * (10 * vision.hidden_size + 2 * vision.intermediate_size / settings.tensor)
+    return settings.element * values * (vision.num_built_layers if forward else 2 * trained_blocks(case.config.model))
 
 
 def _trained(case: Case, chunk: Chunk) -> int:
     return sum(
         elements * count * trains
-        for elements, count, trains in tensors(case.config.model, chunk, tensor=case.layout.tensor)
+        for elements, count, trains in weight_shapes(case.config.model, chunk, tensor=case.layout.tensor)
     )
 
 
 def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
-    """(bytes that a rank sends, collectives) of one pass: two all-reduces per layer, or as many gathers and scatters under sequence parallelism."""
-    model, kept, amounts = case.config.model, case.kept, case.micro_batch
-    if kept.tensor == 1:
+    """Return (bytes sent per rank, collectives) of one pass: two all-reduces per layer, or all-gathers and reduce-scatters with sequence parallelism."""
+    model, settings, amounts = case.config.model, case.settings, case.micro_batch
+    if settings.tensor == 1:
         return 0.0, 0
-    language, share = model.language, ring(kept.tensor) * kept.element
+    language, share = model.language, ring_fraction(settings.tensor) * settings.element
     whole = amounts.positions * language.hidden_size * share
     again = (
-        kept.sequence and not forward and model.trainable.language
+        settings.sequence and not forward and model.trainable.language
     )  # the inputs of two matrices are gathered once more for their gradients
-    sent, calls = chunk.layers * whole * (6 if again else 4), chunk.layers * (6 if again else 4 if kept.sequence else 2)
+    sent, calls = (
+        chunk.layers * whole * (6 if again else 4),
+        chunk.layers * (6 if again else 4 if settings.sequence else 2),
+    )
     if chunk.first:
         blocks = model.vision.num_built_layers if forward else trained_blocks(model)
         sent += blocks * 4 * amounts.images * (model.vision.num_patches + 1) * model.vision.hidden_size * share
         sent += (2 * whole + 2 * amounts.images * model.vision.num_patches * language.hidden_size * share) * forward
         calls += 2 * blocks + 2 * forward
     if chunk.last:
-        sent += whole * forward * kept.sequence + 2 * amounts.head_rows * language.hidden_size * ring(
-            kept.tensor
+        sent += whole * forward * settings.sequence + 2 * amounts.head_rows * language.hidden_size * ring_fraction(
+            settings.tensor
         ) * 4 * (not forward)
         calls += 3
     return sent, calls
 
 
 def context_bytes(case: Case, chunk: Chunk) -> tuple[float, int]:
-    """(bytes that a rank sends, collectives) of one pass, of either kind: queries, keys and values to attention, its result back."""
-    language, kept, ranks = case.config.model.language, case.kept, case.layout.context
+    """Return (bytes sent per rank, collectives) of one forward or backward pass: all-to-all of queries, keys, values and the attention output."""
+    language, settings, ranks = case.config.model.language, case.settings, case.layout.context
     if ranks == 1:
         return 0.0, 0
     grouped = (
-        kept.head_copies(case.config.model)
+        settings.head_copies(case.config.model)
         * language.num_key_value_heads
         * language.hidden_size
         // language.num_attention_heads
     )
-    values = case.micro_batch.positions / kept.tensor * (2 * language.hidden_size + 2 * grouped)
-    return chunk.layers * values * kept.element * ring(ranks), 2 * chunk.layers
+    values = case.micro_batch.positions / settings.tensor * (2 * language.hidden_size + 2 * grouped)
+    return chunk.layers * values * settings.element * ring_fraction(ranks), 2 * chunk.layers
 
 
 def message_bytes(case: Case) -> float:
-    """Of one micro-batch from a stage to the next."""
-    rows = case.micro_batch.positions / (case.layout.tensor if case.kept.sequence else 1)
-    return rows * case.config.model.language.hidden_size * case.kept.element
+    """Bytes of one micro-batch sent from a stage to the next."""
+    rows = case.micro_batch.positions / (case.layout.tensor if case.settings.sequence else 1)
+    return rows * case.config.model.language.hidden_size * case.settings.element
 
 
 def message_seconds(case: Case) -> float:
-    """Of one micro-batch from a stage to the next. Neighbouring stages are tensor x context x data ranks apart."""
+    """Time to send one micro-batch to the next stage. Neighbouring stages are tensor x context x data ranks apart."""
     if case.layout.pipeline == 1:
         return 0.0
     link = case.gpu.link if case.layout.world_size <= case.gpu.per_server else case.gpu.network
@@ -179,13 +186,13 @@ def message_seconds(case: Case) -> float:
 
 
 def data_bytes(case: Case, trained: float) -> tuple[float, float]:
-    """(to reduce gradients, to gather weights) that a rank with so many trained weights sends in a step."""
-    share, sharded = ring(case.replicas), case.config.parallel.distributed_optimizer
-    return trained * case.gradient * share * (1 if sharded else 2), trained * case.kept.element * share * sharded
+    """Return bytes sent per step (reducing gradients, gathering weights) by a rank with `trained` trained weights."""
+    share, sharded = ring_fraction(case.replicas), case.config.parallel.distributed_optimizer
+    return trained * case.gradient * share * (1 if sharded else 2), trained * case.settings.element * share * sharded
 
 
-def data_link(case: Case) -> float:
-    """Of one rank among those with the same weights. A ring enters and leaves a server through as many ports as the group has ranks there."""
+def data_bandwidth(case: Case) -> float:
+    """Bandwidth of one rank in its DP group, bytes/s. A ring uses as many network ports of a server as the group has ranks there."""
     per_server = max(1, case.gpu.per_server // case.layout.tensor)
     if case.replicas <= per_server:
         return case.gpu.link
@@ -193,9 +200,9 @@ def data_link(case: Case) -> float:
 
 
 def update_seconds(case: Case, trained: float) -> float:
-    """Clearing gradients, their norm, and AdamW: gradient, fp32 weight and two averages read, these three and the weight written."""
+    """Time of clearing gradients, their norm, and AdamW, which reads gradient, fp32 weight and two moments, and writes all but the gradient."""
     mine = trained / (case.replicas if case.config.parallel.distributed_optimizer else 1)
-    moved = case.gradient * trained + mine * (2 * case.gradient + 8 + 2 * case.moments + case.kept.element)
+    moved = case.gradient * trained + mine * (2 * case.gradient + 8 + 2 * case.moments + case.settings.element)
     brought = (
         mine * case.moments / case.assumptions.host if case.config.optim.offload else 0.0
     )  # and taken back at the same time
@@ -203,12 +210,12 @@ def update_seconds(case: Case, trained: float) -> float:
 
 
 def trained_weights(case: Case, rank: int) -> int:
-    """On a pipeline rank."""
+    """Number of trained weights on a pipeline rank."""
     return sum(_trained(case, case.chunk(stage)) for stage in case.stages(rank))
 
 
 def traffic(case: Case) -> Traffic:
-    """By axis, of the pipeline rank that sends most."""
+    """Bytes sent per step by parallel axis, on the pipeline rank that sends most."""
     ranks = range(case.layout.pipeline)
     tensor = max(
         sum(

@@ -1,4 +1,4 @@
-"""What GPUs can do by their data sheets, for predictions and for MFU. Rates are dense (without sparsity) and per GPU, links per direction."""
+"""Data sheet values of GPUs, for predictions and MFU. Rates are dense (without sparsity) and per GPU, links per direction."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Gpu:
     bf16: float
     """Peak of matrix products, FLOP/s."""
     fp8: float | None
-    """None: has no such units."""
+    """Peak of FP8 matrix products, FLOP/s; None without FP8 tensor cores."""
     memory: float
-    """Bytes: what the driver reports of H100 and H200, the data sheet's number of others."""
+    """Memory in bytes: as reported by the driver for H100 and H200, from the data sheet for others."""
     bandwidth: float
-    """Of its memory, bytes/s."""
+    """Memory bandwidth, bytes/s."""
     link: float
-    """Inside a server (NVLink), bytes/s."""
+    """Link bandwidth inside a server (NVLink), bytes/s."""
     network: float = 50e9
-    """Between servers, bytes/s: one 400 Gb/s port per GPU."""
+    """Network bandwidth between servers, bytes/s: one 400 Gb/s port per GPU."""
     per_server: int = 8
 
 
@@ -40,7 +40,7 @@ GPUS = {
 
 
 def known_gpu(device_name: str) -> Gpu | None:
-    """The GPU whose name is a part of a device's; None for another, whose MFU is then not reported."""
+    """Return the GPU whose name is part of the device name; None for an unknown one, whose MFU is not reported."""
     words = device_name.upper().replace("-", " ").split()
     if "PCIE" in words or "NVL" in words:  # cards of the same name with fewer units, whose peak is another
         return None

@@ -20,21 +20,21 @@ ALIGNMENT = 64  # elements: where megatron-core begins each weight in a sharded 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its fullest."""
+    """Peak memory of one rank by class, bytes."""
 
     weights: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
     activations: float = 0.0
-    """Kept for the backward pass, by all micro-batches in flight."""
+    """Activations saved for the backward pass by all micro-batches in flight."""
     logits: float = 0.0
-    """A block of them at a time, and their gradients, in the fused head; all of them without it."""
+    """Logits and their gradients: one block at a time in the fused head, all of them without it."""
     workspace: float = 0.0
-    """The largest gradients that live for a moment only."""
+    """Largest set of short-lived gradients."""
 
     @property
     def total(self) -> float:
-        """All classes."""
+        """Sum of all classes."""
         return sum(astuple(self))
 
     def __add__(self, other: Memory) -> Memory:
@@ -49,38 +49,38 @@ class Chunk:
     first: bool
     last: bool
     fp8: range = range(0)
-    """Those of its layers that are in FP8, counted from 0 in the chunk."""
+    """FP8 layers, counted from 0 in the chunk."""
 
 
-def chunk_of(stage: int, counts: Sequence[int], *, fp8: range = range(0)) -> Chunk:
-    """What a stage holds of a model with so many layers on each; `fp8`: layers in FP8, counted over the whole model."""
+def make_chunk(stage: int, counts: Sequence[int], *, fp8: range = range(0)) -> Chunk:
+    """Describe a stage of a model with `counts` layers per stage. fp8: FP8 layers, counted over the whole model."""
     before, layers = sum(counts[:stage]), counts[stage]
     own = range(min(max(fp8.start - before, 0), layers), max(min(fp8.stop - before, layers), 0))
     return Chunk(layers=layers, first=stage == 0, last=stage == len(counts) - 1, fp8=own)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8Kept:
-    """How FP8 layers keep what goes into their matrices. Ours as measured; Transformer Engine's as its 2.20 reads, not measured."""
+class Fp8Settings:
+    """How FP8 layers save the inputs of their products: measured for our layers, read from the source of Transformer Engine 2.20 for its layers."""
 
     engine: bool = False
-    """Transformer Engine's: under sequence parallelism it keeps this rank's rows and gathers them again, where ours keeps the gathered ones; and it
-    keeps two 8-bit forms of each weight over the step (WEIGHT_CODES)."""
+    """Transformer Engine layers. With sequence parallelism they save the local rows and gather them again (ours save the gathered rows), and they
+    keep two 8-bit forms of each weight over the step (WEIGHT_CODES)."""
     code: float = 1.0
-    """Bytes of one value: its code, and its share of a block's scale."""
+    """Bytes per value: its 8-bit code and its part of a block scale."""
     precise: bool = False
-    """Weight gradients from the values as they are, which are kept instead."""
+    """Compute weight gradients in the compute type, whose values are saved instead of codes."""
     tower: bool = False
-    """The tower's trained blocks too."""
+    """FP8 in the trained blocks of the vision tower too."""
 
 
 WEIGHT_CODES = 2.0
-"""Bytes per weight, in Transformer Engine's FP8 layers: cast once per step, as it is and transposed, since Hopper multiplies FP8 in one layout alone."""
+"""Bytes per weight of Transformer Engine's FP8 copies, cast once per step plain and transposed: Hopper multiplies FP8 in one layout only."""
 
 
 @dataclass(frozen=True)
-class Recomputed:
-    """What is computed again instead of kept, as TrainConfig says it."""
+class RecomputeSettings:
+    """Activation recomputation as set in TrainConfig."""
 
     language: Recompute = "none"
     layers: int | None = None
@@ -88,13 +88,13 @@ class Recomputed:
     modules: tuple[str, ...] = ()
 
     def drops(self, what: Recompute, module: str) -> bool:
-        """Where `what` (of the tower or the language model) is selective."""
+        """True when recomputation `what` is selective and includes `module`."""
         return what == "selective" and module in self.modules
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """How a rank holds things."""
+class MemorySettings:
+    """Settings that determine the memory of a rank."""
 
     tensor: int
     context: int = 1
@@ -102,18 +102,18 @@ class Kept:
     element: int
     """Bytes of a weight or an activation: 2 in bf16, 4 in fp32."""
     native: bool = True
-    """The fused ops of csrc/; else their references, which keep more."""
-    recompute: Recomputed = Recomputed()
-    fp8: Fp8Kept = field(default_factory=Fp8Kept)
-    """Where there are FP8 layers."""
+    """Fused ops of csrc/; their references save more."""
+    recompute: RecomputeSettings = RecomputeSettings()
+    fp8: Fp8Settings = field(default_factory=Fp8Settings)
+    """Settings of FP8 layers, used when there are any."""
 
     def head_copies(self, model: ModelConfig) -> int:
-        """How often context parallelism sends each key/value head (mcore/ulysses.py)."""
+        """Copies of each key/value head that context parallelism sends (mcore/ulysses.py)."""
         return max(1, self.context // max(1, model.language.num_key_value_heads // self.tensor))
 
 
-def tensors(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[tuple[int, int, bool]]:
-    """(elements on one rank, how many of these, whether they train) of every weight of a chunk."""
+def weight_shapes(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield (elements on one rank, number of such tensors, trained) for every weight of a chunk."""
     language, trains = model.language, model.trainable
     width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
     if chunk.first:
@@ -155,83 +155,93 @@ def _projector(model: ModelConfig, tensor: int) -> Iterator[tuple[int, int, bool
         yield width, 1, trains
 
 
-def held(
+def model_state_memory(
     model: ModelConfig,
     chunks: list[Chunk],
-    kept: Kept,
+    settings: MemorySettings,
     *,
     data: int,
     sharded: bool,
     gradient: int = FP32,
     moments: int = 2 * FP32,
 ) -> Memory:
-    """Weights, gradients and optimizer state of a rank with these chunks. `sharded`: the distributed optimizer over `data` ranks.
+    """Memory of weights, gradients and optimizer state of a rank. sharded: distributed optimizer over `data` ranks.
 
     gradient, moments: bytes per trained weight.
     """
     weights = buffer = trained = 0
     for chunk in chunks:
         mine = 0
-        for elements, count, trains in tensors(model, chunk, tensor=kept.tensor):
+        for elements, count, trains in weight_shapes(model, chunk, tensor=settings.tensor):
             place = math.ceil(elements / ALIGNMENT) * ALIGNMENT if sharded and trains else elements
             weights += count * place
             mine += count * place * trains
             trained += count * elements * trains
         buffer += math.ceil(mine / math.lcm(data, 128)) * math.lcm(data, 128) if sharded else mine
     codes = (
-        WEIGHT_CODES * kept.fp8.engine * sum(len(chunk.fp8) for chunk in chunks) * layer_weights(model) / kept.tensor
+        WEIGHT_CODES
+        * settings.fp8.engine
+        * sum(len(chunk.fp8) for chunk in chunks)
+        * layer_weights(model)
+        / settings.tensor
     )
-    state = moments + (FP32 if kept.element < FP32 else 0)  # and the fp32 weights that are updated
+    state = moments + (FP32 if settings.element < FP32 else 0)  # and the fp32 weights that are updated
     return Memory(
-        weights=weights * kept.element + codes,
+        weights=weights * settings.element + codes,
         gradients=buffer * gradient,
         optimizer=trained * state / (data if sharded else 1),
     )
 
 
-def activations(model: ModelConfig, chunk: Chunk, amounts: WorkloadCounts, kept: Kept, *, sequences: int) -> float:
-    """Bytes that one micro-batch of `amounts` (padding included) keeps of a chunk from its forward pass to its backward pass."""
-    e, n = kept.element, amounts.positions
-    rows = n / (kept.tensor if kept.sequence else 1)
+def activations(
+    model: ModelConfig, chunk: Chunk, amounts: WorkloadCounts, settings: MemorySettings, *, sequences: int
+) -> float:
+    """Bytes that one micro-batch of `amounts` (padding included) saves in a chunk for its backward pass."""
+    e, n = settings.element, amounts.positions
+    rows = n / (settings.tensor if settings.sequence else 1)
     width = model.language.hidden_size
-    again = min(chunk.layers, kept.recompute.layers or chunk.layers) if kept.recompute.language == "full" else 0
+    again = min(chunk.layers, settings.recompute.layers or chunk.layers) if settings.recompute.language == "full" else 0
     codes = sum(number >= again for number in chunk.fp8)
-    total = again * e * rows * width + codes * _layer(model, kept, n, rows, fp8=kept.fp8)
-    total += (chunk.layers - again - codes) * _layer(model, kept, n, rows)
+    total = again * e * rows * width + codes * _layer(model, settings, n, rows, fp8=settings.fp8)
+    total += (chunk.layers - again - codes) * _layer(model, settings, n, rows)
     if chunk.layers > again:
         # The table of rotary positions, of one sequence's length, whoever holds it.
-        total += FP32 * kept.context * n / sequences * width / model.language.num_attention_heads
+        total += FP32 * settings.context * n / sequences * width / model.language.num_attention_heads
     if chunk.first:
         total += (
             INT64 * n
-            + amounts.images * (_tower_activations(model, kept) + _projector_activations(model, kept))
-            + INT32 * n * kept.native
+            + amounts.images * (_tower_activations(model, settings) + _projector_activations(model, settings))
+            + INT32 * n * settings.native
         )
     if chunk.last:
-        total += _norm(kept, rows * width, rows, output=False)
+        total += _norm(settings, rows * width, rows, output=False)
         total += amounts.head_rows * (e * width + 2 * INT64)
     else:
         total += e * rows * width  # what was sent on
     return total
 
 
-def _norm(kept: Kept, values: float, rows: float, *, output: bool, statistics: int = 1) -> float:
-    """Its input and statistics, and the output where a matrix that trains takes it."""
-    return kept.element * values * (1 + output) + FP32 * statistics * rows
+def _norm(settings: MemorySettings, values: float, rows: float, *, output: bool, statistics: int = 1) -> float:
+    """Bytes saved by a norm: input and statistics, and the output when a trained matrix takes it."""
+    return settings.element * values * (1 + output) + FP32 * statistics * rows
 
 
-def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kept | None = None) -> float:
-    language, e, split, trains = model.language, kept.element, kept.tensor, model.trainable.language
+def _layer(
+    model: ModelConfig, settings: MemorySettings, n: float, rows: float, *, fp8: Fp8Settings | None = None
+) -> float:
+    language, e, split, trains = model.language, settings.element, settings.tensor, model.trainable.language
     width, inner = language.hidden_size, language.intermediate_size
     grouped = language.num_key_value_heads * width // language.num_attention_heads
-    grouped *= kept.head_copies(model)
-    no_attention, no_mlp = (kept.recompute.drops(kept.recompute.language, module) for module in ("core_attn", "mlp"))
+    grouped *= settings.head_copies(model)
+    no_attention, no_mlp = (
+        settings.recompute.drops(settings.recompute.language, module) for module in ("core_attn", "mlp")
+    )
 
     def taken(on_rank: float, columns: float) -> float:
-        """What a matrix keeps of its input, of so many rows on this rank and n once they are gathered, for its weight's gradient."""
-        return trains * columns * (e * on_rank if fp8 is None else _codes(kept, fp8, on_rank, n))
+        """Bytes of a matrix's input saved for the weight gradient: `on_rank` rows here, n rows after the gather."""
+        return trains * columns * (e * on_rank if fp8 is None else _codes(settings, fp8, on_rank, n))
 
-    total = 2 * _norm(kept, rows * width, rows, output=False) + taken(rows, width)
+    total = 2 * _norm(settings, rows * width, rows, output=False) + taken(rows, width)
     # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its place.
     total += e * n * (width + 2 * grouped) / split + e * n * width / split * (
         fp8 is None or fp8.precise or not no_attention
@@ -241,7 +251,7 @@ def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kep
     if not no_attention:  # keys and queries, turned, and the kernel's sums
         total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
         total += (
-            e * n * width / split * (kept.context > 1) * (fp8 is None or fp8.precise)
+            e * n * width / split * (settings.context > 1) * (fp8 is None or fp8.precise)
         )  # the result once more, before it is exchanged
     elif (
         grouped < width and language.num_key_value_heads > split
@@ -250,31 +260,37 @@ def _layer(model: ModelConfig, kept: Kept, n: float, rows: float, *, fp8: Fp8Kep
     if no_mlp:
         return total + e * rows * width * trains
     total += taken(rows, width) + taken(n, inner / split)
-    return total + n / split * (e * 2 * inner if kept.native else FP32 * 3 * inner)
+    return total + n / split * (e * 2 * inner if settings.native else FP32 * 3 * inner)
 
 
-def _codes(kept: Kept, fp8: Fp8Kept, rows: float, gathered: float) -> float:
-    """Bytes of a column of an input in FP8: `rows` on this rank, `gathered` once they have come together for the product. Our codes lie transposed, their
-    rows filled up to a multiple of 16."""
+def _codes(settings: MemorySettings, fp8: Fp8Settings, rows: float, gathered: float) -> float:
+    """Bytes of one column of an FP8 input: `rows` local rows, `gathered` rows after the gather.
+
+    Our codes are stored transposed, with rows padded to a multiple of 16.
+    """
     if fp8.precise:
-        return kept.element * (rows if fp8.engine else gathered)
+        return settings.element * (rows if fp8.engine else gathered)
     return fp8.code * (rows if fp8.engine else math.ceil(gathered / 16) * 16)
 
 
-def _tower_activations(model: ModelConfig, kept: Kept) -> float:
-    """For one image: what the blocks that train keep, which is the tower's output too."""
-    vision, e, split = model.vision, kept.element, kept.tensor
+def _tower_activations(model: ModelConfig, settings: MemorySettings) -> float:
+    """Bytes per image that trained vision blocks save, the output of the tower included."""
+    vision, e, split = model.vision, settings.element, settings.tensor
     width, inner, t = vision.hidden_size, vision.intermediate_size, vision.num_patches + 1
     stem = 0.0
     if model.trainable.vision_from_block == -1:
-        stem = e * vision.num_patches * 3 * vision.patch_size**2 + _norm(kept, t * width, t, output=False, statistics=2)
-    if kept.recompute.tower == "full":
+        stem = e * vision.num_patches * 3 * vision.patch_size**2 + _norm(
+            settings, t * width, t, output=False, statistics=2
+        )
+    if settings.recompute.tower == "full":
         return stem + trained_blocks(model) * e * t * width
-    no_attention, no_mlp = (kept.recompute.drops(kept.recompute.tower, module) for module in ("core_attn", "mlp"))
-    in_fp8 = kept.fp8.tower and not kept.fp8.precise
-    each = kept.fp8.code if in_fp8 else e  # of what goes into a matrix
+    no_attention, no_mlp = (
+        settings.recompute.drops(settings.recompute.tower, module) for module in ("core_attn", "mlp")
+    )
+    in_fp8 = settings.fp8.tower and not settings.fp8.precise
+    each = settings.fp8.code if in_fp8 else e  # of what goes into a matrix
     block = (
-        2 * _norm(kept, t * width, t, output=False, statistics=2)
+        2 * _norm(settings, t * width, t, output=False, statistics=2)
         + each * t * width
         + (e if no_mlp else each) * t * width
     )
@@ -282,13 +298,13 @@ def _tower_activations(model: ModelConfig, kept: Kept) -> float:
     if not no_attention:
         block += FP32 * t * vision.num_attention_heads / split
     if not no_mlp:
-        block += t * inner / split * (e + each if kept.native else 2 * FP32 + each)
+        block += t * inner / split * (e + each if settings.native else 2 * FP32 + each)
     return stem + trained_blocks(model) * block
 
 
-def _projector_activations(model: ModelConfig, kept: Kept) -> float:
-    """For one image."""
-    trainable, e, split, patches = model.trainable, kept.element, kept.tensor, model.vision.num_patches
+def _projector_activations(model: ModelConfig, settings: MemorySettings) -> float:
+    """Bytes per image that the projector saves."""
+    trainable, e, split, patches = model.trainable, settings.element, settings.tensor, model.vision.num_patches
     width, wanted = (
         model.language.hidden_size,
         model.trainable.projector or model.trainable.vision_from_block is not None,
@@ -297,30 +313,32 @@ def _projector_activations(model: ModelConfig, kept: Kept) -> float:
     if trainable.projector:
         total += e * (patches + 1) * model.vision.hidden_size
     if model.projector.type == "mlp2x_gelu":
-        total += patches * width / split * ((e if kept.native else FP32) * wanted + e * trainable.projector)
+        total += patches * width / split * ((e if settings.native else FP32) * wanted + e * trainable.projector)
     return total
 
 
-def logits(model: ModelConfig, rows: float, kept: Kept) -> float:
-    """Bytes of the head's logits and of what is made of them: a block at a time in ops/linear_cross_entropy.py."""
-    columns, width = model.language.padded_vocab_size // kept.tensor, model.language.hidden_size
-    if not kept.native:
-        return rows * columns * (2 * FP32 + kept.element)
-    return rows * min(head_columns(rows, columns), columns) * kept.element + rows * width * FP32
+def logits(model: ModelConfig, rows: float, settings: MemorySettings) -> float:
+    """Bytes of the logits and their gradients: one block at a time in ops/linear_cross_entropy.py."""
+    columns, width = model.language.padded_vocab_size // settings.tensor, model.language.hidden_size
+    if not settings.native:
+        return rows * columns * (2 * FP32 + settings.element)
+    return rows * min(head_columns(rows, columns), columns) * settings.element + rows * width * FP32
 
 
 def head_columns(rows: float, columns: int) -> int:
-    """Columns of the logits that the fused head makes at a time, as ops/linear_cross_entropy.py chooses them."""
+    """Columns of logits in one block of the fused head, as chosen in ops/linear_cross_entropy.py."""
     return max(1024, int(min((1 << 23) // max(rows, 1), columns // 8)) // 64 * 64)
 
 
-def workspace(model: ModelConfig, chunks: list[Chunk], amounts: WorkloadCounts, kept: Kept) -> float:
-    """The larger of: the gradients inside one decoder layer with that of its largest matrix; the gradient of embedding or head."""
-    language, e, split = model.language, kept.element, kept.tensor
+def workspace(model: ModelConfig, chunks: list[Chunk], amounts: WorkloadCounts, settings: MemorySettings) -> float:
+    """Bytes of the larger of: gradients inside one decoder layer with that of its largest matrix; the gradient of embedding or head."""
+    language, e, split = model.language, settings.element, settings.tensor
     width, inner, n = language.hidden_size, language.intermediate_size, amounts.positions
     layer = e * n * (3 * inner / split + 3 * width) + e * 2 * inner * width / split * model.trainable.language
-    if kept.recompute.language != "none":
-        layer += _layer(model, replace(kept, recompute=Recomputed()), n, n / (split if kept.sequence else 1))
+    if settings.recompute.language != "none":
+        layer += _layer(
+            model, replace(settings, recompute=RecomputeSettings()), n, n / (split if settings.sequence else 1)
+        )
     if any(
         chunk.fp8 for chunk in chunks
     ):  # the codes of the largest matrix, and of its output's gradient as it is and transposed

@@ -43,8 +43,8 @@ def _draw_schedule(axes: Axes, prediction: Prediction, ranks: list[int]) -> None
     for row, rank in enumerate(ranks):
         spans = defaultdict(list)
         for timed in prediction.timeline[rank]:
-            shades = FORWARD if timed.piece.kind == "forward" else BACKWARD
-            colour = shades[_shade(timed.piece.chunk, virtual)]
+            shades = FORWARD if timed.task.kind == "forward" else BACKWARD
+            colour = shades[_shade(timed.task.chunk, virtual)]
             spans[colour].append((timed.start, timed.end - timed.start))
         for colour, of_colour in spans.items():
             axes.broken_barh(of_colour, (row - 0.45, 0.9), facecolors=colour, edgecolors=IDLE, linewidth=0.3)

@@ -1,4 +1,4 @@
-"""What a case comes to: time of a step, where it goes, memory of each rank, utilisation, hours; and whether it can run at all."""
+"""Prediction for a case: step time and its parts, memory of each rank, utilisation, hours, and reasons why it cannot run."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from megatron_share4v.model.flops import hardware_flops, model_flops
 from megatron_share4v.planner.case import Case
 from megatron_share4v.planner.cost import (
     Traffic,
+    data_bandwidth,
     data_bytes,
-    data_link,
     message_seconds,
     stage_seconds,
     traffic,
     trained_weights,
     update_seconds,
 )
-from megatron_share4v.planner.memory import Memory, activations, held, logits, workspace
-from megatron_share4v.planner.schedule import Timed, most_in_flight, simulate
+from megatron_share4v.planner.memory import Memory, activations, logits, model_state_memory, workspace
+from megatron_share4v.planner.schedule import TimedPass, peak_in_flight, simulate_schedule
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted, not measured."""
+    """Predicted time, memory and utilisation of a case; nothing is measured."""
 
     case: Case
 
     @cached_property
     def memory(self) -> list[Memory]:
-        """Of each pipeline rank."""
+        """Memory of each pipeline rank."""
         return [rank_memory(self.case, rank) for rank in range(self.case.layout.pipeline)]
 
     @property
     def needed(self) -> float:
-        """Bytes of the fullest rank, with what no class counts."""
+        """Bytes of the fullest rank, with fragmentation and reserve."""
         assumed = self.case.assumptions
         return max(memory.total for memory in self.memory) * (1 + assumed.fragments) + assumed.reserve
 
     @cached_property
     def stages(self) -> list[tuple[float, float]]:
-        """Seconds of a micro-batch's forward and backward pass through each stage."""
+        """(forward, backward) seconds of a micro-batch in each stage."""
         return [
             (stage_seconds(self.case, stage, "forward"), stage_seconds(self.case, stage, "backward"))
             for stage in range(len(self.case.counts))
@@ -49,7 +49,7 @@ class Prediction:
 
     @cached_property
     def loads(self) -> list[float]:
-        """Seconds that each pipeline rank works on one micro-batch."""
+        """Busy seconds of each pipeline rank per micro-batch."""
         return [
             sum(sum(self.stages[stage]) for stage in self.case.stages(rank))
             for rank in range(self.case.layout.pipeline)
@@ -57,15 +57,15 @@ class Prediction:
 
     @property
     def imbalance(self) -> float:
-        """The slowest pipeline rank over the mean, less one."""
+        """Busy time of the slowest pipeline rank over the mean, minus one."""
         return max(self.loads) * len(self.loads) / sum(self.loads) - 1
 
     @cached_property
-    def timeline(self) -> list[list[Timed]]:
-        """Of the pipeline, without what follows it."""
+    def timeline(self) -> list[list[TimedPass]]:
+        """Schedule of each pipeline rank, without gradient reduction and update."""
         layout = self.case.layout
         took = {"forward": 0, "backward": 1}
-        return simulate(
+        return simulate_schedule(
             lambda stage, kind: self.stages[stage][took[kind]],
             pipeline=layout.pipeline,
             virtual=layout.virtual,
@@ -75,28 +75,28 @@ class Prediction:
 
     @cached_property
     def pipeline_s(self) -> float:
-        """From the first forward pass to the last backward pass."""
+        """Seconds from the first forward pass to the last backward pass."""
         return max(row[-1].end for row in self.timeline)
 
     @property
     def least_pipeline_s(self) -> float:
-        """What no schedule is faster than: the slowest rank's work, and the way of one micro-batch to it and back through the first stages."""
+        """Lower bound of `pipeline_s`: work of the slowest rank, plus one micro-batch passing the stages before it forward and backward."""
         slowest = max(range(len(self.loads)), key=lambda rank: self.loads[rank])
         return self.loads[slowest] * self.case.micro_batches + sum(sum(times) for times in self.stages[:slowest])
 
     @property
     def bubble(self) -> float:
-        """Share of the pipeline's time in which ranks wait for each other, the unevenness of stages included."""
+        """Fraction of the pipeline time that ranks are idle, stage imbalance included."""
         return max(0.0, 1 - sum(self.loads) * self.case.micro_batches / (self.pipeline_s * len(self.loads)))
 
     @cached_property
     def after_s(self) -> float:
-        """Exposed data-parallel messages and the update, after the pipeline, on the slowest rank."""
+        """Seconds of exposed DP communication and optimizer update on the slowest rank."""
         return max(self._after(rank) for rank in range(self.case.layout.pipeline))
 
     def _after(self, rank: int) -> float:
         case, trained = self.case, trained_weights(self.case, rank)
-        reduce, gather = (size / (data_link(case) * case.assumptions.links) for size in data_bytes(case, trained))
+        reduce, gather = (size / (data_bandwidth(case) * case.assumptions.links) for size in data_bytes(case, trained))
         if (
             case.config.parallel.overlap_grad_reduce
         ):  # hidden behind the last micro-batch's backward pass, but for its last bucket
@@ -114,41 +114,41 @@ class Prediction:
 
     @property
     def least_step_s(self) -> float:
-        """As `step_s`, without simulating the schedule: never more than that."""
+        """Lower bound of `step_s`, without simulating the schedule."""
         return self.least_pipeline_s + self.after_s + self.case.assumptions.step_s
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes by axis."""
+        """Bytes sent per rank and step, by parallel axis."""
         return traffic(self.case)
 
     @property
     def model_tflops(self) -> float:
-        """Per second and GPU, without padding."""
+        """Model TFLOP/s per GPU, without padding."""
         case = self.case
         flops = model_flops(case.config.model, case.workload.real(case.config.train.global_batch_size))
         return flops / self.step_s / case.layout.world_size / 1e12
 
     @property
     def mfu(self) -> float:
-        """Of the BF16 peak, in FP8 too: so runs in both compare."""
+        """Model FLOPs utilisation relative to the BF16 peak, for FP8 runs too, so that both compare."""
         return self.model_tflops * 1e12 / self.case.gpu.bf16
 
     @property
     def fp8_mfu(self) -> float | None:
-        """Of the FP8 peak; None where nothing is in FP8, or the GPU has no such units."""
+        """MFU relative to the FP8 peak; None without FP8 layers or FP8 tensor cores."""
         gpu, fp8 = self.case.gpu, self.case.config.precision.fp8
         return self.model_tflops * 1e12 / gpu.fp8 if gpu.fp8 and fp8 != "none" else None
 
     @property
     def utilisation(self) -> str:
-        """MFU with the peak that it is of."""
+        """MFU as text, with the peak it is relative to."""
         both = f" of the BF16 peak, {self.fp8_mfu:.1%} of the FP8 peak" if self.fp8_mfu is not None else ""
         return f"MFU {self.mfu:.1%}{both}"
 
     @property
     def hfu(self) -> float:
-        """With padding and what is computed twice; of the BF16 peak."""
+        """Hardware FLOPs utilisation, with padding and recomputation, relative to the BF16 peak."""
         case = self.case
         flops = hardware_flops(
             case.config.model, case.workload.done(case.config.train.global_batch_size), case.execution
@@ -157,23 +157,23 @@ class Prediction:
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
-        """Positions that are not padding."""
+        """Positions per second and GPU, without padding."""
         case = self.case
         return case.workload.positions * case.config.train.global_batch_size / self.step_s / case.layout.world_size
 
     @property
     def steps(self) -> int | None:
-        """Of the whole run; None where the number of samples is not known."""
+        """Steps of the whole run; None when the number of samples is unknown."""
         train, sequences = self.case.config.train, self.case.workload.sequences
         return train.total_steps(sequences) if sequences else train.steps
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run, without validation, checkpoints and restarts."""
+        """Hours of the whole run, without validation, checkpoints and restarts."""
         return None if self.steps is None else self.steps * self.step_s / 3600
 
     def refusals(self) -> Iterator[str]:
-        """Why it cannot run on this GPU."""
+        """Yield the reasons why the case cannot run on its GPU."""
         case = self.case
         if case.config.precision.fp8 != "none" and case.gpu.fp8 is None:
             yield f"{case.gpu.name} has no FP8 products, which precision.fp8 {case.config.precision.fp8} asks for"
@@ -184,16 +184,18 @@ class Prediction:
 
 
 def rank_memory(case: Case, rank: int) -> Memory:
-    """Classes of one pipeline rank, in the run's longest step."""
-    model, layout, kept = case.config.model, case.layout, case.kept
+    """Peak memory of one pipeline rank in the longest step of the run."""
+    model, layout, settings = case.config.model, case.layout, case.settings
     chunks, amounts = [case.chunk(stage) for stage in case.stages(rank)], case.largest_micro_batch
     sequences = case.config.train.micro_batch_size
-    each = [activations(model, chunk, amounts, kept, sequences=sequences) for chunk in chunks]
+    each = [activations(model, chunk, amounts, settings, sequences=sequences) for chunk in chunks]
     moments = 0 if case.config.optim.offload else case.moments
     sharded = case.config.parallel.distributed_optimizer
-    still = held(model, chunks, kept, data=case.replicas, sharded=sharded, gradient=case.gradient, moments=moments)
+    still = model_state_memory(
+        model, chunks, settings, data=case.replicas, sharded=sharded, gradient=case.gradient, moments=moments
+    )
     return still + Memory(
-        activations=most_in_flight(each, rank=rank, pipeline=layout.pipeline, micro_batches=case.micro_batches),
-        logits=logits(model, amounts.head_rows, kept) if chunks[-1].last else 0.0,
-        workspace=workspace(model, chunks, amounts, kept),
+        activations=peak_in_flight(each, rank=rank, pipeline=layout.pipeline, micro_batches=case.micro_batches),
+        logits=logits(model, amounts.head_rows, settings) if chunks[-1].last else 0.0,
+        workspace=workspace(model, chunks, amounts, settings),
     )

@@ -1,4 +1,4 @@
-"""The workload of a run whose prepared data lies here, by its own plan of the steps."""
+"""Workload of a run whose data set is prepared on this machine, from the sampling plan of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAMPLED_STEPS = 40
 
 
 def measured_workload(config: RunConfig) -> Workload:
-    """Means over some steps of the run's own plan."""
+    """Average evenly spaced steps of the sampling plan. Raises DataError for a data set that cannot be read."""
     data, train = config.data, config.train
     plan = Sampler.from_config(config, open_index(data.train))
     total = train.total_steps(plan.epoch_items)
@@ -39,7 +39,7 @@ def measured_workload(config: RunConfig) -> Workload:
 
 
 def _longest(plan: Sampler) -> int:
-    """Positions of the longest sample, rounded up as a step that has it would be."""
+    """Positions of the longest sample, padded as in a step."""
     rows = plan.index.rows
     positions = int((rows["n_tok"].astype(int) + rows["n_img"].astype(int) * (plan.tokens_per_image - 1)).max())
     return -(-positions // plan.pad_multiple) * plan.pad_multiple

@@ -1,4 +1,4 @@
-"""A prediction as text for people, as JSON for programs. Pictures are in plot.py."""
+"""Predictions as text and as JSON. Pictures are in plot.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_share4v.planner.memory import tensors
+from megatron_share4v.planner.memory import weight_shapes
 from megatron_share4v.planner.predict import Prediction
-from megatron_share4v.planner.search import Found
+from megatron_share4v.planner.search import SearchResult
 
 PREDICTED = "predicted, not measured"
 COLUMNS = {
@@ -18,8 +18,8 @@ COLUMNS = {
 CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 
 
-def text(asked: Prediction | None, refusals: Sequence[str], found: Found, *, title: str) -> str:
-    """The whole report; `asked` is the layout of the configuration, None where it cannot be built, for the reasons in `refusals`."""
+def text(asked: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str) -> str:
+    """Format the whole report. asked: prediction for the layout of the configuration, None when it cannot be built (`refusals` has the reasons)."""
     lines = [f"{title}: {PREDICTED}"]
     lines += ["", *(f"refused: {reason}" for reason in refusals)] if refusals else []
     if asked is not None:
@@ -35,7 +35,9 @@ def _asked(plan: Prediction) -> Iterator[str]:
     case = plan.case
     train, traffic = case.config.train, plan.traffic
     weights = [
-        entry for stage in range(len(case.counts)) for entry in tensors(case.config.model, case.chunk(stage), tensor=1)
+        entry
+        for stage in range(len(case.counts))
+        for entry in weight_shapes(case.config.model, case.chunk(stage), tensor=1)
     ]
     total, trained = (
         sum(elements * count * (trains or everything) for elements, count, trains in weights)
@@ -72,21 +74,21 @@ def _asked(plan: Prediction) -> Iterator[str]:
 
 
 def _contents(plan: Prediction, rank: int) -> str:
-    """Decoder layers of a rank's chunks, and the ends: T tower, projector and embedding, H head."""
+    """Decoder layers of each chunk of a rank, with T for tower, projector and embedding, and H for the head."""
     chunks = [plan.case.chunk(stage) for stage in plan.case.stages(rank)]
     return "+".join(f"{'T' * chunk.first}{chunk.layers}{'H' * chunk.last}" for chunk in chunks)
 
 
 def duration(plan: Prediction) -> str:
-    """Hours and GPU-hours, where the number of samples is known."""
+    """Steps, hours and GPU-hours as text; a hint when the number of samples is unknown."""
     if plan.hours is None:
         return "hours are not known without the number of samples: give --samples, or the prepared data set"
     gpus = plan.case.layout.world_size
     return f"{plan.steps:,} steps, {plan.hours:.1f} h, {plan.hours * gpus:,.0f} GPU-hours, without validation, checkpoints and restarts"
 
 
-def ranking(found: Found) -> Iterator[str]:
-    """The best layouts, and counted reasons against the others."""
+def ranking(found: SearchResult) -> Iterator[str]:
+    """Yield a table of the fastest layouts, then the counted reasons for refused ones."""
     yield f"fastest of {found.tried} layouts that were tried:"
     if found.best:
         yield "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
@@ -122,7 +124,7 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
     yield f"  {collective:.0f} us per collective, {layer:.0f} us per layer at least, {step:.0f} ms per step."
     if case.config.precision.fp8 != "none" and gpu.fp8:
         yield f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest of them in BF16."
-        yield f"  {_FP8_BY_ENGINE if case.kept.fp8.engine else _FP8_BY_US}"
+        yield f"  {_FP8_BY_ENGINE if case.settings.fp8.engine else _FP8_BY_US}"
     hidden = (
         "hidden behind the last backward pass"
         if case.config.parallel.overlap_grad_reduce
@@ -132,7 +134,7 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
 
 
 def record(plan: Prediction) -> dict[str, Any]:
-    """Everything that is predicted for one layout, as plain values; bytes and seconds."""
+    """All predicted values of one layout as JSON values, in bytes and seconds."""
     case = plan.case
     return {
         "layout": asdict(case.layout)
@@ -164,8 +166,8 @@ def record(plan: Prediction) -> dict[str, Any]:
     }
 
 
-def as_json(asked: Prediction | None, refusals: Sequence[str], found: Found, *, title: str) -> dict[str, Any]:
-    """The whole report as plain values."""
+def as_json(asked: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str) -> dict[str, Any]:
+    """The whole report as JSON values."""
     first = asked or next(iter(found.best), None)
     return {
         "title": title,

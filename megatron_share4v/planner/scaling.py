@@ -16,7 +16,7 @@ from megatron_share4v.planner.gpus import GPUS
 from megatron_share4v.planner.plot import draw_prediction
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import PREDICTED
-from megatron_share4v.planner.search import Found, search
+from megatron_share4v.planner.search import SearchResult, search
 from megatron_share4v.planner.workload import assumed_workload
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class PlannedRun:
         return self.model.removeprefix("share4v_").upper()
 
 
-def search_layouts(run: PlannedRun, root: Path, *, keep: int = 1) -> Found:
+def search_layouts(run: PlannedRun, root: Path, *, keep: int = 1) -> SearchResult:
     """Find the `keep` fastest layouts of a run."""
     config = run.load_config(root)
     workload = assumed_workload(config, samples=SAMPLES[run.stage])

@@ -1,4 +1,4 @@
-"""All layouts of a world that a run could take, the fastest first, and why the others are refused."""
+"""Search over the layouts of a world size: the fastest ones, and the reasons for refused ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNKS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The fastest layouts, and how many were refused for which reason."""
 
     best: list[Prediction]
@@ -31,8 +31,8 @@ class Found:
 
 def search(
     config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions, keep: int
-) -> Found:
-    """Over tensor and, for packs, context (together inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
+) -> SearchResult:
+    """Search over tensor and, for packs, context (together inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
     sequence parallelism with tensor.
 
     The global batch is never changed. With `loss.normalize: microbatch` the micro-batch size is part of the recipe and is not changed either.
@@ -62,11 +62,11 @@ def search(
             refused[f"does not fit {gpu.name}" if reason.startswith("does not fit") else reason] += 1
         else:
             fitting.append(prediction)
-    return Found(_fastest(fitting, keep), refused, tried)
+    return SearchResult(_fastest(fitting, keep), refused, tried)
 
 
 def _fastest(fitting: list[Prediction], keep: int) -> list[Prediction]:
-    """Only those are simulated whose least time could be among the best."""
+    """Simulate only candidates whose lower bound could be among the fastest."""
     best: list[tuple[float, int, Prediction]] = []
     for number, prediction in enumerate(sorted(fitting, key=lambda prediction: prediction.least_step_s)):
         if len(best) == keep and prediction.least_step_s >= -best[0][0]:
@@ -78,7 +78,7 @@ def _fastest(fitting: list[Prediction], keep: int) -> list[Prediction]:
 
 
 def _candidates(config: RunConfig, world_size: int, gpu: Gpu) -> Iterator[dict]:
-    """Changed sections; those that cannot be built raise when they are put together."""
+    """Yield the changed sections of each candidate; invalid ones raise when a configuration is built from them."""
     sizes = (
         [config.train.micro_batch_size]
         if config.loss.normalize == "microbatch"
@@ -125,7 +125,7 @@ def _powers(most: int) -> list[int]:
 
 
 def _kind(message: str) -> str:
-    """A reason without its numbers, so that refusals of one kind are counted together."""
+    """Strip the numbers from a reason, so that reasons of one kind are counted together."""
     for words, kind in (
         ("x parallel.context", "parallel.tensor x parallel.context does not divide the heads"),
         ("is not divisible by parallel.tensor", "parallel.tensor does not divide the model"),

@@ -1,4 +1,4 @@
-"""What goes through the model in a step: from prepared data where it is there, else from assumptions that are said.
+"""Workload: average amounts per training sequence, from a prepared data set or from stated assumptions.
 
 A sequence is one sample, padded to the longest of the global batch, or a pack of samples.
 """
@@ -26,25 +26,25 @@ class Workload:
     """Means per sequence."""
 
     length: int
-    """Positions that a sequence takes, padding included: S."""
+    """Positions per sequence, padding included (S)."""
     longest: int
-    """The same of the run's longest step, which the memory must hold."""
+    """Positions per sequence in the longest step of the run, which determines peak memory."""
     positions: float
-    """Of these, not padding."""
+    """Positions per sequence without padding."""
     squares: float
-    """Sum of the squares of its samples' lengths."""
+    """Sum of the squared sample lengths in a sequence."""
     padded_squares: float
-    """The same as attention computes it: padding included."""
+    """Sum of the squared lengths as attention computes them, padding included."""
     images: float
     head_rows: float
     """Positions that carry a label."""
     sequences: int | None
-    """Of the whole data set, once; None: not known, and hours are not said."""
+    """Sequences in one epoch; None when unknown, and then hours are not predicted."""
     source: str
-    """Where these numbers come from."""
+    """Origin of the numbers, as printed."""
 
     def real(self, sequences: float) -> WorkloadCounts:
-        """Of so many sequences, without padding."""
+        """Amounts in `sequences` sequences without padding."""
         return WorkloadCounts(
             positions=self.positions * sequences,
             squares=self.squares * sequences,
@@ -53,7 +53,7 @@ class Workload:
         )
 
     def done(self, sequences: float) -> WorkloadCounts:
-        """Of so many sequences, as the machine computes them."""
+        """Amounts in `sequences` sequences as computed, padding included."""
         return WorkloadCounts(
             positions=self.length * sequences,
             squares=self.padded_squares * sequences,
@@ -72,7 +72,10 @@ def has_prepared_data(config: RunConfig) -> bool:
 def assumed_workload(
     config: RunConfig, *, samples: int | None = None, text_length: int | None = None, longest: int | None = None
 ) -> Workload:
-    """One image per sample, and texts as in CAPTIONS or INSTRUCTIONS, by the template."""
+    """Assume one image per sample, and text lengths of CAPTIONS or INSTRUCTIONS depending on the template.
+
+    text_length, longest: text positions of a sample (without its image), on average and of the longest sample of a step.
+    """
     usual, usual_longest, usual_most, trained = CAPTIONS if config.data.template == "plain" else INSTRUCTIONS
     text = usual if text_length is None else text_length
     patches, data = config.model.vision.num_patches, config.data

@@ -16,7 +16,14 @@ from megatron_share4v.config.run import ParallelConfig, TrainConfig
 from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.model.flops import WorkloadCounts
 from megatron_share4v.model.pipeline_split import layers_per_stage
-from megatron_share4v.planner.memory import Fp8Kept, Kept, Recomputed, activations, chunk_of, held
+from megatron_share4v.planner.memory import (
+    Fp8Settings,
+    MemorySettings,
+    RecomputeSettings,
+    activations,
+    make_chunk,
+    model_state_memory,
+)
 
 WITHIN = 0.05
 """What the planner promises; the sums below are off by the scalars that layers keep beside their tensors."""
@@ -69,9 +76,9 @@ class Measured:
     """Of the micro-batch that was run, as far as this rank holds it."""
 
 
-def storages(tensors) -> dict[int, int]:
+def storages(weight_shapes) -> dict[int, int]:
     """Bytes by place in memory: views count once."""
-    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weight_shapes}
 
 
 def kept_by_autograd(chunk, batch, *, width: int, length: int, dtype: torch.dtype) -> int:
@@ -142,7 +149,7 @@ def measure(cases: list[Case]) -> list[Measured]:
             batch = slice_for_context_parallel(
                 micro_batches(0)[3], rank=mesh.coordinates.context, size=case.context, sequence_length=LENGTH
             )
-            kept = [
+            settings = [
                 kept_by_autograd(chunk, batch, width=model.language.hidden_size, length=length, dtype=dtype)
                 for chunk in bare
             ]
@@ -153,7 +160,7 @@ def measure(cases: list[Case]) -> list[Measured]:
                     sum(weights.values()),
                     sum(gradients.values()),
                     optimizer_bytes,
-                    kept,
+                    settings,
                     *part,
                 )
             )
@@ -190,8 +197,8 @@ CASES = {
 }  # fmt: skip
 
 
-def recomputed(train: TrainConfig) -> Recomputed:
-    return Recomputed(train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules)
+def recomputed(train: TrainConfig) -> RecomputeSettings:
+    return RecomputeSettings(train.recompute, train.recompute_layers, train.recompute_tower, train.recompute_modules)
 
 
 @pytest.mark.parametrize("world", CASES)
@@ -201,22 +208,22 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
     for number, case in enumerate(CASES[world]):
         model = case.model
         counts = layers_per_stage(model, ParallelConfig(pipeline=case.pipeline, virtual=case.virtual))
-        kept = Kept(
+        settings = MemorySettings(
             tensor=case.tensor,
             context=case.context,
             sequence=case.sequence,
             element=2 if case.dtype == "bf16" else 4,
             native=case.ops == "native",
             recompute=recomputed(case.train),
-            fp8=Fp8Kept(precise=case.precision.fp8_weight_gradient == "dtype", tower=case.precision.fp8_tower),
+            fp8=Fp8Settings(precise=case.precision.fp8_weight_gradient == "dtype", tower=case.precision.fp8_tower),
         )
         replicas = world // (case.tensor * case.pipeline)
         positions = MICRO_BATCH * LENGTH // case.context
         for rank in range(case.pipeline):
             in_fp8 = case.precision.fp8_layers(model.language.num_layers)
-            chunks = [chunk_of(stage, counts, fp8=in_fp8) for stage in range(rank, len(counts), case.pipeline)]
+            chunks = [make_chunk(stage, counts, fp8=in_fp8) for stage in range(rank, len(counts), case.pipeline)]
             short = {"gradient": 2, "moments": 4} if case.short else {}
-            planned = held(model, chunks, kept, data=replicas, sharded=case.sharded, **short)
+            planned = model_state_memory(model, chunks, settings, data=replicas, sharded=case.sharded, **short)
             mine = [ranks[number] for ranks in measured if ranks[number].pipeline_rank == rank]
             assert len(mine) == case.tensor * replicas
             for real in mine:
@@ -224,12 +231,12 @@ def test_planned_bytes_are_the_real_ones(world: int, native_ops: None) -> None:
                 assert planned.gradients == pytest.approx(real.gradients, rel=WITHIN), (case, rank)
                 amounts = WorkloadCounts(positions=positions, squares=0, images=real.images, head_rows=real.head_rows)
                 for chunk, bytes_kept in zip(chunks, real.activations, strict=True):
-                    expected = activations(model, chunk, amounts, kept, sequences=MICRO_BATCH)
+                    expected = activations(model, chunk, amounts, settings, sequences=MICRO_BATCH)
                     if (
                         case.ops == "reference"
                     ):  # on the CPU torch's RMSNorm is no single operation, and keeps what it multiplies by its weight
                         expected += (
-                            (2 * chunk.layers + chunk.last) * positions * model.language.hidden_size * kept.element
+                            (2 * chunk.layers + chunk.last) * positions * model.language.hidden_size * settings.element
                         )
                     worst = max(worst, abs(expected / bytes_kept - 1))
                     assert expected == pytest.approx(bytes_kept, rel=WITHIN), (case, rank, chunk)

@@ -12,12 +12,12 @@ from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.planner.case import Assumptions, Case
-from megatron_share4v.planner.cost import context_bytes, data_bytes, data_link, tensor_bytes, traffic
+from megatron_share4v.planner.cost import context_bytes, data_bandwidth, data_bytes, tensor_bytes, traffic
 from megatron_share4v.planner.gpus import GPUS
-from megatron_share4v.planner.memory import Chunk, head_columns, tensors
+from megatron_share4v.planner.memory import Chunk, head_columns, weight_shapes
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import record, text
-from megatron_share4v.planner.search import Found, search
+from megatron_share4v.planner.search import SearchResult, search
 from megatron_share4v.planner.workload import Workload, assumed_workload
 
 RECIPE = "examples/share4v_7b/pretrain.yaml"
@@ -37,9 +37,9 @@ def case(config: RunConfig, world_size: int = 16, *, gpu: str = "h200", micro_ba
 
 def test_weights_are_the_published_ones(config: RunConfig) -> None:
     whole = Chunk(layers=32, first=True, last=True)
-    total = sum(elements * count for elements, count, _ in tensors(config.model, whole, tensor=1))
+    total = sum(elements * count for elements, count, _ in weight_shapes(config.model, whole, tensor=1))
     assert total == 6_738_415_616 + 20_979_712 + 303_507_456 - 12_596_224 - 2 * 1024
-    split = sum(elements * count for elements, count, _ in tensors(config.model, whole, tensor=8))
+    split = sum(elements * count for elements, count, _ in weight_shapes(config.model, whole, tensor=8))
     assert total / 8 < split < total / 8 * 1.01, (
         "norms, biases behind rows and the tower's embeddings are on every rank"
     )
@@ -104,20 +104,20 @@ def test_fp8_is_counted_and_says_of_which_peak(config: RunConfig) -> None:
     some = text_model(config, precision=replace(tensorwise, fp8_first_layers=8, fp8_last_layers=8))
     assert 1.26 < plain.step_s / ours.step_s < 1.30 < plain.step_s / engine.step_s and engine.model_tflops < 744
     assert plain.step_s > some.step_s > ours.step_s and plain.step_s > precise.step_s > ours.step_s
-    kept = [plan.memory[0].activations for plan in (plain, precise, some, blocks, ours)]
+    settings = [plan.memory[0].activations for plan in (plain, precise, some, blocks, ours)]
     # Of an input 1 byte instead of 2; but the attention's result is kept by its kernel, so that its code comes on top.
     each = 32 * 8192 * (4096 + 4096 - 4096 + 14_336)
     assert (
-        kept == sorted(kept, reverse=True)
-        and kept[0] - kept[-1] == pytest.approx(each, rel=1e-6)
-        and kept[0] == kept[1]
+        settings == sorted(settings, reverse=True)
+        and settings[0] - settings[-1] == pytest.approx(each, rel=1e-6)
+        and settings[0] == settings[1]
     )
     weights = 32 * 218_103_808  # of a layer's matrices
     assert engine.memory[0].weights - ours.memory[0].weights == pytest.approx(2 * weights, rel=1e-6)
     assert plain.utilisation == f"MFU {plain.mfu:.1%}" and plain.fp8_mfu is None
     assert ours.utilisation == f"MFU {ours.mfu:.1%} of the BF16 peak, {ours.mfu * 989 / 1979:.1%} of the FP8 peak"
     assert (
-        "Transformer Engine: by reading" in text(engine, [], Found([], Counter(), 0), title="")
+        "Transformer Engine: by reading" in text(engine, [], SearchResult([], Counter(), 0), title="")
         and record(ours)["mfu_is_of"] == "bf16"
     )
     old = Prediction(replace(ours.case, gpu=GPUS["a100"]))
@@ -169,9 +169,9 @@ def test_context_ranks_hold_a_part_and_exchange_heads(config: RunConfig) -> None
 
 
 def test_a_data_ring_uses_the_ports_of_its_ranks(config: RunConfig) -> None:
-    assert data_link(case(config, 8, tensor=1, sequence=False, pipeline=1)) == GPUS["h200"].link
-    assert data_link(case(config, 16, tensor=1, sequence=False)) == 400e9
-    assert data_link(case(config, 16, tensor=8)) == 50e9
+    assert data_bandwidth(case(config, 8, tensor=1, sequence=False, pipeline=1)) == GPUS["h200"].link
+    assert data_bandwidth(case(config, 16, tensor=1, sequence=False)) == 400e9
+    assert data_bandwidth(case(config, 16, tensor=8)) == 50e9
 
 
 def test_the_trainers_own_checks_refuse(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
-from megatron_share4v.planner.schedule import Piece, Timed, most_in_flight, order, simulate
+from megatron_share4v.planner.schedule import PipelinePass, TimedPass, order, peak_in_flight, simulate_schedule
 
 EXECUTED = [
     (4, 1, 2),
@@ -25,7 +25,7 @@ EXECUTED = [
 ]  # pipeline, virtual, micro-batches
 
 
-def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[Piece]]]:
+def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[PipelinePass]]]:
     """(pipeline rank, pieces as they ran) of each case, recorded at the chunks' outputs and at the gradients that arrive there."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
@@ -46,14 +46,14 @@ def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[Piece]]]:
             chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
             batches = list(itertools.islice(itertools.cycle(micro_batches(0)), count))
             numbered = [(number, batch) for number, batch in enumerate(batches)]
-            pieces: list[Piece] = []
+            pieces: list[PipelinePass] = []
 
             def call(chunk, item, pieces=pieces, chunks=chunks):
                 number, batch = item
                 which = chunks.index(chunk)
-                pieces.append(Piece("forward", number, which))
+                pieces.append(PipelinePass("forward", number, which))
                 output = chunk(batch)
-                output.register_hook(lambda _: pieces.append(Piece("backward", number, which)))
+                output.register_hook(lambda _: pieces.append(PipelinePass("backward", number, which)))
                 return output
 
             def loss(item):
@@ -76,14 +76,14 @@ def test_planned_order_is_the_executed_one() -> None:
             )
 
 
-def span(timeline: list[list[Timed]]) -> float:
+def span(timeline: list[list[TimedPass]]) -> float:
     return max(timed.end for rank in timeline for timed in rank)
 
 
 @pytest.mark.parametrize(("pipeline", "virtual", "count"), [(4, 1, 8), (4, 2, 8), (8, 4, 16), (2, 1, 1), (1, 1, 5)])
 def test_equal_stages_have_the_textbook_bubble(pipeline: int, virtual: int, count: int) -> None:
     """(P - 1) / V slots of a forward and a backward pass over all of a rank's layers (Narayanan et al. 2021, section 2.2)."""
-    timeline = simulate(
+    timeline = simulate_schedule(
         lambda stage, kind: {"forward": 1.0, "backward": 2.0}[kind],
         pipeline=pipeline,
         virtual=virtual,
@@ -96,9 +96,11 @@ def test_equal_stages_have_the_textbook_bubble(pipeline: int, virtual: int, coun
 
 def test_nothing_starts_before_what_it_needs() -> None:
     took = {"forward": [1.0, 2.5, 0.5, 1.0], "backward": [3.0, 1.0, 2.0, 2.0]}
-    timeline = simulate(lambda stage, kind: took[kind][stage], pipeline=2, virtual=2, micro_batches=4, message=0.25)
+    timeline = simulate_schedule(
+        lambda stage, kind: took[kind][stage], pipeline=2, virtual=2, micro_batches=4, message=0.25
+    )
     ends = {
-        (t.piece.kind, t.piece.micro_batch, 2 * t.piece.chunk + rank): (t.start, t.end)
+        (t.task.kind, t.task.micro_batch, 2 * t.task.chunk + rank): (t.start, t.end)
         for rank, row in enumerate(timeline)
         for t in row
     }
@@ -116,15 +118,17 @@ def test_nothing_starts_before_what_it_needs() -> None:
 
 
 def test_a_slow_stage_sets_the_pace() -> None:
-    timeline = simulate(lambda stage, kind: 3.0 if stage == 1 else 1.0, pipeline=4, virtual=1, micro_batches=50)
+    timeline = simulate_schedule(
+        lambda stage, kind: 3.0 if stage == 1 else 1.0, pipeline=4, virtual=1, micro_batches=50
+    )
     assert span(timeline) == pytest.approx(50 * 6.0, rel=0.05)
 
 
 def test_micro_batches_in_flight() -> None:
-    assert [most_in_flight([1.0], rank=rank, pipeline=4, micro_batches=8) for rank in range(4)] == [4, 3, 2, 1]
+    assert [peak_in_flight([1.0], rank=rank, pipeline=4, micro_batches=8) for rank in range(4)] == [4, 3, 2, 1]
     assert (
-        most_in_flight([1.0], rank=0, pipeline=4, micro_batches=2) == 2
-        and most_in_flight([1.0], rank=0, pipeline=1, micro_batches=9) == 1
+        peak_in_flight([1.0], rank=0, pipeline=4, micro_batches=2) == 2
+        and peak_in_flight([1.0], rank=0, pipeline=1, micro_batches=9) == 1
     )
     # Warm-up of the interleaved schedule, and one forward before the first backward.
-    assert most_in_flight([1.0, 1.0], rank=0, pipeline=4, micro_batches=16) == 2 * 3 + 4 + 1
+    assert peak_in_flight([1.0, 1.0], rank=0, pipeline=4, micro_batches=16) == 2 * 3 + 4 + 1

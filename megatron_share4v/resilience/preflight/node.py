@@ -21,7 +21,7 @@ from megatron_share4v.errors import OpsError
 from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
 from megatron_share4v.ops.backend import choose_ops_backend
 from megatron_share4v.parallel.device import Device
-from megatron_share4v.planner.memory import Chunk, tensors
+from megatron_share4v.planner.memory import Chunk, weight_shapes
 
 GIB = 2**30
 MIN_OPEN_FILES, MIN_SHARED_MEMORY = 4096, GIB
@@ -221,7 +221,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     state = 8 if config.precision.dtype == "fp32" else 12
     return sum(
         elements * count * (element + (state if trains else 0))
-        for elements, count, trains in tensors(config.model, whole, tensor=1)
+        for elements, count, trains in weight_shapes(config.model, whole, tensor=1)
     )
 
 
