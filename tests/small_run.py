@@ -95,24 +95,19 @@ class Run:
 
     def save(self, directory: Path, step: int) -> Path:
         """A checkpoint of this run, with its optimizer."""
-        from megatron_share4v.checkpoint.store import RunState, save_checkpoint
+        from megatron_share4v.checkpoint.store import CheckpointContents, RunState, save_checkpoint
 
         state = RunState(step=step, consumed_samples=step * GLOBAL_BATCH, plan_fingerprint="plan")
-        return save_checkpoint(
-            directory,
-            step=step,
-            chunks=self.chunks,
-            optimizer=self.optimizer,
-            mesh=self.mesh,
-            state=state,
-            config_text="run: {}\n",
+        contents = CheckpointContents(
+            chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, state=state, config_text="run: {}\n"
         )
+        return save_checkpoint(directory, contents)
 
     def load(self, path: Path, **options):
         """Go on from `path`."""
         from megatron_share4v.checkpoint.store import load_checkpoint
 
-        return load_checkpoint(path, chunks=self.chunks, optimizer=self.optimizer, mesh=self.mesh, **options)
+        return load_checkpoint(path, chunks=self.chunks, optimizer=self.optimizer, **options)
 
     def weights(self) -> list[torch.Tensor]:
         """Copies of this rank's weights."""

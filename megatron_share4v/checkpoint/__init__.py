@@ -1,1 +1,1 @@
-"""Checkpoints of a run: written whole or not at all, checked before they are used, kept as long as asked for."""
+"""Checkpoints: atomic saves with a manifest, verification, retention, and Hugging Face conversion."""

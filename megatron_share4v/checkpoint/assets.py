@@ -1,16 +1,18 @@
-"""Files that go with a model's weights through every run, unchanged: the tokenizer, and weights that are needed for export alone.
+"""Files that accompany a model's weights unchanged through every run: the tokenizer, and weights that only an export
+needs.
 
-`unused.safetensors` has the tower's blocks after the feature layer and its last norm, by CLIP's names below `vision.`, and the vocabulary rows
-that a llava-hf model has beyond its tokenizer, as `embedding.added_rows` and `head.added_rows`.
+`unused.safetensors` holds the vision tower's blocks after the feature layer and its last norm, under CLIP's names below
+`vision.`, and the vocabulary rows that a llava-hf model has beyond its tokenizer, as `embedding.added_rows` and
+`head.added_rows`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from megatron_share4v.config.data import DataConfig
+from megatron_share4v.files import atomic_write
 
 TOKENIZER = "tokenizer.model"
 UNUSED = "unused.safetensors"
@@ -18,20 +20,22 @@ FOLDER = "companions"
 
 
 def asset_files(directory: Path) -> tuple[Path, ...]:
-    """Those that lie in `directory`: a checkpoint, or what `copy_assets_to_run` made."""
+    """Return the asset files in `directory`: a checkpoint, or the directory that `copy_assets_to_run` returned."""
     return tuple(path for name in (TOKENIZER, UNUSED) if (path := directory / name).is_file())
 
 
 def tokenizer_path(checkpoint: Path, data: DataConfig) -> Path:
-    """The checkpoint's own copy, or the file that its configuration names."""
+    """Return the checkpoint's own tokenizer file, or else the file that its configuration names."""
     own = checkpoint / TOKENIZER
     return own if own.is_file() else Path(data.tokenizer)
 
 
 def copy_assets_to_run(run: Path, *, tokenizer: Path, start: Path | None, resumes: bool) -> Path:
-    """A run's own copies, for the checkpoints that it will write: of its tokenizer, and of the unused weights of the checkpoint it starts from.
+    """Copy the tokenizer and the unused weights of the start checkpoint into a run, for the checkpoints that it will
+    write.
 
-    A run that resumes keeps the latter; one that starts anew does not inherit those of an earlier start. Returns their directory. Run it on one rank.
+    A run that resumes keeps the unused weights that it has; a new run does not inherit those of an earlier start.
+    Returns the directory of the copies. Call it on one rank.
     """
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +48,5 @@ def copy_assets_to_run(run: Path, *, tokenizer: Path, start: Path | None, resume
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with open(source, "rb") as original, atomic_write(target, "wb") as copy:
+        shutil.copyfileobj(original, copy)

@@ -1,7 +1,9 @@
-"""Whether a checkpoint is of the model that a configuration describes: what a stage starts from, and what a comparison compares.
+"""Compare the model configuration stored in a checkpoint with another one: a run that starts from it, or a converted
+model.
 
-Shapes alone do not tell: another feature layer, epsilon or rotary base gives other answers from the same tensors. Nor does the configuration tell
-everything: OpenAI's CLIP and a tower that was tuned from it have the same one. The hash of the tower's weights tells them apart.
+Shapes alone do not identify a model: another feature layer, epsilon or rotary base computes other outputs from the same
+tensors. OpenAI's CLIP and a vision tower fine-tuned from it have the same configuration; only the hash of the tower's
+weights distinguishes them.
 """
 
 from __future__ import annotations
@@ -16,24 +18,25 @@ from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import CheckpointError
 
-FREE = ("language.max_position_embeddings",)
-"""May change from one stage to the next: it is a limit, no part of the computation."""
+IGNORED_KEYS = ("language.max_position_embeddings",)
+"""Keys that may change between training stages: a limit on the input, not part of the computation."""
 
 
 def stored_config(manifest: Manifest, *, where: Path) -> RunConfig:
-    """The configuration that a checkpoint carries. Raises CheckpointError when this version cannot read it."""
+    """Return the run configuration stored in a checkpoint. Raises CheckpointError when this version cannot read it."""
     try:
         return restore(RunConfig, manifest.config)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{where}: its configuration is of another version ({key}: {first['msg']}); use the version that wrote it: {manifest.versions}"
+            f"{where}: its configuration is of another version ({key}: {first['msg']}); "
+            f"use the version that wrote it: {manifest.versions}"
         ) from error
 
 
 def model_differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, object, object]]:
-    """(key, value of one, value of the other) where the computation differs."""
+    """List (key, value in `one`, value in `other`) for every key that changes the computation."""
     found = []
     for section in ("vision", "projector", "language"):
         first, second = vars(getattr(one, section)), vars(getattr(other, section))
@@ -42,15 +45,16 @@ def model_differences(one: ModelConfig, other: ModelConfig) -> list[tuple[str, o
             for key in first
             if not key.startswith("_") and first[key] != second[key]
         ]
-    return [difference for difference in found if difference[0] not in FREE]
+    return [difference for difference in found if difference[0] not in IGNORED_KEYS]
 
 
 def check_initial_model(
     manifest: Manifest, model: ModelConfig, *, where: Path, expect_tower: str | None = None
 ) -> None:
-    """Raises CheckpointError when a run of `model` does not compute what the checkpoint's weights were trained for, or has another tower.
+    """Check that a run of `model` can start from a checkpoint's weights.
 
-    expect_tower: SHA-256 of the tower's weights that the run asks for; None: any.
+    `expect_tower` is the SHA-256 of the vision tower's weights that the run requires; None accepts any tower.
+    Raises CheckpointError when the model configurations differ or the tower has another hash.
     """
     found = model_differences(model, stored_config(manifest, where=where).model)
     if found:
@@ -64,10 +68,10 @@ def check_initial_model(
         return
     if stored is None:
         raise CheckpointError(
-            f"{where}: does not state its tower's hash, which checkpoint.expect_tower asks for; look it up with `tools/convert.py inspect --hashes`, "
-            "and leave checkpoint.expect_tower out if it is the right one"
+            f"{where}: does not state its tower's hash, which checkpoint.expect_tower requires; "
+            "look it up with `tools/convert.py inspect --hashes`, and omit checkpoint.expect_tower if it matches"
         )
     raise CheckpointError(
-        f"{where}: has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expect_tower}; start from the checkpoint that "
-        "goes with it, or correct checkpoint.expect_tower"
+        f"{where}: its tower is not the one of checkpoint.expect_tower: sha256 {stored}, expected {expect_tower}; "
+        "start from the checkpoint with that tower, or correct checkpoint.expect_tower"
     )

@@ -1,7 +1,8 @@
-"""What became of a run's configuration between its checkpoint and its next start: which keys differ, and what each difference does to the run.
+"""Compare a run's configuration with the one stored in its checkpoint, and classify the effect of every changed key.
 
-safe: another layout, log or file; the sums may be rounded otherwise. mathematics: another optimisation, which a user may want and says so.
-refused: the checkpoint cannot be continued with it. data: compared by content, not by name, in data/sampling/fingerprint.py.
+safe: another layout, log or file; sums may round differently. mathematics: another optimisation, allowed with
+checkpoint.accept_changes. refused: the checkpoint cannot be resumed with it. data: compared by content, not by key, in
+data/sampling/fingerprint.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from megatron_share4v.errors import CheckpointError
 
 Effect = Literal["safe", "mathematics", "refused", "data"]
 
-# The first pattern that fits says it; what none fits is treated as mathematics, so that a new key is not let through by mistake.
+# The first matching pattern decides; a key without one counts as mathematics, so that a new key is not accepted by
+# mistake.
 EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("model.language.max_position_embeddings", "safe"),
     ("model.*", "refused"),
@@ -55,7 +57,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
 
 @dataclass(frozen=True)
 class ConfigChange:
-    """One key whose value is not the checkpoint's."""
+    """A key whose value differs from the checkpoint's."""
 
     key: str
     before: Any
@@ -67,7 +69,10 @@ class ConfigChange:
 
 
 def diff_config(before: str, config: RunConfig) -> list[ConfigChange]:
-    """Where `config` differs from the YAML text of a checkpoint's. Keys that only one version of this project knows are left out."""
+    """List the keys whose value in `config` differs from `before`, the YAML text of a checkpoint's configuration.
+
+    Keys that only one of the two has are ignored: another version of the project wrote them.
+    """
     old, new = dict(leaves(yaml.safe_load(before))), flat(config)
     return [
         ConfigChange(key, old[key], new[key], _effect(key, config))
@@ -77,7 +82,7 @@ def diff_config(before: str, config: RunConfig) -> list[ConfigChange]:
 
 
 def format_changes(found: Sequence[ConfigChange]) -> str:
-    """The difference, class by class, a line for each key."""
+    """Format changes as one line per key, grouped by effect."""
     words = {
         "refused": "cannot be changed",
         "mathematics": "changes the mathematics",
@@ -89,17 +94,18 @@ def format_changes(found: Sequence[ConfigChange]) -> str:
 
 
 def check_config_changes(found: Sequence[ConfigChange], *, where: object, accepted: bool) -> None:
-    """Raises CheckpointError for changes that a run cannot make, or may make but has not been told to (checkpoint.accept_changes)."""
+    """Raise CheckpointError for refused changes, and mathematics changes unless checkpoint.accept_changes is set."""
     effects = {change.effect for change in found}
     if "refused" in effects:
         raise CheckpointError(
-            f"{where}: cannot be gone on from with another model, other trained parts or another global batch:{format_changes(found)}\n"
+            f"{where}: cannot be resumed with another model, other trained parts or another global batch:"
+            f"{format_changes(found)}\n"
             "Restore the old values, or start another run.directory from its weights with checkpoint.initialize_from"
         )
     if "mathematics" in effects and not accepted:
         raise CheckpointError(
             f"{where}: was trained with other settings:{format_changes(found)}\n"
-            "Restore the old values, or set checkpoint.accept_changes true to go on with the new ones"
+            "Restore the old values, or set checkpoint.accept_changes true to continue with the new ones"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as text: where it stands, its tree of tensors with shapes and dtypes, hashes, configuration."""
+"""Describe a checkpoint as text: step, tensors with shapes and dtypes, hashes, configuration."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Iterator[str]:
-    """Lines for the console. `hashes`: read all weights to hash their components, if the manifest does not have that.
+    """Yield lines for the console.
 
-    Layers that are alike are one line, unless `every_layer`. Raises CheckpointError.
+    `hashes` reads the weights of components whose hash the manifest does not have. Layers with equal shapes share one
+    line unless `every_layer`. Raises CheckpointError.
     """
     opened = open_checkpoint(path)
     manifest = opened.manifest
@@ -32,7 +33,7 @@ def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Itera
     yield f"optimizer: {f'{optimizer} tensors, {manifest.updates} updates' if optimizer else 'none (weights alone)'}"
     yield from _tree(opened, every_layer=every_layer)
     if opened.unused:
-        yield f"carried for exports, not computed: {len(opened.unused)} tensors"
+        yield f"stored for exports, not computed: {len(opened.unused)} tensors"
     missing = {
         name: tensor for name, tensor in opened.weights.items() if name.partition(".")[0] not in manifest.weights
     }

@@ -1,6 +1,6 @@
-"""Tensors that are read when they are asked for, so that conversion holds few of them in memory, and the hashes of what they contain.
+"""Tensors that are read on demand, so that conversion holds few of them in memory, and SHA-256 hashes of their values.
 
-A model of any layout is a mapping from names to lazy tensors; merging, cutting and casting make new lazy tensors.
+A model of any layout is a mapping from names to lazy tensors; merging, slicing and casting return new lazy tensors.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 @runtime_checkable
 class RowReader(Protocol):
-    """What reads a tensor, and can read some of its rows alone."""
+    """A `LazyTensor.read` that can also read a range of rows without the others."""
 
     def slice_rows(self, start: int, stop: int) -> Callable[[], torch.Tensor]:
-        """What reads rows start .. stop - 1."""
+        """Return a reader of rows start .. stop - 1."""
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and dtype of a tensor, where it comes from (for messages), and how it is read."""
+    """Shape, dtype and origin (for messages) of a tensor, and the function that reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,15 +38,15 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
-        """The same tensor, rounded to `dtype` when it is read."""
+        """Return the same tensor, rounded to `dtype` when it is read."""
         return self if dtype == self.dtype else replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
     def slice_rows(self, start: int, stop: int) -> LazyTensor:
-        """Rows start .. stop - 1 alone; of what can read those alone, no others are read."""
+        """Return rows start .. stop - 1; a `RowReader` reads no other rows."""
         shape = (stop - start, *self.shape[1:])
         if isinstance(self.read, RowReader):
             return replace(self, shape=shape, read=self.read.slice_rows(start, stop))
@@ -57,7 +57,10 @@ LazyTensors = Mapping[str, LazyTensor]
 
 
 def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
-    """`tensor` rounded to `dtype` (fp32, bf16, fp16); a number that it cannot hold is a ConversionError when it is read, not an infinity."""
+    """Return `tensor` rounded to `dtype` (fp32, bf16, fp16).
+
+    Reading it raises ConversionError where a finite value would become infinite.
+    """
     rounded = tensor.cast(FLOATS[dtype])
     if rounded.dtype == tensor.dtype:
         return tensor
@@ -68,7 +71,8 @@ def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
         if not torch.isfinite(result).all() and bool((torch.isinf(result) & torch.isfinite(values)).any()):
             largest = torch.finfo(rounded.dtype).max
             raise ConversionError(
-                f"{tensor.origin}: {name} has values beyond {dtype}'s {largest:.6g}; use a dtype that holds them, fp32 or bf16"
+                f"{tensor.origin}: {name} has values beyond {dtype}'s {largest:.6g}; "
+                "use a dtype that holds them, fp32 or bf16"
             )
         return result
 
@@ -76,14 +80,14 @@ def cast_checked(name: str, tensor: LazyTensor, dtype: str) -> LazyTensor:
 
 
 class SplitCache:
-    """Reads a tensor of which several parts are wanted once, as long as they are asked for one after the other."""
+    """Cache of the last tensor that was split, so that consecutive reads of its parts read it once."""
 
     def __init__(self) -> None:
         self._name = ""
         self._parts: tuple[torch.Tensor, ...] = ()
 
     def get(self, name: str, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        """What `make` gave for `name`."""
+        """Return the parts of `name`, calling `make` when they are not the last ones."""
         if name != self._name:
             self._name, self._parts = "", ()  # frees the old ones before the new ones come
             self._parts = make()
@@ -92,30 +96,31 @@ class SplitCache:
 
 
 def merge_disjoint(*parts: LazyTensors) -> dict[str, LazyTensor]:
-    """All tensors together. Raises ConversionError naming a tensor that is there twice, and both places."""
+    """Merge mappings. Raises ConversionError for a name that occurs twice, with both origins."""
     result: dict[str, LazyTensor] = {}
     for part in parts:
         for name, tensor in part.items():
             if name in result:
                 raise ConversionError(
-                    f"{name} is there twice: in {result[name].origin} and in {tensor.origin}; leave one of them out"
+                    f"{name} occurs twice: in {result[name].origin} and in {tensor.origin}; leave one of them out"
                 )
             result[name] = tensor
     return result
 
 
 def check_float_dtypes(tensors: LazyTensors) -> None:
-    """ConversionError naming the first tensor whose values are no floating-point numbers of 16 or 32 bits (quantised weights)."""
+    """Raise ConversionError for the first tensor whose dtype is not fp32, bf16 or fp16 (quantised weights)."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_NAMES:
             known = ", ".join(FLOATS)
             raise ConversionError(
-                f"{tensor.origin}: wrong dtype: {name} is {tensor.dtype}; read are {known}: use weights that are not quantised"
+                f"{tensor.origin}: wrong dtype: {name} is {tensor.dtype}; supported are {known}: "
+                "use weights that are not quantised"
             )
 
 
 def prefetch_tensors(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor): the next one is read by another thread while the caller works on this one."""
+    """Yield (name, tensor); a thread reads the next tensor while the caller works on this one."""
 
     def load(item: tuple[str, LazyTensor]) -> tuple[str, torch.Tensor]:
         name, lazy = item
@@ -124,30 +129,30 @@ def prefetch_tensors(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tupl
         return name, tensor
 
     with ThreadPoolExecutor(1) as pool:
-        coming = None
+        pending = None
         for item in tensors:
             following = pool.submit(load, item)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The values of a contiguous tensor as bytes, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    """View the values of a contiguous tensor as bytes, without a copy."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """SHA-256 of the values."""
+    """Return the SHA-256 of the values."""
     return hashlib.sha256(tensor_bytes(tensor.contiguous())).hexdigest()
 
 
 def combine_component_hashes(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, str]]) -> dict[str, str]:
-    """One SHA-256 per component of the model, over the names, shapes, dtypes and digests of its tensors in the order of their names.
+    """Return one SHA-256 per model component, over (name, shape, dtype, digest) of its tensors, sorted by name.
 
-    Equal weights give equal digests whatever files, layouts or processes they went through.
+    Equal weights give equal hashes, whatever files, layouts or processes they went through.
     """
     hashes: dict[str, hashlib._Hash] = {}
     for name in sorted(tensors):
@@ -158,7 +163,7 @@ def combine_component_hashes(tensors: Mapping[str, tuple[tuple[int, ...], torch.
 
 
 def hash_components(tensors: LazyTensors) -> dict[str, str]:
-    """`component_digests` of tensors that are read for it."""
+    """Read all tensors and return one SHA-256 per model component (see `combine_component_hashes`)."""
     return combine_component_hashes(
         {
             name: (tuple(tensor.shape), tensor.dtype, tensor_sha256(tensor))

@@ -1,6 +1,6 @@
-"""What one checkpoint directory says about itself: manifest.json, with size and SHA-256 of every file beside it, and the check against it.
+"""The manifest of a checkpoint directory (manifest.json): run state, configuration, and size and SHA-256 of every file.
 
-Plain files, no ranks: which processes read or write them is decided in checkpoint/store.py.
+Plain files, no ranks: checkpoint/store.py decides which processes read or write them.
 """
 
 from __future__ import annotations
@@ -17,97 +17,103 @@ from typing import Any
 
 from megatron_share4v import __version__
 from megatron_share4v.errors import CheckpointError
+from megatron_share4v.files import atomic_write_text
 from megatron_share4v.parallel.layout import Layout
 
 MANIFEST = "manifest.json"
 FORMAT, READABLE_FORMATS = 2, (1, 2)
-"""Of format 1 is what has no ranges."""
+"""Format 1 has no `ranges`."""
 HASHING_THREADS = max(1, min(8, (os.cpu_count() or 2) // 2))
-"""Half of the cores at most: the ranks train on the others when a save runs in the background."""
+"""At most half of the cores: a background save leaves the others to the training ranks."""
 SHOWN_FILES = 3
 BLOCK = 1 << 20
-REMEDY = "use another checkpoint, or copy this one again from where it is whole"
+REMEDY = "use another checkpoint, or copy this one again from an intact copy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands after `step` updates; everything that resuming needs besides tensors."""
+    """State of a run after `step` updates: everything besides tensors that resuming needs."""
 
     step: int
     consumed_samples: int
     plan_fingerprint: str
     """Identifies the sequence of samples of which `consumed_samples` have been seen."""
     data: dict[str, str | int | float | None] = field(default_factory=dict)
-    """What decides that sequence and its tensors, by name (data/sampling/fingerprint.py); empty in checkpoints of conversion."""
+    """Settings that determine that sequence and its tensors (data/sampling/fingerprint.py); empty for conversions."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of a checkpoint."""
+    """Size and hash of one checkpoint file."""
 
     size: int
     sha256: str
-    """Of the content, or with `ranges` what `digest_of_ranges` makes of it."""
+    """SHA-256 of the content, or with `ranges` the result of `digest_of_ranges`."""
     ranges: tuple[int, ...] = ()
-    """Lengths of the pieces that were hashed one by one, in their order; together they are the file. Who hashes a tensor's values for another reason
-    has the hash of that piece already."""
+    """Lengths of the consecutive pieces of the file that were hashed separately.
+
+    A tensor's piece has the hash of its values, which conversion needs anyway, so the bytes are hashed once.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The description of one checkpoint."""
+    """Description of one checkpoint."""
 
     state: RunState
     updates: int | None
     """Step count of the optimizer; None: weights alone."""
     layout: Layout
-    """At which it was written; it can be read at any."""
+    """Parallel layout at which it was written; it can be loaded at any layout."""
     config: str
     """The run's whole configuration, as YAML."""
     versions: dict[str, str]
     source: str = ""
-    """What conversion or averaging made it from; "": a training run wrote it."""
+    """Input of the conversion or averaging that wrote it; empty for a training run."""
     weights: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each component's weights (checkpoint/lazy_tensor.py) as they are stored. A training run hashes the tower alone: the language model is large."""
+    """SHA-256 of each component's weights as stored (checkpoint/lazy_tensor.py).
+
+    A training run hashes only the vision tower: the language model is large.
+    """
     files: dict[str, StoredFile] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
 def digest_of_ranges(lengths: Sequence[int], digests: Sequence[str]) -> str:
-    """SHA-256 over the lengths and SHA-256 of a file's pieces. No byte and no border of a piece can change without changing it."""
+    """Return the SHA-256 over the lengths and SHA-256 of a file's pieces; any changed byte or boundary changes it."""
     lines = "".join(f"{length} {digest}\n" for length, digest in zip(lengths, digests, strict=True))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:
-    """Of what writes checkpoints."""
+    """Return the versions of this package, torch and megatron-core."""
     return {"megatron_share4v": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
 
 
 def hash_files(directory: Path, *, known: Mapping[str, StoredFile] | None = None) -> dict[str, StoredFile]:
-    """Size and SHA-256 of every file in `directory`, each flushed to the disk; those in `known` were, and are not read again."""
+    """Flush every file in `directory` to the disk and return sizes and SHA-256.
+
+    Files in `known` were flushed and hashed before and are not read again.
+    """
     known = known or {}
     paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST and path.name not in known)
-    return {**known, **dict(zip((path.name for path in paths), _in_threads(_flushed, paths)))}
+    return {**known, **dict(zip((path.name for path in paths), _map_in_threads(_fsync_and_hash, paths)))}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json and flush it and the directory to the disk."""
     content = {"format": FORMAT, **asdict(manifest)}
     text = json.dumps({**content, "sha256": _digest_of(content)}, indent=1, ensure_ascii=False) + "\n"
-    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    atomic_write_text(directory / MANIFEST, text, durable=True)
     fsync_directory(directory)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the checkpoint `directory`; CheckpointError when it is missing, damaged or of another version."""
+    """Read the manifest of a checkpoint. Raises CheckpointError when it is missing, damaged or of another format."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such checkpoint directory; give the path of one")
@@ -143,14 +149,16 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_files(directory: Path, *, contents: bool) -> Manifest:
-    """The manifest, after comparing presence and size of every file with it, and with `contents` every byte (SHA-256).
+    """Compare every file's presence and size, and with `contents` its SHA-256, with the manifest; return the manifest.
 
     Raises CheckpointError naming the first files that differ, and how.
     """
     manifest = read_manifest(directory)
-    problems = list(_different_sizes(directory, manifest))
+    problems = list(_size_problems(directory, manifest))
     if contents and not problems:
-        digests = _in_threads(lambda name: _sha256(directory / name, manifest.files[name].ranges), list(manifest.files))
+        digests = _map_in_threads(
+            lambda name: _sha256(directory / name, manifest.files[name].ranges), list(manifest.files)
+        )
         for (name, file), digest in zip(manifest.files.items(), digests):
             if digest != file.sha256:
                 problems.append(
@@ -163,7 +171,7 @@ def verify_files(directory: Path, *, contents: bool) -> Manifest:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make entries that were made or renamed in `directory` survive a power cut."""
+    """Flush directory entries (created or renamed files) to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,7 +179,7 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _different_sizes(directory: Path, manifest: Manifest) -> Iterable[str]:
+def _size_problems(directory: Path, manifest: Manifest) -> Iterable[str]:
     for name, file in manifest.files.items():
         path = directory / name
         if not path.is_file():
@@ -182,13 +190,13 @@ def _different_sizes(directory: Path, manifest: Manifest) -> Iterable[str]:
             yield f"{name} has {file.size} bytes, its ranges in the manifest {sum(file.ranges)}"
 
 
-def _in_threads(function: Any, values: list[Any]) -> list[Any]:
+def _map_in_threads(function: Any, values: list[Any]) -> list[Any]:
     # hashlib and fsync release the interpreter lock.
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return list(pool.map(function, values))
 
 
-def _flushed(path: Path) -> StoredFile:
+def _fsync_and_hash(path: Path) -> StoredFile:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,12 @@
-"""Large directories written part by part beside their name and published by one rename; a write that was ended goes on where it stopped.
+"""Write large directories file by file in a staging directory and publish them by one rename; an interrupted write
+resumes.
 
-A part that the journal names is on the disk for good. Nothing half-written ever has the target's name.
+A file named in the journal is complete and flushed to the disk. The target never holds a partial result.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,87 +21,96 @@ from tqdm import tqdm
 
 from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, fsync_directory
 from megatron_share4v.errors import ConversionError
+from megatron_share4v.files import append_json_lines, truncate_partial_line, try_lock
 from megatron_share4v.logging import get_logger
 
-SILENT_BYTES = 100_000_000
+PROGRESS_BYTES = 100_000_000
+"""Smaller outputs show no progress bar."""
 LARGE_BYTES = 1 << 20
-SENT_BYTES = 32 << 20
+"""Writes of at least this size are hashed as a range of their own."""
+FSYNC_BYTES = 32 << 20
+"""Unflushed bytes after which a background fsync starts."""
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One file: its name inside the directory, about how many bytes it takes, and what writes it.
+    """A file to write: its name in the directory, its approximate size, and the function that writes it.
 
-    `write` gets the file and a function to call with the number of bytes that were done; the object of JSON that it returns is kept in the journal.
+    `write` receives the open file and a callback for the number of bytes done; the JSON object that it returns is kept
+    in the journal as `note`.
     """
 
     name: str
     nbytes: int
     write: Callable[[HashingWriter, Callable[[int], Any]], dict[str, Any]]
     hashed: bool = True
-    """Whether the SHA-256 of the file is wanted."""
+    """Whether to compute the SHA-256 of the file."""
 
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A part that is done."""
+    """A finished file, as the journal stores it."""
 
     name: str
     size: int
     sha256: str
-    """"" when it was not wanted."""
-    ranges: tuple[int, ...] = field(default=(), kw_only=True)  # journals of earlier versions have none
-    note: dict[str, Any]  # the last: the end of a whole line of the journal
+    """Empty when it was not computed."""
+    ranges: tuple[int, ...] = field(default=(), kw_only=True)  # absent in journals of earlier versions
+    note: dict[str, Any]  # last: a complete journal line ends with "}}"
 
     @property
     def stored(self) -> StoredFile:
-        """What the manifest says of it."""
+        """The file's entry in the manifest."""
         return StoredFile(self.size, self.sha256, tuple(self.ranges))
 
 
 class HashingWriter:
-    """A file for writing. What goes into it is hashed, if wanted, and sent to the disk by other threads meanwhile: each takes as long as writing.
+    """A file opened for writing; other threads hash its data and flush it to the disk meanwhile, each as slow as the
+    write.
 
-    A large piece that comes at once is hashed as a range of its own, all that is written between two of them as one (manifest.StoredFile).
+    A write of at least LARGE_BYTES is hashed as a range of its own, all smaller writes between two of them as one range
+    (manifest.StoredFile).
     """
 
     def __init__(self, file: BinaryIO, *, hashed: bool, threads: ThreadPoolExecutor) -> None:
         self._file, self._threads = file, threads
-        self._hashed, self._between, self._start = hashed, hashlib.sha256(), 0
+        self._hashed, self._small_writes, self._start = hashed, hashlib.sha256(), 0
         self._lengths: list[int] = []
         self._digests: list[str] = []
-        self._unsent, self._sending = 0, threads.submit(lambda: None)
+        self._unflushed, self._flushing = 0, threads.submit(lambda: None)
 
     def write(self, data: Any) -> int:
-        """As a file's."""
+        """Write data (see `io.RawIOBase.write`)."""
         if len(data) < LARGE_BYTES:
             if self._hashed:
-                self._between.update(data)
+                self._small_writes.update(data)
             return self._file.write(data)
         hashing = self._threads.submit(hashlib.sha256, data) if self._hashed else None
-        self._end_between()
+        self._end_small_writes()
         try:
             count = self._file.write(data)
         finally:
-            digest = None if hashing is None else hashing.result()  # before the caller uses the memory again
+            digest = None if hashing is None else hashing.result()  # before the caller reuses the memory
         if digest is not None:
-            self._add(count, digest)
-        self._unsent += count
-        if self._unsent >= SENT_BYTES and self._sending.done():
-            self._sending.result()
-            self._unsent, self._sending = 0, self._threads.submit(os.fsync, self._file.fileno())
+            self._add_range(count, digest)
+        self._unflushed += count
+        if self._unflushed >= FSYNC_BYTES and self._flushing.done():
+            self._flushing.result()
+            self._unflushed, self._flushing = 0, self._threads.submit(os.fsync, self._file.fileno())
         return count
 
     def flush(self) -> None:
-        """As a file's."""
+        """Flush Python's buffer (see `io.IOBase.flush`)."""
         self._file.flush()
 
     def tell(self) -> int:
-        """As a file's."""
+        """Return the current offset (see `io.IOBase.tell`)."""
         return self._file.tell()
 
     def sha256_of_write(self, length: int, *, since: int) -> str | None:
-        """SHA-256 of the one piece of `length` bytes that was written after offset `since`; None: it was not large enough to be hashed alone."""
+        """Return the SHA-256 of the write of `length` bytes after offset `since`; None when it was not hashed
+        separately.
+        """
         start = self._start
         for size, digest in zip(reversed(self._lengths), reversed(self._digests)):
             start -= size
@@ -112,23 +121,25 @@ class HashingWriter:
         return None
 
     def finish(self) -> tuple[str, tuple[int, ...]]:
-        """Everything to the disk; the SHA-256 over its ranges and their lengths, or "" and none when it was not wanted."""
+        """Flush everything to the disk; return the SHA-256 over the ranges and their lengths ("" and () when not
+        hashed).
+        """
         self._file.flush()
-        self._sending.result()
+        self._flushing.result()
         os.fsync(self._file.fileno())
         if not self._hashed:
             return "", ()
-        self._end_between()
-        if not self._lengths:  # no ranges would mean that the digest is of the content
-            self._add(0, self._between)
+        self._end_small_writes()
+        if not self._lengths:  # without ranges, the manifest's hash would be of the content
+            self._add_range(0, self._small_writes)
         return digest_of_ranges(self._lengths, self._digests), tuple(self._lengths)
 
-    def _end_between(self) -> None:
+    def _end_small_writes(self) -> None:
         if self._hashed and (length := self._file.tell() - self._start):
-            self._add(length, self._between)
-            self._between = hashlib.sha256()
+            self._add_range(length, self._small_writes)
+            self._small_writes = hashlib.sha256()
 
-    def _add(self, length: int, digest: hashlib._Hash) -> None:
+    def _add_range(self, length: int, digest: hashlib._Hash) -> None:
         self._lengths.append(length)
         self._digests.append(digest.hexdigest())
         self._start += length
@@ -136,7 +147,7 @@ class HashingWriter:
 
 @dataclass(frozen=True)
 class StagingDirectory:
-    """Where a target is made: a directory beside it, and the journal of what is done."""
+    """The hidden directory beside a target in which it is written, and the journal of its finished files."""
 
     path: Path
     journal: Path
@@ -144,53 +155,55 @@ class StagingDirectory:
 
 @contextlib.contextmanager
 def stage_directory(target: Path, *, fingerprint: str) -> Iterator[StagingDirectory]:
-    """A workplace for the directory `target`, which gets its name when the block ends well.
+    """Yield the staging directory of `target`, which is renamed to `target` when the block ends without an exception.
 
-    What an ended process left there is used again if its `fingerprint` (of everything that decides the content) is the same.
-    Raises ConversionError when `target` is there already, at the end too, or another process is writing it; what is there is never touched.
+    Files of an interrupted process are reused if its `fingerprint` (of everything that determines the content) is
+    equal. Raises ConversionError when `target` exists, at the start or the end, or another process is writing it; an
+    existing target is never changed.
     """
     _refuse_existing(target)
     staging = StagingDirectory(
         target.with_name(f".{target.name}.converting"), target.with_name(f".{target.name}.journal")
     )
     staging.path.mkdir(parents=True, exist_ok=True)
-    with open(staging.journal, "a+", encoding="utf-8") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConversionError(f"{target}: is being written by another process; wait for it") from error
-        _refuse_existing(target)  # by a process that had the lock until now
+    with open(staging.journal, "a+b") as journal:
+        if try_lock(journal) is False:
+            raise ConversionError(f"{target}: is being written by another process; wait for it")
+        _refuse_existing(target)  # published by a process that held the lock until now
+        truncate_partial_line(staging.journal)
         journal.seek(0)
-        if journal.readline().rstrip("\n") != json.dumps(fingerprint):
+        if journal.readline().decode().rstrip("\n") != json.dumps(fingerprint):
             shutil.rmtree(staging.path)
             staging.path.mkdir()
             journal.truncate(0)
-            _append(journal, fingerprint)
-        elif not staging.journal.read_text(encoding="utf-8").endswith("\n"):
-            journal.write("\n")  # after a last line that was cut short
-            journal.flush()
+            append_json_lines(journal, [fingerprint], durable=True)
         yield staging
-        _flush(staging)
+        _fsync_tree(staging)
         _refuse_existing(target)
         try:
             os.rename(staging.path, target)
-        except OSError as error:  # somebody was faster
+        except OSError as error:  # another process published it first
             raise ConversionError(
-                f"{target}: cannot be given its name ({error.strerror}); remove what is there, then start again"
+                f"{target}: the finished directory cannot be renamed to it ({error.strerror}); "
+                "remove what is there, then start again"
             ) from error
         fsync_directory(target.parent)
         staging.journal.unlink()
 
 
 def discard_staging(staging: StagingDirectory) -> None:
-    """Forget what was written, because it turned out wrong: nothing of it may be taken for done later."""
+    """Delete staged files whose input turned out damaged, so that a later run does not reuse them."""
     os.truncate(staging.journal, 0)
     shutil.rmtree(staging.path)
     staging.journal.unlink()
 
 
 def file_states(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
-    """For a fingerprint: what changes when one of these files is written again, repaired or exchanged, even by one of the same size and age."""
+    """Return (path, size, mtime, ctime, inode) of files for a fingerprint.
+
+    The result changes when a file is rewritten, repaired or replaced, even by one of the same size and modification
+    time.
+    """
     found = []
     for path in paths:
         status = path.stat()
@@ -198,10 +211,10 @@ def file_states(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
     return found
 
 
-def write_files(staging: StagingDirectory, parts: Sequence[OutputFile], *, title: str) -> dict[str, WrittenFile]:
-    """Write those of `parts` that the journal does not have, with progress in bytes per second.
+def write_files(staging: StagingDirectory, files: Sequence[OutputFile], *, title: str) -> dict[str, WrittenFile]:
+    """Write the files that the journal does not list yet, with a progress bar; return all by name.
 
-    Raises ConversionError, before anything is written, when the disk is too full.
+    Raises ConversionError before anything is written when the disk has too little space.
     """
     directory = staging.path
     done = {
@@ -209,15 +222,15 @@ def write_files(staging: StagingDirectory, parts: Sequence[OutputFile], *, title
         for name, written in _read_journal(staging.journal).items()
         if _size(directory / name) == written.size
     }
-    left = [part for part in parts if part.name not in done]
-    needed, free = sum(part.nbytes for part in left), shutil.disk_usage(directory).free
+    left = [file for file in files if file.name not in done]
+    needed, free = sum(file.nbytes for file in left), shutil.disk_usage(directory).free
     if needed > free:
         raise ConversionError(
-            f"{directory}: takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room, then start again"
+            f"{directory}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free space, then start again"
         )
     if done:
-        get_logger().info("%s: goes on with %d of %d files already written", title, len(done), len(parts))
-    total = sum(part.nbytes for part in parts)
+        get_logger().info("%s: resumes with %d of %d files already written", title, len(done), len(files))
+    total = sum(file.nbytes for file in files)
     with tqdm(
         total=total,
         initial=total - needed,
@@ -225,35 +238,36 @@ def write_files(staging: StagingDirectory, parts: Sequence[OutputFile], *, title
         unit="B",
         unit_scale=True,
         mininterval=1.0,
-        disable=total < SILENT_BYTES,
+        disable=total < PROGRESS_BYTES,
     ) as bar:
         with ThreadPoolExecutor(1) as finishing:
-            entered: Future[None] | None = None
-            for part in left:
-                # The disk is still busy with one part while the next one is begun.
-                finish = _write(directory, part, bar.update)
-                if entered is not None:
-                    entered.result()
-                entered = finishing.submit(_enter, staging, finish)
-            if entered is not None:
-                entered.result()
+            recorded: Future[None] | None = None
+            for file in left:
+                # The disk still flushes one file while the next one is started.
+                finish = _write(directory, file, bar.update)
+                if recorded is not None:
+                    recorded.result()
+                recorded = finishing.submit(_record, staging, finish)
+            if recorded is not None:
+                recorded.result()
     done = _read_journal(staging.journal)
-    return {part.name: done[part.name] for part in parts}
+    return {file.name: done[file.name] for file in files}
 
 
-def _enter(staging: StagingDirectory, finish: Callable[[], WrittenFile]) -> None:
+def _record(staging: StagingDirectory, finish: Callable[[], WrittenFile]) -> None:
+    """Finish a file, then add it to the journal."""
     written = finish()
-    with open(staging.journal, "a", encoding="utf-8") as journal:
-        _append(journal, asdict(written))
+    with open(staging.journal, "ab") as journal:
+        append_json_lines(journal, [asdict(written)], durable=True)
 
 
 def _refuse_existing(target: Path) -> None:
     if target.exists() or target.is_symlink():
-        raise ConversionError(f"{target}: is there already; remove it or give another directory")
+        raise ConversionError(f"{target}: exists already; remove it or give another directory")
 
 
-def _flush(staging: StagingDirectory) -> None:
-    """To the disk: every file that is no part of the journal, which was flushed when it was entered, and every folder."""
+def _fsync_tree(staging: StagingDirectory) -> None:
+    """Flush every folder and every file that is not in the journal; those in the journal were flushed before."""
     journaled = {staging.path / name for name in _read_journal(staging.journal)}
     entries = list(staging.path.rglob("*"))
     for path in entries:
@@ -264,33 +278,33 @@ def _flush(staging: StagingDirectory) -> None:
         fsync_directory(folder)
 
 
-def _write(directory: Path, part: OutputFile, progress: Callable[[int], Any]) -> Callable[[], WrittenFile]:
-    """Write it, and leave what is to be called for its last bytes to reach the disk."""
-    path = directory / part.name
-    with _blaming(path), contextlib.ExitStack() as opened:
+def _write(directory: Path, task: OutputFile, progress: Callable[[int], Any]) -> Callable[[], WrittenFile]:
+    """Write a file; return the function that flushes its last bytes to the disk and closes it."""
+    path = directory / task.name
+    with _os_errors_as_conversion_error(path), contextlib.ExitStack() as opened:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = opened.enter_context(open(path, "wb"))
-        output = HashingWriter(file, hashed=part.hashed, threads=opened.enter_context(ThreadPoolExecutor(2)))
-        note = part.write(output, progress)
+        output = HashingWriter(file, hashed=task.hashed, threads=opened.enter_context(ThreadPoolExecutor(2)))
+        note = task.write(output, progress)
         kept = opened.pop_all()
 
     def finish() -> WrittenFile:
-        with _blaming(path), kept:
+        with _os_errors_as_conversion_error(path), kept:
             sha256, ranges = output.finish()
-            return WrittenFile(part.name, file.tell(), sha256, note, ranges=ranges)
+            return WrittenFile(task.name, file.tell(), sha256, note, ranges=ranges)
 
     return finish
 
 
 @contextlib.contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """For an OSError: a message about the file that could not be read, or else about `path`, which could not be written."""
+def _os_errors_as_conversion_error(path: Path) -> Iterator[None]:
+    """Raise an OSError as ConversionError about the file that could not be read, or else about writing `path`."""
     try:
         yield
     except OSError as error:
         if error.filename not in (None, str(path)):
             raise ConversionError(
-                f"{error.filename}: cannot be read ({error.strerror}); check where it lies, then start again"
+                f"{error.filename}: cannot be read ({error.strerror}); check its file system, then start again"
             ) from error
         raise ConversionError(
             f"{path}: cannot be written ({error.strerror}); free space or check the file system, then start again"
@@ -303,12 +317,6 @@ def _size(path: Path) -> int:
 
 def _read_journal(path: Path) -> dict[str, WrittenFile]:
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    # A line without its end is of a process that was killed while it wrote it.
+    # A line without "}}" was cut short by a kill.
     entries: list[Mapping[str, Any]] = [json.loads(line) for line in lines if line.endswith("}}")]
     return {entry["name"]: WrittenFile(**entry) for entry in entries}
-
-
-def _append(journal: Any, content: Any) -> None:
-    journal.write(json.dumps(content) + "\n")
-    journal.flush()
-    os.fsync(journal.fileno())

@@ -1,7 +1,8 @@
-"""The directories of a run's checkpoints: their names, what a killed process left behind, and which of them may go.
+"""Checkpoint directories of a run: names, atomic publishing, leftovers of killed processes, and removal of old
+checkpoints.
 
-A directory appears under its name only when it is whole, and disappears from it before its files do: whatever is being written or
-removed has a name that starts with a dot.
+A directory gets its name only when it is complete, and loses it before its files are removed: while it is written or
+removed, its name starts with a dot.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ _WRITING, _REMOVING, _DAMAGED = ".writing", ".removing", ".damaged"
 
 
 def step_directory_name(step: int) -> str:
-    """The directory of the checkpoint after `step` updates."""
+    """Return the directory name of the checkpoint after `step` updates."""
     return f"step_{step:08d}"
 
 
 def list_checkpoints(directory: Path) -> dict[int, Path]:
-    """Published checkpoints by step, oldest first; none when `directory` does not exist."""
+    """Return the published checkpoints by step, oldest first; empty when `directory` does not exist."""
     if not directory.is_dir():
         return {}
     found = {
@@ -36,7 +37,7 @@ def list_checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether every file is there with its size."""
+    """Return whether every file of the manifest exists with its size."""
     try:
         verify_files(checkpoint, contents=False)
     except CheckpointError:
@@ -45,7 +46,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def create_staging_directory(target: Path) -> Path:
-    """An empty directory beside `target`, in which a checkpoint can be made."""
+    """Create an empty hidden directory beside `target`, in which a checkpoint is written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}{_WRITING}")
     temporary.mkdir()
@@ -53,10 +54,10 @@ def create_staging_directory(target: Path) -> Path:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished directory its name; what bore it before is replaced."""
+    """Rename a finished directory to `target`, replacing a checkpoint of that name."""
     if target.exists():
         get_logger().warning("checkpoint: %s is replaced by a new save of the same step", target)
-        replaced = _hidden(target)
+        replaced = _hide(target)
         os.rename(temporary, target)
         shutil.rmtree(replaced)
     else:
@@ -65,7 +66,7 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def mark_damaged(checkpoint: Path) -> Path:
-    """Give a damaged checkpoint a name under which nobody takes it for one, beside the others; the new path."""
+    """Rename a damaged checkpoint so that it is no longer listed as one; return the new path."""
     target = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED}")
     for number in itertools.count(2):
         if not target.exists():
@@ -74,45 +75,52 @@ def mark_damaged(checkpoint: Path) -> Path:
     os.rename(checkpoint, target)
     fsync_directory(checkpoint.parent)
     get_logger().warning(
-        "checkpoint: set %s aside as %s; remove it when it has been looked at", checkpoint, target.name
+        "checkpoint: renamed the damaged %s to %s; remove it after inspection", checkpoint, target.name
     )
     return target
 
 
 def remove_incomplete(directory: Path) -> list[Path]:
-    """Remove what killed processes were writing or removing in `directory`, and say so. No other process may be writing there."""
+    """Remove directories that killed processes were writing or removing, and log each.
+
+    No other process may be writing in `directory`.
+    """
     found = sorted(path for suffix in (_WRITING, _REMOVING) for path in directory.glob(f".*{suffix}"))
     for path in found:
         shutil.rmtree(path)
         get_logger().warning(
-            "checkpoint: removed %s, left behind by a process that was ended in the middle of it", path
+            "checkpoint: removed %s, left behind by a process that was killed while writing or removing it", path
         )
     return found
 
 
 def remove_old_checkpoints(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Remove checkpoints older than the `keep_last` newest whole ones, except those at multiples of `keep_every_steps` (0: no exception).
+    """Remove checkpoints older than the `keep_last` newest complete ones, except at multiples of `keep_every_steps` (0:
+    none).
 
-    Nothing is removed while there are fewer whole ones than that. Run it on one rank, after a save.
+    Nothing is removed while fewer than `keep_last` are complete. Call it on one rank, after a save.
     """
     assert keep_last > 0, keep_last
     checkpoints = list_checkpoints(directory)
-    whole = [step for step, path in checkpoints.items() if is_complete(path)]
-    if len(whole) < keep_last:
+    complete = [step for step, path in checkpoints.items() if is_complete(path)]
+    if len(complete) < keep_last:
         return []
     old = [
         path
         for step, path in checkpoints.items()
-        if step < whole[-keep_last] and not (keep_every_steps and step % keep_every_steps == 0)
+        if step < complete[-keep_last] and not (keep_every_steps and step % keep_every_steps == 0)
     ]
     for path in old:
-        shutil.rmtree(_hidden(path))
+        shutil.rmtree(_hide(path))
         get_logger().info("checkpoint: removed %s (checkpoint.keep_last %d)", path, keep_last)
     return old
 
 
 def prune_checkpoints(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """`remove_old` for a user: of a run directory or its checkpoints/. Raises CheckpointError when nothing would be kept, or nothing is there."""
+    """Remove old checkpoints of a run directory or its checkpoints/ on a user's request (see `remove_old_checkpoints`).
+
+    Raises CheckpointError when `keep_last` is below 1 or there are no checkpoints.
+    """
     if keep_last < 1:
         raise CheckpointError(f"--keep-last {keep_last}: at least the newest checkpoint is kept; give 1 or more")
     found = next((path for path in (directory, directory / "checkpoints") if list_checkpoints(path)), None)
@@ -121,7 +129,8 @@ def prune_checkpoints(directory: Path, *, keep_last: int, keep_every_steps: int)
     return remove_old_checkpoints(found, keep_last=keep_last, keep_every_steps=keep_every_steps)
 
 
-def _hidden(target: Path) -> Path:
+def _hide(target: Path) -> Path:
+    """Rename a checkpoint to its hidden name for removal; return the new path."""
     hidden = target.with_name(f".{target.name}{_REMOVING}")
     os.rename(target, hidden)
     return hidden

@@ -1,17 +1,16 @@
-"""Saving and loading a run: all ranks together write or read one directory, rank 0 alone checks and publishes it.
+"""Save and load checkpoints of a run: all ranks write or read one directory; rank 0 verifies and publishes it.
 
-`<run>/checkpoints/step_00000010/` holds the tensors (mcore/dist_checkpoint.py) and manifest.json; `<run>/checkpoints/latest` names the
-newest. Every function that takes a mesh is collective, and an error that one rank finds is raised on all.
+`<run>/checkpoints/step_00000010/` holds the tensors (mcore/dist_checkpoint.py) and manifest.json;
+`<run>/checkpoints/latest` names the newest. Collective functions raise an error found on one rank on all ranks.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +35,7 @@ from megatron_share4v.checkpoint.retention import (
     step_directory_name,
 )
 from megatron_share4v.errors import CheckpointError
+from megatron_share4v.files import atomic_write_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.mcore.dist_checkpoint import count_updates, load_sharded, take_snapshot
@@ -46,9 +46,11 @@ from megatron_share4v.model.initialize import SHARDING
 from megatron_share4v.parallel.collectives import run_on_rank0
 
 __all__ = [
+    "CheckpointContents",
     "FinishSave",
     "RunState",
     "find_latest_complete",
+    "find_resume_checkpoint",
     "load_checkpoint",
     "load_weights",
     "resolve_and_read_manifest",
@@ -60,217 +62,184 @@ __all__ = [
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
-T = TypeVar("T")
 FinishSave = Callable[[dist.ProcessGroup | None], Path]
-"""Writes what was taken, over a group of all ranks (None: the default one), and gives the checkpoint's directory. Collective."""
+"""Writes a snapshot over a group of all ranks (None: the default group) and returns the checkpoint directory.
+
+Collective.
+"""
 
 
-def save_checkpoint(
-    directory: Path,
-    *,
-    step: int,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    mesh: Mesh,
-    state: RunState,
-    config_text: str,
-    assets: Sequence[Path] = (),
-) -> Path:
-    """Write `directory`/step_<step> and name it in `directory`/latest. Leftovers of a killed save are removed first.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointContents:
+    """What one checkpoint is written from."""
 
-    `config_text` is the run's whole configuration; `assets` are files that are copied in (checkpoint/assets.py). Returns
-    the new directory. Raises CheckpointError when it cannot be written; what was there before is then untouched.
+    chunks: Sequence[torch.nn.Module]
+    optimizer: MegatronOptimizer | None
+    """None: weights only."""
+    mesh: Mesh
+    state: RunState
+    config_text: str
+    """The run's whole configuration, as YAML."""
+    assets: Sequence[Path] = ()
+    """Files that are copied into the checkpoint (checkpoint/assets.py)."""
+    buffers: HostBuffers | None = None
+    """Host memory for the snapshot: with it, a thread can write the checkpoint while training continues."""
+
+
+def save_checkpoint(directory: Path, contents: CheckpointContents) -> Path:
+    """Write `directory`/step_<step> and name it in `directory`/latest; return the checkpoint. Collective.
+
+    Leftovers of a killed save are removed first. Raises CheckpointError when the checkpoint cannot be written; existing
+    checkpoints are unchanged then.
     """
-    return start_save(
-        directory,
-        step=step,
-        chunks=chunks,
-        optimizer=optimizer,
-        mesh=mesh,
-        state=state,
-        config_text=config_text,
-        assets=assets,
-    )(None)
+    return start_save(directory, contents)(None)
 
 
-def start_save(
-    directory: Path,
-    *,
-    step: int,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    mesh: Mesh,
-    state: RunState,
-    config_text: str,
-    assets: Sequence[Path] = (),
-    buffers: HostBuffers | None = None,
-) -> FinishSave:
-    """`save` in two: what is to be written is taken now, and the result writes and names it. With `buffers`, a thread may do so while training goes on.
+def start_save(directory: Path, contents: CheckpointContents) -> FinishSave:
+    """Take a snapshot of a checkpoint, and return the function that writes it and names it in `directory`/latest.
 
-    One save must be complete before the next one begins.
+    Collective.
+
+    One save must be finished before the next one starts.
     """
-    assert state.step == step, (state, step)
     directory = Path(directory)
-    target = directory / step_directory_name(step)
-    complete = _begin(
-        target,
-        chunks=chunks,
-        optimizer=optimizer,
-        mesh=mesh,
-        state=state,
-        config_text=config_text,
-        assets=assets,
-        buffers=buffers,
-    )
+    target = directory / step_directory_name(contents.state.step)
+    finish_write = _start_write(target, contents)
 
-    def named(group: dist.ProcessGroup | None) -> Path:
-        complete(group)
-        run_on_rank0(lambda: _name_latest(directory, target.name), group=group)
+    def finish_save(group: dist.ProcessGroup | None) -> Path:
+        finish_write(group)
+        run_on_rank0(lambda: _write_latest(directory, target.name), group=group)
         return target
 
-    return named
+    return finish_save
 
 
-def write_checkpoint(
-    target: Path,
-    *,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    mesh: Mesh,
-    state: RunState,
-    config_text: str,
-    assets: Sequence[Path] = (),
-) -> None:
-    """Write the checkpoint `target`: complete under that name, or not there. `optimizer` None: weights alone."""
-    _begin(
-        target,
-        chunks=chunks,
-        optimizer=optimizer,
-        mesh=mesh,
-        state=state,
-        config_text=config_text,
-        assets=assets,
-    )(None)
+def write_checkpoint(target: Path, contents: CheckpointContents) -> None:
+    """Write the checkpoint `target`, which gets its name only when it is complete. Collective."""
+    _start_write(target, contents)(None)
 
 
-def _begin(
-    target: Path,
-    *,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer | None,
-    mesh: Mesh,
-    state: RunState,
-    config_text: str,
-    assets: Sequence[Path],
-    buffers: HostBuffers | None = None,
-) -> FinishSave:
+def _start_write(target: Path, contents: CheckpointContents) -> FinishSave:
     started = time.perf_counter()
-    temporary = run_on_rank0(lambda: _prepare(target))
+    staging = run_on_rank0(lambda: _prepare_staging(target))
+    optimizer = contents.optimizer
     updates = None if optimizer is None else count_updates(optimizer)
-    snapshot = take_snapshot(temporary, chunks=chunks, optimizer=optimizer, sharding=SHARDING, buffers=buffers)
+    snapshot = take_snapshot(
+        staging, chunks=contents.chunks, optimizer=optimizer, sharding=SHARDING, buffers=contents.buffers
+    )
 
-    def finish() -> tuple[int, str]:
-        for path in assets:
-            shutil.copyfile(path, temporary / path.name)
-        files = hash_files(temporary)
-        versions, weights = library_versions(), _tower_hash(temporary)
+    def write_manifest_and_publish() -> tuple[int, str]:
+        for path in contents.assets:
+            shutil.copyfile(path, staging / path.name)
+        files, weights = hash_files(staging), _tower_hash(staging)
         manifest = Manifest(
-            state=state,
+            state=contents.state,
             updates=updates,
-            layout=mesh.layout,
-            config=config_text,
-            versions=versions,
+            layout=contents.mesh.layout,
+            config=contents.config_text,
+            versions=library_versions(),
             weights=weights,
             files=files,
         )
-        write_manifest(temporary, manifest)
-        publish(temporary, target)
+        write_manifest(staging, manifest)
+        publish(staging, target)
         return manifest.size, weights.get("vision", "none")
 
-    def complete(group: dist.ProcessGroup | None) -> Path:
+    def finish_write(group: dist.ProcessGroup | None) -> Path:
         snapshot.write(group)
-        size, tower = run_on_rank0(finish, group=group)
-        get_logger().info(
-            "checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s",
-            target,
-            size / 1e9,
-            time.perf_counter() - started,
-            tower,
-        )
+        size, tower = run_on_rank0(write_manifest_and_publish, group=group)
+        seconds = time.perf_counter() - started
+        message = "checkpoint: wrote %s, %.3f GB in %.1f s; tower sha256 %s"
+        get_logger().info(message, target, size / 1e9, seconds, tower)
         return target
 
-    return complete
+    return finish_write
 
 
 def load_checkpoint(
-    path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, mesh: Mesh, verified: bool = False
+    path: Path, *, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, verified: bool = False
 ) -> RunState:
-    """Weights and optimizer state of the checkpoint `path` (see `locate`), in place; the state of the run that wrote it.
+    """Load weights and optimizer state in place from `path` (see `resolve_checkpoint`), at any layout. Collective.
 
-    The layout may differ from the one it was written at. `verified`: find_newest_whole has just read every byte, do not do it again.
-    Raises CheckpointError when it is damaged, holds no optimizer state, or belongs to another model or other trained parts.
+    `verified`: find_resume_checkpoint has just compared every byte with the manifest, so it is not done again. Returns
+    the state of the run that wrote it. Raises CheckpointError when the checkpoint is damaged, holds no optimizer state,
+    or belongs to another model or other trained parts.
     """
     started = time.perf_counter()
-    checkpoint, manifest = _opened(path, mesh=mesh, contents=not verified)
+    checkpoint, manifest = _resolve_and_verify(path, contents=not verified)
     if manifest.updates is None:
         raise CheckpointError(
             f"{checkpoint}: holds weights alone, nothing to resume; start a run from it with checkpoint.initialize_from"
         )
     load_sharded(checkpoint, chunks=chunks, optimizer=optimizer, updates=manifest.updates, sharding=SHARDING)
-    _report("loaded", checkpoint, manifest, started)
+    _log_loaded("loaded", checkpoint, manifest, started)
     return manifest.state
 
 
-def load_weights(path: Path, *, chunks: Sequence[torch.nn.Module], mesh: Mesh) -> Manifest:
-    """Weights alone, in place, whatever parts were trained; the manifest of the checkpoint `path` (see `locate`).
+def load_weights(path: Path, *, chunks: Sequence[torch.nn.Module]) -> Manifest:
+    """Load only the weights in place from `path` (see `resolve_checkpoint`), whatever parts were trained. Collective.
 
-    Call it before build_optimizer, which copies the weights that it finds. Raises CheckpointError as `load` does.
+    Call it before build_optimizer, which copies the weights that it finds. Returns the manifest. Raises CheckpointError
+    when the checkpoint is damaged or belongs to another model.
     """
     started = time.perf_counter()
-    checkpoint, manifest = _opened(path, mesh=mesh, contents=True)
+    checkpoint, manifest = _resolve_and_verify(path, contents=True)
     load_sharded(checkpoint, chunks=chunks, optimizer=None, updates=0, sharding=SHARDING)
-    _report("loaded the weights of", checkpoint, manifest, started)
+    _log_loaded("loaded the weights of", checkpoint, manifest, started)
     return manifest
 
 
-def resolve_and_read_manifest(path: Path, *, mesh: Mesh) -> tuple[Path, Manifest]:
-    """Which checkpoint `path` means, and its manifest, for a look before `load_weights`; of its files only presence and sizes are compared."""
-    return _opened(path, mesh=mesh, contents=False)
+def resolve_and_read_manifest(path: Path) -> tuple[Path, Manifest]:
+    """Resolve `path` to a checkpoint and read its manifest, comparing only presence and sizes of its files.
+
+    Collective.
+    """
+    return _resolve_and_verify(path, contents=False)
 
 
-def find_latest_complete(directory: Path, *, mesh: Mesh | None = None) -> Path | None:
-    """The newest checkpoint in `directory` that is whole; those passed over are named in the log with the reason. None: there is none.
+def find_latest_complete(directory: Path) -> Path | None:
+    """Return the newest checkpoint in `directory` whose files exist with their sizes, or None. Not collective.
 
-    With a mesh: for a run that resumes. Rank 0 removes leftovers of a killed save, reads every byte, sets damaged ones aside and tells the others.
-    Raises CheckpointError when there are checkpoints but none is whole: a run does not start anew over them by itself.
-    Without: for a reader beside it. Any process may call it; presence and sizes of the files are compared alone.
+    For readers beside a run: nothing is changed. Skipped checkpoints are logged with the reason.
+    """
+    return _newest_complete(Path(directory), contents=False)
+
+
+def find_resume_checkpoint(directory: Path) -> Path | None:
+    """Return the newest intact checkpoint in `directory` for a run that resumes, or None when there are none.
+
+    Collective.
+
+    Rank 0 removes leftovers of a killed save, reads every byte, and renames damaged checkpoints. Raises CheckpointError
+    when there are checkpoints but none is intact, so that a run does not restart from scratch over them.
     """
     directory = Path(directory)
-    if mesh is None:
-        return _newest_whole(directory, contents=False)
 
     def find() -> Path | None:
         remove_incomplete(directory)
-        passed: dict[Path, str] = {}
-        newest = _newest_whole(directory, contents=True, passed=passed)
-        if newest is None and passed:
+        skipped: dict[Path, str] = {}
+        newest = _newest_complete(directory, contents=True, skipped=skipped)
+        if newest is None and skipped:
             raise CheckpointError(
-                f"{directory}: none of its {len(passed)} checkpoints is whole, the newest because: {next(iter(passed.values()))}. Copy one back from where it "
-                "is whole, or move them all away to start the run anew"
+                f"{directory}: none of its {len(skipped)} checkpoints is whole, the newest because: "
+                f"{next(iter(skipped.values()))}. Copy one back from an intact copy, "
+                "or move them all away to restart the run"
             )
-        if newest is not None and passed:
-            for path in passed:
+        if newest is not None and skipped:
+            for path in skipped:
                 mark_damaged(path)
-            _name_latest(directory, newest.name)
+            _write_latest(directory, newest.name)
         return newest
 
     return run_on_rank0(find)
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, what a file `latest` names, or the newest whole one of a run directory or its checkpoints/.
+    """Resolve `path` to a checkpoint: itself, the one a file `latest` names, or the newest complete one of a run
+    directory.
 
-    Raises CheckpointError when a directory of checkpoints holds no whole one.
+    The run directory's `checkpoints/` is accepted too. Raises CheckpointError when such a directory has no complete
+    checkpoint.
     """
     path = Path(path)
     if path.is_file():
@@ -278,38 +247,38 @@ def resolve_checkpoint(path: Path) -> Path:
     holders = [directory for directory in (path, path / CHECKPOINTS) if list_checkpoints(directory)]
     if (path / MANIFEST).exists() or not holders:
         return path
-    newest = _newest_whole(holders[0], contents=False)
+    newest = _newest_complete(holders[0], contents=False)
     if newest is None:
-        raise CheckpointError(f"{holders[0]}: holds no whole checkpoint; give the path of one")
+        raise CheckpointError(f"{holders[0]}: holds no complete checkpoint; give the path of one")
     return newest
 
 
-def _newest_whole(directory: Path, *, contents: bool, passed: dict[Path, str] | None = None) -> Path | None:
-    """`passed` collects those that are not whole, newest first, with what is wrong."""
+def _newest_complete(directory: Path, *, contents: bool, skipped: dict[Path, str] | None = None) -> Path | None:
+    """Find the newest checkpoint that verifies; `skipped` collects the newer ones with their problems."""
     for path in reversed(list_checkpoints(directory).values()):
         try:
             verify_files(path, contents=contents)
         except CheckpointError as error:
             get_logger().warning("checkpoint: passed over %s", error)
-            if passed is not None:
-                passed[path] = str(error)
+            if skipped is not None:
+                skipped[path] = str(error)
         else:
             return path
     return None
 
 
-def _opened(path: Path, *, mesh: Mesh, contents: bool) -> tuple[Path, Manifest]:
-    def open_() -> tuple[Path, Manifest]:
+def _resolve_and_verify(path: Path, *, contents: bool) -> tuple[Path, Manifest]:
+    def resolve() -> tuple[Path, Manifest]:
         checkpoint = resolve_checkpoint(path)
         return checkpoint, verify_files(checkpoint, contents=contents)
 
-    return run_on_rank0(open_)
+    return run_on_rank0(resolve)
 
 
 def _tower_hash(directory: Path) -> dict[str, str]:
-    """The component hash of the tower, from the files just written, so that it is the same at every layout.
+    """Hash the vision tower from the files just written, so that the hash is the same at every layout.
 
-    Its 0.3 billion weights take 0.6 s in bf16 on one core, whatever the language model; of that all files were hashed before.
+    0.3 billion bf16 weights take 0.6 s on one core.
     """
     tower = {name: tensor for name, tensor in stored_tensors(directory).items() if name.startswith("vision.")}
     return hash_components(
@@ -317,26 +286,17 @@ def _tower_hash(directory: Path) -> dict[str, str]:
     )
 
 
-def _prepare(target: Path) -> Path:
+def _prepare_staging(target: Path) -> Path:
     remove_incomplete(target.parent)
     return create_staging_directory(target)
 
 
-def _name_latest(directory: Path, name: str) -> None:
-    temporary = directory / f".{LATEST}"
-    temporary.write_text(name + "\n", encoding="utf-8")
-    os.replace(temporary, directory / LATEST)
+def _write_latest(directory: Path, name: str) -> None:
+    atomic_write_text(directory / LATEST, name + "\n", durable=True)
     fsync_directory(directory)
 
 
-def _report(what: str, checkpoint: Path, manifest: Manifest, started: float) -> None:
+def _log_loaded(what: str, checkpoint: Path, manifest: Manifest, started: float) -> None:
     seconds, size, step = time.perf_counter() - started, manifest.size / 1e9, manifest.state.step
-    get_logger().info(
-        "checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s",
-        what,
-        checkpoint,
-        step,
-        size,
-        manifest.layout,
-        seconds,
-    )
+    message = "checkpoint: %s %s (step %d, %.3f GB, written at %s) in %.1f s"
+    get_logger().info(message, what, checkpoint, step, size, manifest.layout, seconds)

@@ -76,7 +76,7 @@ class Session:
                 dtype=DTYPES[dtype or config.precision.dtype],
                 ops=implementation,
             )
-            load_weights(path, chunks=chunks, mesh=mesh)
+            load_weights(path, chunks=chunks)
             tokenizer = Tokenizer(tokenizer_path(path, config.data))
             if tokenizer.vocab_size > config.model.language.vocab_size:
                 raise DataError(

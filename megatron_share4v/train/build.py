@@ -14,7 +14,7 @@ from megatron_share4v.checkpoint.compatibility import check_initial_model
 from megatron_share4v.checkpoint.config_diff import check_config_changes, diff_config, format_changes
 from megatron_share4v.checkpoint.store import (
     RunState,
-    find_latest_complete,
+    find_resume_checkpoint,
     load_checkpoint,
     load_weights,
     resolve_and_read_manifest,
@@ -117,7 +117,7 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     )
     _announce(config, mesh, bare, ops=ops, options=options)
     checkpoints = Path(config.run.directory) / "checkpoints"
-    newest = find_latest_complete(checkpoints, mesh=mesh)
+    newest = find_resume_checkpoint(checkpoints)
     if newest is None:
         _set_first_weights(config, bare, mesh=mesh)
     else:
@@ -132,7 +132,7 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
     start_step = 0
     if newest is not None:
-        state = load_checkpoint(newest, chunks=chunks, optimizer=optimizer, mesh=mesh, verified=True)
+        state = load_checkpoint(newest, chunks=chunks, optimizer=optimizer, verified=True)
         _check_position(
             state,
             source,
@@ -209,15 +209,15 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
         initialize_weights(chunks, seed=config.run.seed, model=config.model)
         get_logger().info("weights: freshly initialised, seed %d", config.run.seed)
         return
-    where, manifest = resolve_and_read_manifest(Path(start), mesh=mesh)
+    where, manifest = resolve_and_read_manifest(Path(start))
     check_initial_model(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
-    load_weights(where, chunks=chunks, mesh=mesh)
+    load_weights(where, chunks=chunks)
     get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 
 def _check_configuration(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
     """Show what became of the configuration since the checkpoint was written; refuse what it cannot be gone on with."""
-    _, manifest = resolve_and_read_manifest(path, mesh=mesh)
+    _, manifest = resolve_and_read_manifest(path)
     found = diff_config(manifest.config, config)
     check_config_changes(found, where=path, accepted=config.checkpoint.accept_changes)
     if not found:

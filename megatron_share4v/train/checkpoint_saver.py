@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_share4v.checkpoint.assets import FOLDER, asset_files
 from megatron_share4v.checkpoint.retention import remove_old_checkpoints
-from megatron_share4v.checkpoint.store import FinishSave, RunState, start_save
+from megatron_share4v.checkpoint.store import CheckpointContents, FinishSave, RunState, start_save
 from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.logging import get_logger
@@ -61,9 +61,7 @@ class Saver:
         training, started = self._training, time.perf_counter()
         if self._timekeeper is not None:
             self._timekeeper.save_started()
-        complete = start_save(
-            training.checkpoints,
-            step=step,
+        contents = CheckpointContents(
             chunks=training.chunks,
             optimizer=training.optimizer,
             mesh=training.mesh,
@@ -72,6 +70,7 @@ class Saver:
             assets=asset_files(training.directory / FOLDER),
             buffers=self._buffers,
         )
+        complete = start_save(training.checkpoints, contents)
         if self._buffers is None:
             self._complete(complete, started)
             dist.barrier()

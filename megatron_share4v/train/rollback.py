@@ -45,7 +45,6 @@ def roll_back(training: Training, *, first_bad: int, last: int, why: str) -> int
         list_checkpoints(training.checkpoints)[target],
         chunks=training.chunks,
         optimizer=training.optimizer,
-        mesh=training.mesh,
     )
     run_on_rank0(remember)
     return target

@@ -119,7 +119,7 @@ def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
     start = (f"checkpoint.initialize_from={stage / 'other'}", f"checkpoint.expect_tower={expected}")
     done = train(stage, f"run.directory={stage / 'refused'}", *start)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"has another tower than checkpoint.expect_tower says: sha256 {stored}, expected {expected}" in done.stderr
+    assert f"its tower is not the one of checkpoint.expect_tower: sha256 {stored}, expected {expected}" in done.stderr
     manifest = read_manifest(stage / "other")
     check_initial_model(manifest, SIZED, where=stage, expect_tower=stored)
     with pytest.raises(CheckpointError, match="does not state its tower's hash"):

@@ -82,7 +82,7 @@ def test_a_yes_is_needed_for_mathematics_and_does_not_help_where_refused(found) 
         "  changes the mathematics: optim.learning_rate: was 2e-05, is 0.001",
         "  data, compared by content: data.train: was 'd', is 'other'",
         "  safe: log.every_steps: was 1, is 5",
-        "Restore the old values, or set checkpoint.accept_changes true to go on with the new ones",
+        "Restore the old values, or set checkpoint.accept_changes true to continue with the new ones",
     ]
     check_config_changes(changed, where="step_1", accepted=True)
     refused = found("optim.learning_rate=1e-3", "train.global_batch_size=16")

@@ -156,14 +156,14 @@ def test_two_writers_and_an_existing_target(tmp_path: Path) -> None:
             stage_directory(target, fingerprint="a"),
         ):
             pass
-    with pytest.raises(ConversionError, match="is there already"), stage_directory(target, fingerprint="a"):
+    with pytest.raises(ConversionError, match="exists already"), stage_directory(target, fingerprint="a"):
         pass
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
 def test_what_appears_meanwhile_is_not_touched(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with pytest.raises(ConversionError, match="is there already"), stage_directory(target, fingerprint="a") as staging:
+    with pytest.raises(ConversionError, match="exists already"), stage_directory(target, fingerprint="a") as staging:
         write_files(staging, [part("one", b"1", [])], title="test")
         if kind == "file":
             target.write_text("precious")
@@ -251,11 +251,11 @@ def test_killed_conversions_go_on(
     killed("import", source, ours, repository)
     with caplog.at_level("INFO", logger="megatron_share4v"):
         manifest = import_model(HfSource(directory=source), ours, options=ImportOptions())
-        assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
+        assert re.search("resumes with [23] of", caplog.text)  # the third one may have been on its way to the disk
         caplog.clear()
         killed("export", ours, back, repository)
         export_model(ours, back, layout="llava-hf", shard_bytes=100_000)
-        assert re.search("goes on with [23] of", caplog.text)  # the third one may have been on its way to the disk
+        assert re.search("resumes with [23] of", caplog.text)  # the third one may have been on its way to the disk
     verify_files(ours, contents=True)
     monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
     assert (

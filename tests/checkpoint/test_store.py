@@ -82,7 +82,7 @@ def weights_for_another_stage(source: Path) -> None:
 
     with opened(MAIN) as mesh:
         run, expected = Run(mesh, replace(MAIN, trainable="projector"), seed=2), Run(mesh, MAIN, seed=3)
-        manifest = load_weights(source.parent, chunks=run.bare, mesh=mesh)
+        manifest = load_weights(source.parent, chunks=run.bare)
         assert manifest.state.step == HALF and manifest.config == "run: {}\n"
         expected.load(source)
         assert all(map(torch.equal, run.weights(), expected.weights()))
@@ -102,7 +102,7 @@ def message_of(action) -> str:
 
 def misfits_are_named(source: Path) -> list[str]:
     """Another width, more layers, other trained parts, weights alone."""
-    from megatron_share4v.checkpoint.store import RunState, load_weights, write_checkpoint
+    from megatron_share4v.checkpoint.store import CheckpointContents, RunState, load_weights, write_checkpoint
 
     with opened(MAIN) as mesh:
         wider, deeper, other, same = (
@@ -111,11 +111,13 @@ def misfits_are_named(source: Path) -> list[str]:
         )
         alone = source.parent.parent / "weights_alone"
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
-        write_checkpoint(alone, chunks=same.bare, optimizer=None, mesh=mesh, state=state, config_text="")
-        load_weights(alone, chunks=same.bare, mesh=mesh)
+        write_checkpoint(
+            alone, CheckpointContents(chunks=same.bare, optimizer=None, mesh=mesh, state=state, config_text="")
+        )
+        load_weights(alone, chunks=same.bare)
         return [
             message_of(lambda: wider.load(source)),
-            message_of(lambda: load_weights(source, chunks=deeper.bare, mesh=mesh)),
+            message_of(lambda: load_weights(source, chunks=deeper.bare)),
             message_of(lambda: other.load(source)),
             message_of(lambda: same.load(alone)),
             message_of(lambda: same.load(source.parent / "step_00000099")),
@@ -147,7 +149,7 @@ def failed_writes_are_agreed_on(directory: Path) -> str:
 
 def damage_is_agreed_on(directory: Path) -> tuple[str, str, Path | None, Path | None]:
     """A flipped byte in the newest of two checkpoints."""
-    from megatron_share4v.checkpoint.store import find_latest_complete
+    from megatron_share4v.checkpoint.store import find_latest_complete, find_resume_checkpoint
 
     with opened(MAIN) as mesh:
         run = Run(mesh, MAIN, seed=1)
@@ -158,13 +160,13 @@ def damage_is_agreed_on(directory: Path) -> tuple[str, str, Path | None, Path | 
         dist.barrier()
         message, by_size = message_of(lambda: run.load(newest)), find_latest_complete(directory)
         dist.barrier()
-        with_contents = find_latest_complete(directory, mesh=mesh)
+        with_contents = find_resume_checkpoint(directory)
         run.load(with_contents, verified=True)
         alone = directory / "alone"
         if mesh.rank == 0:
             shutil.copytree(directory / "step_00000002.damaged", alone / "step_00000002")
         dist.barrier()
-        refused = message_of(lambda: find_latest_complete(alone, mesh=mesh))
+        refused = message_of(lambda: find_resume_checkpoint(alone))
         return message, refused, with_contents, by_size
 
 
@@ -305,7 +307,7 @@ def test_latest_names_the_newest(results: dict, directory: Path) -> None:
     (newest / "manifest.json").rename(newest / "elsewhere")
     assert resolve_checkpoint(directory / "damage").name == "step_00000001"
     (directory / "damage" / "step_00000001" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         resolve_checkpoint(directory / "damage")
 
 
@@ -330,7 +332,7 @@ def killed_while_saving(directory: Path, moment: str) -> None:
 def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[str]]:
     import logging
 
-    from megatron_share4v.checkpoint.store import find_latest_complete
+    from megatron_share4v.checkpoint.store import find_resume_checkpoint
     from megatron_share4v.logging import get_logger
 
     class Heard(logging.Handler):
@@ -341,7 +343,7 @@ def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[st
     get_logger().setLevel(logging.INFO)
     with opened(Setting()) as mesh:
         run = Run(mesh, Setting(), seed=2)
-        state = run.load(find_latest_complete(directory, mesh=mesh), verified=True)
+        state = run.load(find_resume_checkpoint(directory), verified=True)
         run.train(1, 2)
         run.save(directory, 2)
     return state.step, messages

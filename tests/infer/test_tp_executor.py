@@ -13,13 +13,14 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
     """At tensor 2 x pipeline 2; greedy answers of the plain reference."""
     import engine_helpers
 
-    from megatron_share4v.checkpoint.store import RunState, write_checkpoint
+    from megatron_share4v.checkpoint.store import CheckpointContents, RunState, write_checkpoint
     from megatron_share4v.model.greedy_reference import greedy_generate
 
     with opened(tensor=2, pipeline=2) as mesh:
         chunks = engine_helpers.build(mesh)
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
-        write_checkpoint(directory, chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
+        contents = CheckpointContents(chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
+        write_checkpoint(directory, contents)
         options = {
             "max_new_tokens": 12,
             "stop_ids": frozenset({engine_helpers.EOS}),
@@ -50,7 +51,7 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
 
     with opened(tensor=tensor) as mesh:
         chunks = engine_helpers.build(mesh, seed=99)
-        load_weights(directory, chunks=chunks, mesh=mesh)
+        load_weights(directory, chunks=chunks)
         engine = engine_helpers.engine_of(chunks, step_positions=16)
         if not engine.executor.is_leader:
             return run_follower(engine.executor)

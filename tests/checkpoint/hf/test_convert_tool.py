@@ -125,7 +125,7 @@ def test_inspect(checkpoints: list[Path]) -> None:
     assert "source: llama: llama1, clip" in text and "optimizer: none (weights alone)" in text
     assert "language.decoder.layers.*.mlp.linear_fc1.weight x 4: [128, 48] fp32" in text
     assert (
-        "carried for exports, not computed: 18 tensors" in text
+        "stored for exports, not computed: 18 tensors" in text
         and "vision: sha256" in text
         and "rope_theta: 10000.0" in text
     )

@@ -171,7 +171,7 @@ def test_shards(tmp_path: Path) -> None:
     name = sorted(tensors)[0]
     write_weights(source, {name: tensors[name].clone()})
     (source / "model.safetensors").rename(source / "model-00002-of-00003.safetensors")
-    assert f"{name} is there twice" in refused(HfSource(directory=source), target)
+    assert f"{name} occurs twice" in refused(HfSource(directory=source), target)
 
 
 def test_bin_shards(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_exports(llava: Path, tmp_path: Path) -> None:
     ours, target = tmp_path / "ours", tmp_path / "out"
     import_model(HfSource(directory=llava), ours, options=ImportOptions())
     target.mkdir()
-    with pytest.raises(ConversionError, match="is there already"):
+    with pytest.raises(ConversionError, match="exists already"):
         export_model(ours, target, layout="llava-hf")
     target.rmdir()
     data = ours / "__0_0.distcp"

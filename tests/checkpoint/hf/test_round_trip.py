@@ -92,7 +92,7 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
     """In a world: load the checkpoint at a layout, write it from there, as a run that starts and saves does."""
     from megatron_share4v.checkpoint.assets import asset_files
     from megatron_share4v.checkpoint.compatibility import stored_config
-    from megatron_share4v.checkpoint.store import load_weights, write_checkpoint
+    from megatron_share4v.checkpoint.store import CheckpointContents, load_weights, write_checkpoint
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.layer_config import DTYPES
@@ -107,17 +107,12 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
     with open_mesh(Layout(tensor=tensor, pipeline=pipeline, data=data), device=Device("cpu")) as mesh:
         parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
         chunks = build_chunks(config.model, mesh=mesh, parallel=parallel, dtype=DTYPES[config.precision.dtype])
-        load_weights(source, chunks=chunks, mesh=mesh)
+        load_weights(source, chunks=chunks)
         state, assets = RunState(step=0, consumed_samples=0, plan_fingerprint=""), asset_files(source)
-        write_checkpoint(
-            target,
-            chunks=chunks,
-            optimizer=None,
-            mesh=mesh,
-            state=state,
-            config_text=manifest.config,
-            assets=assets,
+        contents = CheckpointContents(
+            chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text=manifest.config, assets=assets
         )
+        write_checkpoint(target, contents)
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda degrees: f"tensor{degrees[0]}_pipeline{degrees[1]}")
