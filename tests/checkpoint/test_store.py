@@ -286,7 +286,7 @@ def test_damage_is_named_on_all_ranks_and_passed_over(results: dict) -> None:
     assert (
         "none of its 1 checkpoints is whole" in refused
         and ".distcp has other content" in refused
-        and "to start the run anew" in refused
+        and "to restart the run" in refused
     )
 
 

@@ -1,6 +1,6 @@
-"""LoRA adapters and delta weights of the original LLaVA tools, merged with their base model one tensor at a time.
+"""Merge LoRA adapters and delta weights of the original LLaVA tools with their base model, one tensor at a time.
 
-Hu et al. 2021, LoRA: W + alpha / r * B A. Sums are taken in fp32 and rounded once to the base's dtype.
+Hu et al. 2021, LoRA: W + alpha / r * B A. Sums are computed in fp32 and rounded once to the base's dtype.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 REST = "non_lora_trainables.bin"
 BUFFERS = ("inv_freq", "position_ids")
-"""How the names of tensors end that follow from the configuration; differences of them mean nothing."""
+"""Name endings of buffers that follow from the configuration; their deltas are ignored."""
 
 
 def is_adapter(directory: Path) -> bool:
-    """Whether `directory` holds a LoRA adapter."""
+    """Return whether `directory` holds a LoRA adapter."""
     return (directory / CONFIG).is_file()
 
 
 def merge_lora(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
-    """`base` with the adapter in `directory` merged, and with what was trained beside it (projector, tower) in its place or added.
+    """Merge the adapter in `directory` into `base`; weights trained beside it (projector, tower) replace or extend
+    `base`.
 
-    Raises ConversionError naming a tensor that does not fit the base, and for kinds of adapters that are not merged here.
+    Raises ConversionError naming a tensor that does not fit the base, and for unsupported kinds of adapters.
     """
     config = read_json(directory / CONFIG)
     for key, neutral in (("use_dora", False), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {})):
@@ -53,7 +54,8 @@ def merge_lora(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
             )
         if (up.shape[0], down.shape[1]) != base[name].shape:
             raise ConversionError(
-                f"{path}: wrong shape: {name} is {base[name].shape} in the base, {(up.shape[0], down.shape[1])} in the adapter"
+                f"{path}: wrong shape: {name} is {base[name].shape} in the base, "
+                f"{(up.shape[0], down.shape[1])} in the adapter"
             )
         result[name] = replace(base[name], read=_LoraSum(base[name], down, up, scale))
     rest = (
@@ -68,7 +70,10 @@ def merge_lora(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
 
 
 def merge_delta(base: LazyTensors, delta: LazyTensors) -> dict[str, LazyTensor]:
-    """Delta weights added to `base`, as LLaVA's apply_delta does: the projector and the tower are whole, new rows of the vocabulary too."""
+    """Add delta weights to `base` as LLaVA's apply_delta does.
+
+    The projector, the tower and new vocabulary rows are stored whole rather than as differences.
+    """
     result = {}
     for name, tensor in delta.items():
         if name.endswith(BUFFERS):
@@ -85,9 +90,9 @@ def merge_delta(base: LazyTensors, delta: LazyTensors) -> dict[str, LazyTensor]:
         if shape != other and not (vocabulary and shape[1:] == other[1:] and shape[0] > other[0]):
             raise ConversionError(f"{tensor.origin}: wrong shape: {name} is {shape} in the delta, {other} in the base")
         result[name] = replace(tensor, read=_DeltaSum(base[name], tensor))
-    lost = [name for name in base if name not in delta and not name.endswith(BUFFERS)]
-    if lost:
-        raise ConversionError(f"missing tensor: {lost[0]} is in the base and not in the delta; copy the delta again")
+    missing = [name for name in base if name not in delta and not name.endswith(BUFFERS)]
+    if missing:
+        raise ConversionError(f"missing tensor: {missing[0]} is in the base and not in the delta; copy the delta again")
     return result
 
 
@@ -115,7 +120,7 @@ class _DeltaSum:
 
 
 def _base_name(name: str) -> str:
-    """Without what peft puts before the names of the model that it wraps."""
+    """Strip the prefixes that peft adds to the names of the model that it wraps."""
     name = name.removeprefix("base_model.")
     return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name
 

@@ -1,4 +1,6 @@
-"""A model of another layout, opened where a checkpoint is expected: imported for the moment, through the same door as tools/convert.py."""
+"""Open a Hugging Face model where a checkpoint is expected: import it into a temporary checkpoint, as tools/convert.py
+does.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 @contextlib.contextmanager
 def open_as_checkpoint(path: Path, *, mesh: Mesh) -> Iterator[Path]:
-    """The checkpoint that `path` means (see `locate`); of a model of another layout, one that is there for the length of the block alone.
+    """Yield the checkpoint that `path` resolves to (see `resolve_checkpoint`), importing a Hugging Face model
+    temporarily.
 
-    That one is written below TMPDIR, which all ranks must see, and takes as much room as the model. Its template is the one whose chat template
-    the model has, or else vicuna_v1, and this is said. Collective. Raises ConversionError, on all ranks, when the model cannot be imported.
+    The import is written below TMPDIR, which all ranks must see, takes as much space as the model, and is removed when
+    the block ends. Its conversation template is detected from the model's chat template, or else vicuna_v1 with a
+    warning. Collective. Raises ConversionError on all ranks when the model cannot be imported.
     """
     if not is_hf_model(path):
         yield resolve_checkpoint(path)
@@ -39,7 +43,7 @@ def open_as_checkpoint(path: Path, *, mesh: Mesh) -> Iterator[Path]:
 
 
 def is_hf_model(path: Path) -> bool:
-    """Whether `path` is the directory of a model of another layout."""
+    """Return whether `path` is the directory of a Hugging Face model."""
     return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
 
 
@@ -49,7 +53,8 @@ def _import(path: Path, target: Path) -> Path:
     options = ImportOptions() if template is None else ImportOptions(template=template)
     if template is None:
         get_logger().warning(
-            "%s: has no chat template of ours; template %s is used. To choose another, import it with tools/convert.py",
+            "%s: its chat template is none of this project's; template %s is used. "
+            "To choose another, import it with tools/convert.py",
             path,
             options.template,
         )

@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' weights (Izmailov et al. 2018, arXiv 1803.05407), one tensor at a time; of one checkpoint, its weights alone."""
+"""Average the weights of checkpoints (Izmailov et al. 2018, arXiv 1803.05407), one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from megatron_share4v.errors import ConversionError
 
 
 def average_checkpoints(checkpoints: Sequence[Path], target: Path) -> Manifest:
-    """Write the checkpoint `target` (weights alone): sums in fp32, in the order given, rounded once to the first one's dtype.
+    """Write the checkpoint `target` with the mean of the weights; of one checkpoint, its weights without optimizer
+    state.
 
-    It has the first one's configuration and the last one's step. Raises ConversionError naming the first tensor that they do not share.
+    Sums are in fp32 in the given order, rounded once to the first checkpoint's dtype. `target` has the first one's
+    configuration and the last one's step. Raises ConversionError naming the first tensor that the checkpoints do not
+    share.
     """
     opened = [open_checkpoint(path) for path in checkpoints]
     for one in opened:
@@ -32,13 +35,13 @@ def average_checkpoints(checkpoints: Sequence[Path], target: Path) -> Manifest:
     first = opened[0]
     for other in opened[1:]:
         _check_same(first, other)
-    ours = {name: _mean([one.weights for one in opened], name) for name in first.weights}
+    means = {name: _mean([one.weights for one in opened], name) for name in first.weights}
     names = ", ".join(one.path.name for one in opened)
     files = [[str(one.path.resolve()), *(file.sha256 for file in one.manifest.files.values())] for one in opened]
     with stage_directory(target, fingerprint=hashlib.sha256(json.dumps(files).encode()).hexdigest()) as staging:
         manifest = write_weights_checkpoint(
             staging,
-            ours,
+            means,
             config=first.config,
             state=opened[-1].manifest.state,
             source=f"mean of {names}" if len(opened) > 1 else f"weights of {names}",
@@ -52,7 +55,7 @@ def _check_same(first: OpenCheckpoint, other: OpenCheckpoint) -> None:
     for name in [*first.weights, *other.weights]:
         one, two = (opened.weights.get(name) for opened in (first, other))
         if one is None or two is None or (one.shape, one.dtype) != (two.shape, two.dtype):
-            described = [f"{tensor.shape} {tensor.dtype}" if tensor else "not there" for tensor in (one, two)]
+            described = [f"{tensor.shape} {tensor.dtype}" if tensor else "missing" for tensor in (one, two)]
             raise ConversionError(
                 f"{other.path}: cannot be averaged with {first.path}: {name} is {described[1]}, there {described[0]}"
             )
@@ -74,16 +77,19 @@ def _mean(checkpoints: Sequence[LazyTensors], name: str) -> LazyTensor:
 
 
 def _write_assets(opened: Sequence[OpenCheckpoint], directory: Path) -> None:
-    """The first one's tokenizer, and the mean of what all carry; added rows belong to imports, so they go when one was trained."""
+    """Write the first checkpoint's tokenizer and the mean of the unused weights that all have.
+
+    Added vocabulary rows are only valid for untrained imports, so they are left out when a checkpoint was trained.
+    """
     if opened[0].tokenizer.is_file():
         shutil.copyfile(opened[0].tokenizer, directory / TOKENIZER)
-    carried = [one.unused for one in opened]
+    unused = [one.unused for one in opened]
     shared = [
         name
-        for name, tensor in carried[0].items()
-        if all(name in other and other[name].shape == tensor.shape for other in carried)
+        for name, tensor in unused[0].items()
+        if all(name in other and other[name].shape == tensor.shape for other in unused)
     ]
     if any(one.manifest.state.step for one in opened):
         shared = [name for name in shared if name not in ADDED_ROWS.values()]
     if shared:
-        write_safetensors(directory / UNUSED, {name: _mean(carried, name) for name in shared})
+        write_safetensors(directory / UNUSED, {name: _mean(unused, name) for name in shared})

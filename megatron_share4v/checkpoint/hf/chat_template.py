@@ -1,6 +1,7 @@
-"""A conversation template as the Jinja chat template that transformers and vLLM read: the text of text.template.render_prompt, after <s>.
+"""Convert a conversation template to the Jinja chat template of transformers and vLLM, and detect it from one.
 
-An image is a part of a message, {"type": "image"}; images go first, each on a line of its own. Text is written as it is.
+The rendered text equals text.template.render_prompt after <s>. An image is a message part {"type": "image"}; images go
+first, each on its own line. Text is not changed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.template import HUMAN, IMAGE_PLACEHOLDER, TEMPLATES, Template
 
-# The capitals between bars are expressions that chat_template puts in. Every tag eats the whitespace around it: only expressions write text.
+# to_jinja replaces |NAMES| by expressions. Every tag strips the whitespace around it: only expressions write text.
 _JINJA = """\
 {{- bos_token -}}
 {%- set start = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
@@ -52,18 +53,19 @@ _JINJA = """\
 
 
 def to_jinja(template: Template) -> str:
-    """The Jinja source. A first message of role "system" replaces the template's system prompt; an empty one leaves it out.
+    """Return the Jinja source of a conversation template.
 
-    Raises ConversionError for a template that writes its image into a round of its own, which messages with parts cannot say.
+    A first message of role "system" replaces the template's system prompt; an empty one removes it. Raises
+    ConversionError for a template with the image in a round of its own, which message parts cannot express.
     """
     if template.tags_image:
         raise ConversionError(
-            f"template {template.name!r} puts tags around the image and a round of its own before the question, which a Hugging Face chat template "
-            "cannot say; export with the layout share4v"
+            f"template {template.name!r} puts tags around the image and a round of its own before the question, "
+            "which a Hugging Face chat template cannot express; export with the layout share4v"
         )
     frame = template.prompt
     assert not (frame.signal or frame.ending), (
-        f"template {template.name!r}: what only training writes stands in the frame of prompts"
+        f"template {template.name!r}: the prompt frame contains text that only training writes"
     )
     human, later = frame.human[0], frame.between + frame.human[0]
     expressions = {
@@ -86,16 +88,16 @@ def to_jinja(template: Template) -> str:
 
 
 def detect_template(source: str) -> str | None:
-    """The name of the template whose chat template `source` is; None when it is none of ours."""
+    """Return the name of the template whose Jinja source is `source`; None for other chat templates."""
     plain = (template for name, template in TEMPLATES.items() if name == template.name and not template.tags_image)
     return next((template.name for template in plain if to_jinja(template) == source), None)
 
 
 def _examples(template: Template) -> str:
-    """The rounds that open every prompt."""
+    """Render the example rounds at the start of every prompt."""
     frame = template.prompt
     assert not (template.examples and (frame.between or frame.preamble)), (
-        f"template {template.name!r}: examples would have to be counted as turns"
+        f"template {template.name!r}: examples would count as turns"
     )
     return "".join(
         frame.human[0] + turn.text + frame.human[1]
@@ -106,7 +108,7 @@ def _examples(template: Template) -> str:
 
 
 def _around_system(text: str) -> str:
-    """The expression that writes `text` with the system prompt in its place."""
+    """Return the expression that writes `text` with the system prompt inserted."""
     return " ~ system ~ ".join(_literal(part) for part in text.split("{system}"))
 
 

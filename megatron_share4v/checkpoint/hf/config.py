@@ -1,6 +1,7 @@
-"""config.json of llava-hf, ShareGPT4V/LLaVA and LLaMA models as our model configuration; what we do not compute is refused by its key.
+"""Parse config.json of llava-hf, ShareGPT4V/LLaVA and LLaMA models into a model configuration; refuse unsupported keys.
 
-Nothing about weights. Defaults are those of transformers' LlamaConfig, CLIPVisionConfig and LlavaConfig, since transformers writes only what differs.
+Knows no weights. Defaults are those of transformers' LlamaConfig, CLIPVisionConfig and LlavaConfig: transformers writes
+only values that differ from them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from megatron_share4v.config.model import LanguageConfig, ModelConfig, Projector
 from megatron_share4v.errors import ConversionError
 
 Kind = Literal["llava-hf", "share4v", "llama"]
+AspectRatio = Literal["square", "pad"]
 Json = Mapping[str, Any]
 
 LLAMA = {
@@ -35,7 +37,7 @@ CLIP = {
 LLAVA_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 LLAVA_TOWER |= {"image_size": 336, "patch_size": 14}
 
-# Keys that change what is computed, with the values that we compute; a key that is absent or null has the first one.
+# Keys that change the computation, with the supported values; an absent or null key has the first one.
 LANGUAGE_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -61,19 +63,19 @@ SHARE4V_ONLY: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig:
-    """What one config.json says; of a model without a tower in it, `model.vision` is to be replaced."""
+    """Content of a config.json; without a vision tower in the model, `model.vision` is to be replaced."""
 
     kind: Kind
     model: ModelConfig
-    image_aspect_ratio: str | None = None
+    image_aspect_ratio: AspectRatio | None = None
     image_token: int | None = None
-    """llava-hf: the id that stands for image positions."""
+    """llava-hf: token id of image positions."""
     tower: str | None = None
-    """share4v: path or hub name of the tower that the model was trained with."""
+    """share4v: path or hub name of the vision tower that the model was trained with."""
 
 
 def parse_model_config(config: Json, *, where: str) -> HfConfig:
-    """The model that a config.json describes. Raises ConversionError naming the key whose value is foreign."""
+    """Parse the config.json of a model. Raises ConversionError naming a key with an unsupported value."""
     kind = _kind_of(config, where)
     try:
         if kind == "llava-hf":
@@ -81,7 +83,7 @@ def parse_model_config(config: Json, *, where: str) -> HfConfig:
         language = _language(config, where)
         if kind == "llama":
             return HfConfig(kind=kind, model=ModelConfig(language=language))
-        _refuse_foreign(config, SHARE4V_ONLY, where)
+        _refuse_unsupported(config, SHARE4V_ONLY, where)
         vision = VisionConfig(feature_layer=config.get("mm_vision_select_layer", -2))
         projector = ProjectorConfig(type=config.get("mm_projector_type") or "linear")
         model = ModelConfig(vision=vision, language=language, projector=projector)
@@ -94,7 +96,7 @@ def parse_model_config(config: Json, *, where: str) -> HfConfig:
 
 
 def parse_vision_config(config: Json, *, feature_layer: int, where: str) -> VisionConfig:
-    """The tower that the config.json of a CLIP model describes. Raises ConversionError."""
+    """Parse the config.json of a CLIP model as a vision tower. Raises ConversionError."""
     if config.get("model_type") == "clip":
         config = config.get("vision_config") or {}
     elif config.get("model_type") != "clip_vision_model":
@@ -114,20 +116,20 @@ def _kind_of(config: Json, where: str) -> Kind:
     if config.get("model_type") == "llama":
         return "llama"
     raise ConversionError(
-        f"{where}: foreign architecture: model_type {config.get('model_type')!r}, architectures {architectures}; llava (transformers), "
-        "share4v, llava_llama and llama can be imported"
+        f"{where}: foreign architecture: model_type {config.get('model_type')!r}, architectures {architectures}; "
+        "llava (transformers), share4v, llava_llama and llama can be imported"
     )
 
 
 def _read_llava_hf(config: Json, where: str) -> HfConfig:
-    _refuse_foreign(config, LLAVA_ONLY, where)
+    _refuse_unsupported(config, LLAVA_ONLY, where)
     text, layer = config.get("text_config") or {}, config.get("vision_feature_layer", -2)
     if text.get("model_type", "llama") != "llama":
-        raise ConversionError(f"{where}: text_config.model_type {text['model_type']!r}; only llama is computed here")
+        raise ConversionError(f"{where}: text_config.model_type {text['model_type']!r}; only llama is supported")
     tower = config.get("vision_config") or {}
     if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise ConversionError(
-            f"{where}: vision_config.model_type {tower['model_type']!r}; only clip_vision_model is computed here"
+            f"{where}: vision_config.model_type {tower['model_type']!r}; only clip_vision_model is supported"
         )
     vision = _vision(tower, CLIP if tower else LLAVA_TOWER, feature_layer=layer, where=f"{where}: vision_config")
     model = ModelConfig(
@@ -140,17 +142,15 @@ def _read_llava_hf(config: Json, where: str) -> HfConfig:
 
 
 def _language(config: Json, where: str) -> LanguageConfig:
-    _refuse_foreign(config, LANGUAGE_ONLY, where)
+    _refuse_unsupported(config, LANGUAGE_ONLY, where)
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise ConversionError(
-            f"{where}: rope_parameters.rope_type {rope['rope_type']!r}; only default is computed here"
-        )
+        raise ConversionError(f"{where}: rope_parameters.rope_type {rope['rope_type']!r}; only default is supported")
     size = {**LLAMA, **LLAMA_REST, **{key: value for key, value in config.items() if value is not None}}
     head = size["hidden_size"] // size["num_attention_heads"]
     if size.get("head_dim", head) != head:
         raise ConversionError(
-            f"{where}: head_dim {size['head_dim']} is not hidden_size / num_attention_heads = {head}, as computed here"
+            f"{where}: head_dim {size['head_dim']} is not hidden_size / num_attention_heads = {head}, which is required"
         )
     return LanguageConfig(
         vocab_size=size["vocab_size"],
@@ -166,9 +166,9 @@ def _language(config: Json, where: str) -> LanguageConfig:
 
 
 def _vision(config: Json, defaults: Mapping[str, int], *, feature_layer: int, where: str) -> VisionConfig:
-    _refuse_foreign(config, VISION_ONLY, where)
+    _refuse_unsupported(config, VISION_ONLY, where)
     if not isinstance(feature_layer, int):
-        raise ConversionError(f"{where}: features of the layers {feature_layer}; one layer is taken here")
+        raise ConversionError(f"{where}: features of the layers {feature_layer}; only one layer is supported")
     size = {**defaults, **{key: value for key, value in config.items() if value is not None}}
     vision = VisionConfig(
         image_size=size["image_size"],
@@ -182,14 +182,14 @@ def _vision(config: Json, defaults: Mapping[str, int], *, feature_layer: int, wh
     return replace(vision, feature_layer=feature_layer)
 
 
-def _refuse_foreign(config: Json, allowed: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    problems = list(_foreign(config, allowed))
+def _refuse_unsupported(config: Json, allowed: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    problems = list(_unsupported(config, allowed))
     if problems:
         raise ConversionError(f"{where}: foreign architecture: {'; '.join(problems)}")
 
 
-def _foreign(config: Json, allowed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
+def _unsupported(config: Json, allowed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
     for key, values in allowed.items():
         value = config.get(key)
         if value is not None and value not in values:
-            yield f"{key} is {value!r}, computed here is {' or '.join(repr(value) for value in values)}"
+            yield f"{key} is {value!r}, supported is {' or '.join(repr(value) for value in values)}"

@@ -1,10 +1,12 @@
-"""A checkpoint of ours to the layout of transformers' LLaVA or of ShareGPT4V, one tensor at a time. hf_files writes all that is no weight.
+"""Export a checkpoint to the layout of transformers' LLaVA or of ShareGPT4V, one tensor at a time.
 
-llava-hf has rows for `<image>`, `<pad>` and alignment after the tokenizer's (checkpoint/hf/vocab.py).
+metadata_files writes the other files. llava-hf has vocabulary rows for `<image>`, `<pad>` and alignment after the
+tokenizer's (checkpoint/hf/vocab.py).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -54,29 +56,32 @@ from megatron_share4v.model.initialize import initial_value
 
 Layout = Literal["llava-hf", "share4v"]
 TOWER_FOLDER = "clip"
-"""SGLang takes a tower for one only when its path has this in it."""
+"""SGLang recognises a vision tower only by this word in its path."""
 SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A checkpoint that is to be read one tensor at a time."""
+    """An open checkpoint, read one tensor at a time."""
 
     path: Path
     manifest: Manifest
     config: RunConfig
     weights: dict[str, LazyTensor]
     unused: dict[str, LazyTensor]
-    """What goes with it for exports alone (checkpoint/assets.py)."""
+    """Weights stored only for exports (checkpoint/assets.py)."""
 
     @property
     def tokenizer(self) -> Path:
-        """Its own copy, or the file that its configuration names."""
+        """The checkpoint's own tokenizer file, or the one that its configuration names."""
         return tokenizer_path(self.path, self.config.data)
 
 
 def open_checkpoint(path: Path) -> OpenCheckpoint:
-    """The checkpoint that `path` means (see store.locate). Raises CheckpointError when it is missing, or a file of it is missing or too short."""
+    """Open the checkpoint that `path` resolves to (see store.resolve_checkpoint).
+
+    Raises CheckpointError when it is missing, or one of its files is missing or truncated.
+    """
     path = resolve_checkpoint(path)
     manifest = verify_files(path, contents=False)
     weights = {
@@ -91,25 +96,26 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
 def export_model(
     checkpoint: Path, target: Path, *, layout: Layout, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Write the directory `target`, in `dtype` (fp32, bf16, fp16) or as stored; the checkpoint that was read.
+    """Write the directory `target` in `dtype` (fp32, bf16, fp16) or as stored; return the checkpoint that was read.
 
-    Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is damaged, and forgets what was written
-    from it, and ConversionError when it does not fit the layout; `target` is then not there.
+    Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is damaged,
+    after deleting the staged files, and ConversionError when it does not fit the layout; `target` does not exist then.
     """
     opened = open_checkpoint(checkpoint)
     stored_as = {FLOAT_NAMES[tensor.dtype] for tensor in opened.weights.values()}
     if dtype is None and len(stored_as) > 1:
         raise ConversionError(
-            f"{opened.path}: holds weights in {', '.join(sorted(stored_as))}; say which one to write with --dtype"
+            f"{opened.path}: holds weights in {', '.join(sorted(stored_as))}; choose one with --dtype"
         )
     chosen = dtype or stored_as.pop()
-    seen = None if _hashes_hold(opened, chosen) else _Seen(FLOATS[chosen])
+    hashes = None if _hashes_hold(opened, chosen) else _TensorHashes(FLOATS[chosen])
     folders = {
         folder: {name: cast_checked(name, tensor, chosen) for name, tensor in tensors.items()}
-        for folder, tensors in hf_tensors(opened, layout=layout, seen=seen).items()
+        for folder, tensors in hf_tensors(opened, layout=layout, hashes=hashes).items()
     }
     files = {name: file.sha256 for name, file in opened.manifest.files.items()}
-    # The hashes are what the files should hold; what was read from them in fact, before it was compared, goes by their state on the disk.
+    # The manifest's hashes are of what the files should hold; their state on the disk identifies what was read from
+    # them.
     content = [
         file_states(opened.path / name for name in files),
         files,
@@ -129,14 +135,14 @@ def export_model(
                 ]
                 try:
                     write_files(staging, parts, title=f"export {layout}")
-                finally:  # a damaged file explains whatever else went wrong
+                finally:  # report a damaged file before errors that follow from it
                     verified.result()
         except CheckpointError:
             discard_staging(staging)
             raise
         for folder, tensors in folders.items():
             write_index(staging.path / folder, tensors, max_bytes=shard_bytes)
-        weights = opened.manifest.weights if seen is None else seen.components(opened)
+        weights = opened.manifest.weights if hashes is None else hashes.components(opened)
         _write_files(staging.path, opened, layout=layout, dtype=chosen, weights=weights)
     get_logger().info(
         "%s: %s in %s, from %s (step %d)", target, layout, chosen, opened.path, opened.manifest.state.step
@@ -147,8 +153,8 @@ def export_model(
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Hashes of our tensors, rounded as the export has them, taken while they are read."""
+class _TensorHashes:
+    """SHA-256 of the Megatron tensors in the export's dtype, computed while they are read."""
 
     dtype: torch.dtype
     digests: dict[str, str] = field(default_factory=dict)
@@ -157,7 +163,7 @@ class _Seen:
         self.digests[name] = tensor_sha256(values.to(self.dtype))
 
     def components(self, opened: OpenCheckpoint) -> dict[str, str]:
-        """One per component. What an earlier process wrote, whose export this one finished, is read again."""
+        """Return one SHA-256 per component; tensors that an interrupted process exported are read again."""
         for name, tensor in opened.weights.items():
             if name not in self.digests:
                 self.add(name, tensor.read())
@@ -167,70 +173,72 @@ class _Seen:
 
 
 def _hashes_hold(opened: OpenCheckpoint, dtype: str) -> bool:
-    """Whether the manifest's hashes of the components are those of the export."""
+    """Return whether the manifest's component hashes are also those of the export."""
     return set(opened.manifest.weights) == set(COMPONENTS) and all(
         tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values()
     )
 
 
 def hf_tensors(
-    opened: OpenCheckpoint, *, layout: Layout, seen: _Seen | None = None
+    opened: OpenCheckpoint, *, layout: Layout, hashes: _TensorHashes | None = None
 ) -> dict[str, dict[str, LazyTensor]]:
-    """Every tensor of an export by folder ("" or "clip/") and name, as stored. Raises ConversionError when one of ours is missing."""
+    """Return every tensor of an export by folder ("" or "clip/") and name, in the stored dtype.
+
+    Raises ConversionError when the checkpoint lacks a tensor.
+    """
     if layout == "llava-hf":
-        plain = _renamed(opened, LLAVA_HF, ("language", "projector", "vision"), seen)
+        plain = _convert(opened, LLAVA_HF, ("language", "projector", "vision"), hashes)
         return {"": {**_with_added_rows(opened, plain), **_unused(opened, prefix=LLAVA_HF.tower or "")}}
-    main = _renamed(opened, SHARE4V, ("language", "projector"), seen)
-    tower = {**_renamed(opened, CLIP, ("vision",), seen), **_unused(opened, prefix=CLIP.tower or "")}
+    main = _convert(opened, SHARE4V, ("language", "projector"), hashes)
+    tower = {**_convert(opened, CLIP, ("vision",), hashes), **_unused(opened, prefix=CLIP.tower or "")}
     return {"": main, f"{TOWER_FOLDER}/": tower}
 
 
-def _renamed(
-    opened: OpenCheckpoint, naming: Naming, components: tuple[Component, ...], seen: _Seen | None
+def _convert(
+    opened: OpenCheckpoint, naming: Naming, components: tuple[Component, ...], hashes: _TensorHashes | None
 ) -> dict[str, LazyTensor]:
-    assert set(components) <= set(COMPONENTS)
+    """Map the checkpoint's tensors to Hugging Face names; parts of one tensor share a read through a SplitCache."""
     cache = SplitCache()
     result = {}
     for mapping in check_megatron_weights(opened.weights, opened.config.model, naming=naming, components=components):
         whole = opened.weights[mapping.name]
-        split = _splitter(mapping, whole, seen)
-        for number, (name, shape) in enumerate(mapping.hf_shapes().items()):
-            result[name] = LazyTensor(shape, whole.dtype, whole.origin, _part(cache, mapping.name, split, number))
+        split = functools.partial(_split, mapping, whole, hashes)
+        for index, (name, shape) in enumerate(mapping.hf_shapes().items()):
+            read = functools.partial(_read_part, cache, mapping.name, split, index)
+            result[name] = LazyTensor(shape, whole.dtype, whole.origin, read)
     return result
 
 
-def _splitter(mapping: WeightMapping, whole: LazyTensor, seen: _Seen | None) -> Callable[[], tuple[torch.Tensor, ...]]:
-    def split() -> tuple[torch.Tensor, ...]:
-        values = whole.read()
-        if seen is not None:
-            seen.add(mapping.name, values)
-        return mapping.transform.to_hf(values)
-
-    return split
+def _split(mapping: WeightMapping, whole: LazyTensor, hashes: _TensorHashes | None) -> tuple[torch.Tensor, ...]:
+    values = whole.read()
+    if hashes is not None:
+        hashes.add(mapping.name, values)
+    return mapping.transform.to_hf(values)
 
 
-def _part(
-    cache: SplitCache, name: str, split: Callable[[], tuple[torch.Tensor, ...]], number: int
-) -> Callable[[], torch.Tensor]:
-    return lambda: cache.get(name, split)[number]
+def _read_part(cache: SplitCache, name: str, split: Callable[[], tuple[torch.Tensor, ...]], index: int) -> torch.Tensor:
+    return cache.get(name, split)[index]
 
 
 def _unused(opened: OpenCheckpoint, *, prefix: str) -> dict[str, LazyTensor]:
-    """The tower's weights that we do not compute: carried along since the import, or else fresh, and this is said."""
+    """Return the tower weights that the model does not compute: stored since the import, or else initialised with a
+    warning.
+    """
     model, dtype = opened.config.model, opened.weights["vision.class_embedding"].dtype
-    result, fresh = {}, []
+    result, initialised = {}, []
     for name, shape in unused_tower_shapes(model).items():
-        carried = opened.unused.get(f"vision.{name}")
-        if carried is None or carried.shape != shape:
-            fresh.append(name)
+        stored = opened.unused.get(f"vision.{name}")
+        if stored is None or stored.shape != shape:
+            initialised.append(name)
             value = initial_value(f"vision.unused.{name}", shape, seed=0, model=model).to(dtype)
-            carried = LazyTensor(shape, dtype, "initialised", lambda value=value: value)
-        result[prefix + name] = carried
-    if fresh:
+            stored = LazyTensor(shape, dtype, "initialised", value.detach)
+        result[prefix + name] = stored
+    if initialised:
         get_logger().warning(
-            "tower: %d tensors after its feature layer (%s ...) are not in %s and are written freshly initialised; no answer depends on them",
-            len(fresh),
-            fresh[0],
+            "tower: %d tensors after its feature layer (%s ...) are not in %s and are written freshly initialised; "
+            "no output depends on them",
+            len(initialised),
+            initialised[0],
             opened.path,
         )
     return result
@@ -239,17 +247,17 @@ def _unused(opened: OpenCheckpoint, *, prefix: str) -> dict[str, LazyTensor]:
 def _with_added_rows(opened: OpenCheckpoint, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     rows = metadata_files.llava_vocab_rows(opened.config.model)
     names = {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}
-    carried = opened.unused if opened.manifest.state.step == 0 else {}
+    stored = opened.unused if opened.manifest.state.step == 0 else {}
     return {
         **plain,
-        **{name: _extended(plain[name], rows, carried.get(ADDED_ROWS[part])) for part, name in names.items()},
+        **{name: _extended(plain[name], rows, stored.get(ADDED_ROWS[part])) for part, name in names.items()},
     }
 
 
-def _extended(tensor: LazyTensor, rows: int, carried: LazyTensor | None) -> LazyTensor:
+def _extended(tensor: LazyTensor, rows: int, stored: LazyTensor | None) -> LazyTensor:
     def read() -> torch.Tensor:
         values = tensor.read()
-        return torch.cat([values, added_vocab_rows(values, rows - tensor.shape[0], carried=carried)])
+        return torch.cat([values, added_vocab_rows(values, rows - tensor.shape[0], imported=stored)])
 
     return LazyTensor((rows, *tensor.shape[1:]), tensor.dtype, tensor.origin, read)
 

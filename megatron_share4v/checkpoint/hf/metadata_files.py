@@ -1,7 +1,8 @@
-"""Everything of a Hugging Face directory but the weights: configuration, image processor, tokenizer, chat template.
+"""Write the files of a Hugging Face directory other than weights: configuration, image processor, tokenizer, chat
+template.
 
-Two layouts: llava-hf (transformers' LlavaForConditionalGeneration, vLLM) and share4v (the official ShareGPT4V and LLaVA code). All keys are written
-by hand, in the spelling that both old and new readers know.
+Two layouts: llava-hf (transformers' LlavaForConditionalGeneration, vLLM) and share4v (the official ShareGPT4V and LLaVA
+code). All keys are written explicitly, in the spelling that both old and new readers know.
 """
 
 from __future__ import annotations
@@ -34,22 +35,24 @@ _IMAGE_POLICIES = ("pad", "square")
 
 
 def llava_vocab_rows(model: ModelConfig) -> int:
-    """Rows of embedding and head in llava-hf: the vocabulary, <image> and <pad>, rounded up to a multiple of 64."""
+    """Return the vocabulary rows in llava-hf: pieces, <image> and <pad>, rounded up to a multiple of 64."""
     return -(-(model.language.vocab_size + len(NEW_TOKENS)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def write_llava_hf_files(
     directory: Path, *, model: ModelConfig, tokenizer: Path, template: str, image_aspect_ratio: str, dtype: str
 ) -> None:
-    """All files of a llava-hf model but the weights, into `directory`, which is made.
+    """Write all files of a llava-hf model except the weights into `directory`, which is created.
 
-    tokenizer: the sentencepiece file. template: of the conversations that the model is to be asked in. dtype: of the weights, "fp32", "bf16" or
-    "fp16". Raises ConversionError when the layout cannot say this model, tokenizer or template; DataError when the tokenizer cannot be read.
+    tokenizer: the sentencepiece file. template: conversation template for the chat template. dtype: of the weights,
+    "fp32", "bf16" or "fp16". Raises ConversionError when the layout cannot express this model, tokenizer or template;
+    DataError when the tokenizer cannot be read.
     """
     _check_image_policy(image_aspect_ratio)
     if model.projector.type != "mlp2x_gelu":
         raise ConversionError(
-            f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; use the layout share4v"
+            f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; "
+            "use the layout share4v"
         )
     tokens = read_tokenizer(tokenizer, vocab_size=model.language.vocab_size)
     chat = to_jinja(get_template(template))
@@ -80,10 +83,11 @@ def write_llava_hf_files(
 def write_share4v_files(
     directory: Path, *, model: ModelConfig, tokenizer: Path, tower_path: str, image_aspect_ratio: str, dtype: str
 ) -> None:
-    """All files of an official ShareGPT4V model but the weights, into `directory`, which is made (the config.json of ShareGPT4V-7B).
+    """Write all files of an official ShareGPT4V model except the weights into `directory`, which is created.
 
-    tower_path: what config.json names as `mm_vision_tower`, as it is; the tower's own files go to the folder of its last name inside `directory`.
-    dtype and errors: as for write_llava_hf_files.
+    tower_path: written unchanged to config.json as `mm_vision_tower`; the tower's files go to the folder of its last
+    path component inside `directory`. config.json has the keys of ShareGPT4V-7B's. dtype and errors: as for
+    write_llava_hf_files.
     """
     _check_image_policy(image_aspect_ratio)
     folder = directory / Path(tower_path).name
@@ -94,8 +98,9 @@ def write_share4v_files(
     tokens = read_sentencepiece_model(tokenizer)
     if len(tokens.pieces) > model.language.vocab_size:
         raise ConversionError(
-            f"tokenizer {tokenizer} has {len(tokens.pieces)} pieces; the vocabulary is too small: model.language.vocab_size is "
-            f"{model.language.vocab_size}. Give the tokenizer.model that the model was trained with"
+            f"tokenizer {tokenizer} has {len(tokens.pieces)} pieces; the vocabulary is too small: "
+            f"model.language.vocab_size is {model.language.vocab_size}. "
+            "Give the tokenizer.model that the model was trained with"
         )
     folder.mkdir(parents=True, exist_ok=True)
     config = _share4v_config(model, tokens, tower_path=tower_path, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
@@ -121,7 +126,7 @@ def _llava_config(
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "torch_dtype": _torch_name(dtype),  # not `dtype`, which old readers do not know
+        "torch_dtype": _torch_name(dtype),  # not `dtype`, which old readers ignore
         # transformers 4 reads the first, some engines the second.
         "image_token_index": tokens.image_id,
         "image_token_id": tokens.image_id,
@@ -162,7 +167,7 @@ def _share4v_config(
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "use_mm_proj": True,
-        # Training switches of the official code, which reads them again when it goes on from this model.
+        # Training switches that the official code reads when it continues training this model.
         "freeze_mm_mlp_adapter": False,
         "tune_entire_model": False,
         "tune_mm_mlp_adapter": False,
@@ -182,7 +187,7 @@ def _language_config(model: ModelConfig, tokens: SentencePieceModel) -> dict[str
         "num_key_value_heads": language.num_key_value_heads,
         "max_position_embeddings": language.max_position_embeddings,
         "rms_norm_eps": language.rms_norm_eps,
-        # Flat: transformers 5 reads it too, and 4 does not know its `rope_parameters`.
+        # transformers 5 reads this flat key too; transformers 4 ignores `rope_parameters`.
         "rope_theta": language.rope_theta,
         "hidden_act": "silu",
         "initializer_range": model.init_std,
@@ -203,12 +208,15 @@ def _vision_config(vision: VisionConfig) -> dict[str, Any]:
         "patch_size": vision.patch_size,
         "layer_norm_eps": vision.layer_norm_eps,
         "hidden_act": "quick_gelu",
-        "projection_dim": 768,  # CLIP's, of an output that is not used
+        "projection_dim": 768,  # CLIP's value; the projected output is not used
     }
 
 
 def _generation_config(tokens: SentencePieceModel, *, pad_id: int) -> dict[str, int]:
-    """Ids alone: servers take a temperature written here for their default, and transformers refuses to save one without sampling."""
+    """Return token ids only.
+
+    Servers use a temperature written here as their default, and transformers refuses to save one without sampling.
+    """
     return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": pad_id}
 
 

@@ -1,6 +1,6 @@
-"""Which prefixes a model's tensor names have, read off the names themselves: every release of transformers and of LLaVA has its own.
+"""Detect the prefixes of a model's tensor names from the names: every release of transformers and LLaVA has its own.
 
-A part of the model that is there twice is refused here; whether all of it is there is checked by the weight map.
+A component that occurs twice is refused here; the weight map checks completeness.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from megatron_share4v.checkpoint.hf.weight_map import Component, Naming
 from megatron_share4v.errors import ConversionError
 
-# How the one tensor ends that tells where a part of the model lies.
+# Name endings of the tensors that locate each component.
 TOWER = "embeddings.class_embedding"
 DECODER = "embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -22,7 +22,7 @@ PROJECTOR_LINEAR = "mm_projector."
 
 
 def detect_naming(names: Iterable[str], *, title: str) -> Naming:
-    """The prefixes of the parts that are among `names`; None for those that are not.
+    """Return the prefix of each component found in `names`; None for a missing component.
 
     Raises ConversionError naming two tensors when there are two towers, projectors or language models.
     """
@@ -50,13 +50,13 @@ def detect_naming(names: Iterable[str], *, title: str) -> Naming:
 
 
 def present_components(naming: Naming) -> tuple[Component, ...]:
-    """The parts of the model that `naming` has a place for."""
-    there = {
+    """Return the components for which `naming` has a prefix."""
+    present: dict[Component, bool] = {
         "vision": naming.tower is not None,
         "projector": naming.projector_mlp is not None or naming.projector_linear is not None,
         "language": naming.decoder is not None,
     }
-    return tuple(component for component, has in there.items() if has)
+    return tuple(component for component, has in present.items() if has)
 
 
 def _prefix(names: tuple[str, ...], ending: str, *, what: str) -> str | None:

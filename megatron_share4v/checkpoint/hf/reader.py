@@ -1,6 +1,6 @@
-"""The tensors of safetensors and PyTorch .bin files, sharded or not, as lazy tensors. Which model they make is decided elsewhere.
+"""Open safetensors and PyTorch .bin files, sharded or not, as lazy tensors. Knows no models.
 
-Safetensors are read by position, so memory never holds more than the tensor asked for; of .bin files one shard at a time is mapped.
+Safetensors are read by offset, so memory holds only the requested tensor; of .bin files one shard at a time is mapped.
 """
 
 from __future__ import annotations
@@ -37,16 +37,20 @@ AGAIN = "copy or download it again"
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether `directory` holds a model's weights under one of the usual names."""
+    """Return whether `directory` holds a model's weights under one of the usual names."""
     return bool(_weight_files(directory))
 
 
 def open_weights_directory(directory: Path) -> dict[str, LazyTensor]:
-    """The weights of a model's directory (no adapters, no projector files). Raises ConversionError for what is missing or damaged."""
+    """Open the weights of a model directory, without adapters and projector files.
+
+    Raises ConversionError for missing or damaged files.
+    """
     files = _weight_files(directory)
     if not files:
         raise ConversionError(
-            f"{directory}: holds no weights ({', '.join(WHOLE)}, or shards with an index); give the directory of a model"
+            f"{directory}: holds no weights ({', '.join(WHOLE)}, or shards with an index); "
+            "give the directory of a model"
         )
     mapped = _MappedFile()
     tensors = merge_disjoint(*(_open(path, mapped) for path in files))
@@ -61,7 +65,7 @@ def open_weights_directory(directory: Path) -> dict[str, LazyTensor]:
 
 
 def open_weights_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one .safetensors or .bin file. Raises ConversionError when it is missing or damaged."""
+    """Open one .safetensors or .bin file. Raises ConversionError when it is missing or damaged."""
     return _open(path, _MappedFile())
 
 
@@ -76,7 +80,7 @@ def _open(path: Path, mapped: _MappedFile) -> dict[str, LazyTensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConversionError."""
+    """Read a JSON object from a file. Raises ConversionError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -87,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """Safetensors before .bin, where a hub repository has both."""
+    """List the weight files, preferring safetensors where a directory has both formats."""
     for index, whole, shards in zip(INDEXES, WHOLE, SHARDS):
         if (directory / index).is_file():
             return [
@@ -129,50 +133,50 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             )
         if end - begin != torch.Size(shape).numel() * dtype.itemsize:
             raise ConversionError(f"{path}: {name} of shape {shape} and {dtype} has {end - begin} bytes; {AGAIN}")
-        tensors[name] = LazyTensor(shape, dtype, str(path), _Range(path, 8 + length + begin, shape, dtype))
+        tensors[name] = LazyTensor(shape, dtype, str(path), _FileRange(path, 8 + length + begin, shape, dtype))
     return tensors
 
 
-class _Range:
-    """One tensor's bytes in a file."""
+class _FileRange:
+    """Reader of one tensor's bytes in a file (a `RowReader`)."""
 
     def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.path, self.offset, self.shape, self.dtype = path, offset, shape, dtype
 
-    def slice_rows(self, start: int, stop: int) -> _Range:
-        """Of rows start .. stop - 1."""
+    def slice_rows(self, start: int, stop: int) -> _FileRange:
+        """Return a reader of rows start .. stop - 1."""
         size = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
-        return _Range(self.path, self.offset + start * size, (stop - start, *self.shape[1:]), self.dtype)
+        return _FileRange(self.path, self.offset + start * size, (stop - start, *self.shape[1:]), self.dtype)
 
     def __call__(self) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         try:
-            self._fill(tensor_bytes(tensor))
+            self._read_into(tensor_bytes(tensor))
         except OSError as error:
             raise ConversionError(
-                f"{self.path}: cannot be read ({error.strerror}); check where it lies, or {AGAIN}"
+                f"{self.path}: cannot be read ({error.strerror}); check its file system, or {AGAIN}"
             ) from error
         return tensor
 
-    def _fill(self, left: memoryview) -> None:
+    def _read_into(self, left: memoryview) -> None:
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             while left:
                 count = file.readinto(left)
                 if not count:
-                    raise ConversionError(f"{self.path}: became shorter while it was read; {AGAIN}")
+                    raise ConversionError(f"{self.path}: was truncated while it was read; {AGAIN}")
                 left = left[count:]
 
 
 class _MappedFile:
-    """The tensors of one .bin file of several; of those only the last one asked for stays mapped."""
+    """Cache of the last .bin file that was read: only one of several shards stays mapped."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
 
     def tensors(self, path: Path) -> dict[str, torch.Tensor]:
-        """By name; reading one more file lets go of the one before."""
+        """Return the tensors of a file by name; the previous file is unmapped."""
         if path != self._path:
             self._path, self._tensors = None, {}
             self._tensors = _load_bin(path)
@@ -192,13 +196,13 @@ def _open_bin(path: Path, mapped: _MappedFile) -> dict[str, LazyTensor]:
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
-        # Files of torch < 1.6 cannot be mapped.
+        # torch < 1.6 wrote files without zip format, which cannot be mapped.
         with open(path, "rb") as file:
             is_zip = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path}: holds something else than tensors, which is not read ({str(error).splitlines()[0]}); {AGAIN}"
+            f"{path}: holds objects other than tensors, which are not read ({str(error).splitlines()[0]}); {AGAIN}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise ConversionError(f"{path}: truncated or damaged ({str(error).splitlines()[0]}); {AGAIN}") from error

@@ -1,8 +1,8 @@
-"""A sentencepiece model as the `tokenizer.json` and `tokenizer_config.json` of Hugging Face: the ids of text/tokenizer.py, with
-<image> and <pad>.
+"""Convert a sentencepiece model to Hugging Face's `tokenizer.json` and `tokenizer_config.json`, with <image> and <pad>
+added.
 
-Written by hand: transformers' own conversion drops the leading space after an image (it makes "▁" part of the pre-tokenizer).
-Knows no model and writes no files.
+Ids equal those of text/tokenizer.py. transformers' own conversion drops the leading space after an image: it makes "▁"
+part of the pre-tokenizer. Writes no files.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ NEW_TOKENS = (IMAGE_PLACEHOLDER, PAD)
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """`vocab_size` is the model's: rows of its embedding that have a meaning. <image> and <pad> take the two ids after them."""
+    """A sentencepiece model with <image> and <pad> as the two ids after the model's `vocab_size`."""
 
     model: SentencePieceModel
     vocab_size: int
 
     @property
     def image_id(self) -> int:
-        """Of <image>, which stands for every image position."""
+        """Id of <image>, the placeholder of every image position."""
         return self.vocab_size
 
     @property
     def pad_id(self) -> int:
-        """Of <pad>."""
+        """Id of <pad>."""
         return self.vocab_size + 1
 
     def added_tokens(self) -> dict[int, dict[str, Any]]:
-        """By id, what text is cut at before anything else: the model's special pieces and the two new tokens."""
+        """Return the tokens that text is split at first, by id: the model's special pieces and the two new tokens."""
         special = {
             i: piece.text
             for i, piece in enumerate(self.model.pieces)
@@ -58,14 +58,14 @@ class ExportedTokenizer:
         }
 
     def tokenizer_json(self) -> dict[str, Any]:
-        """The content of tokenizer.json, which the library `tokenizers` reads."""
+        """Return the content of tokenizer.json, read by the library `tokenizers`."""
         without_first_space = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": [{"id": i, **token} for i, token in self.added_tokens().items()],
-            # What sentencepiece does to each part between special tokens: a leading space, and spaces written as "▁".
+            # As sentencepiece, for each part between special tokens: prepend a space, and replace spaces by "▁".
             "normalizer": _sequence("normalizers", {"type": "Prepend", "prepend": SPACE}, _replacement(" ", SPACE)),
             "pre_tokenizer": None,
             "post_processor": self._post_processor(),
@@ -87,11 +87,11 @@ class ExportedTokenizer:
         }
 
     def tokenizer_config(self, *, max_length: int) -> dict[str, Any]:
-        """The content of the tokenizer_config.json of a llava-hf model. Left padding: answers are generated at the right end."""
+        """Return the content of tokenizer_config.json of a llava-hf model, with left padding for generation."""
         return {
             **_class_settings(self.model, max_length=max_length),
             "added_tokens_decoder": {str(i): token for i, token in self.added_tokens().items()},
-            # By name and as a dictionary: transformers 4 makes attributes of it and cannot read a list.
+            # A dictionary by name: transformers 4 creates attributes from it and cannot read a list.
             "extra_special_tokens": {"image_token": IMAGE_PLACEHOLDER},
             "image_token": IMAGE_PLACEHOLDER,
             "pad_token": PAD,
@@ -111,29 +111,30 @@ class ExportedTokenizer:
         }
 
     def _vocabulary(self) -> dict[str, int]:
-        """Every id up to <pad>; rows of the model beyond the tokenizer's pieces get names that no text is cut into."""
+        """Return every token up to <pad>; model rows without a piece get names that no text tokenizes to."""
         vocabulary = {piece.text: i for i, piece in enumerate(self.model.pieces)}
         vocabulary |= {f"<unused_{i}>": i for i in range(len(self.model.pieces), self.vocab_size)}
         return {**vocabulary, IMAGE_PLACEHOLDER: self.image_id, PAD: self.pad_id}
 
 
 def read_tokenizer(path: Path, *, vocab_size: int) -> ExportedTokenizer:
-    """The tokenizer of a model with `vocab_size` words.
+    """Read the sentencepiece file of a model with `vocab_size` tokens.
 
-    Raises DataError when the file is missing or damaged, ConversionError when it has more pieces than the model has rows, has <image> or <pad>
-    itself, or cuts text in a way that tokenizer.json cannot repeat.
+    Raises DataError when the file is missing or damaged; ConversionError when it has more pieces than the model has
+    rows, already has <image> or <pad>, or tokenizes in a way that tokenizer.json cannot reproduce.
     """
     model = read_sentencepiece_model(path)
     problems = list(_problems(model, vocab_size))
     if problems:
         raise ConversionError(
-            f"tokenizer {path} cannot be exported: {'; '.join(problems)}. Give the tokenizer.model that the model was trained with"
+            f"tokenizer {path} cannot be exported: {'; '.join(problems)}. "
+            "Give the tokenizer.model that the model was trained with"
         )
     return ExportedTokenizer(model=model, vocab_size=vocab_size)
 
 
 def legacy_tokenizer_config(model: SentencePieceModel, *, max_length: int) -> dict[str, Any]:
-    """The content of the tokenizer_config.json of a ShareGPT4V model: tokenizer.model alone, <unk> as padding, at the right."""
+    """Return the content of tokenizer_config.json of a ShareGPT4V model: slow tokenizer, right padding with <unk>."""
     return {
         **_class_settings(model, max_length=max_length),
         "pad_token": model.unk,
@@ -143,7 +144,7 @@ def legacy_tokenizer_config(model: SentencePieceModel, *, max_length: int) -> di
 
 
 def special_tokens_map(model: SentencePieceModel, *, pad: str) -> dict[str, str]:
-    """The content of special_tokens_map.json."""
+    """Return the content of special_tokens_map.json."""
     return {"bos_token": model.bos, "eos_token": model.eos, "pad_token": pad, "unk_token": model.unk}
 
 
@@ -164,11 +165,14 @@ def _class_settings(model: SentencePieceModel, *, max_length: int) -> dict[str, 
 
 def _problems(model: SentencePieceModel, vocab_size: int) -> Iterator[str]:
     if len(model.pieces) > vocab_size:
-        yield f"it has {len(model.pieces)} pieces, the model's vocabulary is too small: model.language.vocab_size is {vocab_size}"
+        yield (
+            f"it has {len(model.pieces)} pieces, the model's vocabulary is too small: "
+            f"model.language.vocab_size is {vocab_size}"
+        )
     if model.model_type != ModelType.BPE:
         yield f"it is of type {model.model_type.name}, LLaMA's are BPE"
     if model.treat_whitespace_as_suffix or model.precompiled_charsmap or model.remove_extra_whitespaces:
-        yield "it changes the text before cutting it (normalisation rules, extra or trailing whitespace), LLaMA's do not"
+        yield "it changes the text before tokenizing (normalisation, extra or trailing whitespace), LLaMA's do not"
     if not (model.add_dummy_prefix and model.escape_whitespaces):
         yield "it adds no leading space or does not write spaces as ▁, LLaMA's do"
     texts = {piece.text for piece in model.pieces}
@@ -182,9 +186,10 @@ def _problems(model: SentencePieceModel, vocab_size: int) -> Iterator[str]:
 
 
 def _merges(pieces: tuple[SentencePiece, ...]) -> Iterator[str]:
-    """Pairs of pieces that make a piece, the first to be done first.
+    """Yield the BPE merges (pairs of pieces that make a piece) in rank order.
 
-    Sentencepiece ranks what is made, tokenizer.json the pairs; in which order the pairs of one piece stand has made no difference to any text.
+    Sentencepiece ranks the merged piece, tokenizer.json the pairs; the order of the pairs of one piece affected no
+    tested text.
     """
     normal = {piece.text for piece in pieces if piece.kind == PieceType.NORMAL}
     for piece in sorted((piece for piece in pieces if piece.kind == PieceType.NORMAL), key=lambda piece: -piece.score):

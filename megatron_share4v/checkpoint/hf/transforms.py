@@ -1,7 +1,7 @@
-"""Invertible maps between the tensors of a Hugging Face layout and one of our global tensors. No names and no files here.
+"""Invertible maps between Hugging Face tensors and one global Megatron tensor. No names and no files here.
 
-Each turns P parts of theirs into one tensor of ours and back, without arithmetic, so that both directions are bitwise exact.
-W input width, G key/value groups, q query heads per group, d head width, V vocabulary.
+Each maps P Hugging Face tensors (parts) to one Megatron tensor and back without arithmetic: both directions are bitwise
+exact. W input width, G key/value groups, q query heads per group, d head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ import torch.nn.functional as F
 
 
 class Transform(Protocol):
-    """`to_ours(to_theirs(x)) == x` and `to_theirs(to_ours(parts)) == parts`; shapes alone can be had on the meta device."""
+    """Invertible map: `to_megatron(to_hf(x)) == x` and `to_hf(to_megatron(parts)) == parts`.
+
+    Tensors on the meta device give shapes only.
+    """
 
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One global tensor from the parts."""
+        """Build the global Megatron tensor from its parts."""
 
     def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The parts of one global tensor."""
+        """Split a global Megatron tensor into its parts."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """One part, as it is."""
+    """One part, unchanged."""
 
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[...] -> [...]"""
@@ -40,7 +43,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class ConcatRows:
-    """`count` equal parts above each other: gate and up, each of which tensor parallelism splits for itself."""
+    """Concatenate `count` equal shapes along the rows: gate and up, which tensor parallelism splits separately."""
 
     count: int = 2
 
@@ -55,9 +58,9 @@ class ConcatRows:
 
 @dataclass(frozen=True)
 class InterleaveQKV:
-    """Query, key, value <-> one matrix (or bias) in which the rows of a key/value group stand together: its q queries, its key, its value.
+    """Query, key, value <-> one matrix (or bias) with the rows of each key/value group together: q queries, key, value.
 
-    Whole groups can then be given to tensor-parallel ranks (Ainslie et al. 2023, GQA; megatron-core's `linear_qkv`).
+    Tensor-parallel ranks then get whole groups (Ainslie et al. 2023, GQA; megatron-core's `linear_qkv`).
     """
 
     groups: int
@@ -77,7 +80,7 @@ class InterleaveQKV:
 
 @dataclass(frozen=True)
 class PadVocabulary:
-    """Rows of zeros after the vocabulary, up to the padded size; the head masks them, so they never leave zero."""
+    """Pad the vocabulary with rows of zeros up to the padded size; the head masks them, so they stay zero."""
 
     rows: int
     padded: int
@@ -85,7 +88,7 @@ class PadVocabulary:
     def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """[V, W] -> [padded, W]"""
         (tensor,) = parts
-        if self.padded == self.rows:  # padding with nothing would copy
+        if self.padded == self.rows:  # padding by zero rows would copy
             return tensor
         return F.pad(tensor, (0, 0, 0, self.padded - self.rows))
 

@@ -1,7 +1,7 @@
-"""The weight map: which tensors of a Hugging Face style layout make which global tensor of ours, and which are left out. Import, export and
-verification all read it; nothing here knows files, ranks or checkpoints.
+"""The weight map: which Hugging Face tensors make which global Megatron tensor, and which are ignored.
 
-Names and shapes of ours are those of `model.initialize.shards`: global, whatever the parallel layout.
+Import, export and verification use it; it knows no files, ranks or checkpoints. Megatron names and shapes are those of
+`model.initialize.shards`: global, whatever the parallel layout.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from megatron_share4v.errors import ConversionError
 
 Component = Literal["vision", "projector", "language"]
 COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
-# A model of another size differs in hundreds of tensors; the first ones tell why.
+# A model of another size differs in hundreds of tensors; the first ones show why.
 _PROBLEMS_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """Where a layout keeps the parts of the model: the prefixes of its tensor names. None: the layout has no such part."""
+    """Tensor name prefixes of the model components in one layout; None for a component that it does not have."""
 
     title: str
     tower: str | None = None
-    """Before `embeddings.`, `pre_layrnorm.` and `encoder.`"""
+    """Prefix of `embeddings.`, `pre_layrnorm.` and `encoder.`"""
     projector_mlp: tuple[str, str] | None = None
-    """The two linear layers of mlp2x_gelu."""
+    """Prefixes of the two linear layers of mlp2x_gelu."""
     projector_linear: str | None = None
     decoder: str | None = None
-    """Before `embed_tokens.`, `layers.` and `norm.`"""
+    """Prefix of `embed_tokens.`, `layers.` and `norm.`"""
     head: str | None = None
 
 
@@ -44,7 +44,7 @@ LLAVA_HF = Naming(
     decoder="language_model.model.",
     head="language_model.lm_head.",
 )
-"""Hub files of transformers' LlavaForConditionalGeneration, which vLLM and SGLang read too."""
+"""Hub files of transformers' LlavaForConditionalGeneration, also read by vLLM and SGLang."""
 
 LLAVA_IN_MEMORY = Naming(
     title="transformers 5 LlavaForConditionalGeneration",
@@ -66,14 +66,14 @@ SHARE4V = Naming(
 """Official ShareGPT4V and LLaVA; also a bare LlamaForCausalLM, with components=("language",)."""
 
 CLIP = Naming(title="CLIPVisionModel", tower="vision_model.")
-"""A tower beside its language model, as ShareGPT4V publishes it."""
+"""A vision tower beside its language model, as ShareGPT4V publishes it."""
 
 CLIP_IN_MEMORY = Naming(title="transformers 5 CLIPVisionModel", tower="")
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One global tensor of ours, its shape, and the tensors of theirs that it is made of."""
+    """One global Megatron tensor, its shape, and the Hugging Face tensors that it is built from."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,31 +81,31 @@ class WeightMapping:
     transform: Transform
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The inverse transform, run on shapes alone."""
+        """Return the shapes of the Hugging Face tensors, by running the inverse transform on the meta device."""
         parts = self.transform.to_hf(torch.empty(self.shape, device="meta"))
         return {name: tuple(part.shape) for name, part in zip(self.hf_names, parts, strict=True)}
 
 
 @dataclass(frozen=True)
 class IgnoredWeights:
-    """Names of theirs that have no counterpart, by prefix or, for buffers, by suffix."""
+    """Hugging Face tensors without a counterpart, by prefix or, for buffers, by suffix."""
 
     prefix: str
     suffix: str
     reason: str
     weights: bool = False
-    """They are weights, which an export needs again; otherwise they follow from the configuration."""
+    """True for weights, which an export needs; False for buffers that follow from the configuration."""
 
     def covers(self, name: str) -> bool:
-        """Whether `name` is dropped."""
+        """Return whether `name` is ignored."""
         return name.startswith(self.prefix) and name.endswith(self.suffix)
 
 
 def _with_bias(
-    ours: str, width: int, theirs: Iterable[str], transform: Transform, *, inputs: tuple[int, ...]
+    megatron: str, width: int, hf: Iterable[str], transform: Transform, *, inputs: tuple[int, ...]
 ) -> Iterator[WeightMapping]:
-    yield WeightMapping(f"{ours}.weight", (width, *inputs), tuple(f"{name}.weight" for name in theirs), transform)
-    yield WeightMapping(f"{ours}.bias", (width,), tuple(f"{name}.bias" for name in theirs), transform)
+    yield WeightMapping(f"{megatron}.weight", (width, *inputs), tuple(f"{name}.weight" for name in hf), transform)
+    yield WeightMapping(f"{megatron}.bias", (width,), tuple(f"{name}.bias" for name in hf), transform)
 
 
 def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[WeightMapping]:
@@ -124,19 +124,19 @@ def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[WeightMapping]:
         (f"{prefix}embeddings.position_embedding.weight",),
         same,
     )
-    # CLIP's own spelling.
+    # `pre_layrnorm` is CLIP's spelling.
     yield from _with_bias("vision.pre_layernorm", width, [f"{prefix}pre_layrnorm"], same, inputs=())
     for i in range(vision.num_built_layers):
-        ours, theirs = f"vision.layers.{i}", f"{prefix}encoder.layers.{i}"
-        qkv = [f"{theirs}.self_attn.{part}_proj" for part in "qkv"]
-        yield from _with_bias(f"{ours}.input_layernorm", width, [f"{theirs}.layer_norm1"], same, inputs=())
-        yield from _with_bias(f"{ours}.self_attention.linear_qkv", 3 * width, qkv, heads, inputs=(width,))
+        megatron, hf = f"vision.layers.{i}", f"{prefix}encoder.layers.{i}"
+        qkv = [f"{hf}.self_attn.{part}_proj" for part in "qkv"]
+        yield from _with_bias(f"{megatron}.input_layernorm", width, [f"{hf}.layer_norm1"], same, inputs=())
+        yield from _with_bias(f"{megatron}.self_attention.linear_qkv", 3 * width, qkv, heads, inputs=(width,))
         yield from _with_bias(
-            f"{ours}.self_attention.linear_proj", width, [f"{theirs}.self_attn.out_proj"], same, inputs=(width,)
+            f"{megatron}.self_attention.linear_proj", width, [f"{hf}.self_attn.out_proj"], same, inputs=(width,)
         )
-        yield from _with_bias(f"{ours}.pre_mlp_layernorm", width, [f"{theirs}.layer_norm2"], same, inputs=())
-        yield from _with_bias(f"{ours}.mlp.linear_fc1", inner, [f"{theirs}.mlp.fc1"], same, inputs=(width,))
-        yield from _with_bias(f"{ours}.mlp.linear_fc2", width, [f"{theirs}.mlp.fc2"], same, inputs=(inner,))
+        yield from _with_bias(f"{megatron}.pre_mlp_layernorm", width, [f"{hf}.layer_norm2"], same, inputs=())
+        yield from _with_bias(f"{megatron}.mlp.linear_fc1", inner, [f"{hf}.mlp.fc1"], same, inputs=(width,))
+        yield from _with_bias(f"{megatron}.mlp.linear_fc2", width, [f"{hf}.mlp.fc2"], same, inputs=(inner,))
 
 
 def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping]:
@@ -170,19 +170,19 @@ def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping
         "language.embedding.weight", (vocabulary.padded, width), (f"{naming.decoder}embed_tokens.weight",), vocabulary
     )
     for i in range(language.num_layers):
-        ours, theirs = f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}"
-        qkv = tuple(f"{theirs}.self_attn.{part}_proj.weight" for part in "qkv")
-        gate_up = tuple(f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-        yield WeightMapping(f"{ours}.input_layernorm.weight", (width,), (f"{theirs}.input_layernorm.weight",), same)
-        yield WeightMapping(f"{ours}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
+        megatron, hf = f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}"
+        qkv = tuple(f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
+        gate_up = tuple(f"{hf}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+        yield WeightMapping(f"{megatron}.input_layernorm.weight", (width,), (f"{hf}.input_layernorm.weight",), same)
+        yield WeightMapping(f"{megatron}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
         yield WeightMapping(
-            f"{ours}.self_attention.linear_proj.weight", (width, width), (f"{theirs}.self_attn.o_proj.weight",), same
+            f"{megatron}.self_attention.linear_proj.weight", (width, width), (f"{hf}.self_attn.o_proj.weight",), same
         )
         yield WeightMapping(
-            f"{ours}.pre_mlp_layernorm.weight", (width,), (f"{theirs}.post_attention_layernorm.weight",), same
+            f"{megatron}.pre_mlp_layernorm.weight", (width,), (f"{hf}.post_attention_layernorm.weight",), same
         )
-        yield WeightMapping(f"{ours}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, ConcatRows())
-        yield WeightMapping(f"{ours}.mlp.linear_fc2.weight", (width, inner), (f"{theirs}.mlp.down_proj.weight",), same)
+        yield WeightMapping(f"{megatron}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, ConcatRows())
+        yield WeightMapping(f"{megatron}.mlp.linear_fc2.weight", (width, inner), (f"{hf}.mlp.down_proj.weight",), same)
     yield WeightMapping("language.decoder.final_layernorm.weight", (width,), (f"{naming.decoder}norm.weight",), same)
     yield WeightMapping("language.head.weight", (vocabulary.padded, width), (f"{naming.head}weight",), vocabulary)
 
@@ -190,7 +190,10 @@ def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping
 def weight_mappings(
     model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
 ) -> Iterator[WeightMapping]:
-    """Every global tensor of `components`. ConversionError when `naming` does not have one of them."""
+    """Yield the mapping of every global tensor of `components`.
+
+    Raises ConversionError when `naming` lacks one of them.
+    """
     for component in components:
         if component == "projector":
             yield from _projector_rows(model, naming)
@@ -205,13 +208,13 @@ def weight_mappings(
 def ignored_weights(
     model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
 ) -> Iterator[IgnoredWeights]:
-    """What of theirs is left out on purpose, and why."""
+    """Yield the Hugging Face tensors that are ignored on purpose, with the reason."""
     for component in components:
         if component == "vision" and naming.tower is not None:
             yield IgnoredWeights(
                 f"{naming.tower}post_layernorm.",
                 "",
-                "touches the pooled class token alone, which is not used",
+                "affects only the pooled class token, which is not used",
                 weights=True,
             )
             yield IgnoredWeights(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
@@ -227,7 +230,9 @@ def ignored_weights(
 
 
 def unused_tower_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The tower's weights that `drops` leaves out, by CLIP's own names without prefix: what an export has beyond our weights."""
+    """Return the shapes of the tower weights that the model does not compute but an export has, by CLIP names without
+    prefix.
+    """
     tower = replace(model, vision=replace(model.vision, feature_layer=model.vision.num_layers))
     built = {name for mapping in _vision_rows(model, "") for name in mapping.hf_names}
     unused = {
@@ -241,65 +246,75 @@ def unused_tower_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class HasShape(Protocol):
-    """Whatever has a shape: a tensor, or the description of one."""
+    """A tensor or tensor description with a shape."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes."""
+        """Size of each dimension."""
 
 
 def check_hf_weights(
-    theirs: Mapping[str, HasShape], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+    hf: Mapping[str, HasShape], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
 ) -> tuple[WeightMapping, ...]:
-    """The rows of `components`. Raises ConversionError that names missing, unexpected and wrongly shaped tensors of `theirs`."""
+    """Check Hugging Face tensors against the weight map; return the mappings of `components`.
+
+    Raises ConversionError naming missing, unexpected and wrongly shaped tensors.
+    """
     components = tuple(components)
     table = tuple(weight_mappings(model, naming=naming, components=components))
     expected = {name: shape for mapping in table for name, shape in mapping.hf_shapes().items()}
     dropped = tuple(ignored_weights(model, naming=naming, components=components))
-    extra = [name for name in theirs if name not in expected and not any(drop.covers(name) for drop in dropped)]
-    _check(theirs, expected, extra=extra, where=f"a model of layout {naming.title}")
+    extra = [name for name in hf if name not in expected and not any(drop.covers(name) for drop in dropped)]
+    _check(hf, expected, extra=extra, where=f"a model of layout {naming.title}")
     return table
 
 
 def to_megatron(
-    theirs: Mapping[str, torch.Tensor],
+    hf: Mapping[str, torch.Tensor],
     model: ModelConfig,
     *,
     naming: Naming,
     components: Iterable[Component] = COMPONENTS,
 ) -> dict[str, torch.Tensor]:
-    """Global tensors of `components` by our names. Raises ConversionError as `check_theirs` does."""
-    table = check_hf_weights(theirs, model, naming=naming, components=components)
-    return {
-        mapping.name: mapping.transform.to_megatron([theirs[name] for name in mapping.hf_names]) for mapping in table
-    }
+    """Convert Hugging Face tensors to global Megatron tensors. Raises ConversionError as `check_hf_weights` does."""
+    table = check_hf_weights(hf, model, naming=naming, components=components)
+    return {mapping.name: mapping.transform.to_megatron([hf[name] for name in mapping.hf_names]) for mapping in table}
 
 
 def check_megatron_weights(
-    ours: Mapping[str, HasShape], model: ModelConfig, *, naming: Naming, components: Iterable[Component] = COMPONENTS
+    megatron: Mapping[str, HasShape],
+    model: ModelConfig,
+    *,
+    naming: Naming,
+    components: Iterable[Component] = COMPONENTS,
 ) -> tuple[WeightMapping, ...]:
-    """The rows of `components`. Raises ConversionError that names missing and wrongly shaped tensors of `ours`; others are not looked at."""
+    """Check Megatron tensors against the weight map; return the mappings of `components`. Other tensors are ignored.
+
+    Raises ConversionError naming missing and wrongly shaped tensors.
+    """
     table = tuple(weight_mappings(model, naming=naming, components=components))
-    _check(ours, {mapping.name: mapping.shape for mapping in table}, extra=(), where="our own weights")
+    _check(megatron, {mapping.name: mapping.shape for mapping in table}, extra=(), where="the checkpoint's weights")
     return table
 
 
 def to_hf(
-    ours: Mapping[str, torch.Tensor],
+    megatron: Mapping[str, torch.Tensor],
     model: ModelConfig,
     *,
     naming: Naming,
     components: Iterable[Component] = COMPONENTS,
 ) -> dict[str, torch.Tensor]:
-    """Inverse of `to_megatron`, without what `drops` leaves out. Other components of `ours` may be there and are not looked at.
+    """Inverse of `to_megatron`, without what `drops` leaves out.
 
-    Raises ConversionError that names missing and wrongly shaped tensors. Results may be views of `ours`.
+    Other components of `megatron` may be there and are not looked at.
+
+    Raises ConversionError that names missing and wrongly shaped tensors. Results may be views of `megatron`.
     """
-    table = check_megatron_weights(ours, model, naming=naming, components=components)
+    table = check_megatron_weights(megatron, model, naming=naming, components=components)
     return {
         name: part
         for mapping in table
-        for name, part in zip(mapping.hf_names, mapping.transform.to_hf(ours[mapping.name]), strict=True)
+        for name, part in zip(mapping.hf_names, mapping.transform.to_hf(megatron[mapping.name]), strict=True)
     }
 
 
@@ -315,5 +330,5 @@ def _check(
             )
     if problems:
         more = [f"... and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
-        heading = f"these tensors do not make {where}; compare the model configuration with where they come from:"
+        heading = f"these tensors are not those of {where}; compare the model configuration with their origin:"
         raise ConversionError("\n".join([heading, *problems[:_PROBLEMS_SHOWN], *more]))

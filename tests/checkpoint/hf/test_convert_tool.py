@@ -114,7 +114,7 @@ def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path:
     import_model(
         HfSource(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions()
     )
-    with pytest.raises(ConversionError, match="weights in bf16, fp32; say which one to write with --dtype"):
+    with pytest.raises(ConversionError, match="weights in bf16, fp32; choose one with --dtype"):
         export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf")
     export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf", dtype="bf16")
     assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}

@@ -197,7 +197,7 @@ def test_rows_after_the_vocabulary(copy: Path, tmp_path: Path) -> None:
     write_weights(copy, tensors)
     with pytest.raises(
         ConversionError,
-        match="(?s)differ in 1 tensors.*embedding: its 20 rows after the vocabulary are not the ones that were imported",
+        match="(?s)differ in 1 tensors.*embedding: its 20 rows after the vocabulary are not the imported ones",
     ):
         verify_conversion(HfSource(directory=copy), ours)
 
