@@ -25,7 +25,8 @@ _JINJA = """\
 {{- |EXAMPLES| -}}
 {%- for message in messages[start:] -%}
   {%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
-    {{- raise_exception('messages must be an optional system message, then user and assistant in turn; one is by ' ~ message['role']) -}}
+    {{- raise_exception('messages must be an optional system message, then user and assistant in turn; \
+one is by ' ~ message['role']) -}}
   {%- endif -%}
   {%- if message['content'] is string -%}
     {%- set text = message['content'] -%}
@@ -34,7 +35,8 @@ _JINJA = """\
       {{- raise_exception('a message has a part of type ' ~ part['type'] ~ '; the model reads text and image') -}}
     {%- endfor -%}
     {%- set images = message['content'] | selectattr('type', 'equalto', 'image') | map(attribute='type') | list -%}
-    {%- set words = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | select | list -%}
+    {%- set words = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | select \
+| list -%}
     {%- set text = (|PLACEHOLDER| * (images | length) + words) | join('\\n') -%}
   {%- endif -%}
   {%- if message['role'] == 'user' -%}

@@ -236,5 +236,5 @@ def _check_tower(paths: HfSource, tensors: LazyTensors) -> None:
     if digest != expected:
         raise ConversionError(
             f"{paths.tower or paths.directory}: another tower than {path} states "
-            f"(sha256 {digest[:12]}, stated {expected[:12]}); give the one that it was exported with, or use --any-tower"
+            f"(sha256 {digest[:12]}, stated {expected[:12]}); give the one of the export, or use --any-tower"
         )
