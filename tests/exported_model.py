@@ -7,14 +7,26 @@ from megatron_share4v.text.template import get_template
 
 VICUNA = get_template("vicuna_v1")
 CORPUS = [
-    VICUNA.system, "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa.", "Two dogs run. How many are there?",
-    "Short questions have  short answers.   Long ones    do not.", "日本語 é",
-]  # fmt: skip
+    VICUNA.system,
+    "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa.",
+    "Two dogs run. How many are there?",
+    "Short questions have  short answers.   Long ones    do not.",
+    "日本語 é",
+]
 PIECES = 440
 MODEL = ModelConfig(
-    vision=VisionConfig(image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=4),
-    language=LanguageConfig(
-        vocab_size=PIECES, hidden_size=48, intermediate_size=80, num_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, rope_theta=5000.0, rms_norm_eps=1e-6,
+    vision=VisionConfig(
+        image_size=28, patch_size=14, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=4
     ),
-)  # fmt: skip
+    language=LanguageConfig(
+        vocab_size=PIECES,
+        hidden_size=48,
+        intermediate_size=80,
+        num_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_theta=5000.0,
+        rms_norm_eps=1e-6,
+    ),
+)

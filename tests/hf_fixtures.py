@@ -1,4 +1,4 @@
-"""Small models as other projects write them, random but the same each time: what the conversion tests import. Names come from the weight map."""
+"""Small Hugging Face models with fixed random weights for tests; tensor names come from the weight map."""
 
 from __future__ import annotations
 
@@ -69,13 +69,24 @@ MODEL = ModelConfig(
 
 
 def write_tokenizer(path: Path) -> Path:
-    """LLaMA's kind, with exactly PIECES pieces."""
+    """Train a LLaMA-like sentencepiece model with exactly PIECES pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(12)) for i in range(60)),
-        model_writer=model, vocab_size=PIECES, model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=True, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        model_writer=model,
+        vocab_size=PIECES,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=True,
+        num_threads=1,
+        minloglevel=2,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return path
@@ -84,7 +95,7 @@ def write_tokenizer(path: Path) -> Path:
 def theirs(
     model: ModelConfig, naming: Naming, *components: Component, dtype: str = "fp32", seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random tensors of `components`, with the tower's unused ones."""
+    """Return random tensors of `components`, including the tower's unused ones."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         name: shape
@@ -98,7 +109,9 @@ def theirs(
 
 def _value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     size = torch.Size(shape).numel()
-    noise = torch.randn(min(size, 1_000_003), generator=generator)  # a prime: no two rows of a large matrix are alike
+    noise = torch.randn(
+        min(size, 1_000_003), generator=generator
+    )  # prime, so that no two rows of a large matrix are equal
     noise = noise.repeat(-(-size // noise.numel()))[:size].view(shape)
     return 1 + 0.1 * noise if "norm" in name and name.endswith("weight") else 0.2 * noise
 
@@ -143,7 +156,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_weights(
     directory: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, suffix: str = "safetensors"
 ) -> None:
-    """One file or several with an index, by the libraries themselves."""
+    """Write one file, or shards with an index, with the safetensors library or torch.save."""
     directory.mkdir(parents=True, exist_ok=True)
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     save: Callable = (
@@ -165,12 +178,12 @@ def write_weights(
 def write_llava_hf(
     directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", shards: int = 1, naming: Naming = LLAVA_HF
 ) -> Path:
-    """As on the hub: <image> and <pad> after the tokenizer's pieces, rows up to a multiple of 64."""
+    """Write a llava-hf model as on the hub: <image> and <pad> after the pieces, rows up to a multiple of 64."""
     tensors = theirs(model, naming, "vision", "projector", "language", dtype=dtype)
     rows_there = -(-(model.language.vocab_size + 2) // 64) * 64
     generator = torch.Generator().manual_seed(1)
     for name in (f"{naming.decoder}embed_tokens.weight", f"{naming.head}weight"):
-        # Small, as those on the hub: rows that win the argmax would be answered.
+        # Small, as on the hub: large rows could win the argmax.
         added = 0.01 * torch.randn(
             rows_there - model.language.vocab_size, model.language.hidden_size, generator=generator
         )
@@ -193,7 +206,7 @@ def write_llava_hf(
 
 
 def write_clip(directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", seed: int = 0) -> Path:
-    """A tower beside its language model, as .bin, with the buffer of old releases."""
+    """Write a CLIP tower as .bin, with the buffer of old releases."""
     tensors = theirs(model, CLIP, "vision", dtype=dtype, seed=seed)
     tensors["vision_model.embeddings.position_ids"] = torch.arange(model.vision.num_patches + 1)[None]
     write_weights(directory, tensors, suffix="bin")
@@ -204,7 +217,7 @@ def write_clip(directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp3
 def write_llama(
     directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", seed: int = 0, suffix: str = "safetensors"
 ) -> Path:
-    """A Vicuna."""
+    """Write a LLaMA model, as Vicuna."""
     write_weights(directory, theirs(model, SHARE4V, "language", dtype=dtype, seed=seed), suffix=suffix)
     write_json(directory / "config.json", llama_config(model))
     write_tokenizer(directory / "tokenizer.model")
@@ -234,7 +247,9 @@ def write_share4v(
     inside: bool = False,
     dtype: str = "fp32",
 ) -> Path:
-    """As released: two .bin shards with the buffers of old releases; the tower elsewhere, or inside."""
+    """Write a ShareGPT4V model as released: two .bin shards with buffers of old releases; the tower elsewhere or
+    inside.
+    """
     components: tuple[Component, ...] = ("projector", "language", *(("vision",) if inside else ()))
     tensors = theirs(model, SHARE4V, *components, dtype=dtype)
     for layer in range(model.language.num_layers):
@@ -246,7 +261,7 @@ def write_share4v(
 
 
 def read_weights(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory's safetensors, by the library."""
+    """Read all safetensors of a directory with the library."""
     from safetensors.torch import load_file
 
     return {

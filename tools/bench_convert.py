@@ -1,9 +1,10 @@
-"""Time and peak memory of import and export against a plain copy of the same bytes, flushed to the disk, in one run.
+"""Benchmark time and peak memory of import and export against a copy of the same bytes, flushed to the disk.
 
-The model is random, with the widths of Vicuna-7B (or --hidden) and as many layers as asked for. Each conversion runs in a process of its own, whose
-peak resident memory is taken from the kernel. Of several sizes, the slope of the memory is extrapolated to 13B, whose largest tensors (embedding and
-head, 32064 x 5120) are added where --hidden is smaller. Exit code 1: a conversion of the largest size took more than twice the copy's time, or one
-needs, or would need at 13B, more memory than its largest file and 1 GiB.
+The model is random, with the widths of Vicuna-7B (or --hidden) and the given layers. Each conversion runs in its own
+process, whose peak resident memory the kernel reports. With several sizes, memory is extrapolated linearly to 13B,
+adding its largest tensors (embedding and head, 32064 x 5120) where --hidden is smaller. Exit code 1: a conversion of
+the largest size took more than twice the copy's time, or a conversion needs, or would need at 13B, more memory than its
+largest file and 1 GiB.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ COMMANDS = ("import", "export")
 MOST_OVER_COPY, MOST_OVER_SHARD_GB = 2.0, (1 << 30) / 1e9
 GB_OF_13B = 26.7  # 13.35 billion weights in bf16
 LARGEST_GB_OF_13B = 32064 * 5120 * 2 / 1e9
-TENSORS_AT_ONCE = 4  # read, cut, written, hashed
+TENSORS_AT_ONCE = 4  # read, split, written, hashed
 
 
 def main() -> None:
@@ -44,11 +45,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--shard-gb", type=float, default=5.0)
     parser.add_argument(
-        "--tokenizer", type=Path, help="a tokenizer.model of at most 32000 pieces; without one a tiny one is trained"
+        "--tokenizer", type=Path, help="a tokenizer.model of at most 32000 pieces (default: train a tiny one)"
     )
-    parser.add_argument("--repeat", type=int, default=1, help="the fastest of so many counts, of the copy too")
+    parser.add_argument("--repeat", type=int, default=1, help="repetitions; the fastest counts, for the copy too")
     parser.add_argument(
-        "--directory", type=Path, required=True, help="for the files; about four times the model's bytes"
+        "--directory", type=Path, required=True, help="directory for the files, about four times the model's bytes"
     )
     parser.add_argument("--child", nargs=3, metavar=("COMMAND", "FROM", "TO"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -65,8 +66,8 @@ def main() -> None:
 
 
 def judge(measured: Sequence[dict[str, float]], *, hidden: int) -> tuple[list[str], list[str]]:
-    """(lines that say how memory grows, what is beyond its bounds)."""
-    lines, problems = [], list(_beyond(measured))
+    """Return (lines about memory growth, exceeded limits)."""
+    lines, problems = [], list(_exceeded_limits(measured))
     if len(measured) > 1:
         missing = max(0.0, LARGEST_GB_OF_13B - 32064 * hidden * 2 / 1e9) * TENSORS_AT_ONCE
         for command in COMMANDS:
@@ -74,16 +75,17 @@ def judge(measured: Sequence[dict[str, float]], *, hidden: int) -> tuple[list[st
             at_13b = start + slope * GB_OF_13B + missing
             bound = measured[-1]["file_gb"] + MOST_OVER_SHARD_GB
             lines.append(
-                f"{command}: {slope:+.4f} GB of memory per GB of model; at 13B ({GB_OF_13B} GB) {at_13b:.2f} GB of at most {bound:.2f}"
+                f"{command}: {slope:+.4f} GB of memory per GB of model; at 13B ({GB_OF_13B} GB) {at_13b:.2f} GB "
+                f"of at most {bound:.2f}"
             )
             if at_13b > bound:
                 problems.append(f"{command} would need {at_13b:.2f} GB at 13B, at most {bound:.2f}")
     return lines, problems
 
 
-def _beyond(measured: Sequence[dict[str, float]]) -> Iterator[str]:
+def _exceeded_limits(measured: Sequence[dict[str, float]]) -> Iterator[str]:
     for command in COMMANDS:
-        # Of small models, starting is a large part of the time.
+        # Only the largest size: start-up dominates small models.
         if (ratio := measured[-1][f"{command}_over_copy"]) > MOST_OVER_COPY:
             yield f"{command} of {measured[-1]['gb']} GB took {ratio} times as long as a copy, at most {MOST_OVER_COPY}"
         for one in measured:
@@ -92,14 +94,14 @@ def _beyond(measured: Sequence[dict[str, float]]) -> Iterator[str]:
 
 
 def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """(slope, value at 0) of least squares."""
+    """Return (slope, value at 0) of the least-squares line."""
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points))
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
     return slope, mean_y - slope * mean_x
 
 
 def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """One size: seconds of each, their ratio to the copy, and peak memory."""
+    """Measure one size: seconds of each command, their ratio to the copy, and peak memory."""
     source, ours, back, copy = (arguments.directory / name for name in ("hf", "ours", "back", "copy"))
     for path in (source, ours, back, copy):
         shutil.rmtree(path, ignore_errors=True)
@@ -127,7 +129,7 @@ def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def write_source(directory: Path, layers: int, arguments: argparse.Namespace) -> None:
-    """A random llava-hf model in bf16."""
+    """Write a random llava-hf model in bf16."""
     heads = arguments.hidden // 128
     width = {
         "hidden_size": arguments.hidden,
@@ -167,7 +169,7 @@ def write_source(directory: Path, layers: int, arguments: argparse.Namespace) ->
 
 
 def write_tokenizer(path: Path, given: Path | None) -> None:
-    """The one given, or a tiny one: conversion looks at the number of its pieces alone."""
+    """Write the given tokenizer or a tiny one: conversion only uses its number of pieces."""
     if given is not None:
         shutil.copyfile(given, path)
     else:
@@ -177,7 +179,7 @@ def write_tokenizer(path: Path, given: Path | None) -> None:
 
 
 def timed_copy(source: Path, target: Path) -> float:
-    """Seconds of copying the weights and flushing them."""
+    """Copy the weights and flush them; return the seconds."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     started = time.perf_counter()
@@ -189,10 +191,13 @@ def timed_copy(source: Path, target: Path) -> float:
 
 
 def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -> tuple[float, float, float, float]:
-    """(seconds, peak and initial resident memory in GB, seconds of processors) of one conversion, imports not counted in the times."""
+    """Run one conversion in a process of its own.
+
+    Returns (seconds, peak and initial resident memory in GB, CPU seconds); the times exclude module imports.
+    """
     shutil.rmtree(end, ignore_errors=True)
     base = [sys.executable, __file__, "--directory", str(arguments.directory), "--shard-gb", str(arguments.shard_gb)]
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}  # as tools/convert.py has it
+    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}  # as in tools/convert.py
     done = subprocess.run(
         [*base, "--child", command, str(start), str(end)],
         env=environment,
@@ -204,7 +209,7 @@ def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -
 
 
 def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
-    """In the child: convert and print what it took."""
+    """Convert in the child process, and print the measurements as JSON."""
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
     from megatron_share4v.checkpoint.hf.source import HfSource
@@ -220,7 +225,7 @@ def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
 
 
 def resident() -> float:
-    """Peak resident memory of this process so far, in GB."""
+    """Return the peak resident memory of this process so far, in GB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 

@@ -1,10 +1,11 @@
-"""Checkpoints to and from Hugging Face layouts, compared, looked into, averaged and pruned.
+"""Convert checkpoints to and from Hugging Face layouts; verify, inspect, average and prune checkpoints.
 
-import   --from DIR --to CKPT        llava-hf, ShareGPT4V/LLaVA, or parts (--tower, --projector, --base); --from may be a LoRA adapter or a delta
+import   --from DIR --to CKPT        llava-hf, ShareGPT4V/LLaVA, or parts (--tower, --projector, --base);
+                                     --from may be a LoRA adapter or delta weights
 export   --from CKPT --to DIR --layout llava-hf|share4v
-verify   --hf DIR --checkpoint CKPT  names and bits of every tensor, and with --logits what both models compute
+verify   --hf DIR --checkpoint CKPT  names and bits of every tensor, and with --logits the outputs of both models
 inspect  CKPT                        tensors, hashes, configuration, position in the data
-average  --from CKPT ... --to CKPT   mean of the weights; of one checkpoint: its weights alone
+average  --from CKPT ... --to CKPT   mean of the weights; of one checkpoint, its weights without optimizer state
 prune    DIR --keep-last N           remove old checkpoints of a run
 """
 
@@ -13,18 +14,21 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_share4v.errors import ConversionError, exit_on_user_error
 from megatron_share4v.logging import configure
+
+if TYPE_CHECKING:
+    from megatron_share4v.checkpoint.hf.source import HfSource
 
 DTYPES = ("fp32", "bf16", "fp16")
 
 
 def main() -> None:
     arguments = parse()
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # before torch comes: large pages for large tensors, which take less time to get
+    # Set before torch is imported: huge pages make large allocations faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     configure(rank=0)
     with exit_on_user_error():
         arguments.run(arguments)
@@ -33,44 +37,42 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    importing = add(commands, "import", import_)
+    importing = add_command(commands, "import", import_)
     importing.add_argument(
         "--from", dest="source", type=Path, required=True, help="directory of a model, a LoRA adapter, or delta weights"
     )
-    importing.add_argument("--to", type=Path, required=True, help="the checkpoint to make")
-    importing.add_argument("--dtype", choices=DTYPES, help="round all weights to this (default: each as it is)")
+    importing.add_argument("--to", type=Path, required=True, help="the checkpoint to write")
+    importing.add_argument("--dtype", choices=DTYPES, help="round all weights to this dtype (default: keep each)")
     importing.add_argument(
-        "--template", default="vicuna_v1", help="conversation template that the checkpoint's configuration gets"
+        "--template", default="vicuna_v1", help="conversation template for the checkpoint's configuration"
     )
-    importing.add_argument("--seed", type=int, default=42, help="of a projector that no part brings")
+    importing.add_argument("--seed", type=int, default=42, help="seed of a projector that no part has")
     add_source_options(importing)
-    exporting = add(commands, "export", export)
+    exporting = add_command(commands, "export", export_)
     exporting.add_argument(
-        "--from", dest="source", type=Path, required=True, help="a checkpoint, or a run directory: its newest"
+        "--from", dest="source", type=Path, required=True, help="a checkpoint, or a run directory for its newest"
     )
-    exporting.add_argument("--to", type=Path, required=True, help="the directory to make")
+    exporting.add_argument("--to", type=Path, required=True, help="the directory to write")
     exporting.add_argument("--layout", choices=("llava-hf", "share4v"), required=True)
     exporting.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    exporting.add_argument("--shard-gb", type=float, default=5.0, help="largest file")
-    verifying = add(commands, "verify", verify)
+    exporting.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB")
+    verifying = add_command(commands, "verify", verify_)
     verifying.add_argument("--hf", dest="source", type=Path, required=True)
     verifying.add_argument("--checkpoint", type=Path, required=True)
     verifying.add_argument(
         "--logits",
         action="store_true",
-        help="run both models on generated images and prompts (llava-hf; needs transformers)",
+        help="compare both models on generated images and prompts (llava-hf; needs transformers)",
     )
     add_source_options(verifying)
-    inspecting = add(commands, "inspect", inspect)
+    inspecting = add_command(commands, "inspect", inspect_)
     inspecting.add_argument("checkpoint", type=Path)
-    inspecting.add_argument(
-        "--hashes", action="store_true", help="hash the components even if that means to read all weights"
-    )
+    inspecting.add_argument("--hashes", action="store_true", help="hash the components even if that reads all weights")
     inspecting.add_argument("--every-layer", action="store_true")
-    averaging = add(commands, "average", average)
+    averaging = add_command(commands, "average", average_)
     averaging.add_argument("--from", dest="sources", type=Path, nargs="+", required=True)
     averaging.add_argument("--to", type=Path, required=True)
-    pruning = add(commands, "prune", prune)
+    pruning = add_command(commands, "prune", prune_)
     pruning.add_argument(
         "directory", type=Path, help="a run directory, or its checkpoints/; no process may be training in it"
     )
@@ -79,7 +81,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add(commands, name: str, run) -> argparse.ArgumentParser:
+def add_command(commands, name: str, run) -> argparse.ArgumentParser:
     command = commands.add_parser(name)
     command.set_defaults(run=run)
     return command
@@ -94,11 +96,11 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--projector", type=Path, help="mm_projector.bin")
     command.add_argument("--tokenizer", type=Path, help="tokenizer.model, when it is not beside the weights")
     command.add_argument(
-        "--any-tower", action="store_true", help="take a tower other than the one that the model names"
+        "--any-tower", action="store_true", help="accept a tower other than the one that the model names"
     )
 
 
-def request_of(arguments: argparse.Namespace):
+def source_of(arguments: argparse.Namespace) -> HfSource:
     from megatron_share4v.checkpoint.hf.source import HfSource
 
     options = ("base", "delta", "tower", "projector", "tokenizer", "any_tower")
@@ -109,10 +111,10 @@ def import_(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 
     options = ImportOptions(dtype=arguments.dtype, template=arguments.template, seed=arguments.seed)
-    import_model(request_of(arguments), arguments.to, options=options)
+    import_model(source_of(arguments), arguments.to, options=options)
 
 
-def export(arguments: argparse.Namespace) -> None:
+def export_(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.hf.exporter import export_model
 
     shard_bytes = int(arguments.shard_gb * 1e9)
@@ -121,11 +123,11 @@ def export(arguments: argparse.Namespace) -> None:
     )
 
 
-def verify(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.hf.verify import verify_conversion as compare
+def verify_(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.hf.verify import verify_conversion
 
-    # An error leaves without emptying buffers.
-    print(compare(request_of(arguments), arguments.checkpoint), flush=True)
+    # Flushed, because an error exits without flushing buffers.
+    print(verify_conversion(source_of(arguments), arguments.checkpoint), flush=True)
     if arguments.logits:
         from megatron_share4v.evaluate.agreement import compare_single_process, generated_questions
 
@@ -135,23 +137,25 @@ def verify(arguments: argparse.Namespace) -> None:
         print(found)
 
 
-def inspect(arguments: argparse.Namespace) -> None:
+def inspect_(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.inspect import describe_checkpoint
 
     for line in describe_checkpoint(arguments.checkpoint, hashes=arguments.hashes, every_layer=arguments.every_layer):
         print(line)
 
 
-def average(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.hf.average import average_checkpoints as average_
+def average_(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.hf.average import average_checkpoints
 
-    average_(arguments.sources, arguments.to)
+    average_checkpoints(arguments.sources, arguments.to)
 
 
-def prune(arguments: argparse.Namespace) -> None:
-    from megatron_share4v.checkpoint.retention import prune_checkpoints as prune_
+def prune_(arguments: argparse.Namespace) -> None:
+    from megatron_share4v.checkpoint.retention import prune_checkpoints
 
-    for path in prune_(arguments.directory, keep_last=arguments.keep_last, keep_every_steps=arguments.keep_every_steps):
+    for path in prune_checkpoints(
+        arguments.directory, keep_last=arguments.keep_last, keep_every_steps=arguments.keep_every_steps
+    ):
         print(f"removed {path}")
 
 

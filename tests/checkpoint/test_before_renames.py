@@ -1,4 +1,4 @@
-"""Data sets, run directories and checkpoints written before the modules were renamed still load (tests/golden/before_renames).
+"""Data sets, runs and checkpoints written before the modules were renamed still load (tests/golden/before_renames).
 
 Pickled class paths, module names in fingerprints, manifest keys and configuration keys could break them.
 """

@@ -1,4 +1,4 @@
-"""An imported model starts a run, the run's checkpoint goes on to the next stage and to an export; another model or tower is refused."""
+"""An imported model starts stage 1, then stage 2 and an export; another model or tower is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared data set and an imported Vicuna + CLIP that share a tokenizer, and a run's YAML file."""
+    """A prepared data set, an imported Vicuna + CLIP with the same tokenizer, and a run's YAML file."""
     from examples.quickstart.dataset import write_dataset
     from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
@@ -41,10 +41,18 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(texts, root / "llama" / "tokenizer.model", vocab_size=400)
     prepare(
         PrepareOptions(
-            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "llama" / "tokenizer.model",
-            template="vicuna_v1", max_text_length=400, samples_per_shard=16, max_rejected_fraction=0.0, workers=0, overwrite=False,
+            annotations=annotations,
+            images=root / "scenes",
+            output=root / "data",
+            tokenizer=root / "llama" / "tokenizer.model",
+            template="vicuna_v1",
+            max_text_length=400,
+            samples_per_shard=16,
+            max_rejected_fraction=0.0,
+            workers=0,
+            overwrite=False,
         )
-    )  # fmt: skip
+    )
     write_weights(root / "llama", theirs(SIZED, SHARE4V, "language"))
     write_json(root / "llama" / "config.json", llama_config(SIZED))
     import_model(
@@ -84,23 +92,23 @@ def test_two_stages_and_an_export(stage: Path) -> None:
     assert f"tower sha256 {tower}" in done.stderr
     assert read_manifest(first / "checkpoints" / "step_00000001").weights == {
         "vision": tower
-    }  # frozen, and known without a look at the import
+    }  # the tower is frozen, so its hash is the import's
     layout = ("parallel.tensor=2", "parallel.sequence=true")
     done = train(stage, f"run.directory={second}", f"checkpoint.initialize_from={first}", *layout, ranks=2)
     assert done.returncode == 0, done.stderr
     checkpoint = second / "checkpoints" / "step_00000001"
-    assert read_manifest(checkpoint).weights == {"vision": tower}  # the same at every layout
+    assert read_manifest(checkpoint).weights == {"vision": tower}  # equal at every layout
     assert (checkpoint / "tokenizer.model").read_bytes() == (stage / "llama" / "tokenizer.model").read_bytes()
     export_model(second, stage / "out", layout="llava-hf")
     weights, tower = read_weights(stage / "out"), theirs(MODEL, CLIP, "vision")
-    for name, tensor in tower.items():  # it was frozen, and what it does not compute was carried through both stages
+    for name, tensor in tower.items():  # frozen, and its unused weights were kept through both stages
         assert torch.equal(weights[f"vision_tower.{name}"], tensor), name
     trained = weights["language_model.model.layers.0.mlp.down_proj.weight"]
     assert not torch.equal(trained, theirs(SIZED, SHARE4V, "language")["model.layers.0.mlp.down_proj.weight"])
 
 
 def test_another_tower_is_refused(stage: Path) -> None:
-    """By its configuration, and before its tensors are missed."""
+    """The configurations differ; no error about missing tensors comes first."""
     start = f"checkpoint.initialize_from={stage / 'start'}"
     done = train(stage, f"run.directory={stage / 'refused'}", start, "model.vision.feature_layer=-3")
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -111,7 +119,7 @@ def test_another_tower_is_refused(stage: Path) -> None:
 
 
 def test_another_tower_of_the_same_shape_is_refused(stage: Path) -> None:
-    """As OpenAI's CLIP and the one that ShareGPT4V tuned."""
+    """Equal configuration, other weights: like OpenAI's CLIP and ShareGPT4V's fine-tuned tower."""
     tuned = HfSource(directory=stage / "llama", tower=write_clip(stage / "tuned", seed=5))
     import_model(tuned, stage / "other", options=ImportOptions())
     expected, stored = (read_manifest(stage / name).weights["vision"] for name in ("start", "other"))
@@ -144,7 +152,7 @@ def test_unused_weights_of_an_earlier_start_are_not_inherited(stage: Path, tmp_p
     assert len(asset_files(folder)) == 2
     copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=None, resumes=True)
     assert len(asset_files(folder)) == 2
-    copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint that carries none
+    copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint without unused weights
     assert [path.name for path in asset_files(folder)] == ["tokenizer.model"]
 
 

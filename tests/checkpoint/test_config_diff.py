@@ -1,4 +1,4 @@
-"""A configuration that differs from the checkpoint's: each key has an effect, the difference is shown, and only an explicit yes changes mathematics."""
+"""Configuration changes since a checkpoint: every key has an effect, and mathematics changes need explicit consent."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_effects_that_depend_on_other_values(found) -> None:
 
 
 def test_every_key_of_the_configuration_has_an_effect_on_purpose(found, tmp_path: Path) -> None:
-    """A key that no pattern names counts as mathematics: these are the ones that are meant to."""
+    """Lists the keys that match no pattern on purpose and therefore count as mathematics."""
     from megatron_share4v.checkpoint.config_diff import _effect
 
     config = load_run(tmp_path / "run.yaml", BASE)

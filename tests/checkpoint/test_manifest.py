@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself is compared with what is there, and every difference is named."""
+"""Verification compares a checkpoint's files with its manifest and names every difference."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def in_ranges(content: bytes, lengths: tuple[int, ...]) -> StoredFile:
 
 
 def test_a_file_hashed_in_ranges_is_covered_to_the_last_byte(tmp_path: Path) -> None:
-    lengths = (7, BLOCK + 3, 1, 90)  # one is read in two blocks
+    lengths = (7, BLOCK + 3, 1, 90)  # BLOCK + 3 is read in two blocks
     content = bytes(range(251)) * (sum(lengths) // 251 + 1)
     content = content[: sum(lengths)]
     path = tmp_path / "a.distcp"
@@ -147,7 +147,7 @@ def test_other_borders_are_another_digest(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_format_1_is_read(checkpoint: Path) -> None:
-    """Files had no ranges, and their digest is that of the content."""
+    """Manifests of format 1 have no ranges; their hash is of the content."""
     path = checkpoint / "manifest.json"
     content = json.loads(path.read_text())
     del content["sha256"]

@@ -1,4 +1,4 @@
-"""Writing in parts: what was ended goes on, nothing half-written has the target's name, and memory holds one tensor at a time."""
+"""Resumable writing: interrupted writes resume, the target is never partial, and memory holds one tensor at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_share4v.errors import ConversionError
 
 
 class Ended(Exception):
-    """Stands for a signal."""
+    """Stands in for a signal."""
 
 
 def part(name: str, content: bytes, log: list[str]) -> OutputFile:
@@ -51,7 +51,7 @@ def test_goes_on_after_the_last_whole_part(tmp_path: Path) -> None:
         )
     assert not target.exists()
     with open(tmp_path / ".target.journal", "a") as journal:
-        journal.write('{"name": "three", "size"')  # of a process that was killed while it wrote this
+        journal.write('{"name": "three", "size"')  # cut short by a kill
     log.clear()
     with stage_directory(target, fingerprint="a") as staging:
         written = write_files(
@@ -111,7 +111,7 @@ def test_a_large_piece_is_hashed_once_for_all(tmp_path: Path) -> None:
 
 
 def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumable_writer, "LARGE_BYTES", large := 2000)  # more than what surrounds a tensor in its file
+    monkeypatch.setattr(resumable_writer, "LARGE_BYTES", large := 2000)  # more than the bytes between tensors
     again = []
     monkeypatch.setattr(
         importer, "tensor_sha256", lambda tensor: (again.append(tensor.nbytes), tensor_sha256(tensor))[1]
@@ -251,11 +251,11 @@ def test_killed_conversions_go_on(
     killed("import", source, ours, repository)
     with caplog.at_level("INFO", logger="megatron_share4v"):
         manifest = import_model(HfSource(directory=source), ours, options=ImportOptions())
-        assert re.search("resumes with [23] of", caplog.text)  # the third one may have been on its way to the disk
+        assert re.search("resumes with [23] of", caplog.text)  # the third file may not have been recorded
         caplog.clear()
         killed("export", ours, back, repository)
         export_model(ours, back, layout="llava-hf", shard_bytes=100_000)
-        assert re.search("resumes with [23] of", caplog.text)  # the third one may have been on its way to the disk
+        assert re.search("resumes with [23] of", caplog.text)  # the third file may not have been recorded
     verify_files(ours, contents=True)
     monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
     assert (

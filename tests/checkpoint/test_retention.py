@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest whole ones, the ones at round steps, and never none."""
+"""Retention keeps the newest complete checkpoints and those at multiples of keep_every_steps, and at least one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from megatron_share4v.parallel.layout import Layout
 
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What the package logs."""
+    """Log records of the package."""
     monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level(logging.INFO, get_logger().name)
     return caplog
 
 
 def make(directory: Path, *steps: int) -> None:
-    """Whole checkpoints of these steps."""
+    """Write complete checkpoints of these steps."""
     for step in steps:
         target = directory / step_directory_name(step)
         temporary = create_staging_directory(target)

@@ -1,4 +1,4 @@
-"""Resuming is bitwise on the same layout, and exact in what is read at any other; ranks agree on every error."""
+"""Resuming is bitwise at the same layout and reads exact values at any other; all ranks raise the same error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def opened(setting: Setting):
 
 
 def resume_is_bitwise(directory: Path, setting: Setting) -> list[tuple[float, float]]:
-    """4 steps = 2 + save + load into fresh objects + 2: losses, norms and weights. Returns the results of the 4 steps."""
+    """Check that 2 steps, save, load into new objects and 2 steps equal 4 steps; return (loss, norm) of the 4 steps."""
     with opened(setting) as mesh:
         first, second = Run(mesh, setting, seed=1), Run(mesh, setting, seed=2)
         results = first.train(0, HALF)
@@ -56,7 +56,7 @@ def saving_changes_nothing(results: list[tuple[float, float]]) -> None:
 
 
 def resharded(directory: Path, source: Path, setting: Setting) -> list[tuple[float, float]]:
-    """Load at another layout, write at once (what was read), then train on."""
+    """Load at another layout, save what was read, then continue training."""
     with opened(setting) as mesh:
         run = Run(mesh, setting, seed=2)
         run.load(source)
@@ -77,7 +77,7 @@ def settings_keep_their_own_rates(source: Path) -> None:
 
 
 def weights_for_another_stage(source: Path) -> None:
-    """Stage 2 from stage 1: other parts train, no optimizer, chunks not wrapped; then a fresh optimizer starts from these weights."""
+    """Load weights for stage 2: other trained parts, no optimizer, unwrapped chunks; a new optimizer uses them."""
     from megatron_share4v.checkpoint.store import load_weights
 
     with opened(MAIN) as mesh:
@@ -89,7 +89,7 @@ def weights_for_another_stage(source: Path) -> None:
 
 
 def message_of(action) -> str:
-    """The CheckpointError that `action` raises; the same on all ranks."""
+    """Return the message of the CheckpointError that `action` raises, equal on all ranks."""
     from megatron_share4v.errors import CheckpointError
     from megatron_share4v.parallel.collectives import gather_objects
 
@@ -100,8 +100,8 @@ def message_of(action) -> str:
     return messages[0]
 
 
-def misfits_are_named(source: Path) -> list[str]:
-    """Another width, more layers, other trained parts, weights alone."""
+def mismatch_messages(source: Path) -> list[str]:
+    """Return the messages for another width, more layers, other trained parts, and weights without optimizer."""
     from megatron_share4v.checkpoint.store import CheckpointContents, RunState, load_weights, write_checkpoint
 
     with opened(MAIN) as mesh:
@@ -126,7 +126,7 @@ def misfits_are_named(source: Path) -> list[str]:
 
 
 def failed_writes_are_agreed_on(directory: Path) -> str:
-    """One rank cannot write: all hear of it, nothing is published, the next save cleans up."""
+    """A rank that cannot write: all ranks raise, nothing is published, and the next save removes the leftovers."""
     from torch.distributed.checkpoint import FileSystemWriter
 
     def full(self, plan, planner):
@@ -148,7 +148,7 @@ def failed_writes_are_agreed_on(directory: Path) -> str:
 
 
 def damage_is_agreed_on(directory: Path) -> tuple[str, str, Path | None, Path | None]:
-    """A flipped byte in the newest of two checkpoints."""
+    """Flip a byte in the newest of two checkpoints."""
     from megatron_share4v.checkpoint.store import find_latest_complete, find_resume_checkpoint
 
     with opened(MAIN) as mesh:
@@ -177,7 +177,7 @@ def flip_a_byte(path: Path) -> None:
 
 
 def four_ranks(directory: Path) -> dict:
-    """Everything that needs four ranks, in one world."""
+    """Run all checks that need four ranks in one world."""
     results = {"main": resume_is_bitwise(directory / "main", MAIN)}
     saving_changes_nothing(results["main"])
     source = directory / "main" / "step_00000002"
@@ -187,7 +187,7 @@ def four_ranks(directory: Path) -> dict:
         resume_is_bitwise(directory / f"resumed_{name}", setting)
     settings_keep_their_own_rates(source)
     weights_for_another_stage(source)
-    results["misfits"] = misfits_are_named(source)
+    results["misfits"] = mismatch_messages(source)
     results["full"] = failed_writes_are_agreed_on(directory / "full")
     results["damage"] = damage_is_agreed_on(directory / "damage")
     return results
@@ -295,7 +295,7 @@ def test_latest_names_the_newest(results: dict, directory: Path) -> None:
     from megatron_share4v.errors import CheckpointError
 
     newest, latest = directory / "damage" / "step_00000002", directory / "damage" / "latest"
-    assert latest.read_text() == "step_00000001\n" and not newest.exists(), "the damaged one was set aside"
+    assert latest.read_text() == "step_00000001\n" and not newest.exists(), "the damaged checkpoint was renamed"
     (directory / "damage" / "step_00000002.damaged").rename(newest)
     latest.write_text("step_00000002\n")
     assert (
@@ -312,7 +312,7 @@ def test_latest_names_the_newest(results: dict, directory: Path) -> None:
 
 
 def killed_while_saving(directory: Path, moment: str) -> None:
-    """Save twice; kill -9 in the middle of the second."""
+    """Save twice; SIGKILL in the middle of the second save."""
     from megatron_share4v.checkpoint import store
 
     def die(*args, **kwargs):
@@ -323,7 +323,7 @@ def killed_while_saving(directory: Path, moment: str) -> None:
         run.train(0, 1)
         run.save(directory, 1)
         if moment == "tensors":
-            os.fsync = die  # called first for the first file of tensors
+            os.fsync = die  # its first call is for the first file of tensors
         else:
             store.publish = die
         run.save(directory, 2)
@@ -335,11 +335,11 @@ def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[st
     from megatron_share4v.checkpoint.store import find_resume_checkpoint
     from megatron_share4v.logging import get_logger
 
-    class Heard(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record):
             messages.append(record.getMessage())
 
-    get_logger().addHandler(Heard())
+    get_logger().addHandler(Collector())
     get_logger().setLevel(logging.INFO)
     with opened(Setting()) as mesh:
         run = Run(mesh, Setting(), seed=2)

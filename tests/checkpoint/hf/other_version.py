@@ -1,12 +1,12 @@
-"""Load exports with another release of transformers than the one that the tests run with, and compare ids, pixels, logits and greedy answers.
+"""Compare ids, pixels, logits and greedy answers of exports under another transformers release than the tests use.
 
 Run by hand, from the root, for each release that users are told about; it installs nothing:
 
-    python -m venv OTHER; OTHER/bin/pip install torch transformers==4.57.6 sentencepiece pillow
+python -m venv OTHER; OTHER/bin/pip install torch transformers==4.57.6 sentencepiece pillow
     python tests/checkpoint/hf/other_version.py OTHER/bin/python
 
-This interpreter makes a checkpoint, exports it in fp32 and bf16, and answers; the other one loads each export through the Auto classes, offline, without
-this project in its path. Exit code 1 when something differs.
+This interpreter makes a checkpoint, exports it in fp32 and bf16, and answers; the other one loads each export through
+the Auto classes, offline, without this project in its path. Exit code 1 when something differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-TOLERANCE = 1e-4  # fp32, logits of a few units: sums in another order
+TOLERANCE = 1e-4  # fp32 with logits of a few units: sums in another order
 NEW_TOKENS = 16
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def answer(folder: Path, dtype: str) -> None:
-    """FOLDER/export, and FOLDER/ours.pt with what this project makes of some questions."""
+    """Write FOLDER/export, and FOLDER/ours.pt with this project's results for some questions."""
     from hf_fixtures import write_llava_hf
 
     from megatron_share4v.checkpoint.hf.exporter import export_model
@@ -84,7 +84,7 @@ def answer(folder: Path, dtype: str) -> None:
 
 @torch.no_grad()
 def load(folder: Path) -> int:
-    """In the other interpreter: 0 when everything is equal; a line of JSON says what was found."""
+    """Compare in the other interpreter; return 0 when everything is equal, and print the findings as one JSON line."""
     import transformers
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -1,4 +1,4 @@
-"""transformers computes what we compute: from an export, loaded through the Auto classes alone, and from what it saved itself, imported."""
+"""transformers and this project agree on exports loaded with Auto classes and on imported saves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_share4v.parallel.layout import Layout
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    """Of this process alone."""
+    """A mesh of one process."""
     device = Device("cpu")
     with (
         process_group(World.single_process(), device, timeout_s=60),
@@ -67,7 +67,9 @@ def test_an_export_that_was_rounded_is_compared_with_what_was_rounded(
 
 
 def test_the_tolerance_grows_with_the_logits_alone() -> None:
-    """A trained 7B model has logits of about 30, from sums whose last bits depend on their order."""
+    """The bound is relative above 1: a trained 7B model has logits of about 30, whose last bits depend on summation
+    order.
+    """
     found = Agreement(
         questions=1, ids_equal=True, pixels_equal=True, greedy_equal=True, max_logit_diff=1e-3, logit_scale=30.0
     )
@@ -77,7 +79,7 @@ def test_the_tolerance_grows_with_the_logits_alone() -> None:
 
 
 def test_a_difference_is_seen(exported: tuple[Path, Path], mesh: Mesh) -> None:
-    """What holds above is no accident of the comparison."""
+    """The comparison detects a changed weight."""
     checkpoint, export = exported
     other = export.with_name("other")
     export_model(checkpoint, other, layout="llava-hf")
@@ -92,7 +94,7 @@ def test_a_difference_is_seen(exported: tuple[Path, Path], mesh: Mesh) -> None:
 
 
 def random_llava(model: ModelConfig, **options: object):
-    """transformers' own, with weights large enough to matter."""
+    """A model saved by transformers, with weights large enough to affect the logits."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     drop = ("model_type", "architectures")

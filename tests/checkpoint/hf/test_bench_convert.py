@@ -1,4 +1,4 @@
-"""What tools/bench_convert.py makes of its measurements: the line through them, and what it calls a failure."""
+"""tools/bench_convert.py: the line through its measurements, and what it reports as a failure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_failures_are_named() -> None:
     good = [measured(1), measured(2)]
     assert (
         BENCH["judge"]([measured(1, ratio=9.0), measured(2)], hidden=5120)[1] == []
-    )  # of a small model, starting is what takes time
+    )  # start-up dominates a small model
     _, problems = BENCH["judge"]([*good, measured(4, ratio=2.01)], hidden=5120)
     assert len(problems) == 2 and "import of 4 GB took 2.01 times as long as a copy" in problems[0]
     _, problems = BENCH["judge"]([measured(0.5, memory=1.7)], hidden=5120)

@@ -28,7 +28,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """weights/ as the document says."""
+    """Create weights/ as the document describes."""
     root = tmp_path_factory.mktemp("document")
     tower = "ShareGPT4V-7B_Pretrained_vit-large336-l12"
     write_share4v(root / "weights" / "ShareGPT4V-7B", tower=f"Lin-Chen/{tower}")
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Runs one documented command, here; the logging that it sets up is undone."""
+    """Run a documented command in `place`; restore the logging settings afterwards."""
     monkeypatch.chdir(place)
     logger = get_logger()
     before = logger.level, logger.propagate
@@ -81,7 +81,7 @@ def test_every_command_in_its_order(
     for line in of(" import "):
         run(line)
     assert {path.name for path in (place / "checkpoints").iterdir()} == {"share4v_7b", "share4v_7b_start", "llava15_7b"}
-    for step in (1, 2, 3):  # stand for a trained run's
+    for step in (1, 2, 3):  # in place of a trained run's
         checkpoint = place / "runs" / "share4v_7b" / "finetune" / "checkpoints" / f"step_{step:08d}"
         shutil.copytree(place / "checkpoints" / "share4v_7b", checkpoint)
         manifest = read_manifest(checkpoint)

@@ -1,4 +1,4 @@
-"""tools/convert.py as a user starts it: every command once, exit codes, and one message for a mistake."""
+"""tools/convert.py from the command line: every command, exit codes, and one message per user error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     (back / "preprocessor_config.json").unlink()
     done = convert("verify", "--hf", back, "--checkpoint", ours, "--logits")
     assert done.returncode == 2 and "transformers cannot load its processor" in done.stderr
-    # What was found before the error is not lost with it.
+    # The comparison's result is printed before the error.
     assert "72 tensors equal" in done.stdout and "72 of them after rounding" in done.stdout, done.stderr
 
 
@@ -92,7 +92,7 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
     assert all(torch.allclose(after[name], 2 * before[name]) for name in before)
     manifest = read_manifest(paths[1])
     write_manifest(paths[1], replace(manifest, state=replace(manifest.state, step=4)))
-    average_checkpoints(paths[::-1], tmp_path / "trained")  # its step is the import's, 0
+    average_checkpoints(paths[::-1], tmp_path / "trained")  # step 0, as the import
     export_model(tmp_path / "trained", tmp_path / "out2", layout="llava-hf")
     rows = read_weights(tmp_path / "out2")[names[0]]
     assert torch.equal(rows[300:], rows[:300].mean(0, keepdim=True).expand(20, -1))

@@ -1,4 +1,4 @@
-"""Exported metadata files as transformers' Auto classes read them offline: ids, pixels, chat template, configuration."""
+"""Exported metadata files read by transformers' Auto classes offline: ids, pixels, chat template, configuration."""
 
 from __future__ import annotations
 
@@ -35,9 +35,42 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 PICTURE = Image.new("RGB", (50, 20), (10, 200, 30))
 ALPHABET = [
-    "A", " cat", " ", "  ", "\n", "\n\n", "\t", "é", "e\u0301", "日", "😀", "👩‍👩‍👧", "</s>", "<s>", "<unk>", "</s>USER", "<", "s>", "###", "ASSISTANT:",
-    "0", "\u200d", "▁", "\0", "<0x0A>", "\r\n", "נ", "\ufeff", "<imag", "{{ x }}", "{% if %}", "'", '"', "\\n", "&lt;",
-]  # fmt: skip
+    "A",
+    " cat",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "é",
+    "e\u0301",
+    "日",
+    "😀",
+    "👩‍👩‍👧",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "</s>USER",
+    "<",
+    "s>",
+    "###",
+    "ASSISTANT:",
+    "0",
+    "\u200d",
+    "▁",
+    "\0",
+    "<0x0A>",
+    "\r\n",
+    "נ",
+    "\ufeff",
+    "<imag",
+    "{{ x }}",
+    "{% if %}",
+    "'",
+    '"',
+    "\\n",
+    "&lt;",
+]
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +191,10 @@ def test_plain_strings_and_lists_of_text_render_alike(processor):
         {"role": "assistant", "content": "So."},
     ]
     lists = [
-        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, {"role": "user", "content": content},
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": "So."}]},
-    ]  # fmt: skip
+    ]
     expected = "<s>Be brief. USER: What?\nWhy? ASSISTANT: So.</s>"
     assert [processor.tokenizer.apply_chat_template(messages, tokenize=False) for messages in (strings, lists)] == [
         expected
@@ -292,9 +326,11 @@ def test_a_model_of_this_configuration_loads_and_generates(exported: Path, proce
     torch.manual_seed(0)
     random_model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(exported, local_files_only=True))
     hub = {
-        "model.vision_tower.": "vision_tower.vision_model.", "model.multi_modal_projector.": "multi_modal_projector.",
-        "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
-    }  # fmt: skip
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }
     weights = {}
     for name, tensor in random_model.state_dict().items():
         [prefix] = [prefix for prefix in hub if name.startswith(prefix)]

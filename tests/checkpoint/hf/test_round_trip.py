@@ -1,4 +1,4 @@
-"""Hugging Face -> ours -> Hugging Face and ours -> Hugging Face -> ours are bitwise, in fp32, bf16 and fp16, through any layout."""
+"""Hugging Face -> checkpoint -> Hugging Face and back are bitwise in fp32, bf16 and fp16, through any layout."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def provenance(directory: Path) -> dict[str, str]:
 
 
 def test_an_export_states_the_hashes_of_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounded, of a checkpoint whose manifest has the tower's alone, and when an earlier process wrote a part of it: what an import finds there."""
+    """Hashes in provenance.json equal an import's: rounded, with a manifest of the tower alone, and after a resume."""
     from megatron_share4v.checkpoint import resumable_writer
     from megatron_share4v.checkpoint.hf import exporter
 
@@ -89,7 +89,7 @@ def test_share4v_comes_back_bit_for_bit(dtype: str, tmp_path: Path) -> None:
 
 
 def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> None:
-    """In a world: load the checkpoint at a layout, write it from there, as a run that starts and saves does."""
+    """Load the checkpoint at a layout and write it from there, as a run that starts and saves."""
     from megatron_share4v.checkpoint.assets import asset_files
     from megatron_share4v.checkpoint.compatibility import stored_config
     from megatron_share4v.checkpoint.store import CheckpointContents, load_weights, write_checkpoint
@@ -134,7 +134,7 @@ def at_all_layouts(source: Path, target: Path) -> None:
 
 
 def test_heads_of_7b_in_fp32_through_one_layout_after_the_other(tmp_path: Path) -> None:
-    """Heads of 128 and 64 channels and the proportions of 7B, two blocks of it, which pipeline 2 cuts."""
+    """Heads of 128 and 64 channels, the proportions of 7B and two blocks, one per pipeline stage."""
     vision = VisionConfig(image_size=28, hidden_size=256, intermediate_size=1024, num_layers=2, num_attention_heads=4)
     language = LanguageConfig(
         vocab_size=300,
@@ -155,7 +155,7 @@ def test_heads_of_7b_in_fp32_through_one_layout_after_the_other(tmp_path: Path) 
 
 
 def test_widths_of_7b(tmp_path: Path) -> None:
-    """One block of each half, with the published widths, heads and patches, at tensor 2."""
+    """One block of tower and language model with the published widths, heads and patches, at tensor 2."""
     vision = VisionConfig(image_size=28, num_layers=2)
     model = replace(MODEL, vision=vision, language=LanguageConfig(vocab_size=300, num_layers=1))
     source = write_llava_hf(tmp_path / "hf", model, dtype="bf16")

@@ -1,4 +1,4 @@
-"""What can be imported: every way in which a model of this kind lies on disks, and its parts."""
+"""Importable models: every published directory layout, and models assembled from parts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_configuration_of_transformers_5(tmp_path: Path) -> None:
 
 
 def test_what_transformers_leaves_out_is_its_default() -> None:
-    """The hub's llava-1.5-7b-hf states what differs from LlamaConfig alone."""
+    """The hub's llava-1.5-7b-hf states only values that differ from LlamaConfig."""
     from megatron_share4v.checkpoint.hf.config import parse_model_config
     from megatron_share4v.config.model import LanguageConfig, VisionConfig
 
@@ -192,7 +192,7 @@ def test_stage_1_directory_with_a_projector_alone(tmp_path: Path) -> None:
 def write_lora(
     directory: Path, *, base: dict[str, torch.Tensor], rank: int = 2, **options: object
 ) -> dict[str, torch.Tensor]:
-    """An adapter of two matrices and a projector beside it; the merged matrices."""
+    """Write a LoRA adapter of two matrices and a projector; return the merged matrices."""
     generator = torch.Generator().manual_seed(3)
     adapter, merged = {}, {}
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.2.mlp.down_proj.weight"):
@@ -224,7 +224,7 @@ def test_lora_is_merged(tmp_path: Path) -> None:
 
 
 def test_delta_is_added(tmp_path: Path) -> None:
-    """And buffers of old releases are no weights, on either side."""
+    """Buffers of old releases are ignored on both sides."""
     base, whole = theirs(MODEL, SHARE4V, "language", seed=1), theirs(MODEL, SHARE4V, "projector", "language")
     delta = {name: tensor - base[name] if name in base else tensor for name, tensor in whole.items()}
     delta["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)

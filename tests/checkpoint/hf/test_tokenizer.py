@@ -1,4 +1,4 @@
-"""tokenizer.json cuts every text as text/tokenizer.py does, read by the library `tokenizers` alone; models that it cannot repeat are refused."""
+"""tokenizer.json in the library `tokenizers` gives the ids of text/tokenizer.py; unsupported models are refused."""
 
 from __future__ import annotations
 
@@ -16,26 +16,93 @@ from megatron_share4v.errors import ConversionError, DataError
 from megatron_share4v.text.tokenizer import Tokenizer
 
 CORPUS = [
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers.",
-    "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa. ### Human: ## It is looking at a bird, I think.",
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers.",
+    "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa. "
+    "### Human: ## It is looking at a bird, I think.",
     "Short questions have  short answers.   Long ones    do not. aaaa aaaaaa abababab 日本語",
 ]
 TEXTS = [
-    "", " ", "  ", "A cat.", " A cat", "  two  spaces ", "\n", "\nWhat", "a\n\n\tb", "日本語 é 😀 x", "👩‍👩‍👧", "e\u0301", "a\0b", "▁x ▁", "<0x0A>",
-    "<0xE6>", "</s>", "<s>[INST] x", "A cat.</s>USER: What", "a </s> b", "</s></s>x<unk>y<s>", "<</s>>", "</s", "<s", "\ufeff\u200b", "\r\n",
-    "aaaaaaa", "ababababa", "\u2028", "ﬁ", "Ａ", "ß", "İ", "אבג", "नमस्ते", "\U0010ffff", "long " * 2000,
-]  # fmt: skip
+    "",
+    " ",
+    "  ",
+    "A cat.",
+    " A cat",
+    "  two  spaces ",
+    "\n",
+    "\nWhat",
+    "a\n\n\tb",
+    "日本語 é 😀 x",
+    "👩‍👩‍👧",
+    "e\u0301",
+    "a\0b",
+    "▁x ▁",
+    "<0x0A>",
+    "<0xE6>",
+    "</s>",
+    "<s>[INST] x",
+    "A cat.</s>USER: What",
+    "a </s> b",
+    "</s></s>x<unk>y<s>",
+    "<</s>>",
+    "</s",
+    "<s",
+    "\ufeff\u200b",
+    "\r\n",
+    "aaaaaaa",
+    "ababababa",
+    "\u2028",
+    "ﬁ",
+    "Ａ",
+    "ß",
+    "İ",
+    "אבג",
+    "नमस्ते",
+    "\U0010ffff",
+    "long " * 2000,
+]
 ALPHABET = [
-    "A", " cat", " ", "  ", "\n", "é", "日", "😀", "</s>", "<s>", "<unk>", "<", "s>", "###", "ASSISTANT", ":", "0", "\u200d", "aa", "ab", "aba", "▁",
-]  # fmt: skip
+    "A",
+    " cat",
+    " ",
+    "  ",
+    "\n",
+    "é",
+    "日",
+    "😀",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<",
+    "s>",
+    "###",
+    "ASSISTANT",
+    ":",
+    "0",
+    "\u200d",
+    "aa",
+    "ab",
+    "aba",
+    "▁",
+]
 
 
 def _train(path: Path, *, corpus: list[str] = CORPUS, **changes: object) -> Path:
     model = io.BytesIO()
     settings = {
-        "vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
-        "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "hard_vocab_limit": False, "num_threads": 1, "minloglevel": 2,
-    }  # fmt: skip
+        "vocab_size": 420,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "hard_vocab_limit": False,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus * 10), model_writer=model, **settings | changes
     )
@@ -97,8 +164,11 @@ def test_image_and_pad_come_after_the_models_vocabulary(model_path: Path):
     fast = _fast(tokenizer)
     assert (tokenizer.image_id, tokenizer.pad_id) == (pieces + 5, pieces + 6)
     assert fast.encode("A<image>\nB<pad>", add_special_tokens=False).ids == [
-        *Tokenizer(model_path).encode("A"), pieces + 5, *Tokenizer(model_path).encode("\nB"), pieces + 6,
-    ]  # fmt: skip
+        *Tokenizer(model_path).encode("A"),
+        pieces + 5,
+        *Tokenizer(model_path).encode("\nB"),
+        pieces + 6,
+    ]
     assert fast.get_vocab_size() == pieces + 7, (
         "every id has a name, so that readers of the file do not move the new tokens"
     )
@@ -115,8 +185,12 @@ def test_configuration_says_what_old_and_new_readers_look_for(model_path: Path):
     )
     assert config["extra_special_tokens"] == {"image_token": "<image>"}
     assert {i: token["content"] for i, token in config["added_tokens_decoder"].items()} == {
-        "0": "<unk>", "1": "<s>", "2": "</s>", str(tokenizer.image_id): "<image>", str(tokenizer.pad_id): "<pad>",
-    }  # fmt: skip
+        "0": "<unk>",
+        "1": "<s>",
+        "2": "</s>",
+        str(tokenizer.image_id): "<image>",
+        str(tokenizer.pad_id): "<pad>",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Transforms: bitwise inverse in both directions for many shapes, and the row order that tensor parallelism needs."""
+"""Transforms: bitwise inverses in both directions for many shapes, and the row order that tensor parallelism needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_there_and_back_is_bitwise_equal(
 
 
 def test_a_group_of_heads_stays_together() -> None:
-    # Rows are named component, group, number within the group: two query heads per key/value head, one row per head.
+    # Row names: component, group, index in the group. Two query heads per key/value head, one row per head.
     query, key, value = (
         torch.tensor([[100, 101, 110, 111]]).T,
         torch.tensor([[200, 210]]).T,

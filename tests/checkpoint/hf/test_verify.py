@@ -1,4 +1,4 @@
-"""Verification names the first difference between a model and a checkpoint, its likely cause, and what is on one side only."""
+"""Verification reports the first difference between a model and a checkpoint, its likely cause, and missing tensors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def remade(
     step: int = 0,
     assets: bool = True,
 ) -> Path:
-    """A whole checkpoint with other tensors, or as if it had been trained."""
+    """Rewrite a checkpoint with changed tensors, or with the step of a trained one."""
     opened = open_checkpoint(checkpoint)
     ours = dict(opened.weights)
     change(ours)
@@ -165,7 +165,7 @@ def test_names_and_shapes_on_our_side(case: str, llava: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("theirs", "ours"), [("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")])
 def test_rounding_between_dtypes_is_no_difference(theirs: str, ours: str, tmp_path: Path) -> None:
-    """bf16 and fp16 have as many bits; a tiny bf16 value has no counterpart in fp16."""
+    """bf16 and fp16 have equally many bits; a tiny bf16 value has no counterpart in fp16."""
     source = write_llava_hf(tmp_path / "hf", dtype=theirs)
     tensors = read_weights(source)
     tensors[DOWN].view(-1)[:2] = torch.tensor([1e-30, 6e-8]).to(tensors[DOWN].dtype)
@@ -229,7 +229,7 @@ def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monk
 
 
 def test_verify_of_a_released_model(tmp_path: Path) -> None:
-    """Without rows after the vocabulary there is nothing to say about them."""
+    """Without rows after the vocabulary the summary does not mention them."""
     source = write_share4v(tmp_path / "s4v", inside=True)
     import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
     found = verify_conversion(HfSource(directory=source), tmp_path / "ours")

@@ -1,4 +1,4 @@
-"""The weight map: it covers exactly the tensors that the model is made of, is bitwise invertible, and names what does not fit."""
+"""The weight map covers exactly the model's tensors, is bitwise invertible, and names mismatches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _shapes_of_shards(model: ModelConfig, parallel: ParallelConfig) -> dict[str,
 
 
 def shapes_at(parallel: ParallelConfig) -> list[dict[str, tuple[int, ...]]]:
-    """On one rank: names and global shapes of the parts that it holds, for both projectors."""
+    """Compare names and global shapes of one rank's shards with the weight map, for both projectors."""
     return [_shapes_of_shards(model, parallel) for model in (MODEL, LINEAR)]
 
 
