@@ -92,7 +92,7 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
-def theirs(
+def random_hf_weights(
     model: ModelConfig, naming: Naming, *components: Component, dtype: str = "fp32", seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """Return random tensors of `components`, including the tower's unused ones."""
@@ -179,7 +179,7 @@ def write_llava_hf(
     directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", shards: int = 1, naming: Naming = LLAVA_HF
 ) -> Path:
     """Write a llava-hf model as on the hub: <image> and <pad> after the pieces, rows up to a multiple of 64."""
-    tensors = theirs(model, naming, "vision", "projector", "language", dtype=dtype)
+    tensors = random_hf_weights(model, naming, "vision", "projector", "language", dtype=dtype)
     rows_there = -(-(model.language.vocab_size + 2) // 64) * 64
     generator = torch.Generator().manual_seed(1)
     for name in (f"{naming.decoder}embed_tokens.weight", f"{naming.head}weight"):
@@ -207,7 +207,7 @@ def write_llava_hf(
 
 def write_clip(directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", seed: int = 0) -> Path:
     """Write a CLIP tower as .bin, with the buffer of old releases."""
-    tensors = theirs(model, CLIP, "vision", dtype=dtype, seed=seed)
+    tensors = random_hf_weights(model, CLIP, "vision", dtype=dtype, seed=seed)
     tensors["vision_model.embeddings.position_ids"] = torch.arange(model.vision.num_patches + 1)[None]
     write_weights(directory, tensors, suffix="bin")
     write_json(directory / "config.json", clip_config(model))
@@ -218,7 +218,7 @@ def write_llama(
     directory: Path, model: ModelConfig = MODEL, *, dtype: str = "fp32", seed: int = 0, suffix: str = "safetensors"
 ) -> Path:
     """Write a LLaMA model, as Vicuna."""
-    write_weights(directory, theirs(model, SHARE4V, "language", dtype=dtype, seed=seed), suffix=suffix)
+    write_weights(directory, random_hf_weights(model, SHARE4V, "language", dtype=dtype, seed=seed), suffix=suffix)
     write_json(directory / "config.json", llama_config(model))
     write_tokenizer(directory / "tokenizer.model")
     return directory
@@ -251,7 +251,7 @@ def write_share4v(
     inside.
     """
     components: tuple[Component, ...] = ("projector", "language", *(("vision",) if inside else ()))
-    tensors = theirs(model, SHARE4V, *components, dtype=dtype)
+    tensors = random_hf_weights(model, SHARE4V, *components, dtype=dtype)
     for layer in range(model.language.num_layers):
         tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     write_weights(directory, tensors, shards=2, suffix="bin")
@@ -260,7 +260,7 @@ def write_share4v(
     return directory
 
 
-def read_weights(directory: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(directory: Path) -> dict[str, torch.Tensor]:
     """Read all safetensors of a directory with the library."""
     from safetensors.torch import load_file
 

@@ -1,7 +1,7 @@
 """Compare the model configuration stored in a checkpoint with another one: a run that starts from it, or a converted
 model.
 
-Shapes alone do not identify a model: another feature layer, epsilon or rotary base computes other outputs from the same
+Shapes do not identify a model: another feature layer, epsilon or rotary base computes other outputs from the same
 tensors. OpenAI's CLIP and a vision tower fine-tuned from it have the same configuration; only the hash of the tower's
 weights distinguishes them.
 """

@@ -30,7 +30,7 @@ def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Itera
     yield f"source: {manifest.source or 'a training run'}; written at {manifest.layout} by {versions}"
     yield f"step {state.step}, {state.consumed_samples} samples consumed, plan {state.plan_fingerprint or 'none'}"
     optimizer = sum(name.startswith(STATE_PREFIX) for name in stored_tensors(opened.path))
-    yield f"optimizer: {f'{optimizer} tensors, {manifest.updates} updates' if optimizer else 'none (weights alone)'}"
+    yield f"optimizer: {f'{optimizer} tensors, {manifest.updates} updates' if optimizer else 'none (weights only)'}"
     yield from _tree(opened, every_layer=every_layer)
     if opened.unused:
         yield f"stored for exports, not computed: {len(opened.unused)} tensors"

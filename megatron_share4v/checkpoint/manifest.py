@@ -62,7 +62,7 @@ class Manifest:
 
     state: RunState
     updates: int | None
-    """Step count of the optimizer; None: weights alone."""
+    """Step count of the optimizer; None: weights only."""
     layout: Layout
     """Parallel layout at which it was written; it can be loaded at any layout."""
     config: str

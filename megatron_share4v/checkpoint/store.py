@@ -169,7 +169,7 @@ def load_checkpoint(
     checkpoint, manifest = _resolve_and_verify(path, contents=not verified)
     if manifest.updates is None:
         raise CheckpointError(
-            f"{checkpoint}: holds weights alone, nothing to resume; start a run from it with checkpoint.initialize_from"
+            f"{checkpoint}: holds only weights, nothing to resume; start a run from it with checkpoint.initialize_from"
         )
     load_sharded(checkpoint, chunks=chunks, optimizer=optimizer, updates=manifest.updates, sharding=SHARDING)
     _log_loaded("loaded", checkpoint, manifest, started)

@@ -11,7 +11,17 @@ import pytest
 import torch
 import yaml
 from forked_tools import run_tool
-from hf_fixtures import CLIP, MODEL, SHARE4V, llama_config, read_weights, theirs, write_clip, write_json, write_weights
+from hf_fixtures import (
+    CLIP,
+    MODEL,
+    SHARE4V,
+    llama_config,
+    random_hf_weights,
+    read_safetensors,
+    write_clip,
+    write_json,
+    write_weights,
+)
 
 from megatron_share4v.checkpoint.assets import asset_files, copy_assets_to_run
 from megatron_share4v.checkpoint.compatibility import check_initial_model
@@ -53,7 +63,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
             overwrite=False,
         )
     )
-    write_weights(root / "llama", theirs(SIZED, SHARE4V, "language"))
+    write_weights(root / "llama", random_hf_weights(SIZED, SHARE4V, "language"))
     write_json(root / "llama" / "config.json", llama_config(SIZED))
     import_model(
         HfSource(directory=root / "llama", tower=write_clip(root / "clip")), root / "start", options=ImportOptions()
@@ -100,11 +110,13 @@ def test_two_stages_and_an_export(stage: Path) -> None:
     assert read_manifest(checkpoint).weights == {"vision": tower}  # equal at every layout
     assert (checkpoint / "tokenizer.model").read_bytes() == (stage / "llama" / "tokenizer.model").read_bytes()
     export_model(second, stage / "out", layout="llava-hf")
-    weights, tower = read_weights(stage / "out"), theirs(MODEL, CLIP, "vision")
+    weights, tower = read_safetensors(stage / "out"), random_hf_weights(MODEL, CLIP, "vision")
     for name, tensor in tower.items():  # frozen, and its unused weights were kept through both stages
         assert torch.equal(weights[f"vision_tower.{name}"], tensor), name
     trained = weights["language_model.model.layers.0.mlp.down_proj.weight"]
-    assert not torch.equal(trained, theirs(SIZED, SHARE4V, "language")["model.layers.0.mlp.down_proj.weight"])
+    assert not torch.equal(
+        trained, random_hf_weights(SIZED, SHARE4V, "language")["model.layers.0.mlp.down_proj.weight"]
+    )
 
 
 def test_another_tower_is_refused(stage: Path) -> None:

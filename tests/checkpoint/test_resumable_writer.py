@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_fixtures import read_weights, write_llava_hf
+from hf_fixtures import read_safetensors, write_llava_hf
 from safetensors import safe_open
 
 from megatron_share4v.checkpoint import resumable_writer
@@ -117,9 +117,9 @@ def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest
         importer, "tensor_sha256", lambda tensor: (again.append(tensor.nbytes), tensor_sha256(tensor))[1]
     )
     manifest = import_model(
-        HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions()
+        HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "megatron", options=ImportOptions()
     )
-    opened = open_checkpoint(tmp_path / "ours")
+    opened = open_checkpoint(tmp_path / "megatron")
     sizes = [tensor.nbytes for tensor in opened.weights.values()]
     ranges = [length for file in manifest.files.values() for length in file.ranges]
     assert sorted(again) == sorted(size for size in sizes if size < large)
@@ -129,7 +129,7 @@ def test_an_import_hashes_large_tensors_once(tmp_path: Path, monkeypatch: pytest
         != []
     )
     assert manifest.weights == hash_components(opened.weights)
-    verify_files(tmp_path / "ours", contents=True)
+    verify_files(tmp_path / "megatron", contents=True)
 
 
 def test_an_empty_part_is_hashed_like_others(tmp_path: Path) -> None:
@@ -246,25 +246,25 @@ def killed(what: str, source: Path, target: Path, repository: Path) -> None:
 def test_killed_conversions_go_on(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
+    source, megatron, back = write_llava_hf(tmp_path / "hf"), tmp_path / "megatron", tmp_path / "back"
     monkeypatch.setattr(importer, "FILE_BYTES", 100_000)
-    killed("import", source, ours, repository)
+    killed("import", source, megatron, repository)
     with caplog.at_level("INFO", logger="megatron_share4v"):
-        manifest = import_model(HfSource(directory=source), ours, options=ImportOptions())
+        manifest = import_model(HfSource(directory=source), megatron, options=ImportOptions())
         assert re.search("resumes with [23] of", caplog.text)  # the third file may not have been recorded
         caplog.clear()
-        killed("export", ours, back, repository)
-        export_model(ours, back, layout="llava-hf", shard_bytes=100_000)
+        killed("export", megatron, back, repository)
+        export_model(megatron, back, layout="llava-hf", shard_bytes=100_000)
         assert re.search("resumes with [23] of", caplog.text)  # the third file may not have been recorded
-    verify_files(ours, contents=True)
+    verify_files(megatron, contents=True)
     monkeypatch.setattr(importer, "FILE_BYTES", importer.FILE_BYTES * 100)
     assert (
         import_model(HfSource(directory=source), tmp_path / "at_once", options=ImportOptions()).weights
         == manifest.weights
     )
-    before, after = read_weights(source), read_weights(back)
+    before, after = read_safetensors(source), read_safetensors(back)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert read_manifest(ours).source == "llava-hf: hf"
+    assert read_manifest(megatron).source == "llava-hf: hf"
 
 
 def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
@@ -292,8 +292,8 @@ def test_files_are_what_the_library_reads(tmp_path: Path) -> None:
 
 
 def test_the_modes_of_files_let_others_read(tmp_path: Path) -> None:
-    import_model(HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "ours", options=ImportOptions())
-    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    import_model(HfSource(directory=write_llava_hf(tmp_path / "hf")), tmp_path / "megatron", options=ImportOptions())
+    export_model(tmp_path / "megatron", tmp_path / "back", layout="llava-hf")
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "back" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

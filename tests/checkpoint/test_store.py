@@ -269,7 +269,7 @@ def test_misfits_name_tensors_and_shapes(results: dict) -> None:
     assert (
         "optimizer state of other trained parts" in other and "not there here" in other and "initialize_from" in other
     )
-    assert "holds weights alone" in alone
+    assert "holds only weights" in alone
     assert "step_00000099: there is no such checkpoint directory" in absent
     assert "manifest.json" in below and "Not a directory" in below
 

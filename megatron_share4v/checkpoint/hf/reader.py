@@ -150,22 +150,20 @@ class _FileRange:
 
     def __call__(self) -> torch.Tensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
+        unread = tensor_bytes(tensor)
         try:
-            self._read_into(tensor_bytes(tensor))
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.offset)
+                while unread:
+                    count = file.readinto(unread)
+                    if not count:
+                        raise ConversionError(f"{self.path}: was truncated while it was read; {AGAIN}")
+                    unread = unread[count:]
         except OSError as error:
             raise ConversionError(
                 f"{self.path}: cannot be read ({error.strerror}); check its file system, or {AGAIN}"
             ) from error
         return tensor
-
-    def _read_into(self, left: memoryview) -> None:
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise ConversionError(f"{self.path}: was truncated while it was read; {AGAIN}")
-                left = left[count:]
 
 
 class _MappedFile:

@@ -155,20 +155,20 @@ def _config_path(paths: HfSource) -> Path:
 def _main_tensors(paths: HfSource) -> dict[str, LazyTensor]:
     directory, base = paths.directory, paths.base
     adapter = is_adapter(directory)
-    alone = not adapter and not has_weights(directory) and (directory / PROJECTOR).is_file()
-    if paths.delta and (adapter or alone):
-        what = "a LoRA adapter" if adapter else "a projector alone"
+    only_projector = not adapter and not has_weights(directory) and (directory / PROJECTOR).is_file()
+    if paths.delta and (adapter or only_projector):
+        what = "a LoRA adapter" if adapter else "only a projector"
         raise ConversionError(f"{directory}: is {what}, no delta weights; leave --delta out")
     if base is None:
-        if adapter or alone or paths.delta:
-            what = "a LoRA adapter" if adapter else "a projector alone" if alone else "delta weights"
+        if adapter or only_projector or paths.delta:
+            what = "a LoRA adapter" if adapter else "only a projector" if only_projector else "delta weights"
             raise ConversionError(f"{directory}: is {what}; give the model that it belongs to with --base")
         return open_weights_directory(directory)
     if adapter:
         return merge_lora(open_weights_directory(base), directory)
     if paths.delta:
         return merge_delta(open_weights_directory(base), open_weights_directory(directory))
-    if alone:
+    if only_projector:
         return merge_disjoint(open_weights_directory(base), open_weights_file(directory / PROJECTOR))
     raise ConversionError(f"{directory}: is a whole model, so --base {base} is not used; leave it out, or use --delta")
 

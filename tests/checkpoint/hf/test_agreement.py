@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_fixtures import MODEL, clip_config, llama_config, read_weights, write_llava_hf, write_tokenizer, write_weights
+from hf_fixtures import (
+    MODEL,
+    clip_config,
+    llama_config,
+    read_safetensors,
+    write_llava_hf,
+    write_tokenizer,
+    write_weights,
+)
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
@@ -46,10 +54,10 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A checkpoint and its export."""
     root = tmp_path_factory.mktemp("exported")
     import_model(
-        HfSource(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "ours", options=ImportOptions()
+        HfSource(directory=write_llava_hf(root / "hf", dtype=request.param)), root / "megatron", options=ImportOptions()
     )
-    export_model(root / "ours", root / "out", layout="llava-hf")
-    return root / "ours", root / "out"
+    export_model(root / "megatron", root / "out", layout="llava-hf")
+    return root / "megatron", root / "out"
 
 
 def test_an_export_computes_what_its_checkpoint_does(exported: tuple[Path, Path], mesh: Mesh) -> None:
@@ -83,7 +91,7 @@ def test_a_difference_is_seen(exported: tuple[Path, Path], mesh: Mesh) -> None:
     checkpoint, export = exported
     other = export.with_name("other")
     export_model(checkpoint, other, layout="llava-hf")
-    weights = read_weights(other)
+    weights = read_safetensors(other)
     name, bias = "vision_tower.vision_model.embeddings.class_embedding", "multi_modal_projector.linear_2.bias"
     write_weights(other, {**weights, bias: weights[bias] + 1})
     found = compare(checkpoint, other, questions=generated_questions()[:1], mesh=mesh, max_new_tokens=2)
@@ -119,12 +127,12 @@ def random_llava(model: ModelConfig, **options: object):
 @pytest.mark.parametrize("feature_layer", [-2, -1, 2])
 def test_what_transformers_saved_is_imported(feature_layer: int, mesh: Mesh, tmp_path: Path) -> None:
     model = replace(MODEL, vision=replace(MODEL.vision, feature_layer=feature_layer))
-    theirs = random_llava(model)
-    theirs.save_pretrained(tmp_path / "saved")
+    hf_weights = random_llava(model)
+    hf_weights.save_pretrained(tmp_path / "saved")
     request = HfSource(directory=tmp_path / "saved", tokenizer=write_tokenizer(tmp_path / "tokenizer.model"))
-    import_model(request, tmp_path / "ours", options=ImportOptions())
-    session = Session.open(tmp_path / "ours", mesh=mesh)
+    import_model(request, tmp_path / "megatron", options=ImportOptions())
+    session = Session.open(tmp_path / "megatron", mesh=mesh)
     assert session.config.model == model
     for question in generated_questions():
         prompt = make_prompt(session.encoder, question.turns, image=question.image, tokens_per_image=4)
-        assert logit_difference(session, theirs, prompt) <= LOGIT_TOLERANCE
+        assert logit_difference(session, hf_weights, prompt) <= LOGIT_TOLERANCE

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hf_fixtures import MODEL, SHARE4V, theirs, write_clip, write_llama, write_llava_hf, write_share4v
+from hf_fixtures import MODEL, SHARE4V, random_hf_weights, write_clip, write_llama, write_llava_hf, write_share4v
 
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.config.run import CheckpointConfig
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clip(root / "weights" / tower, seed=4)
     write_llama(root / "weights" / "vicuna-7b-v1.5")
     write_clip(root / "weights" / "clip-vit-large-patch14-336")
-    torch.save(theirs(MODEL, SHARE4V, "projector"), root / "weights" / "mm_projector.bin")
+    torch.save(random_hf_weights(MODEL, SHARE4V, "projector"), root / "weights" / "mm_projector.bin")
     write_llava_hf(root / "weights" / "llava-1.5-7b-hf")
     return root
 

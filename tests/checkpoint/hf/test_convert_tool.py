@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from forked_tools import run_tool
-from hf_fixtures import read_weights, write_clip, write_llama, write_llava_hf, write_weights
+from hf_fixtures import read_safetensors, write_clip, write_llama, write_llava_hf, write_weights
 
 from megatron_share4v.checkpoint.hf.average import average_checkpoints
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
@@ -27,23 +27,23 @@ def convert(*arguments: object) -> CompletedProcess:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    source, ours, back = write_llava_hf(tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
-    done = convert("import", "--from", source, "--to", ours)
+    source, megatron, back = write_llava_hf(tmp_path / "hf"), tmp_path / "megatron", tmp_path / "back"
+    done = convert("import", "--from", source, "--to", megatron)
     assert done.returncode == 0 and "vision: sha256" in done.stderr, done.stderr
     done = convert(
-        "export", "--from", ours, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001"
+        "export", "--from", megatron, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001"
     )
     assert done.returncode == 0 and len(list(back.glob("model-*"))) > 1, done.stderr
     assert done.stderr.count(": sha256 ") == 3
     (back / "preprocessor_config.json").unlink()
-    done = convert("verify", "--hf", back, "--checkpoint", ours, "--logits")
+    done = convert("verify", "--hf", back, "--checkpoint", megatron, "--logits")
     assert done.returncode == 2 and "transformers cannot load its processor" in done.stderr
     # The comparison's result is printed before the error.
     assert "72 tensors equal" in done.stdout and "72 of them after rounding" in done.stdout, done.stderr
 
 
 def test_mistakes_end_with_2_and_one_message(tmp_path: Path) -> None:
-    done = convert("import", "--from", tmp_path / "nowhere", "--to", tmp_path / "ours")
+    done = convert("import", "--from", tmp_path / "nowhere", "--to", tmp_path / "megatron")
     assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
     assert "nowhere" in done.stderr
     done = convert("export", "--from", tmp_path / "nowhere", "--to", tmp_path / "x", "--layout", "llava-hf")
@@ -82,19 +82,19 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
     paths = []
     for factor in (1, 3):
         source = write_llava_hf(tmp_path / f"hf{factor}")
-        write_weights(source, {name: tensor * factor for name, tensor in read_weights(source).items()})
+        write_weights(source, {name: tensor * factor for name, tensor in read_safetensors(source).items()})
         paths.append(tmp_path / f"ours{factor}")
         import_model(HfSource(directory=source), paths[-1], options=ImportOptions())
-    before = read_weights(tmp_path / "hf1")
+    before = read_safetensors(tmp_path / "hf1")
     average_checkpoints(paths, tmp_path / "mean")
     export_model(tmp_path / "mean", tmp_path / "out", layout="llava-hf")
-    after = read_weights(tmp_path / "out")
+    after = read_safetensors(tmp_path / "out")
     assert all(torch.allclose(after[name], 2 * before[name]) for name in before)
     manifest = read_manifest(paths[1])
     write_manifest(paths[1], replace(manifest, state=replace(manifest.state, step=4)))
     average_checkpoints(paths[::-1], tmp_path / "trained")  # step 0, as the import
     export_model(tmp_path / "trained", tmp_path / "out2", layout="llava-hf")
-    rows = read_weights(tmp_path / "out2")[names[0]]
+    rows = read_safetensors(tmp_path / "out2")[names[0]]
     assert torch.equal(rows[300:], rows[:300].mean(0, keepdim=True).expand(20, -1))
 
 
@@ -117,12 +117,12 @@ def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path:
     with pytest.raises(ConversionError, match="weights in bf16, fp32; choose one with --dtype"):
         export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf")
     export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf", dtype="bf16")
-    assert {tensor.dtype for tensor in read_weights(tmp_path / "out").values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in read_safetensors(tmp_path / "out").values()} == {torch.bfloat16}
 
 
 def test_inspect(checkpoints: list[Path]) -> None:
     text = "\n".join(describe_checkpoint(checkpoints[0], hashes=False, every_layer=False))
-    assert "source: llama: llama1, clip" in text and "optimizer: none (weights alone)" in text
+    assert "source: llama: llama1, clip" in text and "optimizer: none (weights only)" in text
     assert "language.decoder.layers.*.mlp.linear_fc1.weight x 4: [128, 48] fp32" in text
     assert (
         "stored for exports, not computed: 18 tensors" in text

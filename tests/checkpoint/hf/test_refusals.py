@@ -10,8 +10,8 @@ import pytest
 import torch
 from hf_fixtures import (
     MODEL,
-    read_weights,
-    theirs,
+    random_hf_weights,
+    read_safetensors,
     write_clip,
     write_json,
     write_llama,
@@ -91,10 +91,10 @@ TENSORS: dict[str, tuple[Change, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", TENSORS)
 def test_tensors(case: str, copy: Path, tmp_path: Path) -> None:
     change, words = TENSORS[case]
-    tensors = read_weights(copy)
+    tensors = read_safetensors(copy)
     change(tensors)
     write_weights(copy, tensors)
-    message = refused(HfSource(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "megatron")
     assert all(word in message for word in words), message
 
 
@@ -118,12 +118,12 @@ def test_configurations(case: str, copy: Path, tmp_path: Path) -> None:
     outer, text, words = CONFIGS[case]
     config = json.loads((copy / "config.json").read_text())
     write_json(copy / "config.json", {**config, **outer, "text_config": {**config["text_config"], **text}})
-    message = refused(HfSource(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "megatron")
     assert "config.json" in message and all(word in message for word in words), message
 
 
 def test_files(copy: Path, tmp_path: Path) -> None:
-    target, weights = tmp_path / "ours", copy / "model.safetensors"
+    target, weights = tmp_path / "megatron", copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     message = refused(HfSource(directory=copy), target)
@@ -145,7 +145,7 @@ def test_files(copy: Path, tmp_path: Path) -> None:
 
 
 def test_shards(tmp_path: Path) -> None:
-    source, target = write_llava_hf(tmp_path / "hf", shards=3), tmp_path / "ours"
+    source, target = write_llava_hf(tmp_path / "hf", shards=3), tmp_path / "megatron"
     index = source / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     write_json(index, {"weight_map": {**content["weight_map"], "extra.weight": "model-00001-of-00003.safetensors"}})
@@ -153,7 +153,7 @@ def test_shards(tmp_path: Path) -> None:
     index.unlink()
     (source / "model-00002-of-00003.safetensors").unlink()
     assert "2 of 3 weight shards" in refused(HfSource(directory=source), target)
-    tensors = read_weights(source)
+    tensors = read_safetensors(source)
     name = sorted(tensors)[0]
     write_weights(source, {name: tensors[name].clone()})
     (source / "model.safetensors").rename(source / "model-00002-of-00003.safetensors")
@@ -161,7 +161,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_bin_shards(tmp_path: Path) -> None:
-    source, target = write_share4v(tmp_path / "s4v", inside=True), tmp_path / "ours"
+    source, target = write_share4v(tmp_path / "s4v", inside=True), tmp_path / "megatron"
     shard = source / "pytorch_model-00002-of-00002.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
@@ -173,7 +173,7 @@ def test_bin_shards(tmp_path: Path) -> None:
 
 
 def test_towers(tmp_path: Path) -> None:
-    target, tower = tmp_path / "ours", write_clip(tmp_path / "other")
+    target, tower = tmp_path / "megatron", write_clip(tmp_path / "other")
     source = write_share4v(tmp_path / "s4v")
     message = refused(HfSource(directory=source), target)
     assert "Lin-Chen/tower" in message and "--tower" in message
@@ -195,11 +195,11 @@ def test_an_export_knows_its_tower(tmp_path: Path) -> None:
     write_clip(tmp_path / "tower")
     import_model(
         HfSource(directory=write_share4v(tmp_path / "s4v"), tower=tmp_path / "tower"),
-        tmp_path / "ours",
+        tmp_path / "megatron",
         options=ImportOptions(),
     )
-    export_model(tmp_path / "ours", tmp_path / "out", layout="share4v")
-    tensors = read_weights(tmp_path / "out" / "clip")
+    export_model(tmp_path / "megatron", tmp_path / "out", layout="share4v")
+    tensors = read_safetensors(tmp_path / "out" / "clip")
     write_weights(tmp_path / "out" / "clip", {name: tensor + 1 for name, tensor in tensors.items()})
     message = refused(HfSource(directory=tmp_path / "out"), tmp_path / "again")
     assert "another tower than" in message and "provenance.json" in message
@@ -210,13 +210,13 @@ def test_an_export_knows_its_tower(tmp_path: Path) -> None:
 
 
 def test_parts(tmp_path: Path) -> None:
-    llama, tower, target = write_llama(tmp_path / "llama"), write_clip(tmp_path / "clip"), tmp_path / "ours"
+    llama, tower, target = write_llama(tmp_path / "llama"), write_clip(tmp_path / "clip"), tmp_path / "megatron"
     assert "no vision tower" in refused(HfSource(directory=llama), target)
     torch.save({"model.norm.weight": torch.zeros(2)}, tmp_path / "p.bin")
     assert "unexpected tensor: model.norm.weight" in refused(
         HfSource(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
     )
-    projector = theirs(MODEL, SHARE4V, "projector")
+    projector = random_hf_weights(MODEL, SHARE4V, "projector")
     projector["model.mm_projector.2.weight"] = torch.zeros(3, 3)
     torch.save(projector, tmp_path / "p.bin")
     assert "wrong shape: model.mm_projector.2.weight" in refused(
@@ -237,29 +237,31 @@ def test_parts(tmp_path: Path) -> None:
 
 
 def test_fp16_that_overflows_while_it_is_imported(copy: Path, tmp_path: Path) -> None:
-    tensors = read_weights(copy)
+    tensors = read_safetensors(copy)
     unused = "vision_tower.vision_model.post_layernorm.weight"
     for name, value in ((DOWN, 1e6), (unused, -1e5), (EMBEDDING, 7e4)):
         changed = {key: tensor.clone() for key, tensor in tensors.items()}
         changed[name].view(-1)[-1] = value
         write_weights(copy, changed)
         with pytest.raises(ConversionError, match="has values beyond fp16's 65504"):
-            import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
-        assert not (tmp_path / "ours").exists()
+            import_model(HfSource(directory=copy), tmp_path / "megatron", options=ImportOptions(dtype="fp16"))
+        assert not (tmp_path / "megatron").exists()
     changed[EMBEDDING].view(-1)[-1] = float("inf")  # as it was
     write_weights(copy, changed)
-    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions(dtype="fp16"))
+    import_model(HfSource(directory=copy), tmp_path / "megatron", options=ImportOptions(dtype="fp16"))
 
 
 def test_a_template_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="template 'nope' does not exist"):
         import_model(
-            HfSource(directory=tmp_path / "not looked at"), tmp_path / "ours", options=ImportOptions(template="nope")
+            HfSource(directory=tmp_path / "not looked at"),
+            tmp_path / "megatron",
+            options=ImportOptions(template="nope"),
         )
 
 
 def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
-    tower, target = write_clip(tmp_path / "clip"), tmp_path / "ours"
+    tower, target = write_clip(tmp_path / "clip"), tmp_path / "megatron"
     message = refused(HfSource(directory=copy, tower=tower), target)
     assert "two towers" in message and str(tower) in message and "--tower" in message
     write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
@@ -273,7 +275,7 @@ def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("token", [7, 299, 320, -1])
 def test_an_image_token_that_is_no_added_one(token: int, copy: Path, tmp_path: Path) -> None:
     write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "image_token_index": token})
-    message = refused(HfSource(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "megatron")
     assert f"image_token_index {token}" in message and "300 .. 319" in message
 
 
@@ -285,7 +287,7 @@ def test_a_share4v_model_without_its_projector(kind: str, tmp_path: Path) -> Non
         torch.save({name: tensor for name, tensor in torch.load(path).items() if "mm_projector" not in name}, path)
     (source / "pytorch_model.bin.index.json").unlink()
     name = "model.mm_projector.weight" if kind == "linear" else "model.mm_projector.0.weight"
-    assert f"missing tensor: {name}" in refused(HfSource(directory=source), tmp_path / "ours")
+    assert f"missing tensor: {name}" in refused(HfSource(directory=source), tmp_path / "megatron")
 
 
 def test_a_source_that_cannot_be_read(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,16 +301,18 @@ def test_a_source_that_cannot_be_read(copy: Path, tmp_path: Path, monkeypatch: p
         return started(*arguments, **options)
 
     monkeypatch.setattr(importer, "write_weights_checkpoint", lost)
-    message = refused(HfSource(directory=copy), tmp_path / "ours")
+    message = refused(HfSource(directory=copy), tmp_path / "megatron")
     assert f"{copy / 'model.safetensors'}: cannot be read (No such file" in message and "written" not in message
 
 
 def test_the_tokenizer_of_another_model(copy: Path, tmp_path: Path) -> None:
-    tensors = theirs(MODEL, LLAVA_HF, "language")
+    tensors = random_hf_weights(MODEL, LLAVA_HF, "language")
     assert tensors[EMBEDDING].shape[0] == 300
     config = json.loads((copy / "config.json").read_text())
-    small = {name: tensor[:256] if tensor.shape[0] == 320 else tensor for name, tensor in read_weights(copy).items()}
+    small = {
+        name: tensor[:256] if tensor.shape[0] == 320 else tensor for name, tensor in read_safetensors(copy).items()
+    }
     write_weights(copy, {name: tensor.contiguous() for name, tensor in small.items()})
     write_json(copy / "config.json", {**config, "text_config": {**config["text_config"], "vocab_size": 256}})
     source = HfSource(directory=copy, tokenizer=write_tokenizer(tmp_path / "other.model"))
-    assert "vocabulary too small" in refused(source, tmp_path / "ours")
+    assert "vocabulary too small" in refused(source, tmp_path / "megatron")

@@ -15,8 +15,8 @@ from hf_fixtures import (
     SHARE4V,
     clip_config,
     llama_config,
+    random_hf_weights,
     share4v_config,
-    theirs,
     write_clip,
     write_json,
     write_llama,
@@ -57,8 +57,12 @@ def same(found: dict[str, LazyTensor], expected: dict[str, torch.Tensor]) -> boo
 
 
 def parts_in_ours(*, seed_of_tower: int = 0) -> dict[str, torch.Tensor]:
-    language = to_megatron(theirs(MODEL, SHARE4V, "language"), MODEL, naming=SHARE4V, components=("language",))
-    vision = to_megatron(theirs(MODEL, CLIP, "vision", seed=seed_of_tower), MODEL, naming=CLIP, components=("vision",))
+    language = to_megatron(
+        random_hf_weights(MODEL, SHARE4V, "language"), MODEL, naming=SHARE4V, components=("language",)
+    )
+    vision = to_megatron(
+        random_hf_weights(MODEL, CLIP, "vision", seed=seed_of_tower), MODEL, naming=CLIP, components=("vision",)
+    )
     return {**vision, **language}
 
 
@@ -66,7 +70,7 @@ def parts_in_ours(*, seed_of_tower: int = 0) -> dict[str, torch.Tensor]:
 def test_every_naming_of_transformers(naming: Naming, tmp_path: Path) -> None:
     source = open_hf_model(HfSource(directory=write_llava_hf(tmp_path / "hf", naming=naming)))
     assert source.config == MODEL
-    whole = theirs(MODEL, naming, *ALL)
+    whole = random_hf_weights(MODEL, naming, *ALL)
     assert same(megatron_tensors(source, seed=0), to_megatron(whole, MODEL, naming=naming))
     assert source.added_rows["embedding"].shape == (20, 48) and len(source.unused()) == 18
 
@@ -79,7 +83,7 @@ def test_configuration_of_transformers_5(tmp_path: Path) -> None:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
     config["image_token_id"] = config.pop("image_token_index")
     write_json(directory / "config.json", config)
-    assert open_hf_model(HfSource(directory=directory)).model.language.rope_theta == 5000.0
+    assert open_hf_model(HfSource(directory=directory)).config.language.rope_theta == 5000.0
 
 
 def test_what_transformers_leaves_out_is_its_default() -> None:
@@ -122,14 +126,21 @@ def test_share4v_with_its_tower_anywhere(place: str, tmp_path: Path) -> None:
         write_clip(folders[place])
     source = open_hf_model(HfSource(directory=directory, tower=folders[place] if place == "given" else None))
     assert source.config == MODEL and source.image_aspect_ratio == "pad"
-    ours = megatron_tensors(source, seed=0)
+    megatron = megatron_tensors(source, seed=0)
     if place == "inside":
-        assert same(ours, to_megatron(theirs(MODEL, SHARE4V, "projector", "language", "vision"), MODEL, naming=SHARE4V))
+        assert same(
+            megatron,
+            to_megatron(random_hf_weights(MODEL, SHARE4V, "projector", "language", "vision"), MODEL, naming=SHARE4V),
+        )
     else:
-        projector = theirs(MODEL, SHARE4V, "projector", "language")
+        projector = random_hf_weights(MODEL, SHARE4V, "projector", "language")
         main = to_megatron(projector, MODEL, naming=SHARE4V, components=("projector", "language"))
         assert same(
-            ours, {**main, **to_megatron(theirs(MODEL, CLIP, "vision"), MODEL, naming=CLIP, components=("vision",))}
+            megatron,
+            {
+                **main,
+                **to_megatron(random_hf_weights(MODEL, CLIP, "vision"), MODEL, naming=CLIP, components=("vision",)),
+            },
         )
 
 
@@ -138,7 +149,7 @@ def test_the_shape_of_an_undescribed_tower_is_read_off_its_tensors(
 ) -> None:
     directory = write_share4v(tmp_path / "s4v", inside=True)
     with caplog.at_level(logging.INFO, logger="megatron_share4v"):
-        vision = open_hf_model(HfSource(directory=directory)).model.vision
+        vision = open_hf_model(HfSource(directory=directory)).config.vision
     assert "heads assumed" in caplog.text
     assert (vision.num_layers, vision.image_size, vision.patch_size, vision.intermediate_size) == (4, 28, 14, 48)
 
@@ -149,23 +160,23 @@ def test_from_parts_without_a_projector(suffix: str, tmp_path: Path, caplog: pyt
         directory=write_llama(tmp_path / "vicuna", suffix=suffix), tower=write_clip(tmp_path / "clip-large")
     )
     with caplog.at_level(logging.WARNING, logger="megatron_share4v"):
-        manifest = import_model(request, tmp_path / "ours", options=ImportOptions(seed=7))
+        manifest = import_model(request, tmp_path / "megatron", options=ImportOptions(seed=7))
     assert "projector: none was given, so it is freshly initialised (seed 7)" in caplog.text
     assert set(manifest.weights) == {"vision", "projector", "language"}
     assert restore(RunConfig, manifest.config).model == MODEL
-    ours = megatron_tensors(open_hf_model(request), seed=7)
+    megatron = megatron_tensors(open_hf_model(request), seed=7)
     fresh = {
-        name: initial_value(name, ours[name].shape, seed=7, model=MODEL)
-        for name in ours
+        name: initial_value(name, megatron[name].shape, seed=7, model=MODEL)
+        for name in megatron
         if name.startswith("projector.")
     }
-    assert len(fresh) == 4 and same(ours, {**parts_in_ours(), **fresh})
+    assert len(fresh) == 4 and same(megatron, {**parts_in_ours(), **fresh})
 
 
 @pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
 def test_from_parts_with_a_projector(kind: str, tmp_path: Path) -> None:
     if kind == "mlp2x_gelu":
-        projector = theirs(MODEL, SHARE4V, "projector")
+        projector = random_hf_weights(MODEL, SHARE4V, "projector")
     else:
         projector = {"model.mm_projector.weight": torch.randn(48, 32), "model.mm_projector.bias": torch.randn(48)}
     torch.save(projector, tmp_path / "mm_projector.bin")
@@ -182,10 +193,12 @@ def test_stage_1_directory_with_a_projector_alone(tmp_path: Path) -> None:
     """LLaVA's adapter mode: config.json and mm_projector.bin, on a base model."""
     directory = tmp_path / "stage1"
     write_json(directory / "config.json", share4v_config(MODEL, tower="clip-large"))
-    torch.save(theirs(MODEL, SHARE4V, "projector"), directory / "mm_projector.bin")
+    torch.save(random_hf_weights(MODEL, SHARE4V, "projector"), directory / "mm_projector.bin")
     write_clip(tmp_path / "clip-large")
     source = open_hf_model(HfSource(directory=directory, base=write_llama(tmp_path / "vicuna")))
-    expected = to_megatron(theirs(MODEL, SHARE4V, "projector"), MODEL, naming=SHARE4V, components=("projector",))
+    expected = to_megatron(
+        random_hf_weights(MODEL, SHARE4V, "projector"), MODEL, naming=SHARE4V, components=("projector",)
+    )
     assert same(megatron_tensors(source, seed=0), {**parts_in_ours(), **expected})
 
 
@@ -204,7 +217,7 @@ def write_lora(
     directory.mkdir(parents=True)
     torch.save(adapter, directory / "adapter_model.bin")
     write_json(directory / "adapter_config.json", {"r": rank, "lora_alpha": 8, "peft_type": "LORA", **options})
-    projector = theirs(MODEL, SHARE4V, "projector")
+    projector = random_hf_weights(MODEL, SHARE4V, "projector")
     torch.save(
         {f"base_model.model.{name}": tensor for name, tensor in projector.items()},
         directory / "non_lora_trainables.bin",
@@ -214,7 +227,7 @@ def write_lora(
 
 
 def test_lora_is_merged(tmp_path: Path) -> None:
-    base = theirs(MODEL, SHARE4V, "language")
+    base = random_hf_weights(MODEL, SHARE4V, "language")
     merged = write_lora(tmp_path / "lora", base=base)
     write_clip(tmp_path / "clip-large")
     source = open_hf_model(HfSource(directory=tmp_path / "lora", base=write_llama(tmp_path / "vicuna")))
@@ -225,7 +238,10 @@ def test_lora_is_merged(tmp_path: Path) -> None:
 
 def test_delta_is_added(tmp_path: Path) -> None:
     """Buffers of old releases are ignored on both sides."""
-    base, whole = theirs(MODEL, SHARE4V, "language", seed=1), theirs(MODEL, SHARE4V, "projector", "language")
+    base, whole = (
+        random_hf_weights(MODEL, SHARE4V, "language", seed=1),
+        random_hf_weights(MODEL, SHARE4V, "projector", "language"),
+    )
     delta = {name: tensor - base[name] if name in base else tensor for name, tensor in whole.items()}
     delta["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
     delta["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
@@ -236,7 +252,7 @@ def test_delta_is_added(tmp_path: Path) -> None:
     write_json(tmp_path / "llama" / "config.json", llama_config(MODEL))
     write_tokenizer(tmp_path / "llama" / "tokenizer.model")
     source = open_hf_model(HfSource(directory=tmp_path / "delta", base=tmp_path / "llama", delta=True))
-    ours = megatron_tensors(source, seed=0)
+    megatron = megatron_tensors(source, seed=0)
     expected = to_megatron(whole, MODEL, naming=SHARE4V, components=("projector", "language"))
-    assert all(torch.allclose(ours[name].read(), tensor, atol=1e-6) for name, tensor in expected.items())
-    assert torch.equal(ours["projector.mlp.linear_fc1.weight"].read(), whole["model.mm_projector.0.weight"])
+    assert all(torch.allclose(megatron[name].read(), tensor, atol=1e-6) for name, tensor in expected.items())
+    assert torch.equal(megatron["projector.mlp.linear_fc1.weight"].read(), whole["model.mm_projector.0.weight"])

@@ -125,13 +125,13 @@ def _fast(tokenizer: ExportedTokenizer) -> FastTokenizer:
 
 
 def _assert_same(path: Path, texts: list[str]) -> None:
-    ours = Tokenizer(path)
-    theirs = _fast(read_tokenizer(path, vocab_size=ours.vocab_size))
+    megatron = Tokenizer(path)
+    hf_weights = _fast(read_tokenizer(path, vocab_size=megatron.vocab_size))
     for text in texts:
-        ids = ours.encode(text)
-        assert theirs.encode(text, add_special_tokens=False).ids == ids, repr(text)
-        assert theirs.encode(text).ids == [ours.bos_id, *ids]
-        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), repr(text)
+        ids = megatron.encode(text)
+        assert hf_weights.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        assert hf_weights.encode(text).ids == [megatron.bos_id, *ids]
+        assert hf_weights.decode(ids, skip_special_tokens=True) == megatron.decode(ids), repr(text)
 
 
 def test_ids_and_decoded_texts_are_ours(model_path: Path):
@@ -147,10 +147,10 @@ def test_merges_that_overlap_are_done_in_sentencepieces_order(tmp_path: Path):
 
 def test_without_byte_fallback_unknown_runs_are_one_unk(tmp_path: Path):
     path = _train(tmp_path / "tokenizer.model", byte_fallback=False, vocab_size=150)
-    ours = Tokenizer(path)
-    theirs = _fast(read_tokenizer(path, vocab_size=ours.vocab_size))
+    megatron = Tokenizer(path)
+    hf_weights = _fast(read_tokenizer(path, vocab_size=megatron.vocab_size))
     for text in ("A cat.", "A 😀😀 cat", "😀", "é x é"):
-        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text), text
+        assert hf_weights.encode(text, add_special_tokens=False).ids == megatron.encode(text), text
 
 
 def test_control_pieces_are_cut_out(tmp_path: Path):
@@ -197,9 +197,9 @@ def test_configuration_says_what_old_and_new_readers_look_for(model_path: Path):
     ("changes", "message"),
     [
         ({"model_type": "unigram", "vocab_size": 330}, "type UNIGRAM"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "changes the text before cutting"),
-        ({"remove_extra_whitespaces": True}, "changes the text before cutting"),
-        ({"treat_whitespace_as_suffix": True}, "changes the text before cutting"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes the text before tokenizing"),
+        ({"remove_extra_whitespaces": True}, "changes the text before tokenizing"),
+        ({"treat_whitespace_as_suffix": True}, "changes the text before tokenizing"),
         ({"add_dummy_prefix": False}, "no leading space"),
         ({"user_defined_symbols": ["<sep>"]}, "1 pieces are user_defined ('<sep>')"),
         ({"control_symbols": ["<pad>"]}, "a piece <pad> already"),

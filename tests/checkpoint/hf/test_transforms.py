@@ -30,12 +30,12 @@ def test_there_and_back_is_bitwise_equal(
     transform: Transform, shapes: list[tuple[int, ...]], dtype: torch.dtype
 ) -> None:
     parts = [torch.randn(shape).to(dtype) for shape in shapes]
-    ours = transform.to_megatron(parts)
-    assert ours.dtype == dtype
-    back = transform.to_hf(ours)
+    megatron = transform.to_megatron(parts)
+    assert megatron.dtype == dtype
+    back = transform.to_hf(megatron)
     assert len(back) == len(parts)
     assert all(torch.equal(there, here) for there, here in zip(back, parts))
-    assert torch.equal(transform.to_megatron(back), ours)
+    assert torch.equal(transform.to_megatron(back), megatron)
 
 
 def test_a_group_of_heads_stays_together() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_fixtures import read_weights, write_json, write_llava_hf, write_share4v, write_weights
+from hf_fixtures import read_safetensors, write_json, write_llava_hf, write_share4v, write_weights
 
 from megatron_share4v.checkpoint.assets import asset_files
 from megatron_share4v.checkpoint.hf import verify as verify_module
@@ -47,8 +47,8 @@ def remade(
 ) -> Path:
     """Rewrite a checkpoint with changed tensors, or with the step of a trained one."""
     opened = open_checkpoint(checkpoint)
-    ours = dict(opened.weights)
-    change(ours)
+    megatron = dict(opened.weights)
+    change(megatron)
     with stage_directory(target, fingerprint="remade") as staging:
 
         def copy_assets() -> None:
@@ -57,7 +57,9 @@ def remade(
                     shutil.copy(path, staging.path)
 
         state = replace(opened.manifest.state, step=step)
-        write_weights_checkpoint(staging, ours, config=opened.config, state=state, source="", write_assets=copy_assets)
+        write_weights_checkpoint(
+            staging, megatron, config=opened.config, state=state, source="", write_assets=copy_assets
+        )
     return target
 
 
@@ -102,36 +104,36 @@ CAUSES: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("case", CAUSES)
 def test_verify_names_the_first_difference_and_its_likely_cause(case: str, copy: Path, tmp_path: Path) -> None:
     change, words = CAUSES[case]
-    tensors = read_weights(copy)
+    tensors = read_safetensors(copy)
     if case == "zero is not minus zero":
         tensors[DOWN][0] = 0.0
         write_weights(copy, tensors)
-    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "megatron", options=ImportOptions())
     change(tensors)
     write_weights(copy, tensors)
     if case == "nothing":
-        assert verify_conversion(HfSource(directory=copy), tmp_path / "ours").tensors == 72
+        assert verify_conversion(HfSource(directory=copy), tmp_path / "megatron").tensors == 72
         return
     with pytest.raises(ConversionError) as caught:
-        verify_conversion(HfSource(directory=copy), tmp_path / "ours")
+        verify_conversion(HfSource(directory=copy), tmp_path / "megatron")
     assert words in str(caught.value) and "first at [" in str(caught.value), caught.value
 
 
 def test_verify_needs_the_same_model(copy: Path, tmp_path: Path) -> None:
-    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "megatron", options=ImportOptions())
     config = json.loads((copy / "config.json").read_text())
     write_json(copy / "config.json", {**config, "text_config": {**config["text_config"], "rope_theta": 5e5}})
     with pytest.raises(ConversionError, match=r"another model: language.rope_theta 500000.0 there, 10000.0"):
-        verify_conversion(HfSource(directory=copy), tmp_path / "ours")
+        verify_conversion(HfSource(directory=copy), tmp_path / "megatron")
 
 
 def test_a_class_token_of_zeros(copy: Path, tmp_path: Path) -> None:
-    tensors = read_weights(copy)
+    tensors = read_safetensors(copy)
     write_weights(copy, {**tensors, CLASS: torch.zeros(32)})
-    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
+    import_model(HfSource(directory=copy), tmp_path / "megatron", options=ImportOptions())
     write_weights(copy, tensors)
     with pytest.raises(ConversionError, match="missing class token"):
-        verify_conversion(HfSource(directory=copy), tmp_path / "ours")
+        verify_conversion(HfSource(directory=copy), tmp_path / "megatron")
 
 
 def _zeros(shape: tuple[int, ...]) -> LazyTensor:
@@ -140,15 +142,15 @@ def _zeros(shape: tuple[int, ...]) -> LazyTensor:
 
 NAMES: dict[str, tuple[Callable[[dict[str, LazyTensor]], object], str]] = {
     "missing": (
-        lambda ours: ours.pop("vision.pre_layernorm.bias"),
+        lambda megatron: megatron.pop("vision.pre_layernorm.bias"),
         r"missing: vision.pre_layernorm.bias, of shape \(32,\)",
     ),
     "extra": (
-        lambda ours: ours.update({"vision.layers.9.x": _zeros((2,))}),
+        lambda megatron: megatron.update({"vision.layers.9.x": _zeros((2,))}),
         r"unexpected: vision.layers.9.x: no tensor of the model",
     ),
     "shape": (
-        lambda ours: ours.update({"vision.class_embedding": _zeros((31,))}),
+        lambda megatron: megatron.update({"vision.class_embedding": _zeros((31,))}),
         r"wrong shape: vision.class_embedding is \(31,\).* asks for \(32,\)",
     ),
 }
@@ -157,63 +159,67 @@ NAMES: dict[str, tuple[Callable[[dict[str, LazyTensor]], object], str]] = {
 @pytest.mark.parametrize("case", NAMES)
 def test_names_and_shapes_on_our_side(case: str, llava: Path, tmp_path: Path) -> None:
     change, words = NAMES[case]
-    import_model(HfSource(directory=llava), tmp_path / "ours", options=ImportOptions())
-    remade(tmp_path / "ours", tmp_path / "other", change)
+    import_model(HfSource(directory=llava), tmp_path / "megatron", options=ImportOptions())
+    remade(tmp_path / "megatron", tmp_path / "other", change)
     with pytest.raises(ConversionError, match=words):
         verify_conversion(HfSource(directory=llava), tmp_path / "other")
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")])
-def test_rounding_between_dtypes_is_no_difference(theirs: str, ours: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hf_weights", "megatron"), [("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "fp16"), ("fp16", "fp32")]
+)
+def test_rounding_between_dtypes_is_no_difference(hf_weights: str, megatron: str, tmp_path: Path) -> None:
     """bf16 and fp16 have equally many bits; a tiny bf16 value has no counterpart in fp16."""
-    source = write_llava_hf(tmp_path / "hf", dtype=theirs)
-    tensors = read_weights(source)
+    source = write_llava_hf(tmp_path / "hf", dtype=hf_weights)
+    tensors = read_safetensors(source)
     tensors[DOWN].view(-1)[:2] = torch.tensor([1e-30, 6e-8]).to(tensors[DOWN].dtype)
     write_weights(source, tensors)
-    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions(dtype=ours))
-    found = verify_conversion(HfSource(directory=source), tmp_path / "ours")
+    import_model(HfSource(directory=source), tmp_path / "megatron", options=ImportOptions(dtype=megatron))
+    found = verify_conversion(HfSource(directory=source), tmp_path / "megatron")
     assert found.rounded == found.tensors == 72 and found.unused == 18 and found.added == 2
     tensors[DOWN].view(-1)[7] *= 1.05
     write_weights(source, tensors)
     with pytest.raises(ConversionError, match=r"linear_fc2.weight .*: 1 of 3072 values differ.* first at \[0, 7\]"):
-        verify_conversion(HfSource(directory=source), tmp_path / "ours")
+        verify_conversion(HfSource(directory=source), tmp_path / "megatron")
 
 
 def test_rows_after_the_vocabulary(copy: Path, tmp_path: Path) -> None:
-    ours = tmp_path / "ours"
-    import_model(HfSource(directory=copy), ours, options=ImportOptions())
-    assert "rows after the vocabulary: those that an export has, in 2 tensors" in str(
-        verify_conversion(HfSource(directory=copy), ours)
+    megatron = tmp_path / "megatron"
+    import_model(HfSource(directory=copy), megatron, options=ImportOptions())
+    assert "rows after the vocabulary: equal to an export's, in 2 tensors" in str(
+        verify_conversion(HfSource(directory=copy), megatron)
     )
-    trained = remade(ours, tmp_path / "trained", lambda tensors: None, step=3)
+    trained = remade(megatron, tmp_path / "trained", lambda tensors: None, step=3)
     with pytest.raises(
         ConversionError, match="embedding: its 20 rows after the vocabulary are not the mean of the others"
     ):
         verify_conversion(HfSource(directory=copy), trained)
     export_model(trained, tmp_path / "back", layout="llava-hf", dtype="bf16")
     assert verify_conversion(HfSource(directory=tmp_path / "back"), trained).added == 2
-    tensors = read_weights(copy)
+    tensors = read_safetensors(copy)
     tensors[EMBEDDING][310] += 1
     write_weights(copy, tensors)
     with pytest.raises(
         ConversionError,
         match="(?s)differ in 1 tensors.*embedding: its 20 rows after the vocabulary are not the imported ones",
     ):
-        verify_conversion(HfSource(directory=copy), ours)
+        verify_conversion(HfSource(directory=copy), megatron)
 
 
-def test_unused_weights_that_are_not_carried_are_said(llava: Path, tmp_path: Path) -> None:
-    import_model(HfSource(directory=llava), tmp_path / "ours", options=ImportOptions())
-    bare = remade(tmp_path / "ours", tmp_path / "bare", lambda tensors: None, step=1, assets=False)
+def test_unused_weights_that_are_not_stored_are_reported(llava: Path, tmp_path: Path) -> None:
+    import_model(HfSource(directory=llava), tmp_path / "megatron", options=ImportOptions())
+    bare = remade(tmp_path / "megatron", tmp_path / "bare", lambda tensors: None, step=1, assets=False)
     export_model(bare, tmp_path / "back", layout="share4v")
     found = verify_conversion(HfSource(directory=tmp_path / "back"), bare)
-    assert found.unused == 0 and len(found.not_carried) == 18
-    assert "does not carry, so that exports get fresh ones: " in str(found) and "post_layernorm.weight" in str(found)
+    assert found.unused == 0 and len(found.not_stored) == 18
+    assert "does not store; exports get freshly initialised ones: " in str(found) and "post_layernorm.weight" in str(
+        found
+    )
 
 
 def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import_model(HfSource(directory=copy), tmp_path / "ours", options=ImportOptions())
-    tensors = read_weights(copy)
+    import_model(HfSource(directory=copy), tmp_path / "megatron", options=ImportOptions())
+    tensors = read_safetensors(copy)
     flat = tensors[DOWN].view(-1)
     flat[1000], flat[2001], flat[3071] = flat[1000] + 1, flat[2001] + 2, flat[3071] - 4
     write_weights(copy, tensors)
@@ -223,7 +229,7 @@ def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monk
         with pytest.raises(
             ConversionError, match=r"3 of 3072 values differ, by up to 4; first at \[15, 40\]"
         ) as caught:
-            verify_conversion(HfSource(directory=copy), tmp_path / "ours")
+            verify_conversion(HfSource(directory=copy), tmp_path / "megatron")
         messages.add(str(caught.value))
     assert len(messages) == 1
 
@@ -231,6 +237,6 @@ def test_differences_are_counted_chunk_by_chunk(copy: Path, tmp_path: Path, monk
 def test_verify_of_a_released_model(tmp_path: Path) -> None:
     """Without rows after the vocabulary the summary does not mention them."""
     source = write_share4v(tmp_path / "s4v", inside=True)
-    import_model(HfSource(directory=source), tmp_path / "ours", options=ImportOptions())
-    found = verify_conversion(HfSource(directory=source), tmp_path / "ours")
-    assert found.added == 0 and found.not_carried == () and "rows after" not in str(found)
+    import_model(HfSource(directory=source), tmp_path / "megatron", options=ImportOptions())
+    found = verify_conversion(HfSource(directory=source), tmp_path / "megatron")
+    assert found.added == 0 and found.not_stored == () and "rows after" not in str(found)

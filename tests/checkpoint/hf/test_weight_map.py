@@ -37,7 +37,7 @@ MODEL = ModelConfig(
 LINEAR = ModelConfig(vision=MODEL.vision, language=MODEL.language, projector=ProjectorConfig(type="linear"))
 
 
-def _theirs(model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
+def _hf_weights(model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator)
@@ -72,35 +72,35 @@ def test_the_map_has_the_models_tensors_at_every_layout(parallel: ParallelConfig
     ("model", "naming"), [(MODEL, LLAVA_HF), (MODEL, LLAVA_IN_MEMORY), (MODEL, SHARE4V), (LINEAR, SHARE4V)]
 )
 def test_there_and_back(model: ModelConfig, naming: Naming) -> None:
-    theirs = _theirs(model, naming)
-    back = to_hf(to_megatron(theirs, model, naming=naming), model, naming=naming)
-    assert set(back) == set(theirs)
-    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+    hf_weights = _hf_weights(model, naming)
+    back = to_hf(to_megatron(hf_weights, model, naming=naming), model, naming=naming)
+    assert set(back) == set(hf_weights)
+    assert all(torch.equal(back[name], hf_weights[name]) for name in hf_weights)
 
 
 def test_from_one_layout_to_another_keeps_every_number() -> None:
-    theirs = _theirs(MODEL, LLAVA_HF)
-    moved = to_hf(to_megatron(theirs, MODEL, naming=LLAVA_HF), MODEL, naming=SHARE4V)
+    hf_weights = _hf_weights(MODEL, LLAVA_HF)
+    moved = to_hf(to_megatron(hf_weights, MODEL, naming=LLAVA_HF), MODEL, naming=SHARE4V)
     assert torch.equal(
-        moved["model.layers.3.mlp.up_proj.weight"], theirs["language_model.model.layers.3.mlp.up_proj.weight"]
+        moved["model.layers.3.mlp.up_proj.weight"], hf_weights["language_model.model.layers.3.mlp.up_proj.weight"]
     )
     tower = "vision_model.encoder.layers.1.self_attn.k_proj.bias"
-    assert torch.equal(moved[f"model.vision_tower.vision_tower.{tower}"], theirs[f"vision_tower.{tower}"])
+    assert torch.equal(moved[f"model.vision_tower.vision_tower.{tower}"], hf_weights[f"vision_tower.{tower}"])
 
 
 def test_parts_can_come_from_different_places() -> None:
-    theirs = _theirs(MODEL, SHARE4V)
-    whole = to_megatron(theirs, MODEL, naming=SHARE4V)
+    hf_weights = _hf_weights(MODEL, SHARE4V)
+    whole = to_megatron(hf_weights, MODEL, naming=SHARE4V)
     prefix = "model.vision_tower.vision_tower."
-    tower = {name.removeprefix(prefix): tensor for name, tensor in theirs.items() if name.startswith(prefix)}
-    rest = {name: tensor for name, tensor in theirs.items() if not name.startswith(prefix)}
+    tower = {name.removeprefix(prefix): tensor for name, tensor in hf_weights.items() if name.startswith(prefix)}
+    rest = {name: tensor for name, tensor in hf_weights.items() if not name.startswith(prefix)}
     joined = to_megatron(tower, MODEL, naming=CLIP, components=("vision",))
     joined |= to_megatron(rest, MODEL, naming=SHARE4V, components=("projector", "language"))
     assert set(joined) == set(whole) and all(torch.equal(joined[name], whole[name]) for name in whole)
 
 
 def test_what_is_never_used_is_dropped_with_a_reason() -> None:
-    theirs = _theirs(MODEL, SHARE4V)
+    hf_weights = _hf_weights(MODEL, SHARE4V)
     tower = "model.vision_tower.vision_tower.vision_model."
     unused = {
         f"{tower}post_layernorm.weight",
@@ -108,11 +108,13 @@ def test_what_is_never_used_is_dropped_with_a_reason() -> None:
         f"{tower}embeddings.position_ids",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
     }
-    ours = to_megatron(theirs | {name: torch.zeros(1) for name in unused}, MODEL, naming=SHARE4V)
-    assert set(ours) == {mapping.name for mapping in weight_mappings(MODEL, naming=SHARE4V)}
+    megatron = to_megatron(hf_weights | {name: torch.zeros(1) for name in unused}, MODEL, naming=SHARE4V)
+    assert set(megatron) == {mapping.name for mapping in weight_mappings(MODEL, naming=SHARE4V)}
     for name in unused:
         assert [drop.reason for drop in ignored_weights(MODEL, naming=SHARE4V) if drop.covers(name)]
-    assert not [name for name in theirs if any(drop.covers(name) for drop in ignored_weights(MODEL, naming=SHARE4V))]
+    assert not [
+        name for name in hf_weights if any(drop.covers(name) for drop in ignored_weights(MODEL, naming=SHARE4V))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -134,17 +136,19 @@ def test_what_is_never_used_is_dropped_with_a_reason() -> None:
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(change: dict[str, torch.Tensor | None], message: str) -> None:
-    theirs = {name: tensor for name, tensor in (_theirs(MODEL, LLAVA_HF) | change).items() if tensor is not None}
+    hf_weights = {
+        name: tensor for name, tensor in (_hf_weights(MODEL, LLAVA_HF) | change).items() if tensor is not None
+    }
     with pytest.raises(ConversionError, match=message):
-        to_megatron(theirs, MODEL, naming=LLAVA_HF)
+        to_megatron(hf_weights, MODEL, naming=LLAVA_HF)
 
 
 def test_the_way_back_is_checked_too() -> None:
-    ours = to_megatron(_theirs(MODEL, LLAVA_HF), MODEL, naming=LLAVA_HF)
-    ours["language.embedding.weight"] = torch.zeros(30, 24)
-    del ours["projector.mlp.linear_fc2.bias"]
+    megatron = to_megatron(_hf_weights(MODEL, LLAVA_HF), MODEL, naming=LLAVA_HF)
+    megatron["language.embedding.weight"] = torch.zeros(30, 24)
+    del megatron["projector.mlp.linear_fc2.bias"]
     with pytest.raises(ConversionError) as error:
-        to_hf(ours, MODEL, naming=LLAVA_HF)
+        to_hf(megatron, MODEL, naming=LLAVA_HF)
     assert "missing: projector.mlp.linear_fc2.bias" in str(error.value)
     assert "wrong shape: language.embedding.weight is (30, 24); the model configuration asks for (64, 24)" in str(
         error.value
