@@ -18,7 +18,7 @@ from megatron_share4v.mcore.async_writer import HostBuffers
 
 @dataclass(frozen=True)
 class ParamRange:
-    """Flat elements start .. stop - 1 of a parameter, local by one rank."""
+    """Flat elements start .. stop - 1 of a parameter, held by one rank."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -71,9 +71,9 @@ class OptimizerStateGather:
             param_range.stop - param_range.start for param_range in own_ranges for _ in names
         ], "shards differ from core's"
         self.full_tensors: dict[tuple[int, str], torch.Tensor] = {}
-        self._sent: list[torch.Tensor] = []
+        self._outgoing: list[torch.Tensor] = []
         if dist.get_rank() != self._ranks[0]:
-            self._sent = tensors if buffers is None else buffers.copy_to_host(f"share {label}", tensors)
+            self._outgoing = tensors if buffers is None else buffers.copy_to_host(f"share {label}", tensors)
             return
         host = buffers or HostBuffers()
         for buffer in part.buffers:
@@ -91,15 +91,15 @@ class OptimizerStateGather:
     def complete(self, group: dist.ProcessGroup | None) -> None:
         """Send or receive the shards over `group`, a CPU group of all ranks; None: core's own. Collective."""
         group = group or self._part.data_parallel_group_gloo
-        if self._sent:
-            for tensor in self._sent:
+        if self._outgoing:
+            for tensor in self._outgoing:
                 dist.send(tensor.to("cpu", torch.float32), dst=self._ranks[0], group=group)
         elif self.full_tensors:
             for index, rank in enumerate(self._ranks[1:], 1):
                 for param_range in param_ranges(self._part, rank=index):
                     for name in self._names:
                         dist.recv(self._slice(param_range, name), src=rank, group=group)
-        self._sent = []
+        self._outgoing = []
 
     def _slice(self, param_range: ParamRange, name: str) -> torch.Tensor:
         return self.full_tensors[id(param_range.parameter), name].view(-1)[param_range.start : param_range.stop]
