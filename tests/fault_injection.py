@@ -244,7 +244,7 @@ def meet(faults: str, arguments: list[str]) -> None:
 
     def meeting(chunks: Any, optimizer: Any, data: Any, **options: Any) -> Any:
         for fault in mine:
-            if fault.step == data.items.step + 1:
+            if fault.step == data.step:
                 KINDS[fault.kind](fault, chunks)
         return train_step(chunks, optimizer, data, **options)
 

@@ -74,22 +74,14 @@ class Run:
     def train(self, first: int, last: int) -> list[tuple[float, float]]:
         """Loss and gradient norm of the steps first .. last - 1."""
         from megatron_share4v.train.data_feed import StepData
-        from megatron_share4v.train.step import train_step
+        from megatron_share4v.train.step import StepSettings, train_step
 
+        settings = StepSettings(mesh=self.mesh, micro_batch_size=MICRO_BATCH, clip_grad_norm=1.0)
         results = []
         for step in range(first, last):
             mine = micro_batches(step)[:MICRO_BATCHES][self.mesh.coordinates.data :: self.mesh.layout.data]
             data = StepData(step_items(step), mine, 0.0)
-            result = train_step(
-                self.chunks,
-                self.optimizer,
-                data,
-                mesh=self.mesh,
-                micro_batch_size=MICRO_BATCH,
-                normalize="tokens",
-                learning_rate_factor=1.0,
-                clip_grad_norm=1.0,
-            )
+            result = train_step(self.chunks, self.optimizer, data, settings=settings, learning_rate_factor=1.0)
             results.append((result.loss, result.grad_norm))
         return results
 

@@ -43,7 +43,7 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.train.data_feed import StepData
-from megatron_share4v.train.step import train_step
+from megatron_share4v.train.step import StepSettings, train_step
 from megatron_share4v.train.step_flops import step_flops
 
 TEXT = {"pretrain": (200, 1.0), "finetune": (350, 0.5)}
@@ -138,15 +138,11 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype)
     batches, items = make_batches(job, config, device=mesh.device.torch_device)
 
+    settings = StepSettings(mesh=mesh, micro_batch_size=1, clip_grad_norm=1.0)
+    data = StepData(items, batches, 0.0)
+
     def step() -> float:
-        how = {
-            "mesh": mesh,
-            "micro_batch_size": 1,
-            "normalize": "tokens",
-            "learning_rate_factor": 1.0,
-            "clip_grad_norm": 1.0,
-        }
-        return train_step(chunks, optimizer, StepData(items, batches, 0.0), **how).loss
+        return train_step(chunks, optimizer, data, settings=settings, learning_rate_factor=1.0).loss
 
     return step, ops == "native"
 

@@ -34,7 +34,7 @@ from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
 from megatron_share4v.train.data_feed import StepData
-from megatron_share4v.train.step import train_step
+from megatron_share4v.train.step import StepSettings, train_step
 
 SCALE, SLOTS, PACK_LENGTH, PACKS, SAMPLES = 9, 64, 456, 2, 4096
 MODEL = ModelConfig(
@@ -81,10 +81,9 @@ class Side:
             _batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)
         ]
         started = time.process_time()
-        train_step(
-            self.chunks, self.optimizer, StepData(items, batches, 0.0), mesh=self.mesh, micro_batch_size=self.size, normalize="tokens",
-            learning_rate_factor=1.0, clip_grad_norm=1.0,
-        )  # fmt: skip
+        settings = StepSettings(mesh=self.mesh, micro_batch_size=self.size, clip_grad_norm=1.0)
+        data = StepData(items, batches, 0.0)
+        train_step(self.chunks, self.optimizer, data, settings=settings, learning_rate_factor=1.0)
         self.most = max(self.most, batches[0].token_ids.numel())
         if step:
             self.seconds += time.process_time() - started

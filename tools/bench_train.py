@@ -27,7 +27,7 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.train.data_feed import StepData
-from megatron_share4v.train.step import train_step
+from megatron_share4v.train.step import StepSettings, train_step
 
 IMAGE_ID = 31999
 MODEL = ModelConfig(
@@ -87,12 +87,11 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
         trained_tokens=batch.targets.numel(),
     )  # fmt: skip
 
+    settings = StepSettings(mesh=mesh, micro_batch_size=samples, clip_grad_norm=1.0)
+    data = StepData(items, [batch], 0.0)
+
     def step() -> float:
-        result = train_step(
-            wrapped, optimizer, StepData(items, [batch], 0.0), mesh=mesh, micro_batch_size=samples, normalize="tokens",
-            learning_rate_factor=1.0, clip_grad_norm=1.0,
-        )  # fmt: skip
-        return result.loss
+        return train_step(wrapped, optimizer, data, settings=settings, learning_rate_factor=1.0).loss
 
     return step
 

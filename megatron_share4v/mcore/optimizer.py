@@ -20,12 +20,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_share4v.config.run import OptimConfig, ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import LayerConfig
-from megatron_share4v.mcore.schedule import set_schedule_hooks
+from megatron_share4v.mcore.schedule import TimedDDP, set_schedule_hooks
 from megatron_share4v.ops.adamw_optimizer import FusedAdamW
 from megatron_share4v.ops.op import Implementation
 
 __all__ = [
     "MegatronOptimizer",
+    "TimedDDP",
     "build_optimizer",
     "clip_gradients",
     "gather_updated_params",
@@ -43,7 +44,7 @@ def wrap_ddp(
     parallel: ParallelConfig,
     gradients: Literal["fp32", "bf16"] = "fp32",
     bucket_elements: int | None = None,
-) -> list[DistributedDataParallel]:
+) -> list[TimedDDP]:
     """Wrap chunks in DDP: gradient buffers for trainable parameters, reduced over the DP group.
 
     `gradients`: bf16 buffers need bf16 weights. `bucket_elements`: approximate bucket size where communication
@@ -59,7 +60,7 @@ def wrap_ddp(
     )
     wrapped = [
         # Later chunks of a rank have nothing to overlap with, as in core's own set-up.
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=number > 0, pg_collection=mesh.groups)
+        TimedDDP(config, settings, chunk, disable_bucketing=number > 0, pg_collection=mesh.groups)
         for number, chunk in enumerate(chunks)
     ]
     for chunk in wrapped:

@@ -1,18 +1,18 @@
-"""Goodput accounting: assigns every second of a run's wall-clock time, from first start to last step on rank 0, to one account.
+"""Wall-clock accounting of a run on rank 0: each second belongs to one account, from the first start to the last step.
 
-compute_s: the step, less what is exposed. exposed_communication_s: reducing gradients after the last backward pass, and gathering weights after the
-update, with the wait for the slowest rank; messages inside forward and backward (tensor, context, pipeline) cannot be told from compute without
-stopping the device, and count as compute. data_wait_s: for the loader. checkpoint_s: saving, before this step; after the last step there is no line
-to book it on. restart_s: from the last line of the process before (or this process's begin) to the first step. lost_s: steps of an earlier process
-that are made once more, since it was not saved after them. other_s: validation, previews, logging.
+compute_s: the step without the exposed communication. exposed_communication_s: reduction of gradients after the last
+backward pass and all-gather of weights after the update, including the wait for the slowest rank; communication inside
+forward and backward (TP, CP, PP) cannot be separated from compute without a device sync and counts as compute.
+data_wait_s: waiting for the loader. checkpoint_s: saving before this step; a save after the last step has no line.
+restart_s: from the last line of the previous process (or the start of this one) to the first step. lost_s: steps of a
+previous process that are trained again because they were not saved. other_s: validation, previews, logging.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,27 +31,22 @@ COLOURS = dict(zip(ACCOUNTS, (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2], PA
 PICTURE, BINS = "goodput.png", 150
 
 
-class Clock:
-    """Seconds spent inside watched functions. On CUDA they are measured by events in the stream, so that the host waits for nothing."""
+class CommunicationTimer:
+    """Measures the time inside `time()` blocks; with CUDA events in the stream, so without host sync."""
 
     def __init__(self, device: Device) -> None:
         self._cuda = device.kind == "cuda"
         self._spans: list[tuple[Any, Any]] = []
 
-    def watched(self, function: Callable) -> Callable:
-        """The same function, timed."""
-
-        @wraps(function)
-        def call(*arguments: Any, **named: Any) -> Any:
-            begin = self._now()
-            result = function(*arguments, **named)
-            self._spans.append((begin, self._now()))
-            return result
-
-        return call
+    @contextlib.contextmanager
+    def time(self) -> Iterator[None]:
+        """Measure the block; a block that raises is not counted."""
+        begin = self._now()
+        yield
+        self._spans.append((begin, self._now()))
 
     def read(self) -> float:
-        """Since the last reading. The device must have been synchronised."""
+        """Return the seconds since the last call. The device must have been synchronised."""
         spans, self._spans = self._spans, []
         return sum(begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in spans)
 
@@ -63,40 +58,35 @@ class Clock:
         return event
 
 
-class Ledger:
-    """The accounts of one process, continued from the lines that earlier ones have left in `metrics`. Every rank has one; rank 0's is written."""
+class GoodputTracker:
+    """Accounts of one process, continued from the lines that earlier processes left in `metrics` (None off rank 0)."""
 
     def __init__(
         self, metrics: Path | None, *, device: Device, start_step: int, now: Callable[[], float] = time.time
     ) -> None:
-        self._now, self._clock, self._saving, self._lost, self._first = now, Clock(device), 0.0, 0.0, True
-        kept, last = _times(metrics, start_step)
-        self._totals = {name: sum(line.get(name, 0.0) for line in kept) for name in ACCOUNTS}
+        self.communication = CommunicationTimer(device)
+        self._now, self._saving, self._lost, self._first = now, 0.0, 0.0, True
+        kept, last = _read_accounts(metrics, start_step)
+        self._totals: dict[str, float] = {name: sum(line.get(name, 0.0) for line in kept) for name in ACCOUNTS}
         self._previous = min(psutil.Process().create_time(), now())
         if kept and last is not None:
             self._previous, self._lost = kept[-1]["time"], last - kept[-1]["time"]
 
-    def watch(self, chunks: Sequence[torch.nn.Module]) -> None:
-        """Time what these data-parallel wrapped chunks communicate outside forward and backward."""
-        for chunk in chunks:
-            chunk.config.finalize_model_grads_func = self._clock.watched(chunk.config.finalize_model_grads_func)
-            chunk.start_param_sync = self._clock.watched(chunk.start_param_sync)
-
     @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around what saves a checkpoint; it is booked on the next line."""
+    def time_save(self) -> Iterator[None]:
+        """Measure a save; its time goes on the next line."""
         begun = self._now()
         yield
-        self._saving += max(0.0, self._now() - begun)  # the clock may be set back
+        self._saving += max(0.0, self._now() - begun)  # the wall clock may be set back
 
-    def line(self, *, step_s: float, data_wait_s: float) -> dict[str, float]:
-        """What happened since the line before, in seconds by account; `time` (seconds since 1970) and `goodput`, the share of compute in all so far.
+    def account_step(self, *, step_s: float, data_wait_s: float) -> dict[str, float]:
+        """Return seconds by account since the previous call, with `time` (Unix time) and `goodput`, compute over total.
 
-        Call it when the step is made and the device is synchronised; `step_s` without the wait for data.
+        Call it after the step, with the device synchronised. `step_s` excludes the wait for data.
         """
         now = self._now()
-        exposed = min(self._clock.read(), step_s)
-        booked = {
+        exposed = min(self.communication.read(), step_s)
+        accounts = {
             "compute_s": step_s - exposed,
             "exposed_communication_s": exposed,
             "data_wait_s": data_wait_s,
@@ -105,22 +95,23 @@ class Ledger:
             "lost_s": self._lost,
             "other_s": 0.0,
         }
-        booked["restart_s" if self._first else "other_s"] = max(0.0, now - self._previous - sum(booked.values()))
+        rest = max(0.0, now - self._previous - sum(accounts.values()))
+        accounts["restart_s" if self._first else "other_s"] = rest
         self._previous, self._saving, self._lost, self._first = now, 0.0, 0.0, False
-        for name, seconds in booked.items():
+        for name, seconds in accounts.items():
             self._totals[name] += seconds
-        return {"time": now, "goodput": self._totals["compute_s"] / max(sum(self._totals.values()), 1e-9)} | booked
+        return {"time": now, "goodput": self._totals["compute_s"] / max(sum(self._totals.values()), 1e-9)} | accounts
 
 
-def _times(metrics: Path | None, start_step: int) -> tuple[list[dict], float | None]:
-    """(lines up to `start_step` that have accounts, time of the last line of all)."""
+def _read_accounts(metrics: Path | None, start_step: int) -> tuple[list[dict], float | None]:
+    """Return (lines up to `start_step` that have accounts, time of the last line of all)."""
     timed = read_lines(metrics, "time", *ACCOUNTS) if metrics is not None else []
     return [line for line in timed if line["step"] <= start_step], timed[-1]["time"] if timed else None
 
 
 def draw_goodput(directory: Path) -> None:
     """Write goodput.png from metrics.jsonl of a run directory; write nothing when no line has accounts."""
-    lines, _ = _times(directory / "metrics.jsonl", 1 << 62)
+    lines, _ = _read_accounts(directory / "metrics.jsonl", 1 << 62)
     if lines:
         save_png(goodput_figure(lines), directory / PICTURE)
 
@@ -128,8 +119,8 @@ def draw_goodput(directory: Path) -> None:
 def goodput_figure(lines: list[dict]) -> Figure:
     """Share of each account over the run's wall-clock time, with the sums in the legend."""
     seconds = [sum(line[name] for name in ACCOUNTS) for line in lines]
-    total = sum(seconds)
-    sums = {name: sum(line[name] for line in lines) for name in ACCOUNTS}
+    total: float = sum(seconds)
+    sums: dict[str, float] = {name: sum(line[name] for line in lines) for name in ACCOUNTS}
     shares = {name: amount / max(total, 1e-9) for name, amount in sums.items()}
     unit, divisor = ("s", 1) if total < 120 else ("min", 60) if total < 7200 else ("h", 3600)
     bins = _binned(lines, seconds, total / BINS, BINS)

@@ -1,6 +1,6 @@
-"""What the hardware of rank 0's node says of itself while training, for TensorBoard: memory and load of the host, and of its GPUs where nvidia-smi is.
+"""Hardware counters of rank 0's node for TensorBoard: CPU load and memory, and GPU counters where nvidia-smi exists.
 
-A thread asks every PERIOD_S seconds; training waits for nothing.
+A thread polls every PERIOD_S seconds, so training never waits for it.
 """
 
 from __future__ import annotations
@@ -16,37 +16,36 @@ from megatron_share4v.logging import get_logger
 
 PERIOD_S = 15.0
 GPU_FIELDS = {"utilization.gpu": max, "temperature.gpu": max, "power.draw": max, "clocks.sm": min, "memory.used": max}
-"""What is asked of each GPU, and which of the node's is shown: the hottest, the slowest."""
+"""nvidia-smi field -> how the values of the node's GPUs are reduced to one."""
 
 
-class Counters:
-    """The newest reading."""
+class HardwareCounters:
+    """Polls the counters in a thread and keeps the newest reading."""
 
     def __init__(self, *, period_s: float = PERIOD_S) -> None:
-        self._period_s, self._newest, self._over = period_s, {}, threading.Event()
-        self._gpus: Callable[[], dict[str, float]] = read_gpus
+        self._period_s, self._stopped = period_s, threading.Event()
+        self._newest: dict[str, float] = {}
+        self._read_gpus: Callable[[], dict[str, float]] = read_gpus
         self._thread = threading.Thread(target=self._run, name="counters", daemon=True)
         self._thread.start()
 
     def take(self) -> dict[str, float]:
-        """Scalars by name; each reading is given once, and nothing between two of them."""
+        """Return the newest reading once, as scalars by name; {} until there is another."""
         newest, self._newest = self._newest, {}
         return newest
 
     def close(self) -> None:
-        """Ask no more."""
-        self._over.set()
+        """Stop polling."""
+        self._stopped.set()
 
     def _run(self) -> None:
         psutil.cpu_percent()
-        while not self._over.wait(self._period_s):
+        while not self._stopped.wait(self._period_s):
             try:
-                gpus = self._gpus()
+                gpus = self._read_gpus()
             except (OSError, subprocess.SubprocessError, ValueError) as problem:
-                get_logger().info(
-                    "hardware counters: of the host alone, since nvidia-smi cannot be asked (%s)", problem
-                )
-                self._gpus = dict
+                get_logger().info("hardware counters: host only, since nvidia-smi failed (%s)", problem)
+                self._read_gpus = dict
                 gpus = {}
             memory = psutil.virtual_memory()
             self._newest = {
@@ -57,7 +56,7 @@ class Counters:
 
 
 def read_gpus() -> dict[str, float]:
-    """GPU_FIELDS over the GPUs of this node. OSError, SubprocessError, ValueError: there is no nvidia-smi, or it says nothing of use."""
+    """Read GPU_FIELDS of this node's GPUs. Raises OSError, SubprocessError or ValueError when nvidia-smi fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     columns = list(zip(*csv.reader(text.splitlines(), skipinitialspace=True)))

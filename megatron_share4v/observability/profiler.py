@@ -1,9 +1,10 @@
-"""Traces of chosen steps by torch's profiler, as Chrome JSON (also for Perfetto), and a snapshot of the CUDA allocator beside them."""
+"""torch.profiler traces of chosen steps as Chrome JSON (also for Perfetto), with a snapshot of the CUDA allocator."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,57 +15,68 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.device import Device
 
 
+@dataclass(frozen=True)
+class _Trace:
+    """A trace being recorded."""
+
+    profile: profile
+    first_step: int
+    config: ProfileConfig
+
+
 class Profiler:
-    """Follows a run step by step and records those from first_step to last_step, on every rank, into `directory`/profile/rank<N>/."""
+    """Records steps first_step to last_step of the configuration, on every rank, into `directory`/profile/rank<N>/."""
 
     def __init__(self, config: ProfileConfig | None, *, directory: Path, device: Device, rank: int) -> None:
         self._config, self._device, self._rank = config, device, rank
         self._folder = directory / "profile" / f"rank{rank}"
-        self._running: profile | None = None
-        self._first = 0
+        self._trace: _Trace | None = None
         if config is not None and config.memory and device.kind == "cpu":
             get_logger().info(
-                "log.profile.memory: the trace will have allocations; a snapshot of the allocator exists on CUDA alone"
+                "log.profile.memory: the trace includes allocations; the allocator snapshot exists on CUDA only"
             )
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the work of step number `step`, counted from 1. A step that fails still leaves the trace up to it."""
-        wanted = self._config is not None and self._config.first_step <= step <= self._config.last_step
-        if wanted and self._running is None:
-            self._start(step)
+        """Record the block when `step` (1-based) is in range. A step that fails still leaves the trace up to it."""
+        config = self._config
+        if config is not None and config.first_step <= step <= config.last_step and self._trace is None:
+            self._trace = self._start(config, step)
         failed = True
         try:
             yield
             failed = False
         finally:
-            if self._running is not None and (failed or step == self._config.last_step):
-                self._stop(step)
+            if self._trace is not None and (failed or step == self._trace.config.last_step):
+                self._stop(self._trace, step)
 
     def close(self) -> None:
-        """Of a run that ends inside the range."""
-        if self._running is not None:
-            self._stop(self._config.last_step)
+        """Write the trace of a run that ends inside the range."""
+        if self._trace is not None:
+            self._stop(self._trace, self._trace.config.last_step)
 
-    def _start(self, step: int) -> None:
+    def _start(self, config: ProfileConfig, step: int) -> _Trace:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.kind == "cuda" else [])]
-        self._first = step
-        self._running = profile(activities=activities, profile_memory=self._config.memory)
-        if self._config.memory and self._device.kind == "cuda":
+        trace = _Trace(profile(activities=activities, profile_memory=config.memory), step, config)
+        if config.memory and self._device.kind == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=200_000)
-        self._running.start()
+        trace.profile.start()
+        return trace
 
-    def _stop(self, last: int) -> None:
-        running, self._running = self._running, None
+    def _stop(self, trace: _Trace, last_step: int) -> None:
+        self._trace = None
         self._device.synchronize()
-        running.stop()
+        trace.profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps_{self._first}_{last}"
-        running.export_chrome_trace(str(self._folder / f"{name}.json"))
-        if self._config.memory and self._device.kind == "cuda":
+        name = f"steps_{trace.first_step}_{last_step}"
+        trace.profile.export_chrome_trace(str(self._folder / f"{name}.json"))
+        if trace.config.memory and self._device.kind == "cuda":
             torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         if self._rank == 0:
             get_logger().info(
-                "profile: %s has a trace of the steps %d to %d of each rank", self._folder.parent, self._first, last
+                "profile: traces of steps %d to %d of each rank are in %s",
+                trace.first_step,
+                last_step,
+                self._folder.parent,
             )

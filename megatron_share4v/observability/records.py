@@ -1,5 +1,6 @@
-"""Reading what earlier starts of a run have written beside its checkpoints. None of it is needed to go on, so nothing in it keeps a run from going on:
-a line cut off by a kill or a full disk, or spoiled by hand, is left out.
+"""Tolerant readers of the files that earlier starts of a run have written beside its checkpoints.
+
+A run can resume without them, so a line that is cut off by a kill or a full disk, or edited wrongly, is left out.
 """
 
 from __future__ import annotations
@@ -12,30 +13,28 @@ from megatron_share4v.logging import get_logger
 
 
 def read_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
-    """The lines of a JSONL file that are objects of a step with all these fields; none where there is no file."""
+    """Read the lines of a JSONL file that are records of a step with all these fields; [] when there is no file."""
     return [record for line in split_lines(path) if (record := parse_line(line, *fields)) is not None]
 
 
 def split_lines(path: Path) -> list[str]:
-    """With their ends; bytes that are no text become marks."""
+    """Read the lines of a file with their line ends; bytes that are not UTF-8 become replacement characters."""
     return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def parse_line(line: str, *fields: str) -> dict[str, Any] | None:
-    """None: it is cut off, or no object of a step with all these fields."""
+    """Parse a record of a step; None for a partial line and for a line without all these fields."""
     try:
         record = json.loads(line) if line.endswith("\n") else None
     except ValueError:
         return None
-    return (
-        record
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and record.keys() >= set(fields)
-        else None
-    )
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    return record if record.keys() >= set(fields) else None
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty, with a warning, where it holds none, and where there is no file."""
+    """Read the object in a JSON file; {} when there is no file and, with a warning, when it holds no object."""
     if not path.exists():
         return {}
     try:

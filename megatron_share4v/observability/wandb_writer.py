@@ -1,6 +1,6 @@
-"""Weights & Biases, for those who want it (log.wandb): the scalars that TensorBoard gets, and the configuration. Everything else stays in the run directory.
+"""Weights & Biases writer (log.wandb): the scalars that TensorBoard gets, and the configuration.
 
-Its own environment variables decide where it sends them (WANDB_MODE=offline keeps them on this machine).
+The environment variables of wandb apply; WANDB_MODE=offline keeps the data on this machine.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ FILE = "wandb.json"
 
 
 def check_wandb(config: RunConfig) -> None:
-    """Raises OpsError when it is asked for and not installed."""
+    """Raise OpsError when log.wandb is set and the package is not installed."""
     if config.log.wandb is not None and find_spec("wandb") is None:
         raise OpsError(
-            f"log.wandb is {config.log.wandb!r} and the package wandb is not installed; pip install wandb, or set log.wandb null"
+            f"log.wandb is {config.log.wandb!r} and the package wandb is not installed; pip install wandb, or set "
+            "log.wandb null"
         )
 
 
-class WandbSink:
-    """The run's page. A run that goes on goes on there too: its identity is kept in the run directory."""
+class WandbWriter:
+    """Writes the scalars of a run; a resumed run continues under the id kept in the run directory."""
 
     def __init__(self, config: RunConfig) -> None:
-        """Raises OpsError when wandb does not take the run (no login, no network)."""
+        """Start or resume the wandb run. Raises OpsError when wandb refuses it (no login, no network)."""
         import wandb
 
         directory = Path(config.run.directory)
@@ -51,13 +52,13 @@ class WandbSink:
             )
         except Exception as problem:
             raise OpsError(
-                f"log.wandb: wandb cannot begin a run: {problem}; wandb login, or WANDB_MODE=offline, or log.wandb null"
+                f"log.wandb: wandb cannot start a run: {problem}; wandb login, or WANDB_MODE=offline, or log.wandb null"
             ) from problem
 
     def write(self, values: Mapping[str, float], *, step: int) -> None:
-        """Scalars of one step."""
+        """Write the scalars of one step."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and end the wandb run."""
         self._run.finish()

@@ -1,57 +1,61 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, TensorBoard (or Weights & Biases) and console lines, all from the same record.
+"""Writers of a run's metrics: metrics.jsonl, samples.jsonl, TensorBoard, Weights & Biases and console lines.
 
-Only rank 0 writes. After a resume each step appears once in both files: lines beyond the resumed step are dropped at start.
+Only rank 0 writes. After a resume each step appears once in both files: lines after the resumed step are dropped at
+start.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_share4v.files import atomic_write_text
 from megatron_share4v.logging import get_logger
-from megatron_share4v.observability.hardware_counters import Counters
+from megatron_share4v.observability.hardware_counters import HardwareCounters
 from megatron_share4v.observability.records import parse_line, split_lines
-from megatron_share4v.observability.wandb_writer import WandbSink
+from megatron_share4v.observability.wandb_writer import WandbWriter
 
 METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
 class Preview:
-    """pixels: [H, W, 3] uint8 of one sample, as the tower sees them before normalising. answers, wanted: of all samples, the first is the picture's."""
+    """Answers of the model to held-out samples, beside the reference answers; the first sample with its image."""
 
     pixels: torch.Tensor
+    """[H, W, 3] uint8 of the first sample, as the vision tower sees it before normalisation."""
     answers: tuple[str, ...]
-    wanted: tuple[str, ...]
+    references: tuple[str, ...]
 
     @property
     def exact_match(self) -> float:
-        """The share of answers that are the record's, but for case and space around them: of use where answers are short."""
-        return sum(
-            ours.strip().lower() == theirs.strip().lower() for ours, theirs in zip(self.answers, self.wanted)
-        ) / len(self.answers)
+        """Share of answers equal to the reference, ignoring case and surrounding space."""
+        pairs = zip(self.answers, self.references)
+        return sum(answer.strip().lower() == reference.strip().lower() for answer, reference in pairs) / len(
+            self.answers
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One line of metrics.jsonl. Counts and times are of the whole step over all ranks, rates are per rank (GPU)."""
+    """One line of metrics.jsonl: counts and times of the whole step over all ranks, rates per rank (GPU)."""
 
     step: int
-    """1 after the first update."""
+    """1-based number of the step."""
     loss: float
     grad_norm: float
     learning_rate: float
-    """Of the language model (or the default group)."""
+    """Learning rate of the language model (or the default group)."""
     consumed_samples: int
     trained_tokens: int
     tokens: int
-    """Positions that hold text or image features."""
+    """Positions that hold text or image features; padding excluded."""
     images: int
     padding_fraction: float
     step_time_s: float
@@ -59,29 +63,29 @@ class StepRecord:
     tokens_per_s_per_gpu: float
     model_tflops_per_s_per_gpu: float
     mfu: float | None
-    """Model FLOP/s over the device's BF16 peak; None where that is not known."""
+    """Model FLOP/s over the BF16 peak of the device; None where the peak is not known."""
     hardware_tflops_per_s_per_gpu: float = 0.0
-    """With what padding, blank images and computing things twice add."""
+    """Computed FLOP/s, including padding, blank images and recomputation."""
     hfu: float | None = None
-    """As mfu, of the hardware's."""
+    """Computed FLOP/s over the BF16 peak of the device."""
     peak_memory_bytes: int
     skipped: bool
-    """Weights and optimizer state were left alone."""
+    """Whether weights and optimizer state were left unchanged."""
     skip_reason: str = ""
     faulty_samples: int = 0
-    """Samples of the step that could not be read; see quarantine.jsonl."""
+    """Samples of the step that could not be read, listed in quarantine.jsonl."""
     validation_loss: float | None = None
     fp8_loss_gap: float | None = None
-    """Relative, where the guard has looked before this step (guard.py)."""
+    """Relative gap where the FP8 divergence check ran before this step (resilience/fp8_divergence.py)."""
     fp8_norm_gap: float | None = None
     consumed_by_source: dict[str, int] = field(default_factory=dict)
     """Samples of each data set of a blend; empty for a single one."""
-    ledger: dict[str, float] = field(default_factory=dict)
-    """Where the time since the line before went (goodput.py); in the file each account is a key of its own."""
+    goodput_accounts: dict[str, float] = field(default_factory=dict)
+    """Seconds by account since the previous line (goodput.py); in the file each account is a key of its own."""
 
 
 class RunWriters:
-    """All files of one run directory, opened at the step from which the run goes on."""
+    """The metrics files of a run directory, opened for the steps after `start_step`."""
 
     def __init__(
         self,
@@ -92,20 +96,20 @@ class RunWriters:
         console_every: int,
         sample_keys: bool,
         tensorboard: bool,
-        wandb: WandbSink | None = None,
+        wandb: WandbWriter | None = None,
     ) -> None:
         self._total_steps, self._console_every = total_steps, console_every
         self._metrics = reopen(directory / METRICS, keep_to_step=start_step)
         self._samples = reopen(directory / "samples.jsonl", keep_to_step=start_step) if sample_keys else None
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1) if tensorboard else None
         self._wandb = wandb
-        self._counters = Counters() if tensorboard or wandb is not None else None
+        self._counters = HardwareCounters() if tensorboard or wandb is not None else None
 
     def write(self, record: StepRecord, *, keys: Sequence[str] | None = None) -> None:
-        """One step, everywhere."""
+        """Write one step to all outputs; `keys` are those of its samples."""
         values = asdict(record)
-        ledger = values.pop("ledger")
-        self._metrics.write(json.dumps(values | ledger) + "\n")
+        accounts = values.pop("goodput_accounts")
+        self._metrics.write(json.dumps(values | accounts) + "\n")
         self._metrics.flush()
         if self._samples is not None:
             self._samples.write(json.dumps({"step": record.step, "keys": list(keys or [])}) + "\n")
@@ -115,32 +119,32 @@ class RunWriters:
         scalars = {
             f"train/{name}": float(value) for name, value in values.items() if name != "step" and value is not None
         }
-        scalars |= {f"goodput/{name}": ledger[name] for name in sorted(ledger.keys() - {"time"})}
+        scalars |= {f"goodput/{name}": accounts[name] for name in sorted(accounts.keys() - {"time"})}
         self._scalars(scalars | (self._counters.take() if self._counters is not None else {}), step=record.step)
         if record.step % self._console_every == 0 or record.step == self._total_steps:
-            get_logger().info(self._line(record))
+            get_logger().info(self._format_line(record))
 
-    def ranks(self, values: Mapping[str, float], *, step: int) -> None:
-        """How the ranks compare (resilience/straggler.py)."""
+    def write_rank_timings(self, values: Mapping[str, float], *, step: int) -> None:
+        """Write the comparison of ranks (resilience/straggler.py)."""
         self._scalars({f"ranks/{name}": value for name, value in values.items()}, step=step)
 
-    def preview(self, shown: Preview, *, step: int) -> None:
-        """Held-out images with the model's own answers."""
+    def write_preview(self, preview: Preview, *, step: int) -> None:
+        """Write the answers of a preview to the log and TensorBoard."""
         get_logger().info(
-            "preview at step %d: %s (%d of its answers are the records', %.2f)",
+            "preview at step %d: %s (exact match %.2f over %d answers)",
             step,
-            shown.answers[0],
-            len(shown.answers),
-            shown.exact_match,
+            preview.answers[0],
+            preview.exact_match,
+            len(preview.answers),
         )
         if self._board is not None:
-            self._board.add_image("preview/image", shown.pixels, step, dataformats="HWC")
+            self._board.add_image("preview/image", preview.pixels, step, dataformats="HWC")
             self._board.add_text(
                 "preview/answer",
-                "\n\n".join(f"{ours} (record: {theirs})" for ours, theirs in zip(shown.answers, shown.wanted)),
+                "\n\n".join(f"{ours} (record: {theirs})" for ours, theirs in zip(preview.answers, preview.references)),
                 step,
             )
-            self._board.add_scalar("preview/exact_match", shown.exact_match, step)
+            self._board.add_scalar("preview/exact_match", preview.exact_match, step)
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -155,15 +159,21 @@ class RunWriters:
         if self._wandb is not None:
             self._wandb.write(values, step=step)
 
-    def _line(self, record: StepRecord) -> str:
+    def _format_line(self, record: StepRecord) -> str:
         remaining = (self._total_steps - record.step) * record.step_time_s
-        validation = "" if record.validation_loss is None else f" | validation {record.validation_loss:.4f}"
-        return (
-            f"step {record.step}/{self._total_steps} | loss {record.loss:.4f}{validation} | grad {record.grad_norm:.3f} | "
-            f"lr {record.learning_rate:.2e} | {record.tokens_per_s_per_gpu:,.0f} tokens/s/rank | {record.step_time_s:.2f} s/step "
-            f"(data {record.data_wait_s:.2f}) | ETA {_duration(remaining)}"
-            + (f" | SKIPPED: {record.skip_reason}" if record.skipped else "")
-        )
+        parts = [f"step {record.step}/{self._total_steps}", f"loss {record.loss:.4f}"]
+        if record.validation_loss is not None:
+            parts.append(f"validation {record.validation_loss:.4f}")
+        parts += [
+            f"grad {record.grad_norm:.3f}",
+            f"lr {record.learning_rate:.2e}",
+            f"{record.tokens_per_s_per_gpu:,.0f} tokens/s/rank",
+            f"{record.step_time_s:.2f} s/step (data {record.data_wait_s:.2f})",
+            f"ETA {_duration(remaining)}",
+        ]
+        if record.skipped:
+            parts.append(f"SKIPPED: {record.skip_reason}")
+        return " | ".join(parts)
 
 
 def _duration(seconds: float) -> str:
@@ -172,8 +182,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def reopen(path: Path, *, keep_to_step: int):
-    """Open for appending, without lines of later steps and without what is no line of a step: one cut off by a crash, or, with a warning, any other."""
+def reopen(path: Path, *, keep_to_step: int) -> TextIO:
+    """Open a file of lines by step for appending, after dropping the lines of later steps.
+
+    A partial last line is dropped too, and with a warning any other line that is no record of a step.
+    """
     kept = []
     for number, line in enumerate(split_lines(path), 1):
         record = parse_line(line)
@@ -182,7 +195,5 @@ def reopen(path: Path, *, keep_to_step: int):
         if record is not None and record["step"] <= keep_to_step:
             kept.append(line)
     if path.exists():
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(kept), encoding="utf-8")
-        os.replace(replacement, path)
+        atomic_write_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")

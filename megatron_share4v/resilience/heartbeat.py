@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Share4VError
@@ -112,11 +112,8 @@ class Heartbeat:
         self._step_start = None
         self.enter(phase)
 
-    def counting(self, batches: list[Any]) -> list[Any]:
-        """The same micro-batches; taking one out says that it begins."""
-        return _Counted(batches, self._begin_micro_batch)
-
-    def _begin_micro_batch(self, number: int) -> None:
+    def begin_micro_batch(self, number: int) -> None:
+        """Record that the forward pass of micro-batch `number` begins."""
         phase, step, _, _ = self._position
         self._set_position(phase, step, number, time.monotonic())
 
@@ -247,16 +244,3 @@ class Heartbeat:
                 return
             time.sleep(self._timeouts.beat_s)
             self._publish()
-
-
-class _Counted(list):
-    """Micro-batches that say when one is taken."""
-
-    def __init__(self, batches: list[Any], begins: Callable[[int], None]) -> None:
-        super().__init__(batches)
-        self._begins = begins
-
-    def __iter__(self) -> Iterator[Any]:
-        for number in range(len(self)):
-            self._begins(number)
-            yield self[number]

@@ -1,6 +1,7 @@
-"""What one rank knows and all must act on at the same step: a signal has come, time is up, a save is due. Each votes; the step's own reduction counts.
+"""Control flags: what one rank knows and all ranks must act on at the same step, summed in the all-reduce of the loss.
 
-SIGTERM (Slurm before preemption, torchrun when it is ended) and SIGUSR1 (Slurm's --signal) end the run in order. Only a flag is set when they come.
+SIGTERM (Slurm before preemption, torchrun when it is terminated) and SIGUSR1 (Slurm's --signal) stop the run after the
+current step; the handler only counts them.
 """
 
 from __future__ import annotations
@@ -19,67 +20,70 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """Equal on all ranks. stop: why the run ends after this step, None when it goes on; save: a save is due because of the time; failed: a save in
-    the background has failed."""
+class StepDecision:
+    """Decision about the end of a step, equal on all ranks."""
 
-    stop: str | None
+    stop_reason: str | None
+    """Why the run stops after this step; None when it continues."""
     save: bool
-    failed: bool = False
+    """Whether a save is due by checkpoint.every_minutes."""
+    save_failed: bool = False
+    """Whether a save in the background has failed."""
 
 
-class Signals:
-    """Those that ask a run to end. They only count: what comes while a rank goes down for another reason must not keep it from saying why."""
+class StopSignals:
+    """Counts the signals that stop a run. A signal must not interrupt a rank that is reporting another error."""
 
     def __init__(self) -> None:
         self.received = dict.fromkeys(SIGNALS, 0)
 
     @contextlib.contextmanager
-    def heard(self) -> Iterator[None]:
-        """Signals count for the length of the block; afterwards they do what they did before, or nothing where the run was stopped in order.
+    def installed(self) -> Iterator[None]:
+        """Count signals inside the block and restore the handlers after it; ignore signals after RunStopped.
 
-        Python hears them on the main thread alone.
+        Python runs signal handlers on the main thread only; on another thread this does nothing.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        after = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        after = {number: signal.signal(number, self._count) for number in SIGNALS}
         try:
             yield
         except RunStopped:
-            # When the first rank has ended, the launcher sends the others a signal, which must not cut them off.
+            # The launcher signals the other ranks when the first one has ended; that must not cut off their exit.
             after = dict.fromkeys(SIGNALS, signal.SIG_IGN)
             raise
         finally:
             for number, handler in after.items():
                 signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: object) -> None:
-        # A flag and no more: this may interrupt anything, a write to the log too.
+    def _count(self, number: int, frame: object) -> None:
+        # Only count: this may interrupt anything, including a write to the log.
         self.received[signal.Signals(number)] += 1
 
 
-class Ballot:
-    """One rank's votes. `time` is the clock of the rank that keeps it, None on all others; `failed` says whether a save has failed here."""
+class ControlFlags:
+    """This rank's control flags, and the decision that follows from their sum over all ranks."""
 
-    def __init__(self, signals: Signals, time: TimeLimit | None, *, failed: Callable[[], bool]) -> None:
-        self._signals, self._time, self._failed = signals, time, failed
+    def __init__(self, signals: StopSignals, time_limit: TimeLimit | None, *, save_failed: Callable[[], bool]) -> None:
+        """time_limit: None on all ranks but rank 0; save_failed: whether a background save failed on this rank."""
+        self._signals, self._time_limit, self._save_failed = signals, time_limit, save_failed
 
-    def votes(self) -> Sequence[float]:
-        """This rank's, one number for each question."""
-        time = self._time
-        asked = [time is not None and time.is_up, time is not None and time.save_is_due, self._failed()]
-        return [*(float(count > 0) for count in self._signals.received.values()), *map(float, asked)]
+    def read(self) -> Sequence[float]:
+        """Return this rank's flags: one for each signal, time limit reached, save due, save failed."""
+        limit = self._time_limit
+        conditions = [limit is not None and limit.is_up, limit is not None and limit.save_is_due, self._save_failed()]
+        return [*(float(count > 0) for count in self._signals.received.values()), *map(float, conditions)]
 
-    def count(self, votes: Sequence[float]) -> Agreed:
-        """The decision from the votes of all ranks, added up."""
-        *signals, time_up, save_due, failed = votes
+    def decide(self, summed: Sequence[float]) -> StepDecision:
+        """Derive the decision from the flags summed over all ranks."""
+        *signals, time_up, save_due, save_failed = summed
         reasons = [f"{number.name} on {int(count)} ranks" for number, count in zip(SIGNALS, signals) if count]
         reasons += ["its time limit is near"] if time_up else []
-        return Agreed(stop=", ".join(reasons) or None, save=bool(save_due), failed=bool(failed))
+        return StepDecision(", ".join(reasons) or None, save=bool(save_due), save_failed=bool(save_failed))
 
 
-def announce(agreed: Agreed, *, step: int) -> None:
-    """Say why a run is about to end."""
-    if agreed.stop is not None:
-        get_logger().warning("stopping in order after step %d: %s", step, agreed.stop)
+def log_stop(decision: StepDecision, *, step: int) -> None:
+    """Log why a run is about to stop."""
+    if decision.stop_reason is not None:
+        get_logger().warning("stopping in order after step %d: %s", step, decision.stop_reason)

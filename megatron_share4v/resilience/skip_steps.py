@@ -1,6 +1,6 @@
 """The list of steps to skip, skip_steps.jsonl: no data of a listed step is read and no update is made.
 
-Steps are added by a rollback (train/rollback.py), by the supervisor for a step that ended the run twice
+Steps are added by a rollback (resilience/rollback.py), by the supervisor for a step that ended the run twice
 (resilience/supervisor.py), or by hand. One object per line: {"step": 7, "reason": "..."}; steps are 1-based, as in
 metrics.jsonl. The supervisor imports this module, so torch is imported only in the collective function.
 """

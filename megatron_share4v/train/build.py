@@ -1,13 +1,10 @@
-"""From a RunConfig and a Mesh to everything that a run works with, in reading order."""
+"""Builds everything that a run works with from a RunConfig and a Mesh."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from megatron_share4v.checkpoint.assets import copy_assets_to_run
 from megatron_share4v.checkpoint.compatibility import check_initial_model
@@ -29,45 +26,47 @@ from megatron_share4v.data.sampling.blend import open_index, source_rows
 from megatron_share4v.data.sampling.fingerprint import describe_data, fingerprint_differences
 from megatron_share4v.data.sampling.sampler import Order, Sampler
 from megatron_share4v.errors import CheckpointError, DataError
+from megatron_share4v.files import append_json_lines
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import check_precision, select_attention_backend, select_ops_backend
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.mcore.layer_options import LayerOptions, layer_options
-from megatron_share4v.mcore.optimizer import MegatronOptimizer, build_optimizer, wrap_ddp
+from megatron_share4v.mcore.optimizer import MegatronOptimizer, TimedDDP, build_optimizer, wrap_ddp
 from megatron_share4v.mcore.tp_comm_overlap import initialize_tp_comm_overlap
 from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize_weights
 from megatron_share4v.model.pipeline_split import describe_stages, layers_per_stage
+from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.model.trainable import format_parameter_table, parameter_counts
 from megatron_share4v.ops.backend import OpsBackend
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.train.backend_report import record_attention, record_backend, record_ops
+from megatron_share4v.train.backend_records import record_attention_backend, record_image_backend, record_ops_backend
 from megatron_share4v.train.data_feed import Source
 
 DATA_CHANGES = "data_changes.jsonl"
-"""In the run directory: where a run went on with other data than its checkpoint's (checkpoint.allow_data_change)."""
+"""File in the run directory that records resumes with other data (checkpoint.allow_data_change)."""
 
 CONFIG_CHANGES = "config_changes.jsonl"
-"""In the run directory: where a run went on with another configuration than its checkpoint's."""
+"""File in the run directory that records resumes with another configuration than the checkpoint's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One run, ready to step."""
+    """A built run, ready to train."""
 
     config: RunConfig
     mesh: Mesh
     source: Source
     validation: Source | None
-    chunks: Sequence[torch.nn.Module]
+    chunks: Sequence[TimedDDP]
     optimizer: MegatronOptimizer
     total_steps: int
     start_step: int
-    """Updates already made when this process started."""
+    """Steps already trained when this process started."""
 
     @property
     def directory(self) -> Path:
@@ -76,73 +75,41 @@ class Training:
 
     @property
     def checkpoints(self) -> Path:
-        """Where this run's checkpoints lie."""
+        """The directory of this run's checkpoints."""
         return self.directory / "checkpoints"
 
 
 def build(config: RunConfig, *, mesh: Mesh) -> Training:
-    """Data, model, optimizer, and the state of the newest whole checkpoint where there is one.
+    """Build data, model and optimizer, and load the newest complete checkpoint where there is one. Collective.
 
     Raises ConfigError, DataError, CheckpointError or OpsError, on every rank alike, when something does not fit.
     """
+    directory = Path(config.run.directory)
     mesh.layout.check_micro_batches(
         global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size
     )
-    reading = read_options(config.data, device=mesh.device)
-    source = open_source(config, config.data.train, order=config.data.order, options=reading)
-    validation = (
-        open_source(config, config.data.validation, order="sequential", options=reading)
-        if config.data.validation
-        else None
-    )
-    ops = select_ops_backend(config.ops, mesh=mesh)
-    record_ops(ops, mesh=mesh, directory=Path(config.run.directory))
-    dtype = DTYPES[config.precision.dtype]
-    attention = select_attention_backend(
-        config.attention, mesh=mesh, packed=config.data.pack_length is not None, dtype=dtype
-    )
-    record_attention(attention, mesh=mesh, directory=Path(config.run.directory))
-    check_precision(config, mesh=mesh)
-    options = layer_options(
-        config.train,
-        precision=config.precision,
-        transformer_engine=config.transformer_engine,
-        attention=attention.implementation,
-        variable_seq_lengths=config.data.pad_to == "micro_batch",
-        has_transformer_engine=te_unavailable_reason() is None,
-    )
-    initialize_tp_comm_overlap(config, mesh=mesh)
-    bare = build_chunks(
-        config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options
-    )
-    _announce(config, mesh, bare, ops=ops, options=options)
-    checkpoints = Path(config.run.directory) / "checkpoints"
-    newest = find_resume_checkpoint(checkpoints)
+    source, validation = _open_sources(config, device=mesh.device)
+    model_chunks = _build_model(config, mesh=mesh)
+    newest = find_resume_checkpoint(directory / "checkpoints")
     if newest is None:
-        _set_first_weights(config, bare, mesh=mesh)
+        _set_initial_weights(config, model_chunks, mesh=mesh)
     else:
-        _check_configuration(config, newest, mesh=mesh)
+        _check_config_changes(config, newest, mesh=mesh)
     if mesh.rank == 0:
         start = config.checkpoint.initialize_from if newest is None else None
-        begin = resolve_checkpoint(Path(start)) if start else None
-        copy_assets_to_run(
-            Path(config.run.directory), tokenizer=Path(config.data.tokenizer), start=begin, resumes=newest is not None
-        )
-    chunks = wrap_ddp(bare, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
+        initial = resolve_checkpoint(Path(start)) if start else None
+        tokenizer = Path(config.data.tokenizer)
+        copy_assets_to_run(directory, tokenizer=tokenizer, start=initial, resumes=newest is not None)
+    chunks = wrap_ddp(model_chunks, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
+    dtype = DTYPES[config.precision.dtype]
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
     start_step = 0
     if newest is not None:
         state = load_checkpoint(newest, chunks=chunks, optimizer=optimizer, verified=True)
-        _check_position(
-            state,
-            source,
-            newest,
-            allow_data_change=config.checkpoint.allow_data_change,
-            directory=Path(config.run.directory) if mesh.rank == 0 else None,
-        )
+        _check_data_position(config, state, source, newest, mesh=mesh)
         start_step = state.step
         get_logger().info("resumed from %s at step %d, %d samples consumed", newest, state.step, state.consumed_samples)
-    record_backend(source, bare[0], mesh=mesh, directory=Path(config.run.directory))
+    record_image_backend(source, model_chunks[0], mesh=mesh, directory=directory)
     return Training(
         config=config,
         mesh=mesh,
@@ -155,8 +122,42 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     )
 
 
+def _open_sources(config: RunConfig, *, device: Device) -> tuple[Source, Source | None]:
+    """Open the training data and, where there is one, the validation data."""
+    data, options = config.data, read_options(config.data, device=device)
+    source = open_source(config, data.train, order=data.order, options=options)
+    if not data.validation:
+        return source, None
+    return source, open_source(config, data.validation, order="sequential", options=options)
+
+
+def _build_model(config: RunConfig, *, mesh: Mesh) -> list[Share4V]:
+    """Select the backends, record them in the run directory, and build this rank's model chunks. Collective."""
+    directory, dtype = Path(config.run.directory), DTYPES[config.precision.dtype]
+    ops = select_ops_backend(config.ops, mesh=mesh)
+    record_ops_backend(ops, mesh=mesh, directory=directory)
+    packed = config.data.pack_length is not None
+    attention = select_attention_backend(config.attention, mesh=mesh, packed=packed, dtype=dtype)
+    record_attention_backend(attention, mesh=mesh, directory=directory)
+    check_precision(config, mesh=mesh)
+    options = layer_options(
+        config.train,
+        precision=config.precision,
+        transformer_engine=config.transformer_engine,
+        attention=attention.implementation,
+        variable_seq_lengths=config.data.pad_to == "micro_batch",
+        has_transformer_engine=te_unavailable_reason() is None,
+    )
+    initialize_tp_comm_overlap(config, mesh=mesh)
+    chunks = build_chunks(
+        config.model, mesh=mesh, parallel=config.parallel, dtype=dtype, ops=ops.implementation, options=options
+    )
+    _log_choices(config, mesh, chunks, ops=ops, options=options)
+    return chunks
+
+
 def read_options(data: DataConfig, *, device: Device) -> LoaderOptions:
-    """How this rank reads: DALI decodes on the GPU where there is one."""
+    """Derive this rank's read options; DALI decodes on the GPU where there is one."""
     return LoaderOptions(
         num_workers=data.num_workers,
         prefetch=data.prefetch,
@@ -169,13 +170,13 @@ def read_options(data: DataConfig, *, device: Device) -> LoaderOptions:
 def open_source(
     config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: Order, options: LoaderOptions
 ) -> Source:
-    """Prepared data sets that belong to this run's tokenizer and template; DataError otherwise."""
+    """Open prepared data sets. Raises DataError when they do not fit the tokenizer and template of the run."""
     data = config.data
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise DataError(
-            f"{data.tokenizer}: has {tokenizer.vocab_size} pieces, more than model.language.vocab_size {config.model.language.vocab_size}; "
-            "name the model's own tokenizer, or give the model as many"
+            f"{data.tokenizer}: has {tokenizer.vocab_size} pieces, more than model.language.vocab_size "
+            f"{config.model.language.vocab_size}; name the model's own tokenizer, or give the model as many"
         )
     index = open_index(data_sets)
     index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
@@ -194,7 +195,7 @@ def open_source(
 
 
 def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
-    """How this run turns samples into ids and pixels."""
+    """Build the encoder that turns samples into token ids and pixels."""
     return Encoder(
         tokenizer=tokenizer,
         template=get_template(data.template),
@@ -203,7 +204,7 @@ def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Enc
     )
 
 
-def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
+def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, mesh: Mesh) -> None:
     start = config.checkpoint.initialize_from
     if start is None:
         initialize_weights(chunks, seed=config.run.seed, model=config.model)
@@ -215,65 +216,71 @@ def _set_first_weights(config: RunConfig, chunks: list, *, mesh: Mesh) -> None:
     get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 
-def _check_configuration(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
-    """Show what became of the configuration since the checkpoint was written; refuse what it cannot be gone on with."""
+def _check_config_changes(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
+    """Log and record how the configuration differs from the checkpoint's; raise ConfigError for unsafe changes."""
     _, manifest = resolve_and_read_manifest(path)
     found = diff_config(manifest.config, config)
     check_config_changes(found, where=path, accepted=config.checkpoint.accept_changes)
     if not found:
         return
-    get_logger().info("configuration: not that of %s:%s", path, format_changes(found))
+    get_logger().info("configuration: differs from that of %s:%s", path, format_changes(found))
     if mesh.rank == 0:
-        _append(
+        changes = [str(change) for change in found]
+        _append_json_line(
             Path(config.run.directory) / CONFIG_CHANGES,
-            {"step": manifest.state.step, "checkpoint": path.name, "changes": [str(change) for change in found]},
+            {"step": manifest.state.step, "checkpoint": path.name, "changes": changes},
         )
 
 
-def _check_position(
-    state: RunState, source: Source, path: Path, *, allow_data_change: bool, directory: Path | None
-) -> None:
-    """Refuse to go on with other data than the checkpoint's, or to land elsewhere in the same."""
+def _check_data_position(config: RunConfig, state: RunState, source: Source, path: Path, *, mesh: Mesh) -> None:
+    """Raise CheckpointError when the run would continue on other data or elsewhere in the same data."""
     plan = source.plan
     changed = fingerprint_differences(state.data, describe_data(plan, source.encoder)) if state.data else []
     if not changed and state.plan_fingerprint != plan.fingerprint:
         changed = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
-    if changed and allow_data_change:
-        _record_change(state, changed, path, directory)
+    if changed and config.checkpoint.allow_data_change:
+        _record_data_change(state, changed, path, directory=Path(config.run.directory) if mesh.rank == 0 else None)
         return
     if changed:
         raise CheckpointError(
-            f"{path}: was trained on other data. {'; '.join(changed)}. Restore that, or use another run.directory with checkpoint.initialize_from "
-            "to keep the weights, or set checkpoint.allow_data_change true to go on at the same step of the new data"
+            f"{path}: was trained on other data. {'; '.join(changed)}. Restore that, or use another run.directory with "
+            "checkpoint.initialize_from to keep the weights, or set checkpoint.allow_data_change true to go on at the "
+            "same step of the new data"
         )
     if state.consumed_samples != sum(plan.consumed(state.step).values()):
         raise CheckpointError(
-            f"{path}: {state.consumed_samples} samples were consumed in {state.step} steps; train.global_batch_size {plan.global_batch_size} does not "
-            "continue that. Restore the old value, or use another run.directory with checkpoint.initialize_from"
+            f"{path}: {state.consumed_samples} samples were consumed in {state.step} steps; train.global_batch_size "
+            f"{plan.global_batch_size} does not continue that. Restore the old value, or use another run.directory "
+            "with checkpoint.initialize_from"
         )
 
 
-def _record_change(state: RunState, changed: Sequence[str], path: Path, directory: Path | None) -> None:
+def _record_data_change(state: RunState, changed: Sequence[str], path: Path, *, directory: Path | None) -> None:
     get_logger().warning(
-        "checkpoint.allow_data_change: %s was trained on other data, and training goes on. %s. Samples consumed are counted as if the new data had "
-        "been trained from the start",
+        "checkpoint.allow_data_change: %s was trained on other data, and training goes on. %s. Samples consumed are "
+        "counted as if the new data had been trained from the start",
         path,
         "; ".join(changed),
     )
     if directory is not None:
-        _append(directory / DATA_CHANGES, {"step": state.step, "checkpoint": path.name, "changes": list(changed)})
+        _append_json_line(
+            directory / DATA_CHANGES, {"step": state.step, "checkpoint": path.name, "changes": list(changed)}
+        )
 
 
-def _append(path: Path, record: dict[str, object]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def _append_json_line(path: Path, record: dict[str, object]) -> None:
+    with open(path, "ab") as file:
+        append_json_lines(file, [record])
 
 
-def _announce(config: RunConfig, mesh: Mesh, chunks: list, *, ops: OpsBackend, options: LayerOptions) -> None:
-    """Every choice that was made, once."""
+def _log_choices(
+    config: RunConfig, mesh: Mesh, chunks: list[Share4V], *, ops: OpsBackend, options: LayerOptions
+) -> None:
+    """Log layout, precision, optimizer, recomputation, stages and parameter counts, once."""
     logger = get_logger()
     ours = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
-    update = f"{'ours' if ours else 'torch, fused'}; moments in {config.optim.moments}{' on the host' if config.optim.offload else ''}"
+    place = " on the host" if config.optim.offload else ""
+    update = f"{'ours' if ours else 'torch, fused'}; moments in {config.optim.moments}{place}"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
     logger.info(
         "precision: %s, gradients summed in %s; FP8: %s; optimizer: AdamW (%s)",

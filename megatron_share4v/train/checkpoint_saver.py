@@ -1,4 +1,4 @@
-"""When a run is saved, and what is saved beside its tensors."""
+"""Saving of a run: when a checkpoint is due, writing it now or in the background, removal of old ones."""
 
 from __future__ import annotations
 
@@ -17,50 +17,55 @@ from megatron_share4v.config.load import dump
 from megatron_share4v.data.sampling.fingerprint import describe_data
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
-from megatron_share4v.resilience.shutdown import Agreed
+from megatron_share4v.resilience.shutdown import StepDecision
 from megatron_share4v.resilience.time_limit import TimeLimit
 from megatron_share4v.train.build import Training
 
-LONGEST_SAVE = timedelta(hours=2)
-"""In the background the ranks wait so long for the slowest writer, and for the hashes of what all have written."""
-NICE = 19
+SAVE_TIMEOUT = timedelta(hours=2)
+"""Timeout of the background collectives, which wait for the slowest writer and for the hashes of all files."""
+NICENESS = 19
+"""CPU priority of the background thread."""
 
 
 class Saver:
-    """Writes a run's checkpoints and removes old ones. Every rank has one and calls it at the same steps."""
+    """Writes the checkpoints of a run and removes old ones; all ranks call it at the same steps."""
 
-    def __init__(self, training: Training, *, timekeeper: TimeLimit | None) -> None:
-        """timekeeper: is told how long saves take; None on the ranks that keep no time. Collective."""
-        self._training, self._timekeeper = training, timekeeper
-        self._buffers, self._group = None, None
+    def __init__(self, training: Training, *, time_limit: TimeLimit | None) -> None:
+        """time_limit: records how long saves take; None on all ranks but rank 0. Collective."""
+        self._training, self._time_limit = training, time_limit
+        self._buffers: HostBuffers | None = None
+        self._group: dist.ProcessGroup | None = None
         if training.config.checkpoint.in_background:
-            # Its messages must not come between those of training. The CPU's backend: nothing of it is to wait for a GPU.
-            self._buffers, self._group = HostBuffers(), dist.new_group(backend="gloo", timeout=LONGEST_SAVE)
+            # A group of its own, since these collectives run beside those of training; gloo, so none waits for a GPU.
+            self._buffers, self._group = HostBuffers(), dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def is_due(self, step: int, agreed: Agreed) -> bool:
-        """Whether the run is saved after `step`: at its end, every so many steps or minutes, and when it is stopped."""
+    def is_due(self, step: int, decision: StepDecision) -> bool:
+        """Whether to save after `step`: at the end, when the run stops, every every_steps or every_minutes."""
         every = self._training.config.checkpoint.every_steps
         return (
-            agreed.save
-            or agreed.stop is not None
+            decision.save
+            or decision.stop_reason is not None
             or step == self._training.total_steps
             or bool(every and step % every == 0)
         )
 
     def has_failed(self) -> bool:
-        """Whether a save in the background has failed; `finish` then says why."""
+        """Whether a background save has failed on this rank; `finish` then raises its error."""
         return self._error is not None
 
     def save(self, step: int) -> None:
-        """Save the run as it is after `step`, or begin to. Raises CheckpointError, on all ranks, when it, or the save before, cannot be written."""
+        """Save the run after `step`, or begin to in the background. Collective.
+
+        Raises CheckpointError, on all ranks, when this save or the previous one cannot be written.
+        """
         started = time.perf_counter()
         self.finish()
         waited = time.perf_counter() - started
         training, started = self._training, time.perf_counter()
-        if self._timekeeper is not None:
-            self._timekeeper.save_started()
+        if self._time_limit is not None:
+            self._time_limit.save_started()
         contents = CheckpointContents(
             chunks=training.chunks,
             optimizer=training.optimizer,
@@ -76,7 +81,7 @@ class Saver:
             dist.barrier()
         else:
             get_logger().info(
-                "checkpoint: step %d copied in %.2f s, after waiting %.2f s for the save before",
+                "checkpoint: step %d copied in %.2f s, after waiting %.2f s for the previous save",
                 step,
                 time.perf_counter() - started,
                 waited,
@@ -85,11 +90,11 @@ class Saver:
                 target=self._complete_in_background, args=(complete, started), name="save", daemon=True
             )
             self._thread.start()
-        if self._timekeeper is not None:
-            self._timekeeper.training_resumed()
+        if self._time_limit is not None:
+            self._time_limit.training_resumed()
 
     def finish(self) -> None:
-        """Wait until nothing is being written. Raises CheckpointError, on all ranks, when that could not be."""
+        """Wait for the background save. Raises CheckpointError, on all ranks, when it has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -97,9 +102,9 @@ class Saver:
             raise self._error
 
     def _complete_in_background(self, complete: FinishSave, started: float) -> None:
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            # Of this thread and those that it starts: training comes first.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        if sys.platform == "linux":  # other systems have no priority per thread
+            # Lower the priority of this thread and the threads that it starts.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             self._complete(complete, started)
         except BaseException as error:
@@ -112,8 +117,8 @@ class Saver:
             remove_old_checkpoints(
                 training.checkpoints, keep_last=checkpoint.keep_last, keep_every_steps=checkpoint.keep_every_steps
             )
-        if self._timekeeper is not None:
-            self._timekeeper.save_ended(seconds=time.perf_counter() - started)
+        if self._time_limit is not None:
+            self._time_limit.save_ended(seconds=time.perf_counter() - started)
 
 
 def _state(training: Training, step: int) -> RunState:

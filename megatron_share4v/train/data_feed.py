@@ -1,13 +1,14 @@
-"""From the loader to the ranks: who reads what, which samples failed, and one complete batch per rank. Middle pipeline stages read nothing.
+"""Data of each optimizer step: one complete micro-batch per rank, from what the loaders read and the ranks exchange.
 
-On the first stage every rank of a sample group (tensor and context axis) decodes its share of the images; one of them, and one of the last stage's,
-reads the text. Of what they share, each keeps the positions that are its own (data/loading/context_parallel.py).
+Middle pipeline stages read nothing. On the first stage every rank of a sample group (TP and CP axes) decodes its share
+of the images; TP rank 0 of the first and of the last stage reads the text. Each rank keeps the positions that are its
+own (data/loading/context_parallel.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -39,21 +40,32 @@ _TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has
 
 @dataclass(frozen=True)
 class StepData:
-    """What one optimizer step trains on, as this rank sees it."""
+    """Data of one optimizer step on this rank."""
 
     items: GlobalBatch
     batches: list[Batch]
+    """Micro-batches of this rank; empty for a skipped step."""
     wait_s: float
     """Time that this rank waited for its data."""
     faulty_rows: frozenset[int] = frozenset()
-    """Samples of the step, in all data-parallel ranks, that some rank could not read; equal on all ranks."""
+    """Samples of the step that some rank could not read; equal on all ranks."""
     faults: tuple[Fault, ...] = field(default=())
-    """Those that this rank could not read, with reasons."""
+    """Samples that this rank could not read, with reasons."""
+
+    @property
+    def step_index(self) -> int:
+        """0-based index of the step in the data plan."""
+        return self.items.step
+
+    @property
+    def step(self) -> int:
+        """1-based number of the step, as in every log and file."""
+        return self.step_index + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One prepared data set with the order in which it is read."""
+    """One prepared data set with its sampling plan and encoder."""
 
     index: Index | BlendedIndex
     plan: Sampler
@@ -62,26 +74,28 @@ class Source:
 
 
 def feed(
-    source: Source, *, mesh: Mesh, start_step: int, stop_step: int, without: Container[int] = ()
-) -> Iterator[StepData]:
-    """The data of steps start_step .. stop_step - 1, on this rank's device. All ranks must ask for the same steps.
+    source: Source, *, mesh: Mesh, after_step: int, last_step: int, skip_steps: Collection[int] = ()
+) -> Generator[StepData]:
+    """Yield the data of steps after_step + 1 to last_step on this rank's device. All ranks must iterate alike.
 
-    Of the steps in `without` nothing is read; they have no batches.
+    The data of `skip_steps` is not read; they have no batches.
     """
+    skip_indices = frozenset(step - 1 for step in skip_steps)
     loader = _open_loader(source, mesh)
-    reading = prefetch_to_device(loader.steps(start_step, stop_step, skip=without), mesh.device) if loader else None
+    prefetched = loader.steps(after_step, last_step, skip=skip_indices) if loader else None
+    reading = prefetch_to_device(prefetched, mesh.device) if prefetched is not None else None
     try:
-        for step in range(start_step, stop_step):
-            items = source.plan.global_batch(step)
-            if step in without:
+        for step_index in range(after_step, last_step):
+            items = source.plan.global_batch(step_index)
+            if step_index in skip_indices:
                 yield StepData(items, [], 0.0)
                 continue
             planned = source.plan.micro_batches(items, data_rank=mesh.coordinates.data, data_size=mesh.layout.data)
             started = time.perf_counter()
             readings = next(reading) if reading is not None else None
             faults = tuple(fault for one in readings or [] for fault in one.faults)
-            faulty = _agree(items, faults, mesh)
-            batches = _batches(source, readings, planned, loader, faulty=faulty, mesh=mesh)
+            faulty = _share_faulty_rows(items, faults, mesh)
+            batches = _assemble_batches(source, readings, planned, loader, faulty=faulty, mesh=mesh)
             yield StepData(items, batches, time.perf_counter() - started, faulty, faults)
     finally:
         if reading is not None:
@@ -89,7 +103,7 @@ def feed(
 
 
 def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
-    """None on ranks that read nothing."""
+    """Open this rank's loader; None on ranks that read nothing."""
     role = StageRole(first=mesh.is_first_stage, last=mesh.is_last_stage and mesh.reads_data)
     if not (role.first or role.last):
         source.plan.micro_batches_per_rank(data_size=mesh.layout.data)
@@ -108,11 +122,11 @@ def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
     )
 
 
-def _agree(items: GlobalBatch, faults: Sequence[Fault], mesh: Mesh) -> frozenset[int]:
-    """The rows of the step that any rank of the world could not read.
+def _share_faulty_rows(items: GlobalBatch, faults: Sequence[Fault], mesh: Mesh) -> frozenset[int]:
+    """Return the rows of the step that any rank could not read. Collective, at every step.
 
-    An image fails where it is decoded, on the first stage; its labels must be masked on the last. One byte per sample goes round, every step,
-    failure or not: all ranks make the same calls, so nothing can wait for a message that nobody sends.
+    An image fails on the first stage, where it is decoded; its labels must be masked on the last. The all-reduce has
+    one byte per sample and runs with and without failures, so all ranks make the same collectives.
     """
     rows = [fault.row for fault in faults]
     flags = torch.from_numpy(np.isin(items.rows, rows).astype(np.uint8)).to(mesh.device.torch_device)
@@ -120,7 +134,7 @@ def _agree(items: GlobalBatch, faults: Sequence[Fault], mesh: Mesh) -> frozenset
     return frozenset(items.rows[flags.cpu().numpy().astype(bool)].tolist())
 
 
-def _batches(
+def _assemble_batches(
     source: Source,
     readings: list[LoadedMicroBatch] | None,
     planned: Sequence[MicroBatch],
@@ -129,13 +143,13 @@ def _batches(
     faulty: frozenset[int],
     mesh: Mesh,
 ) -> list[Batch]:
-    """This rank's part of the micro-batches, from what it and the others of its sample group have read."""
+    """Assemble this rank's part of the micro-batches from what its sample group has read. Collective in the group."""
     local = [reading.batch for reading in readings or []]
     if faulty and loader is not None and local[0].targets is not None:
-        hit = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
+        affected = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
         local = [
             loader.mask_samples(batch, plan, rows=rows) if rows else batch
-            for batch, plan, rows in zip(local, planned, hit)
+            for batch, plan, rows in zip(local, planned, affected)
         ]
     whole = [EMPTY_BATCH] * len(planned)
     if mesh.is_first_stage or mesh.is_last_stage:
@@ -155,27 +169,38 @@ def _batches(
 
 
 def _share_text(local: list[Batch] | None, *, count: int, mesh: Mesh) -> list[Batch]:
-    """Hand what the reading rank has read, but for the pixels, to its sample group."""
+    """Broadcast the text that the reading rank has read, without pixels, to its sample group."""
     device = mesh.device.torch_device
     if mesh.tp_cp_group.size() == 1:
         assert local is not None
-        return [replace(batch, **{name: _moved(getattr(batch, name), device) for name in _TEXT}) for batch in local]
-    tensors = [getattr(batch, name) for batch in local for name in _TEXT] if local is not None else None
-    width = len(_TEXT)
-    received = broadcast_tensors(
-        tensors, count=count * width, source=mesh.tp_cp_source_rank, group=mesh.tp_cp_group, device=device
-    )
-    return [replace(EMPTY_BATCH, **dict(zip(_TEXT, received[i * width : (i + 1) * width]))) for i in range(count)]
+        tensors = [None if tensor is None else _to_device(tensor, device) for tensor in _text_tensors(local)]
+    else:
+        own = _text_tensors(local) if local is not None else None
+        total = count * len(_TEXT)
+        tensors = broadcast_tensors(
+            own, count=total, source=mesh.tp_cp_source_rank, group=mesh.tp_cp_group, device=device
+        )
+    batches = []
+    for start in range(0, len(tensors), len(_TEXT)):
+        token_ids, image_slots, target_rows, targets = tensors[start : start + len(_TEXT)]
+        text = replace(EMPTY_BATCH, token_ids=token_ids, image_slots=image_slots)
+        batches.append(replace(text, target_rows=target_rows, targets=targets))
+    return batches
+
+
+def _text_tensors(batches: Sequence[Batch]) -> list[torch.Tensor | None]:
+    return [getattr(batch, name) for batch in batches for name in _TEXT]
 
 
 def _share_pixels(local: list[Batch], counts: Sequence[int], *, mesh: Mesh) -> list[torch.Tensor]:
-    """The images of each micro-batch from the shares of the sample group."""
+    """Gather the images of each micro-batch from the shares of the sample group."""
     device = mesh.device.torch_device
-    parts = [_moved(batch.pixels, device) for batch in local]
+    # The first stage decodes images, so its batches have pixels.
+    parts = [_to_device(batch.pixels, device) for batch in local if batch.pixels is not None]
     if mesh.tp_cp_group.size() == 1:
         return parts
     return gather_interleaved_rows(parts, [int(count) for count in counts], group=mesh.tp_cp_group)
 
 
-def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, non_blocking=True)

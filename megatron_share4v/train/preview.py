@@ -1,4 +1,4 @@
-"""Held-out images with the model's own answers, now and then while training: they show what the loss cannot say."""
+"""Preview during training: greedy answers of the model to held-out images."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CANDIDATES = 16
 def preview(
     source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, samples: int, max_new_tokens: int
 ) -> Preview | None:
-    """Answers to the first turns of the first `samples` readable samples with an image; None when there are none. Every rank calls this."""
+    """Answer the first turn of the first `samples` readable samples with an image; None without any. Collective."""
     # Rank 0 chooses for all ranks: another rank may fail to read a sample that rank 0 can read.
-    rows = broadcast_object(_readable(source, samples) if mesh.rank == 0 else None)
+    rows = broadcast_object(_find_readable(source, samples) if mesh.rank == 0 else None)
     if not rows:
         return None
-    prompts, wanted = zip(*(_question(source, row) for row in rows))
+    prompts, references = zip(*(_make_prompt(source, row) for row in rows))
     tokenizer = source.encoder.tokenizer
     answers = greedy_generate(
         chunks,
@@ -38,15 +38,16 @@ def preview(
         stop_ids=frozenset({tokenizer.eos_id}),
         vocabulary=tokenizer.vocab_size,
     )
-    return Preview(pixels=prompts[0].pixels[0], answers=tuple(tokenizer.decode(ids) for ids in answers), wanted=wanted)
+    texts = tuple(tokenizer.decode(ids) for ids in answers)
+    return Preview(pixels=prompts[0].pixels[0], answers=texts, references=references)
 
 
-def _readable(source: Source, count: int) -> list[int]:
-    """Rows of the first `count` samples with an image that can be read, among a few more."""
+def _find_readable(source: Source, count: int) -> list[int]:
+    """Return the rows of the first `count` readable samples with an image, of CANDIDATES + count candidates."""
     found: list[int] = []
     for row in np.flatnonzero(source.index.rows["n_img"])[: CANDIDATES + count].tolist():
         try:
-            _question(source, row)
+            _make_prompt(source, row)
         except DataError as error:
             get_logger().warning("preview: %s", error)
         else:
@@ -56,8 +57,8 @@ def _readable(source: Source, count: int) -> list[int]:
     return found
 
 
-def _question(source: Source, row: int) -> tuple[Prompt, str]:
-    """The first turn, and the record's answer to it."""
+def _make_prompt(source: Source, row: int) -> tuple[Prompt, str]:
+    """Return the prompt of the first turn, and the reference answer of the record."""
     store = open_sample_reader(source.index)
     sample = store.read(row, with_image=True)
     store.close()

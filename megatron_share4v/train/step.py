@@ -1,4 +1,4 @@
-"""One optimizer step, and one validation pass, over all micro-batches of this rank."""
+"""One optimizer step, or one validation pass, over all micro-batches of this rank."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.optimizer import (
     MegatronOptimizer,
+    TimedDDP,
     clip_gradients,
     gather_updated_params,
     set_learning_rate,
@@ -22,196 +23,192 @@ from megatron_share4v.mcore.optimizer import (
 from megatron_share4v.mcore.schedule import run_schedule
 from megatron_share4v.model.loss import TokenLoss, loss_and_divisor
 from megatron_share4v.parallel.device import to_device_async
+from megatron_share4v.resilience.spike_detection import describe_non_finite
 from megatron_share4v.train.data_feed import StepData
 
 Normalize = Literal["tokens", "microbatch"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Settings and hooks that all steps of a run share."""
+
+    mesh: Mesh
+    micro_batch_size: int
+    normalize: Normalize = "tokens"
+    clip_grad_norm: float = 0.0
+    """Largest gradient norm; 0 turns clipping off."""
+    detect_bad_step: Callable[[float, float], str] = describe_non_finite
+    """(loss, gradient norm) -> why the update is skipped, "" to update. Must return the same on all ranks."""
+    control_flags: Callable[[], Sequence[float]] = tuple
+    """Reads this rank's control flags (resilience/shutdown.py) when its loss is known."""
+    on_micro_batch: Callable[[int], None] | None = None
+    """Called with the number of each micro-batch, from 0, when its forward pass begins."""
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """Equal on all ranks."""
+    """Result of one step, equal on all ranks but for `own_losses`."""
 
     loss: float
     """Mean over the trained tokens of the step (`tokens`) or mean of micro-batch means (`microbatch`)."""
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     trained_tokens: int
-    bad: str = ""
-    """Why weights and optimizer state were left alone (train/bad_steps.py); "": they were not."""
-    votes: tuple[float, ...] = ()
-    """Those of all ranks, added up."""
+    skip_reason: str = ""
+    """Why weights and optimizer state were left unchanged; "" when they were updated."""
+    control_flags: tuple[float, ...] = ()
+    """Control flags summed over all ranks."""
     own_losses: tuple[TokenLoss, ...] = ()
-    """Not equal on all ranks: of the micro-batches whose loss this rank computed."""
+    """Losses of the micro-batches whose loss this rank computed."""
 
     @property
     def skipped(self) -> bool:
-        """Whether weights and optimizer state were left alone."""
-        return bool(self.bad)
+        """Whether weights and optimizer state were left unchanged."""
+        return bool(self.skip_reason)
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What is known when they lie in their buffers, as in StepResult."""
+    """Loss and gradient norm of a step whose gradients are in their buffers; fields as in StepResult."""
 
     loss: float
-    tokens: int
+    trained_tokens: int
     norm: float
-    votes: tuple[float, ...]
+    control_flags: tuple[float, ...]
     own_losses: tuple[TokenLoss, ...]
 
 
-def not_finite(loss: float, norm: float) -> str:
-    """What is bad about a step whatever came before. Both numbers are of the whole step, so every rank comes to the same."""
-    wrong = [
-        f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value)
-    ]
-    return " and ".join(wrong)
-
-
 def train_step(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[TimedDDP],
     optimizer: MegatronOptimizer,
     data: StepData,
     *,
-    mesh: Mesh,
-    micro_batch_size: int,
-    normalize: Normalize,
+    settings: StepSettings,
     learning_rate_factor: float,
-    clip_grad_norm: float,
-    judge: Callable[[float, float], str] = not_finite,
-    votes: Callable[[], Sequence[float]] = tuple,
 ) -> StepResult:
-    """Forward, backward, clip, update; no update when `judge` finds loss and gradient norm bad, for the same reason on all ranks.
+    """Run forward, backward, clipping and the update; skip the update when `settings.detect_bad_step` gives a reason.
 
-    What `votes` gives on each rank when its loss is known travels with the loss, so agreeing costs no message.
+    Control flags are summed in the all-reduce of the loss, so they cost no further collective.
     """
-    found = gradients_of(
-        chunks, optimizer, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, votes=votes
-    )
+    gradients = compute_gradients(chunks, optimizer, data, settings=settings)
     set_learning_rate(optimizer, learning_rate_factor)
-    bad = judge(found.loss, found.norm)
-    if not bad:
-        if clip_grad_norm > 0:
-            clip_gradients(optimizer, max_norm=clip_grad_norm, norm=found.norm)
+    skip_reason = settings.detect_bad_step(gradients.loss, gradients.norm)
+    if not skip_reason:
+        if settings.clip_grad_norm > 0:
+            clip_gradients(optimizer, max_norm=settings.clip_grad_norm, norm=gradients.norm)
         optimizer.step_with_ready_grads()
     return StepResult(
-        loss=found.loss,
-        grad_norm=found.norm,
-        trained_tokens=found.tokens,
-        bad=bad,
-        votes=found.votes,
-        own_losses=found.own_losses,
+        loss=gradients.loss,
+        grad_norm=gradients.norm,
+        trained_tokens=gradients.trained_tokens,
+        skip_reason=skip_reason,
+        control_flags=gradients.control_flags,
+        own_losses=gradients.own_losses,
     )
 
 
-def pass_over(reason: str, *, mesh: Mesh, votes: Callable[[], Sequence[float]]) -> StepResult:
-    """A step that trains nothing, for `reason`. Its samples count as consumed."""
-    *_, agreed = _reduce((), mesh=mesh, normalize="tokens", votes=votes())
-    return StepResult(loss=math.nan, grad_norm=math.nan, trained_tokens=0, bad=reason, votes=agreed)
+def skip_step(reason: str, *, settings: StepSettings) -> StepResult:
+    """Train nothing, for `reason`, but sum the control flags. The samples of the step count as consumed. Collective."""
+    *_, flags = reduce_losses((), settings=settings, control_flags=settings.control_flags())
+    return StepResult(math.nan, math.nan, 0, skip_reason=reason, control_flags=flags)
 
 
-def gradients_of(
-    chunks: Sequence[torch.nn.Module],
+def compute_gradients(
+    chunks: Sequence[TimedDDP],
     optimizer: MegatronOptimizer,
     data: StepData,
     *,
-    mesh: Mesh,
-    micro_batch_size: int,
-    normalize: Normalize,
-    votes: Callable[[], Sequence[float]] = tuple,
+    settings: StepSettings,
     micro_batches: int | None = None,
 ) -> Gradients:
-    """Forward and backward. `micro_batches`: only so many of this rank; None: all.
+    """Run forward and backward over the first `micro_batches` of this rank (None: all).
 
-    The host waits for the device once, at the end, for loss, votes and norm together.
+    There is one host sync, at the end, for loss, control flags and gradient norm together.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    some = data if micro_batches is None else replace(data, batches=data.batches[:micro_batches])
-    losses = _run(chunks, some, mesh=mesh, micro_batch_size=micro_batch_size, normalize=normalize, forward_only=False)
-    sums = _summed(losses, mesh=mesh, normalize=normalize, votes=votes())
+    selected = data if micro_batches is None else replace(data, batches=data.batches[:micro_batches])
+    losses = run_micro_batches(chunks, selected, settings=settings, forward_only=False)
+    sums = _sum_losses(losses, settings=settings, control_flags=settings.control_flags())
     optimizer.prepare_grads()
-    squared = squared_grad_norm(optimizer, device=mesh.device.torch_device)
-    *told, square = torch.cat([sums, squared.double()]).tolist()
-    loss, tokens, agreed = _told(told)
-    return Gradients(loss, tokens, square**0.5, agreed, tuple(losses))
+    squared_norm = squared_grad_norm(optimizer, device=settings.mesh.device.torch_device)
+    *values, square = torch.cat([sums, squared_norm.double()]).tolist()
+    loss, tokens, flags = _unpack_sums(values)
+    return Gradients(loss, tokens, square**0.5, flags, tuple(losses))
 
 
 @torch.no_grad()
-def validation_loss(
-    chunks: Sequence[torch.nn.Module], steps: Sequence[StepData], *, mesh: Mesh, micro_batch_size: int
-) -> float:
-    """Mean loss over the trained tokens of `steps`; 0 when they have none."""
+def validation_loss(chunks: Sequence[TimedDDP], steps: Sequence[StepData], *, settings: StepSettings) -> float:
+    """Return the mean loss over the trained tokens of `steps`, 0 when they have none. Collective."""
+    settings = replace(settings, normalize="tokens", on_micro_batch=None)
     gather_updated_params(chunks)
     losses: list[TokenLoss] = []
     for data in steps:
-        losses += _run(
-            chunks, data, mesh=mesh, micro_batch_size=micro_batch_size, normalize="tokens", forward_only=True
-        )
-    return _reduce(losses, mesh=mesh, normalize="tokens")[0]
+        losses += run_micro_batches(chunks, data, settings=settings, forward_only=True)
+    return reduce_losses(losses, settings=settings)[0]
 
 
-def _run(
-    chunks: Sequence[torch.nn.Module],
-    data: StepData,
-    *,
-    mesh: Mesh,
-    micro_batch_size: int,
-    normalize: Normalize,
-    forward_only: bool,
+def run_micro_batches(
+    chunks: Sequence[torch.nn.Module], data: StepData, *, settings: StepSettings, forward_only: bool
 ) -> list[TokenLoss]:
+    """Run forward, and backward unless `forward_only`; return the losses of the micro-batches on the last stage."""
+    is_first_cp_rank = settings.mesh.coordinates.context == 0
+
     def loss_function(batch: Batch) -> Any:
-        def count(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLoss]:
+        def reduce_loss(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, TokenLoss]:
+            assert batch.targets is not None  # the last stage has targets
             tokens = batch.targets.numel()
             whole = tokens if batch.trained is None else batch.trained
-            first = mesh.coordinates.context == 0
-            return *loss_and_divisor(total, tokens=tokens, whole=whole, first=first, normalize=normalize), TokenLoss(
-                total.detach(), tokens, whole
+            loss, divisor = loss_and_divisor(
+                total, tokens=tokens, whole=whole, first=is_first_cp_rank, normalize=settings.normalize
             )
+            return loss, divisor, TokenLoss(total.detach(), tokens, whole)
 
-        return count
+        return reduce_loss
 
     return run_schedule(
         chunks,
         data.batches,
-        mesh=mesh,
+        mesh=settings.mesh,
         sequence_length=data.items.sequence_length,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=settings.micro_batch_size,
         loss_function=loss_function,
         forward_only=forward_only,
+        on_micro_batch=settings.on_micro_batch,
     )
 
 
-def _reduce(
-    losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float] = ()
+def reduce_losses(
+    losses: Sequence[TokenLoss], *, settings: StepSettings, control_flags: Sequence[float] = ()
 ) -> tuple[float, int, tuple[float, ...]]:
-    """(loss, trained tokens, sums of votes) of all ranks."""
-    return _told(_summed(losses, mesh=mesh, normalize=normalize, votes=votes).tolist())
+    """Return (loss, trained tokens, control flags) summed over all ranks. Collective; one host sync."""
+    return _unpack_sums(_sum_losses(losses, settings=settings, control_flags=control_flags).tolist())
 
 
-def _summed(losses: Sequence[TokenLoss], *, mesh: Mesh, normalize: Normalize, votes: Sequence[float]) -> torch.Tensor:
-    """[3 + votes] fp64 on the device, summed over all ranks: losses, their weights, trained tokens, votes. The last stage's first tensor ranks
-    speak, each for its positions; every rank votes. Nothing is asked of the device."""
-    device = mesh.device.torch_device
+def _sum_losses(losses: Sequence[TokenLoss], *, settings: StepSettings, control_flags: Sequence[float]) -> torch.Tensor:
+    """Return [3 + flags] fp64 on the device, summed over all ranks: loss, its weight, trained tokens, control flags.
+
+    TP rank 0 of the last stage contributes the loss of its positions; every rank contributes its flags. No host sync.
+    """
+    mesh, device = settings.mesh, settings.mesh.device.torch_device
     total, weight, tokens = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     if mesh.is_last_stage and mesh.coordinates.tensor == 0:
         for part in losses:
-            if normalize == "tokens":
+            if settings.normalize == "tokens":
                 total, weight = total + part.total.double(), weight + part.tokens
-            else:  # one rank counts a micro-batch that several share
-                total, weight = (
-                    total + part.total.double() / max(part.whole, 1),
-                    weight + min(part.whole, 1) * (mesh.coordinates.context == 0),
-                )
+            else:  # CP rank 0 alone counts a micro-batch that several CP ranks share
+                total = total + part.total.double() / max(part.whole, 1)
+                weight += min(part.whole, 1) * (mesh.coordinates.context == 0)
             tokens += part.tokens
-    known = torch.tensor([weight, tokens, *votes], dtype=torch.float64)
-    sums = torch.cat([total.view(1), to_device_async(known, device)])
+    from_host = torch.tensor([weight, tokens, *control_flags], dtype=torch.float64)
+    sums = torch.cat([total.view(1), to_device_async(from_host, device)])
     dist.all_reduce(sums)
     return sums
 
 
-def _told(sums: Sequence[float]) -> tuple[float, int, tuple[float, ...]]:
-    """As `_reduce`, of what `_summed` has come to."""
-    total, weight, tokens, *agreed = sums
-    return (total / weight if weight else 0.0), int(tokens), tuple(agreed)
+def _unpack_sums(sums: Sequence[float]) -> tuple[float, int, tuple[float, ...]]:
+    """Convert the sums of `_sum_losses` to (loss, trained tokens, control flags)."""
+    total, weight, tokens, *flags = sums
+    return (total / weight if weight else 0.0), int(tokens), tuple(flags)

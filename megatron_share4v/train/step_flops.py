@@ -1,4 +1,4 @@
-"""FLOPs of one step that was made, from what its plan says: real tokens and images for the model, padding and blank images for the machine."""
+"""FLOPs of one step from its plan: real tokens and images for the model, padding and blank images for the hardware."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from megatron_share4v.model.pipeline_split import layers_per_stage
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Of all ranks together."""
+    """FLOPs of one step on all ranks together."""
 
     model: float
-    """What the mathematics asks for. Neither padding nor recomputation counts."""
+    """FLOPs of the model itself, without padding and recomputation."""
     hardware: float
-    """What was computed."""
+    """FLOPs that were computed."""
 
 
 def step_flops(
     config: RunConfig, items: GlobalBatch, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool
 ) -> StepFlops:
-    """FLOPs of a step over `items`; `images_per_sample` [n] belongs to items.rows, and `trained_tokens` were counted while training.
+    """Compute the FLOPs of a step over `items`; `images_per_sample` [n] belongs to items.rows.
 
-    Blank images: with overlapped reduction a micro-batch without images sends one through the tower. Not counted is what context parallelism adds: an
-    image across a border goes through the tower of two ranks, and with overlap a rank without images of a micro-batch that has some sends a blank one.
+    Blank images: with overlapped gradient reduction a micro-batch without images runs one blank image through the
+    tower. Not counted is what context parallelism adds: an image across a CP border runs through the tower of two
+    ranks, and with overlap a rank without images runs a blank one.
     """
     real = WorkloadCounts(
         positions=items.tokens, squares=_squares(items.lengths), images=items.images, head_rows=trained_tokens
@@ -42,7 +43,7 @@ def step_flops(
     length = items.sequence_length
     if items.counts is None:
         squares = items.sequences * float(length) ** 2 if items.padded is None else _squares(items.padded)
-    else:  # the padding at the end of a pack is a sequence of its own
+    else:  # the padding at the end of a pack is a segment of its own
         filled = np.add.reduceat(items.lengths, np.cumsum([0, *items.counts[:-1]]))
         squares = _squares(items.lengths) + _squares(length - filled)
     done = WorkloadCounts(
@@ -55,7 +56,7 @@ def step_flops(
 
 
 def _bounds(items: GlobalBatch, micro_batch_size: int) -> np.ndarray:
-    """Where micro-batches begin in items.rows, but the first."""
+    """Return where each micro-batch but the first begins in items.rows."""
     ends = np.arange(1, len(items.rows) + 1) if items.counts is None else np.cumsum(items.counts)
     return ends[micro_batch_size - 1 : -1 : micro_batch_size]
 

@@ -81,7 +81,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     from megatron_share4v.model.trainable import parameter_counts
     from megatron_share4v.resilience.replica_checksum import check_replicas
     from megatron_share4v.train.data_feed import StepData
-    from megatron_share4v.train.step import train_step
+    from megatron_share4v.train.step import StepSettings, train_step
 
     model, dtype = tiny_model(**TRAINABLE[variant.trainable]), DTYPES[variant.dtype]
     parallel = _parallel_config(variant)
@@ -111,16 +111,11 @@ def train_variant(mesh, variant: Variant) -> Outcome:
             )
             for batch in batches[mesh.coordinates.data :: mesh.layout.data]
         ]
-        result = train_step(
-            chunks,
-            optimizer,
-            StepData(step_items(step), own_batches, 0.0),
-            mesh=mesh,
-            micro_batch_size=MICRO_BATCH,
-            normalize=variant.normalize,
-            learning_rate_factor=1.0,
-            clip_grad_norm=1.0,
+        settings = StepSettings(
+            mesh=mesh, micro_batch_size=MICRO_BATCH, normalize=variant.normalize, clip_grad_norm=1.0
         )
+        data = StepData(step_items(step), own_batches, 0.0)
+        result = train_step(chunks, optimizer, data, settings=settings, learning_rate_factor=1.0)
         assert not result.skipped
         assert result.trained_tokens == sum(batch.targets.numel() for batch in batches)
         outcome.losses.append(result.loss)

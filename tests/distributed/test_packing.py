@@ -92,7 +92,7 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.train.data_feed import StepData
-    from megatron_share4v.train.step import _reduce, _run
+    from megatron_share4v.train.step import StepSettings, reduce_losses, run_micro_batches
 
     model = tiny_model()
     bare = build_chunks(
@@ -110,15 +110,9 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
     ]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    losses = _run(
-        chunks,
-        StepData(items, mine, 0.0),
-        mesh=mesh,
-        micro_batch_size=sequences,
-        normalize="tokens",
-        forward_only=False,
-    )
-    loss, tokens, _ = _reduce(losses, mesh=mesh, normalize="tokens")
+    settings = StepSettings(mesh=mesh, micro_batch_size=sequences)
+    losses = run_micro_batches(chunks, StepData(items, mine, 0.0), settings=settings, forward_only=False)
+    loss, tokens, _ = reduce_losses(losses, settings=settings)
     assert tokens == sum(batch.targets.numel() for batch in batches)
     gradients = {
         f"{number}.{name}": weight.main_grad.clone()

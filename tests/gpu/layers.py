@@ -37,7 +37,7 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 from megatron_share4v.train.data_feed import StepData
-from megatron_share4v.train.step import _run
+from megatron_share4v.train.step import StepSettings, run_micro_batches
 
 LENGTH, PATCHES = 512, 16
 SEGMENTS = ((200, 30, 256), (512,))  # 26 positions of padding
@@ -165,10 +165,10 @@ def waits(mesh: Mesh) -> str:
     data = StepData(GlobalBatch(0, np.arange(4), np.full(4, LENGTH), LENGTH, 6, 0), [first, plain, first], 0.0)
     for name, how in variants.items():
         chunk, _ = built(mesh, **how)
-        run = {"mesh": mesh, "micro_batch_size": 2, "normalize": "tokens", "forward_only": False}
-        _run([chunk], data, **run)
+        settings = StepSettings(mesh=mesh, micro_batch_size=2)
+        run_micro_batches([chunk], data, settings=settings, forward_only=False)
         with waiting_forbidden(mesh.device):
-            losses = _run([chunk], data, **run)
+            losses = run_micro_batches([chunk], data, settings=settings, forward_only=False)
         assert len(losses) == 3 and all(float(part.total) > 0 for part in losses)
         said.append(f"{name} none")
     return ", ".join(said)

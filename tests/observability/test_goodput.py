@@ -1,22 +1,29 @@
-"""Every second of a run is on one account, across a crash and a restart; the clock sees what it watches alone."""
+"""Wall-clock accounting: every second is on one account, across a crash and a restart."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from PIL import Image
 
-from megatron_share4v.observability.goodput import ACCOUNTS, PICTURE, Clock, Ledger, draw_goodput, goodput_figure
+from megatron_share4v.observability.goodput import (
+    ACCOUNTS,
+    PICTURE,
+    CommunicationTimer,
+    GoodputTracker,
+    draw_goodput,
+    goodput_figure,
+)
 from megatron_share4v.observability.records import read_lines
 from megatron_share4v.parallel.device import Device
 
 
-class Time:
-    """A clock that is put forward by hand."""
+class ManualClock:
+    """A clock that the test advances."""
 
     def __init__(self, start: float) -> None:
         self.value = start
@@ -30,35 +37,37 @@ def write(metrics: Path, step: int, line: dict[str, float]) -> None:
         file.write(json.dumps({"step": step} | line) + "\n")
 
 
-def run_steps(ledger: Ledger, time: Time, metrics: Path, steps: range, *, save_after: int) -> list[dict[str, float]]:
-    """Steps of 10 s after 1 s of waiting; 2 s of something else after each, 5 s of saving after one of them."""
+def run_steps(
+    tracker: GoodputTracker, clock: ManualClock, metrics: Path, steps: range, *, save_after: int
+) -> list[dict[str, float]]:
+    """Account steps of 1 s data wait and 10 s training, with 2 s of other work after each and one save of 5 s."""
     lines = []
     for step in steps:
-        time.value += 1 + 10
-        lines.append(ledger.line(step_s=10.0, data_wait_s=1.0))
+        clock.value += 1 + 10
+        lines.append(tracker.account_step(step_s=10.0, data_wait_s=1.0))
         write(metrics, step, lines[-1])
-        time.value += 2
+        clock.value += 2
         if step == save_after:
-            with ledger.saving():
-                time.value += 5
+            with tracker.time_save():
+                clock.value += 5
     return lines
 
 
 def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     begun = psutil.Process().create_time()
-    time = Time(begun + 100)
-    ledger = Ledger(metrics, device=Device("cpu"), start_step=0, now=time)
-    time.value += 7  # data sets are opened, weights are read
-    first = run_steps(ledger, time, metrics, range(1, 6), save_after=3)
+    clock = ManualClock(begun + 100)
+    tracker = GoodputTracker(metrics, device=Device("cpu"), start_step=0, now=clock)
+    clock.value += 7  # data sets are opened, weights are read
+    first = run_steps(tracker, clock, metrics, range(1, 6), save_after=3)
     assert first[0]["restart_s"] == pytest.approx(107) and first[0]["other_s"] == 0
     assert [line["checkpoint_s"] for line in first] == [0, 0, 0, 5, 0] and first[3]["other_s"] == pytest.approx(2)
     # Killed: steps 4 and 5 are made again from the checkpoint of step 3, ten minutes later.
     crash = first[-1]["time"]
-    time.value = crash + 600
-    again = Ledger(metrics, device=Device("cpu"), start_step=3, now=time)
-    time.value += 20
-    second = run_steps(again, time, metrics, range(4, 7), save_after=0)
+    clock.value = crash + 600
+    again = GoodputTracker(metrics, device=Device("cpu"), start_step=3, now=clock)
+    clock.value += 20
+    second = run_steps(again, clock, metrics, range(4, 7), save_after=0)
     assert second[0]["lost_s"] == pytest.approx(crash - first[2]["time"]) and second[0]["restart_s"] == pytest.approx(
         620
     )
@@ -68,30 +77,21 @@ def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
     assert kept[-1]["goodput"] == pytest.approx(sum(line["compute_s"] for line in kept) / (kept[-1]["time"] - begun))
 
 
-def test_exposed_communication_is_what_is_watched(tmp_path: Path) -> None:
-    import time
-
-    chunk = SimpleNamespace(
-        config=SimpleNamespace(finalize_model_grads_func=lambda: time.sleep(0.02)), start_param_sync=lambda force: force
-    )
-    ledger = Ledger(tmp_path / "none", device=Device("cpu"), start_step=0)
-    ledger.watch([chunk])
-    chunk.config.finalize_model_grads_func()
-    assert chunk.start_param_sync(force="result") == "result"
-    line = ledger.line(step_s=0.5, data_wait_s=0.0)
+def test_exposed_communication_is_what_the_timer_measures(tmp_path: Path) -> None:
+    tracker = GoodputTracker(tmp_path / "none", device=Device("cpu"), start_step=0)
+    with tracker.communication.time():
+        time.sleep(0.02)
+    line = tracker.account_step(step_s=0.5, data_wait_s=0.0)
     assert 0.02 <= line["exposed_communication_s"] < 0.4
     assert line["compute_s"] == pytest.approx(0.5 - line["exposed_communication_s"])
-    assert ledger.line(step_s=0.1, data_wait_s=0.0)["exposed_communication_s"] == 0
+    assert tracker.account_step(step_s=0.1, data_wait_s=0.0)["exposed_communication_s"] == 0
 
 
-def test_a_failing_call_is_not_swallowed() -> None:
-    def fail() -> None:
+def test_a_failing_block_is_not_counted() -> None:
+    timer = CommunicationTimer(Device("cpu"))
+    with pytest.raises(ValueError, match="reason"), timer.time():
         raise ValueError("reason")
-
-    clock = Clock(Device("cpu"))
-    with pytest.raises(ValueError, match="reason"):
-        clock.watched(fail)()
-    assert clock.read() == 0
+    assert timer.read() == 0
 
 
 def test_picture_shows_the_accounts_and_needs_none(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_picture_shows_the_accounts_and_needs_none(tmp_path: Path) -> None:
     write(metrics, 1, {})  # as written before there were accounts
     draw_goodput(tmp_path)
     assert not (tmp_path / PICTURE).exists()
-    time = Time(psutil.Process().create_time() + 50)
-    ledger = Ledger(metrics, device=Device("cpu"), start_step=0, now=time)
-    run_steps(ledger, time, metrics, range(2, 40), save_after=20)
+    clock = ManualClock(psutil.Process().create_time() + 50)
+    tracker = GoodputTracker(metrics, device=Device("cpu"), start_step=0, now=clock)
+    run_steps(tracker, clock, metrics, range(2, 40), save_after=20)
     draw_goodput(tmp_path)
     assert Image.open(tmp_path / PICTURE).size == (1000, 380) and (tmp_path / PICTURE).stat().st_size < 60_000
     figure = goodput_figure(read_lines(metrics, "time", *ACCOUNTS))

@@ -15,7 +15,7 @@ from tolerances import LAYOUT_NORM
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import DataError
 from megatron_share4v.resilience.skip_steps import read_skip_steps
-from megatron_share4v.train.spike_detection import Judge
+from megatron_share4v.resilience.spike_detection import SpikeDetector
 
 
 def same(ours: list[list[float]], theirs: list[list[float]]) -> bool:
@@ -179,18 +179,18 @@ def test_modules_add_up_to_the_whole_gradient(bench, options: tuple[str, ...]) -
     assert len(report["micro_batches"]) == 4 and len(report["gradient_norms"]) == 7
 
 
-def test_judge(bench) -> None:
-    judge = Judge(
+def test_spike_detector(bench) -> None:
+    detector = SpikeDetector(
         load_run(bench.config, ["train.bad_steps.loss_factor=3", "train.bad_steps.window=8"]).train.bad_steps, mesh=None
     )
-    assert [judge(loss, 1.0) for loss in (1.0, 50.0, 1.0)] == ["", "", ""], (
+    assert [detector(loss, 1.0) for loss in (1.0, 50.0, 1.0)] == ["", "", ""], (
         "too few steps to compare with; the median bears one spike"
     )
-    assert judge(3.1, 1.0) == "loss 3.1 is more than 3 times the median 1 of the last 3 good steps"
+    assert detector(3.1, 1.0) == "loss 3.1 is more than 3 times the median 1 of the last 3 good steps"
     assert (
-        judge(2.9, 1.0) == ""
-        and judge(math.inf, 1.0) == "loss is inf"
-        and judge(1.0, math.nan) == "gradient norm is nan"
+        detector(2.9, 1.0) == ""
+        and detector(math.inf, 1.0) == "loss is inf"
+        and detector(1.0, math.nan) == "gradient norm is nan"
     )
 
 

@@ -14,8 +14,8 @@ from launching import lines
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.errors import OpsError
-from megatron_share4v.observability.hardware_counters import Counters, read_gpus
-from megatron_share4v.observability.wandb_writer import WandbSink, check_wandb
+from megatron_share4v.observability.hardware_counters import HardwareCounters, read_gpus
+from megatron_share4v.observability.wandb_writer import WandbWriter, check_wandb
 from megatron_share4v.observability.writers import RunWriters, StepRecord
 from megatron_share4v.resilience.error_report import RankError, format_report, read_rank_errors, summarize
 
@@ -164,7 +164,13 @@ def record(step: int) -> StepRecord:
     )
     counts = dict.fromkeys(("consumed_samples", "trained_tokens", "tokens", "images", "peak_memory_bytes"), 1)
     return StepRecord(
-        step=step, loss=0.5, mfu=None, skipped=False, ledger={"time": 1.0, "goodput": 0.9}, **numbers, **counts
+        step=step,
+        loss=0.5,
+        mfu=None,
+        skipped=False,
+        goodput_accounts={"time": 1.0, "goodput": 0.9},
+        **numbers,
+        **counts,
     )
 
 
@@ -190,7 +196,7 @@ def test_weights_and_biases_gets_what_tensorboard_gets(bench, tmp_path: Path, mo
             console_every=1,
             sample_keys=False,
             tensorboard=False,
-            wandb=WandbSink(config),
+            wandb=WandbWriter(config),
         )
         writers.write(record(step))
         writers.close()
@@ -203,8 +209,8 @@ def test_weights_and_biases_gets_what_tensorboard_gets(bench, tmp_path: Path, mo
         and "train/mfu" not in log[2]
     )
     assert finish == ["finish"]
-    with pytest.raises(OpsError, match="wandb cannot begin a run: not logged in; wandb login, or WANDB_MODE=offline"):
-        WandbSink(load_run(bench.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=refused"]))
+    with pytest.raises(OpsError, match="wandb cannot start a run: not logged in; wandb login, or WANDB_MODE=offline"):
+        WandbWriter(load_run(bench.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=refused"]))
 
 
 def test_hardware_counters_where_there_are_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +229,7 @@ def test_hardware_counters_where_there_are_any(tmp_path: Path, monkeypatch: pyte
     script.write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(subprocess.SubprocessError):
         read_gpus()
-    counters = Counters(period_s=0.05)
+    counters = HardwareCounters(period_s=0.05)
     deadline, values = time.monotonic() + 30, {}
     while not values and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -19,7 +19,7 @@ def main() -> None:
     last, train_step = int(sys.argv.pop(1)), loop.train_step
 
     def dying(chunks: Any, optimizer: Any, data: Any, **options: Any) -> Any:
-        if data.items.step == last:
+        if data.step > last:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(chunks, optimizer, data, **options)
 

@@ -48,8 +48,9 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout
+    from megatron_share4v.resilience.fp8_divergence import Fp8DivergenceCheck
     from megatron_share4v.train.data_feed import StepData
-    from megatron_share4v.train.fp8_divergence import Guard
+    from megatron_share4v.train.step import StepSettings, compute_gradients
 
     results = {}
     for name, setting in variants.items():
@@ -59,14 +60,22 @@ def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
             losses = [loss for _ in range(steps // 4) for loss, _ in run.train(0, 4)]
             data = StepData(step_items(0), micro_batches(0)[:1], 0.0)
             watched = replace(run.precision, guard_every_steps=1) if setting.fp8 else run.precision
-            parts = dict(chunks=run.chunks, optimizer=run.optimizer, mesh=mesh, micro_batch_size=MICRO_BATCH)
-            gap, refused = Guard(precision=watched, **parts).check(1, data), ""
+            settings = StepSettings(mesh=mesh, micro_batch_size=MICRO_BATCH)
+
+            def measure(run=run, data=data, settings=settings) -> tuple[float, float]:
+                gradients = compute_gradients(run.chunks, run.optimizer, data, settings=settings)
+                return gradients.loss, gradients.norm
+
+            check, refused = Fp8DivergenceCheck(precision=watched, chunks=run.chunks), ""
+            gap = check.check(1, measure) if check.is_due(1) else None
             try:
-                Guard(precision=replace(watched, guard_loss_gap=1e-9), **parts).check(1, data)
+                if gap is not None:
+                    strict = replace(watched, guard_loss_gap=1e-9)
+                    Fp8DivergenceCheck(precision=strict, chunks=run.chunks).check(1, measure)
             except PrecisionError as error:
                 refused = str(error)
             matrices = sum(isinstance(module, _Fp8Linear) for module in run.bare[0].modules())
-            results[name] = Learned(losses, matrices, (gap.loss, gap.norm) if gap else (0.0, 0.0), refused)
+            results[name] = Learned(losses, matrices, (gap.loss, gap.grad_norm) if gap else (0.0, 0.0), refused)
     return results
 
 

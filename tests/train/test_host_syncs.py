@@ -1,4 +1,4 @@
-"""A step asks the device nothing until all of it is under way: one wait, for loss, norm and votes together, and none after it."""
+"""A training step makes one host sync, for loss, control flags and gradient norm together, and none after it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
-from sync_detector import watched
+from sync_detector import detect_host_syncs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to train."""
+    """One configuration of a training step."""
 
     tensor: int = 1
     context: int = 1
@@ -57,8 +57,8 @@ SHARED = [
 ]
 
 
-def waits_of(cases: list[Case]) -> list[list[str]]:
-    """Of the second step of each case; the first makes tables that are kept."""
+def find_host_syncs(cases: list[Case]) -> list[list[str]]:
+    """Return the host syncs of the second step of each case; the first step fills caches."""
     from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
@@ -72,11 +72,12 @@ def waits_of(cases: list[Case]) -> list[list[str]]:
         )
         with open_mesh(layout, device=Device("cpu")) as mesh:
             select_ops_backend(case.ops, mesh=mesh)
-            results.append(watched_step(mesh, case))
+            results.append(find_in_second_step(mesh, case))
     return results
 
 
-def watched_step(mesh: Any, case: Case) -> list[str]:
+def find_in_second_step(mesh: Any, case: Case) -> list[str]:
+    """Train two steps and return the host syncs of the second."""
     from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options
@@ -84,7 +85,7 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize_weights
     from megatron_share4v.ops.adamw_optimizer import FusedAdamW
-    from megatron_share4v.train.step import train_step
+    from megatron_share4v.train.step import StepSettings, train_step
 
     data, model, sequences = step_data(mesh, packed=case.packed, trainable=case.trainable)
     parallel = ParallelConfig(
@@ -99,26 +100,29 @@ def watched_step(mesh: Any, case: Case) -> list[str]:
     initialize_weights(bare, seed=1, model=model)
     chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel, gradients=precision.gradients)
     optimizer = build_optimizer(chunks, OptimConfig(learning_rate=1e-3, **case.optim), parallel=parallel, dtype=dtype)
-    how = dict(
-        mesh=mesh, micro_batch_size=sequences, normalize=case.normalize, learning_rate_factor=1.0, clip_grad_norm=1e-3
+    settings = StepSettings(
+        mesh=mesh,
+        micro_batch_size=sequences,
+        normalize=case.normalize,
+        clip_grad_norm=1e-3,
+        control_flags=lambda: (1.0, 2.0),
     )
-    how["votes"] = lambda: (1.0, 2.0)
-    first = train_step(chunks, optimizer, data, **how)
+    first = train_step(chunks, optimizer, data, settings=settings, learning_rate_factor=1.0)
     fused = [part.optimizer for part in chained_optimizers(optimizer) if isinstance(part.optimizer, FusedAdamW)]
-    with watched(host=[state["step"] for one in fused for state in one.state.values()]) as waits:
-        result = train_step(chunks, optimizer, data, **how)
+    with detect_host_syncs(host=[state["step"] for one in fused for state in one.state.values()]) as syncs:
+        result = train_step(chunks, optimizer, data, settings=settings, learning_rate_factor=1.0)
     world = dist.get_world_size()
     assert (
         not result.skipped
         and result.loss != first.loss
-        and result.votes == (world, 2.0 * world)
+        and result.control_flags == (world, 2.0 * world)
         and result.grad_norm > 1e-3
     )
-    return waits.found
+    return syncs.found
 
 
 def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[Any, Any, int]:
-    """(micro-batches of this rank, with and without images, the model, sequences of each)."""
+    """Return (micro-batches of this rank, with and without images; model; sequences of a micro-batch)."""
     from dataclasses import replace
 
     import numpy as np
@@ -165,9 +169,9 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
 
 
 @pytest.mark.parametrize(("world", "cases"), [(1, ALONE), (2, SHARED)])
-def test_a_step_waits_once(world: int, cases: list[Case], native_ops: None) -> None:
-    for rank, waits in enumerate(run_world(world, waits_of, cases)):
-        for case, found in zip(cases, waits, strict=True):
+def test_a_step_has_one_host_sync(world: int, cases: list[Case], native_ops: None) -> None:
+    for rank, results in enumerate(run_world(world, find_host_syncs, cases)):
+        for case, found in zip(cases, results, strict=True):
             assert (
                 len(found) == 1 and found[0].startswith("megatron_share4v.train.step:") and found[0].endswith(" tolist")
             ), (rank, case, found)
@@ -192,18 +196,18 @@ def test_a_step_waits_once(world: int, cases: list[Case], native_ops: None) -> N
         ("of the host and of the device", lambda x: x + torch.arange(3)),
         ("of the host and of the device", lambda x: x[torch.tensor([0, 1])]),
         ("torch.cuda.synchronize", lambda x: torch.cuda.synchronize()),
-        ("_local_scalar_dense", lambda x: Asks.apply(x.requires_grad_()).sum().backward()),
+        ("_local_scalar_dense", lambda x: ReadsInBackward.apply(x.requires_grad_()).sum().backward()),
     ],
 )
-def test_waits_are_noticed(what: str, does: Any) -> None:
+def test_host_syncs_are_found(what: str, does: Any) -> None:
     x = torch.arange(1.0, 4.0)
-    with watched() as waits:
+    with detect_host_syncs() as syncs:
         does(x)
-    assert any(what in found for found in waits.found), waits.found
+    assert any(what in found for found in syncs.found), syncs.found
 
 
-class Asks(torch.autograd.Function):
-    """Its backward pass reads a value."""
+class ReadsInBackward(torch.autograd.Function):
+    """A function whose backward pass reads a value."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -214,14 +218,14 @@ class Asks(torch.autograd.Function):
         return grad * grad.sum().item()
 
 
-def test_what_waits_for_nothing_is_not_noticed() -> None:
+def test_work_without_host_sync_is_not_reported() -> None:
     from megatron_share4v.parallel.device import to_device_async
 
     x = torch.arange(1.0, 4.0)
-    with watched() as waits:
+    with detect_host_syncs() as syncs:
         known = torch.tensor([0, 2])
         assert known.tolist() == [0, 2] and int(known.sum()) == 2
         picked = x[to_device_async(known, x.device)] * torch.zeros(2, device=x.device) + torch.tensor(3)
         picked[picked > 0] = 1.0
         x.masked_fill_(x > 1, 0.0)
-    assert not waits.found, waits.found
+    assert not syncs.found, syncs.found

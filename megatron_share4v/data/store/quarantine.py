@@ -5,12 +5,18 @@ The slot keeps its place: mean-colour image, masked labels. Who finds failures i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from megatron_share4v.data.records import Example
+from megatron_share4v.errors import DataError
+from megatron_share4v.logging import get_logger
+from megatron_share4v.parallel.collectives import broadcast_object, gather_objects
 from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 TOLERATED = 8  # failures that never end a run by themselves, unless the accepted fraction is 0
@@ -49,3 +55,53 @@ def describe(faults: Sequence[Fault]) -> str:
     lines = [f"\n  {fault.name}: {fault.reason.removeprefix(fault.name + ': ')}" for fault in faults[:LISTED]]
     more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
     return "".join(lines) + more
+
+
+class QuarantineLog:
+    """Appends the samples that could not be read to quarantine.jsonl and ends the run when there are too many."""
+
+    FILE = "quarantine.jsonl"
+
+    def __init__(self, path: Path, log: TextIO | None, *, max_fraction: float) -> None:
+        """log: `path` opened for appending on rank 0, with the lines up to the resumed step; None elsewhere. Collective."""
+        self._path, self._log, self._max_fraction = path, log, max_fraction
+        lines = 0 if log is None else len(path.read_text(encoding="utf-8").splitlines())
+        self.count = broadcast_object(lines)
+
+    def record(self, faults: Sequence[Fault], *, step: int, rows: Sequence[int], consumed: int) -> int:
+        """Record the faults of all ranks in a step over `rows`; return the number of samples. Collective.
+
+        consumed: samples of the run including this step. Raises DataError with the list, on all ranks, when more than
+        data.max_faulty_fraction of them have failed.
+        """
+        # The same sample may fail on the first and on the last stage; the lowest rank's reason is kept.
+        by_row = {fault.row: fault for own in reversed(gather_objects(faults)) for fault in reversed(own)}
+        failed = [by_row[row] for row in rows if row in by_row]
+        self.count += len(failed)
+        self._write(failed, step=step)
+        if too_many(self.count, consumed=consumed, max_fraction=self._max_fraction):
+            raise DataError(
+                f"{self.count} of {consumed} samples could not be read, more than data.max_faulty_fraction "
+                f"{self._max_fraction:g} accepts; all are listed in {self._path}. Repair the data set "
+                f"(tools/prepare_data.py again), or accept more. In this step:{describe(failed)}"
+            )
+        return len(failed)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._log is not None:
+            self._log.close()
+
+    def _write(self, faults: Sequence[Fault], *, step: int) -> None:
+        if self._log is None:
+            return
+        for fault in faults:
+            reason = fault.reason.removeprefix(f"{fault.name}: ")
+            self._log.write(json.dumps({"step": step, "sample": fault.name, "reason": reason}) + "\n")
+        self._log.flush()
+        get_logger().warning(
+            "step %d: %d samples could not be read; their slots are kept without labels:%s",
+            step,
+            len(faults),
+            describe(faults),
+        )
