@@ -1,4 +1,4 @@
-"""A small engine and requests for it, for the tests of generation; worlds of processes import it by name."""
+"""A small engine and requests for it; spawned worlds import it by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VOCABULARY, EOS = 100, 2
 
 
 def build(mesh, *, seed: int = 2, scale: float = 3.0):
-    """The tiny model, whose weights are large enough that answers differ with what was asked."""
+    """The tiny model, with weights large enough that answers depend on the prompt."""
     from megatron_share4v.config.run import ParallelConfig
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize_weights
@@ -39,7 +39,7 @@ def engine_of(chunks, **options):
 def prompt(
     seed: int, *, length: int = 20, images: int = 1, image_seed: int | None = None, text_seed: int | None = None
 ):
-    """Text with `images` images in it; text and images from their own seeds, where given."""
+    """A prompt with `images` images; text and images from their own seeds where given."""
     from megatron_share4v.data.loading.prompt import Prompt
 
     text = torch.Generator().manual_seed(seed if text_seed is None else text_seed)
@@ -55,12 +55,12 @@ def prompt(
 
 
 def mixed_prompts(count: int = 6):
-    """With an image, with none, with two, of different lengths."""
+    """Prompts with one, no or two images and of different lengths."""
     return [prompt(seed, length=8 + 5 * seed % 23, images=(1, 0, 2)[seed % 3]) for seed in range(count)]
 
 
 def ask(engine, prompts, *, alone: bool = False, **options) -> list[list[int]]:
-    """The answers to all prompts, one request each, together or one after the other. `seeds`: one per request."""
+    """Answers to all prompts, batched or one by one. `seeds`: one per request."""
     from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
     seeds = options.pop("seeds", [None] * len(prompts))

@@ -1,4 +1,4 @@
-"""A server that speaks as much of OpenAI's chat completions as captioner and evaluation need, and misbehaves as it is told."""
+"""Fake chat completions server for captioning and evaluation, with injectable faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def completion(text: str, *, tokens: int = 4, finish: str = "stop") -> Answer:
 
 
 def caption_of(request: dict[str, Any]) -> Answer:
-    """Tells images apart by their bytes."""
+    """A caption computed from the image's bytes."""
     return completion(f" caption {sum(image_of(request))} ")
 
 
@@ -29,7 +29,11 @@ def image_of(request: dict[str, Any]) -> bytes:
 
 
 class FakeServer:
-    """answer(request, number): number counts the tries of the same image (or whatever `key_of` says) from 0. `hang_up` closes the connection without a word."""
+    """Records requests and answers them with answer(request, number).
+
+    number counts the attempts for the same image (or `key_of` value) from 0. HANG_UP closes the connection without a
+    response.
+    """
 
     HANG_UP: Answer = (0, {}, b"")
 
@@ -67,7 +71,7 @@ class FakeServer:
 def serving(
     answer: Callable[[dict[str, Any], int], Answer], *, key_of: Callable[[dict[str, Any]], bytes] = image_of
 ) -> Iterator[tuple[str, FakeServer]]:
-    """Its URL, up to /v1."""
+    """Serve in a thread; yields the URL up to /v1."""
     fake = FakeServer(answer, key_of)
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,6 @@
-"""serve() with the fake engine in a process of its own: python tests/fake_server.py TOKENIZER_DIRECTORY [setting=json ...].
+"""Run serve() with the fake engine: python tests/fake_server.py TOKENIZER_DIRECTORY [setting=json ...].
 
-Prints its URL's port.
+Prints the port.
 """
 
 from __future__ import annotations

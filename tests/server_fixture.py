@@ -1,7 +1,4 @@
-"""A server on a port of its own with a fake engine behind it: deterministic answers at a chosen speed.
-
-For tests/serve.
-"""
+"""A server on its own port with a fake engine: deterministic answers at a chosen speed."""
 
 from __future__ import annotations
 
@@ -49,16 +46,27 @@ def train_tokenizer(path: Path) -> Path:
     """A sentencepiece model of LLaMA's kind, with byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 10), model_writer=model, vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(SENTENCES * 10),
+        model_writer=model,
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())
     return path
 
 
 def make_encoder(directory: Path) -> Encoder:
-    """vicuna_v1 and pad, as most checkpoints."""
+    """Encoder with template vicuna_v1 and padded images, as in most checkpoints."""
     tokenizer = Tokenizer(train_tokenizer(directory / "tokenizer.model"))
     return Encoder(
         tokenizer=tokenizer,
@@ -77,7 +85,7 @@ def picture(*, size: tuple[int, int] = (60, 40), seed: int = 0, form: str = "PNG
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:
-    """The file as a URL."""
+    """The file as a data URL."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -88,7 +96,7 @@ class FakeLimits:
 
 
 def default_answer(engine: FakeEngine, request: GenerationRequest) -> str:
-    """Sentences chosen by the prompt's ids and pixels; when sampling, by the seed too."""
+    """Sentences chosen by the prompt's ids and pixels, and by the seed when sampling."""
     prompt, sampling = request.prompt, request.sampling
     content = hashlib.sha256(prompt.token_ids.numpy().tobytes() + prompt.pixels.numpy().tobytes()).hexdigest()
     if sampling.temperature > 0.001:
@@ -99,9 +107,9 @@ def default_answer(engine: FakeEngine, request: GenerationRequest) -> str:
 
 @dataclass
 class FakeEngine:
-    """The contract of infer.engine.Engine.
+    """Fake with the interface of infer.engine.Engine.
 
-    answer may be replaced at any time; step_s: how long a step takes; broken: raised by the next step.
+    answer may be replaced at any time; step_s: duration of a step; broken: raised by the next step.
     """
 
     encoder: Encoder
@@ -175,7 +183,7 @@ class FakeEngine:
 
 @dataclass
 class Running:
-    """A server that answers at `url`."""
+    """A running server."""
 
     url: str
     engine: FakeEngine
@@ -199,7 +207,7 @@ def running(
     port: int = 0,
     **settings,
 ) -> Iterator[Running]:
-    """A server in a thread; the settings are ServeConfig's."""
+    """Run a server in a thread; `settings` are ServeConfig's."""
     engine = engine or FakeEngine(encoder)
     config = ServeConfig(**{"host": "127.0.0.1", "port": port, "drain_s": 2.0} | settings)
 
@@ -224,7 +232,7 @@ def running(
 
 
 def until(holds: Callable[[], object], *, timeout_s: float = 10.0) -> None:
-    """Wait until it is true."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not become true in time"

@@ -1,9 +1,9 @@
-"""Time to first token, time between tokens and tokens per second at 1, 4 and 16 users, beside transformers' generate on the same model, in one run.
+"""Benchmark time to first token, inter-token latency and throughput at 1, 4 and 16 users against transformers.
 
-Each user sends one request at the same moment: an image nobody has sent before and some words; all answers have the
-same length. transformers answers one after the other, as a script around generate does. Rounds alternate between all of
-them; medians are printed, the counters of the engine too. Tokens per second of processor time are less moved by what
-else the machine does. Without --model, a random one is made (--width, --layers). Needs transformers (extra [dev]).
+Each user sends one request at the same time: a new image and some words; all answers have the same length. transformers
+answers one by one, as a script around generate does. Rounds alternate between engine and transformers; medians and the
+engine's counters are printed. Tokens per second of processor time depend less on other load. Without --model, a random
+model is made (--width, --layers). Needs transformers (extra [dev]).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is not installed
 
 from examples.quickstart.tokenizer import train_tokenizer
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
-    """As transformers saves it, with a tokenizer of LLaMA's size."""
+    """A random model as transformers saves it, with a tokenizer of LLaMA's size."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tower = {
@@ -110,7 +110,7 @@ def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
 def theirs(
     directory: Path, arguments: argparse.Namespace, device: Device
 ) -> Callable[[Prompt], tuple[list[int], list[float]]]:
-    """transformers' answer to one prompt: ids, and when each came, in seconds from the start."""
+    """transformers' answer to one prompt: ids, and the time of each in seconds from the start."""
     from transformers import AutoModelForImageTextToText
     from transformers.generation.streamers import BaseStreamer
 
@@ -122,7 +122,8 @@ def theirs(
 
     class Clock(BaseStreamer):
         def __init__(self) -> None:
-            self.started, self.times = time.perf_counter(), []
+            self.started = time.perf_counter()
+            self.times: list[float] = []
 
         def put(self, value: Any) -> None:
             self.times.append(time.perf_counter() - self.started)
@@ -141,16 +142,23 @@ def theirs(
         pixels = normalise(prompt.pixels.to(device.torch_device), dtype=dtype)
         new = arguments.new_tokens
         output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, do_sample=False, max_new_tokens=new, min_new_tokens=new,
-            suppress_tokens=list(range(PIECES, model.config.text_config.vocab_size)), streamer=clock, pad_token_id=0,
-        )  # fmt: skip
-        return output[0, length:].tolist(), clock.times[1:]  # the first call brings the prompt
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            suppress_tokens=list(range(PIECES, model.config.text_config.vocab_size)),
+            streamer=clock,
+            pad_token_id=0,
+        )
+        return output[0, length:].tolist(), clock.times[1:]  # the first call passes the prompt
 
     return answer
 
 
 def prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed: int) -> list[Prompt]:
-    """Each with its own noise as an image, and its own words."""
+    """Prompts with random images and words."""
     vision, generator = session.config.model.vision, torch.Generator().manual_seed(seed)
     slots = torch.arange(1, 1 + vision.num_patches)
     found = []
@@ -169,16 +177,17 @@ def prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed
 def ours(
     engine: Engine, given: list[Prompt], arguments: argparse.Namespace
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Ids of all answers and when each came."""
+    """The engine's answers: ids, and the time of each."""
     ids: dict[str, list[int]] = {str(number): [] for number in range(len(given))}
     times: dict[str, list[float]] = {name: [] for name in ids}
-    # As transformers' min_new_tokens does, the end token is kept from coming, not passed over.
+    # As with transformers' min_new_tokens, the end token is masked, not skipped.
     sampling = SamplingParams(max_new_tokens=arguments.new_tokens, min_tokens=arguments.new_tokens)
     started = time.perf_counter()
     for name, prompt in zip(ids, given):
         engine.add(GenerationRequest(name, prompt, sampling))
     while engine.has_work:
         for event in engine.step():
+            assert event.token_id is not None, "min_tokens masks the end token"
             ids[event.request_id].append(event.token_id)
             times[event.request_id].append(time.perf_counter() - started)
     return list(ids.values()), list(times.values())
@@ -190,11 +199,11 @@ def measure(
     answer: Callable[[Prompt], tuple[list[int], list[float]]],
     arguments: argparse.Namespace,
 ) -> None:
-    """One unmeasured round, then all rounds; a line of JSON for each kind, and the ratios."""
+    """One warm-up round, then all rounds; prints a line of JSON per kind, and the ratios."""
     records: dict[str, list[dict[str, float]]] = {}
     equal = asked = 0
     for number in range(arguments.rounds + 1):
-        first = None
+        first: tuple[Prompt, list[int]] | None = None
         for users in USERS:
             given = prompts(session, users, arguments, seed=1000 * number + users)
             before, spent = engine.stats, time.process_time()
@@ -207,9 +216,10 @@ def measure(
             first = first or (given[0], ids[0])
             note(records, f"engine, {users} users", times, spent, measured=number > 0)
         spent = time.process_time()
-        ids, times = answer(first[0])
-        equal, asked = equal + (ids == first[1]), asked + 1
-        note(records, "transformers, one by one", [times], time.process_time() - spent, measured=number > 0)
+        assert first is not None
+        reference, token_times = answer(first[0])
+        equal, asked = equal + (reference == first[1]), asked + 1
+        note(records, "transformers, one by one", [token_times], time.process_time() - spent, measured=number > 0)
     medians = {}
     for name, rounds in records.items():
         medians[name] = {key: statistics.median(record[key] for record in rounds) for key in rounds[0]}
@@ -224,14 +234,17 @@ def measure(
             f"{most[key] / theirs_[key]:.2f}"
         )
     parameters = sum(parameter.numel() for parameter in session.chunks[0].parameters())
-    print(f"{parameters / 1e6:.0f}M parameters, {arguments.dtype}, {arguments.threads} threads, {arguments.words} words and an image, "
-          f"{arguments.new_tokens} new tokens; greedy answers equal to transformers': {equal} of {asked}; {engine.stats}")  # fmt: skip
+    print(
+        f"{parameters / 1e6:.0f}M parameters, {arguments.dtype}, {arguments.threads} threads, {arguments.words} "
+        "words and an image, "
+        f"{arguments.new_tokens} new tokens; greedy answers equal to transformers': {equal} of {asked}; {engine.stats}"
+    )
 
 
 def note(
     records: dict[str, list[dict[str, float]]], name: str, times: list[list[float]], spent: float, *, measured: bool
 ) -> None:
-    """Of the requests of one round, from when each token came and the processor time that was spent."""
+    """Add one round's medians, from the time of each token and the processor time."""
     if measured:
         gaps = [later - earlier for row in times for earlier, later in itertools.pairwise(row)]
         record = {

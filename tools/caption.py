@@ -1,8 +1,9 @@
-"""Caption images, with a model of ours or any OpenAI-compatible endpoint; the options and files of ShareGPT4V's share-cap_batch_infer.py, and more.
+"""Caption images with a trained model or an OpenAI-compatible endpoint.
 
-Killed? Start the same command again: what was captioned is in SAVE_PATH.journal/ and is kept. torchrun --nproc-per-node
-N tools/caption.py ... captions with N models at once. Exit code 3: some images have no caption (each is named with its
-error). The last line is one JSON object. More is in docs/captioning.md.
+Takes the options and files of ShareGPT4V's share-cap_batch_infer.py, and more: see docs/captioning.md. A killed job
+resumes when the same command is started again: captions are kept in SAVE_PATH.journal/. torchrun --nproc-per-node N
+tools/caption.py ... captions with N models at once. Exit code 3: some images have no caption (each is listed with its
+error). The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -75,9 +76,13 @@ def run(arguments: argparse.Namespace, world: World):
             "--endpoint also needs --endpoint-model, the model's name as the server's /v1/models lists it"
         )
     endpoint = Endpoint(
-        url=arguments.endpoint, model=arguments.endpoint_model, key=os.environ.get(KEY), concurrency=arguments.concurrency or arguments.batch_size,
-        retries=arguments.retries, timeout_s=arguments.timeout,
-    )  # fmt: skip
+        url=arguments.endpoint,
+        model=arguments.endpoint_model,
+        key=os.environ.get(KEY),
+        concurrency=arguments.concurrency or arguments.batch_size,
+        retries=arguments.retries,
+        timeout_s=arguments.timeout,
+    )
     return caption_with_endpoint(endpoint, job, settings=settings, world=world)
 
 

@@ -1,7 +1,9 @@
-"""Serve a checkpoint, a run directory (its newest) or a Hugging Face export: OpenAI's API, and a page at /. Stop it with Ctrl-C.
+"""Serve a checkpoint, a run directory (its newest) or a Hugging Face export: OpenAI's API, and a page at /.
 
-python tools/serve.py CKPT                                    one process, http://127.0.0.1:8000/ torchrun
---nproc-per-node 2 tools/serve.py CKPT               tensor parallel over two, whatever it was trained at
+python tools/serve.py CKPT                         one process, http://127.0.0.1:8000/
+torchrun --nproc-per-node 2 tools/serve.py CKPT    tensor parallel over two GPUs, at any training layout
+
+Stop it with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,13 +27,19 @@ def main() -> None:
     world = World.from_environment()
     configure(rank=world.rank)
     with exit_on_user_error(rank=world.rank, ranks=world.size):
-        configs = [
-            from_options(cls, {name: arguments[name] for name in cls.__pydantic_fields__ if name in arguments})
-            for cls in (ServeConfig, EngineConfig)
-        ]
+        server = from_options(ServeConfig, _options_of(ServeConfig, arguments))
+        engine = from_options(EngineConfig, _options_of(EngineConfig, arguments))
         from megatron_share4v.serve.launch import serve_checkpoint  # after the checks above: this imports megatron-core
 
-        serve_checkpoint(arguments["checkpoint"], world, config=configs[0], engine=configs[1], dtype=arguments["dtype"])
+        serve_checkpoint(arguments["checkpoint"], world, config=server, engine=engine, dtype=arguments["dtype"])
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    return vars(cls)["__pydantic_fields__"]
+
+
+def _options_of(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in _fields(cls) if name in arguments}
 
 
 def parse() -> argparse.Namespace:
@@ -40,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="what it computes in (default: as in training)")
     for title, cls in (("server", ServeConfig), ("engine", EngineConfig)):
         group = parser.add_argument_group(title)
-        for name, field in cls.__pydantic_fields__.items():
+        for name, field in _fields(cls).items():
             group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, **_kind(name, field))
     return parser.parse_args()
 

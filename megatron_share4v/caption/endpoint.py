@@ -106,7 +106,7 @@ class EndpointCaptioner:
     def _question(self, picture: ImageEntry, url: str) -> dict[str, object]:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self._settings.prompt}]
         given = self._settings
-        body = {"messages": [{"role": "user", "content": content}]}
+        body: dict[str, object] = {"messages": [{"role": "user", "content": content}]}
         body |= {"max_tokens": given.max_new_tokens, "temperature": given.temperature}
         if given.temperature:
             body |= {"top_p": given.top_p, "seed": given.seed_of(picture)}

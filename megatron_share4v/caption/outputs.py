@@ -51,7 +51,8 @@ def write_shards(
     staging = directory.parent / f".{directory.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    writer, used = ShardWriter(staging, samples_per_shard=samples_per_shard), set()
+    writer = ShardWriter(staging, samples_per_shard=samples_per_shard)
+    used: set[str] = set()
     for row, picture in zip(rows, pictures, strict=True):
         if not is_trainable(row):
             continue
@@ -60,7 +61,7 @@ def write_shards(
         key = f"{key}~{len(used)}" if key in used else key
         used.add(key)
         text = json.dumps(_record(row, prompt=prompt)).encode()
-        writer.write(key, text=text, image=data, extension=EXTENSIONS[open_header(data).format])
+        writer.write(key, text=text, image=data, extension=EXTENSIONS[str(open_header(data).format)])
     writer.close()
     if directory.exists():
         shutil.rmtree(directory)
@@ -70,7 +71,8 @@ def write_shards(
 
 def is_trainable(row: CaptionRow) -> bool:
     """Whether a row has a non-empty caption without the image placeholder."""
-    return row.error is None and bool(row.caption.strip()) and IMAGE_PLACEHOLDER not in row.caption
+    caption = row.caption or ""
+    return row.error is None and bool(caption.strip()) and IMAGE_PLACEHOLDER not in caption
 
 
 def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Sequence[ImageEntry]) -> None:

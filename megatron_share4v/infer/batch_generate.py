@@ -59,11 +59,14 @@ def generate_stream(
             while more or going:
                 finished: list[GenerationResult] = []
                 while more and len(going) < limit and len(finished) < MOST_AT_ONCE:
-                    work, prompt = next(prompts, (None, None))
-                    more = work is not None
+                    following = next(prompts, None)
+                    if following is None:
+                        more = False
+                        break
+                    work, prompt = following
                     if isinstance(prompt, DataError):
                         finished.append(GenerationResult(work.id, error=str(prompt)))
-                    elif more:
+                    else:
                         engine.add(_make_request(work, prompt, engine.limits.max_positions if truncate else None))
                         going[work.id] = []
                 finished += _step(engine, going, tokenizer)

@@ -133,7 +133,11 @@ class BeamSearchEngine:
 
     def _plan_step(self) -> StepPlan:
         ids: list[int] = []
-        spans, copies, encode, image_spans, logits_positions = [], [], {}, [], []
+        spans: list[SequenceSpan] = []
+        copies: list[CacheCopy] = []
+        encode: dict[bytes, torch.Tensor] = {}
+        image_spans: list[ImageSpan] = []
+        logits_positions: list[int] = []
         for search in self._running:
             prompt = search.request.prompt
             length = prompt.token_ids.numel()
@@ -174,8 +178,8 @@ class BeamSearchEngine:
         order = scores.flatten()
         if given.temperature > GREEDY_TEMPERATURE:
             order = order + _gumbel_noise(given.seed or 0, length, order.numel())
-        chosen = order.topk(min(2 * count, order.numel())).indices
-        chosen = chosen[scores.flatten()[chosen].argsort(descending=True, stable=True)].tolist()
+        top = order.topk(min(2 * count, order.numel())).indices
+        chosen = top[scores.flatten()[top].argsort(descending=True, stable=True)].tolist()
         going: list[tuple[int, int, float]] = []
         for rank, flat_index in enumerate(chosen):
             parent, token = divmod(flat_index, scores.size(1))

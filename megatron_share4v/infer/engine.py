@@ -87,7 +87,9 @@ class Engine:
                 "any layout load at pipeline 1"
             )
         tokenizer = session.encoder.tokenizer
-        return cls(session.chunks[0], config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+        [model] = session.chunks
+        assert isinstance(model, Share4V)
+        return cls(model, config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
 
     def add(self, request: GenerationRequest) -> None:
         """Append to the waiting queue. Raises DataError for an empty prompt, invalid ids, or too many positions."""

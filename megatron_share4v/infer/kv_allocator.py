@@ -68,7 +68,7 @@ class KVAllocator:
         """
         blocks = self.find_longest_prefix(keys)
         source = self._cached[keys[blocks - 1]] if blocks else None
-        if source in self._evictable:
+        if source is not None and source in self._evictable:
             self._evictable.move_to_end(source)
         start = self._take_free_rows(size, spare=source)
         if start is None and source in self._evictable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from megatron_share4v.infer.step_plan import StepPlan
 from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata, KVCache
 from megatron_share4v.model.share4v import Share4V
 
-_EMPTY = {field.name: None for field in fields(Batch)}
+_EMPTY: dict[str, Any] = {field.name: None for field in fields(Batch)}
 
 
 class ModelRunner:

@@ -56,9 +56,7 @@ class Scheduler:
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: OrderedDict[str, Sequence] = OrderedDict()
         self._image_bytes = image_bytes
-        self._images: OrderedDict[bytes, None] = (
-            OrderedDict()
-        )  # whose features the runners hold, the least recently used first
+        self._images: OrderedDict[bytes, None] = OrderedDict()  # digests in the feature cache, LRU first
 
     def add(self, sequence: Sequence) -> None:
         """Append to the waiting queue."""
@@ -83,7 +81,10 @@ class Scheduler:
         if not chunks:
             assert not self.waiting or self.running, "requests are waiting but none is running"
             return None
-        image_spans, spans, encode, at = [], [], {}, 0
+        image_spans: list[ImageSpan] = []
+        spans: list[SequenceSpan] = []
+        encode: dict[bytes, torch.Tensor] = {}
+        at = 0
         for chunk in chunks:
             sequence, end = chunk.sequence, chunk.sequence.num_computed + chunk.count
             seen = sequence.image_spans(sequence.num_computed, end, at=at)
@@ -205,7 +206,8 @@ class Scheduler:
 
 def _logits_positions(chunks: list[ScheduledChunk]) -> torch.Tensor:
     """Positions [R] that need logits: the last one of a sequence, or all of a prompt with prompt logprobs."""
-    logits_positions, at = [], 0
+    logits_positions: list[int] = []
+    at = 0
     for chunk in chunks:
         if chunk.sequence.in_prefill and chunk.sequence.sampling.prompt_logprobs:
             logits_positions += range(at, at + chunk.count)

@@ -27,7 +27,7 @@ class Sequence:
         self.tokens: list[int] = prompt.token_ids.tolist()
         self.prompt_length = len(self.tokens)
         self.num_computed = 0
-        self.kv_range: KVRange | None = None
+        self._kv_range: KVRange | None = None
         self.digests = [image_digest(image) for image in prompt.pixels]
         self.looked_up_images: set[bytes] = set()
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
@@ -42,6 +42,16 @@ class Sequence:
     def id(self) -> str:
         """The request's id."""
         return self.request.id
+
+    @property
+    def kv_range(self) -> KVRange:
+        """Its KV cache rows, set when it is admitted."""
+        assert self._kv_range is not None, f"request {self.id!r} is not running"
+        return self._kv_range
+
+    @kv_range.setter
+    def kv_range(self, kv_range: KVRange) -> None:
+        self._kv_range = kv_range
 
     @property
     def generated(self) -> list[int]:

@@ -147,6 +147,8 @@ class ChatClient:
 def parse_completion(content: object) -> Reply:
     """Parse a chat completion with one choice. Raises ValueError for anything else."""
     try:
+        if not isinstance(content, dict):
+            raise TypeError(f"expected an object, got {type(content).__name__}")
         [choice] = content["choices"]
         text, finish = choice["message"]["content"], choice.get("finish_reason")
         tokens = (content.get("usage") or {}).get("completion_tokens") or 0

@@ -132,7 +132,9 @@ def _images(fields: JsonFields, prompts: list[str], *, max_images: int) -> list[
 
 async def _collect(generation: Generation, count: int) -> list[tuple[str, list[Token], list[Token]]]:
     """Per prompt: the generated text, the prompt's tokens when logprobs are requested, and the generated tokens."""
-    texts, prompts, tokens = [""] * count, [[] for _ in range(count)], [[] for _ in range(count)]
+    texts = [""] * count
+    prompts: list[list[Token]] = [[] for _ in range(count)]
+    tokens: list[list[Token]] = [[] for _ in range(count)]
     async for delta in generation.deltas():
         texts[delta.index] += delta.text
         prompts[delta.index] += delta.prompt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,7 +111,7 @@ class OpenAIRoutes:
         envelope = ResponseBuilder(
             self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None
         )
-        echoes = [one.text if read.echo else "" for one in read.prompts for _ in range(options.choices)]
+        echoes = [(one.text or "") if read.echo else "" for one in read.prompts for _ in range(options.choices)]
         if options.stream:
             return EventStreamResponse(_stream(generation, envelope, echoes, options), close=generation.close)
         try:
@@ -245,7 +245,7 @@ async def _collect(generation: Generation, envelope: ResponseBuilder, echoes: li
 
 async def _stream(
     generation: Generation, envelope: ResponseBuilder, echoes: list[str], options: GenerationOptions
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     offsets = [0] * len(echoes)
     try:
         for index in range(len(echoes) if envelope.chat else 0):

@@ -24,20 +24,31 @@ from megatron_share4v.serve.metrics import Metrics
 
 
 class EngineLimits(Protocol):
-    """Limits of the engine.
+    """Limits of the engine used by the server."""
 
-    max_requests: in the engine at once. max_positions: of one request, prompt and answer.
-    """
+    @property
+    def max_requests(self) -> int:
+        """Requests in the engine at once."""
+        ...
 
-    max_requests: int
-    max_positions: int
+    @property
+    def max_positions(self) -> int:
+        """Positions of one request, prompt and answer."""
+        ...
 
 
 class Engine(Protocol):
     """Interface of infer.engine.Engine used by the server."""
 
-    limits: EngineLimits
-    stats: Any
+    @property
+    def limits(self) -> EngineLimits:
+        """Limits of the engine."""
+        ...
+
+    @property
+    def stats(self) -> Any:
+        """Current statistics."""
+        ...
 
     @property
     def has_work(self) -> bool:

@@ -37,7 +37,7 @@ class ChoiceDelta:
     index: int
     text: str
     tokens: tuple[Token, ...] = ()
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "cancelled"] | None = None
     prompt: tuple[Token, ...] = ()
 
 

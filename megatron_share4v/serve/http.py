@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, MutableMapping
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -53,6 +53,7 @@ class ErrorResponse(JsonResponse):
         super().__init__(refusal.body(), refusal.status, refusal.headers)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one ASGI call."""
         unread = scope["method"] in ("POST", "PUT") and not scope.get(BODY_READ)
         if unread:
             self.headers["connection"] = "close"
@@ -69,7 +70,7 @@ class ErrorResponse(JsonResponse):
 class EventStreamResponse(Response):
     """Server-sent events from an async iterator, with keep-alive comments; calls `close` at the end."""
 
-    def __init__(self, events: AsyncIterator[str], *, close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], *, close: Callable[[], None]) -> None:
         super().__init__(
             status_code=200,
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
@@ -79,6 +80,7 @@ class EventStreamResponse(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one ASGI call."""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await run_until_disconnect(receive, self._pump(send))
@@ -161,7 +163,7 @@ class BodyReader:
         finally:
             self.buffered -= counted
 
-    async def _next(self, request: Request, deadline: float) -> dict[str, Any]:
+    async def _next(self, request: Request, deadline: float) -> MutableMapping[str, Any]:
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 message = await request.receive()
@@ -196,6 +198,7 @@ class AuthMiddleware:
         self._key = None if config.api_key is None else _digest(config.api_key.encode())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handle one ASGI call."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -40,7 +40,7 @@ def is_public(address: Address) -> bool:
 async def resolve(host: str, port: int) -> list[str]:
     """All addresses of a name, from the system resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [entry[4][0] for entry in found]
+    return [str(entry[4][0]) for entry in found]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ImageFetcher:
         try:
             parts, port = self._parse(url)
             async with asyncio.timeout(self.timeout_s):
-                address = await self._vetted(parts.hostname, port)
+                address = await self._vetted(parts.hostname or "", port)
                 context = ssl.create_default_context() if parts.scheme == "https" else None
                 name = parts.hostname if context else None
                 reader, writer = await asyncio.open_connection(address, port, ssl=context, server_hostname=name)

@@ -13,10 +13,12 @@ from starlette.routing import Route
 
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 ICON = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><defs><linearGradient id="a" x1="0" y1="0" x2="1" y2="1">'
-    '<stop stop-color="#7c6cff"/><stop offset="1" stop-color="#2fb7c6"/></linearGradient></defs><rect width="32" height="32" rx="9" fill="url(#a)"/>'
-    '<path d="M5.5 16c2.8-5 6.3-7.5 10.500-7.500S23.700 11 26.500 16c-2.800 5-6.300 7.500-10.500 7.500S8.300 21 5.500 16Z" fill="#fff"/>'
-    '<circle cx="16" cy="16" r="4.200" fill="#4b3fd0"/><circle cx="17.500" cy="14.500" r="1.300" fill="#fff"/></svg>'
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><defs><linearGradient id="a" x1="0" y1="0" '
+    'x2="1" y2="1"><stop stop-color="#7c6cff"/><stop offset="1" '
+    'stop-color="#2fb7c6"/></linearGradient></defs><rect width="32" height="32" rx="9" fill="url(#a)"/><path '
+    'd="M5.5 16c2.8-5 6.3-7.5 10.500-7.500S23.700 11 26.500 16c-2.800 5-6.300 7.500-10.500 7.500S8.300 21 '
+    '5.500 16Z" fill="#fff"/><circle cx="16" cy="16" r="4.200" fill="#4b3fd0"/><circle cx="17.500" '
+    'cy="14.500" r="1.300" fill="#fff"/></svg>'
 )
 
 

@@ -103,7 +103,8 @@ def remaining_positions(served: ServedModel, prompt: Prompt, *, param: str) -> i
     length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
     if length >= limit:
         raise ApiError(
-            f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a new "
+            f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a "
+            "new "
             "conversation, or shorten it",
             param=param,
             kind="context_length_exceeded",
@@ -151,7 +152,7 @@ def _pieces(
     add_bos: bool,
     config: ServeConfig,
 ) -> BuiltPrompt:
-    images = [_image(source, place, config) for source in sources]
+    images = [data for source in sources if (data := _image(source, place, config)) is not None]
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id] if add_bos else []
     for number, piece in enumerate(pieces):

@@ -93,7 +93,7 @@ class ResponseBuilder:
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         if self.chat:
-            return {"content": [self._entry(token.token_id, token.logprobs) for token in tokens]}
+            return {"content": [self._entry(token.token_id, token.logprobs) for token in tokens if token.logprobs]}
         names, values, tops, offsets = [], [], [], []
         for token in tokens:
             name = self._name(token.token_id)
@@ -102,7 +102,9 @@ class ResponseBuilder:
             offset += len(name)
             values.append(None if token.logprobs is None else _number(token.logprobs.chosen))
             tops.append(
-                None if token.logprobs is None else {self._name(i): _number(value) for i, value in _likeliest(token)}
+                None
+                if token.logprobs is None
+                else {self._name(i): _number(value) for i, value in _with_chosen(token.token_id, token.logprobs)}
             )
         return {"tokens": names, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
@@ -125,10 +127,10 @@ class ResponseBuilder:
             return "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _likeliest(token: Token) -> list[tuple[int, float]]:
+def _with_chosen(token_id: int, logprobs: TokenLogprobs) -> list[tuple[int, float]]:
     """The alternatives, and the token itself where it is not among them."""
-    top = list(token.logprobs.top)
-    return top if any(i == token.token_id for i, _ in top) else [*top, (token.token_id, token.logprobs.chosen)]
+    top = list(logprobs.top)
+    return top if any(i == token_id for i, _ in top) else [*top, (token_id, logprobs.chosen)]
 
 
 def _number(value: float) -> float:

@@ -108,6 +108,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Install handlers for SIGINT and SIGTERM."""
         # Signals are delivered to the main thread only; elsewhere set should_exit instead.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,7 +157,8 @@ def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
     failed: list[BaseException] = []
 
     def end(worker: EngineThread) -> None:
-        failed.append(worker.failure)
+        if worker.failure is not None:
+            failed.append(worker.failure)
         server.should_exit = True
 
     server = http_server(build_app(config, load, on_failure=end), config)

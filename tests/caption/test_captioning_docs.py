@@ -1,4 +1,4 @@
-"""The commands of docs/captioning.md run as they are written, but for directories, server, and numbers of tokens: captions become training."""
+"""The commands of docs/captioning.md run with smaller directories, server and token counts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(command: str, out: Path) -> CompletedProcess:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As after a very brief quickstart: scenes, tokenizer, prepared data, a checkpoint of stage 2."""
+    """Output of a very short quickstart: scenes, tokenizer, prepared data, a stage 2 checkpoint."""
     root = tmp_path_factory.mktemp("docs")
     run(
         f"python examples/quickstart/make_data.py --out runs/quickstart --train-scenes 64 --held-out-scenes {HELD_OUT}",

@@ -1,4 +1,4 @@
-"""An endpoint that answers, is busy, lies, breaks down, refuses: what becomes of the images each time."""
+"""Captioning through an endpoint that answers, throttles, returns garbage, crashes or rejects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNT = 12
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[ImageEntry]:
-    """COUNT images of different bytes."""
+    """COUNT images with different bytes."""
     for number in range(COUNT):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (number * 20, 0, 0)).save(buffer, format="PNG" if number % 2 else "JPEG")

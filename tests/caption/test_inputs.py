@@ -1,4 +1,4 @@
-"""Lists, folders, globs and archives become pictures with ids that stay."""
+"""Lists, folders, globs and archives become image entries with stable ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs with a captioner that needs no model: journals, crashes, shares, files."""
+"""Caption jobs with a fake captioner: answer logs, crashes, several ranks, output files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BAD = {"4.png"}
 
 
 class Killed(Exception):
-    """The captioner dies."""
+    """The captioner is killed."""
 
 
 class Fake:
-    """Captions that depend on the picture alone, in pairs and the second first; dies after `lives` rows.
+    """Captions that depend on the image alone, in pairs, the second one first; raises Killed after `lives` rows.
 
-    Remembers what it was asked.
+    Records the images it was given.
     """
 
     def __init__(self, lives: int | None = None, bad: set[str] = BAD) -> None:
@@ -80,7 +80,7 @@ def do(captioner, given: JobOptions, *, model: str = "m", share: DPGroup = DPGro
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """All results; journals are not among them."""
+    """All output files, without the answer logs."""
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -153,7 +153,7 @@ def shares(size: int) -> list[DPGroup]:
 
 
 def do_shared(size: int, given: JobOptions, makers) -> list:
-    """One thread for each rank; what they return or raise."""
+    """Run one thread per rank; returns what they return or raise."""
     results: list = [None] * size
 
     def work(share: DPGroup) -> None:

@@ -1,4 +1,4 @@
-"""tools/caption.py as it is started: killed with kill -9 and resumed, on two ranks, at tensor 2, with broken images; and against an endpoint."""
+"""tools/caption.py end to end: killed and resumed, two DP ranks, TP 2, broken images, an endpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BROKEN = ("05.png", "17.png", "18.png")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and images/ with a list that repeats some and of which some are broken."""
+    """A checkpoint, and images/ with a list that has duplicates and broken images."""
     root = tmp_path_factory.mktemp("caption")
     import_model(HfSource(directory=write_llava_hf(root / "hf")), root / "model", options=ImportOptions())
     (root / "images").mkdir()
@@ -61,7 +61,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> dict[str, bytes]:
-    """The results of one process that nobody kills."""
+    """Results of one process without interruption."""
     done = run(place, place / "whole")
     assert done.returncode == 3, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
@@ -172,7 +172,7 @@ def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], p
         while not (said := re.search(r"http://127.0.0.1:(\d+)/", server.said[0])) or not is_healthy(int(said[1])):
             assert server.poll() is None and time.monotonic() < deadline, server.said
             time.sleep(0.05)
-        # More at a time than the server takes: some are refused with 429 and asked again.
+        # More concurrent requests than the server admits: some get 429 and are retried.
         more = ["--endpoint", f"{said[0]}v1", "--endpoint-model", "share4v", "--concurrency", "6", "--retries", "20"]
         done = run(place, place / "ours", *more, OPENAI_API_KEY="sesame")
         wrong = run(place, place / "wrong", *more, OPENAI_API_KEY="wrong")
@@ -183,7 +183,7 @@ def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], p
     files = results(place / "ours"), undisturbed
     theirs, ours = ([json.loads(line) for line in file["rows.jsonl"].splitlines()] for file in files)
     for row in (*theirs, *ours):
-        row["error"] = bool(row["error"])  # images are looked at by other means
+        row["error"] = bool(row["error"])  # image bytes are compared elsewhere
     assert theirs == ours
     assert wrong.returncode == 2 and "HTTP 401" in wrong.stderr and "Traceback" not in wrong.stderr
 

@@ -1,4 +1,4 @@
-"""A world of one, in this process, and the small model in it."""
+"""A mesh of one rank in this process, and the small model on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_share4v.parallel.layout import Layout
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    """Closed again before the next module."""
+    """Mesh of one rank, closed before the next module."""
     device = Device("cpu")
     with (
         process_group(World.single_process(), device, timeout_s=60),
@@ -26,5 +26,5 @@ def mesh() -> Iterator[Mesh]:
 
 @pytest.fixture(scope="module")
 def chunks(mesh: Mesh) -> list:
-    """See asking.build."""
+    """Model chunks of engine_helpers.build."""
     return build(mesh)

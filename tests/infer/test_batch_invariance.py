@@ -1,4 +1,4 @@
-"""Many requests that come, share beginnings and images, and are cancelled at random, in a cache too small for them: each gets what it gets alone."""
+"""Random arrivals and cancellations with shared prefixes and images in a small cache do not change answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
 
 def families(draw: random.Random, count: int) -> list:
-    """Prompts that go on from a few beginnings in a few ways."""
+    """Prompts that continue a few prefixes in a few ways."""
     found = []
     for _ in range(count):
         base = prompt(
@@ -31,11 +31,16 @@ def test_random_arrivals(chunks: list, seed: int) -> None:
     prompts = families(draw, 24)
     samplings = [
         SamplingParams(
-            max_new_tokens=draw.randint(1, 12), temperature=draw.choice((0.0, 1.0)), top_p=draw.choice((1.0, 0.8)), seed=draw.randrange(3),
-            ignore_eos=draw.random() < 0.5, prompt_logprobs=draw.random() < 0.2, repetition_penalty=draw.choice((1.0, 1.3)),
+            max_new_tokens=draw.randint(1, 12),
+            temperature=draw.choice((0.0, 1.0)),
+            top_p=draw.choice((1.0, 0.8)),
+            seed=draw.randrange(3),
+            ignore_eos=draw.random() < 0.5,
+            prompt_logprobs=draw.random() < 0.2,
+            repetition_penalty=draw.choice((1.0, 1.3)),
         )
         for _ in prompts
-    ]  # fmt: skip
+    ]
     alone = engine_of(chunks, prefix_cache=False)
     expected = [
         ask(alone, [given], **vars(sampling) | {"seeds": [sampling.seed]})[0]

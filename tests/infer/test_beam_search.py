@@ -1,4 +1,4 @@
-"""Beams: search equals transformers' token for token, whatever the company; sampling comes from the seed and follows the model's distribution."""
+"""Beam search equals transformers' in any batch; beam sampling follows seed and distribution."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ask(
     eos: int | None = None,
     **options,
 ) -> list[Answer]:
-    """(ids, why it ended) of each."""
+    """(ids, finish reason) of each request."""
     engine = Engine.open(session, EngineConfig(max_requests=requests, cache_positions=4096))
     engine.eos_id = engine.eos_id if eos is None else eos
     engine = BeamSearchEngine(engine, beams=beams)
@@ -79,7 +79,7 @@ def ask(
 @torch.no_grad()
 def theirs(export: Path, *, beams: int, eos: int) -> list[list[int]]:
     processor, model = _load(export)
-    vocabulary = model.config.image_token_id  # ids from here on are not the tokenizer's
+    vocabulary = model.config.image_token_id  # ids beyond the tokenizer's vocabulary
     suppressed = list(range(vocabulary, model.config.text_config.vocab_size))
     answers = []
     for question in generated_questions():
@@ -106,7 +106,7 @@ def test_search_equals_transformers(beams: int, export: Path, session: Session) 
     for eos in [
         2,
         *(token for token, _ in likely[::3]),
-    ]:  # a random model never says </s>: let other ids end the answer
+    ]:  # a random model never generates </s>: use other end ids
         answers = ask(session, asked, beams=beams, eos=eos)
         assert [ids for ids, _ in answers] == theirs(export, beams=beams, eos=eos)
         ended.update(why for _, why in answers)
@@ -129,7 +129,7 @@ def test_the_seed_alone_decides(session: Session) -> None:
 
 
 def test_draws_are_without_replacement_by_probability(session: Session) -> None:
-    """With one beam and one token, two are drawn and the likelier is the answer: P(max of two draws = i) has a closed form."""
+    """With one beam and one token, two ids are drawn and the likelier wins: P(max of two draws = i) is known."""
     one, count = prompts(session)[0], 600
     engine = Engine.open(session, EngineConfig())
     engine.add(GenerationRequest("x", one, SamplingParams(max_new_tokens=1, logprobs=20)))
@@ -142,7 +142,7 @@ def test_draws_are_without_replacement_by_probability(session: Session) -> None:
     expected = top[0] + sum(p * top[0] / (1 - p) for p in top[1:])  # first, or second after any other
     spread = (
         4 * math.sqrt(share * (1 - share) / count) + (1 - sum(top)) * top[0]
-    )  # four deviations, and the tail left out of the sum
+    )  # four standard deviations, and the tail left out of the sum
     assert abs(share - expected) < spread, (share, expected, spread)
 
 

@@ -1,4 +1,4 @@
-"""tools/bench_serve.py runs, and both sides answer alike."""
+"""tools/bench_serve.py runs, and engine and transformers give equal answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever way an answer is computed, cached, in company, in chunks, with what others left, it is the one of the plain reference."""
+"""Engine answers equal the plain reference: cached, batched, chunked, or with reused prefixes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def expected(chunks: list, mesh) -> list[list[int]]:
-    """By running the whole sequence again for each token."""
+    """Answers recomputed from the whole sequence for each token."""
     found = greedy_generate(
         chunks, mixed_prompts(), mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
     )
@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_reference(
 ) -> None:
     engine = engine_of(chunks, **options)
     assert ask(engine, mixed_prompts(), alone=alone) == expected
-    assert ask(engine, mixed_prompts(), alone=alone) == expected  # now with whatever the first round left
+    assert ask(engine, mixed_prompts(), alone=alone) == expected  # again, with the prefix cache of the first round
     assert engine.stats.running == engine.stats.waiting == engine.stats.cache_usage == 0
 
 
@@ -57,7 +57,7 @@ def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> N
     alone = ask(engine_of(chunks), prompts, alone=True, seeds=seeds, **kinds)
     engine = engine_of(chunks)
     assert ask(engine, prompts, seeds=seeds, **kinds) == alone
-    assert engine.stats.steps < 40  # and they did run together
+    assert engine.stats.steps < 40  # the requests were batched
     assert ask(engine, prompts[::-1], seeds=seeds[::-1], **kinds) == alone[::-1]
     others = ask(engine, prompts, seeds=[seed + 100 for seed in seeds], **kinds)
     assert sum(one != other for one, other in zip(alone, others)) > 12
@@ -71,7 +71,7 @@ def test_same_text_with_another_image_shares_nothing_after_the_image(chunks: lis
     assert reference[0] != reference[1]
     engine = engine_of(chunks)
     assert ask(engine, [one, other, one], alone=True) == [*reference, reference[0]]
-    # The first block has image slots: nothing of `one` serves `other`. The third request computes the rest of a block alone.
+    # The first block has image slots, so `other` reuses nothing of `one`.
     assert engine.stats.prefix_cache_queries == 3 * 48 and engine.stats.prefix_cache_hits == 32
     assert engine.stats.encoder_calls == engine.stats.image_cache_queries == 2
     assert ask(engine_of(chunks, prefix_cache=False), [one, other, one]) == [*reference, reference[0]]
@@ -95,7 +95,7 @@ def test_equal_prompts_are_computed_once(chunks: list) -> None:
     prompts = [prompt(3, length=44)] * 8
     answers = ask(engine, prompts)
     assert len({tuple(answer) for answer in answers}) == 1
-    # 47 of 48 positions could be shared, 32 are whole blocks.
+    # 47 of 48 positions could be shared; 32 are full blocks.
     assert engine.stats.computed_prompt_tokens == 48 + 7 * 16 and engine.stats.encoder_calls == 1
 
 

@@ -1,4 +1,4 @@
-"""What a request is told: tokens, how it ended, probabilities; and what cancelling does."""
+"""Token events: tokens, finish reasons, log-probabilities, and cancellation."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_only_ids_of_the_tokenizer_come(chunks: list) -> None:
 
 
 def raw_logprobs(chunks: list, given) -> torch.Tensor:
-    """[L, V] after each position of a prompt."""
+    """Log-probabilities [L, V] after each position of a prompt."""
     length = given.token_ids.numel()
     batch = Batch(given.token_ids.unsqueeze(0), given.image_slots, given.pixels, torch.arange(length), None)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def raw_logprobs(chunks: list, given) -> torch.Tensor:
 def test_logprobs_of_prompt_and_answer(chunks: list, step_positions: int) -> None:
     given = prompt(5, length=26)
     engine = engine_of(chunks, step_positions=step_positions)
-    ask(engine, [given])  # what it leaves must not hide the prompt's logits
+    ask(engine, [given])  # the prefix cache must not hide the prompt's logits
     events = only(
         engine,
         given,

@@ -1,4 +1,4 @@
-"""The rows of the cache: never given twice, found again by their prefix, dropped in the order of their last use."""
+"""KV cache rows are never allocated twice, found by prefix, and evicted in LRU order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def test_what_is_kept_makes_room_oldest_first_and_only_if_that_helps() -> None:
     first, second = list(range(32)), list(range(100, 132))
     finished(kv_allocator, first)
     finished(kv_allocator, second)
-    kv_allocator.free(kv_allocator.allocate(40, keys_of(first)).kv_range)  # used again: now the second is the oldest
+    kv_allocator.free(
+        kv_allocator.allocate(40, keys_of(first)).kv_range
+    )  # used again: the second is now least recently used
     assert (
         kv_allocator.find_longest_prefix(keys_of(first)) == 2 and kv_allocator.find_longest_prefix(keys_of(second)) == 0
     )

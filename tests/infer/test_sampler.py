@@ -1,4 +1,4 @@
-"""Tokens from logits: each rule against its definition, and draws that follow the distribution and the seed alone."""
+"""Each sampling rule against its definition; draws follow the distribution and the seed alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def row(
 
 
 def drawn(draws: int, **options: object) -> torch.Tensor:
-    """Relative frequencies of the ids, over as many seeds."""
+    """Relative frequencies of the ids over `draws` seeds."""
     ids = sample_tokens(LOGITS.expand(draws, -1), [row(seed, **options) for seed in range(draws)])
     return torch.bincount(torch.tensor(ids), minlength=6) / draws
 
@@ -35,7 +35,7 @@ def drawn(draws: int, **options: object) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_distribution(temperature: float) -> None:
     expected = (LOGITS[0] / temperature).softmax(0)
-    # Four standard deviations of a share among 8000 draws.
+    # Four standard deviations of a frequency over 8000 draws.
     assert (
         (drawn(8000, temperature=temperature) - expected).abs() <= 4 * (expected * (1 - expected) / 8000).sqrt()
     ).all()

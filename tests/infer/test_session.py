@@ -1,4 +1,4 @@
-"""A session opens checkpoints and models of other layouts alike, and its engine answers what its plain reference does."""
+"""Sessions open checkpoints and exports alike, and their engine equals the plain reference."""
 
 from __future__ import annotations
 

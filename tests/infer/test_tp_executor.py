@@ -1,4 +1,4 @@
-"""Generation over tensor ranks, from a checkpoint of another layout; and a rank that fails."""
+"""Generation at several TP sizes from a checkpoint of another layout, and a failing rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tolerances import LAYOUT_LOGPROB
 
 
 def write_checkpoint(directory: Path) -> list[list[int]] | None:
-    """At tensor 2 x pipeline 2; greedy answers of the plain reference."""
+    """Write a checkpoint at TP 2 x PP 2; returns greedy answers of the plain reference."""
     import engine_helpers
 
     from megatron_share4v.checkpoint.store import CheckpointContents, RunState, write_checkpoint
@@ -42,7 +42,7 @@ def opened(**degrees: int):
 
 
 def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[int]], list[float]] | None:
-    """On the first rank: greedy answers, sampled ones, and a few probabilities; other ranks follow."""
+    """On TP rank 0: greedy answers, sampled ones, and a few log-probabilities; other ranks follow."""
     import engine_helpers
 
     from megatron_share4v.checkpoint.store import load_weights
@@ -56,7 +56,7 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
         if not engine.executor.is_leader:
             return run_follower(engine.executor)
         greedy = engine_helpers.ask(engine, engine_helpers.mixed_prompts())
-        assert engine.step() == []  # nothing to do, nothing sent
+        assert engine.step() == []  # no work, no broadcast
         sampled = engine_helpers.ask(
             engine,
             engine_helpers.mixed_prompts(),
@@ -91,7 +91,7 @@ def test_every_tensor_size_answers_alike_from_a_pipeline_checkpoint(checkpoint: 
 
 
 def fail(rank: int) -> None:
-    """`rank` fails in its third step."""
+    """Make `rank` fail in its third step."""
     import engine_helpers
     import torch.distributed as dist
 

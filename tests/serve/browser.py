@@ -1,4 +1,4 @@
-"""What the tests of the page do with it, again and again. The browser itself is a fixture in conftest.py."""
+"""Actions and waits shared by the page tests. The browser is a fixture in conftest.py."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def ended(page: Page, count: int = 1) -> None:
 
 
 def wait(page: Page, expression: str, argument: object = None) -> None:
-    """Until it is true. (Playwright's own wait_for_function needs eval in the page, which its policy forbids.)"""
+    """Wait until a condition holds. (Playwright's wait_for_function needs eval, which the page's policy forbids.)"""
     until(lambda: page.evaluate(expression, argument) or page.wait_for_timeout(10))
 
 
 def bodies_of(page: Page) -> list[dict]:
-    """What the page will send from now on."""
+    """Bodies of the requests the page sends from now on."""
     found: list[dict] = []
     page.on(
         "request", lambda request: found.append(json.loads(request.post_data)) if request.method == "POST" else None

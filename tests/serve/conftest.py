@@ -1,4 +1,4 @@
-"""Servers with a fake engine (see tests/server_fixture.py), and a browser that looks at their page."""
+"""Servers with a fake engine (see tests/server_fixture.py), and a browser for their page."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shared(encoder: Encoder) -> Iterator[Running]:
 
 @pytest.fixture
 def server(shared: Running) -> Running:
-    """The shared server, its engine as it was made."""
+    """The shared server with its engine reset."""
     shared.engine.answer, shared.engine.step_s = default_answer, 0.0
     shared.engine.requests.clear()
     shared.engine.cancelled.clear()
@@ -67,7 +67,7 @@ def host(encoder: Encoder) -> Iterator[Running]:
 
 @pytest.fixture
 def open_page(browser: Browser, host: Running) -> Iterator[Callable[..., Page]]:
-    """Opens the page; at the end there must have been no error on the console and no request to another origin."""
+    """Open the page; fails on console errors and on requests to another origin."""
     host.engine.answer, host.engine.step_s = default_answer, 0.0
     problems, contexts = [], []
 

@@ -1,4 +1,4 @@
-"""Requests that nobody should send, generated from a seed, and raw connections to send them over. For test_abuse.py."""
+"""Malformed requests generated from a seed, and raw connections to send them. For test_malformed_requests.py."""
 
 from __future__ import annotations
 
@@ -15,9 +15,37 @@ from server_fixture import data_url, picture
 
 PNG, JPEG, WEBP, GIF, BMP = (picture(form=form) for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"))
 JUNK = [
-    None, True, False, 0, -1, 3.5, 1e308, -(2**63) - 1, 10**40, "", "x", "\ud800", "\x00", "<image>", "</s>", [], {}, [[]], [None], {"a": 1}, [{}],
-    ["a"] * 3000, "y" * 70_000, {"type": "text"}, [{"type": "image_url"}], [{"type": "text", "text": 5}], [[[[[[]]]]]], "NaN", "💥" * 100, -0.0,
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3.5,
+    1e308,
+    -(2**63) - 1,
+    10**40,
+    "",
+    "x",
+    "\ud800",
+    "\x00",
+    "<image>",
+    "</s>",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": 1},
+    [{}],
+    ["a"] * 3000,
+    "y" * 70_000,
+    {"type": "text"},
+    [{"type": "image_url"}],
+    [{"type": "text", "text": 5}],
+    [[[[[[]]]]]],
+    "NaN",
+    "💥" * 100,
+    -0.0,
+]
 PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/api"]
 ODD_PATHS = [
     "/",
@@ -36,7 +64,7 @@ ODD_PATHS = [
 
 @dataclass(frozen=True)
 class Raw:
-    """Bytes to send. whole: whether an answer can be expected."""
+    """Bytes to send. whole: whether a response can be expected."""
 
     data: bytes
     whole: bool = True
@@ -81,13 +109,13 @@ def _valid(random: Random) -> tuple[str, dict]:
 
 
 def _places(value: object) -> list[tuple[object, object]]:
-    """(container, key) of every value inside."""
+    """(container, key) of every nested value."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     return [place for key in keys for place in [(value, key), *_places(value[key])]]
 
 
 def mutated(random: Random) -> Raw:
-    """A good request with one to three values replaced."""
+    """A valid request with one to three values replaced."""
     path, body = _valid(random)
     for _ in range(random.randint(1, 3)):
         container, key = random.choice(_places(body))
@@ -113,19 +141,33 @@ def mutated(random: Random) -> Raw:
 
 
 def torn(random: Random) -> Raw:
-    """Bytes that are no JSON, or hardly."""
+    """Bytes that are no JSON or barely so."""
     text = json.dumps(chat()).encode()
     options = [
-        b"[" * random.randint(1, 60_000), b'{"a":' * 30_000, text[: random.randrange(len(text))], random.randbytes(random.randrange(400)), b"", b"null", b"5",
-        b'{"messages": NaN}', b'{"max_tokens": 1e999, "prompt": "a"}', b'{"seed": ' + b"9" * 6000 + b"}", b'{"model": "\\ud800"}', b"\xff\xfe{}", b'"' + b"a" * 50_000,
-        b'{"prompt": ' + json.dumps(list(range(30_000))).encode() + b"}", b'{"prompt": "' + b"cat " * 40_000 + b'"}', b'{"a":1}' * 1000,
-        json.dumps({"messages": [{"role": "user", "content": "a"}] * 1500}).encode(), json.dumps({f"k{i}": i for i in range(20_000)}).encode(),
-    ]  # fmt: skip
+        b"[" * random.randint(1, 60_000),
+        b'{"a":' * 30_000,
+        text[: random.randrange(len(text))],
+        random.randbytes(random.randrange(400)),
+        b"",
+        b"null",
+        b"5",
+        b'{"messages": NaN}',
+        b'{"max_tokens": 1e999, "prompt": "a"}',
+        b'{"seed": ' + b"9" * 6000 + b"}",
+        b'{"model": "\\ud800"}',
+        b"\xff\xfe{}",
+        b'"' + b"a" * 50_000,
+        b'{"prompt": ' + json.dumps(list(range(30_000))).encode() + b"}",
+        b'{"prompt": "' + b"cat " * 40_000 + b'"}',
+        b'{"a":1}' * 1000,
+        json.dumps({"messages": [{"role": "user", "content": "a"}] * 1500}).encode(),
+        json.dumps({f"k{i}": i for i in range(20_000)}).encode(),
+    ]
     return post(random.choice(PATHS), random.choice(options))
 
 
 def bad_image(random: Random) -> Raw:
-    """A chat about a file that is broken, no image, or far larger than it looks."""
+    """A chat with a file that is damaged, no image, or a decompression bomb."""
     file = random.choice([PNG, JPEG, WEBP, GIF, BMP])
     cut = file[: random.randrange(1, len(file))]
     noisy = bytearray(file)
@@ -134,16 +176,32 @@ def bad_image(random: Random) -> Raw:
     good = data_url(PNG)
     url = random.choice(
         [
-            data_url(cut), data_url(bytes(noisy)), data_url(random.randbytes(300)), data_url(random.choice(BOMBS)), data_url(b""), good[:-3], good + "!", good[:40] + "\n" + good[40:],
-            good.replace("image/png", "text/html"), good.replace(";base64", ""), "data:", "data:image/png;base64," + "=" * 40, "data:image/png;base64,é", good.replace("base64,", "base64,%"),
-            "data:" + ";a=b" * 200 + ";base64,AAAA", "ftp://example.com/a.png", "file:///etc/passwd", "", "x" * 3000,
+            data_url(cut),
+            data_url(bytes(noisy)),
+            data_url(random.randbytes(300)),
+            data_url(random.choice(BOMBS)),
+            data_url(b""),
+            good[:-3],
+            good + "!",
+            good[:40] + "\n" + good[40:],
+            good.replace("image/png", "text/html"),
+            good.replace(";base64", ""),
+            "data:",
+            "data:image/png;base64," + "=" * 40,
+            "data:image/png;base64,é",
+            good.replace("base64,", "base64,%"),
+            "data:" + ";a=b" * 200 + ";base64,AAAA",
+            "ftp://example.com/a.png",
+            "file:///etc/passwd",
+            "",
+            "x" * 3000,
         ]
-    )  # fmt: skip
+    )
     return post("/v1/chat/completions", json.dumps(chat(url)).encode())
 
 
 def odd_http(random: Random) -> Raw:
-    """Wrong methods, paths, headers; sizes that are lies; chunked bodies."""
+    """Wrong methods, paths, headers and sizes; chunked bodies."""
     body = json.dumps(chat()).encode()
     path = random.choice([*PATHS, *ODD_PATHS])
     method = random.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "BREW"])
@@ -163,12 +221,18 @@ def odd_http(random: Random) -> Raw:
         )
     if choice == 2:
         return Raw(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n{{".encode()
+            (
+                f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                "Content-Length: 99999999999\r\n\r\n{"
+            ).encode()
         )
     if choice == 3:
         return Raw(random.randbytes(200) + b"\r\n\r\n", kind="not http")
     if choice == 4:
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        ).encode()
         return Raw(
             head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:50], body[50:])) + b"0\r\n\r\n"
         )
@@ -178,7 +242,7 @@ def odd_http(random: Random) -> Raw:
 
 
 def aborted(random: Random) -> Raw:
-    """A request that is left in the middle, or whose answer nobody waits for."""
+    """A request that is cut off, or whose response is not read."""
     data = post(
         "/v1/chat/completions", json.dumps(chat() | {"stream": random.random() < 0.5, "max_tokens": 300}).encode()
     ).data
@@ -186,20 +250,23 @@ def aborted(random: Random) -> Raw:
 
 
 def generate(random: Random) -> Raw:
-    """One of all kinds."""
+    """A request of a random kind."""
     kinds = ((mutated, 46), (torn, 14), (bad_image, 20), (odd_http, 12), (aborted, 8))
     return random.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0](random)
 
 
 def post(path: str, body: bytes, *, kind: str = "application/json", extra: str = "") -> Raw:
-    """A whole request; /api wants PUT."""
+    """A complete request; /api takes PUT."""
     method = "PUT" if path == "/api" else "POST"
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nConnection: close\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nConnection: close\r\n"
+        f"{extra}Content-Length: {len(body)}\r\n\r\n"
+    )
     return Raw(head.encode("latin-1") + body)
 
 
 def exchange(port: int, raw: Raw, *, timeout_s: float) -> tuple[int, bytes] | None:
-    """Status and body; None when it was not waited for. Raises TimeoutError when the server hangs."""
+    """Status and body; None when not awaited. Raises TimeoutError when the server hangs."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         try:
             connection.sendall(raw.data)

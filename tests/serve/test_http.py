@@ -1,4 +1,4 @@
-"""HTTP around the API: disconnects, errors in one shape, the key, limits, health, metrics, the page's headers, Megatron's route, tokenize."""
+"""HTTP layer: disconnects, error shape, key, limits, health, metrics, page headers, Megatron-LM's route."""
 
 from __future__ import annotations
 
@@ -36,13 +36,19 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
             json={**CHAT, "prompt": "a", "prompts": ["a"], "stream": stream, "max_tokens": 300, "ignore_eos": True},
         ).content
         method = "PUT" if path == "/api" else "POST"
-        head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        lines = (
+            f"{method} {path} HTTP/1.1",
+            "Host: x",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+        )
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode()
         asked = [socket.create_connection((host, int(port))) for _ in range(2)]
         asked[0].sendall(head + body)
         until(lambda: engine.running and server.worker.waiting == 0)
         asked[1].sendall(head + body)
         until(lambda: server.worker.waiting == 1)
-        asked[1].close()  # the one that waits, then the one that runs
+        asked[1].close()  # the waiting request, then the running one
         until(lambda: server.worker.waiting == 0)
         assert engine.running and not engine.cancelled
         begun = time.monotonic()
@@ -143,7 +149,8 @@ def test_large_bodies_are_refused_before_they_are_read(encoder: Encoder) -> None
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100001\r\n\r\n"
+                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100001\r\n\r\n"
             )
             assert connection.recv(4096).startswith(b"HTTP/1.1 413")
         chunks = (b'"' + b"x" * 50_000 for _ in range(4))
@@ -257,9 +264,16 @@ def test_megatron_route(http: httpx.Client, server: Running, encoder: Encoder) -
     assert http.put("/api", json=image).json()["logprobs"] is None
     assert server.engine.requests[-1].prompt.image_slots.numel() == 16
     for change, param in (
-        ({"max_len": 5}, "max_len"), ({"beam_width": 2}, "beam_width"), ({"top_p_bound": 0.5}, "top_p_bound"), ({"temperature": 0}, "temperature"), ({"prompts": []}, "prompts"),
-        ({"prompts": [""]}, "prompts"), ({"tokens_to_generate": 0}, "tokens_to_generate"), ({"images": [["data:x"]]}, "images[0]"), ({"random_seed": -1}, "random_seed"),
-    ):  # fmt: skip
+        ({"max_len": 5}, "max_len"),
+        ({"beam_width": 2}, "beam_width"),
+        ({"top_p_bound": 0.5}, "top_p_bound"),
+        ({"temperature": 0}, "temperature"),
+        ({"prompts": []}, "prompts"),
+        ({"prompts": [""]}, "prompts"),
+        ({"tokens_to_generate": 0}, "tokens_to_generate"),
+        ({"images": [["data:x"]]}, "images[0]"),
+        ({"random_seed": -1}, "random_seed"),
+    ):
         refused = http.put("/api", json={"prompts": ["a"]} | change)
         assert refused.status_code == 400 and refused.json()["error"]["param"] == param, (
             change,

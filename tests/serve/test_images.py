@@ -1,4 +1,4 @@
-"""Images in requests: which are read, as training reads them, and which are refused; and fetching from elsewhere."""
+"""Images in requests: accepted ones equal training's decoding, others are rejected; fetching of URLs."""
 
 from __future__ import annotations
 
@@ -58,10 +58,23 @@ def deep() -> bytes:
 
 
 READ = {
-    **{f"{form} {mode}": saved(mode, form) for form, mode in [("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "L"), ("JPEG", "CMYK")]},
+    **{
+        f"{form} {mode}": saved(mode, form)
+        for form, mode in [
+            ("PNG", "RGB"),
+            ("PNG", "RGBA"),
+            ("PNG", "LA"),
+            ("PNG", "P"),
+            ("PNG", "1"),
+            ("JPEG", "L"),
+            ("JPEG", "CMYK"),
+        ]
+    },
     **{form: saved("RGB", form) for form in ("WEBP", "GIF", "BMP")},
-    "animated GIF": animation(), "turned by EXIF": turned(), "16 bit": deep(),
-}  # fmt: skip
+    "animated GIF": animation(),
+    "turned by EXIF": turned(),
+    "16 bit": deep(),
+}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -170,7 +183,7 @@ def test_public_addresses() -> None:
 
 
 class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """A server on the internet, for the tests."""
+    """A web server for the fetch tests."""
 
     def do_GET(self) -> None:
         data = picture()
@@ -202,7 +215,7 @@ def elsewhere() -> Iterator[int]:
 
 
 class Names:
-    """A resolver that says what it is told, and counts."""
+    """A resolver with fixed answers that counts its calls."""
 
     def __init__(self, *answers: list[str]) -> None:
         self.answers, self.asked = list(answers), []
@@ -223,7 +236,7 @@ def fetch(
 
 
 def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
-    names = Names(["127.0.0.1"])  # a second question would raise
+    names = Names(["127.0.0.1"])  # a second resolution would raise
     fetcher = ImageFetcher(
         domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=names
     )

@@ -1,4 +1,4 @@
-"""tools/serve.py with a real model behind it: an export, at one rank and at two; what it answers, how it ends, and what it refuses."""
+"""tools/serve.py with an exported model at one and two ranks: answers, shutdown, rejections."""
 
 from __future__ import annotations
 

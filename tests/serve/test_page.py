@@ -264,8 +264,10 @@ def test_paste_drop_and_copy(open_page: Callable[..., Page], host: Running) -> N
       const data = new DataTransfer();
       data.items.add(new File([blob], `${kind}.png`, { type: 'image/png' }));
       const target = document.querySelector('#text');
-      if (kind === 'paste') target.dispatchEvent(new ClipboardEvent('paste', { clipboardData: data, bubbles: true, cancelable: true }));
-      else for (const step of ['dragenter', 'dragover', 'drop']) target.dispatchEvent(new DragEvent(step, { dataTransfer: data, bubbles: true, cancelable: true }));
+      if (kind === 'paste')
+        target.dispatchEvent(new ClipboardEvent('paste', { clipboardData: data, bubbles: true, cancelable: true }));
+      else for (const step of ['dragenter', 'dragover', 'drop'])
+        target.dispatchEvent(new DragEvent(step, { dataTransfer: data, bubbles: true, cancelable: true }));
     }"""
     for kind in ("paste", "drop"):
         page.evaluate(transfer, kind)

@@ -1,4 +1,4 @@
-"""The page's captioner in a real browser; and screenshots of all of it, in both themes, which go to tests/artifacts/page/."""
+"""The page's captioner in a browser, and screenshots in both themes under tests/artifacts/page/."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def test_screenshots_without_horizontal_scroll(
 
     def shoot(name: str) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        wide = "[...document.querySelectorAll('main:not([hidden]) *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.unseen'))"
+        wide = (
+            "[...document.querySelectorAll('main:not([hidden]) *')]"
+            ".filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.unseen'))"
+        )
         assert page.evaluate(f"{wide}.map((e) => e.outerHTML.slice(0, 120))") == []
         page.screenshot(path=SHOTS / f"{name}-{theme}-{width}.png")
 
