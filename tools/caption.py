@@ -88,7 +88,9 @@ def run(arguments: argparse.Namespace, world: World):
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    official = parser.add_argument_group("as the published tool (where the meaning differs, it is said)")
+    official = parser.add_argument_group(
+        "options of the published tool (differences are noted; published: its default)"
+    )
     official.add_argument(
         "--images-file",
         type=Path,
@@ -105,13 +107,13 @@ def parse() -> argparse.Namespace:
         "--batch-size",
         type=positive,
         default=16,
-        help="images at the same time; one that ends makes room (16; there 4)",
+        help="concurrent images, with continuous batching (16; published: 4)",
     )
     official.add_argument(
         "--num_gpus",
         type=positive,
         default=1,
-        help="processes that one model is spread over, by tensor (1; there by layers)",
+        help="tensor-parallel processes of one model (1; published: split by layers)",
     )
     more = parser.add_argument_group("input")
     more.add_argument(
@@ -120,7 +122,7 @@ def parse() -> argparse.Namespace:
         default=(),
         help="folders, quoted globs, WebDataset tars, files; after those of --images-file",
     )
-    more.add_argument("--images-root", type=Path, default=Path(), help="what all paths are relative to (.)")
+    more.add_argument("--images-root", type=Path, default=Path(), help="root of all relative paths (.)")
     out = parser.add_argument_group("further output")
     out.add_argument("--jsonl", type=Path, help="all rows: id, path, caption, tokens, finish_reason, error")
     out.add_argument(
@@ -132,15 +134,15 @@ def parse() -> argparse.Namespace:
         help="directory of WebDataset shards with images and records; earlier shards in it are replaced",
     )
     out.add_argument("--samples-per-shard", type=positive, default=10_000)
-    out.add_argument("--restart", action="store_true", help="forget what an earlier start has captioned")
-    out.add_argument("--retry-errors", action="store_true", help="try images again that became errors")
+    out.add_argument("--restart", action="store_true", help="discard the captions of earlier runs")
+    out.add_argument("--retry-errors", action="store_true", help="retry images that failed")
     add_generation(parser.add_argument_group("generation"))
     endpoint = parser.add_argument_group(f"endpoint (key: from {KEY}, if set)")
     endpoint.add_argument("--endpoint", help="an OpenAI-compatible server's URL, up to and with /v1")
     endpoint.add_argument("--endpoint-model", help="the model's name there")
-    endpoint.add_argument("--concurrency", type=positive, help="requests at the same time (--batch-size)")
-    endpoint.add_argument("--retries", type=natural, default=5, help="further tries of an image (5)")
-    endpoint.add_argument("--timeout", type=above_zero, default=300.0, help="seconds for one answer (300)")
+    endpoint.add_argument("--concurrency", type=positive, help="concurrent requests (--batch-size)")
+    endpoint.add_argument("--retries", type=natural, default=5, help="retries per image (5)")
+    endpoint.add_argument("--timeout", type=above_zero, default=300.0, help="seconds per response (300)")
     return parser.parse_args()
 
 
@@ -149,14 +151,20 @@ def add_generation(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument("--prompt", default=INSTRUCTION, help=f"({INSTRUCTION})")
     group.add_argument("--max-new-tokens", type=positive, default=500, help="(500)")
-    group.add_argument("--temperature", type=at_least_zero, default=0.0, help="0: greedy (0; there beam sampling at 1)")
+    group.add_argument("--temperature", type=at_least_zero, default=0.0, help="0: greedy (0; published: 1)")
     group.add_argument("--top-p", type=above_zero, default=1.0, help="nucleus, when sampling (1)")
-    group.add_argument("--repetition-penalty", type=above_zero, default=1.0, help="(1; there 1.5)")
+    group.add_argument("--repetition-penalty", type=above_zero, default=1.0, help="(1; published: 1.5)")
     group.add_argument(
-        "--num-beams", type=positive, default=1, help="beam search, or with a temperature beam sampling (1; there 3)"
+        "--num-beams",
+        type=positive,
+        default=1,
+        help="beam search, or with a temperature beam sampling (1; published: 3)",
     )
     group.add_argument(
-        "--seed", type=int, default=0, help="of sampling; each image has its own noise from it, in whatever company (0)"
+        "--seed",
+        type=int,
+        default=0,
+        help="sampling seed; each image's noise depends only on it and the image's id (0)",
     )
     group.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
     group.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")

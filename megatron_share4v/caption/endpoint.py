@@ -27,7 +27,7 @@ def caption_with_endpoint(
     """Caption `job` with a server: see run_job. Raises ConfigError, DataError."""
     if world.size > 1:
         raise ConfigError(
-            f"--endpoint is asked by one process, and torchrun started {world.size}; start without it, and raise "
+            f"--endpoint runs in one process, and torchrun started {world.size}; start without it, and raise "
             "--concurrency"
         )
     return run_job(
@@ -47,7 +47,7 @@ class EndpointCaptioner:
                 f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with "
                 "--model-name"
             )
-        self._endpoint, self._settings, self._chat = endpoint, settings, ChatClient(endpoint, sleep=sleep)
+        self._endpoint, self._settings, self._client = endpoint, settings, ChatClient(endpoint, sleep=sleep)
 
     def __call__(self, pictures: Iterator[ImageEntry]) -> Iterator[list[CaptionRow]]:
         """Caption images.
@@ -57,53 +57,53 @@ class EndpointCaptioner:
         """
         most = max(LEAST_FAILURES, 2 * self._endpoint.concurrency)
         held: list[CaptionRow] = []  # failures that may be the endpoint's fault; a success shows that it works
-        lives = False
+        works = False
         pool = ThreadPoolExecutor(self._endpoint.concurrency)
-        going = {pool.submit(self._row, picture) for picture in islice(pictures, self._endpoint.concurrency)}
+        running = {pool.submit(self._caption, picture) for picture in islice(pictures, self._endpoint.concurrency)}
         try:
-            while going:
-                finished, going = wait(going, return_when=FIRST_COMPLETED)
-                going |= {pool.submit(self._row, picture) for picture in islice(pictures, len(finished))}
-                rows, failures = self._sorted(finished)
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(self._caption, picture) for picture in islice(pictures, len(finished))}
+                rows, failures = self._split_finished(finished)
                 held += failures
                 if any(row.error is None for row in rows):
-                    rows, held, lives = rows + held, [], True
-                if len(held) >= most or (held and not going and not lives):
+                    rows, held, works = rows + held, [], True
+                if len(held) >= most or (held and not running and not works):
                     raise ConfigError(
                         f"endpoint {self._endpoint.url}: the last {len(held)} images got no caption "
-                        f"({held[-1].error}); see to it, and start "
-                        "the same command again: what was captioned is kept"
+                        f"({held[-1].error}); fix it and run the same "
+                        "command again: finished captions are kept"
                     )
                 if rows:
                     yield rows
         finally:
-            self._chat.stop()  # do not wait for retry pauses and pending answers when the job ends early
+            self._client.stop()  # do not wait for retry pauses and pending answers when the job ends early
             pool.shutdown(wait=False, cancel_futures=True)
         if held:
             yield held
 
     @staticmethod
-    def _sorted(finished: set[Future]) -> tuple[list[CaptionRow], list[CaptionRow]]:
+    def _split_finished(finished: set[Future]) -> tuple[list[CaptionRow], list[CaptionRow]]:
         """Split finished rows into definitive ones and failures that the endpoint may have caused."""
         results = [future.result() for future in finished]
         return [row for row, is_certain in results if is_certain], [
             row for row, is_certain in results if not is_certain
         ]
 
-    def _row(self, picture: ImageEntry) -> tuple[CaptionRow, bool]:
+    def _caption(self, picture: ImageEntry) -> tuple[CaptionRow, bool]:
         try:
             url = image_to_data_url(picture.read())
         except DataError as error:
             return CaptionRow(picture.id, picture.path, error=str(error)), True
         try:
-            reply = self._chat.ask(self._question(picture, url))
+            reply = self._client.ask(self._request_body(picture, url))
         except DataError as error:
             return CaptionRow(picture.id, picture.path, error=str(error)), False
         return CaptionRow(
             picture.id, picture.path, caption=reply.text.strip(), tokens=reply.tokens, finish_reason=reply.finish_reason
         ), True
 
-    def _question(self, picture: ImageEntry, url: str) -> dict[str, object]:
+    def _request_body(self, picture: ImageEntry, url: str) -> dict[str, object]:
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self._settings.prompt}]
         given = self._settings
         body: dict[str, object] = {"messages": [{"role": "user", "content": content}]}

@@ -53,7 +53,7 @@ class CaptionRow:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSettings:
-    """What a caption depends on besides image and model. temperature 0: greedy. num_beams: see infer/beam_search.py."""
+    """Generation settings of a caption. temperature 0: greedy. num_beams: see infer/beam_search.py."""
 
     prompt: str = INSTRUCTION
     max_new_tokens: int = 500

@@ -109,7 +109,7 @@ class AnswerIndex(Generic[R]):
                         self._note(content["id"], content["error"], offset << _FILE_BITS | number)
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
-                        f"{path}:{count}: is damaged ({error}); remove this line, or begin anew with --restart"
+                        f"{path}:{count}: is damaged ({error}); remove this line, or start over with --restart"
                     ) from error
                 if count == 1:
                     _check_job(path, content.get("job"), job)
@@ -147,7 +147,7 @@ def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
         if before.get(name) != job.get(name)
     ]
     raise DataError(
-        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Go on with those, begin anew with "
+        f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Use those, start over with "
         "--restart, or have "
         "this one write elsewhere"
     )

@@ -45,7 +45,7 @@ class Sequence:
 
     @property
     def kv_range(self) -> KVRange:
-        """Its KV cache rows, set when it is admitted."""
+        """KV cache rows, assigned on admission."""
         assert self._kv_range is not None, f"request {self.id!r} is not running"
         return self._kv_range
 

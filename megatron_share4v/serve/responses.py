@@ -75,8 +75,12 @@ class ResponseBuilder:
         """Chunk choices of one delta: text, then the finish reason in a chunk of its own. Empty without new content."""
         tokens = (*delta.prompt, *delta.tokens)
         if not self.chat:
-            says = delta.text or delta.finish_reason or (self.wants_logprobs and tokens)
-            return [self.choice(delta.index, delta.text, delta.finish_reason, tokens, offset=offset)] if says else []
+            has_content = delta.text or delta.finish_reason or (self.wants_logprobs and tokens)
+            return (
+                [self.choice(delta.index, delta.text, delta.finish_reason, tokens, offset=offset)]
+                if has_content
+                else []
+            )
         logprobs = self._logprobs(tokens, offset) if self.wants_logprobs and tokens else None
         parts = []
         if delta.text or logprobs:

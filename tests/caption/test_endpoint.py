@@ -151,7 +151,7 @@ def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(
     down = [False]
     with serving(lambda request, number: broken if down[0] else caption_of(request)) as (url, _):
         down[0] = True
-        with pytest.raises(ConfigError, match="got no caption.*what was captioned is kept"):
+        with pytest.raises(ConfigError, match="got no caption.*finished captions are kept"):
             job(url)
         assert not (tmp_path / "out.json").exists()
         down[0] = False
