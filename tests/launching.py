@@ -1,4 +1,4 @@
-"""tools/train.py as a user starts it: under torchrun with several ranks, alone with one; and the same in short, forked. For tests/train."""
+"""Launchers of tools/train.py for tests: under torchrun, as one process, or forked without torchrun."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAIN = ("tools/train.py",)
 def start(
     config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None
 ) -> subprocess.Popen:
-    """Its standard output holds what all ranks say, errors too. `path`: another PATH, to hide compilers."""
+    """Start a run; standard output holds the output and errors of all ranks. `path`: another PATH, to hide compilers."""
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         if ranks > 1
@@ -38,25 +38,25 @@ def start(
 
 
 def fork(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> Tool:
-    """As `start`, but by forked_tools.py, without torchrun: for what is not about the start."""
+    """Start a run by forked_tools.py without torchrun, for tests that are not about the launcher."""
     return Tool(
         *script, config, *overrides, ranks=ranks, environment={} if path is None else {"PATH": path}, merged=True
     )
 
 
 def killed_after(step: int) -> tuple[str, ...]:
-    """The script of a run whose ranks all end by SIGKILL when `step` steps are made."""
+    """Return the command prefix of a run whose ranks get SIGKILL after `step` steps."""
     return "tests/train/killed_after.py", str(step)
 
 
 def finish(process: subprocess.Popen | Tool) -> str:
-    """What it said. It must end well."""
+    """Wait for the process, require exit code 0, and return its output."""
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     return output
 
 
 def lines(path: Path) -> list[dict]:
-    """The whole lines of a JSONL file that a run may be writing; none where it is not there yet."""
+    """Read the complete lines of a JSONL file that a run may be writing; [] when it does not exist yet."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""A run in small: the tiny model at some layout, trained, saved and loaded. For tests/checkpoint, whose worlds import it by this name."""
+"""Small run for tests: the tiny model at some layout, trained, saved and loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINABLE = {"half_tower": {"vision_from_block": 1}, "projector": {"language": F
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How the tiny model is trained."""
+    """Training settings of the tiny model."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -40,7 +40,7 @@ class Setting:
 
 
 class Run:
-    """Fresh model and optimizer on a mesh."""
+    """A new model and optimizer on a mesh."""
 
     def __init__(self, mesh, setting: Setting, *, seed: int) -> None:
         from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
@@ -72,7 +72,7 @@ class Run:
         self.optimizer = build_optimizer(self.chunks, optim, parallel=parallel, dtype=dtype)
 
     def train(self, first: int, last: int) -> list[tuple[float, float]]:
-        """Loss and gradient norm of the steps first .. last - 1."""
+        """Train the steps with 0-based index first to last - 1; return loss and gradient norm of each."""
         from megatron_share4v.train.data_feed import StepData
         from megatron_share4v.train.step import StepSettings, train_step
 
@@ -86,7 +86,7 @@ class Run:
         return results
 
     def save(self, directory: Path, step: int) -> Path:
-        """A checkpoint of this run, with its optimizer."""
+        """Save a checkpoint with optimizer state and return its path."""
         from megatron_share4v.checkpoint.store import CheckpointContents, RunState, save_checkpoint
 
         state = RunState(step=step, consumed_samples=step * GLOBAL_BATCH, plan_fingerprint="plan")
@@ -96,18 +96,18 @@ class Run:
         return save_checkpoint(directory, contents)
 
     def load(self, path: Path, **options):
-        """Go on from `path`."""
+        """Load the checkpoint at `path`."""
         from megatron_share4v.checkpoint.store import load_checkpoint
 
         return load_checkpoint(path, chunks=self.chunks, optimizer=self.optimizer, **options)
 
     def weights(self) -> list[torch.Tensor]:
-        """Copies of this rank's weights."""
+        """Return copies of the weights on this rank."""
         return [parameter.detach().clone() for chunk in self.bare for parameter in chunk.parameters()]
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All global tensors of a checkpoint, weights and optimizer state, read in this process."""
+    """Read all global tensors of a checkpoint, weights and optimizer state, in this process."""
     from torch.distributed import checkpoint as torch_checkpoint
 
     reader = torch_checkpoint.FileSystemReader(checkpoint)

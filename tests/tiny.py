@@ -1,4 +1,4 @@
-"""A tiny model and synthetic global batches, the same for every layout: what the distributed tests train."""
+"""Tiny model and synthetic global batches for the distributed tests, equal at every layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GLOBAL_BATCH, MICRO_BATCH, LENGTH, PATCHES = 16, 2, 24, 4
 
 
 def tiny_model(**trainable) -> ModelConfig:
-    """8 decoder layers (pipeline 4 x virtual 2), grouped queries, a vocabulary that needs padding, half-frozen tower by default."""
+    """Return a model of 8 decoder layers (PP 4 x VPP 2) with GQA, a padded vocabulary and a half-frozen tower."""
     return ModelConfig(
         vision=VisionConfig(
             image_size=16, patch_size=8, hidden_size=32, intermediate_size=64, num_layers=3, num_attention_heads=4
@@ -32,7 +32,7 @@ def tiny_model(**trainable) -> ModelConfig:
 
 
 def micro_batches(step: int) -> list[Batch]:
-    """All micro-batches of one global batch: with two images, with one, with none (the last of the step too), one without any label."""
+    """Build all micro-batches of a global batch: with two, one and no images (the last too), one without labels."""
     generator = torch.Generator().manual_seed(step)
     result = []
     for number in range(GLOBAL_BATCH // MICRO_BATCH):
@@ -57,7 +57,7 @@ def micro_batches(step: int) -> list[Batch]:
 
 
 def step_items(step: int) -> GlobalBatch:
-    """What a plan would say of the same step."""
+    """Return the sampler's record of the same step."""
     batches = micro_batches(step)
     return GlobalBatch(
         step=step,

@@ -1,12 +1,12 @@
-"""Does FP8 learn as BF16 does? The quickstart's stage 1, its model scaled up, from the same weights on the same samples: BF16 against every FP8 recipe
-that this machine has, through the trainer as a user starts it.
+"""Benchmark of FP8 convergence: quickstart stage 1 with a larger model, BF16 against every available FP8 recipe.
 
     python tools/bench_fp8.py [--out DIR] [--steps N] [--variants NAME ...] [--set KEY=VALUE ...]
 
-What decides is the largest relative gap between means of WINDOW losses in a row: one step's loss moves by its rounding alone, as "bf16, halves" shows
-(the same batches in micro-batches of half the size: another order of the same sums). Single steps' gaps are in the file too. Writes fp8.json, fp8.png
-and the run directories to DIR. Exit code 1 when a recipe is above the bound, 2 when none could be tried. Runs on the CPU at small sizes, with the same
-FP8 numbers.
+All variants start from the same weights on the same samples. The criterion is the largest relative gap between means of
+WINDOW consecutive losses, since a single loss moves by rounding alone, as "bf16, halves" shows (the same batches in
+micro-batches of half the size). Writes fp8.json, which also has the gaps of single steps, fp8.png and the run
+directories to DIR. Exit code 1 when a recipe is above the bound, 2 when none could be tried. Runs on the CPU at small
+sizes, with the same FP8 numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCALED = (
     "model.vision.intermediate_size=1536", "model.vision.num_layers=8", "model.vision.num_attention_heads=8", "model.init_std=0.03",
     "optim.learning_rate=3e-4", "train.global_batch_size=96", "train.micro_batch_size=48",
 )  # fmt: skip
-"""Of the quickstart's: about 230 million weights instead of 1.4, and a rate and first weights that such widths bear."""
+"""Overrides of the quickstart: about 230 million weights instead of 1.4, with a matching rate and initialisation."""
 ENGINE = "transformer_engine=language"
 TRUTH, HALVES = "bf16", "bf16, halves"
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -46,7 +46,7 @@ USER_MISTAKE = 2
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of a run by step, or the trainer's own word on why this machine does not have it."""
+    """Losses of a run by step, or the error message when this machine does not support the recipe."""
 
     variant: str
     losses: tuple[float, ...] = ()
@@ -55,20 +55,20 @@ class Curve:
 
 @dataclass(frozen=True)
 class Gap:
-    """Relative, from BF16's losses."""
+    """Relative gap from the BF16 losses."""
 
     window: float
-    """Largest, of means over the window."""
+    """Largest gap of means over the window."""
     at_step: int
-    """Where that window ends, from 1."""
+    """1-based step at which that window ends."""
     step: float
-    """Largest of single steps."""
+    """Largest gap of single steps."""
     last: float
-    """Of the last window."""
+    """Gap of the last window."""
 
 
 def gap(losses: Sequence[float], truth: Sequence[float], *, window: int) -> Gap:
-    """Of equally many losses, at least as many as the window."""
+    """Compute the gap of two equally long loss curves of at least `window` steps."""
     mine, theirs = means(losses, window), means(truth, window)
     away = [abs(a - b) / b for a, b in zip(mine, theirs, strict=True)]
     largest = max(range(len(away)), key=away.__getitem__)
@@ -78,12 +78,12 @@ def gap(losses: Sequence[float], truth: Sequence[float], *, window: int) -> Gap:
 
 
 def means(losses: Sequence[float], window: int) -> list[float]:
-    """Of each `window` losses in a row."""
+    """Return the means of each `window` consecutive losses."""
     return [sum(losses[end - window : end]) / window for end in range(window, len(losses) + 1)]
 
 
 def train(variant: str, arguments: argparse.Namespace) -> Curve:
-    """One run of tools/train.py, from its first step. Raises TrainingError when it breaks off."""
+    """Run tools/train.py from its first step. Raises TrainingError when it fails."""
     out, data = Path(arguments.out), Path(arguments.out) / "quickstart"
     directory = out / variant.replace(", ", "_").replace(" ", "_")
     overrides = [
@@ -114,7 +114,7 @@ def train(variant: str, arguments: argparse.Namespace) -> Curve:
 
 
 def compare(arguments: argparse.Namespace) -> dict:
-    """All runs, one after the other, and the record that is written."""
+    """Run all variants one after the other, write the results, and return them."""
     out = Path(arguments.out)
     scenes = [] if arguments.scenes is None else ["--train-scenes", str(arguments.scenes), "--held-out-scenes", "64"]
     subprocess.run(

@@ -1,10 +1,11 @@
-"""Training steps of ShareGPT4V's shape on one GPU: both stages in packs, BF16 and FP8, by our layers and by Transformer Engine, beside transformers.
+"""Benchmark of ShareGPT4V training steps on one GPU against transformers: both stages, packed, BF16 and FP8.
 
     python tools/bench_gpu.py [--out DIR] [--steps N] [--variants bf16 fp8 ...] [--pretrain YAML --finetune YAML]
 
-Each variant is a process of its own, so that none finds another's memory. Where all layers do not fit, fewer are taken, by halves, and the table says so.
-Model FLOPs count real positions, images and frozen parts (model/flops.py); MFU is against the matrix products that this GPU was seen to do. Writes
-training.json and training.md to DIR, and the trace of one step per variant. Runs on the CPU at small sizes, to be tested there.
+FP8 runs by our layers and by Transformer Engine. Each variant runs in its own process, so memory is not shared. Where
+all layers do not fit, their number is halved until they do, and the table states it. Model FLOPs count real positions,
+images and frozen parts (model/flops.py); MFU is relative to the measured matrix products of this GPU. Writes
+training.json, training.md and a trace of one step per variant to DIR. Runs on the CPU at small sizes for tests.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSyn
 
 @dataclass(frozen=True)
 class Job:
-    """One process."""
+    """One variant, measured in its own process."""
 
     stage: str
     variant: str
@@ -78,14 +79,14 @@ class Job:
 
 
 def sizes(job: Job, config: RunConfig) -> tuple[list[int], int, int]:
-    """(positions of each sample of a pack, text positions, trained ones of them)."""
+    """Return (positions of each sample of a pack, text positions, trained text positions)."""
     patches, length = config.model.vision.num_patches, config.data.pack_length
     text = max(2, min(job.text or TEXT[job.stage][0], length - patches))
     return [patches + text] * (length // (patches + text)), text, max(1, int(TEXT[job.stage][1] * (text - 1)))
 
 
 def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[list[Batch], GlobalBatch]:
-    """The micro-batches of a step, one pack each: BOS, an image, then random text whose last part is trained."""
+    """Build the micro-batches of a step, one pack each: BOS, an image, random text whose last part is trained."""
     generator = torch.Generator().manual_seed(0)
     vision, length = config.model.vision, config.data.pack_length
     samples, _text, trained = sizes(job, config)
@@ -119,7 +120,7 @@ def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[
 
 
 def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], bool]:
-    """(one step that returns its loss, whether head and loss are fused)."""
+    """Return (function that trains one step and returns its loss, whether head and loss are fused)."""
     dtype = DTYPES[config.precision.dtype]
     check_precision(config, mesh=mesh)
     attention = select_attention_backend(config.attention, mesh=mesh, packed=True, dtype=dtype)
@@ -148,7 +149,7 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
 
 
 def theirs(job: Job, config: RunConfig, device: torch.device) -> Callable[[], float]:
-    """The same samples, one per row and so without padding, with transformers' LLaVA (SDPA) and torch's fused AdamW, everything in one type."""
+    """Return the same step with transformers' LLaVA (SDPA) and torch's fused AdamW, one sample per row, in one dtype."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision, language, dtype = config.model.vision, config.model.language, DTYPES[config.precision.dtype]
@@ -239,7 +240,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def traced(step: Callable[[], float], path: Path, *, device: Device) -> int | None:
-    """One more step with torch's profiler, its trace at `path`; how often the host waited for the GPU in it, None on the CPU."""
+    """Profile one more step, write its trace to `path`, and return its number of host syncs; None on the CPU."""
     if device.kind == "cpu":
         return None
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -251,7 +252,7 @@ def traced(step: Callable[[], float], path: Path, *, device: Device) -> int | No
 
 
 def peaks(size: int) -> dict[str, float]:
-    """TFLOP/s of square matrix products: what MFU is measured against."""
+    """Measure TFLOP/s of square matrix products, the reference of the MFU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     products: dict[str, Callable[[], torch.Tensor]] = {"bf16": lambda: left @ right}
@@ -279,7 +280,7 @@ def peaks(size: int) -> dict[str, float]:
 
 
 def attempt(job: Job, layers: int) -> dict[str, Any]:
-    """In a process of its own, with fewer layers until they fit."""
+    """Run a job in its own process, with fewer layers until they fit."""
     while True:
         overrides = [*job.overrides, f"model.language.num_layers={layers}"]
         text = json.dumps(asdict(job) | {"overrides": overrides})
@@ -292,7 +293,7 @@ def attempt(job: Job, layers: int) -> dict[str, Any]:
 
 
 def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every job, and the peaks first."""
+    """Measure the peaks, then run every job."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     fixed = [
@@ -338,7 +339,7 @@ def run_all(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown for docs/measurements/."""
+    """Format the results as Markdown for docs/measurements/."""
     peak = result["peaks"]["bf16"]
     lines = [
         f"{result['device']}, torch {result['torch']}; measured peak of products: "

@@ -1,8 +1,8 @@
-"""The part of tools/bench_data.py that measures packing against padding: useful tokens per second of real training steps of a tiny model.
+"""Benchmark of packing against padding for tools/bench_data.py: useful tokens per second of a tiny model.
 
-All sides train samples of the same synthetic data set, turn by turn, within the same number of positions per micro-batch, hence the same memory.
-Padding takes samples in random order, or grouped by length as the recipes do, and pads a step to its longest sample. All lengths are a ninth of real ones,
-so an image takes 64 positions instead of 576: the tiny model's attention would otherwise cost more than everything else.
+All variants train samples of one synthetic data set, interleaved, with the same number of positions per micro-batch and
+so the same memory. Padding takes samples in random order or grouped by length and pads a step to its longest sample.
+All lengths are a ninth of real ones (an image takes 64 positions, not 576), or attention would dominate the tiny model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ MODEL = ModelConfig(
 
 
 class Side:
-    """One way to fill micro-batches: a plan, a model of its own, and what was measured."""
+    """One way to fill micro-batches, with its sampler, model and measurements."""
 
     def __init__(
         self, index: Index, mesh: Mesh, *, order: str, size: int, micro_batches: int, packing: Packing | None
@@ -75,7 +75,7 @@ class Side:
         self.seconds, self.tokens, self.positions, self.most = 0.0, 0, 0, 0
 
     def step(self, step: int) -> None:
-        """Train one step and count it; the first one, which makes buffers, is not counted."""
+        """Train one step and count it, except the first, which allocates buffers."""
         items = self.plan.global_batch(step)
         batches = [
             _batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)
@@ -91,7 +91,7 @@ class Side:
             self.positions += items.sequences * items.sequence_length
 
     def report(self) -> dict[str, float]:
-        """Useful tokens per second of one core, share of positions that are useful, most positions of a micro-batch."""
+        """Return useful tokens/s of one core, share of useful positions, and most positions of a micro-batch."""
         return {
             "tokens_per_s": self.tokens / self.seconds,
             "useful": self.tokens / self.positions,
@@ -100,7 +100,7 @@ class Side:
 
 
 def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[str, float]]:
-    """What each side reports, and the ratio of packed to padded tokens per second; prints a line for each."""
+    """Measure each variant, print a line for each, and return the reports and the ratio of packed to padded tokens/s."""
     torch.set_num_threads(1)  # then its own processor time is what a step costs, whatever else the machine does
     with tempfile.TemporaryDirectory(prefix="bench-packing-") as name, _one_rank() as mesh:
         write_synthetic_index(Path(name) / "data", samples=SAMPLES, seed=0, scale=SCALE)
@@ -138,7 +138,7 @@ def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[s
 
 
 def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
-    """Random tokens of the lengths that the index states."""
+    """Build a batch of random tokens with the lengths of the index."""
     generator = torch.Generator().manual_seed(micro_batch.rows[0])
     side, examples = MODEL.vision.image_size, []
     for row in micro_batch.rows:

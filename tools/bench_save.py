@@ -1,8 +1,7 @@
-"""How much a save costs training: the tiny model with a large vocabulary, so that its state is large, saved while training waits and in the background.
+"""Benchmark of checkpoint saves, blocking and in the background, on a tiny model with a large vocabulary.
 
-Prints for both ways how long training waits for each save, and the median time of steps of which more than half passes beside a save against those
-between saves. Give it at least
-two cores: one for training, one for what is written.
+Prints for both how long training waits per save, and the median time of steps that overlap a save by more than half
+against steps between saves. Needs at least two cores, one for training and one for writing.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ HIDDEN = 128
 
 
 class TimedSaver(Saver):
-    """Remembers from when to when it wrote."""
+    """Saver that records when each write started and ended."""
 
     spans: ClassVar[list[tuple[float, float]]] = []
 
@@ -46,7 +45,7 @@ class TimedSaver(Saver):
 
 
 def make_run(root: Path) -> Path:
-    """A data set of the quickstart's kind; the run's YAML file."""
+    """Prepare a small quickstart data set and return the YAML file of the run."""
     write_dataset(root / "scenes", train_scenes=40, held_out_scenes=64, seed=3, image_size=56)
     annotations = root / "scenes" / "finetune.json"
     texts = [turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]]
@@ -62,7 +61,7 @@ def make_run(root: Path) -> Path:
 
 
 def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int, background: bool) -> dict[str, float]:
-    """Seconds, and bytes of a checkpoint."""
+    """Train a run and return durations in seconds and the bytes of a checkpoint."""
     root = config.parent
     directory = root / ("background" if background else "waiting")
     options = {
@@ -79,7 +78,8 @@ def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int,
         )
     )
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][2:]
-    during, between = [], []
+    during: list[float] = []
+    between: list[float] = []
     for line in lines:
         began, ended = line["time"] - line["step_time_s"], line["time"]
         beside = sum(max(0.0, min(last, ended) - max(first, began)) for first, last in TimedSaver.spans) / (

@@ -1,4 +1,4 @@
-"""One training step, ours against transformers' LLaVA with torch's AdamW: same weights' shapes, same batch, one process, interleaved.
+"""Benchmark of one training step against transformers' LLaVA with torch's AdamW: same shapes and batch, interleaved.
 
 Prints the median step time of each and the ratio of tokens per second. Stage-1 work: captions of mixed length, the second half of the tower,
 the projector and the language model train. Needs transformers (extra [dev]).
@@ -47,7 +47,7 @@ MODEL = ModelConfig(
 
 
 def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
-    """A micro-batch of captions of 40 to 120 tokens, and its labels [B, S] in transformers' form."""
+    """Build a micro-batch of captions of 40 to 120 tokens, and its labels [B, S] in transformers' form."""
     generator = torch.Generator().manual_seed(seed)
     slots = MODEL.vision.num_patches
     lengths = torch.randint(40, 121, (samples,), generator=generator).tolist()
@@ -72,7 +72,7 @@ def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
 
 
 def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
-    """A function that makes one step and returns its loss."""
+    """Return a function that trains one step and returns its loss."""
     from megatron_share4v.data.sampling.sampler import GlobalBatch
 
     parallel = ParallelConfig(distributed_optimizer=False)
@@ -97,7 +97,7 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
 
 
 def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
-    """The same with transformers and torch.optim.AdamW."""
+    """Return the same step with transformers and torch.optim.AdamW."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision, language = MODEL.vision, MODEL.language

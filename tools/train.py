@@ -1,4 +1,4 @@
-"""Train: torchrun --nproc-per-node N tools/train.py CONFIG.yaml [dotted.key=value ...]; without torchrun, one process."""
+"""Trains a run: torchrun --nproc-per-node N tools/train.py CONFIG.yaml [dotted.key=value ...], or one process without torchrun."""
 
 from __future__ import annotations
 

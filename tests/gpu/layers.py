@@ -1,6 +1,6 @@
-"""What the layers of this machine's GPU compute, against their plain forms: attention kernels on packs, FP8 by ours and by Transformer Engine,
-recomputation, averages of the optimizer on the host; and that forward and backward passes never make the host wait. One line per check; exit code 1
-when one fails. On the CPU, the checks that need no GPU.
+"""GPU checks of layers against their plain forms: attention kernels on packs, FP8 by our layers and by Transformer
+Engine, recomputation, optimizer moments on the host, and no host sync in forward and backward. Prints one line per
+check; exit code 1 when one fails. On the CPU, runs the checks that need no GPU.
 
     python tests/gpu/layers.py [--skip NAME]
 """
@@ -62,19 +62,19 @@ FP8 = 5e-2
 
 @dataclass(frozen=True)
 class Found:
-    """Of some updates of the model."""
+    """Losses and gradient norm of some updates of the model."""
 
     losses: tuple[float, ...]
     norm: float
 
     def distance(self, other: Found) -> float:
-        """Largest relative difference."""
+        """Return the largest relative difference."""
         pairs = zip((*self.losses, self.norm), (*other.losses, other.norm))
         return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def batch(device: torch.device) -> Batch:
-    """Two sequences, the first a pack of three samples; an image in each sample of over 100 positions."""
+    """Build two sequences, the first a pack of three samples, with an image in each sample of over 100 positions."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 1000, (2, LENGTH), generator=generator)
     slots = torch.cat([start + torch.arange(1, 1 + PATCHES) for start in (0, 230, LENGTH)])
@@ -95,7 +95,7 @@ def built(
     engine: str = "none",
     optim: dict | None = None,
 ) -> tuple[torch.nn.Module, MegatronOptimizer]:
-    """The model with its gradient buffers, and its optimizer."""
+    """Build the model with its gradient buffers, and its optimizer."""
     parallel = ParallelConfig(distributed_optimizer=False)
     settings = TrainConfig(global_batch_size=1, **(train or {}))
     options = layer_options(
@@ -115,7 +115,7 @@ def built(
 
 
 def updated(mesh: Mesh, **how: object) -> Found:
-    """Losses before the first and after each of two updates, and the first gradient's norm. `how`: as `built` takes it."""
+    """Return losses before and after each of two updates, and the norm of the first gradient; `how` as in `built`."""
     chunk, optimizer = built(mesh, **how)
     data, losses = batch(mesh.device.torch_device), []
     for _ in range(3):
@@ -133,7 +133,7 @@ def updated(mesh: Mesh, **how: object) -> Found:
 
 @contextlib.contextmanager
 def waiting_forbidden(device: Device) -> Iterator[None]:
-    """torch raises where the host would wait for the GPU. On the CPU nothing of this can be seen: tests/train/test_host_syncs.py looks for it there."""
+    """Make torch raise on a host sync inside the block; on the CPU, see tests/train/test_host_syncs.py."""
     if device.kind == "cpu":
         yield
         return
@@ -145,7 +145,7 @@ def waiting_forbidden(device: Device) -> Iterator[None]:
 
 
 def waits(mesh: Mesh) -> str:
-    """Of three micro-batches, the second without images, forward and backward, by each way to compute them; a first time makes tables that are kept."""
+    """Check forward and backward of three micro-batches for host syncs, per variant, after one warm-up."""
     variants: dict[str, dict] = {
         "packed": {},
         "recomputed": {"train": {"recompute": "full", "recompute_tower": "full"}},
@@ -175,7 +175,7 @@ def waits(mesh: Mesh) -> str:
 
 
 def kernels(mesh: Mesh) -> str:
-    """Values and gradients of each attention kernel on packs, against the plain one in fp32."""
+    """Compare values and gradients of each attention kernel on packs with plain attention in fp32."""
     device, said = mesh.device.torch_device, []
     generator = torch.Generator().manual_seed(3)
     drawn = [torch.randn(LENGTH, 2, heads, 64, generator=generator).to(device) for heads in (4, 2, 2)]
@@ -206,7 +206,7 @@ def kernels(mesh: Mesh) -> str:
 
 
 def engine(mesh: Mesh) -> str:
-    """Transformer Engine's layers and attention on packs, bf16 and every recipe of this GPU, against ours in bf16."""
+    """Compare Transformer Engine on packs, in bf16 and every FP8 recipe of this GPU, with our layers in bf16."""
     if te_unavailable_reason():
         return f"not here ({te_unavailable_reason()})"
     plain = updated(mesh)
@@ -223,7 +223,7 @@ def engine(mesh: Mesh) -> str:
 
 
 def own_fp8(mesh: Mesh) -> str:
-    """Our FP8 layers against bf16, all variants."""
+    """Compare all variants of our FP8 layers with bf16."""
     if mesh.device.kind == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
         return "not here (no FP8 products)"
     plain = updated(mesh)
@@ -235,7 +235,7 @@ def own_fp8(mesh: Mesh) -> str:
 
 
 def recomputation(mesh: Mesh) -> str:
-    """Recomputed activations are the kept ones."""
+    """Check that recomputed activations equal stored ones."""
     plain = updated(mesh)
     variants = (
         {"recompute": "full", "recompute_tower": "full"},
@@ -247,7 +247,7 @@ def recomputation(mesh: Mesh) -> str:
 
 
 def optimizer(mesh: Mesh) -> str:
-    """Averages on the host are those on the GPU; in bf16 they are near."""
+    """Check that moments on the host equal those on the GPU, and bf16 moments are near."""
     plain = updated(mesh)
     return f"host {_near(updated(mesh, optim={'offload': True}), plain, 1e-3)}, bf16 {_near(updated(mesh, optim={'moments': 'bf16'}), plain, BF16)}"
 

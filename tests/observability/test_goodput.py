@@ -62,7 +62,7 @@ def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
     first = run_steps(tracker, clock, metrics, range(1, 6), save_after=3)
     assert first[0]["restart_s"] == pytest.approx(107) and first[0]["other_s"] == 0
     assert [line["checkpoint_s"] for line in first] == [0, 0, 0, 5, 0] and first[3]["other_s"] == pytest.approx(2)
-    # Killed: steps 4 and 5 are made again from the checkpoint of step 3, ten minutes later.
+    # Killed: steps 4 and 5 are trained again from the checkpoint of step 3, ten minutes later.
     crash = first[-1]["time"]
     clock.value = crash + 600
     again = GoodputTracker(metrics, device=Device("cpu"), start_step=3, now=clock)

@@ -1,4 +1,4 @@
-"""tools/train.py that dies as by kill -9 on every rank when STEP steps are made: a kill at a chosen place, on a machine of any speed and load.
+"""tools/train.py in which every rank gets SIGKILL after STEP steps, independent of machine speed.
 
 torchrun --nproc-per-node N tests/train/killed_after.py STEP CONFIG.yaml [dotted.key=value ...]
 """

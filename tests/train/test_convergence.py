@@ -1,4 +1,4 @@
-"""The quickstart's first stage in short, with native ops and with their references: the same curve, as near as another order of sums leaves it."""
+"""Convergence of a short quickstart stage 1: native and reference ops give the same curve within summation order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = 32
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart's captions of a few scenes, prepared."""
+    """Prepare the quickstart captions of a few scenes."""
     from examples.quickstart.dataset import write_dataset
     from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def curves(root: Path, config: Path, dtype: str, variants: list[tuple[str, int]]) -> list[list[float]]:
-    """Losses by step for each (ops, micro-batch size), in this process alone."""
+    """Return losses by step for each (ops, micro-batch size), in this process."""
     from megatron_share4v.config.load import load_run
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device

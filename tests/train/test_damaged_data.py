@@ -1,4 +1,4 @@
-"""Shards damaged after preparing, 5 % of the samples in all ways: a run at tensor 2 x pipeline 2 finishes, names them, and equals one rank's."""
+"""Training on shards with 5 % damaged samples: TP 2 x PP 2 finishes, lists them, and equals a run on one rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "data.num_workers=1")
 
 
 def bomb() -> bytes:
-    """A small PNG that says to be 60000 x 60000."""
+    """Return a small PNG whose header claims 60000 x 60000 pixels."""
     content = b""
     for kind, data in (
         (b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)),
@@ -58,7 +58,7 @@ DAMAGE = {
 
 @dataclass(frozen=True)
 class Bench:
-    """root: of all runs; damaged: key -> part of the reason."""
+    """Shared runs below `root`; damaged: sample key -> part of its reason."""
 
     root: Path
     config: Path
@@ -103,7 +103,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
 
 
 def _damage(directory: Path) -> dict[str, str]:
-    """Damage samples of steps 1, 2, 3 and 5; the first image of all among them, which previews would show."""
+    """Damage samples of steps 1, 2, 3 and 5, including the first image, which previews would show."""
     from megatron_share4v.data.store.index import Index, write_index
 
     index = Index.open(directory)

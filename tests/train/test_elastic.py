@@ -1,4 +1,4 @@
-"""A packed, blended run of 60 steps, killed twice at random steps and resumed at other layouts, trains an undisturbed run's samples."""
+"""Elastic resume: a packed, blended run killed twice and resumed at other layouts trains the same samples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STEPS = 60
 
 @dataclass(frozen=True)
 class Bench:
-    """Prepared data sets and a run's YAML file."""
+    """Prepared data sets and the YAML file of a run."""
 
     root: Path
     config: Path
 
 
 def sentence(number: int) -> str:
-    """Some words that depend on `number`."""
+    """Return some words that depend on `number`."""
     words = [
         "red",
         "green",
@@ -55,7 +55,7 @@ def sentence(number: int) -> str:
 
 
 def record(number: int, images: Path, source: str) -> dict:
-    """One round; three in four are about an image."""
+    """Return a conversation of one round; three of four have an image."""
     turns, fields = [sentence(number + 1), sentence(number)], {"id": f"{source}{number}"}
     if number % 4:
         Image.new("RGB", (20, 30), (number, 2 * number, 90)).save(images / f"{source}{number}.png")
@@ -102,7 +102,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
 
 
 def kill_after(step: int, bench: Bench, ranks: int, *overrides: str) -> None:
-    """Start a run and kill it, all its ranks at once, when it has made `step` steps."""
+    """Start a run and kill all its ranks after `step` steps."""
     process = fork(bench.config, ranks, *overrides, script=killed_after(step))
     output, _ = process.communicate(timeout=500)
     assert process.returncode == -signal.SIGKILL, output
@@ -134,7 +134,7 @@ def test_killed_at_context_2_resumed_on_one_rank_and_at_context_2_and_data_2(ben
             assert one[name] == other[name]
     last = lines(undisturbed / "metrics.jsonl")[-1]
     assert last["consumed_samples"] == len(keys) == sum(last["consumed_by_source"].values())
-    # The last pack of each of these small data sets is part empty.
+    # The last pack of each of these small data sets is partly empty.
     assert sum(line["padding_fraction"] for line in lines(undisturbed / "metrics.jsonl")) / STEPS < 0.3
 
 

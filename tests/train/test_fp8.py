@@ -1,4 +1,4 @@
-"""FP8 by our own layers: a tiny model learns as in bf16, tensor parallel too, the guard measures the distance and ends a run that is beyond it."""
+"""FP8 layers: a tiny model learns as in bf16, also with TP, and the divergence check measures and limits the gap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TENSOR = {
 
 @dataclass(frozen=True)
 class Learned:
-    """Losses by step, how many matrices are in FP8, and the guard's relative gaps at the end."""
+    """Losses by step, number of FP8 matrices, and the relative gaps of the divergence check at the end."""
 
     losses: list[float]
     matrices: int
@@ -38,7 +38,7 @@ class Learned:
 
 
 def learn(variants: dict[str, Setting], steps: int) -> dict[str, Learned]:
-    """The same few batches again and again."""
+    """Train each variant on the same few batches."""
     from small_run import Run
     from tiny import MICRO_BATCH, micro_batches, step_items
 
@@ -124,7 +124,7 @@ def test_the_guard_measures_and_refuses(learned: dict[str, Learned]) -> None:
 
 
 def test_two_tensor_ranks(learned: dict[str, Learned]) -> None:
-    """Each rank scales its own part of a weight: not the numbers of one rank, but as near to bf16."""
+    """Train with TP 2, where each rank scales its part of a weight: other numbers, as near to bf16."""
     first, second = run_world(2, learn, TENSOR, 8)
     for name, one in first.items():
         assert one.losses == second[name].losses and one.gaps == second[name].gaps

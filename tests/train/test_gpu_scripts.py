@@ -1,4 +1,4 @@
-"""The scripts that wait for a GPU run, small, where there is none: nothing of theirs is seen there for the first time."""
+"""The GPU scripts run at small sizes on the CPU, so that no code path runs on a GPU for the first time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
 
 
 def test_fp8_is_compared_over_many_steps(repository: Path, tmp_path: Path) -> None:
-    """By our own recipe, with its numbers as they are on a GPU; what this machine does not have is said and fails nothing."""
+    """Compare our own recipe, whose numbers equal those on a GPU; unavailable recipes are reported and do not fail."""
     widths = (
         "language.hidden_size=64",
         "language.intermediate_size=128",
@@ -123,7 +123,7 @@ def test_fp8_is_compared_over_many_steps(repository: Path, tmp_path: Path) -> No
 
 
 def loaded(path: Path) -> ModuleType:
-    """A tool as a module, under a name that dataclasses can find."""
+    """Load a tool as a module, under a name that dataclasses can find."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -135,7 +135,7 @@ def loaded(path: Path) -> ModuleType:
 def test_a_gap_above_one_percent_fails(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: float, code: int
 ) -> None:
-    """However good it is elsewhere; single steps may be further away, which rounding alone brings about."""
+    """Fail a gap of the window above one percent; single steps may exceed it by rounding alone."""
     bench = loaded(repository / "tools" / "bench_fp8.py")
     truth = [6.0 - 0.02 * step for step in range(200)]
     curves = {
@@ -166,7 +166,7 @@ def test_a_gap_above_one_percent_fails(
 
 
 def test_what_is_predicted_is_what_will_be_measured(repository: Path) -> None:
-    """docs/scaling.md has a row for each of ours, by the same settings and texts; the planner has no choice of attention."""
+    """Check that docs/scaling.md has a row with the same settings for each of our variants."""
     from megatron_share4v.planner import scaling
 
     bench = loaded(repository / "tools" / "bench_gpu.py")

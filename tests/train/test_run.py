@@ -1,4 +1,4 @@
-"""tools/train.py: started by torchrun at tensor 2 x pipeline 2; killed and started again, at another layout, and with bad input."""
+"""tools/train.py under torchrun at TP 2 x PP 2: kill and resume, another layout, bad input."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS, EVERY = 10, 5
 
 @dataclass(frozen=True)
 class Bench:
-    """A prepared data set, its tokenizer and a run's YAML file."""
+    """A prepared data set, its tokenizer and the YAML file of a run."""
 
     root: Path
     config: Path
@@ -73,7 +73,7 @@ T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
 
 @pytest.fixture(scope="module")
 def undisturbed(bench: Bench) -> Path:
-    """Ten steps at tensor 2 x pipeline 2."""
+    """Train ten steps at TP 2 x PP 2 without interruption."""
     directory = bench.root / "undisturbed"
     profile = ("log.profile.first_step=3", "log.profile.last_step=4", "log.profile.memory=true")
     output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2, *profile))
@@ -107,7 +107,7 @@ def test_run_directory(undisturbed: Path) -> None:
 
 
 def test_where_the_time_went(undisturbed: Path) -> None:
-    """All seconds of the run are on accounts, communication was seen, and the machine computed more than the mathematics asks for."""
+    """Check that all seconds are accounted, communication is measured, and hardware FLOPs exceed model FLOPs."""
     metrics = lines(undisturbed / "metrics.jsonl")
     for before, line in itertools.pairwise(metrics):
         assert sum(line[name] for name in ACCOUNTS) == pytest.approx(line["time"] - before["time"], abs=1e-3)
@@ -122,7 +122,7 @@ def test_where_the_time_went(undisturbed: Path) -> None:
 
 
 def test_profile_of_some_steps(undisturbed: Path) -> None:
-    """A trace of each rank, with the allocations that were asked for."""
+    """Check the trace of each rank and its allocations."""
     for rank in range(4):
         [trace] = (undisturbed / "profile" / f"rank{rank}").glob("*.json")
         events = json.loads(trace.read_text())["traceEvents"]
@@ -157,7 +157,7 @@ def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, undisturbed:
 
 
 def _weights(bench: Bench, directory: Path) -> dict[str, str]:
-    """sha256 of every tensor file of the last checkpoint."""
+    """Return the SHA-256 of every tensor file of the last checkpoint."""
     import hashlib
 
     checkpoint = directory / "checkpoints" / "step_00000010"
@@ -165,7 +165,7 @@ def _weights(bench: Bench, directory: Path) -> dict[str, str]:
 
 
 def test_another_layout_goes_on_with_the_same_samples(bench: Bench, undisturbed: Path) -> None:
-    """From tensor 2 x pipeline 2 x data 1 to data 2."""
+    """Resume a TP 2 x PP 2 x DP 1 run with DP 2."""
     directory = bench.root / "half"
     assert (directory / "checkpoints" / "step_00000005").exists(), "made by the test before"
     output = finish(fork(bench.config, 2, f"run.directory={directory}"))
@@ -177,7 +177,7 @@ def test_another_layout_goes_on_with_the_same_samples(bench: Bench, undisturbed:
 
 
 def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> None:
-    """What a fresh clone does on a machine that can build nothing; then the same run where it can."""
+    """Train without a compiler, as a fresh clone may, then resume the run with one."""
     directory = bench.root / "uncompiled"
     few = (
         f"run.directory={directory}",
@@ -203,7 +203,7 @@ def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> No
 
 
 def test_fp8_is_watched(bench: Bench) -> None:
-    """A bound that FP8 keeps, and one that it cannot keep."""
+    """Train with a limit that FP8 meets, and with one that it cannot meet."""
     few = (
         "train.preview_every_steps=0",
         "train.validate_every_steps=0",
@@ -287,7 +287,7 @@ def test_bad_data_is_refused(bench: Bench) -> None:
 
 
 def test_corrupt_checkpoint(bench: Bench, undisturbed: Path) -> None:
-    """Named explicitly it is refused; met on a resume it is passed over for the one before, and said so."""
+    """Refuse a damaged checkpoint that is named explicitly; on a resume, warn and use the previous one."""
     directory = bench.root / "corrupt"
     shutil.copytree(undisturbed, directory)
     victim = max((directory / "checkpoints" / "step_00000010").glob("*.distcp"), key=lambda path: path.stat().st_size)

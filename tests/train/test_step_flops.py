@@ -1,4 +1,4 @@
-"""FLOPs of a step against the usual 6 x parameters x tokens, what freezing saves, and what the machine does beyond."""
+"""FLOPs of a step: 6 x parameters x tokens, savings of freezing, and hardware FLOPs beyond the model's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def flops(model: ModelConfig, *, length: int, images: int, trained: int) -> floa
 
 
 def test_language_model_matches_six_n_d() -> None:
-    """Text only, every position trained: 6 x (parameters without embedding) per token, plus causal attention."""
+    """Compare text-only FLOPs with 6 x (parameters without embedding) per token plus causal attention."""
     model = ModelConfig(trainable=TrainableConfig(language=True))
     length, language = 2048, model.language
     matrices = (
@@ -55,7 +55,7 @@ def test_only_labelled_positions_reach_the_head() -> None:
 def of_step(
     *, lengths: tuple[int, ...], longest: int, images: tuple[int, ...], counts: tuple[int, ...] | None = None, overlap: bool = False, padded: tuple[int, ...] | None = None, **recompute,
 ) -> StepFlops:  # fmt: skip
-    """Micro-batches of two sequences."""
+    """Return the FLOPs of a step with micro-batches of two sequences."""
     config = RunConfig(
         run=RunSection(directory="runs/none"), data=DataConfig(train="data", tokenizer="tokenizer.model"), parallel=ParallelConfig(overlap_grad_reduce=overlap),
         train=TrainConfig(global_batch_size=len(counts or lengths), micro_batch_size=2, **recompute),
@@ -96,7 +96,7 @@ def test_a_pack_attends_inside_its_samples_and_its_padding() -> None:
 
 
 def test_overlapped_reduction_sends_a_blank_image_through_the_tower() -> None:
-    """One for each micro-batch without any: the middle one of three here, whose samples are packed two and one to a sequence."""
+    """Count one blank image per micro-batch without images: the middle one of three, whose samples are packed."""
     shape = dict(lengths=(600,) * 7, longest=1300, images=(1, 1, 0, 0, 0, 1, 0), counts=(1, 1, 2, 1, 1, 1))
     plain, overlapped = (of_step(**shape, overlap=overlap) for overlap in (False, True))
     one, two = (of_step(lengths=(600, 600), longest=600, images=images).hardware for images in ((1, 0), (1, 1)))
