@@ -131,11 +131,11 @@ def _records(options: argparse.Namespace, scratch: Path) -> RecordSource:
 
 def _show(options: argparse.Namespace, records: RecordSource, result: AuditResult) -> None:
     policy = ImagePolicy(image_size=options.image_size, aspect_ratio=options.image_aspect_ratio)
-    examine = records.examine
+    validator = records.validator
     for position, item in result.chosen:
         sample = records.sample(item)
         text = format_sample(
-            sample, tokenizer=examine.tokenizer, template=examine.template, max_text_length=examine.max_text_length,
+            sample, tokenizer=validator.tokenizer, template=validator.template, max_text_length=validator.max_text_length,
             tokens_per_image=options.tokens_per_image, colour=sys.stdout.isatty(),
         )  # fmt: skip
         print(text)

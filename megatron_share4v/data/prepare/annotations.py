@@ -1,7 +1,7 @@
-"""Reads annotation files: LLaVA/ShareGPT4V JSON, a list of {"id", "image"?, "conversations": [{"from", "value"}]}.
+"""Streaming reader of LLaVA/ShareGPT4V annotations: a JSON list of {"id", "image"?, "conversations": [...]}.
 
-An entry is what the file holds at one position, unchecked; a record is an entry that has the right form. The two are apart
-so that one bad entry can be named and refused without stopping. Roles' order, placeholders and images are checked by others.
+An Entry is the unchecked element at one position; a Record is an entry of valid form. They are separate so that one bad
+entry can be named and rejected without stopping. Role order, placeholders and images are checked in validate.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from megatron_share4v.errors import DataError
 ROLES = ("human", "gpt")
 TEXT_ONLY = "text-only"
 CHUNK_BYTES = 1 << 20
-MAX_RECORD = 64 << 20
-LONGEST_TOKEN = 16  # characters of a literal, number's tail or escape that the end of a chunk may cut
+MAX_RECORD = 64 << 20  # characters
+REMEDY = "give the path of a LLaVA/ShareGPT4V JSON file"
+LONGEST_TOKEN = 16  # characters of a literal, number or escape that the end of a chunk may cut
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What `file` holds at `position` (counted from 0)."""
+    """Unchecked element of `file` at `position` (from 0)."""
 
     file: str
     position: int
@@ -34,7 +35,7 @@ class Entry:
 
     @property
     def where(self) -> str:
-        """For messages: file, position and, where there is one, the id."""
+        """File, position and, if present, the id, for messages."""
         name = self.content.get("id") if isinstance(self.content, dict) else None
         return f"{self.file}, record {self.position}" + (f" (id {name!r})" if name is not None else "")
 
@@ -49,26 +50,24 @@ class Record:
 
 
 class AnnotationFile:
-    """An annotation file, read record by record: memory does not grow with the file. Iterating again starts anew."""
+    """Annotation file, read record by record in bounded memory. Each iteration starts at the beginning."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError when the file cannot be read."""
+        """Raise DataError when the file cannot be read."""
         self.path = path
         self.bytes_read = 0
         try:
             self.size = path.stat().st_size
         except OSError as error:
-            raise DataError(
-                f"annotations {path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file"
-            ) from error
+            raise DataError(f"annotations {path}: cannot be read ({error.strerror}); {REMEDY}") from error
 
     def __iter__(self) -> Iterator[Entry]:
-        """The entries in order. Raises DataError, at its place, for what is not a JSON list."""
+        """Yield the entries in order. Raises DataError where the file is not a JSON list."""
         for position, content in enumerate(_elements(self)):
             yield Entry(file=self.path.name, position=position, content=content)
 
     def chunks(self) -> Iterator[str]:
-        """The text of the file, piece by piece; `bytes_read` says how far. Raises DataError."""
+        """Yield the text of the file in chunks; `bytes_read` counts what was read. Raises DataError."""
         self.bytes_read = 0
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         try:
@@ -78,18 +77,17 @@ class AnnotationFile:
                     yield decoder.decode(chunk)
                 yield decoder.decode(b"", final=True)
         except OSError as error:
-            raise DataError(
-                f"annotations {self.path}: cannot be read ({error.strerror}); give the path of a LLaVA/ShareGPT4V JSON file"
-            ) from error
+            raise DataError(f"annotations {self.path}: cannot be read ({error.strerror}); {REMEDY}") from error
         except UnicodeDecodeError as error:
             raise DataError(
-                f"annotations {self.path}: not JSON (not UTF-8 before byte {self.bytes_read}: {error}); fetch the file again"
+                f"annotations {self.path}: not JSON (not UTF-8 before byte {self.bytes_read}: {error}); "
+                "download the file again"
             ) from error
 
 
 @dataclass
-class _Window:
-    """The piece of the text that is being parsed."""
+class _TextWindow:
+    """Unparsed part of the text that has been read so far."""
 
     chunks: Iterator[str]
     text: str = ""
@@ -97,28 +95,30 @@ class _Window:
     ended: bool = False
 
     def grow(self, *, least: int = 1) -> None:
-        """Drop what is parsed, and read on by `least` characters or to the end."""
-        pieces = [self.text[self.start :]]
+        """Drop the parsed text, and read at least `least` more characters, or to the end."""
+        parts = [self.text[self.start :]]
         self.start = 0
         while least > 0 and not self.ended:
-            piece = next(self.chunks, None)
-            self.ended = piece is None
-            pieces.append(piece or "")
-            least -= len(pieces[-1])
-        self.text = "".join(pieces)
+            chunk = next(self.chunks, None)
+            self.ended = chunk is None
+            parts.append(chunk or "")
+            least -= len(parts[-1])
+        self.text = "".join(parts)
 
     def skip_space(self) -> str:
-        """Go to the next character that is not white space, and return it; "" at the end."""
+        """Advance to the next character that is not white space, and return it; "" at the end."""
         while True:
-            self.start = _SPACE.match(self.text, self.start).end()
+            match = _SPACE.match(self.text, self.start)
+            assert match is not None  # the pattern matches the empty string
+            self.start = match.end()
             if self.start < len(self.text) or self.ended:
                 return self.text[self.start : self.start + 1]
             self.grow()
 
 
 def _elements(annotations: AnnotationFile) -> Iterator[object]:
-    """The elements of the JSON list that the file holds."""
-    window = _Window(annotations.chunks())
+    """Yield the elements of the JSON list."""
+    window = _TextWindow(annotations.chunks())
     first = window.skip_space()
     if first != "[":
         kind = {"{": "object", '"': "string", "": "document of nothing"}.get(first, "value")
@@ -144,12 +144,13 @@ def _elements(annotations: AnnotationFile) -> Iterator[object]:
         raise _not_json(annotations.path, count, f"{rest!r} after the end of the list")
 
 
-def _element(window: _Window, path: Path, count: int) -> object:
+def _element(window: _TextWindow, path: Path, count: int) -> object:
+    """Parse one element, reading on while it is incomplete."""
     decoder = json.JSONDecoder()
     while True:
         try:
             content, end = decoder.raw_decode(window.text, window.start)
-            # A number may go on behind the end of the chunk; what has a closing mark cannot.
+            # A number may continue in the next chunk; an element with a closing mark cannot.
             if window.ended or isinstance(content, (dict, list, str)) or end + LONGEST_TOKEN < len(window.text):
                 window.start = end
                 return content
@@ -168,18 +169,18 @@ def _element(window: _Window, path: Path, count: int) -> object:
 
 
 def _not_json(path: Path, count: int, what: str) -> DataError:
-    return DataError(f"annotations {path}: not JSON after {count} records ({what}); fetch the file again, or repair it")
+    return DataError(
+        f"annotations {path}: not JSON after {count} records ({what}); download the file again, or repair it"
+    )
 
 
 def parse_record(content: object, *, where: str) -> Record:
-    """Check the form of one record; `where` opens the message of a DataError."""
+    """Validate the form of one record; messages of the DataError start with `where`."""
     if not isinstance(content, dict):
         raise DataError(f"{where}: is a {type(content).__name__}; expected an object with 'conversations'")
     image = content.get("image")
     if "image" in content and not (isinstance(image, str) and image):
-        raise DataError(
-            f"{where}: 'image' is {image!r}; expected one relative path, or no 'image' at all for text only"
-        )
+        raise DataError(f"{where}: 'image' is {image!r}; expected one relative path, or no 'image' for text only")
     if image and (image.startswith("/") or ".." in PurePosixPath(image).parts):
         raise DataError(
             f"{where}: 'image' is {_short(image)}, outside the folder of images; write a path relative to it"
@@ -192,7 +193,7 @@ def parse_record(content: object, *, where: str) -> Record:
 
 
 def source_name(content: object) -> str:
-    """The collection that a record belongs to: the first folder of its image path ("coco", "sam", ...), or TEXT_ONLY."""
+    """Source of a record: the first folder of its image path ("coco", "sam", ...), or TEXT_ONLY."""
     image = content.get("image") if isinstance(content, dict) else None
     if not isinstance(image, str):
         return TEXT_ONLY
@@ -201,7 +202,7 @@ def source_name(content: object) -> str:
 
 
 def count_words(turns: tuple[Turn, ...]) -> int:
-    """Whitespace words over all turns: LLaVA's measure of length for group_by_modality_length."""
+    """Count whitespace-separated words over all turns: LLaVA's length for group_by_modality_length."""
     return sum(len(turn.text.split()) for turn in turns)
 
 

@@ -1,6 +1,6 @@
-"""Looks at every record of an annotation file or a prepared data set before a run is started, and names what is wrong. Writes nothing.
+"""Audit of every record of an annotation file or a prepared data set, before a run is started. Writes nothing.
 
-The verdicts are those of validate.py; what they add up to is put into words by audit_report.py.
+Records are judged by validate.py; audit_report.py formats the result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,7 +44,7 @@ DAMAGED, OUTDATED, TRUNCATED, STRAY = (
 )
 SAME_ID, SAME_RECORD, SAME_IMAGE = "repeated id", "repeated record", "equal images"
 AUDIT_KINDS = (DAMAGED, OUTDATED, TRUNCATED, STRAY, SAME_ID, SAME_RECORD, SAME_IMAGE)
-UNREADABLE = "(unreadable)"  # in place of the source of a sample whose record cannot be read
+UNREADABLE = "(unreadable)"  # source name of samples whose record cannot be read
 PROGRESS_EVERY_S = 5.0
 
 FACTS = np.dtype(
@@ -69,7 +69,7 @@ FACTS = np.dtype(
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong; `where` names the record."""
+    """One problem; `where` names the record."""
 
     kind: str
     where: str
@@ -78,7 +78,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class AuditedRecord:
-    """What a worker says about one record. stray: it has a placeholder and no image. outdated: how the index differs, if it does."""
+    """Result of auditing one record in a worker.
+
+    stray: the record has a placeholder and no image. outdated: differences to the index, if any.
+    """
 
     where: str
     id: str
@@ -90,34 +93,39 @@ class AuditedRecord:
 
 
 class RecordSource(Protocol):
-    """Where records come from; can be sent to a worker."""
+    """Source of the records to audit; can be pickled to a worker."""
 
     @property
-    def examine(self) -> RecordValidator: ...
+    def validator(self) -> RecordValidator:
+        """Validator with the settings of the run."""
 
-    def items(self) -> Iterator[object]: ...
+    def items(self) -> Iterator[Any]:
+        """Iterate over the items to audit."""
 
-    def look(self, item: object) -> AuditedRecord: ...
+    def audit_item(self, item: Any) -> AuditedRecord:
+        """Read and validate one item."""
 
-    def sample(self, item: object) -> Sample: ...
+    def sample(self, item: Any) -> Sample:
+        """Load an accepted item with its image."""
 
-    def name(self, position: int) -> str: ...
+    def name(self, position: int) -> str:
+        """Name of the record at `position`, for findings."""
 
 
 @dataclass(frozen=True)
 class AnnotationSource:
-    """The records of an annotation file with a folder of images."""
+    """Records of an annotation file with an image folder."""
 
     annotations: AnnotationFile
-    examine: RecordValidator
+    validator: RecordValidator
 
     def items(self) -> Iterator[Entry]:
-        """In the order of the file."""
+        """Iterate over the entries in file order."""
         return iter(self.annotations)
 
-    def look(self, entry: Entry) -> AuditedRecord:
-        """Examine one record."""
-        verdict = self.examine((entry, False))
+    def audit_item(self, entry: Entry) -> AuditedRecord:
+        """Validate one record."""
+        verdict = self.validator((entry, False))
         content = entry.content if isinstance(entry.content, dict) else {}
         path, stray = content.get("image"), False
         if isinstance(verdict, Accepted) and verdict.image_path is None:
@@ -132,29 +140,29 @@ class AnnotationSource:
         )
 
     def sample(self, entry: Entry) -> Sample:
-        """An accepted record with its image."""
+        """Load an accepted record with its image."""
         record = parse_record(entry.content, where=entry.where)
-        image = self.examine.images.read(record.image).data if record.image is not None else None
+        image = self.validator.images.read(record.image).data if record.image is not None else None
         return Sample(key=record.id, turns=record.turns, image=image, has_image=image is not None, shard=entry.file)
 
     def name(self, position: int) -> str:
-        """What findings call a record."""
+        """Name of the record at `position`, for findings."""
         return f"record {position}"
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """The samples of a prepared data set: its bytes are checked too."""
+    """Samples of a prepared data set; their bytes are verified as well."""
 
     store: SampleReader
-    examine: RecordValidator
+    validator: RecordValidator
 
     def items(self) -> Iterator[int]:
-        """Row numbers."""
+        """Iterate over the row numbers."""
         return iter(range(len(self.store.index)))
 
-    def look(self, row: int) -> AuditedRecord:
-        """Read, verify and examine one sample."""
+    def audit_item(self, row: int) -> AuditedRecord:
+        """Read, verify and validate one sample."""
         index = self.store.index
         key, shards = index.key(row), tuple(shard.name for shard in index.info.shards)
         where = f"{shards[index.rows[row]['shard']]}:{key}"
@@ -163,11 +171,14 @@ class DatasetSource:
             sample = self.store.read(row, with_image=True)
         except DataError as error:
             return AuditedRecord(where, "", UNREADABLE, Rejected(DAMAGED, str(error)))
-        image = check_image(EncodedImage(sample.image), keep_bytes=False) if sample.has_image else None
-        text = self.examine.check_text(sample.turns, has_image=sample.has_image)
-        verdict = next((v for v in (image, text) if isinstance(v, Rejected)), None) or Accepted(
-            key, content.get("image"), image, text
-        )
+        image = check_image(EncodedImage(sample.image), keep_bytes=False) if sample.image is not None else None
+        text = self.validator.check_text(sample.turns, has_image=sample.has_image)
+        verdict: Accepted | Rejected
+        if isinstance(image, Rejected):
+            verdict = image
+        else:
+            path = content.get("image")
+            verdict = text if isinstance(text, Rejected) else Accepted(key, path, image, text)
         stray = not sample.has_image and any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns)
         outdated = "" if isinstance(verdict, Rejected) else _differences(index.rows[row], verdict.text)
         return AuditedRecord(
@@ -181,7 +192,7 @@ class DatasetSource:
         )
 
     def sample(self, row: int) -> Sample:
-        """A sample with its image."""
+        """Load an accepted sample with its image."""
         return self.store.read(row, with_image=True)
 
     def name(self, position: int) -> str:
@@ -191,9 +202,11 @@ class DatasetSource:
 
 @dataclass
 class AuditResult:
-    """What was found. records: looked at. counts: by kind; examples: the first findings of each kind. sources: names, FACTS holds numbers.
+    """Result of an audit.
 
-    refused: records of each source that cannot be trained. chosen: positions and items of a random sample of the accepted.
+    records: number of audited records. counts: findings by kind; examples: the first findings of each kind.
+    sources: source names, numbered as in `facts` ([N] of FACTS). refused: rejected records by source.
+    chosen: (position, item) of a random sample of the accepted records.
     """
 
     records: int = 0
@@ -214,24 +227,29 @@ def audit_records(
     on_finding: Callable[[Finding], None] | None = None,
     examples: int = 3,
 ) -> AuditResult:
-    """Look at all records. on_finding is called with each finding. choose: how many accepted records to pick at random, always the same."""
-    result, collector = AuditResult(), _Collector(on_finding, examples)
-    table, ids, numbers = GrowingArray(FACTS), GrowingArray(np.dtype([("id", "<u8"), ("position", "<u4")])), {}
+    """Audit all records.
+
+    on_finding: called with each finding. choose: number of accepted records to pick at random, reproducibly.
+    examples: findings kept per kind.
+    """
+    result, collector = AuditResult(), _FindingCollector(on_finding, examples)
+    table, ids = GrowingArray(FACTS), GrowingArray(np.dtype([("id", "<u8"), ("position", "<u4")]))
+    numbers: dict[str, int] = {}
     heap: list[tuple[int, int, object]] = []
     last = started = time.monotonic()
-    for position, (item, seen) in enumerate(validate_all(records.look, records.items(), workers=workers)):
+    for position, (item, record) in enumerate(validate_all(records.audit_item, records.items(), workers=workers)):
         result.records += 1
-        source = numbers.setdefault(seen.source, len(numbers))
-        if seen.id:
-            ids.append((_hash(seen.id), position))
-        if isinstance(seen.verdict, Rejected):
-            result.refused[seen.source] += 1
-            collector.add(seen.verdict.kind, seen.where, seen.verdict.reason)
+        source = numbers.setdefault(record.source, len(numbers))
+        if record.id:
+            ids.append((_hash(record.id), position))
+        if isinstance(record.verdict, Rejected):
+            result.refused[record.source] += 1
+            collector.add(record.verdict.kind, record.where, record.verdict.reason)
         else:
-            table.append(_facts(position, source, seen))
-            for kind, reason in _remarks(seen):
-                collector.add(kind, seen.where, reason)
-            # The smallest hashes of the positions are a random sample, without the number of records being known.
+            table.append(_facts(position, source, record, record.verdict))
+            for kind, reason in _warnings(record, record.verdict.text):
+                collector.add(kind, record.where, reason)
+            # The smallest position hashes are a random sample; the number of records need not be known.
             entry = (-_hash(str(position)), position, item)
             if choose and (len(heap) < choose or entry > heap[0]):
                 (heapq.heappush if len(heap) < choose else heapq.heapreplace)(heap, entry)
@@ -239,7 +257,7 @@ def audit_records(
             last = time.monotonic()
             rate = result.records / (last - started)
             get_logger().info(
-                f"looked at {result.records} records, {rate:.0f} records/s, {collector.counts.total()} findings"
+                f"audited {result.records} records, {rate:.0f} records/s, {collector.counts.total()} findings"
             )
     result.facts, result.sources = table.rows, list(numbers)
     result.duplicates = _find_repeats(records, result.facts, ids.rows, collector)
@@ -249,8 +267,8 @@ def audit_records(
 
 
 @dataclass
-class _Collector:
-    """Counts findings, keeps the first of each kind, and passes all on."""
+class _FindingCollector:
+    """Counter of findings; keeps the first of each kind and forwards all."""
 
     on_finding: Callable[[Finding], None] | None
     most_examples: int
@@ -258,7 +276,7 @@ class _Collector:
     examples: dict[str, list[Finding]] = field(default_factory=dict)
 
     def add(self, kind: str, where: str, reason: str) -> None:
-        """One finding more."""
+        """Record one finding."""
         finding = Finding(kind, where, reason)
         self.counts[kind] += 1
         if self.counts[kind] <= self.most_examples:
@@ -267,29 +285,31 @@ class _Collector:
             self.on_finding(finding)
 
 
-def _remarks(seen: AuditedRecord) -> Iterator[tuple[str, str]]:
-    """What is odd about an accepted record."""
-    text = seen.verdict.text
-    if seen.outdated:
-        yield OUTDATED, f"{seen.outdated}; prepare the data set again"
+def _warnings(record: AuditedRecord, text: CheckedText) -> Iterator[tuple[str, str]]:
+    """Yield the warnings about an accepted record."""
+    if record.outdated:
+        yield OUTDATED, f"{record.outdated}; prepare the data set again"
     if text.full_lab > text.n_lab:
         yield (
             TRUNCATED,
             (
-                f"{text.full_lab - text.n_lab} of {text.full_lab} trained positions are cut away: {text.full_tok} positions, kept are {text.n_tok}"
+                f"{text.full_lab - text.n_lab} of {text.full_lab} trained positions are truncated: "
+                f"{text.n_tok} of {text.full_tok} positions are kept"
             ),
         )
-    if seen.stray:
+    if record.stray:
         yield (
             STRAY,
-            f"a turn has {IMAGE_PLACEHOLDER} and the record has no image: it is trained as text; give the image or remove it",
+            f"a turn has {IMAGE_PLACEHOLDER} and the record has no image: it is trained as text; "
+            "add the image or remove the placeholder",
         )
 
 
-def _facts(position: int, source: int, seen: AuditedRecord) -> tuple[int, ...]:
-    text, image = seen.verdict.text, seen.verdict.image
+def _facts(position: int, source: int, record: AuditedRecord, verdict: Accepted) -> tuple[int, ...]:
+    """Row of FACTS of an accepted record."""
+    text, image = verdict.text, verdict.image
     of_image = (
-        (_hash(seen.image_path), image.length, image.crc32, image.header.width, image.header.height)
+        (_hash(record.image_path), image.length, image.crc32, image.header.width, image.header.height)
         if image
         else (0, 0, 0, 0, 0)
     )
@@ -297,8 +317,10 @@ def _facts(position: int, source: int, seen: AuditedRecord) -> tuple[int, ...]:
     return position, source, int(image is not None), *counts, *of_image
 
 
-def _find_repeats(records: RecordSource, facts: np.ndarray, ids: np.ndarray, collector: _Collector) -> Duplicates:
-    """Repeated ids, records and images, as findings."""
+def _find_repeats(
+    records: RecordSource, facts: np.ndarray, ids: np.ndarray, collector: _FindingCollector
+) -> Duplicates:
+    """Report repeated ids, records and images as findings."""
     order = np.lexsort((ids["position"], ids["id"]))
     repeated = np.flatnonzero(ids["id"][order][1:] == ids["id"][order][:-1]) + 1
     for position in sorted(ids["position"][order][repeated].tolist()):
@@ -318,8 +340,8 @@ def _find_repeats(records: RecordSource, facts: np.ndarray, ids: np.ndarray, col
     return duplicates
 
 
-def _content(index: Index, row: int, shards: tuple[str, ...], *, key: str) -> dict[str, object]:
-    """The record as it was annotated."""
+def _content(index: Index, row: int, shards: tuple[str, ...], *, key: str) -> dict[str, Any]:
+    """Annotated record of a row, as JSON."""
     entry = index.rows[row]
     member = Member(offset=int(entry["text_offset"]), length=int(entry["text_length"]), crc32=int(entry["text_crc32"]))
     reader = ShardReader(index.directory, shards)
@@ -330,11 +352,13 @@ def _content(index: Index, row: int, shards: tuple[str, ...], *, key: str) -> di
 
 
 def _differences(entry: np.void, text: CheckedText) -> str:
+    """Differences between a text and its index row."""
     ours = {"words": text.words, "n_tok": text.n_tok, "n_lab": text.n_lab}
     return ", ".join(
-        f"{name} is {value}, the index says {int(entry[name])}" for name, value in ours.items() if value != entry[name]
+        f"{name} is {value}, {int(entry[name])} in the index" for name, value in ours.items() if value != entry[name]
     )
 
 
 def _hash(text: str) -> int:
+    """64-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Which samples of a data set say or show the same: found from hashes in the rows, all at once. Nothing is removed here."""
+"""Duplicate records and images of a data set, found from hashes in its rows. Removes nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of row numbers, in order. records: the same turns about the same image. images: the same bytes under different paths.
+    """Groups of row numbers, in order.
 
-    shared: samples whose image another sample has, too, by path: normal in instruction data, stored once.
+    records: equal turns about the same image. images: equal bytes under different paths.
+    shared: samples whose image path another sample has as well: normal in instruction data, stored once.
     """
 
     records: tuple[tuple[int, ...], ...]
@@ -22,7 +23,7 @@ class Duplicates:
     shared: int
 
     def write(self, path: Path, *, keys: Sequence[str]) -> None:
-        """One line of JSON for each group, naming its samples by key."""
+        """Write one JSON line per group, naming its samples by key."""
         with path.open("w", encoding="utf-8") as file:
             for kind, groups in (("record", self.records), ("image", self.images)):
                 file.writelines(
@@ -38,9 +39,10 @@ class Duplicates:
 def find_duplicates(
     *, identity: np.ndarray, path: np.ndarray, n_img: np.ndarray, length: np.ndarray, crc32: np.ndarray
 ) -> Duplicates:
-    """All [N]: hash of the turns, number that stands for the image's path, images (0 or 1), bytes and crc32 of the image.
+    """Group equal records and equal images.
 
-    crc32 and length together take two different images for equal about once in a thousand data sets of a million.
+    All arguments are [N]: hash of the turns, number of the image's path, images (0 or 1), bytes and crc32 of the image.
+    crc32 and length together confuse two different images about once in a thousand data sets of a million images.
     """
     with_image = np.flatnonzero(n_img)
     _, first = np.unique(path[with_image], return_index=True)
@@ -55,16 +57,16 @@ def find_duplicates(
 
 
 def _groups(values: np.ndarray, rows: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """The rows whose values [N, 2] occur more than once."""
+    """Rows whose values [N, 2] occur more than once."""
     if not len(values):
         return ()
     order = np.lexsort((rows, values[:, 1], values[:, 0]))
     ends = np.flatnonzero((values[order][1:] != values[order][:-1]).any(axis=1)) + 1
-    return tuple(sorted(tuple(group.tolist()) for group in _pieces(rows[order], ends)))
+    return tuple(sorted(tuple(group.tolist()) for group in _split_groups(rows[order], ends)))
 
 
-def _pieces(rows: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """Cut at `ends`, leaving out pieces of one: a million of them would be slow to make."""
+def _split_groups(rows: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """Split `rows` at `ends`, dropping groups of one row, of which there may be a million."""
     starts = np.concatenate([[0], ends])
     stops = np.concatenate([ends, [len(rows)]])
     several = stops - starts > 1

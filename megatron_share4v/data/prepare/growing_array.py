@@ -1,4 +1,4 @@
-"""A table that grows by the row: a structured array kept with room to spare, for counts of a million records without a million objects."""
+"""Growable structured array: a million rows without a million Python objects."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 class GrowingArray:
-    """Rows of one dtype, appended one by one."""
+    """Structured array with amortised appends."""
 
     def __init__(self, dtype: np.dtype, rows: np.ndarray | None = None) -> None:
-        """rows: what it begins with."""
+        """rows: the initial rows."""
         self._rows = np.empty(1024, dtype=dtype) if rows is None else rows
         self._count = 0 if rows is None else len(rows)
 
@@ -22,7 +22,7 @@ class GrowingArray:
         return self._rows[: self._count]
 
     def append(self, row: tuple[object, ...]) -> None:
-        """One row more."""
+        """Append one row."""
         if self._count == len(self._rows):
             self._rows = np.concatenate([self._rows, np.empty(max(1024, self._count), dtype=self._rows.dtype)])
         self._rows[self._count] = row

@@ -1,7 +1,7 @@
 """The folder of images as it was downloaded: files, and tar or zip archives that need not be unpacked; a path leads to bytes in either.
 
-An archive `a/b.tar` (or .zip) answers for `a/b/<member>` and for `a/<member>`: published archives open with a folder of their own, or do not.
-What the bytes show is not known here.
+An archive `a/b.tar` (or .zip) answers for `a/b/<member>` and for `a/<member>`: published archives open with a folder of
+their own, or do not. What the bytes show is not known here.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def find_archives(root: Path) -> list[Path]:
 def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
     """List the archives below `root` and write the table of their members into the folder `table`, both sorted: same images, same table.
 
-    Raises DataError for an archive that is damaged, or compressed as a whole, so that its members cannot be reached one by one; with
-    `in_place` also for one with compressed members, whose images are nowhere as they are.
+    Raises DataError for an archive that is damaged, or compressed as a whole, so that its members cannot be reached one
+    by one; with `in_place` also for one with compressed members, whose images are nowhere as they are.
     """
     paths = find_archives(root)
     archives = tuple(path.relative_to(root).as_posix() for path in paths)

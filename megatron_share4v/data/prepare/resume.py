@@ -1,6 +1,7 @@
 """What a preparation has done so far, on disk beside its shards, so that a killed one goes on where its last whole shard ends.
 
-Append-only files, and a line in journal.jsonl for every finished shard; what lies behind the last line is cut off when work goes on.
+Append-only files, and a line in journal.jsonl for every finished shard; what lies behind the last line is cut off when
+work goes on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ KEPT_ROW = np.dtype(
 class Journal:
     """The state of a preparation in `directory`. Rows and keys are kept in memory too, about 200 bytes a sample.
 
-    entries: annotation records that are done. shards: the finished ones. sources: counts by (source, "samples" | "rejected" | "images").
+    entries: annotation records that are done. shards: the finished ones. sources: counts by (source, "samples" |
+    "rejected" | "images").
     rejected: counts by kind. keys: of all samples. rows: [samples] of KEPT_ROW.
     """
 
@@ -48,7 +50,8 @@ class Journal:
     def open(directory: Path, *, identity: dict[str, object], restart: bool = False) -> Journal:
         """Begin, or go on with, the preparation that `identity` describes; `restart`: forget what was begun.
 
-        Raises DataError when another process is at it, or when what was begun there is another one: the message names each difference.
+        Raises DataError when another process is at it, or when what was begun there is another one: the message names
+        each difference.
         """
         directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(directory)

@@ -1,6 +1,7 @@
 """The one judgement of a record: its form, its image decoded once, its conversation tokenised. Preparing and auditing both rest on it.
 
-Whatever cannot be trained becomes a Refused with its kind and reason; nothing raises. What is done with the verdict is not known here.
+Whatever cannot be trained becomes a Refused with its kind and reason; nothing raises. What is done with the verdict is
+not known here.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class CheckedImage:
 class CheckedText:
     """A conversation that can be trained.
 
-    words: LLaVA's length. n_tok: positions kept, an image counted as one; n_lab: trained positions among them. full_tok, full_lab: of the
-    whole conversation, so that the difference is what the cut takes away. identity: 64-bit hash of the turns.
+    words: LLaVA's length. n_tok: positions kept, an image counted as one; n_lab: trained positions among them.
+    full_tok, full_lab: of the whole conversation, so that the difference is what the cut takes away. identity: 64-bit
+    hash of the turns.
     """
 
     words: int

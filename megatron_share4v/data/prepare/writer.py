@@ -1,7 +1,8 @@
 """Annotations and images to a prepared data set: every record is checked once, here, so that training can trust what it reads.
 
-Good records become shards, index and dataset.json, published together by a rename; bad ones are named in rejected.jsonl. A killed preparation
-goes on where its last finished shard ends, and ends with the same bytes. The checks are in validate.py.
+Good records become shards, index and dataset.json, published together by a rename; bad ones are named in
+rejected.jsonl. A killed preparation goes on where its last finished shard ends, and ends with the same bytes. The
+checks are in validate.py.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ Validator = Callable[[tuple[Entry, bool]], Accepted | Rejected]
 class PrepareOptions:
     """What to prepare. max_text_length: positions kept per sample, an image counted as one. workers 0: in this process.
 
-    in_place: leave the images where they are. repeat_images: store an image with each of its samples, for readers that know nothing of our
-    index; else once. restart: forget an unfinished preparation.
+    in_place: leave the images where they are. repeat_images: store an image with each of its samples, for readers that
+    know nothing of our index; else once. restart: forget an unfinished preparation.
     """
 
     annotations: Path
@@ -93,8 +94,8 @@ class PrepareSummary:
 def prepare(options: PrepareOptions, *, judge: Validator | None = None) -> PrepareSummary:
     """Write the data set, going on with an unfinished one. judge: another judgement than Examine's, to measure the rest.
 
-    Raises DataError (ConfigError for an unknown template) when there is nothing to prepare, when the output is in the way, or when more than
-    `max_rejected_fraction` of the records are bad; their list is kept in that case.
+    Raises DataError (ConfigError for an unknown template) when there is nothing to prepare, when the output is in the
+    way, or when more than `max_rejected_fraction` of the records are bad; their list is kept in that case.
     """
     tokenizer, template = Tokenizer(options.tokenizer), get_template(options.template)
     if not options.images.is_dir():

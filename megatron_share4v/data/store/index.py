@@ -1,7 +1,7 @@
-"""The index of a prepared data set: one fixed-size row per sample (`index.npy`), its key (`keys.npy`), and `dataset.json`.
+"""Index of a prepared data set: one fixed-size row per sample (`index.npy`), its key (`keys.npy`), and `dataset.json`.
 
-Both arrays are memory-mapped, so every process of a machine shares them. Rows are in the order of the annotation file.
-What a row refers to is read by sample_reader.py; the order of training is made by sampler.py.
+Both arrays are memory-mapped, so all processes of a machine share them. Rows are in the order of the annotation file.
+sample_reader.py reads what a row refers to; sampler.py decides the training order.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from megatron_share4v.text.tokenizer import Tokenizer
 
 VERSION = 2
-IN_PLACE = 0xFFFF  # as image_shard: the image is a file of its own, at the record's path below `images_root`
+IN_PLACE = 0xFFFF  # image_shard value: the image is a separate file, at the record's path below `images_root`
 
 ROW = np.dtype(
     [
-        ("shard", "<u2"),  # of the text
+        ("shard", "<u2"),  # shard of the text
         (
             "image_shard",
             "<u2",
-        ),  # another one than `shard` where samples share an image; IN_PLACE for a file outside the shards
+        ),  # differs from `shard` where samples share an image; IN_PLACE: a file outside the shards
         ("image_offset", "<u8"),
         ("image_length", "<u4"),
         ("image_crc32", "<u4"),
@@ -43,14 +43,14 @@ ROW = np.dtype(
         ("words", "<i4"),  # whitespace words of all turns; negative for text only (LLaVA's signed modality length)
         ("n_tok", "<u4"),  # text positions after truncation, an image counted as one
         ("n_lab", "<u4"),  # positions whose next token is trained
-        ("flags", "u1"),  # none yet
+        ("flags", "u1"),  # reserved
     ]
 )
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard's file name and size in bytes; an absolute path for an archive of images that is used where it lies."""
+    """Shard file name and size in bytes; an absolute path for an image archive that is used in place."""
 
     name: str
     size: int
@@ -58,8 +58,8 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class SourceCount:
-    """How many records of one source (first folder of the image path) are in the data set, how many were refused, and how many images the
-    former refer to, each counted once.
+    """Counts of one source (first folder of the image path): accepted samples, rejected records, distinct images of the
+    samples.
     """
 
     samples: int
@@ -69,7 +69,7 @@ class SourceCount:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """dataset.json: what belongs to this index, and what it was prepared with."""
+    """Content of dataset.json: the files of this index, and the settings it was prepared with."""
 
     samples: int
     shards: tuple[ShardFile, ...]
@@ -79,19 +79,19 @@ class DatasetInfo:
     template: str
     max_text_length: int
     sources: dict[str, SourceCount]
-    images_root: str | None = None  # folder of the images that were left in place
+    images_root: str | None = None  # folder of images that were left in place
     version: int = VERSION
 
     @staticmethod
     def from_json(text: str) -> DatasetInfo:
-        """Raises KeyError, TypeError or ValueError when it is not what `to_json` writes."""
+        """Parse the output of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
         fields = json.loads(text)
         shards = tuple(ShardFile(**item) for item in fields.pop("shards"))
         sources = {name: SourceCount(**item) for name, item in fields.pop("sources").items()}
         return DatasetInfo(shards=shards, sources=sources, **fields)
 
     def to_json(self) -> str:
-        """Readable JSON text."""
+        """Format as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
@@ -133,7 +133,7 @@ class Index:
         return index
 
     def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
-        """Raise DataError, naming each difference, unless the data set was prepared with these."""
+        """Raise DataError, naming each difference, unless the data set was prepared with these settings."""
         ours = {"tokenizer": tokenizer.fingerprint, "template": template, "max_text_length": max_text_length}
         theirs = {
             "tokenizer": self.info.tokenizer_fingerprint,
@@ -147,15 +147,15 @@ class Index:
         ]
         if differences:
             raise DataError(
-                f"data set {self.directory} does not belong to this run: "
+                f"data set {self.directory} was prepared with other settings than this run's: "
                 + "; ".join(differences)
-                + ". Set the run's data section to what "
-                "the data set was prepared with, or run tools/prepare_data.py again with the new values"
+                + ". Set the run's data section to what the data set was prepared with, "
+                "or run tools/prepare_data.py again with the new values"
             )
 
 
 def write_index(directory: Path, *, rows: np.ndarray, keys: np.ndarray, info: DatasetInfo) -> None:
-    """Write index.npy, keys.npy and dataset.json; the two sha256 of `info` are filled in here."""
+    """Write index.npy, keys.npy and dataset.json; fills in the two sha256 of `info`."""
     np.save(directory / "index.npy", rows)
     np.save(directory / "keys.npy", keys)
     info = dataclasses.replace(
@@ -180,11 +180,12 @@ def _load(directory: Path) -> Index:
         ) from error
     if info.version != VERSION or rows.dtype != ROW:
         raise DataError(
-            f"data set {directory}: format version {info.version}, this program reads {VERSION}; run tools/prepare_data.py again"
+            f"data set {directory}: format version {info.version}, expected {VERSION}; run tools/prepare_data.py again"
         )
     if not len(rows) == len(keys) == info.samples:
         raise DataError(
-            f"data set {directory}: {len(rows)} index rows, {len(keys)} keys, dataset.json says {info.samples}; {REMEDY}"
+            f"data set {directory}: {len(rows)} index rows, {len(keys)} keys, "
+            f"{info.samples} samples in dataset.json; {REMEDY}"
         )
     return Index(directory=directory, rows=rows, keys=keys, info=info)
 
@@ -201,7 +202,7 @@ def _file_problems(directory: Path, info: DatasetInfo) -> list[str]:
             problems.append(f"{shard.name} has {path.stat().st_size} bytes instead of {shard.size}")
     for name, expected in (("index.npy", info.index_sha256), ("keys.npy", info.keys_sha256)):
         if _sha256(directory / name) != expected:
-            problems.append(f"{name} is not the one that dataset.json names (sha256 differs)")
+            problems.append(f"{name} does not match dataset.json (sha256 differs)")
     return problems
 
 

@@ -269,7 +269,7 @@ def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_
     [[reading]] = Loader(
         prepared.index, _plan(prepared.index, global_batch_size=2), encoder, role=BOTH, data_rank=0, data_size=1
     ).steps(0, 1)
-    assert len(reading.faults) == 2 and "cannot be read, nor at 3 further attempts" in reading.faults[0].reason
+    assert len(reading.faults) == 2 and "cannot be read after 3 retries" in reading.faults[0].reason
 
 
 def test_ranks_that_cannot_share_are_refused(prepared, encoder):

@@ -89,7 +89,7 @@ def test_every_kind_is_found(bad: Path, examine: RecordValidator):
     assert (result.records, len(result.facts)) == (37, 30)
     by_kind = {finding.kind: finding for finding in found}
     assert by_kind["truncated answer"].where == "annotations.json, record 30 (id 'g')"
-    assert "trained positions are cut away" in by_kind["truncated answer"].reason
+    assert "trained positions are truncated" in by_kind["truncated answer"].reason
     assert by_kind["equal images"].reason.endswith("as record 1") and by_kind["repeated record"].where == "record 35"
     assert by_kind["repeated id"].where == "record 36"
     assert result.duplicates.shared == 2
