@@ -56,7 +56,7 @@ def bench_prepare(directory: Path, *, records: int, tokenizer: Path) -> dict[str
         annotations=path, images=images, output=directory / "out", tokenizer=tokenizer, template="plain", in_place=True
     )
     with _stage("build text shards, index and list of duplicates", found, "build"):
-        prepare(options, judge=FirstGlance())
+        prepare(options, validator=FirstGlance())
     with _stage("open and verify the index", found, "open"):
         index = Index.open(options.output)
     assert len(index) == records, "the index lost samples"

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--restart",
         action="store_true",
         default=False,
-        help="begin anew instead of going on with an unfinished preparation",
+        help="start over instead of resuming an unfinished preparation",
     )
     parser.add_argument(
         "--overwrite", action="store_true", default=False, help="replace a data set that is already in --output"

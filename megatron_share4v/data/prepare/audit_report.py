@@ -1,6 +1,6 @@
-"""What an audit found, in words and numbers: findings, sources, lengths, padding, packing; and the histogram as a picture.
+"""Report of an audit: findings, sources, lengths, padding, packing; and the length histogram as an image.
 
-N samples that can be trained; a sample's length counts its image slots.
+N samples that can be trained; a sample's length includes its image slots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ QUANTILES = (0.5, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the run will batch. tokens_per_image: positions of an image; pad_multiple: sequences are rounded up to it; pack_length: of a pack."""
+    """Batch settings of the run.
+
+    tokens_per_image: positions of an image; pad_multiple: sequence lengths are rounded up to it; pack_length: positions
+    of a pack.
+    """
 
     tokens_per_image: int = 576
     micro_batch_size: int = 8
@@ -31,7 +35,11 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Padding:
-    """Share of the positions that is padding: when each micro-batch is as long as its longest sample, and when a whole step is."""
+    """Fraction of padded positions.
+
+    micro_batch: with every micro-batch as long as its longest sample; step: with every step as long as its longest
+    sample.
+    """
 
     order: str
     micro_batch: float
@@ -40,7 +48,11 @@ class Padding:
 
 @dataclass(frozen=True)
 class PackingEstimate:
-    """packs: sequences of pack_length. fill: share of their positions that is not padding. too_long: samples that fit into none."""
+    """Estimate for packed sequences.
+
+    packs: sequences of pack_length. fill: fraction of their positions without padding. too_long: samples that fit into
+    none.
+    """
 
     packs: int
     fill: float
@@ -49,12 +61,12 @@ class PackingEstimate:
 
 
 def sample_lengths(audit: AuditResult, shape: BatchShape) -> np.ndarray:
-    """[N] int64."""
+    """[N] int64 positions of each sample, image slots included."""
     return audit.facts["n_tok"].astype(np.int64) + audit.facts["n_img"].astype(np.int64) * (shape.tokens_per_image - 1)
 
 
 def estimate_padding(audit: AuditResult, shape: BatchShape) -> list[Padding]:
-    """For the random order and for group_by_modality_length; whole steps only, empty when there is not one."""
+    """Padding for the random order and group_by_modality_length, over whole steps; empty without a whole step."""
     lengths = sample_lengths(audit, shape)
     whole = len(lengths) // shape.global_batch_size * shape.global_batch_size
     if not whole:
@@ -75,7 +87,7 @@ def estimate_padding(audit: AuditResult, shape: BatchShape) -> list[Padding]:
 
 
 def estimate_packing(audit: AuditResult, shape: BatchShape) -> PackingEstimate:
-    """Best fit into sequences of pack_length, in a random order."""
+    """Pack the samples in a random order into sequences of pack_length."""
     lengths = sample_lengths(audit, shape)
     rows = random_order(len(lengths), seed=0, epoch=0)
     rows = rows[lengths[rows] <= shape.pack_length]
@@ -87,7 +99,7 @@ def estimate_packing(audit: AuditResult, shape: BatchShape) -> PackingEstimate:
 
 
 def format_report(audit: AuditResult, shape: BatchShape, *, allowed: Sequence[str] = ()) -> str:
-    """The whole audit as text; findings of an `allowed` kind are marked as such."""
+    """Format the whole audit; findings of an `allowed` kind are marked."""
     parts = [_findings(audit, allowed), _sources(audit, shape)]
     if len(audit.facts):
         parts += [_lengths(audit, shape), _images(audit), _batching(audit, shape)]
@@ -95,7 +107,7 @@ def format_report(audit: AuditResult, shape: BatchShape, *, allowed: Sequence[st
 
 
 def _padded(lengths: np.ndarray, size: int, multiple: int) -> int:
-    """Positions of all batches of `size`, each as long as its longest."""
+    """Positions of all batches of `size`, each padded to its longest sample."""
     longest = lengths.reshape(-1, size).max(axis=1)
     return int((-(-longest // multiple) * multiple).sum()) * size
 
@@ -133,7 +145,8 @@ def _lengths(audit: AuditResult, shape: BatchShape) -> Iterator[str]:
     for count, start, stop in zip(counts, edges, edges[1:]):
         yield f"  {start:>6.0f} ..{stop:>6.0f} {count:>9} {'#' * round(BAR * count / counts.max())}"
     cut = audit.facts["full_tok"] > audit.facts["n_tok"]
-    yield f"  {cut.sum()} samples are cut, {int((audit.facts['full_lab'] - audit.facts['n_lab']).sum())} trained positions are lost"
+    lost = int((audit.facts["full_lab"] - audit.facts["n_lab"]).sum())
+    yield f"  {cut.sum()} samples are cut, {lost} trained positions are lost"
 
 
 def _images(audit: AuditResult) -> Iterator[str]:
@@ -148,12 +161,14 @@ def _batching(audit: AuditResult, shape: BatchShape) -> Iterator[str]:
     yield f"padding, micro-batch {shape.micro_batch_size}, global batch {shape.global_batch_size}:"
     found = estimate_padding(audit, shape)
     for row in found:
-        yield f"  {row.order:<26}{row.micro_batch:>7.1%} with micro-batches as long as their longest, {row.step:>7.1%} with steps as long"
+        per_micro_batch = f"{row.micro_batch:>7.1%} with micro-batches as long as their longest"
+        yield f"  {row.order:<26}{per_micro_batch}, {row.step:>7.1%} with steps as long"
     if not found:
         yield "  fewer samples than one global batch"
     packs = estimate_packing(audit, shape)
     yield (
-        f"packing to {shape.pack_length}: {packs.fill:.1%} filled, {packs.packs} packs, {packs.samples_per_pack:.1f} samples each"
+        f"packing to {shape.pack_length}: {packs.fill:.1%} filled, {packs.packs} packs, "
+        f"{packs.samples_per_pack:.1f} samples each"
         + (f", {packs.too_long} samples are too long" if packs.too_long else "")
     )
 

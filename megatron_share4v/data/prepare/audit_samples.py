@@ -1,4 +1,4 @@
-"""One sample as the model sees it: its tokens written out with the trained spans marked, and its image after preprocessing."""
+"""Display of one sample as the model receives it: decoded tokens with trained spans marked, and its pixels."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def format_sample(
     tokens_per_image: int,
     colour: bool,
 ) -> str:
-    """The text that the ids stand for. Trained spans are green, or in [[ ]] without `colour`; other control characters are escaped."""
+    """Decode the ids of a sample to text.
+
+    Trained spans are green, or in [[ ]] without `colour`; other control characters are escaped.
+    """
     encoded = encode_conversation(
         tokenizer, template, sample.turns, has_image=sample.has_image, max_length=max_text_length
     )
     opening, closing = COLOUR if colour else PLAIN
     pieces = []
-    anchor = tokenizer.encode("x")  # a text that something precedes keeps its leading space
+    anchor = tokenizer.encode("x")  # decoding after a token keeps the leading space
     pairs = zip(encoded.input_ids, encoded.labels)
     for (is_image, is_trained), run in groupby(
         pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1] != IGNORE_INDEX)
@@ -50,13 +53,13 @@ def format_sample(
 
 
 def write_preprocessed(sample: Sample, path: Path, *, policy: ImagePolicy) -> None:
-    """Write the pixels that the tower is given, before they are normalised, as a PNG."""
+    """Write the pixels that the vision tower receives, before normalisation, as a PNG."""
     assert sample.image is not None, "the sample has no image"
     Image.fromarray(decode(sample.image, policy)).save(path)
 
 
 def _printable(text: str) -> str:
-    """No terminal is to act on what a data set contains."""
+    """Escape control characters, so that a data set cannot control the terminal."""
     return "".join(
         character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text
     )

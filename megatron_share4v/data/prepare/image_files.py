@@ -1,7 +1,7 @@
-"""The folder of images as it was downloaded: files, and tar or zip archives that need not be unpacked; a path leads to bytes in either.
+"""Image folder as downloaded: files, and tar or zip archives that need not be unpacked.
 
-An archive `a/b.tar` (or .zip) answers for `a/b/<member>` and for `a/<member>`: published archives open with a folder of
-their own, or do not. What the bytes show is not known here.
+An archive `a/b.tar` (or .zip) provides `a/b/<member>` and `a/<member>`: published archives contain a top-level folder,
+or do not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_share4v.logging import get_logger
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif")
 MEMBERS, PATHS = "members.npy", "paths.npy"
-PREPARED = {"dataset.json", "journal.jsonl"}  # mark a folder that writer.py writes
+PREPARED = {"dataset.json", "journal.jsonl"}  # files that mark an output folder of writer.py
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # path: hash of the path below the folder; method: one of those below; stored: bytes on disk, length: bytes of the image
 _MEMBER = np.dtype(
@@ -36,7 +36,10 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An encoded image. archive: number of the archive whose bytes [offset, offset + length) it is as it stands, None where there is none."""
+    """Encoded image file.
+
+    archive: number of the archive that holds exactly these bytes at `offset`; None when there is none.
+    """
 
     data: bytes
     archive: int | None = None
@@ -44,10 +47,13 @@ class EncodedImage:
 
 
 class ImageFiles:
-    """Reads images of a folder by path. Pickles small: the table of archive members is in files that are mapped by each process."""
+    """Reader of images of a folder by path.
+
+    Pickles small: the table of archive members is in files that each process maps.
+    """
 
     def __init__(self, root: Path, *, archives: tuple[str, ...], table: Path | None) -> None:
-        """archives: paths below `root`; table: the folder that `scan_images` wrote to, None without archives."""
+        """archives: paths below `root`; table: the folder that `scan_images` wrote, None without archives."""
         self.root, self.archives = root, archives
         self._table_path = table
         self._members = np.load(table / MEMBERS, mmap_mode="r") if table else np.empty(0, dtype=_MEMBER)
@@ -58,7 +64,10 @@ class ImageFiles:
         return _open_images, (self.root, self.archives, self._table_path)
 
     def read(self, path: str) -> EncodedImage:
-        """The image at `path` (relative, as records have it). Raises DataError when there is none, or it cannot be read or is empty."""
+        """Read the image at `path` (relative, as in records).
+
+        Raises DataError when it is missing, unreadable or empty.
+        """
         try:
             found = EncodedImage((self.root / path).read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -75,7 +84,7 @@ class ImageFiles:
         return found
 
     def close(self) -> None:
-        """Close the archives; reading opens them again."""
+        """Close the archives; the next read opens them again."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
@@ -127,38 +136,47 @@ class ImageFiles:
 
 
 def read_in_place(root: str | None, path: str | None, member: Member, *, key: str) -> bytes:
-    """An image that was left where it was when the data set was prepared. Raises DataError when it is gone or has changed since."""
+    """Read an image that was left in place when the data set was prepared.
+
+    Raises DataError when it is missing or has changed since.
+    """
     assert root is not None and path is not None, "the index says that the image was left in place"
     where = Path(root) / path
     try:
         data = where.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{where}:{key}: cannot be read ({error.strerror}); the data set was prepared with --in-place: put the image back"
+            f"{where}:{key}: cannot be read ({error.strerror}); the data set was prepared with --in-place: "
+            "restore the image"
         ) from error
     if len(data) != member.length or zlib.crc32(data) != member.crc32:
         raise DataError(
-            f"{where}:{key}: is not the image that was prepared (crc32 or size differs); put it back or prepare the data set again"
+            f"{where}:{key}: is not the image that was prepared (crc32 or size differs); "
+            "restore it or prepare the data set again"
         )
     return data
 
 
 def find_archives(root: Path) -> list[Path]:
-    """The archives below `root`, sorted. Raises DataError for one that is compressed as a whole: its members cannot be reached one by one."""
+    """List the archives below `root`, sorted.
+
+    Raises DataError for one that is compressed as a whole: its members cannot be read individually.
+    """
     paths = sorted(path for path in _files_below(root) if path.name.endswith((".tar", ".zip", *COMPRESSED)))
     for path in paths:
         if path.name.endswith(COMPRESSED):
             raise DataError(
-                f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make it a plain .tar"
+                f"archive {path}: is compressed as a whole, so images cannot be read individually; "
+                "unpack it, or convert it to a plain .tar"
             )
     return paths
 
 
 def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
-    """List the archives below `root` and write the table of their members into the folder `table`, both sorted: same images, same table.
+    """List the archives below `root` and write the sorted table of their members into the folder `table`.
 
-    Raises DataError for an archive that is damaged, or compressed as a whole, so that its members cannot be reached one
-    by one; with `in_place` also for one with compressed members, whose images are nowhere as they are.
+    The same images give the same table. Raises DataError for an archive that is damaged or compressed as a whole; with
+    `in_place` also for one with compressed members, whose image bytes are not stored anywhere.
     """
     paths = find_archives(root)
     archives = tuple(path.relative_to(root).as_posix() for path in paths)
@@ -167,7 +185,8 @@ def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
         parts.append(_members(path, archives[number], number))
         if in_place and (parts[-1]["method"] > _ZIP_STORED).any():
             raise DataError(
-                f"archive {path}: has compressed members, which cannot be used in place; unpack it, or leave out --in-place"
+                f"archive {path}: has compressed members, which cannot be used in place; "
+                "unpack it, or leave out --in-place"
             )
         get_logger().info(f"archive {archives[number]}: {len(parts[-1]) // 2} members")
     if not archives:
@@ -176,7 +195,7 @@ def scan_images(root: Path, *, table: Path, in_place: bool) -> ImageFiles:
     members = members[np.argsort(members["path"], kind="stable")]
     table.mkdir(exist_ok=True)
     np.save(table / MEMBERS, members)
-    np.save(table / PATHS, members["path"])  # by itself: a search wants its column in one piece
+    np.save(table / PATHS, members["path"])  # a separate file: the binary search needs a contiguous column
     return ImageFiles(root, archives=archives, table=table)
 
 
@@ -189,17 +208,17 @@ def _files_below(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
-            below.clear()  # a link back up
+            below.clear()  # symbolic link cycle
             continue
         seen.add(real)
         if not PREPARED.isdisjoint(names):
-            below.clear()  # our own shards, finished or not
+            below.clear()  # our own shards, complete or partial
             continue
         yield from (Path(folder) / name for name in names)
 
 
 def _members(path: Path, relative: str, number: int) -> np.ndarray:
-    """The members of one archive, each under the two paths that it answers for."""
+    """Members of one archive, each under both of its paths."""
     parent, own = PurePosixPath(relative).parent, PurePosixPath(relative).with_suffix("")
     read = _zip_members if path.suffix == ".zip" else _tar_members
     rows = ((_path_hash(str(folder / name)), number, *place) for name, *place in read(path) for folder in (own, parent))
@@ -213,7 +232,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, int, int, int]]:
     end = path.stat().st_size
     with tarfile.open(path, "r:") as tar:
         while member := tar.next():
-            tar.members.clear()  # else the whole list is kept
+            tar.members.clear()  # otherwise the whole list stays in memory
             if member.offset_data + member.size > end:
                 raise tarfile.ReadError(f"ends within {member.name}")
             if member.isreg() and not member.issparse():

@@ -1,7 +1,6 @@
-"""What a preparation has done so far, on disk beside its shards, so that a killed one goes on where its last whole shard ends.
+"""Journal of a preparation on disk, so that a killed one resumes after its last finished shard.
 
-Append-only files, and a line in journal.jsonl for every finished shard; what lies behind the last line is cut off when
-work goes on.
+Append-only files, and a line in journal.jsonl per finished shard; data after the last line is truncated on resume.
 """
 
 from __future__ import annotations
@@ -24,15 +23,14 @@ PATH_BYTES = 12
 NO_PATH = bytes(PATH_BYTES)
 KEPT_ROW = np.dtype(
     [*ROW.descr, ("identity", "<u8"), ("path", f"V{PATH_BYTES}")]
-)  # and the hashes of the turns and of the image's path
+)  # index row, hash of the turns, hash of the image's path
 
 
 class Journal:
-    """The state of a preparation in `directory`. Rows and keys are kept in memory too, about 200 bytes a sample.
+    """State of a preparation in `directory`; rows and keys are also in memory, about 200 bytes per sample.
 
-    entries: annotation records that are done. shards: the finished ones. sources: counts by (source, "samples" |
-    "rejected" | "images").
-    rejected: counts by kind. keys: of all samples. rows: [samples] of KEPT_ROW.
+    entries: processed annotation records. shards: finished shards. rejected: counts by kind. keys: keys of all samples.
+    sources: counts by (source, "samples" | "rejected" | "images"). rows: [samples] of KEPT_ROW.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -48,10 +46,10 @@ class Journal:
 
     @staticmethod
     def open(directory: Path, *, identity: dict[str, object], restart: bool = False) -> Journal:
-        """Begin, or go on with, the preparation that `identity` describes; `restart`: forget what was begun.
+        """Start or resume the preparation that `identity` describes; `restart` discards an unfinished one.
 
-        Raises DataError when another process is at it, or when what was begun there is another one: the message names
-        each difference.
+        Raises DataError when another process is preparing there, or when the unfinished preparation has another
+        identity: the message names each difference.
         """
         directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(directory)
@@ -59,11 +57,11 @@ class Journal:
             fcntl.flock(journal._files[NAME], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
-                f"{directory}: another process is preparing this data set; wait for it or end it"
+                f"{directory}: another process is preparing this data set; wait for it or stop it"
             ) from error
         if restart:
             journal._files[NAME].truncate(0)
-        lines = _whole_lines(directory / NAME)
+        lines = _complete_lines(directory / NAME)
         if lines and lines[0] != identity:
             differences = [
                 f"{name} was {lines[0].get(name)!r}, now {identity[name]!r}"
@@ -71,10 +69,10 @@ class Journal:
                 if lines[0].get(name) != identity[name]
             ]
             raise DataError(
-                f"{directory} holds an unfinished preparation with other inputs: {'; '.join(differences)}. Finish it with those, or begin anew "
-                "with --restart"
+                f"{directory} holds an unfinished preparation with other inputs: {'; '.join(differences)}. "
+                "Finish it with those, or start over with --restart"
             )
-        journal._go_on(lines[1:])
+        journal._restore(lines[1:])
         if not lines:
             journal._append(NAME, json.dumps(identity).encode() + b"\n")
         return journal
@@ -85,17 +83,17 @@ class Journal:
         return self._table.rows
 
     def add(self, key: str, row: tuple[object, ...]) -> None:
-        """One sample more."""
+        """Append one sample."""
         self._table.append(row)
         self.keys.append(key)
 
     def reject(self, line: dict[str, object]) -> None:
-        """One refused record more; `line` has its "kind"."""
+        """Append one rejected record; `line` holds its "kind"."""
         self.rejected[str(line["kind"])] += 1
         self._files[REJECTED].write(json.dumps(line).encode() + b"\n")
 
     def commit(self, shard: ShardFile) -> None:
-        """`shard` is finished: all that was added so far will be there after a kill."""
+        """Record `shard` as finished and make everything added so far durable."""
         self.shards.append(shard)
         self._append(ROWS, self.rows[self._written :].tobytes())
         self._append(KEYS, "".join(f"{key}\n" for key in self.keys[self._written :]).encode())
@@ -112,23 +110,23 @@ class Journal:
         self._append(NAME, json.dumps(state).encode() + b"\n")
 
     def close(self) -> None:
-        """Close the files and let go of the directory."""
+        """Close the files and release the lock."""
         for file in self._files.values():
             file.close()
 
     def remove(self) -> None:
-        """Close, and delete what only serves to go on."""
+        """Close, and delete the files that only serve resuming."""
         self.close()
         for name in (NAME, ROWS, KEYS):
             (self.directory / name).unlink()
 
-    def _go_on(self, states: list[dict]) -> None:
-        """Take up the state after the last line whose shard is still whole, and cut off what came later."""
+    def _restore(self, states: list[dict]) -> None:
+        """Restore the state of the last finished shard and truncate later data."""
         for state in states:
             name, size = state["shard"]
             path = self.directory / name
             if not path.is_file() or path.stat().st_size != size:
-                raise DataError(f"{path}: is not as it was finished; begin anew with --restart")
+                raise DataError(f"{path}: has changed since it was finished; start over with --restart")
             self.shards.append(ShardFile(name=name, size=size))
         state = states[-1] if states else {"entries": 0, "samples": 0, "sizes": {}, "sources": [], "rejected": {}}
         for name in (ROWS, KEYS, REJECTED):
@@ -144,13 +142,14 @@ class Journal:
         assert self._written == len(self.keys) == len(self._table), "the journal and its files disagree"
 
     def _append(self, name: str, data: bytes) -> None:
+        """Append to a file and flush it to the disk."""
         file = self._files[name]
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _whole_lines(path: Path) -> list[dict]:
-    """The lines that were written to their end."""
+def _complete_lines(path: Path) -> list[dict]:
+    """Parse the lines that end with a newline."""
     lines = path.read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines]

@@ -1,7 +1,6 @@
-"""The one judgement of a record: its form, its image decoded once, its conversation tokenised. Preparing and auditing both rest on it.
+"""Validation of one record: its form, its decoded image, its tokenised conversation; used by preparation and audit.
 
-Whatever cannot be trained becomes a Refused with its kind and reason; nothing raises. What is done with the verdict is
-not known here.
+A record that cannot be trained yields a Rejected with kind and reason; nothing raises.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -32,8 +31,8 @@ from megatron_share4v.text.tokenizer import Tokenizer
 BAD_RECORD, MISSING, OVERSIZED, CORRUPT = "bad record", "missing image", "oversized image", "corrupt image"
 PLACEHOLDERS, BAD_CONVERSATION, NO_LABEL = "placeholder mismatch", "bad conversation", "no label"
 KINDS = (BAD_RECORD, MISSING, OVERSIZED, CORRUPT, PLACEHOLDERS, BAD_CONVERSATION, NO_LABEL)
-CHUNK = 16  # records that a worker takes at a time
-AHEAD = 2  # chunks that each worker works ahead: bounds the image bytes under way
+CHUNK = 16  # records per request to a worker
+AHEAD = 2  # look-ahead of each worker in chunks: bounds the image bytes in memory
 NO_LIMIT = 1 << 62
 
 Item = TypeVar("Item")
@@ -42,7 +41,7 @@ Verdict = TypeVar("Verdict")
 
 @dataclass(frozen=True)
 class Rejected:
-    """kind: which check refused the record, one of KINDS; reason: the message."""
+    """Rejected record. kind: the failed check, one of KINDS; reason: the message."""
 
     kind: str
     reason: str
@@ -50,7 +49,10 @@ class Rejected:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image that decodes. data: the encoded file, empty where it was not asked for; archive, offset: as in FoundImage."""
+    """Image that decodes.
+
+    data: the encoded file, empty when not requested; archive, offset: as in EncodedImage.
+    """
 
     data: bytes
     length: int
@@ -62,11 +64,11 @@ class CheckedImage:
 
 @dataclass(frozen=True)
 class CheckedText:
-    """A conversation that can be trained.
+    """Conversation that can be trained.
 
     words: LLaVA's length. n_tok: positions kept, an image counted as one; n_lab: trained positions among them.
-    full_tok, full_lab: of the whole conversation, so that the difference is what the cut takes away. identity: 64-bit
-    hash of the turns.
+    full_tok,
+    full_lab: the same before truncation. identity: 64-bit hash of the turns.
     """
 
     words: int
@@ -79,7 +81,7 @@ class CheckedText:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A good record. image is None for text only, and where the image was not to be examined (again)."""
+    """Valid record. image is None for text only, and when validation of the image was not requested."""
 
     id: str
     image_path: str | None
@@ -89,7 +91,10 @@ class Accepted:
 
 @dataclass(frozen=True)
 class RecordValidator:
-    """(entry, whether its image is known to be good) -> verdict; what a worker runs. keep_bytes: return the encoded image too."""
+    """Callable that validates (entry, whether its image is known to be valid); runs in workers.
+
+    keep_bytes: return the encoded image as well.
+    """
 
     images: ImageFiles
     tokenizer: Tokenizer
@@ -98,6 +103,7 @@ class RecordValidator:
     keep_bytes: bool = True
 
     def __call__(self, request: tuple[Entry, bool]) -> Accepted | Rejected:
+        """Validate one entry."""
         entry, image_is_known = request
         try:
             record = parse_record(entry.content, where=entry.where)
@@ -109,14 +115,15 @@ class RecordValidator:
                 found = self.images.read(record.image)
             except DataError as error:
                 return Rejected(MISSING, str(error))
-            image = check_image(found, keep_bytes=self.keep_bytes)
-            if isinstance(image, Rejected):
-                return image
+            checked = check_image(found, keep_bytes=self.keep_bytes)
+            if isinstance(checked, Rejected):
+                return checked
+            image = checked
         text = self.check_text(record.turns, has_image=record.image is not None)
         return text if isinstance(text, Rejected) else Accepted(record.id, record.image, image, text)
 
     def check_text(self, turns: tuple[Turn, ...], *, has_image: bool) -> CheckedText | Rejected:
-        """Tokenise a conversation and count."""
+        """Tokenise a conversation and count its positions."""
         kind = (
             PLACEHOLDERS
             if has_image and sum(IMAGE_PLACEHOLDER in turn.text for turn in turns) != 1
@@ -168,26 +175,29 @@ def check_image(found: EncodedImage, *, keep_bytes: bool) -> CheckedImage | Reje
 
 
 def validate_all(
-    examine: Callable[[Item], Verdict], items: Iterable[Item], *, workers: int
+    validate: Callable[[Item], Verdict], items: Iterable[Item], *, workers: int
 ) -> Iterator[tuple[Item, Verdict]]:
-    """Each item with its verdict, in order; `workers` processes, 0: this one. Items are taken from their iterator only a little ahead."""
-    under_way: deque[tuple[Item, ...]] = deque()
+    """Yield each item with its verdict, in order, from `workers` processes (0: this process).
+
+    Items are taken from their iterator with bounded look-ahead.
+    """
+    pending: deque[tuple[Item, ...]] = deque()
     iterator = iter(items)
 
     def chunks() -> Iterator[tuple[Item, ...]]:
         while chunk := tuple(islice(iterator, CHUNK)):
-            under_way.append(chunk)
+            pending.append(chunk)
             yield chunk
 
-    for verdicts in ordered_map(_Each(examine), chunks(), num_workers=workers, prefetch=AHEAD):
-        yield from zip(under_way.popleft(), verdicts)
+    for verdicts in ordered_map(_ChunkFunction(validate), chunks(), num_workers=workers, prefetch=AHEAD):
+        yield from zip(pending.popleft(), verdicts)
 
 
 @dataclass(frozen=True)
-class _Each:
-    """A function, made to work on a chunk."""
+class _ChunkFunction(Generic[Item, Verdict]):
+    """Function applied to each item of a chunk."""
 
-    function: Callable[[object], object]
+    function: Callable[[Item], Verdict]
 
-    def __call__(self, chunk: tuple[object, ...]) -> list[object]:
+    def __call__(self, chunk: tuple[Item, ...]) -> list[Verdict]:
         return [self.function(item) for item in chunk]

@@ -1,8 +1,7 @@
-"""Annotations and images to a prepared data set: every record is checked once, here, so that training can trust what it reads.
+"""Preparation of a data set from annotations and images; every record is checked once, here, so training can trust it.
 
-Good records become shards, index and dataset.json, published together by a rename; bad ones are named in
-rejected.jsonl. A killed preparation goes on where its last finished shard ends, and ends with the same bytes. The
-checks are in validate.py.
+Accepted records become shards, index and dataset.json, published together by a rename; rejected ones are listed in
+rejected.jsonl. A killed preparation resumes after its last finished shard and gives the same bytes. validate.py checks.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +22,7 @@ import numpy as np
 from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, source_name
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.prepare.image_files import ImageFiles, find_archives, scan_images
+from megatron_share4v.data.prepare.progress import PrepareProgress
 from megatron_share4v.data.prepare.resume import NO_PATH, PATH_BYTES, REJECTED, Journal
 from megatron_share4v.data.prepare.validate import Accepted, RecordValidator, Rejected, validate_all
 from megatron_share4v.data.store.index import IN_PLACE, ROW, VERSION, DatasetInfo, ShardFile, SourceCount, write_index
@@ -33,21 +32,21 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 
-PROGRESS_EVERY_S = 5.0
 MAX_KEY_LENGTH = 64
 DUPLICATES = "duplicates.jsonl"
 ARCHIVES = "archives"
-FIRST_ARCHIVE = 1 << 15  # archives used in place get shard numbers from here on, until the number of shards is known
+FIRST_ARCHIVE = 1 << 15  # first temporary shard number of archives used in place
 
 Validator = Callable[[tuple[Entry, bool]], Accepted | Rejected]
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare. max_text_length: positions kept per sample, an image counted as one. workers 0: in this process.
+    """Options of a preparation.
 
-    in_place: leave the images where they are. repeat_images: store an image with each of its samples, for readers that
-    know nothing of our index; else once. restart: forget an unfinished preparation.
+    max_text_length: positions kept per sample, an image counted as one. workers: reader processes, 0: this process.
+    in_place: leave the images where they are. repeat_images: store an image with each of its samples, for readers
+    without our index; else once. restart: discard an unfinished preparation.
     """
 
     annotations: Path
@@ -67,7 +66,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What was written. images: samples with one. rejected: how many records were refused, by kind of reason."""
+    """Counts of a finished preparation. images: samples with an image. rejected: records by kind of reason."""
 
     output: Path
     samples: int
@@ -88,14 +87,16 @@ class PrepareSummary:
             if same
             else ""
         )
-        return f"{self.output}: {self.samples} samples ({self.images} with an image) in {self.shards} shards; {refused}{repeated}"
+        written = f"{self.samples} samples ({self.images} with an image) in {self.shards} shards"
+        return f"{self.output}: {written}; {refused}{repeated}"
 
 
-def prepare(options: PrepareOptions, *, judge: Validator | None = None) -> PrepareSummary:
-    """Write the data set, going on with an unfinished one. judge: another judgement than Examine's, to measure the rest.
+def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> PrepareSummary:
+    """Write the data set, resuming an unfinished preparation.
 
-    Raises DataError (ConfigError for an unknown template) when there is nothing to prepare, when the output is in the
-    way, or when more than `max_rejected_fraction` of the records are bad; their list is kept in that case.
+    validator: replaces RecordValidator in benchmarks. Raises DataError (ConfigError for an unknown template) when there
+    is nothing to prepare, when the output exists, or when more than `max_rejected_fraction` of the records are
+    rejected; their list is kept in that case.
     """
     tokenizer, template = Tokenizer(options.tokenizer), get_template(options.template)
     if not options.images.is_dir():
@@ -117,14 +118,16 @@ def prepare(options: PrepareOptions, *, judge: Validator | None = None) -> Prepa
     )
     try:
         images = scan_images(options.images, table=staging / ARCHIVES, in_place=options.in_place)
-        examine = RecordValidator(images, tokenizer, template, options.max_text_length, keep_bytes=not options.in_place)
+        default_validator = RecordValidator(
+            images, tokenizer, template, options.max_text_length, keep_bytes=not options.in_place
+        )
         writer = _Writer(
             journal,
             samples_per_shard=options.samples_per_shard,
             in_place=options.in_place,
             repeat_images=options.repeat_images,
         )
-        _write_samples(annotations, judge or examine, writer, workers=options.workers)
+        _write_samples(annotations, validator or default_validator, writer, workers=options.workers)
         _refuse_too_many(journal, options=options)
         summary = _finish(journal, options=options, tokenizer=tokenizer, template=template.name, images=images)
     finally:
@@ -136,7 +139,7 @@ def prepare(options: PrepareOptions, *, judge: Validator | None = None) -> Prepa
 def _identity(
     options: PrepareOptions, annotations: AnnotationFile, tokenizer: Tokenizer, template: str
 ) -> dict[str, object]:
-    """What an unfinished preparation must have in common with this one to be gone on with."""
+    """Properties that must match to resume an unfinished preparation."""
     return {
         "version": VERSION,
         "annotations": str(options.annotations.resolve()),
@@ -148,7 +151,7 @@ def _identity(
         "max_text_length": options.max_text_length,
         "samples_per_shard": options.samples_per_shard,
         "in_place": options.in_place,
-        # Rows that are written say which archive by its number.
+        # Written rows refer to archives by number.
         "archives": [[str(path), path.stat().st_size] for path in find_archives(options.images)]
         if options.in_place
         else [],
@@ -156,14 +159,14 @@ def _identity(
     }
 
 
-def _write_samples(annotations: AnnotationFile, examine: Validator, writer: _Writer, *, workers: int) -> None:
+def _write_samples(annotations: AnnotationFile, validate: Validator, writer: _Writer, *, workers: int) -> None:
     journal = writer.journal
     if journal.entries:
-        get_logger().info(f"going on after {journal.entries} records, {len(journal.shards)} finished shards")
+        get_logger().info(f"resuming after {journal.entries} records, {len(journal.shards)} finished shards")
     entries = islice(annotations, journal.entries, None)
     requests = ((entry, writer.has_image(entry)) for entry in entries)
-    progress = _Progress(annotations, done=journal.entries)
-    for (entry, _), verdict in validate_all(examine, requests, workers=workers):
+    progress = PrepareProgress(annotations, done=journal.entries)
+    for (entry, _), verdict in validate_all(validate, requests, workers=workers):
         if isinstance(verdict, Rejected):
             writer.reject(entry, verdict)
         else:
@@ -174,29 +177,33 @@ def _write_samples(annotations: AnnotationFile, examine: Validator, writer: _Wri
 
 
 class _Writer:
-    """Puts verdicts, in the order of the annotation file, into shards and journal."""
+    """Writer of verdicts, in annotation order, to shards and journal."""
 
     def __init__(self, journal: Journal, *, samples_per_shard: int, in_place: bool, repeat_images: bool) -> None:
         self.journal = journal
         self._shards = ShardWriter(journal.directory, samples_per_shard=samples_per_shard, first=len(journal.shards))
         self._in_place, self._repeat_images = in_place, repeat_images
         self._used_keys = set(journal.keys)
-        self._owners: dict[bytes, int] = {}  # hash of an image's path: the first sample that has it
+        self._owners: dict[bytes, int] = {}  # hash of an image's path -> first sample with it
         for row, path in enumerate(journal.rows["path"]):
             self._owners.setdefault(path.tobytes(), row)
 
     def has_image(self, entry: Entry) -> bool:
-        """The entry's image need not be examined: it is stored already."""
+        """Whether the image of an entry is stored already and need not be validated."""
         path = entry.content.get("image") if isinstance(entry.content, dict) else None
         return isinstance(path, str) and not self._repeat_images and _path_hash(path) in self._owners
 
     def accept(self, entry: Entry, sample: Accepted) -> None:
-        """Write one sample. An image that an earlier one has is not stored again: its text names the shard and key where it is."""
+        """Write one sample.
+
+        An image that an earlier sample has is not stored again: the text names the shard and key that hold it.
+        """
         source, key = source_name(entry.content), self._new_key(sample.id, entry.position)
         path = _path_hash(sample.image_path) if sample.image_path is not None else NO_PATH
         owner = self._owners.get(path) if path != NO_PATH and not self._repeat_images else None
         content = entry.content
         if owner is not None and not self._in_place:
+            assert isinstance(content, dict)  # accepted records are objects
             content = content | {
                 "image_in": {
                     "shard": self._shards.names[self.journal.rows[owner]["shard"]],
@@ -225,7 +232,7 @@ class _Writer:
         self._advance(entry)
 
     def reject(self, entry: Entry, verdict: Rejected) -> None:
-        """List one refused record."""
+        """List one rejected record."""
         content = entry.content if isinstance(entry.content, dict) else {}
         self.journal.reject(
             {
@@ -266,7 +273,7 @@ class _Writer:
         return where, sample.image.offset, sample.image.length, sample.image.crc32
 
     def _new_key(self, record_id: str, position: int) -> str:
-        """The id, made fit for a file name; "~position" tells repeated ids apart (published files do repeat ids)."""
+        """Id made valid as a file name; "~position" distinguishes repeated ids (published files do repeat ids)."""
         key = re.sub(r"[^A-Za-z0-9_-]", "_", record_id)[:MAX_KEY_LENGTH]
         if not key or key in self._used_keys:
             key = f"{key}~{position}"
@@ -274,42 +281,11 @@ class _Writer:
         return key
 
 
-class _Progress:
-    """A line every few seconds: how far, how fast, how long still. The file's bytes say how far: its records are not counted beforehand."""
-
-    def __init__(self, annotations: AnnotationFile, *, done: int) -> None:
-        self._annotations, self._first, self._done = annotations, done, done
-        self._started = self._last = time.monotonic()
-        self._fraction_at_start: float | None = None
-
-    def advance(self, *, rejected: int) -> None:
-        self._done += 1
-        if self._fraction_at_start is None:
-            self._fraction_at_start = self._fraction
-        if time.monotonic() - self._last >= PROGRESS_EVERY_S:
-            self.report(rejected=rejected)
-
-    def report(self, *, rejected: int) -> None:
-        self._last = time.monotonic()
-        seconds = max(self._last - self._started, 1e-9)
-        covered = self._fraction - (self._fraction_at_start or 0.0)
-        left = (
-            f", about {(1 - self._fraction) * seconds / covered:.0f} s left"
-            if covered > 0 and self._fraction < 1
-            else ""
-        )
-        rate = (self._done - self._first) / seconds
-        get_logger().info(
-            f"prepared {self._done} records ({self._fraction:.0%} of the file), {rate:.0f} records/s, {rejected} rejected{left}"
-        )
-
-    @property
-    def _fraction(self) -> float:
-        return self._annotations.bytes_read / max(self._annotations.size, 1)
-
-
 def _refuse_too_many(journal: Journal, *, options: PrepareOptions) -> None:
-    """Raise DataError, keeping the list of the refused, when too many are. What was begun is removed: the records must be judged anew."""
+    """Raise DataError when too many records were rejected, keeping their list.
+
+    The staging folder is removed: the records must be validated anew.
+    """
     total, refused = journal.entries, journal.rejected.total()
     if not total:
         journal.close()
@@ -322,15 +298,17 @@ def _refuse_too_many(journal: Journal, *, options: PrepareOptions) -> None:
     os.replace(journal.directory / REJECTED, kept)
     shutil.rmtree(journal.directory)
     raise DataError(
-        f"annotations {options.annotations}: {refused} of {total} records are bad ({refused / total:.1%}: {_by_kind(journal.rejected)}), more than "
-        f"--max-rejected-fraction {options.max_rejected_fraction}; nothing was published. Each is named with its reason in {kept}"
+        f"annotations {options.annotations}: {refused} of {total} records are bad "
+        f"({refused / total:.1%}: {_by_kind(journal.rejected)}), more than "
+        f"--max-rejected-fraction {options.max_rejected_fraction}; nothing was published. "
+        f"Each is listed with its reason in {kept}"
     )
 
 
 def _finish(
     journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, template: str, images: ImageFiles
 ) -> PrepareSummary:
-    """Write index, description and list of duplicates; the directory is complete then."""
+    """Write index, description and list of duplicates, which completes the directory."""
     kept, shards = journal.rows, tuple(journal.shards)
     rows = np.empty(len(kept), dtype=ROW)
     for name in ROW.names:
@@ -389,7 +367,7 @@ def _path_hash(path: str) -> bytes:
 
 
 def _publish(staging: Path, output: Path) -> None:
-    """Rename `staging` to `output`; what was there is removed after the new data set is in place."""
+    """Rename `staging` to `output`; the previous output is removed after the new data set is in place."""
     old = output.parent / f".{output.name}.replaced-{os.getpid()}"
     if output.exists():
         os.replace(output, old)

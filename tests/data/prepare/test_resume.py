@@ -150,7 +150,7 @@ def test_other_inputs_are_not_mixed_with_what_was_begun(interrupted):
     changed = dataclasses.replace(interrupted, template="v1_mmtag", max_text_length=300)
     with pytest.raises(
         DataError,
-        match="template was 'vicuna_v1', now 'v1_mmtag'; max_text_length was 512, now 300. Finish .* or begin anew with --restart",
+        match="template was 'vicuna_v1', now 'v1_mmtag'; max_text_length was 512, now 300. Finish .* or start over with --restart",
     ):
         prepare(changed)
     assert prepare(dataclasses.replace(changed, restart=True)).samples == 26
@@ -160,7 +160,9 @@ def test_other_inputs_are_not_mixed_with_what_was_begun(interrupted):
 def test_a_finished_shard_that_was_changed_meanwhile_is_noticed(interrupted):
     shard = interrupted.output.with_name(".out.partial") / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match="shard-000000.tar: is not as it was finished; begin anew with --restart"):
+    with pytest.raises(
+        DataError, match="shard-000000.tar: has changed since it was finished; start over with --restart"
+    ):
         prepare(interrupted)
 
 
@@ -221,7 +223,7 @@ def test_damaged_and_unreachable_archives_are_named(options, tmp_path: Path):
     with pytest.raises(DataError, match="more.zip: is damaged"):
         prepare(options)
     target.with_suffix(".zip").rename(options.images / "more.tar.gz")
-    with pytest.raises(DataError, match="more.tar.gz: is compressed as a whole.*make it a plain .tar"):
+    with pytest.raises(DataError, match="more.tar.gz: is compressed as a whole.*convert it to a plain .tar"):
         prepare(options)
 
 
@@ -265,7 +267,7 @@ def test_in_place_notices_what_changed_since(options, picture):
         SampleReader(Index.open(options.output)).read(0, with_image=True)
     image.unlink()
     with pytest.raises(
-        DataError, match=r"coco/0.png:img_0: cannot be read .* prepared with --in-place: put the image back"
+        DataError, match=r"coco/0.png:img_0: cannot be read .* prepared with --in-place: restore the image"
     ):
         SampleReader(Index.open(options.output)).read(0, with_image=True)
     options.images.rename(options.images.with_name("elsewhere"))

@@ -96,7 +96,10 @@ class OtherTokenizer:
 def test_check_names_each_difference(prepared):
     tokenizer = Tokenizer(prepared.tokenizer_path)
     prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=512)
-    with pytest.raises(DataError, match="was prepared with other settings than this run's: max_text_length is 64, prepared with 512. Set"):
+    with pytest.raises(
+        DataError,
+        match="was prepared with other settings than this run's: max_text_length is 64, prepared with 512. Set",
+    ):
         prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=64)
     with pytest.raises(
         DataError, match="tokenizer is ffffffffffff, prepared with .*; template is plain, prepared with vicuna_v1"
