@@ -129,7 +129,7 @@ def patch_cuda_for_cpu() -> bool:
     if isinstance(torch.cuda.default_generators, _CpuGenerators):
         return True
     assert not any(name.startswith(_CALLER) for name in sys.modules), (
-        "the CPU patched must be patched before megatron.core is imported"
+        "torch.cuda must be patched before megatron.core is imported"
     )
     # The first use of `torch.device` as a context records which functions are factories: it must see the originals.
     with torch.device("cpu"):
