@@ -12,7 +12,7 @@ VOCABULARY, EOS = 100, 2
 
 def build(mesh, *, seed: int = 2, scale: float = 3.0):
     """The tiny model, with weights large enough that answers depend on the prompt."""
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize_weights
 

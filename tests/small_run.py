@@ -43,7 +43,9 @@ class Run:
     """A new model and optimizer on a mesh."""
 
     def __init__(self, mesh, setting: Setting, *, seed: int) -> None:
-        from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
+        from megatron_share4v.config.parallel import ParallelConfig
+        from megatron_share4v.config.run import PrecisionConfig
+        from megatron_share4v.config.training import OptimConfig, TrainConfig
         from megatron_share4v.mcore.layer_options import layer_options
         from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
         from megatron_share4v.model.chunks import build_chunks

@@ -18,7 +18,8 @@ from bench_plan import write_synthetic_index
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
-from megatron_share4v.config.run import OptimConfig, ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.training import OptimConfig
 from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.records import Batch, Example
 from megatron_share4v.data.sampling.blend import open_index

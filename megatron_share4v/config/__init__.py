@@ -1,1 +1,1 @@
-"""Typed, frozen configuration: what a run, a model and a data set are. No torch import here."""
+"""Typed, frozen configuration of runs, models, data sets, engine and server; without torch."""

@@ -1,4 +1,4 @@
-"""Checks of command-line arguments that several tools share, as argparse's `type`. It prints what they raise and ends with exit code 2."""
+"""Argument types for argparse that several tools share; argparse prints their errors and ends with exit code 2."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Callable
 
 
 def positive(text: str) -> int:
-    """A whole number from 1."""
+    """Parse a whole number from 1."""
     return _whole(text, least=1)
 
 
 def natural(text: str) -> int:
-    """A whole number from 0."""
+    """Parse a whole number from 0."""
     return _whole(text, least=0)
 
 
 def above_zero(text: str) -> float:
-    """A number above 0."""
+    """Parse a number above 0."""
     return _number(text, holds=lambda value: value > 0, wanted="above 0")
 
 
 def at_least_zero(text: str) -> float:
-    """A number from 0."""
+    """Parse a number from 0."""
     return _number(text, holds=lambda value: value >= 0, wanted="from 0")
 
 

@@ -1,14 +1,14 @@
-"""The one decorator behind every configuration class, the strict scalar types they use, and the checks that look at several values.
+"""The decorator of all configuration classes, their strict scalar types, and conflicts between values.
 
-A value that is wrong by itself is refused by its type. Values that are fine one by one but not together are named by the class's `conflicts`
-method, which yields a Conflict for each; config/load.py reports both kinds with their place in the file.
+A value that is wrong by itself is refused by its type. Values that are valid one by one but not together are reported
+by the `conflicts` method of the class; config/load.py reports both kinds with their place in the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -28,14 +28,14 @@ Fraction = Annotated[float, Strict(), Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Conflict:
-    """Values that do not go together: a sentence with the values in it, and the dotted keys concerned, relative to the class that found it."""
+    """Values that exclude each other: a message with the values, and their dotted keys relative to the class."""
 
     message: str
     keys: tuple[str, ...]
 
 
 class ConflictError(ValueError):
-    """Raised when a configuration object is built from conflicting values; `conflicts` has them all."""
+    """Error of a configuration object with conflicting values, all of them in `conflicts`."""
 
     def __init__(self, conflicts: Iterable[Conflict]) -> None:
         self.conflicts = tuple(conflicts)
@@ -50,10 +50,10 @@ def _refuse_conflicts(self: Any) -> None:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
-    """Frozen, keyword-only dataclass that validates its fields, refuses unknown ones, and refuses what its `conflicts()` yields, if it has that."""
+    """Make a frozen, keyword-only dataclass that validates its fields and refuses unknown ones and conflicts."""
     if hasattr(cls, "conflicts"):
         assert "__post_init__" not in vars(cls), f"{cls.__name__}: a check belongs into conflicts()"
-        cls.__post_init__ = _refuse_conflicts
-    return pydantic_dataclass(
-        frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True)
-    )(cls)
+        cast(Any, cls).__post_init__ = _refuse_conflicts
+    settings = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    # pydantic returns a subtype of its own protocol; the class is the same.
+    return cast(type[T], pydantic_dataclass(frozen=True, kw_only=True, config=settings)(cls))

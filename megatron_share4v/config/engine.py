@@ -1,4 +1,4 @@
-"""How the generation engine divides its memory and its steps. Sizes are of one model replica, never per tensor rank."""
+"""Limits of the generation engine. Sizes are per model replica, not per TP rank."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from megatron_share4v.config.base import Bool, Conflict, NonNegativeInt, Positiv
 
 @config
 class EngineConfig:
-    """Limits of the engine."""
+    """Limits of the engine's batch, KV cache and steps."""
 
     max_requests: PositiveInt = 16
-    """Requests that are answered at the same time; the others wait."""
+    """Requests that run at the same time; the others wait."""
     max_positions: PositiveInt | None = None
-    """Positions of prompt and answer together, at most. None: what the model has."""
+    """Longest prompt plus answer, in positions. null: what the model supports."""
     cache_positions: PositiveInt | None = None
-    """Positions whose keys and values are kept, of running requests and of prefixes to use again. None: as many as max_requests of full length take,
-    or as fit into half of the memory that is free, if that is less."""
+    """Size of the KV cache in positions, for running requests and reusable prefixes. null: max_requests of full length,
+    or what fits into half of the free memory if that is less."""
     step_positions: PositiveInt = 256
-    """Positions computed in one step; a longer prompt takes several, between which the other requests go on."""
+    """Positions computed in one step; a longer prompt is prefilled in chunks, interleaved with other requests."""
     prefix_cache: Bool = True
-    """Use keys and values of an earlier request again where a prompt begins like it, images included."""
+    """Reuse the KV cache of an earlier request with the same prefix, images included."""
     image_cache_bytes: NonNegativeInt = 256 << 20
-    """Of image features kept for prompts to come, the least recently used of which go first; those in use are kept whatever this says."""
+    """Size of the LRU cache of image features; features in use do not count."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A step that cannot give each running request its token."""
+        """Find a step too small for one token of each running request."""
         if self.max_requests > self.step_positions:
-            message = f"step_positions {self.step_positions} is less than max_requests {self.max_requests}, of which each takes one in every step"
+            need = f"max_requests {self.max_requests}, of which each takes one in every step"
+            message = f"step_positions {self.step_positions} is less than {need}"
             yield Conflict(message, ("step_positions", "max_requests"))

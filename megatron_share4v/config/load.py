@@ -1,7 +1,8 @@
-"""From YAML file and overrides to a validated configuration object, and back.
+"""Loading of a validated configuration object from a YAML file and overrides, and dumping it.
 
-Order: defaults < base files < file < overrides `dotted.key=value`. Everything that is wrong is reported at once, each with its file and line.
-Relative paths inside a configuration stay relative to the working directory; only `base:` is relative to its file (config/locate.py).
+Precedence: defaults < base files < file < overrides `dotted.key=value`. All errors are reported at once, with file
+and line. Relative paths inside a configuration stay relative to the working directory; only `base:` is relative to its
+file (config/locate.py).
 """
 
 from __future__ import annotations
@@ -28,29 +29,30 @@ UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a training run. Raises ConfigError that lists every problem."""
+    """Load the configuration of a training run; ConfigError lists all errors."""
     return load(RunConfig, path, overrides)
 
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """A `@config` class from a YAML file and `dotted.key=value` overrides. Raises ConfigError that lists every problem."""
+    """Load a `@config` class from a YAML file and `dotted.key=value` overrides; ConfigError lists all errors."""
     reader = Reader()
     tree = reader.read_file(Path(path))
     for override in overrides:
         tree = merge(tree, reader.read_override(override))
     problems = list(reader.problems)
-    result = None
+    result: T | None = None
     if reader.complete:
         validation = _Validation(cls, tree)
         result = validation.run()
         problems += validation.problems
     if problems:
         raise ConfigError("\n".join(sorted(problems, key=_reading_order)))
+    assert result is not None, "an incomplete tree has problems"
     return result
 
 
 def from_options(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A `@config` class from options of a command, those left out being defaults. Raises ConfigError that lists every problem with its option."""
+    """Build a `@config` class from the options of a command; ConfigError lists all errors with their options."""
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
@@ -63,19 +65,19 @@ def from_options(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def dump(config: Any) -> str:
-    """YAML of a whole configuration, defaults included; `load` reads it back to an equal object."""
+    """Dump a configuration as YAML, defaults included; `load` reads it back to an equal object."""
     return yaml.safe_dump(
         TypeAdapter(type(config)).dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
     )
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """A configuration's values by dotted key."""
+    """Return the values of a configuration by dotted key."""
     return dict(leaves(yaml.safe_load(dump(config))))
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is no section."""
+    """Iterate over (dotted key, value) of everything that is not a section."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -84,12 +86,12 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def restore(cls: type[T], text: str) -> T:
-    """The object whose `dump` is `text`."""
+    """Load a configuration object from its `dump`."""
     return TypeAdapter(cls).validate_python(yaml.safe_load(text))
 
 
 def json_schema(cls: type) -> dict[str, Any]:
-    """JSON schema of a configuration class for editors, with `base` allowed in every section."""
+    """Return the JSON schema of a configuration class for editors, with `base` allowed in every section."""
     schema = TypeAdapter(cls).json_schema()
     for section in (schema, *schema.get("$defs", {}).values()):
         section.get("properties", {})[BASE] = {
@@ -99,12 +101,12 @@ def json_schema(cls: type) -> dict[str, Any]:
 
 
 class _Validation:
-    """Validates a tree again and again, each time without what was found wrong, so that the checks that look at many values get their turn too.
+    """Validates a tree repeatedly, each time without the values found wrong, so that conflicts are found too.
 
-    A conflict that involves a value already found wrong says nothing about what the user meant and is left out.
+    A conflict that involves a value already found wrong is not reported.
     """
 
-    ROUNDS = 12  # types, then conflicts of sections within sections, then those of the whole, with placeholders for required keys in between
+    ROUNDS = 12  # types, conflicts of nested sections, conflicts of the whole, placeholders of required keys in between
 
     def __init__(self, cls: type, tree: Section) -> None:
         self.cls, self.tree, self.values = cls, tree, tree.plain()
@@ -113,7 +115,7 @@ class _Validation:
         self.problems: list[str] = []
 
     def run(self) -> Any:
-        """The object; it counts only if `problems` stays empty."""
+        """Return the object, which is valid only if `problems` is empty."""
         for _ in range(self.ROUNDS):
             try:
                 return TypeAdapter(self.cls).validate_python(self.values)
@@ -121,11 +123,11 @@ class _Validation:
                 details = error.errors()
             for detail in sorted(details, key=lambda detail: detail["type"] == UNKNOWN):
                 self._note(detail)
-        assert self.problems, "what cannot be validated has a problem that can be told"
+        assert self.problems, "a value that cannot be validated has no error message"
         return None
 
     def _note(self, detail: Any) -> None:
-        """Report one error of pydantic, and repair the values so that the next round sees further."""
+        """Report one error of pydantic, and remove the value so that the next round can validate the rest."""
         location = tuple(str(part) for part in detail["loc"])
         cause = detail.get("ctx", {}).get("error")
         if detail["type"] == UNKNOWN:
@@ -143,7 +145,7 @@ class _Validation:
             )
 
     def _note_value(self, path: Keys, what: str, *, missing: bool) -> None:
-        placeholder = {} if self.known.get(path) else "?"
+        placeholder: Any = {} if self.known.get(path) else "?"
         if not self._is_wrong(path):
             self._report(path, what)
         elif not missing and _get(self.values, path) == "?":
@@ -171,7 +173,7 @@ class _Validation:
         for conflict, paths in concerned.items():
             if not any(self._is_wrong(path) for path in paths):
                 written = [path for path in paths if self.tree.has(path)]
-                # The line that was written last is the likelier mistake.
+                # Of conflicting values, the override is reported, since it was written last.
                 overridden = [path for path in written if self.tree.place_of(path).startswith(COMMAND_LINE)]
                 self._report((overridden or written or paths)[0], conflict.message)
         for path in {path for paths in concerned.values() for path in paths}:
@@ -185,8 +187,8 @@ class _Validation:
         self.problems.append(": ".join(part for part in (self.tree.place_of(path), ".".join(path), what) if part))
 
 
-def _fields(cls: type, section: Keys = ()) -> Iterator[tuple[Keys, bool]]:
-    """Every key of a configuration class and of the classes inside it, and whether it is a section."""
+def _fields(cls: Any, section: Keys = ()) -> Iterator[tuple[Keys, bool]]:
+    """Iterate over all keys of a configuration class, nested ones included, and whether each is a section."""
     for name, field in cls.__pydantic_fields__.items():
         inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if dataclasses.is_dataclass(kind)]
         yield (*section, name), bool(inner)
@@ -195,7 +197,7 @@ def _fields(cls: type, section: Keys = ()) -> Iterator[tuple[Keys, bool]]:
 
 
 def _reading_order(problem: str) -> tuple[str, int]:
-    """File, then line; problems of one place stay in the order in which they were found."""
+    """Sort by file, then line; errors of one place keep the order in which they were found."""
     place = re.match(r"(.+?):(\d+): ", problem)
     return (place[1], int(place[2])) if place else (problem.partition(":")[0], 0)
 
@@ -207,7 +209,7 @@ def _sentence(message: str, value: Any) -> str:
     return f"{what}, got {json.dumps(value, default=str, ensure_ascii=False)}"
 
 
-def _get(values: dict[str, Any], path: Keys) -> Any:
+def _get(values: Any, path: Keys) -> Any:
     for key in path:
         values = values.get(key) if isinstance(values, dict) else None
     return values

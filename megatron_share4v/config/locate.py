@@ -1,7 +1,7 @@
-"""YAML files, their `base:` files and dotted overrides, read into one tree in which every value remembers where it was written.
+"""Reader of YAML files, their `base:` files and dotted overrides into one tree that keeps the place of every value.
 
-`base:` (a path or a list of paths, relative to the file that says so) may stand at the top of a file or inside any section; what follows it wins.
-Nothing here knows the configuration classes: config/load.py validates the tree.
+`base:` (a path or a list of paths, relative to its file) may stand at the top of a file or inside any section; the
+other keys override it. The tree is validated by config/load.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import yaml
 
@@ -20,7 +20,7 @@ COMMAND_LINE = "command line: "
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, except that `2e-5` is a number."""
+    """PyYAML's safe loader (YAML 1.1), except that `2e-5` is a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -30,7 +30,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Leaf:
-    """A value, and the `file:line` or override that wrote it."""
+    """A value with the `file:line` or override that set it."""
 
     value: Any
     place: str
@@ -38,19 +38,19 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Section:
-    """Keys that belong together, and where the section was last opened: by a file, if any file did."""
+    """A mapping with the place where it was last opened, by a file if any file did."""
 
     entries: dict[str, Section | Leaf]
     place: str
 
     def plain(self) -> dict[str, Any]:
-        """The values alone, as nested dicts."""
+        """Return the values as nested dicts."""
         return {
             key: entry.plain() if isinstance(entry, Section) else entry.value for key, entry in self.entries.items()
         }
 
     def has(self, path: Iterable[str]) -> bool:
-        """Whether something was written at `path`."""
+        """Return whether a value was set at `path`."""
         here: Section | Leaf = self
         for key in path:
             if isinstance(here, Leaf) or key not in here.entries:
@@ -59,7 +59,7 @@ class Section:
         return True
 
     def place_of(self, path: Iterable[str]) -> str:
-        """Where the deepest written part of `path` stands."""
+        """Return the place of the deepest part of `path` that was set."""
         here: Section | Leaf = self
         for key in path:
             if isinstance(here, Leaf) or key not in here.entries:
@@ -68,8 +68,16 @@ class Section:
         return here.place
 
 
+@overload
+def merge(below: Section, above: Section) -> Section: ...
+
+
+@overload
+def merge(below: Section | Leaf, above: Section | Leaf) -> Section | Leaf: ...
+
+
 def merge(below: Section | Leaf, above: Section | Leaf) -> Section | Leaf:
-    """`above` wins, key by key where both are sections."""
+    """Merge two trees; `above` overrides `below`, key by key where both are sections."""
     if isinstance(below, Leaf) or isinstance(above, Leaf):
         return above
     entries = dict(below.entries)
@@ -80,7 +88,7 @@ def merge(below: Section | Leaf, above: Section | Leaf) -> Section | Leaf:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is being read: its name in messages, the folder that its bases are relative to, the files whose bases led here."""
+    """File or override being read: its name, the folder of relative bases, the chain of files whose bases led here."""
 
     name: str
     folder: Path
@@ -93,13 +101,16 @@ class _Source:
 
 @dataclass
 class Reader:
-    """Reads files and overrides. What is wrong is collected in `problems`; `complete` is False when something could not be read at all."""
+    """Reader of files and overrides; collects errors in `problems`, clears `complete` when a source is unreadable."""
 
     problems: list[str] = field(default_factory=list)
     complete: bool = True
 
     def read_file(self, path: Path, *, asked_at: str = "", opened: tuple[Path, ...] = ()) -> Section:
-        """The tree of one file on top of its bases. `asked_at`: where a `base:` named it; `opened`: the files whose bases are being read."""
+        """Read one file on top of its bases.
+
+        `asked_at`: place of the `base:` that names it; `opened`: chain of files whose bases are being read.
+        """
         name = os.path.normpath(path)
         where = f"{asked_at}: base: {name}" if asked_at else name
         if path.resolve() in opened:
@@ -117,7 +128,7 @@ class Reader:
         return Section(entry.entries if isinstance(entry, Section) else {}, name)
 
     def read_override(self, override: str) -> Section:
-        """The tree of one `dotted.key=value`. The value is YAML; a base in it is relative to the working directory."""
+        """Read one `dotted.key=value`; the value is YAML, and a base in it is relative to the working directory."""
         source = _Source(COMMAND_LINE + override, Path(), numbered=False)
         key, equals, text = override.partition("=")
         *sections, last = key.strip().split(".")
@@ -173,5 +184,5 @@ class Reader:
 
 
 def _at(entry: Section | Leaf, place: str) -> Section | Leaf:
-    """The same entry, said to stand at `place`: a value is looked for where its key is."""
+    """Return the entry with the place of its key."""
     return replace(entry, place=place)

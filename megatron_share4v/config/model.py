@@ -1,6 +1,6 @@
-"""What the network is: CLIP ViT tower, projector, LLaMA language model, and which parts train.
+"""The model section: CLIP ViT tower, projector, LLaMA language model, and which parts train.
 
-Shapes follow Hugging Face's names. Sizes are per model, never per rank.
+Fields follow Hugging Face's names. Sizes are per model, never per rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_share4v.config.base import Bool, Conflict, Int, PositiveFloat, Pos
 
 @config
 class VisionConfig:
-    """A CLIP ViT. Defaults: openai/clip-vit-large-patch14-336."""
+    """CLIP ViT. Defaults: openai/clip-vit-large-patch14-336."""
 
     image_size: PositiveInt = 336
     """Side of the square input, in pixels."""
@@ -30,7 +30,7 @@ class VisionConfig:
     """Index into the list of hidden states (entry 0 is the embedding after the pre-LayerNorm)."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Sizes that do not divide, and a feature layer that does not exist."""
+        """Find sizes that do not divide, and a feature layer that does not exist."""
         yield from _indivisible(self, "image_size", "patch_size")
         yield from _indivisible(self, "hidden_size", "num_attention_heads")
         if not 0 <= self.num_built_layers <= self.num_layers:
@@ -39,18 +39,18 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Language-model positions that one image takes."""
+        """Number of language-model positions of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_built_layers(self) -> int:
-        """Blocks whose output is needed for `feature_layer`."""
+        """Number of blocks up to `feature_layer`."""
         return self.feature_layer if self.feature_layer >= 0 else self.num_layers + 1 + self.feature_layer
 
 
 @config
 class ProjectorConfig:
-    """The map from tower features to language-model embeddings."""
+    """Projector from tower features to language-model embeddings."""
 
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     """`mlp2x_gelu` is Linear, erf GELU, Linear."""
@@ -58,7 +58,7 @@ class ProjectorConfig:
 
 @config
 class LanguageConfig:
-    """A LLaMA decoder. Defaults: Vicuna-7B v1.5."""
+    """LLaMA decoder. Defaults: Vicuna-7B v1.5."""
 
     vocab_size: PositiveInt = 32000
     hidden_size: PositiveInt = 4096
@@ -73,27 +73,28 @@ class LanguageConfig:
     """Embedding and head rows are padded to this multiple; independent of the layout, so checkpoints reshard."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Sizes that do not divide."""
+        """Find sizes that do not divide."""
         yield from _indivisible(self, "hidden_size", "num_attention_heads")
         yield from _indivisible(self, "num_attention_heads", "num_key_value_heads")
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head."""
+        """Number of rows of the embedding and of the head."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 @config
 class TrainableConfig:
-    """Which parts train. What is frozen keeps no gradient and no optimizer state."""
+    """Which parts train; frozen parts have no gradients and no optimizer state."""
 
     language: Bool = True
     projector: Bool = True
     vision_from_block: Int | None = None
-    """None: the tower is frozen. -1: all of it trains. N >= 0: blocks N and later train; embeddings and pre-LayerNorm stay frozen."""
+    """null: the tower is frozen. -1: all of it trains. N >= 0: blocks N and later train; embeddings and pre-LayerNorm
+    stay frozen."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A block number that means nothing, and a model of which nothing trains."""
+        """Find an invalid block number, and a model without trained parts."""
         block = self.vision_from_block
         if block is not None and block < -1:
             yield Conflict(
@@ -109,17 +110,18 @@ class TrainableConfig:
 
 @config
 class ModelConfig:
-    """The whole model."""
+    """Tower, projector, language model, and what of them trains."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     init_std: PositiveFloat = 0.02
-    """Standard deviation of freshly initialised matrices; those that write to the residual stream get init_std / sqrt(2 * layers)."""
+    """Standard deviation of freshly initialised matrices; init_std / sqrt(2 * layers) for output projections of
+    the residual blocks."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A first trained block beyond those that are built."""
+        """Find a first trained block beyond those that are built."""
         start, blocks = self.trainable.vision_from_block, self.vision.num_built_layers
         if start is not None and start >= blocks:
             message = (

@@ -1,4 +1,7 @@
-"""What `parallel.overlap_tensor` needs beside sequence parallelism: Transformer Engine's user buffers have one shape, in bf16 or in FP8 with one scale."""
+"""Requirements of `parallel.overlap_tensor` besides sequence parallelism.
+
+Transformer Engine's user buffers have one shape, in bf16 or in FP8 with one scale per tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from megatron_share4v.config.precision import PrecisionConfig
 def overlap_conflicts(
     precision: PrecisionConfig, *, engine: str, pack_length: int | None, preview: int
 ) -> Iterator[Conflict]:
-    """Where it is on. `engine`, `pack_length`, `preview`: transformer_engine, data.pack_length, train.preview_every_steps."""
+    """Find settings that the user buffers do not support.
+
+    `engine`, `pack_length`, `preview`: transformer_engine, data.pack_length, train.preview_every_steps.
+    """
     for key, value, wrong, why in (
         ("transformer_engine", engine, engine == "none", "its layers have the buffers; use language"),
         ("precision.dtype", precision.dtype, precision.dtype != "bf16", "the buffers are for bf16 and FP8; use bf16"),

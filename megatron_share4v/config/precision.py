@@ -1,4 +1,4 @@
-"""Arithmetic of a run: element types, FP8 recipes and what they ask of sizes, and the guard that watches FP8."""
+"""The precision section: dtypes, FP8 recipes and their size constraints, and the FP8 divergence guard."""
 
 from __future__ import annotations
 
@@ -11,44 +11,48 @@ from megatron_share4v.config.model import ModelConfig
 
 Recipe = Literal["none", "tensorwise", "delayed", "blockwise", "mxfp8"]
 ROWS: dict[Recipe, int] = {"none": 1, "tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
-"""What the number of positions that a rank multiplies must be a multiple of; Transformer Engine refuses others, our own layer would add zeros."""
+"""Multiple of the number of positions per rank by recipe; Transformer Engine refuses others, the project's own layer
+would pad with zeros."""
 WIDTH = 16
-"""The same for the widths of matrices."""
+"""Multiple of the widths of matrices in FP8 products."""
 
 
 @config
 class PrecisionConfig:
-    """Arithmetic of weights and activations; the optimizer keeps fp32 weights in any case."""
+    """Dtypes of weights, activations and gradients; the optimizer always keeps fp32 weights."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
     gradients: Literal["fp32", "bf16"] = "fp32"
-    """In which gradients are added up over micro-batches and data-parallel ranks. bf16 halves the buffers and what is sent; sums lose bits."""
+    """Dtype of gradient accumulation over micro-batches and data-parallel ranks. bf16 halves buffers and traffic, and
+    sums are less precise."""
     fp8: Recipe = "none"
-    """Matrix products of the decoder layers in FP8. `tensorwise`: one scale per tensor, found anew each time; ours, or Transformer Engine's where
-    `transformer_engine` is on, which the other recipes need. Embedding, head, projector and (but for fp8_tower) the tower stay in `dtype`."""
+    """FP8 recipe for the matrix products of the decoder layers. `tensorwise`: one scale per tensor, computed at each
+    use, by this project or by Transformer Engine when `transformer_engine` is on; the other recipes need it. Embedding,
+    head, projector and (without fp8_tower) the tower stay in `dtype`."""
     fp8_first_layers: NonNegativeInt = 0
-    """Decoder layers from the first on that stay in `dtype`."""
+    """Number of first decoder layers that stay in `dtype`."""
     fp8_last_layers: NonNegativeInt = 0
-    """And those up to the last."""
+    """Number of last decoder layers that stay in `dtype`."""
     fp8_tower: Bool = False
     """Matrix products of the vision tower in FP8 too."""
     fp8_weight_gradient: Literal["fp8", "dtype"] = "fp8"
-    """`dtype`: gradients of weights by products in `dtype`, which keeps inputs in it (twice the memory)."""
+    """`dtype`: weight gradients by products in `dtype`, which stores inputs in it (twice the memory)."""
     fp8_param_gather: Bool = False
-    """Not available; see its refusal."""
+    """Not available; true is refused with the reason."""
     guard_every_steps: NonNegativeInt = 0
-    """With fp8: so often one micro-batch of each data-parallel rank is also run in `dtype`, and the gaps of loss and gradient norm are logged; 0: never."""
+    """With fp8: interval at which one micro-batch of each data-parallel rank also runs in `dtype`, and the differences
+    of loss and gradient norm are logged; 0: never."""
     guard_loss_gap: PositiveFloat = 0.02
-    """Relative; a larger one ends the run."""
+    """Largest relative difference of the loss; a larger one ends the run."""
     guard_norm_gap: PositiveFloat = 0.2
-    """Relative, of the gradient norm; a larger one ends the run."""
+    """Largest relative difference of the gradient norm; a larger one ends the run."""
 
     def fp8_layers(self, layers: int) -> range:
-        """Those in FP8 of so many decoder layers, counted from 0."""
+        """Return the 0-based range of decoder layers in FP8, of `layers` in all."""
         return range(self.fp8_first_layers, layers - self.fp8_last_layers) if self.fp8 != "none" else range(0)
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Gradients that are shorter than what they are gradients of, and FP8 settings without FP8."""
+        """Find gradients of lower precision than their weights, and FP8 settings without FP8."""
         if self.gradients == "bf16" and self.dtype == "fp32":
             yield Conflict("gradients bf16 needs dtype bf16, got dtype fp32", ("gradients", "dtype"))
         if self.fp8 == "none":
@@ -60,29 +64,37 @@ class PrecisionConfig:
                     )
         if self.fp8_param_gather:
             message = (
-                "fp8_param_gather true is not available: megatron-core has it only for weights that are Transformer Engine's FP8 tensors from their "
-                "construction on, which first weights, checkpoints, the comparison of replicas and the guard's pass in bf16 here cannot read; "
-                "use false, and parallel.overlap_param_gather to hide the gather"
+                "fp8_param_gather true is not available: megatron-core has it only for weights that are Transformer "
+                "Engine's FP8 tensors from their construction on, which first weights, checkpoints, the comparison of "
+                "replicas and the guard's pass in bf16 here cannot read; use false, and parallel.overlap_param_gather "
+                "to hide the gather"
             )
             yield Conflict(message, ("fp8_param_gather",))
         if self.fp8 == "delayed" and (self.fp8_first_layers or self.fp8_last_layers):
-            message = "fp8 delayed keeps its scales over the whole model and cannot leave out fp8_first_layers or fp8_last_layers; use tensorwise"
+            message = (
+                "fp8 delayed keeps its scales over the whole model and cannot leave out fp8_first_layers or "
+                "fp8_last_layers; use tensorwise"
+            )
             yield Conflict(message, ("fp8", "fp8_first_layers", "fp8_last_layers"))
 
 
 def length_multiple(precision: PrecisionConfig, *, tensor: int, sequence: bool, context: int, other: int = 1) -> int:
-    """The one rule for lengths of sequences and packs: what a rank holds of a sequence is a multiple of the recipe's rows. Sequence parallelism cuts
-    it into `tensor` parts, context parallelism into `context`. `other`: a multiple wanted for another reason."""
+    """Return the multiple that the lengths of sequences and packs must have.
+
+    The part of a sequence on each rank must be a multiple of the recipe's rows: sequence parallelism splits it into
+    `tensor` parts, context parallelism into `context`. `other`: a multiple required for another reason.
+    """
     parts = (tensor if sequence else 1) * context
     return math.lcm(ROWS[precision.fp8] * parts, other)
 
 
 def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int, engine: str) -> Iterator[Conflict]:
-    """Recipes that our own layer does not have, and widths that FP8 products cannot have."""
+    """Find recipes that need Transformer Engine, and layer counts and widths that FP8 does not support."""
     if precision.fp8 == "none":
         return
     if engine == "none" and precision.fp8 != "tensorwise":
-        message = f"precision.fp8 {precision.fp8} is Transformer Engine's; set transformer_engine: language, or use tensorwise"
+        recipe = f"precision.fp8 {precision.fp8}"
+        message = f"{recipe} is Transformer Engine's; set transformer_engine: language, or use tensorwise"
         yield Conflict(message, ("precision.fp8", "transformer_engine"))
     if engine != "none" and precision.dtype == "fp32":
         yield Conflict(
@@ -91,10 +103,14 @@ def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int
         )
     if engine != "none" and precision.fp8_tower:
         rows = model.vision.num_patches + 1
-        message = f"precision.fp8_tower: an image has {rows} positions, and Transformer Engine's FP8 needs multiples of 8; keep the tower in bf16"
+        message = (
+            f"precision.fp8_tower: an image has {rows} positions, and Transformer Engine's FP8 needs multiples of 8; "
+            "keep the tower in bf16"
+        )
         yield Conflict(message, ("precision.fp8_tower", "transformer_engine"))
     if precision.fp8_first_layers + precision.fp8_last_layers >= model.language.num_layers:
-        message = f"precision.fp8_first_layers and fp8_last_layers leave none of model.language.num_layers {model.language.num_layers} in FP8"
+        layers = f"model.language.num_layers {model.language.num_layers}"
+        message = f"precision.fp8_first_layers and fp8_last_layers leave none of {layers} in FP8"
         yield Conflict(
             message, ("precision.fp8_first_layers", "precision.fp8_last_layers", "model.language.num_layers")
         )
@@ -114,5 +130,8 @@ def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int
         }
     for name, width in widths.items():
         if width % WIDTH:
-            message = f"precision.fp8 needs matrices of widths in multiples of {WIDTH}; {name.strip()} gives {width} on each of parallel.tensor {tensor} ranks"
+            message = (
+                f"precision.fp8 needs matrices of widths in multiples of {WIDTH}; {name.strip()} gives {width} on each "
+                f"of parallel.tensor {tensor} ranks"
+            )
             yield Conflict(message, (name.strip(), "parallel.tensor", "precision.fp8"))

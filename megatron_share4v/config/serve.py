@@ -1,4 +1,4 @@
-"""What a server is told: where it listens, whom it lets in, and how much it takes."""
+"""Configuration of the server: address, authentication, and limits of requests."""
 
 from __future__ import annotations
 
@@ -14,45 +14,46 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @config
 class ServeConfig:
-    """Limits protect the machine: whoever can reach the port can ask."""
+    """Address, API key and limits of the server; the limits protect the machine from its clients."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Strict(), Field(ge=0, le=65535)] = 8000
-    """0: any free one."""
+    """0: any free port."""
     api_key: str | None = None
-    """Asked of every request but those for the page and /health; None: nobody is asked."""
+    """Required of every request except for the page and /health; null: none required."""
     model_name: str = "share4v"
-    """What /v1/models lists and `model` in a request must be."""
+    """Name in /v1/models, which `model` in a request must equal."""
     max_waiting: NonNegativeInt = 64
-    """Answers that may wait for a place in the engine; more are refused with 429."""
+    """Sequences that may wait for the engine; more are refused with 429."""
     max_choices: PositiveInt = 128
-    """Answers that one request may ask for (n x prompts)."""
+    """Largest number of choices of one request (n x prompts)."""
     max_body_bytes: PositiveInt = 32 << 20
-    """Of one request; more is refused with 413."""
+    """Largest request body; more is refused with 413."""
     max_buffered_bytes: PositiveInt = 256 << 20
-    """Of all requests that are being read or prepared; more are refused with 429."""
+    """Total size of requests that are being read or prepared; more are refused with 429."""
     body_timeout_s: PositiveFloat = 60.0
-    """A body that is not there by then is refused with 408."""
+    """Time to receive a body; a slower one is refused with 408."""
     max_images: PositiveInt = 1
-    """Per conversation. The models are trained with one."""
+    """Images per conversation; the models are trained with one."""
     max_image_bytes: PositiveInt = 20_000_000
     max_image_pixels: PositiveInt = 50_000_000
     image_workers: PositiveInt = 2
-    """Threads that decode images and tokenise."""
+    """Threads that decode images and tokenize."""
     allow_image_urls: tuple[str, ...] | None = None
-    """None: images come inside the request only. A list: http(s) URLs of these domains and their subdomains are fetched; an empty one: of any."""
+    """Domains whose http(s) image URLs are fetched, subdomains included; an empty list: any domain; null: images come
+    inside the request only."""
     image_timeout_s: PositiveFloat = 5.0
-    """For one image from elsewhere, name look-up included."""
+    """Time to fetch one image, name look-up included."""
     drain_s: PositiveFloat = 20.0
-    """How long running answers may go on after the server was told to stop; torchrun kills its ranks after 30."""
+    """Time for running requests after SIGTERM; torchrun kills its ranks after 30 s."""
 
     @property
     def is_open(self) -> bool:
-        """Whether other machines can ask without a key."""
+        """Whether other machines can send requests without a key."""
         return self.host not in LOOPBACK and self.api_key is None
 
     def conflicts(self) -> Iterator[Conflict]:
-        """A key that no client can send, and bodies that can never be read."""
+        """Find a key that no client can send, and a buffer too small for one body."""
         if self.api_key is not None and (
             not self.api_key.isascii() or not self.api_key.isprintable() or not self.api_key.strip()
         ):

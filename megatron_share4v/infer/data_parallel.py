@@ -14,7 +14,7 @@ from megatron_share4v.checkpoint.hf.auto_import import is_hf_model
 from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.infer.answer_log import DPGroup
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.session import Session

@@ -17,7 +17,8 @@ from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf.auto_import import open_as_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.checkpoint.store import load_weights
-from megatron_share4v.config.run import Ops, ParallelConfig, RunConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.run import Ops, RunConfig
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.loading.prompt import Prompt, make_chat_prompt, make_prompt

@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation

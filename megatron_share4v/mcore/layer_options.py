@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_share4v.config.precision import PrecisionConfig, Recipe
-from megatron_share4v.config.run import Recompute, TrainConfig
+from megatron_share4v.config.training import Recompute, TrainConfig
 from megatron_share4v.errors import ConfigError
 
 

@@ -17,7 +17,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_share4v.config.run import OptimConfig, ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.training import OptimConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.mcore.schedule import TimedDDP, set_schedule_hooks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.model.pipeline_split import layers_per_stage

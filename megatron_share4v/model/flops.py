@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import Recompute, RunConfig
+from megatron_share4v.config.run import RunConfig
+from megatron_share4v.config.training import Recompute
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 
 # Mean caption length of ShareGPT4V-PT in tokens; affects only the balance of the pipeline.
 TYPICAL_TEXT_LENGTH = 200

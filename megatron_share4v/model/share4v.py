@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata

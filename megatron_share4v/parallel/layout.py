@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.errors import ConfigError
 
 Axis = Literal["tensor", "context", "data", "pipeline"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
 
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import Recompute
+from megatron_share4v.config.training import Recompute
 from megatron_share4v.model.flops import WorkloadCounts, layer_weights, trained_blocks
 
 FP32, INT64, INT32 = 4, 8, 4

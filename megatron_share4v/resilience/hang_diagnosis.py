@@ -113,8 +113,9 @@ def _diagnose_waits(states: Sequence[RankState]) -> Diagnosis:
     if not usual[0]:
         cause = "the bound is too low, or all wait for the same disk or device"
         return Diagnosis((), (), f"no rank waits for another: all are in {usual[1]}; {cause}")
-    cause = "the network between them, or a switch"
-    return Diagnosis((), (), f"all ranks wait in {usual[0]} ({usual[1]}) and none differs: {cause}")
+    where = f"{usual[0]} ({usual[1]})"
+    cause = f"all ranks wait in {where} and none differs: the network between them, or a switch"
+    return Diagnosis((), (), cause)
 
 
 def _ranks(states: Sequence[RankState]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.config.run import BadStepConfig
+from megatron_share4v.config.training import BadStepConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.observability.records import read_lines
 from megatron_share4v.parallel.collectives import broadcast_object

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_share4v.config.run import ScheduleConfig
+from megatron_share4v.config.training import ScheduleConfig
 
 
 def warmup_steps(schedule: ScheduleConfig, *, total_steps: int) -> int:

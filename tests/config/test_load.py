@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from megatron_share4v.config.load import dump, json_schema, load, load_run
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import ParallelConfig, RunConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 
 WHOLE = """\

@@ -9,8 +9,10 @@ import pytest
 
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import LanguageConfig, ModelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.precision import PrecisionConfig, length_multiple
-from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
+from megatron_share4v.config.run import RunConfig, RunSection
+from megatron_share4v.config.training import TrainConfig
 
 
 @pytest.mark.parametrize(

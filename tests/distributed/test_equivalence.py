@@ -18,7 +18,7 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_model
 from tolerances import BF16_LOSS, GOLDEN_LOSS, LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.data.records import Batch
 
@@ -71,7 +71,7 @@ class Outcome:
 
 def train_variant(mesh, variant: Variant) -> Outcome:
     """Train five steps of AdamW from the same seed."""
-    from megatron_share4v.config.run import OptimConfig, TrainConfig
+    from megatron_share4v.config.training import OptimConfig, TrainConfig
     from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options

@@ -40,7 +40,7 @@ def answers(
     stop: frozenset[int],
     vocabulary: int = 100,
 ) -> list[list[int]]:
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.greedy_reference import greedy_generate

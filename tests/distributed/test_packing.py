@@ -125,7 +125,7 @@ def train(mesh, parallel, *, packed: bool, kernel: str = "sdpa", seed: int = 1) 
 
 def compare(layouts: list[tuple[int, int, int, int, bool]]) -> list[tuple[tuple, float, float, float]]:
     """Return (layout, loss, loss difference, largest gradient difference) of this rank."""
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout

@@ -19,8 +19,9 @@ import torch
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.precision import PrecisionConfig
-from megatron_share4v.config.run import OptimConfig, ParallelConfig, TrainConfig
+from megatron_share4v.config.training import OptimConfig, TrainConfig
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.errors import OpsError

@@ -32,7 +32,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
 def opened(**degrees: int):
     import torch.distributed as dist
 
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
     from megatron_share4v.parallel.layout import Layout

@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from tiny import tiny_model
 from tolerances import FP32_MODULE
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.kv_cache import CachedAttentionMetadata, KVCache, SequenceSpan
 from megatron_share4v.mcore.layer_config import language_config

@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore import layer_specs_te
 from megatron_share4v.mcore.attention import AttentionMetadata, build_attention_metadata, math
 from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear

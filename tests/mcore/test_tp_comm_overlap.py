@@ -12,8 +12,10 @@ import torch
 
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.precision import PrecisionConfig
-from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
+from megatron_share4v.config.run import RunConfig, RunSection
+from megatron_share4v.config.training import TrainConfig
 from megatron_share4v.mcore.layer_config import language_config, vision_config
 from megatron_share4v.mcore.layer_options import LayerOptions
 from megatron_share4v.mcore.tp_comm_overlap import initialize_tp_comm_overlap

@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, ProjectorConfig, TrainableConfig
-from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.run import RunConfig, RunSection
+from megatron_share4v.config.training import TrainConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_options import LayerOptions, layer_options
 from megatron_share4v.model.chunks import build_chunks

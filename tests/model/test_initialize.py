@@ -14,7 +14,7 @@ import torch.distributed as dist
 from harness import run_world
 from tiny import tiny_model
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import fill_parameters, initial_value, initialize_weights, iter_shards

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.model.pipeline_split import (
     StageCosts,
     describe_stages,

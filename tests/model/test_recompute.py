@@ -7,7 +7,7 @@ import torch
 from harness import run_world
 from tiny import micro_batches, tiny_model
 
-from megatron_share4v.config.run import TrainConfig
+from megatron_share4v.config.training import TrainConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.mcore.layer_options import layer_options
 
@@ -25,7 +25,7 @@ CHOICES = {
 
 def kept_and_gradients() -> dict[str, tuple[int, list[torch.Tensor]]]:
     """Return the bytes of saved activations and the gradients of all trained weights for each choice."""
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize_weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import micro_batches, tiny_model
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.initialize import initialize_weights

@@ -128,7 +128,7 @@ def on_a_rank() -> list[tuple[torch.Tensor, ...]]:
     """
     import torch.distributed as dist
 
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.layer_config import LayerConfig
     from megatron_share4v.mcore.layers import ColumnParallelLinear

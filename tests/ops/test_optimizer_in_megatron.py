@@ -24,7 +24,7 @@ def four_steps(folder: str) -> dict[str, object]:
     import torch.distributed as dist
     from small_run import Run, Setting
 
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.ops.backend import choose_ops_backend
     from megatron_share4v.parallel.device import Device

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.layout import AXES, Layout
 

@@ -19,7 +19,8 @@ from tolerances import FP32_MODULE
 
 from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, to_megatron
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
-from megatron_share4v.config.run import Ops, ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.run import Ops
 from megatron_share4v.data.images.policy import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.backends import select_ops_backend

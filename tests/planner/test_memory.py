@@ -11,8 +11,9 @@ from harness import run_world
 from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
 
 from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.precision import PrecisionConfig
-from megatron_share4v.config.run import ParallelConfig, TrainConfig
+from megatron_share4v.config.training import TrainConfig
 from megatron_share4v.data.loading.context_parallel import slice_for_context_parallel
 from megatron_share4v.model.flops import WorkloadCounts
 from megatron_share4v.model.pipeline_split import layers_per_stage
@@ -100,7 +101,7 @@ def kept_by_autograd(chunk, batch, *, width: int, length: int, dtype: torch.dtyp
 
 def measure(cases: list[Case]) -> list[Measured]:
     """Build each case as the trainer does and weigh it."""
-    from megatron_share4v.config.run import OptimConfig
+    from megatron_share4v.config.training import OptimConfig
     from megatron_share4v.mcore.backends import select_ops_backend
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.layer_config import DTYPES

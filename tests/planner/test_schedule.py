@@ -27,7 +27,7 @@ EXECUTED = [
 
 def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[PipelinePass]]]:
     """(pipeline rank, pieces as they ran) of each case, recorded at the chunks' outputs and at the gradients that arrive there."""
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.optimizer import wrap_ddp
     from megatron_share4v.mcore.schedule import run_schedule

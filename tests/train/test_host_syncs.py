@@ -78,7 +78,9 @@ def find_host_syncs(cases: list[Case]) -> list[list[str]]:
 
 def find_in_second_step(mesh: Any, case: Case) -> list[str]:
     """Train two steps and return the host syncs of the second."""
-    from megatron_share4v.config.run import OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
+    from megatron_share4v.config.parallel import ParallelConfig
+    from megatron_share4v.config.run import PrecisionConfig
+    from megatron_share4v.config.training import OptimConfig, TrainConfig
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.mcore.layer_options import layer_options
     from megatron_share4v.mcore.optimizer import build_optimizer, chained_optimizers, wrap_ddp

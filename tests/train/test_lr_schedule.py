@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from megatron_share4v.config.run import ScheduleConfig
+from megatron_share4v.config.training import ScheduleConfig
 from megatron_share4v.train.lr_schedule import learning_rate_factor, warmup_steps
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.model import ModelConfig, TrainableConfig
-from megatron_share4v.config.run import ParallelConfig, RunConfig, RunSection, TrainConfig
+from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.config.run import RunConfig, RunSection
+from megatron_share4v.config.training import TrainConfig
 from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.model.flops import WorkloadCounts, model_flops
 from megatron_share4v.planner.gpus import known_gpu

@@ -46,7 +46,8 @@ from megatron_share4v.checkpoint.resumable_writer import (
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.model import ModelConfig
-from megatron_share4v.config.run import PrecisionConfig, RunConfig, RunSection, TrainConfig
+from megatron_share4v.config.run import PrecisionConfig, RunConfig, RunSection
+from megatron_share4v.config.training import TrainConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.dist_checkpoint_files import ByteRange, describe_tensors, write_tensor

@@ -109,9 +109,9 @@ def _connection_failure(world: World, timeout_s: int, problem: Exception) -> str
     first = str(problem).strip().splitlines() or [type(problem).__name__]
     return (
         f"rank {world.rank} of {world.size} on {socket.gethostname()} could not connect to the others at {where} "
-        f"within {timeout_s} s: {first[0][:300]}. Check that every node was started, with the same number of "
-        "ranks; that this address is reachable from all of them; and which network card is used (NCCL_SOCKET_IFNAME, on CPUs "
-        "GLOO_SOCKET_IFNAME)"
+        f"within {timeout_s} s: {first[0][:300]}. Check that every node was started, with the same number of ranks; "
+        "that this address is reachable from all of them; and which network card is used "
+        "(NCCL_SOCKET_IFNAME, on CPUs GLOO_SOCKET_IFNAME)"
     )
 
 

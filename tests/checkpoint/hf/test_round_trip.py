@@ -95,7 +95,7 @@ def trained_elsewhere(source: Path, target: Path, degrees: tuple[int, int]) -> N
     from megatron_share4v.checkpoint.assets import asset_files
     from megatron_share4v.checkpoint.compatibility import stored_config
     from megatron_share4v.checkpoint.store import CheckpointContents, load_weights, write_checkpoint
-    from megatron_share4v.config.run import ParallelConfig
+    from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.layer_config import DTYPES
     from megatron_share4v.model.chunks import build_chunks

@@ -18,7 +18,7 @@ from megatron_share4v.checkpoint.hf.weight_map import (
     weight_mappings,
 )
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megatron_share4v.config.run import ParallelConfig
+from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.mcore.groups import open_mesh
 from megatron_share4v.model.chunks import build_chunks
