@@ -36,7 +36,7 @@ class LocalAsker:
         sampling = SamplingParams(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
         works = (GenerationTask(item.id, partial(self._prompt, item), sampling) for item in items)
         return generate_stream(
-            self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, cut=True
+            self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, truncate=True
         )
 
     def _prompt(self, item: Item) -> Prompt:
