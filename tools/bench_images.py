@@ -64,7 +64,8 @@ def bench_images(count: int, *, rounds: int = 3, workers: int = 2) -> dict[str, 
                 "max_error": result.max_error,
             }
             print(
-                f"{backend:<10} {best[backend]:7.1f} images/s per core, {found[backend]['ratio']:.2f} x the reference; {result}"
+                f"{backend:<10} {best[backend]:7.1f} images/s per core, {found[backend]['ratio']:.2f} x the "
+                f"reference; {result}"
             )
     return found
 

@@ -127,6 +127,7 @@ def _stage(what: str, found: dict[str, float], name: str) -> Iterator[None]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found |= {f"{name}_s": round(seconds, 2), f"{name}_cpu_s": round(cpu, 2), f"{name}_peak_mib": round(peak)}
     print(
-        f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU ({found['records'] / cpu:.0f} records/s), peak memory {peak:.0f} MiB",
+        f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU ({found['records'] / cpu:.0f} records/s), peak memory "
+        f"{peak:.0f} MiB",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Token ids to text as they come: never half a character, never a part of what may become a stop string."""
+"""Incremental detokenizer: token ids to text without incomplete characters or possible starts of a stop string."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ REPLACEMENT = "\ufffd"
 
 
 class IncrementalDetokenizer:
-    """Feed ids, get the text that is new. `stopped` is the stop string that was met; from then on nothing comes.
+    """Incremental decoder of token ids; `stopped` is the stop string that was found, after which nothing is returned.
 
-    after: the ids before, whose text is known; without any, the first token's leading space is left out, as sentencepiece does.
+    after: preceding ids whose text is known; without any, the first token's leading space is dropped, as sentencepiece
+    does.
     """
 
     def __init__(
@@ -25,14 +26,14 @@ class IncrementalDetokenizer:
         self.stopped: str | None = None
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete."""
+        """Add `ids` and return the text that they complete."""
         if self.stopped is not None:
             return ""
         self._ids += ids
         return self._release(self._decoded(final=False), final=False)
 
     def finish(self) -> str:
-        """What was held back. Half a character becomes U+FFFD."""
+        """Return the withheld text; an incomplete character becomes U+FFFD."""
         return "" if self.stopped is not None else self._release(self._decoded(final=True), final=True)
 
     def _decoded(self, *, final: bool) -> str:
@@ -40,7 +41,7 @@ class IncrementalDetokenizer:
         text = self._tokenizer.decode(self._ids[self._start :])
         if text.endswith(REPLACEMENT) and not final:
             return ""
-        # The window goes on from what has just been shown: long enough for sentencepiece's spaces, and the cost of a step does not grow.
+        # The window restarts at the previous output: enough for sentencepiece's spaces, at constant cost per step.
         self._start, self._shown = self._shown, len(self._ids)
         return text[len(before) :]
 
@@ -56,7 +57,7 @@ class IncrementalDetokenizer:
         return released
 
     def _overlap(self, stop: str) -> int:
-        """How many characters at the end may be the start of `stop`."""
+        """Number of characters at the end that may start `stop`."""
         return next(
             (size for size in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:size])), 0
         )

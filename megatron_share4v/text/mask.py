@@ -1,7 +1,7 @@
 """Conversations to ids and labels, exactly as ShareGPT4V and LLaVA trained them; and prompts to ids.
 
-One tokenisation with character spans; a label is kept where the template says that the character is trained. Image positions are one
-IMAGE_TOKEN_INDEX each here; data/loading/collate.py makes room for the patches.
+One tokenisation with character spans; a label is kept where the template marks the character as trained. Each image is
+one IMAGE_TOKEN_INDEX here; data/loading/collate.py expands it to patches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ TYPED_PLACEHOLDER = "\ud800"
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """input_ids: <s> first, IMAGE_TOKEN_INDEX for an image. labels: as long; the id itself where it is trained, else IGNORE_INDEX."""
+    """Token ids and labels of a conversation.
+
+    input_ids: <s> first, IMAGE_TOKEN_INDEX for an image. labels: same length; the id where it is trained, else
+    IGNORE_INDEX.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -41,26 +45,28 @@ class EncodedConversation:
 def encode_conversation(
     tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool, max_length: int
 ) -> EncodedConversation:
-    """Ids and labels of a training sample, cut to `max_length` positions (an image counts as one).
+    """Ids and labels of a training sample, truncated to `max_length` positions (an image counts as one).
 
-    Without an image, a literal "<image>" is text. Raises DataError for an empty conversation or turn, roles that do not alternate from human
-    to gpt, not exactly one placeholder with an image, and texts that the official code would give up on: it masks such samples whole, with a
-    warning ("tokenization mismatch").
+    Without an image, a literal "<image>" is text. Raises DataError for an empty conversation or turn, roles that do not
+    alternate from human to gpt, not exactly one placeholder with an image, and texts that the official code masks as a
+    whole with a warning ("tokenization mismatch").
 
-    mpt: the answer and its <|im_end|> are trained. (The published counts are right for its first version only; in later ones they never add
-    up, so that every sample is masked.)
+    mpt: the answer and its <|im_end|> are trained. (The published token counts are right for its first version only; in
+    later versions they never match, so every sample is masked.)
     """
     turns = _checked(template, turns)
     if turns[-1].role != GPT:
         raise DataError(f"turn {len(turns)} is the last and {HUMAN}'s, so it has no answer to train; drop it")
     if template.caption_only and (len(turns) != 2 or not has_image):
         raise DataError(
-            f"template {template.name!r} is for an image and its caption, two turns; got {len(turns)} turns {_with(has_image)}; use another "
+            f"template {template.name!r} is for an image and its caption, two turns; got {len(turns)} turns "
+            f"{_with(has_image)}; use another "
             "template for conversations"
         )
     if template.caption_only and IMAGE_PLACEHOLDER not in turns[0].text:
         raise DataError(
-            f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; write it there"
+            f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; "
+            f"write it there"
         )
     rendered = render_conversation(template, turns, has_image=has_image)
     _check_placeholders(rendered.text, has_image=has_image)
@@ -68,15 +74,16 @@ def encode_conversation(
     input_ids, labels = _label(tokenizer, rendered, has_image=has_image)
     if tokenizer.pad_id in input_ids:
         raise DataError(
-            "the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it from the record"
+            "the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it "
+            "from the record"
         )
     return EncodedConversation(input_ids=tuple(input_ids[:max_length]), labels=tuple(labels[:max_length]))
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool) -> list[int]:
-    """The ids to generate from: <s>, the conversation, the open header of the answer. `turns` ends with the human's.
+    """Ids to generate from: <s>, the conversation, the open header of the answer; `turns` ends with a human turn.
 
-    Raises DataError as encode_conversation does, except for marks and <unk> in a text: who asks may write what they like.
+    Raises DataError as encode_conversation does, except for separators and <unk> in a text, which users may write.
     """
     turns = _checked(template, turns)
     if turns[-1].role != HUMAN:
@@ -95,15 +102,16 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
 def encode_chat_prompt(
     tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, images: Sequence[bool]
 ) -> list[int]:
-    """As encode_prompt, where texts are what somebody typed: an <image> in them is text. `images`: for each turn, whether an image belongs to it;
-    its IMAGE_TOKEN_INDEX goes before the turn's text, on a line of its own. A turn with an image may be empty.
+    """Ids to generate from, for user-typed turns: a typed <image> is plain text.
 
-    Raises DataError as encode_prompt does, and for a text that is not valid Unicode.
+    images: for each turn, whether an image belongs to it; its IMAGE_TOKEN_INDEX precedes the turn's text, on its own
+    line. A turn with an image may be empty. Raises DataError as encode_prompt does, and for a text that is not valid
+    Unicode.
     """
     for turn in turns:
         check_unicode(turn.text)
     check_unicode(template.system)
-    # Half a surrogate pair: the one thing that a text that passed the check cannot hold.
+    # Half a surrogate pair cannot occur in a text that passed check_unicode.
     typed = [Message(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)) for turn in turns]
     system = template.system.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
     opened = [
@@ -115,7 +123,8 @@ def encode_chat_prompt(
         raise DataError(f"the last turn is by {GPT}, so there is nothing to answer; end with a {HUMAN} turn")
     if template.caption_only and (len(opened) != 1 or not any(images)):
         raise DataError(
-            f"template {template.name!r} asks for the caption of one image; got {len(opened)} turns {_with(any(images))}"
+            f"template {template.name!r} asks for the caption of one image; got {len(opened)} turns "
+            f"{_with(any(images))}"
         )
     text = render_prompt(replace(template, system=system), opened, has_image=any(images))
     first, *others = text.split(IMAGE_PLACEHOLDER)
@@ -130,7 +139,10 @@ def _on_a_line_of_its_own(text: str) -> str:
 
 
 def _label(tokenizer: Tokenizer, rendered: RenderedConversation, *, has_image: bool) -> tuple[list[int], list[int]]:
-    """Ids and labels. The text around an image is tokenised on each side by itself, hence with a leading space after the image, too."""
+    """Ids and labels of a rendered text.
+
+    The text on each side of an image is tokenised separately, hence with a leading space after the image as well.
+    """
     is_trained = bytearray(len(rendered.text))
     for start, stop in rendered.trained:
         is_trained[start:stop] = b"\1" * (stop - start)
@@ -150,7 +162,10 @@ def _label(tokenizer: Tokenizer, rendered: RenderedConversation, *, has_image: b
 
 
 def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
-    """`turns` in order, without a leading answer that nobody asked for. The official code keeps that in v0, and does not check there."""
+    """Validate the order of `turns` and drop a leading answer.
+
+    The official code keeps a leading answer in v0, where it does not check the order.
+    """
     if template.training.answer_mark and turns and turns[0].role == GPT:
         turns = turns[1:]
         if turns and turns[0].role == GPT:
@@ -166,7 +181,8 @@ def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
             raise DataError(f"turn {number}, by {turn.role}, is empty; give it a text or drop the record")
         if number > 1 and turn.role == turns[number - 2].role:
             raise DataError(
-                f"turns {number - 1} and {number} are both by {turn.role}; the roles must alternate: join them or drop the record"
+                f"turns {number - 1} and {number} are both by {turn.role}; the roles must alternate: join them or "
+                f"drop the record"
             )
     return turns
 
@@ -180,20 +196,22 @@ def _check_placeholders(text: str, *, has_image: bool) -> None:
 
 
 def _check_marks(template: Template, turns: Sequence[Turn], rendered: RenderedConversation) -> None:
-    """Refuse a text in which the official code, which looks for the answers by splitting, would find others than there are."""
+    """Reject a text in which the official code, which splits at separators, would find other answers."""
     frame = template.training
     if not frame.answer_mark:
         return
     for number, turn in enumerate(turns, start=1):
         if frame.round_mark in turn.text:
             raise DataError(
-                f"turn {number} has {frame.round_mark!r} in its text, which ends an answer: {_shown(turn.text)}; remove it"
+                f"turn {number} has {frame.round_mark!r} in its text, which ends an answer: {_shown(turn.text)}; "
+                f"remove it"
             )
     found = [match.end() for match in re.finditer(re.escape(frame.answer_mark), rendered.text)]
     answers = [start + len(frame.answer[0]) for start, _ in rendered.trained]
     if found != answers:
         raise DataError(
-            f"a turn has {frame.answer_mark.strip()!r} in its text, which opens an answer in template {template.name!r}; remove it from the record"
+            f"a turn has {frame.answer_mark.strip()!r} in its text, which opens an answer in template "
+            f"{template.name!r}; remove it from the record"
         )
 
 

@@ -1,7 +1,7 @@
-"""What a sentencepiece `tokenizer.model` file contains, as a record: its pieces, and how it was trained to cut text.
+"""Record of a sentencepiece `tokenizer.model` file: its pieces, and its tokenisation settings.
 
-Reads the file's protobuf fields itself: sentencepiece's own message classes need protobuf and clash with the copy that transformers registers.
-Tokenising is tokenizer.py's.
+Parses the protobuf fields directly: sentencepiece's message classes need protobuf and clash with the copy that
+transformers registers. tokenizer.py does the tokenising.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ModelType(IntEnum):
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """One entry of the vocabulary; of the merges that a text allows, BPE does that with the highest score first."""
+    """One vocabulary entry; BPE applies the possible merge with the highest score first."""
 
     text: str
     score: float
@@ -47,7 +47,7 @@ class SentencePiece:
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceModel:
-    """pieces: by id. The rest as in TrainerSpec and NormalizerSpec, where absent fields have the values here."""
+    """Vocabulary (`pieces` by id) and the fields of TrainerSpec and NormalizerSpec with their defaults."""
 
     pieces: tuple[SentencePiece, ...]
     bos_id: int
@@ -63,17 +63,17 @@ class SentencePieceModel:
 
     @property
     def bos(self) -> str:
-        """The piece that opens every text."""
+        """Piece at the start of every text."""
         return self.pieces[self.bos_id].text
 
     @property
     def eos(self) -> str:
-        """The piece that ends an answer."""
+        """Piece at the end of an answer."""
         return self.pieces[self.eos_id].text
 
     @property
     def unk(self) -> str:
-        """The piece for what cannot be written."""
+        """Piece for unknown text."""
         return self.pieces[self.unk_id].text
 
 
@@ -86,7 +86,7 @@ _NORMALIZER_FIELDS = {
 
 
 def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel:
-    """Raises DataError, as Tokenizer does, when the file is missing or is no usable model."""
+    """Read a model file. Raises DataError, as Tokenizer does, when it is missing or not usable."""
     tokenizer = Tokenizer(path)
     pieces: list[SentencePiece] = []
     settings: dict[str, object] = {}
@@ -112,7 +112,7 @@ def _piece(message: bytes) -> SentencePiece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message in file order: an int for varints, bytes for everything else."""
+    """Yield (field number, value) of a protobuf message in file order: int for varints, bytes for everything else."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -127,7 +127,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number that starts at byte `at`, and the byte after it."""
+    """Decode the varint at byte `at`; return it and the next position."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -1,6 +1,6 @@
-"""Conversation templates as data, and how turns are rendered with them: the text, and which of its characters are trained.
+"""Conversation templates as data, and their rendering: the text, and which of its characters are trained.
 
-Knows strings only: ids and labels are made in mask.py. All templates of ShareGPT4V and LLaVA are here; texts and rules are those of
+Strings only: mask.py makes ids and labels. Holds all templates of ShareGPT4V and LLaVA; texts and rules are those of
 ShareGPT4V (arXiv 2311.12793) and LLaVA-1.5 (arXiv 2310.03744) as published, quirks included.
 """
 
@@ -30,7 +30,7 @@ class Turn(Protocol):
 
 @dataclass(frozen=True)
 class Message:
-    """The plainest Turn."""
+    """Plain implementation of Turn."""
 
     role: str
     text: str
@@ -38,37 +38,38 @@ class Message:
 
 @dataclass(frozen=True)
 class ConversationFormat:
-    """The fixed text around the turns. `{system}` stands for the system prompt; opening and preamble are left out when there is none.
+    """Fixed text around the turns.
 
-    A conversation is: opening, then for each turn either `human` around its text or header plus `answer` around its text, then ending.
-    Trained are the answers with what is around them, and the ending; with a `signal`, that and the header too.
+    `{system}` is replaced by the system prompt; opening and preamble are omitted without one. A conversation is:
+    opening, then for each turn either `human` around its text or header plus `answer` around its text, then ending. The
+    answers with their surrounding text, and the ending, are trained; with a `signal`, the signal and the header too.
     """
 
     human: tuple[str, str]
     header: str
-    """Opens an answer; a prompt ends with it."""
+    """Start of an answer; a prompt ends with it."""
     answer: tuple[str, str]
     opening: str = ""
     preamble: str = ""
-    """Stands inside the first human turn, before its text."""
+    """Text inside the first human turn, before its own text."""
     between: str = ""
-    """Before every human turn but the first."""
+    """Text before every human turn except the first."""
     signal: str = ""
-    """Before every turn, whoever speaks."""
+    """Text before every turn of either role."""
     ending: str = ""
     answer_mark: str = ""
-    """Where the official training code, splitting the rendered text, takes an answer to begin; empty if it does not split."""
+    """Separator at which the official training code starts an answer; empty if it does not split the text."""
     round_mark: str = ""
-    """Where it takes a round to end."""
+    """Separator at which the official training code ends a round."""
 
 
 @dataclass(frozen=True)
 class Template:
     """A conversation format. `dataclasses.replace(template, system=...)` changes the system prompt.
 
-    training and prompt differ only in the v0 family, which was trained with one separator and is asked with another.
-    placeholder: what is written where the image goes. caption_only: nothing but the image and the answer is written (stage 1).
-    examples: rounds that open every prompt, never a training sample.
+    training and prompt differ only in the v0 family, which was trained with one separator and is prompted with another.
+    placeholder: text at the position of the image. caption_only: only the image and the answer are rendered (stage 1).
+    examples: rounds at the start of every prompt, never in a training sample.
     """
 
     name: str
@@ -87,26 +88,27 @@ class Template:
 
 @dataclass(frozen=True)
 class RenderedConversation:
-    """`text`, and the half-open character spans (start, stop) of it that are trained, in order."""
+    """Text of a conversation, and its trained half-open character spans (start, stop), in order."""
 
     text: str
     trained: tuple[tuple[int, int], ...]
 
 
 def get_template(name: str) -> Template:
-    """The template of that name or alias. Raises ConfigError, naming the nearest, when there is none."""
+    """Look up a template by name or alias. Raises ConfigError, naming the nearest, when there is none."""
     if name not in TEMPLATES:
         [nearest] = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
         raise ConfigError(
-            f"template {name!r} does not exist; the nearest is {nearest!r}. Choose one of {', '.join(sorted(TEMPLATES))}"
+            f"template {name!r} does not exist; the nearest is {nearest!r}. Choose one of "
+            f"{', '.join(sorted(TEMPLATES))}"
         )
     return TEMPLATES[name]
 
 
 def normalise_placeholders(text: str, *, placeholder: str = IMAGE_PLACEHOLDER) -> str:
-    """A turn of an image's record as it is trained: every <image> is taken out, one goes to the front on a line of its own.
+    """Move the placeholder of a turn to the front, on its own line, and remove all others, as in training.
 
-    A text without <image> is returned as it is; one with it is also stripped.
+    A text without <image> is returned unchanged; one with it is also stripped.
     """
     if IMAGE_PLACEHOLDER not in text:
         return text
@@ -115,7 +117,10 @@ def normalise_placeholders(text: str, *, placeholder: str = IMAGE_PLACEHOLDER) -
 
 
 def render_conversation(template: Template, turns: Sequence[Turn], *, has_image: bool) -> RenderedConversation:
-    """A whole conversation for training. `turns` must be in order and complete (mask.py checks); <image> is text unless `has_image`."""
+    """Render a whole conversation for training.
+
+    `turns` must be in order and complete (mask.py checks); <image> is text unless `has_image`.
+    """
     if has_image:
         turns = [
             Message(turn.role, normalise_placeholders(turn.text, placeholder=template.placeholder)) for turn in turns
@@ -133,9 +138,10 @@ def render_conversation(template: Template, turns: Sequence[Turn], *, has_image:
 
 
 def render_prompt(template: Template, turns: Sequence[Turn], *, has_image: bool) -> str:
-    """A conversation that ends with the human, for generation; its last characters are the open header of the answer ("ASSISTANT:").
+    r"""Render a conversation that ends with a human turn, for generation, up to the header of the answer.
 
-    A turn that opens with "<image>\\n" and has no other placeholder stays as it was written: the official evaluations do not strip questions.
+    A turn that starts with "<image>\n" and has no other placeholder stays unchanged: the official evaluations do not
+    strip questions.
     """
     if has_image:
         turns = _placed_for_prompt(template, turns)
@@ -160,7 +166,7 @@ def _placed_for_prompt(template: Template, turns: Sequence[Turn]) -> list[Messag
 
 
 def _parts(frame: ConversationFormat, turns: Sequence[Turn], *, system: str) -> Iterator[tuple[str, bool]]:
-    """The pieces of a conversation in order, each with whether it is trained."""
+    """Yield the parts of a conversation in order, each with whether it is trained."""
     yield _with_system(frame.opening, system), False
     between, preamble = "", _with_system(frame.preamble, system)
     for turn in turns:
@@ -215,19 +221,25 @@ _USER_SYSTEM = f"A chat between a curious user and an artificial intelligence as
 _HUMAN_SYSTEM = f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT.format('human')}"
 # No space before "The visual content": so it was published and trained.
 _TAG_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual content that the "
-    "user provides, and assist the user with a variety of tasks using natural language.The visual content will be provided with the following "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
+    "visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language.The visual content will be "
+    "provided with the following "
     "format: <Image>visual content</Image>."
 )
 _TAG = f"<Image>{IMAGE_PLACEHOLDER}</Image>"
 _META_SYSTEM = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers should not "
-    "include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially "
-    "unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not "
+    "include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+    "responses are socially "
+    "unbiased and positive in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain "
+    "why instead of answering "
     "something not correct. If you don't know the answer to a question, please don't share false information."
 )
 _VISION_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and assist the "
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the "
     "user with a variety of tasks using natural language."
 )
 _MPT_SYSTEM = (
@@ -237,19 +249,27 @@ _ENERGY_EXAMPLE = (
     Message(HUMAN, "What are the key differences between renewable and non-renewable energy sources?"),
     Message(
         GPT,
-        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, such as solar, wind, hydro, "
-        "geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be depleted, such as coal, "
+        "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+        "such as solar, wind, hydro, "
+        "geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite and will eventually be "
+        "depleted, such as coal, "
         "oil, and natural gas. Here are some key differences between renewable and non-renewable energy sources:\n"
-        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are finite and will "
+        "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources "
+        "are finite and will "
         "eventually run out.\n"
-        "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable sources, which can lead to "
+        "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+        "sources, which can lead to "
         "air and water pollution, greenhouse gas emissions, and other negative effects.\n"
-        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower operational costs than "
+        "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+        "operational costs than "
         "non-renewable sources.\n"
-        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than non-renewable sources.\n"
-        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and needs, while "
+        "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations "
+        "than non-renewable sources.\n"
+        "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations "
+        "and needs, while "
         "non-renewable sources are more rigid and inflexible.\n"
-        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources are not, and their "
+        "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable "
+        "sources are not, and their "
         "depletion can lead to economic and social instability.\n",
     ),
 )

@@ -1,6 +1,7 @@
-"""The only door to sentencepiece: text to ids with character spans, ids to text.
+"""Tokenizer on sentencepiece: text to ids with character spans, ids to text.
 
-Reproduces LLaMA's slow tokenizer in its legacy form (transformers 4.31, `legacy=True`), the one that ShareGPT4V and LLaVA were trained with.
+Reproduces LLaMA's slow tokenizer in its legacy form (transformers 4.31, `legacy=True`), which ShareGPT4V and LLaVA were
+trained with.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import sentencepiece
 
 from megatron_share4v.errors import DataError
 
-WORD_START = "\u2581"  # what sentencepiece writes for a space
+WORD_START = "\u2581"  # sentencepiece's symbol for a space
 
 
 class Tokenizer:
-    """A sentencepiece `tokenizer.model`. Can be pickled. Raises DataError when the file is missing or is no usable model.
+    """A sentencepiece `tokenizer.model`. Can be pickled. Raises DataError when the file is missing or not usable.
 
-    Legacy rule: a text is cut at its special tokens (`<s>`, `</s>`, `<unk>` and other control pieces of the model, written out), and what is
-    between them is tokenised on its own, each time with sentencepiece's leading space; so "</s>USER:" goes on with "▁USER".
+    Legacy rule: a text is split at its special tokens (`<s>`, `</s>`, `<unk>` and other control pieces of the model,
+    written out), and each part is tokenised separately with sentencepiece's leading space; "</s>USER:" continues with
+    "▁USER".
 
-    bos_id, eos_id, pad_id: of `<s>`, `</s>` and `<unk>` (LLaMA has no padding token: <unk>, 0, stands in).
+    bos_id, eos_id, pad_id: of `<s>`, `</s>` and `<unk>` (LLaMA has no padding token: <unk>, 0, is used).
     vocab_size: pieces in the model. max_piece_length: characters of the longest one. fingerprint: sha256 of the file.
     """
 
@@ -49,14 +51,15 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without a leading <s>. Raises DataError for a text that is not valid Unicode."""
+        """Encode `text` without a leading <s>. Raises DataError for a text that is not valid Unicode."""
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids and, for each, the half-open span of the characters of `text` that it stands for.
+        """Encode `text`; return the ids and, for each, its half-open span of characters.
 
-        The leading space that sentencepiece adds has no character: a token of it alone has an empty span, at the start of its part. Of the
-        tokens of one character written as bytes, the last has its span, the others an empty one at its start.
+        The leading space that sentencepiece adds has no character: a token of it alone has an empty span, at the start
+        of its part. When a character is encoded as several byte tokens, the last has its span, the others an empty one
+        at its start.
         """
         check_unicode(text)
         ids: list[int] = []
@@ -75,16 +78,16 @@ class Tokenizer:
         return ids, spans
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`; special tokens are left out or, without `skip_special`, written out, and then encode's input comes back.
+        """Decode `ids`, dropping special tokens; without `skip_special` they are written out, which inverts encode.
 
-        Bytes that are not (yet) a whole UTF-8 character become U+FFFD: a stream holds back what ends with it until the next token.
+        Bytes that do not (yet) form a UTF-8 character become U+FFFD.
         """
         if skip_special:
             return self._decode(i for i in ids if i not in self._special_ids)
         return "".join(self._decoded_runs(ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text that has begun: its UTF-8, a leading space included; one byte of a character; or a special token's name."""
+        """UTF-8 bytes that one token adds after other text: one byte of a character, or a special token's name."""
         piece = self._model.id_to_piece(token_id)
         if self._model.is_byte(token_id):
             return bytes([int(piece[3:-1], 16)])
@@ -106,7 +109,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"tokenizer {path}: cannot be read ({error.strerror}); give the path of a sentencepiece tokenizer.model, as it lies beside the "
+            f"tokenizer {path}: cannot be read ({error.strerror}); give the path of a sentencepiece tokenizer.model, "
+            f"as it lies beside the "
             "weights of the language model"
         ) from error
 
@@ -117,17 +121,19 @@ def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
         model.LoadFromSerializedProto(content)
     except RuntimeError as error:
         raise DataError(
-            f"tokenizer {path}: is not a sentencepiece model, or is damaged ({len(content)} bytes); a LLaMA tokenizer.model has about 500 kB. "
+            f"tokenizer {path}: is not a sentencepiece model, or is damaged ({len(content)} bytes); a LLaMA "
+            f"tokenizer.model has about 500 kB. "
             "Fetch it again (a Git LFS pointer is not the file)"
         ) from error
     return model
 
 
 def check_unicode(text: str) -> None:
-    """Raise DataError for half a surrogate pair, which JSON can write and UTF-8 cannot."""
+    """Raise DataError for half a surrogate pair, which JSON can represent and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"text has half a surrogate pair, {text[error.start]!r}, at character {error.start}, which is no Unicode; repair or drop the record"
+            f"text has half a surrogate pair, {text[error.start]!r}, at character {error.start}, which is no Unicode; "
+            f"repair or drop the record"
         ) from error

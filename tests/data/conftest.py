@@ -110,7 +110,8 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model with LLaMA's special ids."""
     directory = tmp_path_factory.mktemp("tokenizer")
     lines = [sentence(n, 8) + "." for n in range(200)] + [
-        "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: polite answers to the user's questions."
+        "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: polite answers to "
+        "the user's questions."
     ] * 20
     corpus = directory / "corpus.txt"
     corpus.write_text("\n".join(lines), encoding="utf-8")

@@ -20,7 +20,8 @@ V1_SYSTEM = (
 )
 HUMAN_SYSTEM = V1_SYSTEM.replace("user", "human")
 VISION_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, "
     "and assist the user with a variety of tasks using natural language."
 )
 ROUNDS = (Message("human", "Q1\n<image>"), Message("gpt", "A1"), Message("human", "Q2"), Message("gpt", "A2"))
@@ -33,7 +34,8 @@ TRAINING_TEXTS = {
     "share4v_llama_2": f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>",
     "mistral_instruct": "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>",
     "chatml_direct": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
+        "<|im_start|>system\nAnswer the "
+        "questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
         "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\nA2<|im_end|>"
     ),
 }
@@ -43,7 +45,8 @@ PROMPTS = {
     "share4v_llama_2": f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]",
     "mistral_instruct": "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST]",
     "chatml_direct": (
-        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
+        "<|im_start|>system\nAnswer the "
+        "questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|><|im_start|>assistant\nA1<|im_end|>"
         "<|im_start|>user\nQ2<|im_end|><|im_start|>assistant\n"
     ),
 }

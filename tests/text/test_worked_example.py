@@ -15,13 +15,17 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 VOCABULARY = 32000
 PIECES = (
-    "319 ▁A|13563 ▁chat|1546 ▁between|263 ▁a|12758 ▁curious|1404 ▁user|322 ▁and|385 ▁an|23116 ▁artificial|21082 ▁intelligence|20255 ▁assistant|"
-    "29889 .|450 ▁The|4076 ▁gives|8444 ▁helpful|29892 ,|13173 ▁detailed|1248 ▁pol|568 ite|6089 ▁answers|304 ▁to|278 ▁the|29915 '|29879 s|"
-    "5155 ▁questions|3148 ▁US|1001 ER|29901 :|29871 ▁|5618 What|13019 ▁animal|338 ▁is|445 ▁this|29973 ?|1799 SS|9047 IST|13566 ANT|6635 ▁cat|"
+    "319 ▁A|13563 ▁chat|1546 ▁between|263 ▁a|12758 ▁curious|1404 ▁user|322 ▁and|385 ▁an|23116 ▁artificial|21082 "
+    "▁intelligence|20255 ▁assistant|"
+    "29889 .|450 ▁The|4076 ▁gives|8444 ▁helpful|29892 ,|13173 ▁detailed|1248 ▁pol|568 ite|6089 ▁answers|304 ▁to|278 "
+    "▁the|29915 '|29879 s|"
+    "5155 ▁questions|3148 ▁US|1001 ER|29901 :|29871 ▁|5618 What|13019 ▁animal|338 ▁is|445 ▁this|29973 ?|1799 SS|9047 "
+    "IST|13566 ANT|6635 ▁cat|"
     "1724 ▁What|372 ▁it|2599 ▁doing|739 ▁It|8709 ▁sleep|292 ing|12844 ▁sle|8961 eps"
 )
 SYSTEM = (
-    "319 13563 1546 263 12758 1404 322 385 23116 21082 20255 29889 450 20255 4076 8444 29892 13173 29892 322 1248 568 6089 304 278 1404 29915 29879 "
+    "319 13563 1546 263 12758 1404 322 385 23116 21082 20255 29889 450 20255 4076 8444 29892 13173 29892 322 1248 568 "
+    "6089 304 278 1404 29915 29879 "
     "5155 29889"
 )
 SEGMENTS = (  # ids, trained

@@ -80,7 +80,8 @@ class DaliDecoder:
         self._graph: Pipeline | None = None
         if device_index is not None and not torch.cuda.is_available():
             raise OpsError(
-                f"data.image_backend dali: GPU {device_index} cannot be used; let it decode on the CPU, or check the driver"
+                f"data.image_backend dali: GPU {device_index} cannot be used; let it decode on the CPU, or check the "
+                f"driver"
             )
 
     def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:

@@ -63,7 +63,8 @@ def open_decoder(backend: Backend, policy: ImagePolicy, *, device_index: int | N
         from megatron_share4v.data.images.dali_decoder import DaliDecoder
     except ImportError as error:
         raise OpsError(
-            f'data.image_backend dali: NVIDIA DALI cannot be imported ({error}); install it with pip install -e ".[dali]", '
+            f"data.image_backend dali: NVIDIA DALI cannot be imported ({error}); install it with pip install -e "
+            f'".[dali]", '
             "or use data.image_backend pil or torch_u8"
         ) from error
     return DaliDecoder(policy, device_index=device_index)

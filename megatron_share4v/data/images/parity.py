@@ -47,7 +47,8 @@ class ParityResult:
     def __str__(self) -> str:
         cosine = "" if self.cosine is None else f", features' cosine at least {self.cosine:.6f}"
         return (
-            f"image backend {self.backend}: against pil on {self.images} images at most {self.max_error} of 255 away, mean {self.mean_error:.4f}, "
+            f"image backend {self.backend}: against pil on {self.images} images at most {self.max_error} of 255 away, "
+            f"mean {self.mean_error:.4f}, "
             f"{100 * self.different:.2f} % of values differ{cosine}; {self.by_reference} images left to pil"
         )
 
@@ -83,7 +84,8 @@ def check_limits(result: ParityResult) -> None:
     largest, mean, cosine = LIMITS[result.backend]
     if result.max_error > largest or result.mean_error > mean or (result.cosine is not None and result.cosine < cosine):
         raise OpsError(
-            f"{result}; accepted are {largest}, a mean of {mean:g} and a cosine of {cosine:g}. Use data.image_backend pil, or another version of the library"
+            f"{result}; accepted are {largest}, a mean of {mean:g} and a cosine of {cosine:g}. Use data.image_backend "
+            f"pil, or another version of the library"
         )
 
 

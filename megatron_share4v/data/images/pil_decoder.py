@@ -119,7 +119,8 @@ def open_header(data: bytes) -> Image.Image:
     # Before anything is decoded: Pillow would run an interpreter for some formats (EPS).
     if image.format not in EXTENSIONS:
         raise DataError(
-            f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record out"
+            f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record "
+            f"out"
         )
     check_image_size(*image.size)
     return image
@@ -128,7 +129,8 @@ def open_header(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise DataError(
-            f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the record out"
+            f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the "
+            f"record out"
         )
     try:
         image.load()

@@ -56,7 +56,8 @@ def check_image_size(width: int, height: int) -> None:
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise OversizedImage(
-            f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave it out"
+            f"image is {width} x {height} pixels; one side is more than {MAX_ASPECT} times the other. Cut it or leave "
+            f"it out"
         )
 
 

@@ -72,7 +72,8 @@ def bad(prepared, tmp_path: Path, picture) -> Path:
 
 
 WANTED = {
-    "missing image": 1, "corrupt image": 1, "oversized image": 1, "placeholder mismatch": 2, "bad record": 1, "no label": 1, "truncated answer": 1,
+    "missing "
+    "image": 1, "corrupt image": 1, "oversized image": 1, "placeholder mismatch": 2, "bad record": 1, "no label": 1, "truncated answer": 1,
     "placeholder without image": 1, "equal images": 1, "repeated record": 1, "repeated id": 1,
 }  # fmt: skip
 

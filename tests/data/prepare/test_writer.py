@@ -145,7 +145,8 @@ def test_every_bad_record_is_named_with_its_reason(options):
     assert all(len(line["reason"]) > 20 for line in lines)
     assert summary.rejected == {kind: len(group) for kind, group in bad.items()}
     assert (
-        "19 records rejected (3 bad conversation, 5 bad record, 2 corrupt image, 3 missing image, 1 no label, 2 oversized image, "
+        "19 records rejected (3 bad conversation, 5 bad record, 2 corrupt image, 3 missing image, 1 no label, 2 "
+        "oversized image, "
         "3 placeholder mismatch; see rejected.jsonl)"
     ) in str(summary)
     index = Index.open(options.output)
