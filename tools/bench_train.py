@@ -82,6 +82,7 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     initialize_weights(chunks, seed=0, model=MODEL)
     wrapped = wrap_ddp(chunks, mesh=mesh, parallel=parallel)
     optimizer = build_optimizer(wrapped, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32)
+    assert batch.token_ids is not None and batch.targets is not None  # make_batch fills all fields
     samples, size = batch.token_ids.shape
     items = GlobalBatch(
         step=0, rows=torch.arange(samples).numpy(), lengths=torch.full((samples,), size).numpy(), sequence_length=size, images=samples,
@@ -116,13 +117,17 @@ def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
+    first_trained = MODEL.trainable.vision_from_block
+    assert first_trained is not None  # part of the tower trains
     for name, parameter in model.named_parameters():
         if "vision_tower" in name:
             parts = name.split(".")
-            trains = "layers" in parts and int(parts[parts.index("layers") + 1]) >= MODEL.trainable.vision_from_block
+            trains = "layers" in parts and int(parts[parts.index("layers") + 1]) >= first_trained
             parameter.requires_grad_(trains)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.0)
+    assert batch.token_ids is not None and batch.pixels is not None  # make_batch fills all fields
+    pixels = batch.pixels
     ids = batch.token_ids.clone()
     ids.view(-1)[batch.image_slots] = IMAGE_ID
 
@@ -130,7 +135,7 @@ def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
     def step() -> float:
         optimizer.zero_grad()
         loss = model(
-            input_ids=ids, pixel_values=normalise(batch.pixels, dtype=torch.float32), labels=labels, use_cache=False
+            input_ids=ids, pixel_values=normalise(pixels, dtype=torch.float32), labels=labels, use_cache=False
         ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -162,15 +167,14 @@ def main() -> None:
                 if round_number >= 2:  # the first two warm caches and make optimizer state
                     times[name].append(time.perf_counter() - started)
                 print(f"round {round_number}: {name:<18} loss {loss:.4f}", flush=True)
+    assert batch.token_ids is not None and batch.targets is not None  # make_batch fills all fields
     tokens = batch.token_ids.numel()
     for name, values in times.items():
-        print(
-            f"{name:<18} median {statistics.median(values):.3f} s/step, {tokens / statistics.median(values):,.0f} positions/s"
-        )
+        median = statistics.median(values)
+        print(f"{name:<18} median {median:.3f} s/step, {tokens / median:,.0f} positions/s")
     ratio = statistics.median(times["transformers"]) / statistics.median(times["megatron_share4v"])
-    print(
-        f"ratio of tokens per second, megatron_share4v / transformers: {ratio:.2f} ({arguments.threads} threads, {batch.targets.numel()} of {tokens} positions carry a label)"
-    )
+    setting = f"{arguments.threads} threads, {batch.targets.numel()} of {tokens} positions carry a label"
+    print(f"ratio of tokens per second, megatron_share4v / transformers: {ratio:.2f} ({setting})")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megatron_share4v.train.data_feed import Source
 CANDIDATES = 16
 
 
-def preview(
+def generate_preview(
     source: Source, chunks: Sequence[torch.nn.Module], *, mesh: Mesh, samples: int, max_new_tokens: int
 ) -> Preview | None:
     """Answer the first turn of the first `samples` readable samples with an image; None without any. Collective."""

@@ -24,7 +24,7 @@ from megatron_share4v.train.build import Training
 from megatron_share4v.train.callbacks import Callback, StepState
 from megatron_share4v.train.checkpoint_saver import Saver
 from megatron_share4v.train.data_feed import StepData, feed
-from megatron_share4v.train.preview import preview
+from megatron_share4v.train.preview import generate_preview
 from megatron_share4v.train.run_facts import collect_run_facts, describe_start
 from megatron_share4v.train.step import StepSettings, compute_gradients, validation_loss
 from megatron_share4v.train.step_metrics import make_step_record
@@ -218,15 +218,15 @@ class PreviewCallback(Callback):
         training, train = self._training, self._training.config.train
         if not is_due(state.step, train.preview_every_steps, training):
             return
-        shown = preview(
+        preview = generate_preview(
             training.validation or training.source,
             training.chunks,
             mesh=training.mesh,
             samples=train.preview_samples,
             max_new_tokens=train.preview_tokens,
         )
-        if shown is not None and self._writers is not None:
-            self._writers.write_preview(shown, step=state.step)
+        if preview is not None and self._writers is not None:
+            self._writers.write_preview(preview, step=state.step)
 
 
 class ShutdownCallback(Callback):
