@@ -16,7 +16,7 @@ TRAIN = ("tools/train.py",)
 def start(
     config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None
 ) -> subprocess.Popen:
-    """Start a run; standard output holds the output and errors of all ranks. `path`: another PATH, to hide compilers."""
+    """Start a run whose stdout holds the output and errors of all ranks. `path`: another PATH, to hide compilers."""
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         if ranks > 1

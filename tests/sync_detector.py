@@ -1,7 +1,7 @@
 """Host-sync detector on the CPU: finds what would make the host wait for a GPU.
 
-Tensors created without a device count as the host's; all others stand for tensors on the device. A host sync is: reading
-a value of a device tensor, an operation whose output size depends on values, a copy between the two except by
+Tensors created without a device count as the host's; all others stand for tensors on the device. A host sync is:
+reading a value of a device tensor, an operation whose output size depends on values, a copy between the two except by
 parallel.device.to_device_async, and torch.cuda.synchronize. On a GPU, torch.cuda.set_sync_debug_mode("error") does the
 same (tests/gpu/layers.py).
 """
@@ -184,7 +184,7 @@ class _Operations(TorchDispatchMode):
 
 @contextlib.contextmanager
 def detect_host_syncs(*, host: Iterable[torch.Tensor] = ()) -> Iterator[HostSyncs]:
-    """Record host syncs inside the block; `host` are existing host tensors, all other existing ones count as the device's."""
+    """Record host syncs in the block; `host`: existing host tensors, all other existing ones count as the device's."""
     syncs, state = HostSyncs(host), torch.get_rng_state
     with (
         mock.patch.object(torch.cuda, "synchronize", lambda *_: syncs.record("torch.cuda.synchronize")),

@@ -24,11 +24,20 @@ from megatron_share4v.observability.charts import PALETTE, new_figure, save_png,
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALED = (
-    "model.language.hidden_size=1024", "model.language.intermediate_size=2816", "model.language.num_layers=16",
-    "model.language.num_attention_heads=16", "model.language.num_key_value_heads=16", "model.vision.hidden_size=512",
-    "model.vision.intermediate_size=1536", "model.vision.num_layers=8", "model.vision.num_attention_heads=8", "model.init_std=0.03",
-    "optim.learning_rate=3e-4", "train.global_batch_size=96", "train.micro_batch_size=48",
-)  # fmt: skip
+    "model.language.hidden_size=1024",
+    "model.language.intermediate_size=2816",
+    "model.language.num_layers=16",
+    "model.language.num_attention_heads=16",
+    "model.language.num_key_value_heads=16",
+    "model.vision.hidden_size=512",
+    "model.vision.intermediate_size=1536",
+    "model.vision.num_layers=8",
+    "model.vision.num_attention_heads=8",
+    "model.init_std=0.03",
+    "optim.learning_rate=3e-4",
+    "train.global_batch_size=96",
+    "train.micro_batch_size=48",
+)
 """Overrides of the quickstart: about 230 million weights instead of 1.4, with a matching rate and initialisation."""
 ENGINE = "transformer_engine=language"
 TRUTH, HALVES = "bf16", "bf16, halves"
@@ -87,11 +96,22 @@ def train(variant: str, arguments: argparse.Namespace) -> Curve:
     out, data = Path(arguments.out), Path(arguments.out) / "quickstart"
     directory = out / variant.replace(", ", "_").replace(" ", "_")
     overrides = [
-        "parallel.tensor=1", "parallel.pipeline=1", "precision.dtype=bf16", f"run.directory={directory}",
-        f"data.train={data / 'data' / 'pretrain'}", "data.validation=null", f"data.tokenizer={data / 'tokenizer.model'}",
-        "train.validate_every_steps=0", "train.preview_every_steps=0", "log.tensorboard=false", f"train.steps={arguments.steps}",
-        "checkpoint.every_steps=0", *SCALED, *arguments.set, *VARIANTS[variant],
-    ]  # fmt: skip
+        "parallel.tensor=1",
+        "parallel.pipeline=1",
+        "precision.dtype=bf16",
+        f"run.directory={directory}",
+        f"data.train={data / 'data' / 'pretrain'}",
+        "data.validation=null",
+        f"data.tokenizer={data / 'tokenizer.model'}",
+        "train.validate_every_steps=0",
+        "train.preview_every_steps=0",
+        "log.tensorboard=false",
+        f"train.steps={arguments.steps}",
+        "checkpoint.every_steps=0",
+        *SCALED,
+        *arguments.set,
+        *VARIANTS[variant],
+    ]
     if variant == HALVES:
         sizes = [setting.partition("=")[2] for setting in overrides if setting.startswith("train.micro_batch_size=")]
         overrides.append(f"train.micro_batch_size={int(sizes[-1]) // 2}")
@@ -149,7 +169,8 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 def _line(entry: dict) -> str:
     found, losses = entry["gap"], entry["losses"]
-    away = f"at most {found['window']:.3%} (step {found['at_step']}), single steps {found['step']:.3%}, last {found['last']:.3%}"
+    away = f"at most {found['window']:.3%} (step {found['at_step']}), "
+    away += f"single steps {found['step']:.3%}, last {found['last']:.3%}"
     return f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; from bf16 {away}"
 
 
@@ -193,7 +214,8 @@ def main() -> None:
     with exit_on_user_error():
         if not 0 < arguments.window <= arguments.steps:
             raise TrainingError(
-                f"--window {arguments.window} of --steps {arguments.steps}: give at least 1 and at most as many as there are steps"
+                f"--window {arguments.window} of --steps {arguments.steps}: give at least 1 and at most "
+                "as many as there are steps"
             )
         result = compare(arguments)
         if result["largest_gap"] is None:

@@ -48,7 +48,7 @@ from megatron_share4v.train.step import StepSettings, train_step
 from megatron_share4v.train.step_flops import step_flops
 
 TEXT = {"pretrain": (200, 1.0), "finetune": (350, 0.5)}
-"""Text positions of a sample, and the share of them that is trained: ShareGPT4V's captions and instructions, in the mean."""
+"""Mean text positions of a sample and the trained share of them, for ShareGPT4V's captions and instructions."""
 SHORT = ("optim.moments=bf16", "precision.gradients=bf16")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "bf16": (),
@@ -149,20 +149,28 @@ def ours(job: Job, config: RunConfig, mesh: Mesh) -> tuple[Callable[[], float], 
 
 
 def theirs(job: Job, config: RunConfig, device: torch.device) -> Callable[[], float]:
-    """Return the same step with transformers' LLaVA (SDPA) and torch's fused AdamW, one sample per row, in one dtype."""
+    """Return the same step with transformers' LLaVA (SDPA) and fused AdamW, one sample per row, in one dtype."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision, language, dtype = config.model.vision, config.model.language, DTYPES[config.precision.dtype]
     names = ("hidden_size", "intermediate_size", "num_attention_heads")
     image_id = language.vocab_size - 1
     shape = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=vision.image_size, patch_size=vision.patch_size, num_hidden_layers=vision.num_layers, **{name: getattr(vision, name) for name in names}),
+        vision_config=CLIPVisionConfig(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            num_hidden_layers=vision.num_layers,
+            **{name: getattr(vision, name) for name in names},
+        ),
         text_config=LlamaConfig(
-            vocab_size=language.vocab_size, num_hidden_layers=language.num_layers, num_key_value_heads=language.num_key_value_heads,
-            max_position_embeddings=language.max_position_embeddings, **{name: getattr(language, name) for name in names},
+            vocab_size=language.vocab_size,
+            num_hidden_layers=language.num_layers,
+            num_key_value_heads=language.num_key_value_heads,
+            max_position_embeddings=language.max_position_embeddings,
+            **{name: getattr(language, name) for name in names},
         ),
         image_token_id=image_id,
-    )  # fmt: skip
+    )
     torch.set_default_dtype(dtype)
     with device:
         model = LlavaForConditionalGeneration(shape)
@@ -234,9 +242,15 @@ def measure(job: Job) -> dict[str, Any]:
     )
     seconds = statistics.median(times[WARM_UP:])
     return {
-        "layers": config.model.language.num_layers, "seconds": seconds, "tokens_per_s": items.tokens / seconds, "model_tflops": flops.model / seconds / 1e12,
-        "hardware_tflops": flops.hardware / seconds / 1e12, "peak_memory": memory, "host_waits": waits, "losses": losses,
-    }  # fmt: skip
+        "layers": config.model.language.num_layers,
+        "seconds": seconds,
+        "tokens_per_s": items.tokens / seconds,
+        "model_tflops": flops.model / seconds / 1e12,
+        "hardware_tflops": flops.hardware / seconds / 1e12,
+        "peak_memory": memory,
+        "host_waits": waits,
+        "losses": losses,
+    }
 
 
 def traced(step: Callable[[], float], path: Path, *, device: Device) -> int | None:
@@ -359,8 +373,10 @@ def table(result: dict[str, Any]) -> str:
         same = truth is not None and not row["variant"].startswith("transformers") and len(truth) == len(row["losses"])
         away = f"{max(abs(a - b) / b for a, b in zip(row['losses'], truth)):.2%}" if same else ""
         lines.append(
-            f"| {row['stage']} | {row['variant']} | {row['layers']} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {row['model_tflops']:.4g} | "
-            f"{row['model_tflops'] / peak:.1%} | {row['peak_memory'] / 1e9:.1f} | {row['host_waits'] if row['host_waits'] is not None else ''} | {away} |"
+            f"| {row['stage']} | {row['variant']} | {row['layers']} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | "
+            f"{row['model_tflops']:.4g} | "
+            f"{row['model_tflops'] / peak:.1%} | {row['peak_memory'] / 1e9:.1f} | "
+            f"{row['host_waits'] if row['host_waits'] is not None else ''} | {away} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -101,7 +101,7 @@ class Side:
 
 
 def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[str, float]]:
-    """Measure each variant, print a line for each, and return the reports and the ratio of packed to padded tokens/s."""
+    """Measure and print each variant; return the reports and the ratio of packed to padded tokens/s."""
     torch.set_num_threads(1)  # then its own processor time is what a step costs, whatever else the machine does
     with tempfile.TemporaryDirectory(prefix="bench-packing-") as name, _one_rank() as mesh:
         write_synthetic_index(Path(name) / "data", samples=SAMPLES, seed=0, scale=SCALE)
@@ -123,8 +123,10 @@ def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[s
     found = {name: side.report() for name, side in sides.items()}
     for name, report in found.items():
         print(
-            f"{name:8} {report['tokens_per_s']:8,.0f} useful tokens/s, {100 * report['useful']:5.1f} % of positions useful, up to "
-            f"{report['positions']:.0f} positions in a micro-batch of {sides[name].size} {'packs' if name == 'packed' else 'samples'}",
+            f"{name:8} {report['tokens_per_s']:8,.0f} useful tokens/s, "
+            f"{100 * report['useful']:5.1f} % of positions useful, up to "
+            f"{report['positions']:.0f} positions in a micro-batch of {sides[name].size} "
+            f"{'packs' if name == 'packed' else 'samples'}",
             flush=True,
         )
     ratios = {

@@ -52,10 +52,15 @@ def make_run(root: Path) -> Path:
     train_tokenizer(texts, root / "tokenizer.model", vocab_size=400)
     prepare(
         PrepareOptions(
-            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "tokenizer.model", max_text_length=400,
-            max_rejected_fraction=0.0, workers=0,
+            annotations=annotations,
+            images=root / "scenes",
+            output=root / "data",
+            tokenizer=root / "tokenizer.model",
+            max_text_length=400,
+            max_rejected_fraction=0.0,
+            workers=0,
         )
-    )  # fmt: skip
+    )
     (root / "run.yaml").write_text(f"model:\n  base: {MODEL}\n")
     return root / "run.yaml"
 
@@ -65,11 +70,22 @@ def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int,
     root = config.parent
     directory = root / ("background" if background else "waiting")
     options = {
-        "run.directory": directory, "precision.dtype": "fp32", "data.train": root / "data", "data.tokenizer": root / "tokenizer.model",
-        "data.max_text_length": 400, "data.num_workers": 0, "model.language.vocab_size": megabytes * 10**6 // (2 * HIDDEN * BYTES_PER_WEIGHT) // 128 * 128,
-        "train.global_batch_size": batch, "train.micro_batch_size": 4, "train.steps": steps, "checkpoint.every_steps": every,
-        "checkpoint.keep_last": 1, "checkpoint.in_background": background, "log.tensorboard": False, "log.every_steps": 1000,
-    }  # fmt: skip
+        "run.directory": directory,
+        "precision.dtype": "fp32",
+        "data.train": root / "data",
+        "data.tokenizer": root / "tokenizer.model",
+        "data.max_text_length": 400,
+        "data.num_workers": 0,
+        "model.language.vocab_size": megabytes * 10**6 // (2 * HIDDEN * BYTES_PER_WEIGHT) // 128 * 128,
+        "train.global_batch_size": batch,
+        "train.micro_batch_size": 4,
+        "train.steps": steps,
+        "checkpoint.every_steps": every,
+        "checkpoint.keep_last": 1,
+        "checkpoint.in_background": background,
+        "log.tensorboard": False,
+        "log.every_steps": 1000,
+    }
     TimedSaver.spans.clear()
     loop.run(
         load_run(
@@ -121,12 +137,14 @@ def main() -> None:
             )
             way = "in the background" if background else "training waits"
             print(
-                f"{way}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; training stood still for {found['wait_s']:.2f} s per save"
+                f"{way}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; "
+                f"training stood still for {found['wait_s']:.2f} s per save"
             )
             if background:
                 ratio = found["during_s"] / found["between_s"]
                 print(
-                    f"{found['steps_during']} steps during a save: {found['during_s']:.3f} s each, between saves {found['between_s']:.3f} s, ratio {ratio:.2f}"
+                    f"{found['steps_during']} steps during a save: {found['during_s']:.3f} s each, "
+                    f"between saves {found['between_s']:.3f} s, ratio {ratio:.2f}"
                 )
 
 

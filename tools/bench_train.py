@@ -1,7 +1,7 @@
 """Benchmark of one training step against transformers' LLaVA with torch's AdamW: same shapes and batch, interleaved.
 
-Prints the median step time of each and the ratio of tokens per second. Stage-1 work: captions of mixed length, the second half of the tower,
-the projector and the language model train. Needs transformers (extra [dev]).
+Prints the median step time of each and the ratio of tokens per second. Stage-1 work: captions of mixed length; the
+second half of the tower, the projector and the language model train. Needs transformers (extra [dev]).
 """
 
 from __future__ import annotations
@@ -85,9 +85,13 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     assert batch.token_ids is not None and batch.targets is not None  # make_batch fills all fields
     samples, size = batch.token_ids.shape
     items = GlobalBatch(
-        step=0, rows=torch.arange(samples).numpy(), lengths=torch.full((samples,), size).numpy(), sequence_length=size, images=samples,
+        step=0,
+        rows=torch.arange(samples).numpy(),
+        lengths=torch.full((samples,), size).numpy(),
+        sequence_length=size,
+        images=samples,
         trained_tokens=batch.targets.numel(),
-    )  # fmt: skip
+    )
 
     settings = StepSettings(mesh=mesh, micro_batch_size=samples, clip_grad_norm=1.0)
     data = StepData(items, [batch], 0.0)
@@ -105,16 +109,24 @@ def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
     vision, language = MODEL.vision, MODEL.language
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            image_size=vision.image_size, patch_size=vision.patch_size, hidden_size=vision.hidden_size, num_hidden_layers=vision.num_layers,
-            intermediate_size=vision.intermediate_size, num_attention_heads=vision.num_attention_heads,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            hidden_size=vision.hidden_size,
+            num_hidden_layers=vision.num_layers,
+            intermediate_size=vision.intermediate_size,
+            num_attention_heads=vision.num_attention_heads,
         ),
         text_config=LlamaConfig(
-            vocab_size=language.vocab_size, hidden_size=language.hidden_size, intermediate_size=language.intermediate_size,
-            num_hidden_layers=language.num_layers, num_attention_heads=language.num_attention_heads,
-            num_key_value_heads=language.num_key_value_heads, max_position_embeddings=language.max_position_embeddings,
+            vocab_size=language.vocab_size,
+            hidden_size=language.hidden_size,
+            intermediate_size=language.intermediate_size,
+            num_hidden_layers=language.num_layers,
+            num_attention_heads=language.num_attention_heads,
+            num_key_value_heads=language.num_key_value_heads,
+            max_position_embeddings=language.max_position_embeddings,
         ),
         image_token_id=IMAGE_ID,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     first_trained = MODEL.trainable.vision_from_block

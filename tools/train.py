@@ -1,4 +1,4 @@
-"""Trains a run: torchrun --nproc-per-node N tools/train.py CONFIG.yaml [dotted.key=value ...], or one process without torchrun."""
+"""Trains a run: torchrun --nproc-per-node N tools/train.py CONFIG.yaml [dotted.key=value ...]."""
 
 from __future__ import annotations
 

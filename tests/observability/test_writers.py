@@ -13,10 +13,23 @@ from megatron_share4v.observability.writers import RunWriters, StepRecord
 
 def record(step: int, loss: float) -> StepRecord:
     return StepRecord(
-        step=step, loss=loss, grad_norm=1.0, learning_rate=1e-3, consumed_samples=8 * step, trained_tokens=10, tokens=100, images=8,
-        padding_fraction=0.1, step_time_s=0.5, data_wait_s=0.0, tokens_per_s_per_gpu=200.0, model_tflops_per_s_per_gpu=0.1, mfu=None,
-        peak_memory_bytes=1, skipped=False,
-    )  # fmt: skip
+        step=step,
+        loss=loss,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        consumed_samples=8 * step,
+        trained_tokens=10,
+        tokens=100,
+        images=8,
+        padding_fraction=0.1,
+        step_time_s=0.5,
+        data_wait_s=0.0,
+        tokens_per_s_per_gpu=200.0,
+        model_tflops_per_s_per_gpu=0.1,
+        mfu=None,
+        peak_memory_bytes=1,
+        skipped=False,
+    )
 
 
 def open_writers(directory: Path, start: int) -> RunWriters:

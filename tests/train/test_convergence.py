@@ -31,10 +31,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prepare(
         PrepareOptions(
-            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "tokenizer.model", template="plain",
-            max_text_length=384, max_rejected_fraction=0.0, workers=0,
+            annotations=annotations,
+            images=root / "scenes",
+            output=root / "data",
+            tokenizer=root / "tokenizer.model",
+            template="plain",
+            max_text_length=384,
+            max_rejected_fraction=0.0,
+            workers=0,
         )
-    )  # fmt: skip
+    )
     return root
 
 
@@ -51,10 +57,22 @@ def curves(root: Path, config: Path, dtype: str, variants: list[tuple[str, int]]
     for ops, micro_batch in variants:
         directory = root / f"{dtype}-{ops}-{micro_batch}"
         overrides = {
-            "run.directory": directory, "ops": ops, "precision.dtype": dtype, "data.train": root / "data", "data.validation": "null", "data.tokenizer": root / "tokenizer.model",
-            "parallel.tensor": 1, "parallel.pipeline": 1, "train.steps": STEPS, "train.global_batch_size": 8, "train.micro_batch_size": micro_batch,
-            "train.validate_every_steps": 0, "train.preview_every_steps": 0, "checkpoint.every_steps": 0, "log.tensorboard": "false",
-        }  # fmt: skip
+            "run.directory": directory,
+            "ops": ops,
+            "precision.dtype": dtype,
+            "data.train": root / "data",
+            "data.validation": "null",
+            "data.tokenizer": root / "tokenizer.model",
+            "parallel.tensor": 1,
+            "parallel.pipeline": 1,
+            "train.steps": STEPS,
+            "train.global_batch_size": 8,
+            "train.micro_batch_size": micro_batch,
+            "train.validate_every_steps": 0,
+            "train.preview_every_steps": 0,
+            "checkpoint.every_steps": 0,
+            "log.tensorboard": "false",
+        }
         with open_mesh(Layout(), device=Device("cpu")) as mesh:
             train(build(load_run(config, [f"{key}={value}" for key, value in overrides.items()]), mesh=mesh))
         found.append([json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()])

@@ -85,19 +85,42 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     (root / "annotations.json").write_text(json.dumps(records))
     train_tokenizer(["what colours? red green blue USER: ASSISTANT:"] * 50, root / "tokenizer.model", vocab_size=300)
     prepare(
-        PrepareOptions(annotations=root / "annotations.json", images=root / "images", output=root / "data", tokenizer=root / "tokenizer.model",
-                       max_text_length=200, samples_per_shard=40)
-    )  # fmt: skip
+        PrepareOptions(
+            annotations=root / "annotations.json",
+            images=root / "images",
+            output=root / "data",
+            tokenizer=root / "tokenizer.model",
+            max_text_length=200,
+            samples_per_shard=40,
+        )
+    )
     content = {
         "run": {"directory": str(root / "unset"), "seed": 5},
-        "model": {"base": str(repository / "examples" / "models" / "tiny.yaml"), "language": {"vocab_size": 300},
-                  "trainable": {"vision_from_block": 1}},
+        "model": {
+            "base": str(repository / "examples" / "models" / "tiny.yaml"),
+            "language": {"vocab_size": 300},
+            "trainable": {"vision_from_block": 1},
+        },
         "precision": {"dtype": "fp32"},
-        "data": {"train": str(root / "data"), "validation": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 200,
-                 "order": "sequential", "num_workers": 0, "max_faulty_fraction": 0.1},
-        "train": {"global_batch_size": BATCH, "micro_batch_size": 4, "steps": STEPS, "validate_every_steps": 3, "validation_batches": 1,
-                  "preview_every_steps": STEPS, "preview_tokens": 2},
-    }  # fmt: skip
+        "data": {
+            "train": str(root / "data"),
+            "validation": str(root / "data"),
+            "tokenizer": str(root / "tokenizer.model"),
+            "max_text_length": 200,
+            "order": "sequential",
+            "num_workers": 0,
+            "max_faulty_fraction": 0.1,
+        },
+        "train": {
+            "global_batch_size": BATCH,
+            "micro_batch_size": 4,
+            "steps": STEPS,
+            "validate_every_steps": 3,
+            "validation_batches": 1,
+            "preview_every_steps": STEPS,
+            "preview_tokens": 2,
+        },
+    }
     (root / "run.yaml").write_text(yaml.safe_dump(content))
     return Bench(root, root / "run.yaml", _damage(root / "data"))
 

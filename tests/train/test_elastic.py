@@ -77,10 +77,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
         annotations.write_text(json.dumps([record(number, root / "images", name) for number in range(count)]))
         prepare(
             PrepareOptions(
-                annotations=annotations, images=root / "images", output=root / name, tokenizer=root / "tokenizer.model", max_text_length=400,
+                annotations=annotations,
+                images=root / "images",
+                output=root / name,
+                tokenizer=root / "tokenizer.model",
+                max_text_length=400,
                 max_rejected_fraction=0.0,
             )
-        )  # fmt: skip
+        )
     content = {
         "run": {"directory": str(root / "unset"), "seed": 5},
         "model": {
@@ -89,13 +93,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
         },
         "precision": {"dtype": "fp32"},
         "data": {
-            "train": [{"path": str(root / "captions"), "epochs": 1.5}, {"path": str(root / "questions")}], "tokenizer": str(root / "tokenizer.model"),
-            "max_text_length": 400, "pack_length": 512, "num_workers": 0,
+            "train": [{"path": str(root / "captions"), "epochs": 1.5}, {"path": str(root / "questions")}],
+            "tokenizer": str(root / "tokenizer.model"),
+            "max_text_length": 400,
+            "pack_length": 512,
+            "num_workers": 0,
         },
         "train": {"global_batch_size": 4, "micro_batch_size": 1, "steps": STEPS},
         "checkpoint": {"every_steps": 6},
         "log": {"sample_keys": True, "tensorboard": False},
-    }  # fmt: skip
+    }
     config = root / "run.yaml"
     config.write_text(yaml.safe_dump(content))
     return Bench(root, config)

@@ -102,7 +102,8 @@ def test_it_learns_as_in_bf16(learned: dict[str, Learned]) -> None:
         losses = torch.tensor(learned[name].losses)
         away = (losses - truth).view(-1, 4).mean(dim=1).abs()
         print(
-            f"\n{name}: {losses[0]:.3f} -> {losses[-4:].mean():.3f}, bf16 {truth[-4:].mean():.3f}, at most {away.max():.2g} away"
+            f"\n{name}: {losses[0]:.3f} -> {losses[-4:].mean():.3f}, bf16 {truth[-4:].mean():.3f}, "
+            f"at most {away.max():.2g} away"
         )
         assert 0 < away.max() < FP8_CURVE, (name, away)
 

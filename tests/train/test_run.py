@@ -45,25 +45,45 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     train_tokenizer(reversed(texts[:200]), root / "other.model", vocab_size=380)
     prepare(
         PrepareOptions(
-            annotations=annotations, images=root / "scenes", output=root / "data", tokenizer=root / "tokenizer.model", template="vicuna_v1",
-            max_text_length=400, samples_per_shard=16, max_rejected_fraction=0.0, workers=0, overwrite=False,
+            annotations=annotations,
+            images=root / "scenes",
+            output=root / "data",
+            tokenizer=root / "tokenizer.model",
+            template="vicuna_v1",
+            max_text_length=400,
+            samples_per_shard=16,
+            max_rejected_fraction=0.0,
+            workers=0,
+            overwrite=False,
         )
-    )  # fmt: skip
+    )
     config = root / "run.yaml"
     content = {
         "run": {"directory": str(root / "unset"), "seed": 5},
         "model": {"base": str(repository / "examples" / "models" / "tiny.yaml"), "trainable": {"vision_from_block": 1}},
         "precision": {"dtype": "fp32"},
         "data": {
-            "train": str(root / "data"), "validation": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 400,
-            "order": "group_by_modality_length", "num_workers": 0,
+            "train": str(root / "data"),
+            "validation": str(root / "data"),
+            "tokenizer": str(root / "tokenizer.model"),
+            "max_text_length": 400,
+            "order": "group_by_modality_length",
+            "num_workers": 0,
         },
         "optim": {"learning_rate": 1e-3},
-        "train": {"global_batch_size": 8, "micro_batch_size": 2, "steps": STEPS, "validate_every_steps": 5, "validation_batches": 1,
-                  "preview_every_steps": 10, "preview_samples": 3, "preview_tokens": 4},
+        "train": {
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "steps": STEPS,
+            "validate_every_steps": 5,
+            "validation_batches": 1,
+            "preview_every_steps": 10,
+            "preview_samples": 3,
+            "preview_tokens": 4,
+        },
         "checkpoint": {"every_steps": EVERY},
         "log": {"sample_keys": True},
-    }  # fmt: skip
+    }
     config.write_text(yaml.safe_dump(content))
     return Bench(root, config, root / "data")
 
@@ -85,7 +105,8 @@ def undisturbed(bench: Bench) -> Path:
 def test_run_directory(undisturbed: Path) -> None:
     metrics = lines(undisturbed / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-    wanted = "step loss grad_norm learning_rate consumed_samples trained_tokens tokens images padding_fraction step_time_s data_wait_s"
+    wanted = "step loss grad_norm learning_rate consumed_samples trained_tokens tokens images "
+    wanted += "padding_fraction step_time_s data_wait_s"
     wanted += " tokens_per_s_per_gpu model_tflops_per_s_per_gpu mfu peak_memory_bytes skipped"
     assert set(wanted.split()) <= metrics[0].keys()
     assert metrics[-1]["loss"] < metrics[0]["loss"]

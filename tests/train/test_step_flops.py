@@ -55,13 +55,22 @@ def test_only_labelled_positions_reach_the_head() -> None:
 
 
 def of_step(
-    *, lengths: tuple[int, ...], longest: int, images: tuple[int, ...], counts: tuple[int, ...] | None = None, overlap: bool = False, padded: tuple[int, ...] | None = None, **recompute,
-) -> StepFlops:  # fmt: skip
+    *,
+    lengths: tuple[int, ...],
+    longest: int,
+    images: tuple[int, ...],
+    counts: tuple[int, ...] | None = None,
+    overlap: bool = False,
+    padded: tuple[int, ...] | None = None,
+    **recompute,
+) -> StepFlops:
     """Return the FLOPs of a step with micro-batches of two sequences."""
     config = RunConfig(
-        run=RunSection(directory="runs/none"), data=DataConfig(train="data", tokenizer="tokenizer.model"), parallel=ParallelConfig(overlap_grad_reduce=overlap),
+        run=RunSection(directory="runs/none"),
+        data=DataConfig(train="data", tokenizer="tokenizer.model"),
+        parallel=ParallelConfig(overlap_grad_reduce=overlap),
         train=TrainConfig(global_batch_size=len(counts or lengths), micro_batch_size=2, **recompute),
-    )  # fmt: skip
+    )
     items = GlobalBatch(
         0,
         np.arange(len(lengths)),
