@@ -1,8 +1,8 @@
-"""Start a training command again until it is made: python tools/supervise.py [options] -- torchrun ... tools/train.py CONFIG.yaml [dotted.key=value ...]
+"""Restart a training command until its run completes: python tools/supervise.py [options] -- torchrun ... CONFIG.yaml
 
-Each start goes on from the newest whole checkpoint. Ends and their reasons stand in restarts.jsonl of the run directory; a step that has ended the
-run twice is passed over. Not started again is a run that was asked to end (exit code 75) or whose user has to do something (2). SIGTERM, SIGUSR1
-and SIGINT are handed to the ranks of this host, which save and end.
+Each start continues from the newest valid checkpoint. The reason of each end is appended to restarts.jsonl in the run
+directory; a step that ended the run twice is skipped. A run that was stopped (exit code 75) or needs its user (2) is
+not restarted. SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks of this host, which save and end.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor, ru
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--max-restarts", type=natural, default=3, help="one after another without a new checkpoint (default 3)"
+        "--max-restarts", type=natural, default=3, help="restarts in a row without a new checkpoint (default 3)"
     )
-    parser.add_argument("--pause-s", type=at_least_zero, default=10.0, help="seconds before each (default 10)")
+    parser.add_argument("--pause-s", type=at_least_zero, default=10.0, help="seconds before each restart (default 10)")
     parser.add_argument(
         "--run", type=Path, help="run directory; default: the one that the command's YAML file and overrides name"
     )
     parser.add_argument(
         "--follow",
         action="store_true",
-        help="on all nodes but the first: start again, but leave files to the first node's supervisor",
+        help="on all nodes but the first: restart with the first node's supervisor, and write no files",
     )
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: what starts the run")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="after --: the command that starts the run")
     arguments = parser.parse_args()
     with exit_on_user_error():
         command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
