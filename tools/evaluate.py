@@ -38,7 +38,7 @@ def main() -> None:
 
 def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
     from megatron_share4v.evaluate.loaded_benchmark import Evaluation
-    from megatron_share4v.evaluate.published import Measured
+    from megatron_share4v.evaluate.published import BenchmarkResult
     from megatron_share4v.evaluate.runner import Judge  # after the arguments are read: this imports megatron-core
 
     if sum(source is not None for source in (given.checkpoint, given.endpoint, given.answers)) != 1:
@@ -53,7 +53,7 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
     )
     more = {
         "judging": Judge(model=given.judge_model, chat=chat_of(given), seed=given.judge_seed),
-        "compared": [Measured.read(path) for path in given.compare],
+        "compared": [BenchmarkResult.read(path) for path in given.compare],
         "restart": given.restart,
     }
     if given.answers is not None:
@@ -74,7 +74,7 @@ def chat_of(given: argparse.Namespace) -> Any:
 
 
 def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any] | None:
-    from megatron_share4v.evaluate.clients import LocalAsker
+    from megatron_share4v.evaluate.clients import LocalClient
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.data_parallel import open_replica
@@ -84,7 +84,7 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
     ) as replica:
         if replica is None:
             return None
-        asker = LocalAsker(replica, decoding=benchmark.decoding, workers=given.workers)
+        asker = LocalClient(replica, decoding=benchmark.decoding, workers=given.workers)
         return run_benchmark(
             benchmark,
             asker,
@@ -94,8 +94,10 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
         )
 
 
-def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]) -> dict[str, Any]:
-    from megatron_share4v.evaluate.clients import RemoteAsker
+def ask_endpoint(
+    benchmark: Any, given: argparse.Namespace, world: World, more: dict[str, Any]
+) -> dict[str, Any] | None:
+    from megatron_share4v.evaluate.clients import RemoteClient
     from megatron_share4v.evaluate.result import ModelFacts
     from megatron_share4v.evaluate.runner import run_benchmark
     from megatron_share4v.infer.answer_log import DPGroup
@@ -108,7 +110,7 @@ def ask_endpoint(benchmark: Any, given: argparse.Namespace, world: World, more: 
     endpoint = Endpoint(
         url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency
     )
-    asker = RemoteAsker(ChatClient(endpoint), decoding=benchmark.decoding)
+    asker = RemoteClient(ChatClient(endpoint), decoding=benchmark.decoding)
     return run_benchmark(
         benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=DPGroup(), **more
     )

@@ -1,4 +1,4 @@
-"""The files of a benchmark on disk: which are needed, where they are below --data, where to get them, and reading them with errors that say so."""
+"""Files of a benchmark: which are required, their paths below --data, their sources, and readers with precise errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Need:
-    """A file, or with a closing slash a folder. names: the paths below the benchmark's folder that it may have, "{split}" stands for the split.
+class RequiredFile:
+    """A required file, or a folder when the name ends in a slash. names: possible paths below the benchmark folder, "{split}" is the split.
 
-    source: where to get it. splits: the only ones that need it; empty: all.
+    source: where to get it. splits: splits that require it; empty for all.
     """
 
     key: str
@@ -27,10 +27,10 @@ class Need:
 
 
 class Folder:
-    """The folder of one benchmark, all of whose needs are there: folder["questions"] is a path."""
+    """Folder of one benchmark with all required files: folder["questions"] is a path."""
 
-    def __init__(self, data: Path, *, official: str, needs: Sequence[Need], split: str) -> None:
-        """data: the folder itself, or the one that holds all benchmarks under their official names. Raises DataError naming what is missing."""
+    def __init__(self, data: Path, *, official: str, needs: Sequence[RequiredFile], split: str) -> None:
+        """Locate all files. data: the folder itself, or the parent of all benchmarks under their official names. Raises DataError naming what is missing."""
         self.root = data / official if official and (data / official).is_dir() else data
         self.split = split
         self._needs = [need for need in needs if not need.splits or split in need.splits]
@@ -45,7 +45,7 @@ class Folder:
 
     @property
     def layout(self) -> str:
-        """What belongs where, and where it comes from."""
+        """Expected files with their sources, as text; missing ones are marked."""
         lines = [f"expected below --data {self.root}:"]
         for need in self._needs:
             mark = "" if need.key in self._paths else "MISSING "
@@ -53,22 +53,22 @@ class Folder:
         return "\n".join(lines)
 
     def image(self, name: object, key: str = "images") -> Path:
-        """An image of the folder `key`. Raises DataError when the file is not there."""
+        """Path of an image in the folder `key`. Raises DataError when the file is not there."""
         path = self[key] / str(name)
         if not path.is_file():
             raise DataError(f"image {path} does not exist\n{self.layout}")
         return path
 
-    def _names(self, need: Need) -> list[str]:
+    def _names(self, need: RequiredFile) -> list[str]:
         return [name.replace("{split}", self.split) for name in need.names]
 
-    def _find(self, need: Need) -> Path | None:
+    def _find(self, need: RequiredFile) -> Path | None:
         paths = [(self.root / name, name.endswith("/")) for name in self._names(need)]
         return next((path for path, is_folder in paths if (path.is_dir() if is_folder else path.is_file())), None)
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The whole file, a list or dict as `kind` says. Raises DataError."""
+    """Read a whole JSON file whose content is of type `kind`. Raises DataError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -81,7 +81,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    """(file:line, object) of every line that is not empty. Raises DataError."""
+    """Yield (file:line, object) for every non-empty line. Raises DataError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -97,8 +97,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}:{number}", content
 
 
-def pick(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, where: str) -> Any:
-    """row[key]. Raises DataError when it is not there or of another kind."""
+def get_field(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, where: str) -> Any:
+    """Return row[key]. Raises DataError when it is missing or of another type."""
     value = row.get(key) if isinstance(row, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
@@ -109,6 +109,6 @@ def pick(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, whe
 
 
 def require(row: Mapping[str, Any], *, where: str, **kinds: type | tuple[type, ...]) -> None:
-    """`pick` all of these."""
+    """Check that a row has fields of the given types. Raises DataError."""
     for key, kind in kinds.items():
-        pick(row, key, kind, where=where)
+        get_field(row, key, kind, where=where)

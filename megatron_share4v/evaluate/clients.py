@@ -1,4 +1,4 @@
-"""Who answers the questions of a benchmark: a model of ours on this machine, or a server that speaks OpenAI's interface."""
+"""Clients that answer benchmark questions: a local model, or an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_share4v.data.images.pil_decoder import crop_centre_square, image_t
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
-from megatron_share4v.evaluate.records import Decoding, Item
+from megatron_share4v.evaluate.records import Decoding, Doc
 from megatron_share4v.infer.batch_generate import GenerationResult, GenerationTask, generate_stream
 from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.infer.request import SamplingParams
@@ -20,26 +20,26 @@ from megatron_share4v.remote.openai_client import ChatClient
 from megatron_share4v.text.template import get_template
 
 
-class LocalAsker:
-    """Calls yield answers as they are finished; items are taken from the iterator only as they are needed."""
+class LocalClient:
+    """Client of a local model. Calls yield answers as they finish; questions are taken from the iterator on demand."""
 
     def __init__(self, replica: Replica, *, decoding: Decoding, workers: int) -> None:
-        """The benchmark's template and image mode stand in for those of training."""
+        """Use the template and image mode of the benchmark instead of those of training."""
         self._replica, self._decoding, self._workers = replica, decoding, workers
         vision = replica.session.config.model.vision
         images = ImagePolicy(image_size=vision.image_size, aspect_ratio=decoding.aspect_ratio)
         self._encoder = replace(replica.session.encoder, template=get_template(decoding.template), images=images)
         self._tokens_per_image = vision.num_patches
 
-    def __call__(self, items: Iterator[Item]) -> Iterator[list[GenerationResult]]:
-        """An answer that does not fit ends at the context's end. Outcomes with an error are of questions that cannot be asked."""
+    def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
+        """Yield outcomes; an answer ends where the context is full. An outcome with an error is a question that cannot be encoded."""
         sampling = SamplingParams(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
         works = (GenerationTask(item.id, partial(self._prompt, item), sampling) for item in items)
         return generate_stream(
             self._replica.engine, works, tokenizer=self._encoder.tokenizer, workers=self._workers, truncate=True
         )
 
-    def _prompt(self, item: Item) -> Prompt:
+    def _prompt(self, item: Doc) -> Prompt:
         turns = (Turn("human", item.turn),)
         return make_prompt(
             self._encoder,
@@ -50,14 +50,14 @@ class LocalAsker:
         )
 
 
-class RemoteAsker:
-    """The same from a server. It prepares images by its own configuration: where the benchmark crops, it gets the centre square, cut here, as PNG."""
+class RemoteClient:
+    """Client of an OpenAI-compatible server, which preprocesses images itself; benchmarks that crop send the centre square as PNG."""
 
     def __init__(self, chat: ChatClient, *, decoding: Decoding) -> None:
         self._chat, self._decoding = chat, decoding
 
-    def __call__(self, items: Iterator[Item]) -> Iterator[list[GenerationResult]]:
-        """Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a question."""
+    def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
+        """Yield outcomes from the server. Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a question."""
         pool, count = ThreadPoolExecutor(self._chat.endpoint.concurrency), self._chat.endpoint.concurrency
         going = {pool.submit(self._ask, item) for item in islice(items, count)}
         try:
@@ -69,7 +69,7 @@ class RemoteAsker:
             self._chat.stop()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, item: Item) -> GenerationResult:
+    def _ask(self, item: Doc) -> GenerationResult:
         content: list[dict[str, object]] = [{"type": "text", "text": item.prompt}]
         if (image := item.read_image()) is not None:
             shown = crop_centre_square(image) if self._decoding.image_mode == "crop" else image

@@ -1,6 +1,6 @@
-"""Asking a judge, and keeping what it says: every raw reply goes to a journal at once, so that no question is paid for twice.
+"""Requests to a judge model: every raw reply is appended to a journal at once, so that no request is paid for twice.
 
-Without an endpoint the open questions become a file in the format of OpenAI's Batch API, and its output file is read where it is put.
+Without an endpoint, open requests are written in the format of OpenAI's Batch API, and its output file is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import write_rows
-from megatron_share4v.evaluate.benchmark_files import pick, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import get_field, read_jsonl
 from megatron_share4v.evaluate.judge_prompts import Body, Request, Verdicts
 from megatron_share4v.remote.openai_client import ChatClient, Reply, parse_completion
 
@@ -24,7 +24,7 @@ JOURNAL, REQUESTS, REPLIES = "judge.jsonl", "judge_requests.jsonl", "judge_repli
 
 @dataclass(frozen=True)
 class Judgement:
-    """verdicts: all raw replies by the request's id. model: as asked for. answered_as: what the servers called themselves."""
+    """Replies of a judge. verdicts: raw replies by request id. model: as requested. answered_as: model names that the server reported."""
 
     verdicts: Verdicts
     model: str
@@ -35,30 +35,30 @@ class Judgement:
 
 @dataclass(frozen=True)
 class _Open:
-    """A body to be sent. name: of request, attempt and content, so that a reply to another answer, or of another judge, is never taken for it."""
+    """Request body still to send. name: made of request, attempt and content, so that replies to other content or by other judges never match."""
 
     name: str
     body: Body
 
 
-class Replies:
-    """All that judges have said, from the journal and the file of replies in `directory`."""
+class ReplyLog:
+    """All known judge replies, from the journal and the batch output in `directory`."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises DataError for a damaged file."""
+        """Read both files. Raises DataError for a damaged one."""
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / JOURNAL
         self._known: dict[str, Reply] = {}
         self._mend()
         for path in (self._path, directory / REPLIES):
             for where, row in read_jsonl(path) if path.exists() else ():
-                self._known[pick(row, "custom_id", str, where=where)] = _reply_of(row, where=where)
+                self._known[get_field(row, "custom_id", str, where=where)] = _reply_of(row, where=where)
 
     def __getitem__(self, name: str) -> Reply | None:
         return self._known.get(name)
 
     def add(self, name: str, reply: Reply) -> None:
-        """It is on the disk when this returns."""
+        """Append a reply to the journal and sync it to disk."""
         self._known[name] = reply
         row = {"custom_id": name, "model": reply.model, "content": reply.text}
         with self._path.open("a", encoding="utf-8") as file:
@@ -67,7 +67,7 @@ class Replies:
             os.fsync(file.fileno())
 
     def _mend(self) -> None:
-        """Cut off a line that a killed process did not finish."""
+        """Truncate an incomplete last line left by a killed process."""
         if self._path.exists():
             with self._path.open("rb+") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -82,12 +82,12 @@ def judge(
     seed: int | None = None,
     on_reply: Callable[[int], object] | None = None,
 ) -> Judgement | None:
-    """All replies to `requests`; None without `chat` while some are open: those are then in `directory`/judge_requests.jsonl (see `how_to_go_on`).
+    """Get all replies to `requests`; None without `chat` while some are open: those are then in `directory`/judge_requests.jsonl (see `resume_instructions`).
 
-    model: of the judge. seed: sent if given. on_reply: told how many there are, as they come. Raises ConfigError when the endpoint refuses
-    key, model or path, and DataError when it gives no reply to some requests: what came is kept, and the same call goes on.
+    model: name of the judge. seed: sent when given. on_reply: called with the number of replies as they arrive. Raises ConfigError when the endpoint refuses
+    key, model or path, and DataError when some requests got no reply; received replies are kept and the same call resumes.
     """
-    replies = Replies(directory)
+    replies = ReplyLog(directory)
     extra = {"model": model} | ({} if seed is None else {"seed": seed})
     while opened := [each for request in requests if (each := _next(request, replies, extra))]:
         if chat is None:
@@ -100,8 +100,8 @@ def judge(
     return Judgement(verdicts, model, tuple(sorted({reply.model for reply in flat if reply.model})), seed, len(flat))
 
 
-def how_to_go_on(directory: Path, *, model: str) -> str:
-    """For the user, after `judge` has returned None."""
+def resume_instructions(directory: Path, *, model: str) -> str:
+    """Instructions for the user when open requests were written to a file."""
     return (
         f"the questions for the judge are in {directory / REQUESTS}. Either start the same command again with --judge-base-url (any server that "
         f"speaks OpenAI's interface; it is asked for --judge-model {model}), or send the file to OpenAI's Batch API yourself, put its output at "
@@ -110,7 +110,9 @@ def how_to_go_on(directory: Path, *, model: str) -> str:
     )
 
 
-def _ask(opened: Sequence[_Open], chat: ChatClient, replies: Replies, on_reply: Callable[[int], object] | None) -> None:
+def _ask(
+    opened: Sequence[_Open], chat: ChatClient, replies: ReplyLog, on_reply: Callable[[int], object] | None
+) -> None:
     failures: list[tuple[str, DataError]] = []
     pool = ThreadPoolExecutor(chat.endpoint.concurrency)
     futures = {pool.submit(chat.ask, each.body): each.name for each in opened}
@@ -131,22 +133,22 @@ def _ask(opened: Sequence[_Open], chat: ChatClient, replies: Replies, on_reply: 
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     if failures:
-        name, error = failures[0]
+        name, first = failures[0]
         raise DataError(
-            f"judge {chat.endpoint.model} at {chat.endpoint.url}: {len(failures)} of {len(opened)} requests got no reply; {name}: {error}. "
+            f"judge {chat.endpoint.model} at {chat.endpoint.url}: {len(failures)} of {len(opened)} requests got no reply; {name}: {first}. "
             "See to it, and start the same command again: the replies that came are kept"
-        ) from error
+        ) from first
 
 
-def _replies(request: Request, replies: Replies, extra: Mapping[str, object]) -> Iterator[Reply]:
-    """Those that are known, in order, each to the body that follows from the ones before it."""
+def _replies(request: Request, replies: ReplyLog, extra: Mapping[str, object]) -> Iterator[Reply]:
+    """Yield the known replies to a request in order; each body depends on the replies before it."""
     said: list[Reply] = []
     while (opened := _opened(request, said, extra)) and (reply := replies[opened.name]):
         said.append(reply)
         yield reply
 
 
-def _next(request: Request, replies: Replies, extra: Mapping[str, object]) -> _Open | None:
+def _next(request: Request, replies: ReplyLog, extra: Mapping[str, object]) -> _Open | None:
     return _opened(request, list(_replies(request, replies, extra)), extra)
 
 
@@ -164,11 +166,11 @@ def _batch_row(opened: _Open) -> dict[str, object]:
 
 
 def _reply_of(row: Mapping[str, object], *, where: str) -> Reply:
-    """A line of the journal, or of the Batch API's output."""
+    """Parse a line of the journal or of the Batch API's output."""
     if "response" not in row:
-        return Reply(pick(row, "content", str, where=where), 0, None, str(row.get("model") or ""))
+        return Reply(get_field(row, "content", str, where=where), 0, None, str(row.get("model") or ""))
     try:
-        return parse_completion(pick(row, "response", dict, where=where).get("body"))
+        return parse_completion(get_field(row, "response", dict, where=where).get("body"))
     except ValueError as error:
         raise DataError(
             f"{where}: has no reply ({error}); take out the line, and the question is asked again"

@@ -1,4 +1,4 @@
-"""What the judges of LLaVA-Bench and MM-Vet are asked, to the letter of the official scripts, and when they are asked again.
+"""Judge prompts of LLaVA-Bench and MM-Vet, identical to the official scripts, with their retry rules.
 
 Sources: eval_gpt_review_bench.py with its rule.json (the rules of conv, detail and complex are one text); mm-vet_evaluator.py.
 """
@@ -13,7 +13,7 @@ from megatron_share4v.evaluate.metrics.mm_vet import MAX_REPLIES, parse_grade
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
 Verdicts = Mapping[str, Sequence[str]]
-"""All replies to a request, by its id, in order and unread."""
+"""Raw replies in order, by request id."""
 Body = dict[str, Any]
 
 _ASSISTANT = "You are a helpful and precise assistant for checking the quality of the answer."
@@ -56,7 +56,7 @@ _AGAIN = "\nPredict the correctness of the answer (digit): "
 
 
 class Request(Protocol):
-    """One thing to ask a judge. body: the next chat completion after these replies, without the model's name; None when that was all."""
+    """A judge request. body: the next chat completion given the replies so far, without the model name; None when it is complete."""
 
     @property
     def id(self) -> str: ...
@@ -66,7 +66,7 @@ class Request(Protocol):
 
 @dataclass(frozen=True)
 class Review:
-    """LLaVA-Bench: two answers to compare, the reference's always first. Asked once, whatever comes."""
+    """LLaVA-Bench review of two answers, the reference first. Never retried."""
 
     id: str
     context: str
@@ -75,7 +75,7 @@ class Review:
     answer: str
 
     def body(self, replies: Sequence[str]) -> Body | None:
-        """Temperature 0.2, 1024 tokens."""
+        """Chat completion with temperature 0.2 and 1024 tokens."""
         if replies:
             return None
         content = (
@@ -89,7 +89,7 @@ class Review:
 
 @dataclass(frozen=True)
 class Grade:
-    """MM-Vet: one answer to grade. Asked again, with one more sentence and hotter each time, until a reply is a number; 5 replies are read."""
+    """MM-Vet grade of one answer. Retried with one more sentence and rising temperature until a reply is a number, at most 5 replies."""
 
     id: str
     question: str
@@ -98,7 +98,7 @@ class Grade:
     profile: Profile = OFFICIAL
 
     def body(self, replies: Sequence[str]) -> Body | None:
-        """Temperature 0, then 0, 0.5, 1 and 1.5; 3 tokens."""
+        """Chat completion with temperature 0, then 0, 0.5, 1 and 1.5, and 3 tokens."""
         if len(replies) >= MAX_REPLIES or (replies and parse_grade(replies[-1], profile=self.profile) is not None):
             return None
         truth = self.truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")

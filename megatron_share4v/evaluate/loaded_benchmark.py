@@ -1,4 +1,4 @@
-"""A benchmark that is about to be asked: its files are all there, its questions read, before any model is opened."""
+"""Benchmark loaded for an evaluation: files located and questions read before any model is opened."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.evaluate.benchmark_files import Folder
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
-from megatron_share4v.evaluate.records import Decoding, Item
+from megatron_share4v.evaluate.records import Decoding, Doc
 from megatron_share4v.evaluate.task import Task
 from megatron_share4v.evaluate.tasks import get_task
 
 
 class Evaluation:
-    """digest: of all that the benchmark asks: answers to other questions with the same ids are not taken for this one's. complete: all of it is asked."""
+    """A loaded benchmark. digest: hash of all questions, so that answers to other questions with the same ids do not match. complete: no --limit."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Evaluation:
         profile: Profile = OFFICIAL,
         limit: int | None = None,
     ) -> None:
-        """data, split: Task.open. limit: only the first so many questions. Raises ConfigError, DataError."""
+        """Load a benchmark. data, split: see Task.open. limit: only the first so many questions. Raises ConfigError, DataError."""
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -37,13 +37,13 @@ class Evaluation:
         self.out, self.profile = out, profile
         self.folder: Folder = self.task.open(data, split)
         every = self.task.items(self.folder)
-        self.items: Sequence[Item] = every if limit is None else every[:limit]
+        self.items: Sequence[Doc] = every if limit is None else every[:limit]
         self.complete = len(self.items) == len(every)
         self.digest = _digest(every)
         self.decoding: Decoding = self.task.decoding(profile)
 
 
-def _digest(items: Sequence[Item]) -> str:
+def _digest(items: Sequence[Doc]) -> str:
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.id, item.prompt]).encode())

@@ -1,6 +1,6 @@
-"""The published rows, and ours beside them: as a Markdown table and as a chart.
+"""Published scores beside measured ones, as a Markdown table and as a chart.
 
-A number stands under the paper's name only if it was made the paper's way; every other one has a row of its own that says why.
+Scores measured differently from the paper get a row of their own that names the difference.
 Sources: ShareGPT4V (arXiv 2311.12793) and its model zoo; LLaVA-1.5 (arXiv 2310.03744).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_share4v.evaluate.benchmark_files import pick, read_json
+from megatron_share4v.evaluate.benchmark_files import get_field, read_json
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL
 from megatron_share4v.evaluate.tasks import get_task
 from megatron_share4v.evaluate.tasks.mmbench import OPEN_ROWS
@@ -40,7 +40,7 @@ _COLUMN_OF = {  # benchmark and score: column
 
 @dataclass(frozen=True)
 class Line:
-    """One row: a model and its numbers by column. differs: why they are not the paper's kind of number; empty if they are."""
+    """Table row: a model and its scores by column. differs: why they are not comparable with the paper; empty if they are."""
 
     name: str
     scores: Mapping[str, float]
@@ -65,8 +65,8 @@ PUBLISHED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What result.json says of one benchmark. judge: the model that graded, None without one. complete: every question was asked."""
+class BenchmarkResult:
+    """Content of a result.json. judge: the judge model, None without one. complete: all questions were evaluated."""
 
     model: str
     benchmark: str
@@ -77,18 +77,20 @@ class Measured:
     complete: bool = True
 
     @classmethod
-    def read(cls, path: Path) -> Measured:
-        """Raises DataError for what is no result.json."""
+    def read(cls, path: Path) -> BenchmarkResult:
+        """Read a result.json. Raises DataError for other content."""
         content = read_json(path, dict)
-        fields = {key: pick(content, key, str, where=str(path)) for key in ("model", "benchmark", "split", "profile")}
-        scores = pick(content, "scores", dict, where=str(path))
+        fields = {
+            key: get_field(content, key, str, where=str(path)) for key in ("model", "benchmark", "split", "profile")
+        }
+        scores = get_field(content, "scores", dict, where=str(path))
         judge = content.get("judge")
-        named = pick(judge, "model", str, where=f"{path}, judge") if judge else None
+        named = get_field(judge, "model", str, where=f"{path}, judge") if judge else None
         return cls(**fields, scores=scores, judge=named, complete=content.get("complete", True))
 
     @property
     def differs(self) -> str:
-        """Why the number is not of the paper's kind; empty if it is."""
+        """Reasons why the scores are not comparable with the paper; empty if they are."""
         task = get_task(self.benchmark)
         reasons = [f"profile {self.profile}"] if self.profile != OFFICIAL.value else []
         if task.judged and self.judge != task.judged.official:
@@ -102,8 +104,8 @@ class Measured:
         return ", ".join(reasons)
 
 
-def lines(measured: Sequence[Measured]) -> list[Line]:
-    """One per model and kind of number, comparable ones first."""
+def lines(measured: Sequence[BenchmarkResult]) -> list[Line]:
+    """Group results into one row per model and difference, comparable rows first."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for each in measured:
         for name, value in each.scores.items():
@@ -116,8 +118,8 @@ def lines(measured: Sequence[Measured]) -> list[Line]:
     ]
 
 
-def table(measured: Sequence[Measured]) -> str:
-    """Markdown: the published rows, then ours; columns that only published rows have stay."""
+def table(measured: Sequence[BenchmarkResult]) -> str:
+    """Markdown table: published rows, then measured ones; columns with published scores only stay."""
     rows = [["model", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
     for line in (*PUBLISHED, *lines(measured)):
         rows.append(
@@ -129,8 +131,8 @@ def table(measured: Sequence[Measured]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def save_chart(path: Path, measured: Sequence[Measured]) -> None:
-    """A PNG of the columns that `measured` has; what is not comparable is striped."""
+def save_chart(path: Path, measured: Sequence[BenchmarkResult]) -> None:
+    """Write a PNG of the columns in `measured`; rows that are not comparable are hatched."""
     ours = lines(measured)
     columns = [column for column in COLUMNS if any(column in line.scores for line in ours)]
     series = [

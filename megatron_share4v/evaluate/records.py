@@ -1,4 +1,4 @@
-"""What flows through an evaluation: an Item is asked, an Answer comes back, Decoding says how it was made, Scores is what the answers are worth."""
+"""Records of an evaluation: a question (Doc), its Prediction, the Decoding settings, and the Scores."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ImageMode = Literal["pad", "crop"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
-    """One question. id: unique in its benchmark and split, the same in every run. question_id: the official one, which may repeat (MME, TextVQA).
+class Doc:
+    """A benchmark question. id: unique in its benchmark and split, the same in every run. question_id: the official one, which may repeat (MME, TextVQA).
 
     prompt: the user's turn without the placeholder of the image. image: a file, its bytes, or None for a question about text alone.
     recorded: the prompt of the official answer file where that is not `prompt`. meta: what scoring and the official files need of the question.
@@ -31,11 +31,11 @@ class Item:
 
     @property
     def turn(self) -> str:
-        """The user's turn as the model gets it."""
+        """User turn as given to the model, with the image placeholder."""
         return self.prompt if self.image is None else f"{IMAGE_PLACEHOLDER}\n{self.prompt}"
 
     def read_image(self) -> bytes | None:
-        """The encoded image. Raises DataError when it cannot be read or is empty."""
+        """Return the encoded image. Raises DataError when it cannot be read or is empty."""
         if not isinstance(self.image, Path):
             return self.image
         try:
@@ -51,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to the item `id`, cleaned as Decoding.clean does. prompt: as it stands in the official answer file."""
+    """Answer of a model to the question `id`, cleaned by Decoding.clean. prompt: as recorded in the official answer file."""
 
     id: str
     prompt: str
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a benchmark's official script asks: always greedy. image_mode: padded to a square, or resized and cropped at the centre.
+    """Decoding settings of a benchmark's official script; always greedy. image_mode: padded to a square, or resized and cropped at the centre.
 
     system: "a curious user" (vicuna_v1) or "a curious human" (share4v_v1).
     """
@@ -72,22 +72,22 @@ class Decoding:
 
     @property
     def template(self) -> str:
-        """Its name in text/template.py."""
+        """Name of the chat template in text/template.py."""
         return {"user": "vicuna_v1", "human": "share4v_v1"}[self.system]
 
     @property
     def aspect_ratio(self) -> Literal["pad", "square"]:
-        """Of data/images/policy.py's ImagePolicy."""
+        """Aspect ratio setting for ImagePolicy in data/images/policy.py."""
         return "pad" if self.image_mode == "pad" else "square"
 
     def clean(self, text: str) -> str:
-        """The official scripts' last step: strip, drop one closing stop string, strip."""
+        """Clean a reply as the official scripts do: strip, drop one closing stop string, strip."""
         return text.strip().removesuffix(self.stop).strip()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Named numbers. headline: the name of the one in the paper's table; None where there is none yet, and `note` says what to do."""
+    """Metric values by name. headline: name of the metric in the paper's table; None when not available, and `note` has the next step."""
 
     values: Mapping[str, float]
     headline: str | None
@@ -95,5 +95,5 @@ class Scores:
 
     @property
     def json_values(self) -> dict[str, float | None]:
-        """For a file: JSON knows no nan."""
+        """Values with NaN replaced by None, which JSON can hold."""
         return {name: None if math.isnan(value) else value for name, value in self.values.items()}

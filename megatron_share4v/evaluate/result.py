@@ -1,4 +1,4 @@
-"""result.json: the number, and everything that it depends on."""
+"""result.json: the scores and everything that they depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_share4v.text.template import get_template
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """name: under which results stand. fingerprint: changes with the weights and with what it computes in. facts: for result.json."""
+    """Identity of the evaluated model. name: shown in results. fingerprint: changes with weights and dtype. facts: recorded in result.json."""
 
     name: str
     fingerprint: str
@@ -31,7 +31,7 @@ class ModelFacts:
 
     @classmethod
     def of_replica(cls, replica: Replica, *, name: str) -> ModelFacts:
-        """With the hashes of the checkpoint and of its tower."""
+        """Identify a local model by the hashes of its checkpoint and vision tower."""
         facts = {
             "path": str(replica.path),
             "sha256": replica.fingerprint,
@@ -43,13 +43,13 @@ class ModelFacts:
 
     @classmethod
     def of_answers(cls, path: Path, *, name: str | None) -> ModelFacts:
-        """Of an answer file nothing is known but its bytes."""
+        """Identify the model of an answer file by the hash of the file."""
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(name or path.stem, digest, {"answers": str(path), "sha256": digest})
 
     @classmethod
     def of_endpoint(cls, endpoint: Endpoint, *, name: str | None) -> ModelFacts:
-        """What a server says about itself is all that is known."""
+        """Identify a served model by URL and model name."""
         return cls(
             name or endpoint.model,
             f"{endpoint.url} {endpoint.model}",
@@ -60,7 +60,7 @@ class ModelFacts:
 def result_of(
     evaluation: Evaluation, scores: Scores, *, model: ModelFacts, judgement: Judgement | None
 ) -> dict[str, Any]:
-    """The content of result.json; published.Measured reads it."""
+    """Build the content of result.json, which published.BenchmarkResult reads."""
     decoding, first = evaluation.decoding, evaluation.items[0]
     judged = (
         {
@@ -99,7 +99,7 @@ def result_of(
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaced when it is whole."""
+    """Write result.json atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,7 +1,7 @@
-"""One benchmark from its questions to its number: what is left to ask, who asks it, and what is written when all is answered.
+"""Run of one benchmark: generate missing predictions, compute the scores, and write all result files.
 
-Replicas share the questions; each has a journal, so that a killed job goes on where it was, at any number of them. answers.jsonl is the same however
-the work was cut.
+Replicas share the questions; each appends to a journal, so that a killed job resumes with any number of replicas. answers.jsonl does not depend on
+how the work was split.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import make_answer, write_rows
-from megatron_share4v.evaluate.judge import Judgement, how_to_go_on, judge
+from megatron_share4v.evaluate.judge import Judgement, judge, resume_instructions
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
-from megatron_share4v.evaluate.published import Measured, save_chart, table
-from megatron_share4v.evaluate.records import Answer, Item, Scores
+from megatron_share4v.evaluate.published import BenchmarkResult, save_chart, table
+from megatron_share4v.evaluate.records import Answer, Doc, Scores
 from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
@@ -25,7 +25,7 @@ from megatron_share4v.infer.batch_generate import GenerationResult
 from megatron_share4v.logging import get_logger
 from megatron_share4v.remote.openai_client import ChatClient
 
-Asker = Callable[[Iterator[Item]], Iterator[list[GenerationResult]]]
+Client = Callable[[Iterator[Doc]], Iterator[list[GenerationResult]]]
 JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = (
     "journal",
     "answers.jsonl",
@@ -38,7 +38,7 @@ JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = (
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """model None: the official one. chat None: its questions are written to a file."""
+    """Judge settings. model: None for the official one. chat: None to write the requests to a file."""
 
     model: str | None = None
     chat: ChatClient | None = None
@@ -47,15 +47,15 @@ class Judge:
 
 def run_benchmark(
     evaluation: Evaluation,
-    asker: Asker,
+    asker: Client,
     *,
     model: ModelFacts,
     share: DPGroup,
     judging: Judge = Judge(),
-    compared: Sequence[Measured] = (),
+    compared: Sequence[BenchmarkResult] = (),
     restart: bool = False,
 ) -> dict[str, Any] | None:
-    """Ask what is left, write all files; the content of result.json on the first process, None on the others.
+    """Generate missing predictions and write all files; return the content of result.json on rank 0, None elsewhere.
 
     compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that cannot be asked.
     """
@@ -71,9 +71,9 @@ def write_results(
     *,
     model: ModelFacts,
     judging: Judge = Judge(),
-    compared: Sequence[Measured] = (),
+    compared: Sequence[BenchmarkResult] = (),
 ) -> dict[str, Any]:
-    """All files from the answers, wherever those come from; the content of result.json. A question without an answer counts as the benchmark says."""
+    """Write all files from given predictions and return the content of result.json. Each benchmark defines how missing predictions count."""
     write_rows(evaluation.out / ANSWERS, evaluation.task.rows(evaluation.items, answers, model=model.name))
     verdict = _judged(evaluation, answers, judging)
     scores = evaluation.task.score(
@@ -85,21 +85,21 @@ def write_results(
     )
     if evaluation.task.judged and verdict is None:
         scores = Scores(
-            {}, None, note=how_to_go_on(evaluation.out, model=judging.model or evaluation.task.judged.official)
+            {}, None, note=resume_instructions(evaluation.out, model=judging.model or evaluation.task.judged.official)
         )
     content = result_of(evaluation, scores, model=model, judgement=verdict)
     write_result(evaluation.out / RESULT, content)
-    _hand_in(evaluation, answers, verdict)
-    measured = [*compared, Measured.read(evaluation.out / RESULT)]
+    _write_submission(evaluation, answers, verdict)
+    measured = [*compared, BenchmarkResult.read(evaluation.out / RESULT)]
     (evaluation.out / TABLE).write_text(table(measured), encoding="utf-8")
     save_chart(evaluation.out / CHART, measured)
     return content
 
 
 def _answers(
-    evaluation: Evaluation, asker: Asker, model: ModelFacts, share: DPGroup, restart: bool
+    evaluation: Evaluation, asker: Client, model: ModelFacts, share: DPGroup, restart: bool
 ) -> list[Answer] | None:
-    """All of them, in order, on the first process."""
+    """Generate missing predictions; return all of them in order on rank 0, None elsewhere."""
     job: dict[str, object] = {
         "model": model.fingerprint,
         "benchmark": evaluation.task.name,
@@ -120,10 +120,14 @@ def _answers(
     rows = AnswerIndex(evaluation.out / JOURNAL, job=job, row=GenerationResult).rows(
         item.id for item in evaluation.items
     )
-    return [make_answer(item, evaluation.decoding.clean(row.text)) for item, row in zip(evaluation.items, rows)]
+    answers = []
+    for item, row in zip(evaluation.items, rows):
+        assert row.text is not None, row  # the journal has no failed results
+        answers.append(make_answer(item, evaluation.decoding.clean(row.text)))
+    return answers
 
 
-def _ask(evaluation: Evaluation, asker: Asker, items: Sequence[Item], journal: AnswerLog) -> None:
+def _ask(evaluation: Evaluation, asker: Client, items: Sequence[Doc], journal: AnswerLog) -> None:
     with tqdm(total=len(items), desc=evaluation.task.name, unit="question") as bar:
         for outcomes in asker(iter(items)):
             journal.append(outcome for outcome in outcomes if outcome.error is None)
@@ -145,13 +149,13 @@ def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -
         )
 
 
-def _hand_in(evaluation: Evaluation, answers: Sequence[Answer], verdict: Judgement | None) -> None:
-    """Files for servers and official scorers, which want all questions."""
+def _write_submission(evaluation: Evaluation, answers: Sequence[Answer], verdict: Judgement | None) -> None:
+    """Write the files for evaluation servers and official scorers, which require all questions."""
     if not evaluation.complete:
         get_logger().warning("no files for a server: only %d questions were asked", len(evaluation.items))
         return
     files = dict(evaluation.task.submission(evaluation.folder, evaluation.items, answers))
-    if verdict:
+    if verdict and evaluation.task.judged:
         files |= evaluation.task.judged.files(evaluation.items, by_id(answers), verdict.verdicts, verdict.model)
     for name, content in files.items():
         (evaluation.out / SUBMISSION).mkdir(exist_ok=True)

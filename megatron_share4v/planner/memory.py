@@ -309,7 +309,7 @@ def _projector_activations(model: ModelConfig, settings: MemorySettings) -> floa
         model.language.hidden_size,
         model.trainable.projector or model.trainable.vision_from_block is not None,
     )
-    total = INT64 * patches * wanted
+    total = float(INT64 * patches * wanted)
     if trainable.projector:
         total += e * (patches + 1) * model.vision.hidden_size
     if model.projector.type == "mlp2x_gelu":

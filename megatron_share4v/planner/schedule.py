@@ -98,11 +98,12 @@ def simulate_schedule(
 def _ready(
     done: dict[tuple[Kind, int, int], float], task: PipelinePass, stage: int, stages: int, message: float
 ) -> float | None:
-    """Time at which the input of `piece` arrives; None when it is not computed yet."""
+    """Time at which the input of `task` arrives; None when it is not computed yet."""
     if task.kind == "forward":
         if stage == 0:
             return 0.0
-        before, delay = ("forward", task.micro_batch, stage - 1), message
+        before: tuple[Kind, int, int] = ("forward", task.micro_batch, stage - 1)
+        delay = message
     elif stage == stages - 1:
         before, delay = ("forward", task.micro_batch, stage), 0.0
     else:

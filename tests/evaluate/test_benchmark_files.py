@@ -10,7 +10,7 @@ import pytest
 from official_files import WRITERS, as_json, jsonl
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Need
+from megatron_share4v.evaluate.benchmark_files import RequiredFile
 from megatron_share4v.evaluate.tasks import get_task
 
 CASES = [
@@ -27,9 +27,9 @@ def items(name: str, data: Path, split: str | None = None) -> list:
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "need"), CASES, ids=lambda part: part.key if isinstance(part, Need) else str(part)
+    ("name", "split", "need"), CASES, ids=lambda part: part.key if isinstance(part, RequiredFile) else str(part)
 )
-def test_each_missing_file_is_named(name: str, split: str | None, need: Need, tmp_path: Path) -> None:
+def test_each_missing_file_is_named(name: str, split: str | None, need: RequiredFile, tmp_path: Path) -> None:
     WRITERS[name, split](tmp_path)
     paths = [tmp_path / known.replace("{split}", get_task(name).split(split)) for known in need.names]
     removed = [path for path in paths if path.exists()]
@@ -53,7 +53,7 @@ def test_each_missing_file_is_named(name: str, split: str | None, need: Need, tm
 @pytest.mark.parametrize(
     ("name", "split", "need"), [case for case in CASES if not case[2].names[0].endswith("/")], ids=str
 )
-def test_each_damaged_file_is_named(name: str, split: str | None, need: Need, tmp_path: Path) -> None:
+def test_each_damaged_file_is_named(name: str, split: str | None, need: RequiredFile, tmp_path: Path) -> None:
     WRITERS[name, split](tmp_path)
     task = get_task(name)
     path = task.open(tmp_path, split)[need.key]

@@ -14,7 +14,7 @@ from official_files import WRITERS
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import make_answer
-from megatron_share4v.evaluate.judge import JOURNAL, REPLIES, REQUESTS, Judgement, how_to_go_on, judge
+from megatron_share4v.evaluate.judge import JOURNAL, REPLIES, REQUESTS, Judgement, judge, resume_instructions
 from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
 from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
 from megatron_share4v.evaluate.task import by_id
@@ -201,7 +201,7 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
     assert [row["custom_id"].split("/")[:2] for row in rows] == [[str(k), "0"] for k in range(5)]
     assert rows[0]["method"] == "POST" and rows[0]["url"] == "/v1/chat/completions"
     assert rows[0]["body"] == {"model": "gpt-4-0613", **requests[0].body([])}
-    message = how_to_go_on(out, model="gpt-4-0613")
+    message = resume_instructions(out, model="gpt-4-0613")
     assert all(
         part in message
         for part in (str(out / REQUESTS), "--judge-base-url", str(out / REPLIES), "start the same command again")

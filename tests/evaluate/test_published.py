@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.published import COLUMNS, PUBLISHED, Measured, lines, save_chart, table
+from megatron_share4v.evaluate.published import COLUMNS, PUBLISHED, BenchmarkResult, lines, save_chart, table
 from megatron_share4v.evaluate.tasks import TASKS
 from megatron_share4v.observability.charts import Series, bar_chart
 
 
-def measured(benchmark: str, scores: dict, **more: object) -> Measured:
+def measured(benchmark: str, scores: dict, **more: object) -> BenchmarkResult:
     given = {"model": "ours", "split": TASKS[benchmark].splits[0], "profile": "official", **more}
-    return Measured(benchmark=benchmark, scores=scores, **given)
+    return BenchmarkResult(benchmark=benchmark, scores=scores, **given)
 
 
 def cells(row: str) -> list[str]:
@@ -130,7 +130,7 @@ OTHER_KINDS = [
 
 
 @pytest.mark.parametrize(("other", "why"), OTHER_KINDS, ids=lambda part: part if isinstance(part, str) else "")
-def test_other_kinds_of_numbers_never_stand_under_the_models_name_alone(other: Measured, why: str) -> None:
+def test_other_kinds_of_numbers_never_stand_under_the_models_name_alone(other: BenchmarkResult, why: str) -> None:
     fair = measured("seed", {"image accuracy": 69.0})
     first, second = lines([other, fair])
     assert (first.title, first.scores) == ("ours", {"SEED-I": 69.0})
@@ -153,10 +153,12 @@ def test_results_are_read_from_their_files(tmp_path: Path) -> None:
         "judge": {"model": "gpt-4-0613"},
     }
     (tmp_path / "result.json").write_text(json.dumps(content))
-    assert Measured.read(tmp_path / "result.json") == measured("mm_vet", {"total": 31.0}, model="m", judge="gpt-4-0613")
+    assert BenchmarkResult.read(tmp_path / "result.json") == measured(
+        "mm_vet", {"total": 31.0}, model="m", judge="gpt-4-0613"
+    )
     (tmp_path / "result.json").write_text(json.dumps({**content, "profile": None}))
     with pytest.raises(DataError, match="result.json: 'profile' is 'None'"):
-        Measured.read(tmp_path / "result.json")
+        BenchmarkResult.read(tmp_path / "result.json")
 
 
 def test_chart_has_longer_bars_for_larger_numbers(tmp_path: Path) -> None:

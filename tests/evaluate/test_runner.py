@@ -16,10 +16,10 @@ from hf_fixtures import write_llava_hf
 from official_files import WRITERS, jsonl, picture
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.clients import LocalAsker, RemoteAsker
+from megatron_share4v.evaluate.clients import LocalClient, RemoteClient
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
-from megatron_share4v.evaluate.records import Item
+from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.result import ModelFacts
 from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
 from megatron_share4v.infer.answer_log import DPGroup
@@ -65,11 +65,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
-    asker = LocalAsker(replica, decoding=evaluation.decoding, workers=2)
+    asker = LocalClient(replica, decoding=evaluation.decoding, workers=2)
     return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup(), **more)
 
 
-def two_lines(items: Iterator[Item]) -> Iterator[list[GenerationResult]]:
+def two_lines(items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
     """An asker whose first answer has a line break."""
     yield [
         GenerationResult(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop")
@@ -226,7 +226,7 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
 
     with serving(answer, key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
         endpoint = Endpoint(url=url, model="theirs", concurrency=2)
-        asker = RemoteAsker(ChatClient(endpoint), decoding=evaluation.decoding)
+        asker = RemoteClient(ChatClient(endpoint), decoding=evaluation.decoding)
         content = run_benchmark(evaluation, asker, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
     assert content["headline"]["name"] == "accuracy" and content["model"] == "theirs"
     assert len(sent) == len(evaluation.items)

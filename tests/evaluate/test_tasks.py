@@ -14,7 +14,7 @@ from megatron_share4v.data.images.pil_decoder import validate_image
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_id, make_answer, read_answers, write_rows
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
-from megatron_share4v.evaluate.records import Answer, Decoding, Item
+from megatron_share4v.evaluate.records import Answer, Decoding, Doc
 from megatron_share4v.evaluate.tasks import TASKS, get_task
 
 LOADER, MMBENCH, CROPPED = Decoding(128, "pad", "user"), Decoding(1024, "pad", "user"), Decoding(1024, "crop", "user")
@@ -397,7 +397,7 @@ def test_repeated_question_ids_have_ids_of_their_own(tmp_path: Path) -> None:
 
 
 def test_foreign_answers_are_refused(tmp_path: Path) -> None:
-    items = [Item(id="1", question_id=1, prompt="p")]
+    items = [Doc(id="1", question_id=1, prompt="p")]
     jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "text": "a"}, {"question_id": 1, "text": "b"}])
     with pytest.raises(
         DataError, match=r"a\.jsonl:2: answers question 1, which is not asked, or has its answer already"
@@ -410,11 +410,11 @@ def test_foreign_answers_are_refused(tmp_path: Path) -> None:
 
 def test_images_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
-    assert Item(id="1", question_id=1, prompt="p", image=picture(1)).read_image() == picture(1)
-    assert Item(id="1", question_id=1, prompt="p").read_image() is None
+    assert Doc(id="1", question_id=1, prompt="p", image=picture(1)).read_image() == picture(1)
+    assert Doc(id="1", question_id=1, prompt="p").read_image() is None
     for name, why in (("gone.png", "cannot be read"), ("empty.png", "empty file")):
         with pytest.raises(DataError, match=f"{name} of question 7: .*{why}"):
-            Item(id="1", question_id=7, prompt="p", image=tmp_path / name).read_image()
+            Doc(id="1", question_id=7, prompt="p", image=tmp_path / name).read_image()
 
 
 def test_unknown_names() -> None:

@@ -21,7 +21,7 @@ class GqaQuestion:
 
 @dataclass(frozen=True)
 class GqaScores:
-    """Percent, not rounded. 0 for a kind without questions, as in eval.py."""
+    """GQA accuracies in percent, not rounded. 0 for a kind without questions, as in eval.py."""
 
     accuracy: float
     binary: float
@@ -35,12 +35,12 @@ class GqaScores:
 
 
 def convert(text: str) -> str:
-    """A model's text as the converter writes it: periods at the end go, then lower case. Nothing is stripped."""
+    """Convert a prediction like the official converter: drop trailing periods, lower-case. Spaces stay."""
     return text.rstrip(".").lower()
 
 
 def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> GqaScores:
-    """`predictions`: converted answers by question id. Only balanced questions count. Raises DataError when one of these has no prediction."""
+    """Score converted predictions by question id. Only balanced questions count. Raises DataError when one of these has no prediction."""
     asked = [question for question in questions if question.balanced]
     missing = [question.id for question in asked if question.id not in predictions]
     if missing:

@@ -20,7 +20,7 @@ TOTAL = ("total", "")
 
 @dataclass(frozen=True)
 class MmVetScores:
-    """Percent, rounded to 1 decimal. `std`: between runs (of the population). By capability and combination, most questions first."""
+    """MM-Vet scores in percent, rounded to 1 decimal. `std`: between runs (of the population). By capability and combination, most questions first."""
 
     total: float
     std: float
@@ -34,7 +34,7 @@ class MmVetScores:
 
 
 def parse_grade(reply: str, *, profile: Profile = OFFICIAL) -> float | None:
-    """The text up to the first space, as a number in [0, 1]; None: ask again. `corrected`: "nan" is not a grade."""
+    """Parse the text up to the first space as a number in [0, 1]; None means retry. `corrected`: "nan" is not a grade."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -45,7 +45,7 @@ def parse_grade(reply: str, *, profile: Profile = OFFICIAL) -> float | None:
 
 
 def grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float:
-    """The first grade among at most 5 replies; 0.0 without one. `corrected`: see `parse_grade`."""
+    """Return the first grade among at most 5 replies; 0.0 without one. `corrected`: see `parse_grade`."""
     for _, reply in zip(range(MAX_REPLIES), replies):
         found = parse_grade(reply, profile=profile)
         if found is not None:
@@ -54,7 +54,7 @@ def grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float:
 
 
 def aggregate(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]) -> MmVetScores:
-    """`grades`: one per run, by question id; `capabilities` by question id, in any order. Each question counts for each of its capabilities.
+    """Aggregate grades by capability. grades: one per run, by question id; `capabilities` by question id, in any order. Each question counts for each of its capabilities.
 
     Raises DataError when a question has no grades, or another number of runs than the others. Exact for up to 7 runs: NumPy adds more in pairs.
     """

@@ -46,7 +46,7 @@ class MmbenchRow:
 
 @dataclass(frozen=True)
 class MmbenchScores:
-    """Shares between 0 and 1. `by_l2` has the official abbreviations. `open_rows`: indices whose text named no option, and which no judge read."""
+    """MMBench accuracies between 0 and 1. `by_l2` has the official abbreviations. `open_rows`: indices whose text named no option, and which no judge read."""
 
     overall: float
     by_l2: dict[str, float]
@@ -60,7 +60,7 @@ class MmbenchScores:
 
 
 def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter, if exactly one stands alone among the words and its first place is among the last 4; Z for a refusal, or for a Z instead."""
+    """Infer the option letter: exactly one stands alone among the words, first within the last 4 words. Z for a refusal or a lone Z."""
     if API_FAILURE in answer:
         return None
     if any(refusal in answer for refusal in REFUSALS):
@@ -73,7 +73,7 @@ def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def infer_text(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The only option whose text the answer contains, in any case; none when the answer is longer than twice all options together."""
+    """Infer the only option whose text the answer contains, ignoring case; None when the answer is longer than twice all options together."""
     answer = answer.lower()
     if len(answer) > 2 * sum(len(text) for text in choices.values()):
         return None
@@ -82,12 +82,12 @@ def infer_text(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def infer(answer: str, choices: Mapping[str, str]) -> str | None:
-    """can_infer: by letter, else by text. None: a judge would be asked."""
+    """Infer the option by letter, else by text (can_infer). None where the official script asks a judge."""
     return infer_option(answer, choices) or infer_text(answer, choices)
 
 
 def score(rows: Sequence[MmbenchRow], *, judged: Mapping[int, str] | None = None) -> MmbenchScores:
-    """Rows of one split. A question is right when its row and all rotations of it (index + n * 1e6) that are there are right.
+    """Score the rows of one split. A question is right when its row and all rotations of it (index + n * 1e6) that are there are right.
 
     `judged`: letters by index, for rows in which `infer` finds none; without one such a row is wrong. Rotations without their question are
     left out.

@@ -33,7 +33,7 @@ class VqaItem:
 
 @dataclass(frozen=True)
 class VqaScores:
-    """Percent, rounded to 2 decimals as VQAEval keeps them."""
+    """VQA-v2 accuracies in percent, rounded to 2 decimals like VQAEval."""
 
     overall: float
     by_question_type: dict[str, float]
@@ -47,7 +47,7 @@ class VqaScores:
 
 @dataclass(frozen=True)
 class SoftAccuracy:
-    """Percent, not rounded."""
+    """Soft accuracy in percent, not rounded."""
 
     accuracy: float
     samples: int
@@ -58,13 +58,13 @@ class SoftAccuracy:
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> list[float]:
-    """min(1, matches among the others / 3), once per annotator left out."""
+    """Return min(1, matches among the others / 3) for each left-out annotator."""
     same = [answer == prediction for answer in answers]
     return [min(1.0, (sum(same) - one) / 3) for one in same]
 
 
 def vqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -> VqaScores:
-    """VQAEval: both sides are normalised only if the trimmed human answers differ; where they agree, the comparison is literal, case included.
+    """Compute VQAEval accuracy: both sides are normalised only if the trimmed human answers differ; where they agree, the comparison is literal, case included.
 
     `corrected`: they are always normalised (a "Two" for ten times "two" counts), and all periods go.
     """
@@ -94,7 +94,7 @@ def _by(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
 
 
 def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -> SoftAccuracy:
-    """m4c: everything is normalised. Raises DataError unless each question has 10 human answers. `corrected`: all periods go."""
+    """Compute m4c accuracy: everything is normalised. Raises DataError unless each question has 10 human answers. `corrected`: all periods go."""
     scores = []
     for number, item in enumerate(items):
         if len(item.answers) != ANNOTATORS:
@@ -107,7 +107,7 @@ def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -
 
 
 def textvqa_question(prompt: str) -> str:
-    """The question, lower-cased, from the prompt of an answer file; with the image id it is TextVQA's key. Raises DataError for other prompts."""
+    """Extract the lower-cased question from the prompt of an answer file; with the image id it is TextVQA's key. Raises DataError for other prompts."""
     lines = prompt.split("\n")
     legacy = (
         re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL) if prompt.startswith("OCR tokens: ") else None
@@ -126,7 +126,7 @@ def textvqa_question(prompt: str) -> str:
 
 
 def vizwiz_accuracy(items: Iterable[VqaItem]) -> SoftAccuracy:
-    """Everything is normalised as EvalAI does; exact means, so that the order of answers cannot matter; a question without answers scores 0."""
+    """Compute VizWiz accuracy: everything is normalised like EvalAI; exact means, so that the order of answers cannot matter; a question without answers scores 0."""
     scores = []
     for item in items:
         answers = [normalise_evalai(answer) for answer in item.answers]

@@ -29,7 +29,7 @@ _NOT_HAVE = "could had might should would"
 
 
 def _contractions() -> dict[str, str]:
-    """The official table of 120. The keys with a capital I never match: words are lower-cased before."""
+    """Build the official table of 120 contractions. Keys with a capital I never match: words are lower-cased before."""
     table = {word.replace("'", ""): word for word in _PLAIN.split()}
     for stem in _WOULD_HAVE.split():
         table |= dict.fromkeys((f"{stem}d've", f"{stem}'dve"), f"{stem}'d've")
@@ -64,17 +64,17 @@ def replace_words(text: str) -> str:
 
 
 def trim(text: str) -> str:
-    """What VQAEval does to every answer before it compares."""
+    """Replace line breaks and tabs and strip, as VQAEval does before every comparison."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def normalise_vqa_eval(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """VQAEval's normal form. Beware that VQAEval itself leaves answers alone when the annotators agree; `vqa.vqa_accuracy` knows."""
+    """Normalise like VQAEval, which skips this when the annotators agree (see `vqa.vqa_accuracy`)."""
     return replace_words(replace_punctuation(trim(text), profile=profile))
 
 
 def normalise_evalai(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """EvalAI's normal form (m4c): for TextVQA's score, and in the submissions for VQA-v2 and VizWiz."""
+    """Normalise like EvalAI (m4c): for TextVQA's score, and in the submissions for VQA-v2 and VizWiz."""
     return normalise_vqa_eval(
         text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip(), profile=profile
     )

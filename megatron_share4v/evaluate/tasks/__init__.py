@@ -1,4 +1,4 @@
-"""The benchmarks by name.
+"""Registry of benchmarks by name.
 
 short_answer   vqav2 gqa vizwiz textvqa
 yes_no         mme pope
@@ -24,7 +24,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def get_task(name: str) -> Task:
-    """The benchmark of that name, "-" or "_". Raises ConfigError, naming the nearest, when there is none."""
+    """Return the benchmark `name`, with "-" or "_". Raises ConfigError naming the nearest match when it is unknown."""
     known = name.replace("-", "_").lower()
     if known not in TASKS:
         [nearest] = difflib.get_close_matches(known, TASKS, n=1, cutoff=0.0)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, Need, Row, pick, read_json, require
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, Row, get_field, read_json, require
 from megatron_share4v.evaluate.metrics import qbench, science_qa, seed
 from megatron_share4v.evaluate.metrics.profile import Profile
-from megatron_share4v.evaluate.records import Answer, Item
+from megatron_share4v.evaluate.records import Answer, Doc
 from megatron_share4v.evaluate.task import CROPPED, LOADER, QBENCH, Task, Texts, Values, as_jsonl, item_ids
-from megatron_share4v.evaluate.tasks.questions import LETTER, asked, both, items_of, playground
+from megatron_share4v.evaluate.tasks.questions import LETTER, asked, both, make_docs, playground
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 _SCIENCE = "data/scienceqa of https://github.com/lupantech/ScienceQA"
@@ -19,20 +19,20 @@ _SEED = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
 _QBENCH = "https://huggingface.co/datasets/nanyangtu/LLVisionQA-QBench"
 
 
-def _read_science(folder: Folder) -> Iterator[Item]:
+def _read_science(folder: Folder) -> Iterator[Doc]:
     problems, where = read_json(folder["problems"], dict), str(folder["questions"])
-    split = set(pick(read_json(folder["splits"], dict), "test", list, where=str(folder["splits"])))
+    split = set(get_field(read_json(folder["splits"], dict), "test", list, where=str(folder["splits"])))
     for number, row in enumerate(read_json(folder["questions"], list)):
-        name = pick(row, "id", str, where=f"{where}, entry {number}")
+        name = get_field(row, "id", str, where=f"{where}, entry {number}")
         if name not in problems or name not in split:
             raise DataError(
                 f"{where}, entry {number}: problem {name} is not in the test split of {folder['problems']} and {folder['splits'].name}"
             )
         problem = problems[name]
         require(problem, where=f"{folder['problems']}, {name}", choices=list, answer=int)
-        turns = pick(row, "conversations", list, where=f"{where}, {name}")
+        turns = get_field(row, "conversations", list, where=f"{where}, {name}")
         text = (
-            pick(turns[0] if turns else {}, "value", str, where=f"{where}, {name}, first turn")
+            get_field(turns[0] if turns else {}, "value", str, where=f"{where}, {name}, first turn")
             .replace(IMAGE_PLACEHOLDER, "")
             .strip()
             + LETTER
@@ -40,10 +40,10 @@ def _read_science(folder: Folder) -> Iterator[Item]:
         image = folder.image(row["image"]) if "image" in row else None
         # The answer file's prompt has the placeholder, by which the scorer knows the image questions.
         recorded = f"{IMAGE_PLACEHOLDER}\n{text}" if image else text
-        yield Item(id=name, question_id=name, prompt=text, image=image, recorded=recorded, meta=problem)
+        yield Doc(id=name, question_id=name, prompt=text, image=image, recorded=recorded, meta=problem)
 
 
-def _measure_science(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_science(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     problems = [science_qa.ScienceProblem(item.id, item.meta["answer"], len(item.meta["choices"])) for item in items]
     answers = {
         item.id: science_qa.ScienceAnswer(texts[item.id], item.recorded or "") for item in items if item.id in texts
@@ -52,14 +52,14 @@ def _measure_science(folder: Folder, items: Sequence[Item], texts: Texts, profil
     return {"image accuracy": found.image_accuracy, "accuracy": found.accuracy}
 
 
-def _read_seed(folder: Folder) -> Iterator[Item]:
+def _read_seed(folder: Folder) -> Iterator[Doc]:
     truths = {}
     for number, truth in enumerate(
-        pick(read_json(folder["annotations"], dict), "questions", list, where=str(folder["annotations"]))
+        get_field(read_json(folder["annotations"], dict), "questions", list, where=str(folder["annotations"]))
     ):
         where = f"{folder['annotations']}, question {number}"
         require(truth, where=where, answer=str, question_type_id=int, data_type=str)
-        truths[str(pick(truth, "question_id", (str, int), where=where))] = truth
+        truths[str(get_field(truth, "question_id", (str, int), where=where))] = truth
     rows = list(asked(folder, ending=LETTER))
     for where, row in rows:
         if str(row["question_id"]) not in truths:
@@ -68,10 +68,10 @@ def _read_seed(folder: Folder) -> Iterator[Item]:
             )
     # LLaVA's file has frames of videos too; ShareGPT4V's number is of images.
     rows = [(where, row) for where, row in rows if truths[str(row["question_id"])]["data_type"] == "image"]
-    yield from items_of(folder, rows, truths)
+    yield from make_docs(folder, rows, truths)
 
 
-def _measure_seed(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_seed(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     kinds = {number: name for name, number in read_json(folder["annotations"], dict).get("question_type", {}).items()}
     questions = [
         seed.SeedQuestion(item.question_id, item.meta["answer"], item.meta["question_type_id"]) for item in items
@@ -82,37 +82,37 @@ def _measure_seed(folder: Folder, items: Sequence[Item], texts: Texts, profile: 
     return values | {str(kinds.get(number, number)): value for number, value in found.by_type.items()}
 
 
-def _submit_seed(folder: Folder, items: Sequence[Item], texts: Texts) -> dict[str, bytes]:
+def _submit_seed(folder: Folder, items: Sequence[Doc], texts: Texts) -> dict[str, bytes]:
     rows = [
         {"question_id": item.meta["question_id"], "prediction": texts[item.id]} for item in items if item.id in texts
     ]
     return {"seed_bench_image.jsonl": as_jsonl(rows)}
 
 
-def _read_qbench(folder: Folder) -> Iterator[Item]:
+def _read_qbench(folder: Folder) -> Iterator[Doc]:
     rows: list[Row] = read_json(folder["questions"], list)
     for number, (name, row) in enumerate(zip(item_ids(range(len(rows))), rows)):
         where = f"{folder['questions']}, entry {number}"
-        text = pick(row, "question", str, where=where) + "\nChoose between one of the options as follows:\n"
-        for letter, candidate in zip("ABCD", pick(row, "candidates", list, where=where)):
+        text = get_field(row, "question", str, where=where) + "\nChoose between one of the options as follows:\n"
+        for letter, candidate in zip("ABCD", get_field(row, "candidates", list, where=where)):
             text += f"{letter}. {candidate}\n"  # so the prompt ends with a line break
         if folder.split == "dev":
-            pick(row, "correct_ans", str, where=where)
-        yield Item(
+            get_field(row, "correct_ans", str, where=where)
+        yield Doc(
             id=name,
             question_id=number,
             prompt=text,
-            image=folder.image(pick(row, "img_path", str, where=where)),
+            image=folder.image(get_field(row, "img_path", str, where=where)),
             meta=row,
         )
 
 
-def _qbench_row(item: Item, answer: Answer, model: str) -> dict[str, Any]:
+def _qbench_row(item: Doc, answer: Answer, model: str) -> dict[str, Any]:
     # The official tool appends such objects without line breaks, and a formatter puts them in later; the file is the same after it.
     return {**item.meta, "response": answer.text}
 
 
-def _measure_qbench(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_qbench(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     answered = [item for item in items if item.id in texts]
     answers = [
         qbench.QbenchAnswer(texts[item.id], item.meta["candidates"], item.meta["correct_ans"]) for item in answered
@@ -120,7 +120,7 @@ def _measure_qbench(folder: Folder, items: Sequence[Item], texts: Texts, profile
     return {"accuracy": qbench.score(answers, profile=profile).headline}
 
 
-def _submit_qbench(folder: Folder, items: Sequence[Item], texts: Texts) -> dict[str, bytes]:
+def _submit_qbench(folder: Folder, items: Sequence[Doc], texts: Texts) -> dict[str, bytes]:
     rows = [{**item.meta, "response": texts[item.id]} for item in items if item.id in texts]
     return {"llvisionqa_test_answers.jsonl": as_jsonl(rows)} if folder.split == "test" else {}
 
@@ -134,9 +134,9 @@ TASKS = (
         headline="image accuracy",
         needs=(
             playground("questions", *both("test_CQM-A.json")),
-            Need("problems", ("problems.json",), _SCIENCE),
-            Need("splits", ("pid_splits.json",), _SCIENCE),
-            Need("images", ("images/test/",), f"test.zip, as {_SCIENCE} says"),
+            RequiredFile("problems", ("problems.json",), _SCIENCE),
+            RequiredFile("splits", ("pid_splits.json",), _SCIENCE),
+            RequiredFile("images", ("images/test/",), f"test.zip, as {_SCIENCE} says"),
         ),
         read=_read_science,
         measure=_measure_science,
@@ -155,8 +155,8 @@ TASKS = (
                 "share4v-seed-bench.jsonl",
                 "llava-seed-bench.jsonl",
             ),
-            Need("annotations", ("SEED-Bench.json",), _SEED),
-            Need("images", ("./",), f"SEED-Bench-image.zip of {_SEED}, unpacked to SEED-Bench-image/"),
+            RequiredFile("annotations", ("SEED-Bench.json",), _SEED),
+            RequiredFile("images", ("./",), f"SEED-Bench-image.zip of {_SEED}, unpacked to SEED-Bench-image/"),
         ),
         read=_read_seed,
         measure=_measure_seed,
@@ -172,8 +172,8 @@ TASKS = (
         splits=("dev", "test"),
         scored=("dev",),
         needs=(
-            Need("questions", ("llvisionqa_{split}.json",), _QBENCH),
-            Need("images", ("images_llvisionqa/",), f"images_llvisionqa.tar of {_QBENCH}"),
+            RequiredFile("questions", ("llvisionqa_{split}.json",), _QBENCH),
+            RequiredFile("images", ("images_llvisionqa/",), f"images_llvisionqa.tar of {_QBENCH}"),
         ),
         read=_read_qbench,
         row=_qbench_row,

@@ -1,35 +1,39 @@
-"""Your own questions in the format of the official model_vqa.py: questions.jsonl with question_id, image and text; images beside it or in images/."""
+"""Custom questions in the format of the official model_vqa.py: questions.jsonl with question_id, image and text; images beside it or in images/."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_jsonl
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
-from megatron_share4v.evaluate.records import Item
+from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import CROPPED, Task, Texts, Values, item_ids
 
 
-def _read(folder: Folder) -> Iterator[Item]:
+def _read(folder: Folder) -> Iterator[Doc]:
     rows = list(read_jsonl(folder["questions"]))
-    names = item_ids(pick(row, "question_id", (int, str), where=where) for where, row in rows)
+    names = item_ids(get_field(row, "question_id", (int, str), where=where) for where, row in rows)
     for name, (where, row) in zip(names, rows):
         image = None
         if row.get("image") is not None:
-            path = pick(row, "image", str, where=where)
+            path = get_field(row, "image", str, where=where)
             image = next((p for p in (folder.root / "images" / path, folder.root / path) if p.is_file()), None)
             if image is None:
                 raise DataError(
                     f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}"
                 )
-        yield Item(
-            id=name, question_id=row["question_id"], prompt=pick(row, "text", str, where=where), image=image, meta=row
+        yield Doc(
+            id=name,
+            question_id=row["question_id"],
+            prompt=get_field(row, "text", str, where=where),
+            image=image,
+            meta=row,
         )
 
 
-def _accepted(item: Item) -> list[str]:
+def _accepted(item: Doc) -> list[str]:
     answer = item.meta.get("answer")
     return [
         normalise_evalai(str(one))
@@ -37,8 +41,8 @@ def _accepted(item: Item) -> list[str]:
     ]
 
 
-def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
-    """The share of answers that are, in EvalAI's normal form, one of those in the row's own `answer`; of rows that have none nothing is said."""
+def _measure(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+    """Accuracy over rows with an `answer`: the prediction equals one of its values after EvalAI normalisation."""
     known = [(item, accepted) for item in items if (accepted := _accepted(item))]
     right = [normalise_evalai(texts.get(item.id, "")) in accepted for item, accepted in known]
     return {"accuracy": 100 * sum(right) / len(right)} if right else {}
@@ -52,7 +56,7 @@ TASKS = (
         official=CROPPED,
         headline="accuracy",
         needs=(
-            Need(
+            RequiredFile(
                 "questions",
                 ("questions.jsonl",),
                 'yours: one {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, perhaps with "answer"',

@@ -1,4 +1,4 @@
-"""LLaVA-Bench-in-the-Wild and MM-Vet: free answers that a language model grades. What it is asked is in judge_prompts.py, asking in judge.py."""
+"""LLaVA-Bench-in-the-Wild and MM-Vet: free-form answers graded by a judge model. Prompts are in judge_prompts.py, requests in judge.py."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import answer_id
-from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_json, read_jsonl, require
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_json, read_jsonl, require
 from megatron_share4v.evaluate.judge_prompts import Grade, Review, Verdicts
 from megatron_share4v.evaluate.metrics import llava_bench, mm_vet
 from megatron_share4v.evaluate.metrics.profile import Profile
-from megatron_share4v.evaluate.records import Item
-from megatron_share4v.evaluate.task import CROPPED, Judged, Task, Texts, Values, as_json, as_jsonl
-from megatron_share4v.evaluate.tasks.questions import asked, items_of, playground
+from megatron_share4v.evaluate.records import Doc
+from megatron_share4v.evaluate.task import CROPPED, JudgeSpec, Task, Texts, Values, as_json, as_jsonl
+from megatron_share4v.evaluate.tasks.questions import asked, make_docs, playground
 
 CATEGORIES = ("conv", "detail", "complex")
 _WILD = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 _VET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
 
-def _read_wild(folder: Folder) -> Iterator[Item]:
+def _read_wild(folder: Folder) -> Iterator[Doc]:
     contexts = {
-        pick(row, "image", str, where=where): pick(row, "caption", (str, list), where=where)
+        get_field(row, "image", str, where=where): get_field(row, "caption", (str, list), where=where)
         for where, row in read_jsonl(folder["contexts"])
     }
-    references = {pick(row, "question_id", int, where=where): row for where, row in read_jsonl(folder["references"])}
+    references = {
+        get_field(row, "question_id", int, where=where): row for where, row in read_jsonl(folder["references"])
+    }
     rows, meta = list(asked(folder)), {}
     for where, row in rows:
         reference = references.get(row["question_id"], {})
@@ -40,10 +42,10 @@ def _read_wild(folder: Folder) -> Iterator[Item]:
             "context": context,
             "reference": reference,
         }
-    yield from items_of(folder, rows, meta)
+    yield from make_docs(folder, rows, meta)
 
 
-def _wild_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list[Review]:
+def _wild_requests(items: Sequence[Doc], texts: Texts, profile: Profile) -> list[Review]:
     return [
         Review(item.id, item.meta["context"], item.prompt, item.meta["reference"]["text"], texts[item.id])
         for item in items
@@ -51,13 +53,13 @@ def _wild_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> lis
     ]
 
 
-def _measure_wild(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -> Values:
+def _measure_wild(items: Sequence[Doc], verdicts: Verdicts, profile: Profile) -> Values:
     judged = [item for item in items if verdicts.get(item.id)]
     scores = [llava_bench.parse_review(verdicts[item.id][0], profile=profile) for item in judged]
     found = llava_bench.summarise(
         [llava_bench.Review(item.meta["category"], pair) for item, pair in zip(judged, scores)], profile=profile
     )
-    values = {}
+    values: dict[str, float] = {}
     for name, one in found.by_category.items():
         values |= {
             name: one.relative,
@@ -68,8 +70,8 @@ def _measure_wild(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -
     return values
 
 
-def _wild_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
-    """What the official summarize_gpt_review.py reads."""
+def _wild_files(items: Sequence[Doc], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
+    """Review file that the official summarize_gpt_review.py reads."""
     rows = []
     for number, item in enumerate((item for item in items if verdicts.get(item.id)), 1):
         review, reference = verdicts[item.id][0], item.meta["reference"]
@@ -83,20 +85,20 @@ def _wild_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: 
     return {"reviews.jsonl": as_jsonl(rows)}
 
 
-def _name(item: Item) -> str:
+def _name(item: Doc) -> str:
     return f"v1_{item.question_id}"
 
 
-def _read_vet(folder: Folder) -> Iterator[Item]:
+def _read_vet(folder: Folder) -> Iterator[Doc]:
     truths = read_json(folder["annotations"], dict)
-    for item in items_of(folder, asked(folder)):
+    for item in make_docs(folder, asked(folder)):
         where = f"{folder['annotations']}, {_name(item)}"
-        truth = pick(truths, _name(item), dict, where=where)
+        truth = get_field(truths, _name(item), dict, where=where)
         require(truth, where=where, question=str, answer=str, capability=list)
-        yield Item(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
+        yield Doc(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
 
 
-def _vet_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list[Grade]:
+def _vet_requests(items: Sequence[Doc], texts: Texts, profile: Profile) -> list[Grade]:
     return [
         Grade(item.id, item.meta["question"], item.meta["answer"], texts[item.id], profile)
         for item in items
@@ -104,7 +106,7 @@ def _vet_requests(items: Sequence[Item], texts: Texts, profile: Profile) -> list
     ]
 
 
-def _measure_vet(items: Sequence[Item], verdicts: Verdicts, profile: Profile) -> Values:
+def _measure_vet(items: Sequence[Doc], verdicts: Verdicts, profile: Profile) -> Values:
     judged = [item for item in items if verdicts.get(item.id)]
     grades = {item.id: [mm_vet.grade(verdicts[item.id], profile=profile)] for item in judged}
     found = mm_vet.aggregate(grades, {item.id: item.meta["capability"] for item in items})
@@ -113,12 +115,12 @@ def _measure_vet(items: Sequence[Item], verdicts: Verdicts, profile: Profile) ->
     }
 
 
-def _submit_vet(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+def _submit_vet(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
     return {"mm-vet.json": as_json({_name(item): texts[item.id] for item in items if item.id in texts}, indent=2)}
 
 
-def _vet_files(items: Sequence[Item], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
-    """The official evaluator's file of grades, by which it knows what is done."""
+def _vet_files(items: Sequence[Doc], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
+    """Grade file of the official evaluator, from which it resumes."""
     grades = {}
     for item in items:
         if replies := verdicts.get(item.id):
@@ -138,13 +140,13 @@ TASKS = (
         official=CROPPED,
         headline="all",
         needs=(
-            Need("questions", ("questions.jsonl",), _WILD),
-            Need("contexts", ("context.jsonl",), _WILD),
-            Need("references", ("answers_gpt4.jsonl",), _WILD),
-            Need("images", ("images/",), _WILD),
+            RequiredFile("questions", ("questions.jsonl",), _WILD),
+            RequiredFile("contexts", ("context.jsonl",), _WILD),
+            RequiredFile("references", ("answers_gpt4.jsonl",), _WILD),
+            RequiredFile("images", ("images/",), _WILD),
         ),
         read=_read_wild,
-        judged=Judged("gpt-4-0314", _wild_requests, _measure_wild, _wild_files),
+        judged=JudgeSpec("gpt-4-0314", _wild_requests, _measure_wild, _wild_files),
     ),
     Task(
         name="mm_vet",
@@ -154,11 +156,11 @@ TASKS = (
         headline="total",
         needs=(
             playground("questions", "share4v-mm-vet.jsonl", "llava-mm-vet.jsonl"),
-            Need("annotations", ("mm-vet.json", "resources/mm-vet.json"), _VET),
-            Need("images", ("resources/images/", "images/"), _VET),
+            RequiredFile("annotations", ("mm-vet.json", "resources/mm-vet.json"), _VET),
+            RequiredFile("images", ("resources/images/", "images/"), _VET),
         ),
         read=_read_vet,
         submit=_submit_vet,
-        judged=Judged("gpt-4-0613", _vet_requests, _measure_vet, _vet_files),
+        judged=JudgeSpec("gpt-4-0613", _vet_requests, _measure_vet, _vet_files),
     ),
 )

@@ -1,4 +1,4 @@
-"""MMBench, English and Chinese: a TSV with images inside; the xlsx for the server; the local score, which asks no judge.
+"""MMBench in English and Chinese: TSV with embedded images, xlsx for the server, and a local score without a judge.
 
 Cells are read as pandas.read_table does for the official tool: quotes hold tabs and line breaks, and certain words mean "nothing".
 """
@@ -14,10 +14,10 @@ from typing import Any
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_row
-from megatron_share4v.evaluate.benchmark_files import Folder, Need
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile
 from megatron_share4v.evaluate.metrics import mmbench
 from megatron_share4v.evaluate.metrics.profile import Profile
-from megatron_share4v.evaluate.records import Answer, Item
+from megatron_share4v.evaluate.records import Answer, Doc
 from megatron_share4v.evaluate.task import MMBENCH, Task, Texts, Values
 from megatron_share4v.evaluate.tasks.questions import LETTER
 
@@ -54,7 +54,7 @@ _LONGEST_CELL = 1 << 27
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
-    """(file, row) with None for an empty cell."""
+    """Yield (file and row, cells) with None for an empty cell."""
     csv.field_size_limit(_LONGEST_CELL)  # an image is one cell
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -72,28 +72,34 @@ def _absent(value: str | None) -> bool:
 
 
 def _options(row: Mapping[str, str | None]) -> list[str]:
-    """Up to the first one that is not there."""
-    present = [row.get(letter) for letter in _LETTERS]
-    return present[: next((place for place, value in enumerate(present) if _absent(value)), len(present))]
+    """Option texts up to the first missing one."""
+    present = []
+    for letter in _LETTERS:
+        value = row.get(letter)
+        if value is None or _absent(value):
+            break
+        present.append(value)
+    return present
 
 
-def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Item:
+def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Doc:
     missing = [name for name in ("index", "question", "image") if row.get(name) is None]
-    if missing or not row["index"].isdigit():
+    index, question, encoded = (row.get(name) or "" for name in ("index", "question", "image"))
+    if missing or not index.isdigit():
         raise DataError(
             f"{where}: has no {', '.join(missing) or 'number in index'}; the file is damaged, or another than MMBench's"
         )
     try:
-        image = base64.b64decode(row["image"], validate=True)
+        image = base64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise DataError(f"{where}: its image is no base64 ({error}); fetch the file again") from error
     hint = row.get("hint")
     text = "" if _absent(hint) else f"{hint}\n"
-    text += row["question"] + "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, _options(row)))
+    text += question + "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, _options(row)))
     # The answer file's prompt lacks the directive.
-    return Item(
-        id=row["index"],
-        question_id=int(row["index"]),
+    return Doc(
+        id=index,
+        question_id=int(index),
         prompt=text + ending,
         recorded=text,
         image=image,
@@ -102,14 +108,14 @@ def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Item:
 
 
 def _reader(ending: str):
-    def read(folder: Folder) -> Iterator[Item]:
+    def read(folder: Folder) -> Iterator[Doc]:
         for where, row in _rows(folder["questions"]):
             yield _item(where, row, ending=ending)
 
     return read
 
 
-def _answer_row(item: Item, answer: Answer, model: str) -> dict[str, Any]:
+def _answer_row(item: Doc, answer: Answer, model: str) -> dict[str, Any]:
     row = answer_row(item, answer, model)
     # One round: the file itself holds the rotations of each question, as rows with index + n * 1,000,000.
     own = {"round_id": 0, "options": _options(item.meta), "option_char": list(_LETTERS[: len(_options(item.meta))])}
@@ -117,7 +123,7 @@ def _answer_row(item: Item, answer: Answer, model: str) -> dict[str, Any]:
     return {name: (row | own)[name] for name in order}
 
 
-def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     rows = []
     for item in items:
         choices = {letter: item.meta[letter] for letter in _LETTERS if item.meta.get(letter) is not None}
@@ -127,7 +133,7 @@ def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profi
         }
         rows.append(
             mmbench.MmbenchRow(
-                item.question_id, item.meta.get("answer") or "", texts.get(item.id, ""), choices, **kinds
+                int(item.question_id), item.meta.get("answer") or "", texts.get(item.id, ""), choices, **kinds
             )
         )
     found = mmbench.score(rows)
@@ -135,14 +141,14 @@ def _measure(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profi
     return values | {name: 100 * value for name, value in {**found.by_l2, **found.by_category}.items()}
 
 
-def _submit(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+def _submit(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
     return {
         f"mmbench_{folder.split}.xlsx": _workbook([item.meta for item in items], [texts.get(item.id) for item in items])
     }
 
 
 def _workbook(rows: Sequence[Mapping[str, str | None]], predictions: Sequence[str | None]) -> bytes:
-    """Raises ConfigError without openpyxl."""
+    """Build the xlsx file for the server. Raises ConfigError when openpyxl is missing."""
     try:
         from openpyxl import Workbook
         from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
@@ -179,7 +185,7 @@ def _task(name: str, title: str, splits: tuple[str, str], ending: str) -> Task:
         splits=splits,
         scored=splits[:1],
         needs=(
-            Need(
+            RequiredFile(
                 "questions",
                 ("mmbench_{split}.tsv",),
                 f"https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_{splits[0]}.tsv",

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, Need, Row, read_jsonl, require
-from megatron_share4v.evaluate.records import Item
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, Row, read_jsonl, require
+from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import item_ids
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -20,19 +20,19 @@ COCO = "http://images.cocodataset.org/zips/"
 
 
 def both(name: str) -> tuple[str, str]:
-    """The two names that a file of the playground has, by whose playground it is."""
+    """Names of a playground file in the releases of ShareGPT4V and LLaVA."""
     return f"share4v_{name}", f"llava_{name}"
 
 
-def playground(key: str, *names: str, splits: tuple[str, ...] = ()) -> Need:
-    """A file of the playground."""
-    return Need(key, names, PLAYGROUND, splits)
+def playground(key: str, *names: str, splits: tuple[str, ...] = ()) -> RequiredFile:
+    """Required file of the evaluation playground."""
+    return RequiredFile(key, names, PLAYGROUND, splits)
 
 
 def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
-    """(file:line, row) of the JSONL `questions`, all of which have question_id, image and text.
+    """Yield (file:line, row) of the JSONL `questions`, each with question_id, image and text.
 
-    ending: what the first text must end with. The official texts are complete; a file without it is another one, and its score would mean nothing.
+    ending: required end of the first text. Official texts include the directive; a file without it would give a meaningless score.
     """
     for number, (where, row) in enumerate(read_jsonl(folder["questions"])):
         require(row, where=where, question_id=(int, str), image=str, text=str)
@@ -43,14 +43,14 @@ def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def items_of(
+def make_docs(
     folder: Folder, rows: Iterable[tuple[str, Row]], meta: Mapping[str, Mapping[str, Any]] | None = None
-) -> Iterator[Item]:
-    """An item per row; meta: by the unique id; without it, the row itself."""
-    rows = [row for _, row in rows]
-    for name, row in zip(item_ids(row["question_id"] for row in rows), rows):
+) -> Iterator[Doc]:
+    """Yield a question per row. meta: by unique id; the row itself when not given."""
+    contents = [row for _, row in rows]
+    for name, row in zip(item_ids(row["question_id"] for row in contents), contents):
         image = folder.image(row["image"])
-        yield Item(
+        yield Doc(
             id=name,
             question_id=row["question_id"],
             prompt=row["text"],

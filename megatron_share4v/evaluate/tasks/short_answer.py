@@ -1,4 +1,4 @@
-"""VQA-v2, GQA, VizWiz, TextVQA: questions that a word or two answer, compared with what people or a scene graph said."""
+"""VQA-v2, GQA, VizWiz, TextVQA: short answers compared with those of annotators or of a scene graph."""
 
 from __future__ import annotations
 
@@ -6,45 +6,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_json, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_json, read_jsonl
 from megatron_share4v.evaluate.metrics import gqa, vqa
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
-from megatron_share4v.evaluate.records import Item
+from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values, as_json
-from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, items_of, playground
+from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, make_docs, playground
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 _VQA = "https://visualqa.org/download.html"
 _TEST, _VAL = "test-dev2015", "val2014"
 
 
-def _read_vqav2(folder: Folder) -> Iterator[Item]:
+def _read_vqav2(folder: Folder) -> Iterator[Doc]:
     if folder.split == _TEST:
-        yield from items_of(folder, asked(folder, ending=SHORT))
+        yield from make_docs(folder, asked(folder, ending=SHORT))
         return
     content = read_json(folder["annotations"], dict)
     truths = {
-        pick(row, "question_id", int, where=str(folder["annotations"])): row
-        for row in pick(content, "annotations", list, where="annotations")
+        get_field(row, "question_id", int, where=str(folder["annotations"])): row
+        for row in get_field(content, "annotations", list, where="annotations")
     }
     where = str(folder["questions"])
-    for row in pick(read_json(folder["questions"], dict), "questions", list, where=where):
-        name = pick(row, "question_id", int, where=where)
+    for row in get_field(read_json(folder["questions"], dict), "questions", list, where=where):
+        name = get_field(row, "question_id", int, where=where)
         if name not in truths:
             raise DataError(f"{where}: question {name} is not in {folder['annotations']}; take both files of one split")
-        image = folder.image(f"COCO_{folder.split}_{pick(row, 'image_id', int, where=where):012}.jpg")
-        yield Item(
+        image = folder.image(f"COCO_{folder.split}_{get_field(row, 'image_id', int, where=where):012}.jpg")
+        yield Doc(
             id=str(name),
             question_id=name,
-            prompt=pick(row, "question", str, where=where) + SHORT,
+            prompt=get_field(row, "question", str, where=where) + SHORT,
             image=image,
             meta=truths[name],
         )
 
 
-def _vqa_items(items: Sequence[Item], texts: Texts) -> list[vqa.VqaItem]:
-    """What has no answer counts as an empty one, as in the submissions."""
+def _vqa_items(items: Sequence[Doc], texts: Texts) -> list[vqa.VqaItem]:
+    """Build scoring items; a missing prediction counts as an empty one, as in submissions."""
     result = []
     for item in items:
         truth = item.meta
@@ -55,21 +55,21 @@ def _vqa_items(items: Sequence[Item], texts: Texts) -> list[vqa.VqaItem]:
     return result
 
 
-def _measure_vqav2(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_vqav2(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     found = vqa.vqa_accuracy(_vqa_items(items, texts), profile=profile)
     return {"accuracy": found.overall} | {f"answer type {kind}": value for kind, value in found.by_answer_type.items()}
 
 
-def _submit_vqav2(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+def _submit_vqav2(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
     # EvalAI wants an answer to every question of test2015, also when only test-dev was asked: the others are empty.
     path = folder["all"]
     if path.suffix == ".json":
         names = [
-            pick(row, "question_id", int, where=str(path))
-            for row in pick(read_json(path, dict), "questions", list, where=str(path))
+            get_field(row, "question_id", int, where=str(path))
+            for row in get_field(read_json(path, dict), "questions", list, where=str(path))
         ]
     else:
-        names = [pick(row, "question_id", int, where=where) for where, row in read_jsonl(path)]
+        names = [get_field(row, "question_id", int, where=where) for where, row in read_jsonl(path)]
     said = {item.question_id: texts[item.id] for item in items if item.id in texts}
     return {
         "vqav2_test2015.json": as_json(
@@ -78,7 +78,7 @@ def _submit_vqav2(folder: Folder, items: Sequence[Item], texts: Texts) -> Mappin
     }
 
 
-def _read_gqa(folder: Folder) -> Iterator[Item]:
+def _read_gqa(folder: Folder) -> Iterator[Doc]:
     truths = read_json(folder["annotations"], dict)
     rows = list(asked(folder, ending=SHORT))
     meta = {}
@@ -88,12 +88,12 @@ def _read_gqa(folder: Folder) -> Iterator[Item]:
             raise DataError(
                 f"{where}: question {row['question_id']} is not in {folder['annotations']}; take the files of testdev_balanced"
             )
-        pick(truth, "answer", str, where=f"{folder['annotations']}, {row['question_id']}")
+        get_field(truth, "answer", str, where=f"{folder['annotations']}, {row['question_id']}")
         meta[str(row["question_id"])] = truth
-    yield from items_of(folder, rows, meta)
+    yield from make_docs(folder, rows, meta)
 
 
-def _measure_gqa(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_gqa(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     questions = [
         gqa.GqaQuestion(
             item.id,
@@ -109,7 +109,7 @@ def _measure_gqa(folder: Folder, items: Sequence[Item], texts: Texts, profile: P
     }
 
 
-def _submit_gqa(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+def _submit_gqa(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
     rows = [
         {"questionId": item.question_id, "prediction": gqa.convert(texts[item.id])}
         for item in items
@@ -118,15 +118,15 @@ def _submit_gqa(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[
     return {"testdev_balanced_predictions.json": as_json(rows)}
 
 
-def _read_vizwiz(folder: Folder) -> Iterator[Item]:
+def _read_vizwiz(folder: Folder) -> Iterator[Doc]:
     if folder.split == "test":
-        yield from items_of(folder, asked(folder, ending=UNANSWERABLE + SHORT))
+        yield from make_docs(folder, asked(folder, ending=UNANSWERABLE + SHORT))
         return
     where = str(folder["annotations"])
     for number, row in enumerate(read_json(folder["annotations"], list)):
-        pick(row, "answers", list, where=f"{where}, entry {number}")
-        name, question = (pick(row, key, str, where=f"{where}, entry {number}") for key in ("image", "question"))
-        yield Item(
+        get_field(row, "answers", list, where=f"{where}, entry {number}")
+        name, question = (get_field(row, key, str, where=f"{where}, entry {number}") for key in ("image", "question"))
+        yield Doc(
             id=str(number),
             question_id=number,
             prompt=question + UNANSWERABLE + SHORT,
@@ -135,11 +135,11 @@ def _read_vizwiz(folder: Folder) -> Iterator[Item]:
         )
 
 
-def _measure_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_vizwiz(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     return {"accuracy": vqa.vizwiz_accuracy(_vqa_items(items, texts)).accuracy}
 
 
-def _submit_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts) -> Mapping[str, bytes]:
+def _submit_vizwiz(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
     missing = [item.question_id for item in items if item.id not in texts]
     if missing:  # the official converter asserts it
         raise DataError(
@@ -152,22 +152,22 @@ def _submit_vizwiz(folder: Folder, items: Sequence[Item], texts: Texts) -> Mappi
     }
 
 
-def _read_textvqa(folder: Folder) -> Iterator[Item]:
+def _read_textvqa(folder: Folder) -> Iterator[Doc]:
     where, truths = str(folder["annotations"]), {}
-    for row in pick(read_json(folder["annotations"], dict), "data", list, where=where):
-        pick(row, "answers", list, where=where)
-        truths[pick(row, "image_id", str, where=where), pick(row, "question", str, where=where).lower()] = row
+    for row in get_field(read_json(folder["annotations"], dict), "data", list, where=where):
+        get_field(row, "answers", list, where=where)
+        truths[get_field(row, "image_id", str, where=where), get_field(row, "question", str, where=where).lower()] = row
     # The official key: image and question, from the prompt's first line. OCR tokens are in the text already: without them the score is ~12 lower.
-    for item in items_of(folder, asked(folder, ending=SHORT)):
+    for item in make_docs(folder, asked(folder, ending=SHORT)):
         truth = truths.get((str(item.question_id), vqa.textvqa_question(item.prompt)))
         if truth is None:
             raise DataError(
                 f"{folder['questions']}: {item.question_id}, {item.prompt.splitlines()[0]!r} is not in {where}; take TextVQA 0.5.1 val"
             )
-        yield Item(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
+        yield Doc(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
 
 
-def _measure_textvqa(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_textvqa(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     answered = [item for item in items if item.id in texts]  # the official script goes over the answers that there are
     return {"accuracy": vqa.textvqa_accuracy(_vqa_items(answered, texts), profile=profile).accuracy}
 
@@ -185,17 +185,17 @@ TASKS = (
         scored=(_VAL,),
         needs=(
             playground("questions", *both("vqav2_mscoco_test-dev2015.jsonl"), splits=(_TEST,)),
-            Need("questions", ("v2_OpenEnded_mscoco_val2014_questions.json",), _VQA, (_VAL,)),
+            RequiredFile("questions", ("v2_OpenEnded_mscoco_val2014_questions.json",), _VQA, (_VAL,)),
             # The official converter asks for LLaVA's name whoever's playground it is.
-            Need(
+            RequiredFile(
                 "all",
                 (*both("vqav2_mscoco_test2015.jsonl")[::-1], "v2_OpenEnded_mscoco_test2015_questions.json"),
                 f"eval.zip of LLaVA, or {_VQA}",
                 (_TEST,),
             ),
-            Need("annotations", ("v2_mscoco_val2014_annotations.json",), _VQA, (_VAL,)),
-            Need("images", ("test2015/",), f"{COCO}test2015.zip", (_TEST,)),
-            Need("images", ("val2014/",), f"{COCO}val2014.zip", (_VAL,)),
+            RequiredFile("annotations", ("v2_mscoco_val2014_annotations.json",), _VQA, (_VAL,)),
+            RequiredFile("images", ("test2015/",), f"{COCO}test2015.zip", (_TEST,)),
+            RequiredFile("images", ("val2014/",), f"{COCO}val2014.zip", (_VAL,)),
         ),
         read=_read_vqav2,
         measure=_measure_vqav2,
@@ -208,12 +208,12 @@ TASKS = (
         folder="gqa",
         needs=(
             playground("questions", *both("gqa_testdev_balanced.jsonl")),
-            Need(
+            RequiredFile(
                 "annotations",
                 ("data/testdev_balanced_questions.json", "testdev_balanced_questions.json"),
                 "questions1.2.zip of https://cs.stanford.edu/people/dorarad/gqa/download.html",
             ),
-            Need("images", ("images/", "data/images/"), "images.zip of the same page"),
+            RequiredFile("images", ("images/", "data/images/"), "images.zip of the same page"),
         ),
         read=_read_gqa,
         measure=_measure_gqa,
@@ -227,13 +227,15 @@ TASKS = (
         scored=("val",),
         needs=(
             playground("questions", *both("test.jsonl"), splits=("test",)),
-            Need(
+            RequiredFile(
                 "annotations",
                 ("val.json",),
                 "https://vizwiz.cs.colorado.edu/VizWiz_final/vqa_data/Annotations.zip",
                 ("val",),
             ),
-            Need("images", ("{split}/",), "test.zip or val.zip of https://vizwiz.cs.colorado.edu/VizWiz_final/images"),
+            RequiredFile(
+                "images", ("{split}/",), "test.zip or val.zip of https://vizwiz.cs.colorado.edu/VizWiz_final/images"
+            ),
         ),
         read=_read_vizwiz,
         measure=_measure_vizwiz,
@@ -246,12 +248,14 @@ TASKS = (
         folder="textvqa",
         needs=(
             playground("questions", *both("textvqa_val_v051_ocr.jsonl")),
-            Need(
+            RequiredFile(
                 "annotations",
                 ("TextVQA_0.5.1_val.json",),
                 "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json",
             ),
-            Need("images", ("train_images/",), "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
+            RequiredFile(
+                "images", ("train_images/",), "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"
+            ),
         ),
         read=_read_textvqa,
         measure=_measure_textvqa,

@@ -1,4 +1,4 @@
-"""MME and POPE: questions that yes or no answers."""
+"""MME and POPE: yes/no questions."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, Need, pick, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_jsonl
 from megatron_share4v.evaluate.metrics import mme, pope
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
-from megatron_share4v.evaluate.records import Item
+from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values
-from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, items_of, playground
+from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, make_docs, playground
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 
 
-def _truth(folder: Folder, items: Sequence[Item]) -> mme.Truth:
-    """What MME's own text files say: beside the images, or in a folder of their own where the images have one."""
+def _truth(folder: Folder, items: Sequence[Doc]) -> mme.Truth:
+    """Read the ground truth from MME's text files, beside the images or in a folder of their own."""
     truth: dict[tuple[str, str, str], str] = {}
     for subtask in dict.fromkeys(str(item.question_id).split("/")[0] for item in items):
         directory = folder["images"] / subtask
@@ -30,27 +30,27 @@ def _truth(folder: Folder, items: Sequence[Item]) -> mme.Truth:
     return truth
 
 
-def _mme_files(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile = OFFICIAL) -> Mapping[str, str]:
+def _mme_files(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile = OFFICIAL) -> Mapping[str, str]:
     answers = [mme.MmeAnswer(str(item.question_id), item.prompt, texts[item.id]) for item in items if item.id in texts]
     return mme.convert(answers, _truth(folder, items), profile=profile)
 
 
-def _read_mme(folder: Folder) -> Iterator[Item]:
-    items = list(items_of(folder, asked(folder, ending=SHORT)))
+def _read_mme(folder: Folder) -> Iterator[Doc]:
+    items = list(make_docs(folder, asked(folder, ending=SHORT)))
     _mme_files(
         folder, items, {item.id: "" for item in items}
     )  # each question must be one of MME's: found out before the model is asked
     yield from items
 
 
-def _measure_mme(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_mme(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     found = mme.calculate(_mme_files(folder, items, texts, profile), profile=profile)
     return {"perception": found.perception, "cognition": found.cognition} | {
         name: task.score for name, task in found.tasks.items()
     }
 
 
-def _read_pope(folder: Folder) -> Iterator[Item]:
+def _read_pope(folder: Folder) -> Iterator[Doc]:
     rows = list(asked(folder, ending=SHORT))
     for where, row in rows:
         if row.get("category") not in POPE_SPLITS:
@@ -58,17 +58,18 @@ def _read_pope(folder: Folder) -> Iterator[Item]:
                 f"{where}: category {row.get('category')!r} is none of {', '.join(POPE_SPLITS)}; take the official file\n{folder.layout}"
             )
     _labels(folder)
-    yield from items_of(folder, rows)
+    yield from make_docs(folder, rows)
 
 
 def _labels(folder: Folder) -> dict[str, list[str]]:
-    """In the order of the files, which are JSONL whatever their names say."""
+    """Labels by split in file order; the files are JSONL despite their names."""
     return {
-        name: [pick(row, "label", str, where=where) for where, row in read_jsonl(folder[name])] for name in POPE_SPLITS
+        name: [get_field(row, "label", str, where=where) for where, row in read_jsonl(folder[name])]
+        for name in POPE_SPLITS
     }
 
 
-def _measure_pope(folder: Folder, items: Sequence[Item], texts: Texts, profile: Profile) -> Values:
+def _measure_pope(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
     # The official script pairs answers and labels of a split by their order alone, and drops what is left over.
     said: dict[str, list[str]] = defaultdict(list)
     for item in items:
@@ -94,7 +95,7 @@ TASKS = (
         headline="perception",
         needs=(
             playground("questions", *both("mme.jsonl")),
-            Need(
+            RequiredFile(
                 "images",
                 # ShareGPT4V's script and its documentation disagree about the name.
                 (
@@ -121,10 +122,12 @@ TASKS = (
         needs=(
             playground("questions", *both("pope_test.jsonl")),
             *(
-                Need(name, (f"coco/coco_pope_{name}.json",), "https://github.com/AoiDragon/POPE/tree/main/output/coco")
+                RequiredFile(
+                    name, (f"coco/coco_pope_{name}.json",), "https://github.com/AoiDragon/POPE/tree/main/output/coco"
+                )
                 for name in POPE_SPLITS
             ),
-            Need("images", ("val2014/",), f"{COCO}val2014.zip"),
+            RequiredFile("images", ("val2014/",), f"{COCO}val2014.zip"),
         ),
         read=_read_pope,
         measure=_measure_pope,
