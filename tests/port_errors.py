@@ -1,7 +1,7 @@
 """Tables of hand-checked cases, and the proof that they would catch a wrong port.
 
-A row is a quirk's name, a call, and what the official script gives. The call looks its function up when it runs, so that a test can put a
-wrong variant in its place and see that some row notices.
+A row is a quirk's name, a call, and what the official script gives. The call looks its function up when it runs, so
+that a test can put a wrong variant in its place and see that some row notices.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def names(table: Sequence[Row]) -> list[str]:
 def catches(
     table: Sequence[Row], monkeypatch: pytest.MonkeyPatch, module: ModuleType, wrong: Mapping[str, object]
 ) -> list[str]:
-    """The quirks whose rows notice that these attributes of `module` are wrong ones. An exception is no answer: the variant must run."""
+    """The quirks whose rows notice that these attributes of `module` are wrong ones.
+
+    An exception is no answer: the variant must run.
+    """
     for name, value in wrong.items():
         assert getattr(module, name) is not value
         monkeypatch.setattr(module, name, value)

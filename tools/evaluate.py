@@ -1,11 +1,13 @@
-"""Evaluate a checkpoint, a run (its newest checkpoint), a Hugging Face export, or a served model, on a benchmark of the ShareGPT4V suite.
+"""Evaluate a checkpoint, a run (its newest checkpoint), a Hugging Face export, or a served model, on a benchmark of
+the ShareGPT4V suite.
 
     python tools/evaluate.py CKPT --benchmark NAME --data DIR --out DIR
     torchrun --nproc-per-node 8 tools/evaluate.py CKPT ...                    eight models share the questions
     python tools/evaluate.py --endpoint URL/v1 --endpoint-model NAME ...      whoever answers there
     python tools/evaluate.py --answers FILE ...                               score an answer file of this or of the official tools
 
-Killed? Start the same command again. What to download, and what the numbers mean: docs/evaluation.md. The last line is one JSON object.
+Killed? Start the same command again. What to download, and what the numbers mean: docs/evaluation.md. The last line is
+one JSON object.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Predict a run before its launch: memory, time, balance and messages of its layout, and the fastest layouts of that many GPUs. Needs no GPU.
+"""Predict a run before its launch: memory, time, balance and messages of its layout, and the fastest layouts of that
+many GPUs. Needs no GPU.
 
-python tools/plan.py examples/share4v_7b/pretrain.yaml --world-size 16 --samples 1246000 parallel.tensor=1 parallel.pipeline=2
+python tools/plan.py examples/share4v_7b/pretrain.yaml --world-size 16 --samples 1246000 parallel.tensor=1
+parallel.pipeline=2
 
 Exit code 2: the configuration cannot run there; the reason is said, and the layouts that can are ranked.
 """

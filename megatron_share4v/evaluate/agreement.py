@@ -33,9 +33,11 @@ from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 MAX_NEW_TOKENS = 16
 LOGIT_TOLERANCE = 1e-4
-"""Tolerance in fp32, for sums in a different order through a few dozen layers. Absolute for logits up to 1 and relative to
-the largest one beyond, since rounding errors grow with the values, and trained models of 32 layers and more have logits of
-several dozens. bf16 weights are also compared in fp32."""
+"""Tolerance in fp32, for sums in a different order through a few dozen layers.
+
+Absolute for logits up to 1 and relative to the largest one beyond, since rounding errors grow with the values, and
+trained models of 32 layers and more have logits of several dozens. bf16 weights are also compared in fp32.
+"""
 _QUESTIONS = (
     "Describe this image in detail.",
     "What is this?\nAnswer  in one word.",

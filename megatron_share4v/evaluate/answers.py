@@ -1,6 +1,8 @@
-"""The official answer file: one JSON object per line with the official fields in their order; written atomically, read for scoring.
+"""The official answer file: one JSON object per line with the official fields in their order; written atomically,
+read for scoring.
 
-One deviation: answer_id is derived from question and text where the scripts draw a random shortuuid, so that identical runs give identical files.
+One deviation: answer_id is derived from question and text where the scripts draw a random shortuuid, so that identical
+runs give identical files.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_answers(path: Path, items: Sequence[Doc]) -> list[Answer]:
-    """Read an answer file of this or of the official tools, in file order; the k-th row of a question_id answers its k-th question.
+    """Read an answer file of this or of the official tools, in file order; the k-th row of a question_id answers its
+    k-th question.
 
     Q-Bench rows have no id and are in the order of the questions. Raises DataError for rows of other questions.
     """

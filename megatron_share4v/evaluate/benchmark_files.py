@@ -15,7 +15,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class RequiredFile:
-    """A required file, or a folder when the name ends in a slash. names: possible paths below the benchmark folder, "{split}" is the split.
+    """A required file, or a folder when the name ends in a slash.
+
+    names: possible paths below the benchmark folder, "{split}" is the split.
 
     source: where to get it. splits: splits that require it; empty for all.
     """
@@ -30,7 +32,11 @@ class Folder:
     """Folder of one benchmark with all required files: folder["questions"] is a path."""
 
     def __init__(self, data: Path, *, official: str, needs: Sequence[RequiredFile], split: str) -> None:
-        """Locate all files. data: the folder itself, or the parent of all benchmarks under their official names. Raises DataError naming what is missing."""
+        """Locate all files.
+
+        data: the folder itself, or the parent of all benchmarks under their official names. Raises DataError naming
+        what is missing.
+        """
         self.root = data / official if official and (data / official).is_dir() else data
         self.split = split
         self._needs = [need for need in needs if not need.splits or split in need.splits]

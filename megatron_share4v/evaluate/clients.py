@@ -32,7 +32,10 @@ class LocalClient:
         self._tokens_per_image = vision.num_patches
 
     def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
-        """Yield outcomes; an answer ends where the context is full. An outcome with an error is a question that cannot be encoded."""
+        """Yield outcomes; an answer ends where the context is full.
+
+        An outcome with an error is a question that cannot be encoded.
+        """
         sampling = SamplingParams(max_new_tokens=self._decoding.max_new_tokens, temperature=0.0)
         works = (GenerationTask(item.id, partial(self._prompt, item), sampling) for item in items)
         return generate_stream(
@@ -51,13 +54,19 @@ class LocalClient:
 
 
 class RemoteClient:
-    """Client of an OpenAI-compatible server, which preprocesses images itself; benchmarks that crop send the centre square as PNG."""
+    """Client of an OpenAI-compatible server, which preprocesses images itself; benchmarks that crop send the centre
+    square as PNG.
+    """
 
     def __init__(self, chat: ChatClient, *, decoding: Decoding) -> None:
         self._chat, self._decoding = chat, decoding
 
     def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
-        """Yield outcomes from the server. Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a question."""
+        """Yield outcomes from the server.
+
+        Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a
+        question.
+        """
         pool, count = ThreadPoolExecutor(self._chat.endpoint.concurrency), self._chat.endpoint.concurrency
         going = {pool.submit(self._ask, item) for item in islice(items, count)}
         try:

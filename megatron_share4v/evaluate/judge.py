@@ -24,7 +24,10 @@ JOURNAL, REQUESTS, REPLIES = "judge.jsonl", "judge_requests.jsonl", "judge_repli
 
 @dataclass(frozen=True)
 class Judgement:
-    """Replies of a judge. verdicts: raw replies by request id. model: as requested. answered_as: model names that the server reported."""
+    """Replies of a judge.
+
+    verdicts: raw replies by request id. model: as requested. answered_as: model names that the server reported.
+    """
 
     verdicts: Verdicts
     model: str
@@ -35,7 +38,10 @@ class Judgement:
 
 @dataclass(frozen=True)
 class _Open:
-    """Request body still to send. name: made of request, attempt and content, so that replies to other content or by other judges never match."""
+    """Request body still to send.
+
+    name: made of request, attempt and content, so that replies to other content or by other judges never match.
+    """
 
     name: str
     body: Body
@@ -82,10 +88,12 @@ def judge(
     seed: int | None = None,
     on_reply: Callable[[int], object] | None = None,
 ) -> Judgement | None:
-    """Get all replies to `requests`; None without `chat` while some are open: those are then in `directory`/judge_requests.jsonl (see `resume_instructions`).
+    """Get all replies to `requests`; None without `chat` while some are open: those are then in
+    `directory`/judge_requests.jsonl (see `resume_instructions`).
 
-    model: name of the judge. seed: sent when given. on_reply: called with the number of replies as they arrive. Raises ConfigError when the endpoint refuses
-    key, model or path, and DataError when some requests got no reply; received replies are kept and the same call resumes.
+    model: name of the judge. seed: sent when given. on_reply: called with the number of replies as they arrive. Raises
+    ConfigError when the endpoint refuses key, model or path, and DataError when some requests got no reply; received
+    replies are kept and the same call resumes.
     """
     replies = ReplyLog(directory)
     extra = {"model": model} | ({} if seed is None else {"seed": seed})

@@ -1,6 +1,7 @@
 """Judge prompts of LLaVA-Bench and MM-Vet, identical to the official scripts, with their retry rules.
 
-Sources: eval_gpt_review_bench.py with its rule.json (the rules of conv, detail and complex are one text); mm-vet_evaluator.py.
+Sources: eval_gpt_review_bench.py with its rule.json (the rules of conv, detail and complex are one text);
+mm-vet_evaluator.py.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ _AGAIN = "\nPredict the correctness of the answer (digit): "
 
 
 class Request(Protocol):
-    """A judge request. body: the next chat completion given the replies so far, without the model name; None when it is complete."""
+    """A judge request.
+
+    body: the next chat completion given the replies so far, without the model name; None when it is complete.
+    """
 
     @property
     def id(self) -> str: ...
@@ -89,7 +93,10 @@ class Review:
 
 @dataclass(frozen=True)
 class Grade:
-    """MM-Vet grade of one answer. Retried with one more sentence and rising temperature until a reply is a number, at most 5 replies."""
+    """MM-Vet grade of one answer.
+
+    Retried with one more sentence and rising temperature until a reply is a number, at most 5 replies.
+    """
 
     id: str
     question: str

@@ -16,7 +16,11 @@ from megatron_share4v.evaluate.tasks import get_task
 
 
 class Evaluation:
-    """A loaded benchmark. digest: hash of all questions, so that answers to other questions with the same ids do not match. complete: no --limit."""
+    """A loaded benchmark.
+
+    digest: hash of all questions, so that answers to other questions with the same ids do not match. complete: no
+    --limit.
+    """
 
     def __init__(
         self,
@@ -28,7 +32,10 @@ class Evaluation:
         profile: Profile = OFFICIAL,
         limit: int | None = None,
     ) -> None:
-        """Load a benchmark. data, split: see Task.open. limit: only the first so many questions. Raises ConfigError, DataError."""
+        """Load a benchmark.
+
+        data, split: see Task.open. limit: only the first so many questions. Raises ConfigError, DataError.
+        """
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

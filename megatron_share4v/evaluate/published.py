@@ -40,7 +40,10 @@ _COLUMN_OF = {  # benchmark and score: column
 
 @dataclass(frozen=True)
 class Line:
-    """Table row: a model and its scores by column. differs: why they are not comparable with the paper; empty if they are."""
+    """Table row: a model and its scores by column.
+
+    differs: why they are not comparable with the paper; empty if they are.
+    """
 
     name: str
     scores: Mapping[str, float]
@@ -55,7 +58,8 @@ def _line(name: str, *values: float | None) -> Line:
     return Line(name, {column: value for column, value in zip(COLUMNS, values) if value is not None})
 
 
-# LLaVA-1.5's own number for SEED (58.6, 61.6) is of images and videos together: it has no place here. The 13B's MME-C and Q-Bench are others' runs.
+# LLaVA-1.5's own number for SEED (58.6, 61.6) is of images and videos together: it has no place here. The 13B's MME-C
+# and Q-Bench are others' runs.
 PUBLISHED = (
     _line("ShareGPT4V-7B", 72.6, 1567.4, 376.4, 68.8, 62.2, 69.7, 37.6, 63.4, 68.4, 80.6, 57.2, 63.3, 60.4),
     _line("ShareGPT4V-13B", 79.9, 1618.7, 303.2, 68.5, 63.7, 70.8, 43.1, 65.2, 71.2, 81.0, 55.6, 64.8, 62.2),

@@ -16,10 +16,14 @@ ImageMode = Literal["pad", "crop"]
 
 @dataclass(frozen=True, kw_only=True)
 class Doc:
-    """A benchmark question. id: unique in its benchmark and split, the same in every run. question_id: the official one, which may repeat (MME, TextVQA).
+    """A benchmark question.
 
-    prompt: the user's turn without the placeholder of the image. image: a file, its bytes, or None for a question about text alone.
-    recorded: the prompt of the official answer file where that is not `prompt`. meta: what scoring and the official files need of the question.
+    id: unique in its benchmark and split, the same in every run. question_id: the official one, which may repeat (MME,
+    TextVQA).
+
+    prompt: the user's turn without the placeholder of the image. image: a file, its bytes, or None for a question about
+    text alone. recorded: the prompt of the official answer file where that is not `prompt`. meta: what scoring and the
+    official files need of the question.
     """
 
     id: str
@@ -51,7 +55,10 @@ class Doc:
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer of a model to the question `id`, cleaned by Decoding.clean. prompt: as recorded in the official answer file."""
+    """Answer of a model to the question `id`, cleaned by Decoding.clean.
+
+    prompt: as recorded in the official answer file.
+    """
 
     id: str
     prompt: str
@@ -60,7 +67,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decoding settings of a benchmark's official script; always greedy. image_mode: padded to a square, or resized and cropped at the centre.
+    """Decoding settings of a benchmark's official script; always greedy.
+
+    image_mode: padded to a square, or resized and cropped at the centre.
 
     system: "a curious user" (vicuna_v1) or "a curious human" (share4v_v1).
     """
@@ -87,7 +96,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Scores:
-    """Metric values by name. headline: name of the metric in the paper's table; None when not available, and `note` has the next step."""
+    """Metric values by name.
+
+    headline: name of the metric in the paper's table; None when not available, and `note` has the next step.
+    """
 
     values: Mapping[str, float]
     headline: str | None

@@ -23,7 +23,10 @@ from megatron_share4v.text.template import get_template
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Identity of the evaluated model. name: shown in results. fingerprint: changes with weights and dtype. facts: recorded in result.json."""
+    """Identity of the evaluated model.
+
+    name: shown in results. fingerprint: changes with weights and dtype. facts: recorded in result.json.
+    """
 
     name: str
     fingerprint: str

@@ -1,7 +1,7 @@
 """Run of one benchmark: generate missing predictions, compute the scores, and write all result files.
 
-Replicas share the questions; each appends to a journal, so that a killed job resumes with any number of replicas. answers.jsonl does not depend on
-how the work was split.
+Replicas share the questions; each appends to a journal, so that a killed job resumes with any number of replicas.
+answers.jsonl does not depend on how the work was split.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def run_benchmark(
 ) -> dict[str, Any] | None:
     """Generate missing predictions and write all files; return the content of result.json on rank 0, None elsewhere.
 
-    compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that cannot be asked.
+    compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that
+    cannot be asked.
     """
     answers = _answers(evaluation, asker, model, share, restart)
     return (
@@ -73,7 +74,10 @@ def write_results(
     judging: Judge = Judge(),
     compared: Sequence[BenchmarkResult] = (),
 ) -> dict[str, Any]:
-    """Write all files from given predictions and return the content of result.json. Each benchmark defines how missing predictions count."""
+    """Write all files from given predictions and return the content of result.json.
+
+    Each benchmark defines how missing predictions count.
+    """
     write_rows(evaluation.out / ANSWERS, evaluation.task.rows(evaluation.items, answers, model=model.name))
     verdict = _judged(evaluation, answers, judging)
     scores = evaluation.task.score(

@@ -1,6 +1,8 @@
-"""Benchmark task: files, questions with official prompts, decoding settings, official answer rows, submission files and score.
+"""Benchmark task: files, questions with official prompts, decoding settings, official answer rows, submission files
+and score.
 
-The tasks are in tasks/. Nothing here depends on a model: a client generates predictions for the questions with `decoding`.
+The tasks are in tasks/. Nothing here depends on a model: a client generates predictions for the questions with
+`decoding`.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ Values = Mapping[str, float]
 # The four official runners, by what differs between them.
 LOADER = Decoding(max_new_tokens=128, image_mode="pad")
 MMBENCH = Decoding(max_new_tokens=1024, image_mode="pad")
-# ShareGPT4V's model_vqa.py and model_vqa_science.py preprocess without the model's configuration and so crop; LLaVA has since moved them to pad.
+# ShareGPT4V's model_vqa.py and model_vqa_science.py preprocess without the model's configuration and so crop; LLaVA has
+# since moved them to pad.
 CROPPED = Decoding(max_new_tokens=1024, image_mode="crop")
-# Its model_vqa_qbench.py crops too, and speaks of "a curious human". (It also loads the model in 8 bits, which is not reproduced.)
+# Its model_vqa_qbench.py crops too, and speaks of "a curious human". (It also loads the model in 8 bits, which is not
+# reproduced.)
 QBENCH = Decoding(max_new_tokens=1024, image_mode="crop", system="human")
 
 
@@ -37,7 +41,8 @@ QBENCH = Decoding(max_new_tokens=1024, image_mode="crop", system="human")
 class JudgeSpec:
     """Scoring by a judge model. official: the judge of the published numbers.
 
-    requests: builds the judge requests. measure: computes the metrics from the replies. files: official files of the replies, name -> content, the judge's name last.
+    requests: builds the judge requests. measure: computes the metrics from the replies. files: official files of the
+    replies, name -> content, the judge's name last.
     """
 
     official: str
@@ -48,10 +53,14 @@ class JudgeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A benchmark. folder: the official name of its folder. read: yields its questions in official order. headline: the score of the paper's table.
+    """A benchmark.
 
-    measure: computes the local metrics; None when only a server scores. submit: the files for that server, or those of the official scorer.
-    row: the official answer row, from item, answer and the model's name. server: where to upload. splits: the first is the default.
+    folder: the official name of its folder. read: yields its questions in official order. headline: the score of the
+    paper's table.
+
+    measure: computes the local metrics; None when only a server scores. submit: the files for that server, or those of
+    the official scorer. row: the official answer row, from item, answer and the model's name. server: where to upload.
+    splits: the first is the default.
     """
 
     name: str
@@ -78,11 +87,17 @@ class Task:
         return self.splits[0] if name is None else name
 
     def open(self, data: Path, split: str | None = None) -> Folder:
-        """Locate the files below `data`. Raises ConfigError, and DataError naming what is missing, the expected layout and where to get it."""
+        """Locate the files below `data`.
+
+        Raises ConfigError, and DataError naming what is missing, the expected layout and where to get it.
+        """
         return Folder(data, official=self.folder, needs=self.needs, split=self.split(split))
 
     def items(self, folder: Folder) -> list[Doc]:
-        """Read all questions in official order. Raises DataError for damaged files, files of other benchmarks, and empty ones."""
+        """Read all questions in official order.
+
+        Raises DataError for damaged files, files of other benchmarks, and empty ones.
+        """
         items = list(self.read(folder))
         if not items:
             raise DataError(f"{self.name}: there is not one question in its files\n{folder.layout}")
@@ -112,7 +127,10 @@ class Task:
         profile: Profile = OFFICIAL,
         verdicts: Verdicts | None = None,
     ) -> Scores:
-        """Compute the local score. verdicts: replies of the judge, if any. Without a local score `headline` is None and `note` says what to do."""
+        """Compute the local score.
+
+        verdicts: replies of the judge, if any. Without a local score `headline` is None and `note` says what to do.
+        """
         if self.judged and verdicts is None:
             return Scores({}, None, note=f"a judge grades {self.name}: give --judge-base-url and --judge-model")
         if self.judged and verdicts is not None:

@@ -14,19 +14,30 @@ from megatron_share4v.planner.memory import Chunk, Fp8Settings, MemorySettings, 
 from megatron_share4v.planner.workload import Workload
 
 CODE_SCALES = {"blockwise": 4 / 128, "mxfp8": 1 / 32}
-"""Bytes of scale per 8-bit value: one fp32 for 128 values, or one byte for 32; the other recipes have one scale per tensor."""
+"""Bytes of scale per 8-bit value: one fp32 for 128 values, or one byte for 32; the other recipes have one scale per
+tensor.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Efficiencies and overheads that no configuration contains. Fractions are relative to the GPU's data sheet (gpus.py)."""
+    """Efficiencies and overheads that no configuration contains.
+
+    Fractions are relative to the GPU's data sheet (gpus.py).
+    """
 
     matrices: float = 0.62
-    """Fraction of the BF16 peak in matrix products with weights. A large product alone reached 0.80 on an H200; in a step products are smaller
-    and share the power. With this value a text model of 8 B comes to the 47 % MFU that Megatron-LM publishes for H100."""
+    """Fraction of the BF16 peak in matrix products with weights.
+
+    A large product alone reached 0.80 on an H200; in a step products are smaller and share the power. With this value a
+    text model of 8 B comes to the 47 % MFU that Megatron-LM publishes for H100.
+    """
     fp8: float = 0.57
-    """Fraction of the FP8 peak in FP8 products, for all recipes. With this value our FP8 layers make an 8 B text model 1.28 times as fast as BF16,
-    the speed-up that torchtitan publishes on H100. Megatron-Bridge publishes 744 TFLOP/s with Transformer Engine, which is more than this predicts."""
+    """Fraction of the FP8 peak in FP8 products, for all recipes.
+
+    With this value our FP8 layers make an 8 B text model 1.28 times as fast as BF16, the speed-up that torchtitan
+    publishes on H100. Megatron-Bridge publishes 744 TFLOP/s with Transformer Engine, which is more than this predicts.
+    """
     attention: float = 0.35
     """Fraction of the BF16 peak in attention kernels."""
     memory: float = 0.80
@@ -38,7 +49,9 @@ class Assumptions:
     collective_s: float = 15e-6
     """Latency of a collective, seconds."""
     layer_s: float = 1e-4
-    """Minimum time of a layer's forward pass, seconds, limited by kernel launches; the backward pass takes twice as long."""
+    """Minimum time of a layer's forward pass, seconds, limited by kernel launches; the backward pass takes twice as
+    long.
+    """
     step_s: float = 0.02
     """Host time per step for reading the loss, the gradient norm and the clock, seconds."""
     reserve: float = 3e9
@@ -69,7 +82,10 @@ class Case:
         gpu: Gpu,
         assumptions: Assumptions = Assumptions(),
     ) -> Case:
-        """Build the layout for a world size. Raises ConfigError, as the trainer does, when world size or batch do not divide."""
+        """Build the layout for a world size.
+
+        Raises ConfigError, as the trainer does, when world size or batch do not divide.
+        """
         layout = Layout.for_world(config.parallel, world_size=world_size)
         train = config.train
         count = layout.check_micro_batches(

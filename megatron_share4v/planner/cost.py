@@ -1,6 +1,9 @@
-"""Seconds and bytes of the parts of a step, from shapes, the GPU's data sheet and stated assumptions. Collectives are rings.
+"""Seconds and bytes of the parts of a step, from shapes, the GPU's data sheet and stated assumptions.
 
-n positions of a micro-batch on a rank, W width of the language model, T tensor ranks; a ring over k ranks sends (k - 1) / k of what it gathers or scatters.
+Collectives are rings.
+
+n positions of a micro-batch on a rank, W width of the language model, T tensor ranks; a ring over k ranks sends (k - 1)
+/ k of what it gathers or scatters.
 """
 
 from __future__ import annotations
@@ -91,8 +94,9 @@ def _work_seconds(case: Case, work: Flops, forward: bool, *, fp8: bool = False) 
 def _cast_bytes(case: Case, forward: bool) -> float:
     """Bytes read and written by the casts of a decoder layer's FP8 products.
 
-    Inputs are read for their scale and again for their codes, which are written as they are and transposed; output gradients likewise in the
-    backward pass. Our layers cast weights for every micro-batch, Transformer Engine once per step.
+    Inputs are read for their scale and again for their codes, which are written as they are and transposed; output
+    gradients likewise in the backward pass. Our layers cast weights for every micro-batch, Transformer Engine once per
+    step.
     """
     language, settings = case.config.model.language, case.settings
     e, n, width, inner = settings.element, case.micro_batch.positions, language.hidden_size, language.intermediate_size
@@ -104,7 +108,9 @@ def _cast_bytes(case: Case, forward: bool) -> float:
 
 
 def _layer_bytes(case: Case, forward: bool) -> float:
-    """Bytes read and written between the products of a decoder layer: two norms, two residual sums, RoPE, SwiGLU; twice as many backward."""
+    """Bytes read and written between the products of a decoder layer: two norms, two residual sums, RoPE, SwiGLU;
+    twice as many backward.
+    """
     language, settings = case.config.model.language, case.settings
     n = case.micro_batch.positions
     rows = n / (settings.tensor if settings.sequence else 1)
@@ -130,7 +136,9 @@ def _trained(case: Case, chunk: Chunk) -> int:
 
 
 def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
-    """Return (bytes sent per rank, collectives) of one pass: two all-reduces per layer, or all-gathers and reduce-scatters with sequence parallelism."""
+    """Return (bytes sent per rank, collectives) of one pass: two all-reduces per layer, or all-gathers and
+    reduce-scatters with sequence parallelism.
+    """
     model, settings, amounts = case.config.model, case.settings, case.micro_batch
     if settings.tensor == 1:
         return 0.0, 0
@@ -157,7 +165,9 @@ def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
 
 
 def context_bytes(case: Case, chunk: Chunk) -> tuple[float, int]:
-    """Return (bytes sent per rank, collectives) of one forward or backward pass: all-to-all of queries, keys, values and the attention output."""
+    """Return (bytes sent per rank, collectives) of one forward or backward pass: all-to-all of queries, keys, values
+    and the attention output.
+    """
     language, settings, ranks = case.config.model.language, case.settings, case.layout.context
     if ranks == 1:
         return 0.0, 0
@@ -192,7 +202,10 @@ def data_bytes(case: Case, trained: float) -> tuple[float, float]:
 
 
 def data_bandwidth(case: Case) -> float:
-    """Bandwidth of one rank in its DP group, bytes/s. A ring uses as many network ports of a server as the group has ranks there."""
+    """Bandwidth of one rank in its DP group, bytes/s.
+
+    A ring uses as many network ports of a server as the group has ranks there.
+    """
     per_server = max(1, case.gpu.per_server // case.layout.tensor)
     if case.replicas <= per_server:
         return case.gpu.link
@@ -200,7 +213,9 @@ def data_bandwidth(case: Case) -> float:
 
 
 def update_seconds(case: Case, trained: float) -> float:
-    """Time of clearing gradients, their norm, and AdamW, which reads gradient, fp32 weight and two moments, and writes all but the gradient."""
+    """Time of clearing gradients, their norm, and AdamW, which reads gradient, fp32 weight and two moments, and
+    writes all but the gradient.
+    """
     mine = trained / (case.replicas if case.config.parallel.distributed_optimizer else 1)
     moved = case.gradient * trained + mine * (2 * case.gradient + 8 + 2 * case.moments + case.settings.element)
     brought = (

@@ -1,4 +1,7 @@
-"""Data sheet values of GPUs, for predictions and MFU. Rates are dense (without sparsity) and per GPU, links per direction."""
+"""Data sheet values of GPUs, for predictions and MFU.
+
+Rates are dense (without sparsity) and per GPU, links per direction.
+"""
 
 from __future__ import annotations
 

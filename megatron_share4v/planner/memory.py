@@ -1,7 +1,9 @@
-"""Bytes that one rank holds, by class, from shapes alone: weights, gradients, optimizer, activations, logits, workspace.
+"""Bytes that one rank holds, by class, from shapes alone: weights, gradients, optimizer, activations, logits,
+workspace.
 
-b sequences of S positions in a micro-batch (n = b S), N images of P patches; H, V widths of the language model and the tower; T tensor ranks. The
-activations are what autograd keeps of our layers, tensor by tensor (tests compare them with the real thing).
+b sequences of S positions in a micro-batch (n = b S), N images of P patches; H, V widths of the language model and the
+tower; T tensor ranks. The activations are what autograd keeps of our layers, tensor by tensor (tests compare them with
+the real thing).
 """
 
 from __future__ import annotations
@@ -61,11 +63,16 @@ def make_chunk(stage: int, counts: Sequence[int], *, fp8: range = range(0)) -> C
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Settings:
-    """How FP8 layers save the inputs of their products: measured for our layers, read from the source of Transformer Engine 2.20 for its layers."""
+    """How FP8 layers save the inputs of their products: measured for our layers, read from the source of Transformer
+    Engine 2.20 for its layers.
+    """
 
     engine: bool = False
-    """Transformer Engine layers. With sequence parallelism they save the local rows and gather them again (ours save the gathered rows), and they
-    keep two 8-bit forms of each weight over the step (WEIGHT_CODES)."""
+    """Transformer Engine layers.
+
+    With sequence parallelism they save the local rows and gather them again (ours save the gathered rows), and they
+    keep two 8-bit forms of each weight over the step (WEIGHT_CODES).
+    """
     code: float = 1.0
     """Bytes per value: its 8-bit code and its part of a block scale."""
     precise: bool = False
@@ -75,7 +82,9 @@ class Fp8Settings:
 
 
 WEIGHT_CODES = 2.0
-"""Bytes per weight of Transformer Engine's FP8 copies, cast once per step plain and transposed: Hopper multiplies FP8 in one layout only."""
+"""Bytes per weight of Transformer Engine's FP8 copies, cast once per step plain and transposed: Hopper multiplies
+FP8 in one layout only.
+"""
 
 
 @dataclass(frozen=True)
@@ -242,7 +251,8 @@ def _layer(
         return trains * columns * (e * on_rank if fp8 is None else _codes(settings, fp8, on_rank, n))
 
     total = 2 * _norm(settings, rows * width, rows, output=False) + taken(rows, width)
-    # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its place.
+    # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its
+    # place.
     total += e * n * (width + 2 * grouped) / split + e * n * width / split * (
         fp8 is None or fp8.precise or not no_attention
     )
@@ -331,7 +341,9 @@ def head_columns(rows: float, columns: int) -> int:
 
 
 def workspace(model: ModelConfig, chunks: list[Chunk], amounts: WorkloadCounts, settings: MemorySettings) -> float:
-    """Bytes of the larger of: gradients inside one decoder layer with that of its largest matrix; the gradient of embedding or head."""
+    """Bytes of the larger of: gradients inside one decoder layer with that of its largest matrix; the gradient of
+    embedding or head.
+    """
     language, e, split = model.language, settings.element, settings.tensor
     width, inner, n = language.hidden_size, language.intermediate_size, amounts.positions
     layer = e * n * (3 * inner / split + 3 * width) + e * 2 * inner * width / split * model.trainable.language

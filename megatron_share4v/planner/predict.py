@@ -1,4 +1,6 @@
-"""Prediction for a case: step time and its parts, memory of each rank, utilisation, hours, and reasons why it cannot run."""
+"""Prediction for a case: step time and its parts, memory of each rank, utilisation, hours, and reasons why it cannot
+run.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ class Prediction:
 
     @property
     def least_pipeline_s(self) -> float:
-        """Lower bound of `pipeline_s`: work of the slowest rank, plus one micro-batch passing the stages before it forward and backward."""
+        """Lower bound of `pipeline_s`: work of the slowest rank, plus one micro-batch passing the stages before it
+        forward and backward.
+        """
         slowest = max(range(len(self.loads)), key=lambda rank: self.loads[rank])
         return self.loads[slowest] * self.case.micro_batches + sum(sum(times) for times in self.stages[:slowest])
 

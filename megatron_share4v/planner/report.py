@@ -19,7 +19,10 @@ CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "worksp
 
 
 def text(asked: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str) -> str:
-    """Format the whole report. asked: prediction for the layout of the configuration, None when it cannot be built (`refusals` has the reasons)."""
+    """Format the whole report.
+
+    asked: prediction for the layout of the configuration, None when it cannot be built (`refusals` has the reasons).
+    """
     lines = [f"{title}: {PREDICTED}"]
     lines += ["", *(f"refused: {reason}" for reason in refusals)] if refusals else []
     if asked is not None:

@@ -1,4 +1,6 @@
-"""Tables and pictures of docs/scaling.md: the planner's predictions for the published recipes at several numbers of GPUs."""
+"""Tables and pictures of docs/scaling.md: the planner's predictions for the published recipes at several numbers of
+GPUs.
+"""
 
 from __future__ import annotations
 

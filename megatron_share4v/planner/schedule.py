@@ -1,7 +1,8 @@
 """Pipeline schedule of one step: order of the passes on each rank, and their times given the durations.
 
-1F1B (Narayanan et al. 2019, PipeDream-Flush) and, with several chunks per rank, its interleaved form (Narayanan et al. 2021), in the order of
-megatron-core's schedules. P pipeline ranks, V chunks on each, M micro-batches; stage c * P + r is chunk c of rank r.
+1F1B (Narayanan et al. 2019, PipeDream-Flush) and, with several chunks per rank, its interleaved form (Narayanan et al.
+2021), in the order of megatron-core's schedules. P pipeline ranks, V chunks on each, M micro-batches; stage c * P + r
+is chunk c of rank r.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ class TimedPass:
 
 @lru_cache(maxsize=4096)
 def order(*, rank: int, pipeline: int, virtual: int, micro_batches: int) -> tuple[PipelinePass, ...]:
-    """Passes of pipeline rank `rank` in execution order. With virtual > 1, M must be a multiple of P, as the trainer checks."""
+    """Passes of pipeline rank `rank` in execution order.
+
+    With virtual > 1, M must be a multiple of P, as the trainer checks.
+    """
     forward = [
         (batch, chunk)
         for group in range(0, micro_batches, pipeline)
@@ -68,7 +72,10 @@ def peak_in_flight(weights: Sequence[float], *, rank: int, pipeline: int, micro_
 def simulate_schedule(
     duration: Callable[[int, Kind], float], *, pipeline: int, virtual: int, micro_batches: int, message: float = 0.0
 ) -> list[list[TimedPass]]:
-    """Simulate the schedule: timed passes of each rank. `duration(stage, kind)` and `message` (between neighbouring stages) are in seconds."""
+    """Simulate the schedule: timed passes of each rank.
+
+    `duration(stage, kind)` and `message` (between neighbouring stages) are in seconds.
+    """
     stages = pipeline * virtual
     queues = [
         order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=micro_batches) for rank in range(pipeline)

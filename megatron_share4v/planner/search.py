@@ -32,10 +32,11 @@ class SearchResult:
 def search(
     config: RunConfig, *, world_size: int, workload: Workload, gpu: Gpu, assumptions: Assumptions, keep: int
 ) -> SearchResult:
-    """Search over tensor and, for packs, context (together inside a server), pipeline, virtual, micro-batch size and whether layers are recomputed; everything else as `config` says,
-    sequence parallelism with tensor.
+    """Search over tensor and, for packs, context (together inside a server), pipeline, virtual, micro-batch size and
+    whether layers are recomputed; everything else as `config` says, sequence parallelism with tensor.
 
-    The global batch is never changed. With `loss.normalize: microbatch` the micro-batch size is part of the recipe and is not changed either.
+    The global batch is never changed. With `loss.normalize: microbatch` the micro-batch size is part of the recipe and
+    is not changed either.
     """
     refused: Counter[str] = Counter()
     fitting: list[Prediction] = []

@@ -11,8 +11,10 @@ from pathlib import Path
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.model.flops import WorkloadCounts
 
-# (text positions per sample, longest of a step, longest of all, share of the text that is trained) where no data set is at hand: captions of
-# ShareGPT4V-PT without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md: half of all positions).
+# (text positions per sample, longest of a step, longest of all, share of the text that is trained) where no data set is
+# at hand: captions of
+# ShareGPT4V-PT without a prompt, and instructions of its mix, whose tail makes the padding (docs/measurements/data.md:
+# half of all positions).
 CAPTIONS, INSTRUCTIONS = (200, 400, 600, 1.0), (294, 1280, 2048, 0.55)
 UNGROUPED, GROUPED = (
     0.6,
@@ -74,7 +76,8 @@ def assumed_workload(
 ) -> Workload:
     """Assume one image per sample, and text lengths of CAPTIONS or INSTRUCTIONS depending on the template.
 
-    text_length, longest: text positions of a sample (without its image), on average and of the longest sample of a step.
+    text_length, longest: text positions of a sample (without its image), on average and of the longest sample of a
+    step.
     """
     usual, usual_longest, usual_most, trained = CAPTIONS if config.data.template == "plain" else INSTRUCTIONS
     text = usual if text_length is None else text_length

@@ -1,4 +1,6 @@
-"""Missing, damaged and foreign files of every benchmark: one error that names the file, the expected layout, and where to get it."""
+"""Missing, damaged and foreign files of every benchmark: one error that names the file, the expected layout, and
+where to get it.
+"""
 
 from __future__ import annotations
 

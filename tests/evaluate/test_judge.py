@@ -1,4 +1,6 @@
-"""The judges: official questions, rereading and asking again, what is kept when it breaks off, and the way without an endpoint."""
+"""The judges: official questions, rereading and asking again, what is kept when it breaks off, and the way without
+an endpoint.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +208,8 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
         part in message
         for part in (str(out / REQUESTS), "--judge-base-url", str(out / REPLIES), "start the same command again")
     )
-    # the Batch API's output, in another order, and one line by hand; one reply is no number, so that its question is asked once more
+    # the Batch API's output, in another order, and one line by hand; one reply is no number, so that its question is
+    # asked once more
     batch = [
         {
             "id": "b",

@@ -1,4 +1,6 @@
-"""The table and the chart: published rows as published, ours beside them, and never under the paper's name what is not of its kind."""
+"""The table and the chart: published rows as published, ours beside them, and never under the paper's name what is
+not of its kind.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""tools/evaluate.py and what is under it, with a tiny random model: every benchmark from its official files to its result, the same answers however the
-work is cut, and one message for a user's mistakes."""
+"""tools/evaluate.py and what is under it, with a tiny random model: every benchmark from its official files to its
+result, the same answers however the work is cut, and one message for a user's mistakes.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
     WRITERS[name, split](tmp_path / "data")
     evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", split=split)
     if name == "mme":
-        # An answer with a line break, at which the official calculation.py breaks off. The random model's may have one or not, as it is batched.
+        # An answer with a line break, at which the official calculation.py breaks off. The random model's may have one
+        # or not, as it is batched.
         broken = Evaluation(name, data=tmp_path / "data", out=tmp_path / "broken")
         with pytest.raises(DataError, match="has a line break"):
             run_benchmark(broken, two_lines, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup())

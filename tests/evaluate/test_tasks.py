@@ -1,4 +1,6 @@
-"""Every benchmark from its official files to its score: prompts to the letter, answer rows, submission files, and what a stub's answers are worth."""
+"""Every benchmark from its official files to its score: prompts to the letter, answer rows, submission files, and
+what a stub's answers are worth.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ SHORT, LETTER = (
     "\nAnswer with the option's letter from the given choices directly.",
 )
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-# benchmark and split: decoding, questions, number of one question, its question_id, the user's turn, the answer file's prompt
+# benchmark and split: decoding, questions, number of one question, its question_id, the user's turn, the answer file's
+# prompt
 PROMPTS = {
     ("vqav2", None): (LOADER, 6, 1, 1001, "<image>\nIs it raining?" + SHORT, "Is it raining?" + SHORT),
     ("vqav2", "val2014"): (LOADER, 6, 2, 262148002, "<image>\nHow many dogs?" + SHORT, "How many dogs?" + SHORT),

@@ -1,4 +1,6 @@
-"""Bytes by class from shapes alone against those of models, gradient buffers, optimizers and kept activations that were really built."""
+"""Bytes by class from shapes alone against those of models, gradient buffers, optimizers and kept activations that
+were really built.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Predictions against hand arithmetic, against published speeds and parameter counts, and against the checks of the trainer."""
+"""Predictions against hand arithmetic, against published speeds and parameter counts, and against the checks of the
+trainer.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def text_model(config: RunConfig, **sections) -> Prediction:
 
 
 def test_a_text_model_of_8b_is_as_fast_as_published(config: RunConfig) -> None:
-    """What the shares of the peaks were chosen for: 47 % MFU in BF16 (Megatron-LM's README), 1.28 times as fast in FP8 (torchtitan's benchmarks)."""
+    """What the shares of the peaks were chosen for: 47 % MFU in BF16 (Megatron-LM's README), 1.28 times as fast in
+    FP8 (torchtitan's benchmarks).
+    """
     plan = text_model(config)
     assert 0.46 < plan.mfu < 0.48 and plan.hours is None
 

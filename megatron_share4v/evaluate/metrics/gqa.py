@@ -1,6 +1,7 @@
 """GQA: exact match, over all questions, over those answered by a choice (binary), and over open ones.
 
-Sources: GQA's eval.py (its checks of validity, plausibility and distribution need files that testdev lacks); LLaVA's convert_gqa_for_eval.py.
+Sources: GQA's eval.py (its checks of validity, plausibility and distribution need files that testdev lacks); LLaVA's
+convert_gqa_for_eval.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ def convert(text: str) -> str:
 
 
 def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> GqaScores:
-    """Score converted predictions by question id. Only balanced questions count. Raises DataError when one of these has no prediction."""
+    """Score converted predictions by question id.
+
+    Only balanced questions count. Raises DataError when one of these has no prediction.
+    """
     asked = [question for question in questions if question.balanced]
     missing = [question.id for question in asked if question.id not in predictions]
     if missing:

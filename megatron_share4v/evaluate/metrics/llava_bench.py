@@ -1,6 +1,8 @@
-"""LLaVA-Bench-in-the-Wild: two scores from each of the judge's reviews, and the model's mean relative to the reference's.
+"""LLaVA-Bench-in-the-Wild: two scores from each of the judge's reviews, and the model's mean relative to the
+reference's.
 
-Sources: LLaVA eval_gpt_review_bench.py (parse) and summarize_gpt_review.py (ShareGPT4V's, which also prints both means).
+Sources: LLaVA eval_gpt_review_bench.py (parse) and summarize_gpt_review.py (ShareGPT4V's, which also prints both
+means).
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Review:
-    """`scores`: of the reference, then of the model. `category` as the review file has it: llava_bench_conv, _detail or _complex."""
+    """`scores`: of the reference, then of the model.
+
+    `category` as the review file has it: llava_bench_conv, _detail or _complex.
+    """
 
     category: str
     scores: tuple[float, float]
@@ -26,7 +31,10 @@ class Review:
 
 @dataclass(frozen=True)
 class Relative:
-    """Rounded to 1 decimal: the model's mean in percent of the reference's, and both means times 10. `failed`: reviews that did not parse."""
+    """Rounded to 1 decimal: the model's mean in percent of the reference's, and both means times 10.
+
+    `failed`: reviews that did not parse.
+    """
 
     relative: float
     reference: float
@@ -46,7 +54,8 @@ class LlavaBenchScores:
 
 
 def parse_review(review: str, *, profile: Profile = OFFICIAL) -> tuple[float, float]:
-    """The two numbers of the first line, a comma or a single space between; FAILED for anything else, "8, 7" and "8 7 " included.
+    """The two numbers of the first line, a comma or a single space between; FAILED for anything else, "8, 7" and "8
+    7 " included.
 
     `corrected`: any commas and spaces may separate and surround them, and each must be within 1 and 10.
     """
@@ -62,8 +71,11 @@ def parse_review(review: str, *, profile: Profile = OFFICIAL) -> tuple[float, fl
 
 
 def summarise(reviews: Sequence[Review], *, profile: Profile = OFFICIAL) -> LlavaBenchScores:
-    """Means are rounded to 3 decimals before they are divided. A failed review enters the means as -1 and -1, so that nothing but failures
-    makes 100. `corrected`: failed reviews are left out."""
+    """Means are rounded to 3 decimals before they are divided.
+
+    A failed review enters the means as -1 and -1, so that nothing but failures makes 100. `corrected`: failed reviews
+    are left out.
+    """
     names = sorted({review.category for review in reviews} | {ALL})
     return LlavaBenchScores(
         {name: _relative([r.scores for r in reviews if name in (ALL, r.category)], profile) for name in names}

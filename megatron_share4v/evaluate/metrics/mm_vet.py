@@ -1,4 +1,5 @@
-"""MM-Vet: grades between 0 and 1 from the judge's replies; their means by capability and by combination of capabilities, to one decimal.
+"""MM-Vet: grades between 0 and 1 from the judge's replies; their means by capability and by combination of
+capabilities, to one decimal.
 
 Source: yuweihao/MM-Vet mm-vet_evaluator.py.
 """
@@ -20,7 +21,10 @@ TOTAL = ("total", "")
 
 @dataclass(frozen=True)
 class MmVetScores:
-    """MM-Vet scores in percent, rounded to 1 decimal. `std`: between runs (of the population). By capability and combination, most questions first."""
+    """MM-Vet scores in percent, rounded to 1 decimal.
+
+    `std`: between runs (of the population). By capability and combination, most questions first.
+    """
 
     total: float
     std: float
@@ -54,9 +58,13 @@ def grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float:
 
 
 def aggregate(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]) -> MmVetScores:
-    """Aggregate grades by capability. grades: one per run, by question id; `capabilities` by question id, in any order. Each question counts for each of its capabilities.
+    """Aggregate grades by capability.
 
-    Raises DataError when a question has no grades, or another number of runs than the others. Exact for up to 7 runs: NumPy adds more in pairs.
+    grades: one per run, by question id; `capabilities` by question id, in any order. Each question counts for each of
+    its capabilities.
+
+    Raises DataError when a question has no grades, or another number of runs than the others. Exact for up to 7 runs:
+    NumPy adds more in pairs.
     """
     strays = set(grades) ^ set(capabilities)
     if strays or not grades:

@@ -1,7 +1,8 @@
-"""MMBench: the option that a text means, without a judge; circular evaluation over the rotations of a question; accuracy by ability.
+"""MMBench: the option that a text means, without a judge; circular evaluation over the rotations of a question;
+accuracy by ability.
 
-Source: VLMEvalKit matching_util.py (can_infer) and multiple_choice.py (circular evaluation, report_acc). The paper's numbers are the server's,
-which asked GPT-3.5 where this finds no option: pass such letters as `judged`.
+Source: VLMEvalKit matching_util.py (can_infer) and multiple_choice.py (circular evaluation, report_acc). The paper's
+numbers are the server's, which asked GPT-3.5 where this finds no option: pass such letters as `judged`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ ABBREVIATIONS = {
 
 @dataclass(frozen=True)
 class MmbenchRow:
-    """A row of the TSV with its prediction. `choices`: option texts by letter, absent ones left out; `answer`: this row's letter."""
+    """A row of the TSV with its prediction.
+
+    `choices`: option texts by letter, absent ones left out; `answer`: this row's letter.
+    """
 
     index: int
     answer: str
@@ -46,7 +50,10 @@ class MmbenchRow:
 
 @dataclass(frozen=True)
 class MmbenchScores:
-    """MMBench accuracies between 0 and 1. `by_l2` has the official abbreviations. `open_rows`: indices whose text named no option, and which no judge read."""
+    """MMBench accuracies between 0 and 1.
+
+    `by_l2` has the official abbreviations. `open_rows`: indices whose text named no option, and which no judge read.
+    """
 
     overall: float
     by_l2: dict[str, float]
@@ -60,7 +67,10 @@ class MmbenchScores:
 
 
 def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """Infer the option letter: exactly one stands alone among the words, first within the last 4 words. Z for a refusal or a lone Z."""
+    """Infer the option letter: exactly one stands alone among the words, first within the last 4 words.
+
+    Z for a refusal or a lone Z.
+    """
     if API_FAILURE in answer:
         return None
     if any(refusal in answer for refusal in REFUSALS):
@@ -73,7 +83,9 @@ def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def infer_text(answer: str, choices: Mapping[str, str]) -> str | None:
-    """Infer the only option whose text the answer contains, ignoring case; None when the answer is longer than twice all options together."""
+    """Infer the only option whose text the answer contains, ignoring case; None when the answer is longer than twice
+    all options together.
+    """
     answer = answer.lower()
     if len(answer) > 2 * sum(len(text) for text in choices.values()):
         return None
@@ -87,10 +99,12 @@ def infer(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def score(rows: Sequence[MmbenchRow], *, judged: Mapping[int, str] | None = None) -> MmbenchScores:
-    """Score the rows of one split. A question is right when its row and all rotations of it (index + n * 1e6) that are there are right.
+    """Score the rows of one split.
 
-    `judged`: letters by index, for rows in which `infer` finds none; without one such a row is wrong. Rotations without their question are
-    left out.
+    A question is right when its row and all rotations of it (index + n * 1e6) that are there are right.
+
+    `judged`: letters by index, for rows in which `infer` finds none; without one such a row is wrong. Rotations without
+    their question are left out.
     """
     judged = judged or {}
     letters = [infer(row.prediction, row.choices) or judged.get(row.index) for row in rows]

@@ -1,7 +1,9 @@
-"""MME: per task 100 * accuracy over questions + 100 * share of images with both questions right (acc+); sums for perception and cognition.
+"""MME: per task 100 * accuracy over questions + 100 * share of images with both questions right (acc+); sums for
+perception and cognition.
 
-Sources: LLaVA's convert_answer_to_mme.py (`convert`: answers to a text file per task) and MME's calculation.py (`calculate`: from those files).
-The files in between are kept, as text, because the official tool reads lines: an answer with a line break or a tab disturbs its pairs.
+Sources: LLaVA's convert_answer_to_mme.py (`convert`: answers to a text file per task) and MME's calculation.py
+(`calculate`: from those files). The files in between are kept, as text, because the official tool reads lines: an
+answer with a line break or a tab disturbs its pairs.
 """
 
 from __future__ import annotations
@@ -69,10 +71,12 @@ def parse_truth(task: str, file_name: str, text: str) -> dict[tuple[str, str, st
 
 
 def convert(answers: Iterable[MmeAnswer], truth: Truth, *, profile: Profile = OFFICIAL) -> dict[str, str]:
-    """A result file's text per task: image file, question, truth and answer with tabs between, in the order of `answers`.
+    """A result file's text per task: image file, question, truth and answer with tabs between, in the order of
+    `answers`.
 
-    The prompt loses the short-answer directive and gets MME's own suffix back, after one space or, where only that question exists, two.
-    Raises DataError for an unknown question. `corrected`: white space in an answer becomes single spaces.
+    The prompt loses the short-answer directive and gets MME's own suffix back, after one space or, where only that
+    question exists, two. Raises DataError for an unknown question. `corrected`: white space in an answer becomes single
+    spaces.
     """
     files: dict[str, str] = {}
     for answer in answers:
@@ -91,7 +95,8 @@ def convert(answers: Iterable[MmeAnswer], truth: Truth, *, profile: Profile = OF
 
 
 def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """yes, no or other: which of them the first 4 characters of the lower-cased text contain, yes before no ("Snow" is a no).
+    """yes, no or other: which of them the first 4 characters of the lower-cased text contain, yes before no ("Snow"
+    is a no).
 
     `corrected`: the first word decides.
     """
@@ -103,9 +108,12 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
 
 
 def calculate(files: Mapping[str, str], *, profile: Profile = OFFICIAL) -> MmeScores:
-    """Scores from result files by task. Two lines are an image; a line without exactly 4 fields is left out, but its image counts in acc+.
+    """Scores from result files by task.
 
-    Raises DataError for an odd number of lines and for a truth that is neither yes nor no. `corrected`: see `parse` and `convert`.
+    Two lines are an image; a line without exactly 4 fields is left out, but its image counts in acc+.
+
+    Raises DataError for an odd number of lines and for a truth that is neither yes nor no. `corrected`: see `parse` and
+    `convert`.
     """
     tasks = {task: _task(task, text, profile) for task, text in files.items()}
 

@@ -1,6 +1,8 @@
-"""POPE: yes or no from the first sentence; the counts, and from them accuracy, precision, recall, F1 and the share of yes.
+"""POPE: yes or no from the first sentence; the counts, and from them accuracy, precision, recall, F1 and the share
+of yes.
 
-Sources: AoiDragon/POPE evaluate.py, LLaVA eval_pope.py. The paper's number is the mean F1 of the splits random, popular and adversarial.
+Sources: AoiDragon/POPE evaluate.py, LLaVA eval_pope.py. The paper's number is the mean F1 of the splits random, popular
+and adversarial.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class PopeMeans:
 def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
     """ "no" if the text up to the first period, commas deleted, has No, no or not as a word between single spaces; else "yes", also for nothing.
 
-    `corrected`: words in any case and between any other characters ("NO", "no\\n", "No!") and those that end in n't count.
+    `corrected`: words in any case and between any other characters ("NO", "no\\n", "No!") and those that end in n't
+    count.
     """
     sentence = text.split(".")[0]
     if profile is OFFICIAL:
@@ -59,8 +62,9 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
 def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = OFFICIAL) -> PopeScores:
     """One split: texts and labels in the same order. Any label but "no" is a yes.
 
-    As in the script, answers without a label (and labels without an answer) fall away, except in the share of yes. Where nothing is answered
-    or labelled yes, it divides by zero and stops: precision, recall or F1 are nan here. `corrected`: those are 0; see also `parse`.
+    As in the script, answers without a label (and labels without an answer) fall away, except in the share of yes.
+    Where nothing is answered or labelled yes, it divides by zero and stops: precision, recall or F1 are nan here.
+    `corrected`: those are 0; see also `parse`.
     """
     said = [parse(text, profile=profile) == "yes" for text in answers]
     pairs = list(zip(said, (label != "no" for label in labels)))

@@ -6,7 +6,9 @@ from enum import Enum
 
 
 class Profile(str, Enum):
-    """`official` reproduces the official scripts with their bugs; `corrected` mends the bugs that the scoring functions name."""
+    """`official` reproduces the official scripts with their bugs; `corrected` mends the bugs that the scoring
+    functions name.
+    """
 
     OFFICIAL = "official"
     CORRECTED = "corrected"

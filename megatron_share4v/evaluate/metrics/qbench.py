@@ -36,10 +36,11 @@ class QbenchScores:
 
 
 def is_right(answer: QbenchAnswer, *, profile: Profile = OFFICIAL) -> bool:
-    """The first character names the right candidate (A is the first), or the text up to the first space, or all of it, is that candidate.
+    """The first character names the right candidate (A is the first), or the text up to the first space, or all of
+    it, is that candidate.
 
-    A word counts by its first letter too: "Blurry" is a B. An empty response stops the script; here it is wrong. `corrected`: the letter must
-    stand alone, and white space around the response and case in the texts do not matter.
+    A word counts by its first letter too: "Blurry" is a B. An empty response stops the script; here it is wrong.
+    `corrected`: the letter must stand alone, and white space around the response and case in the texts do not matter.
     """
     response, correct = answer.response, answer.correct
     if profile is not OFFICIAL:

@@ -1,4 +1,5 @@
-"""ScienceQA: a letter from the answer's text; accuracy over the split, and over the questions that were asked with an image.
+"""ScienceQA: a letter from the answer's text; accuracy over the split, and over the questions that were asked with
+an image.
 
 Source: LLaVA eval_science_qa.py (its random choice for answers without a letter stands after a return).
 """
@@ -54,7 +55,8 @@ class ScienceScores:
 def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
     """The letter, or FAILED: `text` is one of A-E, or starts as in "A. ", or has "The answer is X." exactly once.
 
-    `corrected`: spaces around, "A." alone, the sentence at the text's end without a period, and the same letter said twice are understood.
+    `corrected`: spaces around, "A." alone, the sentence at the text's end without a period, and the same letter said
+    twice are understood.
     """
     sentence = SENTENCE
     if profile is not OFFICIAL:
@@ -73,7 +75,8 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
 def score(
     problems: Sequence[ScienceProblem], answers: Mapping[str, ScienceAnswer], *, profile: Profile = OFFICIAL
 ) -> ScienceScores:
-    """A problem without an answer is wrong, but not one of the image questions: those are known by "<image>" in the answer's prompt.
+    """A problem without an answer is wrong, but not one of the image questions: those are known by "<image>" in the
+    answer's prompt.
 
     A letter beyond the problem's choices is wrong. `corrected`: see `parse`.
     """

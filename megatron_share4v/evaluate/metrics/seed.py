@@ -1,4 +1,6 @@
-"""SEED-Bench: the answer's text must be the letter. Per question type, in total, and for the image questions, which is the paper's number.
+"""SEED-Bench: the answer's text must be the letter.
+
+Per question type, in total, and for the image questions, which is the paper's number.
 
 Source: ShareGPT4V's convert_seed_for_submission.py (LLaVA's with an option to look at the first character only).
 """
@@ -41,7 +43,10 @@ def is_right(text: str, answer: str, *, tolerant: bool = False) -> bool:
 
 
 def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *, tolerant: bool = False) -> SeedScores:
-    """`answers`: texts by the answer file's question_id, where a number is a number. A question without an answer is wrong."""
+    """`answers`: texts by the answer file's question_id, where a number is a number.
+
+    A question without an answer is wrong.
+    """
     right = [
         _answered(question.id, answers) and is_right(answers[_key(question.id)], question.answer, tolerant=tolerant)
         for question in questions

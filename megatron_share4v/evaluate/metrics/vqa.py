@@ -1,8 +1,8 @@
 """Soft accuracy over human answers: VQA-v2 (VQAEval), TextVQA (m4c) and VizWiz.
 
-An answer earns min(1, matches / 3), averaged over leaving out each annotator in turn. The three differ in the normaliser, in when it applies,
-and in their sums. Sources: GT-Vision-Lab/VQA vqaEval.py; LLaVA eval_textvqa.py and m4c_evaluator.py; lmms-eval's vizwiz_vqa (VizWiz's own
-server is not public).
+An answer earns min(1, matches / 3), averaged over leaving out each annotator in turn. The three differ in the
+normaliser, in when it applies, and in their sums. Sources: GT-Vision-Lab/VQA vqaEval.py; LLaVA eval_textvqa.py and
+m4c_evaluator.py; lmms-eval's vizwiz_vqa (VizWiz's own server is not public).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> list[float]:
 
 
 def vqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -> VqaScores:
-    """Compute VQAEval accuracy: both sides are normalised only if the trimmed human answers differ; where they agree, the comparison is literal, case included.
+    """Compute VQAEval accuracy: both sides are normalised only if the trimmed human answers differ; where they
+    agree, the comparison is literal, case included.
 
     `corrected`: they are always normalised (a "Two" for ten times "two" counts), and all periods go.
     """
@@ -94,7 +95,10 @@ def _by(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
 
 
 def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -> SoftAccuracy:
-    """Compute m4c accuracy: everything is normalised. Raises DataError unless each question has 10 human answers. `corrected`: all periods go."""
+    """Compute m4c accuracy: everything is normalised.
+
+    Raises DataError unless each question has 10 human answers. `corrected`: all periods go.
+    """
     scores = []
     for number, item in enumerate(items):
         if len(item.answers) != ANNOTATORS:
@@ -107,7 +111,10 @@ def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -
 
 
 def textvqa_question(prompt: str) -> str:
-    """Extract the lower-cased question from the prompt of an answer file; with the image id it is TextVQA's key. Raises DataError for other prompts."""
+    """Extract the lower-cased question from the prompt of an answer file; with the image id it is TextVQA's key.
+
+    Raises DataError for other prompts.
+    """
     lines = prompt.split("\n")
     legacy = (
         re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL) if prompt.startswith("OCR tokens: ") else None
@@ -126,7 +133,9 @@ def textvqa_question(prompt: str) -> str:
 
 
 def vizwiz_accuracy(items: Iterable[VqaItem]) -> SoftAccuracy:
-    """Compute VizWiz accuracy: everything is normalised like EvalAI; exact means, so that the order of answers cannot matter; a question without answers scores 0."""
+    """Compute VizWiz accuracy: everything is normalised like EvalAI; exact means, so that the order of answers
+    cannot matter; a question without answers scores 0.
+    """
     scores = []
     for item in items:
         answers = [normalise_evalai(answer) for answer in item.answers]

@@ -1,7 +1,8 @@
-"""The answer normalisers of VQA: VQAEval's, and EvalAI's (LLaVA's m4c evaluator), which lower-cases and detaches 's first.
+"""The answer normalisers of VQA: VQAEval's, and EvalAI's (LLaVA's m4c evaluator), which lower-cases and detaches 's
+first.
 
-Sources: GT-Vision-Lab/VQA vqaEval.py; EvalAIAnswerProcessor of LLaVA's m4c_evaluator.py. Both share everything after their first step: the
-m4c one has another rule for commas between digits, but has deleted all commas before.
+Sources: GT-Vision-Lab/VQA vqaEval.py; EvalAIAnswerProcessor of LLaVA's m4c_evaluator.py. Both share everything after
+their first step: the m4c one has another rule for commas between digits, but has deleted all commas before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-# Meant to keep the period of "3." by a look-behind, which is misspelt (?!<=\d) in the source and never holds: only what follows decides.
+# Meant to keep the period of "3." by a look-behind, which is misspelt (?!<=\d) in the source and never holds: only what
+# follows decides.
 PERIOD = re.compile(r"\.(?!\d)")
 MAX_PERIODS = 32  # re.UNICODE, passed where re.sub has its count
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -45,9 +47,11 @@ CONTRACTIONS = _contractions()
 
 
 def replace_punctuation(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """Each mark becomes nothing when it stands beside a space somewhere in `text`, or `text` has a comma between digits; else a space.
+    """Each mark becomes nothing when it stands beside a space somewhere in `text`, or `text` has a comma between
+    digits; else a space.
 
-    Then periods that no digit follows go. `corrected`: all of them (official: the first 32, because a flag is passed as the count).
+    Then periods that no digit follows go. `corrected`: all of them (official: the first 32, because a flag is passed as
+    the count).
     """
     number = COMMA_IN_NUMBER.search(text)
     cleaned = text
@@ -58,7 +62,9 @@ def replace_punctuation(text: str, *, profile: Profile = OFFICIAL) -> str:
 
 
 def replace_words(text: str) -> str:
-    """Lower-case words; number words become digits, articles go, contractions get their apostrophes; joined by single spaces."""
+    """Lower-case words; number words become digits, articles go, contractions get their apostrophes; joined by
+    single spaces.
+    """
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 

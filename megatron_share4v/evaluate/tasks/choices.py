@@ -108,7 +108,8 @@ def _read_qbench(folder: Folder) -> Iterator[Doc]:
 
 
 def _qbench_row(item: Doc, answer: Answer, model: str) -> dict[str, Any]:
-    # The official tool appends such objects without line breaks, and a formatter puts them in later; the file is the same after it.
+    # The official tool appends such objects without line breaks, and a formatter puts them in later; the file is the
+    # same after it.
     return {**item.meta, "response": answer.text}
 
 

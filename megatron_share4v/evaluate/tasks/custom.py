@@ -1,4 +1,6 @@
-"""Custom questions in the format of the official model_vqa.py: questions.jsonl with question_id, image and text; images beside it or in images/."""
+"""Custom questions in the format of the official model_vqa.py: questions.jsonl with question_id, image and text;
+images beside it or in images/.
+"""
 
 from __future__ import annotations
 

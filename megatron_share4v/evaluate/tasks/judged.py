@@ -1,4 +1,7 @@
-"""LLaVA-Bench-in-the-Wild and MM-Vet: free-form answers graded by a judge model. Prompts are in judge_prompts.py, requests in judge.py."""
+"""LLaVA-Bench-in-the-Wild and MM-Vet: free-form answers graded by a judge model.
+
+Prompts are in judge_prompts.py, requests in judge.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """MMBench in English and Chinese: TSV with embedded images, xlsx for the server, and a local score without a judge.
 
-Cells are read as pandas.read_table does for the official tool: quotes hold tabs and line breaks, and certain words mean "nothing".
+Cells are read as pandas.read_table does for the official tool: quotes hold tabs and line breaks, and certain words mean
+"nothing".
 """
 
 from __future__ import annotations

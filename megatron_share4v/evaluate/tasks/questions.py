@@ -32,7 +32,8 @@ def playground(key: str, *names: str, splits: tuple[str, ...] = ()) -> RequiredF
 def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
     """Yield (file:line, row) of the JSONL `questions`, each with question_id, image and text.
 
-    ending: required end of the first text. Official texts include the directive; a file without it would give a meaningless score.
+    ending: required end of the first text. Official texts include the directive; a file without it would give a
+    meaningless score.
     """
     for number, (where, row) in enumerate(read_jsonl(folder["questions"])):
         require(row, where=where, question_id=(int, str), image=str, text=str)

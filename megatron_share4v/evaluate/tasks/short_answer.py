@@ -157,7 +157,8 @@ def _read_textvqa(folder: Folder) -> Iterator[Doc]:
     for row in get_field(read_json(folder["annotations"], dict), "data", list, where=where):
         get_field(row, "answers", list, where=where)
         truths[get_field(row, "image_id", str, where=where), get_field(row, "question", str, where=where).lower()] = row
-    # The official key: image and question, from the prompt's first line. OCR tokens are in the text already: without them the score is ~12 lower.
+    # The official key: image and question, from the prompt's first line. OCR tokens are in the text already: without
+    # them the score is ~12 lower.
     for item in make_docs(folder, asked(folder, ending=SHORT)):
         truth = truths.get((str(item.question_id), vqa.textvqa_question(item.prompt)))
         if truth is None:

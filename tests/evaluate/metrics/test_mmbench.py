@@ -1,4 +1,6 @@
-"""MMBench: the option that a text means, against a table; rotations, categories and judged rows; the errors that ports make."""
+"""MMBench: the option that a text means, against a table; rotations, categories and judged rows; the errors that
+ports make.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""POPE: yes or no in a text, against a table; counts and shares, also where the script would divide by zero; the errors that ports make."""
+"""POPE: yes or no in a text, against a table; counts and shares, also where the script would divide by zero; the
+errors that ports make.
+"""
 
 from __future__ import annotations
 

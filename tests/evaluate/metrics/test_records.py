@@ -1,4 +1,6 @@
-"""What goes in and comes out: frozen records, a headline on every result that the paper has a number for, and no library but the standard one."""
+"""What goes in and comes out: frozen records, a headline on every result that the paper has a number for, and no
+library but the standard one.
+"""
 
 from __future__ import annotations
 

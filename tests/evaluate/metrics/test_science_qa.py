@@ -1,4 +1,6 @@
-"""ScienceQA: the letter in a text, against a table; what counts as right and as an image question; the errors that ports make."""
+"""ScienceQA: the letter in a text, against a table; what counts as right and as an image question; the errors that
+ports make.
+"""
 
 from __future__ import annotations
 

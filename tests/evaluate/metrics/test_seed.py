@@ -1,4 +1,6 @@
-"""SEED-Bench: exact and tolerant letters against a table; types, totals and missing answers; the errors that ports make."""
+"""SEED-Bench: exact and tolerant letters against a table; types, totals and missing answers; the errors that ports
+make.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Soft accuracy of VQA-v2, TextVQA and VizWiz: one table, three columns. k of 10 matches are worth 0, .3, .6, .9, then 1."""
+"""Soft accuracy of VQA-v2, TextVQA and VizWiz: one table, three columns.
+
+k of 10 matches are worth 0, .3, .6, .9, then 1.
+"""
 
 from __future__ import annotations
 

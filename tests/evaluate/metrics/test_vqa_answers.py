@@ -1,4 +1,6 @@
-"""Both answer normalisers against a table of what the official ones give; the contraction table; and the errors that ports make."""
+"""Both answer normalisers against a table of what the official ones give; the contraction table; and the errors that
+ports make.
+"""
 
 from __future__ import annotations
 
