@@ -1,7 +1,7 @@
 """Encoded image files to uint8 pixels with NVIDIA DALI: one graph for the CPU and the GPU, fed with files that the index found.
 
-DALI fails a batch as a whole and would allocate whatever a header claims, so headers are checked first, formats that it does not read go to
-Pillow, and a batch that fails is decoded image by image. N images, S the tower's input side.
+DALI fails a batch as a whole and would allocate whatever a header claims, so headers are checked first, formats that it
+does not read go to Pillow, and a batch that fails is decoded image by image. N images, S the tower's input side.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def make_graph(
 ) -> Pipeline:
     """Inputs: `files`, encoded images; `canvas` and `resized`, [2] float (height, width) of each, from the policy. Output: [S, S, 3] uint8.
 
-    decoding: `mixed` decodes on the GPU, and all that follows happens there. That graph can be made and serialised without a GPU (device_index
-    None), but neither built nor run.
+    decoding: `mixed` decodes on the GPU, and all that follows happens there. That graph can be made and serialised
+    without a GPU (device_index None), but neither built nor run.
     """
 
     @pipeline_def(

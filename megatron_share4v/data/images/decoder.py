@@ -1,7 +1,6 @@
-"""The image decoders behind one interface: many encoded files in, uint8 pixels out, with the failures named instead of raised.
+"""Interface of the image decoders: encoded files in, uint8 pixels out, with failures returned instead of raised.
 
-`pil` is the reference; parity.py measures the others against it. How each decodes is in pil_decoder.py, torch_decoder.py, dali_decoder.py.
-N images, S the tower's input side.
+`pil` is the reference; parity.py measures the others against it. N images, S the vision tower's input side.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ Backend = Literal["pil", "torch_u8", "dali"]
 
 
 class Decoder(Protocol):
-    """Decodes the images of one micro-batch; what an image becomes does not depend on the others."""
+    """Decoder of the images of one micro-batch; the result for an image does not depend on the others."""
 
     def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
-        """N encoded files -> pixels and failures."""
+        """Decode N encoded files to pixels and failures."""
 
 
 class PerImageDecoder:
-    """A decoder made of a function for one image, which raises DataError."""
+    """Decoder based on a function for one image that raises DataError."""
 
     def __init__(self, function: Callable[[bytes, ImagePolicy], np.ndarray], policy: ImagePolicy) -> None:
         self._function, self._policy = function, policy
 
     def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
-        """One after the other."""
+        """Decode one file after the other."""
         pixels = mean_colour_images(len(files), self._policy)
         failures = {}
         for position, data in enumerate(files):
@@ -45,7 +44,7 @@ class PerImageDecoder:
 
 
 def backend_version(backend: Backend) -> str:
-    """Name and version of what decodes. Raises ImportError when it is not installed."""
+    """Name and version of the decoding library. Raises ImportError when it is not installed."""
     if backend == "dali":
         from megatron_share4v.data.images.dali_decoder import VERSION
 
@@ -54,7 +53,10 @@ def backend_version(backend: Backend) -> str:
 
 
 def open_decoder(backend: Backend, policy: ImagePolicy, *, device_index: int | None = None) -> Decoder:
-    """device_index: the GPU that `dali` decodes on; None: the CPU. Raises OpsError when the backend is not installed."""
+    """Open the decoder of a backend; device_index: the GPU that `dali` decodes on, None for the CPU.
+
+    Raises OpsError when the backend is not installed.
+    """
     if backend == "pil":
         return PerImageDecoder(pil_decoder.decode, policy)
     if backend == "torch_u8":

@@ -1,6 +1,6 @@
-"""The gate that every image backend passes: how far its pixels, and what a tower makes of them, are from the reference's (pil_decoder.py).
+"""Parity check of image backends: distance of their pixels, and of the tower features, from those of pil_decoder.py.
 
-N images, S the tower's input side, D features.
+N images, S the vision tower's input side, D features.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Errors are of uint8 values. by_reference: images that the backend left to Pillow; cosine: smallest of all images, None without a tower."""
+    """Result of a parity check; errors are in uint8 values.
+
+    by_reference: images that the backend left to Pillow; cosine: smallest of all images, None without a tower.
+    """
 
     backend: Backend
     images: int
@@ -56,8 +59,9 @@ class ParityResult:
 def measure_parity(
     backend: Backend, decoder: Decoder, files: Sequence[bytes], policy: ImagePolicy, *, features: Features | None = None
 ) -> ParityResult:
-    """Decode `files` with `decoder` and with the reference. Files that the reference cannot decode are left out. `features` is called twice in any
-    case, with as many images as are left: it may be a collective.
+    """Decode `files` with `decoder` and with the reference; files that the reference cannot decode are left out.
+
+    `features` is called twice in any case, with the remaining images: it may be a collective.
     """
     expected = open_decoder("pil", policy).decode_batch(files)
     got = decoder.decode_batch(files)
@@ -80,7 +84,7 @@ def measure_parity(
 
 
 def check_limits(result: ParityResult) -> None:
-    """Raise OpsError when the errors are larger than those known of this backend: its library does something else than it did."""
+    """Raise OpsError when the errors exceed the known limits of this backend."""
     largest, mean, cosine = LIMITS[result.backend]
     if result.max_error > largest or result.mean_error > mean or (result.cosine is not None and result.cosine < cosine):
         raise OpsError(
@@ -90,7 +94,7 @@ def check_limits(result: ParityResult) -> None:
 
 
 def read_probe_images(index: Index | BlendedIndex, *, count: int = PROBES) -> list[bytes]:
-    """Encoded images from all over the data set; those that cannot be read are left out, training will name them."""
+    """Read encoded images evenly spread over the data set, skipping unreadable ones."""
     rows = np.flatnonzero(index.rows["n_img"])
     store = open_sample_reader(index)
     files = []
@@ -111,7 +115,10 @@ def check_backend_parity(
     device_index: int | None,
     features: Features | None = None,
 ) -> ParityResult | None:
-    """Measure `backend` on some images of the data set. None for the reference itself. Raises OpsError when it is not installed, or too far off."""
+    """Measure `backend` on some images of the data set; None for the reference itself.
+
+    Raises OpsError when it is not installed, or exceeds its limits.
+    """
     decoder = open_decoder(backend, policy, device_index=device_index)
     if backend == "pil":
         return None

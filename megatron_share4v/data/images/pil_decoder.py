@@ -1,4 +1,4 @@
-"""Encoded image files to uint8 pixels with Pillow: the reference that other decoders are measured against.
+"""Pillow decoder, the reference for all other decoders: encoded image files to uint8 pixels.
 
 The same pixels as LLaVA's: EXIF orientation ignored, expand2square, then the resize and crop of CLIPImageProcessorPil.
 """
@@ -42,7 +42,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Width and height in pixels, and the extension that the format goes by in a shard."""
+    """Width and height in pixels, and the file extension of the format in a shard."""
 
     width: int
     height: int
@@ -50,14 +50,14 @@ class ImageHeader:
 
 
 def validate_image(data: bytes) -> ImageHeader:
-    """Decode the whole image once, keeping only its header. Raises DataError when it cannot be decoded or is not accepted."""
+    """Decode the whole image once and return its header. Raises DataError when it is undecodable or not accepted."""
     image = open_header(data)
     _to_rgb(image)
     return ImageHeader(width=image.width, height=image.height, extension=EXTENSIONS[image.format])
 
 
 def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
-    """One encoded image -> [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
+    """Decode one image to [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
     image = open_rgb(data)
     size = policy.image_size
     if policy.aspect_ratio == "pad":
@@ -72,12 +72,12 @@ def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """The decoded image as 8-bit RGB. Raises DataError."""
+    """Decode an image to 8-bit RGB. Raises DataError."""
     return _to_rgb(open_header(data))
 
 
 def image_to_data_url(data: bytes) -> str:
-    """The encoded image as data:image/TYPE;base64,... Raises DataError when it cannot be decoded."""
+    """Encode an image as data:image/TYPE;base64,... Raises DataError when it cannot be decoded."""
     extension = validate_image(data).extension
     return f"data:image/{_SUBTYPES.get(extension, extension)};base64,{base64.b64encode(data).decode()}"
 
@@ -90,7 +90,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def crop_centre_square(data: bytes) -> bytes:
-    """What `square` keeps of an image, in its own resolution, as PNG. Raises DataError."""
+    """Crop the centre square, as the policy `square` does, in full resolution; PNG. Raises DataError."""
     image = open_rgb(data)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -100,7 +100,7 @@ def crop_centre_square(data: bytes) -> bytes:
 
 
 def pad_to_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image:
-    """LLaVA's expand2square to any size: the image in the middle, an odd pixel of padding at the right or bottom."""
+    """LLaVA's expand2square to any size: image centred, an odd pixel of padding at the right or bottom."""
     if image.size == (width, height):
         return image
     canvas = Image.new("RGB", (width, height), PAD_COLOUR)
@@ -109,7 +109,7 @@ def pad_to_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image
 
 
 def open_header(data: bytes) -> Image.Image:
-    """Format, mode and size are known and accepted, nothing is decoded. Raises DataError."""
+    """Read format, mode and size and check them, without decoding. Raises DataError."""
     try:
         image = Image.open(io.BytesIO(data))
     except _UNREADABLE as error:

@@ -1,6 +1,6 @@
-"""How an image becomes the tower's input, as numbers: CLIP's mean and deviation, sizes, padding, limits; what every decoder gives; and the last step, normalising.
+"""Image policy: CLIP's mean and deviation, sizes, padding, limits; the decoders' result; and normalisation.
 
-Decoding and resizing are in pil_decoder.py, torch_decoder.py and dali_decoder.py, behind decoder.py. N images, S the tower's input side.
+decoder.py decodes and resizes. N images, S the vision tower's input side.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ MAX_ASPECT = 50
 
 
 class OversizedImage(DataError):
-    """An image declares a size that is not accepted."""
+    """Image whose header declares a size beyond the limits."""
 
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """image_size: S in pixels. `square` resizes the short side to S and crops the centre; `pad` first pads to a square with PAD_COLOUR."""
+    """Preprocessing of images to S x S (`image_size`) pixels.
+
+    `square` resizes the short side to S and crops the centre; `pad` first pads to a square with PAD_COLOUR.
+    """
 
     image_size: int
     aspect_ratio: Literal["square", "pad"] = "pad"
 
     def canvas(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of what is resized: the padded square, or the image itself."""
+        """(width, height) before resizing: the padded square, or the image itself."""
         side = max(width, height)
         return (side, side) if self.aspect_ratio == "pad" else (width, height)
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of a canvas after resizing, before the crop: the short side becomes S, the long side is truncated to an integer."""
+        """(width, height) after resizing, before the crop: short side S, long side truncated to an integer."""
         short, long = sorted((width, height))
         size = self.image_size, int(self.image_size * long / short)
         return size if width <= height else size[::-1]
@@ -49,7 +52,7 @@ class ImagePolicy:
 
 
 def check_image_size(width: int, height: int) -> None:
-    """Refuse, before anything is decoded, sizes that cannot be an honest picture. Raises OversizedImage."""
+    """Reject implausible sizes before decoding. Raises OversizedImage."""
     if not width or not height or width * height > MAX_PIXELS:
         raise OversizedImage(
             f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out"
@@ -63,8 +66,10 @@ def check_image_size(width: int, height: int) -> None:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """pixels: [N, S, S, 3] uint8, the mean colour where decoding failed; failures: position -> reason;
-    by_reference: positions that the backend left to Pillow (formats that it does not read).
+    """Decoded images.
+
+    pixels: [N, S, S, 3] uint8, the mean colour where decoding failed; failures: position -> reason;
+    by_reference: positions that the backend left to Pillow (unsupported formats).
     """
 
     pixels: torch.Tensor
@@ -73,7 +78,7 @@ class DecodedBatch:
 
 
 def mean_colour_images(count: int, policy: ImagePolicy) -> torch.Tensor:
-    """[count, S, S, 3] uint8 in the mean colour: what stands for an image that is not there."""
+    """[count, S, S, 3] uint8 in the mean colour, in place of missing images."""
     return (
         torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
     )
@@ -82,7 +87,8 @@ def mean_colour_images(count: int, policy: ImagePolicy) -> torch.Tensor:
 def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] of `dtype`, on the same device: (value / 255 - mean) / deviation.
 
-    In fp32 bit-equal to Hugging Face's CLIPImageProcessorPil: a channel has only 256 values, so they are computed once, in its way.
+    In fp32 bit-equal to Hugging Face's CLIPImageProcessorPil: the 256 values of a channel are computed once, by its
+    formula.
     """
     table = normalised_values(pixels.device, dtype).flatten()
     channels = torch.arange(3, device=pixels.device).mul_(256).view(1, 3, 1, 1)
@@ -91,7 +97,7 @@ def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def normalised_values(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """[3, 256]: the normalised form of each value of each channel. Shared by all callers: not to be written to."""
+    """[3, 256]: normalised form of each value of each channel. Shared by all callers: read-only."""
     scaled = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
     mean, std = (torch.tensor(numbers, dtype=torch.float32).unsqueeze(1) for numbers in (CLIP_MEAN, CLIP_STD))
     return ((scaled - mean) / std).to(device=device, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Encoded image files to uint8 pixels: decoded by Pillow, resized by torch's antialiased bicubic on uint8; three times as fast as Pillow's.
+"""Pillow decoding with torch's antialiased bicubic resize on uint8; three times as fast as Pillow's resize.
 
-At most 2 of 255 away from pil_decoder.py (rounding of the filter's weights), measured at the start of every run by parity.py.
+At most 2 of 255 away from pil_decoder.py (rounding of the filter weights); parity.py checks this at the start of a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_share4v.data.images.policy import ImagePolicy
 
 
 def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
-    """One encoded image -> [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
+    """Decode one image to [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
     image = open_rgb(data)
     width, height = policy.canvas(*image.size)
     # A view in channels-last order, for which torch has vectorised code.
