@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from megatron_share4v.checkpoint.manifest import fsync_directory
 from megatron_share4v.data.images.pil_decoder import EXTENSIONS, open_header
 from megatron_share4v.data.store.shards import ShardWriter
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import atomic_write
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 MAX_KEY_LENGTH = 80
@@ -106,10 +106,6 @@ def _write_list(path: Path, items: Iterator[dict[str, object]]) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[IO[str]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_write(path, durable=True) as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     fsync_directory(path.parent)

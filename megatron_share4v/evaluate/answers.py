@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import get_field, read_jsonl
 from megatron_share4v.evaluate.records import Answer, Doc
+from megatron_share4v.files import atomic_write
 
 _ALPHABET = "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _ID_LENGTH = 22
@@ -47,13 +47,9 @@ def make_answer(item: Doc, text: str) -> Answer:
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write JSON lines atomically: the old file is replaced when the new one is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with atomic_write(path, durable=True) as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def read_answers(path: Path, items: Sequence[Doc]) -> list[Answer]:

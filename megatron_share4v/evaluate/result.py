@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_share4v.data.images.policy import PAD_COLOUR
 from megatron_share4v.evaluate.judge import Judgement
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.records import Scores
+from megatron_share4v.files import atomic_write_text
 from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.remote.openai_client import Endpoint
 from megatron_share4v.text.template import get_template
@@ -103,6 +103,4 @@ def result_of(
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
     """Write result.json atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

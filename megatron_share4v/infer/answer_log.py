@@ -5,7 +5,6 @@ A killed job, restarted with any number of ranks, resumes after the last complet
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import try_lock
 
 _FILE_BITS = 20
 R = TypeVar("R")
@@ -37,12 +37,10 @@ class AnswerLog:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"rank{rank}.jsonl"
         self._file = self.path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not try_lock(self._file):
             raise DataError(
                 f"{self.path}: another process is at this job; wait for it or end it, or have this one write elsewhere"
-            ) from error
+            )
 
     def begin(self, job: dict[str, object], *, restart: bool) -> None:
         """Truncate an incomplete last line, or everything with `restart`; write the header into an empty file."""

@@ -7,7 +7,6 @@ decides whether it is used.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_share4v.errors import OpsError
+from megatron_share4v.files import wait_for_lock
 from megatron_share4v.logging import get_logger
 
 LIBRARY = "share4v_ops.so"
@@ -220,7 +220,7 @@ def _torch_flags(toolchain: Toolchain) -> list[str]:
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         # Released by the system when the process ends.
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         yield
 
 

@@ -5,7 +5,6 @@ Append-only files, and a line in journal.jsonl per finished shard; data after th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 from megatron_share4v.data.prepare.growing_array import GrowingArray
 from megatron_share4v.data.store.index import ROW, ShardFile
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import try_lock
 
 REJECTED = "rejected.jsonl"
 NAME, ROWS, KEYS = "journal.jsonl", "rows.bin", "keys.txt"
@@ -53,12 +53,8 @@ class Journal:
         """
         directory.mkdir(parents=True, exist_ok=True)
         journal = Journal(directory)
-        try:
-            fcntl.flock(journal._files[NAME], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"{directory}: another process is preparing this data set; wait for it or stop it"
-            ) from error
+        if not try_lock(journal._files[NAME]):
+            raise DataError(f"{directory}: another process is preparing this data set; wait for it or stop it")
         if restart:
             journal._files[NAME].truncate(0)
         lines = _complete_lines(directory / NAME)
