@@ -1,4 +1,4 @@
-"""What every test may use. Worlds of processes live in harness.py, which also says which ops they run with."""
+"""Markers and fixtures of all tests. Process worlds are in harness.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from signal_guard import pytest_configure  # noqa: F401 (a hook of pytest's)
 
-from megatron_share4v import mcore  # noqa: F401  (opens the CPU door before any test file imports megatron.core, in whatever order they are collected)
+from megatron_share4v import mcore  # noqa: F401  (patches torch.cuda on a CPU before any test file imports megatron.core)
 from megatron_share4v.ops.backend import choose_ops_backend
 from megatron_share4v.ops.build import find_toolchain
 
@@ -18,7 +18,7 @@ MARKERS = {
     "browser": re.compile(r"^tests/serve/test_page"),
     "bench": re.compile(r"/test_bench|^tests/train/test_gpu_scripts"),
 }
-"""By path, relative to the root of the checkout."""
+"""Marker by path, relative to the root of the checkout."""
 PROCESSES = re.compile(r"\b(run_world|run_tool|Tool|torchrun|subprocess|Popen|quickstart|multiprocessing)\b")
 """A test file that mentions one of these starts processes: `world`; any other is `unit`."""
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The fork server of harness.py imports while the first tests run, if any file that was collected uses it."""
+    """Start the fork server of harness.py, if a collected file uses it, so that it imports while the first tests run."""
     if "harness" in sys.modules:
         sys.modules["harness"].start_forkserver()
 
@@ -49,7 +49,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def native_ops() -> None:
-    """The native ops are loaded into this process."""
+    """Load the native ops into this process, or skip without a C++ compiler."""
     if find_toolchain() is None:
         pytest.skip("no C++ compiler on PATH")
     choose_ops_backend("native", device="cpu")
