@@ -87,7 +87,7 @@ setup(
     long_description_content_type="text/markdown",
     author="The megatron_share4v authors",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["megatron_share4v", "megatron_share4v.*"]),
     package_data={"megatron_share4v": ["serve/*.html", "ops/prebuilt/*"]},
     cmdclass={"build_py": BuildWithSources},

@@ -5,27 +5,30 @@
 #   prepare_browser                    a Chromium, for the tests of the server's page
 #   prepare_shellcheck                 for the tests of the launch scripts
 #
-# Makes sure that `python` is 3.10 or newer and has this checkout with the extras installed: in the active virtual environment if there is one,
-# else in .venv, made when missing. An environment that is ready is left as it is, so this is cheap to call again.
+# Makes sure that `python` is 3.11 or 3.12 and has this checkout with the extras installed: in the active virtual
+# environment if there is one, else in .venv, made when missing. An environment that is ready is left as it is, so
+# this is cheap to call again.
 
 prepare_environment() {
     local extras="$1" candidate stamp wanted pip_options=()
-    # Each module is compiled to bytecode once, when it is first imported; without this variable's leave, at every start of every process.
+    # Each module is compiled to bytecode once, when it is first imported; without this variable's leave, at every
+    # start of every process.
     unset PYTHONDONTWRITEBYTECODE
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ ! -f .venv/bin/activate ]; then
             candidate="$(_find_python)" || return 2
             echo "making .venv with $("$candidate" --version)" >&2
             "$candidate" -m venv .venv || return 2
-            pip_options=(--no-compile)  # all 14,000 modules at once would take a minute; three in four are never imported
+            pip_options=(--no-compile)  # compiling all 14,000 modules takes a minute; most are never imported
         fi
         source .venv/bin/activate
     elif python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
-        # Whoever made this environment chose its torch (a CUDA build, a container's own); the pins of cpu and gpu would replace it.
+        # Whoever made this environment chose its torch (a CUDA build, a container's own); the pins of cpu and gpu
+        # would replace it.
         extras="$(tr ',' '\n' <<<"$extras" | sed '/^[cg]pu$/d' | paste -s -d , -)"
     fi
     stamp="$VIRTUAL_ENV/share4v-${extras:-base}"
-    wanted="$(cat setup.py pyproject.toml | python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
+    wanted="$(cat setup.py pyproject.toml | sha256sum)"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && [ "$(_installed_from)" = "$(pwd -P)" ]; then
         return 0
     fi
@@ -34,7 +37,8 @@ prepare_environment() {
     echo "$wanted" >"$stamp"
 }
 
-# A Chromium for the tests of the server's page. Installed where the distribution's packages can be (root, apt-get); else a message says what to install.
+# A Chromium for the tests of the server's page. Installed where the distribution's packages can be (root, apt-get);
+# else a message says what to install.
 prepare_browser() {
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
         _install chromium "the tests of the server's page fail"
@@ -49,7 +53,8 @@ prepare_shellcheck() {
 _install() {
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing $1" >&2
-        apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >&2 && return
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq >&2 && apt-get install -y -qq --no-install-recommends "$1" >&2 && return
     fi
     echo "no $1: $2; install it with your distribution's package manager (Debian, Ubuntu: apt-get install $1)" >&2
 }
@@ -57,15 +62,17 @@ _install() {
 _find_python() {
     local candidate
     for candidate in python3.11 python3.12 python3 python; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             echo "$candidate"
             return 0
         fi
     done
-    echo "no Python 3.10, 3.11 or 3.12 found on PATH: install one, or activate a virtual environment made with one" >&2
+    echo "no Python 3.11 or 3.12 found on PATH: install one, or activate a virtual environment made with one" >&2
     return 2
 }
 
 _installed_from() {
-    (cd / && python -c 'import megatron_share4v, pathlib; print(pathlib.Path(megatron_share4v.__file__).resolve().parents[1])' 2>/dev/null)
+    (cd / && python -c '
+import pathlib, megatron_share4v
+print(pathlib.Path(megatron_share4v.__file__).resolve().parents[1])' 2>/dev/null)
 }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Profile(str, Enum):
+class Profile(StrEnum):
     """`official` reproduces the official scripts with their bugs; `corrected` mends the bugs that the scoring
     functions name.
     """
