@@ -1,4 +1,4 @@
-"""docs/operations.md says what the program says: every message of its tables occurs in the sources, every file and option exists."""
+"""Check docs/operations.md: the messages of its tables occur in the sources, and its files and options exist."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def section(title: str) -> str:
 
 
 def messages() -> list[str]:
-    """What stands between backticks in the first cell of each row of the troubleshooting table."""
+    """Messages of the troubleshooting table: text between backticks in the first cell of each row."""
     rows = [row for row in section("Troubleshooting by message").splitlines() if row.startswith("| `")]
     return [re.match(r"\| `(.+?)` \|", row)[1] for row in rows]
 
 
 @cache
 def literals() -> str:
-    """All text of the sources as the program would say it: strings with a mark where a value stands, and shell scripts."""
+    """All message text of the sources: string literals, with NUL for each formatted value, and shell scripts."""
     found = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").rglob("*.sh"))]
     for path in sorted([*(ROOT / "megatron_share4v").rglob("*.py"), *(ROOT / "tools").glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -47,9 +47,9 @@ def test_message_occurs_in_the_sources(message: str) -> None:
     assert re.search(pattern, literals()), message
 
 
-def test_a_message_that_nobody_says_is_found() -> None:
+def test_message_missing_from_the_sources_is_found() -> None:
     assert len(messages()) > 20
-    assert not re.search(re.escape("the ranks are tired"), literals())
+    assert not re.search(re.escape("message that no source contains"), literals())
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|tools)/[\w/.]+\.(?:sh|sbatch|py|yaml)", TEXT))))

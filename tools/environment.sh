@@ -5,14 +5,12 @@
 #   prepare_browser                    a Chromium, for the tests of the server's page
 #   prepare_shellcheck                 for the tests of the launch scripts
 #
-# Makes sure that `python` is 3.11 or 3.12 and has this checkout with the extras installed: in the active virtual
-# environment if there is one, else in .venv, made when missing. An environment that is ready is left as it is, so
-# this is cheap to call again.
+# Ensures that `python` is 3.11 or 3.12 and has this checkout installed with the extras: in the active virtual
+# environment, else in .venv, which is created if missing. Does nothing if the environment is up to date.
 
 prepare_environment() {
     local extras="$1" candidate stamp wanted pip_options=()
-    # Each module is compiled to bytecode once, when it is first imported; without this variable's leave, at every
-    # start of every process.
+    # With this variable set, every process would compile all modules to bytecode at start.
     unset PYTHONDONTWRITEBYTECODE
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ ! -f .venv/bin/activate ]; then
@@ -23,8 +21,7 @@ prepare_environment() {
         fi
         source .venv/bin/activate
     elif python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
-        # Whoever made this environment chose its torch (a CUDA build, a container's own); the pins of cpu and gpu
-        # would replace it.
+        # Keep the environment's own torch (a CUDA build, a container's); the pins of cpu and gpu would replace it.
         extras="$(tr ',' '\n' <<<"$extras" | sed '/^[cg]pu$/d' | paste -s -d , -)"
     fi
     stamp="$VIRTUAL_ENV/share4v-${extras:-base}"
@@ -37,8 +34,7 @@ prepare_environment() {
     echo "$wanted" >"$stamp"
 }
 
-# A Chromium for the tests of the server's page. Installed where the distribution's packages can be (root, apt-get);
-# else a message says what to install.
+# Install a Chromium for the tests of the server's page, as root with apt-get; else print what to install.
 prepare_browser() {
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
         _install chromium "the tests of the server's page fail"

@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it, not run by itself: what every torchrun here is given.
+# Environment and torchrun options shared by the launch scripts. Sourced by them, not run by itself.
 #
-# PROCESSES   ranks on this node; the number of its GPUs when not set (on CPUs it must be set)
+# PROCESSES   ranks on this node (default: its number of GPUs; required on CPUs)
 #
-# torchrun hands signals on to its ranks, which save and end in order; it kills what has not ended after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds.
+# torchrun forwards signals to its ranks, which save and exit; it kills ranks that are still alive after
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds.
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f .venv/bin/activate ]; then
     # shellcheck source=/dev/null

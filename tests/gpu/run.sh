@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: builds the ops there, compares every op with its reference on the GPU (fp32 and bf16, poisoned outputs), looks
-# for memory faults and races with compute-sanitizer where that runs, compares layers (attention kernels on packs, FP8, Transformer Engine where it is
-# installed, recomputation, optimizer) with their plain forms, looks whether a step makes the host wait, and measures all ops and training steps.
-# Without a GPU it says that it measured nothing.
-#   bash tests/gpu/run.sh [DIR]      results: DIR/ops_gpu.txt (default: runs/gpu), for tools/report_ops.py --gpu; DIR/layers.txt; DIR/training/; DIR/fp8/
-# Takes the active environment, or a python3 whose torch sees the GPU (PYTHON=... names another), or makes .venv with CUDA's torch.
+# Run all checks and measurements that need an NVIDIA GPU. Without a GPU, prints that nothing was measured.
+#   - build the ops and compare each with its reference on the GPU (fp32 and bf16, poisoned outputs)
+#   - compute-sanitizer memcheck and racecheck, where it runs
+#   - layers (attention kernels on packs, FP8, Transformer Engine if installed, recomputation, optimizer) against their
+#     plain forms, and host syncs of a training step
+#   - benchmarks of all ops and of training steps
+#
+#   bash tests/gpu/run.sh [DIR]      default DIR: runs/gpu
+#
+# Results: DIR/ops_gpu.txt (for tools/report_ops.py --gpu), DIR/layers.txt, DIR/training/, DIR/fp8/.
+# Uses python3, or $PYTHON, if its torch sees the GPU; else the environment of tools/environment.sh with CUDA's torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out="${1:-runs/gpu}"
@@ -19,7 +24,8 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2
     prepare_environment gpu,dev
     python=python
 fi
-export PYTHONPATH="$PWD" CUBLAS_WORKSPACE_CONFIG=:4096:8  # cuBLAS wants it before it is deterministic, which poisoned outputs need
+# cuBLAS is deterministic only with this workspace setting; poisoned outputs need torch's deterministic mode.
+export PYTHONPATH="$PWD" CUBLAS_WORKSPACE_CONFIG=:4096:8
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1
 
@@ -35,12 +41,13 @@ for tool in memcheck racecheck; do
     fi
     log="$out/$tool.txt" code=0
     # Caching would hide accesses between tensors of one block of memory.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tests/ops_walk.py --cuda >"$log" 2>&1 || code=$?
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        "$python" tests/ops_walk.py --cuda >"$log" 2>&1 || code=$?
     if grep -q "Device not supported" "$log"; then
         echo "compute-sanitizer cannot use this device: nothing was checked"
     elif [ "$code" -ne 0 ]; then
         tail -n 40 "$log" >&2
-        echo "error: $tool found faults, or the walk failed under it (exit code $code); all of it is in $log" >&2
+        echo "error: $tool found faults, or ops_walk.py failed under it (exit code $code); full output: $log" >&2
         exit 1
     else
         tail -n 2 "$log"
