@@ -1,4 +1,4 @@
-"""Preparing at scale: going on after a kill, archives that stay packed, images left in place, images that many samples share."""
+"""Resuming an interrupted preparation, images in archives, images used in place, and a mix of broken records."""
 
 import dataclasses
 import json
@@ -12,9 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import webdataset
 
 from megatron_share4v.data.prepare import writer as prepare_module
 from megatron_share4v.data.prepare.image_files import scan_images
@@ -27,29 +25,12 @@ from megatron_share4v.errors import DataError
 COUNT = 30
 
 
-@pytest.fixture
-def options(tmp_path: Path, tokenizer_path: Path, picture, record) -> PrepareOptions:
-    """30 records, one in three text only, one in five bad; images as files."""
-    folder = tmp_path / "images" / "coco"
-    folder.mkdir(parents=True)
-    for number in range(COUNT):
-        if number % 5 != 4:
-            (folder / f"{number}.png").write_bytes(picture(number))
-    records = [record(n, image=n % 3 != 2, length=4) for n in range(COUNT)]
-    annotations = tmp_path / "annotations.json"
-    annotations.write_text(json.dumps(records), encoding="utf-8")
-    return PrepareOptions(
-        annotations=annotations, images=tmp_path / "images", output=tmp_path / "out", tokenizer=tokenizer_path, max_text_length=512,
-        samples_per_shard=5, max_rejected_fraction=0.5,
-    )  # fmt: skip
-
-
 def _change_records(options: PrepareOptions, change) -> None:
     records = json.loads(options.annotations.read_text())
     options.annotations.write_text(json.dumps(change(records)))
 
 
-def _content(directory: Path) -> dict[str, bytes]:
+def _read_files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
@@ -86,24 +67,24 @@ def test_killed_and_started_again_ends_with_the_same_bytes(options, monkeypatch)
     monkeypatch.setattr(
         prepare_module,
         "validate_all",
-        lambda f, items, workers: validate_all(f, _noted(items, parsed), workers=workers),
+        lambda f, items, workers: validate_all(f, _record_items(items, parsed), workers=workers),
     )
     prepare(options)
-    assert _content(options.output) == _content(whole.output)
-    for name in ("shard-000000.tar", "shard-000001.tar"):  # made once
+    assert _read_files(options.output) == _read_files(whole.output)
+    for name in ("shard-000000.tar", "shard-000001.tar"):  # not written again
         stat = (options.output / name).stat()
         assert (stat.st_ino, stat.st_mtime_ns) == (first[name].st_ino, first[name].st_mtime_ns)
     assert 0 < parsed[0].position < COUNT and not staging.exists()
 
 
-def _noted(items, noted: list):
+def _record_items(items, seen: list):
     for item in items:
-        noted.append(item[0])
+        seen.append(item[0])
         yield item
 
 
 def _interrupt(options: PrepareOptions, monkeypatch) -> None:
-    """Break a preparation off within its third shard."""
+    """Interrupt a preparation while it writes its third shard."""
     write, calls = prepare_module.ShardWriter.write, []
 
     def broken(self, *arguments, **named):
@@ -120,13 +101,13 @@ def _interrupt(options: PrepareOptions, monkeypatch) -> None:
 
 @pytest.fixture
 def interrupted(options, monkeypatch) -> PrepareOptions:
-    """A preparation that was broken off within its third shard."""
+    """Options of a preparation that was interrupted while it wrote its third shard."""
     _interrupt(options, monkeypatch)
     return options
 
 
 def test_other_archives_are_not_mixed_with_those_that_were_begun_in_place(options, monkeypatch):
-    """Rows name an archive by its number, which another archive would shift."""
+    """Index rows refer to archives by number; an additional archive would change the numbers."""
     options = dataclasses.replace(options, in_place=True)
     _pack(options.images / "coco", options.images / "coco.tar")
     _interrupt(options, monkeypatch)
@@ -148,10 +129,8 @@ def test_what_was_begun_is_kept_when_the_annotations_break_off(options):
 
 def test_other_inputs_are_not_mixed_with_what_was_begun(interrupted):
     changed = dataclasses.replace(interrupted, template="v1_mmtag", max_text_length=300)
-    with pytest.raises(
-        DataError,
-        match="template was 'vicuna_v1', now 'v1_mmtag'; max_text_length was 512, now 300. Finish .* or start over with --restart",
-    ):
+    differences = "template was 'vicuna_v1', now 'v1_mmtag'; max_text_length was 512, now 300"
+    with pytest.raises(DataError, match=f"{differences}. Finish .* or start over with --restart"):
         prepare(changed)
     assert prepare(dataclasses.replace(changed, restart=True)).samples == 26
     assert Index.open(interrupted.output).info.template == "v1_mmtag"
@@ -176,7 +155,7 @@ def test_two_at_once_are_refused(interrupted):
 
 
 def _pack(folder: Path, target: Path, *, opens_with: str = "", compression: int = zipfile.ZIP_STORED) -> None:
-    """Put the files of `folder` into an archive, under `opens_with`, and remove the folder."""
+    """Move the files of `folder` into an archive with the prefix `opens_with`, and remove the folder."""
     files = sorted(folder.iterdir())
     if target.suffix == ".zip":
         with zipfile.ZipFile(target, "w", compression) as archive:
@@ -205,7 +184,7 @@ def test_images_come_from_archives(options, archive: str, opens_with: str, compr
     prepare(loose)
     _pack(options.images / "coco", options.images / archive, opens_with=opens_with, compression=compression)
     prepare(dataclasses.replace(options, workers=2 if archive == "coco.zip" else 0))
-    packed, wanted = _content(options.output), _content(loose.output)
+    packed, wanted = _read_files(options.output), _read_files(loose.output)
     rejected = packed.pop("rejected.jsonl").decode()
     assert "nor in an archive" in rejected and rejected.count("\n") == wanted.pop("rejected.jsonl").count(b"\n")
     assert packed == wanted
@@ -283,91 +262,8 @@ def test_in_place_refuses_compressed_archives(options):
         prepare(dataclasses.replace(options, in_place=True))
 
 
-def _share(records: list[dict]) -> list[dict]:
-    """A second and third conversation about image 0, another image with the bytes of 1, a copy of the first record."""
-    about = {**records[3], "image": "coco/0.png"}
-    return [
-        *records,
-        {**about, "id": "again"},
-        {**about, "id": "img_3"},
-        {**records[1], "id": "copy", "image": "coco/copy.png"},
-        records[0],
-    ]
-
-
-@pytest.fixture
-def shared(options) -> PrepareOptions:
-    _change_records(options, _share)
-    shutil.copy(options.images / "coco" / "1.png", options.images / "coco" / "copy.png")
-    return options
-
-
-def test_a_shared_image_is_stored_once(shared):
-    summary = prepare(shared)
-    index = Index.open(shared.output)
-    store = SampleReader(index)
-    image = (shared.images / "coco" / "0.png").read_bytes()
-    rows = [row for row in range(len(index)) if index.key(row) in ("img_0", "again", "img_3~31", "img_0~33")]
-    assert len(rows) == 4 and all(store.read(row, with_image=True).image == image for row in rows)
-    assert len(set(index.rows[rows]["image_offset"].tolist())) == 1
-    assert b"".join(path.read_bytes() for path in sorted(shared.output.glob("*.tar"))).count(image) == 1
-    assert (index.info.sources["coco"].samples, index.info.sources["coco"].images) == (20, 17)
-    lines = [json.loads(line) for line in (shared.output / "duplicates.jsonl").read_text().splitlines()]
-    assert lines == [
-        {"kind": "record", "keys": ["img_0", "img_0~33"]},
-        {"kind": "record", "keys": ["again", "img_3~31"]},
-        {"kind": "image", "keys": ["img_1", "copy"]},
-    ]
-    assert (
-        "3 samples share another's image, 2 groups of equal records, 1 groups of equal images under different paths"
-        in str(summary)
-    )
-
-
-def test_shared_images_survive_a_kill_and_workers(shared, monkeypatch):
-    whole = dataclasses.replace(shared, output=shared.output.with_name("whole"), workers=2)
-    prepare(whole)
-    commit = Journal.commit
-
-    def last(self, shard):
-        commit(self, shard)
-        if len(self.shards) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(Journal, "commit", last)
-        prepare(shared)
-    prepare(shared)
-    assert _content(shared.output) == _content(whole.output)
-
-
-def test_what_a_plain_webdataset_reader_sees(shared):
-    for repeat in (False, True):
-        options = dataclasses.replace(shared, repeat_images=repeat, output=shared.output.with_name(f"repeat-{repeat}"))
-        prepare(options)
-        index = Index.open(options.output)
-        shards = [str(path) for path in sorted(options.output.glob("*.tar"))]
-        samples = {
-            sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8")
-        }
-        assert list(samples) == [index.key(row) for row in range(len(index))]
-        for row, sample in enumerate(samples.values()):
-            entry = index.rows[row]
-            assert sample["json"]["conversations"]
-            if "png" in sample:
-                assert sample["png"].shape == (entry["height"], entry["width"], 3)
-            elif entry["n_img"]:
-                owner = sample["json"]["image_in"]
-                assert (
-                    not repeat
-                    and samples[owner["key"]]["png"] is not None
-                    and (options.output / owner["shard"]).is_file()
-                )
-        assert ("png" in samples["again"]) == repeat and np.array_equal(samples["img_0"]["png"].shape, (20, 20, 3))
-
-
 def test_five_percent_of_broken_inputs_of_all_kinds(options, picture, record):
-    """200 records, ten of them broken, each in its own way: all is prepared but those, and each is named."""
+    """With ten of 200 records broken in different ways, the others are prepared and each broken one is reported."""
     coco = options.images / "coco"
     whole = picture(7, format="JPEG", size=(60, 40))
     images = {
@@ -397,10 +293,17 @@ def test_five_percent_of_broken_inputs_of_all_kinds(options, picture, record):
     lines = [json.loads(line) for line in (options.output / "rejected.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [item["id"] for item in bad]
     assert {line["id"]: line["kind"] for line in lines} == {
-        "half.jpg": "corrupt image", "nothing.jpg": "missing image", "page.jpg": "corrupt image", "vector.jpg": "corrupt image",
-        "strip.jpg": "oversized image", "pointer.jpg": "corrupt image", "missing.jpg": "missing image", "nobody": "bad record",
-        "masked": "no label", "twice": "placeholder mismatch",
-    }  # fmt: skip
+        "half.jpg": "corrupt image",
+        "nothing.jpg": "missing image",
+        "page.jpg": "corrupt image",
+        "vector.jpg": "corrupt image",
+        "strip.jpg": "oversized image",
+        "pointer.jpg": "corrupt image",
+        "missing.jpg": "missing image",
+        "nobody": "bad record",
+        "masked": "no label",
+        "twice": "placeholder mismatch",
+    }
     with tarfile.open(options.output / "shard-000000.tar") as tar:
         names = tar.getnames()
     assert names[:2] == ["img_0.jpg", "img_0.json"] and all(name.count(".") == 1 for name in names)

@@ -1,6 +1,6 @@
-"""The whole ShareGPT4V layout in small: eleven source folders, partly as the archives that are published, and its three files of annotations.
+"""Commands of docs/data.md on a small copy of the ShareGPT4V layout: eleven image sources and three annotation files.
 
-The commands of docs/data.md are run on it as they are written there, but for their directories.
+Some sources are in archives, as published.
 """
 
 import json
@@ -32,74 +32,70 @@ PRETRAIN, FINETUNE = (
 )
 CAPTIONS = "sharegpt4v_instruct_gpt4-vision_cap100k.json"
 FOLDERS = {
-    "coco": "coco/train2017", "llava": "llava/llava_pretrain/images/00453", "sam": "sam/images", "gqa": "gqa/images", "ocr_vqa": "ocr_vqa/images",
-    "textvqa": "textvqa/train_images", "vg": "vg/VG_100K", "share_textvqa": "share_textvqa/images", "web-celebrity": "web-celebrity/images",
-    "web-landmark": "web-landmark/images", "wikiart": "wikiart/images",
-}  # fmt: skip
+    "coco": "coco/train2017",
+    "llava": "llava/llava_pretrain/images/00453",
+    "sam": "sam/images",
+    "gqa": "gqa/images",
+    "ocr_vqa": "ocr_vqa/images",
+    "textvqa": "textvqa/train_images",
+    "vg": "vg/VG_100K",
+    "share_textvqa": "share_textvqa/images",
+    "web-celebrity": "web-celebrity/images",
+    "web-landmark": "web-landmark/images",
+    "wikiart": "wikiart/images",
+}
 IN_CAPTIONS = ("coco", "llava", "sam", "share_textvqa", "web-celebrity", "web-landmark", "wikiart")
 EACH = 3
 
 
-def _turns(*values: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+def _record(name: str, image: str | None, *values: str) -> dict[str, object]:
+    """Return an annotation whose messages alternate between human and gpt; text only without an image."""
+    messages = [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+    return {"id": name} | ({"image": image} if image else {"model": ""}) | {"conversations": messages}
+
+
+def _annotations(paths: dict[str, list[str]]) -> dict[str, list[dict[str, object]]]:
+    """Return the records of each annotation file for the image paths of each source."""
+    answer = "a red circle left of a square. " * 9
+    captions = [
+        _record(Path(path).stem, path, "<image>\nWhat do you see?", answer)
+        for source in IN_CAPTIONS
+        for path in paths[source]
+    ]
+    pretrain = [record for record in captions if str(record["image"]).split("/")[0] in ("coco", "llava", "sam")]
+    mix = [
+        _record(f"{source}-{number}", path, "What is it?\n<image>", "red", "Where?", "left")
+        for source in FOLDERS
+        for number, path in enumerate(paths[source])
+    ]
+    mix += [
+        _record("coco-again", paths["coco"][0], "<image>\nWhat is small?", "a star"),
+        _record("vg2", "vg/VG_100K_2/7.jpg", "<image>\nWhere is the star?", "[0.1,0.2,0.3,0.4]"),
+        *(_record(f"text{number}", None, "what is large?", "the square " * number) for number in (1, 2, 3)),
+        _record("gone", "web-celebrity/images/gone.jpg", "<image>\nWho?", "nobody"),
+    ]
+    return {PRETRAIN: pretrain, FINETUNE: mix, CAPTIONS: captions}
 
 
 @pytest.fixture
 def layout(
     tmp_path: Path, tokenizer_path: Path, picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """data/ and weights/ as docs/data.md says; the working directory is above them."""
+    """Directories data/ and weights/ as described in docs/data.md, in the working directory; returns data/."""
     data = tmp_path / "data"
-    paths = {}
+    paths: dict[str, list[str]] = {}
     for source, folder in FOLDERS.items():
         (data / folder).mkdir(parents=True)
         paths[source] = [f"{folder}/{number:09d}.jpg" for number in range(EACH)]
         for number, path in enumerate(paths[source]):
-            (data / path).write_bytes(
-                picture(len(paths) * 10 + number, format="GIF" if source == "ocr_vqa" and number == 1 else "JPEG")
-            )
+            format = "GIF" if source == "ocr_vqa" and number == 1 else "JPEG"
+            (data / path).write_bytes(picture(len(paths) * 10 + number, format=format))
     other = data / "vg" / "VG_100K_2"
     other.mkdir()
     shutil.copy(data / paths["vg"][0], other / "7.jpg")
     _pack(data)
-    captions = [
-        {
-            "id": Path(path).stem,
-            "image": path,
-            "conversations": _turns("<image>\nWhat do you see?", "a red circle left of a square. " * 9),
-        }
-        for source in IN_CAPTIONS
-        for path in paths[source]
-    ]
-    pretrain = [record for record in captions if record["image"].split("/")[0] in ("coco", "llava", "sam")]
-    mix = [
-        {
-            "id": f"{source}-{number}",
-            "image": path,
-            "conversations": _turns("What is it?\n<image>", "red", "Where?", "left"),
-        }
-        for source in FOLDERS
-        for number, path in enumerate(paths[source])
-    ]
-    mix += [
-        {"id": "coco-again", "image": paths["coco"][0], "conversations": _turns("<image>\nWhat is small?", "a star")}
-    ]
-    mix += [
-        {
-            "id": "vg2",
-            "image": "vg/VG_100K_2/7.jpg",
-            "conversations": _turns("<image>\nWhere is the star?", "[0.1,0.2,0.3,0.4]"),
-        }
-    ]
-    mix += [
-        {"id": f"text{number}", "model": "", "conversations": _turns("what is large?", "the square " * number)}
-        for number in (1, 2, 3)
-    ]
-    mix += [
-        {"id": "gone", "image": "web-celebrity/images/gone.jpg", "conversations": _turns("<image>\nWho?", "nobody")}
-    ]
     (data / "sharegpt4v").mkdir()
-    for name, records in ((PRETRAIN, pretrain), (FINETUNE, mix), (CAPTIONS, captions)):
+    for name, records in _annotations(paths).items():
         (data / "sharegpt4v" / name).write_text(json.dumps(records))
     weights = tmp_path / "weights" / "vicuna-7b-v1.5"
     weights.mkdir(parents=True)
@@ -109,7 +105,7 @@ def layout(
 
 
 def _pack(data: Path) -> None:
-    """Some sources as they are published: SA-1B in tar files with masks beside the images, LCS and GQA as zip."""
+    """Pack some sources as they are published: SA-1B as tar, LCS and GQA as zip."""
     with tarfile.open(data / "sam" / "images" / "sa_000000.tar", "w") as tar:
         for path in sorted((data / "sam" / "images").glob("*.jpg")):
             tar.add(path, f"./{path.name}")
@@ -126,7 +122,7 @@ def _pack(data: Path) -> None:
 
 @pytest.fixture
 def run() -> Iterator[Callable[[str], int]]:
-    """Runs one documented command, here and without worker processes; the logging that it sets up is undone."""
+    """Run a documented command in this process without workers; restore the logging set-up afterwards."""
     logger = get_logger()
     before = logger.level, logger.propagate
 
@@ -157,9 +153,8 @@ def test_one_command_prepares_stage_1(layout: Path, run):
 
 
 def test_one_command_prepares_stage_2(layout: Path, run):
-    assert (
-        run(_command("prepare_data", PRETRAIN, "pretrain_1246k")) == 0
-    )  # its shards lie below data/ and are not taken for archives of images
+    # The shards of stage 1 lie below data/ and must not be read as image archives.
+    assert run(_command("prepare_data", PRETRAIN, "pretrain_1246k")) == 0
     assert run(_command("prepare_data", FINETUNE, "finetune_665k ")) == 0
     out = layout / "sharegpt4v" / "finetune_665k"
     index = Index.open(out)
@@ -173,7 +168,7 @@ def test_one_command_prepares_stage_2(layout: Path, run):
     duplicates = [json.loads(line) for line in (out / "duplicates.jsonl").read_text().splitlines()]
     assert duplicates == [{"kind": "image", "keys": ["vg-0", "vg2"]}]
     with tarfile.open(out / "shard-000000.tar") as tar:
-        assert "ocr_vqa-1.gif" in tar.getnames()  # named .jpg where it was published
+        assert "ocr_vqa-1.gif" in tar.getnames()  # published with the suffix .jpg
 
 
 def test_the_other_commands(layout: Path, run, capsys):
