@@ -1,198 +1,21 @@
-"""Small benchmarks in the formats of the official files, written to a folder: six questions or so each, with tiny pictures."""
+"""Small benchmarks in their official file formats, for tests: about six questions each, with tiny pictures."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
+from benchmark_writers import LETTER, SHORT, encode_picture, question_row, write_json, write_jsonl, write_pictures
+from official_short_answer_files import custom, gqa, textvqa, vizwiz, vizwiz_val, vqav2, vqav2_val
 
-SHORT = "\nAnswer the question using a single word or phrase."
-UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
-
-
-def picture(number: int, kind: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (12, 8), (40 * number % 256, 90, 10)).save(buffer, format=kind)
-    return buffer.getvalue()
-
-
-def pictures(root: Path, names: Iterable[str]) -> None:
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
-
-
-def jsonl(path: Path, rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def as_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def _question(number: int | str, image: str, text: str, category: str = "default") -> dict:
-    return {"question_id": number, "image": image, "text": text, "category": category}
-
-
-VQA = (
-    "What color is the car?",
-    "Is it raining?",
-    "How many dogs?",
-    "What is he holding?",
-    "Where is this?",
-    "What's on the sign?",
-)
-
-
-def vqav2(root: Path) -> None:
-    rows = [_question(1000 + k, f"COCO_test2015_{k:012}.jpg", text + SHORT) for k, text in enumerate(VQA)]
-    pictures(root / "test2015", [row["image"] for row in rows])
-    jsonl(root / "share4v_vqav2_mscoco_test-dev2015.jsonl", rows)
-    jsonl(
-        root / "llava_vqav2_mscoco_test2015.jsonl",
-        [_question(999, "COCO_test2015_000000000999.jpg", "Not asked?" + SHORT), *rows],
-    )
-
-
-def vqav2_val(root: Path) -> None:
-    names = [262148000 + k for k in range(len(VQA))]
-    questions = [
-        {"image_id": 262148 + k, "question": text, "question_id": name}
-        for k, (name, text) in enumerate(zip(names, VQA))
-    ]
-    people = [
-        ["red"] * 10,
-        ["yes"] * 9 + ["no"],
-        ["2"] * 5 + ["two"] * 5,
-        ["umbrella"] * 3 + ["an umbrella"] * 7,
-        ["park"] * 10,
-        ["Stop"] * 10,
-    ]
-    annotations = [
-        {
-            "question_id": name,
-            "image_id": 262148 + k,
-            "question_type": "what",
-            "answer_type": ("other", "yes/no", "number")[k % 3],
-            "multiple_choice_answer": said[0],
-            "answers": [{"answer": one, "answer_confidence": "yes", "answer_id": i + 1} for i, one in enumerate(said)],
-        }
-        for k, (name, said) in enumerate(zip(names, people))
-    ]
-    as_json(root / "v2_OpenEnded_mscoco_val2014_questions.json", {"info": {}, "questions": questions})
-    as_json(root / "v2_mscoco_val2014_annotations.json", {"info": {}, "annotations": annotations})
-    pictures(root / "val2014", [f"COCO_val2014_{262148 + k:012}.jpg" for k in range(len(VQA))])
-
-
-GQA = (
-    ("201307251", "Is it overcast?", "no", "verify"),
-    ("201640614", "Who is wearing the dress?", "women", "query"),
-    ("202225914", "Is the chair to the left or to the right of the boy?", "right", "choose"),
-    ("20341097", "Where is that fire hydrant?", "sidewalk", "query"),
-    ("20602949", "Are both the phone and the coffee cup the same color?", "yes", "compare"),
-    ("201738903", "Who is staring?", "man", "query"),
-)
-
-
-def gqa(root: Path) -> None:
-    jsonl(
-        root / "llava_gqa_testdev_balanced.jsonl",
-        [_question(name, f"n{name}.jpg", text + SHORT) for name, text, _, _ in GQA],
-    )
-    truth = {
-        name: {
-            "imageId": f"n{name}",
-            "question": text,
-            "answer": answer,
-            "isBalanced": True,
-            "fullAnswer": answer,
-            "groups": {"global": None},
-            "types": {"structural": kind, "semantic": "attr", "detailed": "x"},
-        }
-        for name, text, answer, kind in GQA
-    }
-    as_json(root / "data/testdev_balanced_questions.json", truth)
-    pictures(root / "data/images", [f"n{name}.jpg" for name, *_ in GQA])
-
-
-VIZWIZ = ("What is this?", "This is a box.", "What's in this picture", "What flavor is it", "Can you read this?")
-
-
-def vizwiz(root: Path) -> None:
-    rows = [_question(k, f"VizWiz_test_{k:08}.jpg", text + UNANSWERABLE + SHORT) for k, text in enumerate(VIZWIZ)]
-    jsonl(root / "llava_test.jsonl", rows)
-    pictures(root / "test", [row["image"] for row in rows])
-
-
-def vizwiz_val(root: Path) -> None:
-    names = [f"VizWiz_val_{k:08}.jpg" for k in range(len(VIZWIZ))]
-    answers = [["soda"] * 10, ["unanswerable"] * 10, ["dog"] * 2 + ["cat"] * 8, ["Vanilla."] * 10, ["no"] * 10]
-    as_json(
-        root / "val.json",
-        [
-            {
-                "image": name,
-                "question": text,
-                "answers": [{"answer_confidence": "yes", "answer": a} for a in said],
-                "answer_type": "other",
-                "answerable": 1,
-            }
-            for name, text, said in zip(names, VIZWIZ, answers)
-        ],
-    )
-    pictures(root / "val", names)
-
-
-TEXTVQA = (
-    ("003a8ae2ef43b901", "what is the brand of this camera?", "\nReference OCR token: Dakota, DIGITAL", "dakota"),
-    (
-        "8cfd3916eac85404",
-        "What brand is on the red and black jerseys?",
-        "\nReference OCR token: R, Reebo, Ex",
-        "reebok",
-    ),
-    (
-        "8cfd3916eac85404",
-        "What is the highest number on the players shorts?",
-        "\nReference OCR token: R, Reebo, Ex",
-        "22",
-    ),
-    ("ff9b80a751bc3ecc", "When is this being aired?", "\nReference OCR token: S, $, 9-1", "9-1"),
-    ("2e45acd379e82164", "What is in the box?", "", "moo"),
-)
-
-
-def textvqa(root: Path) -> None:
-    rows = [_question(name, f"{name}.jpg", text + tokens + SHORT) for name, text, tokens, _ in TEXTVQA]
-    jsonl(root / "llava_textvqa_val_v051_ocr.jsonl", rows)
-    data = [
-        {
-            "question": text,
-            "image_id": name,
-            "image_classes": [],
-            "question_id": 34602 + k,
-            "answers": [answer] * 10,
-            "set_name": "val",
-        }
-        for k, (name, text, _, answer) in enumerate(TEXTVQA)
-    ]
-    as_json(root / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "dataset_name": "textvqa", "data": data})
-    pictures(root / "train_images", {row["image"] for row in rows})
-
-
-SCIENCE = (  # id, question with options as CQM-A writes them, number of options, right one, with an image?
+SCIENCE = (  # id, question with options in CQM-A format, number of options, index of the answer, has an image
     ("21192", "Which continent is highlighted?\nA. Africa\nB. South America\nC. North America\nD. Asia", 4, 1, True),
     (
         "21195",
-        "Which word would you find on a dictionary page with the following guide words?\npad - poison\nA. president\nB. peach",
+        "Which word would you find on a dictionary page with the following guide words?\n"
+        "pad - poison\nA. president\nB. peach",
         2,
         1,
         False,
@@ -206,14 +29,16 @@ SCIENCE = (  # id, question with options as CQM-A writes them, number of options
     ),
     (
         "21200",
-        "Context: A bulldozer clears a path.\nWhat is the direction of this push?\nA. away from the bulldozer\nB. toward the bulldozer",
+        "Context: A bulldozer clears a path.\nWhat is the direction of this push?\n"
+        "A. away from the bulldozer\nB. toward the bulldozer",
         2,
         0,
         True,
     ),
     (
         "21206",
-        "Which is a complete sentence?\nA. Amy is from Greenwood now she lives in Wildgrove.\nB. This book explains it.",
+        "Which is a complete sentence?\n"
+        "A. Amy is from Greenwood now she lives in Wildgrove.\nB. This book explains it.",
         2,
         1,
         False,
@@ -236,13 +61,13 @@ def science_qa(root: Path) -> None:
             "image": "image.png" if has_image else None,
             "split": "test",
         }
-    as_json(root / "llava_test_CQM-A.json", rows)
-    as_json(root / "problems.json", problems)
-    as_json(root / "pid_splits.json", {"train": [], "test": list(problems)})
-    pictures(root / "images/test", [row["image"] for row in rows if "image" in row])
+    write_json(root / "llava_test_CQM-A.json", rows)
+    write_json(root / "problems.json", problems)
+    write_json(root / "pid_splits.json", {"train": [], "test": list(problems)})
+    write_pictures(root / "images/test", [row["image"] for row in rows if "image" in row])
 
 
-MME = (  # question as the text file has it, as the question file has it, truth
+MME = (  # subtask, image, question in the text file, question in the question file, ground truth
     (
         "existence",
         "000000006040.jpg",
@@ -289,12 +114,12 @@ MME = (  # question as the text file has it, as the question file has it, truth
 
 
 def mme(root: Path) -> None:
-    jsonl(
+    write_jsonl(
         root / "llava_mme.jsonl",
-        [_question(f"{task}/{name}", f"{task}/{name}", asked + SHORT, task) for task, name, _, asked, _ in MME],
+        [question_row(f"{task}/{name}", f"{task}/{name}", asked + SHORT, task) for task, name, _, asked, _ in MME],
     )
     images = root / "MME_Benchmark_release_version"
-    pictures(images, {f"{task}/{name}" for task, name, *_ in MME})
+    write_pictures(images, {f"{task}/{name}" for task, name, *_ in MME})
     for task, name, text, _, truth in MME:
         folder = images / task / ("questions_answers_YN" if "/" in name else "")
         folder.mkdir(exist_ok=True)
@@ -307,11 +132,11 @@ def pope(root: Path) -> None:
     for start, split in ((0, "adversarial"), (10_000_000, "random"), (20_000_000, "popular")):
         things = ["snowboard", "car", "person", "chair"]
         rows += [
-            _question(start + k + 1, f"COCO_val2014_{k:012}.jpg", f"Is there a {thing} in the image?{SHORT}", split)
+            question_row(start + k + 1, f"COCO_val2014_{k:012}.jpg", f"Is there a {thing} in the image?{SHORT}", split)
             for k, thing in enumerate(things)
         ]
         labels = ["yes", "no", "yes", "no"]
-        jsonl(
+        write_jsonl(
             root / f"coco/coco_pope_{split}.json",
             [
                 {
@@ -323,8 +148,8 @@ def pope(root: Path) -> None:
                 for k, (thing, label) in enumerate(zip(things, labels))
             ],
         )
-    jsonl(root / "llava_pope_test.jsonl", rows)
-    pictures(root / "val2014", {row["image"] for row in rows})
+    write_jsonl(root / "llava_pope_test.jsonl", rows)
+    write_pictures(root / "val2014", {row["image"] for row in rows})
 
 
 def seed(root: Path) -> None:
@@ -335,7 +160,7 @@ def seed(root: Path) -> None:
         name, kind = (101669 + k, "image") if k < 5 else ("v0", "video")
         image = f"SEED-Bench-image/{k}_{k}" if k < 5 else "SEED-Bench-video-image/0.png"
         body = text + "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options))
-        rows.append(_question(name, image, body + LETTER, "default"))
+        rows.append(question_row(name, image, body + LETTER, "default"))
         questions.append(
             {f"choice_{letter}": option for letter, option in zip("abcd", options)}
             | {
@@ -347,12 +172,12 @@ def seed(root: Path) -> None:
                 "question_type_id": 1 + k % 2,
             }
         )
-    jsonl(root / "llava-seed-bench.jsonl", rows)
-    as_json(
+    write_jsonl(root / "llava-seed-bench.jsonl", rows)
+    write_json(
         root / "SEED-Bench.json",
         {"questions": questions, "question_type": {"Scene Understanding": 1, "Instance Identity": 2}},
     )
-    pictures(root, [row["image"] for row in rows[:5]])
+    write_pictures(root, [row["image"] for row in rows[:5]])
 
 
 QBENCH = (
@@ -370,8 +195,8 @@ def qbench(root: Path, split: str = "dev") -> None:
         | ({"correct_ans": right} if split == "dev" else {})
         for k, (text, candidates, right) in enumerate(QBENCH)
     ]
-    as_json(root / f"llvisionqa_{split}.json", rows)
-    pictures(root / "images_llvisionqa", [row["img_path"] for row in rows])
+    write_json(root / f"llvisionqa_{split}.json", rows)
+    write_pictures(root / "images_llvisionqa", [row["img_path"] for row in rows])
 
 
 COLUMNS = (
@@ -429,7 +254,7 @@ def mmbench(root: Path, split: str = "dev_20230712") -> None:
 
     lines = ["\t".join(COLUMNS)]
     for k, (index, question, hint, a, b, c, d, answer, category, l2) in enumerate(MMBENCH):
-        image = base64.b64encode(picture(k)).decode()
+        image = base64.b64encode(encode_picture(k)).decode()
         cells = (index, question, hint, a, b, c, d, answer, category, image, "made here", l2, "", "dev")
         lines.append("\t".join(map(cell, cells)))
     (root / f"mmbench_{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -449,14 +274,16 @@ WILD = (
 
 
 def llava_bench(root: Path) -> None:
-    jsonl(
+    write_jsonl(
         root / "questions.jsonl",
-        [_question(k, image, text, category) for k, (image, category, text) in enumerate(WILD)],
+        [question_row(k, image, text, category) for k, (image, category, text) in enumerate(WILD)],
     )
-    jsonl(root / "context.jsonl", [{"id": f"{k}", "image": f"00{k}.jpg", "caption": f"Picture {k}."} for k in (1, 2)])
+    write_jsonl(
+        root / "context.jsonl", [{"id": f"{k}", "image": f"00{k}.jpg", "caption": f"Picture {k}."} for k in (1, 2)]
+    )
     with (root / "context.jsonl").open("a") as file:
         file.write(json.dumps({"id": "3", "image": "003.jpg", "caption": ["One sentence.", "Another."]}) + "\n")
-    jsonl(
+    write_jsonl(
         root / "answers_gpt4.jsonl",
         [
             {
@@ -470,7 +297,7 @@ def llava_bench(root: Path) -> None:
             for k, (_, _, text) in enumerate(WILD)
         ],
     )
-    pictures(root / "images", {image for image, *_ in WILD})
+    write_pictures(root / "images", {image for image, *_ in WILD})
 
 
 VET = (
@@ -483,8 +310,9 @@ VET = (
 
 
 def mm_vet(root: Path) -> None:
-    jsonl(
-        root / "llava-mm-vet.jsonl", [_question(k, f"v1_{k}.png", text, "conv") for k, (text, _, _) in enumerate(VET)]
+    write_jsonl(
+        root / "llava-mm-vet.jsonl",
+        [question_row(k, f"v1_{k}.png", text, "conv") for k, (text, _, _) in enumerate(VET)],
     )
     truth = {
         f"v1_{k}": {
@@ -496,23 +324,8 @@ def mm_vet(root: Path) -> None:
         }
         for k, (text, answer, capability) in enumerate(VET)
     }
-    as_json(root / "mm-vet.json", truth)
-    pictures(root / "images", [f"v1_{k}.png" for k in range(len(VET))])
-
-
-def custom(root: Path) -> None:
-    rows = [
-        {
-            "question_id": k,
-            "image": f"{k}.png",
-            "text": f"What is it, {k}?",
-            "answer": ["a dog", "puppy"] if k else "Two",
-        }
-        for k in range(4)
-    ]
-    jsonl(root / "questions.jsonl", [*rows, {"question_id": "text", "text": "Who are you?"}])
-    pictures(root / "images", ["0.png", "1.png"])
-    pictures(root, ["2.png", "3.png"])
+    write_json(root / "mm-vet.json", truth)
+    write_pictures(root / "images", [f"v1_{k}.png" for k in range(len(VET))])
 
 
 WRITERS: dict[tuple[str, str | None], Callable[[Path], None]] = {
@@ -534,4 +347,4 @@ WRITERS: dict[tuple[str, str | None], Callable[[Path], None]] = {
     ("mm_vet", None): mm_vet,
     ("custom", None): custom,
 }
-"""By benchmark and split."""
+"""Functions that write a benchmark to a folder, by benchmark name and split."""

@@ -107,7 +107,8 @@ def ask_endpoint(
 
     if given.endpoint_model is None or world.size > 1:
         raise ConfigError(
-            "--endpoint needs --endpoint-model, the model's name in the server's /v1/models, and one process: raise --concurrency instead"
+            "--endpoint needs --endpoint-model, the model's name in the server's /v1/models, and one process: raise "
+            "--concurrency instead"
         )
     endpoint = Endpoint(
         url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency

@@ -160,13 +160,15 @@ def _load(export: Path) -> tuple[Any, Any]:
         from transformers import AutoModelForImageTextToText, AutoProcessor
     except ImportError as error:
         raise OpsError(
-            f"transformers is needed to compare logits and is not installed ({error}); install transformers 4.57 or later"
+            f"transformers is needed to compare logits and is not installed ({error}); install transformers 4.57 or "
+            "later"
         ) from error
     try:
         processor = AutoProcessor.from_pretrained(str(export), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConversionError(
-            f"{export}: transformers cannot load its processor ({error}); logits can only be compared with an export made by this package"
+            f"{export}: transformers cannot load its processor ({error}); logits can only be compared with an export "
+            "made by this package"
         ) from error
     model, report = AutoModelForImageTextToText.from_pretrained(
         str(export), local_files_only=True, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
@@ -174,7 +176,8 @@ def _load(export: Path) -> tuple[Any, Any]:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise ConversionError(
-                f"{export}: transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(report[kind])[:5]))}"
+                f"{export}: transformers finds {kind.replace('_', ' ')}: "
+                f"{', '.join(map(str, sorted(report[kind])[:5]))}"
             )
     return processor, model.eval()
 

@@ -81,7 +81,8 @@ def read_json(path: Path, kind: type) -> Any:
         raise DataError(f"{path}: is no JSON ({error}); fetch it again") from error
     if not isinstance(content, kind):
         raise DataError(
-            f"{path}: holds a JSON {type(content).__name__}, expected a {kind.__name__}; it is another file than the official one"
+            f"{path}: holds a JSON {type(content).__name__}, expected a {kind.__name__}; it is another file than the "
+            "official one"
         )
     return content
 
@@ -109,7 +110,8 @@ def get_field(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
         raise DataError(
-            f"{where}: {key!r} is {str(value)[:60]!r}; expected a {kinds}. The file is damaged, or another than the official one"
+            f"{where}: {key!r} is {str(value)[:60]!r}; expected a {kinds}. The file is damaged, or another than the "
+            "official one"
         )
     return value
 

@@ -111,8 +111,10 @@ def judge(
 def resume_instructions(directory: Path, *, model: str) -> str:
     """Instructions for the user when open requests were written to a file."""
     return (
-        f"the questions for the judge are in {directory / REQUESTS}. Either start the same command again with --judge-base-url (any server that "
-        f"speaks OpenAI's interface; it is asked for --judge-model {model}), or send the file to OpenAI's Batch API yourself, put its output at "
+        f"the questions for the judge are in {directory / REQUESTS}. Either start the same command again with "
+        "--judge-base-url (any server that "
+        f"speaks OpenAI's interface; it is asked for --judge-model {model}), or send the file to OpenAI's Batch API "
+        "yourself, put its output at "
         f"{directory / REPLIES}, and start the same command again. A line of yours may also be "
         '{"custom_id": "...", "content": "the raw reply"}'
     )
@@ -143,7 +145,8 @@ def _ask(
     if failures:
         name, first = failures[0]
         raise DataError(
-            f"judge {chat.endpoint.model} at {chat.endpoint.url}: {len(failures)} of {len(opened)} requests got no reply; {name}: {first}. "
+            f"judge {chat.endpoint.model} at {chat.endpoint.url}: {len(failures)} of {len(opened)} requests got no "
+            f"reply; {name}: {first}. "
             "See to it, and start the same command again: the replies that came are kept"
         ) from first
 

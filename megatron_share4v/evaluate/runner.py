@@ -138,7 +138,8 @@ def _ask(evaluation: Evaluation, asker: Client, items: Sequence[Doc], journal: A
             bar.update(len(outcomes))
             if failed := next((outcome for outcome in outcomes if outcome.error is not None), None):
                 raise DataError(
-                    f"{evaluation.task.name}, question {failed.id}: {failed.error}. The answers so far are kept; the same command goes on"
+                    f"{evaluation.task.name}, question {failed.id}: {failed.error}. The answers so far are kept; the "
+                    "same command goes on"
                 )
 
 

@@ -184,7 +184,10 @@ class Prediction:
         if self.needed > case.gpu.memory:
             fullest = max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
             parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(self.memory[fullest]).items())
-            yield f"does not fit: pipeline rank {fullest} needs {self.needed / 1e9:.1f} GB of {case.gpu.name}'s {case.gpu.memory / 1e9:.0f} ({parts})"
+            yield (
+                f"does not fit: pipeline rank {fullest} needs {self.needed / 1e9:.1f} GB of {case.gpu.name}'s "
+                f"{case.gpu.memory / 1e9:.0f} ({parts})"
+            )
 
 
 def rank_memory(case: Case, rank: int) -> Memory:

@@ -46,11 +46,16 @@ def _asked(plan: Prediction) -> Iterator[str]:
         sum(elements * count * (trains or everything) for elements, count, trains in weights)
         for everything in (True, False)
     )
-    yield f"model     {total / 1e6:,.0f} M weights, of which {trained / 1e6:,.0f} M train, {case.config.precision.dtype}"
+    yield (
+        f"model     {total / 1e6:,.0f} M weights, of which {trained / 1e6:,.0f} M train, {case.config.precision.dtype}"
+    )
     yield f"workload  {case.workload.source}"
     sequence = ", sequence parallel" if case.config.parallel.sequence else ""
     yield f"layout    {case.layout}{sequence}, recompute {train.recompute}"
-    yield f"batch     {train.global_batch_size} in micro-batches of {train.micro_batch_size}, {case.micro_batches} on each data-parallel rank"
+    yield (
+        f"batch     {train.global_batch_size} in micro-batches of {train.micro_batch_size}, {case.micro_batches} on "
+        "each data-parallel rank"
+    )
     yield ""
     yield (
         f"{'rank':>4} {'layers':<12}"
@@ -62,10 +67,14 @@ def _asked(plan: Prediction) -> Iterator[str]:
         forward, backward = (1000 * sum(plan.stages[stage][kind] for stage in case.stages(rank)) for kind in (0, 1))
         yield f"{rank:>4} {_contents(plan, rank):<12}{sizes}{memory.total / 1e9:>10.1f}{forward:>9.1f}{backward:>9.1f}"
     needed, limit = plan.needed / 1e9, case.gpu.memory / 1e9
-    yield f"     the fullest rank, with {case.assumptions.fragments:.0%} of fragments and a reserve: {needed:.1f} GB of {limit:.0f}"
+    yield (
+        f"     the fullest rank, with {case.assumptions.fragments:.0%} of fragments and a reserve: {needed:.1f} GB of "
+        f"{limit:.0f}"
+    )
     yield ""
     yield (
-        f"step      {plan.step_s:.3f} s: pipeline {plan.pipeline_s:.3f} (bubble {plan.bubble:.1%}, slowest rank {plan.imbalance:.1%} over the mean), "
+        f"step      {plan.step_s:.3f} s: pipeline {plan.pipeline_s:.3f} (bubble {plan.bubble:.1%}, slowest rank "
+        f"{plan.imbalance:.1%} over the mean), "
         f"gradients and update {plan.after_s:.3f}"
     )
     yield "messages  per rank and step: " + ", ".join(
@@ -87,7 +96,10 @@ def duration(plan: Prediction) -> str:
     if plan.hours is None:
         return "hours are not known without the number of samples: give --samples, or the prepared data set"
     gpus = plan.case.layout.world_size
-    return f"{plan.steps:,} steps, {plan.hours:.1f} h, {plan.hours * gpus:,.0f} GPU-hours, without validation, checkpoints and restarts"
+    return (
+        f"{plan.steps:,} steps, {plan.hours:.1f} h, {plan.hours * gpus:,.0f} GPU-hours, without validation, "
+        "checkpoints and restarts"
+    )
 
 
 def ranking(found: SearchResult) -> Iterator[str]:
@@ -108,7 +120,8 @@ def ranking(found: SearchResult) -> Iterator[str]:
 
 _FP8_BY_US = "Ours: one 8-bit form of each input is kept, and weights are cast for each micro-batch (memory as measured on the CPU)."
 _FP8_BY_ENGINE = (
-    "Transformer Engine: by reading its 2.20, not measured: one 8-bit form of this rank's rows of each input is kept, and of each weight two, cast "
+    "Transformer Engine: by reading its 2.20, not measured: one 8-bit form of this rank's rows of each input is kept, "
+    "and of each weight two, cast "
     "once in a step; all recipes as fast as each other, blocks' scales kept beside the codes."
 )
 
@@ -116,24 +129,32 @@ _FP8_BY_ENGINE = (
 def _assumptions(plan: Prediction) -> Iterator[str]:
     case, gpu, assumed = plan.case, plan.case.gpu, plan.case.assumptions
     yield (
-        f"assumed: {gpu.name} with {gpu.bf16 / 1e12:.0f} TFLOP/s in BF16, {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.link / 1e9:.0f} GB/s between "
+        f"assumed: {gpu.name} with {gpu.bf16 / 1e12:.0f} TFLOP/s in BF16, {gpu.bandwidth / 1e12:.2f} TB/s, "
+        f"{gpu.link / 1e9:.0f} GB/s between "
         f"{gpu.per_server} GPUs of a server, {gpu.network / 1e9:.0f} GB/s each to other servers;"
     )
     yield (
-        f"  of these {assumed.matrices:.0%} in products with wide matrices, {assumed.attention:.0%} in attention, {assumed.memory:.0%} of the "
+        f"  of these {assumed.matrices:.0%} in products with wide matrices, {assumed.attention:.0%} in attention, "
+        f"{assumed.memory:.0%} of the "
         f"memory's bandwidth, {assumed.links:.0%} of the links;"
     )
     collective, layer, step = assumed.collective_s * 1e6, assumed.layer_s * 1e6, assumed.step_s * 1e3
     yield f"  {collective:.0f} us per collective, {layer:.0f} us per layer at least, {step:.0f} ms per step."
     if case.config.precision.fp8 != "none" and gpu.fp8:
-        yield f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest of them in BF16."
+        yield (
+            f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest "
+            "of them in BF16."
+        )
         yield f"  {_FP8_BY_ENGINE if case.settings.fp8.engine else _FP8_BY_US}"
     hidden = (
         "hidden behind the last backward pass"
         if case.config.parallel.overlap_grad_reduce
         else "not hidden (parallel.overlap_grad_reduce is off)"
     )
-    yield f"  Messages of the tensor and the context axis are not hidden; the reduction of gradients is {hidden}; data is never waited for."
+    yield (
+        f"  Messages of the tensor and the context axis are not hidden; the reduction of gradients is {hidden}; data "
+        "is never waited for."
+    )
 
 
 def record(plan: Prediction) -> dict[str, Any]:

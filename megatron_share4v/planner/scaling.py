@@ -50,7 +50,8 @@ BENCH |= {
 PACKS = {"pretrain": 48, "finetune": 24}
 """Packs in a step: about as many samples as the global batch of the recipe."""
 COLUMNS = (
-    "model", "stage", "GPUs", "tensor", "context", "pipeline", "virtual", "data", "micro-batch", "recompute", "step, s", "tokens/s/GPU",
+    "model", "stage", "GPUs", "tensor", "context", "pipeline", "virtual", "data", "micro-batch", "recompute", "step, "
+    "s", "tokens/s/GPU",
     "MFU", "hardware", "bubble", "GB", "hours", "GPU-hours",
 )  # fmt: skip
 HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
@@ -165,12 +166,15 @@ def inefficient_runs(root: Path) -> Iterator[str]:
             best, small = fastest_layout(run, root), fastest_layout(replace(run, gpus=SIZES[0]), root)
             setting = "`loss.normalize: tokens`" if overrides else "the recipe's micro-batch"
             yield (
-                f"- **{run.model_name} {STAGES[run.stage]} on {TOO_LARGE:,} GPUs, {setting}**: bubble {best.bubble:.1%}, MFU {best.mfu:.1%}, "
-                f"{run_hours(best) * TOO_LARGE:,.0f} GPU-hours for what {SIZES[0]} GPUs do in {run_hours(small) * SIZES[0]:,.0f}."
+                f"- **{run.model_name} {STAGES[run.stage]} on {TOO_LARGE:,} GPUs, {setting}**: bubble "
+                f"{best.bubble:.1%}, MFU {best.mfu:.1%}, "
+                f"{run_hours(best) * TOO_LARGE:,.0f} GPU-hours for what {SIZES[0]} GPUs do in "
+                f"{run_hours(small) * SIZES[0]:,.0f}."
             )
     best = fastest_layout(long_context_run(TOO_LONG), root)
     yield (
-        f"- **7B stage 2 in packs of {TOO_LONG:,} on 64 GPUs**: {LONG_STEP // TOO_LONG} packs per step leave a bubble of {best.bubble:.1%} and "
+        f"- **7B stage 2 in packs of {TOO_LONG:,} on 64 GPUs**: {LONG_STEP // TOO_LONG} packs per step leave a bubble "
+        f"of {best.bubble:.1%} and "
         f"{best.mfu:.1%} MFU ({_describe_layout(best)}). Raise the global batch or take fewer GPUs."
     )
 
@@ -184,17 +188,23 @@ def large_scale_limits(root: Path) -> Iterator[str]:
     replica, widest = per_server * layers, train.global_batch_size // train.micro_batch_size
     found = search_layouts(run, root)
     yield (
-        f"1. **The global batch.** {train.global_batch_size} samples in micro-batches of {train.micro_batch_size}, which the official averaging "
-        f"makes part of the recipe, occupy at most {widest} data-parallel ranks. A replica has at most {per_server} x {layers} = {replica} GPUs "
-        f"(tensor parallelism inside a server, one layer per stage), so at most {widest * replica:,} GPUs have work: of {found.tried} layouts of "
+        f"1. **The global batch.** {train.global_batch_size} samples in micro-batches of {train.micro_batch_size}, "
+        "which the official averaging "
+        f"makes part of the recipe, occupy at most {widest} data-parallel ranks. A replica has at most {per_server} x "
+        f"{layers} = {replica} GPUs "
+        f"(tensor parallelism inside a server, one layer per stage), so at most {widest * replica:,} GPUs have work: "
+        f"of {found.tried} layouts of "
         f"{LARGEST:,}, {len(found.best)} run."
     )
     free = fastest_layout(replace(run, overrides=TOKENS), root)
     small = fastest_layout(replace(run, gpus=8), root)
     yield (
-        f"2. **Work per GPU.** With `loss.normalize: tokens` the micro-batch may shrink to 1: the best layout ({_describe_layout(free)}) takes "
-        f"{free.step_s:.3f} s per step at {free.mfu:.1%} MFU, {run_hours(free) * LARGEST:,.0f} GPU-hours for what 8 GPUs do in "
-        f"{run_hours(small) * 8:.0f}. The kernels of a layer take less time than their launches, and the first stage, which alone has the vision "
+        "2. **Work per GPU.** With `loss.normalize: tokens` the micro-batch may shrink to 1: the best layout "
+        f"({_describe_layout(free)}) takes "
+        f"{free.step_s:.3f} s per step at {free.mfu:.1%} MFU, {run_hours(free) * LARGEST:,.0f} GPU-hours for what 8 "
+        "GPUs do in "
+        f"{run_hours(small) * 8:.0f}. The kernels of a layer take less time than their launches, and the first stage, "
+        "which alone has the vision "
         "tower, delays the others."
     )
     batch, plan = train.global_batch_size, free
@@ -202,12 +212,15 @@ def large_scale_limits(root: Path) -> Iterator[str]:
         batch *= 2
         plan = fastest_layout(replace(run, overrides=(*TOKENS, f"train.global_batch_size={batch}")), root)
     yield (
-        f"3. **A larger global batch** would be needed: 30 % MFU takes about {batch:,} samples per step ({_describe_layout(plan)}), "
-        f"{math.ceil(SAMPLES['pretrain'] / batch)} steps for all of stage 1, which is a different recipe. Only larger models and data sets "
+        f"3. **A larger global batch** would be needed: 30 % MFU takes about {batch:,} samples per step "
+        f"({_describe_layout(plan)}), "
+        f"{math.ceil(SAMPLES['pretrain'] / batch)} steps for all of stage 1, which is a different recipe. Only larger "
+        "models and data sets "
         "justify this size; these recipes gain nothing beyond some hundred GPUs."
     )
     yield (
-        f"4. **Not predicted here**: {free.case.layout.data}-wide reductions over a network shared with other jobs, a checkpoint "
+        f"4. **Not predicted here**: {free.case.layout.data}-wide reductions over a network shared with other jobs, a "
+        "checkpoint "
         f"written by {LARGEST:,} ranks at once, a node lost every few hours, and one slow GPU that all others wait for."
     )
 

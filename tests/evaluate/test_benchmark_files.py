@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from official_files import WRITERS, as_json, jsonl
+from benchmark_writers import write_json, write_jsonl
+from official_files import WRITERS
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import RequiredFile
@@ -43,8 +44,8 @@ def test_each_missing_file_is_named(name: str, split: str | None, need: Required
     message = str(raised.value)
     assert f"{paths[0]} does not exist" in message  # what
     assert (
-        f"MISSING {' or '.join(known.replace('{split}', get_task(name).split(split)) for known in need.names)}: {need.source}"
-        in message
+        f"MISSING {' or '.join(known.replace('{split}', get_task(name).split(split)) for known in need.names)}: "
+        f"{need.source}" in message
     )
     assert f"expected below --data {tmp_path}:" in message and raised.value.exit_code == 2
     for other in get_task(name).needs:
@@ -89,7 +90,7 @@ def test_questions_without_the_official_directive_are_another_file(name: str, tm
     WRITERS[name, None](tmp_path)
     path = get_task(name).open(tmp_path)["questions"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    jsonl(path, [{**row, "text": row["text"].split("\n")[0]} for row in rows])
+    write_jsonl(path, [{**row, "text": row["text"].split("\n")[0]} for row in rows])
     with pytest.raises(DataError, match=rf"{path.name}:1: the text is .* does not end with"):
         items(name, tmp_path)
 
@@ -117,7 +118,7 @@ FOREIGN = [  # benchmark, file, what it holds, what is said
 )
 def test_files_that_do_not_belong_together(name: str, file: str, content: object, message: str, tmp_path: Path) -> None:
     WRITERS[name, None](tmp_path)
-    as_json(tmp_path / file, content)
+    write_json(tmp_path / file, content)
     with pytest.raises(DataError, match=message):
         items(name, tmp_path)
 

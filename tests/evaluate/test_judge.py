@@ -63,14 +63,21 @@ def test_llava_bench_asks_as_the_official_script(tmp_path: Path) -> None:
     }
     assert body["messages"][1]["role"] == "user" and (body["temperature"], body["max_tokens"]) == (0.2, 1024)
     assert body["messages"][1]["content"] == (
-        "[Context]\nOne sentence.\nAnother.\n\n[Question]\nTell all.\n\n[Assistant 1]\nReference 4.\n\n[End of Assistant 1]\n\n"
+        "[Context]\nOne sentence.\nAnother.\n\n[Question]\nTell all.\n\n[Assistant 1]\nReference 4.\n\n[End of "
+        "Assistant 1]\n\n"
         "[Assistant 2]\nA view. 4\n\n[End of Assistant 2]\n\n[System]\n"
-        "We would like to request your feedback on the performance of two AI assistants in response to the user question displayed above. "
-        "The user asks the question on observing an image. For your reference, the visual content in the image is represented with a few sentences "
-        "describing the image. \nPlease rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an "
-        "overall score on a scale of 1 to 10, where a higher score indicates better overall performance.\nPlease first output a single line "
-        "containing only two values indicating the scores for Assistant 1 and 2, respectively. The two scores are separated by a space.\nIn the "
-        "subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the order in "
+        "We would like to request your feedback on the performance of two AI assistants in response to the user "
+        "question displayed above. "
+        "The user asks the question on observing an image. For your reference, the visual content in the image is "
+        "represented with a few sentences "
+        "describing the image. \nPlease rate the helpfulness, relevance, accuracy, level of details of their "
+        "responses. Each assistant receives an "
+        "overall score on a scale of 1 to 10, where a higher score indicates better overall performance.\nPlease first "
+        "output a single line "
+        "containing only two values indicating the scores for Assistant 1 and 2, respectively. The two scores are "
+        "separated by a space.\nIn the "
+        "subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential bias "
+        "and ensuring that the order in "
         "which the responses were presented does not affect your judgment.\n\n"
     )
     assert requests[0].body(["nonsense"]) is None  # asked once, whatever came
@@ -81,13 +88,14 @@ def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
     first, again = requests[0].body([]), requests[0].body(["about"])
     content = first["messages"][0]["content"]
     assert content.startswith(
-        "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in the ground"
+        "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> "
+        "in the ground"
     )
     assert content.endswith("unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0\n\n"
                             "What is x in the equation? | -1 <AND> -5 | A view. 0 | ")  # fmt: skip
     assert (
-        "space of the correctness score.\n\nQuestion | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\nWhat is x in the"
-        in content
+        "space of the correctness score.\n\nQuestion | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
+        "What is x in the" in content
     )
     assert (
         content.count("\nCan you explain this meme? | ") == 2 and len(content) == 2290 + 1 + 55
@@ -178,7 +186,10 @@ def test_what_was_said_is_never_asked_again(tmp_path: Path) -> None:
     with judging(sometimes) as (url, server):
         with pytest.raises(
             DataError,
-            match=r"1 of 5 requests got no reply; 3/0/\w+: the endpoint refused: HTTP 400: too long.*replies that came are kept",
+            match=(
+                r"1 of 5 requests got no reply; 3/0/\w+: the endpoint refused: HTTP 400: too long.*replies that came "
+                r"are kept"
+            ),
         ):
             judge(requests, out, model="judge", chat=chat(url))
         assert len(server.requests) == 5

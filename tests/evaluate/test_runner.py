@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from benchmark_writers import encode_picture, write_jsonl
 from fake_endpoint import completion, serving
 from forked_tools import Tool, run_tool
 from hf_fixtures import write_llava_hf
-from official_files import WRITERS, jsonl, picture
+from official_files import WRITERS
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.clients import LocalClient, RemoteClient
@@ -54,11 +55,11 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
     (folder / "images").mkdir()
     for number in range(5):
-        (folder / "images" / f"{number}.jpg").write_bytes(picture(number))
+        (folder / "images" / f"{number}.jpg").write_bytes(encode_picture(number))
     rows = [
         {"question_id": n, "text": f"What is {'in' * (n % 4)} number {n}?", "answer": "no"} for n in range(QUESTIONS)
     ]
-    jsonl(
+    write_jsonl(
         folder / "questions.jsonl",
         [row | ({} if n % 6 == 5 else {"image": f"{n % 5}.jpg"}) for n, row in enumerate(rows)],
     )
@@ -209,9 +210,9 @@ def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: P
 
 
 def test_a_question_that_cannot_be_asked_is_named(replica: Replica, tmp_path: Path) -> None:
-    jsonl(tmp_path / "questions.jsonl", [{"question_id": n, "image": f"{n}.jpg", "text": "?"} for n in range(3)])
+    write_jsonl(tmp_path / "questions.jsonl", [{"question_id": n, "image": f"{n}.jpg", "text": "?"} for n in range(3)])
     for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(picture(number) if number != 1 else b"no picture")
+        (tmp_path / f"{number}.jpg").write_bytes(encode_picture(number) if number != 1 else b"no picture")
     with pytest.raises(DataError, match=r"custom, question 1: .*cannot be read"):
         ask(Evaluation("custom", data=tmp_path, out=tmp_path / "out"), replica)
 

@@ -80,7 +80,10 @@ def test_the_largest_world_takes_seconds_and_no_torch(repository: Path) -> None:
         "train.micro_batch_size=1",
     )
     assert "fastest of" in done.stdout and time.perf_counter() - begun < 30, done.stdout + done.stderr
-    light = "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\nassert not {'torch', 'megatron.core', 'matplotlib'} & set(sys.modules)"
+    light = (
+        "import sys; sys.argv = ['plan', '--help']\nimport tools.plan\nassert not {'torch', 'megatron.core', "
+        "'matplotlib'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", light], cwd=repository, check=True)
 
 

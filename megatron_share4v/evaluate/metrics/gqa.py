@@ -49,7 +49,8 @@ def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> G
     missing = [question.id for question in asked if question.id not in predictions]
     if missing:
         raise DataError(
-            f"GQA: no prediction for {len(missing)} of {len(asked)} questions, the first is {missing[0]}; finish the run first"
+            f"GQA: no prediction for {len(missing)} of {len(asked)} questions, the first is {missing[0]}; finish the "
+            "run first"
         )
     right = {question.id: predictions[question.id] == question.answer for question in asked}
 

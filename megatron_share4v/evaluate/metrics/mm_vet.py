@@ -69,12 +69,14 @@ def aggregate(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, 
     strays = set(grades) ^ set(capabilities)
     if strays or not grades:
         raise DataError(
-            f"MM-Vet: {len(strays)} questions are graded but unknown, or known but not graded ({sorted(strays)[:3]}); finish grading"
+            f"MM-Vet: {len(strays)} questions are graded but unknown, or known but not graded ({sorted(strays)[:3]}); "
+            "finish grading"
         )
     runs = len(next(iter(grades.values())))
     if any(len(row) != runs for row in grades.values()) or not runs:
         raise DataError(
-            f"MM-Vet: questions have between {min(map(len, grades.values()))} and {max(map(len, grades.values()))} runs of grades"
+            f"MM-Vet: questions have between {min(map(len, grades.values()))} and {max(map(len, grades.values()))} "
+            "runs of grades"
         )
     sums: dict[tuple[str, str], list[float]] = {}
     counts: Counter[tuple[str, str]] = Counter()

@@ -64,7 +64,8 @@ def parse_truth(task: str, file_name: str, text: str) -> dict[tuple[str, str, st
         fields = line.strip().split("\t")
         if len(fields) != 2:
             raise DataError(
-                f"{task}/{file_name}:{number}: {line!r} is not a question, a tab and Yes or No; take the file from MME's release"
+                f"{task}/{file_name}:{number}: {line!r} is not a question, a tab and Yes or No; take the file from "
+                "MME's release"
             )
         truth[task, file_name, fields[0]] = fields[1]
     return truth
@@ -127,7 +128,8 @@ def _task(task: str, text: str, profile: Profile) -> MmeTask:
     lines = io.StringIO(text, newline=None).readlines()
     if len(lines) % 2:
         raise DataError(
-            f"{task}.txt has {len(lines)} lines, not two per image; an answer is missing, or has a line break (profile corrected)"
+            f"{task}.txt has {len(lines)} lines, not two per image; an answer is missing, or has a line break (profile "
+            "corrected)"
         )
     outcomes: list[tuple[int, str, str]] = []
     for number, line in enumerate(lines):

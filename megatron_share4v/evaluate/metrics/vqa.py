@@ -103,7 +103,8 @@ def textvqa_accuracy(items: Sequence[VqaItem], *, profile: Profile = OFFICIAL) -
     for number, item in enumerate(items):
         if len(item.answers) != ANNOTATORS:
             raise DataError(
-                f"TextVQA question {number} has {len(item.answers)} answers, not {ANNOTATORS}; take the official annotation file"
+                f"TextVQA question {number} has {len(item.answers)} answers, not {ANNOTATORS}; take the official "
+                "annotation file"
             )
         answers = [normalise_evalai(answer, profile=profile) for answer in item.answers]
         scores.append(average(leave_one_out(normalise_evalai(item.prediction, profile=profile), answers)))
@@ -127,7 +128,8 @@ def textvqa_question(prompt: str) -> str:
         question = lines[0]
     else:
         raise DataError(
-            f"no TextVQA question in the prompt {prompt!r}: expected question, OCR tokens (optional) and directive, a line each"
+            f"no TextVQA question in the prompt {prompt!r}: expected question, OCR tokens (optional) and directive, a "
+            "line each"
         )
     return question.lower()
 

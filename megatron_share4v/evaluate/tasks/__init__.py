@@ -29,6 +29,7 @@ def get_task(name: str) -> Task:
     if known not in TASKS:
         [nearest] = difflib.get_close_matches(known, TASKS, n=1, cutoff=0.0)
         raise ConfigError(
-            f"--benchmark {name}: there is no such benchmark; the nearest is {nearest}. Choose one of {', '.join(TASKS)}"
+            f"--benchmark {name}: there is no such benchmark; the nearest is {nearest}. Choose one of "
+            f"{', '.join(TASKS)}"
         )
     return TASKS[known]

@@ -26,7 +26,8 @@ def _read_science(folder: Folder) -> Iterator[Doc]:
         name = get_field(row, "id", str, where=f"{where}, entry {number}")
         if name not in problems or name not in split:
             raise DataError(
-                f"{where}, entry {number}: problem {name} is not in the test split of {folder['problems']} and {folder['splits'].name}"
+                f"{where}, entry {number}: problem {name} is not in the test split of {folder['problems']} and "
+                f"{folder['splits'].name}"
             )
         problem = problems[name]
         require(problem, where=f"{folder['problems']}, {name}", choices=list, answer=int)
@@ -64,7 +65,8 @@ def _read_seed(folder: Folder) -> Iterator[Doc]:
     for where, row in rows:
         if str(row["question_id"]) not in truths:
             raise DataError(
-                f"{where}: question {row['question_id']} is not in {folder['annotations']}; take both files of SEED-Bench's first version"
+                f"{where}: question {row['question_id']} is not in {folder['annotations']}; take both files of "
+                "SEED-Bench's first version"
             )
     # LLaVA's file has frames of videos too; ShareGPT4V's number is of images.
     rows = [(where, row) for where, row in rows if truths[str(row["question_id"])]["data_type"] == "image"]

@@ -24,7 +24,8 @@ def _read(folder: Folder) -> Iterator[Doc]:
             image = next((p for p in (folder.root / "images" / path, folder.root / path) if p.is_file()), None)
             if image is None:
                 raise DataError(
-                    f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}"
+                    f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n"
+                    f"{folder.layout}"
                 )
         yield Doc(
             id=name,
@@ -61,7 +62,8 @@ TASKS = (
             RequiredFile(
                 "questions",
                 ("questions.jsonl",),
-                'yours: one {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, perhaps with "answer"',
+                'yours: one {"question_id": 1, "image": "a.jpg", "text": "What is this?"} a line, perhaps with '
+                '"answer"',
             ),
         ),
         read=_read,

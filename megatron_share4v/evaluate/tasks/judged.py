@@ -35,7 +35,8 @@ def _read_wild(folder: Folder) -> Iterator[Doc]:
         reference = references.get(row["question_id"], {})
         if row["image"] not in contexts or row.get("category") not in CATEGORIES or "text" not in reference:
             raise DataError(
-                f"{where}: question {row['question_id']} needs a category ({', '.join(CATEGORIES)}), a context of its image {row['image']} and a "
+                f"{where}: question {row['question_id']} needs a category ({', '.join(CATEGORIES)}), a context of its "
+                f"image {row['image']} and a "
                 f"reference answer; take all files of one release\n{folder.layout}"
             )
         caption = contexts[row["image"]]

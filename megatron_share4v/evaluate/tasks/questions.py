@@ -39,7 +39,8 @@ def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
         require(row, where=where, question_id=(int, str), image=str, text=str)
         if not number and not row["text"].endswith(ending):
             raise DataError(
-                f"{where}: the text is {row['text'][-80:]!r} and does not end with {ending!r}; take the official file\n{folder.layout}"
+                f"{where}: the text is {row['text'][-80:]!r} and does not end with {ending!r}; take the official file\n"
+                f"{folder.layout}"
             )
         yield where, row
 

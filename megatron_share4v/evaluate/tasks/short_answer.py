@@ -86,7 +86,8 @@ def _read_gqa(folder: Folder) -> Iterator[Doc]:
         truth = truths.get(str(row["question_id"]))
         if truth is None:
             raise DataError(
-                f"{where}: question {row['question_id']} is not in {folder['annotations']}; take the files of testdev_balanced"
+                f"{where}: question {row['question_id']} is not in {folder['annotations']}; take the files of "
+                "testdev_balanced"
             )
         get_field(truth, "answer", str, where=f"{folder['annotations']}, {row['question_id']}")
         meta[str(row["question_id"])] = truth
@@ -143,7 +144,8 @@ def _submit_vizwiz(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mappin
     missing = [item.question_id for item in items if item.id not in texts]
     if missing:  # the official converter asserts it
         raise DataError(
-            f"VizWiz: no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}; the server wants all"
+            f"VizWiz: no answer to {len(missing)} of {len(items)} questions, the first is {missing[0]}; the server "
+            "wants all"
         )
     return {
         f"vizwiz_{folder.split}.json": as_json(
@@ -163,7 +165,8 @@ def _read_textvqa(folder: Folder) -> Iterator[Doc]:
         truth = truths.get((str(item.question_id), vqa.textvqa_question(item.prompt)))
         if truth is None:
             raise DataError(
-                f"{folder['questions']}: {item.question_id}, {item.prompt.splitlines()[0]!r} is not in {where}; take TextVQA 0.5.1 val"
+                f"{folder['questions']}: {item.question_id}, {item.prompt.splitlines()[0]!r} is not in {where}; take "
+                "TextVQA 0.5.1 val"
             )
         yield Doc(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
 

@@ -55,7 +55,8 @@ def _read_pope(folder: Folder) -> Iterator[Doc]:
     for where, row in rows:
         if row.get("category") not in POPE_SPLITS:
             raise DataError(
-                f"{where}: category {row.get('category')!r} is none of {', '.join(POPE_SPLITS)}; take the official file\n{folder.layout}"
+                f"{where}: category {row.get('category')!r} is none of {', '.join(POPE_SPLITS)}; take the official "
+                f"file\n{folder.layout}"
             )
     _labels(folder)
     yield from make_docs(folder, rows)
