@@ -18,7 +18,7 @@ from megatron_share4v.infer.answer_log import DPGroup
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
-LEAST_FAILURES = 8
+MIN_FAILURES = 8
 
 
 def caption_with_endpoint(
@@ -44,7 +44,7 @@ class EndpointCaptioner:
         """Raise ConfigError for an invalid URL or for beams."""
         if settings.num_beams > 1:
             raise ConfigError(
-                f"--num-beams {settings.num_beams}: OpenAI's interface has no beams; leave it out, or caption with "
+                f"--num-beams {settings.num_beams}: OpenAI's API has no beam search; leave it out, or caption with "
                 "--model-name"
             )
         self._endpoint, self._settings, self._client = endpoint, settings, ChatClient(endpoint, sleep=sleep)
@@ -55,7 +55,7 @@ class EndpointCaptioner:
         Raises ConfigError when the endpoint rejects key, model or path, or fails for many images with no success in
         between.
         """
-        most = max(LEAST_FAILURES, 2 * self._endpoint.concurrency)
+        max_failures = max(MIN_FAILURES, 2 * self._endpoint.concurrency)
         held: list[CaptionRow] = []  # failures that may be the endpoint's fault; a success shows that it works
         works = False
         pool = ThreadPoolExecutor(self._endpoint.concurrency)
@@ -68,11 +68,10 @@ class EndpointCaptioner:
                 held += failures
                 if any(row.error is None for row in rows):
                     rows, held, works = rows + held, [], True
-                if len(held) >= most or (held and not running and not works):
+                if len(held) >= max_failures or (held and not running and not works):
                     raise ConfigError(
                         f"endpoint {self._endpoint.url}: the last {len(held)} images got no caption "
-                        f"({held[-1].error}); fix it and run the same "
-                        "command again: finished captions are kept"
+                        f"({held[-1].error}); fix it and run the same command again: finished captions are kept"
                     )
                 if rows:
                     yield rows
@@ -111,5 +110,5 @@ class EndpointCaptioner:
         if given.temperature:
             body |= {"top_p": given.top_p, "seed": given.seed_of(picture)}
         if given.repetition_penalty != 1.0:
-            body["repetition_penalty"] = given.repetition_penalty  # an extension of our server and vLLM
+            body["repetition_penalty"] = given.repetition_penalty  # an extension of this project's server and vLLM
         return body

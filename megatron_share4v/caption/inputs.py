@@ -28,21 +28,21 @@ def read_image_entries(*, images_file: Path | None, images: Sequence[str], root:
     An id is the list's own or the hash of the path; the k-th entry with the same id gets "~k". Raises DataError for an
     invalid list, a missing input, and an empty result.
     """
-    places: list[EntryFields] = []
+    entries: list[EntryFields] = []
     if images_file is not None:
-        places += _listed(images_file, root)
+        entries += _read_list(images_file, root)
     for item in images:
-        places += _found(item, root)
-    if not places:
+        entries += _expand_item(item, root)
+    if not entries:
         raise DataError(
             f"{images_file or ', '.join(images)}: has no images; looked for {', '.join(SUFFIXES)} and .tar below {root}"
         )
-    return list(_with_ids(places))
+    return list(_with_ids(entries))
 
 
-def _with_ids(places: Iterable[EntryFields]) -> Iterator[ImageEntry]:
+def _with_ids(entries: Iterable[EntryFields]) -> Iterator[ImageEntry]:
     used: dict[str, int] = {}
-    for given, path, file, offset, size in places:
+    for given, path, file, offset, size in entries:
         first = given or hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
         name, count = first, used.get(first, 0) + 1
         while count > 1 and (name := f"{first}~{count}") in used:
@@ -52,7 +52,7 @@ def _with_ids(places: Iterable[EntryFields]) -> Iterator[ImageEntry]:
         yield ImageEntry(id=name, path=path, file=file, offset=offset, size=size)
 
 
-def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
+def _read_list(path: Path, root: Path) -> Iterator[EntryFields]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -67,7 +67,7 @@ def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
             entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: is no JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a "
+            f"{path}: is not JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a "
             "line"
         ) from error
     if not isinstance(entries, list):
@@ -84,9 +84,9 @@ def _listed(path: Path, root: Path) -> Iterator[EntryFields]:
         yield None if name is None else str(name), image, str(root / image), 0, None
 
 
-def _found(item: str, root: Path) -> Iterator[EntryFields]:
+def _expand_item(item: str, root: Path) -> Iterator[EntryFields]:
     if (root / item).exists():
-        yield from _at(item, root, asked=True)
+        yield from _entries_at(item, root, explicit=True)
         return
     matches = sorted(glob.glob(item, root_dir=root, recursive=True)) if glob.has_magic(item) else []
     if not matches:
@@ -95,18 +95,18 @@ def _found(item: str, root: Path) -> Iterator[EntryFields]:
             "--images-root"
         )
     for match in matches:
-        yield from _at(match, root, asked=False)
+        yield from _entries_at(match, root, explicit=False)
 
 
-def _at(item: str, root: Path, *, asked: bool) -> Iterator[EntryFields]:
-    """Entries of one path. asked: named by the user, so it counts as an image whatever its suffix."""
+def _entries_at(item: str, root: Path, *, explicit: bool) -> Iterator[EntryFields]:
+    """Entries of one path. explicit: named by the user, so it counts as an image whatever its suffix."""
     path, lower = root / item, item.lower()
     if path.is_dir():
         for folder, below, names in os.walk(path):
             below.sort()
             for name in sorted(names):
-                yield from _at(
-                    PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix(), root, asked=False
+                yield from _entries_at(
+                    PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix(), root, explicit=False
                 )
     elif lower.endswith(COMPRESSED):
         raise DataError(
@@ -114,12 +114,12 @@ def _at(item: str, root: Path, *, asked: bool) -> Iterator[EntryFields]:
             "it a plain .tar"
         )
     elif lower.endswith(".tar"):
-        yield from _members(item, path)
-    elif asked or lower.endswith((*SUFFIXES, ".tiff")):
+        yield from _archive_members(item, path)
+    elif explicit or lower.endswith((*SUFFIXES, ".tiff")):
         yield None, PurePosixPath(item).as_posix(), str(path), 0, None
 
 
-def _members(item: str, path: Path) -> Iterator[EntryFields]:
+def _archive_members(item: str, path: Path) -> Iterator[EntryFields]:
     """Members of an archive: `a/b.tar` has a/b/<member>, as in data preparation (data/prepare/image_files.py)."""
     folder = PurePosixPath(item).with_suffix("")
     try:

@@ -81,8 +81,8 @@ def check_targets(*, annotations: Path | None, shards: Path | None, pictures: Se
         for picture in pictures:
             if picture.path.startswith("/") or ".." in PurePosixPath(picture.path).parts:
                 raise DataError(
-                    f"image {picture.path}: annotations want paths inside one folder of images; name it with "
-                    "--images-root, and images relative to it"
+                    f"image {picture.path}: annotations need paths inside one folder of images; set it with "
+                    "--images-root, and give images relative to it"
                 )
     if shards and shards.exists() and any(not path.name.startswith("shard-") for path in shards.iterdir()):
         raise DataError(f"--shards {shards}: holds more than shards; give an empty or new directory")

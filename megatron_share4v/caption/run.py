@@ -41,15 +41,14 @@ def caption_with_model(
     if world.size % model.tensor:
         raise ConfigError(
             f"--num_gpus {model.tensor} spreads one model over {model.tensor} processes, and {world.size} are "
-            "running; start with "
-            f"torchrun --nproc-per-node {model.tensor} tools/caption.py ..., or a multiple of it to caption with "
+            f"running; start with torchrun --nproc-per-node {model.tensor} tools/caption.py ..., or a multiple of it to caption with "
             "several models at once"
         )
     if not Path(model.name).exists():
         raise ConfigError(
-            f"--model-name {model.name}: is no directory here; give a checkpoint, a run directory or an export of "
-            "tools/convert.py. (ShareCaptioner "
-            "itself has another architecture and is not read: a model of ours takes the same files and options)"
+            f"--model-name {model.name}: no such directory; give a checkpoint, a run directory or an export of "
+            "tools/convert.py. (The published ShareCaptioner has another architecture and cannot be loaded; a model "
+            "trained here takes the same files and options.)"
         )
     requests = model.batch_size * settings.num_beams
     with open_replica(
@@ -75,13 +74,13 @@ class LocalCaptioner:
         """Caption images. Raises DataError when prompt and longest caption exceed the context, as for every image."""
         paths: dict[str, str] = {}
 
-        def works() -> Iterator[GenerationTask]:
+        def tasks() -> Iterator[GenerationTask]:
             for picture in pictures:
                 paths[picture.id] = picture.path
                 yield GenerationTask(picture.id, partial(self._prompt, picture), self._sampling(picture))
 
         for outcomes in generate_stream(
-            self._engine, works(), tokenizer=self._session.encoder.tokenizer, workers=self._workers
+            self._engine, tasks(), tokenizer=self._session.encoder.tokenizer, workers=self._workers
         ):
             yield [
                 CaptionRow(

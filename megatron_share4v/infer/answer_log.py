@@ -39,7 +39,7 @@ class AnswerLog:
         self._file = self.path.open("ab")
         if not try_lock(self._file):
             raise DataError(
-                f"{self.path}: another process is at this job; wait for it or end it, or have this one write elsewhere"
+                f"{self.path}: another process is at this job; wait for it, stop it, or write to another path"
             )
 
     def begin(self, job: dict[str, object], *, restart: bool) -> None:
@@ -74,22 +74,22 @@ class AnswerIndex(Generic[R]):
         self._row = row
         self._paths = sorted(directory.glob("rank*.jsonl"))
         assert len(self._paths) < 1 << _FILE_BITS
-        self._places: dict[str, int] = {}
+        self._locations: dict[str, int] = {}
         self.errors: set[str] = set()
         for number, path in enumerate(self._paths):
             self._scan(number, path, job)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._locations
 
     def rows(self, ids: Iterable[str]) -> Iterator[R]:
         """Yield the rows of `ids`, in their order."""
         files = [path.open("rb") for path in self._paths]
         try:
             for name in ids:
-                place = self._places[name]
-                file = files[place & ((1 << _FILE_BITS) - 1)]
-                file.seek(place >> _FILE_BITS)
+                location = self._locations[name]
+                file = files[location & ((1 << _FILE_BITS) - 1)]
+                file.seek(location >> _FILE_BITS)
                 yield self._row(**json.loads(file.readline()))
         finally:
             for file in files:
@@ -104,7 +104,7 @@ class AnswerIndex(Generic[R]):
                 try:
                     content = json.loads(line)
                     if count > 1:
-                        self._note(content["id"], content["error"], offset << _FILE_BITS | number)
+                        self._index_row(content["id"], content["error"], offset << _FILE_BITS | number)
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         f"{path}:{count}: is damaged ({error}); remove this line, or start over with --restart"
@@ -113,10 +113,10 @@ class AnswerIndex(Generic[R]):
                     _check_job(path, content.get("job"), job)
                 offset += len(line)
 
-    def _note(self, name: str, error: str | None, place: int) -> None:
-        if error is not None and name in self._places and name not in self.errors:
+    def _index_row(self, name: str, error: str | None, location: int) -> None:
+        if error is not None and name in self._locations and name not in self.errors:
             return
-        self._places[name] = place
+        self._locations[name] = location
         (self.errors.discard if error is None else self.errors.add)(name)
 
 
@@ -146,6 +146,5 @@ def _check_job(path: Path, found: object, job: dict[str, object]) -> None:
     ]
     raise DataError(
         f"{path}: belongs to a job with other settings: {'; '.join(differences)}. Use those, start over with "
-        "--restart, or have "
-        "this one write elsewhere"
+        "--restart, or write to another path"
     )

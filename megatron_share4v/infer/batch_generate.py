@@ -14,7 +14,7 @@ from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.text.tokenizer import Tokenizer
 
-MOST_AT_ONCE = 64
+MAX_FAILED_PER_YIELD = 64
 """Maximum number of failed prompts per yielded list."""
 
 
@@ -40,7 +40,7 @@ class GenerationResult:
 
 def generate_stream(
     engine: Engine | BeamSearchEngine,
-    works: Iterator[GenerationTask],
+    tasks: Iterator[GenerationTask],
     *,
     tokenizer: Tokenizer,
     workers: int,
@@ -52,64 +52,64 @@ def generate_stream(
     position for an answer, raises DataError.
     """
     limit = engine.limits.max_requests
-    going: dict[str, list[int]] = {}
+    running: dict[str, list[int]] = {}
     with ThreadPoolExecutor(workers) as pool:
-        prompts, more = _prefetch_prompts(pool, works, count=2 * limit), True
+        prompts, has_more = _prefetch_prompts(pool, tasks, count=2 * limit), True
         try:
-            while more or going:
+            while has_more or running:
                 finished: list[GenerationResult] = []
-                while more and len(going) < limit and len(finished) < MOST_AT_ONCE:
-                    following = next(prompts, None)
-                    if following is None:
-                        more = False
+                while has_more and len(running) < limit and len(finished) < MAX_FAILED_PER_YIELD:
+                    entry = next(prompts, None)
+                    if entry is None:
+                        has_more = False
                         break
-                    work, prompt = following
+                    task, prompt = entry
                     if isinstance(prompt, DataError):
-                        finished.append(GenerationResult(work.id, error=str(prompt)))
+                        finished.append(GenerationResult(task.id, error=str(prompt)))
                     else:
-                        engine.add(_make_request(work, prompt, engine.limits.max_positions if truncate else None))
-                        going[work.id] = []
-                finished += _step(engine, going, tokenizer)
+                        engine.add(_make_request(task, prompt, engine.limits.max_positions if truncate else None))
+                        running[task.id] = []
+                finished += _step(engine, running, tokenizer)
                 if finished:
                     yield finished
         except (DataError, GeneratorExit):
             # Cancel the remaining requests so that the engine can be used again.
-            for name in going:
+            for name in running:
                 engine.cancel(name)
             engine.step()
             raise
 
 
-def _make_request(work: GenerationTask, prompt: Prompt, positions: int | None) -> GenerationRequest:
+def _make_request(task: GenerationTask, prompt: Prompt, positions: int | None) -> GenerationRequest:
     """Engine request of a task. positions: limit of prompt and answer together."""
-    find_longest_prefix = work.sampling.max_new_tokens
+    max_new_tokens = task.sampling.max_new_tokens
     if positions is not None:
-        find_longest_prefix = max(1, min(find_longest_prefix, positions - prompt.token_ids.numel()))
-    return GenerationRequest(work.id, prompt, replace(work.sampling, max_new_tokens=find_longest_prefix))
+        max_new_tokens = max(1, min(max_new_tokens, positions - prompt.token_ids.numel()))
+    return GenerationRequest(task.id, prompt, replace(task.sampling, max_new_tokens=max_new_tokens))
 
 
 def _step(
-    engine: Engine | BeamSearchEngine, going: dict[str, list[int]], tokenizer: Tokenizer
+    engine: Engine | BeamSearchEngine, running: dict[str, list[int]], tokenizer: Tokenizer
 ) -> Iterator[GenerationResult]:
     """Results of the requests that finish in one engine step."""
-    for event in engine.step() if going else ():
-        ids = going[event.request_id]
+    for event in engine.step() if running else ():
+        ids = running[event.request_id]
         if event.token_id is not None:
             ids.append(event.token_id)
         if event.finish_reason is not None:
-            del going[event.request_id]
+            del running[event.request_id]
             yield GenerationResult(
                 event.request_id, text=tokenizer.decode(ids).strip(), tokens=len(ids), finish_reason=event.finish_reason
             )
 
 
 def _prefetch_prompts(
-    pool: ThreadPoolExecutor, works: Iterator[GenerationTask], *, count: int
+    pool: ThreadPoolExecutor, tasks: Iterator[GenerationTask], *, count: int
 ) -> Iterator[tuple[GenerationTask, Prompt | DataError]]:
     """Yield tasks with their prompts in order, `count` of them being built ahead."""
     waiting: deque[tuple[GenerationTask, Future]] = deque()
-    for work in works:
-        waiting.append((work, pool.submit(_build_prompt, work)))
+    for task in tasks:
+        waiting.append((task, pool.submit(_build_prompt, task)))
         if len(waiting) > count:
             first, future = waiting.popleft()
             yield first, future.result()
@@ -117,9 +117,9 @@ def _prefetch_prompts(
         yield first, future.result()
 
 
-def _build_prompt(work: GenerationTask) -> Prompt | DataError:
+def _build_prompt(task: GenerationTask) -> Prompt | DataError:
     """Build a task's prompt; returns the DataError when that fails."""
     try:
-        return work.prompt()
+        return task.prompt()
     except DataError as error:
         return error

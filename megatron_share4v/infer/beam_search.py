@@ -71,23 +71,17 @@ class BeamSearchEngine:
         cache.
         """
         given = request.sampling
-        if (given.top_p, given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty, given.logprobs) != (
-            1.0,
-            0,
-            0.0,
-            0.0,
-            0.0,
-            None,
-        ):
+        unsupported = (given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty)
+        if given.top_p != 1.0 or any(unsupported) or given.logprobs is not None:
             raise ConfigError(
-                "beams know temperature and repetition penalty only; leave top_p and the others out, or take one beam"
+                "beam search supports temperature and repetition_penalty only; leave out top_p and the others, or use one beam"
             )
         size, limits = self._size(request), self.limits
         if size > limits.max_positions or size * self._num_beams > limits.cache_positions:
             raise DataError(
-                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, of {self._num_beams} beams "
-                f"{size * self._num_beams}; possible are "
-                f"{limits.max_positions}, of all beams {limits.cache_positions}: ask for fewer tokens or beams"
+                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, and {size * self._num_beams} in "
+                f"{self._num_beams} beams; the limits are {limits.max_positions} and {limits.cache_positions}: ask for "
+                "fewer tokens or beams"
             )
         self._waiting.append(request)
 
@@ -156,10 +150,8 @@ class BeamSearchEngine:
                 spans.append(SequenceSpan(start=search.row_starts[0], count=length, end=length))
                 ids += prompt.token_ids.tolist()
                 logits_positions.append(len(ids) - 1)
-        evict, self._encoded = (
-            self._encoded,
-            tuple(encode),
-        )  # features are only read in the step that encodes them
+        # Image features are only read in the step that encodes them.
+        evict, self._encoded = self._encoded, tuple(encode)
         return StepPlan(
             copies=tuple(copies),
             evict=evict,
@@ -180,19 +172,19 @@ class BeamSearchEngine:
             order = order + _gumbel_noise(given.seed or 0, length, order.numel())
         top = order.topk(min(2 * count, order.numel())).indices
         chosen = top[scores.flatten()[top].argsort(descending=True, stable=True)].tolist()
-        going: list[tuple[int, int, float]] = []
+        continued: list[tuple[int, int, float]] = []
         for rank, flat_index in enumerate(chosen):
             parent, token = divmod(flat_index, scores.size(1))
             score = float(scores[parent, token])
             if rank < count and (token == eos or length == given.max_new_tokens):
                 ids = beams[parent].ids if token == eos else (*beams[parent].ids, token)
                 search.finished.append((score / length, ids, "stop" if token == eos else "length"))
-            elif token != eos and len(going) < count:
-                going.append((parent, token, score))
+            elif token != eos and len(continued) < count:
+                continued.append((parent, token, score))
         search.finished = sorted(search.finished, key=lambda one: one[0], reverse=True)[:count]
-        if length == given.max_new_tokens or not going:
+        if length == given.max_new_tokens or not continued:
             return True
-        self._assign_rows(search, beams, going)
+        self._assign_rows(search, beams, continued)
         return len(search.finished) == count and search.beams[0].score / length <= search.finished[-1][0]
 
     def _scores(self, search: _Search, beams: list[_Beam], values: torch.Tensor) -> torch.Tensor:
@@ -207,13 +199,13 @@ class BeamSearchEngine:
             values = values / given.temperature
         return values + torch.tensor([beam.score for beam in beams]).unsqueeze(1)
 
-    def _assign_rows(self, search: _Search, beams: list[_Beam], going: list[tuple[int, int, float]]) -> None:
+    def _assign_rows(self, search: _Search, beams: list[_Beam], continued: list[tuple[int, int, float]]) -> None:
         """Give each continuation KV rows: the first one of a beam keeps its rows, others get a copy in unused rows."""
         length = search.request.prompt.token_ids.numel()
-        kept = {beams[parent].start for parent, _, _ in going}
+        kept = {beams[parent].start for parent, _, _ in continued}
         spare, taken = [start for start in search.row_starts if start not in kept], set()
         search.copies, search.beams = [], []
-        for parent, token, score in going:
+        for parent, token, score in continued:
             beam, start = beams[parent], beams[parent].start
             if start in taken:
                 start = spare.pop()
@@ -223,9 +215,9 @@ class BeamSearchEngine:
 
 
 def _events(search: _Search) -> list[TokenEvent]:
-    name, (_, ids, why) = search.request.id, search.finished[0]
+    name, (_, ids, reason) = search.request.id, search.finished[0]
     events = [TokenEvent(name, token) for token in ids]
-    if why == "stop":
+    if reason == "stop":
         return [*events, TokenEvent(name, None, finish_reason="stop")]
     return [*events[:-1], TokenEvent(name, ids[-1], finish_reason="length")]
 

@@ -58,9 +58,8 @@ def open_replica(
     Raises CheckpointError, ConversionError, DataError as Session.open does, and ConfigError when `tensor` does not
     divide the world.
     """
-    path = (
-        model if is_hf_model(model) else resolve_checkpoint(model)
-    )  # resolved once: a run that is still training may write newer checkpoints
+    # Resolved once: a run that is still training may write newer checkpoints.
+    path = model if is_hf_model(model) else resolve_checkpoint(model)
     layout = Layout.for_world(ParallelConfig(tensor=tensor), world_size=world.size)
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with (

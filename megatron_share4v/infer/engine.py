@@ -139,12 +139,11 @@ class Engine:
                 f"the prompt has ids from {int(ids.min())} to {int(ids.max())}; the tokenizer has 0 to "
                 f"{self.vocabulary - 1}"
             )
-        wanted, limit = length + sampling.max_new_tokens, self.limits.max_positions
-        if wanted > limit:
+        total, limit = length + sampling.max_new_tokens, self.limits.max_positions
+        if total > limit:
             raise DataError(
-                f"the prompt's {length} positions and {sampling.max_new_tokens} new tokens are {wanted} positions; "
-                f"{limit} are possible: "
-                "ask for fewer tokens or shorten the conversation"
+                f"the prompt's {length} positions and {sampling.max_new_tokens} new tokens are {total} positions; "
+                f"{limit} are possible: ask for fewer tokens or shorten the conversation"
             )
 
     def _drop_cancelled(self) -> list[TokenEvent]:
@@ -191,23 +190,23 @@ class Engine:
         if sequence.sampling.prompt_logprobs and len(sequence.tokens) == sequence.prompt_length:
             prompt_logprobs = tuple(sequence.prompt_logprobs)
         finish = sequence.append_token(token) if sequence.sampling.max_new_tokens else "length"
-        cached_blocks = sequence.sampling.max_new_tokens > 0 and finish != "stop"
+        emits_token = sequence.sampling.max_new_tokens > 0 and finish != "stop"
         logprobs: TokenLogprobs | None = None
-        if cached_blocks and sequence.sampling.logprobs is not None:
+        if emits_token and sequence.sampling.logprobs is not None:
             [logprobs] = compute_logprobs(logits.unsqueeze(0), [token], alternatives=sequence.sampling.logprobs)
-        self._scheduler.counts.generation_tokens += cached_blocks
+        self._scheduler.counts.generation_tokens += emits_token
         if finish is not None:
             self._scheduler.remove(sequence.id)
-        return TokenEvent(sequence.id, token if cached_blocks else None, logprobs, finish, prompt_logprobs)
+        return TokenEvent(sequence.id, token if emits_token else None, logprobs, finish, prompt_logprobs)
 
 
-def _default_cache_positions(model: Share4V, wanted: int) -> int:
-    """Cache rows that fit in memory, at most `wanted`; equal on all TP ranks."""
-    mesh, sampling_row = model.mesh, KVCache.bytes_per_row(model.config)
+def _default_cache_positions(model: Share4V, limit: int) -> int:
+    """Cache rows that fit in memory, at most `limit`; equal on all TP ranks."""
+    mesh, row_bytes = model.mesh, KVCache.bytes_per_row(model.config)
     if mesh.device.kind == "cuda":
         free = torch.cuda.mem_get_info(mesh.device.index)[0]
     else:
         free = psutil.virtual_memory().available // mesh.layout.tensor
-    fitting = torch.tensor(int(free * CACHE_MEMORY_FRACTION) // sampling_row, device=mesh.device.torch_device)
+    fitting = torch.tensor(int(free * CACHE_MEMORY_FRACTION) // row_bytes, device=mesh.device.torch_device)
     dist.all_reduce(fitting, op=dist.ReduceOp.MIN, group=mesh.tp_group)
-    return min(wanted, int(fitting))
+    return min(limit, int(fitting))

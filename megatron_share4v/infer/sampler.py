@@ -1,4 +1,4 @@
-"""Sample tokens from logits: penalties, filters, and and noise that depends only on seed and token index.
+"""Sample tokens from logits: penalties, filters, and noise that depends only on seed and token index.
 
 R rows, one per request that gets a token in this step; V ids of the tokenizer. Repetition penalty: Keskar et al. 2019
 (CTRL, section 4.1); presence and frequency penalties: OpenAI's. Nucleus (top-p): Holtzman et al. 2020. Tokens are drawn

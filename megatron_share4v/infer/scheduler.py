@@ -156,8 +156,8 @@ class Scheduler:
         for other in self.running.values():
             if other.in_prefill:
                 shared = 0
-                for key, theirs in zip(keys, other.prompt_keys):
-                    if key != theirs:
+                for key, other_key in zip(keys, other.prompt_keys):
+                    if key != other_key:
                         break
                     shared += 1
                 most = max(most, shared)

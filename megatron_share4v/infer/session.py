@@ -81,9 +81,8 @@ class Session:
             tokenizer = Tokenizer(tokenizer_path(path, config.data))
             if tokenizer.vocab_size > config.model.language.vocab_size:
                 raise DataError(
-                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} knows "
-                    f"{config.model.language.vocab_size} "
-                    "ids; put the tokenizer that it was trained with in its place"
+                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} has "
+                    f"{config.model.language.vocab_size} ids; use the tokenizer that it was trained with"
                 )
             dist.barrier()  # the temporary import may be deleted only when all ranks have read it
         for chunk in chunks:
@@ -94,7 +93,7 @@ class Session:
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)
 
     def prompt(self, turns: Sequence[Turn], *, images: Sequence[bytes | None]) -> Prompt:
-        """Prompt of a typed conversation: `images` has an encoded file or None per turn; an <image> in a text is text.
+        """Prompt of a typed conversation: `images` has an encoded file or None per turn; an <image> in a text is plain text.
 
         Raises DataError for a bad conversation or image.
         """
@@ -111,7 +110,7 @@ class Session:
         return [self.encoder.tokenizer.decode(ids).strip() for ids in answers]
 
     def answer_ids(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
-        """The same answers as ids, without the end token."""
+        """Greedy answers as token ids, without the end token: see `answer`."""
         patches, tokenizer = self.config.model.vision.num_patches, self.encoder.tokenizer
         prompts = [
             make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions

@@ -50,7 +50,7 @@ class TPExecutor:
         return broadcast_object(None, source=self._first, group=self._group)
 
     def _send(self, plan: StepPlan | None) -> None:
-        assert self.is_leader, "only TP rank 0 sends plans; the other ranks call follow(engine.ranks)"
+        assert self.is_leader, "only TP rank 0 sends plans; the other ranks call run_follower(engine.executor)"
         if self._group is not None:
             broadcast_object(plan, source=self._first, group=self._group)
 

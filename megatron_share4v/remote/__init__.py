@@ -1,1 +1,1 @@
-"""Models behind an address: servers that speak OpenAI's interface, ours and others."""
+"""Clients of servers with OpenAI's API."""

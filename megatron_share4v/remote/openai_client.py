@@ -19,7 +19,7 @@ from megatron_share4v.errors import ConfigError, DataError
 
 RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 FATAL_STATUSES = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
-MAX_WAIT_S = 60.0
+MAX_RETRY_WAIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class ChatClient:
         """Raise ConfigError for an invalid URL."""
         if urlsplit(endpoint.url).scheme not in ("http", "https") or not urlsplit(endpoint.url).netloc:
             raise ConfigError(
-                f"endpoint {endpoint.url!r}: is no http(s) URL; give the part up to and with /v1, as in "
+                f"endpoint {endpoint.url!r}: is not an http(s) URL; give the part up to and including /v1, as in "
                 "http://127.0.0.1:8000/v1"
             )
         self.endpoint = endpoint
@@ -103,7 +103,7 @@ class ChatClient:
                         if error.wait_s is not None
                         else self.endpoint.first_wait_s * 2**number * random.uniform(0.75, 1.25)
                     )
-                    self._sleep(min(pause, MAX_WAIT_S))
+                    self._sleep(min(pause, MAX_RETRY_WAIT_S))
         raise DataError(f"{reason}, {self.endpoint.retries + 1} times")
 
     def _send(self, data: bytes) -> Reply:
@@ -119,28 +119,28 @@ class ChatClient:
         except urllib.error.HTTPError as error:
             raise self._error_of_status(error) from error
         except (OSError, http.client.HTTPException) as error:
-            raise _TransientError(f"no answer ({getattr(error, 'reason', error) or type(error).__name__})") from error
+            raise _TransientError(f"no response ({getattr(error, 'reason', error) or type(error).__name__})") from error
         try:
             return parse_completion(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise _TransientError(
-                f"the answer is no chat completion ({type(error).__name__}: {error}): {text[:80]!r}"
+                f"the response is not a chat completion ({type(error).__name__}: {error}): {text[:80]!r}"
             ) from error
 
     def _error_of_status(self, error: urllib.error.HTTPError) -> Exception:
         try:
-            said = error.read(2000).decode("utf-8", "replace")
+            body = error.read(2000).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as cut:
-            said = str(cut)
-        what = f"HTTP {error.code}: {said[:300].strip() or error.reason}"
+            body = str(cut)
+        what = f"HTTP {error.code}: {body[:300].strip() or error.reason}"
         if error.code in FATAL_STATUSES:
             return ConfigError(
                 f"endpoint {self.endpoint.url}, model {self.endpoint.model}: {what}; check URL, the model's name and "
                 "the key"
             )
         if error.code in RETRIED_STATUSES:
-            asked = error.headers.get("Retry-After", "")
-            return _TransientError(what, wait_s=float(asked) if asked.isdecimal() else None)
+            retry_after = error.headers.get("Retry-After", "")
+            return _TransientError(what, wait_s=float(retry_after) if retry_after.isdecimal() else None)
         return DataError(f"the endpoint refused: {what}")
 
 

@@ -22,11 +22,11 @@ from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
 from megatron_share4v.serve.protocol import GenerationOptions
-from megatron_share4v.serve.responses import LEAST_LOGPROB
+from megatron_share4v.serve.responses import MIN_LOGPROB
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 MAX_PROMPTS, MAX_SEED = 128, 2**63 - 1
-_GONE = ("max_len", "sentences", "beam_width")  # names that Megatron-LM itself rejects
+_REJECTED = ("max_len", "sentences", "beam_width")  # names that Megatron-LM itself rejects
 _INERT = {"top_p_decay": 0.0, "top_p_bound": 0.0, "length_penalty": 1.0, "prevent_newline_after_colon": False}
 
 
@@ -46,45 +46,47 @@ class MegatronRoutes:
 
     async def generate(self, request: Request) -> Response:
         """Handle PUT /api."""
-        asked, options, wants_logprobs = await self._read(request)
-        if not asked:
+        prompts, options, wants_logprobs = await self._read(request)
+        if not prompts:
             return Response()  # the client has disconnected
-        generation = Generation(self.worker, asked, options, metrics=self.metrics, param="prompts", continues_text=True)
+        generation = Generation(
+            self.worker, prompts, options, metrics=self.metrics, param="prompts", continues_text=True
+        )
         try:
-            found = await run_until_disconnect(request.receive, _collect(generation, len(asked)))
+            found = await run_until_disconnect(request.receive, _collect(generation, len(prompts)))
         finally:
             generation.close()
         if found is None:
             return Response()
-        return JsonResponse(_response_body(self.worker.require(), asked, found, wants_logprobs=wants_logprobs))
+        return JsonResponse(_response_body(self.worker.require(), prompts, found, wants_logprobs=wants_logprobs))
 
     async def _read(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions, bool]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
             options, wants_logprobs = read_options(fields, served)
-            prompts = fields.items("prompts", shortest=1, longest=MAX_PROMPTS, kind=str)
-            if not all(prompts):
+            texts = fields.items("prompts", shortest=1, longest=MAX_PROMPTS, kind=str)
+            if not all(texts):
                 raise ApiError("prompts must not be empty", param="prompts")
-            images = _images(fields, prompts, max_images=self.max_images)
+            images = _images(fields, texts, max_images=self.max_images)
             add_bos = fields.boolean("add_BOS")
-            asked = await run_until_disconnect(request.receive, self._prepare(served, prompts, images, add_bos))
-        return asked or [], options, wants_logprobs
+            prompts = await run_until_disconnect(request.receive, self._prepare(served, texts, images, add_bos))
+        return prompts or [], options, wants_logprobs
 
     async def _prepare(
-        self, served: ServedModel, prompts: list[str], images: list[list[str]], add_bos: bool
+        self, served: ServedModel, texts: list[str], images: list[list[str]], add_bos: bool
     ) -> list[BuiltPrompt]:
-        asked = []
-        for number, (prompt, own) in enumerate(zip(prompts, images)):
-            pieces = prompt.split(IMAGE_PLACEHOLDER) if own else [prompt]
-            asked.append(
+        prompts = []
+        for number, (text, own) in enumerate(zip(texts, images)):
+            pieces = text.split(IMAGE_PLACEHOLDER) if own else [text]
+            prompts.append(
                 await self.prompt_builder.with_images(served, pieces, own, place=f"prompts[{number}]", add_bos=add_bos)
             )
-        return asked
+        return prompts
 
 
 def read_options(fields: JsonFields, served: ServedModel) -> tuple[GenerationOptions, bool]:
     """Read the generation options, and whether logprobs are requested. Raises ApiError."""
-    for name in _GONE:
+    for name in _REJECTED:
         if fields.has(name):
             raise ApiError(f"{name} is not accepted; use tokens_to_generate and prompts, without beams", param=name)
     for name, inert in _INERT.items():
@@ -144,7 +146,7 @@ async def _collect(generation: Generation, count: int) -> list[tuple[str, list[T
 
 def _response_body(
     served: ServedModel,
-    asked: list[BuiltPrompt],
+    prompts: list[BuiltPrompt],
     found: list[tuple[str, list[Token], list[Token]]],
     *,
     wants_logprobs: bool,
@@ -155,14 +157,14 @@ def _response_body(
     """
     tokenizer = served.encoder.tokenizer
     ids = [
-        [*one.prompt.token_ids.tolist(), *(token.token_id for token in new)] for one, (_, _, new) in zip(asked, found)
+        [*one.prompt.token_ids.tolist(), *(token.token_id for token in new)] for one, (_, _, new) in zip(prompts, found)
     ]
     logprobs = [
-        [LEAST_LOGPROB if t.logprobs is None else max(t.logprobs.chosen, LEAST_LOGPROB) for t in (*old, *new)][1:]
+        [MIN_LOGPROB if t.logprobs is None else max(t.logprobs.chosen, MIN_LOGPROB) for t in (*old, *new)][1:]
         for _, old, new in found
     ]
     return {
-        "text": [tokenizer.decode(one.prompt.token_ids.tolist()) + text for one, (text, _, _) in zip(asked, found)],
+        "text": [tokenizer.decode(one.prompt.token_ids.tolist()) + text for one, (text, _, _) in zip(prompts, found)],
         "segments": [[tokenizer.token_bytes(i).decode("utf-8", "replace") for i in row] for row in ids],
         "tokens": ids,
         "logprobs": logprobs if wants_logprobs else None,

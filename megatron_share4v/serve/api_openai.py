@@ -31,21 +31,12 @@ from megatron_share4v.serve.protocol import (
 from megatron_share4v.serve.responses import DONE, ResponseBuilder, event, usage
 
 MAX_DETOKENIZED = 1 << 20
-MAX_NOTED = 256
-
-
-@dataclass(frozen=True)
-class _ParsedRequest:
-    """Tokenized prompts and options of a request. Without prompts when the client has disconnected."""
-
-    prompts: list[BuiltPrompt]
-    options: GenerationOptions
-    echo: bool = False
+MAX_LOGGED_FIELDS = 256
 
 
 @dataclass
 class OpenAIRoutes:
-    """Handlers of OpenAI's and vLLM's routes. noted: unknown fields that have been logged."""
+    """Handlers of OpenAI's and vLLM's routes. logged_fields: unknown fields that have been logged."""
 
     config: ServeConfig
     worker: EngineThread
@@ -53,7 +44,7 @@ class OpenAIRoutes:
     prompt_builder: PromptBuilder
     metrics: Metrics
     started: int
-    noted: set[str] = field(default_factory=set)
+    logged_fields: set[str] = field(default_factory=set)
 
     def routes(self) -> list[Route]:
         """The Starlette routes."""
@@ -70,52 +61,56 @@ class OpenAIRoutes:
 
     async def chat(self, request: Request) -> Response:
         """Handle POST /v1/chat/completions."""
-        return await self._answer(request, await self._read_chat(request), chat=True)
+        prompts, options = await self._read_chat(request)
+        return await self._answer(request, prompts, options, chat=True)
 
     async def completions(self, request: Request) -> Response:
         """Handle POST /v1/completions."""
-        return await self._answer(request, await self._read_completion(request), chat=False)
+        prompts, options = await self._read_completion(request)
+        return await self._answer(request, prompts, options, chat=False)
 
-    # The request body, with its images, is in memory only until these return.
+    # The request body, with its images, is in memory only until these return: without prompts when the client has
+    # disconnected.
 
-    async def _read_chat(self, request: Request) -> _ParsedRequest:
+    async def _read_chat(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
-            asked = read_chat(fields, self._bounds(served))
+            parsed = read_chat(fields, self._limits(served))
             prompt = await run_until_disconnect(
-                request.receive, self.prompt_builder.question(served, asked.system, asked.messages)
+                request.receive, self.prompt_builder.question(served, parsed.system, parsed.messages)
             )
-        return _ParsedRequest([] if prompt is None else [prompt], asked.options)
+        return [] if prompt is None else [prompt], parsed.options
 
-    async def _read_completion(self, request: Request) -> _ParsedRequest:
+    async def _read_completion(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
-            asked = read_completion(fields, self._bounds(served))
-            prompts = await run_until_disconnect(request.receive, self.prompt_builder.texts(served, asked.prompts))
-        return _ParsedRequest(prompts or [], asked.options, echo=asked.echo)
+            parsed = read_completion(fields, self._limits(served))
+            prompts = await run_until_disconnect(request.receive, self.prompt_builder.texts(served, parsed))
+        return prompts or [], parsed.options
 
-    async def _answer(self, request: Request, read: _ParsedRequest, *, chat: bool) -> Response:
-        if not read.prompts:
+    async def _answer(
+        self, request: Request, prompts: list[BuiltPrompt], options: GenerationOptions, *, chat: bool
+    ) -> Response:
+        if not prompts:
             return Response()  # the client has disconnected
-        options = read.options
         generation = Generation(
             self.worker,
-            read.prompts,
+            prompts,
             options,
             metrics=self.metrics,
             param="messages" if chat else "prompt",
             continues_text=not chat,
         )
-        envelope = ResponseBuilder(
+        builder = ResponseBuilder(
             self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None
         )
-        echoes = [(one.text or "") if read.echo else "" for one in read.prompts for _ in range(options.choices)]
+        echoes = [one.echo for one in prompts for _ in range(options.choices)]
         if options.stream:
-            return EventStreamResponse(_stream(generation, envelope, echoes, options), close=generation.close)
+            return EventStreamResponse(_stream(generation, builder, echoes, options), close=generation.close)
         try:
-            body = await run_until_disconnect(request.receive, _collect(generation, envelope, echoes))
+            body = await run_until_disconnect(request.receive, _collect(generation, builder, echoes))
         finally:
             generation.close()
         return Response() if body is None else JsonResponse(body)
@@ -136,10 +131,10 @@ class OpenAIRoutes:
         async with self.bodies.read(request) as fields:
             self._check_model(fields)
             if fields.has("messages"):
-                asked = await self.prompt_builder.question(
+                built = await self.prompt_builder.question(
                     served, *read_messages(fields, max_images=self.config.max_images)
                 )
-                ids = asked.prompt.token_ids.tolist()
+                ids = built.prompt.token_ids.tolist()
             else:
                 text = fields.text(
                     "prompt", "", longest=served.engine.limits.max_positions * tokenizer.max_piece_length
@@ -209,9 +204,9 @@ class OpenAIRoutes:
     def _check_model(self, fields: JsonFields) -> None:
         self._check_name(fields.text("model", self.config.model_name))
         for name in fields.values:
-            # Logged once each, up to MAX_NOTED: clients choose the names.
-            if name not in KNOWN and name not in self.noted and len(self.noted) < MAX_NOTED:
-                self.noted.add(name)
+            # Logged once each, up to MAX_LOGGED_FIELDS: clients choose the names.
+            if name not in KNOWN and name not in self.logged_fields and len(self.logged_fields) < MAX_LOGGED_FIELDS:
+                self.logged_fields.add(name)
                 get_logger().info("a request has the unknown field %r, which is ignored", name[:100])
 
     def _check_name(self, name: str) -> None:
@@ -222,7 +217,7 @@ class OpenAIRoutes:
                 param="model",
             )
 
-    def _bounds(self, served: ServedModel) -> RequestLimits:
+    def _limits(self, served: ServedModel) -> RequestLimits:
         tokenizer = served.encoder.tokenizer
         return RequestLimits(
             vocab_size=tokenizer.vocab_size,
@@ -232,33 +227,33 @@ class OpenAIRoutes:
         )
 
 
-async def _collect(generation: Generation, envelope: ResponseBuilder, echoes: list[str]) -> dict[str, Any]:
+async def _collect(generation: Generation, builder: ResponseBuilder, echoes: list[str]) -> dict[str, Any]:
     texts, finishes = list(echoes), [""] * len(echoes)
     tokens: list[list[Token]] = [[] for _ in echoes]
     async for delta in generation.deltas():
         texts[delta.index] += delta.text
         tokens[delta.index] += (*delta.prompt, *delta.tokens)
         finishes[delta.index] = delta.finish_reason or ""
-    choices = [envelope.choice(index, texts[index], finishes[index], tokens[index]) for index in range(len(echoes))]
-    return envelope.whole(choices, usage(generation))
+    choices = [builder.choice(index, texts[index], finishes[index], tokens[index]) for index in range(len(echoes))]
+    return builder.whole(choices, usage(generation))
 
 
 async def _stream(
-    generation: Generation, envelope: ResponseBuilder, echoes: list[str], options: GenerationOptions
+    generation: Generation, builder: ResponseBuilder, echoes: list[str], options: GenerationOptions
 ) -> AsyncGenerator[str, None]:
     offsets = [0] * len(echoes)
     try:
-        for index in range(len(echoes) if envelope.chat else 0):
-            yield event(envelope.chunk([envelope.opening(index)]))
+        for index in range(len(echoes) if builder.chat else 0):
+            yield event(builder.chunk([builder.opening(index)]))
         async for delta in generation.deltas():
             if echoes[delta.index]:
                 delta = replace(delta, text=echoes[delta.index] + delta.text)
                 echoes[delta.index] = ""
-            for part in envelope.parts(delta, offset=offsets[delta.index]):
-                yield event(envelope.chunk([part], usage(generation) if options.continuous_usage else None))
+            for part in builder.parts(delta, offset=offsets[delta.index]):
+                yield event(builder.chunk([part], usage(generation) if options.continuous_usage else None))
             offsets[delta.index] += len(delta.text)
         if options.include_usage:
-            yield event(envelope.chunk([], usage(generation)))
-    except ApiError as refusal:
-        yield event(refusal.body())
+            yield event(builder.chunk([], usage(generation)))
+    except ApiError as error:
+        yield event(error.body())
     yield DONE

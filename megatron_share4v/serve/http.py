@@ -22,12 +22,8 @@ from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.responses import to_json
 
 T = TypeVar("T")
-OPEN_PATHS = (
-    "/",
-    "/health",
-    "/ping",
-    "/favicon.ico",
-)  # the page exposes no model data, and a browser cannot send a key before loading it
+# The page exposes no model data, and a browser cannot send a key before loading it.
+OPEN_PATHS = ("/", "/health", "/ping", "/favicon.ico")
 BODY_READ = "share4v.body_read"  # set in a request's scope
 LINGER_S, PING_S = 1.0, 15.0
 SAFE_HEADERS = [
@@ -49,8 +45,8 @@ class JsonResponse(Response):
 class ErrorResponse(JsonResponse):
     """OpenAI's error object. Briefly drains a body that is still arriving, so that the client reads the response."""
 
-    def __init__(self, refusal: ApiError) -> None:
-        super().__init__(refusal.body(), refusal.status, refusal.headers)
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body(), error.status, error.headers)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one ASGI call."""
@@ -150,7 +146,7 @@ class BodyReader:
                 message = await self._next(request, deadline)
                 chunk = message.get("body", b"")
                 self._check_size(len(body) + len(chunk))
-                self._check_room(len(chunk))
+                self._check_buffered(len(chunk))
                 counted += len(chunk)
                 self.buffered += len(chunk)
                 body += chunk
@@ -180,7 +176,7 @@ class BodyReader:
                 status=413,
             )
 
-    def _check_room(self, size: int) -> None:
+    def _check_buffered(self, size: int) -> None:
         if self.buffered + size > self._config.max_buffered_bytes:
             raise ApiError("too many large requests at once; try again later", status=429, headers={"Retry-After": "2"})
 
@@ -215,12 +211,12 @@ class AuthMiddleware:
             await send(message)
 
         if not self._allows(scope):
-            refusal = ApiError(
+            error = ApiError(
                 "a valid key is needed: send the header Authorization: Bearer KEY",
                 status=401,
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await ErrorResponse(refusal)(scope, receive, send_guarded)
+            await ErrorResponse(error)(scope, receive, send_guarded)
             return
         try:
             await self._app(scope, receive, send_guarded)

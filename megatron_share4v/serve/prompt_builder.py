@@ -16,7 +16,7 @@ from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.image_fetch import ImageFetcher
 from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
-from megatron_share4v.serve.protocol import Message
+from megatron_share4v.serve.protocol import CompletionRequest, Message
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
 
 T = TypeVar("T")
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BuiltPrompt:
-    """One prompt. text: for echo, None otherwise."""
+    """One prompt. echo: its text where the response repeats it."""
 
     prompt: Prompt
-    text: str | None = None
+    echo: str = ""
 
 
 class PromptBuilder:
@@ -57,11 +57,11 @@ class PromptBuilder:
         ]
         return await self.run(_question, served, system, messages, sources, self._config)
 
-    async def texts(self, served: ServedModel, prompts: Sequence[str | tuple[int, ...]]) -> list[BuiltPrompt]:
+    async def texts(self, served: ServedModel, request: CompletionRequest) -> list[BuiltPrompt]:
         """Prompts of texts, with a leading <s>, and of ids, unchanged. Raises ApiError."""
-        for prompt in prompts:
+        for prompt in request.prompts:
             check_length(served, [prompt], param="prompt")
-        return [await self.run(_text, served, prompt) for prompt in prompts]
+        return [await self.run(_text, served, prompt, request.echo) for prompt in request.prompts]
 
     async def with_images(
         self, served: ServedModel, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool
@@ -103,9 +103,8 @@ def remaining_positions(served: ServedModel, prompt: Prompt, *, param: str) -> i
     length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
     if length >= limit:
         raise ApiError(
-            f"the prompt takes {length} positions of this model's {limit} and leaves no room for an answer; start a "
-            "new "
-            "conversation, or shorten it",
+            f"the prompt takes {length} positions of this model's {limit}, which leaves none for an answer; start a "
+            "new conversation, or shorten it",
             param=param,
             kind="context_length_exceeded",
         )
@@ -135,13 +134,12 @@ def _question(
     return BuiltPrompt(make_chat_prompt(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
 
 
-def _text(served: ServedModel, prompt: str | tuple[int, ...]) -> BuiltPrompt:
+def _text(served: ServedModel, prompt: str | tuple[int, ...], echo: bool) -> BuiltPrompt:
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
     text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    return BuiltPrompt(
-        prompt_from_ids(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt"), text
-    )
+    built = prompt_from_ids(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt")
+    return BuiltPrompt(built, echo=text if echo else "")
 
 
 def _pieces(

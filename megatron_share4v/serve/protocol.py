@@ -119,32 +119,34 @@ class RequestLimits:
     max_choices: int
 
 
-def read_chat(fields: JsonFields, bounds: RequestLimits) -> ChatRequest:
+def read_chat(fields: JsonFields, limits: RequestLimits) -> ChatRequest:
     """Parse a chat request. Raises ApiError."""
     _reject_unsupported(fields)
-    system, messages = read_messages(fields, max_images=bounds.max_images)
-    wants = fields.boolean("logprobs")
+    system, messages = read_messages(fields, max_images=limits.max_images)
+    logprobs = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_ALTERNATIVES)
-    if top and not wants:
+    if top and not logprobs:
         raise fields.refuse("logprobs", "true where top_logprobs is given")
-    limit = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
-    options = _options(fields, bounds, max_tokens=fields.integer(limit, None, low=1), logprobs=top if wants else None)
+    limit_key = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
+    options = _options(
+        fields, limits, max_tokens=fields.integer(limit_key, None, low=1), logprobs=top if logprobs else None
+    )
     return ChatRequest(system=system, messages=messages, options=options)
 
 
-def read_completion(fields: JsonFields, bounds: RequestLimits) -> CompletionRequest:
+def read_completion(fields: JsonFields, limits: RequestLimits) -> CompletionRequest:
     """Parse a text completion request. Raises ApiError."""
     _reject_unsupported(fields)
     echo = fields.boolean("echo")
     max_tokens = fields.integer("max_tokens", COMPLETION_TOKENS, low=0 if echo else 1)
     logprobs = fields.integer("logprobs", None, low=0, high=MAX_ALTERNATIVES)
     options = _options(
-        fields, bounds, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=echo and logprobs is not None
+        fields, limits, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=echo and logprobs is not None
     )
-    prompts = _prompts(fields, vocab_size=bounds.vocab_size)
-    if len(prompts) * options.choices > bounds.max_choices:
+    prompts = _prompts(fields, vocab_size=limits.vocab_size)
+    if len(prompts) * options.choices > limits.max_choices:
         raise ApiError(
-            f"{len(prompts)} prompts x n {options.choices} is more than the {bounds.max_choices} answers of one "
+            f"{len(prompts)} prompts x n {options.choices} is more than the {limits.max_choices} answers of one "
             "request",
             param="prompt",
         )
@@ -161,7 +163,7 @@ def _reject_unsupported(fields: JsonFields) -> None:
 
 def _options(
     fields: JsonFields,
-    bounds: RequestLimits,
+    limits: RequestLimits,
     *,
     max_tokens: int | None,
     logprobs: int | None,
@@ -176,7 +178,7 @@ def _options(
     ignore_eos = fields.boolean("ignore_eos")
     min_tokens = fields.integer("min_tokens", 0, low=0)
     if max_tokens is not None and min_tokens > max_tokens:
-        raise fields.refuse("min_tokens", f"at most the {max_tokens} tokens that may come")
+        raise fields.refuse("min_tokens", f"at most max_tokens ({max_tokens})")
     sampling = SamplingParams(
         max_new_tokens=max(1, max_tokens or 1),
         # top_p 0 keeps only the most likely token: greedy at any temperature.
@@ -188,7 +190,7 @@ def _options(
         presence_penalty=fields.number("presence_penalty", 0.0, low=-2, high=2),
         frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2, high=2),
         seed=fields.integer("seed"),
-        stop_ids=_stop_ids(fields, bounds) | (frozenset() if ignore_eos else frozenset({bounds.eos_id})),
+        stop_ids=_stop_ids(fields, limits) | (frozenset() if ignore_eos else frozenset({limits.eos_id})),
         ignore_eos=ignore_eos,
         min_tokens=min_tokens,
         logprobs=logprobs,
@@ -196,7 +198,7 @@ def _options(
     )
     return GenerationOptions(
         max_tokens=max_tokens,
-        choices=fields.integer("n", 1, low=1, high=bounds.max_choices),
+        choices=fields.integer("n", 1, low=1, high=limits.max_choices),
         sampling=sampling,
         stop=_stops(fields),
         include_stop=fields.boolean("include_stop_str_in_output"),
@@ -206,11 +208,11 @@ def _options(
     )
 
 
-def _stop_ids(fields: JsonFields, bounds: RequestLimits) -> frozenset[int]:
+def _stop_ids(fields: JsonFields, limits: RequestLimits) -> frozenset[int]:
     ids = fields.items("stop_token_ids", longest=MAX_STOP_IDS, kind=int)
-    if not all(0 <= i < bounds.vocab_size for i in ids):
+    if not all(0 <= i < limits.vocab_size for i in ids):
         raise ApiError(
-            f"stop_token_ids must be below {bounds.vocab_size}, the size of the vocabulary", param="stop_token_ids"
+            f"stop_token_ids must be below {limits.vocab_size}, the size of the vocabulary", param="stop_token_ids"
         )
     return frozenset(ids)
 

@@ -13,7 +13,7 @@ from megatron_share4v.infer.request import TokenLogprobs
 from megatron_share4v.serve.generation import ChoiceDelta, Generation, Token
 from megatron_share4v.text.tokenizer import Tokenizer
 
-LEAST_LOGPROB = -9999.0  # JSON has no -inf
+MIN_LOGPROB = -9999.0  # JSON has no -inf
 DONE = "data: [DONE]\n\n"
 
 
@@ -138,4 +138,4 @@ def _with_chosen(token_id: int, logprobs: TokenLogprobs) -> list[tuple[int, floa
 
 
 def _number(value: float) -> float:
-    return max(value, LEAST_LOGPROB)
+    return max(value, MIN_LOGPROB)

@@ -60,33 +60,11 @@ def build_app(
             prompt_builder.close()
             await worker.stop()
 
-    async def health(request: Request) -> Response:
-        try:
-            worker.require()
-        except ApiError as refusal:
-            return JsonResponse({"status": "failed" if worker.failure else "loading"}, 503, refusal.headers)
-        return JsonResponse({"status": "ok"})
-
-    def engine_state() -> tuple[int, EngineStats | None]:
-        return worker.waiting, worker.served.engine.stats if worker.served else None
-
-    metrics.registry.register(EngineCollector(config.model_name, engine_state))
-
-    async def load_now(request: Request) -> Response:
-        waiting, stats = engine_state()
-        return JsonResponse({"server_load": waiting + (stats.waiting + stats.running if stats else 0)})
-
-    async def show_metrics(request: Request) -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
     openai = OpenAIRoutes(config, worker, bodies, prompt_builder, metrics, started=int(time.time()))
     megatron = MegatronRoutes(worker, bodies, prompt_builder, metrics, max_images=config.max_images)
     app = Starlette(
         routes=[
-            Route("/health", health, methods=["GET"]),
-            Route("/ping", health, methods=["GET", "POST"]),
-            Route("/load", load_now, methods=["GET"]),
-            Route("/metrics", show_metrics, methods=["GET"]),
+            *_monitoring_routes(config, worker, metrics),
             *openai.routes(),
             *megatron.routes(),
             *page.routes(),
@@ -98,6 +76,36 @@ def build_app(
     app.router.redirect_slashes = False
     app.state.worker, app.state.metrics, app.state.bodies = worker, metrics, bodies
     return app
+
+
+def _monitoring_routes(config: ServeConfig, worker: EngineThread, metrics: Metrics) -> list[Route]:
+    """Routes for health checks, load and Prometheus; registers the engine's statistics."""
+
+    def engine_state() -> tuple[int, EngineStats | None]:
+        return worker.waiting, worker.served.engine.stats if worker.served else None
+
+    metrics.registry.register(EngineCollector(config.model_name, engine_state))
+
+    async def health(request: Request) -> Response:
+        try:
+            worker.require()
+        except ApiError as error:
+            return JsonResponse({"status": "failed" if worker.failure else "loading"}, 503, error.headers)
+        return JsonResponse({"status": "ok"})
+
+    async def load(request: Request) -> Response:
+        waiting, stats = engine_state()
+        return JsonResponse({"server_load": waiting + (stats.waiting + stats.running if stats else 0)})
+
+    async def show_metrics(request: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    return [
+        Route("/health", health, methods=["GET"]),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/load", load, methods=["GET"]),
+        Route("/metrics", show_metrics, methods=["GET"]),
+    ]
 
 
 class HttpServer(uvicorn.Server):
@@ -117,7 +125,7 @@ class HttpServer(uvicorn.Server):
 
 
 def http_server(app: Starlette, config: ServeConfig) -> HttpServer:
-    """uvicorn with our settings."""
+    """Configure a uvicorn server for the application."""
     settings = uvicorn.Config(
         app,
         http="h11",
@@ -165,12 +173,12 @@ def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     if config.is_open:
         log.warning(
-            "WARNING: listening on %s without a key: everybody who can reach this port can use the model. Set "
+            "WARNING: listening on %s without a key: anyone who can reach this port can use the model. Set "
             "--api-key, or --host 127.0.0.1.",
             config.host,
         )
     log.info(
-        "page and API at http://%s:%d/ (loading the model; /health tells when it is ready)",
+        "page and API at http://%s:%d/ (loading the model; /health reports when it is ready)",
         host,
         listening.getsockname()[1],
     )

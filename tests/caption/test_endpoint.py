@@ -17,7 +17,7 @@ from megatron_share4v.caption.job import JobOptions, run_job
 from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.infer.answer_log import DPGroup
-from megatron_share4v.remote.openai_client import MAX_WAIT_S, Endpoint
+from megatron_share4v.remote.openai_client import MAX_RETRY_WAIT_S, Endpoint
 
 COUNT = 12
 
@@ -118,7 +118,7 @@ def test_a_long_wait_is_cut(pictures: list[ImageEntry]) -> None:
         _,
     ):
         ask(url, pictures, waits=waits)
-    assert set(waits) == {MAX_WAIT_S}
+    assert set(waits) == {MAX_RETRY_WAIT_S}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,9 @@ def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Image
     with serving(lambda request, number: broken if image_of(request) == bad else caption_of(request)) as (url, server):
         rows = ask(url, pictures)
     error = rows.pop(pictures[5].path).error
-    assert ("crashed" in error or "no chat completion" in error) and all_captioned(rows, [*pictures[:5], *pictures[6:]])
+    assert ("crashed" in error or "not a chat completion" in error) and all_captioned(
+        rows, [*pictures[:5], *pictures[6:]]
+    )
     assert len(server.requests) == COUNT - 1 + (1 if broken[0] == 400 else 3)
 
 
@@ -171,7 +173,7 @@ def test_few_images_without_any_answer_end_the_job_too(pictures: list[ImageEntry
 def test_nobody_there(pictures: list[ImageEntry]) -> None:
     with serving(lambda request, number: completion("x")) as (url, _):
         pass
-    with pytest.raises(ConfigError, match="no answer"):
+    with pytest.raises(ConfigError, match="no response"):
         ask(url, pictures)
 
 
@@ -215,5 +217,5 @@ def test_a_bad_image_is_not_sent(pictures: list[ImageEntry], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "file:///etc", "http://"])
 def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(ConfigError, match="no http"):
+    with pytest.raises(ConfigError, match="not an http"):
         EndpointCaptioner(Endpoint(url=url, model="m"), settings=CaptionSettings())

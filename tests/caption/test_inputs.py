@@ -81,7 +81,7 @@ def test_folders_globs_and_archives(tmp_path: Path) -> None:
     [
         ('{"a": 1}', "l.json", "expected a list"),
         ('["a.jpg", 3]', "l.json", "entry 1: is '3'"),
-        ('["a.jpg"', "l.json", "is no JSON"),
+        ('["a.jpg"', "l.json", "is not JSON"),
         ('"a.jpg"\n{"id": 3}\n', "l.jsonl", "entry 1"),
         ("[]", "l.json", "has no images"),
     ],

@@ -208,7 +208,7 @@ def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tensor": 2}, "torchrun --nproc-per-node 2"), ({"name": "Lin-Chen/ShareCaptioner"}, "is no directory here")],
+    [({"tensor": 2}, "torchrun --nproc-per-node 2"), ({"name": "Lin-Chen/ShareCaptioner"}, "no such directory")],
 )
 def test_models_that_cannot_be_opened(options: dict, message: str, tmp_path: Path) -> None:
     from megatron_share4v.caption.run import ModelOptions, caption_with_model

@@ -21,7 +21,7 @@ from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
 from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.evaluate.tasks import get_task
-from megatron_share4v.remote.openai_client import MAX_WAIT_S, ChatClient, Endpoint
+from megatron_share4v.remote.openai_client import MAX_RETRY_WAIT_S, ChatClient, Endpoint
 
 Reaction = tuple[int, dict[str, str], bytes]
 
@@ -278,7 +278,7 @@ def test_it_is_asked_again_within_a_bound(broken: Reaction) -> None:
     reactions, waits = [broken, broken, says("8 9")], []
     with judging(lambda request: reactions.pop(0)) as (url, server):
         assert chat(url, waits=waits).ask({"messages": []}).text == "8 9"
-    assert len(server.requests) == 3 and len(waits) == 2 and all(0 < wait <= MAX_WAIT_S for wait in waits)
+    assert len(server.requests) == 3 and len(waits) == 2 and all(0 < wait <= MAX_RETRY_WAIT_S for wait in waits)
     assert waits == [7.0, 7.0] if broken[0] == 429 else 1.5 <= waits[1] / 1.0 <= 2.5
     with judging(lambda request: broken) as (url, server), pytest.raises(DataError, match="3 times"):
         chat(url).ask({"messages": []})
@@ -286,5 +286,5 @@ def test_it_is_asked_again_within_a_bound(broken: Reaction) -> None:
 
 
 def test_no_url() -> None:
-    with pytest.raises(ConfigError, match="no http"):
+    with pytest.raises(ConfigError, match="not an http"):
         chat("127.0.0.1:8000/v1")

@@ -73,7 +73,7 @@ def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_pat
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_share4v.infer.session.tokenizer_path", lambda *_: tmp_path / "larger")
-        with pytest.raises(DataError, match="larger: has 400 pieces, the model of .* knows 300 ids"):
+        with pytest.raises(DataError, match="larger: has 400 pieces, the model of .* has 300 ids"):
             Session.open(models[0], mesh=mesh)
 
 

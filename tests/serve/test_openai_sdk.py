@@ -235,7 +235,7 @@ def test_errors_are_the_sdks_classes(client: openai.OpenAI, server: Running, enc
         "param": "top_p",
         "code": 400,
     }
-    with pytest.raises(openai.BadRequestError, match="no room for an answer") as caught:
+    with pytest.raises(openai.BadRequestError, match="leaves none for an answer") as caught:
         ask(client, "cat " * 600)
     assert caught.value.body["type"] == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="1 per conversation"):
