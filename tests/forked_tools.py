@@ -1,8 +1,7 @@
-"""Our command-line tools, started in a tenth of a second: forked from the server of harness.py, which has imported everything, instead of by a new
-Python, which imports for seconds. From its first line on a tool does the same: arguments, environment, output, exit code, signals.
+"""Start command-line tools in a tenth of a second by forking them from the fork server of harness.py, with all imports done.
 
-Not for tests of the start itself (what is imported when, torchrun, PYTHONPATH): these start a Python of their own. tests/test_readme.py so starts
-every tool.
+Arguments, environment, output, exit code and signals are those of a started process. Tests of the start itself (import
+order, torchrun, PYTHONPATH) must start a new Python process, as tests/test_readme.py does for every tool.
 """
 
 from __future__ import annotations
@@ -19,18 +18,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
-from harness import forkserver, meeting_point, world_environment
+from harness import forkserver, create_store, world_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE_S = 20.0
 
 
 class Tool:
-    """A tool that runs, with Popen's words where they mean the same. command: a script by its path from the root of the checkout, and its arguments.
+    """Running tool with the interface of subprocess.Popen.
 
-    ranks: several are started as torchrun does it; they share output and error stream, and when one has failed the others are ended: SIGTERM, later
-    SIGKILL. returncode is then the failed one's. merged: what goes to standard error goes to standard output. environment: in addition to ours.
+    command: script, relative to the root of the checkout, and its arguments. ranks: number of processes, started as by
+    torchrun with shared output and error streams; after one has failed the others are ended (SIGTERM, later SIGKILL) and
+    returncode is that of the failed one. merged: write standard error to standard output. environment: added variables.
     """
 
     def __init__(
@@ -40,32 +40,32 @@ class Tool:
         self.returncode: int | None = None
         self._failed, self._deadline = 0, float("inf")
         own = (
-            {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
+            {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
             | {"OMP_NUM_THREADS": "1"}
             | dict(environment)
         )
-        self._store = meeting_point() if ranks > 1 else None
-        self._said = [tempfile.NamedTemporaryFile(prefix=name) for name in ("stdout", "stderr")]
-        streams = [self._said[0].name, self._said[0 if merged else 1].name]
+        self._store = create_store() if ranks > 1 else None
+        self._outputs = [tempfile.NamedTemporaryFile(prefix=name) for name in ("stdout", "stderr")]
+        streams = [self._outputs[0].name, self._outputs[0 if merged else 1].name]
         self.processes = []
         for rank in range(ranks):
             place = world_environment(rank, ranks, self._store.port) if self._store else {}
-            self.processes.append(forkserver().Process(target=_be, args=(self.args, own | place, streams)))
+            self.processes.append(forkserver().Process(target=_run_script, args=(self.args, own | place, streams)))
             self.processes[-1].start()
 
     @property
     def pid(self) -> int:
-        """Rank 0's."""
+        """Process id of rank 0."""
         return self.processes[0].pid
 
     @property
-    def said(self) -> tuple[str, str]:
-        """Output and error stream until now."""
-        output, errors = (Path(file.name).read_text() for file in self._said)
+    def output(self) -> tuple[str, str]:
+        """Standard output and standard error until now."""
+        output, errors = (Path(file.name).read_text() for file in self._outputs)
         return output, errors
 
     def poll(self) -> int | None:
-        """The exit code (negative: a signal's number) once all ranks have ended."""
+        """Return the exit code (negative: a signal number) once all ranks have ended, None before."""
         codes = [process.exitcode for process in self.processes]
         if not self._failed and any(codes):
             self._failed, self._deadline = next(filter(None, codes)), time.monotonic() + GRACE_S
@@ -77,36 +77,39 @@ class Tool:
         return self.returncode
 
     def communicate(self, *, timeout: float = 240) -> tuple[str, str]:
-        """Wait for its end; output and error stream. Raises TimeoutExpired when it takes longer than `timeout` seconds, and then it is killed."""
+        """Wait for the end and return standard output and standard error.
+
+        Kills the tool and raises TimeoutExpired after `timeout` seconds.
+        """
         end = time.monotonic() + timeout
         try:
             while self.poll() is None:
                 if time.monotonic() > end:
-                    raise TimeoutExpired(self.args, timeout, *self.said)
+                    raise TimeoutExpired(self.args, timeout, *self.output)
                 running = [process.sentinel for process in self.processes if process.exitcode is None]
                 multiprocessing.connection.wait(running, timeout=0.5)
         finally:
             self.send_signal(signal.SIGKILL)
             for process in self.processes:
                 process.join()
-        return self.said
+        return self.output
 
     def send_signal(self, number: int) -> None:
-        """To every rank that still runs."""
+        """Send a signal to every running rank."""
         for process in self.processes:
             if process.exitcode is None:
-                with contextlib.suppress(ProcessLookupError):  # it has ended just now
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.kill(process.pid, number)
 
 
 def run_tool(*command: object, timeout: float = 240, **options: object) -> CompletedProcess:
-    """A tool from start to end. The parameters are Tool's."""
+    """Run a tool to its end. Other parameters as for Tool."""
     tool = Tool(*command, **options)
     output, errors = tool.communicate(timeout=timeout)
     return CompletedProcess(tool.args, tool.returncode, output, errors)
 
 
-def _be(command: list[str], environment: dict[str, str], streams: list[str]) -> None:
+def _run_script(command: list[str], environment: dict[str, str], streams: list[str]) -> None:
     import torch
 
     os.environ.clear()

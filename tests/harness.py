@@ -1,5 +1,6 @@
-"""Worlds of gloo processes for tests: `run_world(size, function, *args)` runs `function(*args)` in every process, joined, and
-returns what each rank returned, in rank order. One spawn should carry many checks; imports are paid once, in the fork server.
+"""Process groups for tests: `run_world(size, function, *args)` runs `function(*args)` on every rank and returns the results.
+
+The backend is gloo. Imports are done once, in the fork server; one start of a process group should carry many checks.
 """
 
 from __future__ import annotations
@@ -14,26 +15,42 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 480
-# torch._dynamo: the first call of any optimizer imports it.
+# torch._dynamo is imported by the first call of any optimizer.
 PRELOAD = [
-    "torch", "torch._dynamo", "torch.distributed", "megatron_share4v.mcore", "megatron_share4v.train.loop", "megatron_share4v.checkpoint.hf.importer",
-    "megatron_share4v.checkpoint.hf.exporter", "megatron_share4v.caption.run", "megatron_share4v.evaluate.runner",
-]  # fmt: skip
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "megatron_share4v.mcore",
+    "megatron_share4v.train.loop",
+    "megatron_share4v.checkpoint.hf.importer",
+    "megatron_share4v.checkpoint.hf.exporter",
+    "megatron_share4v.caption.run",
+    "megatron_share4v.evaluate.runner",
+]
 
 
-def meeting_point() -> Any:
-    """A store on a port that is already ours; a free port looked up in advance could be taken by a parallel test run before rank 0 listens."""
+def create_store() -> Any:
+    """Return a rendezvous store that already listens.
+
+    A free port that was only looked up could be taken by a parallel test run before rank 0 listens.
+    """
     import torch.distributed as dist
 
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def world_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """As torchrun sets it when it hosts the store itself."""
+    """Return the environment of a rank as torchrun sets it when torchrun hosts the store."""
     return {
-        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
 
 def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe: Any) -> None:
@@ -46,32 +63,35 @@ def _main(function: Callable, rank: int, size: int, port: int, args: tuple, pipe
     torch.set_num_threads(1)
     with process_group(World.from_environment(), Device("cpu"), timeout_s=TIMEOUT_S):
         try:
-            # Pickled here, by value: multiprocessing would share a tensor's memory, which ends with this process.
+            # Pickle by value: multiprocessing would share tensor memory, which ends with this process.
             report = pickle.dumps((True, function(*args)))
         except BaseException:
-            # Sent before the world is left, which makes the other ranks fail too: the first report is the cause.
+            # Send before leaving the process group, which makes the other ranks fail: the first report is the cause.
             pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
             raise SystemExit(1) from None
         pipe.send_bytes(report)
 
 
 def forkserver() -> Any:
-    """The context whose processes are forked from a server that has imported what takes long; one server per session."""
+    """Return the multiprocessing context of the fork server with PRELOAD imported; one server per session."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
 
 
 def start_forkserver() -> None:
-    """Start it now. A process has one such server; a data loader that came first would start one without what ranks import, for all later tests."""
+    """Start the fork server now.
+
+    A process has one fork server; a data loader that starts it first would leave it without PRELOAD for all later tests.
+    """
     forkserver()
     multiprocessing.forkserver.ensure_running()
 
 
 def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
-    """Run `function(*args)` in `size` joined processes. The first failure ends the others and is raised with its traceback."""
+    """Run `function(*args)` on `size` ranks; return the results in rank order. Raises the first failure, ends the others."""
     context = forkserver()
-    store = meeting_point()
+    store = create_store()
     pipes, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
@@ -95,7 +115,7 @@ def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
                     succeeded, value = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     raise AssertionError(
-                        f"rank {rank} died without a word (exit code {processes[rank].exitcode})"
+                        f"rank {rank} died without a report (exit code {processes[rank].exitcode})"
                     ) from None
                 if not succeeded:
                     raise AssertionError(f"rank {rank} failed:\n{value}")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from forked_tools import OF_LAUNCHERS, ROOT, Tool
+from forked_tools import LAUNCHER_VARIABLES, ROOT, Tool
 
 TRAIN = ("tools/train.py",)
 
@@ -22,7 +22,7 @@ def start(
         if ranks > 1
         else [sys.executable]
     )
-    environment = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS} | {
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES} | {
         "OMP_NUM_THREADS": "1"
     }
     if path is not None:

@@ -1,4 +1,8 @@
-"""A test run does not end without a word: a signal from outside is named in its summary, and no code under test can leave by os._exit. (SIGKILL can.)"""
+"""pytest plugin that reports why a test run ends early.
+
+A signal from outside is named in the summary, and os._exit in the test process raises AssertionError. SIGKILL cannot be
+caught.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A hook of pytest's, before any test."""
+    """Install the signal handlers and replace os._exit before any test runs."""
     own, leave = os.getpid(), os._exit
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != own:  # a fork, which ends as any program does
+    def exit_pytest(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:  # a forked child: apply the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         pytest.exit(f"this test run was ended from outside, by {signal.Signals(number).name}", returncode=128 + number)
 
-    def refuse(code: int) -> None:
+    def refuse_exit(code: int) -> None:
         if os.getpid() == own:
-            raise AssertionError(
-                f"os._exit({code}) in the process of the tests: run what ends by it in a process of its own"
-            )
+            raise AssertionError(f"os._exit({code}) in the test process: run code that calls it in a subprocess")
         leave(code)
 
     for number in SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(number, end)
-    os._exit = refuse
+        if signal.getsignal(number) is signal.SIG_DFL:  # leave signals ignored by nohup alone
+            signal.signal(number, exit_pytest)
+    os._exit = refuse_exit

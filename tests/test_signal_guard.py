@@ -1,4 +1,4 @@
-"""What would end a test run without a word (signal_guard.py)."""
+"""Signals and os._exit in a test run are reported (signal_guard.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_never_begins():
 """
 
 
-def test_the_end_is_said(tmp_path: Path, repository: Path) -> None:
+def test_signal_and_exit_are_reported(tmp_path: Path, repository: Path) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
     environment = os.environ | {"PYTHONPATH": f"{repository}:{repository / 'tests'}"}
     done = subprocess.run(
@@ -52,4 +52,4 @@ def test_the_end_is_said(tmp_path: Path, repository: Path) -> None:
         text=True,
     )
     assert done.returncode == 128 + 15 and "ended from outside, by SIGTERM" in done.stdout, done.stdout
-    assert "1 failed, 2 passed" in done.stdout, "test_leaves has left, or a child could not"
+    assert "1 failed, 2 passed" in done.stdout, "test_leaves exited the process, or a child could not exit"

@@ -86,7 +86,7 @@ def test_kill_minus_nine_and_resume(undisturbed: dict[str, bytes], place: Path) 
     process = Tool(*command(place, out))
     journal, deadline = out / "captions.json.journal/rank0.jsonl", time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 8):
-        assert process.poll() is None and time.monotonic() < deadline, process.said
+        assert process.poll() is None and time.monotonic() < deadline, process.output
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -169,11 +169,11 @@ def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], p
     server = Tool(*serve, merged=True)
     try:
         deadline = time.monotonic() + 120
-        while not (said := re.search(r"http://127.0.0.1:(\d+)/", server.said[0])) or not is_healthy(int(said[1])):
-            assert server.poll() is None and time.monotonic() < deadline, server.said
+        while not (match := re.search(r"http://127.0.0.1:(\d+)/", server.output[0])) or not is_healthy(int(match[1])):
+            assert server.poll() is None and time.monotonic() < deadline, server.output
             time.sleep(0.05)
         # More concurrent requests than the server admits: some get 429 and are retried.
-        more = ["--endpoint", f"{said[0]}v1", "--endpoint-model", "share4v", "--concurrency", "6", "--retries", "20"]
+        more = ["--endpoint", f"{match[0]}v1", "--endpoint-model", "share4v", "--concurrency", "6", "--retries", "20"]
         done = run(place, place / "ours", *more, OPENAI_API_KEY="sesame")
         wrong = run(place, place / "wrong", *more, OPENAI_API_KEY="wrong")
     finally:

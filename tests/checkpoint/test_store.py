@@ -351,7 +351,7 @@ def start_after_kill(directory: Path, messages: list[str]) -> tuple[int, list[st
 
 @pytest.mark.parametrize("moment", ["tensors", "publication"])
 def test_killed_save_leaves_the_one_before(tmp_path: Path, moment: str) -> None:
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match="died without a report"):
         run_world(1, killed_while_saving, tmp_path, moment)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step_00000002.writing", "latest", "step_00000001"]
     assert list((tmp_path / ".step_00000002.writing").glob("*.distcp"))

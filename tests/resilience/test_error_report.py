@@ -40,7 +40,7 @@ def test_the_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None
     directory, output = failed
     assert "first to fail: rank 1 on " in output and ", step 5, compute: ValueError: planted on rank 1" in output
     text = (directory / "log" / "errors.txt").read_text()
-    assert text.startswith("first to fail: rank 1 on ") and "in err\n    raise ValueError" in text
+    assert text.startswith("first to fail: rank 1 on ") and "in raise_value_error\n    raise ValueError" in text
     assert (
         text.index("ValueError: planted")
         < text.index("its peers were gone")

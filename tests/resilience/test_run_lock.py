@@ -44,7 +44,7 @@ def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_on
     )
     assert not (directory / "log" / "errors.txt").exists() and not (directory / "restarts.jsonl").exists()
     go.touch()
-    outcome = first.ended()
+    outcome = first.wait()
     assert outcome.codes[0] == -9, outcome.output
     again = train(bench.config, 2, f"run.directory={directory}")
     assert again.codes == [0, 0] and "at step 3" in again.output and bench.curve(directory) == bench.undisturbed, (
