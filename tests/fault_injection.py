@@ -2,8 +2,8 @@
 
     torchrun ... tests/fault_injection.py KIND:RANK:STEP[:VALUE][,...] CONFIG.yaml [dotted.key=value ...]
 
-`train` starts the same ranks without torchrun, from a fork server with all imports done, which takes a second instead of
-ten. Tests of the launcher itself use torchrun.
+`train` starts the same ranks without torchrun, from a fork server with all imports done, in a second instead of ten.
+Tests of the launcher itself use torchrun.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class Job:
             self.processes[-1].start()
 
     def wait(self) -> Outcome:
-        """Wait for the end of the run. After a rank has failed, end the others as torchrun does: SIGTERM, later SIGKILL."""
+        """Wait for all ranks. After one has failed, end the others as torchrun does: SIGTERM, later SIGKILL."""
         deadline, ending = time.monotonic() + TIMEOUT_S, False
         while living := [process for process in self.processes if process.exitcode is None]:
             if not ending and any(process.exitcode for process in self.processes):

@@ -1,4 +1,4 @@
-"""Start command-line tools in a tenth of a second by forking them from the fork server of harness.py, with all imports done.
+"""Start command-line tools in a tenth of a second: forked from the fork server of harness.py, with all imports done.
 
 Arguments, environment, output, exit code and signals are those of a started process. Tests of the start itself (import
 order, torchrun, PYTHONPATH) must start a new Python process, as tests/test_readme.py does for every tool.
@@ -29,8 +29,9 @@ class Tool:
     """Running tool with the interface of subprocess.Popen.
 
     command: script, relative to the root of the checkout, and its arguments. ranks: number of processes, started as by
-    torchrun with shared output and error streams; after one has failed the others are ended (SIGTERM, later SIGKILL) and
-    returncode is that of the failed one. merged: write standard error to standard output. environment: added variables.
+    torchrun with shared output and error streams; after one has failed the others are ended (SIGTERM, later SIGKILL)
+    and returncode is that of the failed one. merged: write standard error to standard output. environment: added
+    variables.
     """
 
     def __init__(

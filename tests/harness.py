@@ -1,6 +1,6 @@
-"""Process groups for tests: `run_world(size, function, *args)` runs `function(*args)` on every rank and returns the results.
+"""Process groups for tests: `run_world(size, function, *args)` runs `function(*args)` on every rank.
 
-The backend is gloo. Imports are done once, in the fork server; one start of a process group should carry many checks.
+Results are returned in rank order; the backend is gloo. Imports are done once, in the fork server; one start of a process group should carry many checks.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ def forkserver() -> Any:
 def start_forkserver() -> None:
     """Start the fork server now.
 
-    A process has one fork server; a data loader that starts it first would leave it without PRELOAD for all later tests.
+    A process has one fork server; if a data loader starts it first, it lacks PRELOAD for all later tests.
     """
     forkserver()
     multiprocessing.forkserver.ensure_running()
 
 
 def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
-    """Run `function(*args)` on `size` ranks; return the results in rank order. Raises the first failure, ends the others."""
+    """Run `function(*args)` on `size` ranks; return the results in rank order. Raises the first failure."""
     context = forkserver()
     store = create_store()
     pipes, processes = [], []
