@@ -1,6 +1,7 @@
 """Process groups for tests: `run_world(size, function, *args)` runs `function(*args)` on every rank.
 
-Results are returned in rank order; the backend is gloo. Imports are done once, in the fork server; one start of a process group should carry many checks.
+Results are returned in rank order; the backend is gloo. Imports are done once, in the fork server. One start of a
+process group should carry many checks.
 """
 
 from __future__ import annotations

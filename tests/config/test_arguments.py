@@ -1,4 +1,4 @@
-"""Command-line numbers that tools share."""
+"""Number types of command-line options: accepted and refused values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_share4v.config.arguments import above_zero, at_least_zero, natural
         (at_least_zero, {"0": 0.0, "2.5": 2.5}, ("-0.1", "nan", "inf", "")),
     ],
 )
-def test_what_is_taken_and_what_is_not(
+def test_accepted_and_refused_numbers(
     check: Callable[[str], float], good: dict[str, float], bad: tuple[str, ...]
 ) -> None:
     assert {text: check(text) for text in good} == good

@@ -1,4 +1,4 @@
-"""Blends and packing in the configuration: what is accepted, and what excludes each other."""
+"""Blends and packing in the configuration: accepted values and conflicting ones."""
 
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from megatron_share4v.errors import ConfigError
 def _write(tmp_path: Path, train: str, more: str = "") -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
-        f"run: {{directory: runs/x}}\ndata:\n  tokenizer: t.model\n  train: {train}\n{more}train: {{global_batch_size: 8}}\n"
+        "run: {directory: runs/x}\ndata:\n  tokenizer: t.model\n"
+        f"  train: {train}\n{more}train: {{global_batch_size: 8}}\n"
     )
     return path
 
 
-def test_a_blend_is_read_and_written(tmp_path: Path):
+def test_blend_round_trips(tmp_path: Path):
     config = load_run(_write(tmp_path, "[{path: a, weight: 2.0}, {path: b, weight: 1}]"))
     assert config.data.train == (BlendSource(path="a", weight=2.0), BlendSource(path="b", weight=1.0))
     (tmp_path / "resolved.yaml").write_text(dump(config))
@@ -37,10 +38,11 @@ def test_a_blend_is_read_and_written(tmp_path: Path):
         (
             "a",
             "  pack_length: 511\nparallel: {tensor: 2, sequence: true}\n",
-            "data.pack_length 511 is not divisible by 2, as .* parallel.tensor 2 and parallel.sequence true needs; use 512",
+            "data.pack_length 511 is not divisible by 2, "
+            "as .* parallel.tensor 2 and parallel.sequence true needs; use 512",
         ),
     ],
 )
-def test_what_excludes_each_other_is_refused(tmp_path: Path, train: str, more: str, message: str):
+def test_conflicting_options_are_refused(tmp_path: Path, train: str, more: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_run(_write(tmp_path, train, more))

@@ -1,4 +1,4 @@
-"""Loading: order of sources, every problem at once with its place, dump and schema."""
+"""Loading of configurations: precedence of sources, all problems with their locations, dump and schema."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_order_defaults_base_file_override(path: Path) -> None:
     assert (optim.beta2, optim.learning_rate, optim.beta1, optim.weight_decay) == (0.999, 1e-3, 0.7, 0.3)
 
 
-def test_a_model_preset_in_the_model_section(path: Path) -> None:
+def test_model_preset_in_the_model_section(path: Path) -> None:
     Path("tiny.yaml").write_text("vision: {num_layers: 4}\nlanguage: {num_layers: 2}\n", encoding="utf-8")
     model = load_run(path, ["model.base=tiny.yaml", "model.trainable.vision_from_block=1"]).model
     assert (model.vision.num_layers, model.language.num_layers, model.trainable.vision_from_block) == (4, 2, 1)
 
 
-def test_no_overrides_needed(path: Path) -> None:
+def test_load_without_overrides(path: Path) -> None:
     assert load_run(str(path)) == load(RunConfig, path, [])
 
 
@@ -76,7 +76,8 @@ def test_no_overrides_needed(path: Path) -> None:
         ("parallel.sequence=true", "parallel.sequence: sequence true needs tensor > 1, got tensor 1"),
         (
             "parallel.context=3",
-            "parallel.context: model.language.num_attention_heads 32 is not divisible by parallel.tensor 1 x parallel.context 3",
+            "parallel.context: model.language.num_attention_heads 32 "
+            "is not divisible by parallel.tensor 1 x parallel.context 3",
         ),
         (
             "parallel.tensor=3",
@@ -103,7 +104,7 @@ def test_missing_keys_name_their_section(path: Path) -> None:
     ]
 
 
-def test_everything_at_once_in_the_order_of_the_file(path: Path) -> None:
+def test_all_problems_are_reported_in_file_order(path: Path) -> None:
     path.write_text(
         "run: {}\n"
         "data: {train: shards, tokenizer: t, max_text_length: 4000}\n"
@@ -124,8 +125,8 @@ def test_everything_at_once_in_the_order_of_the_file(path: Path) -> None:
         "run.yaml:1: run.directory: required key is missing",
         "run.yaml:4: parallel.pipelin: unknown key; did you mean 'pipeline'?",
         "run.yaml:5: parallel.sequence: sequence true needs tensor > 1, got tensor 1",
-        "run.yaml:7: model.vision.zebra: unknown key; known here: image_size, patch_size, hidden_size, intermediate_size, num_layers, "
-        "num_attention_heads, layer_norm_eps, feature_layer",
+        "run.yaml:7: model.vision.zebra: unknown key; known here: image_size, patch_size, hidden_size, "
+        "intermediate_size, num_layers, num_attention_heads, layer_norm_eps, feature_layer",
         "run.yaml:7: model.vision.image_size: image_size 335 is not a multiple of patch_size 14",
         "run.yaml:8: model.language.hidden_size: hidden_size 100 is not a multiple of num_attention_heads 32",
         "run.yaml:9: model.trainable.language: nothing trains: switch on language, projector or vision_from_block",
@@ -134,16 +135,16 @@ def test_everything_at_once_in_the_order_of_the_file(path: Path) -> None:
     ]
 
 
-def test_checks_across_sections_run_beside_other_problems(path: Path) -> None:
+def test_cross_section_checks_run_despite_other_problems(path: Path) -> None:
     found = problems(path, "parallel.tensor=3", "log.zebra=1")
     assert (
         sum("is not divisible by parallel.tensor 3" in problem for problem in found) == 5
-    )  # heads, widths, vocabulary
+    )  # attention heads, widths, vocabulary
     assert sum("log.zebra: unknown key" in problem for problem in found) == 1
     assert any("num_key_value_heads 32 and parallel.tensor 3" in problem for problem in found)
 
 
-def test_conflicts_with_a_value_that_is_wrong_anyway_are_left_out(path: Path) -> None:
+def test_conflicts_with_an_invalid_value_are_not_reported(path: Path) -> None:
     assert problems(path, "parallel.tensor=x", "parallel.sequence=true") == [
         'command line: parallel.tensor=x: parallel.tensor: should be a valid integer, got "x"'
     ]
@@ -152,14 +153,14 @@ def test_conflicts_with_a_value_that_is_wrong_anyway_are_left_out(path: Path) ->
     ]
 
 
-def test_a_conflict_is_located_where_it_was_overridden(path: Path) -> None:
+def test_conflict_is_located_at_its_override(path: Path) -> None:
     add = "parallel: {tensor: 4}\nmodel: {vision: {num_attention_heads: 16}, language: {num_attention_heads: 32}}\n"
     found = problems(path, "model.vision.num_attention_heads=2", add=add)
     where = "command line: model.vision.num_attention_heads=2: model.vision.num_attention_heads"
     assert found == [f"{where}: model.vision.num_attention_heads 2 is not divisible by parallel.tensor 4"]
 
 
-def test_files_that_cannot_be_read_come_alone(path: Path) -> None:
+def test_unreadable_base_files_hide_other_problems(path: Path) -> None:
     found = problems(path, "zebra=1", add="base: [none.yaml, also_none.yaml]\n")
     assert [problem.partition(": cannot")[0] for problem in found] == [
         "run.yaml:4: base: none.yaml",
@@ -180,14 +181,14 @@ def test_dump_round_trips(path: Path) -> None:
     assert "eps: 1.0e-08" in dump(config) and "base" not in dump(config)
 
 
-def test_schema_allows_base_and_forbids_the_unknown() -> None:
+def test_schema_allows_base_and_forbids_unknown_keys() -> None:
     schema = json_schema(RunConfig)
     assert schema["additionalProperties"] is False
     assert "base" in schema["properties"] and "base" in schema["$defs"]["ModelConfig"]["properties"]
     assert "interleaved" in schema["$defs"]["ParallelConfig"]["properties"]["virtual"]["description"]
 
 
-def test_objects_built_in_python_are_checked_and_frozen() -> None:
+def test_objects_built_in_python_are_validated_and_frozen() -> None:
     with pytest.raises(ValidationError, match="sequence true needs tensor > 1.*|virtual 2 needs pipeline > 1"):
         ParallelConfig(sequence=True, virtual=2)
     with pytest.raises(ValidationError, match="tower has blocks 0..22"):

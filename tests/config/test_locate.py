@@ -1,4 +1,4 @@
-"""Reading YAML with bases and overrides, and where each value stands."""
+"""YAML files with bases and overrides, and the file and line of each value."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def read(path: Path) -> tuple[Section, Reader]:
         ("2e-5x", "2e-5x"),
     ],
 )
-def test_scalars(tmp_path: Path, text: str, value: object) -> None:
+def test_scalar_types(tmp_path: Path, text: str, value: object) -> None:
     tree, reader = read(write(tmp_path, run=f"a: {text}\n"))
     assert tree.plain() == {"a": value} and type(tree.plain()["a"]) is type(value)
     assert reader.problems == []
 
 
-def test_places_are_lines_of_keys(tmp_path: Path) -> None:
+def test_location_is_the_line_of_the_key(tmp_path: Path) -> None:
     path = write(tmp_path, run="# comment\na:\n  b: 1\n  c: {d: 2,\n    e: 3}\n")
     tree, _ = read(path)
     for keys, line in {("a",): 2, ("a", "b"): 3, ("a", "c"): 4, ("a", "c", "e"): 5, ("a", "missing"): 2}.items():
@@ -49,7 +49,7 @@ def test_places_are_lines_of_keys(tmp_path: Path) -> None:
     assert tree.has(("a", "c", "e")) and not tree.has(("a", "b", "x"))
 
 
-def test_bases_chain_merge_and_keep_their_places(tmp_path: Path) -> None:
+def test_chained_bases_merge_and_keep_locations(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub", first="x: 1\ny: {a: 1, b: 1}\n", second="base: first.yaml\ny: {b: 2}\n")
     path = write(tmp_path, third="z: 3\n", run="base: [sub/second.yaml, third.yaml]\ny: {c: 4}\n")
@@ -103,7 +103,7 @@ def test_empty_file_is_an_empty_section(tmp_path: Path) -> None:
         ({"run": "a: 2024-13-45\n"}, "run.yaml: not valid YAML: month must be in 1..12", False),
     ],
 )
-def test_problems(tmp_path: Path, files: dict[str, str], problem: str, complete: bool) -> None:
+def test_problems_of_files(tmp_path: Path, files: dict[str, str], problem: str, complete: bool) -> None:
     _, reader = read(write(tmp_path, **files))
     assert len(reader.problems) == 1
     assert reader.problems[0].startswith(f"{tmp_path}/{problem.format(folder=tmp_path)}")
@@ -141,7 +141,7 @@ def test_malformed_overrides(override: str, complete: bool) -> None:
     assert reader.complete is complete
 
 
-def test_merge_replaces_values_by_sections_and_back() -> None:
+def test_merge_replaces_values_by_sections_and_sections_by_values() -> None:
     value, section = Leaf(1, "v"), Section({"a": Leaf(2, "s")}, "s")
     assert merge(value, section) is section
     assert merge(section, value) is value

@@ -1,4 +1,4 @@
-"""One rule for lengths, and what FP8 refuses."""
+"""Precision configuration: sequence length multiples and invalid FP8 combinations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_share4v.config.training import TrainConfig
         ("delayed", 1, False, 2, 24, 96),
     ],
 )
-def test_the_one_rule(fp8: Any, tensor: int, sequence: bool, context: int, other: int, multiple: int) -> None:
+def test_length_multiple(fp8: Any, tensor: int, sequence: bool, context: int, other: int, multiple: int) -> None:
     assert (
         length_multiple(PrecisionConfig(fp8=fp8), tensor=tensor, sequence=sequence, context=context, other=other)
         == multiple
@@ -53,7 +53,7 @@ def run(
     )
 
 
-def test_a_run_pads_by_the_rule() -> None:
+def test_length_multiple_of_a_run() -> None:
     assert run().length_multiple() == 8
     assert run(fp8="tensorwise", parallel={"tensor": 2, "sequence": True}, pack_length=4096).length_multiple() == 32
 
@@ -83,12 +83,12 @@ def test_a_run_pads_by_the_rule() -> None:
         ({"guard_every_steps": 100}, "guard_every_steps 100 needs fp8"),
     ],
 )
-def test_what_fp8_refuses(wrong: dict, message: str) -> None:
+def test_invalid_fp8_configurations(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(**wrong)
 
 
-def test_widths_on_a_rank() -> None:
+def test_fp8_widths_on_a_tensor_rank() -> None:
     narrow = ModelConfig(
         language=replace(
             LanguageConfig(), hidden_size=96, intermediate_size=176, num_attention_heads=6, num_key_value_heads=6

@@ -1,4 +1,4 @@
-"""One run's YAML file for all launchers: the tiny model without images, tensor 2 x pipeline 2, three steps."""
+"""YAML file of a run for all launcher tests: tiny model without images, tensor 2 x pipeline 2, three steps."""
 
 from __future__ import annotations
 
@@ -40,9 +40,14 @@ def config(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
         "parallel": {"tensor": 2, "pipeline": 2, "sequence": True},
         "precision": {"dtype": "fp32"},
         "ops": "reference",
-        "data": {"train": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 200, "num_workers": 0},
+        "data": {
+            "train": str(root / "data"),
+            "tokenizer": str(root / "tokenizer.model"),
+            "max_text_length": 200,
+            "num_workers": 0,
+        },
         "train": {"global_batch_size": 4, "micro_batch_size": 1, "steps": STEPS},
         "log": {"tensorboard": False, "sample_keys": True},
-    }  # fmt: skip
+    }
     (root / "run.yaml").write_text(yaml.safe_dump(content))
     return root / "run.yaml"

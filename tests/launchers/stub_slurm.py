@@ -1,8 +1,10 @@
-"""srun and scontrol for tests without Slurm: `link(folder)` puts both there; each is this file, and does what the name it is called by says.
+"""Stub of srun and scontrol for tests without Slurm; `install(folder)` writes both commands.
 
-srun starts the command once per task with Slurm's variables; --wait=SECONDS after the first has ended, it ends all. SIGUSR1 and SIGTERM, which Slurm
-sends to a step's tasks, reach exactly these processes and not their children. scontrol lists hosts and writes down what else it is asked.
-STUB_SLURM names the folder where `calls.txt` (a line per call) and `srun.pid` are kept; STUB_SECOND is how long a second of --wait lasts.
+srun starts the command once per task with Slurm's variables, and kills all tasks --wait=SECONDS after the first has
+ended. SIGUSR1 and SIGTERM are forwarded to the tasks and not to their children. scontrol lists hosts and records other
+calls.
+STUB_SLURM is the folder of `calls.txt` (one line per call) and `srun.pid`; STUB_SECOND is the length of a second of
+--wait.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from pathlib import Path
 PYTHON = sys.executable
 
 
-def link(folder: Path) -> None:
-    """Make both commands in `folder`."""
+def install(folder: Path) -> None:
+    """Write both commands into `folder`."""
     folder.mkdir(exist_ok=True)
     for name in ("srun", "scontrol"):
         (folder / name).write_text(f'#!/usr/bin/env bash\nexec {PYTHON} {Path(__file__).resolve()} {name} "$@"\n')
@@ -26,7 +28,7 @@ def link(folder: Path) -> None:
 
 
 def srun(arguments: list[str]) -> int:
-    """Run every task of the step; the largest exit code, 128 + signal for one that was killed, as srun has it."""
+    """Run all tasks; return the largest exit code, as srun does: 128 + signal for a killed task."""
     options = dict(argument.split("=") for argument in arguments if argument.startswith("--"))
     (Path(os.environ["STUB_SLURM"]) / "srun.pid").write_text(str(os.getpid()))
     command, deadline = arguments[len(options) :], float("inf")
@@ -52,7 +54,7 @@ def srun(arguments: list[str]) -> int:
 
 
 def scontrol(arguments: list[str]) -> int:
-    """`show hostnames LIST` with names separated by commas; anything else is only written down."""
+    """Print the hosts of `show hostnames LIST` (comma-separated); other calls are only recorded."""
     if arguments[:2] == ["show", "hostnames"]:
         print(*arguments[2].split(","), sep="\n")
     return 0

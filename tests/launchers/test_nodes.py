@@ -1,4 +1,4 @@
-"""Two nodes, each a network namespace with an address of its own and nothing but a cable between them, run the torchrun scripts."""
+"""torchrun scripts on two nodes: network namespaces connected by a veth pair."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from harness import run_world
 from launching import ROOT, lines
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-RANKS_PER_NODE, STEPS = 4, 3  # of the config in conftest.py
+RANKS_PER_NODE, STEPS = 4, 3  # as in the configuration of conftest.py
 
 
 @dataclass(frozen=True)
 class Node:
-    """A namespace, also its host's name, and the address of its end of the cable."""
+    """Name of a network namespace, also its host name, and its address."""
 
     name: str
     address: str
 
     def start(self, script: str, *arguments: str, by: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
-        """A script of examples/launch on this node. by: what starts it."""
+        """Start a script of examples/launch on this node. by: command that runs it."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {
             "PATH": path,
@@ -59,7 +59,7 @@ class Node:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[Node]]:
-    """Skips where namespaces cannot be made: without root or without iproute2, and in most containers."""
+    """Two connected nodes; skips without root or iproute2, and in most containers."""
     prefix = uuid.uuid4().hex[:6]
     made = [Node(f"s4v{prefix}{number}", address) for number, address in enumerate(ADDRESSES)]
     try:
@@ -97,8 +97,8 @@ def _ip(*arguments: str) -> None:
         raise PermissionError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-def test_the_doctor_sees_both_nodes(nodes: list[Node], config: Path) -> None:
-    """Through the script for nodes with numbers."""
+def test_preflight_checks_run_on_both_nodes(nodes: list[Node], config: Path) -> None:
+    """Use the launch script with static node ranks."""
     shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": "1"}
     arguments = (
         "multi_node_static",
@@ -119,8 +119,8 @@ def test_the_doctor_sees_both_nodes(nodes: list[Node], config: Path) -> None:
     )
 
 
-def train_here(config: Path, directory: Path) -> None:
-    """One rank of a node of eight. The world is the harness's."""
+def train_on_rank(config: Path, directory: Path) -> None:
+    """Train on one rank of a single node, in the process group of the harness."""
     from megatron_share4v.config.load import load_run
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
@@ -135,8 +135,8 @@ def train_here(config: Path, directory: Path) -> None:
         train(build(run, mesh=mesh))
 
 
-def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
-    """Tensor 2 x pipeline 2 x data 2, met through the c10d rendezvous: bit for bit the losses and samples of eight ranks on one node."""
+def test_two_nodes_equal_one_node(nodes: list[Node], config: Path) -> None:
+    """Tensor 2 x pipeline 2 x data 2 with c10d rendezvous: losses and samples are bitwise those of one node."""
     both, one = config.parent / "both", config.parent / "one"
     shared = {"NODES": "2", "MASTER_ADDR": ADDRESSES[0], "PROCESSES": str(RANKS_PER_NODE), "RUN": "test"}
     processes = [
@@ -147,7 +147,7 @@ def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
     for process in processes:
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
-    run_world(2 * RANKS_PER_NODE, train_here, config, one)
+    run_world(2 * RANKS_PER_NODE, train_on_rank, config, one)
     names = ("step", "loss", "grad_norm", "consumed_samples", "trained_tokens")
     ours, theirs = (
         [[line[name] for name in names] for line in lines(directory / "metrics.jsonl")] for directory in (both, one)
@@ -157,8 +157,8 @@ def test_two_nodes_train_what_one_does(nodes: list[Node], config: Path) -> None:
     assert len(list((both / "log").glob("rank*.txt"))) == 2 * RANKS_PER_NODE
 
 
-def test_supervisors_of_both_nodes_start_again(nodes: list[Node], config: Path) -> None:
-    """The second node's rank is killed at the last step; its supervisor follows the first node's, which alone writes down why."""
+def test_supervisors_of_both_nodes_restart(nodes: list[Node], config: Path) -> None:
+    """The second node's rank is killed; its supervisor follows that of the first node, which records the reason."""
     directory, simple = (
         config.parent / "supervised",
         ("parallel.tensor=1", "parallel.pipeline=1", "parallel.sequence=false"),

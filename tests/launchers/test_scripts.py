@@ -1,4 +1,4 @@
-"""Every shell script of the repository is bash, and shellcheck finds nothing in those that start jobs."""
+"""All shell scripts parse as bash, and the launch scripts pass shellcheck."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ names = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relativ
 
 
 @names
-def test_is_bash(script: Path) -> None:
+def test_script_parses_as_bash(script: Path) -> None:
     done = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_shellcheck_finds_nothing() -> None:
+def test_launch_scripts_pass_shellcheck() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck on PATH")
     done = subprocess.run(["shellcheck", "-x", *LAUNCHERS], cwd=ROOT, capture_output=True, text=True)

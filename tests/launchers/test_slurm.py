@@ -1,4 +1,4 @@
-"""examples/slurm with a stub in Slurm's place: what each rank is told, which exit codes queue the job again."""
+"""examples/slurm with a stub of Slurm: environment of each rank, and exit codes that requeue the job."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import pytest
 import stub_slurm
 from launching import lines
 
-# In the place of Python: writes down what a rank was told, and ends as its rank is asked to.
+# Replaces python: records the environment and arguments of a rank, then exits with CODE or hangs.
 RECORDER = """#!/usr/bin/env bash
-printf '%s %s %s %s %s %s %s\\n' "$RANK" "$WORLD_SIZE" "$LOCAL_RANK" "$LOCAL_WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" "$*" >>"$STUB_SLURM/ranks.txt"
+place="$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"
+printf '%s %s\\n' "$place" "$*" >>"$STUB_SLURM/ranks.txt"
 [ "$RANK" != 1 ] || exit "$CODE"
 [ "$HANGING" = 0 ] || exec sleep 60
 sleep 0.2
@@ -27,8 +28,8 @@ exit "$CODE"
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a job ended."""
+class JobResult:
+    """Exit code and output of a job, recorded rank calls, and whether it was requeued."""
 
     code: int
     output: str
@@ -44,19 +45,32 @@ def submit(
     hanging: bool = False,
     timeout: float = 60,
     **environment: str,
-) -> Ended:
-    """Be sbatch: run the script with the variables of its header, from `root`, which has a checkout's folders."""
+) -> JobResult:
+    """Run an sbatch script as Slurm would, with the variables of its header, in `root`."""
     (root / "calls.txt").write_text("")
     (root / "ranks.txt").write_text("")
     variables = {
-        "STUB_SLURM": str(root), "STUB_SECOND": "0.02", "CODE": str(code), "HANGING": str(int(hanging)), "PATH": f"{root / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": "",
-        "SLURM_JOB_ID": "77123", "SLURM_JOB_NODELIST": "first,second", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2",
-    }  # fmt: skip
+        "STUB_SLURM": str(root),
+        "STUB_SECOND": "0.02",
+        "CODE": str(code),
+        "HANGING": str(int(hanging)),
+        "PATH": f"{root / 'bin'}:{os.environ['PATH']}",
+        "VIRTUAL_ENV": "",
+        "SLURM_JOB_ID": "77123",
+        "SLURM_JOB_NODELIST": "first,second",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
     done = subprocess.run(
-        ["bash", f"examples/slurm/{script}.sbatch", *arguments], cwd=root, env={**os.environ, **variables, **environment}, text=True, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return Ended(
+        ["bash", f"examples/slurm/{script}.sbatch", *arguments],
+        cwd=root,
+        env={**os.environ, **variables, **environment},
+        text=True,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return JobResult(
         done.returncode,
         done.stdout,
         sorted((root / "ranks.txt").read_text().splitlines()),
@@ -68,7 +82,7 @@ def submit(
 def root(tmp_path: Path, repository: Path) -> Path:
     for folder in ("examples", "tools"):
         (tmp_path / folder).symlink_to(repository / folder)
-    stub_slurm.link(tmp_path / "bin")
+    stub_slurm.install(tmp_path / "bin")
     (tmp_path / "bin" / "python").write_text(RECORDER)
     (tmp_path / "bin" / "python").chmod(0o755)
     return tmp_path
@@ -76,13 +90,13 @@ def root(tmp_path: Path, repository: Path) -> Path:
 
 @pytest.mark.parametrize("recipe", ["share4v_7b", "share4v_13b"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_every_rank_is_told_its_place_and_the_recipe(root: Path, stage: str, recipe: str) -> None:
-    ended = submit(root, stage, recipe, "train.steps=7")
-    assert ended.code == 0 and not ended.requeued, ended.output
+def test_environment_and_arguments_of_each_rank(root: Path, stage: str, recipe: str) -> None:
+    result = submit(root, stage, recipe, "train.steps=7")
+    assert result.code == 0 and not result.requeued, result.output
     port = 20000 + 77123 % 20000
     places = ["0 4 0 2", "1 4 1 2", "2 4 0 2", "3 4 1 2"]
     commands = ("tools/doctor.py env", "tools/train.py")
-    assert ended.ranks == [
+    assert result.ranks == [
         f"{place} first {port} {command} examples/{recipe}/{stage}.yaml train.steps=7"
         for place in places
         for command in commands
@@ -93,26 +107,26 @@ def test_every_rank_is_told_its_place_and_the_recipe(root: Path, stage: str, rec
     ("code", "minutes", "requeued"),
     [(75, "10", True), (138, "10", True), (2, "0", False), (1, "0", True), (1, "10", False)],
 )
-def test_what_is_queued_again(root: Path, code: int, minutes: str, requeued: bool) -> None:
-    """Stopped in order: always. A user's mistake: never. A fault: unless at once. Minutes: what counts as at once; no test here lasts one."""
-    ended = submit(root, "pretrain", "share4v_7b", code=code, MIN_MINUTES=minutes)
-    assert ended.requeued == requeued, ended.output
-    assert requeued or ended.code == code
-    assert f"started 1 times: ended with exit code {code} after 0 minutes" in ended.output
+def test_exit_codes_that_requeue(root: Path, code: int, minutes: str, requeued: bool) -> None:
+    """A stopped run is requeued, a user error never, a fault only after `minutes`; each test lasts less than one."""
+    result = submit(root, "pretrain", "share4v_7b", code=code, MIN_MINUTES=minutes)
+    assert result.requeued == requeued, result.output
+    assert requeued or result.code == code
+    assert f"started 1 times: ended with exit code {code} after 0 minutes" in result.output
 
 
-def test_nodes_that_cannot_run_the_job_are_not_trained_on(root: Path) -> None:
-    ended = submit(root, "finetune", "share4v_7b", code=2)
-    assert ended.code == 2 and not ended.requeued and all("doctor.py" in rank for rank in ended.ranks), ended.output
+def test_failed_preflight_checks_prevent_training(root: Path) -> None:
+    result = submit(root, "finetune", "share4v_7b", code=2)
+    assert result.code == 2 and not result.requeued and all("doctor.py" in rank for rank in result.ranks), result.output
 
 
-def test_ranks_that_hang_when_one_has_failed_are_ended(root: Path) -> None:
-    ended = submit(root, "pretrain", "share4v_7b", code=1, hanging=True, MIN_MINUTES="0", SLURM_RESTART_COUNT="2")
-    assert ended.requeued and "started 3 times: ended with exit code 137" in ended.output
+def test_hanging_ranks_are_killed_after_one_has_failed(root: Path) -> None:
+    result = submit(root, "pretrain", "share4v_7b", code=1, hanging=True, MIN_MINUTES="0", SLURM_RESTART_COUNT="2")
+    assert result.requeued and "started 3 times: ended with exit code 137" in result.output
 
 
-def test_a_real_run_is_stopped_saved_and_queued_again(root: Path, config: Path) -> None:
-    """The doctor and the trainer themselves, two ranks; SIGUSR1 as Slurm sends it before the time limit."""
+def test_real_run_is_stopped_saved_and_requeued(root: Path, config: Path) -> None:
+    """Run tools/doctor.py and tools/train.py on two ranks; send SIGUSR1 as Slurm does before the time limit."""
     (root / "bin" / "python").write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
     (root / "examples").unlink()
     (root / "examples" / "tiny").mkdir(parents=True)
@@ -133,22 +147,23 @@ def test_a_real_run_is_stopped_saved_and_queued_again(root: Path, config: Path) 
         os.kill(int((root / "srun.pid").read_text()), signal.SIGUSR1)
 
     threading.Thread(target=preempt, daemon=True).start()
-    ended = submit(
+    result = submit(
         root, "pretrain", "tiny", f"run.directory={directory}", "train.steps=20000", *simple, timeout=300, **variables
     )
-    assert ended.requeued and "ended with exit code 75" in ended.output, ended.output
+    assert result.requeued and "ended with exit code 75" in result.output, result.output
     assert (
-        "2 ranks on 1 nodes" in ended.output and "stopped: rank 0: SIGUSR1 on 2 ranks; saved after step" in ended.output
+        "2 ranks on 1 nodes" in result.output
+        and "stopped: rank 0: SIGUSR1 on 2 ranks; saved after step" in result.output
     )
     assert (directory / "checkpoints" / "latest").exists()
 
 
-def test_another_folder_is_refused(root: Path) -> None:
-    ended = submit(root, "pretrain", "share4v_8b")
-    assert ended.code == 2 and "no examples/share4v_8b/pretrain.yaml" in ended.output and not ended.ranks
+def test_unknown_recipe_is_refused(root: Path) -> None:
+    result = submit(root, "pretrain", "share4v_8b")
+    assert result.code == 2 and "no examples/share4v_8b/pretrain.yaml" in result.output and not result.ranks
 
 
-def test_headers_give_the_run_time_to_save(repository: Path) -> None:
+def test_sbatch_headers_leave_time_to_save(repository: Path) -> None:
     for stage in ("pretrain", "finetune"):
         text = (repository / "examples" / "slurm" / f"{stage}.sbatch").read_text()
         header = dict(

@@ -1,4 +1,4 @@
-"""Sending tensors of mixed shapes and types to a group: what arrives is what was sent, bit for bit."""
+"""Broadcast of tensors of mixed shapes and dtypes: received tensors are bitwise equal to the sent ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _records() -> list[list[torch.Tensor | None]]:
     generator = torch.Generator().manual_seed(0)
     return [
         [
-            # Odd byte counts before wide types: slices of the buffer start at addresses that their type cannot be viewed from.
+            # Odd byte counts before wider dtypes make slices of the buffer start at unaligned offsets.
             torch.randint(0, 256, (3, 1, 1, 3), generator=generator, dtype=torch.uint8),
             torch.tensor([[True, False, True]]),
             torch.randn(2, 5, generator=generator),
@@ -29,8 +29,8 @@ def _records() -> list[list[torch.Tensor | None]]:
     ]
 
 
-def exchange(source: int) -> int:
-    """On one rank: how many tensors arrived as they were sent."""
+def count_equal_tensors(source: int) -> int:
+    """Broadcast all records from `source`; return how many received tensors equal the sent ones."""
     equal = 0
     group = dist.new_group([0, 1, 2])
     for record in _records():
@@ -45,14 +45,14 @@ def exchange(source: int) -> int:
     return equal
 
 
-def test_everything_arrives_from_any_source() -> None:
+def test_tensors_are_equal_from_any_source() -> None:
     total = sum(len(record) for record in _records())
-    assert run_world(3, exchange, 0) == [total] * 3
-    assert run_world(3, exchange, 2) == [total] * 3
+    assert run_world(3, count_equal_tensors, 0) == [total] * 3
+    assert run_world(3, count_equal_tensors, 2) == [total] * 3
 
 
-def wrong_count() -> str:
-    """On the only rank: what a caller who miscounts hears."""
+def broadcast_wrong_count() -> str:
+    """Return the message of the AssertionError for a wrong tensor count."""
     try:
         broadcast_tensors([torch.zeros(1)], count=2, source=0, group=dist.group.WORLD, device=torch.device("cpu"))
     except AssertionError as error:
@@ -60,5 +60,5 @@ def wrong_count() -> str:
     return "nothing"
 
 
-def test_a_wrong_count_is_our_mistake() -> None:
-    assert run_world(1, wrong_count) == ["(1, 2)"]
+def test_wrong_count_is_an_assertion_error() -> None:
+    assert run_world(1, broadcast_wrong_count) == ["(1, 2)"]

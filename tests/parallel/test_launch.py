@@ -1,4 +1,4 @@
-"""Joining a world, and leaving it: a rank that dies takes the whole job with it, at once, and says why."""
+"""Process group start and end: a rank that dies ends the whole job promptly and with its error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 
-# From the last rank's arrival to the end of all; far below a collective's time-out, which nobody may wait for.
+# Limit from the start of the last rank to the end of all; far below the timeout of collectives.
 PROMPT_S = 15
 
 
-def test_without_a_launcher_there_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     world = World.from_environment()
@@ -30,7 +30,7 @@ def test_without_a_launcher_there_is_a_world_of_one(monkeypatch: pytest.MonkeyPa
     assert not dist.is_initialized()
 
 
-def test_a_launcher_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_is_read_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     assert World.from_environment() == World(rank=5, size=8, local_rank=1, local_size=4)
@@ -39,7 +39,7 @@ def test_a_launcher_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
         World.from_environment()
 
 
-def test_the_world_is_left_after_an_error_too() -> None:
+def test_process_group_is_destroyed_after_an_error() -> None:
     with (
         pytest.raises(ZeroDivisionError),
         process_group(World.single_process(), Device("cpu"), timeout_s=60),
@@ -48,14 +48,14 @@ def test_the_world_is_left_after_an_error_too() -> None:
     assert not dist.is_initialized()
 
 
-def die(directory: Path, how: str) -> None:
-    """Rank 1 dies after everybody has met; the others wait for it in a collective."""
+def fail_on_rank_1(directory: Path, how: str) -> None:
+    """Fail on rank 1 after a barrier, while the other ranks wait for it in a collective."""
     (directory / str(dist.get_rank())).write_text(str(os.getpid()))
     dist.barrier()
     if dist.get_rank() == 1:
         if how == "silently":
             os._exit(9)
-        raise RuntimeError("no luck today")
+        raise RuntimeError("planted error")
     dist.barrier()
 
 
@@ -64,8 +64,8 @@ def _is_running(process: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def _assert_all_gone(directory: Path, count: int) -> None:
-    """Soon after the last of `count` processes wrote its number into `directory`, and with none left behind."""
+def _assert_all_ended(directory: Path, count: int) -> None:
+    """Assert that `count` processes have ended, within PROMPT_S after the last wrote its id into `directory`."""
     files = list(directory.iterdir())
     assert time.time() - max(file.stat().st_mtime for file in files) < PROMPT_S
     processes = [int(file.read_text()) for file in files]
@@ -77,12 +77,12 @@ def _assert_all_gone(directory: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"), [("loudly", r"rank 1 failed:(.|\n)*no luck today"), ("silently", "rank . (failed|died)")]
+    ("how", "message"), [("loudly", r"rank 1 failed:(.|\n)*planted error"), ("silently", "rank . (failed|died)")]
 )
-def test_a_world_of_tests_ends_with_its_first_dead_rank(how: str, message: str, tmp_path: Path) -> None:
+def test_run_world_ends_with_its_first_dead_rank(how: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=message):
-        run_world(3, die, tmp_path, how)
-    _assert_all_gone(tmp_path, 3)
+        run_world(3, fail_on_rank_1, tmp_path, how)
+    _assert_all_ended(tmp_path, 3)
 
 
 SCRIPT = """
@@ -97,7 +97,7 @@ with process_group(world, Device("cpu"), timeout_s=300):
     (Path(sys.argv[1]) / str(world.rank)).write_text(str(os.getpid()))
     dist.barrier()
     if world.rank == 1:
-        raise RuntimeError("no luck today")
+        raise RuntimeError("planted error")
     dist.barrier()
 """
 
@@ -119,5 +119,5 @@ def test_torchrun_ends_with_its_first_dead_rank(tmp_path: Path, repository: Path
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode != 0
-    assert "RuntimeError: no luck today" in finished.stderr
-    _assert_all_gone(processes, 2)
+    assert "RuntimeError: planted error" in finished.stderr
+    _assert_all_ended(processes, 2)

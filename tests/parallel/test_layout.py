@@ -1,4 +1,4 @@
-"""The layout as pure integers: the same groups as megatron-core makes, inverse functions, and messages with the numbers in them."""
+"""Parallel layout: groups as in megatron-core, inverse rank functions, and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_groups_are_those_of_megatron_core(layout: Layout) -> None:
+def test_groups_equal_those_of_megatron_core(layout: Layout) -> None:
     theirs = RankGenerator(
         tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp"
     )
@@ -37,7 +37,7 @@ def test_rank_and_coordinates_are_inverse(layout: Layout) -> None:
         assert sorted(rank for group in layout.groups(axis) for rank in group) == list(range(layout.world_size))
 
 
-def test_two_by_two_by_two_written_out() -> None:
+def test_groups_of_two_by_two_by_two() -> None:
     layout = Layout(tensor=2, data=2, pipeline=2)
     assert layout.groups("tensor") == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert layout.groups("data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
@@ -45,24 +45,24 @@ def test_two_by_two_by_two_written_out() -> None:
     assert layout.groups("context") == [[rank] for rank in range(8)]
 
 
-def test_a_rank_beyond_the_world_is_our_mistake() -> None:
+def test_rank_beyond_the_world_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError):
         Layout(tensor=2).coordinates(2)
 
 
-def test_data_parallel_is_what_is_left() -> None:
+def test_data_parallel_size_follows_from_the_world_size() -> None:
     layout = Layout.for_world(ParallelConfig(tensor=2, pipeline=2, virtual=2), world_size=12)
     assert layout == Layout(tensor=2, pipeline=2, virtual=2, data=3)
     assert str(layout) == "tensor 2 x pipeline 2 (virtual 2) x data 3 x context 1"
 
 
-def test_a_world_that_does_not_divide_is_refused() -> None:
+def test_indivisible_world_size_is_refused() -> None:
     message = r"world size 6 is not a multiple of parallel\.tensor 2 x parallel\.pipeline 2 x parallel\.context 1 = 4"
     with pytest.raises(ConfigError, match=message):
         Layout.for_world(ParallelConfig(tensor=2, pipeline=2), world_size=6)
 
 
-def test_stages_are_numbered_across_ranks_first() -> None:
+def test_virtual_stages_are_numbered_across_ranks_first() -> None:
     layout = Layout(pipeline=2, virtual=3)
     assert layout.num_stages == 6
     assert [layout.stage(pipeline_rank=rank, chunk=chunk) for chunk in range(3) for rank in range(2)] == list(range(6))

@@ -1,4 +1,4 @@
-"""One small data set, one run's YAML file and one undisturbed run for all faults."""
+"""Fixtures of the fault tests: a small data set, a run's YAML file and a reference run without faults."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EXACT = ("step", "loss", "grad_norm", "learning_rate", "consumed_samples", "trai
 
 @dataclass(frozen=True)
 class Bench:
-    """root: of all runs; undisturbed: what metrics.jsonl of such a run says, without times."""
+    """root: directory of all runs; undisturbed: metrics of a run without faults, EXACT columns only."""
 
     root: Path
     config: Path
     undisturbed: list[list[float]]
 
     def curve(self, directory: Path) -> list[list[float]]:
-        """What must be bitwise equal, step by step."""
+        """Return the metrics of each step that must be bitwise equal."""
         return curve(directory)
 
 
@@ -65,15 +65,23 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     tiny = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     content = {
         "run": {"directory": str(root / "undisturbed"), "seed": 5},
-        "model": {"base": str(repository / "examples" / "models" / "tiny.yaml"), "language": {**tiny, "vocab_size": 300}},
+        "model": {
+            "base": str(repository / "examples" / "models" / "tiny.yaml"),
+            "language": {**tiny, "vocab_size": 300},
+        },
         "precision": {"dtype": "fp32"},
         "ops": "reference",
-        "data": {"train": str(root / "data"), "tokenizer": str(root / "tokenizer.model"), "max_text_length": 200, "num_workers": 0},
+        "data": {
+            "train": str(root / "data"),
+            "tokenizer": str(root / "tokenizer.model"),
+            "max_text_length": 200,
+            "num_workers": 0,
+        },
         "optim": {"learning_rate": 1e-3},
         "train": {"global_batch_size": BATCH, "micro_batch_size": 1, "steps": STEPS},
         "checkpoint": {"every_steps": EVERY},
         "log": {"tensorboard": False, "sample_keys": True},
-    }  # fmt: skip
+    }
     (root / "run.yaml").write_text(yaml.safe_dump(content))
     undisturbed = train(root / "run.yaml", 2)
     assert undisturbed.codes == [0, 0], undisturbed.output

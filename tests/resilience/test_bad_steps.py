@@ -1,4 +1,4 @@
-"""Steps that would spoil the weights: skipped on all ranks alike, told with their samples, rolled back when there are too many."""
+"""Bad steps (non-finite or spiking): skipped on all ranks, reported with their samples, rolled back when repeated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_share4v.resilience.skip_steps import read_skip_steps
 from megatron_share4v.resilience.spike_detection import SpikeDetector
 
 
-def same(ours: list[list[float]], theirs: list[list[float]]) -> bool:
-    """Bitwise, where nan equals nan."""
+def curves_equal(ours: list[list[float]], theirs: list[list[float]]) -> bool:
+    """Whether two curves are bitwise equal, with NaN equal to NaN."""
     return json.dumps(ours) == json.dumps(theirs)
 
 
@@ -29,14 +29,14 @@ def test_nan_in_one_micro_batch_of_one_rank(bench) -> None:
     assert outcome.codes == [0, 0], outcome.output
     metrics = lines(directory / "metrics.jsonl")
     assert [line["skipped"] for line in metrics] == [number == 4 for number in range(1, 9)]
-    assert metrics[3]["skip_reason"] == "loss is nan and gradient norm is nan" and same(
+    assert metrics[3]["skip_reason"] == "loss is nan and gradient norm is nan" and curves_equal(
         bench.curve(directory)[:3], bench.undisturbed[:3]
     )
     folder = directory / "bad_steps" / "step_4"
     report = json.loads((folder / "report.json").read_text())
     worst, *others = report["micro_batches"]
     assert (worst["data_rank"], worst["number"]) == (1, 1) and math.isnan(worst["loss"]) and len(others) == 3
-    # Rank r of 2 runs micro-batches r, r + 2 of the step, each one sample: the last of the four.
+    # DP rank r of 2 runs micro-batches r and r + 2 of the step, one sample each: this is the last of the four.
     keys = lines(directory / "samples.jsonl")[3]["keys"]
     assert worst["keys"] == [keys[3]] and sorted(
         key for part in report["micro_batches"] for key in part["keys"]
@@ -51,19 +51,19 @@ def test_nan_in_one_micro_batch_of_one_rank(bench) -> None:
     assert "Worst: micro-batch 1 of data-parallel rank 1, loss nan; the gradient is not finite in" in outcome.output
     text = (folder / "samples.txt").read_text()
     assert text.startswith("0. ---") and "[[" in text and "1. ---" in text
-    # The optimizer was not touched: a run that knows beforehand that the step is to be left out comes to the same.
+    # The optimizer state is unchanged: a run with the step on its skip list reaches the same weights.
     listed.mkdir()
     (listed / "skip_steps.jsonl").write_text('{"step": 4, "reason": "a test"}\n')
     outcome = train(bench.config, 2, f"run.directory={listed}")
     assert outcome.codes == [0, 0] and "SKIPPED: a test" in outcome.output and not (listed / "bad_steps").exists(), (
         outcome.output
     )
-    assert same(bench.curve(listed)[4:], bench.curve(directory)[4:]) and not same(
+    assert curves_equal(bench.curve(listed)[4:], bench.curve(directory)[4:]) and not curves_equal(
         bench.curve(listed)[4:], bench.undisturbed[4:]
     )
 
 
-def test_ranks_that_share_a_micro_batch_report_it_once(bench) -> None:
+def test_micro_batch_shared_by_context_ranks_is_reported_once(bench) -> None:
     directory = bench.root / "shared"
     outcome = train(
         bench.config,
@@ -83,7 +83,7 @@ def test_ranks_that_share_a_micro_batch_report_it_once(bench) -> None:
         sum(part["trained_tokens"] for part in report["micro_batches"]) == line["trained_tokens"] > 0
         and line["skipped"]
     )
-    # Until then it is the curve of two data-parallel ranks, but for the order of sums.
+    # Earlier steps equal those of two DP ranks up to the order of summation.
     for ours, theirs in zip(bench.curve(directory)[:3], bench.undisturbed[:3]):
         assert ours == pytest.approx(theirs, rel=LAYOUT_NORM)
 
@@ -115,7 +115,7 @@ def test_bad_steps_in_a_row_end_the_run(bench) -> None:
     )
 
 
-def test_rolled_back_and_killed_equals_rolled_back(bench) -> None:
+def test_kill_after_rollback_gives_the_same_weights(bench) -> None:
     options = ("checkpoint.every_steps=4", "train.bad_steps.in_a_row=2", "train.bad_steps.then=roll_back")
     faults, whole, killed = "nan:1:6:0,nan:1:7:0", bench.root / "rolled", bench.root / "rolled_killed"
     outcome = train(bench.config, 2, f"run.directory={whole}", *options, faults=faults)
@@ -128,13 +128,13 @@ def test_rolled_back_and_killed_equals_rolled_back(bench) -> None:
     outcome = train(bench.config, 2, f"run.directory={killed}", *options)
     assert outcome.codes == [0, 0] and "at step 4" in outcome.output, outcome.output
     assert [line["skipped"] for line in lines(killed / "metrics.jsonl")] == [False] * 4 + [True] * 3 + [False]
-    assert same(bench.curve(killed)[7:], bench.curve(whole)[7:]) and not same(
+    assert curves_equal(bench.curve(killed)[7:], bench.curve(whole)[7:]) and not curves_equal(
         bench.curve(whole)[7:], bench.undisturbed[7:]
     )
 
 
-def test_spikes_are_judged_alike_after_a_restart(bench) -> None:
-    """Killed just before the spike: what it is compared with was seen by the process before."""
+def test_spike_detection_is_equal_after_a_restart(bench) -> None:
+    """The run is killed before the spike, so the history of good steps must be restored from metrics.jsonl."""
     options = ("train.bad_steps.gradient_factor=2", "train.bad_steps.window=16")
     whole, killed = bench.root / "spikes", bench.root / "spikes_killed"
     outcome = train(bench.config, 2, f"run.directory={whole}", *options, faults="spike:1:8:30")
@@ -143,11 +143,11 @@ def test_spikes_are_judged_alike_after_a_restart(bench) -> None:
     assert not any(skipped[:7]) and re.match(
         "gradient norm .* is more than 2 times the median .* of the last 7 good steps", skipped[7]
     ), skipped
-    assert same(bench.curve(whole)[:7], bench.undisturbed[:7])
+    assert curves_equal(bench.curve(whole)[:7], bench.undisturbed[:7])
     train(bench.config, 2, f"run.directory={killed}", *options, faults="kill:1:8")
     assert train(bench.config, 2, f"run.directory={killed}", *options, faults="spike:1:8:30").codes == [0, 0]
     assert (
-        same(bench.curve(killed), bench.curve(whole))
+        curves_equal(bench.curve(killed), bench.curve(whole))
         and lines(killed / "metrics.jsonl")[7]["skip_reason"] == skipped[7]
     )
 
@@ -160,8 +160,8 @@ def test_spikes_are_judged_alike_after_a_restart(bench) -> None:
         ("parallel.pipeline=2",),
     ],
 )
-def test_modules_add_up_to_the_whole_gradient(bench, options: tuple[str, ...]) -> None:
-    """At any layout, whoever holds which part of the gradient."""
+def test_module_norms_add_up_to_the_gradient_norm(bench, options: tuple[str, ...]) -> None:
+    """Check DP, TP with sequence parallelism without distributed optimizer, and PP."""
     directory = bench.root / f"norms{len(options)}"
     bad = ("train.bad_steps.loss_factor=2", "train.bad_steps.window=4", "train.steps=3", "checkpoint.every_steps=0")
     outcome = train(
@@ -184,7 +184,7 @@ def test_spike_detector(bench) -> None:
         load_run(bench.config, ["train.bad_steps.loss_factor=3", "train.bad_steps.window=8"]).train.bad_steps, mesh=None
     )
     assert [detector(loss, 1.0) for loss in (1.0, 50.0, 1.0)] == ["", "", ""], (
-        "too few steps to compare with; the median bears one spike"
+        "too few steps to compare with; the median tolerates one spike"
     )
     assert detector(3.1, 1.0) == "loss 3.1 is more than 3 times the median 1 of the last 3 good steps"
     assert (
@@ -195,7 +195,7 @@ def test_spike_detector(bench) -> None:
 
 
 @pytest.mark.parametrize("line", [b"7", b'{"step": 4', b"\xff"])
-def test_list_of_steps_as_people_write_it(tmp_path: Path, line: bytes) -> None:
+def test_read_skip_steps_written_by_hand(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "skip_steps.jsonl").write_bytes(b'\n{"step": 3, "reason": "fine"}\n \n{"step": 3, "reason": "again"}')
     assert read_skip_steps(tmp_path) == {3: "again"}
     (tmp_path / "skip_steps.jsonl").write_bytes(b'{"step": 3, "reason": "fine"}\n' + line)
@@ -203,7 +203,7 @@ def test_list_of_steps_as_people_write_it(tmp_path: Path, line: bytes) -> None:
         read_skip_steps(tmp_path)
 
 
-def test_a_list_that_cannot_be_read_is_refused(bench) -> None:
+def test_unreadable_skip_list_is_refused(bench) -> None:
     directory = bench.root / "unread"
     directory.mkdir(exist_ok=True)
     (directory / "skip_steps.jsonl").write_text('{"step": 3, "reason": "fine"}\n{"step": 4}\n')

@@ -1,4 +1,4 @@
-"""The console of a training start shows the project's own lines alone; upstream warnings are in the log files."""
+"""The console of a run shows only log lines of the project; upstream warnings are in the log files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logging.get_logger().error("some failure")
 
 
 def test_training_start_logs_no_upstream_warning(bench, tmp_path: Path) -> None:
-    """Every line has the time of day, from the first import to the last save."""
+    """Every console line starts with the time of day, from the first import to the last save."""
     overrides = (f"run.directory={tmp_path}", "parallel.tensor=2", "precision.dtype=bf16", "train.steps=2")
     output = finish(start(bench.config, 2, *overrides))
     assert "step 2/2" in output
@@ -32,7 +32,7 @@ def test_training_start_logs_no_upstream_warning(bench, tmp_path: Path) -> None:
 
 
 def test_unlisted_warnings_reach_the_console_of_rank_0(tmp_path: Path) -> None:
-    """Other ranks show errors alone; every log file has everything, also what came before it was opened."""
+    """Other ranks show only errors; every log file has all lines, including those logged before it was opened."""
     shown, logged = [], []
     for rank in range(2):
         command = [sys.executable, "-c", OTHER_WARNING, str(rank), str(tmp_path)]

@@ -1,4 +1,4 @@
-"""What a run says of itself when it has ended: last words of ranks that failed, and the run card."""
+"""Reports at the end of a run: error reports of failed ranks, run card, Weights & Biases, hardware counters."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from megatron_share4v.resilience.error_report import RankError, format_report, r
 GONE = "RuntimeError: [../gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:4: Connection reset by peer"
 
 
-def card_of(directory: Path) -> dict:
+def read_card(directory: Path) -> dict:
     return json.loads((directory / "run_card.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def failed(bench) -> tuple[Path, str]:
-    """One of three ranks makes a mistake at step 5."""
+    """Run directory and output of a run in which one of three ranks raises an exception at step 5."""
     directory = bench.root / "mistaken"
     outcome = train(bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", faults="raise:1:5")
     assert outcome.codes[1] == 1, outcome.output
     return directory, outcome.output
 
 
-def test_the_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None:
-    """Though the ranks that it left alone fail too, with longer tracebacks."""
+def test_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None:
+    """The other ranks fail after it, with longer tracebacks."""
     directory, output = failed
     assert "first to fail: rank 1 on " in output and ", step 5, compute: ValueError: planted on rank 1" in output
     text = (directory / "log" / "errors.txt").read_text()
@@ -47,10 +47,10 @@ def test_the_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None
         < text.index("UTC, rank 1")
         < text.index("UTC, rank 0")
     )
-    assert next(word.rank for word in read_rank_errors(directory / "log" / "errors")) == 1
+    assert next(error.rank for error in read_rank_errors(directory / "log" / "errors")) == 1
 
 
-def test_a_killed_rank_is_missed(bench) -> None:
+def test_killed_rank_is_reported_without_an_error_report(bench) -> None:
     directory = bench.root / "missed"
     outcome = train(bench.config, 2, f"run.directory={directory}", faults="kill:1:4")
     assert outcome.codes[1] == -9
@@ -63,33 +63,33 @@ def test_a_killed_rank_is_missed(bench) -> None:
     (directory / "run_card.json").write_text('{"starts": 7}')
     again = train(bench.config, 2, f"run.directory={directory}")
     assert again.codes == [0, 0] and not (directory / "log" / "errors.txt").exists(), (
-        "what an earlier start left behind is not this one's"
+        "error reports of an earlier start are removed"
     )
-    card = card_of(directory)
+    card = read_card(directory)
     assert card["status"] == "finished" and [start["after_step"] for start in card["starts"]] == [3], (
-        "what was spoiled is begun anew"
+        "a malformed run card is replaced"
     )
 
 
-def test_words_are_ordered_by_cause_then_time() -> None:
-    words = [
+def test_errors_are_ordered_by_cause_then_time() -> None:
+    errors = [
         RankError(0, "a", 10.0, "step 3, compute", GONE, "tb0"),
         RankError(3, "b", 12.0, "step 3, data", "DataError: x", "tb3"),
         RankError(1, "a", 11.0, "step 3, compute", GONE, "tb1"),
     ]
-    words.sort(key=lambda word: (word.peer_lost, word.at))
-    assert summarize(words, ranks=5).splitlines() == [
+    errors.sort(key=lambda error: (error.peer_lost, error.at))
+    assert summarize(errors, ranks=5).splitlines() == [
         "first to fail: rank 3 on b, step 3, data: DataError: x",
         "then rank 0, 1: its peers were gone",
         "no error report from rank 2, 4: killed (kill -9, out of memory, a lost node), or still running",
     ]
-    text = format_report(words, ranks=5)
+    text = format_report(errors, ranks=5)
     assert text.index("tb3") < text.index("tb0") < text.index("tb1")
 
 
 def test_card_of_a_finished_run(bench) -> None:
     directory = bench.root / "undisturbed"
-    card, metrics = card_of(directory), lines(directory / "metrics.jsonl")
+    card, metrics = read_card(directory), lines(directory / "metrics.jsonl")
     assert card["status"] == "finished" and card["ended"] >= card["starts"][0]["time"]
     assert card["layout"].startswith("tensor 1 x pipeline 1") and sum(card["machine"]["nodes"].values()) == 2
     assert card["figures"]["steps"] == 8 and card["figures"]["loss"] == {
@@ -113,7 +113,7 @@ def test_card_of_a_finished_run(bench) -> None:
 
 def test_card_of_a_failed_run_and_of_one_that_starts_from_its_checkpoint(bench, failed: tuple[Path, str]) -> None:
     directory, _ = failed
-    card = card_of(directory)
+    card = read_card(directory)
     assert card["status"].startswith("failed: ") and card["figures"]["steps"] == 4
     second = bench.root / "second_stage"
     outcome = train(
@@ -124,7 +124,7 @@ def test_card_of_a_failed_run_and_of_one_that_starts_from_its_checkpoint(bench, 
         "train.steps=1",
     )
     assert outcome.codes == [0], outcome.output
-    weights = card_of(second)["start_weights"]
+    weights = read_card(second)["start_weights"]
     assert (
         weights["from"].endswith("step_00000003")
         and weights["step"] == 3
@@ -137,14 +137,14 @@ WANDB = """
 import json, pathlib
 class Run:
     def __init__(self, file): self.file = file
-    def log(self, values, step): self.say("log", step, values)
-    def finish(self): self.say("finish")
-    def say(self, *what):
+    def log(self, values, step): self.record("log", step, values)
+    def finish(self): self.record("finish")
+    def record(self, *what):
         with open(self.file, "a") as file: file.write(json.dumps(what) + "\\n")
 def init(project, name, id, resume, dir, config):
     if project == "refused": raise ValueError("not logged in")
-    run = Run(pathlib.Path(dir) / "said.jsonl")
-    run.say("init", project, name, id, resume, config["run.seed"])
+    run = Run(pathlib.Path(dir) / "calls.jsonl")
+    run.record("init", project, name, id, resume, config["run.seed"])
     return run
 """
 
@@ -174,14 +174,15 @@ def record(step: int) -> StepRecord:
     )
 
 
-def test_weights_and_biases_gets_what_tensorboard_gets(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a module of that name in its place: two starts of one run have one identity, and go on."""
+def test_wandb_receives_the_metrics_of_tensorboard(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub module replaces wandb; two starts of one run have the same run id."""
     config = load_run(bench.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=captions"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "wandb")
     with pytest.raises(
         OpsError,
-        match="log.wandb is 'captions' and the package wandb is not installed; pip install wandb, or set log.wandb null",
+        match="log.wandb is 'captions' and the package wandb is not installed; "
+        "pip install wandb, or set log.wandb null",
     ):
         check_wandb(config)
     (tmp_path / "wandb.py").write_text(WANDB)
@@ -200,8 +201,8 @@ def test_weights_and_biases_gets_what_tensorboard_gets(bench, tmp_path: Path, mo
         )
         writers.write(record(step))
         writers.close()
-    first, log, finish, second, *_ = said = lines(tmp_path / "run" / "said.jsonl")
-    assert first == second == ["init", "captions", "run", first[3], "allow", 5] and len(said) == 6
+    first, log, finish, second, *_ = calls = lines(tmp_path / "run" / "calls.jsonl")
+    assert first == second == ["init", "captions", "run", first[3], "allow", 5] and len(calls) == 6
     assert (
         log[:2] == ["log", 1]
         and log[2]["train/loss"] == 0.5
@@ -213,19 +214,19 @@ def test_weights_and_biases_gets_what_tensorboard_gets(bench, tmp_path: Path, mo
         WandbWriter(load_run(bench.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=refused"]))
 
 
-def test_hardware_counters_where_there_are_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hardware_counters_with_and_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "nvidia-smi"
     script.write_text("#!/bin/sh\necho '97, 61, 650.5, 1980, 70000'\necho '99, 71, [N/A], 1200, 60000'\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    wanted = {
+    expected = {
         "utilization_gpu": 99.0,
         "temperature_gpu": 71.0,
         "power_draw": 650.5,
         "clocks_sm": 1200.0,
         "memory_used": 70000.0,
     }
-    assert read_gpus() == {f"gpu/{name}": value for name, value in wanted.items()}
+    assert read_gpus() == {f"gpu/{name}": value for name, value in expected.items()}
     script.write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(subprocess.SubprocessError):
         read_gpus()

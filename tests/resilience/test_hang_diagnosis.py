@@ -1,4 +1,4 @@
-"""From where each rank stands to the one that differs, without processes."""
+"""Hang diagnosis: find the rank that differs from the recorded states of all ranks, without processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from megatron_share4v.resilience.hang_diagnosis import ObservedRank, diagnose
 from megatron_share4v.resilience.rank_state import RankState, locate_frame
 
 WAITING = RankState(
-    rank=0, host="a", pid=1, born=1, beat=9, step=7, phase="compute", micro_batch=2, since_s=50.0, where="train/step.py:9 _reduce", collective="all_reduce"
-)  # fmt: skip
+    rank=0,
+    host="a",
+    pid=1,
+    born=1,
+    beat=9,
+    step=7,
+    phase="compute",
+    micro_batch=2,
+    since_s=50.0,
+    where="train/step.py:9 _reduce",
+    collective="all_reduce",
+)
 
 
-def world(*odd: tuple[int, dict], size: int = 4) -> list[ObservedRank]:
-    """All wait in the same place but for `odd`."""
+def make_ranks(*odd: tuple[int, dict], size: int = 4) -> list[ObservedRank]:
+    """Return ranks that all wait in the same collective, with the changes `odd` by rank."""
     changes = dict(odd)
     return [ObservedRank(rank, replace(WAITING, rank=rank, **changes.get(rank, {})), True, "S") for rank in range(size)]
 
@@ -23,22 +33,22 @@ def world(*odd: tuple[int, dict], size: int = 4) -> list[ObservedRank]:
 @pytest.mark.parametrize(
     ("seen", "ranks", "cause"),
     [
-        (world((2, {"collective": ""})), (2,), "it computes, or something outside torch.distributed"),
-        (world((2, {"collective": "", "phase": "data"})), (2,), "it waits for its samples"),
-        (world((1, {"step": 6})), (1,), "it is behind the others, in all_reduce"),
-        (world((3, {"micro_batch": 1})), (3,), "it is behind the others"),
-        (world((0, {"collective": "broadcast"})), (0,), "it waits in broadcast"),
+        (make_ranks((2, {"collective": ""})), (2,), "it computes, or something outside torch.distributed"),
+        (make_ranks((2, {"collective": "", "phase": "data"})), (2,), "it waits for its samples"),
+        (make_ranks((1, {"step": 6})), (1,), "it is behind the others, in all_reduce"),
+        (make_ranks((3, {"micro_batch": 1})), (3,), "it is behind the others"),
+        (make_ranks((0, {"collective": "broadcast"})), (0,), "it waits in broadcast"),
         (
-            world((1, {"ended": "ValueError: x", "code": 1}), (2, {"collective": ""})),
+            make_ranks((1, {"ended": "ValueError: x", "code": 1}), (2, {"collective": ""})),
             (1,),
             "it has ended: ValueError: x",
         ),
-        (world((1, {"ended": "", "code": 0})), (1,), "it completed while others continue"),
-        (world(), (), "all ranks wait in all_reduce (train/step.py:9 _reduce) and none differs: the network"),
-        (world(*((rank, {"collective": ""}) for rank in range(4))), (), "no rank waits for another"),
+        (make_ranks((1, {"ended": "", "code": 0})), (1,), "it completed while others continue"),
+        (make_ranks(), (), "all ranks wait in all_reduce (train/step.py:9 _reduce) and none differs: the network"),
+        (make_ranks(*((rank, {"collective": ""}) for rank in range(4))), (), "no rank waits for another"),
     ],
 )
-def test_who_differs(seen: list[ObservedRank], ranks: tuple[int, ...], cause: str) -> None:
+def test_rank_that_differs(seen: list[ObservedRank], ranks: tuple[int, ...], cause: str) -> None:
     found = diagnose(seen)
     assert found.ranks == ranks and cause in found.cause and found.silent == ()
 
@@ -54,7 +64,7 @@ def test_who_differs(seen: list[ObservedRank], ranks: tuple[int, ...], cause: st
     ],
 )
 def test_silent_ranks_come_first(letter: str, cause: str) -> None:
-    seen = world((2, {"collective": ""}))
+    seen = make_ranks((2, {"collective": ""}))
     seen[1] = replace(seen[1], alive=False, letter=letter)
     found = diagnose(seen)
     assert (
@@ -64,13 +74,13 @@ def test_silent_ranks_come_first(letter: str, cause: str) -> None:
     )
 
 
-def test_a_rank_that_never_spoke() -> None:
-    found = diagnose([*world()[:3], ObservedRank(3, None, False)])
+def test_rank_without_a_state_is_named() -> None:
+    found = diagnose([*make_ranks()[:3], ObservedRank(3, None, False)])
     assert found.ranks == (3,) and "has never written its state" in found.cause
 
 
-def test_where_a_thread_stands() -> None:
+def test_locate_frame_finds_no_package_frame_outside_the_package() -> None:
     assert locate_frame(None) == ("", "")
     import sys
 
-    assert locate_frame(sys._getframe()) == ("", ""), "pytest and this test are none of the package"
+    assert locate_frame(sys._getframe()) == ("", ""), "pytest and this test are not part of the package"

@@ -1,4 +1,4 @@
-"""Ranks, launchers and whole runs that die: what is left says who it was, and the run goes on from its newest checkpoint, by hand or supervised."""
+"""Killed ranks, launchers and runs: the cause is found, and the run continues from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T2P2 = (
 
 
 def test_any_rank_killed_at_any_step(bench) -> None:
-    """Tensor 2 x pipeline 2; one rank after the other."""
+    """Kill each rank of tensor 2 x pipeline 2 in turn, at different steps."""
     whole, directory = bench.root / "four", bench.root / "four_killed"
     assert train(bench.config, 4, f"run.directory={whole}", *T2P2).codes == [0] * 4
     for rank, step in enumerate((2, 3, 5, 6)):
@@ -70,8 +70,8 @@ def test_ranks_end_with_their_launcher(bench) -> None:
     assert outcome.codes == [0, 0] and "at step 3" in outcome.output and bench.curve(directory) == bench.undisturbed
 
 
-def test_supervised(bench) -> None:
-    """A step that kills the process twice is passed over; then the supervisor is asked to end, and the rank with it."""
+def test_supervisor_skips_a_step_and_forwards_a_stop(bench) -> None:
+    """A step that kills the process twice is skipped; SIGTERM to the supervisor then stops the run with it."""
     directory = bench.root / "supervised"
     command = [
         sys.executable,
@@ -124,14 +124,17 @@ STATE = RankState(
 )
 
 
-def script(run: Path, states: list[RankState], *, code: int, save: int | None = None) -> list[str]:
-    """A command that leaves what ranks leave, and one more checkpoint at each start if `save` is given."""
-    told = json.dumps([asdict(state) for state in states])
+def make_command(run: Path, states: list[RankState], *, code: int, save: int | None = None) -> list[str]:
+    """Return a command that writes rank states and exits with `code`.
+
+    With `save` it adds a checkpoint at each start, and exits with 0 after that many.
+    """
+    states_json = json.dumps([asdict(state) for state in states])
     body = f"""
 import json, pathlib, sys
 run = pathlib.Path({str(run)!r})
 (run / "watch").mkdir(parents=True)
-for state in json.loads({told!r}):
+for state in json.loads({states_json!r}):
     (run / "watch" / f"rank{{state['rank']}}.json").write_text(json.dumps(state))
 count = len(list(run.glob("checkpoints/*"))) + 1
 if {save!r}:
@@ -143,10 +146,10 @@ sys.exit({code})
     return [sys.executable, "-c", body]
 
 
-def test_giving_up_and_progress(tmp_path: Path) -> None:
+def test_restarts_are_bounded_without_progress(tmp_path: Path) -> None:
     policy = RestartPolicy(max_restarts=2, pause_s=0.0)
     hopeless = Supervisor(
-        script(
+        make_command(
             tmp_path / "a",
             [STATE, RankState(**asdict(STATE) | {"rank": 1, "ended": "ValueError: x", "code": 1})],
             code=1,
@@ -159,12 +162,14 @@ def test_giving_up_and_progress(tmp_path: Path) -> None:
     assert [record["again"] for record in records] == [True, True, False] and all(
         "rank 0 (h, pid 1)" in record["reason"] for record in records
     )
-    # With a checkpoint more at each start, nothing is counted against it.
+    # A new checkpoint at each start resets the restart count.
     saved = Supervisor(
-        script(tmp_path / "b", [RankState(**asdict(STATE) | {"phase": "save"})], code=1, save=5), tmp_path / "b", policy
+        make_command(tmp_path / "b", [RankState(**asdict(STATE) | {"phase": "save"})], code=1, save=5),
+        tmp_path / "b",
+        policy,
     )
     assert saved.supervise() == 0 and len(lines(tmp_path / "b" / "restarts.jsonl")) == 6
-    assert not (tmp_path / "b" / "skip_steps.jsonl").exists(), "no step's samples end a save"
+    assert not (tmp_path / "b" / "skip_steps.jsonl").exists(), "a failed save does not count against a step"
     silent = Supervisor(
         [sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "c", RestartPolicy(max_restarts=0, pause_s=0.0)
     )
@@ -172,12 +177,12 @@ def test_giving_up_and_progress(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (75, 1), (77, 3)])
-def test_what_is_not_started_again(tmp_path: Path, code: int, starts: int) -> None:
+def test_exit_codes_that_are_not_restarted(tmp_path: Path, code: int, starts: int) -> None:
     ended = RankState(**asdict(STATE) | {"rank": 1, "ended": "SomeError: because", "code": code})
     other = RankState(**asdict(STATE) | {"ended": "RuntimeError: connection closed", "code": 1})
     assert (
         Supervisor(
-            script(tmp_path / "run", [other, ended], code=1),
+            make_command(tmp_path / "run", [other, ended], code=1),
             tmp_path / "run",
             RestartPolicy(max_restarts=2, pause_s=0.0),
         ).supervise()
@@ -189,10 +194,10 @@ def test_what_is_not_started_again(tmp_path: Path, code: int, starts: int) -> No
     )
 
 
-def test_a_follower_starts_when_the_first_node_has_ended(tmp_path: Path) -> None:
-    """Before that it would join the start that is ending there. Whether to go on is the first node's to say."""
+def test_follower_restarts_after_the_first_node(tmp_path: Path) -> None:
+    """A follower waits for the restart record of the first node, which decides whether to restart."""
     starts, records = tmp_path / "starts", tmp_path / "restarts.jsonl"
-    records.write_text('{"again": true, "reason": "of another day", "code": null}\n')
+    records.write_text('{"again": true, "reason": "of an earlier run", "code": null}\n')
     command = [sys.executable, "-c", f"open({str(starts)!r}, 'a').write('x'); raise SystemExit(1)"]
     seen = []
 
@@ -212,15 +217,15 @@ def test_a_follower_starts_when_the_first_node_has_ended(tmp_path: Path) -> None
     assert seen == [1, 2] and len(starts.read_text()) == 2 and len(lines(records)) == 3
 
 
-def test_who_failed_by_itself(tmp_path: Path) -> None:
+def test_rank_with_its_own_error_is_the_cause(tmp_path: Path) -> None:
     (tmp_path / "watch").mkdir()
     for rank, error in enumerate(("RuntimeError: Connection closed by peer [127.0.0.1]", "ValueError: x")):
         write_state(tmp_path / "watch", RankState(**asdict(STATE) | {"rank": rank, "ended": error, "code": 1}))
     assert analyze_exit(tmp_path).reason == "rank 1: ValueError: x" and analyze_exit(tmp_path).restart_can_help
 
 
-def test_who_died_first(tmp_path: Path) -> None:
-    """The launcher kills the others half a minute later."""
+def test_rank_with_the_oldest_heartbeat_died_first(tmp_path: Path) -> None:
+    """The launcher kills the other ranks seconds after the first has died."""
     for rank, beat in enumerate((20, 12, 20)):
         (tmp_path / "watch").mkdir(exist_ok=True)
         write_state(tmp_path / "watch", RankState(**asdict(STATE) | {"rank": rank, "beat": beat}))
@@ -228,7 +233,7 @@ def test_who_died_first(tmp_path: Path) -> None:
 
 
 def test_run_directory_of_a_command(bench) -> None:
-    words = [
+    command = [
         "torchrun",
         "--nproc-per-node=2",
         "tools/train.py",
@@ -236,10 +241,10 @@ def test_run_directory_of_a_command(bench) -> None:
         "run.directory=x/y",
         "train.steps=3",
     ]
-    assert run_directory(words) == Path("x/y")
+    assert run_directory(command) == Path("x/y")
     with pytest.raises(ConfigError, match="names no YAML file"):
-        run_directory(words[:3])
+        run_directory(command[:3])
     with pytest.raises(
         ConfigError, match="no-such-launcher: cannot be started: No such file or directory; see what stands after --"
     ):
-        Supervisor(["no-such-launcher", *words[1:]], bench.root / "unlaunched", RestartPolicy()).supervise()
+        Supervisor(["no-such-launcher", *command[1:]], bench.root / "unlaunched", RestartPolicy()).supervise()

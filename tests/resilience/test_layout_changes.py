@@ -1,4 +1,7 @@
-"""One run over five starts, each at another layout than the one that was killed before it: the samples and, but for rounding, the losses of one undisturbed."""
+"""One run over five starts, each with another parallel layout.
+
+The samples equal those of a run without interruptions; the losses are equal up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ from fault_injection import train
 from launching import lines
 from tolerances import RESUME_OTHER_LAYOUT_LOSS
 
-STARTS = (  # tensor, pipeline, context, sequence parallel, ranks, killed when this step begins; saved are steps 3, 6 and 8
+# tensor, pipeline, context, sequence parallelism, ranks, step at which rank 0 is killed. Steps 3, 6 and 8 are saved.
+STARTS = (
     (1, 1, 1, "false", 2, 4),
     (2, 1, 2, "true", 4, 5),
     (1, 2, 1, "false", 2, 5),
@@ -15,7 +19,7 @@ STARTS = (  # tensor, pipeline, context, sequence parallel, ranks, killed when t
 )
 
 
-def test_every_start_at_another_layout(bench) -> None:
+def test_samples_and_losses_are_equal_after_layout_changes(bench) -> None:
     directory = bench.root / "layouts"
     for tensor, pipeline, context, sequence, ranks, killed in STARTS:
         layout = (
@@ -27,13 +31,11 @@ def test_every_start_at_another_layout(bench) -> None:
         outcome = train(
             bench.config, ranks, f"run.directory={directory}", *layout, faults=f"kill:0:{killed}" if killed else ""
         )
+        data = ranks // tensor // pipeline // context
         assert (outcome.codes[0] == -9) if killed else (outcome.codes == [0] * ranks), outcome.output
-        assert (
-            f"tensor {tensor} x pipeline {pipeline} (virtual 1) x data {ranks // tensor // pipeline // context} x context {context}"
-            in outcome.output
-        )
+        assert f"tensor {tensor} x pipeline {pipeline} (virtual 1) x data {data} x context {context}" in outcome.output
     assert "at step 6" in outcome.output and outcome.output.count("parallel.pipeline: was 2, is 1") == 1, (
-        "the last start shows what became of the layout"
+        "the last start logs the layout change"
     )
     assert lines(directory / "samples.jsonl") == lines(bench.root / "undisturbed" / "samples.jsonl")
     ours, theirs = lines(directory / "metrics.jsonl"), lines(bench.root / "undisturbed" / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""The doctor of machines: one world finds what is planted on single ranks; what a rank finds alone is asked of made-up machines."""
+"""Preflight checks: faults planted on single ranks of one process group, and per-node checks with stubbed readings."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def config(tmp_path: Path, repository: Path) -> Path:
     return tmp_path / "run.yaml"
 
 
-def look(config: Path, root: Path) -> list:
-    """(errors, warnings, lines) of several looks: nothing planted, then one thing at a time."""
+def check_with_faults(config: Path, root: Path) -> list:
+    """Return (errors, warnings, lines) of several checks: without faults, then with one fault at a time."""
     from megatron_share4v.resilience.preflight import cluster
 
     rank, run, results = dist.get_rank(), load_run(config), []
@@ -54,18 +54,18 @@ def look(config: Path, root: Path) -> list:
         results.append((report.errors, report.warnings, report.lines))
 
     cluster.FILE_WAIT_S = 1.0
-    cluster.SLOW_FRACTION = 0.0  # the machine of the tests is shared
+    cluster.SLOW_FRACTION = 0.0  # the test machine is shared, so speeds vary
     examine()
     examine(root / f"own{int(rank == 1)}")
     if rank == 2:
         (root / "taken").write_text("a file")
     dist.barrier()
     examine(root / "taken" if rank == 2 else root / "free")
-    honest, cluster.code_hash = cluster.describe_start, lambda package: "0"
+    describe_start, cluster.code_hash = cluster.describe_start, lambda package: "0"
     if rank == 1:
-        cluster.describe_start = lambda config: {**honest(config), "torch": "2.0", "train.steps": "9"}
+        cluster.describe_start = lambda config: {**describe_start(config), "torch": "2.0", "train.steps": "9"}
     examine()
-    cluster.describe_start = honest
+    cluster.describe_start = describe_start
     if rank == 0:
         digest, cluster._digest = cluster._digest, lambda path: None if path.name == REMOVED else digest(path)
     if rank == 2:
@@ -80,10 +80,10 @@ def look(config: Path, root: Path) -> list:
     return results
 
 
-def test_what_ranks_find_together(config: Path, tmp_path: Path) -> None:
-    first, *rest = run_world(3, look, config, tmp_path)
+def test_faults_found_across_ranks(config: Path, tmp_path: Path) -> None:
+    first, *rest = run_world(3, check_with_faults, config, tmp_path)
     assert all(mine[:2] == theirs[:2] for other in rest for mine, theirs in zip(other, first)), (
-        "every rank comes to the same"
+        "all ranks return the same findings"
     )
     healthy, unshared, unwritable, different, missing, slow = first
     assert healthy[0] == []
@@ -108,10 +108,10 @@ def test_what_ranks_find_together(config: Path, tmp_path: Path) -> None:
     assert "is another file here than on most ranks" in missing[0][1] and missing[0][1].startswith("rank 2 (")
     assert slow[1][0].startswith("rank 1 (second): matrix products at")
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["data", "run.yaml", "taken", REMOVED], "nothing is left behind"
+    assert left == ["data", "run.yaml", "taken", REMOVED], "no files are left behind"
 
 
-def ended(config: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def run_doctor(config: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "tools" / "doctor.py"), "env", str(config), *arguments]
     return subprocess.run(
@@ -123,8 +123,8 @@ def ended(config: Path, *arguments: str, **environment: str) -> subprocess.Compl
     )
 
 
-def test_impossible_runs_are_one_message_and_exit_code_2(config: Path) -> None:
-    done = ended(config, "data.tokenizer=nowhere/tokenizer.model")
+def test_impossible_run_is_one_message_and_exit_code_2(config: Path) -> None:
+    done = run_doctor(config, "data.tokenizer=nowhere/tokenizer.model")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
     assert (
         "these machines cannot run the job:\n  this rank: data.tokenizer: there is no nowhere/tokenizer.model here"
@@ -138,7 +138,7 @@ def test_impossible_runs_are_one_message_and_exit_code_2(config: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "9",
     }
-    done = ended(config, "--timeout=2", **alone)
+    done = run_doctor(config, "--timeout=2", **alone)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
         "rank 1 of 2 on" in done.stderr and "could not connect to the others at 127.0.0.1:9 within 2 s" in done.stderr
@@ -146,11 +146,11 @@ def test_impossible_runs_are_one_message_and_exit_code_2(config: Path) -> None:
 
 
 def status(**changes: str) -> dict[str, str]:
-    """A healthy H100 as nvidia-smi describes it."""
+    """Return the nvidia-smi fields of a healthy H100, with changes."""
     return dict(zip(GPU_FIELDS, ("580.95", "1980", "1980", "Not Active", "Not Active", "0", "520"))) | changes
 
 
-def test_gpus_that_are_slow_or_damaged_by_their_own_account() -> None:
+def test_slow_or_damaged_gpus_are_found_in_nvidia_smi() -> None:
     assert list(check_gpu_status(status())) == []
     assert (
         list(
@@ -170,12 +170,12 @@ def test_gpus_that_are_slow_or_damaged_by_their_own_account() -> None:
     assert "nvidia-smi does not respond" in finding.text
 
 
-def test_forgotten_settings_are_named() -> None:
+def test_slow_nccl_settings_are_named() -> None:
     [finding] = check_settings({"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "0", "LD_BIND_NOW": ""})
     assert finding.text == "NCCL_P2P_DISABLE=1 is set: the GPUs of a node do not use NVLink"
 
 
-def test_room_for_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_for_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load_run(config)
     one = checkpoint_bytes(run)
     usage = namedtuple("usage", "free")
@@ -185,13 +185,13 @@ def test_room_for_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert found == ([level] if level else [])
 
 
-def test_size_of_a_checkpoint_is_about_right(repository: Path) -> None:
-    """ShareGPT4V-7B, stage 2: 7.06 billion weights, of which 6.76 train."""
+def test_checkpoint_size_estimate(repository: Path) -> None:
+    """ShareGPT4V-7B, stage 2: 7.06 billion weights, of which 6.76 billion are trained."""
     gigabytes = checkpoint_bytes(load_run(repository / "examples" / "share4v_7b" / "finetune.yaml")) / 1e9
     assert abs(gigabytes - (2 * 7.06 + 12 * 6.76)) < 2
 
 
-def test_gpus_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_with_a_cpu_build_of_torch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node.Path, "glob", lambda self, pattern: [Path("/dev/nvidia0")])
     [finding] = node.check_device(Device("cpu"), local_size=1)
     assert finding.level == "error" and "built without CUDA" in finding.text

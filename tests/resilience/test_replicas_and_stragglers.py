@@ -1,4 +1,4 @@
-"""Ranks that are not like the others, though nothing fails: damaged weights, slow ones."""
+"""Ranks that differ without failing: damaged weights and stragglers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_damaged_weight_is_named_and_not_saved(bench) -> None:
     outcome = train(bench.config, 3, f"run.directory={directory}", THREE, faults="flip:1:5")
     assert outcome.codes[0] == 77 and "Traceback" not in outcome.output, outcome.output
     named = re.search(
-        r"error: rank 0: after step 6 replicas do not hold the same weights: rank 1 \(.*\) in chunk0.\S*class_embedding\. Take",
+        r"error: rank 0: after step 6 replicas do not hold the same weights: "
+        r"rank 1 \(.*\) in chunk0.\S*class_embedding\. Take",
         outcome.output,
     )
     assert named, outcome.output
@@ -55,7 +56,7 @@ def test_slow_rank_is_named(bench) -> None:
     assert len(lines(directory / "metrics.jsonl")) == 8
 
 
-def test_find_slow_ranks_are_those_that_differ_within_their_stage() -> None:
+def test_slow_ranks_are_found_within_their_stage() -> None:
     layout = Layout(data=3, pipeline=2)
     even = [RankTiming(1.0, 0.0, 4.0)] * 3 + [RankTiming(2.0, 0.0, 4.0)] * 3
     assert find_slow_ranks(even, layout, factor=1.5) == []
@@ -67,7 +68,9 @@ def test_find_slow_ranks_are_those_that_differ_within_their_stage() -> None:
     assert find_slow_ranks(waits, layout, factor=1.5) == [
         "rank 0 is slow: it waits for data for 0.500 s per step, the others of its stage for 0.000 s"
     ]
-    assert find_slow_ranks([RankTiming(1.0, 0.1, 4.0), *even[1:]], layout, factor=1.5) == [], "not worth a word"
+    assert find_slow_ranks([RankTiming(1.0, 0.1, 4.0), *even[1:]], layout, factor=1.5) == [], (
+        "a difference below the threshold is not reported"
+    )
     assert find_slow_ranks([RankTiming(9.0, 9.0, 9.0)], Layout(), factor=1.5) == []
     assert (
         summarize(one)["forward_s/largest"] == 3.1
@@ -77,7 +80,7 @@ def test_find_slow_ranks_are_those_that_differ_within_their_stage() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_bit_and_any_order_changes_a_checksum(dtype: torch.dtype) -> None:
+def test_checksum_depends_on_every_bit_and_on_order(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     module = torch.nn.Linear(40, 30, bias=False).to(dtype)
     before = checksums([module])["chunk0.weight"].clone()
@@ -92,11 +95,11 @@ def test_any_bit_and_any_order_changes_a_checksum(dtype: torch.dtype) -> None:
     assert after[0] == before[0] and after[1] != before[1]
 
 
-def test_who_differs_is_decided_by_most() -> None:
+def test_divergent_ranks_are_found_by_majority() -> None:
     good, bad = RankChecksums("a", {"w": (1, 1), "v": (2, 2)}), RankChecksums("b", {"w": (1, 3), "v": (2, 2)})
     assert find_divergent_ranks([good, bad, good], Layout(data=3)) == ["rank 1 (b) in w"]
     assert find_divergent_ranks([good, bad], Layout(data=2)) == ["rank 0 (a) in w", "rank 1 (b) in w"]
-    # Of tensor 2 x data 2 the groups are ranks 0, 2 and 1, 3.
+    # With tensor 2 x data 2 the DP groups are ranks 0, 2 and ranks 1, 3.
     assert find_divergent_ranks([good, bad, good, bad], Layout(data=2, tensor=2)) == []
     assert find_divergent_ranks([good, bad, good, good], Layout(data=2, tensor=2)) == [
         "rank 1 (b) in w",

@@ -1,4 +1,4 @@
-"""A run that starts again from damaged checkpoints or with another configuration."""
+"""Restarts from damaged checkpoints or with another configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launching import lines
 from megatron_share4v.resilience.exit_analysis import analyze_exit
 
 
-def test_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(bench) -> None:
+def test_corrupt_newest_checkpoint_falls_back_to_the_previous_one(bench) -> None:
     directory = bench.root / "corrupt"
     shutil.copytree(bench.root / "undisturbed", directory)
     newest = directory / "checkpoints" / "step_00000008"
@@ -32,7 +32,7 @@ def test_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(bench) -
     assert bench.curve(directory) == bench.undisturbed
 
 
-def test_no_whole_checkpoint_is_an_error_not_a_new_start(bench) -> None:
+def test_no_valid_checkpoint_is_an_error(bench) -> None:
     directory = bench.root / "lost"
     shutil.copytree(bench.root / "undisturbed", directory)
     for checkpoint in (directory / "checkpoints").glob("step_*"):
@@ -43,10 +43,10 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(bench) -> None:
         and "error: rank 0: " in outcome.output
         and "none of its 2 checkpoints is whole" in outcome.output
     ), outcome.output
-    assert bench.curve(directory) == bench.undisturbed, "nothing that was written is lost"
+    assert bench.curve(directory) == bench.undisturbed, "written metrics are kept"
 
 
-def test_other_configuration_needs_a_yes(bench) -> None:
+def test_changed_configuration_needs_accept_changes(bench) -> None:
     directory = bench.root / "changed"
     shutil.copytree(bench.root / "undisturbed", directory)
     changed = (f"run.directory={directory}", "train.steps=9", "log.every_steps=2")
@@ -55,7 +55,7 @@ def test_other_configuration_needs_a_yes(bench) -> None:
         outcome.output
     )
     assert "safe: log.every_steps: was 1, is 2" in outcome.output and "checkpoint.accept_changes" in outcome.output
-    assert "steps: 8" in (directory / "config.yaml").read_text(), "what was refused is not recorded"
+    assert "steps: 8" in (directory / "config.yaml").read_text(), "a refused configuration is not recorded"
     outcome = train(bench.config, 1, *changed, "checkpoint.accept_changes=true")
     assert (
         outcome.codes == [0] and bench.curve(directory)[:8] == bench.undisturbed and len(bench.curve(directory)) == 9
@@ -75,14 +75,15 @@ def test_one_rank_with_another_configuration_or_code_is_named(bench) -> None:
     )
     assert set(outcome.codes) <= {2, -15} and "Traceback" not in outcome.output, outcome.output
     assert re.search(
-        r"error: rank 0: not all ranks started the same: optim.learning_rate is 0.002 on rank 1 \(.*\), 0.001 on 2 others",
+        r"error: rank 0: not all ranks started the same: "
+        r"optim.learning_rate is 0.002 on rank 1 \(.*\), 0.001 on 2 others",
         outcome.output,
     )
     outcome = train(bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", faults="other_code:2:0")
     assert set(outcome.codes) <= {2, -15} and re.search(
         r"the same: code is 0123456789ab on rank 2 \(.*\), [0-9a-f]{12} on 2 others\.", outcome.output
     )
-    assert analyze_exit(directory).code == 2, "a supervisor knows that starting again would not help"
+    assert analyze_exit(directory).code == 2, "a supervisor must not restart this run"
     outcome = train(bench.config, 3, f"run.directory={directory}")
     assert (
         set(outcome.codes) <= {2, -15}

@@ -1,4 +1,4 @@
-"""Two jobs in one run directory: the second is refused while the first one lives, and goes on when it has died."""
+"""Run directory lock: a second job is refused while the first one runs, and continues after it was killed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megatron_share4v.resilience.rank_state import read_states
 from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor
 
 
-def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_one(bench) -> None:
-    """With loader processes, which must not keep the lock of a killed rank."""
+def test_second_job_is_refused_until_the_first_has_died(bench) -> None:
+    """Loader processes of a killed rank must not keep its lock."""
     directory, go = bench.root / "twice", bench.root / "go"
     first = Job(
         bench.config, 2, f"run.directory={directory}", "data.num_workers=1", faults=f"wait_for:0:5:{go},kill:0:5"
@@ -29,18 +29,18 @@ def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_on
     while len(lines(directory / "metrics.jsonl")) < 4:
         assert first.processes[0].is_alive()
         time.sleep(0.05)
-    living = f"{directory} is being trained in by process {first.processes[0].pid} on {socket.gethostname()}, since 20"
+    in_use = f"{directory} is being trained in by process {first.processes[0].pid} on {socket.gethostname()}, since 20"
     second = train(bench.config, 2, f"run.directory={directory}")
     assert (
         second.codes[0] == 2
         and set(second.codes) <= {2, -15}
-        and f"error: rank 0: {living}" in second.output
+        and f"error: rank 0: {in_use}" in second.output
         and "Traceback" not in second.output
     ), second.output
-    with pytest.raises(RunDirectoryInUse, match=living):
+    with pytest.raises(RunDirectoryInUse, match=in_use):
         Supervisor(["false"], directory, RestartPolicy()).supervise()
     assert [state.pid for state in read_states(directory / "watch")] == [process.pid for process in first.processes], (
-        "what the first job says is left alone"
+        "state files of the first job are unchanged"
     )
     assert not (directory / "log" / "errors.txt").exists() and not (directory / "restarts.jsonl").exists()
     go.touch()
@@ -50,13 +50,13 @@ def test_second_job_is_refused_beside_a_living_one_and_goes_on_after_a_killed_on
     assert again.codes == [0, 0] and "at step 3" in again.output and bench.curve(directory) == bench.undisturbed, (
         again.output
     )
-    assert (directory / run_lock.FILE).read_text() == "", "the run is nobody's any more"
+    assert (directory / run_lock.FILE).read_text() == "", "the lock is released"
 
 
-def test_lock_of_a_dead_host_is_waited_for(
+def test_start_waits_for_the_lock_of_a_dead_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file server gives it back after a while, not at once."""
+    """An NFS server releases the lock of a dead client only after its lease has expired."""
     monkeypatch.setattr(run_lock, "LOCAL_WAIT_S", 0.0)
     monkeypatch.setattr(run_lock, "POLL_S", 0.0)
     monkeypatch.setattr(logging.getLogger("megatron_share4v"), "propagate", True)
@@ -77,7 +77,7 @@ def test_lock_of_a_dead_host_is_waited_for(
             pass
 
 
-def test_file_system_without_locks_is_told(
+def test_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(file: object, operation: int) -> None:

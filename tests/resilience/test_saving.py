@@ -1,4 +1,7 @@
-"""Saves that are killed, meet a full disk, or run while training goes on: what is there before stays, and nothing half-written is taken for whole."""
+"""Saves that are killed, hit a full disk, or run in the background.
+
+Older checkpoints stay valid, and a partly written one is never loaded.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from megatron_share4v.logging import configure
 BACKGROUND = "checkpoint.in_background=true"
 
 
-def tensors(checkpoint: Path) -> dict[str, bytes]:
+def read_tensor_files(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp")}
 
 
-def test_in_the_background_the_same_is_written_while_training_goes_on(bench) -> None:
+def test_background_save_equals_a_blocking_one(bench) -> None:
     directory = bench.root / "background"
     outcome = train(bench.config, 2, f"run.directory={directory}", BACKGROUND, faults="slow_save:0:2:2")
     assert outcome.codes == [0, 0] and bench.curve(directory) == bench.undisturbed, outcome.output
@@ -33,10 +36,12 @@ def test_in_the_background_the_same_is_written_while_training_goes_on(bench) -> 
         < log.index("checkpoint: wrote")
         < log.index("step 6 copied in")
     ), log
-    # The save at step 6 comes before that of step 3 is written.
+    # The save of step 6 starts before that of step 3 has finished.
     assert float(re.search(r"step 6 copied in [\d.]+ s, after waiting ([\d.]+) s", log)[1]) > 0.5, log
     for name in ("step_00000006", "step_00000008"):
-        ours, theirs = (tensors(root / "checkpoints" / name) for root in (directory, bench.root / "undisturbed"))
+        ours, theirs = (
+            read_tensor_files(root / "checkpoints" / name) for root in (directory, bench.root / "undisturbed")
+        )
         assert ours == theirs and len(ours) > 1
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000008\n"
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
@@ -48,7 +53,7 @@ def test_in_the_background_the_same_is_written_while_training_goes_on(bench) -> 
 
 @pytest.mark.parametrize("options", [(), (BACKGROUND,)], ids=["waiting", "background"])
 def test_killed_while_saving(bench, options: tuple[str, ...]) -> None:
-    """Rank 0 dies when all tensors of the second save are written but nothing is published."""
+    """Rank 0 is killed after all tensors of the second save are written and before the checkpoint is published."""
     directory = bench.root / f"killed_saving{len(options)}"
     outcome = train(bench.config, 2, f"run.directory={directory}", *options, faults="kill_in_save:0:1:6")
     assert outcome.codes[0] == -9, outcome.output
@@ -64,7 +69,7 @@ def test_killed_while_saving(bench, options: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("options", [(), (BACKGROUND,)], ids=["waiting", "background"])
 def test_full_disk(bench, options: tuple[str, ...]) -> None:
-    """One of two tensor ranks can write no large file from the second save on: all end with the reason, and the checkpoint before is used."""
+    """One of two TP ranks cannot write large files: all ranks report it, and the previous checkpoint is used."""
     directory = bench.root / f"full{len(options)}"
     common = (f"run.directory={directory}", "parallel.tensor=2")
     outcome = train(bench.config, 2, *common, *options, faults="full:1:5:60000")
@@ -79,7 +84,7 @@ def test_full_disk(bench, options: tuple[str, ...]) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    """A file system of 5 MB, mounted where only one process sees it: (the place, that process). Skips where the kernel lets users have no namespaces."""
+    """Mount point and process id of a 5 MB tmpfs in a mount namespace; skips without user namespaces."""
     if shutil.which("unshare") is None:
         pytest.skip("no unshare on PATH")
     mount = f"mount -t tmpfs -o size=5m small {tmp_path} && echo mounted && exec sleep 600"
@@ -87,13 +92,13 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, int]]:
         ["unshare", "-Urm", "sh", "-c", mount], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         if process.stdout.readline() != "mounted\n":
-            pytest.skip(f"no file system of our own here: {process.communicate()[1]}")
+            pytest.skip(f"cannot mount a tmpfs in a user namespace: {process.communicate()[1]}")
         yield tmp_path, process.pid
         process.kill()
 
 
-def test_disk_that_is_really_full(bench, small_disk: tuple[Path, int]) -> None:
-    """Not in a save, when a line of metrics.jsonl is written: half of it is. Whatever else is spoiled beside the checkpoints keeps nobody from going on."""
+def test_full_disk_while_writing_metrics(bench, small_disk: tuple[Path, int]) -> None:
+    """A truncated line of metrics.jsonl and other damaged files beside the checkpoints do not prevent a restart."""
     directory, pid = small_disk
     seen = Path(f"/proc/{pid}/root{directory}")
     enter, options = f"enter:0:0:{pid},enter:1:0:{pid}", (f"run.directory={directory}", "train.bad_steps.loss_factor=9")
@@ -106,7 +111,7 @@ def test_disk_that_is_really_full(bench, small_disk: tuple[Path, int]) -> None:
         and "No space left on device; see to the disk" in outcome.output
         and "JSONDecodeError" not in outcome.output
     )
-    assert not (seen / "metrics.jsonl").read_text().endswith("\n"), "a line is cut off"
+    assert not (seen / "metrics.jsonl").read_text().endswith("\n"), "the last line is truncated"
     (seen / "junk").unlink()
     whole = (seen / "metrics.jsonl").read_text().splitlines(keepends=True)
     (seen / "metrics.jsonl").write_bytes(
@@ -124,18 +129,18 @@ def test_disk_that_is_really_full(bench, small_disk: tuple[Path, int]) -> None:
     )
 
 
-def test_what_a_full_disk_and_a_wrong_place_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_disk_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rank0.txt").symlink_to("/dev/full")
     logger = configure(rank=0, directory=tmp_path)
     logger.info("one")
     logger.info("two")
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert (
-        said.count("rank0.txt: some lines could not be written: [Errno 28] No space left on device") == 1
-        and "Traceback" not in said
-        and "two" in said
+        stderr.count("rank0.txt: some lines could not be written: [Errno 28] No space left on device") == 1
+        and "Traceback" not in stderr
+        and "two" in stderr
     )
-    with contextlib.suppress(OSError):  # what is left in its buffer
+    with contextlib.suppress(OSError):  # flushing the remaining buffer fails
         configure(rank=0)
     (tmp_path / "file").touch()
     with (
@@ -146,11 +151,11 @@ def test_what_a_full_disk_and_a_wrong_place_say(tmp_path: Path, capsys: pytest.C
     with pytest.raises(FileNotFoundError), disk_errors_as_config_error(tmp_path):
         (tmp_path.parent / "no such file").read_text()
     with pytest.raises(ConnectionResetError), disk_errors_as_config_error(tmp_path):
-        raise ConnectionResetError("that is no disk")
+        raise ConnectionResetError("not a disk error")
 
 
-def test_one_lost_file_is_not_a_checkpoint(bench) -> None:
-    """torch's writing threads lose their errors; the checkpoint would lack tensors and be hashed as if it were whole."""
+def test_error_in_a_writer_thread_fails_the_save(bench) -> None:
+    """torch's writer threads drop their errors; without a check an incomplete checkpoint would be published."""
     directory = bench.root / "lost_file"
     outcome = train(bench.config, 1, f"run.directory={directory}", faults="lost_file:0:5")
     assert outcome.codes == [2] and re.search(

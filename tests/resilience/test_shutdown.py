@@ -1,4 +1,4 @@
-"""A run that is asked to end: by a signal to any one rank, or by the clock. It is saved at the next step and goes on bitwise."""
+"""Stops by a signal to one rank or by the time limit: the run is saved and continues with bitwise equal metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_signal_to_one_rank_saves_and_stops_all(bench, fault: str, name: str) ->
 
 
 def test_under_torchrun_and_time_limit(bench) -> None:
-    """A limit so near that the first step is the last; torchrun's report has the exit code."""
+    """The time limit stops the run after the first step; torchrun reports the exit code."""
     directory = bench.root / "limited"
     process = start(
         bench.config, 2, f"run.directory={directory}", "run.time_limit_minutes=1", "checkpoint.before_time_limit_s=60"
@@ -43,7 +43,7 @@ def test_under_torchrun_and_time_limit(bench) -> None:
 
 
 class Clock:
-    """Seconds, set by hand."""
+    """Clock in seconds that is set by the test."""
 
     time = 1000.0
 
@@ -51,40 +51,40 @@ class Clock:
         return self.time
 
 
-def timekeeper(bench, clock: Clock, *overrides: str) -> TimeLimit:
+def make_time_limit(bench, clock: Clock, *overrides: str) -> TimeLimit:
     return TimeLimit(load_run(bench.config, overrides), now=clock, clock=lambda: clock.time + 1e9)
 
 
-def test_time_is_up_while_a_step_and_a_save_still_fit(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limit_leaves_time_for_a_step_and_a_save(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    keeper = timekeeper(bench, clock, "run.time_limit_minutes=10", "checkpoint.before_time_limit_s=100")
+    limit = make_time_limit(bench, clock, "run.time_limit_minutes=10", "checkpoint.before_time_limit_s=100")
     clock.time = 1030.0
-    keeper.step_ended()
+    limit.step_ended()
     clock.time = 1050.0
-    keeper.save_started()
-    keeper.save_ended(seconds=20.0)
-    keeper.training_resumed()
+    limit.save_started()
+    limit.save_ended(seconds=20.0)
+    limit.training_resumed()
     clock.time = 1600.0 - 100.0 - 20.0 - 30.0 - 1.0
-    assert not keeper.is_up
+    assert not limit.is_up
     clock.time += 1.0
-    assert keeper.is_up
-    assert not timekeeper(bench, clock).is_up
+    assert limit.is_up
+    assert not make_time_limit(bench, clock).is_up
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(clock.time + 1e9 + 119))
-    assert timekeeper(bench, clock).is_up and timekeeper(bench, clock, "run.time_limit_minutes=600").is_up
+    assert make_time_limit(bench, clock).is_up and make_time_limit(bench, clock, "run.time_limit_minutes=600").is_up
     monkeypatch.setenv("SLURM_JOB_END_TIME", "tomorrow")
     with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME is 'tomorrow'"):
-        timekeeper(bench, clock)
+        make_time_limit(bench, clock)
 
 
-def test_saves_are_due_by_the_minute(bench) -> None:
+def test_saves_are_due_every_minutes(bench) -> None:
     clock = Clock()
-    keeper, never = timekeeper(bench, clock, "checkpoint.every_minutes=2"), timekeeper(bench, clock)
+    limit, never = make_time_limit(bench, clock, "checkpoint.every_minutes=2"), make_time_limit(bench, clock)
     clock.time += 119.0
-    assert not keeper.save_is_due
+    assert not limit.save_is_due
     clock.time += 1.0
-    assert keeper.save_is_due and not never.save_is_due
-    keeper.save_started()
-    assert not keeper.save_is_due
+    assert limit.save_is_due and not never.save_is_due
+    limit.save_started()
+    assert not limit.save_is_due
     assert TimeLimit.__init__.__kwdefaults__["now"] is time.monotonic, (
-        "a clock that is set back by an hour must not hold up saves for an hour"
+        "the clock must be monotonic, or a clock change would delay saves"
     )
