@@ -1,7 +1,7 @@
-"""The only package that imports megatron-core: version check, CPU patch, groups, layer specs, optimizer, schedule.
+"""Interface to megatron-core: version check, CPU patch, groups, layer specs, optimizer, schedule.
 
-Importing it patches torch.cuda (mcore/cpu_patch.py) where there is no CUDA, and must precede any import of
-megatron.core. Every other package takes megatron-core's classes from here or from the modules beside this one.
+This is the only package that imports megatron-core. Importing it patches torch.cuda (mcore/cpu_patch.py) where there is
+no CUDA, and must precede any import of megatron.core. Other packages import megatron-core's classes from this package.
 """
 
 from importlib.metadata import version
@@ -17,7 +17,7 @@ SUPPORTED = ("0.16.1",)
 
 
 def _check_environment() -> None:
-    """Refuse installations in which megatron-core fails late or silently."""
+    """Raise OpsError for installations in which megatron-core would fail late or silently."""
     found = version("megatron-core")
     if found not in SUPPORTED:
         raise OpsError(

@@ -1,4 +1,4 @@
-"""FP8 divergence check: now and then, one micro-batch of each DP rank runs with and without FP8, and the results are compared."""
+"""FP8 divergence check: compares loss and gradient norm of one micro-batch per DP rank with and without FP8."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Fp8Gap:
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8DivergenceCheck:
-    """Checks the model that `chunks` are part of; leaves gradient buffers to be zeroed at the start of the step."""
+    """Periodic comparison of FP8 with the dtype of the weights. The step must zero the gradient buffers afterwards."""
 
     precision: PrecisionConfig
     chunks: Sequence[torch.nn.Module]
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is checked: the first and every precision.guard_every_steps after it."""
+        """Return whether `step` is checked: the first one and every precision.guard_every_steps after it."""
         every = self.precision.guard_every_steps
         return bool(every) and (step - 1) % every == 0
 
     def check(self, step: int, measure: Callable[[], tuple[float, float]]) -> Fp8Gap:
-        """Compare two calls of `measure`, which returns (loss, gradient norm) of micro-batches of this step. Collective.
+        """Compare `measure` with and without FP8; it returns (loss, gradient norm) of this step. Collective.
 
         Raises PrecisionError, on every rank, when a gap is above its limit.
         """

@@ -1,7 +1,7 @@
-"""Rollback to a checkpoint in the middle of a run, because the steps since then have spoiled the weights.
+"""Rollback to an earlier checkpoint within a run, after bad steps have corrupted the weights.
 
-The steps since the checkpoint go on the skip list (resilience/skip_steps.py) and their checkpoints are set aside, so a
-run that is killed afterwards and started again reaches the same weights.
+The steps since the checkpoint are added to the skip list (resilience/skip_steps.py) and their checkpoints are marked as
+damaged, so that a run that is killed and restarted afterwards reaches the same weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_share4v.resilience.skip_steps import add_skip_steps
 
 @dataclass(frozen=True)
 class BadStepRange:
-    """Bad steps `first` to `last`, and why they cause a rollback."""
+    """Range of bad steps, `first` to `last`, and the reason of the rollback."""
 
     first: int
     last: int
@@ -37,10 +37,10 @@ def roll_back(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
 ) -> int:
-    """Load the newest complete checkpoint saved before the weights that met the first bad step; return its step. Collective.
+    """Load the newest complete checkpoint from before the last good step; return its step. Collective.
 
-    `directory`: run directory. Training continues with the step after the last bad one. Raises TrainingError when
-    there is no such checkpoint.
+    That checkpoint is older than the weights at which the first bad step occurred. `directory`: run directory.
+    Training continues with the step after the last bad one. Raises TrainingError when there is no such checkpoint.
     """
     checkpoints, last_good, last = directory / "checkpoints", bad_steps.first - 1, bad_steps.last
 

@@ -1,4 +1,4 @@
-"""Control flags: what one rank knows and all ranks must act on at the same step, summed in the all-reduce of the loss.
+"""Control flags: conditions of one rank on which all ranks act at the same step, summed with the loss all-reduce.
 
 SIGTERM (Slurm before preemption, torchrun when it is terminated) and SIGUSR1 (Slurm's --signal) stop the run after the
 current step; the handler only counts them.
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @dataclass(frozen=True)
 class StepDecision:
-    """Decision about the end of a step, equal on all ranks."""
+    """What to do at the end of a step, equal on all ranks."""
 
     stop_reason: str | None
     """Why the run stops after this step; None when it continues."""
@@ -32,7 +32,7 @@ class StepDecision:
 
 
 class StopSignals:
-    """Counts the signals that stop a run. A signal must not interrupt a rank that is reporting another error."""
+    """Counters of the signals that stop a run. A signal must not interrupt a rank that is reporting another error."""
 
     def __init__(self) -> None:
         self.received = dict.fromkeys(SIGNALS, 0)
@@ -50,7 +50,7 @@ class StopSignals:
         try:
             yield
         except RunStopped:
-            # The launcher signals the other ranks when the first one has ended; that must not cut off their exit.
+            # The launcher signals the other ranks when the first has ended; they must still exit normally.
             after = dict.fromkeys(SIGNALS, signal.SIG_IGN)
             raise
         finally:
@@ -58,19 +58,19 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _count(self, number: int, frame: object) -> None:
-        # Only count: this may interrupt anything, including a write to the log.
+        # Only count: this may interrupt any code, including a write to the log.
         self.received[signal.Signals(number)] += 1
 
 
 class ControlFlags:
-    """This rank's control flags, and the decision that follows from their sum over all ranks."""
+    """Control flags of this rank, and the decision derived from their sum over all ranks."""
 
     def __init__(self, signals: StopSignals, time_limit: TimeLimit | None, *, save_failed: Callable[[], bool]) -> None:
         """time_limit: None on all ranks but rank 0; save_failed: whether a background save failed on this rank."""
         self._signals, self._time_limit, self._save_failed = signals, time_limit, save_failed
 
     def read(self) -> Sequence[float]:
-        """Return this rank's flags: one for each signal, time limit reached, save due, save failed."""
+        """Return the flags of this rank: one for each signal, time limit reached, save due, save failed."""
         limit = self._time_limit
         conditions = [limit is not None and limit.is_up, limit is not None and limit.save_is_due, self._save_failed()]
         return [*(float(count > 0) for count in self._signals.received.values()), *map(float, conditions)]

@@ -17,13 +17,13 @@ from megatron_share4v.parallel.collectives import broadcast_object
 
 
 def describe_non_finite(loss: float, grad_norm: float) -> str:
-    """Describe which of the two is not finite, "" when both are. Both cover the whole step, so all ranks agree."""
+    """Return which value is not finite, or "". Both values cover the whole step, so all ranks return the same."""
     values = (("loss", loss), ("gradient norm", grad_norm))
     return " and ".join(f"{name} is {value}" for name, value in values if not math.isfinite(value))
 
 
 class SpikeDetector:
-    """Compares each step with the last good ones."""
+    """Detector of steps whose loss or gradient norm is far above the median of the last good steps."""
 
     def __init__(self, config: BadStepConfig, *, mesh: Mesh | None) -> None:
         """mesh: needed by `restore`, and by `__call__` where gradient norms are compared."""
@@ -32,7 +32,7 @@ class SpikeDetector:
         self._norms: deque[float] = deque(maxlen=config.window)
 
     def restore(self, metrics: Path, *, to_step: int) -> None:
-        """Replace the history by the good steps up to `to_step` of a metrics.jsonl, as if the run had not stopped. Collective."""
+        """Restore the history from the good steps of metrics.jsonl up to `to_step`, after a restart. Collective."""
         assert self._mesh is not None
         steps = broadcast_object(_read_good_steps(metrics, to_step=to_step) if self._mesh.rank == 0 else [])
         self._losses.clear()
@@ -41,13 +41,13 @@ class SpikeDetector:
         self._norms.extend(norm for _, norm in steps)
 
     def __call__(self, loss: float, grad_norm: float) -> str:
-        """Return why a step is bad, or "" and remember it as good. Collective where gradient norms are compared."""
+        """Return why a step is bad, or "" and add it to the history. Collective where gradient norms are compared."""
         config = self._config
         reason = describe_non_finite(loss, grad_norm)
         reason = reason or self._describe_spike("loss", loss, self._losses, config.loss_factor)
         if config.gradient_factor is not None:
             reason = reason or self._describe_spike("gradient norm", grad_norm, self._norms, config.gradient_factor)
-            reason = self._agree(reason)
+            reason = self._agree_across_ranks(reason)
         if not reason:
             self._losses.append(loss)
             self._norms.append(grad_norm)
@@ -62,8 +62,11 @@ class SpikeDetector:
         limit = f"{factor:g} times the median {median:.4g} of the last {len(history)} good steps"
         return f"{name} {value:.4g} is more than {limit}"
 
-    def _agree(self, reason: str) -> str:
-        """Call the step bad on all ranks when one does: norms of several model-parallel groups may differ in their last bit."""
+    def _agree_across_ranks(self, reason: str) -> str:
+        """Agree across ranks: a step is bad when any rank finds it bad.
+
+        Gradient norms of several model-parallel groups may differ in their last bit.
+        """
         assert self._mesh is not None
         is_bad = torch.tensor(float(bool(reason)), device=self._mesh.device.torch_device)
         dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
