@@ -1,7 +1,8 @@
-"""Measure the data path: `--prepare [N]` index building for N synthetic records, `--plans [N]` time and memory of plans,
-`--packing` packing against padding, `--images [N]` decoding against transformers' image processor. The last line is one JSON object.
+"""Benchmark of the data path: preparing, sample plans, packing against padding, image decoding.
 
-Each part is a function in a file of its own beside this one.
+`--prepare [N]` builds the index of N synthetic records, `--plans [N]` measures time and memory of sample plans,
+`--packing` compares packing with padding, `--images [N]` compares decoding with transformers' image processor. Each
+benchmark has its own file in this folder. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RECORDS, IMAGES, DECODED = 1_250_000, 2_000, 512
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts that are asked for and print what they measure."""
+    """Run the selected benchmarks and print their results."""
     options = _parser().parse_args(arguments)
     found: dict[str, object] = {}
     if options.prepare:
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=RECORDS,
         metavar="N",
-        help=f"time and memory of every plan of N samples ({RECORDS})",
+        help=f"time and memory of every kind of plan for N samples ({RECORDS})",
     )
     parser.add_argument(
         "--packing", action="store_true", help="useful tokens per second of packing against padding, tiny model"
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds",
         type=int,
         default=3,
-        help="of --images: every way is measured so often, in turn, and its best round counts",
+        help="rounds of --images; every backend is measured once per round and its best round counts",
     )
     return parser
 

@@ -22,9 +22,9 @@ from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.training import OptimConfig
 from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.records import Batch, Example
-from megatron_share4v.data.sampling.blend import open_index
+from megatron_share4v.data.sampling.blend import BlendedIndex, open_index
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import MicroBatch, Sampler
+from megatron_share4v.data.sampling.sampler import MicroBatch, Order, Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
@@ -55,16 +55,30 @@ MODEL = ModelConfig(
 )
 
 
-class Side:
+class Variant:
     """One way to fill micro-batches, with its sampler, model and measurements."""
 
     def __init__(
-        self, index: Index, mesh: Mesh, *, order: str, size: int, micro_batches: int, packing: Packing | None
+        self,
+        index: Index | BlendedIndex,
+        mesh: Mesh,
+        *,
+        order: Order,
+        size: int,
+        micro_batches: int,
+        packing: Packing | None,
     ) -> None:
         self.index, self.mesh, self.size = index, mesh, size
-        sizes = dict(group_size=None, global_batch_size=micro_batches * size, micro_batch_size=size)
         self.plan = Sampler(
-            index, order=order, packing=packing, seed=0, tokens_per_image=SLOTS, pad_multiple=8, **sizes
+            index,
+            order=order,
+            packing=packing,
+            group_size=None,
+            seed=0,
+            global_batch_size=micro_batches * size,
+            micro_batch_size=size,
+            tokens_per_image=SLOTS,
+            pad_multiple=8,
         )
         parallel = ParallelConfig(distributed_optimizer=False)
         bare = build_chunks(MODEL, mesh=mesh, parallel=parallel, dtype=torch.float32)
@@ -73,10 +87,10 @@ class Side:
         self.optimizer = build_optimizer(
             self.chunks, OptimConfig(learning_rate=1e-4), parallel=parallel, dtype=torch.float32
         )
-        self.seconds, self.tokens, self.positions, self.most = 0.0, 0, 0, 0
+        self.seconds, self.tokens, self.positions, self.largest_batch = 0.0, 0, 0, 0
 
     def step(self, step: int) -> None:
-        """Train one step and count it, except the first, which allocates buffers."""
+        """Train one step; steps after the first, which allocates buffers, are measured."""
         items = self.plan.global_batch(step)
         batches = [
             _batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)
@@ -85,7 +99,8 @@ class Side:
         settings = StepSettings(mesh=self.mesh, micro_batch_size=self.size, clip_grad_norm=1.0)
         data = StepData(items, batches, 0.0)
         train_step(self.chunks, self.optimizer, data, settings=settings, learning_rate_factor=1.0)
-        self.most = max(self.most, batches[0].token_ids.numel())
+        assert batches[0].token_ids is not None
+        self.largest_batch = max(self.largest_batch, batches[0].token_ids.numel())
         if step:
             self.seconds += time.process_time() - started
             self.tokens += items.tokens
@@ -96,36 +111,36 @@ class Side:
         return {
             "tokens_per_s": self.tokens / self.seconds,
             "useful": self.tokens / self.positions,
-            "positions": self.most,
+            "positions": self.largest_batch,
         }
 
 
 def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[str, float]]:
     """Measure and print each variant; return the reports and the ratio of packed to padded tokens/s."""
-    torch.set_num_threads(1)  # then its own processor time is what a step costs, whatever else the machine does
+    torch.set_num_threads(1)  # the CPU time of one thread is the cost of a step, whatever the load of the machine
     with tempfile.TemporaryDirectory(prefix="bench-packing-") as name, _one_rank() as mesh:
         write_synthetic_index(Path(name) / "data", samples=SAMPLES, seed=0, scale=SCALE)
         index = open_index(str(Path(name) / "data"))
         longest = int((index.rows["n_tok"] + index.rows["n_img"].astype(int) * (SLOTS - 1)).max())
         samples = PACKS * PACK_LENGTH // longest
-        sides = {
-            "packed": Side(
+        variants = {
+            "packed": Variant(
                 index, mesh, order="random", size=PACKS, micro_batches=micro_batches, packing=Packing(PACK_LENGTH)
             ),
-            "padded": Side(index, mesh, order="random", size=samples, micro_batches=micro_batches, packing=None),
-            "grouped": Side(
+            "padded": Variant(index, mesh, order="random", size=samples, micro_batches=micro_batches, packing=None),
+            "grouped": Variant(
                 index, mesh, order="group_by_modality_length", size=samples, micro_batches=micro_batches, packing=None
             ),
         }
         for step in range(steps + 1):
-            for side in sides.values():
-                side.step(step)
-    found = {name: side.report() for name, side in sides.items()}
+            for variant in variants.values():
+                variant.step(step)
+    found = {name: variant.report() for name, variant in variants.items()}
     for name, report in found.items():
         print(
             f"{name:8} {report['tokens_per_s']:8,.0f} useful tokens/s, "
             f"{100 * report['useful']:5.1f} % of positions useful, up to "
-            f"{report['positions']:.0f} positions in a micro-batch of {sides[name].size} "
+            f"{report['positions']:.0f} positions in a micro-batch of {variants[name].size} "
             f"{'packs' if name == 'packed' else 'samples'}",
             flush=True,
         )
@@ -135,12 +150,12 @@ def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[s
     }
     print(
         ", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items())
-        + f"; fill of all packs {100 * sides['packed'].plan.fill:.1f} %"
+        + f"; fill of all packs {100 * variants['packed'].plan.fill:.1f} %"
     )
-    return {**found, "ratios": ratios, "fill": {"packed": sides["packed"].plan.fill}}
+    return {**found, "ratios": ratios, "fill": {"packed": variants["packed"].plan.fill}}
 
 
-def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
+def _batch(index: Index | BlendedIndex, micro_batch: MicroBatch) -> Batch:
     """Build a batch of random tokens with the lengths of the index."""
     generator = torch.Generator().manual_seed(micro_batch.rows[0])
     side, examples = MODEL.vision.image_size, []
@@ -153,12 +168,12 @@ def _batch(index: Index, micro_batch: MicroBatch) -> Batch:
             ids[1] = IMAGE_TOKEN_INDEX
         pixels = torch.zeros(int(entry["n_img"]), side, side, 3, dtype=torch.uint8)
         examples.append(Example(key=str(row), name=str(row), input_ids=ids, labels=labels, pixels=pixels))
-    both = StageRole(first=True, last=True)
+    role = StageRole(first=True, last=True)
     return collate(
         examples,
         sequence_length=micro_batch.sequence_length,
         tokens_per_image=SLOTS,
-        role=both,
+        role=role,
         segments=micro_batch.segments,
     )
 

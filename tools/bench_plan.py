@@ -1,6 +1,6 @@
-"""The part of tools/bench_data.py that measures plans: how long each kind takes for a data set, and how much memory its process has at most.
+"""Benchmark of sample plans for tools/bench_data.py: time and peak memory of each order, packed or not.
 
-Also the synthetic index, with lengths like ShareGPT4V's, that bench_packing.py trains on.
+Also writes the synthetic index, with lengths like ShareGPT4V's, that bench_packing.py trains on.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ import numpy as np
 from megatron_share4v.config.data import BlendSource
 from megatron_share4v.data.sampling.blend import open_index
 from megatron_share4v.data.sampling.packing import Packing
-from megatron_share4v.data.sampling.sampler import Sampler
+from megatron_share4v.data.sampling.sampler import Order, Sampler
 from megatron_share4v.data.store.index import ROW, DatasetInfo, write_index
 
 SLOTS, PACK_LENGTH, GLOBAL_BATCH = 576, 4096, 256
-PLANS = {
-    "sequential": {"order": "sequential"},
-    "random": {"order": "random"},
-    "block": {"order": "block"},
-    "group_by_modality_length": {"order": "group_by_modality_length"},
-    "packed random": {"order": "random", "packing": Packing(PACK_LENGTH)},
-    "packed block": {"order": "block", "packing": Packing(PACK_LENGTH)},
-    "blend random": {"order": "random"},
-    "blend packed": {"order": "random", "packing": Packing(PACK_LENGTH)},
+PLANS: dict[str, tuple[Order, Packing | None]] = {
+    "sequential": ("sequential", None),
+    "random": ("random", None),
+    "block": ("block", None),
+    "group_by_modality_length": ("group_by_modality_length", None),
+    "packed random": ("random", Packing(PACK_LENGTH)),
+    "packed block": ("block", Packing(PACK_LENGTH)),
+    "blend random": ("random", None),
+    "blend packed": ("random", Packing(PACK_LENGTH)),
 }
+"""Order and packing of each measured plan."""
 
 
 def write_synthetic_index(directory: Path, *, samples: int, seed: int, scale: int = 1) -> None:
-    """Stage-2-like samples without shards: 94 % with one image; half of the answers are short, half long; text up to 2048 positions, all
-    divided by `scale`.
+    """Write the index of samples like those of stage 2, without shards; all lengths are divided by `scale`.
+
+    94 % have one image; half of the answers are short, half long; text has up to 2048 positions.
     """
     rng = np.random.RandomState(seed)
     short, long = rng.lognormal(4.4, 0.7, samples), rng.lognormal(6.0, 0.6, samples)
@@ -61,7 +63,10 @@ def write_synthetic_index(directory: Path, *, samples: int, seed: int, scale: in
 
 
 def bench_plans(samples: int) -> dict[str, dict[str, float]]:
-    """Seconds from an opened index to the first step, and peak memory in bytes of a process that does nothing else, for each plan."""
+    """Measure and print each plan in its own process.
+
+    Returns seconds from an opened index to the first step and peak memory of the process in bytes.
+    """
     found = {}
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as name:
         whole, parts = Path(name) / "whole", [Path(name) / f"part{number}" for number in range(4)]
@@ -69,7 +74,7 @@ def bench_plans(samples: int) -> dict[str, dict[str, float]]:
         for number, part in enumerate(parts):
             write_synthetic_index(part, samples=samples // 4, seed=number)
         for plan in PLANS:
-            # A fresh process for each: peak memory never falls.
+            # One process per plan: the peak memory of a process never falls.
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
                 paths = [str(part) for part in parts] if plan.startswith("blend") else [str(whole)]
                 found[plan] = process.submit(measure, plan, paths).result()
@@ -81,13 +86,15 @@ def bench_plans(samples: int) -> dict[str, dict[str, float]]:
 
 
 def measure(plan: str, paths: list[str]) -> dict[str, float]:
-    """What bench_plans reports of one plan."""
-    index = (
-        open_index(paths[0])
-        if len(paths) == 1
-        else open_index([BlendSource(path=path, weight=1.0 + n) for n, path in enumerate(paths)])
-    )
-    settings = dict(
+    """Measure one plan in this process."""
+    blend = [BlendSource(path=path, weight=1.0 + number) for number, path in enumerate(paths)]
+    index = open_index(paths[0] if len(paths) == 1 else blend)
+    order, packing = PLANS[plan]
+    started = time.perf_counter(), time.process_time()
+    sampler = Sampler(
+        index,
+        order=order,
+        packing=packing,
         group_size=None,
         seed=0,
         global_batch_size=GLOBAL_BATCH,
@@ -95,9 +102,7 @@ def measure(plan: str, paths: list[str]) -> dict[str, float]:
         tokens_per_image=SLOTS,
         pad_multiple=8,
     )
-    started = time.perf_counter(), time.process_time()
-    made = Sampler(index, **settings, **PLANS[plan])
-    made.global_batch(0)
+    sampler.global_batch(0)
     seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "fill": made.fill}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "fill": sampler.fill}

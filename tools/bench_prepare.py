@@ -1,4 +1,4 @@
-"""The part of tools/bench_data.py that measures preparing: reading annotations, building shards and index, judging records with images."""
+"""Benchmark of preparing a data set for tools/bench_data.py: annotations, shards, index, records with images."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from megatron_share4v.data.prepare.validate import Accepted, CheckedImage, Check
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.store.index import Index
 
-CAPTION = "The image shows a small red circle to the left of a large blue square, and above both of them hangs a bright yellow star. "
+CAPTION = (
+    "The image shows a small red circle to the left of a large blue square, "
+    "and above both of them hangs a bright yellow star. "
+)
 
 
 @dataclass(frozen=True)
-class FirstGlance:
-    """Accepts every record at once: what is left is the cost of everything but images and tokens."""
+class AcceptAll:
+    """Validator that accepts every record unread, to measure everything except images and tokenisation."""
 
     def __call__(self, request: tuple[Entry, bool]) -> Accepted:
         content, known = request[0].content, request[1]
+        assert isinstance(content, dict)
         header = ImageHeader(width=640, height=480, extension="jpg")
-        image = (
-            None
-            if known
-            else CheckedImage(b"", 100_000, hash(content["id"]) & 0xFFFFFFFF, header, archive=None, offset=0)
-        )
-        text = CheckedText(
-            words=140, n_tok=200, n_lab=190, full_tok=200, full_lab=190, identity=hash(content["id"]) & (1 << 63) - 1
-        )
+        digest = hash(content["id"])
+        image = None if known else CheckedImage(b"", 100_000, digest & 0xFFFFFFFF, header, archive=None, offset=0)
+        identity = digest & (1 << 63) - 1
+        text = CheckedText(words=140, n_tok=200, n_lab=190, full_tok=200, full_lab=190, identity=identity)
         return Accepted(content["id"], content["image"], image, text)
 
 
 def bench_prepare(directory: Path, *, records: int, tokenizer: Path) -> dict[str, float]:
-    """Measure with `records` synthetic ones of ShareGPT4V-PT's length in `directory`; prints a line for each stage."""
+    """Measure and print each stage of preparing `records` synthetic records of ShareGPT4V-PT's length."""
     path, images = directory / "annotations.json", directory / "images"
     images.mkdir()
     found: dict[str, float] = {"records": records}
@@ -56,7 +56,7 @@ def bench_prepare(directory: Path, *, records: int, tokenizer: Path) -> dict[str
         annotations=path, images=images, output=directory / "out", tokenizer=tokenizer, template="plain", in_place=True
     )
     with _stage("build text shards, index and list of duplicates", found, "build"):
-        prepare(options, validator=FirstGlance())
+        prepare(options, validator=AcceptAll())
     with _stage("open and verify the index", found, "open"):
         index = Index.open(options.output)
     assert len(index) == records, "the index lost samples"
@@ -65,15 +65,15 @@ def bench_prepare(directory: Path, *, records: int, tokenizer: Path) -> dict[str
 
 
 def bench_with_images(directory: Path, *, images: int, tokenizer: Path) -> dict[str, float]:
-    """Records per second and core of the whole of preparing: photographs of 640 x 480 verified and copied, captions tokenised.
+    """Measure records per second and core of preparing with images: verify and copy 640 x 480 photographs, tokenise.
 
-    In one process and in its CPU time, so that the number does not depend on what else the machine does.
+    Measured in CPU time of one process, so other load on the machine does not matter.
     """
     folder = directory / "with-images" / "sam" / "images"
     folder.mkdir(parents=True)
     encoded = [_photograph(number) for number in range(8)]
     for number in range(images):
-        # JPEG readers stop at the end mark, so what follows only makes the files differ.
+        # JPEG readers stop at the end marker; the appended number makes the files distinct.
         (folder / f"sa_{number}.jpg").write_bytes(encoded[number % len(encoded)] + str(number).encode())
     path = directory / "few.json"
     _write_annotations(path, images)
@@ -93,7 +93,7 @@ def bench_with_images(directory: Path, *, images: int, tokenizer: Path) -> dict[
 
 
 def _photograph(seed: int) -> bytes:
-    """A JPEG as big as a photograph of its size."""
+    """Encode a JPEG with the file size of a real photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize(
         (640, 480), Image.Resampling.BICUBIC
@@ -120,14 +120,14 @@ def _write_annotations(path: Path, records: int) -> None:
 
 
 @contextmanager
-def _stage(what: str, found: dict[str, float], name: str) -> Iterator[None]:
+def _stage(description: str, found: dict[str, float], name: str) -> Iterator[None]:
     started, started_cpu = time.monotonic(), time.process_time()
     yield
     seconds, cpu = time.monotonic() - started, time.process_time() - started_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     found |= {f"{name}_s": round(seconds, 2), f"{name}_cpu_s": round(cpu, 2), f"{name}_peak_mib": round(peak)}
     print(
-        f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU ({found['records'] / cpu:.0f} records/s), peak memory "
+        f"{description}: {seconds:.1f} s, {cpu:.1f} s of CPU ({found['records'] / cpu:.0f} records/s), peak memory "
         f"{peak:.0f} MiB",
         flush=True,
     )

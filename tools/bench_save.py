@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -29,7 +30,7 @@ from examples.quickstart.dataset import write_dataset
 from examples.quickstart.tokenizer import train_tokenizer
 
 MODEL = Path(__file__).parents[1] / "examples" / "models" / "tiny.yaml"
-BYTES_PER_WEIGHT = 16  # fp32: the weight, the optimizer's and its two moments
+BYTES_PER_WEIGHT = 16  # fp32: weight, master weight and two moments
 HIDDEN = 128
 
 
@@ -66,9 +67,9 @@ def make_run(root: Path) -> Path:
 
 
 def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int, background: bool) -> dict[str, float]:
-    """Train a run and return durations in seconds and the bytes of a checkpoint."""
+    """Train a run and return its durations in seconds and the size of a checkpoint in bytes."""
     root = config.parent
-    directory = root / ("background" if background else "waiting")
+    directory = root / ("background" if background else "blocking")
     options = {
         "run.directory": directory,
         "precision.dtype": "fp32",
@@ -87,22 +88,17 @@ def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int,
         "log.every_steps": 1000,
     }
     TimedSaver.spans.clear()
-    loop.run(
-        load_run(
-            config,
-            [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()],
-        )
-    )
+    texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in options.items()}
+    loop.run(load_run(config, [f"{key}={text}" for key, text in texts.items()]))
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][2:]
     during: list[float] = []
     between: list[float] = []
     for line in lines:
         began, ended = line["time"] - line["step_time_s"], line["time"]
-        beside = sum(max(0.0, min(last, ended) - max(first, began)) for first, last in TimedSaver.spans) / (
-            ended - began
-        )
-        if beside == 0.0 or beside > 0.5:
-            (during if beside else between).append(line["step_time_s"])
+        overlap_s = sum(max(0.0, min(last, ended) - max(first, began)) for first, last in TimedSaver.spans)
+        overlap = overlap_s / (ended - began)
+        if overlap == 0.0 or overlap > 0.5:
+            (during if overlap else between).append(line["step_time_s"])
     return {
         "wait_s": statistics.median(line["checkpoint_s"] for line in lines if line["checkpoint_s"]),
         "write_s": statistics.median(last - first for first, last in TimedSaver.spans),
@@ -115,17 +111,19 @@ def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=800, help="size of a checkpoint, about")
+    parser.add_argument("--megabytes", type=int, default=800, help="approximate size of a checkpoint")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=12, help="steps from one save to the next")
+    parser.add_argument("--every", type=int, default=12, help="steps between saves")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--directory", type=Path, help="where to write; default: a temporary directory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
+    with (
+        tempfile.TemporaryDirectory(dir=arguments.directory) as name,
+        mock.patch.object(loop, "Saver", TimedSaver),
+    ):
         config = make_run(Path(name))
-        loop.Saver = TimedSaver
         for background in (False, True):
             found = measure(
                 config,
@@ -135,10 +133,10 @@ def main() -> None:
                 batch=arguments.batch,
                 background=background,
             )
-            way = "in the background" if background else "training waits"
+            mode = "in the background" if background else "blocking"
             print(
-                f"{way}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; "
-                f"training stood still for {found['wait_s']:.2f} s per save"
+                f"{mode}: {found['bytes'] / 1e6:.0f} MB written in {found['write_s']:.2f} s; "
+                f"training waited {found['wait_s']:.2f} s per save"
             )
             if background:
                 ratio = found["during_s"] / found["between_s"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
@@ -83,7 +85,7 @@ def _bar_legend(figure: Figure, series: Sequence[Series]) -> None:
     figure.legend(handles=patches, loc="outside lower center", ncols=1, fontsize=8, frameon=False)
 
 
-def histogram(values: Sequence[float], *, bins: int, title: str, x_label: str, y_label: str) -> Figure:
+def histogram(values: Sequence[float] | np.ndarray, *, bins: int, title: str, x_label: str, y_label: str) -> Figure:
     """Counts of `values` in `bins` intervals of equal width."""
     figure = new_figure(900, 420)
     axes = figure.subplots()

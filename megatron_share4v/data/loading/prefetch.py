@@ -18,7 +18,9 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def prefetch_to_device(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
+def prefetch_to_device(
+    steps: Generator[list[LoadedMicroBatch], None, None], device: Device
+) -> Generator[list[LoadedMicroBatch], None, None]:
     """Iterate over the same micro-batches with their tensors on `device`; on the CPU return `steps` itself."""
     return _copy_to_device(steps, device) if device.kind == "cuda" else steps
 
@@ -59,7 +61,9 @@ def iterate_in_thread(items: Iterator[Item], *, depth: int = 1) -> Iterator[Item
         thread.join()
 
 
-def _copy_to_device(steps: Iterator[list[LoadedMicroBatch]], device: Device) -> Iterator[list[LoadedMicroBatch]]:
+def _copy_to_device(
+    steps: Generator[list[LoadedMicroBatch], None, None], device: Device
+) -> Generator[list[LoadedMicroBatch], None, None]:
     """Copy each step on a side stream, one step ahead of the consumer."""
     stream = torch.cuda.Stream(device.torch_device)
 
