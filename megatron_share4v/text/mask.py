@@ -114,8 +114,8 @@ def encode_chat_prompt(
     # Half a surrogate pair cannot occur in a text that passed check_unicode.
     typed = [Message(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)) for turn in turns]
     system = template.system.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
-    opened = [
-        Message(turn.role, _on_a_line_of_its_own(turn.text)) if image else turn
+    opened: Sequence[Turn] = [
+        Message(turn.role, _prepend_image(turn.text)) if image else turn
         for turn, image in zip(typed, images, strict=True)
     ]
     opened = _checked(template, opened)
@@ -134,7 +134,8 @@ def encode_chat_prompt(
     return ids
 
 
-def _on_a_line_of_its_own(text: str) -> str:
+def _prepend_image(text: str) -> str:
+    """Put the image placeholder before the text, on its own line."""
     return f"{IMAGE_PLACEHOLDER}\n{text}" if text else IMAGE_PLACEHOLDER
 
 

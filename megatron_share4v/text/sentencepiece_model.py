@@ -79,44 +79,79 @@ class SentencePieceModel:
 
 # Field numbers of sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_TRAINER_FIELDS = {3: ("model_type", ModelType), 24: ("treat_whitespace_as_suffix", bool), 35: ("byte_fallback", bool)}
-_NORMALIZER_FIELDS = {
-    2: ("precompiled_charsmap", bytes), 3: ("add_dummy_prefix", bool), 4: ("remove_extra_whitespaces", bool), 5: ("escape_whitespaces", bool)
-}  # fmt: skip
+_MODEL_TYPE, _WHITESPACE_SUFFIX, _BYTE_FALLBACK = 3, 24, 35  # TrainerSpec
+_CHARSMAP, _DUMMY_PREFIX, _REMOVE_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5  # NormalizerSpec
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3  # SentencePiece
 
 
 def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel:
     """Read a model file. Raises DataError, as Tokenizer does, when it is missing or not usable."""
     tokenizer = Tokenizer(path)
     pieces: list[SentencePiece] = []
-    settings: dict[str, object] = {}
-    for number, value in _fields(Path(path).read_bytes()):
+    trainer, normalizer = _Message(), _Message()
+    for number, value in _parse_fields(Path(path).read_bytes()):
+        if number not in (_PIECES, _TRAINER, _NORMALIZER):
+            continue
+        assert isinstance(value, bytes), f"field {number} of {path} is not a message"
         if number == _PIECES:
-            pieces.append(_piece(value))
-        elif number in (_TRAINER, _NORMALIZER):
-            known = _TRAINER_FIELDS if number == _TRAINER else _NORMALIZER_FIELDS
-            for inner, content in _fields(value):
-                if inner in known:
-                    name, kind = known[inner]
-                    settings[name] = kind(content)
+            pieces.append(_parse_piece(value))
+        else:
+            (trainer if number == _TRAINER else normalizer).update(value)
     assert len(pieces) == tokenizer.vocab_size, f"read {len(pieces)} pieces of {tokenizer.vocab_size} from {path}"
     return SentencePieceModel(
-        pieces=tuple(pieces), bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, unk_id=tokenizer.pad_id, **settings
+        pieces=tuple(pieces),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        unk_id=tokenizer.pad_id,
+        model_type=ModelType(trainer.integer(_MODEL_TYPE, ModelType.UNIGRAM)),
+        byte_fallback=bool(trainer.integer(_BYTE_FALLBACK, False)),
+        treat_whitespace_as_suffix=bool(trainer.integer(_WHITESPACE_SUFFIX, False)),
+        precompiled_charsmap=normalizer.content(_CHARSMAP, b""),
+        add_dummy_prefix=bool(normalizer.integer(_DUMMY_PREFIX, True)),
+        remove_extra_whitespaces=bool(normalizer.integer(_REMOVE_WHITESPACES, True)),
+        escape_whitespaces=bool(normalizer.integer(_ESCAPE_WHITESPACES, True)),
     )
 
 
-def _piece(message: bytes) -> SentencePiece:
-    fields = dict(_fields(message))
-    [score] = struct.unpack("<f", fields.get(2, bytes(4)))
-    return SentencePiece(text=fields[1].decode("utf-8"), score=score, kind=PieceType(fields.get(3, PieceType.NORMAL)))
+class _Message:
+    """Fields of one protobuf message by number; the last value of a repeated field is kept."""
+
+    def __init__(self, message: bytes = b"") -> None:
+        self._fields: dict[int, int | bytes] = {}
+        self.update(message)
+
+    def update(self, message: bytes) -> None:
+        """Set the fields of another encoded message."""
+        self._fields |= dict(_parse_fields(message))
+
+    def integer(self, number: int, default: int) -> int:
+        """Return a varint field."""
+        value = self._fields.get(number, default)
+        assert isinstance(value, int), f"field {number} is not a varint"
+        return value
+
+    def content(self, number: int, default: bytes) -> bytes:
+        """Return a field of bytes, text or a float."""
+        value = self._fields.get(number, default)
+        assert isinstance(value, bytes), f"field {number} is a varint"
+        return value
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _parse_piece(message: bytes) -> SentencePiece:
+    """Parse one vocabulary entry."""
+    fields = _Message(message)
+    [score] = struct.unpack("<f", fields.content(_PIECE_SCORE, bytes(4)))
+    kind = PieceType(fields.integer(_PIECE_TYPE, PieceType.NORMAL))
+    return SentencePiece(text=fields.content(_PIECE_TEXT, b"").decode("utf-8"), score=score, kind=kind)
+
+
+def _parse_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield (field number, value) of a protobuf message in file order: int for varints, bytes for everything else."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         wire_type = key & 7
+        value: int | bytes
         if wire_type == 0:
             value, at = _varint(message, at)
         else:

@@ -22,10 +22,12 @@ class Turn(Protocol):
     """One message of a conversation; `role` is "human" or "gpt"."""
 
     @property
-    def role(self) -> str: ...
+    def role(self) -> str:
+        """Author of the message."""
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """Content of the message."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,10 @@ def render_conversation(template: Template, turns: Sequence[Turn], *, has_image:
             Message(turn.role, normalise_placeholders(turn.text, placeholder=template.placeholder)) for turn in turns
         ]
     if template.caption_only:
-        # The published stage 1 throws the instruction away: image, caption, newline, and no end-of-sentence token.
+        # Stage 1 as published drops the instruction: image, caption, newline, and no end-of-sentence token.
         turns = [Message(turn.role, IMAGE_PLACEHOLDER if turn.role == HUMAN else turn.text) for turn in turns]
-    text, trained = "", []
+    text = ""
+    trained: list[tuple[int, int]] = []
     for part, is_trained in _parts(template.training, turns, system=template.system):
         if part and is_trained:
             start = trained.pop()[0] if trained and trained[-1][1] == len(text) else len(text)
@@ -144,19 +147,20 @@ def render_prompt(template: Template, turns: Sequence[Turn], *, has_image: bool)
     strip questions.
     """
     if has_image:
-        turns = _placed_for_prompt(template, turns)
+        turns = _place_for_prompt(template, turns)
     if template.caption_only:
         turns = [Message(turn.role, IMAGE_PLACEHOLDER) for turn in turns]
     parts = _parts(template.prompt, [*template.examples, *turns], system=template.system)
     return "".join(part for part, _ in parts) + template.prompt.header
 
 
-def _placed_for_prompt(template: Template, turns: Sequence[Turn]) -> list[Message]:
+def _place_for_prompt(template: Template, turns: Sequence[Turn]) -> list[Message]:
+    """Place the image placeholder of each turn as the official inference code does."""
     placed: list[Message] = []
     for turn in turns:
         text = turn.text
         if IMAGE_PLACEHOLDER in text and template.tags_image:
-            # The official chat gives a tagged image a round of its own, though training writes it into the question.
+            # The official chat puts a tagged image into a separate round; training puts it into the question.
             placed += [Message(HUMAN, template.placeholder), Message(GPT, "Received.")]
             text = text.replace(IMAGE_PLACEHOLDER, "").strip()
         elif not text.startswith(f"{IMAGE_PLACEHOLDER}\n") or text.count(IMAGE_PLACEHOLDER) > 1:
@@ -181,6 +185,7 @@ def _parts(frame: ConversationFormat, turns: Sequence[Turn], *, system: str) -> 
 
 
 def _with_system(part: str, system: str) -> str:
+    """Insert the system prompt into `part`; empty without a system prompt."""
     return part.replace("{system}", system) if system else ""
 
 
@@ -194,15 +199,24 @@ _TWO = ConversationFormat(
     round_mark="</s>",
 )
 _LLAMA_2 = ConversationFormat(
-    preamble="<<SYS>>\n{system}\n<</SYS>>\n\n", human=("[INST] ", " [/INST]"), header="", answer=(" ", " </s>"), between="<s>",
-    answer_mark="[/INST] ", round_mark="</s>",
-)  # fmt: skip
+    preamble="<<SYS>>\n{system}\n<</SYS>>\n\n",
+    human=("[INST] ", " [/INST]"),
+    header="",
+    answer=(" ", " </s>"),
+    between="<s>",
+    answer_mark="[/INST] ",
+    round_mark="</s>",
+)
 _MPT = ConversationFormat(
-    opening="<|im_start|>system\n{system}<|im_end|>", human=("<|im_start|>user\n", "<|im_end|>"), header="<|im_start|>assistant\n",
-    answer=("", "<|im_end|>"), answer_mark="<|im_end|><|im_start|>assistant\n", round_mark="<|im_end|>",
-)  # fmt: skip
-# v0 is the odd one: "###" is trained before every turn, the human's too ("masked from the third token on": LLaMA writes "\n###" in two),
-# the whole of an assistant's turn is trained, its name included, and so is the "### " that follows the last turn.
+    opening="<|im_start|>system\n{system}<|im_end|>",
+    human=("<|im_start|>user\n", "<|im_end|>"),
+    header="<|im_start|>assistant\n",
+    answer=("", "<|im_end|>"),
+    answer_mark="<|im_end|><|im_start|>assistant\n",
+    round_mark="<|im_end|>",
+)
+# v0 also trains the "###" before every turn, including human turns (the official mask starts at the third token, and
+# LLaMA encodes "\n###" as two), the complete assistant turn with its name, and the "### " after the last turn.
 _V0_TRAINING = ConversationFormat(
     opening="{system}\n\n",
     signal="###",
@@ -219,7 +233,7 @@ _PLAIN = ConversationFormat(human=("", ""), header="", answer=("", "\n"))
 _ASSISTANT = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 _USER_SYSTEM = f"A chat between a curious user and an artificial intelligence assistant. {_ASSISTANT.format('user')}"
 _HUMAN_SYSTEM = f"A chat between a curious human and an artificial intelligence assistant. {_ASSISTANT.format('human')}"
-# No space before "The visual content": so it was published and trained.
+# Published and trained without a space before "The visual content".
 _TAG_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
     "visual content that the "
@@ -276,22 +290,23 @@ _ENERGY_EXAMPLE = (
 
 
 def _template(
-    name: str, frame: ConversationFormat, system: str = "", *, prompt: ConversationFormat | None = None, **more: object
+    name: str, frame: ConversationFormat, system: str = "", *, prompt: ConversationFormat | None = None
 ) -> Template:
-    return Template(name=name, system=system, training=frame, prompt=prompt or frame, **more)
+    """Create a template that uses the training format for prompts unless `prompt` is given."""
+    return Template(name=name, system=system, training=frame, prompt=prompt or frame)
 
 
-_ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, its other names
-    (_template("plain", _PLAIN, caption_only=True), ("v0_plain",)),
+_ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, aliases
+    (replace(_template("plain", _PLAIN), caption_only=True), ("v0_plain",)),
     (_template("vicuna_v1", _TWO, _USER_SYSTEM), ("v1",)),
     (_template("share4v_v1", _TWO, _HUMAN_SYSTEM), ("llava_v1",)),
-    (_template("v1_mmtag", _TWO, _TAG_SYSTEM, placeholder=_TAG), ()),
+    (replace(_template("v1_mmtag", _TWO, _TAG_SYSTEM), placeholder=_TAG), ()),
     (
-        _template("vicuna_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT, examples=_ENERGY_EXAMPLE),
+        replace(_template("vicuna_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT), examples=_ENERGY_EXAMPLE),
         ("v0", "default"),
     ),
     (_template("share4v_v0", _V0_TRAINING, _HUMAN_SYSTEM, prompt=_V0_PROMPT), ("llava_v0",)),
-    (_template("v0_mmtag", _V0_TRAINING, _TAG_SYSTEM, prompt=_V0_PROMPT, placeholder=_TAG), ()),
+    (replace(_template("v0_mmtag", _V0_TRAINING, _TAG_SYSTEM, prompt=_V0_PROMPT), placeholder=_TAG), ()),
     (_template("llama_2", _LLAMA_2, _META_SYSTEM), ()),
     (_template("share4v_llama_2", _LLAMA_2, _VISION_SYSTEM), ("llava_llama_2",)),
     (_template("mistral_instruct", replace(_LLAMA_2, between="")), ()),
@@ -299,5 +314,5 @@ _ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, its other n
     (_template("chatml_direct", _MPT, "Answer the questions."), ("mistral_direct",)),
 )
 TEMPLATES: Mapping[str, Template] = MappingProxyType(
-    {name: row for row, others in _ROWS for name in (row.name, *others)}
+    {name: row for row, aliases in _ROWS for name in (row.name, *aliases)}
 )

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_share4v.data.store.quarantine import QuarantineLog, describe
+from megatron_share4v.data.store.quarantine import QuarantineLog, format_faults
 from megatron_share4v.logging import get_logger
 from megatron_share4v.observability.goodput import GoodputTracker, draw_goodput
 from megatron_share4v.observability.profiler import Profiler
@@ -158,7 +158,7 @@ class ValidationCallback(Callback):
                 get_logger().warning(
                     "validation: %d samples could not be read; they are left out of the loss:%s",
                     len(data.faults),
-                    describe(data.faults),
+                    format_faults(data.faults),
                 )
 
     def after_step(self, state: StepState) -> None:

@@ -1,7 +1,8 @@
-"""Encoded image files to uint8 pixels with NVIDIA DALI: one graph for the CPU and the GPU, fed with files that the index found.
+"""NVIDIA DALI decoder, on the CPU or the GPU: encoded image files to uint8 pixels.
 
-DALI fails a batch as a whole and would allocate whatever a header claims, so headers are checked first, formats that it
-does not read go to Pillow, and a batch that fails is decoded image by image. N images, S the tower's input side.
+One bad image fails a whole DALI batch, and DALI allocates the size given in a header. Therefore headers are checked
+first, formats that DALI does not read are decoded with Pillow, and a failed batch is decoded image by image.
+N images, S the vision tower's input side.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_share4v.logging import get_logger
 
 VERSION = f"DALI {nvidia.dali.__version__}"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000")
-LEAST_BATCH = 8  # room that the graph is built with; more is made when a batch needs it
+MIN_BATCH_SIZE = 8  # smallest batch size of the graph; a larger batch rebuilds it
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK")
 
 
@@ -34,10 +35,12 @@ def make_graph(
     batch_size: int,
     threads: int = 1,
 ) -> Pipeline:
-    """Inputs: `files`, encoded images; `canvas` and `resized`, [2] float (height, width) of each, from the policy. Output: [S, S, 3] uint8.
+    """Define the graph that decodes, pads, resizes and crops a batch of images.
 
-    decoding: `mixed` decodes on the GPU, and all that follows happens there. That graph can be made and serialised
-    without a GPU (device_index None), but neither built nor run.
+    Inputs: `files`, encoded images; `canvas` and `resized`, [2] float (height, width) of each image, from the policy.
+    Output: [S, S, 3] uint8.
+    decoding: `mixed` decodes and processes on the GPU. Such a graph can be defined and serialised without a GPU
+    (device_index None), but not built or run.
     """
 
     @pipeline_def(
@@ -47,7 +50,7 @@ def make_graph(
         files = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
         canvas = fn.external_source(name="canvas", dtype=types.FLOAT, ndim=1)
         resized = fn.external_source(name="resized", dtype=types.FLOAT, ndim=1)
-        # The reference ignores EXIF orientation; fancy upsampling is what libjpeg does, and the GPU decoder by itself does not.
+        # The reference ignores EXIF orientation. libjpeg uses fancy upsampling; the GPU decoder does not by default.
         images = fn.decoders.image(
             files, device=decoding, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
         )
@@ -55,7 +58,7 @@ def make_graph(
             images, crop_h=canvas[0], crop_w=canvas[1], crop_pos_x=0.5, crop_pos_y=0.5, rounding="truncate",
             out_of_bounds_policy="pad", fill_values=[float(value) for value in PAD_COLOUR],
         )  # fmt: skip
-        # uint8: a float result would not be rounded and not be clipped where bicubic overshoots.
+        # uint8: a float result would be neither rounded nor clipped where bicubic interpolation overshoots.
         scaled = fn.resize(
             padded,
             resize_y=resized[0],
@@ -72,39 +75,37 @@ def make_graph(
 
 
 class DaliDecoder:
-    """Decodes batches; the graph is built at the first one, in the process that uses it."""
+    """DALI implementation of Decoder; the graph is built at the first batch, in the process that decodes."""
 
     def __init__(self, policy: ImagePolicy, *, device_index: int | None) -> None:
-        """Raises OpsError when DALI cannot use the GPU that it is told to use."""
+        """Set the GPU that decodes, or None for the CPU. Raises OpsError when the GPU cannot be used."""
         self._policy, self._device_index = policy, device_index
         self._graph: Pipeline | None = None
         if device_index is not None and not torch.cuda.is_available():
             raise OpsError(
-                f"data.image_backend dali: GPU {device_index} cannot be used; let it decode on the CPU, or check the "
-                f"driver"
+                f"data.image_backend dali: GPU {device_index} cannot be used; decode on the CPU, or check the driver"
             )
 
     def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
-        """See Decoder. Pixels lie on the GPU when this decodes there."""
+        """Decode N encoded files; the pixels are on the GPU if DALI decodes there."""
         pixels = mean_colour_images(len(files), self._policy)
         if self._device_index is not None:
             pixels = pixels.to(torch.device("cuda", self._device_index))
-        shapes, failures = self._examine(files)
-        readable = [position for position, shape in shapes.items() if shape is not None]
-        decoded = self._decode(files, shapes, readable)
+        shapes, failures = self._read_headers(files)
+        decoded = self._decode(files, shapes, list(shapes))
         for position, image in decoded.items():
             pixels[position] = image
-        left = tuple(position for position in shapes if position not in decoded)
-        for position in left:
+        by_pillow = tuple(n for n in range(len(files)) if n not in decoded and n not in failures)
+        for position in by_pillow:
             try:
                 pixels[position] = torch.from_numpy(np.array(pil_decoder.decode(files[position], self._policy)))
             except DataError as error:
                 failures[position] = str(error)
-        return DecodedBatch(pixels, failures, left)
+        return DecodedBatch(pixels, failures, by_pillow)
 
-    def _examine(self, files: Sequence[bytes]) -> tuple[dict[int, tuple[int, int] | None], dict[int, str]]:
-        """(width, height) of each image by position, None where DALI would not read it right; and what cannot be read by anyone."""
-        shapes: dict[int, tuple[int, int] | None] = {}
+    def _read_headers(self, files: Sequence[bytes]) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
+        """Return (width, height) by position of the images that DALI reads correctly, and the unreadable images."""
+        shapes: dict[int, tuple[int, int]] = {}
         failures: dict[int, str] = {}
         for position, data in enumerate(files):
             try:
@@ -112,13 +113,14 @@ class DaliDecoder:
             except DataError as error:
                 failures[position] = str(error)
                 continue
-            shapes[position] = header.size if header.format in FORMATS and header.mode in MODES else None
+            if header.format in FORMATS and header.mode in MODES:
+                shapes[position] = header.size
         return shapes, failures
 
     def _decode(
-        self, files: Sequence[bytes], shapes: dict[int, tuple[int, int] | None], positions: list[int]
+        self, files: Sequence[bytes], shapes: dict[int, tuple[int, int]], positions: list[int]
     ) -> dict[int, torch.Tensor]:
-        """[S, S, 3] by position; without those that DALI cannot decode."""
+        """Decode the images at `positions` to [S, S, 3] each; images that DALI cannot decode are left out."""
         if not positions:
             return {}
         try:
@@ -127,8 +129,8 @@ class DaliDecoder:
             )
             return dict(zip(positions, images))
         except RuntimeError as error:
-            # Any bad image fails the batch. Alone, so that an image's pixels never depend on its neighbours.
-            get_logger().debug("DALI refused a batch of %d: %s", len(positions), error)
+            # One bad image fails the batch. Decode one by one, so that the pixels of an image never depend on others.
+            get_logger().debug("DALI could not decode a batch of %d: %s", len(positions), error)
             if len(positions) == 1:
                 return {}
         decoded: dict[int, torch.Tensor] = {}
@@ -138,8 +140,8 @@ class DaliDecoder:
 
     def _run(self, files: list[bytes], shapes: list[tuple[int, int]]) -> torch.Tensor:
         if self._graph is None or self._graph.max_batch_size < len(files):
-            decoding = "cpu" if self._device_index is None else "mixed"
-            size = max(len(files), LEAST_BATCH)
+            decoding: Literal["cpu", "mixed"] = "cpu" if self._device_index is None else "mixed"
+            size = max(len(files), MIN_BATCH_SIZE)
             self._graph = make_graph(self._policy, decoding=decoding, device_index=self._device_index, batch_size=size)
             self._graph.build()
         canvases = [self._policy.canvas(*shape) for shape in shapes]
@@ -148,5 +150,5 @@ class DaliDecoder:
             canvas=[np.array(canvas[::-1], dtype=np.float32) for canvas in canvases],
             resized=[np.array(self._policy.resized(*canvas)[::-1], dtype=np.float32) for canvas in canvases],
         )
-        # Cloned: the memory is DALI's and is used again at the next run.
+        # DALI reuses its output memory at the next run.
         return torch.from_dlpack(output.as_tensor()).clone()

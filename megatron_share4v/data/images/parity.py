@@ -20,8 +20,9 @@ from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.logging import get_logger
 
 PROBES = 16
-# (largest error of any value, mean error), of 255, and the smallest cosine of the tower's features. DALI does not round between its two passes, and
-# repeats edge pixels where Pillow renormalises: at most 7 on photographs, up to 24 where black meets white. Features lose less than rounding to bf16 does.
+# Largest and mean error of uint8 values, and smallest cosine of the tower's features. DALI does not round between its
+# two passes and repeats edge pixels where Pillow renormalises: errors of at most 7 on photographs and up to 24 at edges
+# between black and white. The features change less than by rounding to bf16.
 LIMITS: dict[Backend, tuple[int, float, float]] = {
     "pil": (0, 0.0, 1.0),
     "torch_u8": (2, 0.05, 0.999),
@@ -29,7 +30,7 @@ LIMITS: dict[Backend, tuple[int, float, float]] = {
 }
 
 Features = Callable[[torch.Tensor], torch.Tensor]
-"""[N, S, S, 3] uint8 -> [N, D]."""
+"""Function from pixels [N, S, S, 3] uint8 to features [N, D]."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ def read_probe_images(index: Index | BlendedIndex, *, count: int = PROBES) -> li
     files = []
     for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)].tolist():
         try:
-            files.append(store.read(row, with_image=True).image)
+            image = store.read(row, with_image=True).image
         except DataError as error:
             get_logger().warning("image backend: not measured on %s", error)
+            continue
+        assert image is not None, "rows with n_img > 0 have an image"
+        files.append(image)
     store.close()
     return files
 

@@ -31,7 +31,7 @@ EXTENSIONS = {
     "AVIF": "avif",
 }
 _SUBTYPES = {"jpg": "jpeg", "tif": "tiff"}
-"""Of media types, where they are not the extension."""
+"""Media subtypes that differ from the file extension."""
 
 # What Pillow's decoders raise for damaged files.
 _UNREADABLE = (
@@ -53,6 +53,7 @@ def validate_image(data: bytes) -> ImageHeader:
     """Decode the whole image once and return its header. Raises DataError when it is undecodable or not accepted."""
     image = open_header(data)
     _to_rgb(image)
+    assert image.format is not None, "open_header accepts known formats only"
     return ImageHeader(width=image.width, height=image.height, extension=EXTENSIONS[image.format])
 
 
@@ -63,7 +64,7 @@ def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
     if policy.aspect_ratio == "pad":
         width, height = policy.canvas(*image.size)
         if image.width > image.height:
-            # Pillow resizes sideways first and rounds in between, and rows of padding stay what they are: add them to the narrowed image.
+            # Pillow resizes the width first and rounds in between. Constant rows of padding can be added after that.
             image, width = image.resize((size, image.height), resample=Image.Resampling.BICUBIC), size
         image = pad_to_canvas(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
     else:
@@ -145,7 +146,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _text(error: BaseException) -> str:
-    # Without the address of the object that Pillow puts into this one: all ranks and runs shall give the same reason.
+    # Pillow puts the address of an object into this message; the reason must be equal on all ranks and in all runs.
     return (
         "in no format that Pillow knows"
         if isinstance(error, PIL.UnidentifiedImageError)

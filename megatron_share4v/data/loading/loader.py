@@ -21,7 +21,7 @@ from megatron_share4v.data.records import Batch, Example, Sample
 from megatron_share4v.data.sampling.blend import BlendedIndex, BlendedSampleReader, open_sample_reader
 from megatron_share4v.data.sampling.sampler import MicroBatch, Sampler
 from megatron_share4v.data.store.index import Index
-from megatron_share4v.data.store.quarantine import Fault, masked, stand_in
+from megatron_share4v.data.store.quarantine import Fault, mask_labels, placeholder_example
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
 
@@ -239,7 +239,8 @@ class _MicroBatchReader:
             Fault(item.row, item.name, f"{reason} while it read this sample's micro-batch") for item in request.samples
         )
         examples = [
-            stand_in(item.name, text_length=item.text_length, has_image=item.has_image) for item in request.samples
+            placeholder_example(item.name, text_length=item.text_length, has_image=item.has_image)
+            for item in request.samples
         ]
         batch = self._collate(request, examples, mask=frozenset()) if self.image_sharding.rank == 0 else EMPTY_BATCH
         owners = tuple(self._images_to_decode(request).values())
@@ -276,7 +277,7 @@ class _MicroBatchReader:
                 return self._encode(item, sample)
         except DataError as error:
             faults.setdefault(item.row, Fault(item.row, item.name, str(error)))
-        return stand_in(item.name, text_length=item.text_length, has_image=item.has_image)
+        return placeholder_example(item.name, text_length=item.text_length, has_image=item.has_image)
 
     def _encode(self, item: SampleRequest, sample: Sample) -> Example:
         example = self.encoder.encode(sample, with_pixels=False)
@@ -292,7 +293,7 @@ class _MicroBatchReader:
         # Pixels of zero size: collate checks the number of images; the images are decoded in one batch and added later.
         counted = [
             replace(
-                masked(example) if item.row in mask else example,
+                mask_labels(example) if item.row in mask else example,
                 pixels=torch.empty(int(item.has_image), 0, 0, 3, dtype=torch.uint8),
             )
             for item, example in zip(request.samples, examples)

@@ -228,9 +228,13 @@ def _members(path: Path, relative: str, number: int) -> np.ndarray:
         raise DataError(f"archive {path}: is damaged ({error}); fetch it again") from error
 
 
+class _StreamedTarFile(tarfile.TarFile):
+    members: list[tarfile.TarInfo]  # missing in the type stubs of tarfile
+
+
 def _tar_members(path: Path) -> Iterator[tuple[str, int, int, int, int]]:
     end = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
+    with _StreamedTarFile.open(path, "r:") as tar:
         while member := tar.next():
             tar.members.clear()  # otherwise the whole list stays in memory
             if member.offset_data + member.size > end:

@@ -311,7 +311,7 @@ def _finish(
     """Write index, description and list of duplicates, which completes the directory."""
     kept, shards = journal.rows, tuple(journal.shards)
     rows = np.empty(len(kept), dtype=ROW)
-    for name in ROW.names:
+    for name in ROW.fields or ():
         rows[name] = kept[name]
     if options.in_place:
         is_archive = (rows["image_shard"] >= FIRST_ARCHIVE) & (rows["image_shard"] != IN_PLACE)

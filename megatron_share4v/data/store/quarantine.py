@@ -1,6 +1,7 @@
-"""Samples that fail while training: what is known of a failure, what stands in the sample's slot, and how many failures are too many.
+"""Quarantine of samples that cannot be read during training: records, placeholder examples and the accepted fraction.
 
-The slot keeps its place: mean-colour image, masked labels. Who finds failures is loader.py; who tells the other ranks is train/data_feed.py.
+The slot of such a sample stays in the batch with a mean-colour image and masked labels. loader.py detects failures;
+train/data_feed.py exchanges them between ranks.
 """
 
 from __future__ import annotations
@@ -19,51 +20,54 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.collectives import broadcast_object, gather_objects
 from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-TOLERATED = 8  # failures that never end a run by themselves, unless the accepted fraction is 0
-LISTED = 20
+TOLERATED = 8  # number of failures that is accepted at any positive max_fraction
+LISTED = 20  # failures listed in a message
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One sample that could not be read. row: of the index; name: `shard:key`."""
+    """One sample that could not be read. row: row number in the index; name: `shard:key`."""
 
     row: int
     name: str
     reason: str
 
 
-def stand_in(name: str, *, text_length: int, has_image: bool) -> Example:
-    """What takes the place of a text that cannot be read: as many positions as the index says, nothing trained."""
+def placeholder_example(name: str, *, text_length: int, has_image: bool) -> Example:
+    """Create an example without labels for an unreadable text, with the text length of the index."""
     ids = torch.zeros(max(text_length, 1), dtype=torch.int64)
     if has_image:
         ids[0] = IMAGE_TOKEN_INDEX
     return Example(key=name, name=name, input_ids=ids, labels=torch.full_like(ids, IGNORE_INDEX), pixels=None)
 
 
-def masked(example: Example) -> Example:
-    """The same text with nothing trained."""
+def mask_labels(example: Example) -> Example:
+    """Return the example with all labels set to IGNORE_INDEX."""
     return replace(example, labels=torch.full_like(example.labels, IGNORE_INDEX))
 
 
-def too_many(count: int, *, consumed: int, max_fraction: float) -> bool:
-    """Whether `count` failures among `consumed` samples end the run."""
+def exceeds_limit(count: int, *, consumed: int, max_fraction: float) -> bool:
+    """Return whether `count` failures among `consumed` samples exceed the accepted number."""
     return count > (max(TOLERATED, max_fraction * consumed) if max_fraction else 0)
 
 
-def describe(faults: Sequence[Fault]) -> str:
-    """The list for a message, one per line, cut where it gets long."""
+def format_faults(faults: Sequence[Fault]) -> str:
+    """Format at most LISTED faults for a message, one per line."""
     lines = [f"\n  {fault.name}: {fault.reason.removeprefix(fault.name + ': ')}" for fault in faults[:LISTED]]
     more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
     return "".join(lines) + more
 
 
 class QuarantineLog:
-    """Appends the samples that could not be read to quarantine.jsonl and ends the run when there are too many."""
+    """Log of unreadable samples (quarantine.jsonl) that ends the run when there are too many."""
 
     FILE = "quarantine.jsonl"
 
     def __init__(self, path: Path, log: TextIO | None, *, max_fraction: float) -> None:
-        """log: `path` opened for appending on rank 0, with the lines up to the resumed step; None elsewhere. Collective."""
+        """Count the samples already logged. Collective.
+
+        log: `path` opened for appending on rank 0, with the lines up to the resumed step; None on other ranks.
+        """
         self._path, self._log, self._max_fraction = path, log, max_fraction
         lines = 0 if log is None else len(path.read_text(encoding="utf-8").splitlines())
         self.count = broadcast_object(lines)
@@ -79,11 +83,11 @@ class QuarantineLog:
         failed = [by_row[row] for row in rows if row in by_row]
         self.count += len(failed)
         self._write(failed, step=step)
-        if too_many(self.count, consumed=consumed, max_fraction=self._max_fraction):
+        if exceeds_limit(self.count, consumed=consumed, max_fraction=self._max_fraction):
             raise DataError(
                 f"{self.count} of {consumed} samples could not be read, more than data.max_faulty_fraction "
                 f"{self._max_fraction:g} accepts; all are listed in {self._path}. Repair the data set "
-                f"(tools/prepare_data.py again), or accept more. In this step:{describe(failed)}"
+                f"(tools/prepare_data.py again), or accept more. In this step:{format_faults(failed)}"
             )
         return len(failed)
 
@@ -103,5 +107,5 @@ class QuarantineLog:
             "step %d: %d samples could not be read; their slots are kept without labels:%s",
             step,
             len(faults),
-            describe(faults),
+            format_faults(faults),
         )
