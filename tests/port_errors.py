@@ -1,7 +1,7 @@
-"""Tables of hand-checked cases, and the proof that they would catch a wrong port.
+"""Tables of hand-checked scoring cases, and checks that they detect wrong ports.
 
-A row is a quirk's name, a call, and what the official script gives. The call looks its function up when it runs, so
-that a test can put a wrong variant in its place and see that some row notices.
+A row is the name of a quirk, a call, and the result of the official script. The call looks up its function when it
+runs, so that a test can substitute a wrong variant and check that some row fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ENOUGH = 40
 
 
 def rows(module: ModuleType, function: str, table: Iterable[tuple[Any, ...]], **options: object) -> list[Row]:
-    """Rows from (quirk, arguments..., expected): each calls `module.function`."""
+    """Build rows that call `module.function` from (quirk, arguments..., expected)."""
 
     def call(arguments: Sequence[object]) -> Callable[[], object]:
         return lambda: getattr(module, function)(*arguments, **options)
@@ -26,15 +26,15 @@ def rows(module: ModuleType, function: str, table: Iterable[tuple[Any, ...]], **
 
 
 def same(found: object, expected: object) -> bool:
-    """Equal, nan to nan too."""
+    """Return whether both are equal; NaN equals NaN."""
     return found == expected or repr(found) == repr(expected)
 
 
 def names(table: Sequence[Row]) -> list[str]:
-    """The quirks, for test ids. A table must have enough of them, each under its own name."""
+    """Return the quirk names as test ids; checks that they are unique and at least ENOUGH."""
     quirks = [quirk for quirk, _, _ in table]
     twice = sorted({quirk for quirk in quirks if quirks.count(quirk) > 1})
-    assert not twice, f"two cases have one name: {twice}"
+    assert not twice, f"duplicate case names: {twice}"
     assert len(quirks) >= ENOUGH, f"{len(quirks)} cases, not {ENOUGH}"
     return quirks
 
@@ -42,9 +42,9 @@ def names(table: Sequence[Row]) -> list[str]:
 def catches(
     table: Sequence[Row], monkeypatch: pytest.MonkeyPatch, module: ModuleType, wrong: Mapping[str, object]
 ) -> list[str]:
-    """The quirks whose rows notice that these attributes of `module` are wrong ones.
+    """Substitute wrong attributes of `module` and return the quirks whose rows fail.
 
-    An exception is no answer: the variant must run.
+    The variant must run without an exception.
     """
     for name, value in wrong.items():
         assert getattr(module, name) is not value

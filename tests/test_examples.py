@@ -1,4 +1,4 @@
-"""Every YAML under examples/ loads, and the recipes say what the papers and the official scripts say."""
+"""Every YAML under examples/ loads, and the recipes match the papers and the official scripts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.train.lr_schedule import warmup_steps
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-CLASSES = {"models": ModelConfig}  # folders whose files are not training runs
+CLASSES = {"models": ModelConfig}  # folders without training runs
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
 
 GPUS = 16
@@ -61,7 +61,7 @@ def test_batch_rate_and_length_of_each_recipe(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_all_recipes_share(name: str) -> None:
+def test_settings_common_to_all_recipes(name: str) -> None:
     config = recipe(name)
     optim, schedule = config.optim, config.schedule
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_grad_norm) == (
@@ -85,7 +85,7 @@ def test_what_all_recipes_share(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_two_stages(name: str) -> None:
+def test_settings_of_each_stage(name: str) -> None:
     family, stage = name.split("/")
     config = recipe(name)
     data, trainable = config.data, config.model.trainable
@@ -110,7 +110,7 @@ def test_language_parameters_of_the_presets(size: str, million: int) -> None:
     assert language.padded_vocab_size == rows
 
 
-def test_presets_differ_only_where_the_models_do() -> None:
+def test_presets_differ_only_in_the_language_model() -> None:
     small, large = (load(ModelConfig, EXAMPLES / f"models/share4v_{size}.yaml") for size in ("7b", "13b"))
     assert small == ModelConfig(), "the defaults are the 7B model"
     assert large.vision == small.vision and large.projector == small.projector

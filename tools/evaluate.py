@@ -1,13 +1,12 @@
-"""Evaluate a checkpoint, a run (its newest checkpoint), a Hugging Face export, or a served model, on a benchmark of
-the ShareGPT4V suite.
+"""Evaluate a checkpoint, run directory, Hugging Face export or served model on a benchmark of the ShareGPT4V suite.
 
     python tools/evaluate.py CKPT --benchmark NAME --data DIR --out DIR
-    torchrun --nproc-per-node 8 tools/evaluate.py CKPT ...                    eight models share the questions
-    python tools/evaluate.py --endpoint URL/v1 --endpoint-model NAME ...      whoever answers there
-    python tools/evaluate.py --answers FILE ...                               score an answer file of this or of the official tools
+    torchrun --nproc-per-node 8 tools/evaluate.py CKPT ...                    eight replicas share the questions
+    python tools/evaluate.py --endpoint URL/v1 --endpoint-model NAME ...      evaluate a served model
+    python tools/evaluate.py --answers FILE ...                               score an official answer file
 
-Killed? Start the same command again. What to download, and what the numbers mean: docs/evaluation.md. The last line is
-one JSON object.
+An interrupted command resumes when started again. docs/evaluation.md lists downloads and metrics. The last output line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
     from megatron_share4v.evaluate.runner import Judge  # after the arguments are read: this imports megatron-core
 
     if sum(source is not None for source in (given.checkpoint, given.endpoint, given.answers)) != 1:
-        raise ConfigError("give one of CKPT (a checkpoint, a run directory or an export), --endpoint and --answers")
+        raise ConfigError("give one of CKPT (a checkpoint, run directory or export), --endpoint and --answers")
     benchmark = Evaluation(
         given.benchmark,
         data=given.data,
@@ -64,7 +63,7 @@ def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
 
 
 def chat_of(given: argparse.Namespace) -> Any:
-    """The judge's endpoint, if one was given."""
+    """Build the client of the judge endpoint; None without --judge-base-url."""
     from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
     if given.judge_base_url is None:
@@ -143,18 +142,19 @@ def parse() -> argparse.Namespace:
         "--data",
         type=Path,
         required=True,
-        help="the benchmark's folder, or the one that holds all under their official names",
+        help="folder of the benchmark, or the parent of all benchmarks under their official names",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="answers.jsonl, result.json, submission/, table.md, chart.png go there"
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for answers.jsonl, result.json, submission/, table.md and chart.png",
     )
-    parser.add_argument("--split", help="where a benchmark has several")
+    parser.add_argument("--split", help="split of the benchmark (default: its first)")
     parser.add_argument("--profile", choices=[profile.value for profile in Profile], default=Profile.OFFICIAL.value)
-    parser.add_argument("--limit", type=positive, help="only the first questions: for a look")
-    parser.add_argument(
-        "--answers", type=Path, metavar="FILE", help="an answer file to score instead of asking a model"
-    )
-    parser.add_argument("--name", help="of the model in the results (default: its directory's)")
+    parser.add_argument("--limit", type=positive, help="evaluate only the first N questions")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="answer file to score instead of running a model")
+    parser.add_argument("--name", help="model name in the results (default: name of its directory)")
     parser.add_argument(
         "--compare",
         type=Path,
@@ -163,29 +163,27 @@ def parse() -> argparse.Namespace:
         metavar="RESULT",
         help="other result.json files for table.md and chart.png",
     )
-    parser.add_argument("--restart", action="store_true", help="forget the answers of an earlier start")
+    parser.add_argument("--restart", action="store_true", help="discard the answers of an earlier run")
     ours = parser.add_argument_group("model")
     ours.add_argument(
         "--batch-size",
         type=positive,
         default=16,
-        help="questions at the same time (16); the answers do not depend on it in fp32",
+        help="concurrent questions (16); in fp32 the answers do not depend on it",
     )
-    ours.add_argument("--tensor", type=positive, default=1, help="processes that one model is spread over (1)")
-    ours.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as trained")
+    ours.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size of a replica (1)")
+    ours.add_argument("--dtype", choices=("fp32", "bf16"), help="default: dtype of the training run")
     ours.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
     remote = parser.add_argument_group(f"endpoints (keys from {KEY} and, for the judge, {JUDGE_KEY})")
-    remote.add_argument(
-        "--endpoint", help="of the model that is evaluated: an OpenAI-compatible URL up to and with /v1"
-    )
+    remote.add_argument("--endpoint", help="OpenAI-compatible URL of the evaluated model, including /v1")
     remote.add_argument("--endpoint-model")
     remote.add_argument(
         "--judge-base-url",
-        help="of the judge of llava_bench and mm_vet; without it, its questions are written to a file",
+        help="URL of the judge for llava_bench and mm_vet; without it, judge requests are written to a file",
     )
     remote.add_argument("--judge-model", help="default: the official one")
     remote.add_argument("--judge-seed", type=int)
-    remote.add_argument("--concurrency", type=positive, default=8, help="requests at the same time (8)")
+    remote.add_argument("--concurrency", type=positive, default=8, help="concurrent requests (8)")
     return parser.parse_args()
 
 

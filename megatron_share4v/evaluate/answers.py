@@ -67,8 +67,7 @@ def read_answers(path: Path, items: Sequence[Doc]) -> list[Answer]:
         key = number if is_numbered else get_field(row, "question_id", (int, str), where=where)
         if not waiting.get(key):
             raise DataError(
-                f"{where}: answers question {key!r}, which is not asked, or has its answer already; is it another "
-                "benchmark's or split's?"
+                f"{where}: question {key!r} is unknown or already answered; check benchmark and split of the file"
             )
         answers.append(
             make_answer(waiting[key].popleft(), get_field(row, "response" if is_numbered else "text", str, where=where))

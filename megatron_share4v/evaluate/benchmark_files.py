@@ -1,4 +1,4 @@
-"""Files of a benchmark: which are required, their paths below --data, their sources, and readers with precise errors."""
+"""Benchmark files: required files, paths below --data, download sources, and readers with precise errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def read_json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no JSON ({error}); fetch it again") from error
+        raise DataError(f"{path}: invalid JSON ({error}); download it again") from error
     if not isinstance(content, kind):
         raise DataError(
             f"{path}: holds a JSON {type(content).__name__}, expected a {kind.__name__}; it is another file than the "
@@ -92,15 +92,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 content = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: is no JSON ({error}); expected one object a line") from error
+                raise DataError(f"{path}:{number}: invalid JSON ({error}); expected one object per line") from error
             if not isinstance(content, dict):
-                raise DataError(f"{path}:{number}: is a JSON {type(content).__name__}; expected one object a line")
+                raise DataError(f"{path}:{number}: is a JSON {type(content).__name__}; expected one object per line")
             yield f"{path}:{number}", content
 
 

@@ -23,7 +23,7 @@ _RULE = (
     "displayed above. The user "
     "asks the question on observing an image. For your reference, the visual content in the image is represented with "
     "a few sentences describing "
-    "the image. \n"  # the space is theirs
+    "the image. \n"  # the official prompt has this space
     "Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an "
     "overall score on a scale "
     "of 1 to 10, where a higher score indicates better overall performance.\n"
@@ -72,15 +72,16 @@ _AGAIN = "\nPredict the correctness of the answer (digit): "
 
 
 class Request(Protocol):
-    """A judge request.
-
-    body: the next chat completion given the replies so far, without the model name; None when it is complete.
-    """
+    """A judge request."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Unique id of the request."""
+        ...
 
-    def body(self, replies: Sequence[str]) -> Body | None: ...
+    def body(self, replies: Sequence[str]) -> Body | None:
+        """Next chat completion given the replies so far, without the model name; None when complete."""
+        ...
 
 
 @dataclass(frozen=True)

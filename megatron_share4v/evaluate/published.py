@@ -18,7 +18,8 @@ from megatron_share4v.evaluate.tasks.mmbench import OPEN_ROWS
 from megatron_share4v.observability.charts import Series, bar_chart, save_png
 
 COLUMNS = (
-    "LLaVA-W", "MME-P", "MME-C", "MMB", "MMB-CN", "SEED-I", "MM-Vet", "QBench", "SQA-I", "VQAv2", "VizWiz", "GQA", "TextVQA", "POPE",
+    "LLaVA-W", "MME-P", "MME-C", "MMB", "MMB-CN", "SEED-I", "MM-Vet", "QBench", "SQA-I",
+    "VQAv2", "VizWiz", "GQA", "TextVQA", "POPE",
 )  # fmt: skip
 _COLUMN_OF = {  # benchmark and score: column
     ("llava_bench", "all"): "LLaVA-W",
@@ -51,6 +52,7 @@ class Line:
 
     @property
     def title(self) -> str:
+        """Model name, with the difference in parentheses."""
         return f"{self.name} ({self.differs})" if self.differs else self.name
 
 
@@ -58,8 +60,8 @@ def _line(name: str, *values: float | None) -> Line:
     return Line(name, {column: value for column, value in zip(COLUMNS, values) if value is not None})
 
 
-# LLaVA-1.5's own number for SEED (58.6, 61.6) is of images and videos together: it has no place here. The 13B's MME-C
-# and Q-Bench are others' runs.
+# LLaVA-1.5's published SEED scores (58.6, 61.6) include videos and are omitted. MME-C and Q-Bench of the 13B model were
+# measured by third parties.
 PUBLISHED = (
     _line("ShareGPT4V-7B", 72.6, 1567.4, 376.4, 68.8, 62.2, 69.7, 37.6, 63.4, 68.4, 80.6, 57.2, 63.3, 60.4),
     _line("ShareGPT4V-13B", 79.9, 1618.7, 303.2, 68.5, 63.7, 70.8, 43.1, 65.2, 71.2, 81.0, 55.6, 64.8, 62.2),
@@ -102,7 +104,7 @@ class BenchmarkResult:
         if self.split != task.splits[0]:
             reasons.append(f"split {self.split}")
         if self.scores.get(OPEN_ROWS):
-            reasons.append("no judge for texts without a letter")  # the server asks one, so that its number is higher
+            reasons.append("no judge for texts without a letter")  # the server uses a judge, so its score is higher
         if not self.complete:
             reasons.append("part of the questions")
         return ", ".join(reasons)
@@ -123,7 +125,7 @@ def lines(measured: Sequence[BenchmarkResult]) -> list[Line]:
 
 
 def table(measured: Sequence[BenchmarkResult]) -> str:
-    """Markdown table: published rows, then measured ones; columns with published scores only stay."""
+    """Markdown table: published rows, then measured ones; columns with only published scores are kept."""
     rows = [["model", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
     for line in (*PUBLISHED, *lines(measured)):
         rows.append(

@@ -46,10 +46,11 @@ class Doc:
             data = self.image.read_bytes()
         except OSError as error:
             raise DataError(
-                f"image {self.image} of question {self.question_id}: cannot be read ({error.strerror}); fetch it again"
+                f"image {self.image} of question {self.question_id}: cannot be read ({error.strerror}); "
+                "download it again"
             ) from error
         if not data:
-            raise DataError(f"image {self.image} of question {self.question_id}: is an empty file; fetch it again")
+            raise DataError(f"image {self.image} of question {self.question_id}: is an empty file; download it again")
         return data
 
 

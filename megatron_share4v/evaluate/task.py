@@ -26,14 +26,14 @@ Texts = Mapping[str, str]
 """Prediction texts by question id. The benchmark defines how missing ones count."""
 Values = Mapping[str, float]
 
-# The four official runners, by what differs between them.
+# Decoding settings of the four official runners.
 LOADER = Decoding(max_new_tokens=128, image_mode="pad")
 MMBENCH = Decoding(max_new_tokens=1024, image_mode="pad")
 # ShareGPT4V's model_vqa.py and model_vqa_science.py preprocess without the model's configuration and so crop; LLaVA has
 # since moved them to pad.
 CROPPED = Decoding(max_new_tokens=1024, image_mode="crop")
-# Its model_vqa_qbench.py crops too, and speaks of "a curious human". (It also loads the model in 8 bits, which is not
-# reproduced.)
+# Q-Bench's model_vqa_qbench.py also crops and uses "a curious human". It loads the model in 8 bits, which is not
+# reproduced.
 QBENCH = Decoding(max_new_tokens=1024, image_mode="crop", system="human")
 
 
@@ -100,7 +100,7 @@ class Task:
         """
         items = list(self.read(folder))
         if not items:
-            raise DataError(f"{self.name}: there is not one question in its files\n{folder.layout}")
+            raise DataError(f"{self.name}: its files have no questions\n{folder.layout}")
         return items
 
     def decoding(self, profile: Profile = OFFICIAL) -> Decoding:
@@ -132,7 +132,7 @@ class Task:
         verdicts: replies of the judge, if any. Without a local score `headline` is None and `note` says what to do.
         """
         if self.judged and verdicts is None:
-            return Scores({}, None, note=f"a judge grades {self.name}: give --judge-base-url and --judge-model")
+            return Scores({}, None, note=f"{self.name} is scored by a judge: give --judge-base-url and --judge-model")
         if self.judged and verdicts is not None:
             values = self.judged.measure(items, verdicts, profile)
         elif self.measure and folder.split in self.scored:
@@ -141,7 +141,7 @@ class Task:
             return Scores(
                 {},
                 None,
-                note=f"nobody has the right answers of {self.name} {folder.split} but {self.server}: upload the files of submission/",
+                note=f"answers of {self.name} {folder.split} are not public: upload submission/ to {self.server}",
             )
         if self.headline is None or math.isnan(values.get(self.headline, math.nan)):
             return Scores(

@@ -12,8 +12,8 @@ from megatron_share4v.planner.search import SearchResult
 
 PREDICTED = "predicted, not measured"
 COLUMNS = {
-    "tensor": 7, "context": 8, "pipeline": 9, "virtual": 8, "data": 6, "micro": 6, "recompute": 11, "step, s": 9, "MFU": 7, "bubble": 8,
-    "GB": 7, "hours": 7, "GPU-h": 8,
+    "tensor": 7, "context": 8, "pipeline": 9, "virtual": 8, "data": 6, "micro": 6, "recompute": 11, "step, s": 9,
+    "MFU": 7, "bubble": 8, "GB": 7, "hours": 7, "GPU-h": 8,
 }  # fmt: skip
 CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 
@@ -112,14 +112,17 @@ def ranking(found: SearchResult) -> Iterator[str]:
         time = f"{hours:>7.1f}{hours * layout.world_size:>8,.0f}" if hours is not None else f"{'-':>7}{'-':>8}"
         yield (
             f"{layout.tensor:>7}{layout.context:>8}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}{plan.case.config.train.micro_batch_size:>6}"
-            f"{plan.case.config.train.recompute:>11}{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}{plan.needed / 1e9:>7.1f}{time}"
+            f"{plan.case.config.train.recompute:>11}{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}"
+            f"{plan.needed / 1e9:>7.1f}{time}"
         )
     for reason, count in found.refused.most_common():
         yield f"{count:>7} refused: {reason}"
 
 
-_FP8_BY_US = "Ours: one 8-bit form of each input is kept, and weights are cast for each micro-batch (memory as measured on the CPU)."
-_FP8_BY_ENGINE = (
+_FP8_NATIVE = (
+    "Native FP8: one 8-bit copy of each input is saved; weights are cast for each micro-batch (memory measured on CPU)."
+)
+_FP8_TRANSFORMER_ENGINE = (
     "Transformer Engine: by reading its 2.20, not measured: one 8-bit form of this rank's rows of each input is kept, "
     "and of each weight two, cast "
     "once in a step; all recipes as fast as each other, blocks' scales kept beside the codes."
@@ -145,7 +148,7 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
             f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest "
             "of them in BF16."
         )
-        yield f"  {_FP8_BY_ENGINE if case.settings.fp8.engine else _FP8_BY_US}"
+        yield f"  {_FP8_TRANSFORMER_ENGINE if case.settings.fp8.engine else _FP8_NATIVE}"
     hidden = (
         "hidden behind the last backward pass"
         if case.config.parallel.overlap_grad_reduce

@@ -38,7 +38,8 @@ PACKED = (*TOKENS, "data.pack_length=4096", "data.order=random", "train.micro_ba
 LONG_PACKS, TOO_LONG, LONG_STEP = (4_096, 16_384, 65_536), 262_144, 524_288
 FP8 = ("precision.fp8=tensorwise",)
 BENCH_SETTINGS = (
-    *PACKED, "train.global_batch_size=4", "parallel.tensor=1", "parallel.sequence=false", "parallel.overlap_grad_reduce=false",
+    *PACKED, "train.global_batch_size=4", "parallel.tensor=1", "parallel.sequence=false",
+    "parallel.overlap_grad_reduce=false",
     "precision.dtype=bf16", "optim.moments=bf16", "precision.gradients=bf16",
 )  # fmt: skip
 BENCH_TEXT = {"pretrain": 200, "finetune": 350}

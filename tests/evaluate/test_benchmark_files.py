@@ -1,6 +1,4 @@
-"""Missing, damaged and foreign files of every benchmark: one error that names the file, the expected layout, and
-where to get it.
-"""
+"""Missing, damaged and mismatched benchmark files: errors name the file, the expected layout and the source."""
 
 from __future__ import annotations
 
@@ -62,12 +60,12 @@ def test_each_damaged_file_is_named(name: str, split: str | None, need: Required
     path = task.open(tmp_path, split)[need.key]
     path.write_bytes(path.read_bytes()[:-20] + b"\xff\xfe{")
     with pytest.raises(DataError, match=path.name):
-        asked = items(name, tmp_path, split)
-        task.submission(task.open(tmp_path, split), asked, [])  # test2015's list of VQA-v2 is read only there
+        loaded = items(name, tmp_path, split)
+        task.submission(task.open(tmp_path, split), loaded, [])  # only the submission reads the test2015 list of VQA-v2
 
 
 @pytest.mark.parametrize(("name", "split"), [case for case in WRITERS if not case[0].startswith("mmbench")])
-def test_a_missing_image_is_named_before_anything_is_asked(name: str, split: str | None, tmp_path: Path) -> None:
+def test_missing_image_is_named_on_load(name: str, split: str | None, tmp_path: Path) -> None:
     WRITERS[name, split](tmp_path)
     gone = next(item.image for item in items(name, tmp_path, split)[2:] if item.image)
     gone.unlink()
@@ -81,12 +79,12 @@ def test_no_questions_at_all(name: str, tmp_path: Path) -> None:
     path = get_task(name).open(tmp_path)["questions"]
     header = path.read_text().split("\n")[0] + "\n" if path.suffix == ".tsv" else ""
     path.write_text("[]" if path.suffix == ".json" else header)
-    with pytest.raises(DataError, match="not one question"):
+    with pytest.raises(DataError, match="have no questions"):
         items(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["vqav2", "gqa", "vizwiz", "textvqa", "mme", "pope", "seed"])
-def test_questions_without_the_official_directive_are_another_file(name: str, tmp_path: Path) -> None:
+def test_questions_without_directive_are_rejected(name: str, tmp_path: Path) -> None:
     WRITERS[name, None](tmp_path)
     path = get_task(name).open(tmp_path)["questions"]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -95,7 +93,7 @@ def test_questions_without_the_official_directive_are_another_file(name: str, tm
         items(name, tmp_path)
 
 
-FOREIGN = [  # benchmark, file, what it holds, what is said
+MISMATCHED = [  # benchmark, file, content, error message
     ("gqa", "data/testdev_balanced_questions.json", {"1": {}}, "question 201307251 is not in"),
     ("textvqa", "TextVQA_0.5.1_val.json", {"data": []}, "'what is the brand of this camera\\?' is not in"),
     ("science_qa", "problems.json", {}, "entry 0: problem 21192 is not in the test split"),
@@ -114,9 +112,9 @@ FOREIGN = [  # benchmark, file, what it holds, what is said
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "content", "message"), FOREIGN, ids=lambda part: part if isinstance(part, str) else ""
+    ("name", "file", "content", "message"), MISMATCHED, ids=lambda part: part if isinstance(part, str) else ""
 )
-def test_files_that_do_not_belong_together(name: str, file: str, content: object, message: str, tmp_path: Path) -> None:
+def test_mismatched_files_are_rejected(name: str, file: str, content: object, message: str, tmp_path: Path) -> None:
     WRITERS[name, None](tmp_path)
     write_json(tmp_path / file, content)
     with pytest.raises(DataError, match=message):
@@ -168,13 +166,13 @@ def test_mmbench_with_a_damaged_row(old: str, new: str, message: str, tmp_path: 
     ("name", "folder"),
     [("mme", "MME"), ("mm_vet", "mm-vet"), ("llava_bench", "llava-bench-in-the-wild"), ("seed", "seed_bench")],
 )
-def test_the_playground_itself_may_be_the_data(name: str, folder: str, tmp_path: Path) -> None:
+def test_data_may_be_the_playground_folder(name: str, folder: str, tmp_path: Path) -> None:
     (tmp_path / folder).mkdir()
     WRITERS[name, None](tmp_path / folder)
     assert items(name, tmp_path) == items(name, tmp_path / folder)
 
 
-def test_share4vs_files_come_before_llavas(tmp_path: Path) -> None:
+def test_share4v_files_take_precedence(tmp_path: Path) -> None:
     WRITERS["pope", None](tmp_path)
     rows = (tmp_path / "llava_pope_test.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "share4v_pope_test.jsonl").write_text("".join(rows[:8]))

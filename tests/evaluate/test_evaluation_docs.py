@@ -1,4 +1,4 @@
-"""docs/evaluation.md names every benchmark, split and file as the code has them."""
+"""docs/evaluation.md lists the benchmarks, splits and files of the code."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL
 from megatron_share4v.evaluate.task import Task
 from megatron_share4v.evaluate.tasks import TASKS
 
-IN_ITS_OWN_WORDS = {
+ALTERNATIVE_NAMES = {
     "v2_OpenEnded_mscoco_test2015_questions.json",
     "resources/mm-vet.json",
     "testdev_balanced_questions.json",
 }
-"""Further names that are accepted, beside one that the document has."""
+"""Accepted file names that the document omits."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def row_of(document: str, name: str, split: str) -> str:
 def test_every_file_is_in_the_table(document: str, task: Task) -> None:
     for split in task.splits:
         if split.startswith("test_"):
-            continue  # MMBench's, named as those of dev
+            continue  # files of MMBench test splits follow the names of dev
         row = row_of(document, task.name, split)
         assert task.folder in row
         for need in task.needs:
@@ -46,13 +46,13 @@ def test_every_file_is_in_the_table(document: str, task: Task) -> None:
                 re.sub(r"pope_(random|popular|adversarial)\.", "pope_{random,popular,adversarial}.", name)
                 for name in names
             ]
-            assert any(f"`{name}" in row for name in (*names, *shortened, *braces) if name not in IN_ITS_OWN_WORDS), (
+            assert any(f"`{name}" in row for name in (*names, *shortened, *braces) if name not in ALTERNATIVE_NAMES), (
                 need.key,
                 row,
             )
 
 
-def test_the_table_of_runners_is_the_codes(document: str) -> None:
+def test_runner_table_matches_decoding_settings(document: str) -> None:
     part = document[document.index("Four official runners") : document.index("### The two profiles")]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")

@@ -1,6 +1,4 @@
-"""The judges: official questions, rereading and asking again, what is kept when it breaks off, and the way without
-an endpoint.
-"""
+"""Judge requests: official prompts, retries, journal, and batch files without an endpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from megatron_share4v.remote.openai_client import MAX_RETRY_WAIT_S, ChatClient, 
 Reaction = tuple[int, dict[str, str], bytes]
 
 
-def says(text: object, model: str = "a-judge-of-ours") -> Reaction:
+def completion_reply(text: object, model: str = "a-judge-of-ours") -> Reaction:
     return (
         200,
         {},
@@ -35,7 +33,7 @@ def says(text: object, model: str = "a-judge-of-ours") -> Reaction:
 
 
 def judging(react: Callable[[dict], Reaction]) -> contextlib.AbstractContextManager[tuple[str, FakeServer]]:
-    """A server that answers by the request alone, and keeps what came."""
+    """Serve replies that depend only on the request, and record all requests."""
     return serving(lambda request, number: react(request), key_of=lambda request: b"")
 
 
@@ -54,7 +52,7 @@ def asked(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str,
     return items, texts, list(task.judged.requests(items, texts, OFFICIAL))
 
 
-def test_llava_bench_asks_as_the_official_script(tmp_path: Path) -> None:
+def test_llava_bench_request_is_official(tmp_path: Path) -> None:
     _, _, requests = asked("llava_bench", tmp_path)
     body = requests[4].body([])
     assert body["messages"][0] == {
@@ -80,10 +78,10 @@ def test_llava_bench_asks_as_the_official_script(tmp_path: Path) -> None:
         "and ensuring that the order in "
         "which the responses were presented does not affect your judgment.\n\n"
     )
-    assert requests[0].body(["nonsense"]) is None  # asked once, whatever came
+    assert requests[0].body(["nonsense"]) is None  # never retried
 
 
-def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
+def test_mm_vet_request_is_official(tmp_path: Path) -> None:
     _, _, requests = asked("mm_vet", tmp_path)
     first, again = requests[0].body([]), requests[0].body(["about"])
     content = first["messages"][0]["content"]
@@ -91,15 +89,17 @@ def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
         "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> "
         "in the ground"
     )
-    assert content.endswith("unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0\n\n"
-                            "What is x in the equation? | -1 <AND> -5 | A view. 0 | ")  # fmt: skip
+    assert content.endswith(
+        "unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0\n\n"
+        "What is x in the equation? | -1 <AND> -5 | A view. 0 | "
+    )
     assert (
         "space of the correctness score.\n\nQuestion | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
         "What is x in the" in content
     )
     assert (
         content.count("\nCan you explain this meme? | ") == 2 and len(content) == 2290 + 1 + 55
-    )  # of the published prompt, and of the question
+    )  # lengths of the published prompt and the question
     assert again["messages"][0]["content"] == content + "\nPredict the correctness of the answer (digit): "
     assert (first["max_tokens"], [message["role"] for message in first["messages"]]) == (3, ["user"])
     heat = [requests[0].body(["about"] * count)["temperature"] for count in range(5)]
@@ -119,7 +119,9 @@ def test_mm_vet_asks_as_the_official_script(tmp_path: Path) -> None:
 def test_llava_bench_end_to_end(tmp_path: Path) -> None:
     items, texts, requests = asked("llava_bench", tmp_path)
     replies = {"0": "8 7\nGood.", "1": "8, 7\nA comma and a space: three parts.", "2": "10 5", "3": "9,9", "4": "8.5 9"}
-    with judging(lambda request: says(replies[request["messages"][1]["content"].split("A view. ")[1][0]])) as (
+    with judging(
+        lambda request: completion_reply(replies[request["messages"][1]["content"].split("A view. ")[1][0]])
+    ) as (
         url,
         server,
     ):
@@ -151,11 +153,13 @@ def test_llava_bench_end_to_end(tmp_path: Path) -> None:
     )
 
 
-def test_mm_vet_asks_again_and_aggregates(tmp_path: Path) -> None:
+def test_mm_vet_retries_and_aggregates(tmp_path: Path) -> None:
     items, texts, requests = asked("mm_vet", tmp_path)
     stubborn = {"0": ["0.5"], "1": ["The", "1.0 yes"], "2": ["a", "b", "c", "d", "0.7"], "3": ["x"] * 5, "4": ["0.9"]}
     left = {name: list(texts) for name, texts in stubborn.items()}
-    with judging(lambda request: says(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))) as (
+    with judging(
+        lambda request: completion_reply(left[request["messages"][0]["content"].split("A view. ")[1][0]].pop(0))
+    ) as (
         url,
         server,
     ):
@@ -173,15 +177,15 @@ def test_mm_vet_asks_again_and_aggregates(tmp_path: Path) -> None:
     assert grades["v1_1"] == {"model": ["j"], "content": ["1.0"], "score": [1.0]} and grades["v1_3"]["score"] == [0.0]
 
 
-def test_what_was_said_is_never_asked_again(tmp_path: Path) -> None:
-    """Broken off in the middle, killed within a line, then with another answer and another judge."""
+def test_known_replies_are_not_requested_again(tmp_path: Path) -> None:
+    """After a failure, only open requests are sent; other answers or judges cause new requests."""
     _, _, requests = asked("mm_vet", tmp_path)
     out = tmp_path / "out"
     broken = threading.Event()
 
     def sometimes(request: dict) -> Reaction:
         number = request["messages"][0]["content"].split("A view. ")[1][0]
-        return (400, {}, b"too long") if number == "3" and not broken.is_set() else says("0.5")
+        return (400, {}, b"too long") if number == "3" and not broken.is_set() else completion_reply("0.5")
 
     with judging(sometimes) as (url, server):
         with pytest.raises(
@@ -198,7 +202,7 @@ def test_what_was_said_is_never_asked_again(tmp_path: Path) -> None:
             file.write('{"custom_id": "3/0/')
         assert judge(requests, out, model="judge", chat=chat(url)).replies == 5
         assert len(server.requests) == 6
-        assert judge(requests, out, model="judge", chat=None).replies == 5  # all is known: no endpoint is needed
+        assert judge(requests, out, model="judge", chat=None).replies == 5  # all replies are in the journal
         changed = [Grade("0", "What?", "x", "another answer. A view. 0"), *requests[1:]]
         assert judge(changed, out, model="judge", chat=chat(url)).replies == 5 and len(server.requests) == 7
         assert judge(requests, out, model="other", chat=chat(url)).model == "other" and len(server.requests) == 12
@@ -219,14 +223,13 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
         part in message
         for part in (str(out / REQUESTS), "--judge-base-url", str(out / REPLIES), "start the same command again")
     )
-    # the Batch API's output, in another order, and one line by hand; one reply is no number, so that its question is
-    # asked once more
+    # Batch API output in another order, and one line by hand; the reply that is not a number is requested again.
     batch = [
         {
             "id": "b",
             "custom_id": row["custom_id"],
             "error": None,
-            "response": {"status_code": 200, "body": json.loads(says(text, "gpt-4-0613")[2])},
+            "response": {"status_code": 200, "body": json.loads(completion_reply(text, "gpt-4-0613")[2])},
         }
         for row, text in zip(rows[::-1], ["0.1", "0.2", "perhaps", "0.4"])
     ]
@@ -245,7 +248,7 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
         judge(requests, out, model="gpt-4-0613", chat=None)
 
 
-def test_an_endpoint_that_never_answers_ends_the_job_soon(tmp_path: Path) -> None:
+def test_unavailable_endpoint_stops_early(tmp_path: Path) -> None:
     requests = [Review(str(k), "c", "q", "r", "a") for k in range(60)]
     with (
         judging(lambda request: (503, {}, b"")) as (url, server),
@@ -256,7 +259,7 @@ def test_an_endpoint_that_never_answers_ends_the_job_soon(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 302])
-def test_a_wrong_key_or_path_ends_the_job_at_once(code: int, tmp_path: Path) -> None:
+def test_wrong_key_or_path_stops_at_once(code: int, tmp_path: Path) -> None:
     requests = [Review(str(k), "c", "q", "r", "a") for k in range(30)]
     with (
         judging(lambda request: (code, {"Location": "/elsewhere"}, b"no")) as (url, server),
@@ -267,15 +270,16 @@ def test_a_wrong_key_or_path_ends_the_job_at_once(code: int, tmp_path: Path) -> 
 
 
 BROKEN = [
-    (200, {}, b"<html>proxy</html>"), (200, {}, b'{"choices": []}'), says(None), (200, {}, b'[{"choices": 3}]'), (200, {}, b"\xff\xfe" * 10),
+    (200, {}, b"<html>proxy</html>"), (200, {}, b'{"choices": []}'), completion_reply(None),
+    (200, {}, b'[{"choices": 3}]'), (200, {}, b"\xff\xfe" * 10),
     (200, {}, b"[" * 100_000), (200, {"Content-Length": "5000"}, b'{"choices": '), (429, {"Retry-After": "7"}, b"busy"),
     (500, {}, b"oops"), (0, {}, b""),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]} {broken[2][:12]!r}")
-def test_it_is_asked_again_within_a_bound(broken: Reaction) -> None:
-    reactions, waits = [broken, broken, says("8 9")], []
+def test_retries_are_bounded(broken: Reaction) -> None:
+    reactions, waits = [broken, broken, completion_reply("8 9")], []
     with judging(lambda request: reactions.pop(0)) as (url, server):
         assert chat(url, waits=waits).ask({"messages": []}).text == "8 9"
     assert len(server.requests) == 3 and len(waits) == 2 and all(0 < wait <= MAX_RETRY_WAIT_S for wait in waits)

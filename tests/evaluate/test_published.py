@@ -1,6 +1,4 @@
-"""The table and the chart: published rows as published, ours beside them, and never under the paper's name what is
-not of its kind.
-"""
+"""Table and chart of scores: published rows, measured rows, and separate rows for incomparable scores."""
 
 from __future__ import annotations
 
@@ -141,7 +139,7 @@ def test_other_kinds_of_numbers_never_stand_under_the_models_name_alone(other: B
     assert [row[0] for row in rows] == [line.name for line in PUBLISHED] + ["ours", f"ours ({why})"]
 
 
-def test_nothing_that_is_no_number() -> None:
+def test_missing_and_nan_scores_are_omitted() -> None:
     assert lines([measured("mme", {"perception": None, "cognition": float("nan")})]) == []
 
 

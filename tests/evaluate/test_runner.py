@@ -1,6 +1,4 @@
-"""tools/evaluate.py and what is under it, with a tiny random model: every benchmark from its official files to its
-result, the same answers however the work is cut, and one message for a user's mistakes.
-"""
+"""End-to-end evaluation with a tiny random model: every benchmark, resumption, replicas, and user errors."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ from megatron_share4v.parallel.launch import World
 from megatron_share4v.remote.openai_client import ChatClient, Endpoint
 
 QUESTIONS = 18
-# Whose answers go to a server or into an official scorer's file.
+# Benchmarks and splits with submission files.
 SUBMITTED = {(name, None) for name in ("vqav2", "gqa", "vizwiz", "mme", "seed", "mmbench", "mmbench_cn", "mm_vet")} | {
     ("vizwiz", "val"),
     ("qbench", "test"),
@@ -51,7 +49,7 @@ def replica(export: Path) -> Iterator[Replica]:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A custom set: long enough to be killed in the middle; some questions are about no image."""
+    """Custom data set, long enough to be interrupted; some questions have no image."""
     folder = tmp_path_factory.mktemp("questions")
     (folder / "images").mkdir()
     for number in range(5):
@@ -66,13 +64,13 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
-    asker = LocalClient(replica, decoding=evaluation.decoding, workers=2)
-    return run_benchmark(evaluation, asker, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup(), **more)
+def evaluate(evaluation: Evaluation, replica: Replica, **more: object) -> dict:
+    client = LocalClient(replica, decoding=evaluation.decoding, workers=2)
+    return run_benchmark(evaluation, client, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup(), **more)
 
 
 def two_lines(items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
-    """An asker whose first answer has a line break."""
+    """Client whose first answer has a line break."""
     yield [
         GenerationResult(item.id, text="no" if number else "yes\nno", tokens=3, finish_reason="stop")
         for number, item in enumerate(items)
@@ -85,18 +83,18 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
     WRITERS[name, split](tmp_path / "data")
     evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", split=split)
     if name == "mme":
-        # An answer with a line break, at which the official calculation.py breaks off. The random model's may have one
-        # or not, as it is batched.
+        # The official calculation.py fails on an answer with a line break; the random model may produce one,
+        # depending on batching.
         broken = Evaluation(name, data=tmp_path / "data", out=tmp_path / "broken")
         with pytest.raises(DataError, match="has a line break"):
             run_benchmark(broken, two_lines, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup())
         evaluation = Evaluation(name, data=tmp_path / "data", out=tmp_path / "out", profile=CORRECTED)
-    content = ask(evaluation, replica)
+    content = evaluate(evaluation, replica)
     rows = [json.loads(line) for line in (tmp_path / "out" / ANSWERS).read_text().splitlines()]
     assert len(rows) == len(evaluation.items) == content["questions"] >= 5
     assert all(row.get("model_id", "tiny") == "tiny" for row in rows)
     task = evaluation.task
-    # The fixture has not all of MME's subtasks, hence no sum of them.
+    # The fixture lacks some MME subtasks, so there is no total.
     is_scored = (
         task.judged is None and task.measure is not None and evaluation.folder.split in task.scored and name != "mme"
     )
@@ -130,8 +128,8 @@ def command(export: Path, data: Path, out: Path, *more: object) -> list[object]:
     ]
 
 
-def test_answers_do_not_depend_on_how_the_work_is_cut(export: Path, questions: Path, tmp_path: Path) -> None:
-    """One by one; eight at a time on two ranks; killed with -9 in the middle and gone on with on two ranks."""
+def test_answers_do_not_depend_on_batching_or_ranks(export: Path, questions: Path, tmp_path: Path) -> None:
+    """Batch size 1, batch size 8 on two ranks, and a SIGKILL followed by resumption on two ranks."""
     whole = run_tool(*command(export, questions, tmp_path / "alone", "--batch-size", 1))
     assert whole.returncode == 0, whole.stderr
     shown = json.loads(whole.stdout.splitlines()[-1])
@@ -149,12 +147,12 @@ def test_answers_do_not_depend_on_how_the_work_is_cut(export: Path, questions: P
     assert before.count(b"\n") < QUESTIONS and not (tmp_path / "killed" / ANSWERS).exists()
     resumed = run_tool(*command(export, questions, tmp_path / "killed", "--batch-size", 8), ranks=2)
     assert resumed.returncode == 0, resumed.stderr
-    assert journal.read_bytes().startswith(before[: before.rfind(b"\n") + 1]), "what was answered is not asked again"
+    assert journal.read_bytes().startswith(before[: before.rfind(b"\n") + 1]), "journaled answers are kept"
     answers = [(tmp_path / name / ANSWERS).read_bytes() for name in ("alone", "shared", "killed")]
     assert answers[0] == answers[1] == answers[2] and answers[0].count(b"\n") == QUESTIONS
 
 
-def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path) -> None:
+def test_user_errors_are_one_message(export: Path, questions: Path, tmp_path: Path) -> None:
     done = run_tool(*command(export, tmp_path / "nowhere", tmp_path / "out"), "--benchmark", "pope")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -162,7 +160,7 @@ def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path)
     for given, wanted in (
         (("--limit", "0"), "'0' is no whole number from 1"),
         (("--out", tmp_path / "file"), "cannot be a directory"),
-        (("--compare", tmp_path / "file"), "is no JSON"),
+        (("--compare", tmp_path / "file"), "invalid JSON"),
         (("--endpoint", "http://127.0.0.1:9/v1"), "give one of CKPT"),
     ):
         wrong = run_tool(*command(export, questions, tmp_path / "out"), *given)
@@ -175,14 +173,14 @@ def test_mistakes_are_one_message(export: Path, questions: Path, tmp_path: Path)
     assert "does not exist" in message and "coco_pope_random.json" in done.stderr and "https://" in done.stderr
 
 
-def test_a_journal_of_other_questions_is_refused(replica: Replica, questions: Path, tmp_path: Path) -> None:
-    ask(Evaluation("custom", data=questions, out=tmp_path, limit=2), replica)
-    content = ask(Evaluation("custom", data=questions, out=tmp_path, limit=3), replica)  # more of the same: goes on
+def test_journal_of_other_settings_is_rejected(replica: Replica, questions: Path, tmp_path: Path) -> None:
+    evaluate(Evaluation("custom", data=questions, out=tmp_path, limit=2), replica)
+    content = evaluate(Evaluation("custom", data=questions, out=tmp_path, limit=3), replica)  # same questions: resumes
     assert content["questions"] == 3 and not content["complete"]
     with pytest.raises(DataError, match=r"image_mode was 'crop', now 'pad'"):
-        ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica)
+        evaluate(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica)
     assert (
-        ask(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, restart=True)[
+        evaluate(Evaluation("custom", data=questions, out=tmp_path, limit=3, profile=CORRECTED), replica, restart=True)[
             "profile"
         ]
         == "corrected"
@@ -190,7 +188,7 @@ def test_a_journal_of_other_questions_is_refused(replica: Replica, questions: Pa
 
 
 def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: Path, tmp_path: Path) -> None:
-    asked = ask(Evaluation("custom", data=questions, out=tmp_path / "asked"), replica)
+    asked = evaluate(Evaluation("custom", data=questions, out=tmp_path / "asked"), replica)
     given = [
         "--benchmark",
         "custom",
@@ -209,16 +207,16 @@ def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: P
     assert wrong.returncode == 2 and "nothing.jsonl: cannot be read" in wrong.stderr
 
 
-def test_a_question_that_cannot_be_asked_is_named(replica: Replica, tmp_path: Path) -> None:
+def test_undecodable_image_names_the_question(replica: Replica, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "questions.jsonl", [{"question_id": n, "image": f"{n}.jpg", "text": "?"} for n in range(3)])
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(encode_picture(number) if number != 1 else b"no picture")
     with pytest.raises(DataError, match=r"custom, question 1: .*cannot be read"):
-        ask(Evaluation("custom", data=tmp_path, out=tmp_path / "out"), replica)
+        evaluate(Evaluation("custom", data=tmp_path, out=tmp_path / "out"), replica)
 
 
-def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
-    """Crop and system prompt of the benchmark are made here: a server has its own."""
+def test_remote_client_sends_official_request(tmp_path: Path) -> None:
+    """The client sends the cropped image and system prompt of the benchmark to the server."""
     WRITERS["qbench", None](tmp_path / "data")
     evaluation = Evaluation("qbench", data=tmp_path / "data", out=tmp_path / "out")
     sent = []
@@ -229,8 +227,8 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
 
     with serving(answer, key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
         endpoint = Endpoint(url=url, model="theirs", concurrency=2)
-        asker = RemoteClient(ChatClient(endpoint), decoding=evaluation.decoding)
-        content = run_benchmark(evaluation, asker, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
+        client = RemoteClient(ChatClient(endpoint), decoding=evaluation.decoding)
+        content = run_benchmark(evaluation, client, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
     assert content["headline"]["name"] == "accuracy" and content["model"] == "theirs"
     assert len(sent) == len(evaluation.items)
     system, user = sent[0]["messages"]
@@ -240,13 +238,13 @@ def test_a_server_is_asked_the_same(tmp_path: Path) -> None:
     assert sent[0]["temperature"] == 0 and sent[0]["max_tokens"] == 1024
 
 
-def test_a_judge_gives_the_number(replica: Replica, tmp_path: Path) -> None:
+def test_judged_benchmark_end_to_end(replica: Replica, tmp_path: Path) -> None:
     WRITERS["mm_vet", None](tmp_path / "data")
     evaluation = Evaluation("mm_vet", data=tmp_path / "data", out=tmp_path / "out")
     with serving(
         lambda request, number: completion("0.5"), key_of=lambda request: json.dumps(request["messages"]).encode()
     ) as (url, _):
         judging = Judge(model="another", chat=ChatClient(Endpoint(url=url, model="another")))
-        content = ask(evaluation, replica, judging=judging)
+        content = evaluate(evaluation, replica, judging=judging)
     assert content["headline"] == {"name": "total", "value": 50.0} and content["judge"]["model"] == "another"
-    assert "judge another" in (tmp_path / "out/table.md").read_text(), "never under the paper's name"
+    assert "judge another" in (tmp_path / "out/table.md").read_text(), "incomparable scores name the judge"

@@ -1,6 +1,4 @@
-"""Every benchmark from its official files to its score: prompts to the letter, answer rows, submission files, and
-what a stub's answers are worth.
-"""
+"""Benchmark tasks: exact official prompts, answer rows, and scores of fixed answers."""
 
 from __future__ import annotations
 
@@ -26,8 +24,7 @@ SHORT, LETTER = (
     "\nAnswer with the option's letter from the given choices directly.",
 )
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-# benchmark and split: decoding, questions, number of one question, its question_id, the user's turn, the answer file's
-# prompt
+# benchmark and split: decoding, number of questions; index, question_id, user turn and recorded prompt of one question
 PROMPTS = {
     ("vqav2", None): (LOADER, 6, 1, 1001, "<image>\nIs it raining?" + SHORT, "Is it raining?" + SHORT),
     ("vqav2", "val2014"): (LOADER, 6, 2, 262148002, "<image>\nHow many dogs?" + SHORT, "How many dogs?" + SHORT),
@@ -135,13 +132,13 @@ PROMPTS = {
     ("custom", None): (CROPPED, 5, 1, 1, "<image>\nWhat is it, 1?", "What is it, 1?"),
 }
 
-# what the stub says to each question in order, and what that is worth, by hand
-WORTH = {
+# fixed answers in question order, and scores computed by hand
+EXPECTED_SCORES = {
     ("vqav2", "val2014"): (
         ["Red", "yes", "Two", "An umbrella", "the park", "Stop"],
         {"accuracy": 66.67, "answer type other": 50.0},
     ),
-    # "Red" and "the park": all ten agree, so VQAEval compares literally; "Stop" is literally right
+    # All ten agree on "Red" and "the park", so VQAEval compares literally; "Stop" matches.
     ("gqa", None): (
         ["No.", "Women", "right", "on the sidewalk", "Yes", " man"],
         {"accuracy": 400 / 6, "binary": 100.0, "open": 100 / 3},
@@ -204,26 +201,26 @@ def test_official_prompt(case: tuple[str, str | None], data: Path) -> None:
 
 
 def test_answers_to_score(case: tuple[str, str | None], data: Path, tmp_path: Path) -> None:
-    """The answer file is read again as it was written, and what is in it is worth what the table says."""
+    """The answer file round-trips, and its scores match the table."""
     task = get_task(case[0])
     folder = task.open(data, case[1])
     items = task.items(folder)
-    said, worth = WORTH.get(case, (["A"] * len(items), {}))
-    answers = [make_answer(item, text) for item, text in zip(items, said, strict=True)]
+    texts, expected = EXPECTED_SCORES.get(case, (["A"] * len(items), {}))
+    answers = [make_answer(item, text) for item, text in zip(items, texts, strict=True)]
     write_rows(tmp_path / "out/answers.jsonl", task.rows(items, reversed(answers), model="tiny"))
-    assert [answer.text for answer in read_answers(tmp_path / "out/answers.jsonl", items)] == said
+    assert [answer.text for answer in read_answers(tmp_path / "out/answers.jsonl", items)] == texts
     assert read_answers(tmp_path / "out/answers.jsonl", items) == answers
     scores = task.score(folder, items, answers)
-    assert {name: scores.values[name] for name in worth} == pytest.approx(worth)
-    assert bool(worth) == bool(scores.values)
-    is_whole = case in WORTH and case[0] != "mme"  # there: 3 of 14 subtasks
+    assert {name: scores.values[name] for name in expected} == pytest.approx(expected)
+    assert bool(expected) == bool(scores.values)
+    is_whole = case in EXPECTED_SCORES and case[0] != "mme"  # the MME fixture has 3 of 14 subtasks
     assert scores.headline == (task.headline if is_whole else None)
     assert is_whole or scores.note
     json.dumps(scores.json_values, allow_nan=False)
 
 
 def test_official_rows(tmp_path: Path) -> None:
-    """Fields and their order, of the common format, of MMBench's and of Q-Bench's."""
+    """Fields and field order of the common, MMBench and Q-Bench formats."""
     rows = {}
     for name in ("vqav2", "mmbench", "qbench"):
         WRITERS[name, None](tmp_path)
@@ -255,7 +252,7 @@ def test_official_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_corrected_profile_pads_and_asks_as_in_training(name: str) -> None:
+def test_corrected_profile_uses_training_image_mode_and_prompt(name: str) -> None:
     official, corrected = get_task(name).decoding(), get_task(name).decoding(CORRECTED)
     assert (corrected.image_mode, corrected.system, corrected.max_new_tokens) == (
         "pad",
@@ -281,16 +278,16 @@ def test_corrected_profile_reaches_the_scores(tmp_path: Path) -> None:
     ("text", "clean"),
     [(" A </s>", "A"), ("A</s></s>", "A</s>"), ("</s>", ""), (" a\n", "a"), ("A </s> ", "A"), ("A</s>.", "A</s>.")],
 )
-def test_output_is_cleaned_as_by_the_scripts(text: str, clean: str) -> None:
+def test_output_is_cleaned_like_the_scripts(text: str, clean: str) -> None:
     assert LOADER.clean(text) == clean
 
 
-def test_answer_ids_are_of_question_and_text_alone() -> None:
+def test_answer_ids_depend_on_question_and_text() -> None:
     assert answer_id("1", "yes") == answer_id("1", "yes") and len(answer_id("1", "yes")) == 22
     assert len({answer_id(name, text) for name in ("1", "2", "1~2") for text in ("yes", "no", "")}) == 9
 
 
-def test_repeated_question_ids_have_ids_of_their_own(tmp_path: Path) -> None:
+def test_repeated_question_ids_get_unique_ids(tmp_path: Path) -> None:
     WRITERS["mme", None](tmp_path)
     items = get_task("mme").items(get_task("mme").open(tmp_path))
     assert [item.id for item in items[:2]] == ["existence/000000006040.jpg", "existence/000000006040.jpg~2"]
@@ -299,19 +296,17 @@ def test_repeated_question_ids_have_ids_of_their_own(tmp_path: Path) -> None:
     assert read_answers(tmp_path / "a.jsonl", items) == answers
 
 
-def test_foreign_answers_are_refused(tmp_path: Path) -> None:
+def test_answers_of_other_questions_are_rejected(tmp_path: Path) -> None:
     items = [Doc(id="1", question_id=1, prompt="p")]
     write_jsonl(tmp_path / "a.jsonl", [{"question_id": 1, "text": "a"}, {"question_id": 1, "text": "b"}])
-    with pytest.raises(
-        DataError, match=r"a\.jsonl:2: answers question 1, which is not asked, or has its answer already"
-    ):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: question 1 is unknown or already answered"):
         read_answers(tmp_path / "a.jsonl", items)
     write_jsonl(tmp_path / "a.jsonl", [{"question_id": 1}])
     with pytest.raises(DataError, match=r"a\.jsonl:1: 'text' is 'None'"):
         read_answers(tmp_path / "a.jsonl", items)
 
 
-def test_images_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_images_are_read_on_demand(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     assert Doc(id="1", question_id=1, prompt="p", image=encode_picture(1)).read_image() == encode_picture(1)
     assert Doc(id="1", question_id=1, prompt="p").read_image() is None

@@ -1,4 +1,4 @@
-"""tools/plan.py as it is typed: answers, refusals, files; the page of predictions; and workloads from prepared data."""
+"""Command line of tools/plan.py, docs/scaling.md, and workloads measured from prepared data."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_a_plan_with_its_files(repository: Path, tmp_path: Path) -> None:
         (("--world-size", "20000"), ("--world-size 20000: use 1 to 16384",)),
     ],
 )
-def test_what_cannot_run_ends_with_two(repository: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_refused_configuration_exits_with_2(
+    repository: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     done = plan(repository, RECIPE, *arguments)
     said = done.stdout + done.stderr
     assert done.returncode == 2 and "Traceback" not in said, said
@@ -88,7 +90,7 @@ def test_the_largest_world_takes_seconds_and_no_torch(repository: Path) -> None:
 
 
 def test_scaling_document_matches_the_planner(repository: Path) -> None:
-    """Rows of each table are predicted again; after a change of the planner run: python tools/plan_scaling.py."""
+    """Sample rows equal new predictions; after a planner change run python tools/plan_scaling.py."""
     from megatron_share4v.planner import scaling
 
     page = (repository / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -115,7 +117,7 @@ def test_scaling_tables_recommend_no_layout_with_a_large_bubble(repository: Path
 
 
 def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
-    """Means over a small run's own steps, packed and not."""
+    """Measured workloads of a small run, with and without packing."""
     from examples.quickstart.dataset import write_dataset
     from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.config.load import load_run
@@ -133,7 +135,8 @@ def test_prepared_data_are_measured(repository: Path, tmp_path: Path) -> None:
     )
     prepare(
         PrepareOptions(
-            annotations=annotations, images=tmp_path / "scenes", output=tmp_path / "data", tokenizer=tmp_path / "t.model", template="vicuna_v1",
+            annotations=annotations, images=tmp_path / "scenes", output=tmp_path / "data",
+            tokenizer=tmp_path / "t.model", template="vicuna_v1",
             max_text_length=384, samples_per_shard=16, max_rejected_fraction=0.0, workers=0, overwrite=False,
         )
     )  # fmt: skip

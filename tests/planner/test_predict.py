@@ -1,6 +1,4 @@
-"""Predictions against hand arithmetic, against published speeds and parameter counts, and against the checks of the
-trainer.
-"""
+"""Predictions against hand arithmetic, published speeds and parameter counts, and the trainer's checks."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ def case(config: RunConfig, world_size: int = 16, *, gpu: str = "h200", micro_ba
     return Case.of(changed, world_size=world_size, workload=assumed_workload(config, samples=1_246_000), gpu=GPUS[gpu])
 
 
-def test_weights_are_the_published_ones(config: RunConfig) -> None:
+def test_weight_counts_match_published_models(config: RunConfig) -> None:
     whole = Chunk(layers=32, first=True, last=True)
     total = sum(elements * count for elements, count, _ in weight_shapes(config.model, whole, tensor=1))
     assert total == 6_738_415_616 + 20_979_712 + 303_507_456 - 12_596_224 - 2 * 1024
@@ -61,7 +59,7 @@ def test_memory_shrinks_where_the_layout_says(config: RunConfig) -> None:
 
 
 def text_model(config: RunConfig, **sections) -> Prediction:
-    """Shapes of Llama 3 8B at 8,192 positions on 8 H100."""
+    """Prediction for Llama 3 8B shapes with 8,192 positions on 8 H100."""
     language = replace(
         config.model.language,
         vocab_size=128_256,
@@ -90,16 +88,14 @@ def text_model(config: RunConfig, **sections) -> Prediction:
     return Prediction(Case.of(changed, world_size=8, workload=workload, gpu=GPUS["h100"]))
 
 
-def test_a_text_model_of_8b_is_as_fast_as_published(config: RunConfig) -> None:
-    """What the shares of the peaks were chosen for: 47 % MFU in BF16 (Megatron-LM's README), 1.28 times as fast in
-    FP8 (torchtitan's benchmarks).
-    """
+def test_8b_text_model_matches_published_speed(config: RunConfig) -> None:
+    """Default efficiencies reproduce 47 % MFU in BF16 (Megatron-LM README) and a 1.28x speedup in FP8 (torchtitan)."""
     plan = text_model(config)
     assert 0.46 < plan.mfu < 0.48 and plan.hours is None
 
 
-def test_fp8_is_counted_and_says_of_which_peak(config: RunConfig) -> None:
-    """By ours and by Transformer Engine, which keeps two forms of each weight; not where the GPU has no such products."""
+def test_fp8_prediction_and_peak(config: RunConfig) -> None:
+    """FP8 by native ops and by Transformer Engine (two copies of each weight); refused on GPUs without FP8."""
     tensorwise = replace(config.precision, fp8="tensorwise")
     plain, ours = text_model(config), text_model(config, precision=tensorwise)
     engine = text_model(config, precision=tensorwise, transformer_engine="language")
@@ -109,14 +105,14 @@ def test_fp8_is_counted_and_says_of_which_peak(config: RunConfig) -> None:
     assert 1.26 < plain.step_s / ours.step_s < 1.30 < plain.step_s / engine.step_s and engine.model_tflops < 744
     assert plain.step_s > some.step_s > ours.step_s and plain.step_s > precise.step_s > ours.step_s
     settings = [plan.memory[0].activations for plan in (plain, precise, some, blocks, ours)]
-    # Of an input 1 byte instead of 2; but the attention's result is kept by its kernel, so that its code comes on top.
+    # Inputs take 1 byte instead of 2; the attention kernel saves its output, so the FP8 copy is additional.
     each = 32 * 8192 * (4096 + 4096 - 4096 + 14_336)
     assert (
         settings == sorted(settings, reverse=True)
         and settings[0] - settings[-1] == pytest.approx(each, rel=1e-6)
         and settings[0] == settings[1]
     )
-    weights = 32 * 218_103_808  # of a layer's matrices
+    weights = 32 * 218_103_808  # weights of a layer's matrices
     assert engine.memory[0].weights - ours.memory[0].weights == pytest.approx(2 * weights, rel=1e-6)
     assert plain.utilisation == f"MFU {plain.mfu:.1%}" and plain.fp8_mfu is None
     assert ours.utilisation == f"MFU {ours.mfu:.1%} of the BF16 peak, {ours.mfu * 989 / 1979:.1%} of the FP8 peak"
@@ -128,7 +124,7 @@ def test_fp8_is_counted_and_says_of_which_peak(config: RunConfig) -> None:
     assert "A100 has no FP8 products, which precision.fp8 tensorwise asks for" in list(old.refusals())
 
 
-def test_messages_are_those_of_rings(config: RunConfig) -> None:
+def test_ring_collective_traffic(config: RunConfig) -> None:
     plain, sequence = (case(config, 16, tensor=2, sequence=sequence) for sequence in (False, True))
     message, layer = 16 * 976 * 4096 * 2, Chunk(layers=1, first=False, last=False)
     assert tensor_bytes(plain, layer, True) == (2 * message, 2) and tensor_bytes(plain, layer, False) == (
@@ -148,7 +144,7 @@ def test_messages_are_those_of_rings(config: RunConfig) -> None:
     )
 
 
-def test_context_ranks_hold_a_part_and_exchange_heads(config: RunConfig) -> None:
+def test_context_parallel_memory_and_traffic(config: RunConfig) -> None:
     long = replace(
         config,
         data=replace(config.data, pack_length=65_536, pad_to="step"),
@@ -156,7 +152,7 @@ def test_context_ranks_hold_a_part_and_exchange_heads(config: RunConfig) -> None
     )
     one, four = (case(long, 8, micro_batch=1, tensor=1, sequence=False, context=context) for context in (1, 4))
     layer = Chunk(layers=1, first=False, last=False)
-    # Queries, keys and values of 16,384 positions to attention, its result back: three of four parts each.
+    # All-to-all of queries, keys, values and output for 16,384 positions: three of four parts are sent.
     assert context_bytes(four, layer) == (16_384 * 4 * 4096 * 2 * 3 / 4, 2) and context_bytes(one, layer) == (0.0, 0)
     assert (
         traffic(four).context == 32 * 2 * context_bytes(four, layer)[0] * four.micro_batches
@@ -172,13 +168,13 @@ def test_context_ranks_hold_a_part_and_exchange_heads(config: RunConfig) -> None
     assert 3.5 < work < 4, "a quarter of the work, and the exchange"
 
 
-def test_a_data_ring_uses_the_ports_of_its_ranks(config: RunConfig) -> None:
+def test_data_parallel_ring_bandwidth(config: RunConfig) -> None:
     assert data_bandwidth(case(config, 8, tensor=1, sequence=False, pipeline=1)) == GPUS["h200"].link
     assert data_bandwidth(case(config, 16, tensor=1, sequence=False)) == 400e9
     assert data_bandwidth(case(config, 16, tensor=8)) == 50e9
 
 
-def test_the_trainers_own_checks_refuse(config: RunConfig) -> None:
+def test_trainer_checks_are_applied(config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="world size 15 is not a multiple of parallel.tensor 2"):
         case(config, 15)
     with pytest.raises(
@@ -191,7 +187,7 @@ def test_the_trainers_own_checks_refuse(config: RunConfig) -> None:
 
 
 def test_options_of_memory_and_overlap_are_counted(config: RunConfig) -> None:
-    """Each saves what it says, and sends or hides what it says."""
+    """Each option changes memory, traffic or hidden communication as documented."""
 
     def changed(section: str, **values) -> Prediction:
         base = case(config, 16, tensor=2)
@@ -226,7 +222,7 @@ def test_options_of_memory_and_overlap_are_counted(config: RunConfig) -> None:
     )
 
 
-def test_lengths_of_their_own_leave_less_padding(repository: Path) -> None:
+def test_micro_batch_padding_is_shorter(repository: Path) -> None:
     lengths = [
         assumed_workload(load_run(repository / RECIPE, [f"data.pad_to={whose}"])).length
         for whose in ("step", "micro_batch")
@@ -234,7 +230,7 @@ def test_lengths_of_their_own_leave_less_padding(repository: Path) -> None:
     assert lengths == [976, 896]
 
 
-def test_what_does_not_fit_is_refused_with_its_classes(config: RunConfig) -> None:
+def test_memory_refusal_lists_classes(config: RunConfig) -> None:
     [reason] = Prediction(case(config, 16, gpu="a100", tensor=1, sequence=False)).refusals()
     assert (
         reason.startswith("does not fit: pipeline rank 0 needs ")
@@ -245,7 +241,7 @@ def test_what_does_not_fit_is_refused_with_its_classes(config: RunConfig) -> Non
 
 @pytest.mark.parametrize(("world_size", "overrides"), [(16, ()), (64, ("loss.normalize=tokens",))])
 def test_search_finds_the_fastest(repository: Path, world_size: int, overrides: tuple[str, ...]) -> None:
-    """The pruned search against all candidates simulated, and its bound against every one of them."""
+    """The pruned search equals exhaustive simulation, and its lower bound holds for every candidate."""
     config = load_run(repository / RECIPE, overrides)
     setting = dict(
         world_size=world_size,
@@ -263,7 +259,7 @@ def test_search_finds_the_fastest(repository: Path, world_size: int, overrides: 
     )
 
 
-def test_a_step_adds_up(config: RunConfig) -> None:
+def test_step_time_is_consistent(config: RunConfig) -> None:
     plan = Prediction(case(config, 16, tensor=2, pipeline=2, virtual=2))
     busy = sum(plan.loads) / 2 * plan.case.micro_batches
     assert plan.pipeline_s == pytest.approx(busy / (1 - plan.bubble)) and plan.step_s > plan.pipeline_s
@@ -273,7 +269,7 @@ def test_a_step_adds_up(config: RunConfig) -> None:
     assert Prediction(replace(plan.case, config=slower)).after_s > plan.after_s
 
 
-def test_blocks_of_logits_are_the_heads(config: RunConfig) -> None:
+def test_logit_blocks_match_the_op(config: RunConfig) -> None:
     from megatron_share4v.ops.linear_cross_entropy import _block_columns
 
     for rows in (0, 1, 200, 3200, 50_000):

@@ -1,4 +1,4 @@
-"""The planned order of work is the one in which megatron-core's schedules really run; times and bubbles against known formulas."""
+"""Planned pass order against megatron-core's executed schedules; times and bubbles against known formulas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXECUTED = [
 
 
 def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[PipelinePass]]]:
-    """(pipeline rank, pieces as they ran) of each case, recorded at the chunks' outputs and at the gradients that arrive there."""
+    """Run each case and return its pipeline rank and passes, recorded at chunk outputs and their gradients."""
     from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.mcore.optimizer import wrap_ddp
@@ -46,14 +46,14 @@ def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[PipelineP
             chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
             batches = list(itertools.islice(itertools.cycle(micro_batches(0)), count))
             numbered = [(number, batch) for number, batch in enumerate(batches)]
-            pieces: list[PipelinePass] = []
+            passes: list[PipelinePass] = []
 
-            def call(chunk, item, pieces=pieces, chunks=chunks):
+            def call(chunk, item, passes=passes, chunks=chunks):
                 number, batch = item
                 which = chunks.index(chunk)
-                pieces.append(PipelinePass("forward", number, which))
+                passes.append(PipelinePass("forward", number, which))
                 output = chunk(batch)
-                output.register_hook(lambda _: pieces.append(PipelinePass("backward", number, which)))
+                output.register_hook(lambda _: passes.append(PipelinePass("backward", number, which)))
                 return output
 
             def loss(item):
@@ -61,14 +61,14 @@ def execute(cases: list[tuple[int, int, int]]) -> list[tuple[int, list[PipelineP
 
             sizes = dict(sequence_length=LENGTH, micro_batch_size=MICRO_BATCH)
             run_schedule(chunks, numbered, mesh=mesh, loss_function=loss, forward_only=False, call=call, **sizes)
-            results.append((mesh.coordinates.pipeline, pieces))
+            results.append((mesh.coordinates.pipeline, passes))
     return results
 
 
 def test_planned_order_is_the_executed_one() -> None:
     for ranks in run_world(4, execute, EXECUTED):
-        for (pipeline, virtual, count), (rank, pieces) in zip(EXECUTED, ranks, strict=True):
-            assert tuple(pieces) == order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=count), (
+        for (pipeline, virtual, count), (rank, passes) in zip(EXECUTED, ranks, strict=True):
+            assert tuple(passes) == order(rank=rank, pipeline=pipeline, virtual=virtual, micro_batches=count), (
                 pipeline,
                 virtual,
                 count,
@@ -82,7 +82,7 @@ def span(timeline: list[list[TimedPass]]) -> float:
 
 @pytest.mark.parametrize(("pipeline", "virtual", "count"), [(4, 1, 8), (4, 2, 8), (8, 4, 16), (2, 1, 1), (1, 1, 5)])
 def test_equal_stages_have_the_textbook_bubble(pipeline: int, virtual: int, count: int) -> None:
-    """(P - 1) / V slots of a forward and a backward pass over all of a rank's layers (Narayanan et al. 2021, section 2.2)."""
+    """Bubble of (P - 1) / V forward and backward passes over a rank's layers (Narayanan et al. 2021, section 2.2)."""
     timeline = simulate_schedule(
         lambda stage, kind: {"forward": 1.0, "backward": 2.0}[kind],
         pipeline=pipeline,
@@ -94,7 +94,7 @@ def test_equal_stages_have_the_textbook_bubble(pipeline: int, virtual: int, coun
     assert all(sum(timed.end - timed.start for timed in rank) == pytest.approx(busy) for rank in timeline)
 
 
-def test_nothing_starts_before_what_it_needs() -> None:
+def test_passes_wait_for_dependencies() -> None:
     took = {"forward": [1.0, 2.5, 0.5, 1.0], "backward": [3.0, 1.0, 2.0, 2.0]}
     timeline = simulate_schedule(
         lambda stage, kind: took[kind][stage], pipeline=2, virtual=2, micro_batches=4, message=0.25
@@ -117,7 +117,7 @@ def test_nothing_starts_before_what_it_needs() -> None:
         assert all(after.start >= before.end for before, after in itertools.pairwise(row))
 
 
-def test_a_slow_stage_sets_the_pace() -> None:
+def test_slowest_stage_determines_time() -> None:
     timeline = simulate_schedule(
         lambda stage, kind: 3.0 if stage == 1 else 1.0, pipeline=4, virtual=1, micro_batches=50
     )

@@ -1,4 +1,4 @@
-"""Sums, shares and rounding bit for bit as in the official scripts, which ran on Python before 3.12 and on NumPy."""
+"""Sums, ratios and rounding, bit-identical to the official scripts (Python before 3.12, and NumPy)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 
 def add_in_order(values: Iterable[float]) -> float:
-    """Plain left-to-right sum. The built-in one compensates rounding errors since Python 3.12, which moves last digits."""
+    """Sum from left to right without compensation; the built-in sum compensates since Python 3.12."""
     total = 0.0
     for value in values:
         total += value
@@ -15,16 +15,16 @@ def add_in_order(values: Iterable[float]) -> float:
 
 
 def ratio(part: float, whole: float) -> float:
-    """part / whole; nan where the official script would divide by zero and stop."""
+    """Return part / whole; NaN where the official script stops with a division by zero."""
     return part / whole if whole else math.nan
 
 
 def average(values: Collection[float]) -> float:
-    """Mean in order; nan for nothing. NumPy sums fewer than 8 values, and columns of any length, in this order too."""
+    """Mean with a left-to-right sum; NaN without values. NumPy sums fewer than 8 values in this order too."""
     return ratio(add_in_order(values), len(values))
 
 
 def numpy_round(value: float, decimals: int) -> float:
-    """np.round: scale, round half to even, scale back. Python's round differs: it gives 2.67 for 2.675, this 2.68."""
+    """Round like np.round: scale, round half to even, scale back. For 2.675: 2.68, where Python's round gives 2.67."""
     scale = 10.0**decimals
     return round(value * scale) / scale if math.isfinite(value) else value

@@ -1,6 +1,6 @@
-"""GQA: exact match, over all questions, over those answered by a choice (binary), and over open ones.
+"""GQA accuracy by exact match: over all questions, binary questions (answer is a choice) and open questions.
 
-Sources: GQA's eval.py (its checks of validity, plausibility and distribution need files that testdev lacks); LLaVA's
+Sources: GQA's eval.py (without validity, plausibility and distribution, whose files testdev lacks); LLaVA's
 convert_gqa_for_eval.py.
 """
 
@@ -14,6 +14,8 @@ from megatron_share4v.errors import DataError
 
 @dataclass(frozen=True)
 class GqaQuestion:
+    """A question with its answer and structural type."""
+
     id: str
     answer: str
     structural: str  # types.structural of the official file: query, verify, choose, logical, compare
@@ -32,6 +34,7 @@ class GqaScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.accuracy
 
 
@@ -45,24 +48,24 @@ def score(questions: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> G
 
     Only balanced questions count. Raises DataError when one of these has no prediction.
     """
-    asked = [question for question in questions if question.balanced]
-    missing = [question.id for question in asked if question.id not in predictions]
+    scored = [question for question in questions if question.balanced]
+    missing = [question.id for question in scored if question.id not in predictions]
     if missing:
         raise DataError(
-            f"GQA: no prediction for {len(missing)} of {len(asked)} questions, the first is {missing[0]}; finish the "
+            f"GQA: no prediction for {len(missing)} of {len(scored)} questions, the first is {missing[0]}; finish the "
             "run first"
         )
-    right = {question.id: predictions[question.id] == question.answer for question in asked}
+    right = {question.id: predictions[question.id] == question.answer for question in scored}
 
     def share(chosen: Sequence[GqaQuestion]) -> float:
         return sum(right[question.id] for question in chosen) / len(chosen) * 100 if chosen else 0.0
 
     return GqaScores(
-        accuracy=share(asked),
-        binary=share([question for question in asked if question.structural != "query"]),
-        open=share([question for question in asked if question.structural == "query"]),
+        accuracy=share(scored),
+        binary=share([question for question in scored if question.structural != "query"]),
+        open=share([question for question in scored if question.structural == "query"]),
         by_structure={
-            kind: share([q for q in asked if q.structural == kind]) for kind in sorted({q.structural for q in asked})
+            kind: share([q for q in scored if q.structural == kind]) for kind in sorted({q.structural for q in scored})
         },
-        questions=len(asked),
+        questions=len(scored),
     )

@@ -1,8 +1,7 @@
-"""LLaVA-Bench-in-the-Wild: two scores from each of the judge's reviews, and the model's mean relative to the
-reference's.
+"""LLaVA-Bench-in-the-Wild: scores parsed from judge reviews, and the model's mean relative to the reference's.
 
-Sources: LLaVA eval_gpt_review_bench.py (parse) and summarize_gpt_review.py (ShareGPT4V's, which also prints both
-means).
+Sources: LLaVA eval_gpt_review_bench.py (parse) and summarize_gpt_review.py (the version of ShareGPT4V, which also
+prints both means).
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Review:
-    """`scores`: of the reference, then of the model.
+    """Parsed review: `scores` of the reference and the model.
 
-    `category` as the review file has it: llava_bench_conv, _detail or _complex.
+    category: llava_bench_conv, llava_bench_detail or llava_bench_complex.
     """
 
     category: str
@@ -31,9 +30,9 @@ class Review:
 
 @dataclass(frozen=True)
 class Relative:
-    """Rounded to 1 decimal: the model's mean in percent of the reference's, and both means times 10.
+    """Relative score in percent and both means times 10, rounded to 1 decimal.
 
-    `failed`: reviews that did not parse.
+    failed: number of reviews that did not parse.
     """
 
     relative: float
@@ -44,20 +43,21 @@ class Relative:
 
 @dataclass(frozen=True)
 class LlavaBenchScores:
-    """`by_category` in alphabetical order, with "all"."""
+    """Scores by category in alphabetical order, including "all"."""
 
     by_category: dict[str, Relative]
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.by_category[ALL].relative
 
 
 def parse_review(review: str, *, profile: Profile = OFFICIAL) -> tuple[float, float]:
-    """The two numbers of the first line, a comma or a single space between; FAILED for anything else, "8, 7" and "8
-    7 " included.
+    """Parse the two scores on the first line, separated by one comma or space; return FAILED for anything else.
 
-    `corrected`: any commas and spaces may separate and surround them, and each must be within 1 and 10.
+    "8, 7" and "8 7 " fail. `corrected`: any commas and spaces may separate and surround the scores, and each must be
+    between 1 and 10.
     """
     line = review.split("\n")[0].replace(",", " ")
     fields = line.split(" ") if profile is OFFICIAL else line.split()
@@ -71,10 +71,10 @@ def parse_review(review: str, *, profile: Profile = OFFICIAL) -> tuple[float, fl
 
 
 def summarise(reviews: Sequence[Review], *, profile: Profile = OFFICIAL) -> LlavaBenchScores:
-    """Means are rounded to 3 decimals before they are divided.
+    """Compute relative scores from means rounded to 3 decimals.
 
-    A failed review enters the means as -1 and -1, so that nothing but failures makes 100. `corrected`: failed reviews
-    are left out.
+    A failed review counts as -1 for both sides, so that failures alone give 100. `corrected`: failed reviews are
+    excluded.
     """
     names = sorted({review.category for review in reviews} | {ALL})
     return LlavaBenchScores(

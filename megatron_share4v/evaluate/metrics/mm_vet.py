@@ -1,5 +1,4 @@
-"""MM-Vet: grades between 0 and 1 from the judge's replies; their means by capability and by combination of
-capabilities, to one decimal.
+"""MM-Vet: grades between 0 and 1 parsed from judge replies, and their means by capability and combination.
 
 Source: yuweihao/MM-Vet mm-vet_evaluator.py.
 """
@@ -15,7 +14,7 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.metrics.arithmetic import add_in_order, average, numpy_round
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
-MAX_REPLIES = 5  # that are read; the script asks a sixth time and gives 0.0 without a look at the reply
+MAX_REPLIES = 5  # the script requests a sixth reply but ignores it and gives 0.0
 TOTAL = ("total", "")
 
 
@@ -23,7 +22,7 @@ TOTAL = ("total", "")
 class MmVetScores:
     """MM-Vet scores in percent, rounded to 1 decimal.
 
-    `std`: between runs (of the population). By capability and combination, most questions first.
+    std: population standard deviation over runs. Capabilities and combinations with most questions come first.
     """
 
     total: float
@@ -34,11 +33,12 @@ class MmVetScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.total
 
 
 def parse_grade(reply: str, *, profile: Profile = OFFICIAL) -> float | None:
-    """Parse the text up to the first space as a number in [0, 1]; None means retry. `corrected`: "nan" is not a grade."""
+    """Parse the text up to the first space as a number in [0, 1]; None means retry. `corrected`: "nan" is invalid."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -60,17 +60,16 @@ def grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float:
 def aggregate(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]) -> MmVetScores:
     """Aggregate grades by capability.
 
-    grades: one per run, by question id; `capabilities` by question id, in any order. Each question counts for each of
+    grades: one per run, by question id. capabilities: by question id, in any order. Each question counts for each of
     its capabilities.
 
-    Raises DataError when a question has no grades, or another number of runs than the others. Exact for up to 7 runs:
-    NumPy adds more in pairs.
+    Raises DataError when a question has no grades or a different number of runs. Bit-identical to NumPy for up to 7
+    runs; NumPy sums more in pairs.
     """
-    strays = set(grades) ^ set(capabilities)
-    if strays or not grades:
+    unmatched = set(grades) ^ set(capabilities)
+    if unmatched or not grades:
         raise DataError(
-            f"MM-Vet: {len(strays)} questions are graded but unknown, or known but not graded ({sorted(strays)[:3]}); "
-            "finish grading"
+            f"MM-Vet: {len(unmatched)} questions lack grades or annotations ({sorted(unmatched)[:3]}); finish grading"
         )
     runs = len(next(iter(grades.values())))
     if any(len(row) != runs for row in grades.values()) or not runs:

@@ -1,8 +1,7 @@
-"""MMBench: the option that a text means, without a judge; circular evaluation over the rotations of a question;
-accuracy by ability.
+"""MMBench: option inference without a judge, circular evaluation over rotations, and accuracy by ability.
 
-Source: VLMEvalKit matching_util.py (can_infer) and multiple_choice.py (circular evaluation, report_acc). The paper's
-numbers are the server's, which asked GPT-3.5 where this finds no option: pass such letters as `judged`.
+Source: VLMEvalKit matching_util.py (can_infer) and multiple_choice.py (circular evaluation, report_acc). Published
+numbers come from the server, which asks GPT-3.5 where no option is inferred: pass such letters as `judged`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ REFUSALS = (
 )
 NONE_OF_THEM = "Z"
 SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-LAST_WORDS = 4  # the letter must be one of them
-ROTATION = 1e6  # between the indices of a question and of its rotations
+LAST_WORDS = 4  # the letter must be among the last words
+ROTATION = 1e6  # index distance between a question and its rotations
 ABBREVIATIONS = {
     "coarse_perception": "CP",
     "finegrained_perception (instance-level)": "FP-S",
@@ -37,7 +36,7 @@ ABBREVIATIONS = {
 class MmbenchRow:
     """A row of the TSV with its prediction.
 
-    `choices`: option texts by letter, absent ones left out; `answer`: this row's letter.
+    choices: option texts by letter, without absent options. answer: letter of the right option in this row.
     """
 
     index: int
@@ -52,7 +51,7 @@ class MmbenchRow:
 class MmbenchScores:
     """MMBench accuracies between 0 and 1.
 
-    `by_l2` has the official abbreviations. `open_rows`: indices whose text named no option, and which no judge read.
+    by_l2: by official abbreviation. open_rows: indices without an inferred option or a judged letter.
     """
 
     overall: float
@@ -63,13 +62,14 @@ class MmbenchScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return 100 * self.overall
 
 
 def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """Infer the option letter: exactly one stands alone among the words, first within the last 4 words.
+    """Infer the option letter: exactly one is a word of its own, first within the last 4 words.
 
-    Z for a refusal or a lone Z.
+    Z for a refusal or a single Z.
     """
     if API_FAILURE in answer:
         return None
@@ -101,10 +101,10 @@ def infer(answer: str, choices: Mapping[str, str]) -> str | None:
 def score(rows: Sequence[MmbenchRow], *, judged: Mapping[int, str] | None = None) -> MmbenchScores:
     """Score the rows of one split.
 
-    A question is right when its row and all rotations of it (index + n * 1e6) that are there are right.
+    A question is right when its row and all its present rotations (index + n * 1e6) are right.
 
-    `judged`: letters by index, for rows in which `infer` finds none; without one such a row is wrong. Rotations without
-    their question are left out.
+    judged: letters by index for rows where `infer` finds none; such a row is wrong without one. Rotations whose
+    question is missing are ignored.
     """
     judged = judged or {}
     letters = [infer(row.prediction, row.choices) or judged.get(row.index) for row in rows]

@@ -1,9 +1,8 @@
-"""MME: per task 100 * accuracy over questions + 100 * share of images with both questions right (acc+); sums for
-perception and cognition.
+"""MME: per task 100 * accuracy + 100 * acc+ (share of images with both questions right), summed by group.
 
 Sources: LLaVA's convert_answer_to_mme.py (`convert`: answers to a text file per task) and MME's calculation.py
-(`calculate`: from those files). The files in between are kept, as text, because the official tool reads lines: an
-answer with a line break or a tab disturbs its pairs.
+(`calculate`: scores from those files). The intermediate files are kept as text, because the official tool reads lines:
+a line break or tab in an answer breaks its pairing.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 DIRECTIVE, SUFFIX = "Answer the question using a single word or phrase.", " Please answer yes or no."
-PREFIX = 4  # characters in which yes or no must stand
+PREFIX = 4  # number of first characters searched for yes or no
 Truth = Mapping[tuple[str, str, str], str]  # (task, "NAME.txt", question) -> Yes or No
 
 
 @dataclass(frozen=True)
 class MmeAnswer:
-    """`question_id` is "task/.../NAME.jpg"."""
+    """Answer to one question; `question_id` is "task/.../NAME.jpg"."""
 
     question_id: str
     prompt: str
@@ -36,7 +35,7 @@ class MmeAnswer:
 
 @dataclass(frozen=True)
 class MmeTask:
-    """Shares between 0 and 1; `score` in points of 200; `other`: answers that are neither yes nor no."""
+    """Accuracies between 0 and 1, `score` of 200 points, and `other`: number of answers without yes or no."""
 
     accuracy: float
     accuracy_plus: float
@@ -46,7 +45,7 @@ class MmeTask:
 
 @dataclass(frozen=True)
 class MmeScores:
-    """Points, of 2000 and of 800; nan when a task of the group is absent."""
+    """Perception (of 2000) and cognition (of 800) in points; NaN when a task of the group is absent."""
 
     perception: float
     cognition: float
@@ -54,11 +53,12 @@ class MmeScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.perception
 
 
 def parse_truth(task: str, file_name: str, text: str) -> dict[tuple[str, str, str], str]:
-    """The questions and answers of one official file. Raises DataError for a line that is not question, tab, answer."""
+    """Parse one official file. Raises DataError for a line that is not question, tab, answer."""
     truth = {}
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         fields = line.strip().split("\t")
@@ -72,12 +72,11 @@ def parse_truth(task: str, file_name: str, text: str) -> dict[tuple[str, str, st
 
 
 def convert(answers: Iterable[MmeAnswer], truth: Truth, *, profile: Profile = OFFICIAL) -> dict[str, str]:
-    """A result file's text per task: image file, question, truth and answer with tabs between, in the order of
-    `answers`.
+    """Build the result file of each task: image file, question, truth and answer separated by tabs.
 
-    The prompt loses the short-answer directive and gets MME's own suffix back, after one space or, where only that
-    question exists, two. Raises DataError for an unknown question. `corrected`: white space in an answer becomes single
-    spaces.
+    Lines are in the order of `answers`. The short-answer directive of a prompt is replaced by MME's own suffix, after
+    one space, or two where only that question exists. Raises DataError for an unknown question. `corrected`: white
+    space in an answer becomes single spaces.
     """
     files: dict[str, str] = {}
     for answer in answers:
@@ -96,10 +95,9 @@ def convert(answers: Iterable[MmeAnswer], truth: Truth, *, profile: Profile = OF
 
 
 def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """yes, no or other: which of them the first 4 characters of the lower-cased text contain, yes before no ("Snow"
-    is a no).
+    """Return yes, no or other: the first of yes and no that the first 4 lower-cased characters contain.
 
-    `corrected`: the first word decides.
+    "Snow" is a no. `corrected`: the first word decides.
     """
     text = text.lower()
     if profile is not OFFICIAL:
@@ -109,12 +107,12 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
 
 
 def calculate(files: Mapping[str, str], *, profile: Profile = OFFICIAL) -> MmeScores:
-    """Scores from result files by task.
+    """Compute scores from the result files by task.
 
-    Two lines are an image; a line without exactly 4 fields is left out, but its image counts in acc+.
+    Two lines are one image; a line without exactly 4 fields is skipped, but its image counts in acc+.
 
-    Raises DataError for an odd number of lines and for a truth that is neither yes nor no. `corrected`: see `parse` and
-    `convert`.
+    Raises DataError for an odd number of lines and for a ground truth that is neither yes nor no. `corrected`: see
+    `parse` and `convert`.
     """
     tasks = {task: _task(task, text, profile) for task, text in files.items()}
 

@@ -1,5 +1,4 @@
-"""POPE: yes or no from the first sentence; the counts, and from them accuracy, precision, recall, F1 and the share
-of yes.
+"""POPE: yes or no from the first sentence; accuracy, precision, recall, F1 and ratio of yes.
 
 Sources: AoiDragon/POPE evaluate.py, LLaVA eval_pope.py. The paper's number is the mean F1 of the splits random, popular
 and adversarial.
@@ -20,7 +19,7 @@ NO_WORDS = {"No", "no", "not"}
 
 @dataclass(frozen=True)
 class PopeScores:
-    """Counts with "yes" as the positive class; the rest are shares between 0 and 1, not rounded."""
+    """Confusion counts with "yes" as the positive class; metrics between 0 and 1, not rounded."""
 
     true_positives: int
     false_positives: int
@@ -35,7 +34,7 @@ class PopeScores:
 
 @dataclass(frozen=True)
 class PopeMeans:
-    """Means over the splits, in the order given; shares between 0 and 1."""
+    """Means over the splits, between 0 and 1."""
 
     f1: float
     accuracy: float
@@ -43,14 +42,15 @@ class PopeMeans:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return 100 * self.f1
 
 
 def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """ "no" if the text up to the first period, commas deleted, has No, no or not as a word between single spaces; else "yes", also for nothing.
+    """Return "no" if the first sentence has No, no or not as a word, else "yes" (also for an empty text).
 
-    `corrected`: words in any case and between any other characters ("NO", "no\\n", "No!") and those that end in n't
-    count.
+    The sentence ends at the first period; commas are deleted; words are separated by single spaces. `corrected`: words
+    in any case and between any other characters ("NO", "no\\n", "No!") and words ending in n't count.
     """
     sentence = text.split(".")[0]
     if profile is OFFICIAL:
@@ -60,11 +60,11 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
 
 
 def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = OFFICIAL) -> PopeScores:
-    """One split: texts and labels in the same order. Any label but "no" is a yes.
+    """Score one split; texts and labels are in the same order, and any label but "no" is a yes.
 
-    As in the script, answers without a label (and labels without an answer) fall away, except in the share of yes.
-    Where nothing is answered or labelled yes, it divides by zero and stops: precision, recall or F1 are nan here.
-    `corrected`: those are 0; see also `parse`.
+    As in the script, answers without a label and labels without an answer are dropped, except from the ratio of yes.
+    Without predicted or labelled yes the script divides by zero and stops; precision, recall or F1 are NaN here.
+    `corrected`: these are 0; see also `parse`.
     """
     said = [parse(text, profile=profile) == "yes" for text in answers]
     pairs = list(zip(said, (label != "no" for label in labels)))
@@ -81,6 +81,7 @@ def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = O
 
 
 def mean(splits: Sequence[PopeScores]) -> PopeMeans:
+    """Average F1, accuracy and ratio of yes over splits."""
     return PopeMeans(
         average([s.f1 for s in splits]), average([s.accuracy for s in splits]), average([s.yes_ratio for s in splits])
     )

@@ -1,4 +1,4 @@
-"""The two ways to score. A number of `corrected` is not comparable with a published one."""
+"""Scoring profiles. Scores of `corrected` are not comparable with published ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from enum import StrEnum
 
 
 class Profile(StrEnum):
-    """`official` reproduces the official scripts with their bugs; `corrected` mends the bugs that the scoring
-    functions name.
+    """`official` reproduces the official scripts with their bugs; `corrected` fixes the bugs listed in the
+    docstrings of the scoring functions.
     """
 
     OFFICIAL = "official"

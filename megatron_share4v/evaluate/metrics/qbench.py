@@ -1,4 +1,4 @@
-"""Q-Bench A1 (LLVisionQA): the first character of the response as a letter, or the text of the right candidate.
+"""Q-Bench A1 (LLVisionQA): scores a response by its first letter or by the text of the right candidate.
 
 Source: qbench_eval.py of LLaVA's playground.
 """
@@ -15,7 +15,7 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
 @dataclass(frozen=True)
 class QbenchAnswer:
-    """`correct` is the right candidate's text."""
+    """Response with its candidates; `correct` is the text of the right one."""
 
     response: str
     candidates: Sequence[str]
@@ -24,7 +24,7 @@ class QbenchAnswer:
 
 @dataclass(frozen=True)
 class QbenchScores:
-    """`accuracy`: share between 0 and 1, of all lines of the answer file, repeated ones included."""
+    """Accuracy between 0 and 1 over all lines of the answer file, including repeated ones."""
 
     accuracy: float
     correct: int
@@ -32,15 +32,16 @@ class QbenchScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return 100 * self.accuracy
 
 
 def is_right(answer: QbenchAnswer, *, profile: Profile = OFFICIAL) -> bool:
-    """The first character names the right candidate (A is the first), or the text up to the first space, or all of
-    it, is that candidate.
+    """Return whether the first character is the letter of the right candidate, or the response is its text.
 
-    A word counts by its first letter too: "Blurry" is a B. An empty response stops the script; here it is wrong.
-    `corrected`: the letter must stand alone, and white space around the response and case in the texts do not matter.
+    The text may also be followed by a space. Words count by their first letter: "Blurry" is a B. An empty response
+    stops the script; here it is wrong. `corrected`: the letter must be a word of its own; surrounding white space and
+    case are ignored.
     """
     response, correct = answer.response, answer.correct
     if profile is not OFFICIAL:
@@ -61,6 +62,6 @@ def is_right(answer: QbenchAnswer, *, profile: Profile = OFFICIAL) -> bool:
 
 
 def score(answers: Sequence[QbenchAnswer], *, profile: Profile = OFFICIAL) -> QbenchScores:
-    """`corrected`: see `is_right`."""
+    """Compute the accuracy. `corrected`: see `is_right`."""
     correct = sum(is_right(answer, profile=profile) for answer in answers)
     return QbenchScores(ratio(correct, len(answers)), correct, len(answers))

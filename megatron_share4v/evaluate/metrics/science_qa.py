@@ -1,7 +1,6 @@
-"""ScienceQA: a letter from the answer's text; accuracy over the split, and over the questions that were asked with
-an image.
+"""ScienceQA: letter parsed from the answer; accuracy over the split and over questions with an image.
 
-Source: LLaVA eval_science_qa.py (its random choice for answers without a letter stands after a return).
+Source: LLaVA eval_science_qa.py (its random choice for answers without a letter is unreachable code).
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
 OPTIONS = ("A", "B", "C", "D", "E")
 FAILED = "FAILED"
-SENTENCE = re.compile(
-    r"The answer is ([A-Z])."
-)  # the last period stands for any character but a line's end, and needs one
-SENTENCE_MENDED = re.compile(r"The answer is ([A-Z])\b")
+SENTENCE = re.compile(r"The answer is ([A-Z]).")  # the unescaped period requires any character but a line break
+SENTENCE_CORRECTED = re.compile(r"The answer is ([A-Z])\b")
 
 
 @dataclass(frozen=True)
 class ScienceProblem:
-    """`answer` is the index of the right one among the `choices` (their number)."""
+    """Problem with the index of the right answer; `choices` is the number of choices."""
 
     id: str
     answer: int
@@ -32,13 +29,15 @@ class ScienceProblem:
 
 @dataclass(frozen=True)
 class ScienceAnswer:
+    """Predicted text and the prompt recorded in the answer file."""
+
     text: str
     prompt: str
 
 
 @dataclass(frozen=True)
 class ScienceScores:
-    """Percent, not rounded, with the counts that they are of."""
+    """Accuracies in percent, not rounded, with their counts."""
 
     accuracy: float
     image_accuracy: float
@@ -49,18 +48,19 @@ class ScienceScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.image_accuracy
 
 
 def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """The letter, or FAILED: `text` is one of A-E, or starts as in "A. ", or has "The answer is X." exactly once.
+    """Parse the letter: `text` is one of A-E, starts as in "A. ", or has "The answer is X." exactly once; else FAILED.
 
-    `corrected`: spaces around, "A." alone, the sentence at the text's end without a period, and the same letter said
-    twice are understood.
+    `corrected`: also accepts surrounding spaces, "A." alone, the sentence at the end without a period, and the sentence
+    repeated with the same letter.
     """
     sentence = SENTENCE
     if profile is not OFFICIAL:
-        sentence, text = SENTENCE_MENDED, text.strip()
+        sentence, text = SENTENCE_CORRECTED, text.strip()
         text = text[:-1] if text[:-1] in OPTIONS and text.endswith(".") else text
     if text in OPTIONS:
         return text
@@ -75,10 +75,10 @@ def parse(text: str, *, profile: Profile = OFFICIAL) -> str:
 def score(
     problems: Sequence[ScienceProblem], answers: Mapping[str, ScienceAnswer], *, profile: Profile = OFFICIAL
 ) -> ScienceScores:
-    """A problem without an answer is wrong, but not one of the image questions: those are known by "<image>" in the
-    answer's prompt.
+    """Compute both accuracies; image questions are those with "<image>" in the answer's prompt.
 
-    A letter beyond the problem's choices is wrong. `corrected`: see `parse`.
+    A problem without an answer is wrong and is not an image question. A letter beyond the problem's choices is wrong.
+    `corrected`: see `parse`.
     """
     outcomes = []
     for problem in problems:

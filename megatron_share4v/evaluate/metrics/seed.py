@@ -1,8 +1,8 @@
-"""SEED-Bench: the answer's text must be the letter.
+"""SEED-Bench accuracy by question type, in total and over image questions, which is the published number.
 
-Per question type, in total, and for the image questions, which is the paper's number.
+The answer must be exactly the letter.
 
-Source: ShareGPT4V's convert_seed_for_submission.py (LLaVA's with an option to look at the first character only).
+Source: ShareGPT4V's convert_seed_for_submission.py (LLaVA's script with an option to compare only the first character).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_share4v.evaluate.metrics.arithmetic import ratio
 
 @dataclass(frozen=True)
 class SeedQuestion:
-    """`id` as the annotations have it: a number, also as text, or text ("v12")."""
+    """Question with the id of the annotations: a number, a number as text, or text ("v12")."""
 
     id: int | str
     answer: str
@@ -25,7 +25,7 @@ class SeedQuestion:
 
 @dataclass(frozen=True)
 class SeedScores:
-    """Percent, not rounded. `video` is nan without video questions."""
+    """Accuracies in percent, not rounded; `video` is NaN without video questions."""
 
     total: float
     image: float
@@ -34,18 +34,19 @@ class SeedScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.image
 
 
 def is_right(text: str, answer: str, *, tolerant: bool = False) -> bool:
-    """`text` is the letter; `tolerant`: or begins with it, whatever follows ("Blue" is a B)."""
+    """Return whether `text` is the letter, or with `tolerant` begins with it ("Blue" is a B)."""
     return text == answer or (tolerant and text[:1] == answer)
 
 
 def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *, tolerant: bool = False) -> SeedScores:
-    """`answers`: texts by the answer file's question_id, where a number is a number.
+    """Compute accuracies; a question without an answer is wrong.
 
-    A question without an answer is wrong.
+    answers: texts by question_id of the answer file, where numeric ids are integers.
     """
     right = [
         _answered(question.id, answers) and is_right(answers[_key(question.id)], question.answer, tolerant=tolerant)
@@ -53,7 +54,7 @@ def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *
     ]
 
     def share(chosen: Sequence[bool]) -> float:
-        picked = [one for one, wanted in zip(right, chosen) if wanted]
+        picked = [is_correct for is_correct, is_chosen in zip(right, chosen) if is_chosen]
         return ratio(sum(picked), len(picked)) * 100
 
     return SeedScores(
@@ -67,7 +68,7 @@ def score(questions: Sequence[SeedQuestion], answers: Mapping[int | str, str], *
 
 
 def _key(question_id: int | str) -> int | str:
-    """Text that is a number is looked up as the number, and only so."""
+    """Convert a numeric text id to an integer."""
     try:
         return int(question_id)
     except ValueError:

@@ -42,6 +42,7 @@ class VqaScores:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.overall
 
 
@@ -54,6 +55,7 @@ class SoftAccuracy:
 
     @property
     def headline(self) -> float:
+        """Score in the paper's table."""
         return self.accuracy
 
 

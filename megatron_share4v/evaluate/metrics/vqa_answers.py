@@ -1,8 +1,7 @@
-"""The answer normalisers of VQA: VQAEval's, and EvalAI's (LLaVA's m4c evaluator), which lower-cases and detaches 's
-first.
+"""Answer normalisers: VQAEval, and EvalAI (LLaVA's m4c evaluator), which first lower-cases and detaches 's.
 
-Sources: GT-Vision-Lab/VQA vqaEval.py; EvalAIAnswerProcessor of LLaVA's m4c_evaluator.py. Both share everything after
-their first step: the m4c one has another rule for commas between digits, but has deleted all commas before.
+Sources: GT-Vision-Lab/VQA vqaEval.py; EvalAIAnswerProcessor of LLaVA's m4c_evaluator.py. Both are equal after
+the first step: m4c has a different rule for commas between digits, but has already deleted all commas.
 """
 
 from __future__ import annotations
@@ -12,20 +11,21 @@ import re
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
-# Meant to keep the period of "3." by a look-behind, which is misspelt (?!<=\d) in the source and never holds: only what
-# follows decides.
+# The source has a misspelt look-behind (?!<=\d) to keep the period of "3."; it never matches, so only the next
+# character decides.
 PERIOD = re.compile(r"\.(?!\d)")
-MAX_PERIODS = 32  # re.UNICODE, passed where re.sub has its count
+MAX_PERIODS = 32  # the source passes re.UNICODE as the `count` of re.sub
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _NUMBERS = "zero one two three four five six seven eight nine ten"
 DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS.split())}
 ARTICLES = ("a", "an", "the")
 
-_PLAIN = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've isn't it'd it'll
-ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll
-someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're
-what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're
-you've"""
+_PLAIN = """\
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
+isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
+they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've
+who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"""
 _WOULD_HAVE = "he I it she somebody someone something there they we who you"
 _NOT_HAVE = "could had might should would"
 
@@ -47,11 +47,12 @@ CONTRACTIONS = _contractions()
 
 
 def replace_punctuation(text: str, *, profile: Profile = OFFICIAL) -> str:
-    """Each mark becomes nothing when it stands beside a space somewhere in `text`, or `text` has a comma between
-    digits; else a space.
+    """Delete marks that are next to a space anywhere in `text`, or all if it has a comma between digits.
 
-    Then periods that no digit follows go. `corrected`: all of them (official: the first 32, because a flag is passed as
-    the count).
+    Other marks become spaces.
+
+    Then delete periods not followed by a digit: the first 32 (official, because a flag is passed as the count) or all
+    (`corrected`).
     """
     number = COMMA_IN_NUMBER.search(text)
     cleaned = text
@@ -62,9 +63,7 @@ def replace_punctuation(text: str, *, profile: Profile = OFFICIAL) -> str:
 
 
 def replace_words(text: str) -> str:
-    """Lower-case words; number words become digits, articles go, contractions get their apostrophes; joined by
-    single spaces.
-    """
+    """Lower-case; convert number words to digits, drop articles, restore contractions, join by single spaces."""
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 

@@ -65,7 +65,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
                     {key: None if value in _NOTHING else value for key, value in row.items() if key is not None},
                 )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read ({error}); fetch it again") from error
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from error
 
 
 def _absent(value: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""GQA: exact match after the converter's two steps, against a table; aggregation; the errors that ports make."""
+"""GQA: exact match after conversion, aggregation, and detection of typical port errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_port_error_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 ASKED = [
-    GqaQuestion("1", "yes", "verify"), GqaQuestion("2", "left", "choose"), GqaQuestion("3", "cat", "query"), GqaQuestion("4", "dog", "query"),
+    GqaQuestion("1", "yes", "verify"), GqaQuestion("2", "left", "choose"),
+    GqaQuestion("3", "cat", "query"), GqaQuestion("4", "dog", "query"),
     GqaQuestion("5", "red", "query"), GqaQuestion("6", "no", "verify", balanced=False),
 ]  # fmt: skip
 

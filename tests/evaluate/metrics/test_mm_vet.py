@@ -226,7 +226,7 @@ def test_corrected_asks_again_for_nan() -> None:
 
 
 def test_every_question_has_as_many_grades() -> None:
-    with pytest.raises(DataError, match=r"1 questions are graded but unknown, or known but not graded \(\['b'\]\)"):
+    with pytest.raises(DataError, match=r"1 questions lack grades or annotations \(\['b'\]\)"):
         mm_vet.aggregate({"a": [1.0]}, {"a": ["rec"], "b": ["rec"]})
     with pytest.raises(DataError, match="between 1 and 2 runs"):
         mm_vet.aggregate({"a": [1.0], "b": [1.0, 0.5]}, {"a": ["rec"], "b": ["rec"]})
