@@ -32,6 +32,6 @@ def pytest_configure(config: pytest.Config) -> None:
         leave(code)
 
     for number in SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # leave signals ignored by nohup alone
+        if signal.getsignal(number) is signal.SIG_DFL:  # keep signals that nohup ignores
             signal.signal(number, exit_pytest)
     os._exit = refuse_exit

@@ -178,7 +178,7 @@ class Supervisor:
             return subprocess.Popen(self._command, preexec_fn=kill_on_parent_exit, start_new_session=True)
         except OSError as error:
             raise ConfigError(
-                f"{self._command[0]}: cannot be started: {error.strerror}; see what stands after --"
+                f"{self._command[0]}: cannot be started: {error.strerror}; check the command after --"
             ) from error
 
     def _on_signal(self, number: int, frame: object) -> None:

@@ -17,12 +17,12 @@ EXACT = ("step", "loss", "grad_norm", "learning_rate", "consumed_samples", "trai
 
 
 @dataclass(frozen=True)
-class Bench:
-    """root: directory of all runs; undisturbed: metrics of a run without faults, EXACT columns only."""
+class FaultRuns:
+    """Inputs of the fault tests. root: directory of all runs; reference: EXACT metrics of a run without faults."""
 
     root: Path
     config: Path
-    undisturbed: list[list[float]]
+    reference: list[list[float]]
 
     def curve(self, directory: Path) -> list[list[float]]:
         """Return the metrics of each step that must be bitwise equal."""
@@ -34,7 +34,7 @@ def curve(directory: Path) -> list[list[float]]:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
+def runs(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> FaultRuns:
     from examples.quickstart.tokenizer import train_tokenizer
     from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 
@@ -64,7 +64,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
     )
     tiny = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     content = {
-        "run": {"directory": str(root / "undisturbed"), "seed": 5},
+        "run": {"directory": str(root / "reference"), "seed": 5},
         "model": {
             "base": str(repository / "examples" / "models" / "tiny.yaml"),
             "language": {**tiny, "vocab_size": 300},
@@ -83,6 +83,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bench:
         "log": {"tensorboard": False, "sample_keys": True},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(content))
-    undisturbed = train(root / "run.yaml", 2)
-    assert undisturbed.codes == [0, 0], undisturbed.output
-    return Bench(root, root / "run.yaml", curve(root / "undisturbed"))
+    reference = train(root / "run.yaml", 2)
+    assert reference.codes == [0, 0], reference.output
+    return FaultRuns(root, root / "run.yaml", curve(root / "reference"))

@@ -23,14 +23,14 @@ def curves_equal(ours: list[list[float]], theirs: list[list[float]]) -> bool:
     return json.dumps(ours) == json.dumps(theirs)
 
 
-def test_nan_in_one_micro_batch_of_one_rank(bench) -> None:
-    directory, listed = bench.root / "nan", bench.root / "listed"
-    outcome = train(bench.config, 2, f"run.directory={directory}", faults="nan:1:4:1")
+def test_nan_in_one_micro_batch_of_one_rank(runs) -> None:
+    directory, listed = runs.root / "nan", runs.root / "listed"
+    outcome = train(runs.config, 2, f"run.directory={directory}", faults="nan:1:4:1")
     assert outcome.codes == [0, 0], outcome.output
     metrics = lines(directory / "metrics.jsonl")
     assert [line["skipped"] for line in metrics] == [number == 4 for number in range(1, 9)]
     assert metrics[3]["skip_reason"] == "loss is nan and gradient norm is nan" and curves_equal(
-        bench.curve(directory)[:3], bench.undisturbed[:3]
+        runs.curve(directory)[:3], runs.reference[:3]
     )
     folder = directory / "bad_steps" / "step_4"
     report = json.loads((folder / "report.json").read_text())
@@ -54,19 +54,19 @@ def test_nan_in_one_micro_batch_of_one_rank(bench) -> None:
     # The optimizer state is unchanged: a run with the step on its skip list reaches the same weights.
     listed.mkdir()
     (listed / "skip_steps.jsonl").write_text('{"step": 4, "reason": "a test"}\n')
-    outcome = train(bench.config, 2, f"run.directory={listed}")
+    outcome = train(runs.config, 2, f"run.directory={listed}")
     assert outcome.codes == [0, 0] and "SKIPPED: a test" in outcome.output and not (listed / "bad_steps").exists(), (
         outcome.output
     )
-    assert curves_equal(bench.curve(listed)[4:], bench.curve(directory)[4:]) and not curves_equal(
-        bench.curve(listed)[4:], bench.undisturbed[4:]
+    assert curves_equal(runs.curve(listed)[4:], runs.curve(directory)[4:]) and not curves_equal(
+        runs.curve(listed)[4:], runs.reference[4:]
     )
 
 
-def test_micro_batch_shared_by_context_ranks_is_reported_once(bench) -> None:
-    directory = bench.root / "shared"
+def test_micro_batch_shared_by_context_ranks_is_reported_once(runs) -> None:
+    directory = runs.root / "shared"
     outcome = train(
-        bench.config,
+        runs.config,
         2,
         f"run.directory={directory}",
         "parallel.context=2",
@@ -84,14 +84,14 @@ def test_micro_batch_shared_by_context_ranks_is_reported_once(bench) -> None:
         and line["skipped"]
     )
     # Earlier steps equal those of two DP ranks up to the order of summation.
-    for ours, theirs in zip(bench.curve(directory)[:3], bench.undisturbed[:3]):
+    for ours, theirs in zip(runs.curve(directory)[:3], runs.reference[:3]):
         assert ours == pytest.approx(theirs, rel=LAYOUT_NORM)
 
 
-def test_bad_steps_in_a_row_end_the_run(bench) -> None:
-    directory = bench.root / "in_a_row"
+def test_bad_steps_in_a_row_end_the_run(runs) -> None:
+    directory = runs.root / "in_a_row"
     outcome = train(
-        bench.config,
+        runs.config,
         2,
         f"run.directory={directory}",
         "train.bad_steps.in_a_row=2",
@@ -103,9 +103,9 @@ def test_bad_steps_in_a_row_end_the_run(bench) -> None:
         and "then roll_back" in outcome.output
     )
     outcome = train(
-        bench.config,
+        runs.config,
         2,
-        f"run.directory={bench.root / 'nowhere'}",
+        f"run.directory={runs.root / 'nowhere'}",
         "train.bad_steps.in_a_row=2",
         "train.bad_steps.then=roll_back",
         faults="nan:0:2:0,nan:0:3:0",
@@ -115,39 +115,39 @@ def test_bad_steps_in_a_row_end_the_run(bench) -> None:
     )
 
 
-def test_kill_after_rollback_gives_the_same_weights(bench) -> None:
+def test_kill_after_rollback_gives_the_same_weights(runs) -> None:
     options = ("checkpoint.every_steps=4", "train.bad_steps.in_a_row=2", "train.bad_steps.then=roll_back")
-    faults, whole, killed = "nan:1:6:0,nan:1:7:0", bench.root / "rolled", bench.root / "rolled_killed"
-    outcome = train(bench.config, 2, f"run.directory={whole}", *options, faults=faults)
+    faults, whole, killed = "nan:1:6:0,nan:1:7:0", runs.root / "rolled", runs.root / "rolled_killed"
+    outcome = train(runs.config, 2, f"run.directory={whole}", *options, faults=faults)
     assert outcome.codes == [0, 0] and "rolling back to step 4: 2 bad steps in a row, 6 to 7" in outcome.output, (
         outcome.output
     )
     assert [line["step"] for line in lines(whole / "skip_steps.jsonl")] == [5, 6, 7]
-    outcome = train(bench.config, 2, f"run.directory={killed}", *options, faults=f"{faults},kill:0:8")
+    outcome = train(runs.config, 2, f"run.directory={killed}", *options, faults=f"{faults},kill:0:8")
     assert outcome.codes[0] == -9, outcome.output
-    outcome = train(bench.config, 2, f"run.directory={killed}", *options)
+    outcome = train(runs.config, 2, f"run.directory={killed}", *options)
     assert outcome.codes == [0, 0] and "at step 4" in outcome.output, outcome.output
     assert [line["skipped"] for line in lines(killed / "metrics.jsonl")] == [False] * 4 + [True] * 3 + [False]
-    assert curves_equal(bench.curve(killed)[7:], bench.curve(whole)[7:]) and not curves_equal(
-        bench.curve(whole)[7:], bench.undisturbed[7:]
+    assert curves_equal(runs.curve(killed)[7:], runs.curve(whole)[7:]) and not curves_equal(
+        runs.curve(whole)[7:], runs.reference[7:]
     )
 
 
-def test_spike_detection_is_equal_after_a_restart(bench) -> None:
+def test_spike_detection_is_equal_after_a_restart(runs) -> None:
     """The run is killed before the spike, so the history of good steps must be restored from metrics.jsonl."""
     options = ("train.bad_steps.gradient_factor=2", "train.bad_steps.window=16")
-    whole, killed = bench.root / "spikes", bench.root / "spikes_killed"
-    outcome = train(bench.config, 2, f"run.directory={whole}", *options, faults="spike:1:8:30")
+    whole, killed = runs.root / "spikes", runs.root / "spikes_killed"
+    outcome = train(runs.config, 2, f"run.directory={whole}", *options, faults="spike:1:8:30")
     assert outcome.codes == [0, 0], outcome.output
     skipped = [line["skip_reason"] for line in lines(whole / "metrics.jsonl")]
     assert not any(skipped[:7]) and re.match(
         "gradient norm .* is more than 2 times the median .* of the last 7 good steps", skipped[7]
     ), skipped
-    assert curves_equal(bench.curve(whole)[:7], bench.undisturbed[:7])
-    train(bench.config, 2, f"run.directory={killed}", *options, faults="kill:1:8")
-    assert train(bench.config, 2, f"run.directory={killed}", *options, faults="spike:1:8:30").codes == [0, 0]
+    assert curves_equal(runs.curve(whole)[:7], runs.reference[:7])
+    train(runs.config, 2, f"run.directory={killed}", *options, faults="kill:1:8")
+    assert train(runs.config, 2, f"run.directory={killed}", *options, faults="spike:1:8:30").codes == [0, 0]
     assert (
-        curves_equal(bench.curve(killed), bench.curve(whole))
+        curves_equal(runs.curve(killed), runs.curve(whole))
         and lines(killed / "metrics.jsonl")[7]["skip_reason"] == skipped[7]
     )
 
@@ -160,12 +160,12 @@ def test_spike_detection_is_equal_after_a_restart(bench) -> None:
         ("parallel.pipeline=2",),
     ],
 )
-def test_module_norms_add_up_to_the_gradient_norm(bench, options: tuple[str, ...]) -> None:
+def test_module_norms_add_up_to_the_gradient_norm(runs, options: tuple[str, ...]) -> None:
     """Check DP, TP with sequence parallelism without distributed optimizer, and PP."""
-    directory = bench.root / f"norms{len(options)}"
+    directory = runs.root / f"norms{len(options)}"
     bad = ("train.bad_steps.loss_factor=2", "train.bad_steps.window=4", "train.steps=3", "checkpoint.every_steps=0")
     outcome = train(
-        bench.config,
+        runs.config,
         4 if options else 2,
         f"run.directory={directory}",
         *options,
@@ -179,9 +179,9 @@ def test_module_norms_add_up_to_the_gradient_norm(bench, options: tuple[str, ...
     assert len(report["micro_batches"]) == 4 and len(report["gradient_norms"]) == 7
 
 
-def test_spike_detector(bench) -> None:
+def test_spike_detector(runs) -> None:
     detector = SpikeDetector(
-        load_run(bench.config, ["train.bad_steps.loss_factor=3", "train.bad_steps.window=8"]).train.bad_steps, mesh=None
+        load_run(runs.config, ["train.bad_steps.loss_factor=3", "train.bad_steps.window=8"]).train.bad_steps, mesh=None
     )
     assert [detector(loss, 1.0) for loss in (1.0, 50.0, 1.0)] == ["", "", ""], (
         "too few steps to compare with; the median tolerates one spike"
@@ -203,9 +203,9 @@ def test_read_skip_steps_written_by_hand(tmp_path: Path, line: bytes) -> None:
         read_skip_steps(tmp_path)
 
 
-def test_unreadable_skip_list_is_refused(bench) -> None:
-    directory = bench.root / "unread"
+def test_unreadable_skip_list_is_refused(runs) -> None:
+    directory = runs.root / "unread"
     directory.mkdir(exist_ok=True)
     (directory / "skip_steps.jsonl").write_text('{"step": 3, "reason": "fine"}\n{"step": 4}\n')
-    outcome = train(bench.config, 1, f"run.directory={directory}")
+    outcome = train(runs.config, 1, f"run.directory={directory}")
     assert outcome.codes == [2] and "skip_steps.jsonl:2: " in outcome.output, outcome.output

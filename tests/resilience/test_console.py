@@ -21,10 +21,10 @@ logging.get_logger().error("some failure")
 """
 
 
-def test_training_start_logs_no_upstream_warning(bench, tmp_path: Path) -> None:
+def test_training_start_logs_no_upstream_warning(runs, tmp_path: Path) -> None:
     """Every console line starts with the time of day, from the first import to the last save."""
     overrides = (f"run.directory={tmp_path}", "parallel.tensor=2", "precision.dtype=bf16", "train.steps=2")
-    output = finish(start(bench.config, 2, *overrides))
+    output = finish(start(runs.config, 2, *overrides))
     assert "step 2/2" in output
     assert [line for line in output.splitlines() if not LINE.match(line)] == []
     for rank in range(2):

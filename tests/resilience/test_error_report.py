@@ -27,10 +27,10 @@ def read_card(directory: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def failed(bench) -> tuple[Path, str]:
+def failed(runs) -> tuple[Path, str]:
     """Run directory and output of a run in which one of three ranks raises an exception at step 5."""
-    directory = bench.root / "mistaken"
-    outcome = train(bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", faults="raise:1:5")
+    directory = runs.root / "mistaken"
+    outcome = train(runs.config, 3, f"run.directory={directory}", "train.global_batch_size=6", faults="raise:1:5")
     assert outcome.codes[1] == 1, outcome.output
     return directory, outcome.output
 
@@ -50,9 +50,9 @@ def test_first_rank_to_fail_is_named_first(failed: tuple[Path, str]) -> None:
     assert next(error.rank for error in read_rank_errors(directory / "log" / "errors")) == 1
 
 
-def test_killed_rank_is_reported_without_an_error_report(bench) -> None:
-    directory = bench.root / "missed"
-    outcome = train(bench.config, 2, f"run.directory={directory}", faults="kill:1:4")
+def test_killed_rank_is_reported_without_an_error_report(runs) -> None:
+    directory = runs.root / "missed"
+    outcome = train(runs.config, 2, f"run.directory={directory}", faults="kill:1:4")
     assert outcome.codes[1] == -9
     assert (
         "the first to notice: rank 0 on " in outcome.output
@@ -61,7 +61,7 @@ def test_killed_rank_is_reported_without_an_error_report(bench) -> None:
     for name in ("rank7.json", "rankx.json"):
         (directory / "log" / "errors" / name).write_text("{")
     (directory / "run_card.json").write_text('{"starts": 7}')
-    again = train(bench.config, 2, f"run.directory={directory}")
+    again = train(runs.config, 2, f"run.directory={directory}")
     assert again.codes == [0, 0] and not (directory / "log" / "errors.txt").exists(), (
         "error reports of an earlier start are removed"
     )
@@ -87,8 +87,8 @@ def test_errors_are_ordered_by_cause_then_time() -> None:
     assert text.index("tb3") < text.index("tb0") < text.index("tb1")
 
 
-def test_card_of_a_finished_run(bench) -> None:
-    directory = bench.root / "undisturbed"
+def test_card_of_a_finished_run(runs) -> None:
+    directory = runs.root / "reference"
     card, metrics = read_card(directory), lines(directory / "metrics.jsonl")
     assert card["status"] == "finished" and card["ended"] >= card["starts"][0]["time"]
     assert card["layout"].startswith("tensor 1 x pipeline 1") and sum(card["machine"]["nodes"].values()) == 2
@@ -104,20 +104,20 @@ def test_card_of_a_finished_run(bench) -> None:
     assert len(card["code"]["sources"]) == 12 and card["versions"]["torch"]
     text = (directory / "run_card.md").read_text()
     assert (
-        text.startswith("# undisturbed\n\nfinished (")
+        text.startswith("# reference\n\nfinished (")
         and "- loss: 1 " in text
         and "random, seed 5" in text
         and "global_batch_size: 4" in text
     )
 
 
-def test_card_of_a_failed_run_and_of_one_that_starts_from_its_checkpoint(bench, failed: tuple[Path, str]) -> None:
+def test_card_of_a_failed_run_and_of_one_that_starts_from_its_checkpoint(runs, failed: tuple[Path, str]) -> None:
     directory, _ = failed
     card = read_card(directory)
     assert card["status"].startswith("failed: ") and card["figures"]["steps"] == 4
-    second = bench.root / "second_stage"
+    second = runs.root / "second_stage"
     outcome = train(
-        bench.config,
+        runs.config,
         1,
         f"run.directory={second}",
         f"checkpoint.initialize_from={directory}/checkpoints/latest",
@@ -174,9 +174,9 @@ def record(step: int) -> StepRecord:
     )
 
 
-def test_wandb_receives_the_metrics_of_tensorboard(bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_receives_the_metrics_of_tensorboard(runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stub module replaces wandb; two starts of one run have the same run id."""
-    config = load_run(bench.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=captions"])
+    config = load_run(runs.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=captions"])
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.delitem(sys.modules, "wandb")
     with pytest.raises(
@@ -211,7 +211,7 @@ def test_wandb_receives_the_metrics_of_tensorboard(bench, tmp_path: Path, monkey
     )
     assert finish == ["finish"]
     with pytest.raises(OpsError, match="wandb cannot start a run: not logged in; wandb login, or WANDB_MODE=offline"):
-        WandbWriter(load_run(bench.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=refused"]))
+        WandbWriter(load_run(runs.config, [f"run.directory={tmp_path / 'run'}", "log.wandb=refused"]))
 
 
 def test_hardware_counters_with_and_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ def read_report(directory) -> dict:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_stopped_rank_is_named_by_another(bench, rank: int) -> None:
-    directory = bench.root / f"stopped{rank}"
-    outcome = train(bench.config, 2, f"run.directory={directory}", QUICK, faults=f"stop:{rank}:5")
+def test_stopped_rank_is_named_by_another(runs, rank: int) -> None:
+    directory = runs.root / f"stopped{rank}"
+    outcome = train(runs.config, 2, f"run.directory={directory}", QUICK, faults=f"stop:{rank}:5")
     assert outcome.codes[1 - rank] == 76 and outcome.codes[rank] == -9, outcome.output
     found = read_report(directory)
     assert found["ranks"] == found["silent"] == [rank], found
@@ -29,15 +29,15 @@ def test_stopped_rank_is_named_by_another(bench, rank: int) -> None:
     assert "most recent call first" in stacks and "distributed_c10d.py" in stacks, stacks
     text = (directory / "watch" / "report.txt").read_text()
     assert "-> rank " in text and "waits in " in text and "Last events" in text
-    again = train(bench.config, 2, f"run.directory={directory}")
-    assert again.codes == [0, 0] and "at step 3" in again.output and bench.curve(directory) == bench.undisturbed
+    again = train(runs.config, 2, f"run.directory={directory}")
+    assert again.codes == [0, 0] and "at step 3" in again.output and runs.curve(directory) == runs.reference
 
 
-def test_rank_missing_from_a_collective_is_named(bench) -> None:
+def test_rank_missing_from_a_collective_is_named(runs) -> None:
     """The rank is alive and its heartbeat runs, but it never reaches the collective."""
-    directory = bench.root / "busy"
+    directory = runs.root / "busy"
     outcome = train(
-        bench.config, 3, f"run.directory={directory}", "train.global_batch_size=6", QUICK, faults="sleep:2:3:60"
+        runs.config, 3, f"run.directory={directory}", "train.global_batch_size=6", QUICK, faults="sleep:2:3:60"
     )
     # A rank may be ended by SIGTERM before it exits with 76.
     assert 76 in outcome.codes and set(outcome.codes) <= {76, -15}, outcome.output
@@ -49,11 +49,11 @@ def test_rank_missing_from_a_collective_is_named(bench) -> None:
     )
 
 
-def test_hung_loader_process_is_restarted(bench) -> None:
-    directory = bench.root / "loader"
+def test_hung_loader_process_is_restarted(runs) -> None:
+    directory = runs.root / "loader"
     options = ("data.num_workers=1", "data.prefetch=1", "data.worker_timeout_s=3")
-    outcome = train(bench.config, 2, f"run.directory={directory}", *options, faults="stop_loader:1:4")
+    outcome = train(runs.config, 2, f"run.directory={directory}", *options, faults="stop_loader:1:4")
     assert outcome.codes == [0, 0], outcome.output
     log = (directory / "log" / "rank1.txt").read_text()
     assert "hangs: no result for 3 s; restarted at the same request" in log, log
-    assert bench.curve(directory) == bench.undisturbed and not (directory / "watch" / "report.json").exists()
+    assert runs.curve(directory) == runs.reference and not (directory / "watch" / "report.json").exists()

@@ -31,12 +31,12 @@ T2P2 = (
 )
 
 
-def test_any_rank_killed_at_any_step(bench) -> None:
+def test_any_rank_killed_at_any_step(runs) -> None:
     """Kill each rank of tensor 2 x pipeline 2 in turn, at different steps."""
-    whole, directory = bench.root / "four", bench.root / "four_killed"
-    assert train(bench.config, 4, f"run.directory={whole}", *T2P2).codes == [0] * 4
+    whole, directory = runs.root / "four", runs.root / "four_killed"
+    assert train(runs.config, 4, f"run.directory={whole}", *T2P2).codes == [0] * 4
     for rank, step in enumerate((2, 3, 5, 6)):
-        outcome = train(bench.config, 4, f"run.directory={directory}", *T2P2, faults=f"kill:{rank}:{step}")
+        outcome = train(runs.config, 4, f"run.directory={directory}", *T2P2, faults=f"kill:{rank}:{step}")
         assert outcome.codes[rank] == -9 and 0 not in outcome.codes, outcome.output
         after = analyze_exit(directory)
         assert (
@@ -44,14 +44,14 @@ def test_any_rank_killed_at_any_step(bench) -> None:
             and after.restart_can_help
         ), after
         assert (after.step, after.of_step) == (step, True) and len(lines(directory / "metrics.jsonl")) == step - 1
-    assert train(bench.config, 4, f"run.directory={directory}", *T2P2).codes == [0] * 4
-    assert bench.curve(directory) == bench.curve(whole) and analyze_exit(directory).code == 0
+    assert train(runs.config, 4, f"run.directory={directory}", *T2P2).codes == [0] * 4
+    assert runs.curve(directory) == runs.curve(whole) and analyze_exit(directory).code == 0
 
 
-def test_ranks_end_with_their_launcher(bench) -> None:
-    directory = bench.root / "launcher"
+def test_ranks_end_with_their_launcher(runs) -> None:
+    directory = runs.root / "launcher"
     process = start(
-        bench.config,
+        runs.config,
         2,
         f"run.directory={directory}",
         script=("tests/fault_injection.py", "kill_launcher:0:5,sleep:0:5:100,sleep:1:5:100"),
@@ -66,18 +66,18 @@ def test_ranks_end_with_their_launcher(bench) -> None:
         assert time.monotonic() < deadline, "ranks outlive torchrun"
         time.sleep(0.1)
     assert len(states) == 2 and "rank 0 (" in analyze_exit(directory).reason
-    outcome = train(bench.config, 2, f"run.directory={directory}")
-    assert outcome.codes == [0, 0] and "at step 3" in outcome.output and bench.curve(directory) == bench.undisturbed
+    outcome = train(runs.config, 2, f"run.directory={directory}")
+    assert outcome.codes == [0, 0] and "at step 3" in outcome.output and runs.curve(directory) == runs.reference
 
 
-def test_supervisor_skips_a_step_and_forwards_a_stop(bench) -> None:
+def test_supervisor_skips_a_step_and_forwards_a_stop(runs) -> None:
     """A step that kills the process twice is skipped; SIGTERM to the supervisor then stops the run with it."""
-    directory = bench.root / "supervised"
+    directory = runs.root / "supervised"
     command = [
         sys.executable,
         "tests/fault_injection.py",
         "kill:0:5,term_parent:0:7,sleep:0:7:3",
-        str(bench.config),
+        str(runs.config),
         f"run.directory={directory}",
     ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
@@ -232,12 +232,12 @@ def test_rank_with_the_oldest_heartbeat_died_first(tmp_path: Path) -> None:
     assert "rank 1 (h, pid 1), at step 4" in analyze_exit(tmp_path).reason
 
 
-def test_run_directory_of_a_command(bench) -> None:
+def test_run_directory_of_a_command(runs) -> None:
     command = [
         "torchrun",
         "--nproc-per-node=2",
         "tools/train.py",
-        str(bench.config),
+        str(runs.config),
         "run.directory=x/y",
         "train.steps=3",
     ]
@@ -245,6 +245,6 @@ def test_run_directory_of_a_command(bench) -> None:
     with pytest.raises(ConfigError, match="names no YAML file"):
         run_directory(command[:3])
     with pytest.raises(
-        ConfigError, match="no-such-launcher: cannot be started: No such file or directory; see what stands after --"
+        ConfigError, match="no-such-launcher: cannot be started: No such file or directory; check the command after --"
     ):
-        Supervisor(["no-such-launcher", *command[1:]], bench.root / "unlaunched", RestartPolicy()).supervise()
+        Supervisor(["no-such-launcher", *command[1:]], runs.root / "unlaunched", RestartPolicy()).supervise()

@@ -19,8 +19,8 @@ STARTS = (
 )
 
 
-def test_samples_and_losses_are_equal_after_layout_changes(bench) -> None:
-    directory = bench.root / "layouts"
+def test_samples_and_losses_are_equal_after_layout_changes(runs) -> None:
+    directory = runs.root / "layouts"
     for tensor, pipeline, context, sequence, ranks, killed in STARTS:
         layout = (
             f"parallel.tensor={tensor}",
@@ -29,7 +29,7 @@ def test_samples_and_losses_are_equal_after_layout_changes(bench) -> None:
             f"parallel.sequence={sequence}",
         )
         outcome = train(
-            bench.config, ranks, f"run.directory={directory}", *layout, faults=f"kill:0:{killed}" if killed else ""
+            runs.config, ranks, f"run.directory={directory}", *layout, faults=f"kill:0:{killed}" if killed else ""
         )
         data = ranks // tensor // pipeline // context
         assert (outcome.codes[0] == -9) if killed else (outcome.codes == [0] * ranks), outcome.output
@@ -37,8 +37,8 @@ def test_samples_and_losses_are_equal_after_layout_changes(bench) -> None:
     assert "at step 6" in outcome.output and outcome.output.count("parallel.pipeline: was 2, is 1") == 1, (
         "the last start logs the layout change"
     )
-    assert lines(directory / "samples.jsonl") == lines(bench.root / "undisturbed" / "samples.jsonl")
-    ours, theirs = lines(directory / "metrics.jsonl"), lines(bench.root / "undisturbed" / "metrics.jsonl")
+    assert lines(directory / "samples.jsonl") == lines(runs.root / "reference" / "samples.jsonl")
+    ours, theirs = lines(directory / "metrics.jsonl"), lines(runs.root / "reference" / "metrics.jsonl")
     assert [line["step"] for line in ours] == list(range(1, 9))
     assert (
         max(abs(one["loss"] - other["loss"]) for one, other in zip(ours, theirs, strict=True))

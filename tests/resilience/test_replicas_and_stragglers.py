@@ -16,9 +16,9 @@ from megatron_share4v.resilience.straggler import RankTiming, find_slow_ranks, s
 THREE = "train.global_batch_size=6"
 
 
-def test_damaged_weight_is_named_and_not_saved(bench) -> None:
-    directory = bench.root / "flipped"
-    outcome = train(bench.config, 3, f"run.directory={directory}", THREE, faults="flip:1:5")
+def test_damaged_weight_is_named_and_not_saved(runs) -> None:
+    directory = runs.root / "flipped"
+    outcome = train(runs.config, 3, f"run.directory={directory}", THREE, faults="flip:1:5")
     assert outcome.codes[0] == 77 and "Traceback" not in outcome.output, outcome.output
     named = re.search(
         r"error: rank 0: after step 6 replicas do not hold the same weights: "
@@ -28,15 +28,15 @@ def test_damaged_weight_is_named_and_not_saved(bench) -> None:
     assert named, outcome.output
     assert sorted(path.name for path in (directory / "checkpoints").glob("step_*")) == ["step_00000003"]
     outcome = train(
-        bench.config, 3, f"run.directory={directory}", THREE, "parallel.check_replicas_every_steps=5", faults="flip:1:4"
+        runs.config, 3, f"run.directory={directory}", THREE, "parallel.check_replicas_every_steps=5", faults="flip:1:4"
     )
     assert outcome.codes[0] == 77 and "after step 5 replicas" in outcome.output, outcome.output
 
 
-def test_slow_rank_is_named(bench) -> None:
-    directory = bench.root / "slow"
+def test_slow_rank_is_named(runs) -> None:
+    directory = runs.root / "slow"
     outcome = train(
-        bench.config,
+        runs.config,
         3,
         f"run.directory={directory}",
         THREE,

@@ -20,17 +20,17 @@ from megatron_share4v.resilience.rank_state import read_states
 from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor
 
 
-def test_second_job_is_refused_until_the_first_has_died(bench) -> None:
+def test_second_job_is_refused_until_the_first_has_died(runs) -> None:
     """Loader processes of a killed rank must not keep its lock."""
-    directory, go = bench.root / "twice", bench.root / "go"
+    directory, go = runs.root / "twice", runs.root / "go"
     first = Job(
-        bench.config, 2, f"run.directory={directory}", "data.num_workers=1", faults=f"wait_for:0:5:{go},kill:0:5"
+        runs.config, 2, f"run.directory={directory}", "data.num_workers=1", faults=f"wait_for:0:5:{go},kill:0:5"
     )
     while len(lines(directory / "metrics.jsonl")) < 4:
         assert first.processes[0].is_alive()
         time.sleep(0.05)
     in_use = f"{directory} is being trained in by process {first.processes[0].pid} on {socket.gethostname()}, since 20"
-    second = train(bench.config, 2, f"run.directory={directory}")
+    second = train(runs.config, 2, f"run.directory={directory}")
     assert (
         second.codes[0] == 2
         and set(second.codes) <= {2, -15}
@@ -46,8 +46,8 @@ def test_second_job_is_refused_until_the_first_has_died(bench) -> None:
     go.touch()
     outcome = first.wait()
     assert outcome.codes[0] == -9, outcome.output
-    again = train(bench.config, 2, f"run.directory={directory}")
-    assert again.codes == [0, 0] and "at step 3" in again.output and bench.curve(directory) == bench.undisturbed, (
+    again = train(runs.config, 2, f"run.directory={directory}")
+    assert again.codes == [0, 0] and "at step 3" in again.output and runs.curve(directory) == runs.reference, (
         again.output
     )
     assert (directory / run_lock.FILE).read_text() == "", "the lock is released"

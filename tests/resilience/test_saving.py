@@ -25,10 +25,10 @@ def read_tensor_files(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp")}
 
 
-def test_background_save_equals_a_blocking_one(bench) -> None:
-    directory = bench.root / "background"
-    outcome = train(bench.config, 2, f"run.directory={directory}", BACKGROUND, faults="slow_save:0:2:2")
-    assert outcome.codes == [0, 0] and bench.curve(directory) == bench.undisturbed, outcome.output
+def test_background_save_equals_a_blocking_one(runs) -> None:
+    directory = runs.root / "background"
+    outcome = train(runs.config, 2, f"run.directory={directory}", BACKGROUND, faults="slow_save:0:2:2")
+    assert outcome.codes == [0, 0] and runs.curve(directory) == runs.reference, outcome.output
     log = outcome.output
     assert (
         log.index("step 3 copied in")
@@ -39,9 +39,7 @@ def test_background_save_equals_a_blocking_one(bench) -> None:
     # The save of step 6 starts before that of step 3 has finished.
     assert float(re.search(r"step 6 copied in [\d.]+ s, after waiting ([\d.]+) s", log)[1]) > 0.5, log
     for name in ("step_00000006", "step_00000008"):
-        ours, theirs = (
-            read_tensor_files(root / "checkpoints" / name) for root in (directory, bench.root / "undisturbed")
-        )
+        ours, theirs = (read_tensor_files(root / "checkpoints" / name) for root in (directory, runs.root / "reference"))
         assert ours == theirs and len(ours) > 1
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000008\n"
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
@@ -52,33 +50,33 @@ def test_background_save_equals_a_blocking_one(bench) -> None:
 
 
 @pytest.mark.parametrize("options", [(), (BACKGROUND,)], ids=["waiting", "background"])
-def test_killed_while_saving(bench, options: tuple[str, ...]) -> None:
+def test_killed_while_saving(runs, options: tuple[str, ...]) -> None:
     """Rank 0 is killed after all tensors of the second save are written and before the checkpoint is published."""
-    directory = bench.root / f"killed_saving{len(options)}"
-    outcome = train(bench.config, 2, f"run.directory={directory}", *options, faults="kill_in_save:0:1:6")
+    directory = runs.root / f"killed_saving{len(options)}"
+    outcome = train(runs.config, 2, f"run.directory={directory}", *options, faults="kill_in_save:0:1:6")
     assert outcome.codes[0] == -9, outcome.output
     assert {path.name for path in (directory / "checkpoints").iterdir()} >= {"step_00000003", ".step_00000006.writing"}
-    outcome = train(bench.config, 2, f"run.directory={directory}", *options)
+    outcome = train(runs.config, 2, f"run.directory={directory}", *options)
     assert (
         outcome.codes == [0, 0]
         and ".step_00000006.writing, left behind" in outcome.output
         and "at step 3" in outcome.output
     )
-    assert bench.curve(directory) == bench.undisturbed
+    assert runs.curve(directory) == runs.reference
 
 
 @pytest.mark.parametrize("options", [(), (BACKGROUND,)], ids=["waiting", "background"])
-def test_full_disk(bench, options: tuple[str, ...]) -> None:
+def test_full_disk(runs, options: tuple[str, ...]) -> None:
     """One of two TP ranks cannot write large files: all ranks report it, and the previous checkpoint is used."""
-    directory = bench.root / f"full{len(options)}"
+    directory = runs.root / f"full{len(options)}"
     common = (f"run.directory={directory}", "parallel.tensor=2")
-    outcome = train(bench.config, 2, *common, *options, faults="full:1:5:60000")
+    outcome = train(runs.config, 2, *common, *options, faults="full:1:5:60000")
     assert outcome.codes[0] == 2 and "Traceback" not in outcome.output.partition("error: ")[0], outcome.output
     assert re.search(
         r"error: rank 0: .*step_00000006.*: cannot be written \(rank 1: .*File too large", outcome.output
     ), outcome.output
     assert [path.name for path in (directory / "checkpoints").glob("step_*")] == ["step_00000003"]
-    outcome = train(bench.config, 2, *common)
+    outcome = train(runs.config, 2, *common)
     assert outcome.codes == [0, 0] and "at step 3" in outcome.output, outcome.output
 
 
@@ -97,12 +95,12 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, int]]:
         process.kill()
 
 
-def test_full_disk_while_writing_metrics(bench, small_disk: tuple[Path, int]) -> None:
+def test_full_disk_while_writing_metrics(runs, small_disk: tuple[Path, int]) -> None:
     """A truncated line of metrics.jsonl and other damaged files beside the checkpoints do not prevent a restart."""
     directory, pid = small_disk
     seen = Path(f"/proc/{pid}/root{directory}")
     enter, options = f"enter:0:0:{pid},enter:1:0:{pid}", (f"run.directory={directory}", "train.bad_steps.loss_factor=9")
-    outcome = train(bench.config, 2, *options, faults=f"{enter},fill:0:5:{directory / 'junk'}")
+    outcome = train(runs.config, 2, *options, faults=f"{enter},fill:0:5:{directory / 'junk'}")
     assert outcome.codes[0] == 2 and f"error: rank 0: {directory} cannot be read or written on " in outcome.output, (
         outcome.output
     )
@@ -119,8 +117,8 @@ def test_full_disk_while_writing_metrics(bench, small_disk: tuple[Path, int]) ->
     )
     for name in ("ops.json", "run_card.json"):
         (seen / name).write_text("")
-    outcome = train(bench.config, 2, *options, faults=enter)
-    assert outcome.codes == [0, 0] and "at step 3" in outcome.output and bench.curve(seen) == bench.undisturbed, (
+    outcome = train(runs.config, 2, *options, faults=enter)
+    assert outcome.codes == [0, 0] and "at step 3" in outcome.output and runs.curve(seen) == runs.reference, (
         outcome.output
     )
     assert (
@@ -154,10 +152,10 @@ def test_messages_of_disk_errors(tmp_path: Path, capsys: pytest.CaptureFixture[s
         raise ConnectionResetError("not a disk error")
 
 
-def test_error_in_a_writer_thread_fails_the_save(bench) -> None:
+def test_error_in_a_writer_thread_fails_the_save(runs) -> None:
     """torch's writer threads drop their errors; without a check an incomplete checkpoint would be published."""
-    directory = bench.root / "lost_file"
-    outcome = train(bench.config, 1, f"run.directory={directory}", faults="lost_file:0:5")
+    directory = runs.root / "lost_file"
+    outcome = train(runs.config, 1, f"run.directory={directory}", faults="lost_file:0:5")
     assert outcome.codes == [2] and re.search(
         r"error: .*cannot be written \(rank 0: OSError\(28, 'No space left", outcome.output
     ), outcome.output

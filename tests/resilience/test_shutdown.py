@@ -14,9 +14,9 @@ from megatron_share4v.resilience.time_limit import TimeLimit
 
 
 @pytest.mark.parametrize(("fault", "name"), [("term:1:5", "SIGTERM"), ("usr1:0:5", "SIGUSR1")])
-def test_signal_to_one_rank_saves_and_stops_all(bench, fault: str, name: str) -> None:
-    directory = bench.root / name
-    outcome = train(bench.config, 2, f"run.directory={directory}", faults=fault)
+def test_signal_to_one_rank_saves_and_stops_all(runs, fault: str, name: str) -> None:
+    directory = runs.root / name
+    outcome = train(runs.config, 2, f"run.directory={directory}", faults=fault)
     assert outcome.codes == [75, 75] and "Traceback" not in outcome.output and "error: " not in outcome.output, (
         outcome.output
     )
@@ -24,21 +24,21 @@ def test_signal_to_one_rank_saves_and_stops_all(bench, fault: str, name: str) ->
         f"stopped: rank 0: {name} on 1 ranks; saved after step 5 of 8 in {directory / 'checkpoints'}" in outcome.output
     )
     assert [line["step"] for line in lines(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    again = train(bench.config, 2, f"run.directory={directory}")
-    assert again.codes == [0, 0] and "at step 5" in again.output and bench.curve(directory) == bench.undisturbed
+    again = train(runs.config, 2, f"run.directory={directory}")
+    assert again.codes == [0, 0] and "at step 5" in again.output and runs.curve(directory) == runs.reference
 
 
-def test_under_torchrun_and_time_limit(bench) -> None:
+def test_under_torchrun_and_time_limit(runs) -> None:
     """The time limit stops the run after the first step; torchrun reports the exit code."""
-    directory = bench.root / "limited"
+    directory = runs.root / "limited"
     process = start(
-        bench.config, 2, f"run.directory={directory}", "run.time_limit_minutes=1", "checkpoint.before_time_limit_s=60"
+        runs.config, 2, f"run.directory={directory}", "run.time_limit_minutes=1", "checkpoint.before_time_limit_s=60"
     )
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 1 and "exitcode  : 75" in output, output
     assert "stopped: rank 0: its time limit is near; saved after step 1 of 8" in output and "error: " not in output
-    again = train(bench.config, 2, f"run.directory={directory}", "checkpoint.every_minutes=1e-6")
-    assert again.codes == [0, 0] and "at step 1" in again.output and bench.curve(directory) == bench.undisturbed
+    again = train(runs.config, 2, f"run.directory={directory}", "checkpoint.every_minutes=1e-6")
+    assert again.codes == [0, 0] and "at step 1" in again.output and runs.curve(directory) == runs.reference
     assert again.output.count("checkpoint: wrote") == 7, "a save after each step"
 
 
@@ -51,13 +51,13 @@ class Clock:
         return self.time
 
 
-def make_time_limit(bench, clock: Clock, *overrides: str) -> TimeLimit:
-    return TimeLimit(load_run(bench.config, overrides), now=clock, clock=lambda: clock.time + 1e9)
+def make_time_limit(runs, clock: Clock, *overrides: str) -> TimeLimit:
+    return TimeLimit(load_run(runs.config, overrides), now=clock, clock=lambda: clock.time + 1e9)
 
 
-def test_time_limit_leaves_time_for_a_step_and_a_save(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limit_leaves_time_for_a_step_and_a_save(runs, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    limit = make_time_limit(bench, clock, "run.time_limit_minutes=10", "checkpoint.before_time_limit_s=100")
+    limit = make_time_limit(runs, clock, "run.time_limit_minutes=10", "checkpoint.before_time_limit_s=100")
     clock.time = 1030.0
     limit.step_ended()
     clock.time = 1050.0
@@ -68,17 +68,17 @@ def test_time_limit_leaves_time_for_a_step_and_a_save(bench, monkeypatch: pytest
     assert not limit.is_up
     clock.time += 1.0
     assert limit.is_up
-    assert not make_time_limit(bench, clock).is_up
+    assert not make_time_limit(runs, clock).is_up
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(clock.time + 1e9 + 119))
-    assert make_time_limit(bench, clock).is_up and make_time_limit(bench, clock, "run.time_limit_minutes=600").is_up
+    assert make_time_limit(runs, clock).is_up and make_time_limit(runs, clock, "run.time_limit_minutes=600").is_up
     monkeypatch.setenv("SLURM_JOB_END_TIME", "tomorrow")
     with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME is 'tomorrow'"):
-        make_time_limit(bench, clock)
+        make_time_limit(runs, clock)
 
 
-def test_saves_are_due_every_minutes(bench) -> None:
+def test_saves_are_due_every_minutes(runs) -> None:
     clock = Clock()
-    limit, never = make_time_limit(bench, clock, "checkpoint.every_minutes=2"), make_time_limit(bench, clock)
+    limit, never = make_time_limit(runs, clock, "checkpoint.every_minutes=2"), make_time_limit(runs, clock)
     clock.time += 119.0
     assert not limit.save_is_due
     clock.time += 1.0

@@ -191,7 +191,7 @@ def check_kernels(config: RunConfig, device: Device) -> Iterator[Finding]:
         if choice.implementation == "reference" and config.ops == "auto":
             yield warning(f"fused ops: plain torch will be used ({choice.reason})")
     if config.attention == "te" and (missing := te_unavailable_reason()) is not None:
-        yield error(f"attention: te was asked for: {missing}")
+        yield error(f"attention: te was requested: {missing}")
 
 
 def check_capacity(config: RunConfig) -> Iterator[Finding]:
@@ -205,7 +205,7 @@ def check_capacity(config: RunConfig) -> Iterator[Finding]:
     if free < one:
         yield error(
             f"{directory} has {free / GIB:.1f} GiB free and one checkpoint takes about {one / GIB:.1f} GiB; "
-            "make room, or set run.directory"
+            "free disk space, or set run.directory"
         )
     elif free < keep * one:
         yield warning(
