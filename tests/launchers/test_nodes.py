@@ -34,19 +34,18 @@ class Node:
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": self.name,
         }
-        there = [
+        set_host_name = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name]
+        command = [
             "ip",
             "netns",
             "exec",
             self.name,
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            'hostname "$0" && exec "$@"',
-            self.name,
+            *set_host_name,
+            *by,
+            "bash",
+            f"examples/launch/{script}.sh",
+            *arguments,
         ]
-        command = [*there, *by, "bash", f"examples/launch/{script}.sh", *arguments]
         return subprocess.Popen(
             command,
             env={**os.environ, **settings, **environment},
