@@ -14,7 +14,7 @@ from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 
-WHOLE = """\
+COMPLETE = """\
 run: {directory: runs/x}
 data: {train: shards, tokenizer: tokenizer.model}
 train: {global_batch_size: 8}
@@ -25,11 +25,11 @@ train: {global_batch_size: 8}
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     file = Path("run.yaml")
-    file.write_text(WHOLE, encoding="utf-8")
+    file.write_text(COMPLETE, encoding="utf-8")
     return file
 
 
-def problems(path: Path, *overrides: str, add: str = "") -> list[str]:
+def load_problems(path: Path, *overrides: str, add: str = "") -> list[str]:
     path.write_text(path.read_text(encoding="utf-8") + add, encoding="utf-8")
     with pytest.raises(ConfigError) as raised:
         load_run(path, overrides)
@@ -38,7 +38,7 @@ def problems(path: Path, *overrides: str, add: str = "") -> list[str]:
 
 def test_order_defaults_base_file_override(path: Path) -> None:
     Path("base.yaml").write_text(
-        WHOLE + "optim: {learning_rate: 1e-3, beta1: 0.8, weight_decay: 0.1}\n", encoding="utf-8"
+        COMPLETE + "optim: {learning_rate: 1e-3, beta1: 0.8, weight_decay: 0.1}\n", encoding="utf-8"
     )
     path.write_text("base: base.yaml\noptim: {beta1: 0.7, weight_decay: 0.2}\n", encoding="utf-8")
     optim = load_run(path, ["optim.weight_decay=3e-1"]).optim
@@ -91,13 +91,13 @@ def test_load_without_overrides(path: Path) -> None:
     ],
 )
 def test_one_wrong_override(path: Path, override: str, what: str) -> None:
-    found = problems(path, override)
+    found = load_problems(path, override)
     assert found[0].startswith(f"command line: {override}: {what}")
 
 
 def test_missing_keys_name_their_section(path: Path) -> None:
     path.write_text("data:\n  train: shards\n", encoding="utf-8")
-    assert problems(path) == [
+    assert load_problems(path) == [
         "run.yaml: run: required key is missing",
         "run.yaml: train: required key is missing",
         "run.yaml:1: data.tokenizer: required key is missing",
@@ -118,7 +118,7 @@ def test_all_problems_are_reported_in_file_order(path: Path) -> None:
         "train: {global_batch_size: 3, micro_batch_size: 2, steps: many}\n",
         encoding="utf-8",
     )
-    assert problems(path, "optim.beta1=2", "broken", "parallel.virtual=0") == [
+    assert load_problems(path, "optim.beta1=2", "broken", "parallel.virtual=0") == [
         "command line: broken: write dotted.key=value, for example train.steps=100",
         "command line: parallel.virtual=0: parallel.virtual: should be greater than 0, got 0",
         "command line: optim.beta1=2: optim.beta1: should be less than or equal to 1, got 2",
@@ -136,7 +136,7 @@ def test_all_problems_are_reported_in_file_order(path: Path) -> None:
 
 
 def test_cross_section_checks_run_despite_other_problems(path: Path) -> None:
-    found = problems(path, "parallel.tensor=3", "log.zebra=1")
+    found = load_problems(path, "parallel.tensor=3", "log.zebra=1")
     assert (
         sum("is not divisible by parallel.tensor 3" in problem for problem in found) == 5
     )  # attention heads, widths, vocabulary
@@ -145,23 +145,23 @@ def test_cross_section_checks_run_despite_other_problems(path: Path) -> None:
 
 
 def test_conflicts_with_an_invalid_value_are_not_reported(path: Path) -> None:
-    assert problems(path, "parallel.tensor=x", "parallel.sequence=true") == [
+    assert load_problems(path, "parallel.tensor=x", "parallel.sequence=true") == [
         'command line: parallel.tensor=x: parallel.tensor: should be a valid integer, got "x"'
     ]
-    assert problems(path, "parallel.tensr=2", "parallel.sequence=true") == [
+    assert load_problems(path, "parallel.tensr=2", "parallel.sequence=true") == [
         "command line: parallel.tensr=2: parallel.tensr: unknown key; did you mean 'tensor'?"
     ]
 
 
 def test_conflict_is_located_at_its_override(path: Path) -> None:
     add = "parallel: {tensor: 4}\nmodel: {vision: {num_attention_heads: 16}, language: {num_attention_heads: 32}}\n"
-    found = problems(path, "model.vision.num_attention_heads=2", add=add)
+    found = load_problems(path, "model.vision.num_attention_heads=2", add=add)
     where = "command line: model.vision.num_attention_heads=2: model.vision.num_attention_heads"
     assert found == [f"{where}: model.vision.num_attention_heads 2 is not divisible by parallel.tensor 4"]
 
 
 def test_unreadable_base_files_hide_other_problems(path: Path) -> None:
-    found = problems(path, "zebra=1", add="base: [none.yaml, also_none.yaml]\n")
+    found = load_problems(path, "zebra=1", add="base: [none.yaml, also_none.yaml]\n")
     assert [problem.partition(": cannot")[0] for problem in found] == [
         "run.yaml:4: base: none.yaml",
         "run.yaml:4: base: also_none.yaml",

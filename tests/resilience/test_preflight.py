@@ -49,22 +49,22 @@ def check_with_faults(config: Path, root: Path) -> list:
 
     rank, run, results = dist.get_rank(), load_run(config), []
 
-    def examine(*shared: Path) -> None:
+    def check(*shared: Path) -> None:
         report = cluster.check_all(run, rank=rank, device=Device("cpu"), shared=shared)
         results.append((report.errors, report.warnings, report.lines))
 
     cluster.FILE_WAIT_S = 1.0
     cluster.SLOW_FRACTION = 0.0  # the test machine is shared, so speeds vary
-    examine()
-    examine(root / f"own{int(rank == 1)}")
+    check()
+    check(root / f"own{int(rank == 1)}")
     if rank == 2:
         (root / "taken").write_text("a file")
     dist.barrier()
-    examine(root / "taken" if rank == 2 else root / "free")
+    check(root / "taken" if rank == 2 else root / "free")
     describe_start, cluster.code_hash = cluster.describe_start, lambda package: "0"
     if rank == 1:
         cluster.describe_start = lambda config: {**describe_start(config), "torch": "2.0", "train.steps": "9"}
-    examine()
+    check()
     cluster.describe_start = describe_start
     if rank == 0:
         digest, cluster._digest = cluster._digest, lambda path: None if path.name == REMOVED else digest(path)
@@ -73,7 +73,7 @@ def check_with_faults(config: Path, root: Path) -> list:
             cluster._digest,
             lambda path: "other" if path.name == "dataset.json" else other(path),
         )
-    examine()
+    check()
     seconds, cluster.SLOW_FRACTION = cluster._time_per_call, 0.1
     cluster._time_per_call = lambda *what, **how: seconds(*what, **how) * (1000 if rank == 1 else 1)
     results.append(cluster._check_speed(["first", "second", "second"], Device("cpu")))
@@ -145,26 +145,28 @@ def test_impossible_run_is_one_message_and_exit_code_2(config: Path) -> None:
     )
 
 
-def status(**changes: str) -> dict[str, str]:
+def make_gpu_status(**changes: str) -> dict[str, str]:
     """Return the nvidia-smi fields of a healthy H100, with changes."""
     return dict(zip(GPU_FIELDS, ("580.95", "1980", "1980", "Not Active", "Not Active", "0", "520"))) | changes
 
 
 def test_slow_or_damaged_gpus_are_found_in_nvidia_smi() -> None:
-    assert list(check_gpu_status(status())) == []
+    assert list(check_gpu_status(make_gpu_status())) == []
     assert (
         list(
             check_gpu_status(
-                status(**{"clocks.applications.graphics": "[N/A]", "ecc.errors.uncorrected.volatile.total": "[N/A]"})
+                make_gpu_status(
+                    **{"clocks.applications.graphics": "[N/A]", "ecc.errors.uncorrected.volatile.total": "[N/A]"}
+                )
             )
         )
         == []
     )
-    [finding] = check_gpu_status(status(**{"clocks.applications.graphics": "1200"}))
+    [finding] = check_gpu_status(make_gpu_status(**{"clocks.applications.graphics": "1200"}))
     assert finding.level == "warning" and "1200 of 1980 MHz" in finding.text
-    [finding] = check_gpu_status(status(**{"clocks_throttle_reasons.sw_thermal_slowdown": "Active"}))
+    [finding] = check_gpu_status(make_gpu_status(**{"clocks_throttle_reasons.sw_thermal_slowdown": "Active"}))
     assert finding.level == "warning" and "sw_thermal_slowdown" in finding.text
-    [finding] = check_gpu_status(status(**{"ecc.errors.uncorrected.volatile.total": "3"}))
+    [finding] = check_gpu_status(make_gpu_status(**{"ecc.errors.uncorrected.volatile.total": "3"}))
     assert finding.level == "error" and "3 uncorrected" in finding.text
     [finding] = check_gpu_status({})
     assert "nvidia-smi does not respond" in finding.text

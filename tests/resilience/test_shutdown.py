@@ -28,7 +28,7 @@ def test_signal_to_one_rank_saves_and_stops_all(runs, fault: str, name: str) -> 
     assert again.codes == [0, 0] and "at step 5" in again.output and runs.curve(directory) == runs.reference
 
 
-def test_under_torchrun_and_time_limit(runs) -> None:
+def test_time_limit_under_torchrun(runs) -> None:
     """The time limit stops the run after the first step; torchrun reports the exit code."""
     directory = runs.root / "limited"
     process = start(
