@@ -38,7 +38,7 @@ def start(
 
 
 def fork(config: Path, ranks: int, *overrides: str, script: tuple[str, ...] = TRAIN, path: str | None = None) -> Tool:
-    """Start a run by forked_tools.py without torchrun, for tests that are not about the launcher."""
+    """Start a run through forked_tools.py, without torchrun, for tests that do not depend on the launcher."""
     return Tool(
         *script, config, *overrides, ranks=ranks, environment={} if path is None else {"PATH": path}, merged=True
     )

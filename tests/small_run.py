@@ -31,7 +31,7 @@ class Setting:
     offload: bool = False
     ops: str = "reference"
     fp8: tuple[tuple[str, object], ...] = ()
-    """Of PrecisionConfig."""
+    """FP8 fields of PrecisionConfig, as (name, value)."""
     language_hidden: int = 32
 
     @property

@@ -60,12 +60,12 @@ def main() -> None:
     for layers in arguments.layers:
         measured.append(measure(layers, arguments))
         print(json.dumps(measured[-1]), flush=True)
-    lines, problems = judge(measured, hidden=arguments.hidden)
+    lines, problems = check_limits(measured, hidden=arguments.hidden)
     print("\n".join([*lines, *(f"FAILED: {problem}" for problem in problems)]))
     sys.exit(1 if problems else 0)
 
 
-def judge(measured: Sequence[dict[str, float]], *, hidden: int) -> tuple[list[str], list[str]]:
+def check_limits(measured: Sequence[dict[str, float]], *, hidden: int) -> tuple[list[str], list[str]]:
     """Return (lines about memory growth, exceeded limits)."""
     lines, problems = [], list(_exceeded_limits(measured))
     if len(measured) > 1:
@@ -117,7 +117,7 @@ def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
     found["copy_s"] = copied = min(timed_copy(source, copy) for _ in range(arguments.repeat))
     shutil.rmtree(copy)
     for command, start, end in (("import", source, ours), ("export", ours, back)):
-        seconds, peak, baseline, cpu = min(child(command, start, end, arguments) for _ in range(arguments.repeat))
+        seconds, peak, baseline, cpu = min(run_child(command, start, end, arguments) for _ in range(arguments.repeat))
         found |= {
             f"{command}_s": seconds,
             f"{command}_gb_per_s": round(size / 1e9 / seconds, 3),
@@ -190,8 +190,8 @@ def timed_copy(source: Path, target: Path) -> float:
     return round(time.perf_counter() - started, 2)
 
 
-def child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -> tuple[float, float, float, float]:
-    """Run one conversion in a process of its own.
+def run_child(command: str, start: Path, end: Path, arguments: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Run one conversion in its own process.
 
     Returns (seconds, peak and initial resident memory in GB, CPU seconds); the times exclude module imports.
     """
@@ -214,17 +214,19 @@ def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
     from megatron_share4v.checkpoint.hf.source import HfSource
 
-    baseline, started, cpu = resident(), time.perf_counter(), time.process_time()
+    baseline, started, cpu = peak_resident_gb(), time.perf_counter(), time.process_time()
     if command == "import":
         import_model(HfSource(directory=Path(start)), Path(end), options=ImportOptions())
     else:
         export_model(Path(start), Path(end), layout="llava-hf", shard_bytes=shard_bytes)
     print(
-        json.dumps([round(time.perf_counter() - started, 2), resident(), baseline, round(time.process_time() - cpu, 2)])
+        json.dumps(
+            [round(time.perf_counter() - started, 2), peak_resident_gb(), baseline, round(time.process_time() - cpu, 2)]
+        )
     )
 
 
-def resident() -> float:
+def peak_resident_gb() -> float:
     """Return the peak resident memory of this process so far, in GB."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 

@@ -5,7 +5,7 @@
 All variants start from the same weights on the same samples. The criterion is the largest relative gap between means of
 WINDOW consecutive losses, since a single loss moves by rounding alone, as "bf16, halves" shows (the same batches in
 micro-batches of half the size). Writes fp8.json, which also has the gaps of single steps, fp8.png and the run
-directories to DIR. Exit code 1 when a recipe is above the bound, 2 when none could be tried. Runs on the CPU at small
+directories to DIR. Exit code 1 when a recipe exceeds the bound, 2 when no recipe could run. Runs on the CPU at small
 sizes, with the same FP8 numbers.
 """
 
@@ -40,9 +40,9 @@ SCALED = (
 )
 """Overrides of the quickstart: about 230 million weights instead of 1.4, with a matching rate and initialisation."""
 ENGINE = "transformer_engine=language"
-TRUTH, HALVES = "bf16", "bf16, halves"
+BASELINE, HALVES = "bf16", "bf16, halves"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    TRUTH: (),
+    BASELINE: (),
     HALVES: (),
     "tensorwise": ("precision.fp8=tensorwise",),
     "te tensorwise": ("precision.fp8=tensorwise", ENGINE),
@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "te blockwise": ("precision.fp8=blockwise", ENGINE),
     "te mxfp8": ("precision.fp8=mxfp8", ENGINE),
 }
-USER_MISTAKE = 2
+USER_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Gap:
     """Gap of the last window."""
 
 
-def gap(losses: Sequence[float], truth: Sequence[float], *, window: int) -> Gap:
+def gap(losses: Sequence[float], reference: Sequence[float], *, window: int) -> Gap:
     """Compute the gap of two equally long loss curves of at least `window` steps."""
-    mine, theirs = means(losses, window), means(truth, window)
+    mine, theirs = means(losses, window), means(reference, window)
     away = [abs(a - b) / b for a, b in zip(mine, theirs, strict=True)]
     largest = max(range(len(away)), key=away.__getitem__)
     return Gap(
-        away[largest], largest + window, max(abs(a - b) / b for a, b in zip(losses, truth, strict=True)), away[-1]
+        away[largest], largest + window, max(abs(a - b) / b for a, b in zip(losses, reference, strict=True)), away[-1]
     )
 
 
@@ -120,21 +120,21 @@ def train(variant: str, arguments: argparse.Namespace) -> Curve:
         raise TrainingError(f"{directory} has losses of an earlier comparison; name another --out, or remove it")
     command = [sys.executable, "tools/train.py", "examples/quickstart/pretrain.yaml", *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = (
+    errors = (
         [line for line in done.stderr.splitlines() if line.startswith("error:")]
         or done.stderr.splitlines()[-1:]
-        or ["no word"]
+        or ["no error message"]
     )
-    if done.returncode == USER_MISTAKE and variant not in (TRUTH, HALVES):
-        return Curve(variant, refused=said[-1])
+    if done.returncode == USER_ERROR and variant not in (BASELINE, HALVES):
+        return Curve(variant, refused=errors[-1])
     if done.returncode:
-        what = f"tools/train.py ended with exit code {done.returncode}: {said[-1]}"
+        what = f"tools/train.py ended with exit code {done.returncode}: {errors[-1]}"
         raise TrainingError(f"{variant}: {what}; its log: {directory / 'log'}")
     return Curve(variant, tuple(json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()))
 
 
 def compare(arguments: argparse.Namespace) -> dict:
-    """Run all variants one after the other, write the results, and return them."""
+    """Run all variants in sequence, write the results, and return them."""
     out = Path(arguments.out)
     scenes = [] if arguments.scenes is None else ["--train-scenes", str(arguments.scenes), "--held-out-scenes", "64"]
     subprocess.run(
@@ -145,7 +145,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     result: dict = {name: getattr(arguments, name) for name in ("steps", "window", "bound")}
     result |= {"settings": [*SCALED, *arguments.set], "variants": {}}
     curves: list[Curve] = []
-    for variant in dict.fromkeys((TRUTH, *arguments.variants)):
+    for variant in dict.fromkeys((BASELINE, *arguments.variants)):
         curve = train(variant, arguments)
         curves.append(curve)
         entry = asdict(curve)
@@ -156,7 +156,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     judged = {
         name: entry["gap"]["window"]
         for name, entry in result["variants"].items()
-        if "gap" in entry and name not in (TRUTH, HALVES)
+        if "gap" in entry and name not in (BASELINE, HALVES)
     }
     result |= {
         "largest_gap": max(judged.values(), default=None),
@@ -178,9 +178,9 @@ def draw(curves: Sequence[Curve], window: int, path: Path) -> None:
     """Plot the losses (means of `window` steps) above, their relative distance from BF16 below."""
     smooth = {curve.variant: means(curve.losses, window) for curve in curves}
     distance = {
-        name: [100 * abs(a - b) / b for a, b in zip(line, smooth[TRUTH])]
+        name: [100 * abs(a - b) / b for a, b in zip(line, smooth[BASELINE])]
         for name, line in smooth.items()
-        if name != TRUTH
+        if name != BASELINE
     }
     colours = dict(zip(smooth, PALETTE))
     figure = new_figure(900, 560)
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=10)
     parser.add_argument("--bound", type=float, default=0.01, help="largest relative gap that is accepted")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--scenes", type=int, help="to train on; default: the quickstart's 6,000")
+    parser.add_argument("--scenes", type=int, help="number of training scenes; default: the quickstart's 6,000")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of the configuration"
     )

@@ -1,8 +1,8 @@
 """Benchmark of image decoding for tools/bench_data.py: images per second and core of each backend.
 
-The reference is a DataLoader with Pillow and transformers' CLIPImageProcessorPil. Rounds are interleaved; the best round
-of each counts. Time is CPU time of all processes, so other load on the machine does not matter. Our backends return
-uint8 and normalise on the training device, which is not timed; pixels are compared after normalisation.
+The reference is a DataLoader with Pillow and transformers' CLIPImageProcessorPil. Rounds are interleaved; the best
+round of each counts. Time is CPU time of all processes, so other load on the machine does not matter. Our backends
+return uint8 and normalise on the training device, which is not timed; pixels are compared after normalisation.
 """
 
 from __future__ import annotations

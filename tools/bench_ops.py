@@ -3,9 +3,9 @@
     tools/bench_ops.py [OP ...]         on the CPU, one thread (or `--threads N`)
     tools/bench_ops.py --device cuda    on the GPU, at the shapes of ShareGPT4V-7B
 
-`MB` is what must be read and written at least. `fwd` is the forward pass without gradients, `fwd+bwd` both. `of copy`
+`MB` is the minimum to read and write. `fwd` is the forward pass without gradients, `fwd+bwd` both passes. `of copy`
 is the native bandwidth relative to a plain copy's, measured in the same run. `peak MB` is the peak allocation of one
-call beside its arguments, results included; the ratio is eager's over native's. Below 0.1 MB: -. The last line is one
+call without its arguments, results included; its ratio is eager over native; "-" below 0.1 MB. The last line is one
 JSON object.
 """
 
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The line as printed under HEADER."""
+        """Format the line of the table below HEADER."""
         memory = (
             f"{self.native_peak_mb:8.1f} {self.eager_peak_mb / self.native_peak_mb:6.1f}"
             if self.native_peak_mb > 0.1
@@ -152,7 +152,7 @@ def measure(op: OpCases, bench: Bench, *, device: str, compiled: bool, copy: flo
 
 
 def medians(calls: dict[str, Callable[[], Any]], *, device: str) -> dict[str, float]:
-    """Median seconds per call. The variants take turns, so that other load on the machine affects all of them."""
+    """Return median seconds per call; variants are interleaved, so other load on the machine affects all of them."""
     timed = _time_on_gpu if device == "cuda" else _time_on_cpu
     for call in calls.values():
         for _ in range(3):
@@ -168,7 +168,7 @@ def medians(calls: dict[str, Callable[[], Any]], *, device: str) -> dict[str, fl
 
 
 def peak_bytes(call: Callable[[], Any], *, device: str) -> int:
-    """Peak of torch's allocator during the call, beyond what was allocated before."""
+    """Return the peak allocation of torch during the call, above what was allocated before."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -176,7 +176,7 @@ def peak_bytes(call: Callable[[], Any], *, device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # The profiler's log of every start and stop would go between the lines of the table.
+    # Suppress the profiler's start and stop messages, which would interleave with the table.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -189,7 +189,7 @@ def peak_bytes(call: Callable[[], Any], *, device: str) -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bandwidth of a plain copy in GB/s, read and written bytes counted."""
+    """Measure the bandwidth of a plain copy in GB/s, counting read and written bytes."""
     size = COPY_BYTES[device]
     source, target = (
         torch.zeros(size, dtype=torch.uint8, device=device),

@@ -1,9 +1,9 @@
 """Benchmark time to first token, inter-token latency and throughput at 1, 4 and 16 users against transformers.
 
-Each user sends one request at the same time: a new image and some words; all answers have the same length. transformers
-answers one by one, as a script around generate does. Rounds alternate between engine and transformers; medians and the
-engine's counters are printed. Tokens per second of processor time depend less on other load. Without --model, a random
-model is made (--width, --layers). Needs transformers (extra [dev]).
+All users send one request at the same time: a new image and some words; all answers have the same length.
+transformers answers requests sequentially, as a script around generate does. Rounds alternate between engine and
+transformers; medians and the engine's counters are printed. Tokens per CPU second depend less on other load. Without
+--model, a random model is made (--width, --layers). Needs transformers (extra [dev]).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ USERS = (1, 4, 16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="an export of layout llava-hf")
-    parser.add_argument("--width", type=int, default=512, help="of the random model's decoder")
+    parser.add_argument("--width", type=int, default=512, help="hidden size of the random model's decoder")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--words", type=int, default=40, help="text tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -65,11 +65,11 @@ def main() -> None:
         model = arguments.model or random_model(Path(holder) / "model", arguments)
         session = Session.open(model, mesh=mesh, dtype=arguments.dtype)
         config = EngineConfig(max_requests=max(USERS), max_positions=None if arguments.model else 1024)
-        measure(session, Engine.open(session, config), theirs(model, arguments, device), arguments)
+        measure(session, Engine.open(session, config), load_transformers(model, arguments, device), arguments)
 
 
 def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
-    """A random model as transformers saves it, with a tokenizer of LLaMA's size."""
+    """Save a random model with transformers, with a tokenizer of LLaMA's size."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tower = {
@@ -107,10 +107,10 @@ def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
     return directory
 
 
-def theirs(
+def load_transformers(
     directory: Path, arguments: argparse.Namespace, device: Device
 ) -> Callable[[Prompt], tuple[list[int], list[float]]]:
-    """transformers' answer to one prompt: ids, and the time of each in seconds from the start."""
+    """Return a function that answers one prompt with transformers: ids, and seconds from the start to each token."""
     from transformers import AutoModelForImageTextToText
     from transformers.generation.streamers import BaseStreamer
 
@@ -157,8 +157,8 @@ def theirs(
     return answer
 
 
-def prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed: int) -> list[Prompt]:
-    """Prompts with random images and words."""
+def make_prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed: int) -> list[Prompt]:
+    """Build prompts with random images and words."""
     vision, generator = session.config.model.vision, torch.Generator().manual_seed(seed)
     slots = torch.arange(1, 1 + vision.num_patches)
     found = []
@@ -174,10 +174,10 @@ def prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed
     return found
 
 
-def ours(
+def generate_with_engine(
     engine: Engine, given: list[Prompt], arguments: argparse.Namespace
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """The engine's answers: ids, and the time of each."""
+    """Answer all prompts with the engine: ids, and seconds from the start to each token."""
     ids: dict[str, list[int]] = {str(number): [] for number in range(len(given))}
     times: dict[str, list[float]] = {name: [] for name in ids}
     # As with transformers' min_new_tokens, the end token is masked, not skipped.
@@ -199,27 +199,29 @@ def measure(
     answer: Callable[[Prompt], tuple[list[int], list[float]]],
     arguments: argparse.Namespace,
 ) -> None:
-    """One warm-up round, then all rounds; prints a line of JSON per kind, and the ratios."""
+    """Run a warm-up round and all measured rounds; print one line of JSON per mode, and the ratios."""
     records: dict[str, list[dict[str, float]]] = {}
     equal = asked = 0
     for number in range(arguments.rounds + 1):
         first: tuple[Prompt, list[int]] | None = None
         for users in USERS:
-            given = prompts(session, users, arguments, seed=1000 * number + users)
+            given = make_prompts(session, users, arguments, seed=1000 * number + users)
             before, spent = engine.stats, time.process_time()
-            ids, times = ours(engine, given, arguments)
+            ids, times = generate_with_engine(engine, given, arguments)
             after, spent = engine.stats, time.process_time() - spent
             assert after.encoder_calls - before.encoder_calls == users
             assert after.computed_prompt_tokens - before.computed_prompt_tokens == sum(
                 prompt.token_ids.numel() for prompt in given
             )
             first = first or (given[0], ids[0])
-            note(records, f"engine, {users} users", times, spent, measured=number > 0)
+            record_round(records, f"engine, {users} users", times, spent, measured=number > 0)
         spent = time.process_time()
         assert first is not None
         reference, token_times = answer(first[0])
         equal, asked = equal + (reference == first[1]), asked + 1
-        note(records, "transformers, one by one", [token_times], time.process_time() - spent, measured=number > 0)
+        record_round(
+            records, "transformers, one by one", [token_times], time.process_time() - spent, measured=number > 0
+        )
     medians = {}
     for name, rounds in records.items():
         medians[name] = {key: statistics.median(record[key] for record in rounds) for key in rounds[0]}
@@ -241,10 +243,10 @@ def measure(
     )
 
 
-def note(
+def record_round(
     records: dict[str, list[dict[str, float]]], name: str, times: list[list[float]], spent: float, *, measured: bool
 ) -> None:
-    """Add one round's medians, from the time of each token and the processor time."""
+    """Add the medians of one round, computed from the time of each token and the CPU time."""
     if measured:
         gaps = [later - earlier for row in times for earlier, later in itertools.pairwise(row)]
         record = {

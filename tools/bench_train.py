@@ -72,7 +72,7 @@ def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
     return batch, labels
 
 
-def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
+def build_megatron_step(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     """Return a function that trains one step and returns its loss."""
     from megatron_share4v.data.sampling.sampler import GlobalBatch
 
@@ -102,7 +102,7 @@ def ours(batch: Batch, mesh: Mesh) -> Callable[[], float]:
     return step
 
 
-def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
+def build_transformers_step(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
     """Return the same step with transformers and torch.optim.AdamW."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -143,7 +143,7 @@ def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
     ids = batch.token_ids.clone()
     ids.view(-1)[batch.image_slots] = IMAGE_ID
 
-    # Right padding needs no mask under causal attention; without one, transformers takes its fastest kernel.
+    # Right padding needs no mask under causal attention; without a mask, transformers selects its fastest kernel.
     def step() -> float:
         optimizer.zero_grad()
         loss = model(
@@ -160,7 +160,7 @@ def theirs(batch: Batch, labels: torch.Tensor) -> Callable[[], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=4, help="micro-batch size")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each side")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -170,13 +170,16 @@ def main() -> None:
         process_group(World.single_process(), device, timeout_s=600),
         open_mesh(Layout(), device=device) as mesh,
     ):
-        sides = {"transformers": theirs(batch, labels), "megatron_share4v": ours(batch, mesh)}
-        times: dict[str, list[float]] = {name: [] for name in sides}
+        steps_by_name = {
+            "transformers": build_transformers_step(batch, labels),
+            "megatron_share4v": build_megatron_step(batch, mesh),
+        }
+        times: dict[str, list[float]] = {name: [] for name in steps_by_name}
         for round_number in range(arguments.steps + 2):
-            for name, step in sides.items():
+            for name, step in steps_by_name.items():
                 started = time.perf_counter()
                 loss = step()
-                if round_number >= 2:  # the first two warm caches and make optimizer state
+                if round_number >= 2:  # the first two rounds warm caches and create optimizer state
                     times[name].append(time.perf_counter() - started)
                 print(f"round {round_number}: {name:<18} loss {loss:.4f}", flush=True)
     assert batch.token_ids is not None and batch.targets is not None  # make_batch fills all fields

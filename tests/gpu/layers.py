@@ -56,9 +56,9 @@ MODEL = ModelConfig(
     trainable=TrainableConfig(vision_from_block=1),
 )
 BF16 = 3e-2
-"""Relative, of losses and norms of gradients in bf16: 2**-8 per number, through a few layers."""
+"""Relative tolerance of losses and gradient norms in bf16: 2**-8 per number, through a few layers."""
 FP8 = 5e-2
-"""The same in FP8: factors are up to 2**-4 / sqrt(3) off."""
+"""Relative tolerance in FP8: factors have errors up to 2**-4 / sqrt(3)."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def batch(device: torch.device) -> Batch:
     return Batch(**{name: tensor.to(device) for name, tensor in given.items()}, segments=SEGMENTS)
 
 
-def built(
+def build_chunk(
     mesh: Mesh,
     *,
     attention: str = "sdpa",
@@ -115,9 +115,9 @@ def built(
     )
 
 
-def updated(mesh: Mesh, **how: object) -> Found:
-    """Return losses before and after each of two updates, and the norm of the first gradient; `how` as in `built`."""
-    chunk, optimizer = built(mesh, **how)
+def train_updates(mesh: Mesh, **how: object) -> Found:
+    """Return losses before and after two updates and the norm of the first gradient; `how`: options of build_chunk."""
+    chunk, optimizer = build_chunk(mesh, **how)
     data, losses = batch(mesh.device.torch_device), []
     for _ in range(3):
         chunk.zero_grad_buffer()
@@ -133,7 +133,7 @@ def updated(mesh: Mesh, **how: object) -> Found:
 
 
 @contextlib.contextmanager
-def waiting_forbidden(device: Device) -> Iterator[None]:
+def forbid_host_syncs(device: Device) -> Iterator[None]:
     """Make torch raise on a host sync inside the block; on the CPU, see tests/train/test_host_syncs.py."""
     if device.kind == "cpu":
         yield
@@ -151,12 +151,12 @@ def waits(mesh: Mesh) -> str:
         "packed": {},
         "recomputed": {"train": {"recompute": "full", "recompute_tower": "full"}},
     }
-    said = []
+    lines = []
     try:
         choose_attention_backend("varlen", device=mesh.device.torch_device, packed=True, dtype=torch.bfloat16)
         variants["varlen"] = {"attention": "varlen"}
     except OpsError as error:
-        said.append(f"varlen not here ({error})")
+        lines.append(f"varlen not here ({error})")
     if mesh.device.kind == "cpu" or torch.cuda.get_device_capability() >= CAPABILITY:
         variants["fp8"] = {"precision": {"fp8": "tensorwise"}}
     if not te_unavailable_reason():
@@ -165,19 +165,19 @@ def waits(mesh: Mesh) -> str:
     plain = replace(first, image_slots=first.image_slots[:0], pixels=first.pixels[:0])
     data = StepData(GlobalBatch(0, np.arange(4), np.full(4, LENGTH), LENGTH, 6, 0), [first, plain, first], 0.0)
     for name, how in variants.items():
-        chunk, _ = built(mesh, **how)
+        chunk, _ = build_chunk(mesh, **how)
         settings = StepSettings(mesh=mesh, micro_batch_size=2)
         run_micro_batches([chunk], data, settings=settings, forward_only=False)
-        with waiting_forbidden(mesh.device):
+        with forbid_host_syncs(mesh.device):
             losses = run_micro_batches([chunk], data, settings=settings, forward_only=False)
         assert len(losses) == 3 and all(float(part.total) > 0 for part in losses)
-        said.append(f"{name} none")
-    return ", ".join(said)
+        lines.append(f"{name} none")
+    return ", ".join(lines)
 
 
 def kernels(mesh: Mesh) -> str:
     """Compare values and gradients of each attention kernel on packs with plain attention in fp32."""
-    device, said = mesh.device.torch_device, []
+    device, lines = mesh.device.torch_device, []
     generator = torch.Generator().manual_seed(3)
     drawn = [torch.randn(LENGTH, 2, heads, 64, generator=generator).to(device) for heads in (4, 2, 2)]
     slope = torch.randn(LENGTH, 2, 256, generator=generator).to(device)
@@ -194,70 +194,75 @@ def kernels(mesh: Mesh) -> str:
         try:
             choose_attention_backend(kernel, device=device, packed=True, dtype=torch.bfloat16)
         except OpsError as error:
-            said.append(f"{kernel} not here ({error})")
+            lines.append(f"{kernel} not here ({error})")
             continue
         for causal in (True, False):
             for packed in (True, False):
                 truth = run("math", torch.float32, causal, packed)
                 for got, wanted in zip(run(kernel, torch.bfloat16, causal, packed), truth):
-                    away = float((got.detach().float() - wanted.detach()).norm() / wanted.detach().norm())
-                    assert away < 1e-2, (kernel, causal, packed, away)  # bf16's 2**-8, of sums that partly cancel
-        said.append(f"{kernel} equal")
-    return ", ".join(said)
+                    difference = float((got.detach().float() - wanted.detach()).norm() / wanted.detach().norm())
+                    assert difference < 1e-2, (
+                        kernel,
+                        causal,
+                        packed,
+                        difference,
+                    )  # bf16 error 2**-8, on sums that partly cancel
+        lines.append(f"{kernel} equal")
+    return ", ".join(lines)
 
 
 def engine(mesh: Mesh) -> str:
     """Compare Transformer Engine on packs, in bf16 and every FP8 recipe of this GPU, with our layers in bf16."""
     if te_unavailable_reason():
         return f"not here ({te_unavailable_reason()})"
-    plain = updated(mesh)
-    said = [
-        f"attention {_near(updated(mesh, attention='te'), plain, BF16)}",
-        f"bf16 {_near(updated(mesh, engine='all', attention='te'), plain, BF16)}",
+    plain = train_updates(mesh)
+    lines = [
+        f"attention {_near(train_updates(mesh, attention='te'), plain, BF16)}",
+        f"bf16 {_near(train_updates(mesh, engine='all', attention='te'), plain, BF16)}",
     ]
     recipes = ["delayed", "tensorwise", "blockwise"] + ["mxfp8"] * (torch.cuda.get_device_capability() >= (10, 0))
-    said += [
-        f"{recipe} {_near(updated(mesh, engine='language', precision={'fp8': recipe}), plain, FP8)}"
+    lines += [
+        f"{recipe} {_near(train_updates(mesh, engine='language', precision={'fp8': recipe}), plain, FP8)}"
         for recipe in recipes
     ]
-    return ", ".join(said)
+    return ", ".join(lines)
 
 
 def own_fp8(mesh: Mesh) -> str:
     """Compare all variants of our FP8 layers with bf16."""
     if mesh.device.kind == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
         return "not here (no FP8 products)"
-    plain = updated(mesh)
+    plain = train_updates(mesh)
     variants = {"": {}, "precise ": {"fp8_weight_gradient": "dtype"}, "tower ": {"fp8_tower": True}}
     return ", ".join(
-        f"{name}{_near(updated(mesh, precision={'fp8': 'tensorwise', **more}), plain, FP8)}"
+        f"{name}{_near(train_updates(mesh, precision={'fp8': 'tensorwise', **more}), plain, FP8)}"
         for name, more in variants.items()
     )
 
 
 def recomputation(mesh: Mesh) -> str:
     """Check that recomputed activations equal stored ones."""
-    plain = updated(mesh)
+    plain = train_updates(mesh)
     variants = (
         {"recompute": "full", "recompute_tower": "full"},
         {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")},
     )
     return ", ".join(
-        _near(updated(mesh, train=train), plain, 1e-3) for train in variants
-    )  # atomic sums of kernels may come in another order
+        _near(train_updates(mesh, train=train), plain, 1e-3) for train in variants
+    )  # atomic additions of kernels have no fixed order
 
 
 def optimizer(mesh: Mesh) -> str:
     """Check that moments on the host equal those on the GPU, and bf16 moments are near."""
-    plain = updated(mesh)
-    offloaded, in_bf16 = updated(mesh, optim={"offload": True}), updated(mesh, optim={"moments": "bf16"})
+    plain = train_updates(mesh)
+    offloaded, in_bf16 = train_updates(mesh, optim={"offload": True}), train_updates(mesh, optim={"moments": "bf16"})
     return f"host {_near(offloaded, plain, 1e-3)}, bf16 {_near(in_bf16, plain, BF16)}"
 
 
 def _near(found: Found, plain: Found, limit: float) -> str:
-    away = found.distance(plain)
-    assert away < limit, (found, plain, limit)
-    return f"{away:.1e}"
+    difference = found.distance(plain)
+    assert difference < limit, (found, plain, limit)
+    return f"{difference:.1e}"
 
 
 CHECKS: tuple[Callable[[Mesh], str], ...] = (kernels, waits, recomputation, optimizer, own_fp8, engine)

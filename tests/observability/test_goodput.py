@@ -1,4 +1,4 @@
-"""Wall-clock accounting: every second is on one account, across a crash and a restart."""
+"""Wall-clock accounting: every second is in exactly one account, across a crash and a restart."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def run_steps(
     return lines
 
 
-def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
+def test_every_second_is_accounted_once_across_a_crash(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     begun = psutil.Process().create_time()
     clock = ManualClock(begun + 100)
     tracker = GoodputTracker(metrics, device=Device("cpu"), start_step=0, now=clock)
-    clock.value += 7  # data sets are opened, weights are read
+    clock.value += 7  # opening data sets and reading weights
     first = run_steps(tracker, clock, metrics, range(1, 6), save_after=3)
     assert first[0]["restart_s"] == pytest.approx(107) and first[0]["other_s"] == 0
     assert [line["checkpoint_s"] for line in first] == [0, 0, 0, 5, 0] and first[3]["other_s"] == pytest.approx(2)
-    # Killed: steps 4 and 5 are trained again from the checkpoint of step 3, ten minutes later.
+    # Crash: steps 4 and 5 are trained again from the checkpoint of step 3, ten minutes later.
     crash = first[-1]["time"]
     clock.value = crash + 600
     again = GoodputTracker(metrics, device=Device("cpu"), start_step=3, now=clock)
@@ -77,7 +77,7 @@ def test_every_second_is_booked_once_across_a_crash(tmp_path: Path) -> None:
     assert kept[-1]["goodput"] == pytest.approx(sum(line["compute_s"] for line in kept) / (kept[-1]["time"] - begun))
 
 
-def test_exposed_communication_is_what_the_timer_measures(tmp_path: Path) -> None:
+def test_exposed_communication_equals_the_timed_seconds(tmp_path: Path) -> None:
     tracker = GoodputTracker(tmp_path / "none", device=Device("cpu"), start_step=0)
     with tracker.communication.time():
         time.sleep(0.02)
@@ -94,11 +94,11 @@ def test_a_failing_block_is_not_counted() -> None:
     assert timer.read() == 0
 
 
-def test_picture_shows_the_accounts_and_needs_none(tmp_path: Path) -> None:
+def test_chart_shows_accounts_and_is_skipped_without_data(tmp_path: Path) -> None:
     draw_goodput(tmp_path)
     assert not (tmp_path / PICTURE).exists()
     metrics = tmp_path / "metrics.jsonl"
-    write(metrics, 1, {})  # as written before there were accounts
+    write(metrics, 1, {})  # line format before time accounting existed
     draw_goodput(tmp_path)
     assert not (tmp_path / PICTURE).exists()
     clock = ManualClock(psutil.Process().create_time() + 50)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: each step once, also after a resume and a line cut off by a crash."""
+"""metrics.jsonl and samples.jsonl have each step once, also after a resume and a line truncated by a crash."""
 
 from __future__ import annotations
 

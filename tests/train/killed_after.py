@@ -1,4 +1,4 @@
-"""tools/train.py in which every rank gets SIGKILL after STEP steps, independent of machine speed.
+"""tools/train.py whose ranks all get SIGKILL after STEP steps, independent of machine speed.
 
 torchrun --nproc-per-node N tests/train/killed_after.py STEP CONFIG.yaml [dotted.key=value ...]
 """
@@ -18,12 +18,12 @@ def main() -> None:
 
     last, train_step = int(sys.argv.pop(1)), loop.train_step
 
-    def dying(chunks: Any, optimizer: Any, data: Any, **options: Any) -> Any:
+    def train_step_or_kill(chunks: Any, optimizer: Any, data: Any, **options: Any) -> Any:
         if data.step > last:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(chunks, optimizer, data, **options)
 
-    loop.train_step = dying
+    loop.train_step = train_step_or_kill
     runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")
 
 

@@ -81,7 +81,7 @@ def curves(root: Path, config: Path, dtype: str, variants: list[tuple[str, int]]
 
 @pytest.mark.skipif(find_toolchain() is None, reason="no C++ compiler on PATH")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", FP32_CURVE), ("bf16", BF16_CURVE)])
-def test_native_ops_train_as_their_references_do(dtype: str, tolerance: float, data: Path, repository: Path) -> None:
+def test_native_ops_converge_like_reference_ops(dtype: str, tolerance: float, data: Path, repository: Path) -> None:
     config = repository / "examples" / "quickstart" / "pretrain.yaml"
     [(native, reference)] = run_world(1, curves, data, config, dtype, [("native", 8), ("reference", 8)])
     assert len(native) == len(reference) == STEPS

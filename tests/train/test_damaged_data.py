@@ -19,7 +19,7 @@ STEPS, BATCH = 6, 16
 T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "data.num_workers=1")
 
 
-def bomb() -> bytes:
+def decompression_bomb() -> bytes:
     """Return a small PNG whose header claims 60000 x 60000 pixels."""
     content = b""
     for kind, data in (
@@ -31,7 +31,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + content
 
 
-# Kind of damage -> (member, what becomes of its bytes, whether the index's crc32 is made to agree, part of the reason).
+# Kind of damage -> (member, change of its bytes, whether the crc32 of the index is updated, part of the reason).
 DAMAGE = {
     "bits flipped in an image": (
         "image",
@@ -47,9 +47,9 @@ DAMAGE = {
         True,
         "image cannot be decoded",
     ),
-    "bomb": (
+    "decompression_bomb": (
         "image",
-        lambda data: bomb() + bytes(len(data) - len(bomb())),
+        lambda data: decompression_bomb() + bytes(len(data) - len(decompression_bomb())),
         True,
         "60000 x 60000 pixels|DecompressionBomb",
     ),
@@ -148,7 +148,7 @@ def _damage(directory: Path) -> dict[str, str]:
     return damaged
 
 
-def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Bench) -> None:
+def test_damaged_samples_are_quarantined_equally_at_every_layout(bench: Bench) -> None:
     four, one = bench.root / "four", bench.root / "one"
     for ranks, directory, overrides in ((4, four, T2P2), (1, one, ())):
         output = finish(fork(bench.config, ranks, f"run.directory={directory}", *overrides))
@@ -170,7 +170,7 @@ def test_damaged_samples_are_listed_and_left_out_alike_at_any_layout(bench: Benc
     assert json.loads((four / "image_backend.json").read_text())["backend"] == "pil"
 
 
-def test_too_many_end_the_run_with_the_list(bench: Bench) -> None:
+def test_too_many_damaged_samples_end_the_run(bench: Bench) -> None:
     directory = bench.root / "ended"
     process = fork(
         bench.config,

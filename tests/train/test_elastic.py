@@ -116,42 +116,42 @@ def kill_after(step: int, bench: Bench, ranks: int, *overrides: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bench: Bench) -> Path:
-    directory = bench.root / "undisturbed"
+def uninterrupted(bench: Bench) -> Path:
+    directory = bench.root / "uninterrupted"
     output = finish(fork(bench.config, 2, f"run.directory={directory}"))
     assert "packs of 512 positions" in output and "1.5 times per epoch" in output
     return directory
 
 
-def test_killed_at_context_2_resumed_on_one_rank_and_at_context_2_and_data_2(bench: Bench, undisturbed: Path) -> None:
+def test_resume_at_other_cp_and_dp_sizes_keeps_the_sample_order(bench: Bench, uninterrupted: Path) -> None:
     first, second = random.randint(7, 25), random.randint(32, 50)
     print("killed after steps", first, second)
-    directory = bench.root / "disturbed"
+    directory = bench.root / "interrupted"
     kill_after(first, bench, 2, f"run.directory={directory}", "parallel.context=2")
     kill_after(second, bench, 1, f"run.directory={directory}", "data.num_workers=2")
     assert len(lines(directory / "samples.jsonl")) == second
     output = finish(fork(bench.config, 4, f"run.directory={directory}", "parallel.context=2"))
     assert "data 2 x context 2" in output and "resumed from" in output
-    ours, theirs = lines(directory / "samples.jsonl"), lines(undisturbed / "samples.jsonl")
+    ours, theirs = lines(directory / "samples.jsonl"), lines(uninterrupted / "samples.jsonl")
     assert len(theirs) == STEPS and ours == theirs
     keys = [key for line in theirs for key in line["keys"]]
     assert {key.split(":")[0] for key in keys} == {"captions", "questions"}
-    for one, other in zip(lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl"), strict=True):
+    for one, other in zip(lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl"), strict=True):
         for name in ("step", "consumed_samples", "consumed_by_source", "trained_tokens", "tokens", "images"):
             assert one[name] == other[name]
-    last = lines(undisturbed / "metrics.jsonl")[-1]
+    last = lines(uninterrupted / "metrics.jsonl")[-1]
     assert last["consumed_samples"] == len(keys) == sum(last["consumed_by_source"].values())
     # The last pack of each of these small data sets is partly empty.
-    assert sum(line["padding_fraction"] for line in lines(undisturbed / "metrics.jsonl")) / STEPS < 0.3
+    assert sum(line["padding_fraction"] for line in lines(uninterrupted / "metrics.jsonl")) / STEPS < 0.3
 
 
-def test_changed_data_is_refused_by_name(bench: Bench, undisturbed: Path) -> None:
+def test_changed_data_settings_are_refused(bench: Bench, uninterrupted: Path) -> None:
     changes = (
         "data.order=sequential",
         "data.image_aspect_ratio=square",
         f"train.steps={STEPS + 1}",
         "checkpoint.accept_changes=true",
-        f"run.directory={undisturbed}",
+        f"run.directory={uninterrupted}",
     )
     process = fork(bench.config, 1, *changes)
     output, _ = process.communicate(timeout=240)
@@ -160,5 +160,5 @@ def test_changed_data_is_refused_by_name(bench: Bench, undisturbed: Path) -> Non
     assert "checkpoint.allow_data_change" in output
     output = finish(fork(bench.config, 1, *changes, "checkpoint.allow_data_change=true"))
     assert "training goes on. order: was random, is sequential" in output and f"step {STEPS + 1}/" in output
-    [change] = lines(undisturbed / "data_changes.jsonl")
+    [change] = lines(uninterrupted / "data_changes.jsonl")
     assert change["step"] == STEPS and change["changes"][0] == "order: was random, is sequential"

@@ -84,7 +84,7 @@ def learned() -> dict[str, Learned]:
     return run_world(1, learn, VARIANTS, STEPS)[0]
 
 
-def test_the_chosen_matrices_are_in_fp8(learned: dict[str, Learned]) -> None:
+def test_selected_matrices_are_in_fp8(learned: dict[str, Learned]) -> None:
     # Four in each of 4 decoder layers, and in each of 2 tower blocks.
     assert {name: one.matrices for name, one in learned.items()} == {
         "bf16": 0,
@@ -95,7 +95,7 @@ def test_the_chosen_matrices_are_in_fp8(learned: dict[str, Learned]) -> None:
     }
 
 
-def test_it_learns_as_in_bf16(learned: dict[str, Learned]) -> None:
+def test_fp8_converges_like_bf16(learned: dict[str, Learned]) -> None:
     truth = torch.tensor(learned["bf16"].losses)
     assert truth[-4:].mean() < 0.5 * truth[:4].mean(), "little is learned: the curves say little"
     for name in set(learned) - {"bf16"}:
@@ -108,7 +108,7 @@ def test_it_learns_as_in_bf16(learned: dict[str, Learned]) -> None:
         assert 0 < away.max() < FP8_CURVE, (name, away)
 
 
-def test_the_guard_measures_and_refuses(learned: dict[str, Learned]) -> None:
+def test_divergence_check_measures_and_limits_the_gap(learned: dict[str, Learned]) -> None:
     assert learned["bf16"].gaps == (0.0, 0.0) and not learned["bf16"].refused
     for name in set(learned) - {"bf16"}:
         loss, norm = learned[name].gaps
@@ -124,8 +124,8 @@ def test_the_guard_measures_and_refuses(learned: dict[str, Learned]) -> None:
         )
 
 
-def test_two_tensor_ranks(learned: dict[str, Learned]) -> None:
-    """Train with TP 2, where each rank scales its part of a weight: other numbers, as near to bf16."""
+def test_tensor_parallel_matches_single_rank(learned: dict[str, Learned]) -> None:
+    """Train with TP 2, where each rank scales its shard of a weight: other numbers, at the same distance from bf16."""
     first, second = run_world(2, learn, TENSOR, 8)
     for name, one in first.items():
         assert one.losses == second[name].losses and one.gaps == second[name].gaps

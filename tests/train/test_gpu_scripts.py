@@ -26,7 +26,7 @@ def run(repository: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_layers_are_compared(repository: Path) -> None:
+def test_layer_checks_run_on_cpu(repository: Path) -> None:
     output = run(repository, "tests/gpu/layers.py")
     assert (
         "kernels: sdpa equal, varlen not here" in output
@@ -37,7 +37,7 @@ def test_layers_are_compared(repository: Path) -> None:
     assert "packed none, recomputed none, fp8 none" in output
 
 
-def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
+def test_bench_gpu_runs_on_cpu(repository: Path, tmp_path: Path) -> None:
     configs = ["--stages", "pretrain", "--pretrain", "examples/quickstart/pretrain.yaml"]
     small = [
         "--pack",
@@ -76,7 +76,7 @@ def test_training_is_measured(repository: Path, tmp_path: Path) -> None:
     assert "| pretrain | bf16 | 2 |" in output and (tmp_path / "training.md").read_text() in output
 
 
-def test_fp8_is_compared_over_many_steps(repository: Path, tmp_path: Path) -> None:
+def test_bench_fp8_runs_on_cpu(repository: Path, tmp_path: Path) -> None:
     """Compare our own recipe, whose numbers equal those on a GPU; unavailable recipes are reported and do not fail."""
     widths = (
         "language.hidden_size=64",
@@ -136,7 +136,7 @@ def load_tool(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_gap_above_one_percent_fails(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, above: float, code: int
 ) -> None:
-    """Fail a gap of the window above one percent; single steps may exceed it by rounding alone."""
+    """Fail when the gap of a window exceeds one percent; single steps may exceed it through rounding."""
     bench = load_tool(repository / "tools" / "bench_fp8.py", monkeypatch)
     truth = [6.0 - 0.02 * step for step in range(200)]
     curves = {

@@ -32,7 +32,7 @@ class Case:
     normalize: str = "tokens"
 
 
-ALONE = [
+SINGLE_RANK = [
     Case(),
     Case(packed=True),
     Case(packed=True, ops="reference"),
@@ -47,7 +47,7 @@ ALONE = [
     Case(optim={"moments": "bf16"}, precision={"gradients": "bf16"}),
     Case(optim={"offload": True}),
 ]
-SHARED = [
+TWO_RANKS = [
     Case(tensor=2, parallel={"sequence": True}, packed=True),
     Case(tensor=2, ops="reference"),
     Case(parallel={"overlap_grad_reduce": True, "overlap_param_gather": True}),
@@ -170,8 +170,8 @@ def step_data(mesh: Any, *, packed: bool, trainable: dict[str, Any]) -> tuple[An
     return StepData(items, batches[mesh.coordinates.data :: mesh.layout.data], 0.0), model, 2
 
 
-@pytest.mark.parametrize(("world", "cases"), [(1, ALONE), (2, SHARED)])
-def test_a_step_has_one_host_sync(world: int, cases: list[Case], native_ops: None) -> None:
+@pytest.mark.parametrize(("world", "cases"), [(1, SINGLE_RANK), (2, TWO_RANKS)])
+def test_step_has_one_host_sync(world: int, cases: list[Case], native_ops: None) -> None:
     for rank, results in enumerate(run_world(world, find_host_syncs, cases)):
         for case, found in zip(cases, results, strict=True):
             assert (

@@ -1,4 +1,4 @@
-"""The schedule equals transformers' and the recipes' numbers."""
+"""Learning-rate schedules equal those of transformers and the numbers of the recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_share4v.train.lr_schedule import learning_rate_factor, warmup_step
 @pytest.mark.parametrize(
     ("kind", "make"), [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)]
 )
-def test_equals_transformers(kind, make) -> None:
+def test_schedule_equals_transformers(kind, make) -> None:
     schedule = ScheduleConfig(kind=kind, warmup_ratio=0.03)
     total = 123
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

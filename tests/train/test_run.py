@@ -1,4 +1,4 @@
-"""tools/train.py under torchrun at TP 2 x PP 2: kill and resume, another layout, bad input."""
+"""tools/train.py under torchrun at TP 2 x PP 2: kill and resume, resume at another layout, bad input."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ T2P2 = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(bench: Bench) -> Path:
+def uninterrupted(bench: Bench) -> Path:
     """Train ten steps at TP 2 x PP 2 without interruption."""
-    directory = bench.root / "undisturbed"
+    directory = bench.root / "uninterrupted"
     profile = ("log.profile.first_step=3", "log.profile.last_step=4", "log.profile.memory=true")
     output = finish(start(bench.config, 4, f"run.directory={directory}", *T2P2, *profile))
     assert "tensor 2 x pipeline 2" in output and "ETA" in output and "vision" in output
@@ -102,8 +102,8 @@ def undisturbed(bench: Bench) -> Path:
     return directory
 
 
-def test_run_directory(undisturbed: Path) -> None:
-    metrics = lines(undisturbed / "metrics.jsonl")
+def test_run_directory(uninterrupted: Path) -> None:
+    metrics = lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     wanted = "step loss grad_norm learning_rate consumed_samples trained_tokens tokens images "
     wanted += "padding_fraction step_time_s data_wait_s"
@@ -112,24 +112,24 @@ def test_run_directory(undisturbed: Path) -> None:
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert [line["step"] for line in metrics if line["validation_loss"] is not None] == [5, 10]
     assert 0 <= metrics[0]["padding_fraction"] < 0.5 and metrics[0]["consumed_samples"] == 8
-    assert (undisturbed / "config.yaml").exists() and len(list((undisturbed / "log").glob("rank*.txt"))) == 4
-    assert json.loads((undisturbed / "ops.json").read_text())["ops"] == (
+    assert (uninterrupted / "config.yaml").exists() and len(list((uninterrupted / "log").glob("rank*.txt"))) == 4
+    assert json.loads((uninterrupted / "ops.json").read_text())["ops"] == (
         "reference" if find_toolchain() is None else "native"
     )
-    assert json.loads((undisturbed / "attention.json").read_text()) == {
+    assert json.loads((uninterrupted / "attention.json").read_text()) == {
         "attention": "sdpa",
         "on": "cpu",
         "reason": "samples are not packed",
     }
-    assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000010"
-    assert "answer" in " ".join(_board_tags(undisturbed)) and {"preview/image", "preview/exact_match"} <= set(
-        _board_tags(undisturbed)
+    assert (uninterrupted / "checkpoints" / "latest").read_text().strip() == "step_00000010"
+    assert "answer" in " ".join(_board_tags(uninterrupted)) and {"preview/image", "preview/exact_match"} <= set(
+        _board_tags(uninterrupted)
     )
 
 
-def test_where_the_time_went(undisturbed: Path) -> None:
+def test_time_accounting(uninterrupted: Path) -> None:
     """Check that all seconds are accounted, communication is measured, and hardware FLOPs exceed model FLOPs."""
-    metrics = lines(undisturbed / "metrics.jsonl")
+    metrics = lines(uninterrupted / "metrics.jsonl")
     for before, line in itertools.pairwise(metrics):
         assert sum(line[name] for name in ACCOUNTS) == pytest.approx(line["time"] - before["time"], abs=1e-3)
     assert metrics[0]["restart_s"] > 0.5 and not any(line["restart_s"] for line in metrics[1:])
@@ -137,15 +137,15 @@ def test_where_the_time_went(undisturbed: Path) -> None:
     assert metrics[EVERY]["checkpoint_s"] > 0 and 0 < metrics[-1]["goodput"] < 1
     assert all(line["hardware_tflops_per_s_per_gpu"] > line["model_tflops_per_s_per_gpu"] for line in metrics)
     assert {"goodput/compute_s", "goodput/goodput"} <= set(
-        _board_tags(undisturbed)
-    ) and "goodput/time" not in _board_tags(undisturbed)
-    assert (undisturbed / "goodput.png").stat().st_size > 1000
+        _board_tags(uninterrupted)
+    ) and "goodput/time" not in _board_tags(uninterrupted)
+    assert (uninterrupted / "goodput.png").stat().st_size > 1000
 
 
-def test_profile_of_some_steps(undisturbed: Path) -> None:
+def test_profile_of_some_steps(uninterrupted: Path) -> None:
     """Check the trace of each rank and its allocations."""
     for rank in range(4):
-        [trace] = (undisturbed / "profile" / f"rank{rank}").glob("*.json")
+        [trace] = (uninterrupted / "profile" / f"rank{rank}").glob("*.json")
         events = json.loads(trace.read_text())["traceEvents"]
         names = [event.get("name", "") for event in events]
         assert trace.name == "steps_3_4.json" and "aten::mm" in names and "[memory]" in names
@@ -160,7 +160,7 @@ def _board_tags(directory: Path) -> list[str]:
     return [*tags["images"], *tags["tensors"], *tags["scalars"]]
 
 
-def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, undisturbed: Path) -> None:
+def test_resume_after_kill_is_bitwise_equal(bench: Bench, uninterrupted: Path) -> None:
     directory = bench.root / "killed"
     process = fork(bench.config, 4, f"run.directory={directory}", *T2P2, script=killed_after(7))
     output, _ = process.communicate(timeout=240)
@@ -169,12 +169,12 @@ def test_killed_and_started_again_is_bitwise_the_same(bench: Bench, undisturbed:
     shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
     output = finish(fork(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
-    ours, theirs = lines(directory / "metrics.jsonl"), lines(undisturbed / "metrics.jsonl")
+    ours, theirs = lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl")
     assert ours[EVERY]["lost_s"] > 0 and ours[EVERY]["restart_s"] > 0.5
     exact = ("step", "loss", "grad_norm", "learning_rate", "validation_loss", "consumed_samples", "trained_tokens")
     assert [[line[name] for name in exact] for line in ours] == [[line[name] for name in exact] for line in theirs]
-    assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")
-    assert _weights(bench, directory) == _weights(bench, undisturbed)
+    assert lines(directory / "samples.jsonl") == lines(uninterrupted / "samples.jsonl")
+    assert _weights(bench, directory) == _weights(bench, uninterrupted)
 
 
 def _weights(bench: Bench, directory: Path) -> dict[str, str]:
@@ -185,19 +185,19 @@ def _weights(bench: Bench, directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(checkpoint.glob("*.distcp"))}
 
 
-def test_another_layout_goes_on_with_the_same_samples(bench: Bench, undisturbed: Path) -> None:
+def test_resume_at_another_layout_trains_the_same_samples(bench: Bench, uninterrupted: Path) -> None:
     """Resume a TP 2 x PP 2 x DP 1 run with DP 2."""
     directory = bench.root / "half"
     assert (directory / "checkpoints" / "step_00000005").exists(), "made by the test before"
     output = finish(fork(bench.config, 2, f"run.directory={directory}"))
     assert "at step 5" in output and "data 2" in output
-    assert lines(directory / "samples.jsonl") == lines(undisturbed / "samples.jsonl")[EVERY:]
-    theirs = {line["step"]: line["loss"] for line in lines(undisturbed / "metrics.jsonl")}
+    assert lines(directory / "samples.jsonl") == lines(uninterrupted / "samples.jsonl")[EVERY:]
+    theirs = {line["step"]: line["loss"] for line in lines(uninterrupted / "metrics.jsonl")}
     for line in lines(directory / "metrics.jsonl"):
         assert abs(line["loss"] - theirs[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
 
 
-def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> None:
+def test_reference_ops_are_used_and_reported_without_a_compiler(bench: Bench) -> None:
     """Train without a compiler, as a fresh clone may, then resume the run with one."""
     directory = bench.root / "uncompiled"
     few = (
@@ -223,7 +223,7 @@ def test_without_a_compiler_the_reference_trains_and_is_said(bench: Bench) -> No
         )
 
 
-def test_fp8_is_watched(bench: Bench) -> None:
+def test_fp8_divergence_check(bench: Bench) -> None:
     """Train with a limit that FP8 meets, and with one that it cannot meet."""
     few = (
         "train.preview_every_steps=0",
@@ -307,10 +307,10 @@ def test_bad_data_is_refused(bench: Bench) -> None:
     assert f"{shard.name} is missing" in message
 
 
-def test_corrupt_checkpoint(bench: Bench, undisturbed: Path) -> None:
+def test_corrupt_checkpoint_is_refused_or_skipped(bench: Bench, uninterrupted: Path) -> None:
     """Refuse a damaged checkpoint that is named explicitly; on a resume, warn and use the previous one."""
     directory = bench.root / "corrupt"
-    shutil.copytree(undisturbed, directory)
+    shutil.copytree(uninterrupted, directory)
     victim = max((directory / "checkpoints" / "step_00000010").glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
@@ -322,7 +322,7 @@ def test_corrupt_checkpoint(bench: Bench, undisturbed: Path) -> None:
     assert "passed over" in output and victim.name in output and "at step 5" in output
 
 
-def test_placeholders_that_do_not_match_are_refused(bench: Bench) -> None:
+def test_mismatched_image_placeholders_are_refused(bench: Bench) -> None:
     record = json.loads((bench.root / "scenes" / "finetune.json").read_text())[0]
     record["conversations"][2]["value"] = "<image>\n" + record["conversations"][2]["value"]
     annotations = bench.root / "two_placeholders.json"

@@ -37,7 +37,7 @@ def test_language_model_matches_six_n_d() -> None:
     )
 
 
-def test_a_frozen_tower_costs_a_forward_alone() -> None:
+def test_frozen_tower_has_forward_flops_only() -> None:
     frozen = ModelConfig(trainable=TrainableConfig(vision_from_block=None))
     half = dataclasses.replace(frozen, trainable=TrainableConfig(vision_from_block=12))
 
@@ -49,12 +49,12 @@ def test_a_frozen_tower_costs_a_forward_alone() -> None:
     assert per_image(half) - per_image(frozen) == pytest.approx(2 * 11 * block + projector_input_gradient, rel=1e-9)
 
 
-def test_only_labelled_positions_reach_the_head() -> None:
+def test_head_flops_count_labelled_positions_only() -> None:
     few, many = (flops(ModelConfig(), length=800, images=1, trained=count) for count in (200, 800))
     assert many - few == pytest.approx(6 * 600 * 4096 * 32000)
 
 
-def of_step(
+def flops_of_step(
     *,
     lengths: tuple[int, ...],
     longest: int,
@@ -84,21 +84,21 @@ def of_step(
     return step_flops(config, items, trained_tokens=100, images_per_sample=np.array(images), fused_head=False)
 
 
-def test_padding_costs_the_machine_alone() -> None:
+def test_padding_adds_hardware_flops_only() -> None:
     tight, wide = (
-        of_step(lengths=(600, 600, 600, 600), longest=longest, images=(1, 1, 1, 1)) for longest in (600, 1200)
+        flops_of_step(lengths=(600, 600, 600, 600), longest=longest, images=(1, 1, 1, 1)) for longest in (600, 1200)
     )
     assert tight.model == wide.model
     language = ModelConfig().language
     layers = language.num_layers * 4 * (6 * 202_375_168 * 600 + 3.5 * 2 * language.hidden_size * (1200**2 - 600**2))
     assert wide.hardware - tight.hardware == pytest.approx(layers, rel=1e-9)
-    # Nothing is padding: what remains are the scores that a flash kernel computes twice.
+    # Without padding, only the attention scores recomputed by a flash kernel remain.
     assert 1.0 < tight.hardware / tight.model < 1.01
 
 
-def test_a_pack_attends_inside_its_samples_and_its_padding() -> None:
-    packed = of_step(lengths=(300, 700, 900, 80), longest=1000, images=(1, 1, 1, 0), counts=(2, 2))
-    alone = of_step(lengths=(300, 700, 900, 80), longest=1000, images=(1, 1, 1, 0))
+def test_pack_attention_flops_are_per_sample() -> None:
+    packed = flops_of_step(lengths=(300, 700, 900, 80), longest=1000, images=(1, 1, 1, 0), counts=(2, 2))
+    alone = flops_of_step(lengths=(300, 700, 900, 80), longest=1000, images=(1, 1, 1, 0))
     assert packed.model == alone.model
     language = ModelConfig().language
     squares, positions = 300**2 + 700**2 + 900**2 + 80**2 + 20**2 - 4 * 1000**2, 2000 - 4000
@@ -106,36 +106,39 @@ def test_a_pack_attends_inside_its_samples_and_its_padding() -> None:
     assert packed.hardware - alone.hardware == pytest.approx(layers, rel=1e-9)
 
 
-def test_overlapped_reduction_sends_a_blank_image_through_the_tower() -> None:
+def test_overlapped_grad_reduce_adds_one_blank_image() -> None:
     """Count one blank image per micro-batch without images: the middle one of three, whose samples are packed."""
     shape = dict(lengths=(600,) * 7, longest=1300, images=(1, 1, 0, 0, 0, 1, 0), counts=(1, 1, 2, 1, 1, 1))
-    plain, overlapped = (of_step(**shape, overlap=overlap) for overlap in (False, True))
-    one, two = (of_step(lengths=(600, 600), longest=600, images=images).hardware for images in ((1, 0), (1, 1)))
+    plain, overlapped = (flops_of_step(**shape, overlap=overlap) for overlap in (False, True))
+    one, two = (flops_of_step(lengths=(600, 600), longest=600, images=images).hardware for images in ((1, 0), (1, 1)))
     assert overlapped.model == plain.model
     assert overlapped.hardware - plain.hardware == pytest.approx(two - one, rel=1e-6)
 
 
-def test_peak_is_known_or_none() -> None:
+def test_peak_flops_of_known_gpus() -> None:
     assert known_gpu("NVIDIA H200").bf16 == 989e12 and known_gpu("NVIDIA A100-SXM4-80GB").bf16 == 312e12
     assert known_gpu("NVIDIA GB200").name == "GB200" and known_gpu("NVIDIA B200").name == "B200"
     assert known_gpu("some other device") is None and known_gpu("NVIDIA H100 PCIe") is None
 
 
-def test_micro_batches_of_their_own_length_compute_no_more_than_that() -> None:
-    alike = of_step(lengths=(10, 20, 30, 40), longest=40, images=(1, 1, 1, 1))
-    own = of_step(lengths=(10, 20, 30, 40), longest=40, images=(1, 1, 1, 1), padded=(20, 20, 40, 40))
-    as_long = of_step(lengths=(20, 20, 40, 40), longest=40, images=(1, 1, 1, 1), padded=(20, 20, 40, 40))
+def test_padding_per_micro_batch_reduces_hardware_flops() -> None:
+    alike = flops_of_step(lengths=(10, 20, 30, 40), longest=40, images=(1, 1, 1, 1))
+    own = flops_of_step(lengths=(10, 20, 30, 40), longest=40, images=(1, 1, 1, 1), padded=(20, 20, 40, 40))
+    as_long = flops_of_step(lengths=(20, 20, 40, 40), longest=40, images=(1, 1, 1, 1), padded=(20, 20, 40, 40))
     assert own.model == alike.model and own.hardware == as_long.hardware < alike.hardware
 
 
-def test_recomputation_is_work_of_the_machine_alone() -> None:
+def test_recomputation_adds_hardware_flops_only() -> None:
     how = {
         "none": {},
         "attention": {"recompute": "selective"},
         "mlp": {"recompute": "selective", "recompute_modules": ("mlp",)},
     }
     how |= {"half": {"recompute": "full", "recompute_layers": 16}, "full": {"recompute": "full"}}
-    work = {name: of_step(lengths=(600, 600), longest=600, images=(1, 1), **settings) for name, settings in how.items()}
+    work = {
+        name: flops_of_step(lengths=(600, 600), longest=600, images=(1, 1), **settings)
+        for name, settings in how.items()
+    }
     assert len({one.model for one in work.values()}) == 1
     more = {name: one.hardware - work["none"].hardware for name, one in work.items()}
     assert 0 == more["none"] < more["attention"] < more["mlp"] < more["full"] and more["half"] == pytest.approx(

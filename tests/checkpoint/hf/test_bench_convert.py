@@ -25,7 +25,7 @@ def test_line() -> None:
 
 
 def test_a_good_one_has_no_problems_and_says_what_13b_needs() -> None:
-    lines, problems = BENCH["judge"](
+    lines, problems = BENCH["check_limits"](
         [measured(1, memory=0.50), measured(2, memory=0.51), measured(4, memory=0.53)], hidden=5120
     )
     assert problems == []
@@ -35,12 +35,12 @@ def test_a_good_one_has_no_problems_and_says_what_13b_needs() -> None:
 def test_failures_are_named() -> None:
     good = [measured(1), measured(2)]
     assert (
-        BENCH["judge"]([measured(1, ratio=9.0), measured(2)], hidden=5120)[1] == []
+        BENCH["check_limits"]([measured(1, ratio=9.0), measured(2)], hidden=5120)[1] == []
     )  # start-up dominates a small model
-    _, problems = BENCH["judge"]([*good, measured(4, ratio=2.01)], hidden=5120)
+    _, problems = BENCH["check_limits"]([*good, measured(4, ratio=2.01)], hidden=5120)
     assert len(problems) == 2 and "import of 4 GB took 2.01 times as long as a copy" in problems[0]
-    _, problems = BENCH["judge"]([measured(0.5, memory=1.7)], hidden=5120)
+    _, problems = BENCH["check_limits"]([measured(0.5, memory=1.7)], hidden=5120)
     assert len(problems) == 2 and "needed 1.7 GB, at most 1.57" in problems[0]
-    _, problems = BENCH["judge"]([measured(1, memory=0.5), measured(2, memory=0.8)], hidden=5120)
+    _, problems = BENCH["check_limits"]([measured(1, memory=0.5), measured(2, memory=0.8)], hidden=5120)
     assert len(problems) == 2 and "would need 8.21 GB at 13B, at most 6.07" in problems[0]
-    assert len(BENCH["judge"]([measured(1), measured(2)], hidden=2048)[1]) == 0
+    assert len(BENCH["check_limits"]([measured(1), measured(2)], hidden=2048)[1]) == 0
