@@ -85,10 +85,10 @@ def ask_model(benchmark: Any, given: argparse.Namespace, world: World, more: dic
     ) as replica:
         if replica is None:
             return None
-        asker = LocalClient(replica, decoding=benchmark.decoding, workers=given.workers)
+        client = LocalClient(replica, decoding=benchmark.decoding, workers=given.workers)
         return run_benchmark(
             benchmark,
-            asker,
+            client,
             model=ModelFacts.of_replica(replica, name=given.name or given.checkpoint.resolve().name),
             share=replica.share,
             **more,
@@ -112,9 +112,9 @@ def ask_endpoint(
     endpoint = Endpoint(
         url=given.endpoint, model=given.endpoint_model, key=os.environ.get(KEY), concurrency=given.concurrency
     )
-    asker = RemoteClient(ChatClient(endpoint), decoding=benchmark.decoding)
+    client = RemoteClient(ChatClient(endpoint), decoding=benchmark.decoding)
     return run_benchmark(
-        benchmark, asker, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=DPGroup(), **more
+        benchmark, client, model=ModelFacts.of_endpoint(endpoint, name=given.name), share=DPGroup(), **more
     )
 
 

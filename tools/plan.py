@@ -1,10 +1,9 @@
-"""Predict a run before its launch: memory, time, balance and messages of its layout, and the fastest layouts of that
-many GPUs. Needs no GPU.
+"""Predict memory, step time, balance and traffic of a run, and rank the fastest layouts for a number of GPUs.
 
-python tools/plan.py examples/share4v_7b/pretrain.yaml --world-size 16 --samples 1246000 parallel.tensor=1
-parallel.pipeline=2
+    python tools/plan.py examples/share4v_7b/pretrain.yaml --world-size 16 --samples 1246000 parallel.tensor=1 \\
+        parallel.pipeline=2
 
-Exit code 2: the configuration cannot run there; the reason is said, and the layouts that can are ranked.
+Needs no GPU. Exit code 2: the configuration cannot run; the reason is printed, and layouts that can run are ranked.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatron_share4v.planner.case import Assumptions, Case
 from megatron_share4v.planner.gpus import GPUS
 from megatron_share4v.planner.plot import draw_prediction
 from megatron_share4v.planner.predict import Prediction
-from megatron_share4v.planner.report import as_json, text
+from megatron_share4v.planner.report import format_report, report_to_json
 from megatron_share4v.planner.search import search
 from megatron_share4v.planner.workload import Workload, assumed_workload, has_prepared_data
 
@@ -41,25 +40,25 @@ def main() -> int:
             world_size=options.world_size, workload=workload, gpu=GPUS[options.gpu], assumptions=Assumptions(**given)
         )
         try:
-            asked = Prediction(Case.of(config, **setting))
-            refusals = list(asked.refusals())
+            requested = Prediction(Case.of(config, **setting))
+            refusals = list(requested.refusals())
         except ConfigError as error:
-            asked, refusals = None, [str(error)]
+            requested, refusals = None, [str(error)]
         found = search(config, **setting, keep=options.best)
     title = f"{options.config} on {options.world_size} x {GPUS[options.gpu].name}"
-    print(text(asked, refusals, found, title=title), end="")
+    print(format_report(requested, refusals, found, title=title), end="")
     if options.json:
         options.json.write_text(
-            json.dumps(as_json(asked, refusals, found, title=title), indent=1) + "\n", encoding="utf-8"
+            json.dumps(report_to_json(requested, refusals, found, title=title), indent=1) + "\n", encoding="utf-8"
         )
-    drawn = asked or next(iter(found.best), None)
+    drawn = requested or next(iter(found.best), None)
     if options.png and drawn is not None:
         save_png(draw_prediction(drawn, title=f"{title}, {drawn.case.layout}"), options.png)
     return 2 if refusals else 0
 
 
 def choose_workload(config: RunConfig, options: argparse.Namespace) -> Workload:
-    """The prepared data of `config` where it is on this machine and no option replaces it; assumptions otherwise."""
+    """Measure the prepared data of `config` if present and no option replaces it; otherwise use assumptions."""
     given = (options.samples, options.text_length, options.longest)
     if given == (None, None, None) and has_prepared_data(config):
         from megatron_share4v.planner.prepared_workload import measured_workload  # imports torch; planning needs none
@@ -70,15 +69,15 @@ def choose_workload(config: RunConfig, options: argparse.Namespace) -> Workload:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a run's YAML file")
+    parser.add_argument("config", help="YAML file of the run")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="values that replace those of the file"
+        "overrides", nargs="*", default=[], metavar="dotted.key=value", help="overrides of values in the file"
     )
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help=f"GPUs, up to {LARGEST}")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200")
-    parser.add_argument("--samples", type=int, help="of the data set, where it is not prepared here")
+    parser.add_argument("--samples", type=int, help="number of samples, if the data set is not prepared here")
     parser.add_argument(
-        "--text-length", type=int, help="mean positions of a sample's text, where the data set is not prepared here"
+        "--text-length", type=int, help="mean text positions of a sample, if the data set is not prepared here"
     )
     parser.add_argument("--longest", type=int, help="text positions of the longest sample of a step")
     parser.add_argument("--efficiency", type=float, help="share of the peak that wide products reach (default: 0.62)")

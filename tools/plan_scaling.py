@@ -1,6 +1,4 @@
-"""Regenerate the tables of docs/scaling.md and the pictures of docs/pictures/: python tools/plan_scaling.py [--docs
-DIR]
-"""
+"""Regenerate the tables of docs/scaling.md and the pictures: python tools/plan_scaling.py [--docs DIR]."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class RequiredFile:
     splits: tuple[str, ...] = ()
 
 
-class Folder:
+class BenchmarkFolder:
     """Folder of one benchmark with all required files: folder["questions"] is a path."""
 
     def __init__(self, data: Path, *, official: str, needs: Sequence[RequiredFile], split: str) -> None:

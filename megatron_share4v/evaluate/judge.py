@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import write_rows
 from megatron_share4v.evaluate.benchmark_files import get_field, read_jsonl
-from megatron_share4v.evaluate.judge_prompts import Body, Request, Verdicts
+from megatron_share4v.evaluate.judge_prompts import Body, JudgeReplies, Request
 from megatron_share4v.remote.openai_client import ChatClient, Reply, parse_completion
 
 JOURNAL, REQUESTS, REPLIES = "judge.jsonl", "judge_requests.jsonl", "judge_replies.jsonl"
@@ -29,7 +29,7 @@ class Judgement:
     verdicts: raw replies by request id. model: as requested. answered_as: model names that the server reported.
     """
 
-    verdicts: Verdicts
+    verdicts: JudgeReplies
     model: str
     answered_as: tuple[str, ...]
     seed: int | None
@@ -79,7 +79,7 @@ class ReplyLog:
                 file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def judge(
+def collect_judgement(
     requests: Sequence[Request],
     directory: Path,
     *,
@@ -113,7 +113,7 @@ def resume_instructions(directory: Path, *, model: str) -> str:
     return (
         f"the questions for the judge are in {directory / REQUESTS}. Either start the same command again with "
         "--judge-base-url (any server that "
-        f"speaks OpenAI's interface; it is asked for --judge-model {model}), or send the file to OpenAI's Batch API "
+        f"speaks OpenAI's interface; requests name --judge-model {model}), or send the file to OpenAI's Batch API "
         "yourself, put its output at "
         f"{directory / REPLIES}, and start the same command again. A line of yours may also be "
         '{"custom_id": "...", "content": "the raw reply"}'
@@ -135,7 +135,7 @@ def _ask(
             if on_reply:
                 on_reply(number - len(failures))
             if len(failures) > chat.endpoint.concurrency and len(failures) == number:
-                chat.stop()  # it is the endpoint, not the questions
+                chat.stop()  # the endpoint fails, not single requests
                 break
     except BaseException:
         chat.stop()
@@ -183,6 +183,4 @@ def _reply_of(row: Mapping[str, object], *, where: str) -> Reply:
     try:
         return parse_completion(get_field(row, "response", dict, where=where).get("body"))
     except ValueError as error:
-        raise DataError(
-            f"{where}: has no reply ({error}); take out the line, and the question is asked again"
-        ) from error
+        raise DataError(f"{where}: has no reply ({error}); remove the line to send the request again") from error

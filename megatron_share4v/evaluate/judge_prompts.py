@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from megatron_share4v.evaluate.metrics.mm_vet import MAX_REPLIES, parse_grade
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 
-Verdicts = Mapping[str, Sequence[str]]
+JudgeReplies = Mapping[str, Sequence[str]]
 """Raw replies in order, by request id."""
 Body = dict[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_share4v.errors import ConfigError
-from megatron_share4v.evaluate.benchmark_files import Folder
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 from megatron_share4v.evaluate.records import Decoding, Doc
 from megatron_share4v.evaluate.task import Task
@@ -42,7 +42,7 @@ class Evaluation:
             raise ConfigError(f"--out {out}: cannot be a directory ({error.strerror}); give another one") from error
         self.task: Task = get_task(benchmark)
         self.out, self.profile = out, profile
-        self.folder: Folder = self.task.open(data, split)
+        self.folder: BenchmarkFolder = self.task.open(data, split)
         every = self.task.items(self.folder)
         self.items: Sequence[Doc] = every if limit is None else every[:limit]
         self.complete = len(self.items) == len(every)

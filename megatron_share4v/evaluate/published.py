@@ -40,7 +40,7 @@ _COLUMN_OF = {  # benchmark and score: column
 
 
 @dataclass(frozen=True)
-class Line:
+class ScoreRow:
     """Table row: a model and its scores by column.
 
     differs: why they are not comparable with the paper; empty if they are.
@@ -56,17 +56,21 @@ class Line:
         return f"{self.name} ({self.differs})" if self.differs else self.name
 
 
-def _line(name: str, *values: float | None) -> Line:
-    return Line(name, {column: value for column, value in zip(COLUMNS, values) if value is not None})
+def _published_row(name: str, *values: float | None) -> ScoreRow:
+    return ScoreRow(name, {column: value for column, value in zip(COLUMNS, values) if value is not None})
 
 
 # LLaVA-1.5's published SEED scores (58.6, 61.6) include videos and are omitted. MME-C and Q-Bench of the 13B model were
 # measured by third parties.
 PUBLISHED = (
-    _line("ShareGPT4V-7B", 72.6, 1567.4, 376.4, 68.8, 62.2, 69.7, 37.6, 63.4, 68.4, 80.6, 57.2, 63.3, 60.4),
-    _line("ShareGPT4V-13B", 79.9, 1618.7, 303.2, 68.5, 63.7, 70.8, 43.1, 65.2, 71.2, 81.0, 55.6, 64.8, 62.2),
-    _line("LLaVA-1.5-7B", 65.4, 1510.7, None, 64.3, 58.3, None, 31.1, None, 66.8, 78.5, 50.0, 62.0, 58.2, 85.9),
-    _line("LLaVA-1.5-13B", 72.5, 1531.3, 295.4, 67.7, 63.6, None, 36.1, 62.1, 71.6, 80.0, 53.6, 63.3, 61.3, 85.9),
+    _published_row("ShareGPT4V-7B", 72.6, 1567.4, 376.4, 68.8, 62.2, 69.7, 37.6, 63.4, 68.4, 80.6, 57.2, 63.3, 60.4),
+    _published_row("ShareGPT4V-13B", 79.9, 1618.7, 303.2, 68.5, 63.7, 70.8, 43.1, 65.2, 71.2, 81.0, 55.6, 64.8, 62.2),
+    _published_row(
+        "LLaVA-1.5-7B", 65.4, 1510.7, None, 64.3, 58.3, None, 31.1, None, 66.8, 78.5, 50.0, 62.0, 58.2, 85.9
+    ),
+    _published_row(
+        "LLaVA-1.5-13B", 72.5, 1531.3, 295.4, 67.7, 63.6, None, 36.1, 62.1, 71.6, 80.0, 53.6, 63.3, 61.3, 85.9
+    ),
 )
 
 
@@ -110,7 +114,7 @@ class BenchmarkResult:
         return ", ".join(reasons)
 
 
-def lines(measured: Sequence[BenchmarkResult]) -> list[Line]:
+def group_results(measured: Sequence[BenchmarkResult]) -> list[ScoreRow]:
     """Group results into one row per model and difference, comparable rows first."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for each in measured:
@@ -119,7 +123,7 @@ def lines(measured: Sequence[BenchmarkResult]) -> list[Line]:
             if column and value is not None and math.isfinite(value):
                 found.setdefault((each.model, each.differs), {})[column] = value
     return [
-        Line(model, scores, differs)
+        ScoreRow(model, scores, differs)
         for (model, differs), scores in sorted(found.items(), key=lambda item: bool(item[0][1]))
     ]
 
@@ -127,7 +131,7 @@ def lines(measured: Sequence[BenchmarkResult]) -> list[Line]:
 def table(measured: Sequence[BenchmarkResult]) -> str:
     """Markdown table: published rows, then measured ones; columns with only published scores are kept."""
     rows = [["model", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    for line in (*PUBLISHED, *lines(measured)):
+    for line in (*PUBLISHED, *group_results(measured)):
         rows.append(
             [
                 line.title.replace("|", "/"),
@@ -139,7 +143,7 @@ def table(measured: Sequence[BenchmarkResult]) -> str:
 
 def save_chart(path: Path, measured: Sequence[BenchmarkResult]) -> None:
     """Write a PNG of the columns in `measured`; rows that are not comparable are hatched."""
-    ours = lines(measured)
+    ours = group_results(measured)
     columns = [column for column in COLUMNS if any(column in line.scores for line in ours)]
     series = [
         Series(line.title, [line.scores.get(column) for column in columns], bool(line.differs))

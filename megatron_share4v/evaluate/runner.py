@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import make_answer, write_rows
-from megatron_share4v.evaluate.judge import Judgement, judge, resume_instructions
+from megatron_share4v.evaluate.judge import Judgement, collect_judgement, resume_instructions
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.published import BenchmarkResult, save_chart, table
 from megatron_share4v.evaluate.records import Answer, Doc, Scores
@@ -47,7 +47,7 @@ class Judge:
 
 def run_benchmark(
     evaluation: Evaluation,
-    asker: Client,
+    client: Client,
     *,
     model: ModelFacts,
     share: DPGroup,
@@ -58,9 +58,9 @@ def run_benchmark(
     """Generate missing predictions and write all files; return the content of result.json on rank 0, None elsewhere.
 
     compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that
-    cannot be asked.
+    cannot be encoded.
     """
-    answers = _answers(evaluation, asker, model, share, restart)
+    answers = _answers(evaluation, client, model, share, restart)
     return (
         None if answers is None else write_results(evaluation, answers, model=model, judging=judging, compared=compared)
     )
@@ -101,7 +101,7 @@ def write_results(
 
 
 def _answers(
-    evaluation: Evaluation, asker: Client, model: ModelFacts, share: DPGroup, restart: bool
+    evaluation: Evaluation, client: Client, model: ModelFacts, share: DPGroup, restart: bool
 ) -> list[Answer] | None:
     """Generate missing predictions; return all of them in order on rank 0, None elsewhere."""
     job: dict[str, object] = {
@@ -114,8 +114,8 @@ def _answers(
     try:
         done = resume_answer_log(journal, job=job, row=GenerationResult, share=share, restart=restart)
         left = [item for item in evaluation.items if item.id not in done]
-        share.barrier()  # all have read the journals: now they may grow
-        _ask(evaluation, asker, left[share.rank :: share.size], journal)
+        share.barrier()  # all ranks have read the journals before any rank appends
+        _ask(evaluation, client, left[share.rank :: share.size], journal)
         share.barrier()
     finally:
         journal.close()
@@ -131,9 +131,9 @@ def _answers(
     return answers
 
 
-def _ask(evaluation: Evaluation, asker: Client, items: Sequence[Doc], journal: AnswerLog) -> None:
+def _ask(evaluation: Evaluation, client: Client, items: Sequence[Doc], journal: AnswerLog) -> None:
     with tqdm(total=len(items), desc=evaluation.task.name, unit="question") as bar:
-        for outcomes in asker(iter(items)):
+        for outcomes in client(iter(items)):
             journal.append(outcome for outcome in outcomes if outcome.error is None)
             bar.update(len(outcomes))
             if failed := next((outcome for outcome in outcomes if outcome.error is not None), None):
@@ -149,7 +149,7 @@ def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -
     requests = evaluation.task.judged.requests(evaluation.items, by_id(answers), evaluation.profile)
     model = judging.model or evaluation.task.judged.official
     with tqdm(total=len(requests), desc="judge", unit="reply", disable=judging.chat is None) as bar:
-        return judge(
+        return collect_judgement(
             requests, evaluation.out, model=model, chat=judging.chat, seed=judging.seed, on_reply=lambda _: bar.update()
         )
 
@@ -157,7 +157,7 @@ def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -
 def _write_submission(evaluation: Evaluation, answers: Sequence[Answer], verdict: Judgement | None) -> None:
     """Write the files for evaluation servers and official scorers, which require all questions."""
     if not evaluation.complete:
-        get_logger().warning("no files for a server: only %d questions were asked", len(evaluation.items))
+        get_logger().warning("no submission files: only %d questions were evaluated", len(evaluation.items))
         return
     files = dict(evaluation.task.submission(evaluation.folder, evaluation.items, answers))
     if verdict and evaluation.task.judged:

@@ -17,14 +17,14 @@ from typing import Any
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_row
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile
-from megatron_share4v.evaluate.judge_prompts import Request, Verdicts
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile
+from megatron_share4v.evaluate.judge_prompts import JudgeReplies, Request
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 from megatron_share4v.evaluate.records import Answer, Decoding, Doc, Scores
 
-Texts = Mapping[str, str]
+PredictionTexts = Mapping[str, str]
 """Prediction texts by question id. The benchmark defines how missing ones count."""
-Values = Mapping[str, float]
+MetricValues = Mapping[str, float]
 
 # Decoding settings of the four official runners.
 LOADER = Decoding(max_new_tokens=128, image_mode="pad")
@@ -46,9 +46,9 @@ class JudgeSpec:
     """
 
     official: str
-    requests: Callable[[Sequence[Doc], Texts, Profile], Sequence[Request]]
-    measure: Callable[[Sequence[Doc], Verdicts, Profile], Values]
-    files: Callable[[Sequence[Doc], Texts, Verdicts, str], Mapping[str, bytes]]
+    requests: Callable[[Sequence[Doc], PredictionTexts, Profile], Sequence[Request]]
+    measure: Callable[[Sequence[Doc], JudgeReplies, Profile], MetricValues]
+    files: Callable[[Sequence[Doc], PredictionTexts, JudgeReplies, str], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,14 @@ class Task:
     title: str
     folder: str
     needs: tuple[RequiredFile, ...]
-    read: Callable[[Folder], Iterator[Doc]]
+    read: Callable[[BenchmarkFolder], Iterator[Doc]]
     official: Decoding
     headline: str | None
     splits: tuple[str, ...] = ("",)
     scored: tuple[str, ...] = ("",)
     """Splits with public answers."""
-    measure: Callable[[Folder, Sequence[Doc], Texts, Profile], Values] | None = None
-    submit: Callable[[Folder, Sequence[Doc], Texts], Mapping[str, bytes]] | None = None
+    measure: Callable[[BenchmarkFolder, Sequence[Doc], PredictionTexts, Profile], MetricValues] | None = None
+    submit: Callable[[BenchmarkFolder, Sequence[Doc], PredictionTexts], Mapping[str, bytes]] | None = None
     row: Callable[[Doc, Answer, str], dict[str, Any]] = answer_row
     server: str = ""
     judged: JudgeSpec | None = None
@@ -86,14 +86,14 @@ class Task:
             raise ConfigError(f"--split {name}: {self.name} has no such split; {choices}")
         return self.splits[0] if name is None else name
 
-    def open(self, data: Path, split: str | None = None) -> Folder:
+    def open(self, data: Path, split: str | None = None) -> BenchmarkFolder:
         """Locate the files below `data`.
 
         Raises ConfigError, and DataError naming what is missing, the expected layout and where to get it.
         """
-        return Folder(data, official=self.folder, needs=self.needs, split=self.split(split))
+        return BenchmarkFolder(data, official=self.folder, needs=self.needs, split=self.split(split))
 
-    def items(self, folder: Folder) -> list[Doc]:
+    def items(self, folder: BenchmarkFolder) -> list[Doc]:
         """Read all questions in official order.
 
         Raises DataError for damaged files, files of other benchmarks, and empty ones.
@@ -114,18 +114,20 @@ class Task:
             if item.id in texts:
                 yield self.row(item, texts[item.id], model)
 
-    def submission(self, folder: Folder, items: Sequence[Doc], answers: Iterable[Answer]) -> Mapping[str, bytes]:
+    def submission(
+        self, folder: BenchmarkFolder, items: Sequence[Doc], answers: Iterable[Answer]
+    ) -> Mapping[str, bytes]:
         """Files for the evaluation server or official scorer, name -> content; empty when there is none."""
         return self.submit(folder, items, by_id(answers)) if self.submit else {}
 
     def score(
         self,
-        folder: Folder,
+        folder: BenchmarkFolder,
         items: Sequence[Doc],
         answers: Iterable[Answer],
         *,
         profile: Profile = OFFICIAL,
-        verdicts: Verdicts | None = None,
+        verdicts: JudgeReplies | None = None,
     ) -> Scores:
         """Compute the local score.
 
@@ -166,11 +168,11 @@ def item_ids(question_ids: Iterable[object]) -> Iterator[str]:
         yield name if seen[name] == 1 else f"{name}~{seen[name]}"
 
 
-def as_json(content: object, *, indent: int | None = None) -> bytes:
+def encode_json(content: object, *, indent: int | None = None) -> bytes:
     """Encode JSON as the official converters do."""
     return json.dumps(content, indent=indent).encode()
 
 
-def as_jsonl(rows: Iterable[object]) -> bytes:
+def encode_jsonl(rows: Iterable[object]) -> bytes:
     """Encode one JSON object per line."""
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)

@@ -1,4 +1,4 @@
-"""Predictions as text and as JSON. Pictures are in plot.py."""
+"""Formatting of predictions as text and JSON; plot.py draws them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ COLUMNS = {
 CLASSES = ("weights", "gradients", "optimizer", "activations", "logits", "workspace")
 
 
-def text(asked: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str) -> str:
+def format_report(requested: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str) -> str:
     """Format the whole report.
 
-    asked: prediction for the layout of the configuration, None when it cannot be built (`refusals` has the reasons).
+    requested: prediction for the layout of the configuration, None if it cannot be built (`refusals` has the reasons).
     """
     lines = [f"{title}: {PREDICTED}"]
     lines += ["", *(f"refused: {reason}" for reason in refusals)] if refusals else []
-    if asked is not None:
-        lines += ["", *_asked(asked)]
+    if requested is not None:
+        lines += ["", *_describe_requested(requested)]
     lines += ["", *ranking(found)]
-    first = asked or next(iter(found.best), None)
+    first = requested or next(iter(found.best), None)
     if first is not None:
         lines += ["", *_assumptions(first)]
     return "\n".join(lines) + "\n"
 
 
-def _asked(plan: Prediction) -> Iterator[str]:
+def _describe_requested(plan: Prediction) -> Iterator[str]:
     case = plan.case
     train, traffic = case.config.train, plan.traffic
     weights = [
@@ -46,9 +46,7 @@ def _asked(plan: Prediction) -> Iterator[str]:
         sum(elements * count * (trains or everything) for elements, count, trains in weights)
         for everything in (True, False)
     )
-    yield (
-        f"model     {total / 1e6:,.0f} M weights, of which {trained / 1e6:,.0f} M train, {case.config.precision.dtype}"
-    )
+    yield (f"model     {total / 1e6:,.0f} M weights, {trained / 1e6:,.0f} M trainable, {case.config.precision.dtype}")
     yield f"workload  {case.workload.source}"
     sequence = ", sequence parallel" if case.config.parallel.sequence else ""
     yield f"layout    {case.layout}{sequence}, recompute {train.recompute}"
@@ -82,7 +80,7 @@ def _asked(plan: Prediction) -> Iterator[str]:
     )
     speed = f"{plan.tokens_per_s_per_gpu:,.0f} tokens/s, {plan.model_tflops:.0f} model TFLOP/s per GPU"
     yield f"speed     {speed}; {plan.utilisation}, hardware {plan.hfu:.1%}"
-    yield f"run       {duration(plan)}"
+    yield f"run       {format_duration(plan)}"
 
 
 def _contents(plan: Prediction, rank: int) -> str:
@@ -91,13 +89,13 @@ def _contents(plan: Prediction, rank: int) -> str:
     return "+".join(f"{'T' * chunk.first}{chunk.layers}{'H' * chunk.last}" for chunk in chunks)
 
 
-def duration(plan: Prediction) -> str:
+def format_duration(plan: Prediction) -> str:
     """Steps, hours and GPU-hours as text; a hint when the number of samples is unknown."""
     if plan.hours is None:
-        return "hours are not known without the number of samples: give --samples, or the prepared data set"
+        return "hours unknown: give --samples or the prepared data set"
     gpus = plan.case.layout.world_size
     return (
-        f"{plan.steps:,} steps, {plan.hours:.1f} h, {plan.hours * gpus:,.0f} GPU-hours, without validation, "
+        f"{plan.steps:,} steps, {plan.hours:.1f} h, {plan.hours * gpus:,.0f} GPU-hours, excluding validation, "
         "checkpoints and restarts"
     )
 
@@ -160,7 +158,7 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
     )
 
 
-def record(plan: Prediction) -> dict[str, Any]:
+def prediction_to_json(plan: Prediction) -> dict[str, Any]:
     """All predicted values of one layout as JSON values, in bytes and seconds."""
     case = plan.case
     return {
@@ -193,15 +191,17 @@ def record(plan: Prediction) -> dict[str, Any]:
     }
 
 
-def as_json(asked: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str) -> dict[str, Any]:
+def report_to_json(
+    requested: Prediction | None, refusals: Sequence[str], found: SearchResult, *, title: str
+) -> dict[str, Any]:
     """The whole report as JSON values."""
-    first = asked or next(iter(found.best), None)
+    first = requested or next(iter(found.best), None)
     return {
         "title": title,
         "status": PREDICTED,
         "refusals": list(refusals),
-        "asked": None if asked is None else record(asked),
-        "best": [record(plan) for plan in found.best],
+        "asked": None if requested is None else prediction_to_json(requested),
+        "best": [prediction_to_json(plan) for plan in found.best],
         "refused": dict(found.refused),
         "tried": found.tried,
         "gpu": None if first is None else asdict(first.case.gpu),

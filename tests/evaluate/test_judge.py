@@ -14,7 +14,14 @@ from official_files import WRITERS
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import make_answer
-from megatron_share4v.evaluate.judge import JOURNAL, REPLIES, REQUESTS, Judgement, judge, resume_instructions
+from megatron_share4v.evaluate.judge import (
+    JOURNAL,
+    REPLIES,
+    REQUESTS,
+    Judgement,
+    collect_judgement,
+    resume_instructions,
+)
 from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
 from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
 from megatron_share4v.evaluate.task import by_id
@@ -44,7 +51,7 @@ def chat(url: str, *, waits: list[float] | None = None, **more: object) -> ChatC
     )
 
 
-def asked(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str, str], list[Request]]:
+def build_requests(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str, str], list[Request]]:
     WRITERS[name, None](root)
     task = get_task(name)
     items = task.items(task.open(root))
@@ -53,7 +60,7 @@ def asked(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str,
 
 
 def test_llava_bench_request_is_official(tmp_path: Path) -> None:
-    _, _, requests = asked("llava_bench", tmp_path)
+    _, _, requests = build_requests("llava_bench", tmp_path)
     body = requests[4].body([])
     assert body["messages"][0] == {
         "role": "system",
@@ -82,7 +89,7 @@ def test_llava_bench_request_is_official(tmp_path: Path) -> None:
 
 
 def test_mm_vet_request_is_official(tmp_path: Path) -> None:
-    _, _, requests = asked("mm_vet", tmp_path)
+    _, _, requests = build_requests("mm_vet", tmp_path)
     first, again = requests[0].body([]), requests[0].body(["about"])
     content = first["messages"][0]["content"]
     assert content.startswith(
@@ -117,7 +124,7 @@ def test_mm_vet_request_is_official(tmp_path: Path) -> None:
 
 
 def test_llava_bench_end_to_end(tmp_path: Path) -> None:
-    items, texts, requests = asked("llava_bench", tmp_path)
+    items, texts, requests = build_requests("llava_bench", tmp_path)
     replies = {"0": "8 7\nGood.", "1": "8, 7\nA comma and a space: three parts.", "2": "10 5", "3": "9,9", "4": "8.5 9"}
     with judging(
         lambda request: completion_reply(replies[request["messages"][1]["content"].split("A view. ")[1][0]])
@@ -125,7 +132,7 @@ def test_llava_bench_end_to_end(tmp_path: Path) -> None:
         url,
         server,
     ):
-        found = judge(requests, tmp_path / "out", model="judge", chat=chat(url, key="secret"), seed=3)
+        found = collect_judgement(requests, tmp_path / "out", model="judge", chat=chat(url, key="secret"), seed=3)
     assert {(request["model"], request["seed"], request["path"]) for request in server.requests} == {
         ("judge", 3, "/v1/chat/completions")
     }
@@ -154,7 +161,7 @@ def test_llava_bench_end_to_end(tmp_path: Path) -> None:
 
 
 def test_mm_vet_retries_and_aggregates(tmp_path: Path) -> None:
-    items, texts, requests = asked("mm_vet", tmp_path)
+    items, texts, requests = build_requests("mm_vet", tmp_path)
     stubborn = {"0": ["0.5"], "1": ["The", "1.0 yes"], "2": ["a", "b", "c", "d", "0.7"], "3": ["x"] * 5, "4": ["0.9"]}
     left = {name: list(texts) for name, texts in stubborn.items()}
     with judging(
@@ -163,7 +170,7 @@ def test_mm_vet_retries_and_aggregates(tmp_path: Path) -> None:
         url,
         server,
     ):
-        found = judge(requests, tmp_path / "out", model="gpt-4-0613", chat=chat(url))
+        found = collect_judgement(requests, tmp_path / "out", model="gpt-4-0613", chat=chat(url))
     assert found.verdicts == stubborn and found.replies == len(server.requests) == 14
     assert (
         sorted(request["temperature"] for request in server.requests) == [0.0] * 8 + [0.5] * 2 + [1.0] * 2 + [1.5] * 2
@@ -179,7 +186,7 @@ def test_mm_vet_retries_and_aggregates(tmp_path: Path) -> None:
 
 def test_known_replies_are_not_requested_again(tmp_path: Path) -> None:
     """After a failure, only open requests are sent; other answers or judges cause new requests."""
-    _, _, requests = asked("mm_vet", tmp_path)
+    _, _, requests = build_requests("mm_vet", tmp_path)
     out = tmp_path / "out"
     broken = threading.Event()
 
@@ -195,25 +202,28 @@ def test_known_replies_are_not_requested_again(tmp_path: Path) -> None:
                 r"are kept"
             ),
         ):
-            judge(requests, out, model="judge", chat=chat(url))
+            collect_judgement(requests, out, model="judge", chat=chat(url))
         assert len(server.requests) == 5
         broken.set()
         with (out / JOURNAL).open("a") as file:
             file.write('{"custom_id": "3/0/')
-        assert judge(requests, out, model="judge", chat=chat(url)).replies == 5
+        assert collect_judgement(requests, out, model="judge", chat=chat(url)).replies == 5
         assert len(server.requests) == 6
-        assert judge(requests, out, model="judge", chat=None).replies == 5  # all replies are in the journal
+        assert collect_judgement(requests, out, model="judge", chat=None).replies == 5  # all replies are in the journal
         changed = [Grade("0", "What?", "x", "another answer. A view. 0"), *requests[1:]]
-        assert judge(changed, out, model="judge", chat=chat(url)).replies == 5 and len(server.requests) == 7
-        assert judge(requests, out, model="other", chat=chat(url)).model == "other" and len(server.requests) == 12
+        assert collect_judgement(changed, out, model="judge", chat=chat(url)).replies == 5 and len(server.requests) == 7
+        assert (
+            collect_judgement(requests, out, model="other", chat=chat(url)).model == "other"
+            and len(server.requests) == 12
+        )
     journal = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
     assert {row["content"] for row in journal} == {"0.5"} and len(journal) == 11
 
 
 def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_path: Path) -> None:
-    _, _, requests = asked("mm_vet", tmp_path)
+    _, _, requests = build_requests("mm_vet", tmp_path)
     out = tmp_path / "out"
-    assert judge(requests, out, model="gpt-4-0613", chat=None) is None
+    assert collect_judgement(requests, out, model="gpt-4-0613", chat=None) is None
     rows = [json.loads(line) for line in (out / REQUESTS).read_text().splitlines()]
     assert [row["custom_id"].split("/")[:2] for row in rows] == [[str(k), "0"] for k in range(5)]
     assert rows[0]["method"] == "POST" and rows[0]["url"] == "/v1/chat/completions"
@@ -235,17 +245,17 @@ def test_without_an_endpoint_the_requests_are_written_and_replies_are_read(tmp_p
     ]
     lines = [json.dumps(row) + "\n" for row in (*batch, {"custom_id": rows[0]["custom_id"], "content": "1.0"})]
     (out / REPLIES).write_text("".join(lines))
-    assert judge(requests, out, model="gpt-4-0613", chat=None) is None
+    assert collect_judgement(requests, out, model="gpt-4-0613", chat=None) is None
     [row] = [json.loads(line) for line in (out / REQUESTS).read_text().splitlines()]
     assert row["custom_id"].startswith("2/1/") and row["body"]["messages"][0]["content"].endswith("(digit): ")
     with (out / REPLIES).open("a") as file:
         file.write(json.dumps({"custom_id": row["custom_id"], "content": "0.3"}) + "\n")
-    found = judge(requests, out, model="gpt-4-0613", chat=None)
+    found = collect_judgement(requests, out, model="gpt-4-0613", chat=None)
     assert found.verdicts == {"0": ["1.0"], "1": ["0.4"], "2": ["perhaps", "0.3"], "3": ["0.2"], "4": ["0.1"]}
     assert found.answered_as == ("gpt-4-0613",)
     (out / REPLIES).write_text('{"custom_id": "0/0/x", "response": {"body": {}}}\n')
     with pytest.raises(DataError, match="judge_replies.jsonl:1: has no reply"):
-        judge(requests, out, model="gpt-4-0613", chat=None)
+        collect_judgement(requests, out, model="gpt-4-0613", chat=None)
 
 
 def test_unavailable_endpoint_stops_early(tmp_path: Path) -> None:
@@ -254,7 +264,7 @@ def test_unavailable_endpoint_stops_early(tmp_path: Path) -> None:
         judging(lambda request: (503, {}, b"")) as (url, server),
         pytest.raises(DataError, match="got no reply; .*HTTP 503.*, 3 times"),
     ):
-        judge(requests, tmp_path, model="judge", chat=chat(url))
+        collect_judgement(requests, tmp_path, model="judge", chat=chat(url))
     assert len(server.requests) < 60
 
 
@@ -265,7 +275,7 @@ def test_wrong_key_or_path_stops_at_once(code: int, tmp_path: Path) -> None:
         judging(lambda request: (code, {"Location": "/elsewhere"}, b"no")) as (url, server),
         pytest.raises(ConfigError, match=f"HTTP {code}: .*check URL"),
     ):
-        judge(requests, tmp_path, model="judge", chat=chat(url))
+        collect_judgement(requests, tmp_path, model="judge", chat=chat(url))
     assert len(server.requests) < 30 and {request["path"] for request in server.requests} == {"/v1/chat/completions"}
 
 

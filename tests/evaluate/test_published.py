@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.published import COLUMNS, PUBLISHED, BenchmarkResult, lines, save_chart, table
+from megatron_share4v.evaluate.published import COLUMNS, PUBLISHED, BenchmarkResult, group_results, save_chart, table
 from megatron_share4v.evaluate.tasks import TASKS
 from megatron_share4v.observability.charts import Series, bar_chart
 
@@ -99,13 +99,13 @@ def test_published_rows() -> None:
 @pytest.mark.parametrize("task", [task for task in TASKS.values() if task.name != "custom"], ids=lambda task: task.name)
 def test_every_headline_has_a_column(task) -> None:
     judge = task.judged.official if task.judged else None
-    [line] = lines([measured(task.name, {task.headline: 50.0}, judge=judge)])
+    [line] = group_results([measured(task.name, {task.headline: 50.0}, judge=judge)])
     assert list(line.scores.values()) == [50.0] and set(line.scores) <= set(COLUMNS) and not line.differs
     assert task.name == "pope" or set(line.scores) <= set(PUBLISHED[0].scores)
 
 
 def test_both_numbers_of_mme_share_a_row_with_the_others() -> None:
-    [line] = lines(
+    [line] = group_results(
         [
             measured("mme", {"perception": 1500.0, "cognition": 300.0, "count": 100.0}),
             measured("gqa", {"accuracy": 63.0}),
@@ -132,7 +132,7 @@ OTHER_KINDS = [
 @pytest.mark.parametrize(("other", "why"), OTHER_KINDS, ids=lambda part: part if isinstance(part, str) else "")
 def test_other_kinds_of_numbers_never_stand_under_the_models_name_alone(other: BenchmarkResult, why: str) -> None:
     fair = measured("seed", {"image accuracy": 69.0})
-    first, second = lines([other, fair])
+    first, second = group_results([other, fair])
     assert (first.title, first.scores) == ("ours", {"SEED-I": 69.0})
     assert second.title == f"ours ({why})" and len(second.scores) == 1
     rows = [cells(row) for row in table([other, fair]).splitlines()[2:]]
@@ -140,7 +140,7 @@ def test_other_kinds_of_numbers_never_stand_under_the_models_name_alone(other: B
 
 
 def test_missing_and_nan_scores_are_omitted() -> None:
-    assert lines([measured("mme", {"perception": None, "cognition": float("nan")})]) == []
+    assert group_results([measured("mme", {"perception": None, "cognition": float("nan")})]) == []
 
 
 def test_results_are_read_from_their_files(tmp_path: Path) -> None:

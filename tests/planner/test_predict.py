@@ -16,7 +16,7 @@ from megatron_share4v.planner.cost import context_bytes, data_bandwidth, data_by
 from megatron_share4v.planner.gpus import GPUS
 from megatron_share4v.planner.memory import Chunk, head_columns, weight_shapes
 from megatron_share4v.planner.predict import Prediction
-from megatron_share4v.planner.report import record, text
+from megatron_share4v.planner.report import format_report, prediction_to_json
 from megatron_share4v.planner.search import SearchResult, search
 from megatron_share4v.planner.workload import Workload, assumed_workload
 
@@ -117,8 +117,8 @@ def test_fp8_prediction_and_peak(config: RunConfig) -> None:
     assert plain.utilisation == f"MFU {plain.mfu:.1%}" and plain.fp8_mfu is None
     assert ours.utilisation == f"MFU {ours.mfu:.1%} of the BF16 peak, {ours.mfu * 989 / 1979:.1%} of the FP8 peak"
     assert (
-        "Transformer Engine: by reading" in text(engine, [], SearchResult([], Counter(), 0), title="")
-        and record(ours)["mfu_is_of"] == "bf16"
+        "Transformer Engine: by reading" in format_report(engine, [], SearchResult([], Counter(), 0), title="")
+        and prediction_to_json(ours)["mfu_is_of"] == "bf16"
     )
     old = Prediction(replace(ours.case, gpu=GPUS["a100"]))
     assert "A100 has no FP8 products, which precision.fp8 tensorwise asks for" in list(old.refusals())

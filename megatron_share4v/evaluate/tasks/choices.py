@@ -6,12 +6,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, Row, get_field, read_json, require
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, Row, get_field, read_json, require
 from megatron_share4v.evaluate.metrics import qbench, science_qa, seed
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.records import Answer, Doc
-from megatron_share4v.evaluate.task import CROPPED, LOADER, QBENCH, Task, Texts, Values, as_jsonl, item_ids
-from megatron_share4v.evaluate.tasks.questions import LETTER, asked, both, make_docs, playground
+from megatron_share4v.evaluate.task import (
+    CROPPED,
+    LOADER,
+    QBENCH,
+    MetricValues,
+    PredictionTexts,
+    Task,
+    encode_jsonl,
+    item_ids,
+)
+from megatron_share4v.evaluate.tasks.questions import LETTER, both, make_docs, playground, read_questions
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 _SCIENCE = "data/scienceqa of https://github.com/lupantech/ScienceQA"
@@ -19,7 +28,7 @@ _SEED = "https://huggingface.co/datasets/AILab-CVC/SEED-Bench"
 _QBENCH = "https://huggingface.co/datasets/nanyangtu/LLVisionQA-QBench"
 
 
-def _read_science(folder: Folder) -> Iterator[Doc]:
+def _read_science(folder: BenchmarkFolder) -> Iterator[Doc]:
     problems, where = read_json(folder["problems"], dict), str(folder["questions"])
     split = set(get_field(read_json(folder["splits"], dict), "test", list, where=str(folder["splits"])))
     for number, row in enumerate(read_json(folder["questions"], list)):
@@ -44,7 +53,9 @@ def _read_science(folder: Folder) -> Iterator[Doc]:
         yield Doc(id=name, question_id=name, prompt=text, image=image, recorded=recorded, meta=problem)
 
 
-def _measure_science(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_science(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     problems = [science_qa.ScienceProblem(item.id, item.meta["answer"], len(item.meta["choices"])) for item in items]
     answers = {
         item.id: science_qa.ScienceAnswer(texts[item.id], item.recorded or "") for item in items if item.id in texts
@@ -53,7 +64,7 @@ def _measure_science(folder: Folder, items: Sequence[Doc], texts: Texts, profile
     return {"image accuracy": found.image_accuracy, "accuracy": found.accuracy}
 
 
-def _read_seed(folder: Folder) -> Iterator[Doc]:
+def _read_seed(folder: BenchmarkFolder) -> Iterator[Doc]:
     truths = {}
     for number, truth in enumerate(
         get_field(read_json(folder["annotations"], dict), "questions", list, where=str(folder["annotations"]))
@@ -61,7 +72,7 @@ def _read_seed(folder: Folder) -> Iterator[Doc]:
         where = f"{folder['annotations']}, question {number}"
         require(truth, where=where, answer=str, question_type_id=int, data_type=str)
         truths[str(get_field(truth, "question_id", (str, int), where=where))] = truth
-    rows = list(asked(folder, ending=LETTER))
+    rows = list(read_questions(folder, ending=LETTER))
     for where, row in rows:
         if str(row["question_id"]) not in truths:
             raise DataError(
@@ -73,7 +84,9 @@ def _read_seed(folder: Folder) -> Iterator[Doc]:
     yield from make_docs(folder, rows, truths)
 
 
-def _measure_seed(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_seed(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     kinds = {number: name for name, number in read_json(folder["annotations"], dict).get("question_type", {}).items()}
     questions = [
         seed.SeedQuestion(item.question_id, item.meta["answer"], item.meta["question_type_id"]) for item in items
@@ -84,14 +97,14 @@ def _measure_seed(folder: Folder, items: Sequence[Doc], texts: Texts, profile: P
     return values | {str(kinds.get(number, number)): value for number, value in found.by_type.items()}
 
 
-def _submit_seed(folder: Folder, items: Sequence[Doc], texts: Texts) -> dict[str, bytes]:
+def _submit_seed(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> dict[str, bytes]:
     rows = [
         {"question_id": item.meta["question_id"], "prediction": texts[item.id]} for item in items if item.id in texts
     ]
-    return {"seed_bench_image.jsonl": as_jsonl(rows)}
+    return {"seed_bench_image.jsonl": encode_jsonl(rows)}
 
 
-def _read_qbench(folder: Folder) -> Iterator[Doc]:
+def _read_qbench(folder: BenchmarkFolder) -> Iterator[Doc]:
     rows: list[Row] = read_json(folder["questions"], list)
     for number, (name, row) in enumerate(zip(item_ids(range(len(rows))), rows)):
         where = f"{folder['questions']}, entry {number}"
@@ -115,7 +128,9 @@ def _qbench_row(item: Doc, answer: Answer, model: str) -> dict[str, Any]:
     return {**item.meta, "response": answer.text}
 
 
-def _measure_qbench(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_qbench(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     answered = [item for item in items if item.id in texts]
     answers = [
         qbench.QbenchAnswer(texts[item.id], item.meta["candidates"], item.meta["correct_ans"]) for item in answered
@@ -123,9 +138,9 @@ def _measure_qbench(folder: Folder, items: Sequence[Doc], texts: Texts, profile:
     return {"accuracy": qbench.score(answers, profile=profile).headline}
 
 
-def _submit_qbench(folder: Folder, items: Sequence[Doc], texts: Texts) -> dict[str, bytes]:
+def _submit_qbench(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> dict[str, bytes]:
     rows = [{**item.meta, "response": texts[item.id]} for item in items if item.id in texts]
-    return {"llvisionqa_test_answers.jsonl": as_jsonl(rows)} if folder.split == "test" else {}
+    return {"llvisionqa_test_answers.jsonl": encode_jsonl(rows)} if folder.split == "test" else {}
 
 
 TASKS = (

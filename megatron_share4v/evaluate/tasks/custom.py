@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, get_field, read_jsonl
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
 from megatron_share4v.evaluate.records import Doc
-from megatron_share4v.evaluate.task import CROPPED, Task, Texts, Values, item_ids
+from megatron_share4v.evaluate.task import CROPPED, MetricValues, PredictionTexts, Task, item_ids
 
 
-def _read(folder: Folder) -> Iterator[Doc]:
+def _read(folder: BenchmarkFolder) -> Iterator[Doc]:
     rows = list(read_jsonl(folder["questions"]))
     names = item_ids(get_field(row, "question_id", (int, str), where=where) for where, row in rows)
     for name, (where, row) in zip(names, rows):
@@ -44,7 +44,7 @@ def _accepted(item: Doc) -> list[str]:
     ]
 
 
-def _measure(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile) -> MetricValues:
     """Accuracy over rows with an `answer`: the prediction equals one of its values after EvalAI normalisation."""
     known = [(item, accepted) for item in items if (accepted := _accepted(item))]
     right = [normalise_evalai(texts.get(item.id, "")) in accepted for item, accepted in known]

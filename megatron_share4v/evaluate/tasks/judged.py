@@ -9,20 +9,35 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.answers import answer_id
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_json, read_jsonl, require
-from megatron_share4v.evaluate.judge_prompts import Grade, Review, Verdicts
+from megatron_share4v.evaluate.benchmark_files import (
+    BenchmarkFolder,
+    RequiredFile,
+    get_field,
+    read_json,
+    read_jsonl,
+    require,
+)
+from megatron_share4v.evaluate.judge_prompts import Grade, JudgeReplies, Review
 from megatron_share4v.evaluate.metrics import llava_bench, mm_vet
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.records import Doc
-from megatron_share4v.evaluate.task import CROPPED, JudgeSpec, Task, Texts, Values, as_json, as_jsonl
-from megatron_share4v.evaluate.tasks.questions import asked, make_docs, playground
+from megatron_share4v.evaluate.task import (
+    CROPPED,
+    JudgeSpec,
+    MetricValues,
+    PredictionTexts,
+    Task,
+    encode_json,
+    encode_jsonl,
+)
+from megatron_share4v.evaluate.tasks.questions import make_docs, playground, read_questions
 
 CATEGORIES = ("conv", "detail", "complex")
 _WILD = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 _VET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
 
-def _read_wild(folder: Folder) -> Iterator[Doc]:
+def _read_wild(folder: BenchmarkFolder) -> Iterator[Doc]:
     contexts = {
         get_field(row, "image", str, where=where): get_field(row, "caption", (str, list), where=where)
         for where, row in read_jsonl(folder["contexts"])
@@ -30,7 +45,7 @@ def _read_wild(folder: Folder) -> Iterator[Doc]:
     references = {
         get_field(row, "question_id", int, where=where): row for where, row in read_jsonl(folder["references"])
     }
-    rows, meta = list(asked(folder)), {}
+    rows, meta = list(read_questions(folder)), {}
     for where, row in rows:
         reference = references.get(row["question_id"], {})
         if row["image"] not in contexts or row.get("category") not in CATEGORIES or "text" not in reference:
@@ -49,7 +64,7 @@ def _read_wild(folder: Folder) -> Iterator[Doc]:
     yield from make_docs(folder, rows, meta)
 
 
-def _wild_requests(items: Sequence[Doc], texts: Texts, profile: Profile) -> list[Review]:
+def _wild_requests(items: Sequence[Doc], texts: PredictionTexts, profile: Profile) -> list[Review]:
     return [
         Review(item.id, item.meta["context"], item.prompt, item.meta["reference"]["text"], texts[item.id])
         for item in items
@@ -57,7 +72,7 @@ def _wild_requests(items: Sequence[Doc], texts: Texts, profile: Profile) -> list
     ]
 
 
-def _measure_wild(items: Sequence[Doc], verdicts: Verdicts, profile: Profile) -> Values:
+def _measure_wild(items: Sequence[Doc], verdicts: JudgeReplies, profile: Profile) -> MetricValues:
     judged = [item for item in items if verdicts.get(item.id)]
     scores = [llava_bench.parse_review(verdicts[item.id][0], profile=profile) for item in judged]
     found = llava_bench.summarise(
@@ -74,7 +89,9 @@ def _measure_wild(items: Sequence[Doc], verdicts: Verdicts, profile: Profile) ->
     return values
 
 
-def _wild_files(items: Sequence[Doc], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
+def _wild_files(
+    items: Sequence[Doc], texts: PredictionTexts, verdicts: JudgeReplies, judge: str
+) -> Mapping[str, bytes]:
     """Review file that the official summarize_gpt_review.py reads."""
     rows = []
     for number, item in enumerate((item for item in items if verdicts.get(item.id)), 1):
@@ -86,23 +103,23 @@ def _wild_files(items: Sequence[Doc], texts: Texts, verdicts: Verdicts, judge: s
         }
         head |= {"answer2_id": answer_id(item.id, texts[item.id]), "category": item.meta["category"], "content": review}
         rows.append(head | {"tuple": list(llava_bench.parse_review(review))})
-    return {"reviews.jsonl": as_jsonl(rows)}
+    return {"reviews.jsonl": encode_jsonl(rows)}
 
 
 def _name(item: Doc) -> str:
     return f"v1_{item.question_id}"
 
 
-def _read_vet(folder: Folder) -> Iterator[Doc]:
+def _read_vet(folder: BenchmarkFolder) -> Iterator[Doc]:
     truths = read_json(folder["annotations"], dict)
-    for item in make_docs(folder, asked(folder)):
+    for item in make_docs(folder, read_questions(folder)):
         where = f"{folder['annotations']}, {_name(item)}"
         truth = get_field(truths, _name(item), dict, where=where)
         require(truth, where=where, question=str, answer=str, capability=list)
         yield Doc(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
 
 
-def _vet_requests(items: Sequence[Doc], texts: Texts, profile: Profile) -> list[Grade]:
+def _vet_requests(items: Sequence[Doc], texts: PredictionTexts, profile: Profile) -> list[Grade]:
     return [
         Grade(item.id, item.meta["question"], item.meta["answer"], texts[item.id], profile)
         for item in items
@@ -110,7 +127,7 @@ def _vet_requests(items: Sequence[Doc], texts: Texts, profile: Profile) -> list[
     ]
 
 
-def _measure_vet(items: Sequence[Doc], verdicts: Verdicts, profile: Profile) -> Values:
+def _measure_vet(items: Sequence[Doc], verdicts: JudgeReplies, profile: Profile) -> MetricValues:
     judged = [item for item in items if verdicts.get(item.id)]
     grades = {item.id: [mm_vet.grade(verdicts[item.id], profile=profile)] for item in judged}
     found = mm_vet.aggregate(grades, {item.id: item.meta["capability"] for item in items})
@@ -119,11 +136,11 @@ def _measure_vet(items: Sequence[Doc], verdicts: Verdicts, profile: Profile) -> 
     }
 
 
-def _submit_vet(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
-    return {"mm-vet.json": as_json({_name(item): texts[item.id] for item in items if item.id in texts}, indent=2)}
+def _submit_vet(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> Mapping[str, bytes]:
+    return {"mm-vet.json": encode_json({_name(item): texts[item.id] for item in items if item.id in texts}, indent=2)}
 
 
-def _vet_files(items: Sequence[Doc], texts: Texts, verdicts: Verdicts, judge: str) -> Mapping[str, bytes]:
+def _vet_files(items: Sequence[Doc], texts: PredictionTexts, verdicts: JudgeReplies, judge: str) -> Mapping[str, bytes]:
     """Grade file of the official evaluator, from which it resumes."""
     grades = {}
     for item in items:
@@ -133,7 +150,7 @@ def _vet_files(items: Sequence[Doc], texts: Texts, verdicts: Verdicts, judge: st
                 "content": [replies[-1].split(" ")[0].strip()],
                 "score": [mm_vet.grade(replies)],
             }
-    return {"mm-vet-grade-1runs.json": as_json(grades, indent=4)}
+    return {"mm-vet-grade-1runs.json": encode_json(grades, indent=4)}
 
 
 TASKS = (

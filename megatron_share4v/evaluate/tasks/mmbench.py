@@ -15,11 +15,11 @@ from typing import Any
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_row
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile
 from megatron_share4v.evaluate.metrics import mmbench
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.records import Answer, Doc
-from megatron_share4v.evaluate.task import MMBENCH, Task, Texts, Values
+from megatron_share4v.evaluate.task import MMBENCH, MetricValues, PredictionTexts, Task
 from megatron_share4v.evaluate.tasks.questions import LETTER
 
 LETTER_CN = "\n请直接回答选项字母。"
@@ -109,7 +109,7 @@ def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Doc:
 
 
 def _reader(ending: str):
-    def read(folder: Folder) -> Iterator[Doc]:
+    def read(folder: BenchmarkFolder) -> Iterator[Doc]:
         for where, row in _rows(folder["questions"]):
             yield _item(where, row, ending=ending)
 
@@ -124,7 +124,7 @@ def _answer_row(item: Doc, answer: Answer, model: str) -> dict[str, Any]:
     return {name: (row | own)[name] for name in order}
 
 
-def _measure(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile) -> MetricValues:
     rows = []
     for item in items:
         choices = {letter: item.meta[letter] for letter in _LETTERS if item.meta.get(letter) is not None}
@@ -142,7 +142,7 @@ def _measure(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profil
     return values | {name: 100 * value for name, value in {**found.by_l2, **found.by_category}.items()}
 
 
-def _submit(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
+def _submit(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> Mapping[str, bytes]:
     return {
         f"mmbench_{folder.split}.xlsx": _workbook([item.meta for item in items], [texts.get(item.id) for item in items])
     }

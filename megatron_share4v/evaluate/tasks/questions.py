@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, Row, read_jsonl, require
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, Row, read_jsonl, require
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import item_ids
 
@@ -29,7 +29,7 @@ def playground(key: str, *names: str, splits: tuple[str, ...] = ()) -> RequiredF
     return RequiredFile(key, names, PLAYGROUND, splits)
 
 
-def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
+def read_questions(folder: BenchmarkFolder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
     """Yield (file:line, row) of the JSONL `questions`, each with question_id, image and text.
 
     ending: required end of the first text. Official texts include the directive; a file without it would give a
@@ -46,7 +46,7 @@ def asked(folder: Folder, *, ending: str = "") -> Iterator[tuple[str, Row]]:
 
 
 def make_docs(
-    folder: Folder, rows: Iterable[tuple[str, Row]], meta: Mapping[str, Mapping[str, Any]] | None = None
+    folder: BenchmarkFolder, rows: Iterable[tuple[str, Row]], meta: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Iterator[Doc]:
     """Yield a question per row. meta: by unique id; the row itself when not given."""
     contents = [row for _, row in rows]

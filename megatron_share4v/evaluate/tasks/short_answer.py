@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_json, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, get_field, read_json, read_jsonl
 from megatron_share4v.evaluate.metrics import gqa, vqa
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
 from megatron_share4v.evaluate.records import Doc
-from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values, as_json
-from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, make_docs, playground
+from megatron_share4v.evaluate.task import LOADER, MetricValues, PredictionTexts, Task, encode_json
+from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, both, make_docs, playground, read_questions
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 _VQA = "https://visualqa.org/download.html"
 _TEST, _VAL = "test-dev2015", "val2014"
 
 
-def _read_vqav2(folder: Folder) -> Iterator[Doc]:
+def _read_vqav2(folder: BenchmarkFolder) -> Iterator[Doc]:
     if folder.split == _TEST:
-        yield from make_docs(folder, asked(folder, ending=SHORT))
+        yield from make_docs(folder, read_questions(folder, ending=SHORT))
         return
     content = read_json(folder["annotations"], dict)
     truths = {
@@ -43,7 +43,7 @@ def _read_vqav2(folder: Folder) -> Iterator[Doc]:
         )
 
 
-def _vqa_items(items: Sequence[Doc], texts: Texts) -> list[vqa.VqaItem]:
+def _vqa_items(items: Sequence[Doc], texts: PredictionTexts) -> list[vqa.VqaItem]:
     """Build scoring items; a missing prediction counts as an empty one, as in submissions."""
     result = []
     for item in items:
@@ -55,13 +55,15 @@ def _vqa_items(items: Sequence[Doc], texts: Texts) -> list[vqa.VqaItem]:
     return result
 
 
-def _measure_vqav2(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_vqav2(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     found = vqa.vqa_accuracy(_vqa_items(items, texts), profile=profile)
     return {"accuracy": found.overall} | {f"answer type {kind}": value for kind, value in found.by_answer_type.items()}
 
 
-def _submit_vqav2(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
-    # EvalAI wants an answer to every question of test2015, also when only test-dev was asked: the others are empty.
+def _submit_vqav2(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> Mapping[str, bytes]:
+    # EvalAI requires an answer to every question of test2015; those outside test-dev are empty.
     path = folder["all"]
     if path.suffix == ".json":
         names = [
@@ -72,15 +74,15 @@ def _submit_vqav2(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping
         names = [get_field(row, "question_id", int, where=where) for where, row in read_jsonl(path)]
     said = {item.question_id: texts[item.id] for item in items if item.id in texts}
     return {
-        "vqav2_test2015.json": as_json(
+        "vqav2_test2015.json": encode_json(
             [{"question_id": name, "answer": normalise_evalai(said[name]) if name in said else ""} for name in names]
         )
     }
 
 
-def _read_gqa(folder: Folder) -> Iterator[Doc]:
+def _read_gqa(folder: BenchmarkFolder) -> Iterator[Doc]:
     truths = read_json(folder["annotations"], dict)
-    rows = list(asked(folder, ending=SHORT))
+    rows = list(read_questions(folder, ending=SHORT))
     meta = {}
     for where, row in rows:
         truth = truths.get(str(row["question_id"]))
@@ -94,7 +96,9 @@ def _read_gqa(folder: Folder) -> Iterator[Doc]:
     yield from make_docs(folder, rows, meta)
 
 
-def _measure_gqa(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_gqa(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     questions = [
         gqa.GqaQuestion(
             item.id,
@@ -110,18 +114,18 @@ def _measure_gqa(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Pr
     }
 
 
-def _submit_gqa(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
+def _submit_gqa(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> Mapping[str, bytes]:
     rows = [
         {"questionId": item.question_id, "prediction": gqa.convert(texts[item.id])}
         for item in items
         if item.id in texts
     ]
-    return {"testdev_balanced_predictions.json": as_json(rows)}
+    return {"testdev_balanced_predictions.json": encode_json(rows)}
 
 
-def _read_vizwiz(folder: Folder) -> Iterator[Doc]:
+def _read_vizwiz(folder: BenchmarkFolder) -> Iterator[Doc]:
     if folder.split == "test":
-        yield from make_docs(folder, asked(folder, ending=UNANSWERABLE + SHORT))
+        yield from make_docs(folder, read_questions(folder, ending=UNANSWERABLE + SHORT))
         return
     where = str(folder["annotations"])
     for number, row in enumerate(read_json(folder["annotations"], list)):
@@ -136,11 +140,13 @@ def _read_vizwiz(folder: Folder) -> Iterator[Doc]:
         )
 
 
-def _measure_vizwiz(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_vizwiz(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     return {"accuracy": vqa.vizwiz_accuracy(_vqa_items(items, texts)).accuracy}
 
 
-def _submit_vizwiz(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mapping[str, bytes]:
+def _submit_vizwiz(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> Mapping[str, bytes]:
     missing = [item.question_id for item in items if item.id not in texts]
     if missing:  # the official converter asserts it
         raise DataError(
@@ -148,20 +154,20 @@ def _submit_vizwiz(folder: Folder, items: Sequence[Doc], texts: Texts) -> Mappin
             "wants all"
         )
     return {
-        f"vizwiz_{folder.split}.json": as_json(
+        f"vizwiz_{folder.split}.json": encode_json(
             [{"image": i.meta["image"], "answer": normalise_evalai(texts[i.id])} for i in items]
         )
     }
 
 
-def _read_textvqa(folder: Folder) -> Iterator[Doc]:
+def _read_textvqa(folder: BenchmarkFolder) -> Iterator[Doc]:
     where, truths = str(folder["annotations"]), {}
     for row in get_field(read_json(folder["annotations"], dict), "data", list, where=where):
         get_field(row, "answers", list, where=where)
         truths[get_field(row, "image_id", str, where=where), get_field(row, "question", str, where=where).lower()] = row
     # The official key: image and question, from the prompt's first line. OCR tokens are in the text already: without
     # them the score is ~12 lower.
-    for item in make_docs(folder, asked(folder, ending=SHORT)):
+    for item in make_docs(folder, read_questions(folder, ending=SHORT)):
         truth = truths.get((str(item.question_id), vqa.textvqa_question(item.prompt)))
         if truth is None:
             raise DataError(
@@ -171,7 +177,9 @@ def _read_textvqa(folder: Folder) -> Iterator[Doc]:
         yield Doc(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
 
 
-def _measure_textvqa(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_textvqa(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     answered = [item for item in items if item.id in texts]  # the official script goes over the answers that there are
     return {"accuracy": vqa.textvqa_accuracy(_vqa_items(answered, texts), profile=profile).accuracy}
 

@@ -6,17 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import Folder, RequiredFile, get_field, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, get_field, read_jsonl
 from megatron_share4v.evaluate.metrics import mme, pope
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 from megatron_share4v.evaluate.records import Doc
-from megatron_share4v.evaluate.task import LOADER, Task, Texts, Values
-from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, asked, both, make_docs, playground
+from megatron_share4v.evaluate.task import LOADER, MetricValues, PredictionTexts, Task
+from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, both, make_docs, playground, read_questions
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 
 
-def _truth(folder: Folder, items: Sequence[Doc]) -> mme.Truth:
+def _truth(folder: BenchmarkFolder, items: Sequence[Doc]) -> mme.Truth:
     """Read the ground truth from MME's text files, beside the images or in a folder of their own."""
     truth: dict[tuple[str, str, str], str] = {}
     for subtask in dict.fromkeys(str(item.question_id).split("/")[0] for item in items):
@@ -30,28 +30,31 @@ def _truth(folder: Folder, items: Sequence[Doc]) -> mme.Truth:
     return truth
 
 
-def _mme_files(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile = OFFICIAL) -> Mapping[str, str]:
+def _mme_files(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile = OFFICIAL
+) -> Mapping[str, str]:
     answers = [mme.MmeAnswer(str(item.question_id), item.prompt, texts[item.id]) for item in items if item.id in texts]
     return mme.convert(answers, _truth(folder, items), profile=profile)
 
 
-def _read_mme(folder: Folder) -> Iterator[Doc]:
-    items = list(make_docs(folder, asked(folder, ending=SHORT)))
-    _mme_files(
-        folder, items, {item.id: "" for item in items}
-    )  # each question must be one of MME's: found out before the model is asked
+def _read_mme(folder: BenchmarkFolder) -> Iterator[Doc]:
+    items = list(make_docs(folder, read_questions(folder, ending=SHORT)))
+    # Check before generation that each question belongs to MME.
+    _mme_files(folder, items, {item.id: "" for item in items})
     yield from items
 
 
-def _measure_mme(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_mme(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     found = mme.calculate(_mme_files(folder, items, texts, profile), profile=profile)
     return {"perception": found.perception, "cognition": found.cognition} | {
         name: task.score for name, task in found.tasks.items()
     }
 
 
-def _read_pope(folder: Folder) -> Iterator[Doc]:
-    rows = list(asked(folder, ending=SHORT))
+def _read_pope(folder: BenchmarkFolder) -> Iterator[Doc]:
+    rows = list(read_questions(folder, ending=SHORT))
     for where, row in rows:
         if row.get("category") not in POPE_SPLITS:
             raise DataError(
@@ -62,7 +65,7 @@ def _read_pope(folder: Folder) -> Iterator[Doc]:
     yield from make_docs(folder, rows)
 
 
-def _labels(folder: Folder) -> dict[str, list[str]]:
+def _labels(folder: BenchmarkFolder) -> dict[str, list[str]]:
     """Labels by split in file order; the files are JSONL despite their names."""
     return {
         name: [get_field(row, "label", str, where=where) for where, row in read_jsonl(folder[name])]
@@ -70,7 +73,9 @@ def _labels(folder: Folder) -> dict[str, list[str]]:
     }
 
 
-def _measure_pope(folder: Folder, items: Sequence[Doc], texts: Texts, profile: Profile) -> Values:
+def _measure_pope(
+    folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts, profile: Profile
+) -> MetricValues:
     # The official script pairs answers and labels of a split by their order alone, and drops what is left over.
     said: dict[str, list[str]] = defaultdict(list)
     for item in items:

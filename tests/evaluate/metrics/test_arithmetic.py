@@ -1,4 +1,4 @@
-"""Sums and rounding against values worked out by hand, and against NumPy, which the official scripts use."""
+"""Sums and rounding against hand-computed values and NumPy."""
 
 from __future__ import annotations
 

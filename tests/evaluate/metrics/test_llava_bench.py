@@ -1,4 +1,4 @@
-"""LLaVA-Bench: scores from reviews and relative scores, against a table; the errors that ports make."""
+"""LLaVA-Bench: review parsing and relative scores, and detection of port errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MM-Vet: grades from replies, retries, and means by capability, against a table; the errors that ports make."""
+"""MM-Vet: grade parsing, retries and means by capability, and detection of port errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""MMBench: the option that a text means, against a table; rotations, categories and judged rows; the errors that
-ports make.
-"""
+"""MMBench: option inference, rotations, categories and judged rows, and detection of port errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MME: yes or no in a text, result files, and points, against a table; the converter; the errors that ports make."""
+"""MME: parsing, conversion, result files and scores, and detection of port errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""POPE: yes or no in a text, against a table; counts and shares, also where the script would divide by zero; the
-errors that ports make.
-"""
+"""POPE: parsing, counts and metrics including divisions by zero, and detection of port errors."""
 
 from __future__ import annotations
 

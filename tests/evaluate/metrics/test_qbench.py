@@ -1,4 +1,4 @@
-"""Q-Bench: what counts as the right candidate, against a table; the errors that ports make."""
+"""Q-Bench: matching of the right candidate, and detection of port errors."""
 
 from __future__ import annotations
 

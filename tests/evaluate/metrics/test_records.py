@@ -1,6 +1,4 @@
-"""What goes in and comes out: frozen records, a headline on every result that the paper has a number for, and no
-library but the standard one.
-"""
+"""Metric modules: frozen records, a headline for every published number, and only the standard library."""
 
 from __future__ import annotations
 
@@ -40,5 +38,5 @@ def test_only_the_standard_library(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_map_names_every_file(path: Path) -> None:
+def test_package_docstring_lists_every_module(path: Path) -> None:
     assert f" {path.stem} " in metrics.__doc__.replace("\n", " \n")

@@ -1,6 +1,4 @@
-"""ScienceQA: the letter in a text, against a table; what counts as right and as an image question; the errors that
-ports make.
-"""
+"""ScienceQA: letter parsing, accuracies and image questions, and detection of port errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""SEED-Bench: exact and tolerant letters against a table; types, totals and missing answers; the errors that ports
-make.
-"""
+"""SEED-Bench: exact and tolerant matching, types, totals and missing answers, and detection of port errors."""
 
 from __future__ import annotations
 

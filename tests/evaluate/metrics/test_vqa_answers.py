@@ -1,6 +1,4 @@
-"""Both answer normalisers against a table of what the official ones give; the contraction table; and the errors that
-ports make.
-"""
+"""Answer normalisers against official results, the contraction table, and detection of port errors."""
 
 from __future__ import annotations
 
