@@ -69,7 +69,7 @@ class Variant:
         packing: Packing | None,
     ) -> None:
         self.index, self.mesh, self.size = index, mesh, size
-        self.plan = Sampler(
+        self.sampler = Sampler(
             index,
             order=order,
             packing=packing,
@@ -91,9 +91,10 @@ class Variant:
 
     def step(self, step: int) -> None:
         """Train one step; steps after the first, which allocates buffers, are measured."""
-        items = self.plan.global_batch(step)
+        items = self.sampler.global_batch(step)
         batches = [
-            _batch(self.index, micro_batch) for micro_batch in self.plan.micro_batches(items, data_rank=0, data_size=1)
+            _batch(self.index, micro_batch)
+            for micro_batch in self.sampler.micro_batches(items, data_rank=0, data_size=1)
         ]
         started = time.process_time()
         settings = StepSettings(mesh=self.mesh, micro_batch_size=self.size, clip_grad_norm=1.0)
@@ -150,9 +151,9 @@ def bench_packing(*, steps: int = 5, micro_batches: int = 8) -> dict[str, dict[s
     }
     print(
         ", ".join(f"{name}: {ratio:.2f}" for name, ratio in ratios.items())
-        + f"; fill of all packs {100 * variants['packed'].plan.fill:.1f} %"
+        + f"; fill of all packs {100 * variants['packed'].sampler.fill:.1f} %"
     )
-    return {**found, "ratios": ratios, "fill": {"packed": variants["packed"].plan.fill}}
+    return {**found, "ratios": ratios, "fill": {"packed": variants["packed"].sampler.fill}}
 
 
 def _batch(index: Index | BlendedIndex, micro_batch: MicroBatch) -> Batch:

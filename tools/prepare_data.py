@@ -1,7 +1,7 @@
 """Turn LLaVA/ShareGPT4V annotations and their images into a data set for tools/train.py.
 
-Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json, rejected.jsonl and duplicates.jsonl to --output. Started again after it was
-killed, it goes on where the last finished shard ends. docs/data.md says what to download.
+Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json, rejected.jsonl and duplicates.jsonl to --output. After an
+interruption, the same command resumes after the last complete shard. docs/data.md lists the downloads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; the same command goes on after the last finished shard", file=sys.stderr)
+        print(
+            "prepare_data: interrupted; run the same command again to resume after the last complete shard",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

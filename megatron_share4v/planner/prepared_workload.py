@@ -1,4 +1,4 @@
-"""Workload of a run whose data set is prepared on this machine, from the sampling plan of the run."""
+"""Workload of a run whose data set is prepared on this machine, from the sample order of the run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SAMPLED_STEPS = 40
 
 
 def measured_workload(config: RunConfig) -> Workload:
-    """Average evenly spaced steps of the sampling plan. Raises DataError for a data set that cannot be read."""
+    """Average evenly spaced steps of the sampling sampler. Raises DataError for a data set that cannot be read."""
     data, train = config.data, config.train
-    plan = Sampler.from_config(config, open_index(data.train))
-    total = train.total_steps(plan.epoch_items)
+    sampler = Sampler.from_config(config, open_index(data.train))
+    total = train.total_steps(sampler.epoch_items)
     steps = [
-        plan.global_batch(int(step))
+        sampler.global_batch(int(step))
         for step in np.unique(np.linspace(0, total - 1, min(total, SAMPLED_STEPS)).astype(int))
     ]
     sequences = sum(items.sequences for items in steps)
@@ -27,19 +27,19 @@ def measured_workload(config: RunConfig) -> Workload:
     length = sum(items.positions for items in steps) / sequences
     return Workload(
         length=round(length),
-        longest=max(items.sequence_length for items in steps) if data.pack_length else _longest(plan),
+        longest=max(items.sequence_length for items in steps) if data.pack_length else _longest(sampler),
         positions=float(lengths.sum()) / sequences,
         squares=squares,
         padded_squares=squares if data.pack_length else length**2,
         images=sum(items.images for items in steps) / sequences,
         head_rows=sum(items.trained_tokens for items in steps) / sequences,
-        sequences=plan.epoch_items,
+        sequences=sampler.epoch_items,
         source=f"measured: {len(steps)} of {total} steps of {data.train}",
     )
 
 
-def _longest(plan: Sampler) -> int:
+def _longest(sampler: Sampler) -> int:
     """Positions of the longest sample, padded as in a step."""
-    rows = plan.index.rows
-    positions = int((rows["n_tok"].astype(int) + rows["n_img"].astype(int) * (plan.tokens_per_image - 1)).max())
-    return -(-positions // plan.pad_multiple) * plan.pad_multiple
+    rows = sampler.index.rows
+    positions = int((rows["n_tok"].astype(int) + rows["n_img"].astype(int) * (sampler.tokens_per_image - 1)).max())
+    return -(-positions // sampler.pad_multiple) * sampler.pad_multiple

@@ -130,7 +130,7 @@ def _rank_micro_batches(training: Training, data: StepData, losses: Sequence[Ran
         if rank_losses:  # with context parallelism several ranks have one, each for its positions
             by_data_rank.setdefault(layout.coordinates(rank).data, []).append(rank_losses)
     for data_rank, parts in by_data_rank.items():
-        planned = training.source.plan.micro_batches(data.items, data_rank=data_rank, data_size=layout.data)
+        planned = training.source.sampler.micro_batches(data.items, data_rank=data_rank, data_size=layout.data)
         for number, (micro_batch, *shares) in enumerate(zip(planned, *parts)):
             total, tokens = sum(share[0] for share in shares), sum(share[1] for share in shares)
             found.append(MicroBatchLoss(data_rank, number, total / max(tokens, 1), tokens, micro_batch.rows))
@@ -159,7 +159,7 @@ def _write_samples(training: Training, folder: Path, rows: Sequence[int]) -> Non
                 tokenizer=source.encoder.tokenizer,
                 template=source.encoder.template,
                 max_text_length=training.config.data.max_text_length,
-                tokens_per_image=source.plan.tokens_per_image,
+                tokens_per_image=source.sampler.tokens_per_image,
                 colour=False,
             )
             if sample.image is not None:

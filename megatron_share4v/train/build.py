@@ -117,7 +117,7 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         validation=validation,
         chunks=chunks,
         optimizer=optimizer,
-        total_steps=config.train.total_steps(source.plan.epoch_items),
+        total_steps=config.train.total_steps(source.sampler.epoch_items),
         start_step=start_step,
     )
 
@@ -180,18 +180,18 @@ def open_source(
         )
     index = open_index(data_sets)
     index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
-    plan = Sampler.from_config(config, index, order=order)
+    sampler = Sampler.from_config(config, index, order=order)
     for share in source_rows(index):
         get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)
-    if plan.packing:
+    if sampler.packing:
         get_logger().info(
             "data: an epoch is %d packs of %d positions, %.1f %% filled",
-            plan.epoch_items,
-            plan.packing.length,
-            100 * plan.fill,
+            sampler.epoch_items,
+            sampler.packing.length,
+            100 * sampler.fill,
         )
     encoder = make_encoder(config.model.vision.image_size, data, tokenizer)
-    return Source(index=index, plan=plan, encoder=encoder, options=options)
+    return Source(index=index, sampler=sampler, encoder=encoder, options=options)
 
 
 def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
@@ -234,10 +234,10 @@ def _check_config_changes(config: RunConfig, path: Path, *, mesh: Mesh) -> None:
 
 def _check_data_position(config: RunConfig, state: RunState, source: Source, path: Path, *, mesh: Mesh) -> None:
     """Raise CheckpointError when the run would continue on other data or elsewhere in the same data."""
-    plan = source.plan
-    changed = fingerprint_differences(state.data, describe_data(plan, source.encoder)) if state.data else []
-    if not changed and state.plan_fingerprint != plan.fingerprint:
-        changed = [f"plan: was {state.plan_fingerprint[:12]}, is {plan.fingerprint[:12]}"]
+    sampler = source.sampler
+    changed = fingerprint_differences(state.data, describe_data(sampler, source.encoder)) if state.data else []
+    if not changed and state.plan_fingerprint != sampler.fingerprint:
+        changed = [f"plan: was {state.plan_fingerprint[:12]}, is {sampler.fingerprint[:12]}"]
     if changed and config.checkpoint.allow_data_change:
         _record_data_change(state, changed, path, directory=Path(config.run.directory) if mesh.rank == 0 else None)
         return
@@ -247,10 +247,10 @@ def _check_data_position(config: RunConfig, state: RunState, source: Source, pat
             "checkpoint.initialize_from to keep the weights, or set checkpoint.allow_data_change true to go on at the "
             "same step of the new data"
         )
-    if state.consumed_samples != sum(plan.consumed(state.step).values()):
+    if state.consumed_samples != sum(sampler.consumed(state.step).values()):
         raise CheckpointError(
             f"{path}: {state.consumed_samples} samples were consumed in {state.step} steps; train.global_batch_size "
-            f"{plan.global_batch_size} does not continue that. Restore the old value, or use another run.directory "
+            f"{sampler.global_batch_size} does not continue that. Restore the old value, or use another run.directory "
             "with checkpoint.initialize_from"
         )
 

@@ -125,7 +125,7 @@ def _state(training: Training, step: int) -> RunState:
     source = training.source
     return RunState(
         step=step,
-        consumed_samples=sum(source.plan.consumed(step).values()),
-        plan_fingerprint=source.plan.fingerprint,
-        data=describe_data(source.plan, source.encoder),
+        consumed_samples=sum(source.sampler.consumed(step).values()),
+        plan_fingerprint=source.sampler.fingerprint,
+        data=describe_data(source.sampler, source.encoder),
     )

@@ -35,7 +35,7 @@ from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.parallel.broadcast import broadcast_tensors
 from megatron_share4v.parallel.collectives import gather_interleaved_rows
 
-_TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has the segments from the plan
+_TEXT = ("token_ids", "image_slots", "target_rows", "targets")  # every rank has the segments from the sampler
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class StepData:
 
     @property
     def step_index(self) -> int:
-        """0-based index of the step in the data plan."""
+        """0-based index of the step in the sample order."""
         return self.items.step
 
     @property
@@ -65,10 +65,10 @@ class StepData:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One prepared data set with its sampling plan and encoder."""
+    """One prepared data set with its sampler and encoder."""
 
     index: Index | BlendedIndex
-    plan: Sampler
+    sampler: Sampler
     encoder: Encoder
     options: LoaderOptions
 
@@ -86,11 +86,11 @@ def feed(
     reading = prefetch_to_device(prefetched, mesh.device) if prefetched is not None else None
     try:
         for step_index in range(after_step, last_step):
-            items = source.plan.global_batch(step_index)
+            items = source.sampler.global_batch(step_index)
             if step_index in skip_indices:
                 yield StepData(items, [], 0.0)
                 continue
-            planned = source.plan.micro_batches(items, data_rank=mesh.coordinates.data, data_size=mesh.layout.data)
+            planned = source.sampler.micro_batches(items, data_rank=mesh.coordinates.data, data_size=mesh.layout.data)
             started = time.perf_counter()
             readings = next(reading) if reading is not None else None
             faults = tuple(fault for one in readings or [] for fault in one.faults)
@@ -106,11 +106,11 @@ def _open_loader(source: Source, mesh: Mesh) -> Loader | None:
     """Open this rank's loader; None on ranks that read nothing."""
     role = StageRole(first=mesh.is_first_stage, last=mesh.is_last_stage and mesh.reads_data)
     if not (role.first or role.last):
-        source.plan.micro_batches_per_rank(data_size=mesh.layout.data)
+        source.sampler.micro_batches_per_rank(data_size=mesh.layout.data)
         return None
     return Loader(
         source.index,
-        source.plan,
+        source.sampler,
         source.encoder,
         role=role,
         data_rank=mesh.coordinates.data,
@@ -148,23 +148,25 @@ def _assemble_batches(
     if faulty and loader is not None and local[0].targets is not None:
         affected = [faulty.intersection(micro_batch.rows) for micro_batch in planned]
         local = [
-            loader.mask_samples(batch, plan, rows=rows) if rows else batch
-            for batch, plan, rows in zip(local, planned, affected)
+            loader.mask_samples(batch, micro_batch, rows=rows) if rows else batch
+            for batch, micro_batch, rows in zip(local, planned, affected)
         ]
     whole = [EMPTY_BATCH] * len(planned)
     if mesh.is_first_stage or mesh.is_last_stage:
         whole = _share_text(local if mesh.reads_data else None, count=len(planned), mesh=mesh)
     if mesh.is_first_stage:
-        pixels = _share_pixels(
-            local, [source.index.rows["n_img"][list(plan.rows)].sum() for plan in planned], mesh=mesh
-        )
+        counts = [source.index.rows["n_img"][list(micro_batch.rows)].sum() for micro_batch in planned]
+        pixels = _share_pixels(local, counts, mesh=mesh)
         whole = [replace(batch, pixels=images) for batch, images in zip(whole, pixels)]
     rank, size = mesh.coordinates.context, mesh.layout.context
     return [
         slice_for_context_parallel(
-            replace(batch, segments=plan.segments), rank=rank, size=size, sequence_length=plan.sequence_length
+            replace(batch, segments=micro_batch.segments),
+            rank=rank,
+            size=size,
+            sequence_length=micro_batch.sequence_length,
         )
-        for batch, plan in zip(whole, planned)
+        for batch, micro_batch in zip(whole, planned)
     ]
 
 

@@ -64,6 +64,10 @@ def _make_prompt(source: Source, row: int) -> tuple[Prompt, str]:
     store.close()
     question, answer = sample.turns[:2]
     prompt = make_prompt(
-        source.encoder, [question], image=sample.image, tokens_per_image=source.plan.tokens_per_image, name=sample.name
+        source.encoder,
+        [question],
+        image=sample.image,
+        tokens_per_image=source.sampler.tokens_per_image,
+        name=sample.name,
     )
     return prompt, answer.text

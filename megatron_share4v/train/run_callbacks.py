@@ -174,14 +174,14 @@ class QuarantineCallback(Callback):
     def __init__(self, training: Training) -> None:
         path = training.directory / QuarantineLog.FILE
         log = reopen(path, keep_to_step=training.start_step) if training.mesh.rank == 0 else None
-        self._plan = training.source.plan
+        self._sampler = training.source.sampler
         self._log = QuarantineLog(path, log, max_fraction=training.config.data.max_faulty_fraction)
 
     def after_step(self, state: StepState) -> None:
         """Record the faults of the step; collective when any rank has one."""
         data = state.data
         if data.faulty_rows:
-            rows, consumed = data.items.rows.tolist(), sum(self._plan.consumed(state.step).values())
+            rows, consumed = data.items.rows.tolist(), sum(self._sampler.consumed(state.step).values())
             state.faulty_samples = self._log.record(data.faults, step=state.step, rows=rows, consumed=consumed)
 
     def on_run_end(self, status: str) -> None:

@@ -58,8 +58,8 @@ def collect_run_facts(training: Training, hosts: Sequence[str]) -> dict[str, Any
         "decisions": decisions,
         "start_weights": describe_start_weights(training),
         "data": {
-            "plan": source.plan.fingerprint,
-            **describe_data(source.plan, source.encoder),
+            "plan": source.sampler.fingerprint,
+            **describe_data(source.sampler, source.encoder),
             "sources": sources,
         },
         "total_steps": training.total_steps,

@@ -22,7 +22,7 @@ def make_step_record(training: Training, state: StepState) -> StepRecord:
         images_per_sample=training.source.index.rows["n_img"][items.rows],
         fused_head=unwrap_model(training.chunks[0]).config.ops == "native",
     )
-    consumed = training.source.plan.consumed(state.step)
+    consumed = training.source.sampler.consumed(state.step)
     rank_seconds = state.seconds * mesh.layout.world_size
     model_flops_per_s, hardware_flops_per_s = flops.model / rank_seconds, flops.hardware / rank_seconds
     gpu = known_gpu(torch.cuda.get_device_name()) if mesh.device.kind == "cuda" else None

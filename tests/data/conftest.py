@@ -1,4 +1,4 @@
-"""A tiny tokenizer, tiny annotations with their images, and the data set prepared from them; each made once per session."""
+"""Session fixtures: a small tokenizer, annotations with images, and the data set prepared from them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ WORDS = [
 
 
 def _picture(number: int, *, mode: str = "RGB", size: tuple[int, int] | None = None, format: str = "PNG") -> bytes:
-    """A reproducible noisy image, encoded."""
+    """Encode a noise image that depends on `number` only."""
     width, height = size or (20 + number % 7, 20 + number % 5)
     rng = np.random.RandomState(number)
     image = Image.fromarray(rng.randint(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
@@ -60,12 +60,12 @@ def _picture(number: int, *, mode: str = "RGB", size: tuple[int, int] | None = N
 
 
 def sentence(number: int, length: int) -> str:
-    """`length` words that depend on `number`."""
+    """Return a sentence of `length` words that depends on `number` only."""
     return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(length))
 
 
 def _record(number: int, *, image: bool, length: int) -> dict[str, object]:
-    """One round about an image, or two rounds of text only."""
+    """Create an annotation with one round about an image, or two text-only rounds."""
     if image:
         turns = [f"<image>\n{sentence(number, 3)}", sentence(number, length)]
         fields = {"id": f"img_{number}", "image": f"coco/{number}.png"}
@@ -79,7 +79,7 @@ def _record(number: int, *, image: bool, length: int) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared data set and what it was made from."""
+    """A prepared data set with its annotations, images and tokenizer."""
 
     directory: Path
     annotations: Path
@@ -95,19 +95,19 @@ class Prepared:
 
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., bytes]:
-    """`picture(number, mode=, size=, format=)`: an encoded image."""
+    """Function picture(number, mode=, size=, format=) that encodes an image."""
     return _picture
 
 
 @pytest.fixture(scope="session")
 def record() -> Callable[..., dict[str, object]]:
-    """`record(number, image=, length=)`: one annotation."""
+    """Function record(number, image=, length=) that creates an annotation."""
     return _record
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentencepiece model with LLaMA's special ids."""
+    """Path of a sentencepiece model with the special ids of LLaMA."""
     directory = tmp_path_factory.mktemp("tokenizer")
     lines = [sentence(n, 8) + "." for n in range(200)] + [
         "A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT: polite answers to "
@@ -116,16 +116,27 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = directory / "corpus.txt"
     corpus.write_text("\n".join(lines), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(directory / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        num_threads=1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        input=str(corpus),
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     return directory / "tokenizer.model"
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Prepared:
-    """24 samples, one in three text only, in shards of 5."""
+    """Data set of 24 samples in shards of 5; every third sample is text only."""
     root = tmp_path_factory.mktemp("prepared")
     images = root / "images"
     (images / "coco").mkdir(parents=True)
@@ -147,7 +158,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> 
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer_path: Path) -> Encoder:
-    """Encodes as `prepared` was prepared, at a small image size."""
+    """Encoder with the settings of `prepared` and a small image size."""
     return Encoder(
         tokenizer=Tokenizer(tokenizer_path),
         template=get_template("vicuna_v1"),

@@ -1,5 +1,7 @@
-"""Ids and labels against a second path, written here from the description of the official one: render, split the text at separators,
-tokenise the parts again, and count. Then every quirk by name, truncation, prompts, and every error.
+"""Ids and labels compared with a second implementation, written from the description of the official procedure.
+
+That procedure renders the text, splits it at separators, tokenises the parts again and counts tokens. Further tests
+cover each quirk, truncation, prompts and each error.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ Counted = tuple[list[int], list[int]]
 
 
 class Counting:
-    """The official procedure. Knows the legacy tokenizer only by its rule: cut at specials, sentencepiece for each part, <s> first."""
+    """Official procedure with the legacy tokenizer rule: split at special tokens, encode each part, <s> first."""
 
     def __init__(self, model: str, specials: Sequence[str] = ("<s>", "</s>", "<unk>")) -> None:
         self.model = sentencepiece.SentencePieceProcessor(model_file=model)
@@ -53,8 +55,11 @@ class Counting:
     def by_rounds(
         self, text: str, rounds: list[str], answers: list[str], mark: str, has_image: bool, tail: int
     ) -> Counted:
-        """Rounds are counted one by one; their own <s> stands for the separator that the splitting took away. tail: tokens of the mark's end
-        that are trained already. ValueError and AssertionError: the split finds none, or other answers than there are."""
+        """Count round by round; the <s> of each round counts for the separator removed by the split.
+
+        tail: trained tokens at the end of the mark. Raises ValueError or AssertionError when the split finds no answers
+        or different ones.
+        """
         ids = self.image_ids(text, has_image)
         labels = list(ids)
         at = 1
@@ -126,8 +131,8 @@ def normalised(texts: list[str], tagged: bool) -> list[str]:
 
 
 WORDS = [
-    "A", "cat", "is", "sleeping", ".", "What", "?", "\n", "\n\n", " ", "  ", "\t", "é", "日本語", "😀", "👩‍👩‍👧", "e\u0301", "<", "s>", "###", "#",
-    "ASSISTANT", ":", "[INST]", "</", "\0", "▁", "1.", "``", "\u200b", "\r\n", "Human", "</Image>",
+    "A", "cat", "is", "sleeping", ".", "What", "?", "\n", "\n\n", " ", "  ", "\t", "é", "日本語", "😀", "👩‍👩‍👧", "e\u0301", "<", "s>",
+    "###", "#", "ASSISTANT", ":", "[INST]", "</", "\0", "▁", "1.", "``", "\u200b", "\r\n", "Human", "</Image>",
 ]  # fmt: skip
 
 
@@ -203,7 +208,7 @@ def test_mpt_as_counted(chatml_tokenizer: Tokenizer, name: str):
 
 @pytest.mark.parametrize("name", V0)
 def test_v0_as_counted(tokenizer: Tokenizer, counting: Counting, name: str):
-    # The counts come out only with a vocabulary like LLaMA's: "###" is one token at the start of a text and two after a newline.
+    # The counts need a vocabulary like LLaMA's: "###" is one token at the start of a text and two after a newline.
     assert len(counting.ids("###")) == 2 and len(counting.ids("\n###")) == 5
     compare(tokenizer, name, lambda texts, has_image: counting.v0(get_template(name).system, texts, has_image))
 

@@ -30,8 +30,10 @@ TRAINING_TEXTS = {
     "vicuna_v1": f"{V1_SYSTEM} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>",
     "share4v_v1": f"{HUMAN_SYSTEM} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>",
     "vicuna_v0": f"{HUMAN_SYSTEM}\n\n### Human: <image>\nQ1\n### Assistant: A1\n### Human: Q2\n### Assistant: A2\n### ",
-    "share4v_v0": f"{HUMAN_SYSTEM}\n\n### Human: <image>\nQ1\n### Assistant: A1\n### Human: Q2\n### Assistant: A2\n### ",
-    "share4v_llama_2": f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST] A2 </s>",
+    "share4v_v0": f"{HUMAN_SYSTEM}\n\n### Human: <image>\nQ1\n### Assistant: A1\n"
+    "### Human: Q2\n### Assistant: A2\n### ",
+    "share4v_llama_2": f"[INST] <<SYS>>\n{VISION_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s>"
+    "<s>[INST] Q2 [/INST] A2 </s>",
     "mistral_instruct": "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>",
     "chatml_direct": (
         "<|im_start|>system\nAnswer the "
@@ -88,11 +90,20 @@ def test_plain_is_image_caption_newline():
 @pytest.mark.parametrize(
     "names",
     [
-        ("plain", "v0_plain"), ("vicuna_v1", "v1"), ("share4v_v1", "llava_v1"), ("share4v_v0", "llava_v0"), ("vicuna_v0", "v0", "default"),
-        ("v0_mmtag",), ("v1_mmtag",), ("llama_2",), ("share4v_llama_2", "llava_llama_2"), ("mpt",), ("chatml_direct", "mistral_direct"),
+        ("plain", "v0_plain"),
+        ("vicuna_v1", "v1"),
+        ("share4v_v1", "llava_v1"),
+        ("share4v_v0", "llava_v0"),
+        ("vicuna_v0", "v0", "default"),
+        ("v0_mmtag",),
+        ("v1_mmtag",),
+        ("llama_2",),
+        ("share4v_llama_2", "llava_llama_2"),
+        ("mpt",),
+        ("chatml_direct", "mistral_direct"),
         ("mistral_instruct",),
     ],
-)  # fmt: skip
+)
 def test_names(names: tuple[str, ...]):
     for name in names:
         assert get_template(name) is get_template(names[0]) is TEMPLATES[name]
@@ -109,10 +120,15 @@ def test_unknown_name():
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("Q\n<image>", "<image>\nQ"), ("<image>\nQ", "<image>\nQ"), ("<image>a<image> b <image>", "<image>\na b"), (" <image> ", "<image>"),
-        ("<image>", "<image>"), ("  no image ", "  no image "), ("<image>\n\n Q \n", "<image>\nQ"),
+        ("Q\n<image>", "<image>\nQ"),
+        ("<image>\nQ", "<image>\nQ"),
+        ("<image>a<image> b <image>", "<image>\na b"),
+        (" <image> ", "<image>"),
+        ("<image>", "<image>"),
+        ("  no image ", "  no image "),
+        ("<image>\n\n Q \n", "<image>\nQ"),
     ],
-)  # fmt: skip
+)
 def test_normalise_placeholders(text: str, expected: str):
     assert normalise_placeholders(text) == expected
 

@@ -1,4 +1,4 @@
-"""Ids are those of the legacy slow tokenizer (transformers' sentencepiece class is a witness), spans are exact, decode is the inverse."""
+"""Token ids equal to those of the legacy slow tokenizer in transformers; exact spans; decode inverts encode."""
 
 import pickle
 import random
@@ -12,9 +12,30 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.text.tokenizer import Tokenizer
 
 TEXTS = [
-    "", " ", "A cat.", "  two  spaces ", "\n", "\nWhat", "a\n\n\tb", "日本語 é 😀 x", "👩‍👩‍👧", "e\u0301", "a\0b", "▁x ▁", "<0x0A>", "</s>", "<s>[INST] x",
-    "A cat.</s>USER: What", "a </s> b", "</s></s>x<unk>y<s>", "<</s>>", "</s", "<image>\nWhat?", "\ufeff\u200b", "\r\n",
-]  # fmt: skip
+    "",
+    " ",
+    "A cat.",
+    "  two  spaces ",
+    "\n",
+    "\nWhat",
+    "a\n\n\tb",
+    "日本語 é 😀 x",
+    "👩‍👩‍👧",
+    "e\u0301",
+    "a\0b",
+    "▁x ▁",
+    "<0x0A>",
+    "</s>",
+    "<s>[INST] x",
+    "A cat.</s>USER: What",
+    "a </s> b",
+    "</s></s>x<unk>y<s>",
+    "<</s>>",
+    "</s",
+    "<image>\nWhat?",
+    "\ufeff\u200b",
+    "\r\n",
+]
 
 
 def random_texts(number: int) -> list[str]:
@@ -141,9 +162,15 @@ def test_truncated_file(tmp_path: Path, model_path: Path):
 def test_model_without_bos(tmp_path: Path):
     prefix = str(tmp_path / "nobos")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d"] * 5), model_prefix=prefix, vocab_size=20, model_type="bpe", bos_id=-1, eos_id=1,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["a b c d"] * 5),
+        model_prefix=prefix,
+        vocab_size=20,
+        model_type="bpe",
+        bos_id=-1,
+        eos_id=1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     with pytest.raises(DataError, match="no <s>"):
         Tokenizer(f"{prefix}.model")
 

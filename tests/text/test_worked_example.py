@@ -1,5 +1,7 @@
-"""The worked example with LLaMA's own ids. No dependency ships LLaMA's vocabulary, so a model is built here that has the pieces of the example at
-their published places; what stands between them is the tokenizer's rule and ours: <s>, leading spaces, </s>, the image, the labels.
+"""Worked example with the token ids of LLaMA.
+
+No dependency ships LLaMA's vocabulary, so these tests build a model with the pieces of the example at their published
+ids. The tests cover <s>, leading spaces, </s>, the image and the labels.
 """
 
 from __future__ import annotations

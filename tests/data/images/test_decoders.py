@@ -1,4 +1,4 @@
-"""Every image backend against the reference: many formats, damage of all kinds, and images of odd shapes; and the gate that measures them."""
+"""Image backends compared with the reference on many formats, damaged files and odd shapes; and the parity check."""
 
 import io
 import struct

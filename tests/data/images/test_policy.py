@@ -1,4 +1,4 @@
-"""Pixels: bit-equal to LLaVA's padding followed by Hugging Face's CLIPImageProcessorPil; damaged and absurd files are refused."""
+"""Pixels bit-equal to LLaVA's padding with CLIPImageProcessorPil; rejection of damaged and oversized files."""
 
 import io
 import struct

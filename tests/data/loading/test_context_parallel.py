@@ -13,7 +13,10 @@ SEGMENTS = ((7, 5), (12,))
 
 
 def micro_batch() -> Batch:
-    """Two sequences; images at 1 to 4 and at 8 to 11 of the first, and at 4 to 7 of the second: with two ranks the third lies across the border."""
+    """Two sequences with images at 1 to 4 and 8 to 11 of the first and at 4 to 7 of the second.
+
+    With two ranks the third image crosses the boundary between them.
+    """
     slots = torch.cat([start + torch.arange(PATCHES) for start in (1, 8, LENGTH + 4)])
     ids = torch.arange(1, 2 * LENGTH + 1).view(2, LENGTH)
     rows = torch.tensor([5, 6, 10, LENGTH, LENGTH + 11])

@@ -1,4 +1,4 @@
-"""Batches of a rank: the same content for any number of workers, ranks and any start; damage arrives as itself; nothing hangs."""
+"""Loader batches: equal for any number of workers and ranks and any start; damaged data is reported; no hangs."""
 
 import os
 import shutil
@@ -25,9 +25,14 @@ TOKENS_PER_IMAGE = 4
 
 def _plan(index: Index, **changes: object) -> Sampler:
     settings = {
-        "order": "group_by_modality_length", "group_size": None, "seed": 11, "global_batch_size": 8, "micro_batch_size": 2,
-        "tokens_per_image": TOKENS_PER_IMAGE, "pad_multiple": 8,
-    }  # fmt: skip
+        "order": "group_by_modality_length",
+        "group_size": None,
+        "seed": 11,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "tokens_per_image": TOKENS_PER_IMAGE,
+        "pad_multiple": 8,
+    }
     return Sampler(index, **(settings | changes))
 
 
@@ -291,10 +296,15 @@ SCRIPT = """
 
     if __name__ == "__main__":
         index = Index.open(sys.argv[1])
-        plan = Sampler(index, order="random", group_size=None, seed=0, global_batch_size=4, micro_batch_size=2, tokens_per_image=4, pad_multiple=8)
+        sampler = Sampler(
+            index, order="random", group_size=None, seed=0, global_batch_size=4, micro_batch_size=2,
+            tokens_per_image=4, pad_multiple=8,
+        )
         encoder = Encoder(Tokenizer(sys.argv[2]), get_template("vicuna_v1"), 512, ImagePolicy(28))
         options = LoaderOptions(num_workers=2, prefetch=4)
-        stream = Loader(index, plan, encoder, role=StageRole(True, True), data_rank=0, data_size=1, options=options).steps(0, 10**6)
+        role = StageRole(True, True)
+        loader = Loader(index, sampler, encoder, role=role, data_rank=0, data_size=1, options=options)
+        stream = loader.steps(0, 10**6)
         next(stream)
         print("got one", flush=True)
         raise SystemExit(3)
@@ -305,8 +315,11 @@ def test_workers_do_not_hold_up_the_exit(prepared, tmp_path: Path):
     script = tmp_path / "stops_early.py"
     script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
     result = subprocess.run(
-        [sys.executable, str(script), str(prepared.directory), str(prepared.tokenizer_path)], capture_output=True, text=True, timeout=120,
+        [sys.executable, str(script), str(prepared.directory), str(prepared.tokenizer_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert (result.returncode, result.stdout) == (3, "got one\n"), result.stderr
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""The doctor: every kind of finding is named, numbers agree with what is counted by hand, exit codes are for a script."""
+"""Data audit: each kind of finding is reported, counts agree with hand-counted numbers, exit codes."""
 
 import dataclasses
 import json
@@ -72,10 +72,18 @@ def bad(prepared, tmp_path: Path, picture) -> Path:
 
 
 WANTED = {
-    "missing "
-    "image": 1, "corrupt image": 1, "oversized image": 1, "placeholder mismatch": 2, "bad record": 1, "no label": 1, "truncated answer": 1,
-    "placeholder without image": 1, "equal images": 1, "repeated record": 1, "repeated id": 1,
-}  # fmt: skip
+    "missing image": 1,
+    "corrupt image": 1,
+    "oversized image": 1,
+    "placeholder mismatch": 2,
+    "bad record": 1,
+    "no label": 1,
+    "truncated answer": 1,
+    "placeholder without image": 1,
+    "equal images": 1,
+    "repeated record": 1,
+    "repeated id": 1,
+}
 
 
 def _audit(folder: Path, examine: RecordValidator, **named) -> AuditResult:
@@ -257,9 +265,13 @@ def test_the_command_on_a_prepared_directory(prepared, tmp_path: Path, command, 
 
 def test_prepare_and_doctor_agree(bad: Path, prepared, examine: RecordValidator):
     options = PrepareOptions(
-        annotations=bad / "annotations.json", images=bad / "images", output=bad / "out", tokenizer=prepared.tokenizer_path, max_text_length=512,
+        annotations=bad / "annotations.json",
+        images=bad / "images",
+        output=bad / "out",
+        tokenizer=prepared.tokenizer_path,
+        max_text_length=512,
         max_rejected_fraction=0.5,
-    )  # fmt: skip
+    )
     summary = prepare(options)
     looked_at = _audit(bad, examine)
     assert summary.samples == len(looked_at.facts)

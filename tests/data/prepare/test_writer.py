@@ -1,4 +1,4 @@
-"""Preparing a data set: what is written, every reason for refusing a record, and that nothing is published by halves."""
+"""Data preparation: files written, each reason for rejecting a record, and no partial publication."""
 
 import dataclasses
 import json
@@ -51,8 +51,14 @@ def test_everything_good_is_kept(options):
     summary = prepare(options)
     assert str(summary) == f"{options.output}: 6 samples (4 with an image) in 2 shards; no record rejected"
     assert sorted(path.name for path in options.output.iterdir()) == [
-        "dataset.json", "duplicates.jsonl", "index.npy", "keys.npy", "rejected.jsonl", "shard-000000.tar", "shard-000001.tar",
-    ]  # fmt: skip
+        "dataset.json",
+        "duplicates.jsonl",
+        "index.npy",
+        "keys.npy",
+        "rejected.jsonl",
+        "shard-000000.tar",
+        "shard-000001.tar",
+    ]
     info = json.loads((options.output / "dataset.json").read_text())
     assert info["sources"] == {
         "coco": {"samples": 4, "rejected": 0, "images": 4},

@@ -33,8 +33,14 @@ def _blend(prepared, second: Path, **shares: tuple[float, float]) -> BlendedInde
 
 def _plan(index, **changes: object) -> Sampler:
     settings = {
-        "order": "random", "group_size": None, "seed": 11, "global_batch_size": 8, "micro_batch_size": 2, "tokens_per_image": 4, "pad_multiple": 8,
-    }  # fmt: skip
+        "order": "random",
+        "group_size": None,
+        "seed": 11,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "tokens_per_image": 4,
+        "pad_multiple": 8,
+    }
     return Sampler(index, **(settings | changes))
 
 

@@ -1,4 +1,4 @@
-"""Packs: whole and within bounds, best fit compared with its plain form, and how full they are at ShareGPT4V's lengths."""
+"""Packs: complete and within bounds, best fit compared with a reference, and fill at ShareGPT4V lengths."""
 
 import hashlib
 
@@ -35,7 +35,7 @@ def _contents(lengths: list[int], pack_of: list[int]) -> list[list[int]]:
 def test_best_fit_is_that_of_the_textbook(count: int, capacity: int):
     lengths = sorted(_lengths(count, longest=capacity).tolist(), reverse=True)
     pack_of, packs = best_fit(lengths, capacity)
-    # Which of two packs with equal room is taken is free, and may lead to other contents; their number and fill are what counts.
+    # The choice between two packs with equal free space is arbitrary and changes contents; compare count and fill.
     assert packs == len(_plain(lengths, capacity))
     assert sorted(map(sum, _contents(lengths, pack_of))) == sorted(map(sum, _plain(lengths, capacity)))
 

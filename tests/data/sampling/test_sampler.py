@@ -1,4 +1,4 @@
-"""The plan: what a step trains, how long its sequences are, and that ranks and resuming do not change it."""
+"""Sampler: rows and sequence length of each step, independent of the number of ranks and of resuming."""
 
 import hashlib
 from pathlib import Path
@@ -37,8 +37,14 @@ def _index(count: int) -> Index:
 
 def _plan(index: Index, **changes: object) -> Sampler:
     settings = {
-        "order": "random", "group_size": None, "seed": 5, "global_batch_size": 8, "micro_batch_size": 2, "tokens_per_image": 16, "pad_multiple": 8,
-    }  # fmt: skip
+        "order": "random",
+        "group_size": None,
+        "seed": 5,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "tokens_per_image": 16,
+        "pad_multiple": 8,
+    }
     return Sampler(index, **(settings | changes))
 
 
@@ -181,7 +187,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_plans(name: str):
-    """The first steps of each kind of plan, epoch boundary included: if this fails, old runs can no longer be resumed."""
+    """First steps of each order, across an epoch boundary: if this fails, old runs can no longer be resumed."""
     order = name.split()[-1]
     index = (
         BlendedIndex([BlendMember("a", _index(200), 1.0), BlendMember("b", _index(100), 1.7)])
@@ -201,7 +207,7 @@ def test_golden_plans(name: str):
 @pytest.mark.parametrize("packing", [None, PACKING])
 @pytest.mark.parametrize("order", ["random", "block"])
 def test_a_run_that_changes_its_data_parallel_size_sees_the_same_samples(order: str, packing: Packing | None):
-    """Sixty steps at data 2, resumed from a fresh plan at data 1, then at data 4."""
+    """Sixty steps at data 2, resumed with a new sampler at data 1, then at data 4."""
     index = _index(300)
     undisturbed = _plan(index, order=order, packing=packing)
     steps = np.random.RandomState(0).choice(np.arange(1, 60), 2, replace=False)
