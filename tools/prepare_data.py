@@ -1,7 +1,7 @@
 """Turn LLaVA/ShareGPT4V annotations and their images into a data set for tools/train.py.
 
-Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json, rejected.jsonl and duplicates.jsonl to --output. After an
-interruption, the same command resumes after the last complete shard. docs/data.md lists the downloads.
+Writes shard-000000.tar ..., index.npy, keys.npy, dataset.json, rejected.jsonl and duplicates.jsonl to --output. After
+an interruption, the same command resumes after the last complete shard. docs/data.md lists the downloads.
 """
 
 from __future__ import annotations

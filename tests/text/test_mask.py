@@ -131,7 +131,8 @@ def normalised(texts: list[str], tagged: bool) -> list[str]:
 
 
 WORDS = [
-    "A", "cat", "is", "sleeping", ".", "What", "?", "\n", "\n\n", " ", "  ", "\t", "é", "日本語", "😀", "👩‍👩‍👧", "e\u0301", "<", "s>",
+    "A", "cat", "is", "sleeping", ".", "What", "?", "\n", "\n\n", " ", "  ", "\t", "é",
+    "日本語", "😀", "👩‍👩‍👧", "e\u0301", "<", "s>",
     "###", "#", "ASSISTANT", ":", "[INST]", "</", "\0", "▁", "1.", "``", "\u200b", "\r\n", "Human", "</Image>",
 ]  # fmt: skip
 
