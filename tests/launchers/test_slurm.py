@@ -160,7 +160,7 @@ def test_real_run_is_stopped_saved_and_requeued(root: Path, config: Path) -> Non
 
 def test_unknown_recipe_is_refused(root: Path) -> None:
     result = submit(root, "pretrain", "share4v_8b")
-    assert result.code == 2 and "no examples/share4v_8b/pretrain.yaml" in result.output and not result.ranks
+    assert result.code == 2 and "examples/share4v_8b/pretrain.yaml not found" in result.output and not result.ranks
 
 
 def test_sbatch_headers_leave_time_to_save(repository: Path) -> None:
