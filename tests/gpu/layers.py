@@ -183,11 +183,11 @@ def kernels(mesh: Mesh) -> str:
     slope = torch.randn(LENGTH, 2, 256, generator=generator).to(device)
 
     def run(kernel: str, dtype: torch.dtype, causal: bool, packed: bool) -> list[torch.Tensor]:
-        at = build_attention_metadata(
+        metadata = build_attention_metadata(
             torch.zeros(LENGTH, 32, device=device), segments=SEGMENTS if packed else None, kernel=kernel
         )
         leaves = [x.to(dtype).requires_grad_() for x in drawn]
-        context = KERNELS[kernel](*leaves, at=at, causal=causal, scale=None)
+        context = KERNELS[kernel](*leaves, metadata=metadata, causal=causal, scale=None)
         return [context, *torch.autograd.grad(context, leaves, slope.to(dtype))]
 
     for kernel in ("sdpa", "varlen"):
