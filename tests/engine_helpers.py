@@ -30,6 +30,7 @@ def build(mesh, *, seed: int = 2, scale: float = 3.0):
 
 
 def engine_of(chunks, **options):
+    """Engine on the chunks; `options` are EngineConfig's."""
     from megatron_share4v.config.engine import EngineConfig
     from megatron_share4v.infer.engine import Engine
 
@@ -82,6 +83,7 @@ def ask(engine, prompts, *, alone: bool = False, **options) -> list[list[int]]:
 
 
 def drain(engine) -> list:
+    """Step until there is no work; returns all events."""
     events = []
     while engine.has_work:
         events += engine.step()

@@ -79,7 +79,7 @@ def serving(
             fake.handle(self)
 
         def log_message(self, *arguments: object) -> None:
-            """Quiet."""
+            """Keep the test output quiet."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

@@ -43,7 +43,7 @@ SENTENCES = [
 
 
 def train_tokenizer(path: Path) -> Path:
-    """A sentencepiece model of LLaMA's kind, with byte fallback."""
+    """Train a LLaMA-like sentencepiece model with byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 10),
@@ -235,5 +235,5 @@ def until(holds: Callable[[], object], *, timeout_s: float = 10.0) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + timeout_s
     while not holds():
-        assert time.monotonic() < deadline, "it did not become true in time"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.005)

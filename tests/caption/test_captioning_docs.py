@@ -47,7 +47,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_captions_become_training(out: Path) -> None:
+def test_commands_from_captions_to_training(out: Path) -> None:
     alone, shared, prepare, train, remote = COMMANDS
     run(alone, out)
     run(shared, out)

@@ -32,7 +32,7 @@ def pictures(tmp_path: Path) -> list[ImageEntry]:
     return read_image_entries(images_file=None, images=["."], root=tmp_path)
 
 
-def ask(
+def caption(
     url: str,
     pictures: list[ImageEntry],
     *,
@@ -55,14 +55,14 @@ def all_captioned(rows: dict[str, CaptionRow], pictures: list[ImageEntry]) -> bo
     return rows == {picture.path: expected(picture) for picture in pictures}
 
 
-def test_what_is_asked_and_what_comes(pictures: list[ImageEntry]) -> None:
+def test_requests_and_captions(pictures: list[ImageEntry]) -> None:
     def slow(request: dict, number: int):
         time.sleep(0.02)
         return caption_of(request)
 
     with serving(slow) as (url, server):
         assert all_captioned(
-            ask(url, pictures, key="secret", settings=CaptionSettings(prompt="What?", max_new_tokens=7)), pictures
+            caption(url, pictures, key="secret", settings=CaptionSettings(prompt="What?", max_new_tokens=7)), pictures
         )
     assert len(server.requests) == COUNT and 2 <= server.most_at_once <= 4
     request = next(request for request in server.requests if image_of(request) == pictures[0].read())
@@ -74,11 +74,11 @@ def test_what_is_asked_and_what_comes(pictures: list[ImageEntry]) -> None:
     assert kinds == {"data:image/png", "data:image/jpeg"}
 
 
-def test_sampling_sends_a_seed_of_each_image(pictures: list[ImageEntry]) -> None:
+def test_sampling_sends_one_seed_per_image(pictures: list[ImageEntry]) -> None:
     settings = CaptionSettings(temperature=0.5, top_p=0.7, repetition_penalty=1.5, seed=3)
     with serving(lambda request, number: caption_of(request)) as (url, server):
-        ask(url, pictures, settings=settings)
-        ask(url, pictures[::-1], settings=settings)
+        caption(url, pictures, settings=settings)
+        caption(url, pictures[::-1], settings=settings)
     seeds = {image_of(request): request["seed"] for request in server.requests[:COUNT]}
     assert (
         seeds == {image_of(request): request["seed"] for request in server.requests[COUNT:]}
@@ -103,31 +103,31 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: f"{broken[0]} {broken[2][:12]!r}")
-def test_what_passes_is_tried_again(broken, pictures: list[ImageEntry]) -> None:
+def test_transient_errors_are_retried(broken, pictures: list[ImageEntry]) -> None:
     waits: list[float] = []
     with serving(lambda request, number: broken if number < 2 else caption_of(request)) as (url, server):
-        assert all_captioned(ask(url, pictures, waits=waits, timeout_s=5.0), pictures)
+        assert all_captioned(caption(url, pictures, waits=waits, timeout_s=5.0), pictures)
     assert len(server.requests) == 3 * COUNT and len(waits) == 2 * COUNT
     assert set(waits) == {7.0} if broken[0] == 429 else all(0.7 < wait < 2.6 for wait in waits)
 
 
-def test_a_long_wait_is_cut(pictures: list[ImageEntry]) -> None:
+def test_retry_after_is_limited(pictures: list[ImageEntry]) -> None:
     waits: list[float] = []
     with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "86400"}, b"")) as (
         url,
         _,
     ):
-        ask(url, pictures, waits=waits)
+        caption(url, pictures, waits=waits)
     assert set(waits) == {MAX_RETRY_WAIT_S}
 
 
 @pytest.mark.parametrize(
     "broken", [(500, {}, b"crashed"), (200, {}, b"{}"), (400, {}, b'{"error": {"message": "crashed: no such colour"}}')]
 )
-def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[ImageEntry]) -> None:
+def test_permanently_failing_image_becomes_an_error_row(broken, pictures: list[ImageEntry]) -> None:
     bad = pictures[5].read()
     with serving(lambda request, number: broken if image_of(request) == bad else caption_of(request)) as (url, server):
-        rows = ask(url, pictures)
+        rows = caption(url, pictures)
     error = rows.pop(pictures[5].path).error
     assert ("crashed" in error or "not a chat completion" in error) and all_captioned(
         rows, [*pictures[:5], *pictures[6:]]
@@ -136,9 +136,7 @@ def test_an_image_that_never_works_becomes_an_error(broken, pictures: list[Image
 
 
 @pytest.mark.parametrize("broken", [(503, {}, b"down"), (400, {}, b"max_tokens is too large"), FakeServer.HANG_UP])
-def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(
-    broken, pictures: list[ImageEntry], tmp_path: Path
-) -> None:
+def test_dead_endpoint_ends_the_job_without_error_rows(broken, pictures: list[ImageEntry], tmp_path: Path) -> None:
     options = JobOptions(save_path=tmp_path / "out.json", images=(".",), images_root=tmp_path)
     (tmp_path / "zz.png").write_bytes(b"broken")
 
@@ -162,33 +160,33 @@ def test_an_endpoint_that_answers_nothing_ends_the_job_and_blames_no_image(
     assert json.loads((tmp_path / "out.json").read_text())[0] == {pictures[0].path: expected(pictures[0]).caption}
 
 
-def test_few_images_without_any_answer_end_the_job_too(pictures: list[ImageEntry]) -> None:
+def test_dead_endpoint_with_few_images(pictures: list[ImageEntry]) -> None:
     with (
         serving(lambda request, number: (500, {}, b"")) as (url, _),
         pytest.raises(ConfigError, match="the last 2 images"),
     ):
-        ask(url, pictures[:2])
+        caption(url, pictures[:2])
 
 
-def test_nobody_there(pictures: list[ImageEntry]) -> None:
+def test_connection_refused(pictures: list[ImageEntry]) -> None:
     with serving(lambda request, number: completion("x")) as (url, _):
         pass
     with pytest.raises(ConfigError, match="no response"):
-        ask(url, pictures)
+        caption(url, pictures)
 
 
 @pytest.mark.parametrize("code", [401, 404, 307])
-def test_a_refusal_of_the_client_ends_the_job_at_once(code: int, pictures: list[ImageEntry]) -> None:
+def test_rejected_client_ends_the_job_at_once(code: int, pictures: list[ImageEntry]) -> None:
     with serving(lambda request, number: (code, {"Location": "http://127.0.0.1:9/elsewhere"}, b'{"error": "no"}')) as (
         url,
         server,
     ):
         with pytest.raises(ConfigError, match=f"HTTP {code}.*check URL"):
-            ask(url, pictures, key="secret")
+            caption(url, pictures, key="secret")
     assert len(server.requests) <= 8
 
 
-def test_the_end_does_not_wait_for_pauses(pictures: list[ImageEntry]) -> None:
+def test_job_end_does_not_wait_for_retry_pauses(pictures: list[ImageEntry]) -> None:
     last = pictures[3].read()
 
     def answer(request: dict, number: int):
@@ -200,14 +198,14 @@ def test_the_end_does_not_wait_for_pauses(pictures: list[ImageEntry]) -> None:
         captioner = EndpointCaptioner(Endpoint(url=url, model="m", concurrency=4), settings=CaptionSettings())
         with pytest.raises(ConfigError, match="HTTP 401"):
             list(captioner(iter(pictures)))
-    assert time.monotonic() - started < 20, "others are in a pause of 50 s"
+    assert time.monotonic() - started < 20, "the other requests are in a retry pause of 50 s"
 
 
-def test_a_bad_image_is_not_sent(pictures: list[ImageEntry], tmp_path: Path) -> None:
+def test_unreadable_images_are_not_sent(pictures: list[ImageEntry], tmp_path: Path) -> None:
     Path(pictures[0].file).write_bytes(b"no image")
     Path(pictures[1].file).unlink()
     with serving(lambda request, number: caption_of(request)) as (url, server):
-        rows = ask(url, pictures)
+        rows = caption(url, pictures)
     assert (
         "no format that Pillow knows" in rows.pop(pictures[0].path).error
         and "No such file" in rows.pop(pictures[1].path).error
@@ -216,6 +214,6 @@ def test_a_bad_image_is_not_sent(pictures: list[ImageEntry], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "file:///etc", "http://"])
-def test_what_is_no_url(url: str) -> None:
+def test_invalid_urls_are_rejected(url: str) -> None:
     with pytest.raises(ConfigError, match="not an http"):
         EndpointCaptioner(Endpoint(url=url, model="m"), settings=CaptionSettings())

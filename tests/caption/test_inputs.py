@@ -37,12 +37,12 @@ def test_the_official_list_keeps_order_and_duplicates(tmp_path: Path) -> None:
     assert [picture.id for picture in pictures][2:] == [f"{first}~2", f"{first}~3"] and pictures[1].id != first
 
 
-def test_an_id_is_the_path_s_whatever_is_around_it(tmp_path: Path) -> None:
+def test_id_depends_on_the_path_alone(tmp_path: Path) -> None:
     [alone] = read(tmp_path, listed=["x/a.jpg"])
     assert alone.id == read(tmp_path, listed=["b.jpg", "x/a.jpg", "c.jpg"])[1].id == "7a1e5fdce15b7126"
 
 
-def test_given_ids_are_taken_and_told_apart(tmp_path: Path) -> None:
+def test_given_ids_are_kept_and_made_unique(tmp_path: Path) -> None:
     entries = ({"id": "a", "image": "1.jpg"}, {"id": "a~2", "path": "2.jpg"}, {"id": "a", "image": "3.jpg"}, "4.jpg")
     lines = "\n".join(json.dumps(entry) for entry in entries)
     pictures = read(tmp_path, listed=lines + "\n", name="list.jsonl")
@@ -51,7 +51,7 @@ def test_given_ids_are_taken_and_told_apart(tmp_path: Path) -> None:
     assert [picture.path for picture in pictures] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
 
 
-def test_annotations_are_a_list_too(tmp_path: Path) -> None:
+def test_annotation_file_as_list(tmp_path: Path) -> None:
     assert read(tmp_path, listed=[{"id": "7", "image": "coco/7.jpg", "conversations": []}])[0].id == "7"
 
 
@@ -86,12 +86,12 @@ def test_folders_globs_and_archives(tmp_path: Path) -> None:
         ("[]", "l.json", "has no images"),
     ],
 )
-def test_bad_lists_are_named(listed: str, name: str, what: str, tmp_path: Path) -> None:
+def test_invalid_lists_are_rejected(listed: str, name: str, what: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=what):
         read(tmp_path, listed=listed, name=name)
 
 
-def test_what_is_not_there_or_damaged_is_named(tmp_path: Path) -> None:
+def test_missing_and_damaged_inputs_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file, folder or match"):
         read(tmp_path, "nowhere/*.jpg")
     (tmp_path / "a.tar.gz").write_bytes(b"")

@@ -60,7 +60,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place: Path) -> dict[str, bytes]:
+def uninterrupted(place: Path) -> dict[str, bytes]:
     """Results of one process without interruption."""
     done = run(place, place / "whole")
     assert done.returncode == 3, done.stderr
@@ -70,18 +70,18 @@ def undisturbed(place: Path) -> dict[str, bytes]:
     return results(place / "whole")
 
 
-def test_broken_images_are_rows_and_the_rest_is_captioned(undisturbed: dict[str, bytes], place: Path) -> None:
-    rows = [json.loads(line) for line in undisturbed["rows.jsonl"].splitlines()]
+def test_broken_images_become_error_rows(uninterrupted: dict[str, bytes], place: Path) -> None:
+    rows = [json.loads(line) for line in uninterrupted["rows.jsonl"].splitlines()]
     assert [row["path"] for row in rows] == json.loads((place / "list.json").read_text())
     assert [row["path"] for row in rows if row["error"]] == [*BROKEN, "05.png"]
     captions = {row["path"]: row["caption"] for row in rows if not row["error"]}
-    assert len(set(captions.values())) > IMAGES // 2, "the model looks"
-    official = json.loads(undisturbed["captions.json"])
+    assert len(set(captions.values())) > IMAGES // 2, "captions depend on the image"
+    official = json.loads(uninterrupted["captions.json"])
     assert official == [{row["path"]: row["caption"]} for row in rows if not row["error"]]
     assert [entry["03.png"] for entry in official if "03.png" in entry] == [captions["03.png"]] * 3
 
 
-def test_kill_minus_nine_and_resume(undisturbed: dict[str, bytes], place: Path) -> None:
+def test_sigkill_and_resume(uninterrupted: dict[str, bytes], place: Path) -> None:
     out = place / "killed"
     process = Tool(*command(place, out))
     journal, deadline = out / "captions.json.journal/rank0.jsonl", time.monotonic() + 120
@@ -94,23 +94,23 @@ def test_kill_minus_nine_and_resume(undisturbed: dict[str, bytes], place: Path) 
     assert 7 <= kept < IMAGES + 3 and not (out / "captions.json").exists()
     done = run(place, out)
     assert done.returncode == 3, done.stderr
-    assert results(out) == undisturbed
+    assert results(out) == uninterrupted
     assert journal.read_bytes().count(b"\n") - 1 == IMAGES + 3, "nothing was captioned twice"
 
 
-def test_two_ranks_equal_one(undisturbed: dict[str, bytes], place: Path) -> None:
+def test_two_ranks_equal_one(uninterrupted: dict[str, bytes], place: Path) -> None:
     out = place / "two"
     done = run(place, out, ranks=2)
     assert done.returncode == 3 and '"errors": 4' in done.stdout, done.stderr
-    assert results(out) == undisturbed
+    assert results(out) == uninterrupted
     counts = [path.read_bytes().count(b"\n") - 1 for path in sorted((out / "captions.json.journal").iterdir())]
     assert counts == [14, 13]
 
 
-def test_one_model_over_two_ranks(undisturbed: dict[str, bytes], place: Path) -> None:
+def test_tp2_equals_one(uninterrupted: dict[str, bytes], place: Path) -> None:
     done = run(place, place / "tensor", "--num_gpus", "2", ranks=2)
     assert '"errors": 4' in done.stdout, done.stderr
-    assert results(place / "tensor") == undisturbed
+    assert results(place / "tensor") == uninterrupted
 
 
 def test_beam_sampling_over_two_ranks_equals_one(place: Path) -> None:
@@ -135,10 +135,10 @@ def test_beam_sampling_over_two_ranks_equals_one(place: Path) -> None:
         for entry in json.loads((place / "beams1/captions.json").read_text())
         if "03.png" in entry
     ]
-    assert len(set(repeated)) == 3, "each entry is sampled by itself"
+    assert len(set(repeated)) == 3, "each entry has its own seed"
 
 
-def test_an_endpoint_without_a_model(place: Path) -> None:
+def test_endpoint_without_a_model(place: Path) -> None:
     with serving(lambda request, number: caption_of(request) if number else (429, {"Retry-After": "0"}, b"")) as (
         url,
         server,
@@ -153,20 +153,9 @@ def test_an_endpoint_without_a_model(place: Path) -> None:
     assert (place / "remote/shards/shard-000000.tar").exists()
 
 
-def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], place: Path) -> None:
-    serve = [
-        "tools/serve.py",
-        place / "model",
-        "--port",
-        "0",
-        "--api-key",
-        "sesame",
-        "--max-requests",
-        "2",
-        "--max-waiting",
-        "1",
-    ]
-    server = Tool(*serve, merged=True)
+def test_local_server_gives_equal_captions(uninterrupted: dict[str, bytes], place: Path) -> None:
+    options = ["--port", "0", "--api-key", "sesame", "--max-requests", "2", "--max-waiting", "1"]
+    server = Tool("tools/serve.py", place / "model", *options, merged=True)
     try:
         deadline = time.monotonic() + 120
         while not (match := re.search(r"http://127.0.0.1:(\d+)/", server.output[0])) or not is_healthy(int(match[1])):
@@ -174,17 +163,17 @@ def test_our_own_server_gives_the_same_captions(undisturbed: dict[str, bytes], p
             time.sleep(0.05)
         # More concurrent requests than the server admits: some get 429 and are retried.
         more = ["--endpoint", f"{match[0]}v1", "--endpoint-model", "share4v", "--concurrency", "6", "--retries", "20"]
-        done = run(place, place / "ours", *more, OPENAI_API_KEY="sesame")
+        done = run(place, place / "served", *more, OPENAI_API_KEY="sesame")
         wrong = run(place, place / "wrong", *more, OPENAI_API_KEY="wrong")
     finally:
         server.send_signal(signal.SIGTERM)
         log, _ = server.communicate()
     assert done.returncode == 3, done.stderr + log
-    files = results(place / "ours"), undisturbed
-    theirs, ours = ([json.loads(line) for line in file["rows.jsonl"].splitlines()] for file in files)
-    for row in (*theirs, *ours):
+    files = results(place / "served"), uninterrupted
+    from_server, from_model = ([json.loads(line) for line in file["rows.jsonl"].splitlines()] for file in files)
+    for row in (*from_server, *from_model):
         row["error"] = bool(row["error"])  # image bytes are compared elsewhere
-    assert theirs == ours
+    assert from_server == from_model
     assert wrong.returncode == 2 and "HTTP 401" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
@@ -197,7 +186,7 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-def test_mistakes_are_one_message(place: Path, tmp_path: Path) -> None:
+def test_user_errors_are_one_message(place: Path, tmp_path: Path) -> None:
     for more, message in (
         (["--endpoint", "http://127.0.0.1:9/v1"], "--endpoint-model"),
         (["--max-new-tokens", "5000"], "ask for fewer tokens"),

@@ -11,7 +11,7 @@ from engine_helpers import ask, engine_of, prompt
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
 
-def families(draw: random.Random, count: int) -> list:
+def shared_prefix_prompts(draw: random.Random, count: int) -> list:
     """Prompts that continue a few prefixes in a few ways."""
     found = []
     for _ in range(count):
@@ -26,9 +26,9 @@ def families(draw: random.Random, count: int) -> list:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_arrivals(chunks: list, seed: int) -> None:
+def test_random_arrivals_and_cancellations_keep_answers(chunks: list, seed: int) -> None:
     draw = random.Random(seed)
-    prompts = families(draw, 24)
+    prompts = shared_prefix_prompts(draw, 24)
     samplings = [
         SamplingParams(
             max_new_tokens=draw.randint(1, 12),

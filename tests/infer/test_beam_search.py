@@ -31,14 +31,14 @@ NEW = 14
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("beams")
-    import_model(Source(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions())
-    export_model(root / "ours", root / "export", layout="llava-hf")
+    import_model(Source(directory=write_llava_hf(root / "hf")), root / "checkpoint", options=ImportOptions())
+    export_model(root / "checkpoint", root / "export", layout="llava-hf")
     return root / "export"
 
 
 @pytest.fixture(scope="module")
 def session(export: Path, mesh) -> Session:
-    return Session.open(export.parent / "ours", mesh=mesh, dtype="fp32")
+    return Session.open(export.parent / "checkpoint", mesh=mesh, dtype="fp32")
 
 
 def prompts(session: Session) -> list:
@@ -53,7 +53,7 @@ Answer = tuple[list[int], str]
 
 def ask(
     session: Session,
-    asked: list,
+    given: list,
     *,
     beams: int,
     requests=16,
@@ -66,18 +66,19 @@ def ask(
     engine.eos_id = engine.eos_id if eos is None else eos
     engine = BeamSearchEngine(engine, beams=beams)
     sampling = SamplingParams(**{"max_new_tokens": NEW, **options})
-    for number, (prompt, seed) in enumerate(zip(asked, seeds)):
+    for number, (prompt, seed) in enumerate(zip(given, seeds)):
         engine.add(GenerationRequest(f"r{number}", prompt, replace(sampling, seed=seed)))
-    found: dict[str, tuple[list[int], str]] = {f"r{number}": ([], "") for number in range(len(asked))}
+    found: dict[str, tuple[list[int], str]] = {f"r{number}": ([], "") for number in range(len(given))}
     for event in drain(engine):
-        ids, why = found[event.request_id]
-        assert not why, "nothing comes after the end"
+        ids, reason = found[event.request_id]
+        assert not reason, "no event follows the finish reason"
         found[event.request_id] = (ids + [event.token_id] * (event.token_id is not None), event.finish_reason or "")
     return list(found.values())
 
 
 @torch.no_grad()
-def theirs(export: Path, *, beams: int, eos: int) -> list[list[int]]:
+def transformers_answers(export: Path, *, beams: int, eos: int) -> list[list[int]]:
+    """Beam search answers of transformers' generate on the export."""
     processor, model = _load(export)
     vocabulary = model.config.image_token_id  # ids beyond the tokenizer's vocabulary
     suppressed = list(range(vocabulary, model.config.text_config.vocab_size))
@@ -100,35 +101,32 @@ def theirs(export: Path, *, beams: int, eos: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("beams", [2, 3])
 def test_search_equals_transformers(beams: int, export: Path, session: Session) -> None:
-    asked = prompts(session)
-    likely = Counter(token for ids, _ in ask(session, asked, beams=beams) for token in ids).most_common(12)
+    given = prompts(session)
+    likely = Counter(token for ids, _ in ask(session, given, beams=beams) for token in ids).most_common(12)
     ended = Counter()
-    for eos in [
-        2,
-        *(token for token, _ in likely[::3]),
-    ]:  # a random model never generates </s>: use other end ids
-        answers = ask(session, asked, beams=beams, eos=eos)
-        assert [ids for ids, _ in answers] == theirs(export, beams=beams, eos=eos)
-        ended.update(why for _, why in answers)
+    for eos in [2, *(token for token, _ in likely[::3])]:  # a random model never generates </s>: use other end ids
+        answers = ask(session, given, beams=beams, eos=eos)
+        assert [ids for ids, _ in answers] == transformers_answers(export, beams=beams, eos=eos)
+        ended.update(reason for _, reason in answers)
     assert ended["stop"] and ended["length"], ended
 
 
-def test_company_does_not_matter(session: Session) -> None:
-    asked = prompts(session)
+def test_answers_do_not_depend_on_the_batch(session: Session) -> None:
+    given = prompts(session)
     for options in ({}, {"temperature": 1.0, "repetition_penalty": 1.5}):
-        together = ask(session, asked, beams=3, seeds=range(4), **options)
-        assert together == ask(session, asked, beams=3, requests=1, seeds=range(4), **options)
-        alone = [ask(session, [prompt], beams=3, seeds=[seed], **options)[0] for seed, prompt in enumerate(asked)]
+        together = ask(session, given, beams=3, seeds=range(4), **options)
+        assert together == ask(session, given, beams=3, requests=1, seeds=range(4), **options)
+        alone = [ask(session, [prompt], beams=3, seeds=[seed], **options)[0] for seed, prompt in enumerate(given)]
         assert together == alone
 
 
-def test_the_seed_alone_decides(session: Session) -> None:
+def test_equal_seeds_give_equal_answers(session: Session) -> None:
     one = prompts(session)[0]
     answers = ask(session, [one] * 6, beams=3, seeds=[1, 2, 3, 1, 2, 3], temperature=1.0)
     assert answers[:3] == answers[3:] and len({tuple(ids) for ids, _ in answers}) > 1
 
 
-def test_draws_are_without_replacement_by_probability(session: Session) -> None:
+def test_beam_sampling_draws_without_replacement(session: Session) -> None:
     """With one beam and one token, two ids are drawn and the likelier wins: P(max of two draws = i) is known."""
     one, count = prompts(session)[0], 600
     engine = Engine.open(session, EngineConfig())
@@ -140,21 +138,20 @@ def test_draws_are_without_replacement_by_probability(session: Session) -> None:
     )
     share = found[event.token_id] / count
     expected = top[0] + sum(p * top[0] / (1 - p) for p in top[1:])  # first, or second after any other
-    spread = (
-        4 * math.sqrt(share * (1 - share) / count) + (1 - sum(top)) * top[0]
-    )  # four standard deviations, and the tail left out of the sum
+    # Four standard deviations, and the tail left out of the sum.
+    spread = 4 * math.sqrt(share * (1 - share) / count) + (1 - sum(top)) * top[0]
     assert abs(share - expected) < spread, (share, expected, spread)
 
 
-def test_repetition_is_punished(session: Session) -> None:
+def test_repetition_penalty(session: Session) -> None:
     one = prompts(session)[0]
-    plain, punished = (
+    plain, penalized = (
         ask(session, [one], beams=3, repetition_penalty=penalty, max_new_tokens=60)[0][0] for penalty in (1.0, 50.0)
     )
-    assert len(set(punished)) == len(punished) and len(set(plain)) < len(plain)
+    assert len(set(penalized)) == len(penalized) and len(set(plain)) < len(plain)
 
 
-def test_what_beams_do_not_know_and_what_does_not_fit(session: Session) -> None:
+def test_unsupported_parameters_and_too_many_positions_are_rejected(session: Session) -> None:
     one = prompts(session)[0]
     with pytest.raises(ConfigError, match="beam search supports"):
         ask(session, [one], beams=3, top_p=0.5)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-def test_it_measures_both_sides(repository: Path) -> None:
+def test_measures_engine_and_transformers(repository: Path) -> None:
     command = [
         sys.executable,
         "tools/bench_serve.py",

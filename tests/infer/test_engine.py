@@ -35,16 +35,14 @@ def expected(chunks: list, mesh) -> list[list[int]]:
     ],
     ids=str,
 )
-def test_answers_are_those_of_the_reference(
-    chunks: list, expected: list[list[int]], options: dict, alone: bool
-) -> None:
+def test_answers_equal_the_reference(chunks: list, expected: list[list[int]], options: dict, alone: bool) -> None:
     engine = engine_of(chunks, **options)
     assert ask(engine, mixed_prompts(), alone=alone) == expected
     assert ask(engine, mixed_prompts(), alone=alone) == expected  # again, with the prefix cache of the first round
     assert engine.stats.running == engine.stats.waiting == engine.stats.cache_usage == 0
 
 
-def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> None:
+def test_sampled_answers_do_not_depend_on_the_batch(chunks: list) -> None:
     prompts, seeds = [prompt(seed, length=8 + seed) for seed in range(16)], list(range(16))
     kinds = {
         "temperature": 1.0,
@@ -63,7 +61,7 @@ def test_sampled_answers_are_the_same_alone_and_among_sixteen(chunks: list) -> N
     assert sum(one != other for one, other in zip(alone, others)) > 12
 
 
-def test_same_text_with_another_image_shares_nothing_after_the_image(chunks: list, mesh) -> None:
+def test_prefix_cache_distinguishes_images(chunks: list, mesh) -> None:
     one, other = (prompt(1, length=44, image_seed=seed) for seed in (1, 2))
     reference = greedy_generate(
         chunks, [one, other], mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
@@ -77,7 +75,7 @@ def test_same_text_with_another_image_shares_nothing_after_the_image(chunks: lis
     assert ask(engine_of(chunks, prefix_cache=False), [one, other, one]) == [*reference, reference[0]]
 
 
-def test_the_next_turn_computes_new_words_only(chunks: list) -> None:
+def test_next_turn_reuses_the_cached_prefix(chunks: list) -> None:
     engine = engine_of(chunks, max_positions=64)
     first = prompt(3, length=24)
     [answer] = ask(engine, [first], ignore_eos=True)
@@ -90,7 +88,7 @@ def test_the_next_turn_computes_new_words_only(chunks: list) -> None:
     assert [found] == ask(engine_of(chunks, prefix_cache=False), [second], ignore_eos=True)
 
 
-def test_equal_prompts_are_computed_once(chunks: list) -> None:
+def test_concurrent_equal_prompts_share_prefill(chunks: list) -> None:
     engine = engine_of(chunks)
     prompts = [prompt(3, length=44)] * 8
     answers = ask(engine, prompts)
@@ -99,19 +97,19 @@ def test_equal_prompts_are_computed_once(chunks: list) -> None:
     assert engine.stats.computed_prompt_tokens == 48 + 7 * 16 and engine.stats.encoder_calls == 1
 
 
-def test_an_image_is_encoded_once_and_forgotten_when_there_is_no_room_for_it(chunks: list) -> None:
-    asked = [prompt(seed, image_seed=seed % 3) for seed in range(6)]
-    expected = ask(engine_of(chunks, prefix_cache=False), asked)
+def test_image_features_are_cached_up_to_the_limit(chunks: list) -> None:
+    prompts = [prompt(seed, image_seed=seed % 3) for seed in range(6)]
+    expected = ask(engine_of(chunks, prefix_cache=False), prompts)
     for limit, calls in ((1 << 20, 3), (0, 6)):
         engine = engine_of(chunks, prefix_cache=False, image_cache_bytes=limit)
-        assert ask(engine, asked, alone=True) == expected
+        assert ask(engine, prompts, alone=True) == expected
         assert (engine.stats.image_cache_queries, engine.stats.encoder_calls) == (6, calls)
         assert engine.stats.image_cache_hits == 6 - calls
     engine = engine_of(chunks, prefix_cache=False, image_cache_bytes=0, step_positions=16)
-    assert ask(engine, asked) == expected and engine.stats.encoder_calls <= 6
+    assert ask(engine, prompts) == expected and engine.stats.encoder_calls <= 6
 
 
-def test_a_long_prompt_holds_nobody_up_for_more_than_a_step(chunks: list) -> None:
+def test_chunked_prefill_does_not_stall_decoding(chunks: list) -> None:
     engine = engine_of(chunks, step_positions=16, max_requests=4)
     engine.add(
         GenerationRequest("short", prompt(1, length=5, images=0), SamplingParams(max_new_tokens=30, ignore_eos=True))
@@ -129,7 +127,7 @@ def test_a_long_prompt_holds_nobody_up_for_more_than_a_step(chunks: list) -> Non
     assert engine.stats.computed_prompt_tokens == 5 + 54
 
 
-def test_what_does_not_fit_is_refused(chunks: list) -> None:
+def test_invalid_prompts_and_limits_are_rejected(chunks: list) -> None:
     engine = engine_of(chunks)
     ids = prompt(1, images=0)
     with pytest.raises(DataError, match="20 positions and 45 new tokens are 65 positions; 64 are possible"):

@@ -11,7 +11,7 @@ from megatron_share4v.data.records import Batch
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 
 
-def only(engine, given, **options) -> list:
+def events_of(engine, given, **options) -> list:
     engine.add(GenerationRequest("one", given, SamplingParams(**{"max_new_tokens": 8, **options})))
     return drain(engine)
 
@@ -23,37 +23,37 @@ def answer(chunks: list) -> list[int]:
     return found
 
 
-def test_the_last_token_says_length(chunks: list, answer: list[int]) -> None:
-    events = only(engine_of(chunks), prompt(0))
+def test_last_token_has_finish_reason_length(chunks: list, answer: list[int]) -> None:
+    events = events_of(engine_of(chunks), prompt(0))
     assert [(event.token_id, event.finish_reason) for event in events] == [
         *((token, None) for token in answer[:-1]),
         (answer[-1], "length"),
     ]
 
 
-def test_a_stop_id_is_no_token_of_the_answer(chunks: list, answer: list[int]) -> None:
+def test_stop_id_is_not_part_of_the_answer(chunks: list, answer: list[int]) -> None:
     stop = answer[3]
-    events = only(engine_of(chunks), prompt(0), stop_ids=frozenset({stop}))
+    events = events_of(engine_of(chunks), prompt(0), stop_ids=frozenset({stop}))
     assert [event.token_id for event in events] == [*answer[:3], None] and events[-1].finish_reason == "stop"
-    events = only(engine_of(chunks), prompt(0), stop_ids=frozenset({stop}), ignore_eos=True)
+    events = events_of(engine_of(chunks), prompt(0), stop_ids=frozenset({stop}), ignore_eos=True)
     assert events[-1].finish_reason == "stop"
 
 
-def test_nothing_ends_an_answer_before_its_minimum(chunks: list, answer: list[int]) -> None:
-    events = only(engine_of(chunks), prompt(0), stop_ids=frozenset({answer[0]}), min_tokens=4)
+def test_min_tokens(chunks: list, answer: list[int]) -> None:
+    events = events_of(engine_of(chunks), prompt(0), stop_ids=frozenset({answer[0]}), min_tokens=4)
     assert len(events) > 4 and answer[0] not in [event.token_id for event in events[:4]]
 
 
-def test_the_end_token(chunks: list, answer: list[int]) -> None:
+def test_end_token(chunks: list, answer: list[int]) -> None:
     from megatron_share4v.config.engine import EngineConfig
     from megatron_share4v.infer.engine import Engine
 
     engine = Engine(chunks[0], config=EngineConfig(), vocabulary=VOCABULARY, eos_id=answer[3])
-    assert [event.token_id for event in only(engine, prompt(0))] == [*answer[:3], None]
-    assert [event.token_id for event in only(engine, prompt(0), ignore_eos=True)] == answer
+    assert [event.token_id for event in events_of(engine, prompt(0))] == [*answer[:3], None]
+    assert [event.token_id for event in events_of(engine, prompt(0), ignore_eos=True)] == answer
 
 
-def test_only_ids_of_the_tokenizer_come(chunks: list) -> None:
+def test_padded_vocabulary_is_never_sampled(chunks: list) -> None:
     from megatron_share4v.config.engine import EngineConfig
     from megatron_share4v.infer.engine import Engine
 
@@ -77,8 +77,8 @@ def raw_logprobs(chunks: list, given) -> torch.Tensor:
 def test_logprobs_of_prompt_and_answer(chunks: list, step_positions: int) -> None:
     given = prompt(5, length=26)
     engine = engine_of(chunks, step_positions=step_positions)
-    ask(engine, [given])  # the prefix cache must not hide the prompt's logits
-    events = only(
+    ask(engine, [given])  # a cached prefix must not suppress the prompt's logits
+    events = events_of(
         engine,
         given,
         logprobs=3,
@@ -103,16 +103,16 @@ def test_logprobs_of_prompt_and_answer(chunks: list, step_positions: int) -> Non
         assert [i for i, _ in entry.top] == row.topk(3).indices.tolist()
 
 
-def test_no_new_tokens_but_the_prompts_own_probabilities(chunks: list) -> None:
-    [event] = only(engine_of(chunks), prompt(1), max_new_tokens=0, prompt_logprobs=True, logprobs=0)
+def test_prompt_logprobs_without_new_tokens(chunks: list) -> None:
+    [event] = events_of(engine_of(chunks), prompt(1), max_new_tokens=0, prompt_logprobs=True, logprobs=0)
     assert (event.token_id, event.finish_reason, event.logprobs) == (None, "length", None) and len(
         event.prompt_logprobs
     ) == 24
-    [event] = only(engine_of(chunks), prompt(1), max_new_tokens=0)
+    [event] = events_of(engine_of(chunks), prompt(1), max_new_tokens=0)
     assert (event.token_id, event.finish_reason, event.prompt_logprobs) == (None, "length", None)
 
 
-def test_cancelling_frees_the_place_and_changes_no_other_answer(chunks: list) -> None:
+def test_cancellation_frees_rows_and_keeps_other_answers(chunks: list) -> None:
     expected = ask(engine_of(chunks), mixed_prompts(), ignore_eos=True)
     engine = engine_of(chunks, max_requests=3)
     for number, given in enumerate(mixed_prompts()):
@@ -120,7 +120,7 @@ def test_cancelling_frees_the_place_and_changes_no_other_answer(chunks: list) ->
     events = engine.step() + engine.step()
     engine.cancel("1")
     engine.cancel("5")  # still waiting
-    engine.cancel("nobody")
+    engine.cancel("unknown")
     last = engine.step()
     assert {(event.request_id, event.finish_reason) for event in last if event.finish_reason} == {
         ("1", "cancelled"),
@@ -142,7 +142,7 @@ def test_cancelling_frees_the_place_and_changes_no_other_answer(chunks: list) ->
     assert engine.stats.cache_usage == 0 and not engine.has_work
 
 
-def test_a_cancelled_prefill_does_not_keep_its_likes_waiting(chunks: list) -> None:
+def test_cancelled_prefill_releases_requests_waiting_for_its_prefix(chunks: list) -> None:
     engine = engine_of(chunks, step_positions=16)
     for name in ("first", "second"):
         engine.add(GenerationRequest(name, prompt(4, length=50), SamplingParams(max_new_tokens=3, ignore_eos=True)))

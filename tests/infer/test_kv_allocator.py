@@ -17,31 +17,31 @@ def keys_of(ids: list[int]) -> list[bytes]:
     return block_keys(text_content(ids))
 
 
-def finished(kv_allocator: KVAllocator, ids: list[int]) -> KVRange:
+def allocate_and_free(kv_allocator: KVAllocator, ids: list[int]) -> KVRange:
+    """Run a sequence to its end; its full blocks stay in the prefix cache."""
     allocation = kv_allocator.allocate(len(ids), keys_of(ids)[: (len(ids) - 1) // BLOCK_SIZE])
     kv_allocator.cache_blocks(allocation.kv_range, keys_of(ids))
     kv_allocator.free(allocation.kv_range)
     return allocation.kv_range
 
 
-def test_a_prefix_is_found_and_copied_to_rows_of_its_own() -> None:
+def test_prefix_hit_is_copied_to_new_rows() -> None:
     kv_allocator = KVAllocator(200)
     first = list(range(50))
-    finished(kv_allocator, first)
+    allocate_and_free(kv_allocator, first)
     assert kv_allocator.used == 0 and kv_allocator.filled == 48
     allocation = kv_allocator.allocate(60, keys_of([*first[:40], *range(100, 120)]))
     assert allocation.reused == 32 and allocation.source == 0 and allocation.kv_range.start >= 48
     assert kv_allocator.allocate(60, keys_of([7, *first])).reused == 0
 
 
-def test_what_is_kept_makes_room_oldest_first_and_only_if_that_helps() -> None:
+def test_lru_eviction_only_if_it_makes_enough_rows_free() -> None:
     kv_allocator = KVAllocator(96)
     first, second = list(range(32)), list(range(100, 132))
-    finished(kv_allocator, first)
-    finished(kv_allocator, second)
-    kv_allocator.free(
-        kv_allocator.allocate(40, keys_of(first)).kv_range
-    )  # used again: the second is now least recently used
+    allocate_and_free(kv_allocator, first)
+    allocate_and_free(kv_allocator, second)
+    # Used again: the second is now least recently used.
+    kv_allocator.free(kv_allocator.allocate(40, keys_of(first)).kv_range)
     assert (
         kv_allocator.find_longest_prefix(keys_of(first)) == 2 and kv_allocator.find_longest_prefix(keys_of(second)) == 0
     )
@@ -51,27 +51,27 @@ def test_what_is_kept_makes_room_oldest_first_and_only_if_that_helps() -> None:
     assert kv_allocator.allocate(32, []).kv_range.start == 0 and kv_allocator.find_longest_prefix(keys_of(first)) == 0
 
 
-def test_the_source_of_a_copy_is_not_dropped_for_it_unless_nothing_else_is_left() -> None:
+def test_copy_source_is_evicted_last() -> None:
     ids = list(range(32))
     kv_allocator = KVAllocator(64)
-    finished(kv_allocator, ids)
+    allocate_and_free(kv_allocator, ids)
     found = kv_allocator.allocate(32, keys_of(ids))
     assert (found.kv_range.start, found.source, found.reused) == (32, 0, 32)
     kv_allocator = KVAllocator(64)
-    finished(kv_allocator, ids)
+    allocate_and_free(kv_allocator, ids)
     found = kv_allocator.allocate(48, keys_of(ids))
     assert (found.kv_range.start, found.reused) == (0, 0)
 
 
-def test_a_place_that_nobody_would_be_sent_to_is_free() -> None:
+def test_range_superseded_by_a_longer_one_is_freed() -> None:
     kv_allocator = KVAllocator(200)
-    finished(kv_allocator, list(range(32)))
-    longer = finished(kv_allocator, list(range(48)))
+    allocate_and_free(kv_allocator, list(range(32)))
+    longer = allocate_and_free(kv_allocator, list(range(48)))
     assert kv_allocator.filled == longer.size == 48
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_row_is_ever_given_twice(seed: int) -> None:
+def test_rows_are_never_allocated_twice(seed: int) -> None:
     draw = random.Random(seed)
     kv_allocator, running = KVAllocator(400), []
     for _ in range(600):
@@ -105,7 +105,7 @@ def test_no_row_is_ever_given_twice(seed: int) -> None:
     assert kv_allocator.allocate(400, []) is not None
 
 
-def test_keys_tell_images_ids_and_positions_apart_and_go_on() -> None:
+def test_block_keys_cover_images_ids_and_positions_and_extend() -> None:
     ids, slots = torch.arange(1, 40), torch.arange(3, 11)
     one, other = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(1, 8, 8, 3, dtype=torch.uint8)
 

@@ -26,7 +26,7 @@ def row(
     )
 
 
-def drawn(draws: int, **options: object) -> torch.Tensor:
+def frequencies(draws: int, **options: object) -> torch.Tensor:
     """Relative frequencies of the ids over `draws` seeds."""
     ids = sample_tokens(LOGITS.expand(draws, -1), [row(seed, **options) for seed in range(draws)])
     return torch.bincount(torch.tensor(ids), minlength=6) / draws
@@ -37,7 +37,7 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
     expected = (LOGITS[0] / temperature).softmax(0)
     # Four standard deviations of a frequency over 8000 draws.
     assert (
-        (drawn(8000, temperature=temperature) - expected).abs() <= 4 * (expected * (1 - expected) / 8000).sqrt()
+        (frequencies(8000, temperature=temperature) - expected).abs() <= 4 * (expected * (1 - expected) / 8000).sqrt()
     ).all()
 
 
@@ -54,22 +54,22 @@ def test_draws_follow_the_distribution(temperature: float) -> None:
         ({"top_k": 2, "top_p": 0.7}, 1),  # of what top-k left, the first has 0.73
     ],
 )
-def test_filters_keep_the_likeliest(options: dict, kept: int) -> None:
-    found = drawn(3000, temperature=1.0, **options)
+def test_filters_keep_the_most_likely_ids(options: dict, kept: int) -> None:
+    found = frequencies(3000, temperature=1.0, **options)
     probabilities = LOGITS[0].softmax(0)
     expected = torch.where(torch.arange(6) < kept, probabilities, 0.0)
     expected /= expected.sum()
     assert not found[kept:].any() and (found - expected).abs().max() <= 4 * 0.5 / math.sqrt(3000)
 
 
-def test_a_wide_nucleus_is_found_among_all_ids() -> None:
+def test_nucleus_wider_than_the_candidates() -> None:
     flat = torch.zeros(1, 2000)
     flat[0, :1000] += 1e-3
     ids = sample_tokens(flat.expand(400, -1), [row(seed, temperature=1.0, top_p=0.5) for seed in range(400)])
     assert max(ids) < 1000 and len(set(ids)) > 250
 
 
-def test_greedy_takes_the_likeliest_and_no_seed_changes_it() -> None:
+def test_greedy_ignores_the_seed() -> None:
     assert (
         sample_tokens(
             LOGITS.expand(5, -1), [row(seed, temperature=t) for seed, t in enumerate((0.0, 0.0, 0.001, 0.001, 0.0))]
@@ -78,7 +78,7 @@ def test_greedy_takes_the_likeliest_and_no_seed_changes_it() -> None:
     )
 
 
-def test_a_draw_depends_on_seed_and_number_and_on_nothing_else_in_the_batch() -> None:
+def test_draws_depend_on_seed_and_token_index_only() -> None:
     logits = torch.randn(16, 500, generator=torch.Generator().manual_seed(1))
     kinds = [{}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.0}, {"repetition_penalty": 1.3}]
     rows = [row(seed, generated=tuple(range(seed)), **{"temperature": 0.9, **kinds[seed % 6]}) for seed in range(16)]
@@ -102,7 +102,7 @@ def test_penalties() -> None:
     assert LOGITS[0, 0] == 2.0
 
 
-def test_logprobs_are_of_the_raw_distribution() -> None:
+def test_logprobs_use_raw_logits() -> None:
     expected = LOGITS[0].log_softmax(0).tolist()
     [found] = compute_logprobs(LOGITS, [3], alternatives=2)
     assert found.chosen == expected[3] and found.top == ((0, expected[0]), (1, expected[1]))

@@ -30,10 +30,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint and its export."""
     root = tmp_path_factory.mktemp("models")
     import_model(
-        HfSource(directory=write_llava_hf(root / "hf")), root / "ours", options=ImportOptions(template="share4v_v1")
+        HfSource(directory=write_llava_hf(root / "hf")),
+        root / "checkpoint",
+        options=ImportOptions(template="share4v_v1"),
     )
-    export_model(root / "ours", root / "export", layout="llava-hf")
-    return root / "ours", root / "export"
+    export_model(root / "checkpoint", root / "export", layout="llava-hf")
+    return root / "checkpoint", root / "export"
 
 
 def engine_answers(session: Session) -> list[list[int]]:
@@ -44,7 +46,7 @@ def engine_answers(session: Session) -> list[list[int]]:
     return ask(Engine.open(session, EngineConfig()), prompts, max_new_tokens=NEW)
 
 
-def test_checkpoint_and_export_answer_alike(
+def test_checkpoint_and_export_give_equal_answers(
     models: tuple[Path, Path], mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -56,16 +58,16 @@ def test_checkpoint_and_export_answer_alike(
     assert engine_answers(checkpoint) == engine_answers(export) == expected
 
 
-def test_transformers_answers_what_the_engine_does(models: tuple[Path, Path], mesh) -> None:
+def test_engine_equals_transformers(models: tuple[Path, Path], mesh) -> None:
     from megatron_share4v.evaluate import agreement
 
     session = Session.open(models[1], mesh=mesh, dtype="fp32")
     processor, model = agreement._load(models[1])
-    asked = [agreement._encode_inputs(processor, question) for question in generated_questions()]
-    assert engine_answers(session) == [agreement._generate_greedy(model, session, inputs, NEW) for inputs in asked]
+    inputs = [agreement._encode_inputs(processor, question) for question in generated_questions()]
+    assert engine_answers(session) == [agreement._generate_greedy(model, session, one, NEW) for one in inputs]
 
 
-def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
+def test_tokenizer_larger_than_the_model_is_rejected(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
     train_tokenizer(
         ["some words to make other pieces of"] * 9 + [chr(n) * 2 for n in range(0x4E00, 0x4E60)],
         tmp_path / "larger",
@@ -77,14 +79,15 @@ def test_a_foreign_tokenizer_is_refused(models: tuple[Path, Path], mesh, tmp_pat
             Session.open(models[0], mesh=mesh)
 
 
-def test_pipeline_stages_are_refused_before_anything_is_computed(models: tuple[Path, Path], mesh) -> None:
+def test_pipeline_stages_are_rejected(models: tuple[Path, Path], mesh) -> None:
     session = Session.open(models[0], mesh=mesh)
     staged = replace(session, mesh=replace(mesh, layout=Layout(pipeline=2)))
     with pytest.raises(ConfigError, match="load at pipeline 1"):
         Engine.open(staged, EngineConfig())
 
 
-def on_a_rank(path: Path) -> list[list[int]] | str | None:
+def generate_at_tp2(path: Path) -> list[list[int]] | str | None:
+    """Answers on TP rank 0, None on rank 1, or the error's text."""
     from megatron_share4v.infer.tp_executor import run_follower
     from megatron_share4v.mcore.groups import open_mesh
     from megatron_share4v.parallel.device import Device
@@ -108,9 +111,9 @@ def on_a_rank(path: Path) -> list[list[int]] | str | None:
         return answers
 
 
-def test_an_export_at_tensor_two(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
+def test_export_at_tp2(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
     expected = Session.open(models[0], mesh=mesh, dtype="fp32").answer_ids(generated_questions(), max_new_tokens=NEW)
-    assert run_world(2, on_a_rank, models[1]) == [expected, None]
+    assert run_world(2, generate_at_tp2, models[1]) == [expected, None]
     (tmp_path / "config.json").write_text("{}")
-    first, second = run_world(2, on_a_rank, tmp_path)
+    first, second = run_world(2, generate_at_tp2, tmp_path)
     assert first == second and str(tmp_path) in first

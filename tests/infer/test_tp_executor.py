@@ -1,4 +1,4 @@
-"""Generation at several TP sizes from a checkpoint of another layout, and a failing rank."""
+"""Generation at several TP sizes from a checkpoint of another layout, and a failing_run rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
     from megatron_share4v.checkpoint.store import CheckpointContents, RunState, write_checkpoint
     from megatron_share4v.model.greedy_reference import greedy_generate
 
-    with opened(tensor=2, pipeline=2) as mesh:
+    with open_layout(tensor=2, pipeline=2) as mesh:
         chunks = engine_helpers.build(mesh)
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
         contents = CheckpointContents(chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
@@ -29,7 +29,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
         return greedy_generate(chunks, engine_helpers.mixed_prompts(), mesh=mesh, **options)
 
 
-def opened(**degrees: int):
+def open_layout(**degrees: int):
     import torch.distributed as dist
 
     from megatron_share4v.config.parallel import ParallelConfig
@@ -49,7 +49,7 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
     from megatron_share4v.infer.request import GenerationRequest, SamplingParams
     from megatron_share4v.infer.tp_executor import run_follower
 
-    with opened(tensor=tensor) as mesh:
+    with open_layout(tensor=tensor) as mesh:
         chunks = engine_helpers.build(mesh, seed=99)
         load_weights(directory, chunks=chunks)
         engine = engine_helpers.engine_of(chunks, step_positions=16)
@@ -81,7 +81,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[lis
     return directory, run_world(4, write_checkpoint, directory)[0]
 
 
-def test_every_tensor_size_answers_alike_from_a_pipeline_checkpoint(checkpoint: tuple[Path, list[list[int]]]) -> None:
+def test_tp_sizes_give_equal_answers_from_a_pipeline_checkpoint(checkpoint: tuple[Path, list[list[int]]]) -> None:
     directory, expected = checkpoint
     [one] = run_world(1, generate, directory, 1)
     assert one[0] == expected
@@ -90,24 +90,24 @@ def test_every_tensor_size_answers_alike_from_a_pipeline_checkpoint(checkpoint: 
     assert max(abs(a - b) for a, b in zip(two[2], one[2], strict=True)) <= LAYOUT_LOGPROB
 
 
-def fail(rank: int) -> None:
-    """Make `rank` fail in its third step."""
+def generate_with_failure(rank: int) -> None:
+    """Make `rank` generate_with_failure in its third step."""
     import engine_helpers
     import torch.distributed as dist
 
     from megatron_share4v.infer.tp_executor import run_follower
 
-    with opened(tensor=2) as mesh:
+    with open_layout(tensor=2) as mesh:
         engine = engine_helpers.engine_of(engine_helpers.build(mesh))
         runner, steps = engine.executor.runner, iter(range(100))
         run = runner.run
 
-        def failing(plan):
+        def failing_run(plan):
             if dist.get_rank() == rank and next(steps) == 2:
-                raise RuntimeError(f"rank {rank} has had enough")
+                raise RuntimeError(f"rank {rank} fails on purpose")
             return run(plan)
 
-        runner.run = failing
+        runner.run = failing_run
         if engine.executor.is_leader:
             engine_helpers.ask(engine, engine_helpers.mixed_prompts())
         else:
@@ -115,6 +115,6 @@ def fail(rank: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_ends_all_with_its_traceback(rank: int) -> None:
-    with pytest.raises(AssertionError, match=rf"(?s)rank {rank} failed:.*in failing.*rank {rank} has had enough"):
-        run_world(2, fail, rank)
+def test_failing_rank_ends_the_world_with_its_traceback(rank: int) -> None:
+    with pytest.raises(AssertionError, match=rf"(?s)rank {rank} failed:.*in failing_run.*rank {rank} fails on purpose"):
+        run_world(2, generate_with_failure, rank)

@@ -13,17 +13,19 @@ SLOW_S = 0.03
 PNG = {"name": "harbour.png", "mimeType": "image/png", "buffer": picture(size=(300, 200))}
 
 
-def say(page: Page, text: str) -> None:
+def send_message(page: Page, text: str) -> None:
+    """Type a message and press Enter."""
     page.fill("#text", text)
     page.press("#text", "Enter")
 
 
-def ended(page: Page, count: int = 1) -> None:
+def wait_for_answers(page: Page, count: int = 1) -> None:
+    """Wait until `count` answers are complete."""
     expect(page.locator(".answer[aria-busy=false]")).to_have_count(count)
 
 
-def wait(page: Page, expression: str, argument: object = None) -> None:
-    """Wait until a condition holds. (Playwright's wait_for_function needs eval, which the page's policy forbids.)"""
+def wait_for(page: Page, expression: str, argument: object = None) -> None:
+    """Wait until a JavaScript condition holds. (Playwright's wait_for_function needs eval, which the page's policy forbids.)"""
     until(lambda: page.evaluate(expression, argument) or page.wait_for_timeout(10))
 
 

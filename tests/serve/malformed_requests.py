@@ -63,8 +63,8 @@ ODD_PATHS = [
 
 
 @dataclass(frozen=True)
-class Raw:
-    """Bytes to send. whole: whether a response can be expected."""
+class RawRequest:
+    """Bytes to send. whole: whether they are a complete request, which gets a response."""
 
     data: bytes
     whole: bool = True
@@ -108,17 +108,17 @@ def _valid(random: Random) -> tuple[str, dict]:
     return path, copy.deepcopy(bodies[path])
 
 
-def _places(value: object) -> list[tuple[object, object]]:
+def _nested_values(value: object) -> list[tuple[object, object]]:
     """(container, key) of every nested value."""
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [place for key in keys for place in [(value, key), *_places(value[key])]]
+    return [item for key in keys for item in [(value, key), *_nested_values(value[key])]]
 
 
-def mutated(random: Random) -> Raw:
+def mutated(random: Random) -> RawRequest:
     """A valid request with one to three values replaced."""
     path, body = _valid(random)
     for _ in range(random.randint(1, 3)):
-        container, key = random.choice(_places(body))
+        container, key = random.choice(_nested_values(body))
         container[key] = copy.deepcopy(random.choice(JUNK))
     if random.random() < 0.2:
         body[
@@ -140,8 +140,8 @@ def mutated(random: Random) -> Raw:
     return post(path, json.dumps(body).encode("utf-8", "surrogatepass"))
 
 
-def torn(random: Random) -> Raw:
-    """Bytes that are no JSON or barely so."""
+def invalid_json(random: Random) -> RawRequest:
+    """Bodies that are not JSON, or unusual JSON."""
     text = json.dumps(chat()).encode()
     options = [
         b"[" * random.randint(1, 60_000),
@@ -166,8 +166,8 @@ def torn(random: Random) -> Raw:
     return post(random.choice(PATHS), random.choice(options))
 
 
-def bad_image(random: Random) -> Raw:
-    """A chat with a file that is damaged, no image, or a decompression bomb."""
+def bad_image(random: Random) -> RawRequest:
+    """A chat whose image is damaged, not an image, or a decompression bomb."""
     file = random.choice([PNG, JPEG, WEBP, GIF, BMP])
     cut = file[: random.randrange(1, len(file))]
     noisy = bytearray(file)
@@ -200,14 +200,14 @@ def bad_image(random: Random) -> Raw:
     return post("/v1/chat/completions", json.dumps(chat(url)).encode())
 
 
-def odd_http(random: Random) -> Raw:
+def odd_http(random: Random) -> RawRequest:
     """Wrong methods, paths, headers and sizes; chunked bodies."""
     body = json.dumps(chat()).encode()
     path = random.choice([*PATHS, *ODD_PATHS])
     method = random.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "BREW"])
     choice = random.randrange(7)
     if choice == 0:
-        return Raw(
+        return RawRequest(
             f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(),
             kind="head" if method == "HEAD" else "",
         )
@@ -220,20 +220,20 @@ def odd_http(random: Random) -> Raw:
             ),
         )
     if choice == 2:
-        return Raw(
+        return RawRequest(
             (
                 f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                 "Content-Length: 99999999999\r\n\r\n{"
             ).encode()
         )
     if choice == 3:
-        return Raw(random.randbytes(200) + b"\r\n\r\n", kind="not http")
+        return RawRequest(random.randbytes(200) + b"\r\n\r\n", kind="not http")
     if choice == 4:
         head = (
             f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
         ).encode()
-        return Raw(
+        return RawRequest(
             head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:50], body[50:])) + b"0\r\n\r\n"
         )
     if choice == 5:
@@ -241,31 +241,31 @@ def odd_http(random: Random) -> Raw:
     return post(path, body, extra="Authorization: Bearer ÿ\r\nExpect: 100-continue\r\n" * random.randint(1, 2))
 
 
-def aborted(random: Random) -> Raw:
+def aborted(random: Random) -> RawRequest:
     """A request that is cut off, or whose response is not read."""
     data = post(
         "/v1/chat/completions", json.dumps(chat() | {"stream": random.random() < 0.5, "max_tokens": 300}).encode()
     ).data
-    return Raw(data if random.random() < 0.5 else data[: random.randrange(20, len(data))], whole=False)
+    return RawRequest(data if random.random() < 0.5 else data[: random.randrange(20, len(data))], whole=False)
 
 
-def generate(random: Random) -> Raw:
+def generate(random: Random) -> RawRequest:
     """A request of a random kind."""
-    kinds = ((mutated, 46), (torn, 14), (bad_image, 20), (odd_http, 12), (aborted, 8))
+    kinds = ((mutated, 46), (invalid_json, 14), (bad_image, 20), (odd_http, 12), (aborted, 8))
     return random.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0](random)
 
 
-def post(path: str, body: bytes, *, kind: str = "application/json", extra: str = "") -> Raw:
+def post(path: str, body: bytes, *, kind: str = "application/json", extra: str = "") -> RawRequest:
     """A complete request; /api takes PUT."""
     method = "PUT" if path == "/api" else "POST"
     head = (
         f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nConnection: close\r\n"
         f"{extra}Content-Length: {len(body)}\r\n\r\n"
     )
-    return Raw(head.encode("latin-1") + body)
+    return RawRequest(head.encode("latin-1") + body)
 
 
-def exchange(port: int, raw: Raw, *, timeout_s: float) -> tuple[int, bytes] | None:
+def exchange(port: int, raw: RawRequest, *, timeout_s: float) -> tuple[int, bytes] | None:
     """Status and body; None when not awaited. Raises TimeoutError when the server hangs."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         try:
@@ -302,7 +302,7 @@ def _text_bomb() -> bytes:
 BOMBS = [
     _png(30_000, 30_000),
     _png(12_000, 12_000),
-    _png(7_500, 7_500),  # 56 million pixels: few enough for Pillow, too many for us
+    _png(7_500, 7_500),  # 56 million pixels: below Pillow's limit, above the server's
     _png(1_000_000, 1),
     _png(16, 16, _text_bomb()),
     b"GIF89a" + struct.pack("<HH", 65535, 65535) + GIF[10:],

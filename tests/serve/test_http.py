@@ -43,18 +43,18 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
             f"Content-Length: {len(body)}",
         )
         head = ("\r\n".join(lines) + "\r\n\r\n").encode()
-        asked = [socket.create_connection((host, int(port))) for _ in range(2)]
-        asked[0].sendall(head + body)
+        clients = [socket.create_connection((host, int(port))) for _ in range(2)]
+        clients[0].sendall(head + body)
         until(lambda: engine.running and server.worker.waiting == 0)
-        asked[1].sendall(head + body)
+        clients[1].sendall(head + body)
         until(lambda: server.worker.waiting == 1)
-        asked[1].close()  # the waiting request, then the running one
+        clients[1].close()  # cancel the waiting request first, then the running one
         until(lambda: server.worker.waiting == 0)
         assert engine.running and not engine.cancelled
-        begun = time.monotonic()
-        asked[0].close()
+        start = time.monotonic()
+        clients[0].close()
         until(lambda: not engine.running)
-        assert time.monotonic() - begun < 2  # 0.05 s on an idle machine, and an answer of 300 tokens takes 6
+        assert time.monotonic() - start < 2  # 0.05 s on an idle machine, and an answer of 300 tokens takes 6
         metrics = server.app.state.metrics
         assert metrics.value("request_success_total", finished_reason="abort") == 2
 
@@ -70,7 +70,7 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
         ("POST", "/v1/chat/completions", 415, "content-type must be application/json"),
     ],
 )
-def test_every_error_has_one_shape(http: httpx.Client, method: str, path: str, status: int, words: str) -> None:
+def test_errors_have_openai_shape(http: httpx.Client, method: str, path: str, status: int, words: str) -> None:
     answer = http.request(method, path)
     assert answer.status_code == status and answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
@@ -103,7 +103,7 @@ def test_every_error_has_one_shape(http: httpx.Client, method: str, path: str, s
         ({"seed": 10**30}, "seed", "more than 64 bits"),
     ],
 )
-def test_bad_fields_are_named(http: httpx.Client, change: dict, param: str | None, words: str) -> None:
+def test_invalid_fields_are_named(http: httpx.Client, change: dict, param: str | None, words: str) -> None:
     import json
 
     answer = http.post(
@@ -126,7 +126,7 @@ def test_inert_and_unknown_fields_are_accepted(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=CHAT | change).status_code == 200
 
 
-def test_key_guards_all_but_health_and_page(encoder: Encoder) -> None:
+def test_api_key_protects_all_but_health_and_page(encoder: Encoder) -> None:
     with running(encoder, api_key="sésame".encode().hex()) as server, httpx.Client(base_url=server.url) as http:
         key = server.config.api_key
         for path in ("/v1/models", "/metrics", "/version", "/tokenizer_info", "/nothing"):
@@ -144,7 +144,7 @@ def test_key_guards_all_but_health_and_page(encoder: Encoder) -> None:
         assert http.get("/v1/models", headers={"authorization": f"bearer {key}"}).status_code == 200
 
 
-def test_large_bodies_are_refused_before_they_are_read(encoder: Encoder) -> None:
+def test_large_bodies_are_rejected_before_reading(encoder: Encoder) -> None:
     with running(encoder, max_body_bytes=100_000, max_buffered_bytes=150_000) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
@@ -182,7 +182,7 @@ def test_health_while_loading_and_after(encoder: Encoder) -> None:
         assert http.get("/load").json() == {"server_load": 0}
 
 
-def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
+def test_metric_names_and_values(encoder: Encoder) -> None:
     with running(encoder, model_name='a"b') as server, httpx.Client(base_url=server.url) as http:
         http.post("/v1/chat/completions", json=CHAT | {"n": 2})
         http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 1})
@@ -193,7 +193,7 @@ def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
         samples = (re.fullmatch(r"(share4v_\w+\{.*\}) (\S+)", line).groups() for line in lines)
         values = {name: float(value) for name, value in samples}
         label = 'model_name="a\\"b"'
-        wanted = [
+        expected = [
             "num_requests_running",
             "num_requests_waiting",
             "prompt_tokens_total",
@@ -204,7 +204,7 @@ def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
             "prefix_cache_queries_total",
             "prefix_cache_hits_total",
         ]
-        assert all(f"share4v_{name}{{{label}}}" in values for name in wanted)
+        assert all(f"share4v_{name}{{{label}}}" in values for name in expected)
         assert values[f'share4v_request_success_total{{finished_reason="stop",{label}}}'] == 2
         assert values[f'share4v_request_success_total{{finished_reason="length",{label}}}'] == 1
         assert values[f'share4v_http_refused_total{{{label},status="404"}}'] == 1
@@ -215,7 +215,7 @@ def test_metrics_carry_the_agreed_names(encoder: Encoder) -> None:
         assert values[f"share4v_inter_token_latency_seconds_count{{{label}}}"] == tokens - 3
 
 
-def test_page_may_run_its_own_script_alone(http: httpx.Client) -> None:
+def test_page_content_security_policy(http: httpx.Client) -> None:
     answer = http.get("/")
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
     assert (
@@ -225,13 +225,13 @@ def test_page_may_run_its_own_script_alone(http: httpx.Client) -> None:
     )
     [script] = re.findall(r"<script>(.*?)</script>", answer.text, re.DOTALL)
     assert policy["script-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-    assert "http" not in re.sub(r"http://www\.w3\.org/\S+|(?<=\")v1/\S+", "", answer.text), "nothing from anywhere else"
+    assert "http" not in re.sub(r"http://www\.w3\.org/\S+|(?<=\")v1/\S+", "", answer.text), "no URL of another origin"
     assert not re.search(r"\sstyle=|\son\w+=|innerHTML|eval\(", answer.text)
     assert http.get("/favicon.ico").headers["content-type"] == "image/svg+xml"
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_tokenize_and_back(http: httpx.Client, encoder: Encoder) -> None:
+def test_tokenize_and_detokenize(http: httpx.Client, encoder: Encoder) -> None:
     answer = http.post("/tokenize", json={"prompt": "Three boats", "return_token_strs": True}).json()
     assert (
         answer["tokens"] == [1, *encoder.tokenizer.encode("Three boats")]
@@ -243,15 +243,15 @@ def test_tokenize_and_back(http: httpx.Client, encoder: Encoder) -> None:
     assert http.post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).json()[
         "tokens"
     ] == encoder.tokenizer.encode("a")
-    asked = http.post("/tokenize", json=CHAT).json()
-    assert asked["count"] == http.post("/v1/chat/completions", json=CHAT).json()["usage"]["prompt_tokens"]
+    tokenized = http.post("/tokenize", json=CHAT).json()
+    assert tokenized["count"] == http.post("/v1/chat/completions", json=CHAT).json()["usage"]["prompt_tokens"]
     assert http.get("/tokenizer_info").json()["template"] == "vicuna_v1" and http.get("/version").json()["version"]
 
 
 def test_megatron_route(http: httpx.Client, server: Running, encoder: Encoder) -> None:
     server.engine.answer = lambda engine, request: "boats.\nTwo"
-    asked = {"prompts": ["Three", "Five"], "tokens_to_generate": 40, "logprobs": True, "top_k": 1, "add_BOS": True}
-    answer = http.put("/api", json=asked).json()
+    body = {"prompts": ["Three", "Five"], "tokens_to_generate": 40, "logprobs": True, "top_k": 1, "add_BOS": True}
+    answer = http.put("/api", json=body).json()
     assert answer["text"] == ["Three boats.\nTwo", "Five boats.\nTwo"]
     assert answer["tokens"][0] == [1, *encoder.tokenizer.encode("Three"), *encoder.tokenizer.encode("boats.\nTwo")]
     assert [len(row) for row in answer["logprobs"]] == [len(row) - 1 for row in answer["tokens"]]

@@ -32,7 +32,7 @@ def ask(server: Running, url: str) -> httpx.Response:
     )
 
 
-def saved(mode: str, form: str, **options) -> bytes:
+def encode_image(mode: str, form: str, **options) -> bytes:
     file = io.BytesIO()
     Image.open(io.BytesIO(picture(size=(50, 30)))).convert(mode).save(file, form, **options)
     return file.getvalue()
@@ -45,21 +45,21 @@ def animation() -> bytes:
     return file.getvalue()
 
 
-def turned() -> bytes:
+def exif_rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return saved("RGB", "JPEG", exif=exif)
+    return encode_image("RGB", "JPEG", exif=exif)
 
 
-def deep() -> bytes:
+def sixteen_bit() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(file, "PNG")
     return file.getvalue()
 
 
-READ = {
+ACCEPTED = {
     **{
-        f"{form} {mode}": saved(mode, form)
+        f"{form} {mode}": encode_image(mode, form)
         for form, mode in [
             ("PNG", "RGB"),
             ("PNG", "RGBA"),
@@ -70,38 +70,38 @@ READ = {
             ("JPEG", "CMYK"),
         ]
     },
-    **{form: saved("RGB", form) for form in ("WEBP", "GIF", "BMP")},
+    **{form: encode_image("RGB", form) for form in ("WEBP", "GIF", "BMP")},
     "animated GIF": animation(),
-    "turned by EXIF": turned(),
-    "16 bit": deep(),
+    "rotated by EXIF": exif_rotated(),
+    "16 bit": sixteen_bit(),
 }
 
 
-@pytest.mark.parametrize("name", READ)
-def test_read_as_in_training(server: Running, encoder: Encoder, name: str) -> None:
-    answer = ask(server, data_url(READ[name], "image/whatever"))
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_decoded_as_in_training(server: Running, encoder: Encoder, name: str) -> None:
+    answer = ask(server, data_url(ACCEPTED[name], "image/whatever"))
     assert answer.status_code == 200, answer.text
-    assert np.array_equal(server.engine.requests[0].prompt.pixels[0].numpy(), decode(READ[name], encoder.images))
+    assert np.array_equal(server.engine.requests[0].prompt.pixels[0].numpy(), decode(ACCEPTED[name], encoder.images))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_truncated_is_refused(server: Running, form: str) -> None:
+def test_truncated_images_are_rejected(server: Running, form: str) -> None:
     data = picture(form=form, size=(80, 60))
     answer = ask(server, data_url(data[: len(data) * 2 // 3]))
     assert answer.status_code == 400 and "image" in answer.json()["error"]["message"] and not server.engine.requests
 
 
 @pytest.mark.parametrize("number", range(len(BOMBS)))
-def test_bombs_are_refused_at_once(server: Running, number: int) -> None:
-    begun = time.monotonic()
+def test_decompression_bombs_are_rejected_at_once(server: Running, number: int) -> None:
+    start = time.monotonic()
     answer = ask(server, data_url(BOMBS[number]))
-    assert answer.status_code == 400 and time.monotonic() - begun < 2, answer.text
+    assert answer.status_code == 400 and time.monotonic() - start < 2, answer.text
 
 
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (data_url(saved("RGB", "TIFF")), "not an image in PNG, JPEG, WebP, GIF or BMP format"),
+        (data_url(encode_image("RGB", "TIFF")), "not an image in PNG, JPEG, WebP, GIF or BMP format"),
         (data_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"), "not an image in PNG"),
         (data_url(picture(), "text/html"), "must begin with data:image/TYPE;base64,"),
         (data_url(picture())[:-1], "base64 is damaged"),
@@ -111,7 +111,7 @@ def test_bombs_are_refused_at_once(server: Running, number: int) -> None:
         ("file:///etc/passwd", "does not fetch images"),
     ],
 )
-def test_refused_with_its_place(server: Running, url: str, words: str) -> None:
+def test_rejections_name_the_message(server: Running, url: str, words: str) -> None:
     answer = ask(server, url)
     assert (
         answer.status_code == 400
@@ -120,7 +120,7 @@ def test_refused_with_its_place(server: Running, url: str, words: str) -> None:
     ), answer.text
 
 
-def test_limits_in_bytes(encoder: Encoder) -> None:
+def test_byte_limit(encoder: Encoder) -> None:
     data = picture(size=(80, 60))
     with running(encoder, max_image_bytes=len(data)) as server:
         assert ask(server, data_url(data)).status_code == 200
@@ -145,7 +145,7 @@ def test_typed_placeholder_is_text(server: Running, encoder: Encoder) -> None:
     assert third.token_ids.tolist() == [1, *tokenizer.encode("<image>")]
 
 
-# Fetching.
+# Fetching of image URLs.
 
 PRIVATE = [
     "127.0.0.1",
@@ -182,8 +182,8 @@ def test_public_addresses() -> None:
     )
 
 
-class Elsewhere(http.server.BaseHTTPRequestHandler):
-    """A web server for the fetch tests."""
+class ImageHost(http.server.BaseHTTPRequestHandler):
+    """Web server with the files of the fetch tests."""
 
     def do_GET(self) -> None:
         data = picture()
@@ -203,25 +203,25 @@ class Elsewhere(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *args: object) -> None:
-        """Nothing."""
+        """Keep the test output quiet."""
 
 
 @pytest.fixture(scope="module")
-def elsewhere() -> Iterator[int]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+def image_host() -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ImageHost) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
 
 
-class Names:
+class FakeResolver:
     """A resolver with fixed answers that counts its calls."""
 
     def __init__(self, *answers: list[str]) -> None:
-        self.answers, self.asked = list(answers), []
+        self.answers, self.hosts = list(answers), []
 
     async def __call__(self, host: str, port: int) -> list[str]:
-        self.asked.append(host)
+        self.hosts.append(host)
         return self.answers.pop(0)
 
 
@@ -230,19 +230,22 @@ def fetch(
 ) -> bytes:
     settings = {"max_bytes": 100_000, "timeout_s": 1.0} | options
     fetcher = ImageFetcher(
-        domains=domains, accepts=accepts, resolve=Names(*answers) if answers else Names(["127.0.0.1"]), **settings
+        domains=domains,
+        accepts=accepts,
+        resolve=FakeResolver(*answers) if answers else FakeResolver(["127.0.0.1"]),
+        **settings,
     )
     return asyncio.run(fetcher.fetch(url, place="here"))
 
 
-def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
-    names = Names(["127.0.0.1"])  # a second resolution would raise
+def test_fetches_from_the_vetted_address_after_one_resolution(image_host: int) -> None:
+    resolver = FakeResolver(["127.0.0.1"])  # a second resolution would raise
     fetcher = ImageFetcher(
-        domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=names
+        domains=("pictures.example",), max_bytes=100_000, timeout_s=5, accepts=lambda address: True, resolve=resolver
     )
-    assert asyncio.run(fetcher.fetch(f"http://cdn.pictures.example:{elsewhere}/a.png?b=c", place="here")) == picture()
-    assert names.asked == ["cdn.pictures.example"]
-    assert fetch(f"http://a.example:{elsewhere}/endless") == picture()
+    assert asyncio.run(fetcher.fetch(f"http://cdn.pictures.example:{image_host}/a.png?b=c", place="here")) == picture()
+    assert resolver.hosts == ["cdn.pictures.example"]
+    assert fetch(f"http://a.example:{image_host}/endless") == picture()
 
 
 @pytest.mark.parametrize(
@@ -264,20 +267,20 @@ def test_fetched_once_from_the_vetted_address(elsewhere: int) -> None:
         ("http://a.example:1/", [], None, "cannot be fetched"),
     ],
 )
-def test_not_fetched(elsewhere: int, url: str, answers: list[list[str]], accepts, words: str) -> None:
+def test_rejected_urls(image_host: int, url: str, answers: list[list[str]], accepts, words: str) -> None:
     options = {"accepts": accepts} if accepts else {}
     with pytest.raises(ApiError, match=words):
-        fetch(url.format(port=elsewhere), *answers, **options)
+        fetch(url.format(port=image_host), *answers, **options)
 
 
-def test_only_allowed_domains(elsewhere: int) -> None:
+def test_domain_allowlist(image_host: int) -> None:
     for host in ("b.example", "xa.example", "a.example.evil"):
         with pytest.raises(ApiError, match="from a.example only"):
-            fetch(f"http://{host}:{elsewhere}/", domains=("a.example",))
+            fetch(f"http://{host}:{image_host}/", domains=("a.example",))
 
 
-def test_served_when_allowed(encoder: Encoder, elsewhere: int) -> None:
+def test_server_fetches_allowed_urls(encoder: Encoder, image_host: int) -> None:
     fetcher = ImageFetcher(domains=(), max_bytes=100_000, timeout_s=5, accepts=lambda address: True)
     with running(encoder, allow_image_urls=(), fetcher=fetcher) as server:
-        assert ask(server, f"http://127.0.0.1:{elsewhere}/a.png").status_code == 200
+        assert ask(server, f"http://127.0.0.1:{image_host}/a.png").status_code == 200
         assert server.engine.requests[0].prompt.pixels.size(0) == 1

@@ -105,7 +105,7 @@ def ask(client: httpx.Client, question: Question) -> dict:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_answers_are_the_sessions(export: Path, expected: list[str], tmp_path: Path, ranks: int) -> None:
+def test_answers_equal_the_session(export: Path, expected: list[str], tmp_path: Path, ranks: int) -> None:
     with served(export, tmp_path / "log.txt", ranks=ranks) as (server, client):
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda question: ask(client, question), generated_questions()))
@@ -146,14 +146,14 @@ def test_answers_are_the_sessions(export: Path, expected: list[str], tmp_path: P
         (["nowhere", "--max-requests", "500"], "step_positions 256 is less than max_requests 500"),
     ],
 )
-def test_users_errors(arguments: list[str], words: str) -> None:
+def test_user_errors_are_one_message(arguments: list[str], words: str) -> None:
     done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert (
         done.returncode == 2 and "error: " in done.stderr and words in done.stderr and "Traceback" not in done.stderr
     ), done.stderr
 
 
-def test_help_names_every_setting() -> None:
+def test_help_lists_settings() -> None:
     done = subprocess.run(command("--help"), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and all(
         option in done.stdout for option in ("--allow-image-urls", "--max-waiting", "--prefix-cache", "--api-key")

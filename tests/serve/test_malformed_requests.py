@@ -1,4 +1,4 @@
-"""Thousands of malformed requests: no 5xx but 503, no hang, no leak, and no visit to private addresses."""
+"""Thousands of malformed requests: no 5xx but 503, no hang, no leak, no fetch from private addresses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from random import Random
 import httpx
 import psutil
 import pytest
-from malformed_requests import Raw, chat, exchange, generate, post
+from malformed_requests import RawRequest, chat, exchange, generate, post
 from server_fixture import running, until
 
 from megatron_share4v.config.serve import ServeConfig
@@ -29,7 +29,7 @@ from megatron_share4v.errors import ConfigError
 from megatron_share4v.serve.server import serve
 
 REQUESTS, CLIENTS, TIMEOUT_S = 1600, 12, 20.0
-KEPT_BYTES = 64 << 20  # memory that allocators may keep; one leaked body or decoded image would be 60 MB or more
+MAX_GROWTH_BYTES = 64 << 20  # memory that allocators may keep; one leaked body or decoded image would be 60 MB or more
 
 
 @contextlib.contextmanager
@@ -59,8 +59,8 @@ def process(directory: Path, *settings: str) -> Iterator[tuple[subprocess.Popen,
         server.wait()
 
 
-def storm(port: int, *, seed: int, count: int) -> Counter:
-    """Send generated requests from several clients; returns how often each status came."""
+def send_generated(port: int, *, seed: int, count: int) -> Counter:
+    """Send generated requests from several clients; returns the count of each status."""
     seen: Counter = Counter()
 
     def one(number: int) -> None:
@@ -92,18 +92,18 @@ def storm(port: int, *, seed: int, count: int) -> Counter:
     return seen
 
 
-def test_storm(tmp_path: Path) -> None:
+def test_generated_requests(tmp_path: Path) -> None:
     with process(tmp_path, "body_timeout_s=2.0", "max_body_bytes=4000000") as (server, port):
         memory = psutil.Process(server.pid).memory_info
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=chat() | {"temperature": 0}).json()[
             "choices"
         ]
-        storm(port, seed=1, count=REQUESTS // 5)
+        send_generated(port, seed=1, count=REQUESTS // 5)
         before = memory().rss
         slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
         for number, connection in enumerate(slow):
             connection.sendall(post("/v1/completions", b"x" * 100).data[: 40 + 5 * number])
-        seen = storm(port, seed=2, count=REQUESTS)
+        seen = send_generated(port, seed=2, count=REQUESTS)
         for connection in slow:
             connection.close()
         assert (
@@ -133,20 +133,20 @@ def test_storm(tmp_path: Path) -> None:
             ]
             == answer
         )
-        assert memory().rss - before < KEPT_BYTES, (before, memory().rss)
+        assert memory().rss - before < MAX_GROWTH_BYTES, (before, memory().rss)
         log = (tmp_path / "server.txt").read_text()
         assert "Traceback" not in log, log[-3000:]
 
 
-def test_slow_body_is_refused_in_time(encoder: Encoder) -> None:
+def test_slow_body_times_out(encoder: Encoder) -> None:
     with running(encoder, body_timeout_s=0.3) as server:
         data = post("/v1/chat/completions", b"x" * 1000).data[:-10]
-        begun = time.monotonic()
-        status, body = exchange(int(server.url.rpartition(":")[2]), Raw(data), timeout_s=10)
-        assert status == 408 and json.loads(body)["error"]["code"] == 408 and time.monotonic() - begun < 5
+        start = time.monotonic()
+        status, body = exchange(int(server.url.rpartition(":")[2]), RawRequest(data), timeout_s=10)
+        assert status == 408 and json.loads(body)["error"]["code"] == 408 and time.monotonic() - start < 5
 
 
-CANARIES = [
+PRIVATE_URLS = [
     "http://127.0.0.1:{port}/a.png",
     "http://localhost:{port}/",
     "http://[::1]:{port}/",
@@ -174,34 +174,34 @@ CANARIES = [
 
 
 @pytest.mark.parametrize("allowed", [None, (), ("localhost",)])
-def test_canaries_are_never_visited(encoder: Encoder, allowed: tuple[str, ...] | None) -> None:
+def test_private_addresses_are_never_fetched(encoder: Encoder, allowed: tuple[str, ...] | None) -> None:
     visits: list[bytes] = []
-    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as canary:
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
 
         def watch() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    connection, _ = canary.accept()
+                    connection, _ = listener.accept()
                     visits.append(connection.recv(100))
                     connection.close()
 
         threading.Thread(target=watch, daemon=True).start()
-        port = canary.getsockname()[1]
+        port = listener.getsockname()[1]
         with (
             running(encoder, allow_image_urls=allowed, image_timeout_s=1.0) as server,
             httpx.Client(timeout=20) as client,
         ):
-            for url in CANARIES:
+            for url in PRIVATE_URLS:
                 got = client.post(f"{server.url}/v1/chat/completions", json=chat(url.format(port=port)))
                 assert got.status_code == 400, (url, got.text)
                 assert "messages[0]" in got.json()["error"]["param"]
         assert visits == []
         with socket.create_connection(("127.0.0.1", port)) as probe:
-            probe.sendall(b"the canary sings")
-        until(lambda: visits)  # it would have noticed a visit
+            probe.sendall(b"probe")
+        until(lambda: visits)  # shows that the listener detects connections
 
 
-def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
+def test_sigterm_drains_running_answers(tmp_path: Path) -> None:
     with process(tmp_path, "step_s=0.01", "drain_s=20") as (server, port), ThreadPoolExecutor(1) as pool:
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100}
         answer = pool.submit(httpx.post, f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=20)
@@ -212,7 +212,7 @@ def test_sigterm_lets_answers_end(tmp_path: Path) -> None:
         assert (tmp_path / "server.txt").read_text().endswith("stopped\n")
 
 
-def test_sigterm_does_not_wait_for_ever(tmp_path: Path) -> None:
+def test_sigterm_drain_timeout(tmp_path: Path) -> None:
     with process(tmp_path, "step_s=0.05", "drain_s=0.5") as (server, port), ThreadPoolExecutor(1) as pool:
         url, body = (
             f"http://127.0.0.1:{port}/v1/chat/completions",
@@ -230,7 +230,7 @@ def test_sigterm_does_not_wait_for_ever(tmp_path: Path) -> None:
         assert "Traceback" not in (tmp_path / "server.txt").read_text()
 
 
-def test_a_failing_engine_ends_the_server_with_its_traceback(tmp_path: Path) -> None:
+def test_failing_engine_ends_the_server_with_its_traceback(tmp_path: Path) -> None:
     with process(tmp_path, "breaks_after=1") as (server, port):
         body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
         assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=20).status_code == 200
@@ -240,7 +240,7 @@ def test_a_failing_engine_ends_the_server_with_its_traceback(tmp_path: Path) -> 
         assert "RuntimeError: a rank has died" in log and "in step" in log
 
 
-def test_a_port_in_use_is_the_users_error() -> None:
+def test_port_in_use_is_a_user_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"host 127.0.0.1, port {port}: cannot listen there"):

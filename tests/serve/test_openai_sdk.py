@@ -39,7 +39,7 @@ def ask(client: openai.OpenAI, text: str = "What is it?", *, image: bytes | None
     return client.chat.completions.create(model="share4v", messages=[{"role": "user", "content": parts}], **options)
 
 
-def test_chat_with_an_image_reads_what_training_wrote(client: openai.OpenAI, server: Running, encoder: Encoder) -> None:
+def test_chat_prompt_equals_training(client: openai.OpenAI, server: Running, encoder: Encoder) -> None:
     image = picture()
     answer = ask(client, image=image, temperature=0)
     expected = make_prompt(
@@ -73,7 +73,7 @@ def test_history_with_system_and_image(client: openai.OpenAI, server: Running, e
     )
 
 
-def test_stream_equals_the_whole(client: openai.OpenAI) -> None:
+def test_stream_equals_complete_response(client: openai.OpenAI) -> None:
     whole = ask(client, image=picture(), temperature=0)
     chunks = list(ask(client, image=picture(), temperature=0, stream=True, stream_options={"include_usage": True}))
     first, *deltas, finish, last = chunks
@@ -85,7 +85,7 @@ def test_stream_equals_the_whole(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1]) and len({chunk.id for chunk in chunks}) == 1
 
 
-def test_characters_of_several_tokens_come_whole(client: openai.OpenAI, server: Running) -> None:
+def test_multi_token_characters_are_never_split(client: openai.OpenAI, server: Running) -> None:
     text = "Grüße, 世界! 👩‍🚀 ok"
     server.engine.answer = lambda engine, request: text
     chunks = [chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True)]
@@ -111,20 +111,20 @@ def test_n_and_seed(client: openai.OpenAI) -> None:
 def test_stop_strings(client: openai.OpenAI, server: Running, stream: bool) -> None:
     server.engine.answer, server.engine.step_s = lambda engine, request: "One boat. Two boats. Three boats.", 0.003
 
-    def said(**options) -> tuple[str, str]:
+    def answer_and_reason(**options) -> tuple[str, str]:
         answer = ask(client, stream=stream, **options)
         if not stream:
             return answer.choices[0].message.content, answer.choices[0].finish_reason
         chunks = list(answer)
         return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks[-1].choices[0].finish_reason
 
-    assert said(stop="Three") == ("One boat. Two boats. ", "stop")
-    assert said(stop=["nothing", "o boats"]) == ("One boat. Tw", "stop")
-    assert said(stop=["boats. T"], extra_body={"include_stop_str_in_output": True}) == (
+    assert answer_and_reason(stop="Three") == ("One boat. Two boats. ", "stop")
+    assert answer_and_reason(stop=["nothing", "o boats"]) == ("One boat. Tw", "stop")
+    assert answer_and_reason(stop=["boats. T"], extra_body={"include_stop_str_in_output": True}) == (
         "One boat. Two boats. T",
         "stop",
     )
-    assert said(stop=["boats?"]) == ("One boat. Two boats. Three boats.", "stop")
+    assert answer_and_reason(stop=["boats?"]) == ("One boat. Two boats. Three boats.", "stop")
     until(lambda: not server.engine.has_work)
     assert len(server.engine.cancelled) == 3
 
@@ -205,7 +205,7 @@ def test_completions(client: openai.OpenAI, server: Running, encoder: Encoder) -
     )
 
 
-def test_echo_with_logprobs_scores_a_text(client: openai.OpenAI, encoder: Encoder) -> None:
+def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, encoder: Encoder) -> None:
     answer = client.completions.create(model="share4v", prompt="Three boats", max_tokens=0, echo=True, logprobs=1)
     ids = [1, *encoder.tokenizer.encode("Three boats")]
     found = answer.choices[0].logprobs
@@ -223,7 +223,7 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
-def test_errors_are_the_sdks_classes(client: openai.OpenAI, server: Running, encoder: Encoder) -> None:
+def test_errors_map_to_sdk_exceptions(client: openai.OpenAI, server: Running, encoder: Encoder) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
         client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "hi"}])
     assert caught.value.body["code"] == 404 and caught.value.body["param"] == "model"
@@ -267,7 +267,7 @@ def test_full_queue_is_a_rate_limit_error(encoder: Encoder) -> None:
             ask(client_of(server), n=3)
 
 
-def test_16_at_once_equal_each_alone(client: openai.OpenAI, server: Running) -> None:
+def test_16_concurrent_requests_equal_sequential_ones(client: openai.OpenAI, server: Running) -> None:
     server.engine.step_s = 0.001
 
     def one(number: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import PNG, SHOTS, SLOW_S, bodies_of, ended, say, wait
+from browser import PNG, SHOTS, SLOW_S, bodies_of, send_message, wait_for, wait_for_answers
 from playwright.sync_api import Page, expect
 from server_fixture import Running, picture, until
 
@@ -24,7 +24,7 @@ def test_captioner(page: Page, host: Running) -> None:
     host.engine.step_s = 0.01
     sent = bodies_of(page)
     page.click("#run")
-    wait(
+    wait_for(
         page,
         "[...document.querySelectorAll('td.caption')].some((c) => c.textContent && c.parentNode.dataset.state === "
         "'running')",
@@ -35,7 +35,7 @@ def test_captioner(page: Page, host: Running) -> None:
     assert (
         sent[0]["temperature"] == 0 and sent[0]["messages"][0]["content"][1]["text"] == "Describe this image in detail."
     )
-    format_value = dict(zip(page.locator("td.name").all_inner_texts(), page.locator("td.caption").all_inner_texts()))
+    captions = dict(zip(page.locator("td.name").all_inner_texts(), page.locator("td.caption").all_inner_texts()))
     saved = {}
     for name in ("json", "jsonl"):
         with page.expect_download() as download:
@@ -45,7 +45,7 @@ def test_captioner(page: Page, host: Running) -> None:
     listed = json.loads(saved["json"])
     assert [list(entry) for entry in listed] == [[f"{name}.png"] for name in "abcde"]
     assert [text for entry in listed for text in entry.values()] == [
-        text for name, text in format_value.items() if "torn" not in name
+        text for name, text in captions.items() if "torn" not in name
     ]
     lines = [json.loads(line) for line in saved["jsonl"].splitlines()]
     assert (
@@ -57,7 +57,7 @@ def test_captioner(page: Page, host: Running) -> None:
     assert lines[0]["finish_reason"] == "stop" and lines[0]["tokens"] > 0 and lines[0]["error"] is None
 
 
-def test_captioner_stops_and_goes_on(page: Page, host: Running) -> None:
+def test_captioner_stop_and_resume(page: Page, host: Running) -> None:
     host.engine.step_s = SLOW_S
     page.click("#tab-captioner")
     page.set_input_files("#files", [PNG | {"name": f"{number}.png"} for number in range(8)])
@@ -93,10 +93,10 @@ def test_screenshots_without_horizontal_scroll(
     assert page.get_attribute("html", "data-theme") == theme
     shoot("welcome")
     page.click(".example >> nth=0")
-    ended(page)
+    wait_for_answers(page)
     host.engine.step_s = SLOW_S
-    say(page, "And " + "unbelievably" * 9 + "long words?")
-    wait(page, "document.querySelectorAll('.answer')[1]?.textContent.length > 60")
+    send_message(page, "And " + "unbelievably" * 9 + "long words?")
+    wait_for(page, "document.querySelectorAll('.answer')[1]?.textContent.length > 60")
     shoot("chat")
     page.click("#stop")
     host.engine.step_s = 0.0
