@@ -1,4 +1,4 @@
-"""Generation at several TP sizes from a checkpoint of another layout, and a failing_run rank."""
+"""Generation at several TP sizes from a checkpoint of another layout, and a failing rank."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_tp_sizes_give_equal_answers_from_a_pipeline_checkpoint(checkpoint: tupl
 
 
 def generate_with_failure(rank: int) -> None:
-    """Make `rank` generate_with_failure in its third step."""
+    """Generate with a failure of `rank` in its third step."""
     import engine_helpers
     import torch.distributed as dist
 

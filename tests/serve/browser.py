@@ -25,7 +25,10 @@ def wait_for_answers(page: Page, count: int = 1) -> None:
 
 
 def wait_for(page: Page, expression: str, argument: object = None) -> None:
-    """Wait until a JavaScript condition holds. (Playwright's wait_for_function needs eval, which the page's policy forbids.)"""
+    """Wait until a JavaScript condition holds.
+
+    Playwright's wait_for_function needs eval, which the page's policy forbids.
+    """
     until(lambda: page.evaluate(expression, argument) or page.wait_for_timeout(10))
 
 
