@@ -1,4 +1,4 @@
-"""Small sentencepiece models of LLaMA's kind, trained once per session."""
+"""Session fixtures: small sentencepiece models like that of LLaMA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CORPUS = [
 
 
 def _train(path: Path, *, control_symbols: Iterable[str] = ()) -> Path:
-    """BPE with byte fallback, a leading space, no normalisation, and LLaMA's special ids."""
+    """Train a BPE model with byte fallback, dummy prefix, no normalisation, and the special ids of LLaMA."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 10), model_writer=model, vocab_size=600, model_type="bpe", byte_fallback=True,
@@ -45,7 +45,7 @@ def tokenizer(model_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """One that knows <|im_start|> and <|im_end|>, as the models do that speak chatml."""
+    """Model with the tokens <|im_start|> and <|im_end|>, as used for chatml."""
     return Tokenizer(
         _train(tmp_path_factory.mktemp("text") / "chatml.model", control_symbols=("<|im_start|>", "<|im_end|>"))
     )

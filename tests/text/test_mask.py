@@ -120,7 +120,7 @@ class Counting:
 
 
 def normalised(texts: list[str], tagged: bool) -> list[str]:
-    """Placeholders as the official training puts them."""
+    """Place image placeholders as the official training code does."""
     placed = []
     for text in texts:
         if "<image>" in text:
@@ -160,7 +160,7 @@ def as_turns(texts: list[str]) -> list[Message]:
 
 
 def compare(tokenizer: Tokenizer, name: str, count: Callable[[list[str], bool], Counted], *, number: int = 150) -> None:
-    """Encode random conversations both ways. Those that the official path gives up on must be refused by ours."""
+    """Random conversations: equal labels, or an error where the official code masks the sample."""
     draw, template, encoded, refused = random.Random(name), get_template(name), 0, 0
     for _ in range(number):
         has_image = draw.random() < 0.5

@@ -1,4 +1,4 @@
-"""The rendered texts are the published ones, to the character, and the trained spans are the answers."""
+"""Rendered text equal to the published text, and trained spans equal to the answers."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What somebody types is text, also where it looks like a placeholder; images go where the structure says."""
+"""Typed <image> stays text in chat prompts; images are placed by the message structure."""
 
 from __future__ import annotations
 

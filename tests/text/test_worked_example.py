@@ -67,7 +67,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         elif i < 259:
             model.pieces.add(piece=f"<0x{i - 3:02X}>", score=0, type=kinds.BYTE)
         elif i in known:
-            # "sleeps" is also "sleep" and "s"; here the fewer-letters rule of BPE is put into the scores.
+            # "sleeps" can also be "sleep" and "s"; the scores set the merge order.
             model.pieces.add(piece=known[i], score=-0.5 if known[i] in ("▁sle", "eps") else -1, type=kinds.NORMAL)
         else:
             model.pieces.add(piece=f"<unused{i}>", score=0, type=kinds.UNUSED)

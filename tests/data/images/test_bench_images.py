@@ -1,4 +1,4 @@
-"""tools/bench_data.py --images runs, finds equal pixels, and ends with its numbers as one JSON object."""
+"""Image benchmark of tools/bench_data.py: equal pixels, and one JSON object as the last line."""
 
 from __future__ import annotations
 

@@ -28,11 +28,11 @@ needs_dali = pytest.mark.skipif(not HAS_DALI, reason="extra [dali] is not instal
 POLICIES = [ImagePolicy(28, "pad"), ImagePolicy(28, "square"), ImagePolicy(45, "pad")]
 BACKENDS = ["torch_u8", pytest.param("dali", marks=needs_dali)]
 LARGEST = {"torch_u8": 2, "dali": 24}
-MEAN = {"torch_u8": 0.05, "dali": 1.5}  # dithered black and white is the hardest for a resampler
+MEAN = {"torch_u8": 0.05, "dali": 1.5}  # largest error: dithered black and white
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture rather than noise, which no resampling agrees on."""
+    """Encode a smooth picture; on noise the resampling of the backends differs too much."""
     noise = np.random.RandomState(seed).randint(0, 256, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -50,7 +50,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def png(width: int, height: int, *, bits: int, colour: int, rows: bytes) -> bytes:
-    """A PNG of a kind that Pillow does not write, or whose header lies."""
+    """Encode a PNG of a kind that Pillow does not write, or with a wrong header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -29,7 +29,7 @@ MODES += [("RGB", "BMP"), ("P", "GIF"), ("L", "TIFF")]
 
 
 def _reference(data: bytes, *, size: int, aspect_ratio: str) -> torch.Tensor:
-    """What the official code feeds to the tower."""
+    """Compute the vision tower input of the official code."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     if aspect_ratio == "pad":
         width, height = image.size
@@ -98,7 +98,7 @@ def test_16_bit_gray_is_scaled_and_not_clipped():
 
 
 def _png_of(width: int, height: int) -> bytes:
-    """A PNG whose header claims a size that its data does not have."""
+    """Encode a PNG whose header has a size other than that of its data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

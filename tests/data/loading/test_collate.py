@@ -1,4 +1,4 @@
-"""Encoding and collating: slots, shifted labels, roles, and what does not fit."""
+"""Encoding and collating: image slots, shifted labels, stage roles, and samples that do not fit."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_mixed_batch():
     ]
     assert batch.image_slots.tolist() == [12, 13, 14, 21, 22, 23]
     assert batch.pixels.shape == (2, 4, 4, 3) and batch.pixels[:, 0, 0, 0].tolist() == [6, 4]
-    # A row predicts the token after it; the caption's first word is predicted by the last image slot.
+    # Each row predicts the next token; the last image slot predicts the first word of the caption.
     assert batch.target_rows.tolist() == [1, 2, 15, 16, 23, 24]
     assert batch.targets.tolist() == [9, 2, 7, 2, 8, 13]
     flat = batch.token_ids.flatten()
@@ -42,7 +42,7 @@ def test_mixed_batch():
 
 
 def test_packs():
-    """Two sequences: one holds three samples and no padding, the other one sample in a place that is longer than it."""
+    """Two sequences: three samples without padding, and one sample with padding."""
     segments = ((4, 8, 6), (6,))
     batch = collate(
         [TEXT, WITH_IMAGE, CAPTION, TEXT], sequence_length=18, tokens_per_image=3, role=BOTH, segments=segments

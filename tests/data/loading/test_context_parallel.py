@@ -1,4 +1,4 @@
-"""What a context-parallel rank keeps of a micro-batch: its positions, renumbered, and what belongs to them."""
+"""Slice of a micro-batch on a context-parallel rank: renumbered positions and the data that belongs to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parts(size: int, batch: Batch) -> list[Batch]:
 
 
 def back(flat: torch.Tensor, rank: int, length: int) -> list[int]:
-    """Flat positions of the whole micro-batch."""
+    """Flat positions of the complete micro-batch."""
     return (flat // length * LENGTH + rank * length + flat % length).tolist()
 
 
@@ -47,7 +47,7 @@ def test_the_parts_make_up_the_whole(size: int) -> None:
     }
     assert targets == dict(zip(whole.target_rows.tolist(), whole.targets.tolist()))
     assert {part.trained for part in found} == {5} and {part.segments for part in found} == {SEGMENTS}
-    # Each slot, by the image and the patch that it gets.
+    # Image and patch of each slot.
     wanted = {int(slot): (number // PATCHES, number % PATCHES) for number, slot in enumerate(whole.image_slots)}
     given = {}
     for rank, part in enumerate(found):
@@ -89,7 +89,7 @@ def test_a_stage_keeps_what_it_has() -> None:
         Batch(None, None, None, None, None, SEGMENTS), rank=1, size=2, sequence_length=LENGTH
     )
     assert middle == Batch(None, None, None, None, None, SEGMENTS)
-    # Features that were computed before are picked from all of them.
+    # Precomputed features are selected from all features.
     computed = slice_for_context_parallel(
         Batch(whole.token_ids, whole.image_slots, None, whole.target_rows, None), rank=1, size=2, sequence_length=LENGTH
     )

@@ -102,7 +102,7 @@ def test_reading_can_start_at_any_step(prepared, encoder, one_rank, start: int):
 
 
 def test_each_stage_reads_what_it_needs(prepared, encoder, one_rank, tmp_path: Path):
-    """The last stage must not touch image bytes: it reads a copy in which they are all destroyed."""
+    """The last stage must not read image bytes: it reads a copy in which they are destroyed."""
     directory = Path(shutil.copytree(prepared.directory, tmp_path / "blind"))
     for entry in prepared.index.rows:
         with (directory / f"shard-{entry['shard']:06d}.tar").open("r+b") as shard:
@@ -123,7 +123,7 @@ def test_each_stage_reads_what_it_needs(prepared, encoder, one_rank, tmp_path: P
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_sample_that_cannot_be_read_keeps_its_slot(prepared, encoder, tmp_path: Path, num_workers: int):
-    """An image, a text, and an image whose bytes are whole but no image: named, replaced, and nothing else changes."""
+    """A damaged image, a damaged text and an intact file that is no image are reported and replaced."""
     directory = Path(shutil.copytree(prepared.directory, tmp_path / "damaged"))
     index = Index.open(directory)
     plan = _plan(index, order="sequential")
@@ -174,7 +174,7 @@ def test_labels_are_masked_for_what_other_ranks_could_not_read(prepared, encoder
 
 
 def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
-    """Three ranks of a tensor group: the first reads the text as well."""
+    """Three ranks of a TP group share the images; the first also reads the text."""
     shares = [ImageSharding(rank, 3) for rank in range(3)]
     loaders = [
         Loader(
@@ -190,7 +190,7 @@ def test_shares_of_the_images_make_the_whole(prepared, encoder, one_rank):
 
 
 class DecodesInRank(LoaderOptions):
-    """As on a GPU: workers hand on encoded files."""
+    """Loader options with decoding in the rank instead of the workers, as with GPU decoding."""
 
     decodes_in_rank = True
 
@@ -219,7 +219,7 @@ def test_decoding_in_the_rank_gives_the_same(prepared, encoder, one_rank, tmp_pa
 
 
 class Dies:
-    """As an Encoder, but ends its process at one sample."""
+    """Encoder that kills its process at one sample."""
 
     def __init__(self, encoder, key: str) -> None:
         self.encoder, self.key = encoder, key

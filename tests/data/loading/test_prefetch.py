@@ -1,4 +1,4 @@
-"""Items made by a thread: in order, only a little ahead, errors at their place, and no thread left behind."""
+"""Prefetch thread: order, bounded lead, errors at their position, and no thread left running."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_share4v.parallel.device import Device
 
 
 class Source:
-    """Counts what was asked of it, and whether it was closed."""
+    """Iterator that counts requested items and records whether it was closed."""
 
     def __init__(self, count: int, *, fails_at: int | None = None) -> None:
         self.count, self.fails_at = count, fails_at

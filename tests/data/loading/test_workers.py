@@ -1,4 +1,4 @@
-"""The ordered map over processes: order, errors, and workers that die or hang, once or always."""
+"""Ordered map over worker processes: order, errors, and workers that crash or hang, once or always."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def square(request: int) -> tuple[int, torch.Tensor]:
 
 
 class Fragile:
-    """Squares; ends its own process, or sleeps, at some requests: the first time, or always."""
+    """Function that squares; at some requests it kills its process or sleeps, the first time or always."""
 
     def __init__(self, notes: Path, *, victims: dict[int, str]) -> None:
         self.notes, self.victims = notes, victims
@@ -38,14 +38,14 @@ class Fragile:
 
 
 class Unloadable:
-    """Cannot be loaded in another process, which therefore never begins."""
+    """Function that cannot be unpickled, so that the worker never starts."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("import os; os._exit(5)",)
 
 
 def test_workers_that_cannot_begin_end_the_reading() -> None:
-    """Not one lost result after the other."""
+    """A worker that cannot start fails once, not once per request."""
     with pytest.raises(DataError, match="ended with exit code 5 during start-up, also after a restart"):
         next(ordered_map(Unloadable(), range(10**6), num_workers=2, prefetch=2, on_crash=given_up))
 
@@ -78,7 +78,7 @@ def test_dead_and_hung_workers_go_on_at_the_same_place(tmp_path: Path, caplog: p
     with caplog.at_level("WARNING", logger="megatron_share4v"):
         results = list(ordered_map(fragile, range(12), num_workers=2, prefetch=3, timeout_s=4.0, on_crash=given_up))
     assert results == [n**2 for n in range(12)]
-    # In what order the deaths are met depends on how far each process came.
+    # The order in which crashes are detected depends on the progress of each process.
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 4 and all("restarted at the same request" in line for line in told)
     for who, how, times in (

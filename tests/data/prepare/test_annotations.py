@@ -1,4 +1,4 @@
-"""Annotation files: what is read, and how a bad file or record is named."""
+"""Annotation files: accepted content, and errors for bad files and records."""
 
 import json
 import re

@@ -45,7 +45,7 @@ def examine(prepared) -> RecordValidator:
 
 @pytest.fixture
 def bad(prepared, tmp_path: Path, picture) -> Path:
-    """A folder with annotations.json and images: the 24 good records and one of each finding."""
+    """Folder with annotations.json and images: 24 good records and one record for each finding."""
     shutil.copytree(prepared.images, tmp_path / "images")
     coco = tmp_path / "images" / "coco"
     (coco / "half.png").write_bytes(picture(3)[:100])
@@ -199,7 +199,7 @@ def test_a_sample_as_the_model_sees_it(examine: RecordValidator):
 
 @pytest.fixture
 def command() -> Iterator[Callable[[list[object]], int]]:
-    """The tool's `main`; the logging that it sets up is undone."""
+    """Function `main` of the tool; restores the logging set-up afterwards."""
     logger = get_logger()
     before = logger.level, logger.propagate
     main = runpy.run_path(str(TOOL))["main"]

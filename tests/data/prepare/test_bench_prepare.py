@@ -1,4 +1,4 @@
-"""The bench of preparing runs, in small, and counts what it says."""
+"""Preparation benchmark on a small input: record counts and measurements of each stage."""
 
 import runpy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Duplicates: groups from hashes equal what a loop over all pairs finds."""
+"""Duplicates: groups from hashes are equal to those from a comparison of all pairs."""
 
 import json
 from itertools import combinations
@@ -15,7 +15,7 @@ def test_groups_are_what_pairs_say():
     count = 60
     n_img = (rng.random(count) < 0.7).astype(np.uint8)
     path = np.where(n_img, rng.integers(1, 30, count), 0).astype(np.uint64)
-    length = np.where(n_img, path % 5, 0).astype(np.uint32)  # the same path has the same bytes
+    length = np.where(n_img, path % 5, 0).astype(np.uint32)  # equal paths have equal bytes
     crc32 = np.where(n_img, path % 3, 0).astype(np.uint32)
     identity = rng.integers(0, 12, count).astype(np.uint64)
     found = find_duplicates(identity=identity, path=path, n_img=n_img, length=length, crc32=crc32)

@@ -23,7 +23,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "prepare_data.py"
 
 @pytest.fixture
 def options(prepared, tmp_path: Path) -> PrepareOptions:
-    """A small input of its own; nothing prepared yet."""
+    """Options for a small input that is not prepared yet."""
     images = Path(shutil.copytree(prepared.images, tmp_path / "images"))
     annotations = tmp_path / "annotations.json"
     annotations.write_text(json.dumps(prepared.records[:6]), encoding="utf-8")
@@ -69,7 +69,7 @@ def test_everything_good_is_kept(options):
 
 
 def test_a_half_character_in_a_text_that_is_not_trained_stops_nothing(options):
-    """`plain` throws the human's text away, so nothing tokenises it."""
+    """Template `plain` drops the human text, so it is not tokenised."""
     record = json.loads(options.annotations.read_text())[0]
     record["conversations"] = [{"from": "human", "value": "<image>\n\ud800"}, {"from": "gpt", "value": "a red circle"}]
     options.annotations.write_text(json.dumps([record]))
@@ -84,7 +84,7 @@ def test_workers_write_the_same_bytes(options):
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and has no pixels."""
+    """Encode a PNG with a size in its header and no pixels."""
     parts = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(b"")),
@@ -97,7 +97,7 @@ def _png_header(width: int, height: int) -> bytes:
 
 
 def _bad_records(images: Path) -> dict[str, object]:
-    """One record for each reason, by the kind it must be refused under."""
+    """Return one bad record for each kind of rejection."""
     question, answer = {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red circle"}
     whole = images / "coco" / "0.png"
     (images / "coco" / "half.png").write_bytes(whole.read_bytes()[:200])
@@ -229,7 +229,7 @@ def test_inputs_that_cannot_be_used(options):
 
 @pytest.fixture
 def command() -> Iterator[Callable[[list[str]], int]]:
-    """The tool's `main`; the logging that it sets up is undone."""
+    """Function `main` of the tool; restores the logging set-up afterwards."""
     logger = get_logger()
     before = logger.level, logger.propagate
     yield runpy.run_path(str(TOOL))["main"]

@@ -1,4 +1,4 @@
-"""Several data sets as one: shares, counters, rows and keys over all of them, and reading through the loader."""
+"""Blend of data sets: shares, counters, rows and keys, and reading with the loader."""
 
 import pickle
 import shutil
@@ -20,7 +20,7 @@ from megatron_share4v.errors import DataError
 
 @pytest.fixture(scope="module")
 def second(prepared, tmp_path_factory) -> Path:
-    """The same 24 samples at another place, under another name."""
+    """Copy of the 24 samples in another directory with another name."""
     return Path(shutil.copytree(prepared.directory, tmp_path_factory.mktemp("blend") / "second"))
 
 
@@ -89,7 +89,7 @@ def test_epochs(prepared, second, order: str):
 
 
 def test_weights(prepared, second):
-    """An epoch is as long as both data sets together, shared 3 to 1."""
+    """An epoch has as many items as both data sets together, in the ratio 3 to 1."""
     plan = _plan(_blend(prepared, second, weight=(3.0, 1.0)))
     assert plan.epoch_items == 48 and plan.consumed(6) == {"out": 36, "second": 12}
     same = _plan(_blend(prepared, second, weight=(0.75, 0.25)))

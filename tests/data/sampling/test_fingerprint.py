@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of the data: each change is named, and what changes nothing is not in it."""
+"""Data fingerprint in a checkpoint: each relevant change is reported, irrelevant settings are not included."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Orders of an epoch: golden hashes, and LLaVA's grouping compared with a plain reimplementation of its rules."""
+"""Orders of an epoch: golden hashes, and LLaVA's length grouping compared with a simple reimplementation."""
 
 import hashlib
 
@@ -18,7 +18,7 @@ def _words(count: int) -> np.ndarray:
 
 
 def test_golden_hashes():
-    """These orders are part of every saved run: if this fails, old runs can no longer be resumed."""
+    """Golden hashes of the orders: if this fails, old runs can no longer be resumed."""
     assert _hash(random_order(1000, seed=42, epoch=0)) == "03680ad22ea38e4b"
     assert _hash(random_order(1000, seed=42, epoch=1)) == "c01f68b2939f6d6e"
     assert _hash(random_order(1000, seed=-1, epoch=0)) == "1dbc2888d9502d4e"
@@ -62,13 +62,13 @@ def test_over_epochs_only_the_groups_at_their_boundaries_mix(count: int):
         for n, group in enumerate(stream[: len(stream) // group_size * group_size].reshape(-1, group_size))
         if len(set(np.sign(words[group]))) > 1
     ]
-    # An epoch holds back less than two groups of each kind, around its end.
+    # Fewer than two groups of each kind move across the end of an epoch.
     near = {end * count // group_size + shift for end in range(1, 5) for shift in (-2, -1, 0)}
     assert set(mixed) <= near and len(mixed) < 3 * 4
 
 
 def _llava_batches(group: list[int], lengths: list[int], num_batches: int) -> list[list[int]]:
-    """The dealing rule in its plain form: longest first, each to the lightest batch that has room."""
+    """Assign samples, longest first, to the batch with the least load that has free slots."""
     room = len(group) // num_batches
     batches, loads = [[] for _ in range(num_batches)], [0.0] * num_batches
     for item in sorted(group, key=lambda i: lengths[i], reverse=True):
@@ -82,7 +82,7 @@ def test_groups_are_dealt_by_the_official_rule():
     words = _words(400)
     order = modality_length_order(words, group_size=40, batch_size=5, seed=7, epoch=0)
     for group in order[:240].reshape(-1, 40):
-        # Ties in length may be broken either way, so lengths are compared.
+        # The order of equal lengths is arbitrary, so lengths are compared.
         expected = _llava_batches(group.tolist(), np.abs(words).tolist(), 8)
         assert np.abs(words[group]).reshape(8, 5).tolist() == [
             [abs(int(words[i])) for i in batch] for batch in expected

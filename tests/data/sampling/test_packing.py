@@ -72,7 +72,7 @@ def test_rows_of_and_join():
 
 
 def test_golden_hash():
-    """Packs are part of every saved run: if this fails, old runs can no longer be resumed."""
+    """Golden hashes of the packs: if this fails, old runs can no longer be resumed."""
     packs = pack_samples(np.arange(3000), _lengths(3000, longest=900), Packing(length=1024, window=512))
     assert (
         hashlib.sha256(packs.rows.astype("<i8").tobytes() + packs.bounds.astype("<i8").tobytes()).hexdigest()[:16]
@@ -81,7 +81,7 @@ def test_golden_hash():
 
 
 def test_a_caption_data_set_is_packed_tightly():
-    """One image of 576 positions and about 200 words of text each, as in ShareGPT4V's captions."""
+    """Samples with an image of 576 positions and about 200 words, as in ShareGPT4V captions."""
     lengths = 576 + 100 + np.random.RandomState(0).gamma(4, 30, 20_000).astype(np.int64).clip(1, 1400)
     packs = pack_samples(np.arange(20_000), lengths, Packing(length=4096))
     assert lengths.sum() / (len(packs) * 4096) > 0.95

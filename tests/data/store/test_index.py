@@ -1,4 +1,4 @@
-"""The index: what it says about samples, and that it refuses files and settings it does not belong to."""
+"""Index: sample columns, and rejection of files and settings that do not match."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Shards: plain WebDataset files, read by position, with every kind of damage named."""
+"""Shards: WebDataset files, read by offset, with an error for each kind of damage."""
 
 import pickle
 import tarfile
