@@ -73,7 +73,8 @@ platform = {"bdist_wheel": {"plat_name": re.sub("[-.]", "_", sysconfig.get_platf
 class BuildWithSources(build_py):
     """Copy csrc/ into the wheel, whose ops are compiled at first use; a checkout uses its own csrc/."""
 
-    def run(self):
+    def run(self) -> None:
+        """Build as usual; then copy csrc/, unless the installation is editable."""
         super().run()
         if not getattr(self, "editable_mode", False):
             shutil.copytree(root / "csrc", Path(self.build_lib) / "megatron_share4v/csrc", dirs_exist_ok=True)

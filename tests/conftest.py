@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Start the fork server of harness.py, if a collected file uses it, so that it imports while the first tests run."""
+    """Start the fork server of harness.py, if a collected file uses it, so that it imports during the first tests."""
     if "harness" in sys.modules:
         sys.modules["harness"].start_forkserver()
 

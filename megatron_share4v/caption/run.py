@@ -41,8 +41,8 @@ def caption_with_model(
     if world.size % model.tensor:
         raise ConfigError(
             f"--num_gpus {model.tensor} spreads one model over {model.tensor} processes, and {world.size} are "
-            f"running; start with torchrun --nproc-per-node {model.tensor} tools/caption.py ..., or a multiple of it to caption with "
-            "several models at once"
+            f"running; start with torchrun --nproc-per-node {model.tensor} tools/caption.py ..., or a multiple of it "
+            "to caption with several models at once"
         )
     if not Path(model.name).exists():
         raise ConfigError(

@@ -74,13 +74,15 @@ class BeamSearchEngine:
         unsupported = (given.top_k, given.min_p, given.presence_penalty, given.frequency_penalty)
         if given.top_p != 1.0 or any(unsupported) or given.logprobs is not None:
             raise ConfigError(
-                "beam search supports temperature and repetition_penalty only; leave out top_p and the others, or use one beam"
+                "beam search supports temperature and repetition_penalty only; leave out top_p and the others, "
+                "or use one beam"
             )
         size, limits = self._size(request), self.limits
         if size > limits.max_positions or size * self._num_beams > limits.cache_positions:
             raise DataError(
-                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, and {size * self._num_beams} in "
-                f"{self._num_beams} beams; the limits are {limits.max_positions} and {limits.cache_positions}: ask for "
+                f"the prompt and {given.max_new_tokens} new tokens are {size} positions, and "
+                f"{size * self._num_beams} in {self._num_beams} beams; "
+                f"the limits are {limits.max_positions} and {limits.cache_positions}: ask for "
                 "fewer tokens or beams"
             )
         self._waiting.append(request)

@@ -93,7 +93,9 @@ class Session:
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)
 
     def prompt(self, turns: Sequence[Turn], *, images: Sequence[bytes | None]) -> Prompt:
-        """Prompt of a typed conversation: `images` has an encoded file or None per turn; an <image> in a text is plain text.
+        """Build the prompt of a typed conversation; an <image> in a text is plain text.
+
+        images: an encoded file or None per turn.
 
         Raises DataError for a bad conversation or image.
         """

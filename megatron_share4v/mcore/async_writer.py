@@ -113,7 +113,7 @@ def _root_cause(error: Exception) -> Exception:
 
 
 class CheckpointSnapshot(TorchDistSaveShardedStrategy):
-    """This rank's tensors in core's torch_dist format, written by threads of this process.
+    """Tensors of this rank in core's torch_dist format, written by threads of this process.
 
     Core's own writer forks processes below a manager that imports the main script again, and hangs when one of them
     dies.

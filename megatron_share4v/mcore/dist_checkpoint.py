@@ -119,7 +119,7 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
 
 @dataclass(frozen=True)
 class OptimizerShard:
-    """This rank's fp32 weight and moments of one trained parameter, by name, from flat position `start` on."""
+    """Part of the fp32 weight and moments of one trained parameter on this rank, from flat position `start` on."""
 
     parameter: torch.nn.Parameter
     start: int

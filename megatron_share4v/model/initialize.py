@@ -25,7 +25,7 @@ PADDED = ("language.embedding.weight", "language.head.weight")
 
 @dataclass(frozen=True)
 class TensorShard:
-    """This rank's slice of one global tensor; `data` is a view of the parameter."""
+    """Slice of one global tensor on this rank; `data` is a view of the parameter."""
 
     key: str
     global_shape: tuple[int, ...]

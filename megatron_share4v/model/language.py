@@ -159,7 +159,7 @@ class LanguageModel(MegatronModule):
         return summed_cross_entropy(self.logits(hidden, rows), targets)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """This rank's columns of the fp32 logits, [T, vocab / TP], of the flat positions `rows` of `hidden` [S, B, H].
+        """Compute this rank's fp32 logits, [T, vocab / TP], at the flat positions `rows` of `hidden` [S, B, H].
 
         `rows` [T] are b * S + s. Only these reach the head: in stage 1 about a quarter of all positions have a label.
         """
