@@ -23,7 +23,7 @@ def test_corrupt_newest_checkpoint_falls_back_to_the_previous_one(runs) -> None:
     assert outcome.codes == [0, 0], outcome.output
     assert (
         f"{victim.name} has other content" in outcome.output
-        and "aside as step_00000008.damaged" in outcome.output
+        and "to step_00000008.damaged" in outcome.output
         and "at step 6" in outcome.output
     )
     assert (

@@ -105,7 +105,7 @@ def test_full_disk_while_writing_metrics(runs, small_disk: tuple[Path, int]) -> 
         outcome.output
     )
     assert (
-        "where rank 0 is cannot be written" in outcome.output
+        "the state of rank 0 cannot be written" in outcome.output
         and "No space left on device; see to the disk" in outcome.output
         and "JSONDecodeError" not in outcome.output
     )

@@ -171,7 +171,7 @@ def test_large_bodies_are_rejected_before_reading(encoder: Encoder) -> None:
 
 
 def test_health_while_loading_and_after(encoder: Encoder) -> None:
-    with running(encoder, load_s=0.4, wait=False) as server, httpx.Client(base_url=server.url) as http:
+    with running(encoder, load_s=2.0, wait=False) as server, httpx.Client(base_url=server.url) as http:
         until(lambda: server.http.started)
         answer = http.get("/health")
         assert answer.status_code == 503 and answer.json() == {"status": "loading"} and answer.headers["retry-after"]

@@ -269,7 +269,7 @@ def test_storage_that_answers_with_errors_is_asked_again(prepared, encoder, one_
     monkeypatch.setattr(os, "pread", flaky)
     with caplog.at_level("WARNING", logger="megatron_share4v"):
         assert all(_same(a, b) for a, b in zip(_read(prepared.index, encoder, stop_step=1)[0], one_rank[0]))
-    assert [record.getMessage().endswith("trying again in 0 s") for record in caplog.records] == [True] * 3
+    assert [record.getMessage().endswith("retrying in 0 s") for record in caplog.records] == [True] * 3
     monkeypatch.setattr(os, "pread", lambda *arguments: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     [[reading]] = Loader(
         prepared.index, _plan(prepared.index, global_batch_size=2), encoder, role=BOTH, data_rank=0, data_size=1
