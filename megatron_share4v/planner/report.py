@@ -109,7 +109,8 @@ def ranking(found: SearchResult) -> Iterator[str]:
         layout, hours = plan.case.layout, plan.hours
         time = f"{hours:>7.1f}{hours * layout.world_size:>8,.0f}" if hours is not None else f"{'-':>7}{'-':>8}"
         yield (
-            f"{layout.tensor:>7}{layout.context:>8}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}{plan.case.config.train.micro_batch_size:>6}"
+            f"{layout.tensor:>7}{layout.context:>8}{layout.pipeline:>9}{layout.virtual:>8}{layout.data:>6}"
+            f"{plan.case.config.train.micro_batch_size:>6}"
             f"{plan.case.config.train.recompute:>11}{plan.step_s:>9.3f}{plan.mfu:>7.1%}{plan.bubble:>8.1%}"
             f"{plan.needed / 1e9:>7.1f}{time}"
         )

@@ -94,8 +94,9 @@ class Tokenizer:
         return (piece if token_id in self._special_ids else piece.replace(WORD_START, " ")).encode()
 
     def _decoded_runs(self, ids: Iterable[int]) -> Iterator[str]:
-        for is_special, run in groupby(ids, key=self._special_ids.__contains__):
-            yield "".join(self._model.id_to_piece(i) for i in run) if is_special else self._decode(run)  # noqa: B031 (one branch uses it once)
+        for is_special, group in groupby(ids, key=self._special_ids.__contains__):
+            run = list(group)
+            yield "".join(self._model.id_to_piece(i) for i in run) if is_special else self._decode(run)
 
     def _decode(self, ids: Iterable[int]) -> str:
         ids = list(ids)
