@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from signal_guard import pytest_configure  # noqa: F401 (a hook of pytest's)
 
-from megatron_share4v import mcore  # noqa: F401  (patches torch.cuda on a CPU before any test file imports megatron.core)
+from megatron_share4v import mcore  # noqa: F401  (patches torch.cuda on a CPU before any import of megatron.core)
 from megatron_share4v.ops.backend import choose_ops_backend
 from megatron_share4v.ops.build import find_toolchain
 

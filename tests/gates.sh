@@ -18,6 +18,6 @@ python -m ruff format --check .
 # mypy's exit code 1 means type errors, which the baseline decides about; 2 means that mypy itself failed.
 found="$(python -m mypy)" || [ $? = 1 ] || { echo "$found" >&2; exit 1; }
 if ! python -m mypy_baseline filter <<<"$found"; then
-    echo "mypy: errors that tests/mypy_baseline.txt does not list, or listed ones that are fixed; see CONTRIBUTING.md" >&2
+    echo "mypy: errors not in tests/mypy_baseline.txt, or listed ones that are fixed; see CONTRIBUTING.md" >&2
     exit 1
 fi

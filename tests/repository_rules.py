@@ -50,7 +50,7 @@ IMPORTERS = {  # library: files that may import it (paths inside the package or 
     "starlette": ("serve/*",),
     "uvicorn": ("serve/*",),
 }
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LINE_LENGTH = 400, 60, 120
 # Code lines of one folder of the package, and of the whole package.
 MAX_FOLDER_CODE, MAX_PACKAGE_CODE = 4_200, 26_000
 NAMELESS = ("utils", "helpers", "common", "misc")
@@ -156,6 +156,14 @@ def files_are_short(source: Source) -> Found:
         yield lines, f"{lines} lines, ceiling {MAX_FILE_LINES}"
 
 
+def lines_are_short(source: Source) -> Found:
+    # ruff's E501 lets a long line without spaces pass.
+    if source.path.endswith((*CODE, ".yaml", ".toml")):
+        for number, line in enumerate(source.text.splitlines(), 1):
+            if len(line) > MAX_LINE_LENGTH:
+                yield number, f"{len(line)} characters, ceiling {MAX_LINE_LENGTH}"
+
+
 def functions_are_short(source: Source) -> Found:
     for node in ast.walk(source.tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -215,7 +223,12 @@ def _is_constant(step: ast.stmt) -> bool:
 
 
 Rule = Callable[[Source], Found]
-EVERY_TEXT: tuple[Rule, ...] = (files_are_short, names_say_what_things_are, nothing_names_a_machine_or_registry)
+EVERY_TEXT: tuple[Rule, ...] = (
+    files_are_short,
+    lines_are_short,
+    names_say_what_things_are,
+    nothing_names_a_machine_or_registry,
+)
 EVERY_PYTHON: tuple[Rule, ...] = (
     imports_only_lower_levels,
     functions_are_short,

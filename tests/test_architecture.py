@@ -12,6 +12,7 @@ from repository_rules import (
     MAX_FILE_LINES,
     MAX_FOLDER_CODE,
     MAX_FUNCTION_LINES,
+    MAX_LINE_LENGTH,
     MAX_PACKAGE_CODE,
     NOT_TESTS,
     PACKAGE,
@@ -25,6 +26,7 @@ from repository_rules import (
     files_open_with_a_docstring,
     functions_are_short,
     imports_only_lower_levels,
+    lines_are_short,
     names_say_what_things_are,
     no_except_swallows,
     nothing_is_global,
@@ -142,6 +144,7 @@ PLANTED = [
         "outside text/tokenizer.py and examples/quickstart/*.py",
     ),
     (configuration_stays_free_of_torch, "config/a.py", "from torch import nn", "imports torch.nn"),
+    (lines_are_short, "ops/a.py", "x = '" + "y" * MAX_LINE_LENGTH + "'\n", f"{MAX_LINE_LENGTH + 6} characters"),
     (files_are_short, "ops/a.py", "x = 1\n" * (MAX_FILE_LINES + 1), f"{MAX_FILE_LINES + 2} lines"),
     (functions_are_short, "ops/a.py", LONG, f"f: {MAX_FUNCTION_LINES + 1} lines"),
     (

@@ -33,7 +33,10 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(f"{QUICKSTART} --brief --out {out / 'quickstart'}", out)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["layout"] == {"tensor": 2, "pipeline": 2, "data": 1} and last["served"] == {"asked": 8, "equal": True}
+    assert last["layout"] == {"tensor": 2, "pipeline": 2, "data": 1} and last["served"] == {
+        "questions": 8,
+        "equal": True,
+    }
     asked = (out / "quickstart/scenes/questions.jsonl").read_text().count("\n")
     assert last["evaluation"]["benchmark"] == "custom" and last["evaluation"]["questions"] == asked > 100
     return out

@@ -80,7 +80,7 @@ def compare_served(served: Path, scored: Path) -> dict[str, Any]:
     over_http = json.loads(served.read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
     answers = [(row["question"], row["answer"]) for row in over_http]
-    return {"asked": len(over_http), "equal": answers == [(row["question"], row["model"]) for row in rows]}
+    return {"questions": len(over_http), "equal": answers == [(row["question"], row["model"]) for row in rows]}
 
 
 def read_evaluation(result: Path) -> dict[str, Any]:
@@ -138,7 +138,7 @@ Accuracy on {held_out["questions"]} questions about scenes that were not trained
 Facts stated right in {held_out["captions"]} captions: {held_out["caption_attribute_accuracy"]:.2f}
 
 Checks
-  HTTP server: {served["asked"]} answers {"equal to" if served["equal"] else "DIFFERENT from"} the scored ones
+  HTTP server: {served["questions"]} answers {"equal to" if served["equal"] else "DIFFERENT from"} the scored ones
   Hugging Face export against transformers: greedy answers {"equal" if export["greedy_equal"] else "DIFFERENT"}, \
 largest logit difference {export["max_logit_diff"]:.1e}
 

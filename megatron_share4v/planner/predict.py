@@ -37,7 +37,7 @@ class Prediction:
 
     @property
     def needed(self) -> float:
-        """Bytes of the fullest rank, with fragmentation and reserve."""
+        """Bytes of the rank that needs the most memory, with fragmentation and reserve."""
         assumed = self.case.assumptions
         return max(memory.total for memory in self.memory) * (1 + assumed.fragments) + assumed.reserve
 
@@ -182,10 +182,10 @@ class Prediction:
         if case.config.precision.fp8 != "none" and case.gpu.fp8 is None:
             yield f"{case.gpu.name} has no FP8 products, which precision.fp8 {case.config.precision.fp8} asks for"
         if self.needed > case.gpu.memory:
-            fullest = max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
-            parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(self.memory[fullest]).items())
+            peak_rank = max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
+            parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in vars(self.memory[peak_rank]).items())
             yield (
-                f"does not fit: pipeline rank {fullest} needs {self.needed / 1e9:.1f} GB of {case.gpu.name}'s "
+                f"does not fit: pipeline rank {peak_rank} needs {self.needed / 1e9:.1f} GB of {case.gpu.name}'s "
                 f"{case.gpu.memory / 1e9:.0f} ({parts})"
             )
 

@@ -66,7 +66,7 @@ def _describe_requested(plan: Prediction) -> Iterator[str]:
         yield f"{rank:>4} {_contents(plan, rank):<12}{sizes}{memory.total / 1e9:>10.1f}{forward:>9.1f}{backward:>9.1f}"
     needed, limit = plan.needed / 1e9, case.gpu.memory / 1e9
     yield (
-        f"     the fullest rank, with {case.assumptions.fragments:.0%} of fragments and a reserve: {needed:.1f} GB of "
+        f"     peak rank, with {case.assumptions.fragments:.0%} fragmentation and a reserve: {needed:.1f} GB of "
         f"{limit:.0f}"
     )
     yield ""
@@ -122,9 +122,9 @@ _FP8_NATIVE = (
     "Native FP8: one 8-bit copy of each input is saved; weights are cast for each micro-batch (memory measured on CPU)."
 )
 _FP8_TRANSFORMER_ENGINE = (
-    "Transformer Engine: by reading its 2.20, not measured: one 8-bit form of this rank's rows of each input is kept, "
-    "and of each weight two, cast "
-    "once in a step; all recipes as fast as each other, blocks' scales kept beside the codes."
+    "Transformer Engine (from the source of its 2.20, not measured): one 8-bit copy of the local rows of each input is "
+    "saved and two of each weight, cast once per step; all recipes have the same speed; block scales are stored beside "
+    "the codes."
 )
 
 
@@ -136,16 +136,16 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
         f"{gpu.per_server} GPUs of a server, {gpu.network / 1e9:.0f} GB/s each to other servers;"
     )
     yield (
-        f"  of these {assumed.matrices:.0%} in products with wide matrices, {assumed.attention:.0%} in attention, "
+        f"  reached: {assumed.matrices:.0%} in wide matrix products, {assumed.attention:.0%} in attention, "
         f"{assumed.memory:.0%} of the "
-        f"memory's bandwidth, {assumed.links:.0%} of the links;"
+        f"memory bandwidth, {assumed.links:.0%} of the link bandwidth;"
     )
     collective, layer, step = assumed.collective_s * 1e6, assumed.layer_s * 1e6, assumed.step_s * 1e3
     yield f"  {collective:.0f} us per collective, {layer:.0f} us per layer at least, {step:.0f} ms per step."
     if case.config.precision.fp8 != "none" and gpu.fp8:
         yield (
-            f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%}, in the products of FP8 layers; the rest "
-            "of them in BF16."
+            f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%} are reached, in the matrix products of FP8 layers; "
+            "all other products run in BF16."
         )
         yield f"  {_FP8_TRANSFORMER_ENGINE if case.settings.fp8.engine else _FP8_NATIVE}"
     hidden = (
@@ -154,8 +154,8 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
         else "not hidden (parallel.overlap_grad_reduce is off)"
     )
     yield (
-        f"  Messages of the tensor and the context axis are not hidden; the reduction of gradients is {hidden}; data "
-        "is never waited for."
+        f"  Tensor- and context-parallel communication is not overlapped; the gradient reduction is {hidden}; data "
+        "loading never delays a step."
     )
 
 
@@ -201,7 +201,7 @@ def report_to_json(
         "title": title,
         "status": PREDICTED,
         "refusals": list(refusals),
-        "asked": None if requested is None else prediction_to_json(requested),
+        "requested": None if requested is None else prediction_to_json(requested),
         "best": [prediction_to_json(plan) for plan in found.best],
         "refused": dict(found.refused),
         "tried": found.tried,

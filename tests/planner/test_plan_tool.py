@@ -38,10 +38,14 @@ def test_a_plan_with_its_files(repository: Path, tmp_path: Path) -> None:
     for words in ("predicted, not measured", "T8+8", "8+8H", "MFU", "GPU-hours", "fastest of", "assumed: H200"):
         assert words in done.stdout, done.stdout
     written = json.loads((tmp_path / "plan.json").read_text())
-    asked = written["asked"]
+    requested = written["requested"]
     assert written["status"] == "predicted, not measured" and not written["refusals"] and len(written["best"]) >= 5
-    assert asked["layout"]["pipeline"] == 2 and asked["layers_per_stage"] == [8, 8, 8, 8] and asked["steps"] == 4868
-    assert set(asked["memory"][0]) == {"weights", "gradients", "optimizer", "activations", "logits", "workspace"}
+    assert (
+        requested["layout"]["pipeline"] == 2
+        and requested["layers_per_stage"] == [8, 8, 8, 8]
+        and requested["steps"] == 4868
+    )
+    assert set(requested["memory"][0]) == {"weights", "gradients", "optimizer", "activations", "logits", "workspace"}
     assert Image.open(tmp_path / "plan.png").width == 1000 and (tmp_path / "plan.png").stat().st_size < 60_000
 
 
