@@ -144,8 +144,8 @@ def _assumptions(plan: Prediction) -> Iterator[str]:
     yield f"  {collective:.0f} us per collective, {layer:.0f} us per layer at least, {step:.0f} ms per step."
     if case.config.precision.fp8 != "none" and gpu.fp8:
         yield (
-            f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%} are reached, in the matrix products of FP8 layers; "
-            "all other products run in BF16."
+            f"  FP8: {gpu.fp8 / 1e12:.0f} TFLOP/s, of which {assumed.fp8:.0%} in matrix products of FP8 layers; all "
+            "other products run in BF16."
         )
         yield f"  {_FP8_TRANSFORMER_ENGINE if case.settings.fp8.engine else _FP8_NATIVE}"
     hidden = (

@@ -97,14 +97,14 @@ def test_8b_text_model_matches_published_speed(config: RunConfig) -> None:
 def test_fp8_prediction_and_peak(config: RunConfig) -> None:
     """FP8 by native ops and by Transformer Engine (two copies of each weight); refused on GPUs without FP8."""
     tensorwise = replace(config.precision, fp8="tensorwise")
-    plain, ours = text_model(config), text_model(config, precision=tensorwise)
+    plain, native = text_model(config), text_model(config, precision=tensorwise)
     engine = text_model(config, precision=tensorwise, transformer_engine="language")
     blocks = text_model(config, precision=replace(tensorwise, fp8="blockwise"), transformer_engine="language")
     precise = text_model(config, precision=replace(tensorwise, fp8_weight_gradient="dtype"))
     some = text_model(config, precision=replace(tensorwise, fp8_first_layers=8, fp8_last_layers=8))
-    assert 1.26 < plain.step_s / ours.step_s < 1.30 < plain.step_s / engine.step_s and engine.model_tflops < 744
-    assert plain.step_s > some.step_s > ours.step_s and plain.step_s > precise.step_s > ours.step_s
-    settings = [plan.memory[0].activations for plan in (plain, precise, some, blocks, ours)]
+    assert 1.26 < plain.step_s / native.step_s < 1.30 < plain.step_s / engine.step_s and engine.model_tflops < 744
+    assert plain.step_s > some.step_s > native.step_s and plain.step_s > precise.step_s > native.step_s
+    settings = [plan.memory[0].activations for plan in (plain, precise, some, blocks, native)]
     # Inputs take 1 byte instead of 2; the attention kernel saves its output, so the FP8 copy is additional.
     each = 32 * 8192 * (4096 + 4096 - 4096 + 14_336)
     assert (
@@ -113,14 +113,14 @@ def test_fp8_prediction_and_peak(config: RunConfig) -> None:
         and settings[0] == settings[1]
     )
     weights = 32 * 218_103_808  # weights of a layer's matrices
-    assert engine.memory[0].weights - ours.memory[0].weights == pytest.approx(2 * weights, rel=1e-6)
+    assert engine.memory[0].weights - native.memory[0].weights == pytest.approx(2 * weights, rel=1e-6)
     assert plain.utilisation == f"MFU {plain.mfu:.1%}" and plain.fp8_mfu is None
-    assert ours.utilisation == f"MFU {ours.mfu:.1%} of the BF16 peak, {ours.mfu * 989 / 1979:.1%} of the FP8 peak"
+    assert native.utilisation == f"MFU {native.mfu:.1%} of the BF16 peak, {native.mfu * 989 / 1979:.1%} of the FP8 peak"
     assert (
-        "Transformer Engine: by reading" in format_report(engine, [], SearchResult([], Counter(), 0), title="")
-        and prediction_to_json(ours)["mfu_is_of"] == "bf16"
+        "Transformer Engine (from the source" in format_report(engine, [], SearchResult([], Counter(), 0), title="")
+        and prediction_to_json(native)["mfu_is_of"] == "bf16"
     )
-    old = Prediction(replace(ours.case, gpu=GPUS["a100"]))
+    old = Prediction(replace(native.case, gpu=GPUS["a100"]))
     assert "A100 has no FP8 products, which precision.fp8 tensorwise asks for" in list(old.refusals())
 
 
