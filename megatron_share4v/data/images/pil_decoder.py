@@ -15,6 +15,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from megatron_share4v.data.images.decode_limits import TimedFile, check_jpeg_scans, count_jpeg_scans
 from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size
 from megatron_share4v.errors import DataError
 
@@ -111,8 +112,9 @@ def pad_to_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image
 
 def open_header(data: bytes) -> Image.Image:
     """Read format, mode and size and check them, without decoding. Raises DataError."""
+    scans = count_jpeg_scans(data)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(TimedFile(data))
     except _UNREADABLE as error:
         raise DataError(
             f"image cannot be read ({len(data)} bytes, {_text(error)}); replace the file or leave the record out"
@@ -124,6 +126,7 @@ def open_header(data: bytes) -> Image.Image:
             f"out"
         )
     check_image_size(*image.size)
+    check_jpeg_scans(scans, width=image.width, height=image.height)
     return image
 
 

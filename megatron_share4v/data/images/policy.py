@@ -21,7 +21,7 @@ MAX_ASPECT = 50
 
 
 class OversizedImage(DataError):
-    """Image whose header declares a size beyond the limits."""
+    """Image whose size, or whose decoding work (decode_limits.py), is beyond the limits."""
 
 
 @dataclass(frozen=True)
