@@ -50,6 +50,7 @@ extras = {
     "dev": [
         "pytest>=8",
         "transformers==5.23.0",
+        "peft==0.21.2",  # merges of adapters are compared with its own
         "ninja",
         "nvidia-cuda-cuobjdump",
         "nvidia-cuda-nvdisasm",

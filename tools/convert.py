@@ -1,7 +1,7 @@
 """Convert checkpoints to and from Hugging Face layouts; verify, inspect, average and prune checkpoints.
 
 import   --from DIR --to CKPT        llava-hf, ShareGPT4V/LLaVA, or parts (--tower, --projector, --base);
-                                     --from may be a LoRA adapter or delta weights
+                                     --from may be a peft adapter or delta weights
 export   --from CKPT --to DIR --layout llava-hf|share4v
 verify   --hf DIR --checkpoint CKPT  names and bits of every tensor, and with --logits the outputs of both models
 inspect  CKPT                        tensors, hashes, configuration, position in the data
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     importing = add_command(commands, "import", import_)
     importing.add_argument(
-        "--from", dest="source", type=Path, required=True, help="directory of a model, a LoRA adapter, or delta weights"
+        "--from", dest="source", type=Path, required=True, help="directory of a model, a peft adapter, or delta weights"
     )
     importing.add_argument("--to", type=Path, required=True, help="the checkpoint to write")
     importing.add_argument("--dtype", choices=DTYPES, help="round all weights to this dtype (default: keep each)")
@@ -88,7 +88,7 @@ def add_command(commands, name: str, run) -> argparse.ArgumentParser:
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", type=Path, help="the model that the LoRA adapter, delta or projector belongs to")
+    command.add_argument("--base", type=Path, help="the model that the adapter, delta or projector belongs to")
     command.add_argument("--delta", action="store_true", help="the directory holds delta weights")
     command.add_argument(
         "--tower", type=Path, help="directory of the CLIP tower, when it is neither inside nor beside the model"

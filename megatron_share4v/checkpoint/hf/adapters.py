@@ -1,72 +1,81 @@
-"""Merge LoRA adapters and delta weights of the original LLaVA tools with their base model, one tensor at a time.
-
-Hu et al. 2021, LoRA: W + alpha / r * B A. Sums are computed in fp32 and rounded once to the base's dtype.
-"""
+"""Merge adapters of peft and delta weights of the original LLaVA tools with their base model, one tensor at a time."""
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.hf.reader import open_weights_file, read_json
+from megatron_share4v.checkpoint.hf.adapter_config import CONFIG, ELSEWHERE, read_adapter_config
+from megatron_share4v.checkpoint.hf.adapter_merge import FACTOR_NAMES, MergedWeight, check_factors, scaled_bias
+from megatron_share4v.checkpoint.hf.naming import component_of, detect_naming, present_components, rename
+from megatron_share4v.checkpoint.hf.reader import open_weights_file
+from megatron_share4v.checkpoint.hf.weight_map import Naming
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 REST = "non_lora_trainables.bin"
 BUFFERS = ("inv_freq", "position_ids")
 """Name endings of buffers that follow from the configuration; their deltas are ignored."""
+# A factor's name, perhaps with the adapter's own name ("default") and ".weight" after it.
+_FACTOR = re.compile(
+    rf"(?P<module>.+)\.(?P<factor>{'|'.join(FACTOR_NAMES)})(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<rest>weight|bias))?"
+)
+_PREFIX = re.compile(r"^(?:base_model\.model\.)?")
+"""What peft writes before the names of the model that it wraps."""
+_WRAPPER = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)\.")
+"""Parts of names that peft adds around modules that it keeps whole."""
 
 
 def is_adapter(directory: Path) -> bool:
-    """Return whether `directory` holds a LoRA adapter."""
+    """Return whether `directory` holds an adapter of peft."""
     return (directory / CONFIG).is_file()
 
 
-def merge_lora(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
-    """Merge the adapter in `directory` into `base`; weights trained beside it (projector, tower) replace or extend
-    `base`.
+def merge_adapter(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
+    """Merge the adapter in `directory` into `base`; weights trained beside it (projector, tower, biases) replace or
+    extend `base`. Names may be those of any release of transformers or LLaVA, in the adapter and in the base.
 
-    Raises ConversionError naming a tensor that does not fit the base, and for unsupported kinds of adapters.
+    Raises ConversionError naming a tensor that does not fit the base, and for kinds of adapters and settings that are
+    not merged here.
     """
-    config = read_json(directory / CONFIG)
-    for key, neutral in (("use_dora", False), ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {})):
-        if config.get(key) not in (None, neutral):
-            raise ConversionError(
-                f"{directory / CONFIG}: {key} is {config[key]!r}; merge it with the tool that trained it"
-            )
+    config = read_adapter_config(directory / CONFIG)
     path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise ConversionError(f"{directory}: has {CONFIG} and none of {', '.join(WEIGHTS)}; copy the adapter again")
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    result = dict(base)
-    pairs = _pairs({_base_name(name): tensor for name, tensor in open_weights_file(path).items()}, path)
-    for name, (down, up) in pairs.items():
+    naming = detect_naming(base, title="base")
+    modules, whole = _group(open_weights_file(path), path)
+    beside = _replacements(whole, base, naming, path)
+    replaced = set(beside)
+    if (directory / REST).is_file():
+        beside |= _replacements(open_weights_file(directory / REST), base, naming, directory / REST)
+    result = {**base, **beside}
+    merged: set[str] = set()
+    for module, factors in modules.items():
+        name = rename(f"{module}.weight", naming)
         if name not in base:
             raise ConversionError(
-                f"{path}: adapts {name}, which the base model does not have; give the base that it was trained on"
+                f"{path}: adapts {module}, and the base model has no {name}; give the base that it was trained on"
             )
-        if (up.shape[0], down.shape[1]) != base[name].shape:
-            raise ConversionError(
-                f"{path}: wrong shape: {name} is {base[name].shape} in the base, "
-                f"{(up.shape[0], down.shape[1])} in the adapter"
-            )
-        result[name] = replace(base[name], read=_LoraSum(base[name], down, up, scale))
-    rest = (
-        {_base_name(name): tensor for name, tensor in open_weights_file(directory / REST).items()}
-        if (directory / REST).is_file()
-        else {}
-    )
-    get_logger().info(
-        "LoRA: %d matrices merged (rank %d, alpha %s), %d tensors beside it", len(pairs), rank, alpha, len(rest)
-    )
-    return {**result, **rest}
+        if name in merged:
+            raise ConversionError(f"{path}: two modules of it adapt {name}; copy the adapter again")
+        merged.add(name)
+        check_factors(module, result[name], factors, config=config)
+        # A base weight stored in the file is the one that the adapter was trained on: the residual, if there is one.
+        residual = None if name in replaced else config.residual
+        scale = config.scale_of(module) if config.kind != "IA3" else 1.0
+        weight = MergedWeight(base=result[name], factors=factors, scale=scale, residual=residual)
+        bias = scaled_bias(result, name, factors)
+        if bias is not None:
+            result[f"{name.removesuffix('weight')}bias"] = bias
+        result[name] = replace(result[name], read=weight)
+    how = f", on the base without its {config.residual} product" if config.residual else ""
+    get_logger().info("%s: %d matrices merged%s, %d tensors beside them", config.kind, len(modules), how, len(beside))
+    return result
 
 
 def merge_delta(base: LazyTensors, delta: LazyTensors) -> dict[str, LazyTensor]:
@@ -97,18 +106,6 @@ def merge_delta(base: LazyTensors, delta: LazyTensors) -> dict[str, LazyTensor]:
 
 
 @dataclass(frozen=True)
-class _LoraSum:
-    base: LazyTensor
-    down: LazyTensor
-    up: LazyTensor
-    scale: float
-
-    def __call__(self) -> torch.Tensor:
-        change = self.up.read().float() @ self.down.read().float() * self.scale
-        return (self.base.read().float() + change).to(self.base.dtype)
-
-
-@dataclass(frozen=True)
 class _DeltaSum:
     base: LazyTensor
     delta: LazyTensor
@@ -119,20 +116,42 @@ class _DeltaSum:
         return total.to(self.delta.dtype)
 
 
-def _base_name(name: str) -> str:
-    """Strip the prefixes that peft adds to the names of the model that it wraps."""
-    name = name.removeprefix("base_model.")
-    return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head.")) else name
-
-
-def _pairs(adapter: LazyTensors, path: Path) -> dict[str, tuple[LazyTensor, LazyTensor]]:
-    pairs: dict[str, tuple[LazyTensor, LazyTensor]] = {}
+def _group(adapter: LazyTensors, path: Path) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+    """Split the tensors of an adapter into factors by module, and weights that were trained or stored whole."""
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    whole = {}
     for name, tensor in adapter.items():
-        if ".lora_A." in name:
-            other = name.replace(".lora_A.", ".lora_B.")
-            if other not in adapter:
-                raise ConversionError(f"{path}: missing tensor: {other}; copy the adapter again")
-            pairs[name.replace(".lora_A.default.", ".lora_A.").replace(".lora_A.", ".")] = (tensor, adapter[other])
-        elif ".lora_B." not in name:
-            raise ConversionError(f"{path}: {name} belongs to no LoRA pair; only plain LoRA is merged")
-    return pairs
+        found = _FACTOR.fullmatch(name)
+        if found is None:
+            whole[_WRAPPER.sub(".", name)] = tensor
+        elif found["rest"] == "bias":
+            raise ConversionError(f"{path}: {name}: biases of factors (lora_bias) are not merged here; {ELSEWHERE}")
+        else:
+            modules.setdefault(_PREFIX.sub("", found["module"]), {})[found["factor"]] = tensor
+    return modules, whole
+
+
+def _replacements(whole: LazyTensors, base: LazyTensors, naming: Naming, path: Path) -> dict[str, LazyTensor]:
+    """Return the weights that replace the base's or belong to a component that it lacks, by name in the base.
+
+    Raises ConversionError for other tensors and for another shape than the base's.
+    """
+    known = present_components(naming)
+    result: dict[str, LazyTensor] = {}
+    for name, tensor in whole.items():
+        target = rename(name, naming)
+        added = component_of(name)
+        if target not in base and (added is None or added in known):
+            raise ConversionError(
+                f"{path}: {name} belongs to no adapted module and is not in the base model; "
+                "give the base that it was trained on"
+            )
+        if target in base and base[target].shape != tensor.shape:
+            raise ConversionError(
+                f"{path}: wrong shape: {name} is {tensor.shape}, in the base {base[target].shape}; "
+                "give the base that it was trained on"
+            )
+        if target in result:
+            raise ConversionError(f"{path}: {name} occurs twice in it; copy the adapter again")
+        result[target] = tensor
+    return result

@@ -5,9 +5,10 @@ A component that occurs twice is refused here; the weight map checks completenes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from megatron_share4v.checkpoint.hf.weight_map import Component, Naming
+from megatron_share4v.checkpoint.hf.weight_map import SHARE4V, Component, Naming
 from megatron_share4v.errors import ConversionError
 
 # Name endings of the tensors that locate each component.
@@ -19,6 +20,14 @@ PROJECTORS_MLP = (
     ("mm_projector.0.", "mm_projector.2."),
 )
 PROJECTOR_LINEAR = "mm_projector."
+
+# What is the same in the tensor names of every release, by component. The tower's layers are searched first, because
+# "layers.0." is part of "encoder.layers.0.".
+_IN_TOWER = re.compile(r"(?:^|\.)((?:encoder\.layers\.\d+|embeddings|pre_layrnorm|post_layernorm)\..+)$")
+_IN_DECODER = re.compile(r"(?:^|\.)((?:layers\.\d+|embed_tokens|norm)\..+)$")
+_IN_MLP = re.compile(r"(?:^|\.)(?:multi_modal_projector\.linear_([12])|mm_projector\.([02]))\.(weight|bias)$")
+_IN_LINEAR = re.compile(r"(?:^|\.)mm_projector\.(weight|bias)$")
+_IN_HEAD = re.compile(r"(?:^|\.)lm_head\.(.+)$")
 
 
 def detect_naming(names: Iterable[str], *, title: str) -> Naming:
@@ -57,6 +66,34 @@ def present_components(naming: Naming) -> tuple[Component, ...]:
         "language": naming.decoder is not None,
     }
     return tuple(component for component, has in present.items() if has)
+
+
+def component_of(name: str) -> Component | None:
+    """Return the component of a tensor of any release of transformers or LLaVA; None for unknown names."""
+    if _IN_TOWER.search(name):
+        return "vision"
+    if _IN_MLP.search(name) or _IN_LINEAR.search(name):
+        return "projector"
+    return "language" if _IN_DECODER.search(name) or _IN_HEAD.search(name) else None
+
+
+def rename(name: str, naming: Naming) -> str:
+    """Return the name that a tensor of any release of transformers or LLaVA has in `naming`.
+
+    A component that `naming` does not have gets the name of the official code; other names are returned unchanged.
+    """
+    if found := _IN_TOWER.search(name):
+        return (naming.tower or SHARE4V.tower or "") + found[1]
+    if found := _IN_DECODER.search(name):
+        return (naming.decoder or SHARE4V.decoder or "") + found[1]
+    if found := _IN_HEAD.search(name):
+        return (naming.head or SHARE4V.head or "") + found[1]
+    if found := _IN_MLP.search(name):
+        layers = naming.projector_mlp or SHARE4V.projector_mlp or ("", "")
+        return layers[0 if found[1] == "1" or found[2] == "0" else 1] + found[3]
+    if found := _IN_LINEAR.search(name):
+        return (naming.projector_linear or SHARE4V.projector_linear or "") + found[1]
+    return name
 
 
 def _prefix(names: tuple[str, ...], ending: str, *, what: str) -> str | None:

@@ -1,7 +1,7 @@
 """Find and describe a Hugging Face model: its configuration, lazy tensors and tokenizer. No weights are read.
 
 Accepts transformers' LLaVA, ShareGPT4V/LLaVA originals with the tower inside or beside them, parts (a CLIP tower, a
-LLaMA, a projector), and a LoRA adapter, delta weights or a projector on top of a base model.
+LLaMA, a projector), and an adapter of peft, delta weights or a projector on top of a base model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from megatron_share4v.checkpoint.hf.adapters import is_adapter, merge_delta, merge_lora
+from megatron_share4v.checkpoint.hf.adapters import is_adapter, merge_adapter, merge_delta
 from megatron_share4v.checkpoint.hf.config import AspectRatio, HfConfig, parse_model_config, parse_vision_config
 from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, detect_naming, present_components
 from megatron_share4v.checkpoint.hf.reader import has_weights, open_weights_directory, open_weights_file, read_json
@@ -47,7 +47,7 @@ class HfSource:
 
     directory: Path
     base: Path | None = None
-    """Base model of the LoRA adapter, delta weights or projector in `directory`."""
+    """Base model of the adapter, delta weights or projector in `directory`."""
     delta: bool = False
     """`directory` holds delta weights."""
     tower: Path | None = None
@@ -138,7 +138,7 @@ def open_hf_model(paths: HfSource) -> HfModel:
         tensors=tensors,
         added_rows=added,
         tokenizer=tokenizer,
-        image_aspect_ratio=config.image_aspect_ratio or _aspect_of_processor(paths.directory),
+        image_aspect_ratio=config.image_aspect_ratio or _aspect_of_processor(paths),
         directories=tuple(
             path for path in (paths.directory, paths.base, tower_folder, paths.projector) if path is not None
         ),
@@ -157,15 +157,15 @@ def _main_tensors(paths: HfSource) -> dict[str, LazyTensor]:
     adapter = is_adapter(directory)
     only_projector = not adapter and not has_weights(directory) and (directory / PROJECTOR).is_file()
     if paths.delta and (adapter or only_projector):
-        what = "a LoRA adapter" if adapter else "only a projector"
+        what = "an adapter" if adapter else "only a projector"
         raise ConversionError(f"{directory}: is {what}, no delta weights; leave --delta out")
     if base is None:
         if adapter or only_projector or paths.delta:
-            what = "a LoRA adapter" if adapter else "only a projector" if only_projector else "delta weights"
+            what = "an adapter" if adapter else "only a projector" if only_projector else "delta weights"
             raise ConversionError(f"{directory}: is {what}; give the model that it belongs to with --base")
         return open_weights_directory(directory)
     if adapter:
-        return merge_lora(open_weights_directory(base), directory)
+        return merge_adapter(open_weights_directory(base), directory)
     if paths.delta:
         return merge_delta(open_weights_directory(base), open_weights_directory(directory))
     if only_projector:
@@ -349,6 +349,9 @@ def _check_equal_dtypes(mappings: tuple[WeightMapping, ...], tensors: dict[str, 
                 )
 
 
-def _aspect_of_processor(directory: Path) -> AspectRatio:
-    path = directory / PREPROCESSOR
-    return "pad" if path.is_file() and read_json(path).get("do_pad") else "square"
+def _aspect_of_processor(paths: HfSource) -> AspectRatio:
+    """Read how pictures are made square; an adapter's base says it where the adapter does not."""
+    for directory in (paths.directory, paths.base):
+        if directory is not None and (directory / PREPROCESSOR).is_file():
+            return "pad" if read_json(directory / PREPROCESSOR).get("do_pad") else "square"
+    return "square"

@@ -223,7 +223,7 @@ def test_parts(tmp_path: Path) -> None:
         HfSource(directory=llama, tower=tower, projector=tmp_path / "p.bin"), target
     )
     assert "is not used" in refused(HfSource(directory=llama, base=llama, tower=tower), target)
-    write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
+    write_json(tmp_path / "lora" / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     write_json(tmp_path / "lora" / "config.json", json.loads((llama / "config.json").read_text()))
     assert "--base" in refused(HfSource(directory=tmp_path / "lora"), target)
     assert "adapter_model" in refused(HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target)
@@ -232,8 +232,10 @@ def test_parts(tmp_path: Path) -> None:
     assert "model.layers.9.mlp.up_proj.weight" in refused(
         HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target
     )
-    write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4, "use_dora": True})
-    assert "use_dora" in refused(HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target)
+    write_json(
+        tmp_path / "lora" / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "lora_bias": True}
+    )
+    assert "lora_bias" in refused(HfSource(directory=tmp_path / "lora", base=llama, tower=tower), target)
 
 
 def test_fp16_that_overflows_while_it_is_imported(copy: Path, tmp_path: Path) -> None:
@@ -264,10 +266,10 @@ def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
     tower, target = write_clip(tmp_path / "clip"), tmp_path / "megatron"
     message = refused(HfSource(directory=copy, tower=tower), target)
     assert "two towers" in message and str(tower) in message and "--tower" in message
-    write_json(tmp_path / "lora" / "adapter_config.json", {"r": 2, "lora_alpha": 4})
+    write_json(tmp_path / "lora" / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     write_json(tmp_path / "lora" / "config.json", json.loads((copy / "config.json").read_text()))
     for base in (None, copy):
-        assert "is a LoRA adapter, no delta weights; leave --delta out" in refused(
+        assert "is an adapter, no delta weights; leave --delta out" in refused(
             HfSource(directory=tmp_path / "lora", base=base, delta=True), target
         )
 
