@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_share4v.config.arguments import above_zero, natural, positive
 from megatron_share4v.errors import ConversionError, exit_on_user_error
 from megatron_share4v.logging import configure
 
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     exporting.add_argument("--to", type=Path, required=True, help="the directory to write")
     exporting.add_argument("--layout", choices=("llava-hf", "share4v"), required=True)
     exporting.add_argument("--dtype", choices=DTYPES, help="default: as stored")
-    exporting.add_argument("--shard-gb", type=float, default=5.0, help="largest file in GB")
+    exporting.add_argument("--shard-gb", type=above_zero, default=5.0, help="largest file in GB")
     verifying = add_command(commands, "verify", verify_)
     verifying.add_argument("--hf", dest="source", type=Path, required=True)
     verifying.add_argument("--checkpoint", type=Path, required=True)
@@ -76,8 +77,8 @@ def parse() -> argparse.Namespace:
     pruning.add_argument(
         "directory", type=Path, help="a run directory, or its checkpoints/; no process may be training in it"
     )
-    pruning.add_argument("--keep-last", type=int, required=True)
-    pruning.add_argument("--keep-every-steps", type=int, default=0)
+    pruning.add_argument("--keep-last", type=positive, required=True)
+    pruning.add_argument("--keep-every-steps", type=natural, default=0)
     return parser.parse_args()
 
 

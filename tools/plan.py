@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_share4v.config.arguments import positive, share
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError, exit_on_user_error
@@ -31,7 +32,7 @@ LARGEST = 16_384
 def main() -> int:
     options = parse()
     with exit_on_user_error():
-        if not 1 <= options.world_size <= LARGEST:
+        if options.world_size > LARGEST:
             raise ConfigError(f"--world-size {options.world_size}: use 1 to {LARGEST}")
         config = load_run(options.config, options.overrides)
         workload = choose_workload(config, options)
@@ -73,15 +74,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="dotted.key=value", help="overrides of values in the file"
     )
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help=f"GPUs, up to {LARGEST}")
+    parser.add_argument("--world-size", type=positive, required=True, metavar="N", help=f"GPUs, up to {LARGEST}")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200")
-    parser.add_argument("--samples", type=int, help="number of samples, if the data set is not prepared here")
+    parser.add_argument("--samples", type=positive, help="number of samples, if the data set is not prepared here")
     parser.add_argument(
-        "--text-length", type=int, help="mean text positions of a sample, if the data set is not prepared here"
+        "--text-length", type=positive, help="mean text positions of a sample, if the data set is not prepared here"
     )
-    parser.add_argument("--longest", type=int, help="text positions of the longest sample of a step")
-    parser.add_argument("--efficiency", type=float, help="share of the peak that wide products reach (default: 0.62)")
-    parser.add_argument("--best", type=int, default=10, metavar="K", help="layouts to rank")
+    parser.add_argument("--longest", type=positive, help="text positions of the longest sample of a step")
+    parser.add_argument("--efficiency", type=share, help="share of the peak that wide products reach (default: 0.62)")
+    parser.add_argument("--best", type=positive, default=10, metavar="K", help="layouts to rank")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     return parser.parse_intermixed_args()

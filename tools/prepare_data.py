@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_share4v import logging
-from megatron_share4v.config.arguments import natural, positive
+from megatron_share4v.config.arguments import natural, positive, share_or_zero
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.errors import Share4VError
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples-per-shard", type=positive, default=10_000, help="samples in one tar file")
     parser.add_argument(
         "--max-rejected-fraction",
-        type=float,
+        type=share_or_zero,
         default=0.05,
         help="end with exit code 2 when more records than this are bad",
     )

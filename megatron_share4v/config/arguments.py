@@ -27,6 +27,16 @@ def at_least_zero(text: str) -> float:
     return _number(text, holds=lambda value: value >= 0, wanted="from 0")
 
 
+def share(text: str) -> float:
+    """Parse a share of a whole: a number above 0, at most 1."""
+    return _number(text, holds=lambda value: 0 < value <= 1, wanted="above 0 and at most 1")
+
+
+def share_or_zero(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    return _number(text, holds=lambda value: 0 <= value <= 1, wanted="from 0 to 1")
+
+
 def _number(text: str, *, holds: Callable[[float], bool], wanted: str) -> float:
     try:
         value = float(text)
