@@ -6,7 +6,7 @@
     python tools/evaluate.py --answers FILE ...                               score an official answer file
 
 An interrupted command resumes when started again. docs/evaluation.md lists downloads and metrics. The last output line
-is one JSON object.
+is one JSON object. Exit code 3: some questions have no answer; the note in that line counts them.
 """
 
 from __future__ import annotations
@@ -14,27 +14,43 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_share4v.config.arguments import positive
 from megatron_share4v.errors import ConfigError, exit_on_user_error
 from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
 KEY, JUDGE_KEY = "OPENAI_API_KEY", "JUDGE_API_KEY"
-SHOWN = ("model", "benchmark", "split", "profile", "headline", "scores", "judge", "questions", "note")
+SHOWN = (
+    "model",
+    "benchmark",
+    "split",
+    "profile",
+    "headline",
+    "scores",
+    "judge",
+    "complete",
+    "questions",
+    "answered",
+    "note",
+)
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     world = World.from_environment()
     configure(rank=world.rank)
     with exit_on_user_error(rank=world.rank, ranks=world.size):
         content = run(arguments, world)
-    if content is not None:
-        print(json.dumps({name: content[name] for name in SHOWN} | {"out": str(arguments.out)}), flush=True)
+    if content is None:
+        return ExitCode.OK
+    print(json.dumps({name: content[name] for name in SHOWN} | {"out": str(arguments.out)}), flush=True)
+    return ExitCode.OK if content["answered"] == content["questions"] else ExitCode.PARTIAL
 
 
 def run(given: argparse.Namespace, world: World) -> dict[str, Any] | None:
@@ -125,7 +141,7 @@ def score_file(benchmark: Any, given: argparse.Namespace, world: World, more: di
 
     if world.size > 1:
         raise ConfigError("--answers is scored by one process; start it without torchrun")
-    answers = read_answers(given.answers, benchmark.items)
+    answers = benchmark.select(read_answers(given.answers, benchmark.every))
     model = ModelFacts.of_answers(given.answers, name=given.name)
     return write_results(benchmark, answers, model=model, judging=more["judging"], compared=more["compared"])
 
@@ -188,4 +204,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import get_field, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import read_jsonl
+from megatron_share4v.evaluate.pairing import AnswerPairing
 from megatron_share4v.evaluate.records import Answer, Doc
 from megatron_share4v.files import atomic_write
 
@@ -53,23 +52,9 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_answers(path: Path, items: Sequence[Doc]) -> list[Answer]:
-    """Read an answer file of this or of the official tools, in file order; the k-th row of a question_id answers its
-    k-th question.
+    """Read an answer file of this or of the official tools, in file order.
 
-    Q-Bench rows have no id and are in the order of the questions. Raises DataError for rows of other questions.
+    Rows are paired with the questions by question_id, prompt and picture, those of Q-Bench by picture and question (see
+    pairing.py). Raises DataError for rows that answer no question or one that is answered already, with their numbers.
     """
-    waiting: dict[object, deque[Doc]] = defaultdict(deque)
-    for item in items:
-        waiting[item.question_id].append(item)
-    answers = []
-    for number, (where, row) in enumerate(read_jsonl(path)):
-        is_numbered = "question_id" not in row and "response" in row
-        key = number if is_numbered else get_field(row, "question_id", (int, str), where=where)
-        if not waiting.get(key):
-            raise DataError(
-                f"{where}: question {key!r} is unknown or already answered; check benchmark and split of the file"
-            )
-        answers.append(
-            make_answer(waiting[key].popleft(), get_field(row, "response" if is_numbered else "text", str, where=where))
-        )
-    return answers
+    return [make_answer(item, text) for item, text in AnswerPairing(items).pair(list(read_jsonl(path)))]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
-from megatron_share4v.evaluate.records import Decoding, Doc
+from megatron_share4v.evaluate.records import Answer, Decoding, Doc
 from megatron_share4v.evaluate.task import Task
 from megatron_share4v.evaluate.tasks import get_task
 
@@ -18,8 +18,8 @@ from megatron_share4v.evaluate.tasks import get_task
 class Evaluation:
     """A loaded benchmark.
 
-    digest: hash of all questions, so that answers to other questions with the same ids do not match. complete: no
-    --limit.
+    every: all questions. items: those to evaluate. whole: both are the same, so there is no --limit. digest: hash of
+    all questions, so that answers to other questions with the same ids do not match.
     """
 
     def __init__(
@@ -43,11 +43,16 @@ class Evaluation:
         self.task: Task = get_task(benchmark)
         self.out, self.profile = out, profile
         self.folder: BenchmarkFolder = self.task.open(data, split)
-        every = self.task.items(self.folder)
-        self.items: Sequence[Doc] = every if limit is None else every[:limit]
-        self.complete = len(self.items) == len(every)
-        self.digest = _digest(every)
+        self.every: Sequence[Doc] = self.task.items(self.folder)
+        self.items: Sequence[Doc] = self.every if limit is None else self.every[:limit]
+        self.whole = len(self.items) == len(self.every)
+        self.digest = _digest(self.every)
         self.decoding: Decoding = self.task.decoding(profile)
+
+    def select(self, answers: Iterable[Answer]) -> list[Answer]:
+        """Return the answers to the questions of this evaluation: with --limit a part of a whole answer file."""
+        ids = {item.id for item in self.items}
+        return [answer for answer in answers if answer.id in ids]
 
 
 def _digest(items: Sequence[Doc]) -> str:

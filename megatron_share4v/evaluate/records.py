@@ -99,12 +99,14 @@ class Decoding:
 class Scores:
     """Metric values by name.
 
-    headline: name of the metric in the paper's table; None when not available, and `note` has the next step.
+    headline: name of the metric in the paper's table; None when not available. note: the next step, or what the values
+    leave out. complete: all questions that were given count in the values as the official script counts them.
     """
 
     values: Mapping[str, float]
     headline: str | None
     note: str = ""
+    complete: bool = True
 
     @property
     def json_values(self) -> dict[str, float | None]:

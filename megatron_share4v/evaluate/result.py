@@ -61,9 +61,12 @@ class ModelFacts:
 
 
 def result_of(
-    evaluation: Evaluation, scores: Scores, *, model: ModelFacts, judgement: Judgement | None
+    evaluation: Evaluation, scores: Scores, *, answered: int, model: ModelFacts, judgement: Judgement | None
 ) -> dict[str, Any]:
-    """Build the content of result.json, which published.BenchmarkResult reads."""
+    """Build the content of result.json, which published.BenchmarkResult reads.
+
+    answered: number of questions with an answer.
+    """
     decoding, first = evaluation.decoding, evaluation.items[0]
     judged = (
         {
@@ -75,9 +78,11 @@ def result_of(
         if judgement
         else None
     )
-    headline = (
-        None if scores.headline is None else {"name": scores.headline, "value": scores.json_values[scores.headline]}
-    )
+    complete = evaluation.whole and scores.complete and answered == len(evaluation.items)
+    headline = None
+    if scores.headline is not None:
+        headline = {"name": scores.headline, "value": scores.json_values[scores.headline]}
+        headline |= {} if complete else {"partial": True}
     return {
         "model": model.name,
         "benchmark": evaluation.task.name,
@@ -87,8 +92,9 @@ def result_of(
         "scores": scores.json_values,
         "note": scores.note,
         "judge": judged,
-        "complete": evaluation.complete,
+        "complete": complete,
         "questions": len(evaluation.items),
+        "answered": answered,
         "checkpoint": dict(model.facts),
         "prompt": {
             "template": decoding.template,

@@ -86,12 +86,15 @@ def write_results(
         answers,
         profile=evaluation.profile,
         verdicts=verdict.verdicts if verdict else None,
+        whole=evaluation.whole,
     )
     if evaluation.task.judged and verdict is None:
         scores = Scores(
             {}, None, note=resume_instructions(evaluation.out, model=judging.model or evaluation.task.judged.official)
         )
-    content = result_of(evaluation, scores, model=model, judgement=verdict)
+    if not scores.complete:
+        get_logger().warning("%s is incomplete: %s", evaluation.task.name, scores.note)
+    content = result_of(evaluation, scores, answered=len(by_id(answers)), model=model, judgement=verdict)
     write_result(evaluation.out / RESULT, content)
     _write_submission(evaluation, answers, verdict)
     measured = [*compared, BenchmarkResult.read(evaluation.out / RESULT)]
@@ -156,10 +159,16 @@ def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -
 
 def _write_submission(evaluation: Evaluation, answers: Sequence[Answer], verdict: Judgement | None) -> None:
     """Write the files for evaluation servers and official scorers, which require all questions."""
-    if not evaluation.complete:
+    if not evaluation.whole:
         get_logger().warning("no submission files: only %d questions were evaluated", len(evaluation.items))
         return
-    files = dict(evaluation.task.submission(evaluation.folder, evaluation.items, answers))
+    try:
+        files = dict(evaluation.task.submission(evaluation.folder, evaluation.items, answers))
+    except DataError as error:
+        if len(by_id(answers)) == len(evaluation.items):
+            raise
+        get_logger().warning("no submission files: %s", error)
+        return
     if verdict and evaluation.task.judged:
         files |= evaluation.task.judged.files(evaluation.items, by_id(answers), verdict.verdicts, verdict.model)
     for name, content in files.items():

@@ -26,6 +26,10 @@ PredictionTexts = Mapping[str, str]
 """Prediction texts by question id. The benchmark defines how missing ones count."""
 MetricValues = Mapping[str, float]
 
+COUNT_AS_WRONG, LEFT_OUT = "they count as wrong", "they are left out of the score"
+OFFICIAL_STOPS = "the official script stops at them"
+"""What the official scripts do with questions that have no answer."""
+
 # Decoding settings of the four official runners.
 LOADER = Decoding(max_new_tokens=128, image_mode="pad")
 MMBENCH = Decoding(max_new_tokens=1024, image_mode="pad")
@@ -58,9 +62,11 @@ class Task:
     folder: the official name of its folder. read: yields its questions in official order. headline: the score of the
     paper's table.
 
-    measure: computes the local metrics; None when only a server scores. submit: the files for that server, or those of
-    the official scorer. row: the official answer row, from item, answer and the model's name. server: where to upload.
-    splits: the first is the default.
+    measure: computes the local metrics; None when only a server scores. check: describes questions that cannot be
+    scored, for example because the official files lack their label; empty if there are none. missing: what the official
+    script does with a question without an answer. submit: the files for that server, or those of the official scorer.
+    row: the official answer row, from item, answer and the model's name. server: where to upload. splits: the first is
+    the default.
     """
 
     name: str
@@ -74,6 +80,8 @@ class Task:
     scored: tuple[str, ...] = ("",)
     """Splits with public answers."""
     measure: Callable[[BenchmarkFolder, Sequence[Doc], PredictionTexts, Profile], MetricValues] | None = None
+    check: Callable[[BenchmarkFolder, Sequence[Doc]], str] = lambda folder, items: ""
+    missing: str = COUNT_AS_WRONG
     submit: Callable[[BenchmarkFolder, Sequence[Doc], PredictionTexts], Mapping[str, bytes]] | None = None
     row: Callable[[Doc, Answer, str], dict[str, Any]] = answer_row
     server: str = ""
@@ -128,30 +136,45 @@ class Task:
         *,
         profile: Profile = OFFICIAL,
         verdicts: JudgeReplies | None = None,
+        whole: bool = True,
     ) -> Scores:
         """Compute the local score.
 
-        verdicts: replies of the judge, if any. Without a local score `headline` is None and `note` says what to do.
+        verdicts: replies of the judge, if any. whole: `items` are all questions of the split. Without a local score
+        `headline` is None and `note` says what to do. Raises DataError where the official script stops, unless that is
+        because of missing questions or answers.
         """
         if self.judged and verdicts is None:
             return Scores({}, None, note=f"{self.name} is scored by a judge: give --judge-base-url and --judge-model")
-        if self.judged and verdicts is not None:
-            values = self.judged.measure(items, verdicts, profile)
-        elif self.measure and folder.split in self.scored:
-            values = self.measure(folder, items, by_id(answers), profile)
-        else:
-            return Scores(
-                {},
-                None,
-                note=f"answers of {self.name} {folder.split} are not public: upload submission/ to {self.server}",
+        texts = by_id(answers)
+        gaps = self._gaps(folder, items, texts)
+        try:
+            if self.judged and verdicts is not None:
+                values = self.judged.measure(items, verdicts, profile)
+            elif self.measure and folder.split in self.scored:
+                values = self.measure(folder, items, texts, profile)
+            else:
+                upload = f"answers of {self.name} {folder.split} are not public: upload submission/ to {self.server}"
+                return Scores({}, None, note="; ".join([*gaps, upload]), complete=not gaps)
+        except DataError as error:
+            if whole and not gaps:
+                raise
+            return Scores({}, None, note="; ".join([*gaps, f"no score: {error}"]), complete=False)
+        headline, notes = self.headline, gaps
+        if headline is None or math.isnan(values.get(headline, math.nan)):
+            notes = [*notes, f"{headline} cannot be computed: questions, or right answers beside them, are missing"]
+            headline = None
+        return Scores(values, headline, note="; ".join(notes), complete=not gaps)
+
+    def _gaps(self, folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> list[str]:
+        """Describe the questions without an answer and those that cannot be scored."""
+        missing = [item.question_id for item in items if item.id not in texts]
+        gaps = [unscored] if (unscored := self.check(folder, items)) else []
+        if missing:
+            gaps.append(
+                f"{len(missing)} of {len(items)} questions have no answer, the first is {missing[0]!r}: {self.missing}"
             )
-        if self.headline is None or math.isnan(values.get(self.headline, math.nan)):
-            return Scores(
-                values,
-                None,
-                note=f"{self.headline} cannot be computed: questions, or right answers beside them, are missing",
-            )
-        return Scores(values, self.headline)
+        return gaps
 
 
 def by_id(answers: Iterable[Answer]) -> dict[str, str]:

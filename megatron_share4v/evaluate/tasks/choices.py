@@ -7,11 +7,13 @@ from typing import Any
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, Row, get_field, read_json, require
+from megatron_share4v.evaluate.directives import LETTER
 from megatron_share4v.evaluate.metrics import qbench, science_qa, seed
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.records import Answer, Doc
 from megatron_share4v.evaluate.task import (
     CROPPED,
+    LEFT_OUT,
     LOADER,
     QBENCH,
     MetricValues,
@@ -20,7 +22,7 @@ from megatron_share4v.evaluate.task import (
     encode_jsonl,
     item_ids,
 )
-from megatron_share4v.evaluate.tasks.questions import LETTER, both, make_docs, playground, read_questions
+from megatron_share4v.evaluate.tasks.questions import both, make_docs, playground, read_questions
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 _SCIENCE = "data/scienceqa of https://github.com/lupantech/ScienceQA"
@@ -158,6 +160,7 @@ TASKS = (
         ),
         read=_read_science,
         measure=_measure_science,
+        missing=LEFT_OUT,
     ),
     Task(
         name="seed",
@@ -196,6 +199,7 @@ TASKS = (
         read=_read_qbench,
         row=_qbench_row,
         measure=_measure_qbench,
+        missing=LEFT_OUT,
         submit=_submit_qbench,
         server="Q-Bench's authors, see https://github.com/Q-Future/Q-Bench",
     ),

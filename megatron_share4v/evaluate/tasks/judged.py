@@ -23,6 +23,8 @@ from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import (
     CROPPED,
+    LEFT_OUT,
+    OFFICIAL_STOPS,
     JudgeSpec,
     MetricValues,
     PredictionTexts,
@@ -30,7 +32,7 @@ from megatron_share4v.evaluate.task import (
     encode_json,
     encode_jsonl,
 )
-from megatron_share4v.evaluate.tasks.questions import make_docs, playground, read_questions
+from megatron_share4v.evaluate.tasks.questions import make_docs, playground, read_questions, warn_of_differences
 
 CATEGORIES = ("conv", "detail", "complex")
 _WILD = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
@@ -61,6 +63,10 @@ def _read_wild(folder: BenchmarkFolder) -> Iterator[Doc]:
             "context": context,
             "reference": reference,
         }
+    references_of = (
+        (where, row["text"], str(references[row["question_id"]].get("prompt", row["text"]))) for where, row in rows
+    )
+    warn_of_differences(f"{folder['references']}, prompt", references_of)
     yield from make_docs(folder, rows, meta)
 
 
@@ -111,12 +117,14 @@ def _name(item: Doc) -> str:
 
 
 def _read_vet(folder: BenchmarkFolder) -> Iterator[Doc]:
-    truths = read_json(folder["annotations"], dict)
-    for item in make_docs(folder, read_questions(folder)):
+    truths, rows = read_json(folder["annotations"], dict), list(read_questions(folder))
+    for item in make_docs(folder, rows):
         where = f"{folder['annotations']}, {_name(item)}"
         truth = get_field(truths, _name(item), dict, where=where)
         require(truth, where=where, question=str, answer=str, capability=list)
         yield Doc(id=item.id, question_id=item.question_id, prompt=item.prompt, image=item.image, meta=truth)
+    questions = ((where, row["text"], truths[f"v1_{row['question_id']}"]["question"]) for where, row in rows)
+    warn_of_differences(f"{folder['annotations']}, question", questions)
 
 
 def _vet_requests(items: Sequence[Doc], texts: PredictionTexts, profile: Profile) -> list[Grade]:
@@ -167,6 +175,7 @@ TASKS = (
             RequiredFile("images", ("images/",), _WILD),
         ),
         read=_read_wild,
+        missing=LEFT_OUT,
         judged=JudgeSpec("gpt-4-0314", _wild_requests, _measure_wild, _wild_files),
     ),
     Task(
@@ -181,6 +190,7 @@ TASKS = (
             RequiredFile("images", ("resources/images/", "images/"), _VET),
         ),
         read=_read_vet,
+        missing=OFFICIAL_STOPS,
         submit=_submit_vet,
         judged=JudgeSpec("gpt-4-0613", _vet_requests, _measure_vet, _vet_files),
     ),

@@ -16,13 +16,12 @@ from typing import Any
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.evaluate.answers import answer_row
 from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile
+from megatron_share4v.evaluate.directives import LETTER, LETTER_CN
 from megatron_share4v.evaluate.metrics import mmbench
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.records import Answer, Doc
 from megatron_share4v.evaluate.task import MMBENCH, MetricValues, PredictionTexts, Task
-from megatron_share4v.evaluate.tasks.questions import LETTER
 
-LETTER_CN = "\n请直接回答选项字母。"
 OPEN_ROWS = "rows that a judge would read"
 _LETTERS = "ABCD"
 _LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")

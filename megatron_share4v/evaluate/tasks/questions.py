@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, Row, read_jsonl, require
+from megatron_share4v.evaluate.directives import question_text
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import item_ids
+from megatron_share4v.logging import get_logger
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 PLAYGROUND = (
     "playground.zip of ShareGPT4V (https://drive.google.com/file/d/1tdbFb1Q4WXvBzab2o0B6sVvDJY0lQGUp) "
     "or eval.zip of LLaVA (https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy)"
@@ -58,4 +58,20 @@ def make_docs(
             prompt=row["text"],
             image=image,
             meta=row if meta is None else meta[name],
+        )
+
+
+def warn_of_differences(what: str, pairs: Iterable[tuple[str, str, str]]) -> None:
+    """Log one warning for all (where, text, other text) whose questions differ: the ids agree and the files may not."""
+    different = [(where, one, other) for where, one, other in pairs if question_text(one) != question_text(other)]
+    if different:
+        where, one, other = different[0]
+        get_logger().warning(
+            "%s: %d questions differ from those with the same id, the first at %s: %r and %r; check that all files are "
+            "of one release",
+            what,
+            len(different),
+            where,
+            one[:80],
+            other[:80],
         )

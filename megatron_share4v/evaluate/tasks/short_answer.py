@@ -7,14 +7,29 @@ from typing import Any
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, get_field, read_json, read_jsonl
+from megatron_share4v.evaluate.directives import SHORT, UNANSWERABLE
 from megatron_share4v.evaluate.metrics import gqa, vqa
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
 from megatron_share4v.evaluate.records import Doc
-from megatron_share4v.evaluate.task import LOADER, MetricValues, PredictionTexts, Task, encode_json
-from megatron_share4v.evaluate.tasks.questions import COCO, SHORT, both, make_docs, playground, read_questions
+from megatron_share4v.evaluate.task import (
+    LEFT_OUT,
+    LOADER,
+    OFFICIAL_STOPS,
+    MetricValues,
+    PredictionTexts,
+    Task,
+    encode_json,
+)
+from megatron_share4v.evaluate.tasks.questions import (
+    COCO,
+    both,
+    make_docs,
+    playground,
+    read_questions,
+    warn_of_differences,
+)
 
-UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 _VQA = "https://visualqa.org/download.html"
 _TEST, _VAL = "test-dev2015", "val2014"
 
@@ -33,7 +48,13 @@ def _read_vqav2(folder: BenchmarkFolder) -> Iterator[Doc]:
         name = get_field(row, "question_id", int, where=where)
         if name not in truths:
             raise DataError(f"{where}: question {name} is not in {folder['annotations']}; take both files of one split")
-        image = folder.image(f"COCO_{folder.split}_{get_field(row, 'image_id', int, where=where):012}.jpg")
+        picture = get_field(row, "image_id", int, where=where)
+        if truths[name].get("image_id", picture) != picture:
+            raise DataError(
+                f"{where}: question {name} is about image {picture}, and in {folder['annotations']} about "
+                f"{truths[name]['image_id']}; take both files of one split"
+            )
+        image = folder.image(f"COCO_{folder.split}_{picture:012}.jpg")
         yield Doc(
             id=str(name),
             question_id=name,
@@ -93,6 +114,10 @@ def _read_gqa(folder: BenchmarkFolder) -> Iterator[Doc]:
             )
         get_field(truth, "answer", str, where=f"{folder['annotations']}, {row['question_id']}")
         meta[str(row["question_id"])] = truth
+    questions = (
+        (where, row["text"], meta[str(row["question_id"])].get("question", row["text"])) for where, row in rows
+    )
+    warn_of_differences(f"{folder['annotations']}, question", questions)
     yield from make_docs(folder, rows, meta)
 
 
@@ -229,6 +254,7 @@ TASKS = (
         ),
         read=_read_gqa,
         measure=_measure_gqa,
+        missing=OFFICIAL_STOPS,
         submit=_submit_gqa,
     ),
     _loader(
@@ -271,5 +297,6 @@ TASKS = (
         ),
         read=_read_textvqa,
         measure=_measure_textvqa,
+        missing=LEFT_OUT,
     ),
 )
