@@ -38,6 +38,9 @@ class DataConfig:
     """Text positions kept per sample, an image counted as one (ShareGPT4V's model_max_length)."""
     image_aspect_ratio: Literal["square", "pad"] = "pad"
     """`square`: resize the short side and crop the centre. `pad`: pad to a square with the mean colour first."""
+    image_orientation: Literal["stored", "exif"] = "stored"
+    """`stored`: pixels as they are in the file, as the official code trains. `exif`: turned upright by the EXIF tag of
+    cameras. Applied in training, and by everything that later runs the checkpoint."""
     order: Literal["sequential", "random", "block", "group_by_modality_length"] = "random"
     """`random`: a permutation per epoch. `block`: nearly random with mostly sequential reads, for network storage."""
     group_size: PositiveInt | None = None

@@ -9,7 +9,6 @@ from functools import partial
 from itertools import islice
 
 from megatron_share4v.data.images.pil_decoder import crop_centre_square, image_to_data_url
-from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
 from megatron_share4v.evaluate.records import Decoding, Doc
@@ -27,7 +26,7 @@ class LocalClient:
         """Use the template and image mode of the benchmark instead of those of training."""
         self._replica, self._decoding, self._workers = replica, decoding, workers
         vision = replica.session.config.model.vision
-        images = ImagePolicy(image_size=vision.image_size, aspect_ratio=decoding.aspect_ratio)
+        images = replace(replica.session.encoder.images, aspect_ratio=decoding.aspect_ratio)
         self._encoder = replace(replica.session.encoder, template=get_template(decoding.template), images=images)
         self._tokens_per_image = vision.num_patches
 

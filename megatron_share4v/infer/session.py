@@ -87,7 +87,9 @@ class Session:
             dist.barrier()  # the temporary import may be deleted only when all ranks have read it
         for chunk in chunks:
             chunk.eval()
-        images = ImagePolicy(image_size=config.model.vision.image_size, aspect_ratio=config.data.image_aspect_ratio)
+        images = ImagePolicy(
+            config.model.vision.image_size, config.data.image_aspect_ratio, config.data.image_orientation
+        )
         template, length = get_template(config.data.template), config.data.max_text_length
         encoder = Encoder(tokenizer=tokenizer, template=template, max_text_length=length, images=images)
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)

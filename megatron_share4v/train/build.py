@@ -200,7 +200,7 @@ def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Enc
         tokenizer=tokenizer,
         template=get_template(data.template),
         max_text_length=data.max_text_length,
-        images=ImagePolicy(image_size=image_size, aspect_ratio=data.image_aspect_ratio),
+        images=ImagePolicy(image_size, data.image_aspect_ratio, data.image_orientation),
     )
 
 

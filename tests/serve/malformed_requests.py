@@ -299,12 +299,12 @@ def _text_bomb() -> bytes:
     return struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
 
 
+LONG_TEXT = _png(16, 16, _text_bomb())
 BOMBS = [
     _png(30_000, 30_000),
     _png(12_000, 12_000),
     _png(7_500, 7_500),  # 56 million pixels: below Pillow's limit, above the server's
     _png(1_000_000, 1),
-    _png(16, 16, _text_bomb()),
     b"GIF89a" + struct.pack("<HH", 65535, 65535) + GIF[10:],
     BMP[:18] + struct.pack("<ii", 40_000, 40_000) + BMP[26:],
     b"RIFF"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
-from malformed_requests import BOMBS
+from malformed_requests import BOMBS, LONG_TEXT
 from PIL import Image
 from server_fixture import Running, data_url, picture, running
 
@@ -74,6 +74,7 @@ ACCEPTED = {
     "animated GIF": animation(),
     "rotated by EXIF": exif_rotated(),
     "16 bit": sixteen_bit(),
+    "long text chunk": LONG_TEXT,
 }
 
 

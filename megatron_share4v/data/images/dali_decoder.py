@@ -17,6 +17,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from megatron_share4v.data.images import pil_decoder
+from megatron_share4v.data.images.pil_decoder import read_orientation
 from megatron_share4v.data.images.policy import PAD_COLOUR, DecodedBatch, ImagePolicy, mean_colour_images
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.logging import get_logger
@@ -112,6 +113,10 @@ class DaliDecoder:
                 header = pil_decoder.open_header(data)
             except DataError as error:
                 failures[position] = str(error)
+                continue
+            # DALI never turns an image; Pillow turns a TIFF always, other formats if the policy says so.
+            can_turn = self._policy.orientation == "exif" or header.format == "TIFF"
+            if (can_turn and read_orientation(header) != 1) or self._policy.is_canvas_huge(*header.size):
                 continue
             if header.format in FORMATS and header.mode in MODES:
                 shapes[position] = header.size

@@ -1,6 +1,7 @@
 """Pillow decoder, the reference for all other decoders: encoded image files to uint8 pixels.
 
-The same pixels as LLaVA's: EXIF orientation ignored, expand2square, then the resize and crop of CLIPImageProcessorPil.
+The same pixels as LLaVA's: EXIF orientation ignored (unless the policy asks for it), expand2square, then the resize and
+crop of CLIPImageProcessorPil.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import PIL
 from PIL import Image
 
 from megatron_share4v.data.images.decode_limits import TimedFile, check_jpeg_scans, count_jpeg_scans
+from megatron_share4v.data.images.file_kind import describe_file
+from megatron_share4v.data.images.png_metadata import drop_long_metadata
 from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size
+from megatron_share4v.data.images.tall_padding import resize_padded_width
 from megatron_share4v.errors import DataError
 
 VERSION = f"pillow {PIL.__version__}"
@@ -33,6 +37,18 @@ EXTENSIONS = {
 }
 _SUBTYPES = {"jpg": "jpeg", "tif": "tiff"}
 """Media subtypes that differ from the file extension."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright; 1 is upright."""
 
 # What Pillow's decoders raise for damaged files.
 _UNREADABLE = (
@@ -60,22 +76,33 @@ def validate_image(data: bytes) -> ImageHeader:
 
 def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
     """Decode one image to [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
-    image = open_rgb(data)
+    image = open_rgb(data, policy=policy)
     size = policy.image_size
     if policy.aspect_ratio == "pad":
         width, height = policy.canvas(*image.size)
         if image.width > image.height:
             # Pillow resizes the width first and rounds in between. Constant rows of padding can be added after that.
             image, width = image.resize((size, image.height), resample=Image.Resampling.BICUBIC), size
+        elif policy.is_canvas_huge(*image.size):
+            image, width = resize_padded_width(image, side=height, size=size), size
         image = pad_to_canvas(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
     else:
         image = image.resize(policy.resized(*image.size), resample=Image.Resampling.BICUBIC)
     return np.asarray(image.crop(policy.crop_box(*image.size)))
 
 
-def open_rgb(data: bytes) -> Image.Image:
-    """Decode an image to 8-bit RGB. Raises DataError."""
-    return _to_rgb(open_header(data))
+def open_rgb(data: bytes, *, policy: ImagePolicy | None = None) -> Image.Image:
+    """Decode an image to 8-bit RGB, turned upright if `policy` asks for it. Raises DataError."""
+    return _to_rgb(open_header(data), upright=policy is not None and policy.orientation == "exif")
+
+
+def read_orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 (upright) without a readable tag."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _UNREADABLE:
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
 def image_to_data_url(data: bytes) -> str:
@@ -114,10 +141,12 @@ def open_header(data: bytes) -> Image.Image:
     """Read format, mode and size and check them, without decoding. Raises DataError."""
     scans = count_jpeg_scans(data)
     try:
-        image = Image.open(TimedFile(data))
+        image = Image.open(TimedFile(drop_long_metadata(data)))
     except _UNREADABLE as error:
+        kind = describe_file(data) if isinstance(error, PIL.UnidentifiedImageError) else None
         raise DataError(
-            f"image cannot be read ({len(data)} bytes, {_text(error)}); replace the file or leave the record out"
+            f"image cannot be read ({len(data)} bytes, {kind or _text(error)}); replace the file or leave the record "
+            f"out"
         ) from error
     # Before anything is decoded: Pillow would run an interpreter for some formats (EPS).
     if image.format not in EXTENSIONS:
@@ -130,7 +159,7 @@ def open_header(data: bytes) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     if image.mode in ("I", "F"):
         raise DataError(
             f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the "
@@ -138,6 +167,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         )
     try:
         image.load()
+        # Pillow itself turns a TIFF upright when it loads it, and then removes the tag.
+        if upright and (turn := _UPRIGHT.get(read_orientation(image))) is not None:
+            image = image.transpose(turn)
         if image.mode.startswith("I;16"):
             # Pillow would clip 16-bit gray to white; this is the exact scale, rounded.
             image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -5,6 +5,7 @@ decoder.py decodes and resizes. N images, S the vision tower's input side.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -17,7 +18,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 PAD_COLOUR = (122, 116, 104)  # int(mean * 255), LLaVA's expand2square
 MAX_PIXELS = 64_000_000
-MAX_ASPECT = 50
+MAX_ASPECT = 200
 
 
 class OversizedImage(DataError):
@@ -29,15 +30,21 @@ class ImagePolicy:
     """Preprocessing of images to S x S (`image_size`) pixels.
 
     `square` resizes the short side to S and crops the centre; `pad` first pads to a square with PAD_COLOUR.
+    orientation: `stored` takes the pixels as they are in the file, `exif` turns them upright by the EXIF tag.
     """
 
     image_size: int
     aspect_ratio: Literal["square", "pad"] = "pad"
+    orientation: Literal["stored", "exif"] = "stored"
 
     def canvas(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) before resizing: the padded square, or the image itself."""
         side = max(width, height)
         return (side, side) if self.aspect_ratio == "pad" else (width, height)
+
+    def is_canvas_huge(self, width: int, height: int) -> bool:
+        """Whether an image's canvas has more pixels than an image may have; then only `pil` decodes it."""
+        return math.prod(self.canvas(width, height)) > MAX_PIXELS
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after resizing, before the crop: short side S, long side truncated to an integer."""

@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from megatron_share4v.data.images import pil_decoder
 from megatron_share4v.data.images.pil_decoder import open_rgb, pad_to_canvas
 from megatron_share4v.data.images.policy import ImagePolicy
 
 
 def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
     """Decode one image to [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
-    image = open_rgb(data)
+    image = open_rgb(data, policy=policy)
+    if policy.is_canvas_huge(*image.size):
+        return pil_decoder.decode(data, policy)
     width, height = policy.canvas(*image.size)
     # A view in channels-last order, for which torch has vectorised code.
     pixels = torch.from_numpy(np.array(pad_to_canvas(image, width=width, height=height))).permute(2, 0, 1).unsqueeze(0)

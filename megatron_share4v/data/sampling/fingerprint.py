@@ -29,7 +29,10 @@ def describe_data(sampler: Sampler, encoder: Encoder) -> dict[str, FingerprintVa
         "template": encoder.template.name,
         "max_text_length": encoder.max_text_length,
     }
-    return described | {f"image policy {name}": value for name, value in asdict(encoder.images).items()}
+    policy = asdict(encoder.images)
+    if policy["orientation"] == "stored":  # the only one when older checkpoints were written
+        del policy["orientation"]
+    return described | {f"image policy {name}": value for name, value in policy.items()}
 
 
 def fingerprint_differences(saved: Mapping[str, FingerprintValue], now: Mapping[str, FingerprintValue]) -> list[str]:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from megatron_share4v.data.images.decoder import PerImageDecoder, backend_version, open_decoder
 from megatron_share4v.data.images.parity import (
@@ -113,7 +113,7 @@ def bad() -> dict[str, bytes]:
         "half a png": whole[: len(whole) // 2],
         "png with a wrong crc": bytes(crc),
         "bomb": png(60000, 60000, bits=8, colour=2, rows=b""),
-        "ribbon": png(5100, 100, bits=8, colour=2, rows=b""),
+        "ribbon": png(20_100, 100, bits=8, colour=2, rows=b""),
         "no width": png(0, 10, bits=8, colour=2, rows=b""),
         "eps": eps.getvalue(),
         "32 bits": saved(Image.fromarray(np.ones((8, 8), dtype=np.float32)), "TIFF"),
@@ -148,6 +148,36 @@ def test_damage_is_named_and_harms_nobody_else(backend: str) -> None:
     for position, pixels in enumerate(result.pixels):
         assert torch.equal(pixels, mean_colour_images(1, policy)[0] if position % 2 else alone), position
     assert decoder.decode_batch([]).pixels.shape == (0, 28, 28, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_strips(backend: str) -> None:
+    policy = ImagePolicy(28, "pad")
+    strips = [smooth(600, 10), smooth(10, 600), smooth(60, 10_000), smooth(10_000, 60), smooth(1, 200), smooth(200, 1)]
+    files = [saved(image, "PNG") for image in strips]
+    expected, got = (open_decoder(name, policy).decode_batch(files) for name in ("pil", backend))
+    assert expected.failures == {} and got.failures == {}
+    assert (got.pixels.int() - expected.pixels.int()).abs().max() <= LARGEST[backend]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("backend", ["pil", *BACKENDS])
+def test_exif_orientation_is_applied_if_the_policy_says_so(backend: str, orientation: int) -> None:
+    policy = ImagePolicy(28, "pad", "exif")
+    image = smooth(50, 30)
+    for form in ("JPEG", "PNG", "WEBP", "TIFF"):
+        tagged = saved(image, form, exif=exif(orientation))
+        upright = saved(ImageOps.exif_transpose(Image.open(io.BytesIO(tagged))), "PNG")
+        got, expected = open_decoder(backend, policy).decode_batch([tagged, upright]).pixels
+        assert (got.int() - expected.int()).abs().max() <= LARGEST.get(backend, 0), form
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiff_orientation_is_always_applied(backend: str) -> None:
+    """Pillow turns a TIFF when it loads it, so the official pipeline does too."""
+    files = [saved(smooth(50, 30), "TIFF", exif=exif(6))]
+    expected, got = (open_decoder(name, POLICIES[0]).decode_batch(files) for name in ("pil", backend))
+    assert (got.pixels.int() - expected.pixels.int()).abs().max() <= LARGEST[backend]
 
 
 @pytest.mark.parametrize("backend", ["pil", *BACKENDS])

@@ -60,6 +60,17 @@ def test_encoding(prepared, encoder):
     )
 
 
+def test_orientation_counts_only_when_it_is_applied(prepared, encoder):
+    """Checkpoints of before the option have no entry for it."""
+    plan = _plan(prepared.index)
+    saved = describe_data(plan, encoder)
+    assert not [name for name in saved if "orientation" in name]
+    turned = dataclasses.replace(encoder, images=dataclasses.replace(encoder.images, orientation="exif"))
+    assert fingerprint_differences(saved, describe_data(plan, turned)) == [
+        "image policy orientation: was not set, is exif"
+    ]
+
+
 def test_long_hashes_are_shown_in_short():
     assert fingerprint_differences({"index": "a" * 64}, {"index": "b" * 64}) == [
         f"index: was {'a' * 12}, is {'b' * 12}"
