@@ -24,7 +24,7 @@ import torch
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import GlobalBatch
 from megatron_share4v.errors import OpsError, exit_on_user_error

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 
 from megatron_share4v.data.images.decoder import Backend, open_decoder
 from megatron_share4v.data.images.parity import measure_parity
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, normalise
+from megatron_share4v.data.images.pixels import normalise
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy
 from megatron_share4v.data.loading.workers import ordered_map
 
 POLICY = ImagePolicy(336, "pad")

@@ -25,7 +25,7 @@ import torch
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.engine import EngineConfig
-from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams

@@ -17,7 +17,7 @@ import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.training import OptimConfig
-from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.backends import select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh

@@ -18,7 +18,7 @@ import torch
 
 from megatron_share4v.checkpoint.hf.reader import read_json
 from megatron_share4v.data.images.pil_decoder import encode_png, open_rgb
-from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Batch, Turn
 from megatron_share4v.errors import ConversionError, OpsError

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_share4v.config.model import VisionConfig
-from megatron_share4v.data.images.policy import normalised_values
+from megatron_share4v.data.images.pixels import normalised_values
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.mcore.layer_specs import Norm

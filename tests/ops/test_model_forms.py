@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_share4v.data.images.policy import normalise, normalised_values
+from megatron_share4v.data.images.pixels import normalise, normalised_values
 from megatron_share4v.ops.image_merge import image_merge
 from megatron_share4v.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatron_share4v.ops.op import Implementation

@@ -16,7 +16,7 @@ from tolerances import FP32_MODULE
 from megatron_share4v.checkpoint.hf.weight_map import CLIP_IN_MEMORY, SHARE4V, to_megatron
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
-from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.model.chunks import build_chunks

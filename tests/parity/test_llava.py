@@ -21,7 +21,7 @@ from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, to_megatr
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.run import Ops
-from megatron_share4v.data.images.policy import normalise
+from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.mcore.backends import select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh

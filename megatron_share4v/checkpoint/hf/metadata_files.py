@@ -23,7 +23,7 @@ from megatron_share4v.checkpoint.hf.tokenizer import (
 )
 from megatron_share4v.checkpoint.lazy_tensor import FLOATS
 from megatron_share4v.config.model import ModelConfig, VisionConfig
-from megatron_share4v.data.images.policy import CLIP_MEAN, CLIP_STD
+from megatron_share4v.data.images.pixels import CLIP_MEAN, CLIP_STD
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template

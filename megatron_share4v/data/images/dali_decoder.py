@@ -18,7 +18,8 @@ from nvidia.dali.pipeline import Pipeline
 
 from megatron_share4v.data.images import pil_decoder
 from megatron_share4v.data.images.pil_decoder import read_orientation
-from megatron_share4v.data.images.policy import PAD_COLOUR, DecodedBatch, ImagePolicy, mean_colour_images
+from megatron_share4v.data.images.pixels import DecodedBatch, mean_colour_images
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.logging import get_logger
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from megatron_share4v.data.images import pil_decoder, torch_decoder
-from megatron_share4v.data.images.policy import DecodedBatch, ImagePolicy, mean_colour_images
+from megatron_share4v.data.images.pixels import DecodedBatch, mean_colour_images
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.errors import DataError, OpsError
 
 Backend = Literal["pil", "torch_u8", "dali"]

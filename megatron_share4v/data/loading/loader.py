@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from megatron_share4v.data.images.decoder import Backend, Decoder, open_decoder
-from megatron_share4v.data.images.policy import mean_colour_images
+from megatron_share4v.data.images.pixels import mean_colour_images
 from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.loading.workers import ordered_map

@@ -46,7 +46,7 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
     from megatron_share4v.checkpoint.hf.source import HfSource
-    from megatron_share4v.data.images.policy import normalise
+    from megatron_share4v.data.images.pixels import normalise
     from megatron_share4v.data.loading.prompt import make_prompt
     from megatron_share4v.evaluate.agreement import compute_logits, generated_questions, to_messages
     from megatron_share4v.infer.session import Session

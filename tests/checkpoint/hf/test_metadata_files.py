@@ -28,7 +28,8 @@ from megatron_share4v.checkpoint.hf.config import parse_model_config, parse_visi
 from megatron_share4v.checkpoint.hf.metadata_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.data.images.pil_decoder import decode
-from megatron_share4v.data.images.policy import ImagePolicy, normalise
+from megatron_share4v.data.images.pixels import normalise
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX, encode_prompt
 from megatron_share4v.text.template import TEMPLATES, Message, get_template, render_prompt
 from megatron_share4v.text.tokenizer import Tokenizer

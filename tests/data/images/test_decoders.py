@@ -20,7 +20,8 @@ from megatron_share4v.data.images.parity import (
     measure_parity,
     read_probe_images,
 )
-from megatron_share4v.data.images.policy import ImagePolicy, mean_colour_images, normalise
+from megatron_share4v.data.images.pixels import mean_colour_images, normalise
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.errors import OpsError
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from megatron_share4v.data.images.pil_decoder import decode, validate_image
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size, normalise
+from megatron_share4v.data.images.pixels import normalise
+from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size
 from megatron_share4v.errors import DataError
 
 SIZES = [(64, 48), (37, 91), (91, 37), (55, 55), (28, 28), (13, 14), (200, 31), (1, 3)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_share4v.data.images.policy import mean_colour_images
+from megatron_share4v.data.images.pixels import mean_colour_images
 from megatron_share4v.data.loading.collate import StageRole
 from megatron_share4v.data.loading.loader import ImageSharding, Loader, LoaderOptions
 from megatron_share4v.data.records import Batch
