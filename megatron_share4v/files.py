@@ -1,4 +1,5 @@
-"""File primitives that the whole package shares: atomic writes, advisory locks, and JSON lines that survive a kill.
+"""File primitives that the whole package shares: text files, atomic writes, advisory locks, JSON lines that survive a
+kill.
 
 Nothing here knows what a file means. Errors of the operating system pass through; callers turn them into user errors.
 """
@@ -47,6 +48,14 @@ def atomic_write_text(path: Path, text: str, *, durable: bool = False) -> None:
 def atomic_write_json(path: Path, content: object, *, durable: bool = False) -> None:
     """Replace `path` by this object as indented JSON with a final newline, atomically (see `atomic_write`)."""
     atomic_write_text(path, json.dumps(content, indent=1) + "\n", durable=durable)
+
+
+def read_text(path: Path, *, errors: str = "strict") -> str:
+    """Read a UTF-8 text file without its byte-order mark, which editors on Windows and spreadsheets put at the start.
+
+    All text of the project is read with this. errors: as of `bytes.decode`.
+    """
+    return path.read_text(encoding="utf-8-sig", errors=errors)
 
 
 def try_lock(file: IO[Any]) -> bool | None:

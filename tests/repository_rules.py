@@ -172,6 +172,15 @@ def functions_are_short(source: Source) -> Found:
                 yield node.lineno, f"{node.name}: {lines} lines, ceiling {MAX_FUNCTION_LINES}"
 
 
+def text_is_read_without_its_mark(source: Source) -> Found:
+    """Files of users and other programs may begin with a byte-order mark, which only `files.read_text` removes."""
+    if source.path in ("setup.py", f"{PACKAGE}/files.py", f"{PACKAGE}/serve/page.py"):  # two read files of their own
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "read_text":
+            yield node.lineno, "Path.read_text keeps a byte-order mark; use megatron_share4v.files.read_text"
+
+
 def nothing_is_global(source: Source) -> Found:
     yield from (
         (node.lineno, f"global {', '.join(node.names)}")
@@ -237,7 +246,11 @@ EVERY_PYTHON: tuple[Rule, ...] = (
     files_open_with_a_docstring,
     docstrings_make_sense_alone,
 )
-NOT_TESTS: tuple[Rule, ...] = (third_parties_have_one_importer, configuration_stays_free_of_torch)
+NOT_TESTS: tuple[Rule, ...] = (
+    third_parties_have_one_importer,
+    configuration_stays_free_of_torch,
+    text_is_read_without_its_mark,
+)
 
 
 def violations(source: Source, rule: Rule) -> list[str]:

@@ -31,6 +31,7 @@ from repository_rules import (
     no_except_swallows,
     nothing_is_global,
     nothing_names_a_machine_or_registry,
+    text_is_read_without_its_mark,
     third_parties_have_one_importer,
     violations,
 )
@@ -153,6 +154,7 @@ PLANTED = [
         "class C:\n    async " + LONG.replace("\n", "\n    "),
         f"f: {MAX_FUNCTION_LINES + 1} lines",
     ),
+    (text_is_read_without_its_mark, "ops/a.py", 'x = path.read_text(encoding="utf-8")', "files.read_text"),
     (nothing_is_global, "ops/a.py", "def f():\n    global state", "global state"),
     (no_except_swallows, "ops/a.py", "try:\n    x = 1\nexcept ValueError:\n    pass", "swallows"),
     (

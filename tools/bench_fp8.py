@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_share4v.errors import PrecisionError, TrainingError, exit_on_user_error
+from megatron_share4v.files import read_text
 from megatron_share4v.observability.charts import PALETTE, new_figure, save_png, style_axes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +131,7 @@ def train(variant: str, arguments: argparse.Namespace) -> Curve:
     if done.returncode:
         what = f"tools/train.py ended with exit code {done.returncode}: {errors[-1]}"
         raise TrainingError(f"{variant}: {what}; its log: {directory / 'log'}")
-    return Curve(variant, tuple(json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()))
+    return Curve(variant, tuple(json.loads(line)["loss"] for line in read_text(metrics).splitlines()))
 
 
 def compare(arguments: argparse.Namespace) -> dict:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from examples.quickstart.dataset import write_dataset
 from examples.quickstart.tokenizer import train_tokenizer
+from megatron_share4v.files import read_text
 
 MODEL = Path(__file__).parents[1] / "examples" / "models" / "tiny.yaml"
 BYTES_PER_WEIGHT = 16  # fp32: weight, master weight and two moments
@@ -49,7 +50,7 @@ def make_run(root: Path) -> Path:
     """Prepare a small quickstart data set and return the YAML file of the run."""
     write_dataset(root / "scenes", train_scenes=40, held_out_scenes=64, seed=3, image_size=56)
     annotations = root / "scenes" / "finetune.json"
-    texts = [turn["value"] for record in json.loads(annotations.read_text()) for turn in record["conversations"]]
+    texts = [turn["value"] for record in json.loads(read_text(annotations)) for turn in record["conversations"]]
     train_tokenizer(texts, root / "tokenizer.model", vocab_size=400)
     prepare(
         PrepareOptions(
@@ -90,7 +91,7 @@ def measure(config: Path, *, megabytes: int, steps: int, every: int, batch: int,
     TimedSaver.spans.clear()
     texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in options.items()}
     loop.run(load_run(config, [f"{key}={text}" for key, text in texts.items()]))
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][2:]
+    lines = [json.loads(line) for line in read_text(directory / "metrics.jsonl").splitlines()][2:]
     during: list[float] = []
     between: list[float] = []
     for line in lines:

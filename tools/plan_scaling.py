@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_share4v.files import read_text
 from megatron_share4v.planner.scaling import draw_pictures, update_document
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder that has scaling.md")
     options = parser.parse_args()
     page = options.docs / "scaling.md"
-    page.write_text(update_document(page.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
+    page.write_text(update_document(read_text(page), ROOT), encoding="utf-8")
     draw_pictures(ROOT, options.docs / "pictures")
 
 

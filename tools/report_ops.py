@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_share4v.errors import OpsError, exit_on_user_error
+from megatron_share4v.files import read_text
 from megatron_share4v.ops.build import Toolchain, csrc_directory, default_cache_directory, find_or_build, find_toolchain
 from megatron_share4v.ops.kernel_usage import KernelUsage, parse_kernel_usage
 
@@ -33,11 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         toolchain = find_toolchain()
         if toolchain is None or toolchain.nvcc is None:
             raise OpsError("the report has registers and spills, which nvcc prints; there is no nvcc on PATH")
-        log = (
-            find_or_build(toolchain, cache=default_cache_directory(), csrc=csrc_directory())
-            .with_name("build.log")
-            .read_text(encoding="utf-8")
-        )
+        library = find_or_build(toolchain, cache=default_cache_directory(), csrc=csrc_directory())
+        log = read_text(library.with_name("build.log"))
         measured = {name: _results(path) for name, path in (("cpu", options.cpu), ("gpu", options.gpu)) if path}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
@@ -49,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _results(path: Path) -> dict:
     """Return the JSON object in the last line of the output of tools/bench_ops.py."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_text(path).splitlines() if path.is_file() else []
     if not lines or not lines[-1].startswith("{"):
         raise OpsError(f"{path} is not the output of tools/bench_ops.py: its last line is not a JSON object")
     return json.loads(lines[-1])
@@ -108,7 +106,7 @@ def _floors(results: dict | None) -> Iterator[str]:
 
 def _resources(compiled: list[KernelUsage]) -> Iterator[str]:
     gpus = sorted({usage.gpu for usage in compiled}, key=lambda gpu: int("".join(filter(str.isdigit, gpu))))
-    limits = json.loads((csrc_directory() / "register_limits.json").read_text(encoding="utf-8"))
+    limits = json.loads(read_text(csrc_directory() / "register_limits.json"))
     rows = []
     for op, kernels in limits.items():
         for name, limit in kernels.items():

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 
 from megatron_share4v.data.images.pil_decoder import image_to_data_url
 from megatron_share4v.errors import ServeError, exit_on_user_error
+from megatron_share4v.files import read_text
 
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"
 READY_TIMEOUT_S, ANSWER_TIMEOUT_S, MAX_TOKENS = 120, 60, 24
@@ -62,7 +63,7 @@ def run_server(checkpoint: Path, *, log: Path) -> Iterator[str]:
 def _wait_until_ready(server: subprocess.Popen, log: Path) -> str:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and server.poll() is None:
-        match = re.search(r"http://[\d.]+:\d+", log.read_text(encoding="utf-8"))
+        match = re.search(r"http://[\d.]+:\d+", read_text(log))
         with contextlib.suppress(OSError):  # no connection, or 503, until the model is loaded
             if match and urllib.request.urlopen(f"{match[0]}/health", timeout=5).status == 200:
                 return match[0]

@@ -24,6 +24,7 @@ from examples.quickstart.conversations import (
     scene_questions,
 )
 from examples.quickstart.scenes import COLORS, PLACES, SHAPES, Scene, draw_scene, make_scene, scene_rng
+from megatron_share4v.files import read_text
 
 IMAGE_SIZE = 72  # pixels, edge of every image
 MAX_TURNS = 6  # question-answer pairs of one conversation
@@ -161,7 +162,7 @@ def load_held_out(path: str | Path) -> tuple[list[tuple[Scene, str]], list[HeldO
 
     Raises OSError when the file cannot be read and ValueError when `write_dataset` did not write it.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = read_text(Path(path))
     try:
         content = json.loads(text)
         scenes = [

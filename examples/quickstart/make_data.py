@@ -16,6 +16,7 @@ from examples.quickstart.dataset import IMAGE_SIZE, finetune_record, load_held_o
 from examples.quickstart.scenes import make_scene
 from examples.quickstart.tokenizer import train_tokenizer
 from megatron_share4v.errors import ConfigError, exit_on_user_error
+from megatron_share4v.files import read_text
 from megatron_share4v.text.template import get_template
 
 VALIDATION_SCENES = 64
@@ -88,7 +89,7 @@ def tokenizer_corpus(scenes: Path) -> Iterator[str]:
     """Yield the text of every turn of both stages, and the words that the conversation template adds."""
     system = get_template(TEMPLATES["finetune"]).system
     for stage in TEMPLATES:
-        for record in json.loads((scenes / f"{stage}.json").read_text(encoding="utf-8")):
+        for record in json.loads(read_text(scenes / f"{stage}.json")):
             yield f"{system} USER: ASSISTANT:"
             for turn in record["conversations"]:
                 yield turn["value"].removeprefix("<image>\n")

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: `examples` is not installed
 
 from megatron_share4v.errors import exit_on_user_error
+from megatron_share4v.files import read_text
 from megatron_share4v.parallel.launch import World
 
 MIN_ACCURACY = 0.85
@@ -70,22 +71,22 @@ def collect_results(arguments: argparse.Namespace, world: World) -> dict[str, An
         "held_out": asdict(held_out),
         "served": compare_served(out / "served.json", out / "samples" / "answers.jsonl"),
         "evaluation": read_evaluation(out / "evaluation" / "result.json"),
-        "hf_export": json.loads((out / "hf_export.json").read_text(encoding="utf-8")),
+        "hf_export": json.loads(read_text(out / "hf_export.json")),
         "wall_s": round(time.time() - arguments.started, 1),
     }
 
 
 def compare_served(served: Path, scored: Path) -> dict[str, Any]:
     """Compare the server's answers with the scored ones, question by question."""
-    over_http = json.loads(served.read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()][: len(over_http)]
+    over_http = json.loads(read_text(served))
+    rows = [json.loads(line) for line in read_text(scored).splitlines()][: len(over_http)]
     answers = [(row["question"], row["answer"]) for row in over_http]
     return {"questions": len(over_http), "equal": answers == [(row["question"], row["model"]) for row in rows]}
 
 
 def read_evaluation(result: Path) -> dict[str, Any]:
     """Read the exact-match accuracy, in percent, that tools/evaluate.py measured."""
-    content = json.loads(result.read_text(encoding="utf-8"))
+    content = json.loads(read_text(result))
     return {
         "benchmark": content["benchmark"],
         "questions": content["questions"],
@@ -95,7 +96,7 @@ def read_evaluation(result: Path) -> dict[str, Any]:
 
 def read_losses(run: Path) -> list[float]:
     """Read the training loss of every step of a run directory."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["loss"] for line in read_text(run / "metrics.jsonl").splitlines()]
 
 
 def find_failures(results: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from megatron_share4v.caption.records import ImageEntry
 from megatron_share4v.data.prepare.image_files import COMPRESSED, SUFFIXES
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import read_text
 
 EntryFields = tuple[str | None, str, str, int, int | None]
 """Given id, path, file, offset, size: see ImageEntry."""
@@ -54,7 +55,7 @@ def _with_ids(entries: Iterable[EntryFields]) -> Iterator[ImageEntry]:
 
 def _read_list(path: Path, root: Path) -> Iterator[EntryFields]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read ({error}); --images-file is a JSON list of image paths, or JSONL with one entry "

@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_share4v import __version__
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.files import atomic_write_text
+from megatron_share4v.files import atomic_write_text, read_text
 from megatron_share4v.parallel.layout import Layout
 
 MANIFEST = "manifest.json"
@@ -120,7 +120,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the save was interrupted, or this is not a checkpoint; {REMEDY}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         stated = content.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {REMEDY}") from error

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, fsync_directory
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.files import append_json_lines, truncate_partial_line, try_lock
+from megatron_share4v.files import append_json_lines, read_text, truncate_partial_line, try_lock
 from megatron_share4v.logging import get_logger
 
 PROGRESS_BYTES = 100_000_000
@@ -316,7 +316,7 @@ def _size(path: Path) -> int:
 
 
 def _read_journal(path: Path) -> dict[str, WrittenFile]:
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    lines = read_text(path).splitlines()[1:]
     # A line without "}}" was cut short by a kill.
     entries: list[Mapping[str, Any]] = [json.loads(line) for line in lines if line.endswith("}}")]
     return {entry["name"]: WrittenFile(**entry) for entry in entries}

@@ -35,7 +35,7 @@ from megatron_share4v.checkpoint.retention import (
     step_directory_name,
 )
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.files import atomic_write_text
+from megatron_share4v.files import atomic_write_text, read_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.mcore.dist_checkpoint import count_updates, load_sharded, take_snapshot
@@ -243,7 +243,7 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     path = Path(path)
     if path.is_file():
-        return path.parent / path.read_text(encoding="utf-8").strip()
+        return path.parent / read_text(path).strip()
     holders = [directory for directory in (path, path / CHECKPOINTS) if list_checkpoints(directory)]
     if (path / MANIFEST).exists() or not holders:
         return path

@@ -15,6 +15,8 @@ from typing import Any, overload
 
 import yaml
 
+from megatron_share4v.files import read_text
+
 BASE = "base"
 COMMAND_LINE = "command line: "
 
@@ -118,7 +120,7 @@ class Reader:
                 f"{where}: a file cannot be its own base ({' -> '.join(file.name for file in (*opened, path))})"
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             return self._unreadable(f"{where}: cannot be read: {reason}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import read_text
 
 Row = dict[str, Any]
 
@@ -76,7 +77,7 @@ class BenchmarkFolder:
 def read_json(path: Path, kind: type) -> Any:
     """Read a whole JSON file whose content is of type `kind`. Raises DataError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: invalid JSON ({error}); download it again") from error
     if not isinstance(content, kind):
@@ -90,7 +91,7 @@ def read_json(path: Path, kind: type) -> Any:
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (file:line, object) for every non-empty line. Raises DataError."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).replace("\n\ufeff", "\n").split("\n")  # files with a mark may be joined
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); download it again") from error
     for number, line in enumerate(lines, 1):

@@ -7,7 +7,7 @@ answers.jsonl does not depend on how the work was split.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from megatron_share4v.evaluate.answers import make_answer, write_rows
 from megatron_share4v.evaluate.judge import Judgement, collect_judgement, resume_instructions
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.published import BenchmarkResult, save_chart, table
-from megatron_share4v.evaluate.records import Answer, Doc, Scores
+from megatron_share4v.evaluate.records import Answer, Doc
 from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
@@ -89,11 +89,12 @@ def write_results(
         whole=evaluation.whole,
     )
     if evaluation.task.judged and verdict is None:
-        scores = Scores(
-            {}, None, note=resume_instructions(evaluation.out, model=judging.model or evaluation.task.judged.official)
-        )
-    if not scores.complete:
-        get_logger().warning("%s is incomplete: %s", evaluation.task.name, scores.note)
+        gaps = evaluation.task.describe_gaps(evaluation.folder, evaluation.items, by_id(answers))
+        next_step = resume_instructions(evaluation.out, model=judging.model or evaluation.task.judged.official)
+        scores = replace(scores, note="; ".join([*gaps, next_step]))
+    if scores.note:
+        log = get_logger().info if scores.complete else get_logger().warning
+        log("%s: %s", evaluation.task.name, scores.note)
     content = result_of(evaluation, scores, answered=len(by_id(answers)), model=model, judgement=verdict)
     write_result(evaluation.out / RESULT, content)
     _write_submission(evaluation, answers, verdict)

@@ -46,13 +46,22 @@ class JudgeSpec:
     """Scoring by a judge model. official: the judge of the published numbers.
 
     requests: builds the judge requests. measure: computes the metrics from the replies. files: official files of the
-    replies, name -> content, the judge's name last.
+    replies, name -> content, the judge's name last. unreadable: metric that counts the questions whose replies cannot
+    be read. rule: what the official script does with each of them.
     """
 
     official: str
     requests: Callable[[Sequence[Doc], PredictionTexts, Profile], Sequence[Request]]
     measure: Callable[[Sequence[Doc], JudgeReplies, Profile], MetricValues]
     files: Callable[[Sequence[Doc], PredictionTexts, JudgeReplies, str], Mapping[str, bytes]]
+    unreadable: str
+    rule: str
+
+    def describe_unreadable(self, values: MetricValues, profile: Profile) -> list[str]:
+        """Describe the unreadable replies that `values` counts; empty if there are none."""
+        count = values.get(self.unreadable)
+        rule = self.rule if profile is OFFICIAL else "is left out"
+        return [f"the judge's replies to {count:.0f} questions cannot be read: each {rule}"] if count else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +153,11 @@ class Task:
         `headline` is None and `note` says what to do. Raises DataError where the official script stops, unless that is
         because of missing questions or answers.
         """
-        if self.judged and verdicts is None:
-            return Scores({}, None, note=f"{self.name} is scored by a judge: give --judge-base-url and --judge-model")
         texts = by_id(answers)
-        gaps = self._gaps(folder, items, texts)
+        gaps = self.describe_gaps(folder, items, texts)
+        if self.judged and verdicts is None:
+            judge = f"{self.name} is scored by a judge: give --judge-base-url and --judge-model"
+            return Scores({}, None, note="; ".join([*gaps, judge]), complete=False)
         try:
             if self.judged and verdicts is not None:
                 values = self.judged.measure(items, verdicts, profile)
@@ -161,12 +171,14 @@ class Task:
                 raise
             return Scores({}, None, note="; ".join([*gaps, f"no score: {error}"]), complete=False)
         headline, notes = self.headline, gaps
+        if self.judged:
+            notes = [*notes, *self.judged.describe_unreadable(values, profile)]
         if headline is None or math.isnan(values.get(headline, math.nan)):
             notes = [*notes, f"{headline} cannot be computed: questions, or right answers beside them, are missing"]
             headline = None
         return Scores(values, headline, note="; ".join(notes), complete=not gaps)
 
-    def _gaps(self, folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> list[str]:
+    def describe_gaps(self, folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> list[str]:
         """Describe the questions without an answer and those that cannot be scored."""
         missing = [item.question_id for item in items if item.id not in texts]
         gaps = [unscored] if (unscored := self.check(folder, items)) else []

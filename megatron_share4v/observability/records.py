@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger
 
 
@@ -19,7 +20,7 @@ def read_lines(path: Path, *fields: str) -> list[dict[str, Any]]:
 
 def split_lines(path: Path) -> list[str]:
     """Read the lines of a file with their line ends; bytes that are not UTF-8 become replacement characters."""
-    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    return read_text(path, errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def parse_line(line: str, *fields: str) -> dict[str, Any] | None:
@@ -38,7 +39,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        content = json.loads(read_text(path, errors="replace"))
     except ValueError:
         content = None
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_share4v.errors import OpsError
+from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.ops.build import (
     LIBRARY,
@@ -122,7 +123,7 @@ def _prebuilt_metadata(available: LibrarySources) -> dict | None:
     path = available.prebuilt / "built.json"
     if not path.is_file() or not (available.prebuilt / LIBRARY).is_file():
         return None
-    metadata = json.loads(path.read_text(encoding="utf-8"))
+    metadata = json.loads(read_text(path))
     return metadata if metadata["sources"] == source_hash(available.csrc) else None
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_share4v.errors import OpsError
-from megatron_share4v.files import wait_for_lock
+from megatron_share4v.files import read_text, wait_for_lock
 from megatron_share4v.logging import get_logger
 
 LIBRARY = "share4v_ops.so"
@@ -225,7 +225,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _failed(toolchain: Toolchain, log: Path) -> BuildFailed:
-    tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-TAIL:])
+    tail = "\n".join(read_text(log).splitlines()[-TAIL:])
     return BuildFailed(
         f"the ops do not compile ({toolchain.description}, {toolchain.cxx}); remove {log} to try again, "
         f"or set ops: reference. It ends:\n{tail}"

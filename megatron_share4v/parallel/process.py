@@ -7,13 +7,15 @@ import signal
 import sys
 from pathlib import Path
 
+from megatron_share4v.files import read_text
+
 
 def process_status(pid: int) -> tuple[str, int] | None:
     """Read (state letter, start time in clock ticks) of a process of this host; None when there is no such process."""
     path = Path(f"/proc/{pid}/stat")
     try:
         # The command name in parentheses may contain anything.
-        fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = read_text(path, errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
     return fields[0], int(fields[19])

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_share4v.errors import RunDirectoryInUse, RunStopped, Share4VError
+from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger
 
 FOLDER, MERGED = "errors", "errors.txt"
@@ -140,7 +141,7 @@ def _sigterm_ignored() -> Iterator[None]:
 
 def read_rank_errors(folder: Path) -> list[RankError]:
     """Read all reports of the folder, causes before lost peers, each in order of time."""
-    errors = [RankError(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank*.json")]
+    errors = [RankError(**json.loads(read_text(path))) for path in folder.glob("rank*.json")]
     return sorted(errors, key=lambda error: (error.peer_lost, error.at))
 
 

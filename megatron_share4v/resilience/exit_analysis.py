@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_share4v.exit_codes import ExitCode
+from megatron_share4v.files import read_text
 from megatron_share4v.resilience.error_report import PEER_LOST_MESSAGES
 from megatron_share4v.resilience.hang_diagnosis import REPORT
 from megatron_share4v.resilience.heartbeat import FOLDER
@@ -50,7 +51,7 @@ def analyze_exit(run: Path) -> ExitAnalysis:
         return ExitAnalysis("no rank has started; the messages of the launcher are above", None)
     report = run / FOLDER / REPORT
     if report.exists():
-        content = json.loads(report.read_text(encoding="utf-8"))
+        content = json.loads(read_text(report))
         culprits = [state for state in states if state.rank in content["ranks"]] or states
         return _analysis(culprits[0], content["headline"], ExitCode.HUNG)
     # A rank that lost a peer is not a cause.

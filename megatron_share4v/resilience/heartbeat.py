@@ -28,6 +28,7 @@ from typing import TextIO
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import Share4VError
 from megatron_share4v.exit_codes import ExitCode
+from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.process import process_status
 from megatron_share4v.resilience import hang_diagnosis
@@ -222,13 +223,13 @@ class Heartbeat:
             wait_s = SILENT_BEATS * self._timeouts.beat_s
             observed = hang_diagnosis.observe_ranks(self._folder, ranks=self._ranks, wait_s=wait_s)
             observed = [self._mark_alive(one) for one in observed]
-            reason = mark.read_text(encoding="utf-8")
+            reason = read_text(mark)
             hang_diagnosis.write_report(self._folder, ranks=self._ranks, reason=reason, observed=observed)
         else:
             self._publish_for(6 * SILENT_BEATS, until=(self._folder / hang_diagnosis.REPORT).exists)
         report = self._folder / hang_diagnosis.REPORT
         if report.exists():
-            silent = json.loads(report.read_text(encoding="utf-8"))["silent"]
+            silent = json.loads(read_text(report))["silent"]
             hang_diagnosis.kill_silent_ranks(self._folder, silent)
         sys.stderr.flush()
         os._exit(ExitCode.HUNG)

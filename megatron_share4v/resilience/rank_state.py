@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from megatron_share4v.files import atomic_write_json
+from megatron_share4v.files import atomic_write_json, read_text
 
 PACKAGE = f"{os.sep}megatron_share4v{os.sep}"
 _TORCH_COLLECTIVES = f"torch{os.sep}distributed{os.sep}distributed_c10d.py"
@@ -94,7 +94,7 @@ def read_state(folder: Path, rank: int) -> RankState | None:
     path = folder / f"rank{rank}.json"
     if not path.exists():
         return None
-    return RankState(**(json.loads(path.read_text(encoding="utf-8")) | MappedPosition.read(folder, rank)))
+    return RankState(**(json.loads(read_text(path)) | MappedPosition.read(folder, rank)))
 
 
 def read_states(folder: Path) -> list[RankState]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.files import append_json_lines
+from megatron_share4v.files import append_json_lines, read_text
 from megatron_share4v.logging import get_logger
 
 FILE = "skip_steps.jsonl"
@@ -22,7 +22,7 @@ def read_skip_steps(directory: Path) -> dict[int, str]:
     """Read the list as step -> reason, empty when there is no file; DataError names a line that cannot be read."""
     path = directory / FILE
     reasons: dict[int, str] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = read_text(path, errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from benchmark_writers import write_json, write_jsonl
 from official_files import WRITERS
 
 from megatron_share4v.errors import DataError
+from megatron_share4v.evaluate.answers import make_answer, read_answers, write_rows
 from megatron_share4v.evaluate.benchmark_files import RequiredFile
 from megatron_share4v.evaluate.tasks import get_task
 
@@ -177,3 +180,65 @@ def test_share4v_files_take_precedence(tmp_path: Path) -> None:
     rows = (tmp_path / "llava_pope_test.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "share4v_pope_test.jsonl").write_text("".join(rows[:8]))
     assert len(items("pope", tmp_path)) == 8
+
+
+TEXTS = (".json", ".jsonl", ".tsv", ".txt")
+
+
+@pytest.mark.parametrize(("name", "split"), WRITERS, ids=lambda part: part or "")
+def test_files_may_begin_with_a_byte_order_mark(name: str, split: str | None, tmp_path: Path) -> None:
+    WRITERS[name, split](tmp_path)
+    task = get_task(name)
+    folder = task.open(tmp_path, split)
+    expected = items(name, tmp_path, split)
+    answers = [make_answer(item, "A") for item in expected]
+    submission = task.submission(folder, expected, answers)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in TEXTS:
+            ending = b"\n" if path.suffix == ".tsv" else b"\r\n"  # cells may hold line ends
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", ending))
+    assert items(name, tmp_path, split) == expected
+    assert {**task.submission(folder, expected, answers)}.keys() == submission.keys()
+    write_rows(tmp_path / "answers.jsonl", task.rows(expected, answers, model="m"))
+    content = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    # two files with a mark, joined
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(b"\xef\xbb\xbf" + part for part in (content[0], *content[1:])))
+    assert read_answers(tmp_path / "answers.jsonl", expected) == answers
+
+
+def change_mmbench_images(path: Path, image_of: Mapping[str, str]) -> None:
+    """Replace the image cells of the rows with these indices."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"image": image_of.get(row["index"], row["image"])} for row in rows)
+
+
+def test_mmbench_row_may_refer_to_the_image_of_another_row(tmp_path: Path) -> None:
+    """Newer files write the index of another row in place of a repeated image, also of three digits, and in a chain."""
+    WRITERS["mmbench", None](tmp_path)
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    before = items("mmbench", tmp_path)
+    change_mmbench_images(path, {"1000241": "241", "300": "1000301", "301": "300"})
+    after = items("mmbench", tmp_path)
+    images = {item.question_id: item.image for item in before}
+    owners = {1000241: 241, 300: 1000301, 301: 1000301}
+    assert [item.image for item in after] == [images[owners.get(item.question_id, item.question_id)] for item in after]
+    assert [item.prompt for item in after] == [item.prompt for item in before]
+
+
+@pytest.mark.parametrize(
+    ("image_of", "message"),
+    [
+        ({"300": "99"}, "row 300: its image is the one of row 99, which is not there"),
+        ({"300": "301", "301": "300"}, "row 300: its image is the one of row 300, which refers back to it"),
+        ({"300": "301", "301": "!!"}, "row 301: its image is no base64"),
+    ],
+)
+def test_mmbench_row_with_a_wrong_reference(image_of: dict[str, str], message: str, tmp_path: Path) -> None:
+    WRITERS["mmbench", None](tmp_path)
+    change_mmbench_images(tmp_path / "mmbench_dev_20230712.tsv", image_of)
+    with pytest.raises(DataError, match=message):
+        items("mmbench", tmp_path)

@@ -23,7 +23,7 @@ from megatron_share4v.evaluate.judge import (
     resume_instructions,
 )
 from megatron_share4v.evaluate.judge_prompts import Grade, Request, Review
-from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL
+from megatron_share4v.evaluate.metrics.profile import CORRECTED, OFFICIAL, Profile
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.evaluate.tasks import get_task
 from megatron_share4v.remote.openai_client import MAX_RETRY_WAIT_S, ChatClient, Endpoint
@@ -180,8 +180,38 @@ def test_mm_vet_retries_and_aggregates(tmp_path: Path) -> None:
     assert scores.values["total"] == scores.values[scores.headline] == 62.0  # (0.5 + 1 + 0.7 + 0 + 0.9) / 5
     assert (scores.values["math"], scores.values["rec"], scores.values["gen"]) == (75.0, 53.3, 90.0)
     assert scores.values["together rec"] == 70.0  # alone, without another capability
+    assert scores.values["unreadable grades"] == 1 and not scores.complete
+    assert "replies to 1 questions cannot be read: each counts 0 points" in scores.note
+    corrected = task.score(task.open(tmp_path), items, [], verdicts=found.verdicts, profile=CORRECTED)
+    assert (corrected.values["total"], corrected.values["unreadable grades"]) == (77.5, 1)  # of the four others
+    assert "each is left out" in corrected.note
     grades = json.loads(task.judged.files(items, texts, found.verdicts, "j")["mm-vet-grade-1runs.json"])
     assert grades["v1_1"] == {"model": ["j"], "content": ["1.0"], "score": [1.0]} and grades["v1_3"]["score"] == [0.0]
+
+
+TALKATIVE = ["Rating: 0.5", "0.5/1.0", "I cannot grade this.", "", "five"]
+"""Replies of other judges than the official one, none of which the official script can read."""
+
+
+@pytest.mark.parametrize("profile", [OFFICIAL, CORRECTED], ids=lambda profile: profile.value)
+def test_mm_vet_judge_without_a_readable_grade(profile: Profile, tmp_path: Path) -> None:
+    items, texts, _ = build_requests("mm_vet", tmp_path)
+    task = get_task("mm_vet")
+    answers = [make_answer(item, texts[item.id]) for item in items]
+    verdicts = {item.id: TALKATIVE for item in items}
+    scores = task.score(task.open(tmp_path), items, answers, verdicts=verdicts, profile=profile)
+    assert scores.values["unreadable grades"] == 5 and "replies to 5 questions cannot be read" in scores.note
+    assert scores.headline == ("total" if profile is OFFICIAL else None) and scores.complete
+    assert scores.json_values["total"] == (0.0 if profile is OFFICIAL else None)
+
+
+def test_unreadable_reviews_are_in_the_note(tmp_path: Path) -> None:
+    items, texts, _ = build_requests("llava_bench", tmp_path)
+    task = get_task("llava_bench")
+    answers = [make_answer(item, texts[item.id]) for item in items]
+    verdicts = {item.id: ["8 7" if number else "8, 7"] for number, item in enumerate(items)}
+    note = task.score(task.open(tmp_path), items, answers, verdicts=verdicts).note
+    assert note == "the judge's replies to 1 questions cannot be read: each counts -1 for both answers"
 
 
 def test_known_replies_are_not_requested_again(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import CONFIG, HfSource
 from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import resolve_checkpoint
+from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.parallel.collectives import run_on_rank0
@@ -49,7 +50,7 @@ def is_hf_model(path: Path) -> bool:
 
 def _import(path: Path, target: Path) -> Path:
     chat = path / CHAT_TEMPLATE
-    template = detect_template(chat.read_text(encoding="utf-8")) if chat.is_file() else None
+    template = detect_template(read_text(chat)) if chat.is_file() else None
     options = ImportOptions() if template is None else ImportOptions(template=template)
     if template is None:
         get_logger().warning(

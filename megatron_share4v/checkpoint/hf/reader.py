@@ -15,6 +15,7 @@ import torch
 
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, merge_disjoint, tensor_bytes
 from megatron_share4v.errors import ConversionError
+from megatron_share4v.files import read_text
 
 DTYPES = {
     "F64": torch.float64,
@@ -82,7 +83,7 @@ def _open(path: Path, mapped: _MappedFile) -> dict[str, LazyTensor]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file. Raises ConversionError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(content, dict):

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_share4v.data.prepare.growing_array import GrowingArray
 from megatron_share4v.data.store.index import ROW, ShardFile
 from megatron_share4v.errors import DataError
-from megatron_share4v.files import try_lock
+from megatron_share4v.files import read_text, try_lock
 
 REJECTED = "rejected.jsonl"
 NAME, ROWS, KEYS = "journal.jsonl", "rows.bin", "keys.txt"
@@ -134,7 +134,7 @@ class Journal:
         self.rejected.update(state["rejected"])
         if states:
             self._table = GrowingArray(KEPT_ROW, np.fromfile(self.directory / ROWS, dtype=KEPT_ROW))
-            self.keys = (self.directory / KEYS).read_text(encoding="ascii").splitlines()
+            self.keys = read_text(self.directory / KEYS).splitlines()
         assert self._written == len(self.keys) == len(self._table), "the journal and its files disagree"
 
     def _append(self, name: str, data: bytes) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_share4v.data.store.shards import REMEDY
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import read_text
 
 if TYPE_CHECKING:
     from megatron_share4v.text.tokenizer import Tokenizer
@@ -167,7 +168,7 @@ def write_index(directory: Path, *, rows: np.ndarray, keys: np.ndarray, info: Da
 def _load(directory: Path) -> Index:
     path = directory / "dataset.json"
     try:
-        info = DatasetInfo.from_json(path.read_text(encoding="utf-8"))
+        info = DatasetInfo.from_json(read_text(path))
         rows = np.load(directory / "index.npy", mmap_mode="r")
         keys = np.load(directory / "keys.npy", mmap_mode="r")
     except OSError as error:

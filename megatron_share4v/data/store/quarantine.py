@@ -16,6 +16,7 @@ import torch
 
 from megatron_share4v.data.records import Example
 from megatron_share4v.errors import DataError
+from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.collectives import broadcast_object, gather_objects
 from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -69,7 +70,7 @@ class QuarantineLog:
         log: `path` opened for appending on rank 0, with the lines up to the resumed step; None on other ranks.
         """
         self._path, self._log, self._max_fraction = path, log, max_fraction
-        lines = 0 if log is None else len(path.read_text(encoding="utf-8").splitlines())
+        lines = 0 if log is None else len(read_text(path).splitlines())
         self.count = broadcast_object(lines)
 
     def record(self, faults: Sequence[Fault], *, step: int, rows: Sequence[int], consumed: int) -> int:

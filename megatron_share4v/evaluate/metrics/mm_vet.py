@@ -48,13 +48,19 @@ def parse_grade(reply: str, *, profile: Profile = OFFICIAL) -> float | None:
     return grade
 
 
-def grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float:
-    """Return the first grade among at most 5 replies; 0.0 without one. `corrected`: see `parse_grade`."""
+def first_grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float | None:
+    """Return the first grade among at most 5 replies; None without one. `corrected`: see `parse_grade`."""
     for _, reply in zip(range(MAX_REPLIES), replies):
         found = parse_grade(reply, profile=profile)
         if found is not None:
             return found
-    return 0.0
+    return None
+
+
+def grade(replies: Iterable[str], *, profile: Profile = OFFICIAL) -> float:
+    """Return the first grade among at most 5 replies; 0.0 without one. `corrected`: see `parse_grade`."""
+    found = first_grade(replies, profile=profile)
+    return 0.0 if found is None else found
 
 
 def aggregate(grades: Mapping[str, Sequence[float]], capabilities: Mapping[str, Sequence[str]]) -> MmVetScores:

@@ -5,6 +5,7 @@ Prompts are in judge_prompts.py, requests in judge.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_share4v.errors import DataError
@@ -19,7 +20,7 @@ from megatron_share4v.evaluate.benchmark_files import (
 )
 from megatron_share4v.evaluate.judge_prompts import Grade, JudgeReplies, Review
 from megatron_share4v.evaluate.metrics import llava_bench, mm_vet
-from megatron_share4v.evaluate.metrics.profile import Profile
+from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import (
     CROPPED,
@@ -35,6 +36,7 @@ from megatron_share4v.evaluate.task import (
 from megatron_share4v.evaluate.tasks.questions import make_docs, playground, read_questions, warn_of_differences
 
 CATEGORIES = ("conv", "detail", "complex")
+UNREADABLE_REVIEWS, UNREADABLE_GRADES = "all, unreadable reviews", "unreadable grades"
 _WILD = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
 _VET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
@@ -136,12 +138,16 @@ def _vet_requests(items: Sequence[Doc], texts: PredictionTexts, profile: Profile
 
 
 def _measure_vet(items: Sequence[Doc], verdicts: JudgeReplies, profile: Profile) -> MetricValues:
-    judged = [item for item in items if verdicts.get(item.id)]
-    grades = {item.id: [mm_vet.grade(verdicts[item.id], profile=profile)] for item in judged}
-    found = mm_vet.aggregate(grades, {item.id: item.meta["capability"] for item in items})
-    return {"total": found.total, **found.by_capability} | {
-        f"together {name}": value for name, value in found.by_combination.items()
-    }
+    found = {item.id: mm_vet.first_grade(verdicts[item.id], profile=profile) for item in items if verdicts.get(item.id)}
+    unreadable = [name for name, grade in found.items() if grade is None]
+    left_out = set() if profile is OFFICIAL else set(unreadable)  # the official script gives 0.0
+    graded = {name: [grade or 0.0] for name, grade in found.items() if name not in left_out}
+    values: dict[str, float] = {UNREADABLE_GRADES: float(len(unreadable))}
+    if found and not graded:
+        return {"total": math.nan} | values
+    scores = mm_vet.aggregate(graded, {item.id: item.meta["capability"] for item in items if item.id not in left_out})
+    values = {"total": scores.total, **scores.by_capability} | values
+    return values | {f"together {name}": value for name, value in scores.by_combination.items()}
 
 
 def _submit_vet(folder: BenchmarkFolder, items: Sequence[Doc], texts: PredictionTexts) -> Mapping[str, bytes]:
@@ -176,7 +182,9 @@ TASKS = (
         ),
         read=_read_wild,
         missing=LEFT_OUT,
-        judged=JudgeSpec("gpt-4-0314", _wild_requests, _measure_wild, _wild_files),
+        judged=JudgeSpec(
+            "gpt-4-0314", _wild_requests, _measure_wild, _wild_files, UNREADABLE_REVIEWS, "counts -1 for both answers"
+        ),
     ),
     Task(
         name="mm_vet",
@@ -192,6 +200,6 @@ TASKS = (
         read=_read_vet,
         missing=OFFICIAL_STOPS,
         submit=_submit_vet,
-        judged=JudgeSpec("gpt-4-0613", _vet_requests, _measure_vet, _vet_files),
+        judged=JudgeSpec("gpt-4-0613", _vet_requests, _measure_vet, _vet_files, UNREADABLE_GRADES, "counts 0 points"),
     ),
 )

@@ -51,13 +51,14 @@ _NOTHING = frozenset(
     ]
 )
 _LONGEST_CELL = 1 << 27
+_LONGEST_INDEX = 64  # digits; the official toolkit takes longer cells as images too
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
     """Yield (file and row, cells) with None for an empty cell."""
     csv.field_size_limit(_LONGEST_CELL)  # an image is one cell
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file, delimiter="\t"):
                 yield (
                     f"{path}, row {row.get('index')}",
@@ -82,18 +83,43 @@ def _options(row: Mapping[str, str | None]) -> list[str]:
     return present
 
 
-def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Doc:
+class _Pictures:
+    """Pictures of a file by the index of their row; newer files write the index of another row for a repeated one."""
+
+    def __init__(self, rows: Sequence[tuple[str, Mapping[str, str | None]]]) -> None:
+        self._cells = {row["index"]: (where, row["image"] or "") for where, row in rows}
+        self._decoded: dict[str | None, bytes] = {}
+
+    def __getitem__(self, index: str) -> bytes:
+        """Return the picture of a row; rows with the same picture share its bytes. Raises DataError."""
+        path, owner = [], index
+        while (cell := self._cells[owner][1]).isdigit() and len(cell) <= _LONGEST_INDEX:
+            path.append(owner)
+            if cell in path or cell not in self._cells:
+                raise DataError(
+                    f"{self._cells[index][0]}: its image is the one of row {cell}, which "
+                    f"{'refers back to it' if cell in path else 'is not there'}; fetch the file again"
+                )
+            owner = cell
+        if owner not in self._decoded:
+            try:
+                self._decoded[owner] = base64.b64decode(cell, validate=True)
+            except ValueError as error:
+                where = self._cells[owner][0]
+                raise DataError(f"{where}: its image is no base64 ({error}); fetch the file again") from error
+        return self._decoded[owner]
+
+
+def _check_cells(where: str, row: Mapping[str, str | None]) -> None:
     missing = [name for name in ("index", "question", "image") if row.get(name) is None]
-    index, question, encoded = (row.get(name) or "" for name in ("index", "question", "image"))
-    if missing or not index.isdigit():
+    if missing or not (row["index"] or "").isdigit():
         raise DataError(
             f"{where}: has no {', '.join(missing) or 'number in index'}; the file is damaged, or another than MMBench's"
         )
-    try:
-        image = base64.b64decode(encoded, validate=True)
-    except ValueError as error:
-        raise DataError(f"{where}: its image is no base64 ({error}); fetch the file again") from error
-    hint = row.get("hint")
+
+
+def _item(row: Mapping[str, str | None], *, image: bytes, ending: str) -> Doc:
+    index, question, hint = row["index"] or "", row["question"] or "", row.get("hint")
     text = "" if _absent(hint) else f"{hint}\n"
     text += question + "".join(f"\n{letter}. {option}" for letter, option in zip(_LETTERS, _options(row)))
     # The answer file's prompt lacks the directive.
@@ -109,8 +135,12 @@ def _item(where: str, row: Mapping[str, str | None], *, ending: str) -> Doc:
 
 def _reader(ending: str):
     def read(folder: BenchmarkFolder) -> Iterator[Doc]:
-        for where, row in _rows(folder["questions"]):
-            yield _item(where, row, ending=ending)
+        rows = list(_rows(folder["questions"]))
+        for where, row in rows:
+            _check_cells(where, row)
+        pictures = _Pictures(rows)
+        for _, row in rows:
+            yield _item(row, image=pictures[row["index"] or ""], ending=ending)
 
     return read
 

@@ -17,6 +17,7 @@ from megatron_share4v.evaluate.metrics.profile import OFFICIAL, Profile
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import LEFT_OUT, LOADER, MetricValues, PredictionTexts, Task
 from megatron_share4v.evaluate.tasks.questions import COCO, both, make_docs, playground, read_questions
+from megatron_share4v.files import read_text
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 # The release with the labels of the 8,910 questions; the newest one has 3,000 labels in `random`.
@@ -33,7 +34,7 @@ def _truth(folder: BenchmarkFolder, items: Sequence[Doc]) -> mme.Truth:
         if not files:
             raise DataError(f"{directory} has no .txt with questions and answers\n{folder.layout}")
         for path in files:
-            truth |= mme.parse_truth(subtask, path.name, path.read_text(encoding="utf-8", errors="replace"))
+            truth |= mme.parse_truth(subtask, path.name, read_text(path, errors="replace"))
     return truth
 
 
