@@ -11,11 +11,12 @@ from itertools import islice
 from megatron_share4v.data.images.pil_decoder import crop_centre_square, image_to_data_url
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
 from megatron_share4v.data.records import Turn
+from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.records import Decoding, Doc
 from megatron_share4v.infer.batch_generate import GenerationResult, GenerationTask, generate_stream
 from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.infer.request import SamplingParams
-from megatron_share4v.remote.openai_client import ChatClient
+from megatron_share4v.remote.openai_client import ChatClient, RequestRefused
 from megatron_share4v.text.template import get_template
 
 
@@ -63,8 +64,8 @@ class RemoteClient:
     def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
         """Yield outcomes from the server.
 
-        Raises ConfigError when the endpoint refuses key, model or path, and DataError when it gives no answer to a
-        question.
+        An outcome with an error is a question whose picture cannot be read or whose request the server refuses. Raises
+        ConfigError when the endpoint refuses key, model or path, and DataError when it does not respond.
         """
         pool, count = ThreadPoolExecutor(self._chat.endpoint.concurrency), self._chat.endpoint.concurrency
         going = {pool.submit(self._ask, item) for item in islice(items, count)}
@@ -78,13 +79,29 @@ class RemoteClient:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, item: Doc) -> GenerationResult:
+        try:
+            messages = self._messages(item)
+            reply = self._chat.ask(
+                {"messages": messages, "max_tokens": self._decoding.max_new_tokens, "temperature": 0}
+            )
+        except (_BadPicture, RequestRefused) as error:
+            return GenerationResult(item.id, error=str(error))
+        return GenerationResult(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)
+
+    def _messages(self, item: Doc) -> list[dict[str, object]]:
+        """Messages of a question. Raises _BadPicture when its picture cannot be read."""
         content: list[dict[str, object]] = [{"type": "text", "text": item.prompt}]
-        if (image := item.read_image()) is not None:
-            shown = crop_centre_square(image) if self._decoding.image_mode == "crop" else image
-            content.insert(0, {"type": "image_url", "image_url": {"url": image_to_data_url(shown)}})
-        messages = [
+        try:
+            if (image := item.read_image()) is not None:
+                shown = crop_centre_square(image) if self._decoding.image_mode == "crop" else image
+                content.insert(0, {"type": "image_url", "image_url": {"url": image_to_data_url(shown)}})
+        except DataError as error:
+            raise _BadPicture(str(error)) from error
+        return [
             {"role": "system", "content": get_template(self._decoding.template).system},
             {"role": "user", "content": content},
         ]
-        reply = self._chat.ask({"messages": messages, "max_tokens": self._decoding.max_new_tokens, "temperature": 0})
-        return GenerationResult(item.id, text=reply.text, tokens=reply.tokens, finish_reason=reply.finish_reason)
+
+
+class _BadPicture(Exception):
+    """A picture that cannot be read or decoded."""

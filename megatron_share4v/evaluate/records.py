@@ -67,6 +67,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A question that could not be put to the model, with the reason."""
+
+    question_id: int | str
+    image: str | None
+    error: str
+
+    def __str__(self) -> str:
+        about = f" about {self.image}" if self.image else ""
+        return f"question {self.question_id!r}{about}: {self.error}"
+
+
+@dataclass(frozen=True)
 class Decoding:
     """Decoding settings of a benchmark's official script; always greedy.
 

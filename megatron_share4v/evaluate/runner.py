@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from megatron_share4v.evaluate.answers import make_answer, write_rows
 from megatron_share4v.evaluate.judge import Judgement, collect_judgement, resume_instructions
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.published import BenchmarkResult, save_chart, table
-from megatron_share4v.evaluate.records import Answer, Doc
+from megatron_share4v.evaluate.records import Answer, Doc, Failure
 from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
@@ -26,14 +27,17 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.remote.openai_client import ChatClient
 
 Client = Callable[[Iterator[Doc]], Iterator[list[GenerationResult]]]
-JOURNAL, ANSWERS, RESULT, SUBMISSION, TABLE, CHART = (
+JOURNAL, ANSWERS, FAILED, RESULT, SUBMISSION, TABLE, CHART = (
     "journal",
     "answers.jsonl",
+    "failed.jsonl",
     "result.json",
     "submission",
     "table.md",
     "chart.png",
 )
+SHOWN_FAILURES, MAX_FIRST_FAILURES = 5, 64
+"""Failures that are logged each, and those that end an evaluation when nothing has been answered before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,28 +61,32 @@ def run_benchmark(
 ) -> dict[str, Any] | None:
     """Generate missing predictions and write all files; return the content of result.json on rank 0, None elsewhere.
 
-    compared: other results for table and chart. restart: forget earlier answers. Raises DataError for questions that
-    cannot be encoded.
+    compared: other results for table and chart. restart: forget earlier answers. A question that cannot be put to the
+    model, for example because its picture is broken, has no answer and is listed in failed.jsonl; the same call tries
+    it again. Raises DataError when that is so for every question.
     """
-    answers = _answers(evaluation, client, model, share, restart)
-    return (
-        None if answers is None else write_results(evaluation, answers, model=model, judging=judging, compared=compared)
-    )
+    outcome = _answers(evaluation, client, model, share, restart)
+    if outcome is None:
+        return None
+    answers, failures = outcome
+    return write_results(evaluation, answers, failures=failures, model=model, judging=judging, compared=compared)
 
 
 def write_results(
     evaluation: Evaluation,
     answers: Sequence[Answer],
     *,
+    failures: Sequence[Failure] = (),
     model: ModelFacts,
     judging: Judge = Judge(),
     compared: Sequence[BenchmarkResult] = (),
 ) -> dict[str, Any]:
     """Write all files from given predictions and return the content of result.json.
 
-    Each benchmark defines how missing predictions count.
+    Each benchmark defines how missing predictions count. failures: why some of them are missing.
     """
     write_rows(evaluation.out / ANSWERS, evaluation.task.rows(evaluation.items, answers, model=model.name))
+    _write_failures(evaluation, failures)
     verdict = _judged(evaluation, answers, judging)
     scores = evaluation.task.score(
         evaluation.folder,
@@ -92,6 +100,9 @@ def write_results(
         gaps = evaluation.task.describe_gaps(evaluation.folder, evaluation.items, by_id(answers))
         next_step = resume_instructions(evaluation.out, model=judging.model or evaluation.task.judged.official)
         scores = replace(scores, note="; ".join([*gaps, next_step]))
+    if failures:
+        count = f"{len(failures)} questions failed and are in {FAILED}, the first is {failures[0]}"
+        scores = replace(scores, note="; ".join(filter(None, (count, scores.note))))
     if scores.note:
         log = get_logger().info if scores.complete else get_logger().warning
         log("%s: %s", evaluation.task.name, scores.note)
@@ -106,8 +117,8 @@ def write_results(
 
 def _answers(
     evaluation: Evaluation, client: Client, model: ModelFacts, share: DPGroup, restart: bool
-) -> list[Answer] | None:
-    """Generate missing predictions; return all of them in order on rank 0, None elsewhere."""
+) -> tuple[list[Answer], list[Failure]] | None:
+    """Generate missing predictions; return all of them in order and the failures on rank 0, None elsewhere."""
     job: dict[str, object] = {
         "model": model.fingerprint,
         "benchmark": evaluation.task.name,
@@ -117,9 +128,9 @@ def _answers(
     journal = AnswerLog(evaluation.out / JOURNAL, rank=share.rank)
     try:
         done = resume_answer_log(journal, job=job, row=GenerationResult, share=share, restart=restart)
-        left = [item for item in evaluation.items if item.id not in done]
+        left = [item for item in evaluation.items if item.id not in done or item.id in done.errors]
         share.barrier()  # all ranks have read the journals before any rank appends
-        _ask(evaluation, client, left[share.rank :: share.size], journal)
+        _ask(evaluation, client, left[share.rank :: share.size], journal, any_done=len(left) < len(evaluation.items))
         share.barrier()
     finally:
         journal.close()
@@ -128,23 +139,45 @@ def _answers(
     rows = AnswerIndex(evaluation.out / JOURNAL, job=job, row=GenerationResult).rows(
         item.id for item in evaluation.items
     )
-    answers = []
+    answers, failures = [], []
     for item, row in zip(evaluation.items, rows):
-        assert row.text is not None, row  # the journal has no failed results
-        answers.append(make_answer(item, evaluation.decoding.clean(row.text)))
-    return answers
+        if row.text is None:
+            image = str(item.image) if isinstance(item.image, Path) else None
+            failures.append(Failure(item.question_id, image, row.error or ""))
+        else:
+            answers.append(make_answer(item, evaluation.decoding.clean(row.text)))
+    if not answers:
+        raise DataError(f"{evaluation.task.name}: no question could be asked; {failures[0]}")
+    return answers, failures
 
 
-def _ask(evaluation: Evaluation, client: Client, items: Sequence[Doc], journal: AnswerLog) -> None:
+def _ask(evaluation: Evaluation, client: Client, items: Sequence[Doc], journal: AnswerLog, *, any_done: bool) -> None:
+    """Put questions to the model and append the outcomes to the journal.
+
+    any_done: some questions have been answered before. Raises DataError when the first MAX_FIRST_FAILURES of all
+    questions fail: the fault is then not in single pictures.
+    """
+    failed = 0
     with tqdm(total=len(items), desc=evaluation.task.name, unit="question") as bar:
         for outcomes in client(iter(items)):
-            journal.append(outcome for outcome in outcomes if outcome.error is None)
+            journal.append(outcomes)
             bar.update(len(outcomes))
-            if failed := next((outcome for outcome in outcomes if outcome.error is not None), None):
+            errors = [outcome for outcome in outcomes if outcome.error is not None]
+            failed, any_done = failed + len(errors), any_done or len(errors) < len(outcomes)
+            if failed >= MAX_FIRST_FAILURES and not any_done:
                 raise DataError(
-                    f"{evaluation.task.name}, question {failed.id}: {failed.error}. The answers so far are kept; the "
-                    "same command goes on"
+                    f"{evaluation.task.name}: the first {failed} questions could not be asked; question "
+                    f"{errors[-1].id}: {errors[-1].error}"
                 )
+
+
+def _write_failures(evaluation: Evaluation, failures: Sequence[Failure]) -> None:
+    for failure in failures[:SHOWN_FAILURES]:
+        get_logger().warning("%s, %s", evaluation.task.name, failure)
+    if failures:
+        write_rows(evaluation.out / FAILED, map(asdict, failures))
+    else:
+        (evaluation.out / FAILED).unlink(missing_ok=True)
 
 
 def _judged(evaluation: Evaluation, answers: Sequence[Answer], judging: Judge) -> Judgement | None:

@@ -57,6 +57,10 @@ class _TransientError(Exception):
         self.wait_s = wait_s
 
 
+class RequestRefused(DataError):
+    """The endpoint refused this request; others may succeed."""
+
+
 class _RejectRedirects(urllib.request.HTTPRedirectHandler):
     """Rejects redirects, which would send the key elsewhere and turn the POST into a GET."""
 
@@ -86,8 +90,8 @@ class ChatClient:
     def ask(self, body: Mapping[str, object]) -> Reply:
         """Send `body` and return the response; the endpoint's model is added where the body names none.
 
-        Raises ConfigError when the endpoint rejects key, model or path, and DataError when it rejects this request or
-        every attempt fails.
+        Raises ConfigError when the endpoint rejects key, model or path, RequestRefused when it rejects this request,
+        and another DataError when every attempt fails.
         """
         data = json.dumps({"model": self.endpoint.model, **body}).encode()
         for number in range(self.endpoint.retries + 1):
@@ -141,7 +145,7 @@ class ChatClient:
         if error.code in RETRIED_STATUSES:
             retry_after = error.headers.get("Retry-After", "")
             return _TransientError(what, wait_s=float(retry_after) if retry_after.isdecimal() else None)
-        return DataError(f"the endpoint refused: {what}")
+        return RequestRefused(f"the endpoint refused: {what}")
 
 
 def parse_completion(content: object) -> Reply:

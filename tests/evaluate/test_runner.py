@@ -21,7 +21,7 @@ from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.result import ModelFacts
-from megatron_share4v.evaluate.runner import ANSWERS, JOURNAL, Judge, run_benchmark
+from megatron_share4v.evaluate.runner import ANSWERS, FAILED, JOURNAL, Judge, run_benchmark
 from megatron_share4v.infer.answer_log import DPGroup
 from megatron_share4v.infer.batch_generate import GenerationResult
 from megatron_share4v.infer.data_parallel import Replica, open_replica
@@ -207,12 +207,59 @@ def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: P
     assert wrong.returncode == 2 and "nothing.jsonl: cannot be read" in wrong.stderr
 
 
-def test_undecodable_image_names_the_question(replica: Replica, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "questions.jsonl", [{"question_id": n, "image": f"{n}.jpg", "text": "?"} for n in range(3)])
-    for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(encode_picture(number) if number != 1 else b"no picture")
-    with pytest.raises(DataError, match=r"custom, question 1: .*cannot be read"):
-        evaluate(Evaluation("custom", data=tmp_path, out=tmp_path / "out"), replica)
+def broken_questions(root: Path, *, broken: set[int], count: int = 3) -> Path:
+    """Write custom questions, some of them about a picture that ends early."""
+    rows = [{"question_id": n, "image": f"{n}.jpg", "text": "What?", "answer": "x"} for n in range(count)]
+    write_jsonl(root / "questions.jsonl", rows)
+    for number in range(count):
+        picture = encode_picture(number)
+        (root / f"{number}.jpg").write_bytes(picture[:150] if number in broken else picture)
+    return root
+
+
+def test_broken_picture_does_not_end_an_evaluation(replica: Replica, tmp_path: Path) -> None:
+    """It is named and counted, has no answer, and is tried again when the same command is started again."""
+    data = broken_questions(tmp_path / "data", broken={1})
+    content = evaluate(Evaluation("custom", data=data, out=tmp_path / "out"), replica)
+    assert (content["questions"], content["answered"], content["complete"]) == (3, 2, False)
+    assert content["headline"]["partial"] and "1 of 3 questions have no answer, the first is 1" in content["note"]
+    assert (
+        f"1 questions failed and are in failed.jsonl, the first is question 1 about {data}/1.jpg: " in content["note"]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / ANSWERS).read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [0, 2]
+    [failed] = [json.loads(line) for line in (tmp_path / "out" / FAILED).read_text().splitlines()]
+    assert (failed["question_id"], failed["image"]) == (1, f"{data}/1.jpg") and "cannot be" in failed["error"]
+    broken_questions(data, broken=set())
+    content = evaluate(Evaluation("custom", data=data, out=tmp_path / "out"), replica)
+    assert content["complete"] and content["answered"] == 3 and "failed" not in content["note"]
+    assert not (tmp_path / "out" / FAILED).exists()
+
+
+def test_evaluation_ends_when_no_question_can_be_asked(replica: Replica, tmp_path: Path) -> None:
+    data = broken_questions(tmp_path / "data", broken={0, 1, 2})
+    with pytest.raises(DataError, match=r"custom: no question could be asked; question 0 about .*0.jpg: "):
+        evaluate(Evaluation("custom", data=data, out=tmp_path / "out"), replica)
+    data = broken_questions(tmp_path / "many", broken=set(range(80)), count=80)
+    with pytest.raises(DataError, match=r"the first \d+ questions could not be asked"):
+        evaluate(Evaluation("custom", data=data, out=tmp_path / "out2"), replica)
+
+
+def test_remote_client_goes_on_after_a_broken_picture_and_a_refused_request(tmp_path: Path) -> None:
+    data = broken_questions(tmp_path / "data", broken={1}, count=4)
+    evaluation = Evaluation("custom", data=data, out=tmp_path / "out")
+    numbers = iter(range(4))
+
+    def answer(request: dict, number: int):
+        return (400, {}, b"too many pixels") if next(numbers) == 0 else completion("x")
+
+    with serving(answer, key_of=lambda request: b"") as (url, _):
+        endpoint = Endpoint(url=url, model="theirs", concurrency=1)
+        client = RemoteClient(ChatClient(endpoint), decoding=evaluation.decoding)
+        content = run_benchmark(evaluation, client, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
+    assert (content["answered"], content["complete"], content["scores"]) == (2, False, {"accuracy": 50.0})
+    failed = [json.loads(line) for line in (tmp_path / "out" / FAILED).read_text().splitlines()]
+    assert [row["question_id"] for row in failed] == [0, 1] and "too many pixels" in failed[0]["error"]
 
 
 def test_remote_client_sends_official_request(tmp_path: Path) -> None:
