@@ -21,6 +21,7 @@ COLUMNS = (
     "LLaVA-W", "MME-P", "MME-C", "MMB", "MMB-CN", "SEED-I", "MM-Vet", "QBench", "SQA-I",
     "VQAv2", "VizWiz", "GQA", "TextVQA", "POPE",
 )  # fmt: skip
+CUSTOM = "custom"
 _COLUMN_OF = {  # benchmark and score: column
     ("llava_bench", "all"): "LLaVA-W",
     ("mme", "perception"): "MME-P",
@@ -76,15 +77,27 @@ PUBLISHED = (
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """Content of a result.json. judge: the judge model, None without one. complete: all questions were evaluated."""
+    """Content of a result.json.
+
+    data: folder of the benchmark files. judge: the judge model, None without one. complete: all questions were
+    evaluated.
+    """
 
     model: str
     benchmark: str
     split: str
     profile: str
     scores: Mapping[str, float | None]
+    data: str = ""
     judge: str | None = None
     complete: bool = True
+
+    def column(self, score: str) -> str | None:
+        """Column of a score in the table; None for one that is not shown. Custom questions have one for each folder."""
+        if self.benchmark == CUSTOM:
+            name = Path(self.data).name
+            return (f"{CUSTOM}: {name}" if name else CUSTOM) if score == get_task(CUSTOM).headline else None
+        return _COLUMN_OF.get((self.benchmark, score))
 
     @classmethod
     def read(cls, path: Path) -> BenchmarkResult:
@@ -96,7 +109,8 @@ class BenchmarkResult:
         scores = get_field(content, "scores", dict, where=str(path))
         judge = content.get("judge")
         named = get_field(judge, "model", str, where=f"{path}, judge") if judge else None
-        return cls(**fields, scores=scores, judge=named, complete=content.get("complete", True))
+        data = str(content.get("data", ""))
+        return cls(**fields, scores=scores, data=data, judge=named, complete=content.get("complete", True))
 
     @property
     def differs(self) -> str:
@@ -119,7 +133,7 @@ def group_results(measured: Sequence[BenchmarkResult]) -> list[ScoreRow]:
     found: dict[tuple[str, str], dict[str, float]] = {}
     for each in measured:
         for name, value in each.scores.items():
-            column = _COLUMN_OF.get((each.benchmark, name))
+            column = each.column(name)
             if column and value is not None and math.isfinite(value):
                 found.setdefault((each.model, each.differs), {})[column] = value
     return [
@@ -128,26 +142,37 @@ def group_results(measured: Sequence[BenchmarkResult]) -> list[ScoreRow]:
     ]
 
 
+def _columns(rows: Sequence[ScoreRow]) -> list[str]:
+    """Columns of the table: the published ones, then those of custom questions in `rows`."""
+    custom = dict.fromkeys(column for line in rows for column in line.scores if column not in COLUMNS)
+    return [*COLUMNS, *custom]
+
+
 def table(measured: Sequence[BenchmarkResult]) -> str:
     """Markdown table: published rows, then measured ones; columns with only published scores are kept."""
-    rows = [["model", *COLUMNS], ["---", *["---:"] * len(COLUMNS)]]
-    for line in (*PUBLISHED, *group_results(measured)):
+    results = group_results(measured)
+    columns = _columns(results)
+    rows = [["model", *(column.replace("|", "/") for column in columns)], ["---", *["---:"] * len(columns)]]
+    for line in (*PUBLISHED, *results):
         rows.append(
             [
                 line.title.replace("|", "/"),
-                *(f"{line.scores[column]:.1f}" if column in line.scores else "-" for column in COLUMNS),
+                *(f"{line.scores[column]:.1f}" if column in line.scores else "-" for column in columns),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def save_chart(path: Path, measured: Sequence[BenchmarkResult]) -> None:
-    """Write a PNG of the columns in `measured`; rows that are not comparable are hatched."""
-    ours = group_results(measured)
-    columns = [column for column in COLUMNS if any(column in line.scores for line in ours)]
+    """Write a PNG of the columns in `measured` with the published rows that have them; rows that are not comparable are
+    hatched.
+    """
+    results = group_results(measured)
+    columns = [column for column in _columns(results) if any(column in line.scores for line in results)]
+    published = [line for line in PUBLISHED if any(column in line.scores for column in columns)]
     series = [
         Series(line.title, [line.scores.get(column) for column in columns], bool(line.differs))
-        for line in (*PUBLISHED, *ours)
+        for line in (*published, *results)
     ]
     title = "Published and measured scores; hatched: not comparable with the paper"
     save_png(bar_chart(title, columns, series), path)

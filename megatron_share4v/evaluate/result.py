@@ -87,6 +87,7 @@ def result_of(
         "model": model.name,
         "benchmark": evaluation.task.name,
         "split": evaluation.folder.split,
+        "data": str(evaluation.folder.root.resolve()),
         "profile": evaluation.profile.value,
         "headline": headline,
         "scores": scores.json_values,

@@ -105,7 +105,7 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
         and content["checkpoint"]["dtype"] == "fp32"
     )
     assert (tmp_path / "out/submission").exists() == ((name, split) in SUBMITTED)
-    assert ("| tiny" in (tmp_path / "out/table.md").read_text()) == (is_scored and name != "custom")
+    assert ("| tiny" in (tmp_path / "out/table.md").read_text()) == is_scored
     if task.judged:
         assert len((tmp_path / "out/judge_requests.jsonl").read_text().splitlines()) == len(rows)
 
@@ -218,7 +218,7 @@ def broken_questions(root: Path, *, broken: set[int], count: int = 3) -> Path:
 
 
 def test_broken_picture_does_not_end_an_evaluation(replica: Replica, tmp_path: Path) -> None:
-    """It is named and counted, has no answer, and is tried again when the same command is started again."""
+    """The picture is named and counted, has no answer, and is tried again when the same command is started again."""
     data = broken_questions(tmp_path / "data", broken={1})
     content = evaluate(Evaluation("custom", data=data, out=tmp_path / "out"), replica)
     assert (content["questions"], content["answered"], content["complete"]) == (3, 2, False)
