@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from megatron_share4v.checkpoint.assets import UNUSED, tokenizer_path
 from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf import metadata_files
 from megatron_share4v.checkpoint.hf.importer import PROVENANCE
+from megatron_share4v.checkpoint.hf.official_loader import export_warnings, tower_name
 from megatron_share4v.checkpoint.hf.reader import open_weights_file
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS, added_vocab_rows
 from megatron_share4v.checkpoint.hf.weight_map import (
@@ -39,13 +41,20 @@ from megatron_share4v.checkpoint.lazy_tensor import (
     FLOAT_NAMES,
     FLOATS,
     LazyTensor,
+    LazyTensors,
     SplitCache,
     cast_checked,
     combine_component_hashes,
     tensor_sha256,
 )
 from megatron_share4v.checkpoint.manifest import Manifest, library_versions, verify_files
-from megatron_share4v.checkpoint.resumable_writer import discard_staging, file_states, stage_directory, write_files
+from megatron_share4v.checkpoint.resumable_writer import (
+    StagingDirectory,
+    discard_staging,
+    file_states,
+    stage_directory,
+    write_files,
+)
 from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import CheckpointError, ConversionError
@@ -94,73 +103,101 @@ def open_checkpoint(path: Path) -> OpenCheckpoint:
 
 
 def export_model(
-    checkpoint: Path, target: Path, *, layout: Layout, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    checkpoint: Path,
+    target: Path,
+    *,
+    layout: Layout,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    tower: str | None = None,
 ) -> Path:
-    """Write the directory `target` in `dtype` (fp32, bf16, fp16) or as stored; return the checkpoint that was read.
+    """Write the directory `target` in `dtype` (fp32, bf16, fp16), or each tensor as stored; return the checkpoint read.
 
-    Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is damaged,
-    after deleting the staged files, and ConversionError when it does not fit the layout; `target` does not exist then.
+    `tower` (share4v): path or hub name of the tower for the official code; None for the export's own, by its absolute
+    path. Every byte of the checkpoint is compared with its manifest meanwhile. Raises CheckpointError when it is
+    damaged, after deleting the staged files, and ConversionError when it does not fit the layout; `target` does not
+    exist then.
     """
     opened = open_checkpoint(checkpoint)
-    stored_as = {FLOAT_NAMES[tensor.dtype] for tensor in opened.weights.values()}
-    if dtype is None and len(stored_as) > 1:
-        raise ConversionError(
-            f"{opened.path}: holds weights in {', '.join(sorted(stored_as))}; choose one with --dtype"
-        )
-    chosen = dtype or stored_as.pop()
-    hashes = None if _hashes_hold(opened, chosen) else _TensorHashes(FLOATS[chosen])
+    if tower is not None and layout != "share4v":
+        raise ConversionError(f"--tower-name {tower}: the layout {layout} names no tower; leave it out")
+    name = tower_name(tower, folder=target / TOWER_FOLDER)
+    hashes = None if _hashes_hold(opened, dtype) else _TensorHashes(dtype)
     folders = {
-        folder: {name: cast_checked(name, tensor, chosen) for name, tensor in tensors.items()}
+        folder: tensors if dtype is None else {name: cast_checked(name, t, dtype) for name, t in tensors.items()}
         for folder, tensors in hf_tensors(opened, layout=layout, hashes=hashes).items()
     }
+    with stage_directory(target, fingerprint=_fingerprint(opened, layout, dtype, shard_bytes)) as staging:
+        _write_weights(staging, opened, folders, shard_bytes=shard_bytes, title=f"export {layout}")
+        weights = opened.manifest.weights if hashes is None else hashes.components(opened)
+        dtypes = {part: dtype or stored for part, stored in component_dtypes(opened).items()}
+        _write_files(staging.path, opened, layout=layout, dtypes=dtypes, weights=weights, tower=name)
+    stored = ", ".join(f"{part} {kind}" for part, kind in dtypes.items())
+    get_logger().info("%s: %s, %s, from %s (step %d)", target, layout, stored, opened.path, opened.manifest.state.step)
+    for component, digest in weights.items():
+        get_logger().info("  %s: sha256 %s", component, digest)
+    if layout == "share4v":
+        get_logger().info("mm_vision_tower is %s; a directory that was moved needs it corrected in config.json", name)
+        for warning in export_warnings(target, name):
+            get_logger().warning("%s", warning)
+    return opened.path
+
+
+def component_dtypes(opened: OpenCheckpoint) -> dict[str, str]:
+    """Return the dtype of most bytes of each component: fp32, bf16 or fp16."""
+    sizes: dict[str, Counter[str]] = {part: Counter() for part in COMPONENTS}
+    for name, tensor in opened.weights.items():
+        sizes[name.partition(".")[0]][FLOAT_NAMES[tensor.dtype]] += tensor.nbytes
+    return {part: found.most_common(1)[0][0] for part, found in sizes.items() if found}
+
+
+def _fingerprint(opened: OpenCheckpoint, layout: Layout, dtype: str | None, shard_bytes: int) -> str:
     files = {name: file.sha256 for name, file in opened.manifest.files.items()}
     # The manifest's hashes are of what the files should hold; their state on the disk identifies what was read from
     # them.
-    content = [
-        file_states(opened.path / name for name in files),
-        files,
-        layout,
-        chosen,
-        shard_bytes,
-        library_versions(),
-    ]
-    with stage_directory(target, fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest()) as staging:
-        try:
-            with ThreadPoolExecutor(1) as pool:
-                verified = pool.submit(verify_files, opened.path, contents=True)
-                parts = [
-                    part
-                    for folder, tensors in folders.items()
-                    for part in safetensors_files(tensors, max_bytes=shard_bytes, folder=folder)
-                ]
-                try:
-                    write_files(staging, parts, title=f"export {layout}")
-                finally:  # report a damaged file before errors that follow from it
-                    verified.result()
-        except CheckpointError:
-            discard_staging(staging)
-            raise
-        for folder, tensors in folders.items():
-            write_index(staging.path / folder, tensors, max_bytes=shard_bytes)
-        weights = opened.manifest.weights if hashes is None else hashes.components(opened)
-        _write_files(staging.path, opened, layout=layout, dtype=chosen, weights=weights)
-    get_logger().info(
-        "%s: %s in %s, from %s (step %d)", target, layout, chosen, opened.path, opened.manifest.state.step
-    )
-    for component, digest in weights.items():
-        get_logger().info("  %s: sha256 %s", component, digest)
-    return opened.path
+    states = file_states(opened.path / name for name in files)
+    content = [states, files, layout, dtype, shard_bytes, library_versions()]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _write_weights(
+    staging: StagingDirectory,
+    opened: OpenCheckpoint,
+    folders: Mapping[str, LazyTensors],
+    *,
+    shard_bytes: int,
+    title: str,
+) -> None:
+    """Write the weights and their indexes while the checkpoint's files are verified."""
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            verified = pool.submit(verify_files, opened.path, contents=True)
+            parts = [
+                part
+                for folder, tensors in folders.items()
+                for part in safetensors_files(tensors, max_bytes=shard_bytes, folder=folder)
+            ]
+            try:
+                write_files(staging, parts, title=title)
+            finally:  # report a damaged file before errors that follow from it
+                verified.result()
+    except CheckpointError:
+        discard_staging(staging)
+        raise
+    for folder, tensors in folders.items():
+        write_index(staging.path / folder, tensors, max_bytes=shard_bytes)
 
 
 @dataclass(frozen=True)
 class _TensorHashes:
-    """SHA-256 of the Megatron tensors in the export's dtype, computed while they are read."""
+    """SHA-256 of the Megatron tensors as the export has them, computed while they are read."""
 
-    dtype: torch.dtype
+    dtype: str | None
+    """Dtype of all tensors; None keeps each."""
     digests: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        self.digests[name] = tensor_sha256(values.to(self.dtype))
+        self.digests[name] = tensor_sha256(values if self.dtype is None else values.to(FLOATS[self.dtype]))
 
     def components(self, opened: OpenCheckpoint) -> dict[str, str]:
         """Return one SHA-256 per component; tensors that an interrupted process exported are read again."""
@@ -168,14 +205,17 @@ class _TensorHashes:
             if name not in self.digests:
                 self.add(name, tensor.read())
         return combine_component_hashes(
-            {name: (tensor.shape, self.dtype, self.digests[name]) for name, tensor in opened.weights.items()}
+            {
+                name: (tensor.shape, FLOATS[self.dtype] if self.dtype else tensor.dtype, self.digests[name])
+                for name, tensor in opened.weights.items()
+            }
         )
 
 
-def _hashes_hold(opened: OpenCheckpoint, dtype: str) -> bool:
+def _hashes_hold(opened: OpenCheckpoint, dtype: str | None) -> bool:
     """Return whether the manifest's component hashes are also those of the export."""
     return set(opened.manifest.weights) == set(COMPONENTS) and all(
-        tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values()
+        dtype is None or tensor.dtype == FLOATS[dtype] for tensor in opened.weights.values()
     )
 
 
@@ -263,7 +303,13 @@ def _extended(tensor: LazyTensor, rows: int, stored: LazyTensor | None) -> LazyT
 
 
 def _write_files(
-    directory: Path, opened: OpenCheckpoint, *, layout: Layout, dtype: str, weights: dict[str, str]
+    directory: Path,
+    opened: OpenCheckpoint,
+    *,
+    layout: Layout,
+    dtypes: dict[str, str],
+    weights: dict[str, str],
+    tower: str,
 ) -> None:
     config = opened.config
     aspect = config.data.image_aspect_ratio
@@ -274,16 +320,19 @@ def _write_files(
             tokenizer=opened.tokenizer,
             template=config.data.template,
             image_aspect_ratio=aspect,
-            dtype=dtype,
+            dtype=dtypes["language"],
+            tower_dtype=dtypes["vision"],
         )
     else:
         metadata_files.write_share4v_files(
             directory,
             model=config.model,
             tokenizer=opened.tokenizer,
-            tower_path=TOWER_FOLDER,
+            tower_folder=TOWER_FOLDER,
+            tower_name=tower,
             image_aspect_ratio=aspect,
-            dtype=dtype,
+            dtype=dtypes["language"],
+            tower_dtype=dtypes["vision"],
         )
-    content = {"step": opened.manifest.state.step, "dtype": dtype, "weights": weights, "versions": library_versions()}
+    content = {"step": opened.manifest.state.step, "dtype": dtypes, "weights": weights, "versions": library_versions()}
     (directory / PROVENANCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -40,12 +40,20 @@ def llava_vocab_rows(model: ModelConfig) -> int:
 
 
 def write_llava_hf_files(
-    directory: Path, *, model: ModelConfig, tokenizer: Path, template: str, image_aspect_ratio: str, dtype: str
+    directory: Path,
+    *,
+    model: ModelConfig,
+    tokenizer: Path,
+    template: str,
+    image_aspect_ratio: str,
+    dtype: str,
+    tower_dtype: str | None = None,
 ) -> None:
     """Write all files of a llava-hf model except the weights into `directory`, which is created.
 
-    tokenizer: the sentencepiece file. template: conversation template for the chat template. dtype: of the weights,
-    "fp32", "bf16" or "fp16". Raises ConversionError when the layout cannot express this model, tokenizer or template;
+    tokenizer: the sentencepiece file. template: conversation template for the chat template. dtype and tower_dtype: of
+    the language model's and the tower's weights, "fp32", "bf16" or "fp16"; None for one dtype. Raises ConversionError
+    when the layout cannot express this model, tokenizer or template;
     DataError when the tokenizer cannot be read.
     """
     _check_image_policy(image_aspect_ratio)
@@ -58,7 +66,10 @@ def write_llava_hf_files(
     chat = to_jinja(get_template(template))
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(
-        directory / "config.json", _llava_config(model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
+        directory / "config.json",
+        _llava_config(
+            model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype, tower_dtype=tower_dtype or dtype
+        ),
     )
     _write_json(directory / "generation_config.json", _generation_config(tokens.model, pad_id=tokens.pad_id))
     image = _image_processor(model.vision, "LlavaImageProcessor")
@@ -81,20 +92,24 @@ def write_llava_hf_files(
 
 
 def write_share4v_files(
-    directory: Path, *, model: ModelConfig, tokenizer: Path, tower_path: str, image_aspect_ratio: str, dtype: str
+    directory: Path,
+    *,
+    model: ModelConfig,
+    tokenizer: Path,
+    tower_folder: str,
+    tower_name: str,
+    image_aspect_ratio: str,
+    dtype: str,
+    tower_dtype: str | None = None,
 ) -> None:
     """Write all files of an official ShareGPT4V model except the weights into `directory`, which is created.
 
-    tower_path: written unchanged to config.json as `mm_vision_tower`; the tower's files go to the folder of its last
-    path component inside `directory`. config.json has the keys of ShareGPT4V-7B's. dtype and errors: as for
+    tower_folder: name of the folder inside `directory` for the tower's files. tower_name: written unchanged to
+    config.json as `mm_vision_tower`. config.json has the keys of ShareGPT4V-7B's. dtypes and errors: as for
     write_llava_hf_files.
     """
     _check_image_policy(image_aspect_ratio)
-    folder = directory / Path(tower_path).name
-    if folder == directory:
-        raise ConversionError(
-            f"tower path {tower_path!r} has no name for the folder of the vision tower; write for example clip"
-        )
+    folder = directory / tower_folder
     tokens = read_sentencepiece_model(tokenizer)
     if len(tokens.pieces) > model.language.vocab_size:
         raise ConversionError(
@@ -103,7 +118,7 @@ def write_share4v_files(
             "Give the tokenizer.model that the model was trained with"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    config = _share4v_config(model, tokens, tower_path=tower_path, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
+    config = _share4v_config(model, tokens, tower_name=tower_name, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", _generation_config(tokens, pad_id=tokens.unk_id))
     shutil.copyfile(tokenizer, directory / "tokenizer.model")
@@ -114,14 +129,20 @@ def write_share4v_files(
     _write_json(directory / "special_tokens_map.json", special_tokens_map(tokens, pad=tokens.unk))
     _write_json(
         folder / "config.json",
-        {"architectures": ["CLIPVisionModel"], **_vision_config(model.vision), "torch_dtype": _torch_name(dtype)},
+        {
+            "architectures": ["CLIPVisionModel"],
+            **_vision_config(model.vision),
+            "torch_dtype": _torch_name(tower_dtype or dtype),
+        },
     )
     _write_json(folder / "preprocessor_config.json", _image_processor(model.vision, "CLIPImageProcessor"))
 
 
 def _llava_config(
-    model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect_ratio: str, dtype: str
+    model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect_ratio: str, dtype: str, tower_dtype: str
 ) -> dict[str, Any]:
+    # transformers loads all parts in the dtype of the whole unless asked otherwise.
+    own = {} if tower_dtype == dtype else {"torch_dtype": _torch_name(tower_dtype)}
     text = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": llava_vocab_rows(model)}
     return {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -139,12 +160,12 @@ def _llava_config(
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
         "text_config": {**text, **_language_config(model, tokens.model)},
-        "vision_config": _vision_config(model.vision),
+        "vision_config": {**_vision_config(model.vision), **own},
     }
 
 
 def _share4v_config(
-    model: ModelConfig, tokens: SentencePieceModel, *, tower_path: str, image_aspect_ratio: str, dtype: str
+    model: ModelConfig, tokens: SentencePieceModel, *, tower_name: str, image_aspect_ratio: str, dtype: str
 ) -> dict[str, Any]:
     return {
         "architectures": ["Share4VLlamaForCausalLM"],
@@ -159,7 +180,7 @@ def _share4v_config(
         "tie_word_embeddings": False,
         "image_aspect_ratio": image_aspect_ratio,
         "image_grid_pinpoints": None,
-        "mm_vision_tower": tower_path,
+        "mm_vision_tower": tower_name,
         "mm_hidden_size": model.vision.hidden_size,
         "mm_projector_type": model.projector.type,
         "mm_vision_select_layer": model.vision.feature_layer,

@@ -96,7 +96,7 @@ def test_every_command_in_its_order(
             run(line)
     printed = capsys.readouterr().out
     assert "72 tensors equal" in printed and "ids equal, pixels equal, greedy answers equal" in printed
-    assert (place / "exports" / "share4v_7b_original" / "clip" / "model.safetensors").is_file()
+    assert (place / "exports" / "llava-sharegpt4v-7b" / "clip" / "model.safetensors").is_file()
 
 
 def test_the_configuration_that_is_shown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_share4v.checkpoint.hf.average import average_checkpoints
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.inspect import describe_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.checkpoint.retention import prune_checkpoints
@@ -109,15 +111,47 @@ def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> Non
         average_checkpoints([checkpoints[0], tmp_path / "ours3"], tmp_path / "mean")
 
 
-def test_mixed_dtypes_need_a_choice_at_export(checkpoints: list[Path], tmp_path: Path) -> None:
-    write_llama(tmp_path / "half", dtype="bf16")
-    import_model(
-        HfSource(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "mixed", options=ImportOptions()
+def test_mixed_dtypes_are_exported_as_stored(checkpoints: list[Path], tmp_path: Path) -> None:
+    """An fp16 language model with an fp32 tower, as people publish them: bit for bit, in both layouts."""
+    write_llama(tmp_path / "half", dtype="fp16")
+    source = HfSource(directory=tmp_path / "half", tower=tmp_path / "clip")
+    manifest = import_model(source, tmp_path / "mixed", options=ImportOptions())
+    for layout in ("llava-hf", "share4v"):
+        out = tmp_path / layout
+        export_model(tmp_path / "mixed", out, layout=layout)
+        provenance, config = (json.loads((out / f"{name}.json").read_text()) for name in ("provenance", "config"))
+        assert provenance["dtype"] == {"vision": "fp32", "projector": "fp16", "language": "fp16"}
+        assert provenance["weights"] == manifest.weights and config["torch_dtype"] == "float16"
+        tower = config["vision_config"] if layout == "llava-hf" else json.loads((out / "clip/config.json").read_text())
+        assert tower["torch_dtype"] == "float32"
+        again = import_model(HfSource(directory=out), tmp_path / f"again_{layout}", options=ImportOptions())
+        assert again.weights == manifest.weights
+        assert verify_conversion(HfSource(directory=out), tmp_path / "mixed").rounded == 0
+    tensors = read_safetensors(tmp_path / "llava-hf")
+    assert {tensor.dtype for name, tensor in tensors.items() if "vision" in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in tensors.items() if "vision" not in name} == {torch.float16}
+    done = convert("verify", "--hf", tmp_path / "llava-hf", "--checkpoint", tmp_path / "mixed", "--logits")
+    assert done.returncode == 0 and "ids equal" in done.stdout, done.stdout + done.stderr
+    export_model(tmp_path / "mixed", tmp_path / "one", layout="llava-hf", dtype="bf16")
+    assert {tensor.dtype for tensor in read_safetensors(tmp_path / "one").values()} == {torch.bfloat16}
+    assert "torch_dtype" not in json.loads((tmp_path / "one/config.json").read_text())["vision_config"]
+
+
+def test_a_component_of_several_dtypes_keeps_them(tmp_path: Path) -> None:
+    source = write_llava_hf(tmp_path / "hf", dtype="bf16")
+    tensors = read_safetensors(source)
+    norms = {
+        name: tensor.float() for name, tensor in tensors.items() if "layernorm" in name or name.endswith("norm.weight")
+    }
+    write_weights(source, {**tensors, **norms})
+    import_model(HfSource(directory=source), tmp_path / "megatron", options=ImportOptions())
+    export_model(tmp_path / "megatron", tmp_path / "back", layout="llava-hf")
+    back = read_safetensors(tmp_path / "back")
+    assert norms and all(
+        back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+        for name, tensor in {**tensors, **norms}.items()
     )
-    with pytest.raises(ConversionError, match="weights in bf16, fp32; choose one with --dtype"):
-        export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf")
-    export_model(tmp_path / "mixed", tmp_path / "out", layout="llava-hf", dtype="bf16")
-    assert {tensor.dtype for tensor in read_safetensors(tmp_path / "out").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "back/provenance.json").read_text())["dtype"]["language"] == "bf16"
 
 
 def test_inspect(checkpoints: list[Path]) -> None:

@@ -237,7 +237,8 @@ def test_pixels_are_equal_bit_for_bit(tokenizer_path: Path, tmp_path: Path, poli
         tmp_path / "official",
         model=MODEL,
         tokenizer=tokenizer_path,
-        tower_path="tower",
+        tower_folder="tower",
+        tower_name="tower",
         image_aspect_ratio=policy,
         dtype="fp32",
     )
@@ -307,7 +308,13 @@ def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, t
         llava.model == replace(MODEL, language=replace(MODEL.language, vocab_size=448)) and llava.image_token == PIECES
     )
     write_share4v_files(
-        tmp_path, model=MODEL, tokenizer=tokenizer_path, tower_path="tower", image_aspect_ratio="pad", dtype="bf16"
+        tmp_path,
+        model=MODEL,
+        tokenizer=tokenizer_path,
+        tower_folder="tower",
+        tower_name="tower",
+        image_aspect_ratio="pad",
+        dtype="bf16",
     )
     official = parse_model_config(json.loads((tmp_path / "config.json").read_text()), where="export")
     assert (official.model.language, official.model.projector, official.tower) == (

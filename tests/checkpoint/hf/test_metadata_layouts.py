@@ -62,7 +62,8 @@ def test_official_layout(tokenizer_path: Path, tmp_path: Path):
         tmp_path,
         model=ModelConfig(),
         tokenizer=tokenizer_path,
-        tower_path=TOWER,
+        tower_folder="vision_tower",
+        tower_name=TOWER,
         image_aspect_ratio="pad",
         dtype="bf16",
     )
@@ -124,7 +125,6 @@ def test_unsupported_llava_hf_settings_are_refused_before_writing(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tower_path": ""}, "tower path ''"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'"),
         ({"model": replace(MODEL, language=replace(MODEL.language, vocab_size=400))}, "440 pieces.*too small"),
     ],
@@ -135,7 +135,8 @@ def test_unsupported_share4v_settings_are_refused_before_writing(
     options = {
         "model": MODEL,
         "tokenizer": tokenizer_path,
-        "tower_path": "tower",
+        "tower_folder": "clip",
+        "tower_name": "Lin-Chen/tower",
         "image_aspect_ratio": "pad",
         "dtype": "fp32",
     } | changes
