@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_share4v.evaluate.agreement import to_messages
+from megatron_share4v.infer.session import Question
 from megatron_share4v.text.template import get_template
 
 VICUNA = get_template("vicuna_v1")
@@ -30,3 +36,11 @@ MODEL = ModelConfig(
         rms_norm_eps=1e-6,
     ),
 )
+
+
+def encode_with_chat_template(processor: Any, question: Question) -> dict[str, torch.Tensor]:
+    """Encode a conversation with an export's own processor and chat template."""
+    messages = to_messages(question)
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )

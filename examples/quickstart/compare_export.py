@@ -42,7 +42,7 @@ def compare(out: Path, count: int) -> bool:
     print(found)
     content = {"dir": str(export), "greedy_equal": found.greedy_equal, "max_logit_diff": found.max_logit_diff}
     (out / "hf_export.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    return found.holds
+    return found.holds_with_text
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
-from megatron_share4v.checkpoint.hf.reader import read_json
+from megatron_share4v.checkpoint.hf.naming import detect_naming
+from megatron_share4v.checkpoint.hf.reader import open_weights_directory
+from megatron_share4v.checkpoint.hf.weight_map import weight_mappings
 from megatron_share4v.data.images.pil_decoder import encode_png, open_rgb
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
@@ -25,11 +28,12 @@ from megatron_share4v.errors import ConversionError, OpsError
 from megatron_share4v.infer.session import Question, Session
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import unwrap_model
+from megatron_share4v.model.initialize import iter_shards
 from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.parallel.launch import World, process_group
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.text.template import IMAGE_PLACEHOLDER
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER, render_prompt
 
 MAX_NEW_TOKENS = 16
 LOGIT_TOLERANCE = 1e-4
@@ -53,12 +57,15 @@ class Agreement:
 
     questions: int
     ids_equal: bool
+    """Whether the export's tokenizer gives our ids for the text of our prompts."""
     pixels_equal: bool
     greedy_equal: bool
     max_logit_diff: float
     """Largest absolute difference over all positions and the V tokens of our vocabulary."""
     logit_scale: float
     """Largest absolute value of our logits."""
+    template: str = "equal"
+    """"equal" when the export's chat template renders our prompts, or else what it does instead."""
 
     @property
     def accepted_logit_diff(self) -> float:
@@ -67,13 +74,13 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the export and the checkpoint are the same model."""
-        return (
-            self.ids_equal
-            and self.pixels_equal
-            and self.greedy_equal
-            and self.max_logit_diff <= self.accepted_logit_diff
-        )
+        """Whether both models compute the same from the same ids and images."""
+        return self.pixels_equal and self.greedy_equal and self.max_logit_diff <= self.accepted_logit_diff
+
+    @property
+    def holds_with_text(self) -> bool:
+        """Whether tokenizer and chat template agree too, as in an export of this package."""
+        return self.holds and self.ids_equal and self.template == "equal"
 
     def __str__(self) -> str:
         equal = {True: "equal", False: "DIFFERENT"}
@@ -81,7 +88,8 @@ class Agreement:
             f"transformers and our model, fp32, {self.questions} questions: "
             f"ids {equal[self.ids_equal]}, pixels {equal[self.pixels_equal]}, "
             f"greedy answers {equal[self.greedy_equal]}, largest difference of a logit {self.max_logit_diff:.3g} "
-            f"(accepted: {self.accepted_logit_diff:.3g}, for logits up to {self.logit_scale:.3g})"
+            f"(accepted: {self.accepted_logit_diff:.3g}, for logits up to {self.logit_scale:.3g}); "
+            f"chat template {self.template}"
         )
 
 
@@ -98,30 +106,35 @@ def compare_single_process(checkpoint: Path, export: Path, *, questions: Sequenc
 def compare(
     checkpoint: Path, export: Path, *, questions: Sequence[Question], mesh: Mesh, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> Agreement:
-    """Give both models the same questions in fp32 and compare. `mesh` has one rank.
+    """Give both models the same ids and images in fp32 and compare. `mesh` has one rank.
 
-    Our weights are rounded to the export's dtype, so that only the computation is compared. Raises ConversionError when
-    transformers reports a missing, unexpected or mismatched tensor in `export`.
+    The prompts are our own; what the export's tokenizer and chat template make of the same conversations is compared
+    besides. Our weights are rounded to the export's dtypes, so that only the computation is compared. Raises
+    ConversionError when transformers reports a missing, unexpected or mismatched tensor in `export`.
     """
     assert mesh.layout.world_size == 1, mesh.layout
     session = Session.open(checkpoint, mesh=mesh, dtype="fp32")
     processor, model = _load(export)
-    _round_weights(session, getattr(torch, read_json(export / "config.json").get("torch_dtype", "float32")))
+    _round_weights(session, export)
     patches = session.config.model.vision.num_patches
     ids_equal = pixels_equal = greedy_equal = True
     largest = scale = 0.0
+    template = "equal"
     for question in questions:
         prompt = make_prompt(
             session.encoder, question.turns, image=question.image, tokens_per_image=patches, name=question.name
         )
-        inputs = _encode_inputs(processor, question)
+        text = render_prompt(session.encoder.template, question.turns, has_image=question.image is not None)
+        inputs = _process(processor, text, question)
         ids_equal &= torch.equal(inputs["input_ids"][0], _transformers_ids(prompt, model))
+        if template == "equal":
+            template = _compare_template(processor, text, question, name=session.encoder.template.name)
         if question.image is not None:
             pixels_equal &= torch.equal(inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32))
         ours, theirs = _both_logits(session, model, prompt)
         largest, scale = max(largest, _largest_difference(ours, theirs)), max(scale, float(ours.abs().max()))
         greedy_equal &= (
-            _generate_greedy(model, session, inputs, max_new_tokens)
+            _generate_greedy(model, session, _model_inputs(prompt, model), max_new_tokens)
             == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
         )
     return Agreement(
@@ -131,6 +144,7 @@ def compare(
         greedy_equal=greedy_equal,
         max_logit_diff=largest,
         logit_scale=scale,
+        template=template,
     )
 
 
@@ -167,8 +181,8 @@ def _load(export: Path) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(str(export), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConversionError(
-            f"{export}: transformers cannot load its processor ({error}); logits can only be compared with an export "
-            "made by this package"
+            f"{export}: transformers cannot load its processor ({error}); copy the model's processor and "
+            "tokenizer files beside its weights"
         ) from error
     model, report = AutoModelForImageTextToText.from_pretrained(
         str(export), local_files_only=True, dtype=torch.float32, output_loading_info=True, attn_implementation="sdpa"
@@ -183,18 +197,34 @@ def _load(export: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _round_weights(session: Session, dtype: torch.dtype) -> None:
-    for chunk in session.chunks:
-        for parameter in chunk.parameters():
-            parameter.copy_(parameter.to(dtype))
+def _round_weights(session: Session, export: Path) -> None:
+    """Round our weights to the dtypes that they have in the export."""
+    stored = open_weights_directory(export)
+    naming = detect_naming(stored, title="export")
+    mappings = weight_mappings(session.config.model, naming=naming)
+    dtypes = {mapping.name: stored[mapping.hf_names[0]].dtype for mapping in mappings}
+    for shard in iter_shards(session.chunks):
+        shard.data.copy_(shard.data.to(dtypes[shard.key]))
 
 
-def _encode_inputs(processor: Any, question: Question) -> dict[str, torch.Tensor]:
-    """Encode the conversation with the export's own processor and chat template."""
-    messages = to_messages(question)
-    return processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+def _process(processor: Any, text: str, question: Question) -> dict[str, torch.Tensor]:
+    """Encode the text of a prompt and its image with the export's own processor, which adds <s>."""
+    images = {} if question.image is None else {"images": [open_rgb(question.image)]}
+    return processor(text=text, return_tensors="pt", **images)
+
+
+def _compare_template(processor: Any, text: str, question: Question, *, name: str) -> str:
+    """Return "equal" when the export's chat template renders `text`, or else what it does."""
+    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+        return f"missing: the prompts are the checkpoint's, of template {name}"
+    try:
+        rendered = processor.apply_chat_template(to_messages(question), add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"DIFFERENT from the checkpoint's template {name}: it cannot render {question.name!r} ({error})"
+    rendered = rendered.removeprefix(processor.tokenizer.bos_token)
+    if rendered == text:
+        return "equal"
+    return f"DIFFERENT from the checkpoint's template {name}: {rendered!r} in place of {text!r}"
 
 
 def to_messages(question: Question) -> list[dict[str, Any]]:
@@ -208,6 +238,13 @@ def to_messages(question: Question) -> list[dict[str, Any]]:
             parts.insert(0, {"type": "image", "image": open_rgb(question.image)})
         messages.append({"role": "user" if turn.role == "human" else "assistant", "content": parts})
     return messages
+
+
+def _model_inputs(prompt: Prompt, model: Any) -> dict[str, torch.Tensor]:
+    """Return the inputs of transformers' model for a prompt: ids, mask and pixels."""
+    ids = _transformers_ids(prompt, model).unsqueeze(0)
+    images = {"pixel_values": normalise(prompt.pixels, dtype=torch.float32)} if prompt.pixels.size(0) else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
 
 
 def logit_difference(session: Session, model: Any, prompt: Prompt) -> float:
@@ -227,8 +264,7 @@ def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _both_logits(session: Session, model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the [L, V] logits of our model and of transformers' model."""
     ours = compute_logits(session, prompt)
-    images = {"pixel_values": normalise(prompt.pixels, dtype=torch.float32)} if prompt.pixels.size(0) else {}
-    return ours, model(input_ids=_transformers_ids(prompt, model).unsqueeze(0), **images).logits[0, :, : ours.shape[1]]
+    return ours, model(**_model_inputs(prompt, model)).logits[0, :, : ours.shape[1]]
 
 
 @torch.no_grad()

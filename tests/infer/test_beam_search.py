@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_helpers import drain
+from exported_model import encode_with_chat_template
 from hf_fixtures import write_llava_hf
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
@@ -19,7 +20,7 @@ from megatron_share4v.checkpoint.hf.source import HfSource as Source
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.errors import ConfigError, DataError
-from megatron_share4v.evaluate.agreement import _encode_inputs, _load, generated_questions
+from megatron_share4v.evaluate.agreement import _load, generated_questions
 from megatron_share4v.infer.beam_search import BeamSearchEngine
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams
@@ -84,7 +85,7 @@ def transformers_answers(export: Path, *, beams: int, eos: int) -> list[list[int
     suppressed = list(range(vocabulary, model.config.text_config.vocab_size))
     answers = []
     for question in generated_questions():
-        inputs = _encode_inputs(processor, question)
+        inputs = encode_with_chat_template(processor, question)
         output = model.generate(
             **inputs,
             do_sample=False,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine_helpers import ask
+from exported_model import encode_with_chat_template
 from harness import run_world
 from hf_fixtures import write_llava_hf
 
@@ -63,7 +64,7 @@ def test_engine_equals_transformers(models: tuple[Path, Path], mesh) -> None:
 
     session = Session.open(models[1], mesh=mesh, dtype="fp32")
     processor, model = agreement._load(models[1])
-    inputs = [agreement._encode_inputs(processor, question) for question in generated_questions()]
+    inputs = [encode_with_chat_template(processor, question) for question in generated_questions()]
     assert engine_answers(session) == [agreement._generate_greedy(model, session, one, NEW) for one in inputs]
 
 

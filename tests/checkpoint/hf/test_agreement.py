@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forked_tools import run_tool
 from hf_fixtures import (
     MODEL,
     clip_config,
@@ -62,7 +65,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_an_export_computes_what_its_checkpoint_does(exported: tuple[Path, Path], mesh: Mesh) -> None:
     found = compare(*exported, questions=generated_questions(), mesh=mesh, max_new_tokens=12)
-    assert found.holds, found
+    assert found.holds_with_text, found
     assert found.questions == 4 and found.max_logit_diff <= LOGIT_TOLERANCE
 
 
@@ -84,6 +87,62 @@ def test_the_tolerance_grows_with_the_logits_alone() -> None:
     assert found.holds and "accepted: 0.003, for logits up to 30" in str(found)
     assert not replace(found, max_logit_diff=4e-3).holds and not replace(found, logit_scale=1e-3).holds
     assert replace(found, logit_scale=1e-3, max_logit_diff=9e-5).holds and not replace(found, greedy_equal=False).holds
+    assert found.holds_with_text and not replace(found, ids_equal=False).holds_with_text
+    assert replace(found, ids_equal=False, template="missing").holds
+
+
+# A chat template as of the published llava-hf models: no system prompt.
+WITHOUT_SYSTEM = """\
+{% for message in messages %}{{ message['role'] | upper | replace('SYSTEM', '') }}: \
+{% for part in message['content'] %}{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %} \
+{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"""
+
+
+@pytest.fixture
+def published(exported: tuple[Path, Path], tmp_path: Path) -> Path:
+    """The export without the files that only this package writes."""
+    copied = Path(shutil.copytree(exported[1], tmp_path / "published"))
+    for name in ("provenance.json", "chat_template.jinja", "chat_template.json"):
+        (copied / name).unlink()
+    return copied
+
+
+def test_the_chat_template_is_reported_apart(exported: tuple[Path, Path], published: Path, mesh: Mesh) -> None:
+    """A published model computes the same, whatever its chat template does: none, another, one for text alone."""
+    checkpoint, questions = exported[0], generated_questions()[:1]
+    found = compare(checkpoint, published, questions=questions, mesh=mesh, max_new_tokens=2)
+    assert found.holds and found.ids_equal and not found.holds_with_text, found
+    assert "chat template missing: the prompts are the checkpoint's, of template vicuna_v1" in str(found)
+    (published / "chat_template.jinja").write_text(WITHOUT_SYSTEM)
+    found = compare(checkpoint, published, questions=questions, mesh=mesh, max_new_tokens=2)
+    assert found.holds and found.ids_equal and not found.holds_with_text, found
+    assert "chat template DIFFERENT from the checkpoint's template vicuna_v1: 'USER: <image>" in str(found)
+    (published / "chat_template.jinja").write_text("{{ raise_exception('text only') }}")
+    found = compare(checkpoint, published, questions=questions, mesh=mesh, max_new_tokens=2)
+    assert found.holds and "it cannot render 'generated 0' (text only)" in found.template, found
+
+
+def test_another_tokenizer_is_reported_apart(exported: tuple[Path, Path], published: Path, mesh: Mesh) -> None:
+    """Tokenizers that transformers converted itself drop the space after an image; the computation is the same."""
+    path = published / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"]["normalizers"] = content["normalizer"]["normalizers"][1:]
+    path.write_text(json.dumps(content))
+    found = compare(exported[0], published, questions=generated_questions()[:1], mesh=mesh, max_new_tokens=2)
+    assert found.holds and not found.ids_equal and "ids DIFFERENT" in str(found)
+
+
+def test_an_own_export_must_have_the_template(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """The tool fails for an export of this package, and not for a published model."""
+    copied = Path(shutil.copytree(exported[1], tmp_path / "copied"))
+    (copied / "chat_template.jinja").write_text(WITHOUT_SYSTEM)
+    (copied / "chat_template.json").unlink()
+    command = ("tools/convert.py", "verify", "--hf", copied, "--checkpoint", exported[0], "--logits")
+    done = run_tool(*command)
+    assert done.returncode == 2 and "chat template DIFFERENT" in done.stderr, done.stderr
+    (copied / "provenance.json").unlink()
+    done = run_tool(*command)
+    assert done.returncode == 0 and "chat template DIFFERENT" in done.stdout, done.stderr
 
 
 def test_a_difference_is_seen(exported: tuple[Path, Path], mesh: Mesh) -> None:
