@@ -23,6 +23,7 @@ from megatron_share4v.caption.progress import Progress
 from megatron_share4v.caption.records import CaptionRow, CaptionSettings, ImageEntry
 from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
+from megatron_share4v.infer.picture_stamps import PictureSource, PictureStamps
 from megatron_share4v.logging import get_logger
 
 Captioner = Callable[[Iterator[ImageEntry]], Iterator[list[CaptionRow]]]
@@ -82,9 +83,11 @@ def run_job(
     pictures = read_image_entries(images_file=options.images_file, images=options.images, root=options.images_root)
     check_targets(annotations=options.annotations, shards=options.shards, pictures=pictures)
     job: dict[str, object] = {"model": model, **vars(settings)}
+    entries = {picture.id: picture for picture in pictures}
+    stamps = PictureStamps(lambda name: _source(entries.get(name)))
     journal = AnswerLog(options.journals, rank=share.rank)
     try:
-        done = resume_answer_log(journal, job=job, row=CaptionRow, share=share, restart=options.restart)
+        done = resume_answer_log(journal, job=job, row=CaptionRow, share=share, restart=options.restart, stamps=stamps)
         left = [
             picture
             for picture in pictures
@@ -94,18 +97,24 @@ def run_job(
         mine = left[share.rank :: share.size]
         before = (len(pictures) - len(left)) // share.size
         progress = Progress(total=before + len(mine), done=before)
-        for rows in captioner(iter(mine)):
-            journal.append(rows)
+        for rows in captioner(stamps.watch(mine)):
+            journal.append(rows, stamps=stamps)
             progress.advance(rows)
         get_logger().info(str(progress))
         share.barrier()
     finally:
         journal.close()
-    return (
-        _write(options, pictures, settings, AnswerIndex(options.journals, job=job, row=CaptionRow), progress)
-        if share.rank == 0
-        else None
-    )
+        stamps.close()
+    if share.rank:
+        return None
+    index = AnswerIndex(options.journals, job=job, row=CaptionRow, find_changed=done.changed.intersection)
+    return _write(options, pictures, settings, index, progress)
+
+
+def _source(picture: ImageEntry | None) -> PictureSource | None:
+    if picture is None:
+        return None
+    return PictureSource(file=picture.file, offset=picture.offset, size=picture.size)
 
 
 def _write(

@@ -23,6 +23,7 @@ from megatron_share4v.evaluate.result import ModelFacts, result_of, write_result
 from megatron_share4v.evaluate.task import by_id
 from megatron_share4v.infer.answer_log import AnswerIndex, AnswerLog, DPGroup, resume_answer_log
 from megatron_share4v.infer.batch_generate import GenerationResult
+from megatron_share4v.infer.picture_stamps import PictureSource, PictureStamps
 from megatron_share4v.logging import get_logger
 from megatron_share4v.remote.openai_client import ChatClient
 
@@ -125,20 +126,34 @@ def _answers(
         "split": evaluation.folder.split,
     }
     job |= asdict(evaluation.decoding) | {"questions": evaluation.digest}
+    items = {item.id: item for item in evaluation.items}
+    stamps = PictureStamps(lambda name: _picture(items.get(name)))
     journal = AnswerLog(evaluation.out / JOURNAL, rank=share.rank)
     try:
-        done = resume_answer_log(journal, job=job, row=GenerationResult, share=share, restart=restart)
+        done = resume_answer_log(journal, job=job, row=GenerationResult, share=share, restart=restart, stamps=stamps)
         left = [item for item in evaluation.items if item.id not in done or item.id in done.errors]
         share.barrier()  # all ranks have read the journals before any rank appends
-        _ask(evaluation, client, left[share.rank :: share.size], journal, any_done=len(left) < len(evaluation.items))
+        any_done = len(left) < len(evaluation.items)
+        _ask(evaluation, client, left[share.rank :: share.size], journal, stamps=stamps, any_done=any_done)
         share.barrier()
     finally:
         journal.close()
+        stamps.close()
     if share.rank:
         return None
-    rows = AnswerIndex(evaluation.out / JOURNAL, job=job, row=GenerationResult).rows(
-        item.id for item in evaluation.items
-    )
+    index = AnswerIndex(evaluation.out / JOURNAL, job=job, row=GenerationResult, find_changed=done.changed.intersection)
+    return _split(evaluation, index)
+
+
+def _picture(item: Doc | None) -> PictureSource | None:
+    if item is None or item.image is None:
+        return None
+    return PictureSource(file=str(item.image)) if isinstance(item.image, Path) else PictureSource(data=item.image)
+
+
+def _split(evaluation: Evaluation, index: AnswerIndex[GenerationResult]) -> tuple[list[Answer], list[Failure]]:
+    """Split the journaled results into answers and failures, in the order of the questions."""
+    rows = index.rows(item.id for item in evaluation.items)
     answers, failures = [], []
     for item, row in zip(evaluation.items, rows):
         if row.text is None:
@@ -151,7 +166,15 @@ def _answers(
     return answers, failures
 
 
-def _ask(evaluation: Evaluation, client: Client, items: Sequence[Doc], journal: AnswerLog, *, any_done: bool) -> None:
+def _ask(
+    evaluation: Evaluation,
+    client: Client,
+    items: Sequence[Doc],
+    journal: AnswerLog,
+    *,
+    stamps: PictureStamps,
+    any_done: bool,
+) -> None:
     """Put questions to the model and append the outcomes to the journal.
 
     any_done: some questions have been answered before. Raises DataError when the first MAX_FIRST_FAILURES of all
@@ -159,8 +182,8 @@ def _ask(evaluation: Evaluation, client: Client, items: Sequence[Doc], journal: 
     """
     failed = 0
     with tqdm(total=len(items), desc=evaluation.task.name, unit="question") as bar:
-        for outcomes in client(iter(items)):
-            journal.append(outcomes)
+        for outcomes in client(stamps.watch(items)):
+            journal.append(outcomes, stamps=stamps)
             bar.update(len(outcomes))
             errors = [outcome for outcome in outcomes if outcome.error is not None]
             failed, any_done = failed + len(errors), any_done or len(errors) < len(outcomes)

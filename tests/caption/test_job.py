@@ -201,6 +201,25 @@ def test_finished_job_continues_with_more_images(images: Path, tmp_path: Path) -
     assert summary.images == 12 and len(more.received) == 2
 
 
+def test_changed_image_is_captioned_again(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given = options(images, tmp_path / "out")
+    run(FakeCaptioner(), given)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8), (0, 90, 0)).save(picture, format="PNG")
+    (images / "9.png").write_bytes(picture.getvalue())
+    again = FakeCaptioner()
+    run(again, given)
+    assert [entry.path for entry in entries_of(images) if entry.id in again.received] == ["9.png"]
+    assert "1 pictures have changed" in caplog.text
+    unchanged = FakeCaptioner()
+    run(unchanged, given)
+    assert unchanged.received == []
+
+
+def entries_of(images: Path) -> list[ImageEntry]:
+    return read_image_entries(images_file=images / "list.json", images=(), root=images)
+
+
 def test_errors_are_retried_only_with_retry_errors(images: Path, tmp_path: Path) -> None:
     given = options(images, tmp_path / "out")
     run(FakeCaptioner(), given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import time
@@ -185,6 +186,36 @@ def test_journal_of_other_settings_is_rejected(replica: Replica, questions: Path
         ]
         == "corrected"
     )
+
+
+def test_question_about_a_changed_picture_is_asked_again(
+    replica: Replica, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures in files and in a table; the other answers are kept."""
+    data = broken_questions(tmp_path / "data", broken=set())
+    WRITERS["mmbench", None](tmp_path / "mmbench")
+    requested: list[str] = []
+
+    def client(items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
+        for item in items:
+            requested.append(item.id)
+            yield [GenerationResult(item.id, text="A", tokens=1, finish_reason="stop")]
+
+    def run_again(name: str, folder: Path) -> list[str]:
+        requested.clear()
+        evaluation = Evaluation(name, data=folder, out=tmp_path / "out" / name)
+        run_benchmark(evaluation, client, model=ModelFacts.of_replica(replica, name="tiny"), share=DPGroup())
+        return list(requested)
+
+    assert run_again("custom", data) == ["0", "1", "2"] and run_again("custom", data) == []
+    (data / "1.jpg").write_bytes(encode_picture(5))
+    assert run_again("custom", data) == ["1"] and "1 pictures have changed" in caplog.text
+    assert len(run_again("mmbench", tmp_path / "mmbench")) == 6 and run_again("mmbench", tmp_path / "mmbench") == []
+    path = tmp_path / "mmbench/mmbench_dev_20230712.tsv"
+    old, new = (base64.b64encode(encode_picture(number)).decode() for number in (0, 5))
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    assert run_again("mmbench", tmp_path / "mmbench") == ["241"]
 
 
 def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: Path, tmp_path: Path) -> None:
