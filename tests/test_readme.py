@@ -33,7 +33,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(f"{QUICKSTART} --brief --out {out / 'quickstart'}", out)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["layout"] == {"tensor": 2, "pipeline": 2, "data": 1} and last["served"] == {
+    assert last["stage1_layout"].startswith("tensor 1 x pipeline 2") and "data 2" in last["stage1_layout"]
+    assert last["stage2_layout"].startswith("tensor 2 x pipeline 2") and last["served"] == {
         "questions": 8,
         "equal": True,
     }

@@ -1,7 +1,7 @@
 """Captions of and questions about the quickstart's scenes, and the scoring of generated text against them.
 
-A caption states every object's attributes, the relations of consecutive objects, and the background. Every question is
-answered in one sentence. The scoring functions are pure: text in, numbers out.
+A caption states every object's attributes and the background. Every question is answered in one sentence. The scoring
+functions are pure: text in, numbers out.
 
 A *fact* is a triple `(subject, attribute, value)` of strings; its subject is an object's colour or "background".
 """
@@ -45,50 +45,33 @@ class SceneQuestion:
 # --- captions ---------------------------------------------------------------
 
 
-def _relations(first: SceneObject, second: SceneObject) -> tuple[str, ...]:
-    """Return the position of `first` relative to `second`: one or two of the four directions."""
-    words = []
-    if first.row != second.row:
-        words.append("above" if first.row < second.row else "below")
-    if first.column != second.column:
-        words.append("left of" if first.column < second.column else "right of")
-    return tuple(words)
-
-
 def _count_sentence(scene: Scene) -> str:
     count = len(scene.objects)
     return "There is one object." if count == 1 else f"There are {_COUNTS[count]} objects."
 
 
-def _relation_sentence(first: SceneObject, second: SceneObject) -> str:
-    return f"The {first.color} object is {' and '.join(_relations(first, second))} the {second.color} object."
-
-
 def caption(scene: Scene) -> str:
-    """Return the detailed caption of a scene, one line of English; objects are sorted by colour as in `COLORS`."""
-    parts = [_count_sentence(scene)]
-    for item in scene.objects:
-        parts.append(f"The {item.color} object is a {item.size} {item.shape} at the {item.place}.")
-    parts += [
-        _relation_sentence(first, second) for first, second in zip(scene.objects, scene.objects[1:], strict=False)
-    ]
-    parts.append(f"The background is {scene.shade}.")
-    return " ".join(parts)
+    """Return the detailed caption of a scene, one line of English.
+
+    One group of sentences names the colour at each place, in reading order; the other describes the object of each
+    colour, sorted as in `COLORS`. A random half of the scenes has the groups in this order, the other half reversed, so
+    that captions teach to look up objects by place and by colour.
+    """
+    by_place = sorted(scene.objects, key=lambda item: PLACES.index(item.place))
+    places = [f"The object at the {item.place} is {item.color}." for item in by_place]
+    objects = [f"The {item.color} object is a {item.size} {item.shape} at the {item.place}." for item in scene.objects]
+    places_first = scene_rng(scene.seed, scene.split, scene.index, "caption").random() < 0.5
+    groups = [*places, *objects] if places_first else [*objects, *places]
+    return " ".join([_count_sentence(scene), *groups, f"The background is {scene.shade}."])
 
 
 def caption_facts(scene: Scene) -> frozenset[Fact]:
-    """Return every true fact that a complete caption of `scene` states.
-
-    Size, shape and place of each object (subject: its colour), one or two directions for each pair of consecutive
-    objects, and the background's shade.
-    """
+    """Return every true fact about `scene`: size, shape and place of each object, and the background's shade."""
     facts: set[Fact] = {("background", "shade", scene.shade)}
     for item in scene.objects:
         facts.add((item.color, "size", item.size))
         facts.add((item.color, "shape", item.shape))
         facts.add((item.color, "place", item.place))
-    for first, second in zip(scene.objects, scene.objects[1:], strict=False):
-        facts.update((first.color, word, second.color) for word in _relations(first, second))
     return frozenset(facts)
 
 
@@ -96,28 +79,18 @@ def _alternatives(words: Sequence[str]) -> str:
     return "(" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
-_DIRECTIONS = ("above", "below", "left of", "right of")
-_OPPOSITE = {
-    "above": "below",
-    "below": "above",
-    "left of": "right of",
-    "right of": "left of",
-}
 _OBJECT_RE = re.compile(
     rf"\bthe {_alternatives(COLORS)} object is a {_alternatives(SIZES)} {_alternatives(SHAPES)} "
     rf"at the {_alternatives(PLACES)}\b"
 )
 _BACKGROUND_RE = re.compile(rf"\bthe background is {_alternatives(SHADES)}\b")
-_RELATION_RE = re.compile(
-    rf"\bthe {_alternatives(COLORS)} object is {_alternatives(_DIRECTIONS)}(?: and {_alternatives(_DIRECTIONS)})? "
-    rf"the {_alternatives(COLORS)} object\b"
-)
+_PLACE_RE = re.compile(rf"\bthe object at the {_alternatives(PLACES)} is {_alternatives(COLORS)}\b")
 
 
 def stated_facts(text: str) -> frozenset[Fact]:
     """Parse the facts that a caption states; any text is accepted.
 
-    Contradictions count as not stated: two values for one attribute of one subject, or a direction and its opposite.
+    Contradictions count as not stated: two values for one attribute of one subject cancel.
     """
     plain = " ".join(text.lower().split())
     values: dict[tuple[str, str], set[str]] = {}
@@ -125,15 +98,11 @@ def stated_facts(text: str) -> frozenset[Fact]:
         values.setdefault((color, "size"), set()).add(size)
         values.setdefault((color, "shape"), set()).add(shape)
         values.setdefault((color, "place"), set()).add(place)
+    for place, color in _PLACE_RE.findall(plain):
+        values.setdefault((color, "place"), set()).add(place)
     for shade in _BACKGROUND_RE.findall(plain):
         values.setdefault(("background", "shade"), set()).add(shade)
-    facts = {(*key, next(iter(found))) for key, found in values.items() if len(found) == 1}
-    related = {
-        (one, word, two) for one, first, second, two in _RELATION_RE.findall(plain) for word in (first, second) if word
-    }
-    return frozenset(
-        facts | {(one, word, two) for one, word, two in related if (one, _OPPOSITE[word], two) not in related}
-    )
+    return frozenset((*key, next(iter(found))) for key, found in values.items() if len(found) == 1)
 
 
 def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str]) -> float:

@@ -60,10 +60,10 @@ def collect_results(arguments: argparse.Namespace, world: World) -> dict[str, An
     with process_group(world, device, timeout_s=600), open_mesh(Layout(data=world.size), device=device) as mesh:
         session = Session.open(out / "finetune", mesh=mesh)
         held_out = score(session, out / "scenes" / "held_out.json", captions=arguments.captions, output=out / "samples")
-        parallel = session.config.parallel
     stage1, stage2 = read_losses(out / "pretrain"), read_losses(out / "finetune")
     return {
-        "layout": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": 1},
+        "stage1_layout": read_layout(out / "pretrain"),
+        "stage2_layout": read_layout(out / "finetune"),
         "stage1_loss_first": stage1[0],
         "stage1_loss_last": stage1[-1],
         "stage2_loss_first": stage2[0],
@@ -92,6 +92,11 @@ def read_evaluation(result: Path) -> dict[str, Any]:
         "questions": content["questions"],
         "accuracy": round(content["headline"]["value"], 2),
     }
+
+
+def read_layout(run: Path) -> str:
+    """Read the parallel layout of the latest start of a run directory."""
+    return str(json.loads((run / "run_card.json").read_text(encoding="utf-8"))["layout"])
 
 
 def read_losses(run: Path) -> list[float]:
@@ -123,15 +128,16 @@ def find_failures(results: dict[str, Any]) -> list[str]:
 
 def format_summary(results: dict[str, Any], out: Path) -> str:
     """Format the results as text: what was trained, scores by kind of question, and where to look next."""
-    held_out, layout, export = results["held_out"], results["layout"], results["hf_export"]
-    served = results["served"]
+    held_out, served, export = results["held_out"], results["served"], results["hf_export"]
     kinds = "\n".join(f"  {kind:<12}{value:6.2f}" for kind, value in held_out["vqa_accuracy_by_kind"].items())
     return f"""
 Quickstart finished after {results["wall_s"]:.0f} s.
 
-Training at tensor {layout["tensor"]} x pipeline {layout["pipeline"]}
-  stage 1, captions:  loss {results["stage1_loss_first"]:.3f} -> {results["stage1_loss_last"]:.3f}
-  stage 2, questions: loss {results["stage2_loss_first"]:.3f} -> {results["stage2_loss_last"]:.3f}
+Training
+  stage 1, captions:  loss {results["stage1_loss_first"]:.3f} -> {results["stage1_loss_last"]:.3f} \
+({results["stage1_layout"]})
+  stage 2, questions: loss {results["stage2_loss_first"]:.3f} -> {results["stage2_loss_last"]:.3f} \
+({results["stage2_layout"]})
 
 Accuracy on {held_out["questions"]} questions about scenes that were not trained on
 {kinds}

@@ -113,6 +113,6 @@ def _git(folder: Path, *arguments: str) -> str:
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60, check=True
-        ).stdout.strip()
+        ).stdout.rstrip()
     except (OSError, subprocess.SubprocessError) as problem:
         return f"unknown ({problem})"
