@@ -53,16 +53,18 @@ def _count_sentence(scene: Scene) -> str:
 def caption(scene: Scene) -> str:
     """Return the detailed caption of a scene, one line of English.
 
-    One group of sentences names the colour at each place, in reading order; the other describes the object of each
-    colour, sorted as in `COLORS`. A random half of the scenes has the groups in this order, the other half reversed, so
-    that captions teach to look up objects by place and by colour.
+    One sentence per object: a random half of the scenes names objects by their colours, sorted as in `COLORS`, the
+    other half by their places, in reading order. So captions teach both ways to find an object, and no sentence can be
+    copied from an earlier one.
     """
-    by_place = sorted(scene.objects, key=lambda item: PLACES.index(item.place))
-    places = [f"The object at the {item.place} is {item.color}." for item in by_place]
-    objects = [f"The {item.color} object is a {item.size} {item.shape} at the {item.place}." for item in scene.objects]
-    places_first = scene_rng(scene.seed, scene.split, scene.index, "caption").random() < 0.5
-    groups = [*places, *objects] if places_first else [*objects, *places]
-    return " ".join([_count_sentence(scene), *groups, f"The background is {scene.shade}."])
+    if scene_rng(scene.seed, scene.split, scene.index, "caption").random() < 0.5:
+        by_place = sorted(scene.objects, key=lambda item: PLACES.index(item.place))
+        objects = [f"The object at the {item.place} is a {item.size} {item.color} {item.shape}." for item in by_place]
+    else:
+        objects = [
+            f"The {item.color} object is a {item.size} {item.shape} at the {item.place}." for item in scene.objects
+        ]
+    return " ".join([_count_sentence(scene), *objects, f"The background is {scene.shade}."])
 
 
 def caption_facts(scene: Scene) -> frozenset[Fact]:
@@ -84,7 +86,10 @@ _OBJECT_RE = re.compile(
     rf"at the {_alternatives(PLACES)}\b"
 )
 _BACKGROUND_RE = re.compile(rf"\bthe background is {_alternatives(SHADES)}\b")
-_PLACE_RE = re.compile(rf"\bthe object at the {_alternatives(PLACES)} is {_alternatives(COLORS)}\b")
+_PLACE_RE = re.compile(
+    rf"\bthe object at the {_alternatives(PLACES)} is a {_alternatives(SIZES)} {_alternatives(COLORS)} "
+    rf"{_alternatives(SHAPES)}\b"
+)
 
 
 def stated_facts(text: str) -> frozenset[Fact]:
@@ -94,11 +99,10 @@ def stated_facts(text: str) -> frozenset[Fact]:
     """
     plain = " ".join(text.lower().split())
     values: dict[tuple[str, str], set[str]] = {}
-    for color, size, shape, place in _OBJECT_RE.findall(plain):
+    by_place = [(color, size, shape, place) for place, size, color, shape in _PLACE_RE.findall(plain)]
+    for color, size, shape, place in _OBJECT_RE.findall(plain) + by_place:
         values.setdefault((color, "size"), set()).add(size)
         values.setdefault((color, "shape"), set()).add(shape)
-        values.setdefault((color, "place"), set()).add(place)
-    for place, color in _PLACE_RE.findall(plain):
         values.setdefault((color, "place"), set()).add(place)
     for shade in _BACKGROUND_RE.findall(plain):
         values.setdefault(("background", "shade"), set()).add(shade)
