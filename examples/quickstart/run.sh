@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The quickstart, on a plain CPU: draw scenes, prepare shards, train stage 1 at pipeline 2 x data 2 and stage 2 at
-# tensor 2 x pipeline 2, export to Hugging Face's layout and compare with transformers, serve the model and query it over HTTP, score held-out questions.
+# tensor 2 x pipeline 2, export to Hugging Face's layout and compare with transformers, serve the model and query it
+# over HTTP, score held-out questions.
 #   bash examples/quickstart/run.sh [--out DIR] [--seed N] [--brief]
 #     --out DIR   default: runs/quickstart; a second call continues where the first one stopped
 #     --seed N    seed of the scenes, the first weights and the order of the data; default: 1
