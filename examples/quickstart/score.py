@@ -96,7 +96,7 @@ def read_evaluation(result: Path) -> dict[str, Any]:
 
 def read_layout(run: Path) -> str:
     """Read the parallel layout of the latest start of a run directory."""
-    return str(json.loads((run / "run_card.json").read_text(encoding="utf-8"))["layout"])
+    return str(json.loads(read_text(run / "run_card.json"))["layout"])
 
 
 def read_losses(run: Path) -> list[float]:
