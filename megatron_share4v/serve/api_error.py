@@ -17,7 +17,7 @@ TYPES = {
 class ApiError(Exception):
     """Becomes a response with `status`.
 
-    param: dotted name of the invalid field. kind: the error type where the status does not imply it.
+    param: dotted name of the invalid field. code: OpenAI's name of the error, where it has one; otherwise the status.
     """
 
     def __init__(
@@ -26,16 +26,29 @@ class ApiError(Exception):
         *,
         status: int = 400,
         param: str | None = None,
-        kind: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.headers = status, param, dict(headers or {})
-        self.kind = kind or TYPES.get(status, "invalid_request_error")
+        self.code: str | int = code or status
 
     def body(self) -> dict[str, Any]:
         """The error object that the openai SDK maps to its exception classes."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}}
+        kind = TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def context_length_error(what: str, *, limit: int, param: str) -> ApiError:
+    """A prompt that leaves no position for an answer. what: the prompt's length. limit: positions of the model.
+
+    Clients look for the code, or for these words in the message, to shorten the conversation and ask again.
+    """
+    return ApiError(
+        f"this model's maximum context length is {limit} tokens; {what}. Start a new conversation, or shorten it",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def unavailable_error(message: str) -> ApiError:

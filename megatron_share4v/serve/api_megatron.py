@@ -22,6 +22,7 @@ from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
 from megatron_share4v.serve.protocol import GenerationOptions
+from megatron_share4v.serve.request_fields import MEGATRON, check_fields
 from megatron_share4v.serve.responses import MIN_LOGPROB
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
@@ -63,6 +64,7 @@ class MegatronRoutes:
     async def _read(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions, bool]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
+            check_fields(fields, MEGATRON)
             options, wants_logprobs = read_options(fields, served)
             texts = fields.items("prompts", shortest=1, longest=MAX_PROMPTS, kind=str)
             if not all(texts):

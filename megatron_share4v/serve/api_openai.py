@@ -18,16 +18,16 @@ from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.generation import Generation, Token
 from megatron_share4v.serve.http import BodyReader, EventStreamResponse, JsonResponse, run_until_disconnect
 from megatron_share4v.serve.json_fields import JsonFields
+from megatron_share4v.serve.messages import read_messages
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
 from megatron_share4v.serve.protocol import (
-    KNOWN,
     GenerationOptions,
     RequestLimits,
     read_chat,
     read_completion,
-    read_messages,
 )
+from megatron_share4v.serve.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, RouteFields, check_fields
 from megatron_share4v.serve.responses import DONE, ResponseBuilder, event, usage
 
 MAX_DETOKENIZED = 1 << 20
@@ -75,7 +75,7 @@ class OpenAIRoutes:
     async def _read_chat(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
-            self._check_model(fields)
+            self._check_fields(fields, CHAT)
             parsed = read_chat(fields, self._limits(served))
             prompt = await run_until_disconnect(
                 request.receive, self.prompt_builder.question(served, parsed.system, parsed.messages)
@@ -85,7 +85,7 @@ class OpenAIRoutes:
     async def _read_completion(self, request: Request) -> tuple[list[BuiltPrompt], GenerationOptions]:
         served = self.worker.require()
         async with self.bodies.read(request) as fields:
-            self._check_model(fields)
+            self._check_fields(fields, COMPLETION)
             parsed = read_completion(fields, self._limits(served))
             prompts = await run_until_disconnect(request.receive, self.prompt_builder.texts(served, parsed))
         return prompts or [], parsed.options
@@ -129,7 +129,7 @@ class OpenAIRoutes:
         served = self.worker.require()
         tokenizer = served.encoder.tokenizer
         async with self.bodies.read(request) as fields:
-            self._check_model(fields)
+            self._check_fields(fields, TOKENIZE)
             if fields.has("messages"):
                 built = await self.prompt_builder.question(
                     served, *read_messages(fields, max_images=self.config.max_images)
@@ -157,7 +157,7 @@ class OpenAIRoutes:
         """Handle POST /detokenize."""
         tokenizer = self.worker.require().encoder.tokenizer
         async with self.bodies.read(request) as fields:
-            self._check_model(fields)
+            self._check_fields(fields, DETOKENIZE)
             ids = fields.items("tokens", longest=MAX_DETOKENIZED, kind=int)
             if not all(0 <= i < tokenizer.vocab_size for i in ids):
                 raise ApiError(f"tokens must be from 0 to {tokenizer.vocab_size - 1}", param="tokens")
@@ -201,11 +201,11 @@ class OpenAIRoutes:
             "tokens_per_image": served.tokens_per_image,
         }
 
-    def _check_model(self, fields: JsonFields) -> None:
+    def _check_fields(self, fields: JsonFields, route: RouteFields) -> None:
         self._check_name(fields.text("model", self.config.model_name))
-        for name in fields.values:
+        for name in check_fields(fields, route):
             # Logged once each, up to MAX_LOGGED_FIELDS: clients choose the names.
-            if name not in KNOWN and name not in self.logged_fields and len(self.logged_fields) < MAX_LOGGED_FIELDS:
+            if name not in self.logged_fields and len(self.logged_fields) < MAX_LOGGED_FIELDS:
                 self.logged_fields.add(name)
                 get_logger().info("a request has the unknown field %r, which is ignored", name[:100])
 
@@ -234,14 +234,17 @@ async def _collect(generation: Generation, builder: ResponseBuilder, echoes: lis
         texts[delta.index] += delta.text
         tokens[delta.index] += (*delta.prompt, *delta.tokens)
         finishes[delta.index] = delta.finish_reason or ""
-    choices = [builder.choice(index, texts[index], finishes[index], tokens[index]) for index in range(len(echoes))]
+    choices = []
+    for index, text in enumerate(texts):
+        # A stop string is cut from the text, but its tokens are listed.
+        listed = [replace(token, offset=min(token.offset, len(text))) for token in tokens[index]]
+        choices.append(builder.choice(index, text, finishes[index], listed))
     return builder.whole(choices, usage(generation))
 
 
 async def _stream(
     generation: Generation, builder: ResponseBuilder, echoes: list[str], options: GenerationOptions
 ) -> AsyncGenerator[str, None]:
-    offsets = [0] * len(echoes)
     try:
         for index in range(len(echoes) if builder.chat else 0):
             yield event(builder.chunk([builder.opening(index)]))
@@ -249,9 +252,8 @@ async def _stream(
             if echoes[delta.index]:
                 delta = replace(delta, text=echoes[delta.index] + delta.text)
                 echoes[delta.index] = ""
-            for part in builder.parts(delta, offset=offsets[delta.index]):
+            for part in builder.parts(delta):
                 yield event(builder.chunk([part], usage(generation) if options.continuous_usage else None))
-            offsets[delta.index] += len(delta.text)
         if options.include_usage:
             yield event(builder.chunk([], usage(generation)))
     except ApiError as error:

@@ -21,10 +21,15 @@ INT64 = 2**63
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer, or of a prompt whose logprobs were requested."""
+    """A token of an answer, or of a prompt whose logprobs were requested.
+
+    offset: position in the choice's text, echoed prompt included, of the text that it adds; a token that completes no
+    character has that of the character.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Generation:
         if event.token_id is not None and self._options.max_tokens != 0:
             self._observe_latency(choice, time_s)
             choice.tokens += 1
-            tokens = (Token(event.token_id, event.logprobs),)
+            tokens = (Token(event.token_id, event.logprobs, len(choice.built.echo) + choice.stream.decoded),)
             text = choice.stream.feed([event.token_id])
         if finish is not None:
             text += choice.stream.finish()
@@ -135,7 +140,8 @@ class Generation:
         prompt: tuple[Token, ...] = ()
         if event.prompt_logprobs is not None:
             ids = choice.built.prompt.token_ids.tolist()
-            prompt = tuple(Token(i, logprobs) for i, logprobs in zip(ids, event.prompt_logprobs, strict=True))
+            offsets = choice.built.offsets or [0] * len(ids)
+            prompt = tuple(map(Token, ids, event.prompt_logprobs, offsets))
         return ChoiceDelta(choice.index, text, tokens, finish, prompt)
 
     def _observe_latency(self, choice: _Choice, at: float) -> None:

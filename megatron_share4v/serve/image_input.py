@@ -13,10 +13,11 @@ import re
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.images.pil_decoder import open_header
 from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.json_fields import format_value
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM")
 _DATA_URI = re.compile(
-    r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]{0,100})*;base64,", re.ASCII | re.IGNORECASE
+    r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]{0,100})*(?P<base64>;base64)?,", re.ASCII | re.IGNORECASE
 )
 
 
@@ -28,19 +29,45 @@ def is_inline(url: str) -> bool:
 def decode_data_uri(url: str, *, place: str, max_bytes: int) -> bytes:
     """Decode `data:image/...;base64,...`. place: the image's name in error messages. Raises ApiError."""
     head = _DATA_URI.match(url[:512])
-    if not head or not (head["type"] or "image/").lower().startswith("image/"):
-        raise ApiError(f"{place}: the data URL must begin with data:image/TYPE;base64,", param=place)
-    size = (len(url) - head.end()) * 3 // 4
+    mistake = _head_mistake(head)
+    if head is None or mistake:
+        raise ApiError(f"{place}: the data URL {mistake}", param=place)
+    content = url[head.end() :]
+    size = len(content) * 3 // 4
     if size > max_bytes + 2:
         raise too_large(size, place=place, max_bytes=max_bytes)
+    if not content:
+        raise ApiError(f"{place}: the data URL has nothing after its comma", param=place)
     try:
-        data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+        return base64.b64decode(content.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
-        raise ApiError(
-            f"{place}: the data URL's base64 is damaged; use the plain alphabet with padding and no line breaks",
-            param=place,
-        ) from error
-    return data
+        raise ApiError(f"{place}: the data URL's base64 {_base64_mistake(content)}", param=place) from error
+
+
+def _head_mistake(head: re.Match[str] | None) -> str:
+    """What is wrong with the part before the comma; empty when nothing is."""
+    if head is None:
+        return "must begin with data:image/TYPE;base64,"
+    kind = (head["type"] or "image/").lower()
+    if not kind.startswith("image/"):
+        return f"has the type {kind[:60]}; write image/png, image/jpeg or what the file is"
+    return "" if head["base64"] else "has no ;base64 before its comma, which it needs"
+
+
+def _base64_mistake(content: str) -> str:
+    sample = content[:10_000]
+    if sample.startswith(("b'", 'b"')):
+        return "is the repr of Python's bytes (b'...'); decode it to a string"
+    if re.search(r"\s", sample):
+        return "has spaces or line breaks; encode it as one line"
+    if re.search(r"%(2B|2F|3D)", content, re.IGNORECASE):
+        return "is percent-encoded; write it as it is"
+    strange = re.search(r"[^A-Za-z0-9+/=]", content)
+    if strange is None:
+        return f"is cut off or lacks its padding: it has {len(content)} characters, which must be a multiple of 4"
+    if strange[0] in "-_":
+        return "is in the URL-safe alphabet; use the plain one, with + and /"
+    return f"has {format_value(strange[0])} at character {strange.start()}, which is not in its alphabet"
 
 
 def check_image(data: bytes, config: ServeConfig, *, place: str) -> None:

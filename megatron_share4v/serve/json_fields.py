@@ -55,6 +55,18 @@ def format_value(value: Any) -> str:
     return json.dumps(value)
 
 
+def _check_unicode(text: str, name: str) -> None:
+    """Refuse half a surrogate pair, which JSON can represent and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(
+            f"{name} has half a surrogate pair, {format_value(text[error.start])}, at character {error.start}, which "
+            "is no Unicode",
+            param=name,
+        ) from error
+
+
 class JsonFields:
     """Fields of one JSON object. `path`: its dotted location in the body. A missing or null field takes its default."""
 
@@ -130,6 +142,7 @@ class JsonFields:
             raise ApiError(
                 f"{self.name(key)} has {len(value)} characters; accepted are {longest}", param=self.name(key)
             )
+        _check_unicode(value, self.name(key))
         return value
 
     def items(self, key: str, *, longest: int, kind: type, shortest: int = 0) -> list[Any]:
@@ -145,6 +158,8 @@ class JsonFields:
                     f"{self.name(key)}[{place}] must be {_NAMES[kind]}, got {format_value(item)}",
                     param=f"{self.name(key)}[{place}]",
                 )
+            if isinstance(item, str):
+                _check_unicode(item, f"{self.name(key)}[{place}]")
         return value
 
     def child(self, key: str) -> JsonFields:

@@ -12,22 +12,26 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.loading.prompt import Prompt, make_chat_prompt, prompt_from_ids
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
-from megatron_share4v.serve.api_error import ApiError
+from megatron_share4v.serve.api_error import ApiError, context_length_error
 from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.image_fetch import ImageFetcher
 from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
-from megatron_share4v.serve.protocol import CompletionRequest, Message
+from megatron_share4v.serve.messages import Message
+from megatron_share4v.serve.protocol import CompletionRequest
+from megatron_share4v.text.detokenizer import IncrementalDetokenizer
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
+from megatron_share4v.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class BuiltPrompt:
-    """One prompt. echo: its text where the response repeats it."""
+    """One prompt. echo: its text where the response repeats it. offsets: position in it of each token's text."""
 
     prompt: Prompt
     echo: str = ""
+    offsets: tuple[int, ...] = ()
 
 
 class PromptBuilder:
@@ -52,8 +56,8 @@ class PromptBuilder:
         """The prompt of a conversation. Raises ApiError."""
         check_length(served, [system or "", *(message.text for message in messages)], param="messages")
         sources = [
-            None if m.image is None else m.image if is_inline(m.image) else await self._fetch(m.image, m.place)
-            for m in messages
+            None if m is None else m.url if is_inline(m.url) else await self._fetch(m.url, m.place)
+            for m in (message.image for message in messages)
         ]
         return await self.run(_question, served, system, messages, sources, self._config)
 
@@ -61,7 +65,7 @@ class PromptBuilder:
         """Prompts of texts, with a leading <s>, and of ids, unchanged. Raises ApiError."""
         for prompt in request.prompts:
             check_length(served, [prompt], param="prompt")
-        return [await self.run(_text, served, prompt, request.echo) for prompt in request.prompts]
+        return [await self.run(_text, served, prompt, request) for prompt in request.prompts]
 
     async def with_images(
         self, served: ServedModel, pieces: Sequence[str], images: Sequence[str], *, place: str, add_bos: bool
@@ -89,24 +93,19 @@ class PromptBuilder:
 
 def check_length(served: ServedModel, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
     """Reject, before tokenizing, what exceeds the context for any tokenization. Raises ApiError."""
-    characters = sum(map(len, texts))
-    if characters > served.engine.limits.max_positions * served.encoder.tokenizer.max_piece_length:
-        raise ApiError(
-            f"a prompt of {characters} characters is longer than this model can read",
-            param=param,
-            kind="context_length_exceeded",
-        )
+    characters, limit = sum(map(len, texts)), served.engine.limits.max_positions
+    if characters > limit * served.encoder.tokenizer.max_piece_length:
+        raise context_length_error(f"a prompt of {characters} characters has more", limit=limit, param=param)
 
 
 def remaining_positions(served: ServedModel, prompt: Prompt, *, param: str) -> int:
     """Number of tokens left for an answer. Raises ApiError when there are none."""
     length, limit = prompt.token_ids.numel(), served.engine.limits.max_positions
     if length >= limit:
-        raise ApiError(
-            f"the prompt takes {length} positions of this model's {limit}, which leaves none for an answer; start a "
-            "new conversation, or shorten it",
+        raise context_length_error(
+            f"the prompt has {length}, image positions included, which leaves none for an answer",
+            limit=limit,
             param=param,
-            kind="context_length_exceeded",
         )
     return limit - length
 
@@ -126,7 +125,10 @@ def _question(
     sources: Sequence[str | bytes | None],
     config: ServeConfig,
 ) -> BuiltPrompt:
-    images = [_image(source, message.place, config) for source, message in zip(sources, messages)]
+    images = [
+        _image(source, message.image.place if message.image else "", config)
+        for source, message in zip(sources, messages)
+    ]
     encoder = served.encoder
     if system is not None:
         encoder = replace(encoder, template=replace(encoder.template, system=system))
@@ -134,12 +136,26 @@ def _question(
     return BuiltPrompt(make_chat_prompt(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
 
 
-def _text(served: ServedModel, prompt: str | tuple[int, ...], echo: bool) -> BuiltPrompt:
+def _text(served: ServedModel, prompt: str | tuple[int, ...], request: CompletionRequest) -> BuiltPrompt:
     tokenizer = served.encoder.tokenizer
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    if isinstance(prompt, str):
+        own, spans = tokenizer.encode_with_offsets(prompt)
+        bos = [tokenizer.bos_id] * request.add_bos
+        ids, text, offsets = [*bos, *own], prompt, [0] * len(bos) + [start for start, _ in spans]
+    else:
+        ids, text = list(prompt), tokenizer.decode(prompt)
+        offsets = _offsets(tokenizer, prompt) if request.echo else []
     built = prompt_from_ids(served.encoder, ids, images=[], tokens_per_image=served.tokens_per_image, name="prompt")
-    return BuiltPrompt(built, echo=text if echo else "")
+    return BuiltPrompt(built, echo=text, offsets=tuple(offsets)) if request.echo else BuiltPrompt(built)
+
+
+def _offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Position in the decoded text where the text of each token begins."""
+    stream, offsets = IncrementalDetokenizer(tokenizer), []
+    for token_id in ids:
+        offsets.append(stream.decoded)
+        stream.feed([token_id])
+    return offsets
 
 
 def _pieces(

@@ -53,11 +53,9 @@ class ResponseBuilder:
         body = {**self._frame("chat.completion.chunk"), "choices": list(choices)}
         return body if counts is None else {**body, "usage": counts}
 
-    def choice(
-        self, index: int, text: str, finish: str | None, tokens: Sequence[Token], *, offset: int = 0
-    ) -> dict[str, Any]:
-        """A finished choice; for a text completion stream also a part of one, `offset` characters into it."""
-        logprobs = self._logprobs(tokens, offset) if self.wants_logprobs else None
+    def choice(self, index: int, text: str, finish: str | None, tokens: Sequence[Token]) -> dict[str, Any]:
+        """A finished choice; for a text completion stream also a part of one."""
+        logprobs = self._logprobs(tokens) if self.wants_logprobs else None
         if self.chat:
             return {
                 "index": index,
@@ -71,17 +69,13 @@ class ResponseBuilder:
         """First chunk of a chat choice, with the role."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def parts(self, delta: ChoiceDelta, *, offset: int) -> list[dict[str, Any]]:
+    def parts(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
         """Chunk choices of one delta: text, then the finish reason in a chunk of its own. Empty without new content."""
         tokens = (*delta.prompt, *delta.tokens)
         if not self.chat:
             has_content = delta.text or delta.finish_reason or (self.wants_logprobs and tokens)
-            return (
-                [self.choice(delta.index, delta.text, delta.finish_reason, tokens, offset=offset)]
-                if has_content
-                else []
-            )
-        logprobs = self._logprobs(tokens, offset) if self.wants_logprobs and tokens else None
+            return [self.choice(delta.index, delta.text, delta.finish_reason, tokens)] if has_content else []
+        logprobs = self._logprobs(tokens) if self.wants_logprobs and tokens else None
         parts = []
         if delta.text or logprobs:
             parts.append(
@@ -95,15 +89,14 @@ class ResponseBuilder:
         prefix, kind = ("chatcmpl", kind) if self.chat else ("cmpl", "text_completion")
         return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         if self.chat:
             return {"content": [self._entry(token.token_id, token.logprobs) for token in tokens if token.logprobs]}
         names, values, tops, offsets = [], [], [], []
         for token in tokens:
             name = self._name(token.token_id)
             names.append(name)
-            offsets.append(offset)
-            offset += len(name)
+            offsets.append(token.offset)
             values.append(None if token.logprobs is None else _number(token.logprobs.chosen))
             tops.append(
                 None

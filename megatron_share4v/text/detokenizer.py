@@ -13,7 +13,7 @@ class IncrementalDetokenizer:
     """Incremental decoder of token ids; `stopped` is the stop string that was found, after which nothing is returned.
 
     after: preceding ids whose text is known; without any, the first token's leading space is dropped, as sentencepiece
-    does.
+    does. decoded: number of characters that the ids fed until now complete, withheld ones and stop strings included.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class IncrementalDetokenizer:
         self._ids = list(after)
         self._start, self._shown = 0, len(self._ids)
         self._held = ""
+        self.decoded = 0
         self.stopped: str | None = None
 
     def feed(self, ids: Iterable[int]) -> str:
@@ -43,6 +44,7 @@ class IncrementalDetokenizer:
             return ""
         # The window restarts at the previous output: enough for sentencepiece's spaces, at constant cost per step.
         self._start, self._shown = self._shown, len(self._ids)
+        self.decoded += len(text) - len(before)
         return text[len(before) :]
 
     def _release(self, text: str, *, final: bool) -> str:

@@ -30,11 +30,12 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
     engine = FakeEngine(encoder, limits=FakeLimits(max_requests=1), step_s=0.02)
     with running(encoder, engine=engine) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        body = httpx.Request(
-            "PUT",
-            server.url,
-            json={**CHAT, "prompt": "a", "prompts": ["a"], "stream": stream, "max_tokens": 300, "ignore_eos": True},
-        ).content
+        asked = {
+            "/v1/chat/completions": CHAT | {"stream": stream, "max_tokens": 300, "ignore_eos": True},
+            "/v1/completions": {"prompt": "a", "stream": stream, "max_tokens": 300, "ignore_eos": True},
+            "/api": {"prompts": ["a"], "tokens_to_generate": 300},
+        }
+        body = httpx.Request("PUT", server.url, json=asked[path]).content
         method = "PUT" if path == "/api" else "POST"
         lines = (
             f"{method} {path} HTTP/1.1",
@@ -89,7 +90,7 @@ def test_errors_have_openai_shape(http: httpx.Client, method: str, path: str, st
             "text or image_url, got 'video_url'",
         ),
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content", "is empty"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "half a surrogate pair"),
         ({"temperature": "hot"}, "temperature", "a number from 0 to 100, got 'hot'"),
         ({"n": True}, "n", "an integer from 1 to 128, got true"),
         ({"max_tokens": 0}, "max_tokens", "got 0"),

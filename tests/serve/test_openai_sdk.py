@@ -237,7 +237,7 @@ def test_errors_map_to_sdk_exceptions(client: openai.OpenAI, server: Running, en
     }
     with pytest.raises(openai.BadRequestError, match="leaves none for an answer") as caught:
         ask(client, "cat " * 600)
-    assert caught.value.body["type"] == "context_length_exceeded"
+    assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="1 per conversation"):
         turn = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(picture())}}]}
         client.chat.completions.create(model="share4v", messages=[turn, {"role": "assistant", "content": "x"}, turn])

@@ -145,14 +145,12 @@ def open_header(data: bytes) -> Image.Image:
     except _UNREADABLE as error:
         kind = describe_file(data) if isinstance(error, PIL.UnidentifiedImageError) else None
         raise DataError(
-            f"image cannot be read ({len(data)} bytes, {kind or _text(error)}); replace the file or leave the record "
-            f"out"
+            f"image cannot be read ({len(data)} bytes, {kind or _text(error)}); replace the file or leave it out"
         ) from error
     # Before anything is decoded: Pillow would run an interpreter for some formats (EPS).
     if image.format not in EXTENSIONS:
         raise DataError(
-            f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave the record "
-            f"out"
+            f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave it out"
         )
     check_image_size(*image.size)
     check_jpeg_scans(scans, width=image.width, height=image.height)
@@ -162,8 +160,7 @@ def open_header(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
     if image.mode in ("I", "F"):
         raise DataError(
-            f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave the "
-            f"record out"
+            f"image has {image.mode}-mode pixels (32 bits per channel); convert it to 8 or 16 bits or leave it out"
         )
     try:
         image.load()
@@ -176,7 +173,7 @@ def _to_rgb(image: Image.Image, *, upright: bool = False) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except _UNREADABLE as error:
         raise DataError(
-            f"image cannot be decoded ({image.format}, {_text(error)}); replace the file or leave the record out"
+            f"image cannot be decoded ({image.format}, {_text(error)}); replace the file or leave it out"
         ) from error
 
 
