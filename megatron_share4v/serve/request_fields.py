@@ -57,8 +57,8 @@ TOKENIZE = RouteFields(
 DETOKENIZE = RouteFields("/detokenize", frozenset({"model", "tokens"}), generates=False)
 _GENERATING = (CHAT, COMPLETION, MEGATRON)
 NO_EFFECT = _words(
-    "cache_salt mcp_servers metadata parallel_tool_calls prediction priority prompt_cache_key prompt_cache_retention"
-    " request_id safety_identifier service_tier spaces_between_special_tokens store user"
+    "cache_salt keep_alive mcp_servers metadata parallel_tool_calls prediction priority prompt_cache_key"
+    " prompt_cache_retention request_id safety_identifier service_tier spaces_between_special_tokens store user"
 )
 """Accepted: bookkeeping, caching and speed, or of use only with a field that is refused."""
 
@@ -158,7 +158,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     # llama.cpp and Ollama
     "dynatemp_range": ((0,), _LEAVE_OUT),
     "format": ((), _LEAVE_OUT),
-    "keep_alive": ((), _LEAVE_OUT),
     "mirostat": ((0,), _LEAVE_OUT),
     "n_predict": ((), "use max_tokens"),
     "num_ctx": ((), "--max-positions sets the length of the context"),
