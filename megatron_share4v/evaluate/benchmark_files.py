@@ -101,19 +101,25 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: invalid JSON ({error}); expected one object per line") from error
             if not isinstance(content, dict):
-                raise DataError(f"{path}:{number}: is a JSON {type(content).__name__}; expected one object per line")
+                raise DataError(
+                    f"{path}:{number}: is a JSON {type(content).__name__}; expected one object per line, without the "
+                    "brackets and commas of a list"
+                )
             yield f"{path}:{number}", content
 
 
-def get_field(row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, where: str) -> Any:
-    """Return row[key]. Raises DataError when it is missing or of another type."""
+OFFICIAL_REMEDY = "The file is damaged, or another than the official one"
+
+
+def get_field(
+    row: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, where: str, remedy: str = OFFICIAL_REMEDY
+) -> Any:
+    """Return row[key]. Raises DataError, whose message ends with `remedy`, when it is missing or of another type."""
     value = row.get(key) if isinstance(row, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(
-            f"{where}: {key!r} is {str(value)[:60]!r}; expected a {kinds}. The file is damaged, or another than the "
-            "official one"
-        )
+        names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
+        kinds = " or ".join(f"{'an' if name == 'int' else 'a'} {name}" for name in names)
+        raise DataError(f"{where}: {key!r} is {str(value)[:60]!r}; expected {kinds}. {remedy}")
     return value
 
 

@@ -124,6 +124,36 @@ def test_mismatched_files_are_rejected(name: str, file: str, content: object, me
         items(name, tmp_path)
 
 
+OWN_QUESTIONS = [  # questions.jsonl, message
+    (
+        '{"image": "0.png", "text": "What?"}',
+        r"jsonl:1: 'question_id' is 'None'; expected an int or a str. Write a line as",
+    ),
+    (
+        '[{"question_id": 1, "text": "What?"}]',
+        "jsonl:1: is a JSON list; expected one object per line, without the brackets",
+    ),
+    ('{"question_id": 1, "text": "a", "image": ["0.png", "1.png"]}', r"'image' is .*; expected a str. Write a line as"),
+    ('{"question_id": 1, "image": "0.png"}', "'text' is 'None'; expected a str. Write a line as"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), OWN_QUESTIONS, ids=range(len(OWN_QUESTIONS)))
+def test_own_questions_with_a_mistake(content: str, message: str, tmp_path: Path) -> None:
+    WRITERS["custom", None](tmp_path)
+    (tmp_path / "questions.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        items("custom", tmp_path)
+
+
+def test_own_questions_may_list_one_picture_or_none(tmp_path: Path) -> None:
+    WRITERS["custom", None](tmp_path)
+    rows = [{"question_id": k, "text": "a", "image": image} for k, image in enumerate((["0.png"], [], None, "2.png"))]
+    write_jsonl(tmp_path / "questions.jsonl", rows)
+    images = [item.image and item.image.name for item in items("custom", tmp_path)]
+    assert images == ["0.png", None, None, "2.png"]
+
+
 def test_mme_without_its_own_text_files(tmp_path: Path) -> None:
     WRITERS["mme", None](tmp_path)
     text = tmp_path / "MME_Benchmark_release_version/posters/questions_answers_YN/tt0116209.txt"

@@ -193,6 +193,7 @@ def test_question_about_a_changed_picture_is_asked_again(
 ) -> None:
     """Pictures in files and in a table; the other answers are kept."""
     data = broken_questions(tmp_path / "data", broken=set())
+    (tmp_path / "mmbench").mkdir()
     WRITERS["mmbench", None](tmp_path / "mmbench")
     requested: list[str] = []
 

@@ -88,7 +88,10 @@ def convert(answers: Iterable[MmeAnswer], truth: Truth, *, profile: Profile = OF
             if (task, name, question) not in truth:
                 question = question.replace(SUFFIX, " " + SUFFIX)
         if (task, name, question) not in truth:
-            raise DataError(f"MME has no question {question!r} in {task}/{name}; the answers belong to another release")
+            raise DataError(
+                f"MME has no question {question!r} in {task}/{name}; questions, or answers, and text files are of "
+                "different releases"
+            )
         text = answer.text if profile is OFFICIAL else " ".join(answer.text.split())
         files[task] = files.get(task, "") + "\t".join((name, question, truth[task, name, question], text)) + "\n"
     return files

@@ -5,35 +5,48 @@ images beside it or in images/.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, get_field, read_jsonl
+from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, Row, get_field, read_jsonl
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
 from megatron_share4v.evaluate.records import Doc
 from megatron_share4v.evaluate.task import CROPPED, MetricValues, PredictionTexts, Task, item_ids
 
+_REMEDY = (
+    'Write a line as {"question_id": 1, "image": "a.jpg", "text": "What is this?"}: an id of your choice, one picture '
+    "or none, and the question"
+)
+
 
 def _read(folder: BenchmarkFolder) -> Iterator[Doc]:
     rows = list(read_jsonl(folder["questions"]))
-    names = item_ids(get_field(row, "question_id", (int, str), where=where) for where, row in rows)
+    names = item_ids(get_field(row, "question_id", (int, str), where=where, remedy=_REMEDY) for where, row in rows)
     for name, (where, row) in zip(names, rows):
-        image = None
-        if row.get("image") is not None:
-            path = get_field(row, "image", str, where=where)
-            image = next((p for p in (folder.root / "images" / path, folder.root / path) if p.is_file()), None)
-            if image is None:
-                raise DataError(
-                    f"{where}: image {path} is neither in {folder.root / 'images'} nor in {folder.root}\n"
-                    f"{folder.layout}"
-                )
         yield Doc(
             id=name,
             question_id=row["question_id"],
-            prompt=get_field(row, "text", str, where=where),
-            image=image,
+            prompt=get_field(row, "text", str, where=where, remedy=_REMEDY),
+            image=_find_image(folder, row, where=where),
             meta=row,
         )
+
+
+def _find_image(folder: BenchmarkFolder, row: Row, *, where: str) -> Path | None:
+    """Return the picture of a question, if it has one. Raises DataError when it is not there."""
+    given = row.get("image")
+    if given is None or given == []:
+        return None
+    if isinstance(given, list) and len(given) == 1:
+        row = row | {"image": given[0]}
+    name = get_field(row, "image", str, where=where, remedy=_REMEDY)
+    image = next((p for p in (folder.root / "images" / name, folder.root / name) if p.is_file()), None)
+    if image is None:
+        raise DataError(
+            f"{where}: image {name} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}"
+        )
+    return image
 
 
 def _accepted(item: Doc) -> list[str]:
