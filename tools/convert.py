@@ -99,8 +99,13 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tower", type=Path, help="directory of the CLIP tower, when it is neither inside nor beside the model"
     )
-    command.add_argument("--projector", type=Path, help="mm_projector.bin")
-    command.add_argument("--tokenizer", type=Path, help="tokenizer.model, when it is not beside the weights")
+    command.add_argument(
+        "--use-tower", choices=("inside", "folder"), help="which one, when there is one among the weights and another"
+    )
+    command.add_argument("--projector", type=Path, help="mm_projector.bin, or a directory that has it")
+    command.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.model or a directory that has it, when it is not beside the weights"
+    )
     command.add_argument(
         "--any-tower", action="store_true", help="accept a tower other than the one that the model names"
     )
@@ -109,8 +114,8 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 def source_of(arguments: argparse.Namespace) -> HfSource:
     from megatron_share4v.checkpoint.hf.source import HfSource
 
-    options = ("base", "delta", "tower", "projector", "tokenizer", "any_tower")
-    return HfSource(directory=arguments.source, **{name: getattr(arguments, name) for name in options})
+    options = ("base", "delta", "tower", "use_tower", "projector", "tokenizer", "any_tower")
+    return HfSource(directory=arguments.source, **{name: getattr(arguments, name) for name in options}).resolve()
 
 
 def import_(arguments: argparse.Namespace) -> None:
@@ -137,15 +142,16 @@ def export_(arguments: argparse.Namespace) -> None:
 def verify_(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.hf.verify import verify_conversion
 
+    source = source_of(arguments)
     # Flushed, because an error exits without flushing buffers.
-    print(verify_conversion(source_of(arguments), arguments.checkpoint), flush=True)
+    print(verify_conversion(source, arguments.checkpoint), flush=True)
     if arguments.logits:
         from megatron_share4v.checkpoint.hf.importer import PROVENANCE
         from megatron_share4v.evaluate.agreement import compare_single_process, generated_questions
 
-        found = compare_single_process(arguments.checkpoint, arguments.source, questions=generated_questions())
+        found = compare_single_process(arguments.checkpoint, source.directory, questions=generated_questions())
         # A published model may have another chat template; an export of this package has the checkpoint's.
-        exported = (arguments.source / PROVENANCE).is_file()
+        exported = (source.directory / PROVENANCE).is_file()
         if not (found.holds_with_text if exported else found.holds):
             raise ConversionError(f"{arguments.source}: {found}")
         print(found)

@@ -119,6 +119,17 @@ def check_float_dtypes(tensors: LazyTensors) -> None:
             )
 
 
+def check_not_empty(tensors: LazyTensors) -> None:
+    """Raise ConversionError for the first tensor without values, which DeepSpeed ZeRO-3 leaves in place of weights."""
+    for name, tensor in tensors.items():
+        if 0 in tensor.shape:
+            raise ConversionError(
+                f"{tensor.origin}: empty tensor: {name} has shape {tensor.shape}: DeepSpeed ZeRO-3 saved it without "
+                "gathering its parts; save again with stage3_gather_16bit_weights_on_model_save, or convert its "
+                "checkpoint with zero_to_fp32.py"
+            )
+
+
 def prefetch_tensors(tensors: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor); a thread reads the next tensor while the caller works on this one."""
 

@@ -13,7 +13,7 @@ from megatron_share4v.checkpoint.hf.adapter_merge import FACTOR_NAMES, MergedWei
 from megatron_share4v.checkpoint.hf.naming import component_of, detect_naming, present_components, rename
 from megatron_share4v.checkpoint.hf.reader import open_weights_file
 from megatron_share4v.checkpoint.hf.weight_map import Naming
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors, check_not_empty
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 
@@ -48,7 +48,9 @@ def merge_adapter(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
     if path is None:
         raise ConversionError(f"{directory}: has {CONFIG} and none of {', '.join(WEIGHTS)}; copy the adapter again")
     naming = detect_naming(base, title="base")
-    modules, whole = _group(open_weights_file(path), path)
+    adapter = open_weights_file(path)
+    check_not_empty(adapter)
+    modules, whole = _group(adapter, path)
     beside = _replacements(whole, base, naming, path)
     replaced = set(beside)
     if (directory / REST).is_file():
@@ -136,6 +138,7 @@ def _replacements(whole: LazyTensors, base: LazyTensors, naming: Naming, path: P
 
     Raises ConversionError for other tensors and for another shape than the base's.
     """
+    check_not_empty(whole)
     known = present_components(naming)
     result: dict[str, LazyTensor] = {}
     for name, tensor in whole.items():

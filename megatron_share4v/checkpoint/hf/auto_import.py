@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_share4v.checkpoint.hf.chat_template import detect_template
+from megatron_share4v.checkpoint.hf.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import CONFIG, HfSource
 from megatron_share4v.checkpoint.manifest import MANIFEST
@@ -32,6 +33,7 @@ def open_as_checkpoint(path: Path, *, mesh: Mesh) -> Iterator[Path]:
     the block ends. Its conversation template is detected from the model's chat template, or else vicuna_v1 with a
     warning. Collective. Raises ConversionError on all ranks when the model cannot be imported.
     """
+    path = open_snapshot(path)
     if not is_hf_model(path):
         yield resolve_checkpoint(path)
         return
@@ -44,7 +46,8 @@ def open_as_checkpoint(path: Path, *, mesh: Mesh) -> Iterator[Path]:
 
 
 def is_hf_model(path: Path) -> bool:
-    """Return whether `path` is the directory of a Hugging Face model."""
+    """Return whether `path` is the directory of a Hugging Face model, or its repository in the cache."""
+    path = open_snapshot(path)
     return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
 
 

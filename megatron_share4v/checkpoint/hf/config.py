@@ -14,6 +14,7 @@ from megatron_share4v.config.base import ConflictError
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 
+CONFIG = "config.json"
 Kind = Literal["llava-hf", "share4v", "llama"]
 AspectRatio = Literal["square", "pad"]
 Json = Mapping[str, Any]
@@ -52,6 +53,8 @@ LLAVA_ONLY: dict[str, tuple[Any, ...]] = {
     "vision_feature_select_strategy": ("default",),
     "tie_word_embeddings": (False,),
 }
+TOWER_TRAINED = ("tune_entire_model", "tune_vision_tower", "unfreeze_mm_vision_tower")
+"""share4v: keys that are true when training changed the tower, whose start `mm_vision_tower` names."""
 SHARE4V_ONLY: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("linear", "mlp2x_gelu"),
     "mm_vision_select_feature": ("patch",),
@@ -72,6 +75,8 @@ class HfConfig:
     """llava-hf: token id of image positions."""
     tower: str | None = None
     """share4v: path or hub name of the vision tower that the model was trained with."""
+    tower_trained: str | None = None
+    """share4v: the key that says that training changed the tower, so that `tower` is only its start."""
 
 
 def parse_model_config(config: Json, *, where: str) -> HfConfig:
@@ -89,7 +94,11 @@ def parse_model_config(config: Json, *, where: str) -> HfConfig:
         model = ModelConfig(vision=vision, language=language, projector=projector)
         tower = config.get("mm_vision_tower") or config.get("vision_tower")
         return HfConfig(
-            kind=kind, model=model, image_aspect_ratio=config.get("image_aspect_ratio") or "square", tower=tower
+            kind=kind,
+            model=model,
+            image_aspect_ratio=config.get("image_aspect_ratio") or "square",
+            tower=tower,
+            tower_trained=next((key for key in TOWER_TRAINED if config.get(key)), None),
         )
     except (ConflictError, ValueError) as error:
         raise ConversionError(f"{where}: {error}") from error

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED
+from megatron_share4v.checkpoint.hf.hub_cache import model_name
 from megatron_share4v.checkpoint.hf.reader import read_json
 from megatron_share4v.checkpoint.hf.source import HfModel, HfSource, open_hf_model
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS
@@ -77,6 +78,7 @@ def import_model(paths: HfSource, target: Path, *, options: ImportOptions) -> Ma
     Raises ConversionError naming the tensor, key or file that does not fit; `target` does not exist then.
     """
     get_template(options.template)
+    paths = paths.resolve()
     hf_model = open_hf_model(paths)
     as_stored = megatron_tensors(hf_model, seed=options.seed)
     _check_tower(paths, as_stored)
@@ -87,7 +89,7 @@ def import_model(paths: HfSource, target: Path, *, options: ImportOptions) -> Ma
             tensors,
             config=_config(hf_model, tensors, options, target),
             state=RunState(step=0, consumed_samples=0, plan_fingerprint=""),
-            source=f"{hf_model.naming.title}: {', '.join(path.name for path in hf_model.directories)}",
+            source=f"{hf_model.naming.title}: {', '.join(model_name(path) for path in hf_model.directories)}",
             write_assets=lambda: _write_assets(hf_model, staging.path, options.dtype),
         )
     log_component_hashes(target, manifest)

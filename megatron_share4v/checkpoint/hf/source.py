@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_share4v.checkpoint.hf.adapters import is_adapter, merge_adapter, merge_delta
-from megatron_share4v.checkpoint.hf.config import AspectRatio, HfConfig, parse_model_config, parse_vision_config
+from megatron_share4v.checkpoint.hf.config import (
+    CONFIG,
+    AspectRatio,
+    HfConfig,
+    parse_model_config,
+    parse_vision_config,
+)
+from megatron_share4v.checkpoint.hf.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, detect_naming, present_components
 from megatron_share4v.checkpoint.hf.reader import has_weights, open_weights_directory, open_weights_file, read_json
+from megatron_share4v.checkpoint.hf.tower import TowerQuestion, UseTower, drop_ungathered_tower, find_tower
 from megatron_share4v.checkpoint.hf.weight_map import (
     COMPONENTS,
     LLAVA_HF,
@@ -24,19 +32,13 @@ from megatron_share4v.checkpoint.hf.weight_map import (
     check_hf_weights,
     ignored_weights,
 )
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, check_float_dtypes, merge_disjoint
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, check_float_dtypes, check_not_empty, merge_disjoint
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.text.tokenizer import Tokenizer
 
-CONFIG, PREPROCESSOR, TOKENIZER, PROJECTOR = (
-    "config.json",
-    "preprocessor_config.json",
-    "tokenizer.model",
-    "mm_projector.bin",
-)
-TOWER_FOLDERS = ("clip", "vision_tower")
+PREPROCESSOR, TOKENIZER, PROJECTOR = "preprocessor_config.json", "tokenizer.model", "mm_projector.bin"
 CLIP_HEAD = 64
 CLIP_TEXT = ("text_model.", "text_projection", "visual_projection", "logit_scale")
 
@@ -51,10 +53,32 @@ class HfSource:
     delta: bool = False
     """`directory` holds delta weights."""
     tower: Path | None = None
+    use_tower: UseTower | None = None
+    """Choice between a tower among the weights and one in a folder, where there are both."""
     projector: Path | None = None
+    """A projector's file, or a directory with mm_projector.bin."""
     tokenizer: Path | None = None
+    """A sentencepiece file, or a directory with tokenizer.model."""
     any_tower: bool = False
     """Accept `tower` although the configuration names another one."""
+
+    def resolve(self) -> HfSource:
+        """Return the same source with snapshots for repositories of the Hugging Face cache, and files for directories.
+
+        Raises ConversionError for a repository without a snapshot to choose.
+        """
+
+        def file_in(path: Path | None, name: str) -> Path | None:
+            return None if path is None else open_snapshot(path) / name if path.is_dir() else path
+
+        return replace(
+            self,
+            directory=open_snapshot(self.directory),
+            base=None if self.base is None else open_snapshot(self.base),
+            tower=None if self.tower is None else open_snapshot(self.tower),
+            projector=file_in(self.projector, PROJECTOR),
+            tokenizer=file_in(self.tokenizer, TOKENIZER),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +120,19 @@ def open_hf_model(paths: HfSource) -> HfModel:
 
     Raises ConversionError naming the tensor, key or file that is missing, unsupported or present twice.
     """
+    paths = paths.resolve()
     if not paths.directory.is_dir():
         raise ConversionError(f"{paths.directory}: there is no such directory; give the directory of a model")
     config_path = _config_path(paths)
     config = parse_model_config(read_json(config_path), where=str(config_path))
-    if config.kind == "llava-hf" and paths.tower is not None:
+    if config.kind == "llava-hf" and (paths.tower is not None or paths.use_tower == "folder"):
         raise ConversionError(
-            f"two towers: {paths.directory} is llava-hf, which has one among its weights, and {paths.tower}; "
-            "leave --tower out"
+            f"two towers: {paths.directory} is llava-hf, which has one among its weights, and "
+            f"{paths.tower or 'one in a folder'}; leave --tower and --use-tower out"
         )
-    tensors = _with_projector(_main_tensors(paths), paths)
-    tower_folder = None if config.kind == "llava-hf" else _tower_folder(paths, config, tensors)
-    vision = config.model.vision
-    if tower_folder is not None:
-        described = read_json(tower_folder / CONFIG)
-        vision = parse_vision_config(described, feature_layer=vision.feature_layer, where=str(tower_folder / CONFIG))
-        if has_weights(tower_folder):
-            tower = open_weights_directory(tower_folder)
-            # Of a whole CLIP model, the text encoder is not needed.
-            tensors = merge_disjoint(
-                tensors, {name: tensor for name, tensor in tower.items() if not name.startswith(CLIP_TEXT)}
-            )
+    tensors = drop_ungathered_tower(_with_projector(_main_tensors(paths), paths), directory=paths.directory)
+    tower_folder, vision, tensors = _with_tower(paths, config, tensors)
+    check_not_empty(tensors)
     naming = detect_naming(tensors, title=config.kind)
     if tower_folder is None and config.kind != "llava-hf" and naming.tower is not None:
         vision = _vision_from_shapes(vision, naming.tower, tensors)
@@ -185,47 +201,26 @@ def _with_projector(tensors: dict[str, LazyTensor], paths: HfSource) -> dict[str
     return merge_disjoint(tensors, projector)
 
 
-def _tower_folder(paths: HfSource, config: HfConfig, tensors: dict[str, LazyTensor]) -> Path | None:
-    """Find the directory with the tower's config.json, and its weights unless they are among `tensors`."""
-    inside = next((name for name in tensors if name.endswith(TOWER)), None)
-    beside = [paths.directory / name for name in TOWER_FOLDERS]
-    named = []
-    if config.tower is not None:
-        named = [
-            Path(config.tower),
-            paths.directory / config.tower,
-            paths.directory.parent / Path(config.tower).name,
-        ]
-        if (paths.directory / config.tower / CONFIG).is_file():  # exact; the other candidates are guesses
-            named = [paths.directory / config.tower]
-    if paths.tower is not None:
-        known = any(paths.tower.resolve() == path.resolve() for path in named)
-        if config.tower and not paths.any_tower and not known and paths.tower.name != Path(config.tower).name:
-            raise ConversionError(
-                f"{paths.tower}: another tower than {paths.directory / CONFIG} names, "
-                f"which was trained with {config.tower}; give that one, or use --any-tower to accept this one"
-            )
-        candidates = [paths.tower]
-    else:
-        candidates = [*beside, *named]
-    folders = [path for path in candidates if (path / CONFIG).is_file()]
-    full = [path for path in folders if has_weights(path)]
-    if paths.tower is not None and not folders:
-        raise ConversionError(f"{paths.tower}: is no tower (no {CONFIG}); give the directory of a CLIPVisionModel")
-    if inside is not None and full:
-        raise ConversionError(
-            f"two towers: {inside} inside {paths.directory}, and another in {full[0]}; leave one of them out"
-        )
-    distinct = list({path.resolve(): path for path in full}.values())
-    if paths.tower is None and len(distinct) > 1:
-        raise ConversionError(f"two towers: in {distinct[0]} and in {distinct[1]}; choose one with --tower")
-    if inside is None and not full:
-        named_as = f" ({CONFIG} names {config.tower})" if config.tower else ""
-        raise ConversionError(
-            f"{paths.directory}: missing tensor: {TOWER}: has no vision tower{named_as}; "
-            "give its directory with --tower"
-        )
-    return full[0] if inside is None else folders[0] if folders else None
+def _with_tower(
+    paths: HfSource, config: HfConfig, tensors: dict[str, LazyTensor]
+) -> tuple[Path | None, VisionConfig, dict[str, LazyTensor]]:
+    """Find the tower; return its folder, its configuration there, and the tensors with the tower's."""
+    vision = config.model.vision
+    if config.kind == "llava-hf":
+        return None, vision, tensors
+    question = TowerQuestion(
+        directory=paths.directory, config=config, given=paths.tower, use=paths.use_tower, any_tower=paths.any_tower
+    )
+    folder, tensors = find_tower(question, tensors)
+    if folder is None:
+        return None, vision, tensors
+    described = read_json(folder / CONFIG)
+    vision = parse_vision_config(described, feature_layer=vision.feature_layer, where=str(folder / CONFIG))
+    if not any(name == TOWER or name.endswith(f".{TOWER}") for name in tensors):
+        # Of a whole CLIP model, the text encoder is not needed.
+        tower = open_weights_directory(folder).items()
+        tensors = merge_disjoint(tensors, {name: t for name, t in tower if not name.startswith(CLIP_TEXT)})
+    return folder, vision, tensors
 
 
 def _vision_from_shapes(vision: VisionConfig, prefix: str, tensors: dict[str, LazyTensor]) -> VisionConfig:
