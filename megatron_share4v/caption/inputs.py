@@ -11,16 +11,21 @@ import hashlib
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from megatron_share4v.caption.records import ImageEntry
+from megatron_share4v.data.images.file_kind import begins_like_image
 from megatron_share4v.data.prepare.image_files import COMPRESSED, SUFFIXES
+from megatron_share4v.data.prepare.record_keys import find_image
 from megatron_share4v.errors import DataError
 from megatron_share4v.files import read_text
+from megatron_share4v.logging import get_logger
 
 EntryFields = tuple[str | None, str, str, int, int | None]
 """Given id, path, file, offset, size: see ImageEntry."""
+SHOWN_KINDS = 12
 
 
 def read_image_entries(*, images_file: Path | None, images: Sequence[str], root: Path) -> list[ImageEntry]:
@@ -30,13 +35,22 @@ def read_image_entries(*, images_file: Path | None, images: Sequence[str], root:
     invalid list, a missing input, and an empty result.
     """
     entries: list[EntryFields] = []
+    skipped: Counter[str] = Counter()
     if images_file is not None:
-        entries += _read_list(images_file, root)
+        entries += _read_list(images_file, root, skipped)
     for item in images:
-        entries += _expand_item(item, root)
+        entries += _expand_item(item, root, skipped)
+    left_out = ", ".join(f"{count} {name}" for name, count in skipped.most_common(SHOWN_KINDS))
+    left_out += f" and {len(skipped) - SHOWN_KINDS} other kinds" if len(skipped) > SHOWN_KINDS else ""
     if not entries:
         raise DataError(
-            f"{images_file or ', '.join(images)}: has no images; looked for {', '.join(SUFFIXES)} and .tar below {root}"
+            f"{images_file or ', '.join(images)}: has no images{f' (but {left_out})' if left_out else ''}; looked for "
+            f"{', '.join(SUFFIXES)} and .tar below {root}"
+        )
+    if skipped:
+        get_logger().warning(
+            "left out, because they are not read as images: %s; a file that --images or the list names itself is tried",
+            left_out,
         )
     return list(_with_ids(entries))
 
@@ -53,7 +67,7 @@ def _with_ids(entries: Iterable[EntryFields]) -> Iterator[ImageEntry]:
         yield ImageEntry(id=name, path=path, file=file, offset=offset, size=size)
 
 
-def _read_list(path: Path, root: Path) -> Iterator[EntryFields]:
+def _read_list(path: Path, root: Path, skipped: Counter[str]) -> Iterator[EntryFields]:
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -62,10 +76,7 @@ def _read_list(path: Path, root: Path) -> Iterator[EntryFields]:
             "a line"
         ) from error
     try:
-        if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            entries = json.loads(text)
+        entries = _parse_list(text, is_lines=path.suffix == ".jsonl")
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: is not JSON ({error}); --images-file is a JSON list of image paths, or .jsonl with one entry a "
@@ -74,9 +85,12 @@ def _read_list(path: Path, root: Path) -> Iterator[EntryFields]:
     if not isinstance(entries, list):
         raise DataError(f"{path}: holds a JSON {type(entries).__name__}; expected a list of image paths")
     for number, entry in enumerate(entries):
-        name, image = (
-            (entry.get("id"), entry.get("image", entry.get("path"))) if isinstance(entry, dict) else (None, entry)
-        )
+        name, image = entry.get("id") if isinstance(entry, dict) else None, entry
+        if isinstance(entry, dict):
+            image = find_image(entry)[1] or entry.get("path")
+            if image is None and "conversations" in entry:
+                skipped["text-only records"] += 1
+                continue
         if not isinstance(image, str) or not image:
             raise DataError(
                 f"{path}, entry {number}: is {str(entry)[:60]!r}; expected an image path, or an object with 'image' "
@@ -85,9 +99,21 @@ def _read_list(path: Path, root: Path) -> Iterator[EntryFields]:
         yield None if name is None else str(name), image, str(root / image), 0, None
 
 
-def _expand_item(item: str, root: Path) -> Iterator[EntryFields]:
+def _parse_list(text: str, *, is_lines: bool) -> object:
+    """Parse a JSON document, or JSON Lines by the file's name or content. Raises ValueError, RecursionError."""
+    try:
+        if not is_lines:
+            content = json.loads(text)
+            return [content] if isinstance(content, dict) and find_image(content)[0] else content
+    except ValueError:
+        if not text.lstrip().startswith("{"):
+            raise
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _expand_item(item: str, root: Path, skipped: Counter[str]) -> Iterator[EntryFields]:
     if (root / item).exists():
-        yield from _entries_at(item, root, explicit=True)
+        yield from _entries_at(item, root, skipped, explicit=True)
         return
     matches = sorted(glob.glob(item, root_dir=root, recursive=True)) if glob.has_magic(item) else []
     if not matches:
@@ -96,31 +122,44 @@ def _expand_item(item: str, root: Path) -> Iterator[EntryFields]:
             "--images-root"
         )
     for match in matches:
-        yield from _entries_at(match, root, explicit=False)
+        yield from _entries_at(match, root, skipped, explicit=False)
 
 
-def _entries_at(item: str, root: Path, *, explicit: bool) -> Iterator[EntryFields]:
-    """Entries of one path. explicit: named by the user, so it counts as an image whatever its suffix."""
+def _entries_at(item: str, root: Path, skipped: Counter[str], *, explicit: bool) -> Iterator[EntryFields]:
+    """Entries of one path. explicit: named by the user, so it counts as an image whatever its suffix.
+
+    skipped: counts files that are no images, by suffix.
+    """
     path, lower = root / item, item.lower()
     if path.is_dir():
         for folder, below, names in os.walk(path):
             below.sort()
             for name in sorted(names):
-                yield from _entries_at(
-                    PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix(), root, explicit=False
-                )
+                below_root = PurePosixPath(os.path.relpath(os.path.join(folder, name), root)).as_posix()
+                yield from _entries_at(below_root, root, skipped, explicit=False)
     elif lower.endswith(COMPRESSED):
         raise DataError(
             f"archive {path}: is compressed as a whole, so that images cannot be read one by one; unpack it, or make "
             "it a plain .tar"
         )
     elif lower.endswith(".tar"):
-        yield from _archive_members(item, path)
-    elif explicit or lower.endswith((*SUFFIXES, ".tiff")):
+        yield from _archive_members(item, path, skipped)
+    elif explicit or lower.endswith(SUFFIXES) or (not path.suffix and _begins_like_image(path)):
         yield None, PurePosixPath(item).as_posix(), str(path), 0, None
+    else:
+        skipped[path.suffix.lower() or "without a suffix"] += 1
 
 
-def _archive_members(item: str, path: Path) -> Iterator[EntryFields]:
+def _begins_like_image(path: Path, *, offset: int = 0) -> bool:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return begins_like_image(file.read(12))
+    except OSError:
+        return False
+
+
+def _archive_members(item: str, path: Path, skipped: Counter[str]) -> Iterator[EntryFields]:
     """Members of an archive: `a/b.tar` has a/b/<member>, as in data preparation (data/prepare/image_files.py)."""
     folder = PurePosixPath(item).with_suffix("")
     try:
@@ -130,7 +169,12 @@ def _archive_members(item: str, path: Path) -> Iterator[EntryFields]:
                 tar.members.clear()  # bounds memory: tarfile keeps every member
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"ends within {member.name}")
-                if member.isreg() and not member.issparse() and member.name.lower().endswith((*SUFFIXES, ".tiff")):
+                if not member.isreg() or member.issparse():
+                    continue
+                suffix = PurePosixPath(member.name).suffix.lower()
+                if suffix in SUFFIXES or (not suffix and _begins_like_image(path, offset=member.offset_data)):
                     yield None, str(folder / member.name), str(path), member.offset_data, member.size
+                else:
+                    skipped[suffix or "without a suffix"] += 1
     except (OSError, tarfile.TarError, EOFError, ValueError) as error:
         raise DataError(f"archive {path}: is damaged ({error}); fetch it again") from error

@@ -8,9 +8,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_share4v.caption.inputs import read_image_entries
+from megatron_share4v.data.prepare.image_files import SUFFIXES
 from megatron_share4v.errors import DataError
+from megatron_share4v.logging import get_logger
 
 
 def read(root: Path, *images: str, listed: object = None, name: str = "list.json"):
@@ -74,6 +77,41 @@ def test_folders_globs_and_archives(tmp_path: Path) -> None:
     ]
     assert [p.read() for p in read(tmp_path, "coco/sam.tar")] == [b"one", b"two"]
     assert read(tmp_path, "odd")[0].read() == b"odd"
+
+
+def test_every_format_that_is_decoded_is_taken_and_the_rest_is_counted(tmp_path: Path, caplog) -> None:
+    """A phone's or a browser's folder: nothing is left out without a word."""
+    picture = Image.new("RGB", (8, 6), (200, 10, 10))
+    taken = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.AVIF": "AVIF", "d.jp2": "JPEG2000", "e.mpo": "MPO", "f.tiff": "TIFF"}
+    for name, form in {**taken, "g.apng": "PNG", "h.dib": "BMP", "no_suffix": "WEBP"}.items():
+        picture.save(tmp_path / name, form)
+    for name in ("phone.heic", "two.HEIC", "drawing.svg", "README", "notes.txt"):
+        (tmp_path / name).write_bytes(b"no image")
+    members = {"x/1.jp2": b"", "x/2.heic": b"", "x/3": (tmp_path / "a.jfif").read_bytes(), "x/4": b"text"}
+    write_tar(tmp_path / "z.tar", members)
+    with caplog.at_level("WARNING", logger=get_logger().name):
+        found = [picture.path for picture in read(tmp_path, ".")]
+    assert found == [*sorted([*taken, "g.apng", "h.dib", "no_suffix"]), "z/x/1.jp2", "z/x/3"]
+    assert "not read as images: 3 .heic, 2 without a suffix, 1 " in caplog.text and "1 .svg" in caplog.text
+    assert {path.suffix.lower() for path in map(Path, found)} - {""} <= set(SUFFIXES)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "phone.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"has no images \(but 1 .heic\); looked for .jpg"):
+        read(tmp_path, "only")
+    assert [picture.path for picture in read(tmp_path, "only/phone.heic")] == ["only/phone.heic"]  # named: tried
+
+
+def test_annotations_of_any_form_as_list(tmp_path: Path) -> None:
+    records = [
+        {"id": "1", "images": ["a.png"], "conversations": []},
+        {"id": "2", "image": ["b.png"]},
+        {"image": "c.png"},
+    ]
+    text_only = {"id": "t", "conversations": []}
+    lines = "\n".join(map(json.dumps, [*records, text_only]))
+    for listed, name in (([*records, text_only], "a.json"), (lines, "a.jsonl"), (lines, "lines.json")):
+        assert [picture.path for picture in read(tmp_path, listed=listed, name=name)] == ["a.png", "b.png", "c.png"]
+    assert [picture.path for picture in read(tmp_path, listed=json.dumps(records[0]))] == ["a.png"]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,17 @@ _HTML = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 _TITLE = re.compile(rb"<title[^>]*>([^<]{1,80})", re.IGNORECASE)
 _SVG = re.compile(rb"<svg\b", re.IGNORECASE)
 _CODE = re.compile(rb"<Code>([\w.-]{1,60})</Code>")
+_IMAGE_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*",
+    b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51",
+)  # fmt: skip
 _SAMPLE = 4096  # bytes of a text file that are searched
+
+
+def begins_like_image(head: bytes) -> bool:
+    """Whether the first 12 bytes of a file are those of a format that is decoded."""
+    is_webp, is_avif = head[:4] == b"RIFF" and head[8:12] == b"WEBP", head[4:12] in (b"ftypavif", b"ftypavis")
+    return head.startswith(_IMAGE_SIGNATURES) or is_webp or is_avif
 
 
 def describe_file(data: bytes) -> str | None:
