@@ -22,7 +22,7 @@ OPENS_INPUT_LAST = ("caption.py", "convert.py", "doctor.py", "evaluate.py", "pla
 """Tools that name a missing input and end with exit code 2 after they have accepted all options."""
 APART: dict[str, list[tuple[str, ...]]] = {
     "caption.py": [("--images-file", "--endpoint", "--endpoint-model", "--concurrency", "--retries", "--timeout")],
-    "doctor.py data": [("--annotations", "--images")],
+    "doctor.py data": [("--annotations", "--images", "--tokenizer")],
     "evaluate.py": [("--answers",), ("--endpoint", "--endpoint-model")],
 }
 """Options that exclude others or the positional arguments, and are therefore given in a command of their own."""

@@ -1,7 +1,8 @@
 """Check data or machines before a run.
 
 `doctor.py data` checks annotations with their images, or a prepared data set, and reports what is wrong. Exit codes:
-0 clean, 1 findings (other than those of an allowed kind), 2 the check itself failed.
+0 clean, 1 findings (other than those of an allowed kind; repeated ids, records and images are information), 2 the check
+itself failed.
 
 `doctor.py env` checks the machines on every rank of a job, started under torchrun or srun like tools/train.py. Exit
 codes: 0 a run is possible (warnings name what will slow it down), 2 a run is impossible (the error names the reasons).
@@ -24,6 +25,7 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.prepare.annotations import AnnotationFile
 from megatron_share4v.data.prepare.audit import (
     AUDIT_KINDS,
+    INFORMATION,
     AnnotationSource,
     AuditResult,
     DatasetSource,
@@ -43,6 +45,19 @@ from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 
+PACK_LENGTH = 4096
+RECIPE: dict[str, object] = {
+    "tokens_per_image": 576,
+    "image_size": 336,
+    "image_aspect_ratio": "pad",
+    "image_orientation": "stored",
+    "micro_batch_size": 8,
+    "global_batch_size": 128,
+    "pad_multiple": 8,
+    "pack_length": PACK_LENGTH,
+}
+"""Numbers of ShareGPT4V's recipe, where neither an option nor --config gives another."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the check, print its report and return the exit code."""
@@ -54,13 +69,16 @@ def main(arguments: list[str] | None = None) -> int:
         options.images is None
     ):
         parser.error("give a prepared directory, or --annotations and --images")
-    if options.global_batch_size % options.micro_batch_size:
-        parser.error(
-            f"--global-batch-size {options.global_batch_size} is not a multiple of "
-            f"--micro-batch-size {options.micro_batch_size}"
-        )
+    if options.tokenizer is None and options.config is None:
+        parser.error("give --tokenizer, or --config with the run's configuration, which names it")
     logging.configure(rank=0)
     try:
+        _fill_in(options)
+        if options.global_batch_size % options.micro_batch_size:
+            parser.error(
+                f"--global-batch-size {options.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {options.micro_batch_size}"
+            )
         return _check_data(options)
     except (Share4VError, OSError) as error:
         print(f"doctor: {error}", file=sys.stderr)
@@ -80,6 +98,33 @@ def _check_machines(options: argparse.Namespace) -> int:
     if report is not None:
         print(report)
     return 0
+
+
+def _fill_in(options: argparse.Namespace) -> None:
+    """Set the options that were not given to the run's values, without --config to those of the ShareGPT4V recipe."""
+    values = RECIPE
+    if options.config is not None:
+        run = load_run(options.config)
+        data, train, vision = run.data, run.train, run.model.vision
+        values = {
+            "tokenizer": Path(data.tokenizer),
+            "template": data.template,
+            "max_text_length": data.max_text_length,
+            "tokens_per_image": vision.num_patches,
+            "image_size": vision.image_size,
+            "image_aspect_ratio": data.image_aspect_ratio,
+            "image_orientation": data.image_orientation,
+            "micro_batch_size": train.micro_batch_size,
+            "global_batch_size": train.global_batch_size,
+            "pad_multiple": data.pad_multiple,
+            "pack_length": data.pack_length or min(PACK_LENGTH, run.model.language.max_position_embeddings),
+        }
+    for name, value in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    side = options.image_size
+    source = str(options.config) if options.config else "ShareGPT4V's recipe; --config RUN.yaml takes a run's numbers"
+    print(f"an image is {options.tokens_per_image} positions and {side} x {side} pixels, as in {source}")
 
 
 def _check_data(options: argparse.Namespace) -> int:
@@ -107,7 +152,7 @@ def _check_data(options: argparse.Namespace) -> int:
             save_png(chart, options.out / "lengths.png")
         _print_samples(options, records, result)
     print(text + f"\nall findings, this report and the histogram are in {options.out}")
-    unexpected = sum(count for kind, count in result.counts.items() if kind not in options.allow)
+    unexpected = sum(count for kind, count in result.counts.items() if kind not in (*options.allow, *INFORMATION))
     return 1 if unexpected or not result.records else 0
 
 
@@ -132,7 +177,7 @@ def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
 
 
 def _print_samples(options: argparse.Namespace, records: RecordSource, result: AuditResult) -> None:
-    policy = ImagePolicy(image_size=options.image_size, aspect_ratio=options.image_aspect_ratio)
+    policy = ImagePolicy(options.image_size, options.image_aspect_ratio, options.image_orientation)
     validator = records.validator
     for position, item in result.chosen:
         sample = records.sample(item)
@@ -155,20 +200,40 @@ def _print_samples(options: argparse.Namespace, records: RecordSource, result: A
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    data = commands.add_parser("data", help="check a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    _add_data_options(commands.add_parser("data", help="check a data set"))
+    env = commands.add_parser("env", help="check the machines", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    env.add_argument(
+        "config", nargs="?", help="the run's YAML file; without it only checks that need no configuration run"
+    )
+    env.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides, as for tools/train.py")
+    env.add_argument(
+        "--shared",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder that all ranks must share, in addition to run.directory (repeatable)",
+    )
+    env.add_argument("--timeout", type=positive, default=300, help="seconds to wait for the other ranks")
+    return parser
+
+
+def _add_data_options(data: argparse.ArgumentParser) -> None:
     data.add_argument("prepared", type=Path, nargs="?", help="directory that tools/prepare_data.py has written")
-    data.add_argument("--annotations", type=Path, help="JSON file, as given to tools/prepare_data.py")
+    data.add_argument("--annotations", type=Path, help="JSON or JSON Lines file, as given to tools/prepare_data.py")
     data.add_argument("--images", type=Path, help="folder of images, as given to tools/prepare_data.py")
-    data.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
-    data.add_argument("--template", help="conversation template (vicuna_v1, or what the directory was prepared with)")
+    data.add_argument("--config", type=Path, help="the run's YAML file, for all numbers below that are not given")
+    data.add_argument("--tokenizer", type=Path, help="sentencepiece tokenizer.model (the run's)")
+    data.add_argument("--template", help="conversation template (the run's, what was prepared with, or vicuna_v1)")
     data.add_argument(
-        "--max-text-length", type=positive, help="positions kept, an image counted as one (2048, or as prepared)"
+        "--max-text-length",
+        type=positive,
+        help="positions kept, an image as one (the run's, as prepared, 2048)",
     )
     data.add_argument(
         "--out",
         type=Path,
         default=Path("runs/doctor"),
-        help="output directory of findings.jsonl, report.txt and images",
+        help="output directory of findings.jsonl, report.txt and images (runs/doctor)",
     )
     data.add_argument(
         "--show",
@@ -184,34 +249,23 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*KINDS, *AUDIT_KINDS],
         help="kind of finding that does not fail the check (repeatable)",
     )
-    data.add_argument("--tokens-per-image", type=positive, default=576, help="positions of an image")
-    data.add_argument("--image-size", type=positive, default=336, help="side of the vision tower's input in pixels")
+    run = data.add_argument_group("numbers of the run (from --config, else those of ShareGPT4V's recipe)")
+    run.add_argument("--tokens-per-image", type=positive, help="positions of an image (576)")
+    run.add_argument("--image-size", type=positive, help="side of the vision tower's input in pixels (336)")
+    run.add_argument(
+        "--image-aspect-ratio", choices=("pad", "square"), help="pad to a square, or crop the centre (pad)"
+    )
+    run.add_argument("--image-orientation", choices=("stored", "exif"), help="exif: apply EXIF orientation (stored)")
+    run.add_argument("--micro-batch-size", type=positive, help="micro-batch size for the padding estimate (8)")
+    run.add_argument("--global-batch-size", type=positive, help="global batch size for the padding estimate (128)")
+    run.add_argument("--pad-multiple", type=positive, help="sequences are padded to a multiple of it (8)")
+    run.add_argument("--pack-length", type=positive, help="positions of a pack (4096)")
     data.add_argument(
-        "--image-aspect-ratio", choices=("pad", "square"), default="pad", help="pad to a square, or crop the centre"
+        "--workers",
+        type=natural,
+        default=os.cpu_count() or 1,
+        help="decoding processes; 0: decode in this process (one a core)",
     )
-    data.add_argument("--micro-batch-size", type=positive, default=8, help="micro-batch size for the padding estimate")
-    data.add_argument(
-        "--global-batch-size", type=positive, default=128, help="global batch size for the padding estimate"
-    )
-    data.add_argument("--pad-multiple", type=positive, default=8, help="sequences are padded to a multiple of it")
-    data.add_argument("--pack-length", type=positive, default=4096, help="positions of a pack")
-    data.add_argument(
-        "--workers", type=natural, default=os.cpu_count() or 1, help="decoding processes; 0: decode in this process"
-    )
-    env = commands.add_parser("env", help="check the machines", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    env.add_argument(
-        "config", nargs="?", help="the run's YAML file; without it only checks that need no configuration run"
-    )
-    env.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="overrides, as for tools/train.py")
-    env.add_argument(
-        "--shared",
-        type=Path,
-        action="append",
-        default=[],
-        help="folder that all ranks must share, in addition to run.directory (repeatable)",
-    )
-    env.add_argument("--timeout", type=positive, default=300, help="seconds to wait for the other ranks")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Streaming reader of LLaVA/ShareGPT4V annotations: a JSON list of {"id", "image"?, "conversations": [...]}.
 
+JSON Lines, one record a line, are read as well, whatever the file's name.
+
 An Entry is the unchecked element at one position; a Record is an entry of valid form. They are separate so that one bad
 entry can be named and rejected without stopping. Role order, placeholders and images are checked in validate.py.
 """
@@ -8,13 +10,16 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from megatron_share4v.data.prepare.record_keys import IMAGE, image_path, is_empty, shorten
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
 ROLES = ("human", "gpt")
 TEXT_ONLY = "text-only"
@@ -120,8 +125,11 @@ def _elements(annotations: AnnotationFile) -> Iterator[object]:
     """Yield the elements of the JSON list."""
     window = _TextWindow(annotations.chunks())
     first = window.skip_space()
+    if first == "{":
+        yield from _lines(window, annotations.path)
+        return
     if first != "[":
-        kind = {"{": "object", '"': "string", "": "document of nothing"}.get(first, "value")
+        kind = {'"': "string", "": "document of nothing"}.get(first, "value")
         raise DataError(
             f"annotations {annotations.path}: holds a JSON {kind}; expected a list of records with 'conversations'"
         )
@@ -142,6 +150,24 @@ def _elements(annotations: AnnotationFile) -> Iterator[object]:
     window.start += 1
     if rest := window.skip_space():
         raise _not_json(annotations.path, count, f"{rest!r} after the end of the list")
+
+
+def _lines(window: _TextWindow, path: Path) -> Iterator[object]:
+    """Yield the records of JSON Lines. Raises DataError for a single object that is no record."""
+    count = 0
+    while mark := window.skip_space():
+        if mark != "{":
+            raise _not_json(path, count, f"{mark!r} after a record; JSON Lines have one object a line")
+        record = _element(window, path, count)
+        assert isinstance(record, dict)  # it begins with {
+        if not count and not window.skip_space() and "conversations" not in record:
+            keys = ", ".join(list(record)[:5])
+            raise DataError(
+                f"annotations {path}: holds a JSON object ({keys}); expected a list of records with 'conversations', "
+                "or JSON Lines, one record a line"
+            )
+        yield record
+        count += 1
 
 
 def _element(window: _TextWindow, path: Path, count: int) -> object:
@@ -178,24 +204,41 @@ def parse_record(content: object, *, where: str) -> Record:
     """Validate the form of one record; messages of the DataError start with `where`."""
     if not isinstance(content, dict):
         raise DataError(f"{where}: is a {type(content).__name__}; expected an object with 'conversations'")
-    image = content.get("image")
-    if "image" in content and not (isinstance(image, str) and image):
-        raise DataError(f"{where}: 'image' is {image!r}; expected one relative path, or no 'image' for text only")
-    if image and (image.startswith("/") or ".." in PurePosixPath(image).parts):
+    image = image_path(content)
+    if IMAGE in content and image is None and not is_empty(content[IMAGE]):
         raise DataError(
-            f"{where}: 'image' is {_short(image)}, outside the folder of images; write a path relative to it"
+            f"{where}: 'image' is {shorten(content[IMAGE])}; expected one relative path, or no 'image' for text only"
         )
+    if image is not None:
+        _check_path(image, where=where)
     conversations = content.get("conversations")
     if not isinstance(conversations, list) or not conversations:
-        raise DataError(f"{where}: 'conversations' is {_short(conversations)}; expected a list of {{'from', 'value'}}")
+        raise DataError(f"{where}: 'conversations' is {shorten(conversations)}; expected a list of {{'from', 'value'}}")
     turns = tuple(_parse_turn(item, where=f"{where}, turn {number}") for number, item in enumerate(conversations))
+    if IMAGE in content and image is None and any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        raise DataError(
+            f"{where}: 'image' is {content[IMAGE]!r} and a turn has {IMAGE_PLACEHOLDER}; expected one relative path, "
+            f"or no {IMAGE_PLACEHOLDER} for text only"
+        )
     return Record(id=str(content.get("id") or ""), image=image, turns=turns)
+
+
+def _check_path(image: str, *, where: str) -> None:
+    """Raise DataError for a path that is not below the folder of images."""
+    if "://" in image:
+        raise DataError(f"{where}: 'image' is {shorten(image)}, a URL; download the picture and give its path")
+    if image.startswith("/") or PurePosixPath(os.path.normpath(image)).parts[:1] == ("..",):
+        raise DataError(
+            f"{where}: 'image' is {shorten(image)}, outside the folder of images; write a path relative to it"
+        )
+    if ".." in PurePosixPath(image).parts:
+        raise DataError(f"{where}: 'image' is {shorten(image)}; write it without '..': {os.path.normpath(image)}")
 
 
 def source_name(content: object) -> str:
     """Source of a record: the first folder of its image path ("coco", "sam", ...), or TEXT_ONLY."""
-    image = content.get("image") if isinstance(content, dict) else None
-    if not isinstance(image, str):
+    image = image_path(content)
+    if image is None:
         return TEXT_ONLY
     parts = Path(image).parts
     return parts[0] if len(parts) > 1 else "."
@@ -211,10 +254,5 @@ def _parse_turn(item: object, *, where: str) -> Turn:
     if role not in ROLES:
         raise DataError(f"{where}: 'from' is {role!r}; expected one of {', '.join(ROLES)}")
     if not isinstance(text, str):
-        raise DataError(f"{where}: 'value' is {_short(text)}; expected text")
+        raise DataError(f"{where}: 'value' is {shorten(text)}; expected text")
     return Turn(role=role, text=text)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,12 +20,14 @@ from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, par
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.prepare.growing_array import GrowingArray
 from megatron_share4v.data.prepare.image_files import EncodedImage
+from megatron_share4v.data.prepare.record_keys import image_path, unread_keys
 from megatron_share4v.data.prepare.validate import (
     Accepted,
     CheckedText,
     RecordValidator,
     Rejected,
     check_image,
+    check_text_only,
     validate_all,
 )
 from megatron_share4v.data.records import Sample
@@ -34,16 +36,12 @@ from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.data.store.shards import Member, ShardReader
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
-from megatron_share4v.text.template import IMAGE_PLACEHOLDER
 
-DAMAGED, OUTDATED, TRUNCATED, STRAY = (
-    "damaged sample",
-    "outdated index",
-    "truncated answer",
-    "placeholder without image",
-)
+DAMAGED, OUTDATED, TRUNCATED = "damaged sample", "outdated index", "truncated answer"
 SAME_ID, SAME_RECORD, SAME_IMAGE = "repeated id", "repeated record", "equal images"
-AUDIT_KINDS = (DAMAGED, OUTDATED, TRUNCATED, STRAY, SAME_ID, SAME_RECORD, SAME_IMAGE)
+AUDIT_KINDS = (DAMAGED, OUTDATED, TRUNCATED, SAME_ID, SAME_RECORD, SAME_IMAGE)
+INFORMATION = (SAME_ID, SAME_RECORD, SAME_IMAGE)
+"""Kinds that are reported and are no failure: nothing is lost or trained wrongly."""
 UNREADABLE = "(unreadable)"  # source name of samples whose record cannot be read
 PROGRESS_EVERY_S = 5.0
 
@@ -80,7 +78,7 @@ class Finding:
 class AuditedRecord:
     """Result of auditing one record in a worker.
 
-    stray: the record has a placeholder and no image. outdated: differences to the index, if any.
+    unread: keys of the record that are not read. outdated: differences to the index, if any.
     """
 
     where: str
@@ -88,7 +86,7 @@ class AuditedRecord:
     source: str
     verdict: Accepted | Rejected
     image_path: str = ""
-    stray: bool = False
+    unread: tuple[str, ...] = ()
     outdated: str = ""
 
 
@@ -127,16 +125,13 @@ class AnnotationSource:
         """Validate one record."""
         verdict = self.validator((entry, False))
         content = entry.content if isinstance(entry.content, dict) else {}
-        path, stray = content.get("image"), False
-        if isinstance(verdict, Accepted) and verdict.image_path is None:
-            stray = any(IMAGE_PLACEHOLDER in turn.text for turn in parse_record(content, where=entry.where).turns)
         return AuditedRecord(
             entry.where,
             str(content.get("id") or ""),
             source_name(content),
             verdict,
-            path if isinstance(path, str) else "",
-            stray,
+            image_path(content) or "",
+            tuple(dict.fromkeys(unread_keys(content))),
         )
 
     def sample(self, entry: Entry) -> Sample:
@@ -173,21 +168,22 @@ class DatasetSource:
             return AuditedRecord(where, "", UNREADABLE, Rejected(DAMAGED, str(error)))
         image = check_image(EncodedImage(sample.image), keep_bytes=False) if sample.image is not None else None
         text = self.validator.check_text(sample.turns, has_image=sample.has_image)
+        lost = None if sample.has_image else check_text_only(content, sample.turns, where=where)
         verdict: Accepted | Rejected
         if isinstance(image, Rejected):
             verdict = image
+        elif lost is not None:
+            verdict = lost
         else:
-            path = content.get("image")
-            verdict = text if isinstance(text, Rejected) else Accepted(key, path, image, text)
-        stray = not sample.has_image and any(IMAGE_PLACEHOLDER in turn.text for turn in sample.turns)
+            verdict = text if isinstance(text, Rejected) else Accepted(key, image_path(content), image, text)
         outdated = "" if isinstance(verdict, Rejected) else _differences(index.rows[row], verdict.text)
         return AuditedRecord(
             where,
             str(content.get("id") or ""),
             source_name(content),
             verdict,
-            content.get("image") or "",
-            stray,
+            image_path(content) or "",
+            tuple(dict.fromkeys(unread_keys(content))),
             outdated,
         )
 
@@ -206,7 +202,7 @@ class AuditResult:
 
     records: number of audited records. counts: findings by kind; examples: the first findings of each kind.
     sources: source names, numbered as in `facts` ([N] of FACTS). refused: rejected records by source.
-    chosen: (position, item) of a random sample of the accepted records.
+    chosen: (position, item) of a random sample of the accepted records. unread: records by key that is not read.
     """
 
     records: int = 0
@@ -216,6 +212,7 @@ class AuditResult:
     refused: Counter[str] = field(default_factory=Counter)
     chosen: list[tuple[int, object]] = field(default_factory=list)
     duplicates: Duplicates | None = None
+    unread: Counter[str] = field(default_factory=Counter)
     facts: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=FACTS))
 
 
@@ -239,6 +236,7 @@ def audit_records(
     last = started = time.monotonic()
     for position, (item, record) in enumerate(validate_all(records.audit_item, records.items(), workers=workers)):
         result.records += 1
+        result.unread.update(record.unread)
         source = numbers.setdefault(record.source, len(numbers))
         if record.id:
             ids.append((_hash(record.id), position))
@@ -296,12 +294,6 @@ def _warnings(record: AuditedRecord, text: CheckedText) -> Iterator[tuple[str, s
                 f"{text.full_lab - text.n_lab} of {text.full_lab} trained positions are truncated: "
                 f"{text.n_tok} of {text.full_tok} positions are kept"
             ),
-        )
-    if record.stray:
-        yield (
-            STRAY,
-            f"a turn has {IMAGE_PLACEHOLDER} and the record has no image: it is trained as text; "
-            "add the image or remove the placeholder",
         )
 
 

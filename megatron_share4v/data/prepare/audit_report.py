@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_share4v.data.prepare.audit import AuditResult
+from megatron_share4v.data.prepare.audit import INFORMATION, AuditResult
+from megatron_share4v.data.prepare.record_keys import describe_unread
 from megatron_share4v.data.sampling.orders import modality_length_order, random_order
 from megatron_share4v.data.sampling.packing import Packing, pack_samples
 
@@ -113,10 +114,14 @@ def _padded(lengths: np.ndarray, size: int, multiple: int) -> int:
 
 
 def _findings(audit: AuditResult, allowed: Sequence[str]) -> Iterator[str]:
-    yield f"{audit.records} records, {len(audit.facts)} can be trained, {audit.counts.total()} findings"
+    failures = sum(count for kind, count in audit.counts.items() if kind not in INFORMATION)
+    yield f"{audit.records} records, {len(audit.facts)} can be trained, {failures} findings"
     for kind, count in audit.counts.most_common():
-        yield f"  {count:>9} {kind}" + (" (allowed)" if kind in allowed else "")
+        note = " (information)" if kind in INFORMATION else " (allowed)" if kind in allowed else ""
+        yield f"  {count:>9} {kind}{note}"
         yield from (f"            {finding.where}: {finding.reason}" for finding in audit.examples[kind])
+    if audit.unread:
+        yield f"  keys that are not read: {describe_unread(audit.unread)}"
     if audit.duplicates and audit.duplicates.shared:
         yield f"  {audit.duplicates.shared:>9} samples share another's image (no finding: it is stored once)"
 

@@ -10,11 +10,14 @@ import hashlib
 import os
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -22,7 +25,12 @@ from megatron_share4v.data.store.shards import Member
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff",
+    ".avif", ".jp2", ".j2k", ".jpx", ".jpf",
+)  # fmt: skip
+"""Suffixes of the formats that are decoded (EXTENSIONS of data/images/pil_decoder.py)."""
+MAX_LISTED = 100_000  # names of a folder that are searched for one like a missing one
 MEMBERS, PATHS = "members.npy", "paths.npy"
 PREPARED = {"dataset.json", "journal.jsonl"}  # files that mark an output folder of writer.py
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -59,6 +67,7 @@ class ImageFiles:
         self._members = np.load(table / MEMBERS, mmap_mode="r") if table else np.empty(0, dtype=_MEMBER)
         self._paths = np.load(table / PATHS, mmap_mode="r") if table else self._members["path"]
         self._files: dict[int, int] = {}
+        self._listings: dict[Path, dict[str, str]] = {}  # folder -> name by loose name
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return _open_images, (self.root, self.archives, self._table_path)
@@ -127,12 +136,48 @@ class ImageFiles:
         where = self.root / path
         others = [where.with_suffix(suffix) for suffix in SUFFIXES if suffix != where.suffix]
         near = [other.name for other in others if other.is_file()]
-        remedy = (
-            f"there is {near[0]} beside it: rename it, or correct the record"
-            if near
-            else "fetch it or leave the record out"
-        )
+        if similar := self._find_similar(path):
+            remedy = f"there is {similar} ({_difference(path, similar)}): correct the record"
+        elif near:
+            remedy = f"there is {near[0]} beside it: rename it, or correct the record"
+        elif "\\" in path:
+            remedy = "write / in place of \\"
+        else:
+            remedy = "fetch it or leave the record out"
         return f"image {where}: cannot be read (no such file{', nor in an archive' if self.archives else ''}); {remedy}"
+
+    def _find_similar(self, path: str) -> str | None:
+        """Path of a file whose name differs from `path` in case, slashes, blanks or the encoding of characters."""
+        found = PurePosixPath()
+        for part in PurePosixPath(path.replace("\\", "/")).parts:
+            folder = self.root / found
+            if folder not in self._listings:
+                try:
+                    with os.scandir(folder) as entries:
+                        names = [entry.name for entry in islice(entries, MAX_LISTED)]
+                except (OSError, ValueError):
+                    return None
+                self._listings[folder] = {_loose_name(name): name for name in names}
+            name = self._listings[folder].get(_loose_name(part))
+            if name is None:
+                return None
+            found /= name
+        return str(found) if str(found) != path and (self.root / found).is_file() else None
+
+
+def _loose_name(name: str) -> str:
+    return unicodedata.normalize("NFC", unquote(name, errors="surrogateescape")).casefold().strip()
+
+
+def _difference(path: str, similar: str) -> str:
+    """Name what a path in a record has other than that of the file."""
+    if "\\" in path:
+        return "/ in place of \\"
+    if path.casefold() == similar.casefold():
+        return "another case of letters"
+    if unicodedata.normalize("NFC", path) == unicodedata.normalize("NFC", similar):
+        return "another Unicode form of the same characters"
+    return "without blanks around it" if path.strip() == similar else "written another way"
 
 
 def read_in_place(root: str | None, path: str | None, member: Member, *, key: str) -> bytes:

@@ -30,7 +30,8 @@ class Journal:
     """State of a preparation in `directory`; rows and keys are also in memory, about 200 bytes per sample.
 
     entries: processed annotation records. shards: finished shards. rejected: counts by kind. keys: keys of all samples.
-    sources: counts by (source, "samples" | "rejected" | "images"). rows: [samples] of KEPT_ROW.
+    sources: counts by (source, "samples" | "rejected" | "images"). unread: records by key that is not read.
+    rows: [samples] of KEPT_ROW.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,6 +40,7 @@ class Journal:
         self.shards: list[ShardFile] = []
         self.sources: Counter[tuple[str, str]] = Counter()
         self.rejected: Counter[str] = Counter()
+        self.unread: Counter[str] = Counter()
         self.keys: list[str] = []
         self._table = GrowingArray(KEPT_ROW)
         self._written = 0
@@ -102,6 +104,7 @@ class Journal:
             "shard": [shard.name, shard.size],
             "sources": [[*name, count] for name, count in sorted(self.sources.items())],
             "rejected": dict(sorted(self.rejected.items())),
+            "unread": dict(sorted(self.unread.items())),
         }
         self._append(NAME, json.dumps(state).encode() + b"\n")
 
@@ -132,6 +135,7 @@ class Journal:
         self.entries, self._written = state["entries"], state["samples"]
         self.sources.update({(source, what): count for source, what, count in state["sources"]})
         self.rejected.update(state["rejected"])
+        self.unread.update(state.get("unread", {}))
         if states:
             self._table = GrowingArray(KEPT_ROW, np.fromfile(self.directory / ROWS, dtype=KEPT_ROW))
             self.keys = read_text(self.directory / KEYS).splitlines()

@@ -22,6 +22,7 @@ from megatron_share4v.data.loading.encode import check_placeholders, count_train
 from megatron_share4v.data.loading.workers import ordered_map
 from megatron_share4v.data.prepare.annotations import Entry, count_words, parse_record
 from megatron_share4v.data.prepare.image_files import EncodedImage, ImageFiles
+from megatron_share4v.data.prepare.record_keys import describe_missing_image, find_lost_media
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.mask import encode_conversation
@@ -29,8 +30,9 @@ from megatron_share4v.text.template import IMAGE_PLACEHOLDER, Template
 from megatron_share4v.text.tokenizer import Tokenizer
 
 BAD_RECORD, MISSING, OVERSIZED, CORRUPT = "bad record", "missing image", "oversized image", "corrupt image"
-PLACEHOLDERS, BAD_CONVERSATION, NO_LABEL = "placeholder mismatch", "bad conversation", "no label"
-KINDS = (BAD_RECORD, MISSING, OVERSIZED, CORRUPT, PLACEHOLDERS, BAD_CONVERSATION, NO_LABEL)
+PLACEHOLDERS, STRAY = "placeholder mismatch", "placeholder without image"
+BAD_CONVERSATION, NO_LABEL = "bad conversation", "no label"
+KINDS = (BAD_RECORD, MISSING, OVERSIZED, CORRUPT, PLACEHOLDERS, STRAY, BAD_CONVERSATION, NO_LABEL)
 CHUNK = 16  # records per request to a worker
 AHEAD = 2  # look-ahead of each worker in chunks: bounds the image bytes in memory
 NO_LIMIT = 1 << 62
@@ -109,6 +111,8 @@ class RecordValidator:
             record = parse_record(entry.content, where=entry.where)
         except DataError as error:
             return Rejected(BAD_RECORD, str(error))
+        if record.image is None and (lost := check_text_only(entry.content, record.turns, where=entry.where)):
+            return lost
         image = None
         if record.image is not None and not image_is_known:
             try:
@@ -154,6 +158,16 @@ class RecordValidator:
             full_lab=count_trained_positions(labels),
             identity=int.from_bytes(identity, "little"),
         )
+
+
+def check_text_only(content: object, turns: tuple[Turn, ...], *, where: str) -> Rejected | None:
+    """Refuse a record that is read as text only, although a key or a placeholder speaks of a picture."""
+    keys = content if isinstance(content, dict) else {}
+    if reason := find_lost_media(keys):
+        return Rejected(BAD_RECORD, f"{where}: {reason}")
+    if any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
+        return Rejected(STRAY, f"{where}: {describe_missing_image(keys)}")
+    return None
 
 
 def check_image(found: EncodedImage, *, keep_bytes: bool) -> CheckedImage | Rejected:

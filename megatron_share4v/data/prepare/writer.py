@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, sou
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.prepare.image_files import ImageFiles, find_archives, scan_images
 from megatron_share4v.data.prepare.progress import PrepareProgress
+from megatron_share4v.data.prepare.record_keys import describe_unread, image_path, name_image_plainly, unread_keys
 from megatron_share4v.data.prepare.resume import NO_PATH, PATH_BYTES, REJECTED, Journal
 from megatron_share4v.data.prepare.validate import Accepted, RecordValidator, Rejected, validate_all
 from megatron_share4v.data.store.index import IN_PLACE, ROW, VERSION, DatasetInfo, ShardFile, SourceCount, write_index
@@ -66,7 +67,10 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """Counts of a finished preparation. images: samples with an image. rejected: records by kind of reason."""
+    """Counts of a finished preparation.
+
+    images: samples with an image. rejected: records by kind of reason. unread: records by key that is not read.
+    """
 
     output: Path
     samples: int
@@ -74,6 +78,7 @@ class PrepareSummary:
     shards: int
     rejected: dict[str, int]
     duplicates: Duplicates
+    unread: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         refused = (
@@ -88,7 +93,8 @@ class PrepareSummary:
             else ""
         )
         written = f"{self.samples} samples ({self.images} with an image) in {self.shards} shards"
-        return f"{self.output}: {written}; {refused}{repeated}"
+        unread = f"; keys that are not read: {describe_unread(self.unread)}" if self.unread else ""
+        return f"{self.output}: {written}; {refused}{repeated}{unread}"
 
 
 def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> PrepareSummary:
@@ -190,8 +196,8 @@ class _Writer:
 
     def has_image(self, entry: Entry) -> bool:
         """Whether the image of an entry is stored already and need not be validated."""
-        path = entry.content.get("image") if isinstance(entry.content, dict) else None
-        return isinstance(path, str) and not self._repeat_images and _path_hash(path) in self._owners
+        path = image_path(entry.content)
+        return path is not None and not self._repeat_images and _path_hash(path) in self._owners
 
     def accept(self, entry: Entry, sample: Accepted) -> None:
         """Write one sample.
@@ -201,9 +207,9 @@ class _Writer:
         source, key = source_name(entry.content), self._new_key(sample.id, entry.position)
         path = _path_hash(sample.image_path) if sample.image_path is not None else NO_PATH
         owner = self._owners.get(path) if path != NO_PATH and not self._repeat_images else None
-        content = entry.content
+        assert isinstance(entry.content, dict)  # accepted records are objects
+        content = name_image_plainly(entry.content, sample.image_path)
         if owner is not None and not self._in_place:
-            assert isinstance(content, dict)  # accepted records are objects
             content = content | {
                 "image_in": {
                     "shard": self._shards.names[self.journal.rows[owner]["shard"]],
@@ -238,7 +244,7 @@ class _Writer:
             {
                 "position": entry.position,
                 "id": content.get("id"),
-                "image": content.get("image"),
+                "image": image_path(content) or content.get("image"),
                 **dataclasses.asdict(verdict),
             }
         )
@@ -252,6 +258,7 @@ class _Writer:
 
     def _advance(self, entry: Entry) -> None:
         self.journal.entries = entry.position + 1
+        self.journal.unread.update(set(unread_keys(entry.content)))
         if self._shards.is_full:
             self._finish_shard()
 
@@ -342,8 +349,9 @@ def _finish(
     if (journal.directory / ARCHIVES).is_dir():
         shutil.rmtree(journal.directory / ARCHIVES)
     journal.remove()
+    images_used, unread = int(rows["n_img"].sum()), dict(journal.unread)
     return PrepareSummary(
-        options.output, len(rows), int(rows["n_img"].sum()), len(journal.shards), dict(journal.rejected), duplicates
+        options.output, len(rows), images_used, len(journal.shards), dict(journal.rejected), duplicates, unread
     )
 
 

@@ -49,7 +49,7 @@ def bad(prepared, tmp_path: Path, picture) -> Path:
     shutil.copytree(prepared.images, tmp_path / "images")
     coco = tmp_path / "images" / "coco"
     (coco / "half.png").write_bytes(picture(3)[:100])
-    (coco / "strip.png").write_bytes(picture(3, size=(900, 9)))
+    (coco / "strip.png").write_bytes(picture(3, size=(1809, 9)))
     shutil.copy(coco / "1.png", coco / "copy.png")
     question, answer = {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red circle"}
     about = lambda image, *turns, id="x": {
@@ -95,7 +95,7 @@ def test_every_kind_is_found(bad: Path, examine: RecordValidator):
     found = []
     result = _audit(bad, examine, on_finding=found.append)
     assert dict(result.counts) == WANTED, found
-    assert (result.records, len(result.facts)) == (37, 30)
+    assert (result.records, len(result.facts)) == (37, 29)
     by_kind = {finding.kind: finding for finding in found}
     assert by_kind["truncated answer"].where == "annotations.json, record 30 (id 'g')"
     assert "trained positions are truncated" in by_kind["truncated answer"].reason
@@ -161,12 +161,12 @@ def test_report_says_it_all(bad: Path, examine: RecordValidator):
     text = format_report(
         _audit(bad, examine),
         BatchShape(tokens_per_image=4, global_batch_size=8, pack_length=512),
-        allowed=["repeated id"],
+        allowed=["truncated answer"],
     )
-    assert text.startswith("37 records, 30 can be trained, 12 findings\n")
-    assert (
-        "1 repeated id (allowed)" in text and "1 missing image\n" in text and "2 samples share another's image" in text
-    )
+    assert text.startswith("37 records, 29 can be trained, 9 findings\n")
+    assert "1 truncated answer (allowed)" in text and "1 repeated id (information)" in text
+    assert "1 missing image\n" in text and "2 samples share another's image" in text
+    assert "keys that are not read" not in text
     for words in (
         "source ",
         "coco ",
@@ -245,6 +245,27 @@ def test_the_command(bad: Path, prepared, command, capsys):
         assert np.array_equal(np.asarray(Image.open(path)), wanted)
     allowed = [text for kind in WANTED for text in ("--allow", kind)]
     assert command([*annotated, *shape, *allowed]) == 0
+
+
+def test_numbers_come_from_the_run(bad: Path, prepared, tmp_path: Path, command, capsys):
+    """The tour's command: duplicates are information, and an image has the positions of the run's tower."""
+    records = prepared.records + [prepared.records[1], {**prepared.records[2], "weight": 2, "model": ""}]
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(record) for record in records))
+    text = (TOOL.parents[1] / "examples/quickstart/finetune.yaml").read_text()
+    text = text.replace("runs/quickstart/tokenizer.model", str(prepared.tokenizer_path))
+    text = text.replace("../models", str(TOOL.parents[1] / "examples/models"))
+    (tmp_path / "run.yaml").write_text(text)
+    arguments = ["data", "--annotations", tmp_path / "a.json", "--images", prepared.images, "--workers", 0]
+    assert command([*arguments, "--config", tmp_path / "run.yaml", "--show", 1, "--out", tmp_path / "out"]) == 0
+    out = capsys.readouterr().out
+    assert "an image is 36 positions and 72 x 72 pixels, as in " in out and "<image: 36 positions>" in out
+    assert "26 records, 26 can be trained, 0 findings" in out and "2 repeated record (information)" in out
+    assert "keys that are not read: 'weight' in 1 records" in out and "micro-batch 24, global batch 24" in out
+    assert Image.open(next((tmp_path / "out").glob("sample-*.png"))).size == (72, 72)
+    with pytest.raises(SystemExit, match="2"):
+        command(arguments)
+    assert "give --tokenizer, or --config" in capsys.readouterr().err
+    assert command([*arguments, "--config", tmp_path / "none.yaml"]) == 2
 
 
 def test_the_command_on_a_prepared_directory(prepared, tmp_path: Path, command, capsys):

@@ -271,7 +271,7 @@ def test_five_percent_of_broken_inputs_of_all_kinds(options, picture, record):
         "nothing.jpg": b"",
         "page.jpg": b"<html>404</html>",
         "vector.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
-        "strip.jpg": picture(7, format="JPEG", size=(800, 10)),
+        "strip.jpg": picture(7, format="JPEG", size=(2010, 10)),
         "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     }
     for name, data in images.items():
