@@ -24,6 +24,7 @@ requirements = [
     "pydantic>=2.10,<3",
     "typing-extensions>=4.8",
     "pillow>=10",
+    "simplejpeg>=1.7",  # reports libjpeg's warnings about damaged data, which Pillow drops
     "sentencepiece>=0.2.3",
     "webdataset>=1.0",
     "tensorboard>=2.16",

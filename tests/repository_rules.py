@@ -45,6 +45,7 @@ IMPORTERS = {  # library: files that may import it (paths inside the package or 
         "tools/bench_*.py",
         "examples/quickstart/*.py",
     ),
+    "simplejpeg": ("data/images/jpeg_damage.py",),
     "matplotlib": ("observability/charts.py",),
     "openpyxl": ("evaluate/tasks/mmbench.py",),
     "starlette": ("serve/*",),

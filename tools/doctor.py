@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_share4v import logging
 from megatron_share4v.config.arguments import natural, positive
 from megatron_share4v.config.load import load_run
+from megatron_share4v.data.images.jpeg_damage import CAN_CHECK, NOT_CHECKED
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.prepare.annotations import AnnotationFile
 from megatron_share4v.data.prepare.audit import (
@@ -128,6 +129,8 @@ def _fill_in(options: argparse.Namespace) -> None:
 
 
 def _check_data(options: argparse.Namespace) -> int:
+    if not CAN_CHECK:
+        logging.get_logger().warning(NOT_CHECKED)
     options.out.mkdir(parents=True, exist_ok=True)
     names = ("tokens_per_image", "micro_batch_size", "global_batch_size", "pad_multiple", "pack_length")
     shape = BatchShape(**{name: getattr(options, name) for name in names})

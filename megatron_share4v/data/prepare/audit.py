@@ -37,9 +37,9 @@ from megatron_share4v.data.store.shards import Member, ShardReader
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 
-DAMAGED, OUTDATED, TRUNCATED = "damaged sample", "outdated index", "truncated answer"
+DAMAGED, OUTDATED, TRUNCATED, LOST = "damaged sample", "outdated index", "truncated answer", "damaged JPEG"
 SAME_ID, SAME_RECORD, SAME_IMAGE = "repeated id", "repeated record", "equal images"
-AUDIT_KINDS = (DAMAGED, OUTDATED, TRUNCATED, SAME_ID, SAME_RECORD, SAME_IMAGE)
+AUDIT_KINDS = (DAMAGED, OUTDATED, TRUNCATED, LOST, SAME_ID, SAME_RECORD, SAME_IMAGE)
 INFORMATION = (SAME_ID, SAME_RECORD, SAME_IMAGE)
 """Kinds that are reported and are no failure: nothing is lost or trained wrongly."""
 UNREADABLE = "(unreadable)"  # source name of samples whose record cannot be read
@@ -245,7 +245,7 @@ def audit_records(
             collector.add(record.verdict.kind, record.where, record.verdict.reason)
         else:
             table.append(_facts(position, source, record, record.verdict))
-            for kind, reason in _warnings(record, record.verdict.text):
+            for kind, reason in _warnings(record, record.verdict):
                 collector.add(kind, record.where, reason)
             # The smallest position hashes are a random sample; the number of records need not be known.
             entry = (-_hash(str(position)), position, item)
@@ -283,8 +283,11 @@ class _FindingCollector:
             self.on_finding(finding)
 
 
-def _warnings(record: AuditedRecord, text: CheckedText) -> Iterator[tuple[str, str]]:
+def _warnings(record: AuditedRecord, verdict: Accepted) -> Iterator[tuple[str, str]]:
     """Yield the warnings about an accepted record."""
+    text = verdict.text
+    if verdict.image and verdict.image.damage:
+        yield LOST, f"the picture decodes with damage (libjpeg: {verdict.image.damage}); fetch the file again"
     if record.outdated:
         yield OUTDATED, f"{record.outdated}; prepare the data set again"
     if text.full_lab > text.n_lab:

@@ -31,7 +31,7 @@ class Journal:
 
     entries: processed annotation records. shards: finished shards. rejected: counts by kind. keys: keys of all samples.
     sources: counts by (source, "samples" | "rejected" | "images"). unread: records by key that is not read.
-    rows: [samples] of KEPT_ROW.
+    damaged: JPEGs that decode with lost blocks. rows: [samples] of KEPT_ROW.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -41,6 +41,7 @@ class Journal:
         self.sources: Counter[tuple[str, str]] = Counter()
         self.rejected: Counter[str] = Counter()
         self.unread: Counter[str] = Counter()
+        self.damaged = 0
         self.keys: list[str] = []
         self._table = GrowingArray(KEPT_ROW)
         self._written = 0
@@ -105,6 +106,7 @@ class Journal:
             "sources": [[*name, count] for name, count in sorted(self.sources.items())],
             "rejected": dict(sorted(self.rejected.items())),
             "unread": dict(sorted(self.unread.items())),
+            "damaged": self.damaged,
         }
         self._append(NAME, json.dumps(state).encode() + b"\n")
 
@@ -136,6 +138,7 @@ class Journal:
         self.sources.update({(source, what): count for source, what, count in state["sources"]})
         self.rejected.update(state["rejected"])
         self.unread.update(state.get("unread", {}))
+        self.damaged = state.get("damaged", 0)
         if states:
             self._table = GrowingArray(KEPT_ROW, np.fromfile(self.directory / ROWS, dtype=KEPT_ROW))
             self.keys = read_text(self.directory / KEYS).splitlines()

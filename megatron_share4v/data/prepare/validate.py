@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import torch
 from PIL import Image
 
+from megatron_share4v.data.images.jpeg_damage import find_jpeg_damage
 from megatron_share4v.data.images.pil_decoder import ImageHeader, validate_image
 from megatron_share4v.data.images.policy import OversizedImage
 from megatron_share4v.data.loading.encode import check_placeholders, count_trained_positions
@@ -53,7 +54,7 @@ class Rejected:
 class CheckedImage:
     """Image that decodes.
 
-    data: the encoded file, empty when not requested; archive, offset: as in EncodedImage.
+    data: the encoded file, empty when not requested; archive, offset: as in EncodedImage. damage: libjpeg's warning.
     """
 
     data: bytes
@@ -62,6 +63,7 @@ class CheckedImage:
     header: ImageHeader
     archive: int | None
     offset: int
+    damage: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def check_image(found: EncodedImage, *, keep_bytes: bool) -> CheckedImage | Reje
         header=header,
         archive=found.archive,
         offset=found.offset,
+        damage=find_jpeg_damage(data),
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_share4v.data.images.jpeg_damage import CAN_CHECK, NOT_CHECKED
 from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, source_name
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.prepare.image_files import ImageFiles, find_archives, scan_images
@@ -70,6 +71,7 @@ class PrepareSummary:
     """Counts of a finished preparation.
 
     images: samples with an image. rejected: records by kind of reason. unread: records by key that is not read.
+    damaged: JPEGs that decode with lost blocks.
     """
 
     output: Path
@@ -79,6 +81,7 @@ class PrepareSummary:
     rejected: dict[str, int]
     duplicates: Duplicates
     unread: dict[str, int] = field(default_factory=dict)
+    damaged: int = 0
 
     def __str__(self) -> str:
         refused = (
@@ -94,7 +97,8 @@ class PrepareSummary:
         )
         written = f"{self.samples} samples ({self.images} with an image) in {self.shards} shards"
         unread = f"; keys that are not read: {describe_unread(self.unread)}" if self.unread else ""
-        return f"{self.output}: {written}; {refused}{repeated}{unread}"
+        damaged = f"; {self.damaged} JPEGs decode with damage (tools/doctor.py data names them)" if self.damaged else ""
+        return f"{self.output}: {written}; {refused}{damaged}{repeated}{unread}"
 
 
 def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> PrepareSummary:
@@ -104,6 +108,8 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
     is nothing to prepare, when the output exists, or when more than `max_rejected_fraction` of the records are
     rejected; their list is kept in that case.
     """
+    if not CAN_CHECK:
+        get_logger().warning(NOT_CHECKED)
     tokenizer, template = Tokenizer(options.tokenizer), get_template(options.template)
     if not options.images.is_dir():
         raise DataError(
@@ -232,6 +238,7 @@ class _Writer:
         text_place = (location.text.offset, location.text.length, location.text.crc32)
         counts = (width, height, n_img, text.words, text.n_tok, text.n_lab, 0)
         if image:
+            self.journal.damaged += bool(image.damage)
             self._owners.setdefault(path, len(self.journal.keys))
         self.journal.add(key, (location.shard, *image_place, *text_place, *counts, text.identity, path))
         self.journal.sources.update({(source, "samples"): 1, (source, "images"): int(image is not None)})
@@ -351,7 +358,14 @@ def _finish(
     journal.remove()
     images_used, unread = int(rows["n_img"].sum()), dict(journal.unread)
     return PrepareSummary(
-        options.output, len(rows), images_used, len(journal.shards), dict(journal.rejected), duplicates, unread
+        options.output,
+        len(rows),
+        images_used,
+        len(journal.shards),
+        dict(journal.rejected),
+        duplicates,
+        unread,
+        journal.damaged,
     )
 
 
