@@ -47,6 +47,12 @@ def parse() -> argparse.Namespace:
     importing.add_argument(
         "--template", default="vicuna_v1", help="conversation template for the checkpoint's configuration"
     )
+    importing.add_argument(
+        "--image-orientation",
+        choices=("stored", "exif"),
+        default="stored",
+        help="exif: whatever runs the checkpoint turns photographs upright by their EXIF tag (default: stored)",
+    )
     importing.add_argument("--seed", type=int, default=42, help="seed of a projector that no part has")
     add_source_options(importing)
     exporting = add_command(commands, "export", export_)
@@ -121,7 +127,8 @@ def source_of(arguments: argparse.Namespace) -> HfSource:
 def import_(arguments: argparse.Namespace) -> None:
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 
-    options = ImportOptions(dtype=arguments.dtype, template=arguments.template, seed=arguments.seed)
+    names = ("dtype", "template", "image_orientation", "seed")
+    options = ImportOptions(**{name: getattr(arguments, name) for name in names})
     import_model(source_of(arguments), arguments.to, options=options)
 
 

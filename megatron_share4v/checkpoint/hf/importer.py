@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -68,6 +68,8 @@ class ImportOptions:
     dtype: str | None = None
     """fp32, bf16 or fp16 for all weights; None keeps each dtype."""
     template: str = "vicuna_v1"
+    image_orientation: Literal["stored", "exif"] = "stored"
+    """Written into the checkpoint, as `data.image_orientation` of a run is."""
     seed: int = 42
     """Seed of a projector that the model does not have."""
 
@@ -208,6 +210,7 @@ def _config(hf_model: HfModel, tensors: LazyTensors, options: ImportOptions, tar
             template=options.template,
             max_text_length=text,
             image_aspect_ratio=hf_model.image_aspect_ratio,
+            image_orientation=options.image_orientation,
         ),
         train=TrainConfig(global_batch_size=1),
     )

@@ -30,7 +30,8 @@ def convert(*arguments: object) -> CompletedProcess:
 
 def test_there_and_back(tmp_path: Path) -> None:
     source, megatron, back = write_llava_hf(tmp_path / "hf"), tmp_path / "megatron", tmp_path / "back"
-    done = convert("import", "--from", source, "--to", megatron)
+    done = convert("import", "--from", source, "--to", megatron, "--image-orientation", "exif")
+    assert open_checkpoint(megatron).config.data.image_orientation == "exif"
     assert done.returncode == 0 and "vision: sha256" in done.stderr, done.stderr
     done = convert(
         "export", "--from", megatron, "--to", back, "--layout", "llava-hf", "--dtype", "bf16", "--shard-gb", "0.0001"
