@@ -18,7 +18,7 @@ from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.generation import Generation, Token
 from megatron_share4v.serve.http import BodyReader, EventStreamResponse, JsonResponse, run_until_disconnect
 from megatron_share4v.serve.json_fields import JsonFields
-from megatron_share4v.serve.messages import read_messages
+from megatron_share4v.serve.messages import read_conversation
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
 from megatron_share4v.serve.protocol import (
@@ -78,7 +78,7 @@ class OpenAIRoutes:
             self._check_fields(fields, CHAT)
             parsed = read_chat(fields, self._limits(served))
             prompt = await run_until_disconnect(
-                request.receive, self.prompt_builder.question(served, parsed.system, parsed.messages)
+                request.receive, self.prompt_builder.question(served, parsed.conversation)
             )
         return [] if prompt is None else [prompt], parsed.options
 
@@ -132,7 +132,7 @@ class OpenAIRoutes:
             self._check_fields(fields, TOKENIZE)
             if fields.has("messages"):
                 built = await self.prompt_builder.question(
-                    served, *read_messages(fields, max_images=self.config.max_images)
+                    served, read_conversation(fields, max_images=self.config.max_images)
                 )
                 ids = built.prompt.token_ids.tolist()
             else:

@@ -42,6 +42,24 @@ class Message:
     place: str
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """Messages of a request.
+
+    system: system prompt; None for the template's own. raw: typed special tokens and role headers act as such.
+    """
+
+    system: str | None
+    messages: tuple[Message, ...]
+    raw: bool = False
+
+
+def read_conversation(fields: JsonFields, *, max_images: int) -> Conversation:
+    """Read `messages` and `split_special_tokens` (transformers' name). Raises ApiError."""
+    system, messages = read_messages(fields, max_images=max_images)
+    return Conversation(system, messages, raw=not fields.boolean("split_special_tokens", True))
+
+
 def read_messages(fields: JsonFields, *, max_images: int) -> tuple[str | None, tuple[Message, ...]]:
     """The system prompt (None when no message gives one) and the other messages. Raises ApiError."""
     entries = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from megatron_share4v.config.serve import ServeConfig
@@ -16,7 +16,7 @@ from megatron_share4v.serve.api_error import ApiError, context_length_error
 from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.image_fetch import ImageFetcher
 from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
-from megatron_share4v.serve.messages import Message
+from megatron_share4v.serve.messages import Conversation
 from megatron_share4v.serve.protocol import CompletionRequest
 from megatron_share4v.text.detokenizer import IncrementalDetokenizer
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
@@ -52,14 +52,15 @@ class PromptBuilder:
         """Shut down the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def question(self, served: ServedModel, system: str | None, messages: Sequence[Message]) -> BuiltPrompt:
+    async def question(self, served: ServedModel, conversation: Conversation) -> BuiltPrompt:
         """The prompt of a conversation. Raises ApiError."""
-        check_length(served, [system or "", *(message.text for message in messages)], param="messages")
+        messages = conversation.messages
+        check_length(served, [conversation.system or "", *(message.text for message in messages)], param="messages")
         sources = [
             None if m is None else m.url if is_inline(m.url) else await self._fetch(m.url, m.place)
             for m in (message.image for message in messages)
         ]
-        return await self.run(_question, served, system, messages, sources, self._config)
+        return await self.run(_question, served, conversation, sources, self._config)
 
     async def texts(self, served: ServedModel, request: CompletionRequest) -> list[BuiltPrompt]:
         """Prompts of texts, with a leading <s>, and of ids, unchanged. Raises ApiError."""
@@ -120,20 +121,23 @@ def _image(source: str | bytes | None, place: str, config: ServeConfig) -> bytes
 
 def _question(
     served: ServedModel,
-    system: str | None,
-    messages: Sequence[Message],
+    conversation: Conversation,
     sources: Sequence[str | bytes | None],
     config: ServeConfig,
 ) -> BuiltPrompt:
     images = [
         _image(source, message.image.place if message.image else "", config)
-        for source, message in zip(sources, messages)
+        for source, message in zip(sources, conversation.messages)
     ]
-    encoder = served.encoder
-    if system is not None:
-        encoder = replace(encoder, template=replace(encoder.template, system=system))
-    turns = [Turn(message.role, message.text) for message in messages]
-    return BuiltPrompt(make_chat_prompt(encoder, turns, images=images, tokens_per_image=served.tokens_per_image))
+    prompt = make_chat_prompt(
+        served.encoder,
+        [Turn(message.role, message.text) for message in conversation.messages],
+        images=images,
+        tokens_per_image=served.tokens_per_image,
+        system=conversation.system,
+        raw=conversation.raw,
+    )
+    return BuiltPrompt(prompt)
 
 
 def _text(served: ServedModel, prompt: str | tuple[int, ...], request: CompletionRequest) -> BuiltPrompt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_share4v.infer.request import SamplingParams
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.json_fields import JsonFields
-from megatron_share4v.serve.messages import Message, read_messages
+from megatron_share4v.serve.messages import Conversation, read_conversation
 
 MAX_PROMPTS = 128
 MAX_STOPS, MAX_STOP_IDS, MAX_STOP_LENGTH = 4, 64, 256
@@ -37,10 +37,9 @@ class GenerationOptions:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A parsed chat request. system None: the template's own."""
+    """A parsed chat request."""
 
-    system: str | None
-    messages: tuple[Message, ...]
+    conversation: Conversation
     options: GenerationOptions
 
 
@@ -66,7 +65,7 @@ class RequestLimits:
 
 def read_chat(fields: JsonFields, limits: RequestLimits) -> ChatRequest:
     """Parse a chat request. Raises ApiError."""
-    system, messages = read_messages(fields, max_images=limits.max_images)
+    conversation = read_conversation(fields, max_images=limits.max_images)
     logprobs = fields.boolean("logprobs")
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_ALTERNATIVES)
     if top and not logprobs:
@@ -76,7 +75,7 @@ def read_chat(fields: JsonFields, limits: RequestLimits) -> ChatRequest:
     if max_tokens is not None and limit != max_tokens:
         raise fields.refuse("max_tokens", f"equal to max_completion_tokens ({limit}), or left out")
     options = _options(fields, limits, max_tokens=limit, logprobs=top if logprobs else None)
-    return ChatRequest(system=system, messages=messages, options=options)
+    return ChatRequest(conversation=conversation, options=options)
 
 
 def read_completion(fields: JsonFields, limits: RequestLimits) -> CompletionRequest:

@@ -39,7 +39,9 @@ _COMMON = _words(
     " top_k min_p repetition_penalty presence_penalty frequency_penalty do_sample stream stream_options logprobs"
     " best_of"
 )
-CHAT = RouteFields("/v1/chat/completions", _COMMON | {"messages", "max_completion_tokens", "top_logprobs"})
+CHAT = RouteFields(
+    "/v1/chat/completions", _COMMON | {"messages", "max_completion_tokens", "top_logprobs", "split_special_tokens"}
+)
 COMPLETION = RouteFields("/v1/completions", _COMMON | {"prompt", "echo", "add_special_tokens"})
 MEGATRON = RouteFields(
     "/api",
@@ -51,7 +53,7 @@ MEGATRON = RouteFields(
 )
 TOKENIZE = RouteFields(
     "/tokenize",
-    frozenset({"model", "prompt", "messages", "add_special_tokens", "return_token_strs"}),
+    frozenset({"model", "prompt", "messages", "add_special_tokens", "return_token_strs", "split_special_tokens"}),
     generates=False,
 )
 DETOKENIZE = RouteFields("/detokenize", frozenset({"model", "tokens"}), generates=False)

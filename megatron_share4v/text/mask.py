@@ -23,11 +23,11 @@ from megatron_share4v.text.template import (
     render_prompt,
 )
 from megatron_share4v.text.tokenizer import Tokenizer, check_unicode
+from megatron_share4v.text.typed import encode_escaped, escape_placeholder, escape_typed
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
 SHOWN_CHARACTERS = 40
-TYPED_PLACEHOLDER = "\ud800"
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,29 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
 
 
 def encode_chat_prompt(
-    tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, images: Sequence[bool]
+    tokenizer: Tokenizer,
+    template: Template,
+    turns: Sequence[Turn],
+    *,
+    images: Sequence[bool],
+    system: str | None = None,
+    raw: bool = False,
 ) -> list[int]:
-    """Ids to generate from, for user-typed turns: a typed <image> is plain text.
+    """Ids to generate from, for user-typed turns: a typed <image>, special token or role header is plain text.
 
     images: for each turn, whether an image belongs to it; its IMAGE_TOKEN_INDEX precedes the turn's text, on its own
-    line. A turn with an image may be empty. Raises DataError as encode_prompt does, and for a text that is not valid
+    line. A turn with an image may be empty. system: a typed system prompt in place of the template's. raw: read typed
+    special tokens and role headers as such. Raises DataError as encode_prompt does, and for a text that is not valid
     Unicode.
     """
-    for turn in turns:
-        check_unicode(turn.text)
-    check_unicode(template.system)
-    # Half a surrogate pair cannot occur in a text that passed check_unicode.
-    typed = [Message(turn.role, turn.text.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)) for turn in turns]
-    system = template.system.replace(IMAGE_PLACEHOLDER, TYPED_PLACEHOLDER)
+    for text in (*(turn.text for turn in turns), template.system if system is None else system):
+        check_unicode(text)
+
+    def escape(text: str) -> str:
+        return escape_placeholder(text) if raw else escape_typed(text, template, tokenizer)
+
+    typed = [Message(turn.role, escape(turn.text)) for turn in turns]
+    system = escape_placeholder(template.system) if system is None else escape(system)
     opened: Sequence[Turn] = [
         Message(turn.role, _prepend_image(turn.text)) if image else turn
         for turn, image in zip(typed, images, strict=True)
@@ -128,9 +137,9 @@ def encode_chat_prompt(
         )
     text = render_prompt(replace(template, system=system), opened, has_image=any(images))
     first, *others = text.split(IMAGE_PLACEHOLDER)
-    ids = [tokenizer.bos_id, *tokenizer.encode(first.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER))]
+    ids = [tokenizer.bos_id, *encode_escaped(first, tokenizer)]
     for part in others:
-        ids += [IMAGE_TOKEN_INDEX, *tokenizer.encode(part.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER))]
+        ids += [IMAGE_TOKEN_INDEX, *encode_escaped(part, tokenizer)]
     return ids
 
 

@@ -50,6 +50,11 @@ class Tokenizer:
             f"({'|'.join(re.escape(piece) for piece in sorted(self._special, key=len, reverse=True))})"
         )
 
+    @property
+    def special_pieces(self) -> frozenset[str]:
+        """Names of the special tokens, which `encode` finds in a text."""
+        return frozenset(self._special)
+
     def encode(self, text: str) -> list[int]:
         """Encode `text` without a leading <s>. Raises DataError for a text that is not valid Unicode."""
         return self.encode_with_offsets(text)[0]

@@ -41,13 +41,20 @@ def make_prompt(
 
 
 def make_chat_prompt(
-    encoder: Encoder, turns: Sequence[Turn], *, images: Sequence[bytes | None], tokens_per_image: int
+    encoder: Encoder,
+    turns: Sequence[Turn],
+    *,
+    images: Sequence[bytes | None],
+    tokens_per_image: int,
+    system: str | None = None,
+    raw: bool = False,
 ) -> Prompt:
-    """Build a prompt from user-typed turns: `images` has one entry per turn, a typed <image> is plain text.
+    """Build a prompt from user-typed turns: `images` has one entry per turn; system and raw as for encode_chat_prompt.
 
     Raises DataError as make_prompt does.
     """
-    ids = encode_chat_prompt(encoder.tokenizer, encoder.template, turns, images=[image is not None for image in images])
+    has_image = [image is not None for image in images]
+    ids = encode_chat_prompt(encoder.tokenizer, encoder.template, turns, images=has_image, system=system, raw=raw)
     files = [image for image in images if image is not None]
     return prompt_from_ids(encoder, ids, images=files, tokens_per_image=tokens_per_image, name="question")
 
