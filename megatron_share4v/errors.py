@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import socket
 import sys
 import time
@@ -117,3 +118,32 @@ def exit_on_user_error(*, rank: int = 0, ranks: int = 1) -> Iterator[None]:
         # Peers may still be in a collective: leave without waiting for them.
         sys.stderr.flush()
         os._exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def exit_on_closed_output() -> Iterator[None]:
+    """End the process quietly when nothing reads its standard output any more (`tool | head`), with exit code 141.
+
+    Broken pipes of sockets and of other processes are raised as ever.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        sys.stderr.flush()
+        os._exit(ExitCode.OUTPUT_CLOSED)
+
+
+def _output_is_closed() -> bool:
+    """Return whether standard output is a pipe or socket whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError):  # no standard output, or none of the system's
+        return False

@@ -19,3 +19,5 @@ class ExitCode(IntEnum):
     """A rank exceeded its time bound; the report in `watch/` names it. A restart may help."""
     DAMAGED = 77
     """A rank computes wrong numbers with the right program, probably its hardware. Continue on another node."""
+    OUTPUT_CLOSED = 141
+    """Nothing reads the standard output any more (`tool | head`); what a shell reports for SIGPIPE."""

@@ -27,6 +27,7 @@ from megatron_share4v.checkpoint.hf.writer import safetensors_files, write_index
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
 from megatron_share4v.checkpoint.resumable_writer import stage_directory, write_files
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
+from megatron_share4v.errors import exit_on_closed_output
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: examples/ is no installed package
 
@@ -232,4 +233,5 @@ def peak_resident_gb() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

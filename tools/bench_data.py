@@ -90,4 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_share4v.errors import exit_on_closed_output
+
+    with exit_on_closed_output():
+        sys.exit(main())

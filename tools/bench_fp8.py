@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_share4v.errors import PrecisionError, TrainingError, exit_on_user_error
+from megatron_share4v.errors import PrecisionError, TrainingError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.files import read_text
 from megatron_share4v.observability.charts import PALETTE, new_figure, save_png, style_axes
 
@@ -229,4 +229,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

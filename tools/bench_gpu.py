@@ -25,7 +25,7 @@ import torch
 from bench_gpu_job import OUT_OF_MEMORY, TEXT, Job
 
 from megatron_share4v.config.load import load_run
-from megatron_share4v.errors import Share4VError
+from megatron_share4v.errors import Share4VError, exit_on_closed_output
 from megatron_share4v.mcore.transformer_engine import te_unavailable_reason
 from megatron_share4v.ops.fp8_linear import CAPABILITY
 
@@ -181,4 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

@@ -27,7 +27,7 @@ from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import GlobalBatch
-from megatron_share4v.errors import OpsError, exit_on_user_error
+from megatron_share4v.errors import OpsError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.mcore.backends import check_precision, select_attention_backend, select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.layer_config import DTYPES
@@ -274,4 +274,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from megatron_share4v.errors import exit_on_user_error
+from megatron_share4v.errors import exit_on_closed_output, exit_on_user_error
 from megatron_share4v.ops.backend import choose_ops_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: tools/ is no installed package
@@ -258,4 +258,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

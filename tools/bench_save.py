@@ -21,6 +21,7 @@ import torch
 
 from megatron_share4v.config.load import load_run
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
+from megatron_share4v.errors import exit_on_closed_output
 from megatron_share4v.train import loop
 from megatron_share4v.train.checkpoint_saver import Saver
 
@@ -148,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

@@ -27,6 +27,7 @@ import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.loading.prompt import Prompt
+from megatron_share4v.errors import exit_on_closed_output
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams
 from megatron_share4v.infer.session import Session
@@ -259,4 +260,5 @@ def record_round(
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

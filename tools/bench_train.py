@@ -19,6 +19,7 @@ from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.training import OptimConfig
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.records import Batch
+from megatron_share4v.errors import exit_on_closed_output
 from megatron_share4v.mcore.backends import select_ops_backend
 from megatron_share4v.mcore.groups import Mesh, open_mesh
 from megatron_share4v.mcore.optimizer import build_optimizer, wrap_ddp
@@ -193,4 +194,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_share4v.errors import OpsError, exit_on_user_error
+from megatron_share4v.errors import OpsError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.ops.backend import REMEDY, LibrarySources, describe_library
 from megatron_share4v.ops.build import Toolchain, find_or_build, find_toolchain, prebuild
 
@@ -52,4 +52,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

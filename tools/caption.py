@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_share4v.config.arguments import above_zero, at_least_zero, natural, positive
-from megatron_share4v.errors import ConfigError, exit_on_user_error
+from megatron_share4v.errors import ConfigError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
@@ -171,4 +171,5 @@ def add_generation(group: argparse._ArgumentGroup) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_share4v.config.arguments import above_zero, natural, positive
-from megatron_share4v.errors import ConversionError, exit_on_user_error
+from megatron_share4v.errors import ConversionError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.logging import configure
 
 if TYPE_CHECKING:
@@ -187,4 +187,5 @@ def prune_(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

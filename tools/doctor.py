@@ -40,7 +40,7 @@ from megatron_share4v.data.prepare.image_files import ImageFiles, scan_images
 from megatron_share4v.data.prepare.validate import KINDS, RecordValidator
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
-from megatron_share4v.errors import Share4VError, exit_on_user_error
+from megatron_share4v.errors import Share4VError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.observability.charts import histogram, save_png
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
@@ -272,4 +272,5 @@ def _add_data_options(data: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

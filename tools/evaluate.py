@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.config.arguments import positive
-from megatron_share4v.errors import ConfigError, exit_on_user_error
+from megatron_share4v.errors import ConfigError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.exit_codes import ExitCode
 from megatron_share4v.logging import configure
@@ -204,4 +204,5 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

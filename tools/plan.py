@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_share4v.config.arguments import positive, share
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
-from megatron_share4v.errors import ConfigError, exit_on_user_error
+from megatron_share4v.errors import ConfigError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.observability.charts import save_png
 from megatron_share4v.planner.case import Assumptions, Case
 from megatron_share4v.planner.gpus import GPUS
@@ -47,7 +47,6 @@ def main() -> int:
             requested, refusals = None, [str(error)]
         found = search(config, **setting, keep=options.best)
     title = f"{options.config} on {options.world_size} x {GPUS[options.gpu].name}"
-    print(format_report(requested, refusals, found, title=title), end="")
     if options.json:
         options.json.write_text(
             json.dumps(report_to_json(requested, refusals, found, title=title), indent=1) + "\n", encoding="utf-8"
@@ -55,6 +54,7 @@ def main() -> int:
     drawn = requested or next(iter(found.best), None)
     if options.png and drawn is not None:
         save_png(draw_prediction(drawn, title=f"{title}, {drawn.case.layout}"), options.png)
+    print(format_report(requested, refusals, found, title=title), end="")
     return 2 if refusals else 0
 
 
@@ -89,4 +89,5 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_share4v.errors import exit_on_closed_output
 from megatron_share4v.files import read_text
 from megatron_share4v.planner.scaling import draw_pictures, update_document
 
@@ -21,4 +22,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_share4v import logging
 from megatron_share4v.config.arguments import natural, positive, share_or_zero
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
-from megatron_share4v.errors import Share4VError
+from megatron_share4v.errors import Share4VError, exit_on_closed_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,4 +84,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

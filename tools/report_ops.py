@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_share4v.errors import OpsError, exit_on_user_error
+from megatron_share4v.errors import OpsError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.files import read_text
 from megatron_share4v.ops.build import Toolchain, csrc_directory, default_cache_directory, find_or_build, find_toolchain
 from megatron_share4v.ops.kernel_usage import KernelUsage, parse_kernel_usage
@@ -175,4 +175,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: `examples` is not installed
 
 from megatron_share4v.data.images.pil_decoder import image_to_data_url
-from megatron_share4v.errors import ServeError, exit_on_user_error
+from megatron_share4v.errors import ServeError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.files import read_text
 
 SERVE = Path(__file__).resolve().parents[2] / "tools" / "serve.py"
@@ -89,4 +89,5 @@ def ask(url: str, question: str, image: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: `examples` is not installed
 
-from megatron_share4v.errors import exit_on_user_error
+from megatron_share4v.errors import exit_on_closed_output, exit_on_user_error
 from megatron_share4v.logging import configure
 
 
@@ -46,4 +46,5 @@ def compare(out: Path, count: int) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

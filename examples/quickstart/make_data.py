@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository r
 from examples.quickstart.dataset import IMAGE_SIZE, finetune_record, load_held_out, pretrain_record, write_dataset
 from examples.quickstart.scenes import make_scene
 from examples.quickstart.tokenizer import train_tokenizer
-from megatron_share4v.errors import ConfigError, exit_on_user_error
+from megatron_share4v.errors import ConfigError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.files import read_text
 from megatron_share4v.text.template import get_template
 
@@ -111,4 +111,5 @@ def prepare(scenes: Path, annotations: str, output: Path, *, tokenizer: Path, te
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

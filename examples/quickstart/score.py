@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository root: `examples` is not installed
 
-from megatron_share4v.errors import exit_on_user_error
+from megatron_share4v.errors import exit_on_closed_output, exit_on_user_error
 from megatron_share4v.files import read_text
 from megatron_share4v.parallel.launch import World
 
@@ -159,4 +159,5 @@ Where to look next
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

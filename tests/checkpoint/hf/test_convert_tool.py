@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -22,6 +24,8 @@ from megatron_share4v.checkpoint.inspect import describe_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest
 from megatron_share4v.checkpoint.retention import prune_checkpoints
 from megatron_share4v.errors import CheckpointError, ConversionError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def convert(*arguments: object) -> CompletedProcess:
@@ -167,6 +171,15 @@ def test_inspect(checkpoints: list[Path]) -> None:
     assert "language.decoder.layers.3.mlp.linear_fc1.weight: [128, 48]" in "\n".join(
         describe_checkpoint(checkpoints[0], hashes=True, every_layer=True)
     )
+
+
+def test_inspect_whose_output_is_closed(checkpoints: list[Path]) -> None:
+    command = [sys.executable, "tools/convert.py", "inspect", str(checkpoints[0]), "--every-layer"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    assert process.wait(timeout=100) == 141 and "Traceback" not in errors, errors
 
 
 def test_prune(checkpoints: list[Path], tmp_path: Path) -> None:
