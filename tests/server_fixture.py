@@ -223,7 +223,9 @@ def running(
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
         if wait:
-            until(lambda: server.started and httpx.get(f"{url}/health").status_code == 200)
+            until(lambda: app.state.worker.failure or app.state.worker.served, timeout_s=60)
+            assert app.state.worker.failure is None, app.state.worker.failure
+            until(lambda: server.started and httpx.get(f"{url}/health").status_code == 200, timeout_s=60)
         yield Running(url=url, engine=engine, http=server, config=config, app=app)
     finally:
         server.should_exit = True

@@ -1,13 +1,18 @@
-"""Images that are small but slow to decode: scans, segments and chunks without number."""
+"""Images that are small but slow to decode: scans, segments and chunks without number; and a stand-in for a decoder."""
 
 from __future__ import annotations
 
 import io
+import os
 import struct
+import sys
+import time
 import zlib
 
 import numpy as np
 from PIL import Image
+
+from megatron_share4v.data.images.decode_pool import DecodeRequest
 
 
 def scan_bomb(scans: int, *, width: int = 1000, height: int = 1000) -> bytes:
@@ -53,3 +58,14 @@ BOMBS = {
 """Refused before decoding."""
 SLOW = {"comment blocks": lambda: comment_bomb(10_000_000), "chunks": lambda: chunk_bomb(1_500_000)}
 """Refused when their CPU time is spent."""
+
+
+def obey(request: DecodeRequest) -> np.ndarray:
+    """Follow the instruction that stands in place of an image; runs in a process of decode_pool.py."""
+    if request.data == b"hang":
+        time.sleep(600)
+    if request.data == b"die":
+        os._exit(9)
+    if request.data == b"torch":
+        return np.frombuffer(b"torch is imported" if "torch" in sys.modules else b"torch is not imported", np.uint8)
+    return np.frombuffer(request.data, dtype=np.uint8)

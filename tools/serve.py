@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_share4v.config.arguments import model_directory
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.options import add_config_options, build_config
-from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.config.serve import ServeConfig, find_api_key
 from megatron_share4v.errors import exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
@@ -24,6 +25,9 @@ def main() -> None:
     world = World.from_environment()
     configure(rank=world.rank)
     with exit_on_user_error(rank=world.rank, ranks=world.size):
+        key = find_api_key(option=getattr(arguments, "api_key", None), file=arguments.api_key_file)
+        if key is not None:
+            arguments.api_key = key
         server, engine = build_config(ServeConfig, arguments), build_config(EngineConfig, arguments)
         from megatron_share4v.serve.launch import serve_checkpoint  # after the checks above: this imports megatron-core
 
@@ -32,9 +36,11 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=model_directory)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="what it computes in (default: as in training)")
-    add_config_options(parser.add_argument_group("server"), ServeConfig)
+    group = parser.add_argument_group("server")
+    group.add_argument("--api-key-file", type=Path, metavar="FILE", help="file that holds the API key and nothing else")
+    add_config_options(group, ServeConfig)
     add_config_options(parser.add_argument_group("engine"), EngineConfig)
     return parser.parse_args()
 

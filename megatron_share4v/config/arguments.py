@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 
 def positive(text: str) -> int:
@@ -35,6 +36,21 @@ def share(text: str) -> float:
 def share_or_zero(text: str) -> float:
     """Parse a number from 0 to 1."""
     return _number(text, holds=lambda value: 0 <= value <= 1, wanted="from 0 to 1")
+
+
+def model_directory(text: str) -> Path:
+    """Parse the path of a checkpoint (or a file that names one), run directory or export, which must not be empty."""
+    path = Path(text)
+    try:
+        is_empty = path.is_dir() and not any(path.iterdir())
+        path.stat()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: {error.strerror}; give the directory of a checkpoint, a run or a Hugging Face export"
+        ) from error
+    if is_empty:
+        raise argparse.ArgumentTypeError(f"{text}: is empty; give a checkpoint, a run directory or an export")
+    return path
 
 
 def _number(text: str, *, holds: Callable[[float], bool], wanted: str) -> float:

@@ -17,7 +17,7 @@ from megatron_share4v.infer.request import SamplingParams
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.generation import Generation, Token
-from megatron_share4v.serve.http import BodyReader, JsonResponse, run_until_disconnect
+from megatron_share4v.serve.http import RECORD, BodyReader, JsonResponse, run_until_disconnect
 from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.metrics import Metrics
 from megatron_share4v.serve.prompt_builder import BuiltPrompt, PromptBuilder
@@ -53,6 +53,7 @@ class MegatronRoutes:
         generation = Generation(
             self.worker, prompts, options, metrics=self.metrics, param="prompts", continues_text=True
         )
+        request.scope[RECORD].generation = generation
         try:
             found = await run_until_disconnect(request.receive, _collect(generation, len(prompts)))
         finally:

@@ -16,7 +16,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.generation import Generation, Token
-from megatron_share4v.serve.http import BodyReader, EventStreamResponse, JsonResponse, run_until_disconnect
+from megatron_share4v.serve.http import RECORD, BodyReader, EventStreamResponse, JsonResponse, run_until_disconnect
 from megatron_share4v.serve.json_fields import JsonFields
 from megatron_share4v.serve.messages import read_conversation
 from megatron_share4v.serve.metrics import Metrics
@@ -103,8 +103,14 @@ class OpenAIRoutes:
             param="messages" if chat else "prompt",
             continues_text=not chat,
         )
+        record = request.scope[RECORD]
+        record.generation = generation
         builder = ResponseBuilder(
-            self.config.model_name, chat, self.worker.require().encoder.tokenizer, options.sampling.logprobs is not None
+            self.config.model_name,
+            chat,
+            self.worker.require().encoder.tokenizer,
+            options.sampling.logprobs is not None,
+            record.id,
         )
         echoes = [one.echo for one in prompts for _ in range(options.choices)]
         if options.stream:

@@ -120,7 +120,8 @@ class RequestGroup:
 class EngineThread:
     """Engine thread in state loading, ready (`served` is set) or failed (`failure` is set).
 
-    load: builds the engine, in the thread. on_failure: called once on the event loop when loading or a step raised.
+    load: builds the engine, in the thread. on_ready, on_failure: called once on the event loop when it is loaded, and
+    when loading or a step raised.
     """
 
     def __init__(
@@ -129,9 +130,11 @@ class EngineThread:
         *,
         max_waiting: int,
         metrics: Metrics,
+        on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self._load, self._max_waiting, self._metrics, self._on_failure = load, max_waiting, metrics, on_failure
+        self._load, self._max_waiting, self._metrics = load, max_waiting, metrics
+        self._on_ready, self._on_failure = on_ready, on_failure
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._groups: dict[str, RequestGroup] = {}
         self._waiting: set[str] = set()
@@ -224,6 +227,7 @@ class EngineThread:
 
     def _become_ready(self, served: ServedModel) -> None:
         self.served = served
+        self._on_ready()
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error

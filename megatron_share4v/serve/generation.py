@@ -77,6 +77,8 @@ class Generation:
         self._metrics, self._options = metrics, options
         self._choices: dict[str, _Choice] = {}
         self._failed = False
+        self._first: float | None = None
+        self._finishes: set[str] = set()
         for number in range(len(prompts) * options.choices):
             one = prompts[number // options.choices]
             space = remaining_positions(served, one.prompt, param=param)
@@ -99,6 +101,18 @@ class Generation:
         """Tokens generated so far, over all choices."""
         return sum(choice.tokens for choice in self._choices.values())
 
+    def summary(self) -> dict[str, object]:
+        """Counts and times for the log."""
+        prompts = {id(choice.built): choice.built.prompt for choice in self._choices.values()}.values()
+        first = "-" if self._first is None else round((self._first - self._group.submitted) * 1000)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "images": sum(prompt.pixels.size(0) for prompt in prompts),
+            "completion_tokens": self.completion_tokens,
+            "finish": ",".join(sorted(self._finishes)) or "aborted",
+            "first_token_ms": first,
+        }
+
     def close(self) -> None:
         """Cancel the running requests. The creator must call this."""
         self._metrics.count_finished("error" if self._failed else "abort", len(self._group.open))
@@ -110,6 +124,7 @@ class Generation:
             choice = self._choices[event.request_id]
             delta = self._make_delta(choice, event, time_s)
             if delta.finish_reason is not None:
+                self._finishes.add(delta.finish_reason)
                 self._group.cancel(event.request_id)
                 self._metrics.count_finished(delta.finish_reason)
                 self._metrics.end_to_end.observe(time_s - self._group.submitted)
@@ -146,6 +161,7 @@ class Generation:
 
     def _observe_latency(self, choice: _Choice, at: float) -> None:
         if choice.last is None:
+            self._first = self._first or at
             self._metrics.time_to_first_token.observe(at - self._group.submitted)
         else:
             self._metrics.inter_token_latency.observe(at - choice.last)

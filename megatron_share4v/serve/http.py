@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -25,7 +26,9 @@ T = TypeVar("T")
 # The page exposes no model data, and a browser cannot send a key before loading it.
 OPEN_PATHS = ("/", "/health", "/ping", "/favicon.ico")
 BODY_READ = "share4v.body_read"  # set in a request's scope
+RECORD = "share4v.record"  # the request's RequestRecord in its scope, see request_log.py
 LINGER_S, PING_S = 1.0, 15.0
+SMALL_BODY, PARSE_THREADS = 64 << 10, 2
 SAFE_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -128,7 +131,12 @@ class BodyReader:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
+        self._threads = ThreadPoolExecutor(PARSE_THREADS, thread_name_prefix="parse")
         self.buffered = 0
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @contextlib.asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[JsonFields]:
@@ -146,14 +154,20 @@ class BodyReader:
                 message = await self._next(request, deadline)
                 chunk = message.get("body", b"")
                 self._check_size(len(body) + len(chunk))
-                self._check_buffered(len(chunk))
-                counted += len(chunk)
-                self.buffered += len(chunk)
                 body += chunk
+                # Small bodies are not counted: those of text-only requests always find room beside images.
+                if (added := len(body) - counted) and len(body) > SMALL_BODY:
+                    self._check_buffered(added)
+                    counted += added
+                    self.buffered += added
                 if not message.get("more_body"):
                     break
             request.scope[BODY_READ] = True
-            fields = parse_object(bytes(body))
+            if len(body) <= SMALL_BODY:
+                fields = parse_object(bytes(body))
+            else:  # off the event loop
+                loop = asyncio.get_running_loop()
+                fields = await loop.run_in_executor(self._threads, parse_object, bytes(body))
             del body
             yield fields
         finally:
@@ -242,6 +256,8 @@ def _digest(key: bytes) -> bytes:
 async def handle_exception(request: Request, error: Exception) -> Response:
     """Starlette exception handler: ApiError, Starlette's own (unknown path, wrong method), and unexpected errors."""
     if isinstance(error, ApiError):
+        if RECORD in request.scope:
+            request.scope[RECORD].error = str(error)
         return ErrorResponse(error)
     if isinstance(error, HTTPException):
         what = {

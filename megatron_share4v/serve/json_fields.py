@@ -14,6 +14,7 @@ from megatron_share4v.serve.api_error import ApiError
 
 SHOWN = 60
 INT64 = 2**63
+MAX_DEPTH, MAX_VALUES = 32, 1 << 21
 _NAMES = {
     dict: "an object",
     list: "an array",
@@ -27,15 +28,37 @@ _NAMES = {
 
 def parse_object(body: bytes) -> JsonFields:
     """Parse the body of a request. Raises ApiError unless it is one JSON object."""
+    if (count := sum(map(body.count, (b"[", b"{", b",")))) > MAX_VALUES:
+        raise ApiError(f"the body has {count} brackets and commas; accepted are {MAX_VALUES}", status=413)
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise ApiError("the body is nested too deeply; no field needs more than a few levels") from error
+        raise _nested_too_deeply() from error
     except UnicodeDecodeError as error:
         raise ApiError(f"the body is not UTF-8: {error.reason} at byte {error.start}") from error
     except ValueError as error:
         raise ApiError(f"the body is not JSON: {str(error)[:200]}") from error
+    _check_depth(value)
     return JsonFields.of(value, "")
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ApiError for arrays and objects more than MAX_DEPTH levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise _nested_too_deeply()
+
+
+def _nested_too_deeply() -> ApiError:
+    return ApiError(f"the body is nested too deeply: accepted are {MAX_DEPTH} levels, and no field needs that many")
 
 
 def _refuse_constant(name: str) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_share4v.checkpoint.hf.auto_import import is_hf_model
+from megatron_share4v.checkpoint.manifest import read_manifest
+from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.infer.engine import Engine
@@ -28,6 +31,8 @@ def serve_checkpoint(
     Raises ConfigError, CheckpointError, ConversionError or DataError for what cannot be served, and whatever the engine
     raises.
     """
+    if not is_hf_model(checkpoint):
+        read_manifest(resolve_checkpoint(checkpoint))  # before anything is started
     device = Device.detect(local_rank=world.local_rank, local_world_size=world.local_size)
     with process_group(world, device, timeout_s=600), open_mesh(Layout(tensor=world.size), device=device) as mesh:
         if world.rank == 0:

@@ -1,4 +1,4 @@
-"""From parsed requests to engine prompts: decodes images and tokenizes conversations on worker threads."""
+"""From parsed requests to engine prompts: loads images, and tokenizes conversations on worker threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.loading.prompt import Prompt, make_chat_prompt, prompt_from_ids
 from megatron_share4v.data.records import Turn
@@ -15,7 +17,7 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.serve.api_error import ApiError, context_length_error
 from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.image_fetch import ImageFetcher
-from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
+from megatron_share4v.serve.image_loader import ImageLoader
 from megatron_share4v.serve.messages import Conversation
 from megatron_share4v.serve.protocol import CompletionRequest
 from megatron_share4v.text.detokenizer import IncrementalDetokenizer
@@ -23,6 +25,7 @@ from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX
 from megatron_share4v.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+TEXT_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -35,32 +38,27 @@ class BuiltPrompt:
 
 
 class PromptBuilder:
-    """Builds prompts on `config.image_workers` threads."""
+    """Builds prompts; text never waits for images."""
 
     def __init__(self, config: ServeConfig, *, fetcher: ImageFetcher | None = None) -> None:
-        self._config = config
-        self._pool = ThreadPoolExecutor(config.image_workers, thread_name_prefix="prepare")
-        self._fetching = asyncio.Semaphore(4 * config.image_workers)
-        self.fetcher = fetcher
-        if fetcher is None and config.allow_image_urls is not None:
-            domains = tuple(domain.lower().strip(".") for domain in config.allow_image_urls)
-            self.fetcher = ImageFetcher(
-                domains=domains, max_bytes=config.max_image_bytes, timeout_s=config.image_timeout_s
-            )
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="tokenize")
+        self.images = ImageLoader(config, fetcher=fetcher)
 
     def close(self) -> None:
-        """Shut down the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the threads and the processes that decode images."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.images.close()
 
     async def question(self, served: ServedModel, conversation: Conversation) -> BuiltPrompt:
         """The prompt of a conversation. Raises ApiError."""
         messages = conversation.messages
         check_length(served, [conversation.system or "", *(message.text for message in messages)], param="messages")
-        sources = [
-            None if m is None else m.url if is_inline(m.url) else await self._fetch(m.url, m.place)
+        policy = served.encoder.images
+        images = [
+            None if m is None else await self.images.load(m.url, policy=policy, place=m.place)
             for m in (message.image for message in messages)
         ]
-        return await self.run(_question, served, conversation, sources, self._config)
+        return await self.run(_question, served, conversation, images)
 
     async def texts(self, served: ServedModel, request: CompletionRequest) -> list[BuiltPrompt]:
         """Prompts of texts, with a leading <s>, and of ids, unchanged. Raises ApiError."""
@@ -73,23 +71,16 @@ class PromptBuilder:
     ) -> BuiltPrompt:
         """The prompt of texts with one image between consecutive texts. Raises ApiError."""
         check_length(served, pieces, param=place)
-        sources = [image if is_inline(image) else await self._fetch(image, place) for image in images]
-        return await self.run(_pieces, served, pieces, sources, place, add_bos, self._config)
+        policy = served.encoder.images
+        pixels = [await self.images.load(image, policy=policy, place=place) for image in images]
+        return await self.run(_pieces, served, pieces, pixels, place, add_bos)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:
         """Run a function on a worker thread; its DataError becomes an ApiError."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
         except DataError as error:
             raise ApiError(str(error)) from error
-
-    async def _fetch(self, url: str, place: str) -> bytes:
-        if self.fetcher is None:
-            raise ApiError(
-                f"{place}: this server does not fetch images; send them as data:image/...;base64,... URLs", param=place
-            )
-        async with self._fetching:
-            return await self.fetcher.fetch(url, place=place)
 
 
 def check_length(served: ServedModel, texts: Sequence[str | tuple[int, ...]], *, param: str) -> None:
@@ -111,24 +102,11 @@ def remaining_positions(served: ServedModel, prompt: Prompt, *, param: str) -> i
     return limit - length
 
 
-def _image(source: str | bytes | None, place: str, config: ServeConfig) -> bytes | None:
-    if source is None:
-        return None
-    data = decode_data_uri(source, place=place, max_bytes=config.max_image_bytes) if isinstance(source, str) else source
-    check_image(data, config, place=place)
-    return data
-
-
 def _question(
     served: ServedModel,
     conversation: Conversation,
-    sources: Sequence[str | bytes | None],
-    config: ServeConfig,
+    images: Sequence[np.ndarray | None],
 ) -> BuiltPrompt:
-    images = [
-        _image(source, message.image.place if message.image else "", config)
-        for source, message in zip(sources, conversation.messages)
-    ]
     prompt = make_chat_prompt(
         served.encoder,
         [Turn(message.role, message.text) for message in conversation.messages],
@@ -165,12 +143,10 @@ def _offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 def _pieces(
     served: ServedModel,
     pieces: Sequence[str],
-    sources: Sequence[str | bytes],
+    images: Sequence[np.ndarray],
     place: str,
     add_bos: bool,
-    config: ServeConfig,
 ) -> BuiltPrompt:
-    images = [data for source in sources if (data := _image(source, place, config)) is not None]
     tokenizer = served.encoder.tokenizer
     ids = [tokenizer.bos_id] if add_bos else []
     for number, piece in enumerate(pieces):

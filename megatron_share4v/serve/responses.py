@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +40,7 @@ class ResponseBuilder:
     chat: bool
     tokenizer: Tokenizer
     wants_logprobs: bool
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:24])
+    id: str
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: Sequence[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:

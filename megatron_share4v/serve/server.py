@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -23,14 +24,17 @@ from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.serve import page
+from megatron_share4v.serve.access import access_middleware
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.api_megatron import MegatronRoutes
 from megatron_share4v.serve.api_openai import OpenAIRoutes
+from megatron_share4v.serve.connection import BACKLOG, connection_class, fit_connections, report_loop_error
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.http import AuthMiddleware, BodyReader, JsonResponse, handle_exception
 from megatron_share4v.serve.image_fetch import ImageFetcher
 from megatron_share4v.serve.metrics import CONTENT_TYPE, EngineCollector, Metrics
 from megatron_share4v.serve.prompt_builder import PromptBuilder
+from megatron_share4v.serve.request_log import RequestLog, limit_log
 
 if TYPE_CHECKING:
     from megatron_share4v.infer.engine import EngineStats
@@ -41,22 +45,38 @@ def build_app(
     load: Callable[[], ServedModel],
     *,
     fetcher: ImageFetcher | None = None,
+    on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[EngineThread], None] = lambda worker: None,
 ) -> Starlette:
     """The ASGI application. Its lifespan owns the engine thread, which runs `load`.
 
-    `app.state.worker`, `.metrics` and `.bodies` are for tests.
+    `app.state.worker`, `.metrics`, `.bodies` and `.prompt_builder` are for tests.
     """
     metrics = Metrics(config.model_name)
-    worker = EngineThread(load, max_waiting=config.max_waiting, metrics=metrics, on_failure=lambda: on_failure(worker))
     bodies, prompt_builder = BodyReader(config), PromptBuilder(config, fetcher=fetcher)
+
+    def load_all() -> ServedModel:
+        served = load()
+        prompt_builder.images.wait_started()
+        return served
+
+    worker = EngineThread(
+        load_all,
+        max_waiting=config.max_waiting,
+        metrics=metrics,
+        on_ready=on_ready,
+        on_failure=lambda: on_failure(worker),
+    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(report_loop_error)
+        prompt_builder.images.start()
         worker.start()
         try:
             yield
         finally:
+            bodies.close()
             prompt_builder.close()
             await worker.stop()
 
@@ -69,13 +89,20 @@ def build_app(
             *megatron.routes(),
             *page.routes(),
         ],
-        middleware=[Middleware(AuthMiddleware, config=config, metrics=metrics)],
+        middleware=_middleware(config, metrics),
         exception_handlers={ApiError: handle_exception, HTTPException: handle_exception, Exception: handle_exception},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     app.state.worker, app.state.metrics, app.state.bodies = worker, metrics, bodies
+    app.state.prompt_builder = prompt_builder
     return app
+
+
+def _middleware(config: ServeConfig, metrics: Metrics) -> list[Middleware]:
+    """The middleware, outermost first."""
+    key = Middleware(AuthMiddleware, config=config, metrics=metrics)
+    return [Middleware(RequestLog), *access_middleware(config), key]
 
 
 def _monitoring_routes(config: ServeConfig, worker: EngineThread, metrics: Metrics) -> list[Route]:
@@ -128,7 +155,8 @@ def http_server(app: Starlette, config: ServeConfig) -> HttpServer:
     """Configure a uvicorn server for the application."""
     settings = uvicorn.Config(
         app,
-        http="h11",
+        http=connection_class(config),
+        backlog=BACKLOG,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -136,7 +164,7 @@ def http_server(app: Starlette, config: ServeConfig) -> HttpServer:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=config.drain_s,
-        timeout_keep_alive=15,
+        timeout_keep_alive=config.idle_timeout_s,
     )
     return HttpServer(settings)
 
@@ -161,6 +189,8 @@ def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
     Raises ConfigError when it cannot listen, and what `load` or the engine raised.
     """
     log = get_logger()
+    limit_log()
+    config = replace(config, max_connections=fit_connections(config.max_connections))
     listening = listen(config)
     failed: list[BaseException] = []
 
@@ -169,19 +199,17 @@ def serve(config: ServeConfig, load: Callable[[], ServedModel]) -> None:
             failed.append(worker.failure)
         server.should_exit = True
 
-    server = http_server(build_app(config, load, on_failure=end), config)
     host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{listening.getsockname()[1]}/"
+    app = build_app(config, load, on_ready=lambda: log.info("ready at %s", url), on_failure=end)
+    server = http_server(app, config)
     if config.is_open:
         log.warning(
             "WARNING: listening on %s without a key: anyone who can reach this port can use the model. Set "
-            "--api-key, or --host 127.0.0.1.",
+            "--api-key-file, or --host 127.0.0.1.",
             config.host,
         )
-    log.info(
-        "page and API at http://%s:%d/ (loading the model; /health reports when it is ready)",
-        host,
-        listening.getsockname()[1],
-    )
+    log.info("listening on %s, loading the model (/health reports when it is ready)", url)
     server.run(sockets=[listening])
     if failed:
         raise failed[0]

@@ -208,7 +208,7 @@ def odd_http(random: Random) -> RawRequest:
     choice = random.randrange(7)
     if choice == 0:
         return RawRequest(
-            f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(),
+            f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode(),
             kind="head" if method == "HEAD" else "",
         )
     if choice == 1:
@@ -222,7 +222,7 @@ def odd_http(random: Random) -> RawRequest:
     if choice == 2:
         return RawRequest(
             (
-                f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 "Content-Length: 99999999999\r\n\r\n{"
             ).encode()
         )
@@ -230,7 +230,7 @@ def odd_http(random: Random) -> RawRequest:
         return RawRequest(random.randbytes(200) + b"\r\n\r\n", kind="not http")
     if choice == 4:
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             "Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
         ).encode()
         return RawRequest(
@@ -259,7 +259,7 @@ def post(path: str, body: bytes, *, kind: str = "application/json", extra: str =
     """A complete request; /api takes PUT."""
     method = "PUT" if path == "/api" else "POST"
     head = (
-        f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nConnection: close\r\n"
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nConnection: close\r\n"
         f"{extra}Content-Length: {len(body)}\r\n\r\n"
     )
     return RawRequest(head.encode("latin-1") + body)

@@ -39,7 +39,7 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
         method = "PUT" if path == "/api" else "POST"
         lines = (
             f"{method} {path} HTTP/1.1",
-            "Host: x",
+            "Host: localhost",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
         )
@@ -150,7 +150,7 @@ def test_large_bodies_are_rejected_before_reading(encoder: Encoder) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(
-                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 100001\r\n\r\n"
             )
             assert connection.recv(4096).startswith(b"HTTP/1.1 413")
@@ -159,8 +159,8 @@ def test_large_bodies_are_rejected_before_reading(encoder: Encoder) -> None:
         assert answer.status_code == 413 and answer.json()["error"]["code"] == 413
         with socket.create_connection((host, int(port))) as first:
             first.sendall(
-                b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99000\r\n\r\n"
-                + b" " * 90_000
+                b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 99000\r\n\r\n" + b" " * 90_000
             )
             until(lambda: server.app.state.bodies.buffered == 90_000)
             answer = httpx.post(
@@ -178,7 +178,7 @@ def test_health_while_loading_and_after(encoder: Encoder) -> None:
         assert answer.status_code == 503 and answer.json() == {"status": "loading"} and answer.headers["retry-after"]
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 503
         assert http.get("/").status_code == 200 and http.get("/metrics").status_code == 200
-        until(lambda: http.get("/health").status_code == 200)
+        until(lambda: http.get("/health").status_code == 200, timeout_s=60)
         assert http.get("/health").json() == http.post("/ping").json() == {"status": "ok"}
         assert http.get("/load").json() == {"server_load": 0}
 

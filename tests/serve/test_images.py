@@ -11,13 +11,15 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
+import slow_images
 from malformed_requests import BOMBS, LONG_TEXT
 from PIL import Image
-from server_fixture import Running, data_url, picture, running
+from server_fixture import Running, data_url, picture, running, until
 
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.loading.encode import Encoder
@@ -99,6 +101,50 @@ def test_decompression_bombs_are_rejected_at_once(server: Running, number: int) 
     start = time.monotonic()
     answer = ask(server, data_url(BOMBS[number]))
     assert answer.status_code == 400 and time.monotonic() - start < 2, answer.text
+
+
+@pytest.mark.parametrize("name", slow_images.BOMBS)
+def test_slow_images_are_rejected_before_decoding(server: Running, name: str) -> None:
+    answer = ask(server, data_url(slow_images.BOMBS[name]()))
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"].startswith("messages[0]"), answer.text
+    assert error["message"].startswith(f"{error['param']}: image is a JPEG of ")
+
+
+class BlockedPool:
+    """A decode pool whose images are decoded when `release` is set."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def decode(self, request: object) -> np.ndarray:
+        assert self.release.wait(60)
+        return np.zeros((32, 32, 3), dtype=np.uint8)
+
+    def close(self) -> None:
+        self.release.set()
+
+
+def test_text_never_waits_for_images_and_their_queue_is_bounded(encoder: Encoder) -> None:
+    with running(encoder, image_workers=2, max_waiting_images=3) as server, ThreadPoolExecutor(8) as clients:
+        images = server.app.state.prompt_builder.images
+        images.pool.close()
+        images.pool = pool = BlockedPool()
+        asked = [clients.submit(ask, server, data_url(picture(seed=seed))) for seed in range(5)]
+        until(lambda: images.waiting == 5)
+        refused = ask(server, data_url(picture()))
+        assert refused.status_code == 429 and "3 images are waiting" in refused.json()["error"]["message"]
+        for path, body in {
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "What?"}]},
+            "/v1/completions": {"prompt": "What?"},
+            "/tokenize": {"prompt": "What?"},
+        }.items():
+            assert httpx.post(f"{server.url}{path}", json=body, timeout=20).status_code == 200
+        assert httpx.put(f"{server.url}/api", json={"prompts": ["What?"]}, timeout=20).status_code == 200
+        assert images.waiting == 5 and not any(one.done() for one in asked)
+        pool.release.set()
+        assert [one.result().status_code for one in asked] == [200] * 5
+        assert images.waiting == 0
 
 
 @pytest.mark.parametrize(

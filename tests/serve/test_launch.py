@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -132,6 +133,14 @@ def test_answers_equal_the_session(export: Path, expected: list[str], tmp_path: 
         )
         os.kill(server.pid, signal.SIGTERM)
         code = server.wait(60)
+    start, ready, running = (
+        (tmp_path / "log.txt").read_text().split("stopped")[0].partition("ready at http://127.0.0.1:")
+    )
+    assert "listening on" in start and ready
+    assert all("request=" in line for line in running.splitlines()[1:-1]), "ready is the last line of the start"
+    assert re.search(
+        r"POST /v1/chat/completions 200 request=\w+ client=127\.0\.0\.1 prompt_tokens=\d+ images=1", running
+    )
     assert "stopped" in (tmp_path / "log.txt").read_text()
     assert code == 0 if ranks == 1 else "Traceback" not in (tmp_path / "log.txt").read_text().split("stopped")[0], (
         tmp_path / "log.txt"
@@ -141,9 +150,11 @@ def test_answers_equal_the_session(export: Path, expected: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere"], "nowhere"),
-        (["nowhere", "--port", "high", "--max-requests", "0"], '--port: should be a valid integer, got "high"'),
-        (["nowhere", "--max-requests", "500"], "step_positions 256 is less than max_requests 500"),
+        (["nowhere", "--port", "0"], "nowhere: No such file or directory; give the directory of a checkpoint"),
+        ([str(ROOT / "docs"), "--port", "0"], "docs"),
+        ([str(ROOT), "--port", "high", "--max-requests", "0"], '--port: should be a valid integer, got "high"'),
+        ([str(ROOT), "--max-requests", "500"], "step_positions 256 is less than max_requests 500"),
+        ([str(ROOT), "--api-key", "a", "--api-key-file", "b"], "are both given"),
     ],
 )
 def test_user_errors_are_one_message(arguments: list[str], words: str) -> None:
@@ -151,6 +162,7 @@ def test_user_errors_are_one_message(arguments: list[str], words: str) -> None:
     assert (
         done.returncode == 2 and "error: " in done.stderr and words in done.stderr and "Traceback" not in done.stderr
     ), done.stderr
+    assert "listening" not in done.stderr, "told before anything is started"
 
 
 def test_help_lists_settings() -> None:

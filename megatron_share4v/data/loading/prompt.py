@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_share4v.data.images.pil_decoder import decode
@@ -12,6 +13,9 @@ from megatron_share4v.data.loading.collate import StageRole, collate
 from megatron_share4v.data.loading.encode import Encoder, check_placeholders
 from megatron_share4v.data.records import Example, Turn
 from megatron_share4v.text.mask import encode_chat_prompt, encode_prompt
+
+PromptImage = bytes | np.ndarray
+"""An encoded image file, or its pixels [H, W, 3] uint8 as the encoder's image policy gives them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def make_chat_prompt(
     encoder: Encoder,
     turns: Sequence[Turn],
     *,
-    images: Sequence[bytes | None],
+    images: Sequence[PromptImage | None],
     tokens_per_image: int,
     system: str | None = None,
     raw: bool = False,
@@ -60,14 +64,15 @@ def make_chat_prompt(
 
 
 def prompt_from_ids(
-    encoder: Encoder, ids: Sequence[int], *, images: Sequence[bytes], tokens_per_image: int, name: str
+    encoder: Encoder, ids: Sequence[int], *, images: Sequence[PromptImage], tokens_per_image: int, name: str
 ) -> Prompt:
     """Build a prompt from ids with one IMAGE_TOKEN_INDEX per image, in order.
 
     Raises DataError for a bad image.
     """
     size = encoder.images.image_size
-    decoded = [torch.tensor(decode(image, encoder.images)) for image in images]
+    arrays = [decode(image, encoder.images) if isinstance(image, bytes) else image for image in images]
+    decoded = [torch.tensor(array) for array in arrays]
     pixels = torch.stack(decoded) if decoded else torch.empty(0, size, size, 3, dtype=torch.uint8)
     input_ids = torch.tensor(ids, dtype=torch.int64)
     example = Example(key=name, name=name, input_ids=input_ids, labels=input_ids, pixels=pixels)
