@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from engine_helpers import ask
 from exported_model import encode_with_chat_template
 from harness import run_world
 from hf_fixtures import write_llava_hf
+from PIL import Image
 
 from examples.quickstart.tokenizer import train_tokenizer
 from megatron_share4v.checkpoint.hf.exporter import export_model
@@ -17,6 +21,7 @@ from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import HfSource
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
+from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import ConfigError, ConversionError, DataError
 from megatron_share4v.evaluate.agreement import generated_questions
 from megatron_share4v.infer.engine import Engine
@@ -66,6 +71,23 @@ def test_engine_equals_transformers(models: tuple[Path, Path], mesh) -> None:
     processor, model = agreement._load(models[1])
     inputs = [encode_with_chat_template(processor, question) for question in generated_questions()]
     assert engine_answers(session) == [agreement._generate_greedy(model, session, one, NEW) for one in inputs]
+
+
+def test_photographs_are_turned_as_the_checkpoint_says(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tagged, upright = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(tagged, "PNG", exif=exif)
+    Image.fromarray(np.rot90(pixels, -1)).save(upright, "PNG")
+    turned = ImportOptions(image_orientation="exif")
+    import_model(HfSource(directory=models[1]), tmp_path / "turned", options=turned)
+    for path, is_turned in ((models[0], False), (tmp_path / "turned", True)):
+        session = Session.open(path, mesh=mesh)
+        one, other = (
+            session.prompt([Turn("human", "What?")], images=[file.getvalue()]).pixels for file in (tagged, upright)
+        )
+        assert torch.equal(one, other) == is_turned
 
 
 def test_tokenizer_larger_than_the_model_is_rejected(models: tuple[Path, Path], mesh, tmp_path: Path) -> None:

@@ -106,6 +106,17 @@ def interrupted(options, monkeypatch) -> PrepareOptions:
     return options
 
 
+def test_a_preparation_without_a_finished_shard_does_not_block_another(options):
+    """A file that is not JSON ends the first try; its correction is other input, and nothing would be lost."""
+    whole = options.annotations.read_text()
+    options.annotations.write_text(whole[:-40])
+    one_shard = dataclasses.replace(options, samples_per_shard=1000)
+    with pytest.raises(DataError, match="not JSON"):
+        prepare(one_shard)
+    options.annotations.write_text(whole)
+    assert prepare(one_shard).samples == len(Index.open(options.output))
+
+
 def test_other_archives_are_not_mixed_with_those_that_were_begun_in_place(options, monkeypatch):
     """Index rows refer to archives by number; an additional archive would change the numbers."""
     options = dataclasses.replace(options, in_place=True)
