@@ -116,7 +116,7 @@ MME = (  # subtask, image, question in the text file, question in the question f
 def mme(root: Path) -> None:
     write_jsonl(
         root / "llava_mme.jsonl",
-        [question_row(f"{task}/{name}", f"{task}/{name}", asked + SHORT, task) for task, name, _, asked, _ in MME],
+        [question_row(f"{task}/{name}", f"{task}/{name}", prompt + SHORT, task) for task, name, _, prompt, _ in MME],
     )
     images = root / "MME_Benchmark_release_version"
     write_pictures(images, {f"{task}/{name}" for task, name, *_ in MME})

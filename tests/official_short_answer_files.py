@@ -46,10 +46,10 @@ def vqav2_val(root: Path) -> None:
             "image_id": 262148 + k,
             "question_type": "what",
             "answer_type": ("other", "yes/no", "number")[k % 3],
-            "multiple_choice_answer": said[0],
-            "answers": [{"answer": one, "answer_confidence": "yes", "answer_id": i + 1} for i, one in enumerate(said)],
+            "multiple_choice_answer": given[0],
+            "answers": [{"answer": one, "answer_confidence": "yes", "answer_id": i + 1} for i, one in enumerate(given)],
         }
-        for k, (name, said) in enumerate(zip(names, people))
+        for k, (name, given) in enumerate(zip(names, people))
     ]
     write_json(root / "v2_OpenEnded_mscoco_val2014_questions.json", {"info": {}, "questions": questions})
     write_json(root / "v2_mscoco_val2014_annotations.json", {"info": {}, "annotations": annotations})
@@ -105,11 +105,11 @@ def vizwiz_val(root: Path) -> None:
             {
                 "image": name,
                 "question": text,
-                "answers": [{"answer_confidence": "yes", "answer": a} for a in said],
+                "answers": [{"answer_confidence": "yes", "answer": a} for a in given],
                 "answer_type": "other",
                 "answerable": 1,
             }
-            for name, text, said in zip(names, VIZWIZ, answers)
+            for name, text, given in zip(names, VIZWIZ, answers)
         ],
     )
     write_pictures(root / "val", names)

@@ -31,7 +31,7 @@ from megatron_share4v.remote.openai_client import MAX_RETRY_WAIT_S, ChatClient, 
 Reaction = tuple[int, dict[str, str], bytes]
 
 
-def completion_reply(text: object, model: str = "a-judge-of-ours") -> Reaction:
+def completion_reply(text: object, model: str = "another-judge") -> Reaction:
     return (
         200,
         {},
@@ -51,11 +51,11 @@ def chat(url: str, *, waits: list[float] | None = None, **more: object) -> ChatC
     )
 
 
-def build_requests(name: str, root: Path, said: str = "A view.") -> tuple[list, dict[str, str], list[Request]]:
+def build_requests(name: str, root: Path, answer: str = "A view.") -> tuple[list, dict[str, str], list[Request]]:
     WRITERS[name, None](root)
     task = get_task(name)
     items = task.items(task.open(root))
-    texts = by_id(make_answer(item, f"{said} {item.id}") for item in items)
+    texts = by_id(make_answer(item, f"{answer} {item.id}") for item in items)
     return items, texts, list(task.judged.requests(items, texts, OFFICIAL))
 
 
@@ -137,7 +137,7 @@ def test_llava_bench_end_to_end(tmp_path: Path) -> None:
         ("judge", 3, "/v1/chat/completions")
     }
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"} and len(server.requests) == 5
-    assert found == Judgement({name: [text] for name, text in replies.items()}, "judge", ("a-judge-of-ours",), 3, 5)
+    assert found == Judgement({name: [text] for name, text in replies.items()}, "judge", ("another-judge",), 3, 5)
     task = get_task("llava_bench")
     folder = task.open(tmp_path)
     scores = task.score(folder, items, [], verdicts=found.verdicts)

@@ -220,7 +220,7 @@ def test_question_about_a_changed_picture_is_asked_again(
 
 
 def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: Path, tmp_path: Path) -> None:
-    asked = evaluate(Evaluation("custom", data=questions, out=tmp_path / "asked"), replica)
+    generated = evaluate(Evaluation("custom", data=questions, out=tmp_path / "generated"), replica)
     given = [
         "--benchmark",
         "custom",
@@ -229,12 +229,12 @@ def test_an_answer_file_is_scored_without_a_model(replica: Replica, questions: P
         "--out",
         tmp_path / "scored",
         "--answers",
-        tmp_path / "asked" / ANSWERS,
+        tmp_path / "generated" / ANSWERS,
     ]
     done = run_tool("tools/evaluate.py", *given)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
-    assert shown["scores"] == asked["scores"] and shown["questions"] == QUESTIONS and shown["model"] == "answers"
+    assert shown["scores"] == generated["scores"] and shown["questions"] == QUESTIONS and shown["model"] == "answers"
     wrong = run_tool("tools/evaluate.py", *given[:-1], tmp_path / "nothing.jsonl")
     assert wrong.returncode == 2 and "nothing.jsonl: cannot be read" in wrong.stderr
 
@@ -286,7 +286,7 @@ def test_remote_client_goes_on_after_a_broken_picture_and_a_refused_request(tmp_
         return (400, {}, b"too many pixels") if next(numbers) == 0 else completion("x")
 
     with serving(answer, key_of=lambda request: b"") as (url, _):
-        endpoint = Endpoint(url=url, model="theirs", concurrency=1)
+        endpoint = Endpoint(url=url, model="served", concurrency=1)
         client = RemoteClient(ChatClient(endpoint), decoding=evaluation.decoding)
         content = run_benchmark(evaluation, client, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
     assert (content["answered"], content["complete"], content["scores"]) == (2, False, {"accuracy": 50.0})
@@ -305,10 +305,10 @@ def test_remote_client_sends_official_request(tmp_path: Path) -> None:
         return completion("A. ")
 
     with serving(answer, key_of=lambda request: json.dumps(request["messages"]).encode()) as (url, _):
-        endpoint = Endpoint(url=url, model="theirs", concurrency=2)
+        endpoint = Endpoint(url=url, model="served", concurrency=2)
         client = RemoteClient(ChatClient(endpoint), decoding=evaluation.decoding)
         content = run_benchmark(evaluation, client, model=ModelFacts.of_endpoint(endpoint, name=None), share=DPGroup())
-    assert content["headline"]["name"] == "accuracy" and content["model"] == "theirs"
+    assert content["headline"]["name"] == "accuracy" and content["model"] == "served"
     assert len(sent) == len(evaluation.items)
     system, user = sent[0]["messages"]
     assert "curious human" in system["content"] and user["content"][0]["image_url"]["url"].startswith(

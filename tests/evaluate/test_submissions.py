@@ -15,19 +15,19 @@ from megatron_share4v.evaluate.answers import make_answer
 from megatron_share4v.evaluate.tasks import get_task
 
 
-def submission(name: str, split: str | None, root: Path, said: list[str]) -> dict[str, bytes]:
+def submission(name: str, split: str | None, root: Path, texts: list[str]) -> dict[str, bytes]:
     WRITERS[name, split](root)
     task = get_task(name)
     folder = task.open(root, split)
     items = task.items(folder)
-    return dict(task.submission(folder, items, [make_answer(item, text) for item, text in zip(items, said)]))
+    return dict(task.submission(folder, items, [make_answer(item, text) for item, text in zip(items, texts)]))
 
 
 def test_vqav2_submission_has_every_question_of_test2015(tmp_path: Path) -> None:
     [(name, content)] = submission(
         "vqav2", None, tmp_path, ["Red.", "Yes, it is", "two", "An umbrella", "at Joe's"]
     ).items()
-    said = {
+    texts = {
         999: "",
         1000: "red",
         1001: "yes it is",
@@ -37,7 +37,7 @@ def test_vqav2_submission_has_every_question_of_test2015(tmp_path: Path) -> None
         1005: "",
     }  # the last was not answered
     assert name == "vqav2_test2015.json" and json.loads(content) == [
-        {"question_id": k, "answer": text} for k, text in said.items()
+        {"question_id": k, "answer": text} for k, text in texts.items()
     ]
 
 

@@ -14,7 +14,7 @@ from megatron_share4v.evaluate.metrics.vqa_answers import normalise_evalai
 MATCHES = [
     ("the same", "cat", "cat", True),
     ("other", "dog", "cat", False),
-    ("nothing said", "", "cat", False),
+    ("empty answer", "", "cat", False),
     ("capital", "Cat", "cat", True),
     ("all capitals", "CAT", "cat", True),
     ("period at the end", "cat.", "cat", True),
@@ -56,13 +56,13 @@ MATCHES = [
 ]
 
 
-def percent(said: str, answer: str) -> float:
-    return gqa.score([GqaQuestion("1", answer, "query")], {"1": gqa.convert(said)}).headline
+def percent(prediction: str, answer: str) -> float:
+    return gqa.score([GqaQuestion("1", answer, "query")], {"1": gqa.convert(prediction)}).headline
 
 
 TABLE: list[Row] = [
-    (quirk, lambda said=said, answer=answer: percent(said, answer), 100.0 if right else 0.0)
-    for quirk, said, answer, right in MATCHES
+    (quirk, lambda prediction=prediction, answer=answer: percent(prediction, answer), 100.0 if right else 0.0)
+    for quirk, prediction, answer, right in MATCHES
 ]
 PORT_ERRORS: dict[str, dict[str, object]] = {
     "case counts": {"convert": lambda text: text.rstrip(".")},
@@ -104,10 +104,10 @@ def test_kinds() -> None:
 
 
 def test_unbalanced_questions_need_no_prediction_and_balanced_ones_do() -> None:
-    said = {"1": "yes", "2": "left", "3": "cat", "4": "dog"}
+    prediction = {"1": "yes", "2": "left", "3": "cat", "4": "dog"}
     with pytest.raises(DataError, match="no prediction for 1 of 5 questions, the first is 5"):
-        gqa.score(ASKED, said)
-    assert gqa.score(ASKED, said | {"5": "red"}).headline == 100.0
+        gqa.score(ASKED, prediction)
+    assert gqa.score(ASKED, prediction | {"5": "red"}).headline == 100.0
 
 
 def test_a_kind_without_questions_is_0() -> None:

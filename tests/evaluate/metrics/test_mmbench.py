@@ -147,9 +147,9 @@ M = 1_000_000
 
 
 def row(
-    index: int, said: str, answer: str = "A", ability: str = "coarse_perception", category: str = "scene"
+    index: int, text: str, answer: str = "A", ability: str = "coarse_perception", category: str = "scene"
 ) -> MmbenchRow:
-    return MmbenchRow(index, answer, said, COLORS, category, ability)
+    return MmbenchRow(index, answer, text, COLORS, category, ability)
 
 
 # quirk, rows, judged, hits
@@ -178,7 +178,7 @@ CIRCULAR = [
     ("no option is wrong", [row(1, "A"), row(M + 1, "purple", "B")], {}, {1: False}),
     ("a judge reads it", [row(1, "A"), row(M + 1, "purple", "B")], {M + 1: "B"}, {1: True}),
     ("a judge reads it otherwise", [row(1, "A"), row(M + 1, "purple", "B")], {M + 1: "Z"}, {1: False}),
-    ("a judge is not asked about letters", [row(1, "B")], {1: "A"}, {1: False}),
+    ("no judge request about letters", [row(1, "B")], {1: "A"}, {1: False}),
     ("Z is wrong", [row(1, "Z")], {1: "A"}, {1: False}),
     ("neighbouring indices", [row(M - 1, "A"), row(M + M - 1, "B")], {}, {M - 1: False}),
 ]

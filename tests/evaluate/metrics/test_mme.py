@@ -44,10 +44,10 @@ TEXTS: list[tuple[str, ...]] = [
 ]
 
 
-def lines(*said: str, truth: str = "YN") -> str:
+def lines(*texts: str, truth: str = "YN") -> str:
     """A result file: two lines an image, truths Yes and No in turn."""
     words = {"Y": "Yes", "N": "No"}
-    return "".join(f"{number // 2}.txt\tq\t{words[truth[number % 2]]}\t{text}\n" for number, text in enumerate(said))
+    return "".join(f"{number // 2}.txt\tq\t{words[truth[number % 2]]}\t{text}\n" for number, text in enumerate(texts))
 
 
 # quirk, file, then accuracy, acc+, points, others

@@ -64,7 +64,7 @@ TOTALS = [
         {1: 50.0, 2: 100.0, 10: 100.0},
     ),
     (
-        "answers nobody asked for",
+        "answers to unknown questions",
         {1: "A", 2: "B", "v3": "C", 4: "D", 5: "A"},
         100.0,
         100.0,
