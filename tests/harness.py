@@ -95,11 +95,11 @@ def run_world(size: int, function: Callable, *args: Any) -> list[Any]:
     store = create_store()
     pipes, processes = [], []
     for rank in range(size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_main, args=(function, rank, size, store.port, args, theirs), daemon=True)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_main, args=(function, rank, size, store.port, args, sender), daemon=True)
         process.start()
-        theirs.close()
-        pipes.append(ours)
+        sender.close()
+        pipes.append(receiver)
         processes.append(process)
     results: dict[int, Any] = {}
     try:

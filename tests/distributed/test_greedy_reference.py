@@ -54,9 +54,9 @@ def answers(
         model = tiny_model()
         chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
         initialize_weights(chunks, seed=2, model=model)
-        asked = [[prompt] for prompt in prompts()] if alone else [prompts()]
+        batches = [[prompt] for prompt in prompts()] if alone else [prompts()]
         options = {"max_new_tokens": NEW_TOKENS, "stop_ids": stop, "vocabulary": vocabulary}
-        return [ids for part in asked for ids in greedy_generate(chunks, part, mesh=mesh, **options)]
+        return [ids for part in batches for ids in greedy_generate(chunks, part, mesh=mesh, **options)]
 
 
 @pytest.fixture(scope="module")

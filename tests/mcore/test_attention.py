@@ -58,9 +58,9 @@ def test_equals_an_explicit_block_mask(kernel: str):
     ).reshape(12, 16)
     torch.testing.assert_close(packed, expected, rtol=0, atol=1e-6)
     weight = torch.randn(12, 16, generator=torch.Generator().manual_seed(2))
-    ours = torch.autograd.grad((packed * weight).sum(), tensors, retain_graph=True)
-    theirs = torch.autograd.grad((expected * weight).sum(), tensors)
-    for a, b in zip(ours, theirs):
+    actual = torch.autograd.grad((packed * weight).sum(), tensors, retain_graph=True)
+    reference = torch.autograd.grad((expected * weight).sum(), tensors)
+    for a, b in zip(actual, reference):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 

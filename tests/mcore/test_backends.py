@@ -65,9 +65,9 @@ def test_none_has_a_compiler(machine: Path) -> None:
 @needs_cxx
 @pytest.mark.parametrize("requested", ["auto", "native"])
 def test_differing_ranks_end_with_one_message(machine: Path, requested: str) -> None:
-    said = run_world(3, outcome, machine, requested, (True, False, True))
-    assert len(set(said)) == 1, said
-    heading, *ranks = said[0].splitlines()
+    messages = run_world(3, outcome, machine, requested, (True, False, True))
+    assert len(set(messages)) == 1, messages
+    heading, *ranks = messages[0].splitlines()
     assert (
         heading.startswith(f"ops: {requested} does not lead to the same on every rank; ")
         and "ops: reference" in heading

@@ -99,7 +99,7 @@ def test_transformer_engine_gets_thd_packs(segments: Any, monkeypatch: pytest.Mo
 def test_transformer_engine_gets_the_heads_of_one_rank(
     groups: int, tensor: int, context: int, expected: tuple[int, int]
 ) -> None:
-    """Ulysses is ours (mcore/ulysses.py): Transformer Engine's context parallelism must not start beside it."""
+    """Ulysses is implemented in mcore/ulysses.py: Transformer Engine's context parallelism must not start beside it."""
     config = LayerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=8, num_query_groups=groups, tensor_model_parallel_size=tensor,
         context_parallel_size=context, attention_dropout=0.0, attention="te",

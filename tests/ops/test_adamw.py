@@ -37,17 +37,17 @@ def grouped(of: list[torch.nn.Parameter]) -> list[dict]:
 
 @implementations
 def test_twenty_steps_equal_torchs(implementation: Implementation) -> None:
-    ours, theirs = parameters(), parameters()
+    actual, baseline = parameters(), parameters()
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    fused = FusedAdamW(grouped(ours), **options, implementation=implementation)
-    torchs = torch.optim.AdamW(grouped(theirs), **options)
+    fused = FusedAdamW(grouped(actual), **options, implementation=implementation)
+    torchs = torch.optim.AdamW(grouped(baseline), **options)
     for step in range(20):
-        for optimizer, held in ((fused, ours), (torchs, theirs)):
+        for optimizer, held in ((fused, actual), (torchs, baseline)):
             give_gradients(held, step)
             # One parameter starts late, with a step count of its own.
             held[1].grad = None if step < 3 else held[1].grad
             optimizer.step()
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(actual, baseline, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
         state, expected = fused.state[a], torchs.state[b]
         assert state.keys() == expected.keys() and state["step"] == expected["step"]
@@ -58,18 +58,18 @@ def test_twenty_steps_equal_torchs(implementation: Implementation) -> None:
 
 @implementations
 def test_device_side_clipping_equals_torchs(implementation: Implementation) -> None:
-    ours, theirs = parameters(), parameters()
-    fused, torchs = FusedAdamW(ours, lr=1e-2, implementation=implementation), torch.optim.AdamW(theirs, lr=1e-2)
+    actual, baseline = parameters(), parameters()
+    fused, torchs = FusedAdamW(actual, lr=1e-2, implementation=implementation), torch.optim.AdamW(baseline, lr=1e-2)
     for max_norm in (0.5, 1e6):
-        give_gradients(ours, 1), give_gradients(theirs, 1)
-        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
-        squared = sum_of_squares([parameter.grad for parameter in ours], implementation=implementation)
+        give_gradients(actual, 1), give_gradients(baseline, 1)
+        norm = torch.nn.utils.clip_grad_norm_(baseline, max_norm)
+        squared = sum_of_squares([parameter.grad for parameter in actual], implementation=implementation)
         torch.testing.assert_close(squared.sqrt(), norm, rtol=2e-6, atol=0)
         fused.gradient_scale = clip_coefficient(squared, max_norm=max_norm)
-        kept = ours[0].grad.clone()
+        kept = actual[0].grad.clone()
         fused.step(), torchs.step()
-        assert torch.equal(ours[0].grad, kept) and fused.gradient_scale is None
-        for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(actual[0].grad, kept) and fused.gradient_scale is None
+        for a, b in zip(actual, baseline, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
@@ -173,16 +173,16 @@ def test_state_dict_resume_is_bitwise_exact(average_dtype: torch.dtype) -> None:
 
 
 def test_in_place_of_keeps_groups_and_state() -> None:
-    ours, theirs = parameters(), parameters()
-    old, torchs = (torch.optim.AdamW(grouped(held), lr=1e-2, weight_decay=0.1) for held in (ours, theirs))
-    give_gradients(ours, 0), give_gradients(theirs, 0)
+    actual, baseline = parameters(), parameters()
+    old, torchs = (torch.optim.AdamW(grouped(held), lr=1e-2, weight_decay=0.1) for held in (actual, baseline))
+    give_gradients(actual, 0), give_gradients(baseline, 0)
     old.step(), torchs.step()
     new = FusedAdamW.in_place_of(old, implementation="native")
     assert new.param_groups is old.param_groups and isinstance(new, torch.optim.AdamW)
-    assert new.state[ours[0]]["exp_avg"] is old.state[ours[0]]["exp_avg"]
-    give_gradients(ours, 1), give_gradients(theirs, 1)
+    assert new.state[actual[0]]["exp_avg"] is old.state[actual[0]]["exp_avg"]
+    give_gradients(actual, 1), give_gradients(baseline, 1)
     new.step(), torchs.step()
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(actual, baseline, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 

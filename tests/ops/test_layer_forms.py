@@ -80,10 +80,10 @@ def test_rotation_is_that_of_core(implementation: Implementation, segments: tupl
     leaves = [draw((length, batch, heads, width), dtype=torch.float32, seed=heads).requires_grad_() for heads in (4, 2)]
     slopes = [draw(tuple(leaf.shape), dtype=torch.float32, seed=9) for leaf in leaves]
     table = rope_table(angles[:, 0, 0, : width // 2])
-    ours = rope(leaves[0], key=leaves[1], table=table, positions=positions, implementation=implementation)
+    actual = rope(leaves[0], key=leaves[1], table=table, positions=positions, implementation=implementation)
     core = [rotated_by_core(leaf, angles if positions is None else angles[:, 0][positions]) for leaf in leaves]
     for got, expected in zip(
-        (*ours, *torch.autograd.grad(ours, leaves, slopes)),
+        (*actual, *torch.autograd.grad(actual, leaves, slopes)),
         (*core, *torch.autograd.grad(core, leaves, slopes)),
         strict=True,
     ):

@@ -21,11 +21,11 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_equal_those_of_megatron_core(layout: Layout) -> None:
-    theirs = RankGenerator(
+    reference = RankGenerator(
         tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order="tp-cp-ep-dp-pp"
     )
     for axis, token in {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp"}.items():
-        assert layout.groups(axis) == sorted(theirs.get_ranks(token))
+        assert layout.groups(axis) == sorted(reference.get_ranks(token))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -73,13 +73,13 @@ def merge(model: torch.nn.Module, directory: Path, base: Path, merged: Path) -> 
 
 def largest_difference(found: HfSource, expected: HfSource, base: HfSource) -> tuple[float, int]:
     """Return the largest difference, and how many tensors the adapter changed."""
-    ours, theirs, before = (
+    actual, reference, before = (
         {name: tensor.read() for name, tensor in megatron_tensors(open_hf_model(source), seed=0).items()}
         for source in (found, expected, base)
     )
-    assert ours.keys() == theirs.keys()
-    changed = sum(not torch.equal(before[name], theirs[name]) for name in before)
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours), changed
+    assert actual.keys() == reference.keys()
+    changed = sum(not torch.equal(before[name], reference[name]) for name in before)
+    return max(float((actual[name] - reference[name]).abs().max()) for name in actual), changed
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,8 +94,8 @@ def test_equals_peft(case: str, llava: Path, tmp_path: Path) -> None:
         base(), getattr(peft, name)(**({"r": 4, "lora_alpha": 8} if name == "LoraConfig" else {}), **settings), tmp_path
     )
     merged = merge(base(), tmp_path, llava, tmp_path / "merged")
-    ours, theirs = HfSource(directory=tmp_path, base=llava), HfSource(directory=merged)
-    difference, changed = largest_difference(ours, theirs, HfSource(directory=llava))
+    actual, reference = HfSource(directory=tmp_path, base=llava), HfSource(directory=merged)
+    difference, changed = largest_difference(actual, reference, HfSource(directory=llava))
     assert difference <= FP32_MODULE and changed >= 5, (difference, changed)
 
 
@@ -112,9 +112,9 @@ def test_equals_peft_on_a_language_model_alone(tmp_path: Path) -> None:
     torch.save(beside, tmp_path / "lora" / "non_lora_trainables.bin")
     model = LlamaForCausalLM.from_pretrained(vicuna, dtype=torch.float32)
     merged = merge(model, tmp_path / "lora", vicuna, tmp_path / "merged")
-    ours = HfSource(directory=tmp_path / "lora", base=vicuna, tower=clip)
-    theirs = HfSource(directory=merged, tower=clip, projector=tmp_path / "mm_projector.bin")
+    actual = HfSource(directory=tmp_path / "lora", base=vicuna, tower=clip)
+    reference = HfSource(directory=merged, tower=clip, projector=tmp_path / "mm_projector.bin")
     before = HfSource(directory=vicuna, tower=clip, projector=tmp_path / "mm_projector.bin")
-    difference, changed = largest_difference(ours, theirs, before)
+    difference, changed = largest_difference(actual, reference, before)
     assert difference <= FP32_MODULE and changed == 12, (difference, changed)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -109,8 +109,10 @@ def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) 
         model, mesh, to_megatron(clip.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",)), ops
     )
     pixels = torch.randint(0, 256, (3, 24, 24, 3), dtype=torch.uint8)
-    theirs = clip(normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[feature_layer][:, 1:]
-    difference = (chunk.vision(pixels).transpose(0, 1) - theirs).abs().max() / theirs.abs().max()
+    reference = clip(normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[feature_layer][
+        :, 1:
+    ]
+    difference = (chunk.vision(pixels).transpose(0, 1) - reference).abs().max() / reference.abs().max()
     assert len(chunk.vision.layers) == model.vision.num_built_layers
     assert difference <= FP32_MODULE
 
@@ -160,16 +162,16 @@ def test_decoder_equals_llama(mesh: Mesh, ops: Implementation) -> None:
         target_rows=torch.arange(24),
         targets=none,
     )
-    theirs = llama(tokens).logits
-    ours = chunk.forward_logits(batch)[:, : language.vocab_size].view(2, 12, -1)
-    assert (ours - theirs).abs().max() / theirs.abs().max() <= FP32_MODULE
+    reference = llama(tokens).logits
+    actual = chunk.forward_logits(batch)[:, : language.vocab_size].view(2, 12, -1)
+    assert (actual - reference).abs().max() / reference.abs().max() <= FP32_MODULE
 
 
 @torch.no_grad()
 def test_linear_projector_is_one_matrix(mesh: Mesh) -> None:
     model = ModelConfig(vision=_vision(), language=_language(), projector=ProjectorConfig(type="linear"))
-    theirs = torch.nn.Linear(32, 32)
-    published = {f"model.mm_projector.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    reference = torch.nn.Linear(32, 32)
+    published = {f"model.mm_projector.{name}": tensor for name, tensor in reference.state_dict().items()}
     chunk = _build(model, mesh, to_megatron(published, model, naming=SHARE4V, components=("projector",)))
     features = torch.randn(9, 2, 32)
-    torch.testing.assert_close(chunk.projector(features), theirs(features), rtol=FP32_MODULE, atol=FP32_MODULE)
+    torch.testing.assert_close(chunk.projector(features), reference(features), rtol=FP32_MODULE, atol=FP32_MODULE)

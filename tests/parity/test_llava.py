@@ -155,10 +155,10 @@ def _micro_batch(reference: dict[str, torch.Tensor], samples: slice) -> Batch:
     )
 
 
-def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    assert ours.isfinite().all(), "NaN would hide in a maximum"
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def _relative(actual: torch.Tensor, baseline: torch.Tensor) -> float:
+    assert actual.shape == baseline.shape, (actual.shape, baseline.shape)
+    assert actual.isfinite().all(), "NaN would hide in a maximum"
+    return ((actual - baseline).abs().max() / baseline.abs().max()).item()
 
 
 @torch.no_grad()
