@@ -38,8 +38,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "questions": 8,
         "equal": True,
     }
-    asked = (out / "quickstart/scenes/questions.jsonl").read_text().count("\n")
-    assert last["evaluation"]["benchmark"] == "custom" and last["evaluation"]["questions"] == asked > 100
+    requested = (out / "quickstart/scenes/questions.jsonl").read_text().count("\n")
+    assert last["evaluation"]["benchmark"] == "custom" and last["evaluation"]["questions"] == requested > 100
     return out
 
 
@@ -106,11 +106,11 @@ def test_looking_at_data(command: str, quickstart: Path) -> None:
     )
 
 
-def test_there_and_back(quickstart: Path) -> None:
+def test_round_trip_of_the_quickstart_export(quickstart: Path) -> None:
     """In the order of the README: each goes on with what the one before has made."""
-    said = [run(command, quickstart) for command in COMMANDS if "convert" in command]
-    assert [done.returncode for done in said] == [0, 0, 0], [done.stderr for done in said]
-    assert "greedy answers equal" in said[1].stdout and "projector: sha256" in said[2].stderr
+    outputs = [run(command, quickstart) for command in COMMANDS if "convert" in command]
+    assert [done.returncode for done in outputs] == [0, 0, 0], [done.stderr for done in outputs]
+    assert "greedy answers equal" in outputs[1].stdout and "projector: sha256" in outputs[2].stderr
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "tools/bench_" in c])

@@ -148,10 +148,10 @@ def test_two_nodes_equal_one_node(nodes: list[Node], config: Path) -> None:
         assert process.returncode == 0, output
     run_world(2 * RANKS_PER_NODE, train_on_rank, config, one)
     names = ("step", "loss", "grad_norm", "consumed_samples", "trained_tokens")
-    ours, theirs = (
+    actual, reference = (
         [[line[name] for name in names] for line in lines(directory / "metrics.jsonl")] for directory in (both, one)
     )
-    assert len(ours) == STEPS and ours == theirs
+    assert len(actual) == STEPS and actual == reference
     assert lines(both / "samples.jsonl") == lines(one / "samples.jsonl")
     assert len(list((both / "log").glob("rank*.txt"))) == 2 * RANKS_PER_NODE
 

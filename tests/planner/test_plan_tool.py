@@ -69,9 +69,9 @@ def test_refused_configuration_exits_with_2(
     repository: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     done = plan(repository, RECIPE, *arguments)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2 and "Traceback" not in said, said
-    assert all(word in said for word in words), said
+    printed = done.stdout + done.stderr
+    assert done.returncode == 2 and "Traceback" not in printed, printed
+    assert all(word in printed for word in words), printed
 
 
 def test_the_largest_world_takes_seconds_and_no_torch(repository: Path) -> None:

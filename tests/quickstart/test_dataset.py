@@ -46,12 +46,12 @@ def _true_value(scene: Scene, text: str) -> str | None:
         return ("zero", "one", "two", "three")[len(scene.objects)]
     by_color = {item.color: item for item in scene.objects}
     place = re.fullmatch(r"Where is the (.+)\?", text)
-    asked, name = ("place", place[1]) if place else re.fullmatch(r"What (\w+) is the (.+)\?", text).groups()
+    requested, name = ("place", place[1]) if place else re.fullmatch(r"What (\w+) is the (.+)\?", text).groups()
     if name == "background":
         return scene.shade
     by_place = {f"object at the {item.place}": item for item in scene.objects}
     item = by_place.get(name) or by_color.get(name.removesuffix(" object"))
-    return getattr(item, asked) if item else None
+    return getattr(item, requested) if item else None
 
 
 def test_scene_is_a_function_of_seed_split_and_index() -> None:
@@ -144,11 +144,13 @@ def test_answers_are_right() -> None:
 def test_no_answer_follows_from_earlier_turns() -> None:
     """No question links two attributes of an object that earlier turns already link."""
     for scene in _scenes(200):
-        asked = [q.text for q in scene_questions(scene, 99, Random(scene.index))]
-        assert len(set(asked)) == len(asked)
+        requested = [q.text for q in scene_questions(scene, 99, Random(scene.index))]
+        assert len(set(requested)) == len(requested)
         for item in scene.objects:
             mine = [
-                t for t in asked if t.endswith((f"is the {item.color} object?", f"is the object at the {item.place}?"))
+                t
+                for t in requested
+                if t.endswith((f"is the {item.color} object?", f"is the object at the {item.place}?"))
             ]
             assert len(mine) == 3  # a tree over four attributes
 

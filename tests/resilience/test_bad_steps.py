@@ -18,9 +18,9 @@ from megatron_share4v.resilience.skip_steps import read_skip_steps
 from megatron_share4v.resilience.spike_detection import SpikeDetector
 
 
-def curves_equal(ours: list[list[float]], theirs: list[list[float]]) -> bool:
+def curves_equal(actual: list[list[float]], expected: list[list[float]]) -> bool:
     """Whether two curves are bitwise equal, with NaN equal to NaN."""
-    return json.dumps(ours) == json.dumps(theirs)
+    return json.dumps(actual) == json.dumps(expected)
 
 
 def test_nan_in_one_micro_batch_of_one_rank(runs) -> None:
@@ -84,8 +84,8 @@ def test_micro_batch_shared_by_context_ranks_is_reported_once(runs) -> None:
         and line["skipped"]
     )
     # Earlier steps equal those of two DP ranks up to the order of summation.
-    for ours, theirs in zip(runs.curve(directory)[:3], runs.reference[:3]):
-        assert ours == pytest.approx(theirs, rel=LAYOUT_NORM)
+    for actual, expected in zip(runs.curve(directory)[:3], runs.reference[:3]):
+        assert actual == pytest.approx(expected, rel=LAYOUT_NORM)
 
 
 def test_bad_steps_in_a_row_end_the_run(runs) -> None:

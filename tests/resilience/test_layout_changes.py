@@ -38,9 +38,9 @@ def test_samples_and_losses_are_equal_after_layout_changes(runs) -> None:
         "the last start logs the layout change"
     )
     assert lines(directory / "samples.jsonl") == lines(runs.root / "reference" / "samples.jsonl")
-    ours, theirs = lines(directory / "metrics.jsonl"), lines(runs.root / "reference" / "metrics.jsonl")
-    assert [line["step"] for line in ours] == list(range(1, 9))
+    actual, reference = lines(directory / "metrics.jsonl"), lines(runs.root / "reference" / "metrics.jsonl")
+    assert [line["step"] for line in actual] == list(range(1, 9))
     assert (
-        max(abs(one["loss"] - other["loss"]) for one, other in zip(ours, theirs, strict=True))
+        max(abs(one["loss"] - other["loss"]) for one, other in zip(actual, reference, strict=True))
         < RESUME_OTHER_LAYOUT_LOSS
     )

@@ -82,7 +82,7 @@ def check_with_faults(config: Path, root: Path) -> list:
 
 def test_faults_found_across_ranks(config: Path, tmp_path: Path) -> None:
     first, *rest = run_world(3, check_with_faults, config, tmp_path)
-    assert all(mine[:2] == theirs[:2] for other in rest for mine, theirs in zip(other, first)), (
+    assert all(mine[:2] == expected[:2] for other in rest for mine, expected in zip(other, first)), (
         "all ranks return the same findings"
     )
     healthy, unshared, unwritable, different, missing, slow = first

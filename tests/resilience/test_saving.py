@@ -39,8 +39,10 @@ def test_background_save_equals_a_blocking_one(runs) -> None:
     # The save of step 6 starts before that of step 3 has finished.
     assert float(re.search(r"step 6 copied in [\d.]+ s, after waiting ([\d.]+) s", log)[1]) > 0.5, log
     for name in ("step_00000006", "step_00000008"):
-        ours, theirs = (read_tensor_files(root / "checkpoints" / name) for root in (directory, runs.root / "reference"))
-        assert ours == theirs and len(ours) > 1
+        actual, expected = (
+            read_tensor_files(root / "checkpoints" / name) for root in (directory, runs.root / "reference")
+        )
+        assert actual == expected and len(actual) > 1
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000008\n"
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
         "latest",

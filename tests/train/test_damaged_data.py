@@ -163,9 +163,9 @@ def test_damaged_samples_are_quarantined_equally_at_every_layout(bench: Bench) -
     ]
     assert all(re.search(bench.damaged[line["sample"]], line["reason"]) for line in listed), listed
     assert lines(one / "quarantine.jsonl") == listed
-    ours, theirs = lines(four / "metrics.jsonl"), lines(one / "metrics.jsonl")
-    assert [line["faulty_samples"] for line in ours] == [1, 2, 1, 0, 1, 0]
-    for left, right in zip(ours, theirs, strict=True):
+    actual, reference = lines(four / "metrics.jsonl"), lines(one / "metrics.jsonl")
+    assert [line["faulty_samples"] for line in actual] == [1, 2, 1, 0, 1, 0]
+    for left, right in zip(actual, reference, strict=True):
         assert left["trained_tokens"] == right["trained_tokens"] and abs(left["loss"] - right["loss"]) < 2e-5
     assert json.loads((four / "image_backend.json").read_text())["backend"] == "pil"
 

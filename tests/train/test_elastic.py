@@ -132,9 +132,9 @@ def test_resume_at_other_cp_and_dp_sizes_keeps_the_sample_order(bench: Bench, un
     assert len(lines(directory / "samples.jsonl")) == second
     output = finish(fork(bench.config, 4, f"run.directory={directory}", "parallel.context=2"))
     assert "data 2 x context 2" in output and "resumed from" in output
-    ours, theirs = lines(directory / "samples.jsonl"), lines(uninterrupted / "samples.jsonl")
-    assert len(theirs) == STEPS and ours == theirs
-    keys = [key for line in theirs for key in line["keys"]]
+    actual, reference = lines(directory / "samples.jsonl"), lines(uninterrupted / "samples.jsonl")
+    assert len(reference) == STEPS and actual == reference
+    keys = [key for line in reference for key in line["keys"]]
     assert {key.split(":")[0] for key in keys} == {"captions", "questions"}
     for one, other in zip(lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl"), strict=True):
         for name in ("step", "consumed_samples", "consumed_by_source", "trained_tokens", "tokens", "images"):

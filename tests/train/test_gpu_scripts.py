@@ -173,8 +173,8 @@ def test_scaling_predictions_match_bench_gpu_settings(repository: Path, monkeypa
     bench = load_tool(repository / "tools" / "bench_gpu.py", monkeypatch)
     assert {stage: text for stage, (text, _) in bench.TEXT.items()} == scaling.BENCH_TEXT
     assert set(bench.BF16_STATE) <= set(scaling.BENCH_SETTINGS)
-    ours = {name: changes for name, changes in bench.VARIANTS.items() if not name.startswith("transformers")}
+    own = {name: changes for name, changes in bench.VARIANTS.items() if not name.startswith("transformers")}
     assert {
         name: tuple(change for change in changes if not change.startswith("attention="))
-        for name, changes in ours.items()
+        for name, changes in own.items()
     } == scaling.BENCH

@@ -17,13 +17,13 @@ def test_schedule_equals_transformers(kind, make) -> None:
     schedule = ScheduleConfig(kind=kind, warmup_ratio=0.03)
     total = 123
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = make(optimizer, warmup_steps(schedule, total_steps=total), total)
+    reference = make(optimizer, warmup_steps(schedule, total_steps=total), total)
     for step in range(total):
         assert learning_rate_factor(step, schedule=schedule, total_steps=total) == pytest.approx(
             optimizer.param_groups[0]["lr"], abs=1e-12
         )
         optimizer.step()
-        theirs.step()
+        reference.step()
 
 
 def test_warmup_is_rounded_up_and_can_be_set() -> None:

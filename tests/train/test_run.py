@@ -169,10 +169,10 @@ def test_resume_after_kill_is_bitwise_equal(bench: Bench, uninterrupted: Path) -
     shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
     output = finish(fork(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
-    ours, theirs = lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl")
-    assert ours[EVERY]["lost_s"] > 0 and ours[EVERY]["restart_s"] > 0.5
+    actual, reference = lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl")
+    assert actual[EVERY]["lost_s"] > 0 and actual[EVERY]["restart_s"] > 0.5
     exact = ("step", "loss", "grad_norm", "learning_rate", "validation_loss", "consumed_samples", "trained_tokens")
-    assert [[line[name] for name in exact] for line in ours] == [[line[name] for name in exact] for line in theirs]
+    assert [[line[name] for name in exact] for line in actual] == [[line[name] for name in exact] for line in reference]
     assert lines(directory / "samples.jsonl") == lines(uninterrupted / "samples.jsonl")
     assert _weights(bench, directory) == _weights(bench, uninterrupted)
 
@@ -192,9 +192,9 @@ def test_resume_at_another_layout_trains_the_same_samples(bench: Bench, uninterr
     output = finish(fork(bench.config, 2, f"run.directory={directory}"))
     assert "at step 5" in output and "data 2" in output
     assert lines(directory / "samples.jsonl") == lines(uninterrupted / "samples.jsonl")[EVERY:]
-    theirs = {line["step"]: line["loss"] for line in lines(uninterrupted / "metrics.jsonl")}
+    reference = {line["step"]: line["loss"] for line in lines(uninterrupted / "metrics.jsonl")}
     for line in lines(directory / "metrics.jsonl"):
-        assert abs(line["loss"] - theirs[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
+        assert abs(line["loss"] - reference[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
 
 
 def test_reference_ops_are_used_and_reported_without_a_compiler(bench: Bench) -> None:

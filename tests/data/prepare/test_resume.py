@@ -238,14 +238,14 @@ def test_in_place_reads_the_same_without_a_copy(options, packed: bool):
         _pack(options.images / "coco", options.images / "coco.tar")
     options = dataclasses.replace(options, in_place=True)
     prepare(options)
-    ours, theirs = (SampleReader(Index.open(directory)) for directory in (options.output, copied.output))
-    assert len(ours.index) == len(theirs.index) == 26
+    actual, reference = (SampleReader(Index.open(directory)) for directory in (options.output, copied.output))
+    assert len(actual.index) == len(reference.index) == 26
     for row in range(26):
-        one, other = ours.read(row, with_image=True), theirs.read(row, with_image=True)
+        one, other = actual.read(row, with_image=True), reference.read(row, with_image=True)
         assert (one.key, one.turns, one.image) == (other.key, other.turns, other.image)
     stored = sum(path.stat().st_size for path in options.output.glob("*.tar"))
     assert stored < sum(path.stat().st_size for path in copied.output.glob("*.tar")) - 16 * 1000
-    assert (ours.index.rows["image_shard"][ours.index.rows["n_img"] == 1] == (6 if packed else IN_PLACE)).all()
+    assert (actual.index.rows["image_shard"][actual.index.rows["n_img"] == 1] == (6 if packed else IN_PLACE)).all()
 
 
 def test_in_place_notices_what_changed_since(options, picture):
