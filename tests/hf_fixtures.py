@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from safetensors.torch import save_file
+from tiny_tokenizer import train_llama_like
 
 from megatron_share4v.checkpoint.hf.weight_map import (
     CLIP,
@@ -70,26 +69,8 @@ MODEL = ModelConfig(
 
 def write_tokenizer(path: Path) -> Path:
     """Train a LLaMA-like sentencepiece model with exactly PIECES pieces."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(12)) for i in range(60)),
-        model_writer=model,
-        vocab_size=PIECES,
-        model_type="bpe",
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
-    return path
+    sentences = (" ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(12)) for i in range(60))
+    return train_llama_like(path, sentences, vocab_size=PIECES, hard_vocab_limit=True)
 
 
 def random_hf_weights(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import sentencepiece
 from PIL import Image
+from tiny_tokenizer import train_llama_like
 
 from megatron_share4v.config.serve import ServeConfig
 from megatron_share4v.data.images.policy import ImagePolicy
@@ -44,25 +44,7 @@ SENTENCES = [
 
 def train_tokenizer(path: Path) -> Path:
     """Train a LLaMA-like sentencepiece model with byte fallback."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 10),
-        model_writer=model,
-        vocab_size=VOCABULARY,
-        model_type="bpe",
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    return path
+    return train_llama_like(path, SENTENCES * 10, vocab_size=VOCABULARY)
 
 
 def make_encoder(directory: Path) -> Encoder:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image
+from tiny_tokenizer import LLAMA_SETTINGS, WORDS
 
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
@@ -22,31 +23,6 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 IMAGE_SIZE = 28
 MAX_TEXT_LENGTH = 512
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "circle",
-    "square",
-    "star",
-    "left",
-    "right",
-    "above",
-    "below",
-    "small",
-    "large",
-    "what",
-    "is",
-    "the",
-    "of",
-    "in",
-    "image",
-    "there",
-    "a",
-    "an",
-    "answer",
-    "describe",
-]
 
 
 def _picture(number: int, *, mode: str = "RGB", size: tuple[int, int] | None = None, format: str = "PNG") -> bytes:
@@ -116,20 +92,7 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = directory / "corpus.txt"
     corpus.write_text("\n".join(lines), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(directory / "tokenizer"),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-        hard_vocab_limit=False,
+        input=str(corpus), model_prefix=str(directory / "tokenizer"), vocab_size=400, **LLAMA_SETTINGS
     )
     return directory / "tokenizer.model"
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from launching import finish, fork, killed_after, lines
 from PIL import Image
+from tiny_tokenizer import WORDS
 
 STEPS = 60
 
@@ -26,32 +27,7 @@ class Bench:
 
 def sentence(number: int) -> str:
     """Return some words that depend on `number`."""
-    words = [
-        "red",
-        "green",
-        "blue",
-        "circle",
-        "square",
-        "star",
-        "left",
-        "right",
-        "above",
-        "below",
-        "small",
-        "large",
-        "what",
-        "is",
-        "the",
-        "of",
-        "in",
-        "image",
-        "there",
-        "a",
-        "an",
-        "answer",
-        "describe",
-    ]
-    return " ".join(words[(number * 7 + i * i) % len(words)] for i in range(3 + number % 30))
+    return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(3 + number % 30))
 
 
 def record(number: int, images: Path, source: str) -> dict:
