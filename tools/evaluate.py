@@ -141,7 +141,8 @@ def score_file(benchmark: Any, given: argparse.Namespace, world: World, more: di
 
     if world.size > 1:
         raise ConfigError("--answers is scored by one process; start it without torchrun")
-    answers = benchmark.select(read_answers(given.answers, benchmark.every))
+    skipped = benchmark.task.skipped(benchmark.folder)
+    answers = benchmark.select(read_answers(given.answers, benchmark.every, skipped=skipped))
     model = ModelFacts.of_answers(given.answers, name=given.name)
     return write_results(benchmark, answers, model=model, judging=more["judging"], compared=more["compared"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,12 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def read_answers(path: Path, items: Sequence[Doc]) -> list[Answer]:
+def read_answers(path: Path, items: Sequence[Doc], *, skipped: Collection[str] = ()) -> list[Answer]:
     """Read an answer file of this or of the official tools, in file order.
 
     Rows are paired with the questions by question_id, prompt and picture, those of Q-Bench by picture and question (see
-    pairing.py). Raises DataError for rows that answer no question or one that is answered already, with their numbers.
+    pairing.py). skipped: ids that the benchmark leaves out of its question file. Raises DataError for other rows that
+    answer no question or one that is answered already, with their numbers.
     """
-    return [make_answer(item, text) for item, text in AnswerPairing(items).pair(list(read_jsonl(path)))]
+    pairing = AnswerPairing(items, skipped=skipped)
+    return [make_answer(item, text) for item, text in pairing.pair(list(read_jsonl(path)))]

@@ -6,7 +6,7 @@ The order of the rows decides only between questions that are equal in all three
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,8 +36,9 @@ class _Refused(Exception):
 class AnswerPairing:
     """Questions of a benchmark by id, waiting for the rows of one answer file."""
 
-    def __init__(self, items: Sequence[Doc]) -> None:
-        self._items = items
+    def __init__(self, items: Sequence[Doc], *, skipped: Collection[str] = ()) -> None:
+        """skipped: ids of the question file that the benchmark leaves out; rows that answer them are passed over."""
+        self._items, self._skipped = items, frozenset(skipped)
         self._by_key: dict[object, list[Doc]] = defaultdict(list)
         for item in items:
             self._by_key[str(item.question_id)].append(item)
@@ -53,6 +54,7 @@ class AnswerPairing:
         taken: dict[str, str] = {}
         refused: Counter[str] = Counter()
         first: dict[str, str] = {}
+        rows = [(where, row) for where, row in rows if str(row.get("question_id")) not in self._skipped]
         prompts = Counter(_prompt_key(row) for _, row in rows)
         for where, row in rows:
             text = get_field(row, "text" if _has_id(row) else "response", str, where=where)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Task:
     measure: Callable[[BenchmarkFolder, Sequence[Doc], PredictionTexts, Profile], MetricValues] | None = None
     check: Callable[[BenchmarkFolder, Sequence[Doc]], str] = lambda folder, items: ""
     missing: str = COUNT_AS_WRONG
+    skipped: Callable[[BenchmarkFolder], Collection[str]] = lambda folder: ()
+    """Ids of questions of the official file that are left out, to which official answer files have answers."""
     submit: Callable[[BenchmarkFolder, Sequence[Doc], PredictionTexts], Mapping[str, bytes]] | None = None
     row: Callable[[Doc, Answer, str], dict[str, Any]] = answer_row
     server: str = ""

@@ -207,6 +207,20 @@ def test_shifted_qbench_rows_find_their_questions(tmp_path: Path) -> None:
     assert [answer.id for answer in read_answers(tmp_path / "a.jsonl", items)] == ["3", "4"]
 
 
+def test_official_seed_answers_may_hold_those_to_videos(tmp_path: Path) -> None:
+    """LLaVA's question file, and so its answer file, has questions about videos, which the benchmark leaves out."""
+    WRITERS["seed", None](tmp_path)
+    task = get_task("seed")
+    folder = task.open(tmp_path)
+    items = task.items(folder)
+    rows = list(task.rows(items, [make_answer(item, "A") for item in items], model="m"))
+    write_rows(tmp_path / "a.jsonl", [*rows, {"question_id": "v0", "prompt": "What happens?", "text": "B"}])
+    answers = read_answers(tmp_path / "a.jsonl", items, skipped=task.skipped(folder))
+    assert [answer.id for answer in answers] == [item.id for item in items]
+    with pytest.raises(DataError, match="question 'v0' is not in this benchmark"):
+        read_answers(tmp_path / "a.jsonl", items)
+
+
 def test_incomplete_answer_file_is_marked_partial(tmp_path: Path) -> None:
     """The tool ends with exit code 3, names the counts, and marks headline, result and table."""
     WRITERS["textvqa", None](tmp_path / "data")

@@ -66,7 +66,8 @@ def _measure_science(
     return {"image accuracy": found.image_accuracy, "accuracy": found.accuracy}
 
 
-def _read_seed(folder: BenchmarkFolder) -> Iterator[Doc]:
+def _seed_rows(folder: BenchmarkFolder) -> tuple[list[tuple[str, Row]], dict[str, Row]]:
+    """Read all questions, those about videos too, and the annotations by question id."""
     truths = {}
     for number, truth in enumerate(
         get_field(read_json(folder["annotations"], dict), "questions", list, where=str(folder["annotations"]))
@@ -81,9 +82,20 @@ def _read_seed(folder: BenchmarkFolder) -> Iterator[Doc]:
                 f"{where}: question {row['question_id']} is not in {folder['annotations']}; take both files of "
                 "SEED-Bench's first version"
             )
+    return rows, truths
+
+
+def _read_seed(folder: BenchmarkFolder) -> Iterator[Doc]:
+    rows, truths = _seed_rows(folder)
     # LLaVA's file has frames of videos too; ShareGPT4V's number is of images.
     rows = [(where, row) for where, row in rows if truths[str(row["question_id"])]["data_type"] == "image"]
     yield from make_docs(folder, rows, truths)
+
+
+def _seed_videos(folder: BenchmarkFolder) -> set[str]:
+    rows, truths = _seed_rows(folder)
+    names = {str(row["question_id"]) for _, row in rows}
+    return {name for name in names if truths[name]["data_type"] != "image"}
 
 
 def _measure_seed(
@@ -181,6 +193,7 @@ TASKS = (
         ),
         read=_read_seed,
         measure=_measure_seed,
+        skipped=_seed_videos,
         submit=_submit_seed,
         server="https://huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard",
     ),
