@@ -103,8 +103,8 @@ def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure one size: seconds of each command, their ratio to the copy, and peak memory."""
-    source, ours, back, copy = (arguments.directory / name for name in ("hf", "ours", "back", "copy"))
-    for path in (source, ours, back, copy):
+    source, imported, back, copy = (arguments.directory / name for name in ("hf", "ours", "back", "copy"))
+    for path in (source, imported, back, copy):
         shutil.rmtree(path, ignore_errors=True)
     write_source(source, layers, arguments)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -117,7 +117,7 @@ def measure(layers: int, arguments: argparse.Namespace) -> dict[str, float]:
     found["file_gb"] = arguments.shard_gb
     found["copy_s"] = copied = min(timed_copy(source, copy) for _ in range(arguments.repeat))
     shutil.rmtree(copy)
-    for command, start, end in (("import", source, ours), ("export", ours, back)):
+    for command, start, end in (("import", source, imported), ("export", imported, back)):
         seconds, peak, baseline, cpu = min(run_child(command, start, end, arguments) for _ in range(arguments.repeat))
         found |= {
             f"{command}_s": seconds,

@@ -79,8 +79,8 @@ class Gap:
 
 def gap(losses: Sequence[float], reference: Sequence[float], *, window: int) -> Gap:
     """Compute the gap of two equally long loss curves of at least `window` steps."""
-    mine, theirs = means(losses, window), means(reference, window)
-    away = [abs(a - b) / b for a, b in zip(mine, theirs, strict=True)]
+    measured, baseline = means(losses, window), means(reference, window)
+    away = [abs(a - b) / b for a, b in zip(measured, baseline, strict=True)]
     largest = max(range(len(away)), key=away.__getitem__)
     return Gap(
         away[largest], largest + window, max(abs(a - b) / b for a, b in zip(losses, reference, strict=True)), away[-1]

@@ -155,10 +155,10 @@ def _cpu_seconds() -> float:
 
 
 def _check_bit_equal(files: list[Path]) -> None:
-    official, ours = _LlavaDataset(files), open_decoder("pil", POLICY)
+    official, pil_decoder = _LlavaDataset(files), open_decoder("pil", POLICY)
     for path in files:
         data = path.read_bytes()
         assert torch.equal(
-            normalise(ours.decode_batch([data]).pixels, dtype=torch.float32)[0], official.process(data)
+            normalise(pil_decoder.decode_batch([data]).pixels, dtype=torch.float32)[0], official.process(data)
         ), path
     print(f"pil: bit-equal to CLIPImageProcessorPil on {len(files)} images, after normalising")

@@ -202,7 +202,7 @@ def measure(
 ) -> None:
     """Run a warm-up round and all measured rounds; print one line of JSON per mode, and the ratios."""
     records: dict[str, list[dict[str, float]]] = {}
-    equal = asked = 0
+    equal = requested = 0
     for number in range(arguments.rounds + 1):
         first: tuple[Prompt, list[int]] | None = None
         for users in USERS:
@@ -219,7 +219,7 @@ def measure(
         spent = time.process_time()
         assert first is not None
         reference, token_times = answer(first[0])
-        equal, asked = equal + (reference == first[1]), asked + 1
+        equal, requested = equal + (reference == first[1]), requested + 1
         record_round(
             records, "transformers, one by one", [token_times], time.process_time() - spent, measured=number > 0
         )
@@ -240,7 +240,8 @@ def measure(
     print(
         f"{parameters / 1e6:.0f}M parameters, {arguments.dtype}, {arguments.threads} threads, {arguments.words} "
         "words and an image, "
-        f"{arguments.new_tokens} new tokens; greedy answers equal to transformers': {equal} of {asked}; {engine.stats}"
+        f"{arguments.new_tokens} new tokens; greedy answers equal to transformers': {equal} of {requested}; "
+        f"{engine.stats}"
     )
 
 

@@ -181,16 +181,16 @@ def parse() -> argparse.Namespace:
         help="other result.json files for table.md and chart.png",
     )
     parser.add_argument("--restart", action="store_true", help="discard the answers of an earlier run")
-    ours = parser.add_argument_group("model")
-    ours.add_argument(
+    local = parser.add_argument_group("model")
+    local.add_argument(
         "--batch-size",
         type=positive,
         default=16,
         help="concurrent questions (16); in fp32 the answers do not depend on it",
     )
-    ours.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size of a replica (1)")
-    ours.add_argument("--dtype", choices=("fp32", "bf16"), help="default: dtype of the training run")
-    ours.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
+    local.add_argument("--tensor", type=positive, default=1, help="tensor-parallel size of a replica (1)")
+    local.add_argument("--dtype", choices=("fp32", "bf16"), help="default: dtype of the training run")
+    local.add_argument("--workers", type=positive, default=4, help="threads that read and decode images (4)")
     remote = parser.add_argument_group(f"endpoints (keys from {KEY} and, for the judge, {JUDGE_KEY})")
     remote.add_argument("--endpoint", help="OpenAI-compatible URL of the evaluated model, including /v1")
     remote.add_argument("--endpoint-model")

@@ -127,12 +127,12 @@ def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str])
 # --- questions --------------------------------------------------------------
 
 
-def _attribute_question(item: SceneObject, given: str, asked: str) -> SceneQuestion:
+def _attribute_question(item: SceneObject, given: str, requested: str) -> SceneQuestion:
     name = f"the {item.color} object" if given == "color" else f"the object at the {item.place}"
-    value = str(getattr(item, asked))
-    text = f"Where is {name}?" if asked == "place" else f"What {asked} is {name}?"
-    predicate = {"shape": f"a {value}", "place": f"at the {value}"}.get(asked, value)
-    return SceneQuestion(kind=asked, text=text, answer=f"{name[0].upper()}{name[1:]} is {predicate}.", value=value)
+    value = str(getattr(item, requested))
+    text = f"Where is {name}?" if requested == "place" else f"What {requested} is {name}?"
+    predicate = {"shape": f"a {value}", "place": f"at the {value}"}.get(requested, value)
+    return SceneQuestion(kind=requested, text=text, answer=f"{name[0].upper()}{name[1:]} is {predicate}.", value=value)
 
 
 def _scene_wide_questions(scene: Scene) -> list[SceneQuestion]:
@@ -152,12 +152,12 @@ def scene_questions(scene: Scene, limit: int, rng: Random) -> list[SceneQuestion
     found = _scene_wide_questions(scene)
     for item in scene.objects:
         group = {name: name for name in ("shape", "color", "place", "size")}
-        for given, asked in rng.sample(_LINKS, len(_LINKS)):
-            if group[given] == group[asked]:
+        for given, requested in rng.sample(_LINKS, len(_LINKS)):
+            if group[given] == group[requested]:
                 continue
-            old, new = group[asked], group[given]
+            old, new = group[requested], group[given]
             group = {name: new if label == old else label for name, label in group.items()}
-            found.append(_attribute_question(item, given, asked))
+            found.append(_attribute_question(item, given, requested))
     rng.shuffle(found)
     return found[:limit]
 
@@ -166,7 +166,7 @@ def _candidates(scene: Scene) -> list[SceneQuestion]:
     """Return every possible question about one held-out scene, shuffled."""
     found = _scene_wide_questions(scene)
     for item in scene.objects:
-        found += [_attribute_question(item, given, asked) for given, asked in _LINKS]
+        found += [_attribute_question(item, given, requested) for given, requested in _LINKS]
     scene_rng(scene.seed, scene.split, scene.index, "candidates").shuffle(found)
     return found
 

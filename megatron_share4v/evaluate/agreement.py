@@ -131,8 +131,8 @@ def compare(
             template = _compare_template(processor, text, question, name=session.encoder.template.name)
         if question.image is not None:
             pixels_equal &= torch.equal(inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32))
-        ours, theirs = _both_logits(session, model, prompt)
-        largest, scale = max(largest, _largest_difference(ours, theirs)), max(scale, float(ours.abs().max()))
+        actual, reference = _both_logits(session, model, prompt)
+        largest, scale = max(largest, _largest_difference(actual, reference)), max(scale, float(actual.abs().max()))
         greedy_equal &= (
             _generate_greedy(model, session, _model_inputs(prompt, model), max_new_tokens)
             == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
@@ -255,16 +255,16 @@ def logit_difference(session: Session, model: Any, prompt: Prompt) -> float:
     return _largest_difference(*_both_logits(session, model, prompt))
 
 
-def _largest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    difference = float((ours - theirs).abs().max())
+def _largest_difference(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    difference = float((actual - reference).abs().max())
     return math.inf if math.isnan(difference) else difference
 
 
 @torch.no_grad()
 def _both_logits(session: Session, model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the [L, V] logits of our model and of transformers' model."""
-    ours = compute_logits(session, prompt)
-    return ours, model(**_model_inputs(prompt, model)).logits[0, :, : ours.shape[1]]
+    actual = compute_logits(session, prompt)
+    return actual, model(**_model_inputs(prompt, model)).logits[0, :, : actual.shape[1]]
 
 
 @torch.no_grad()

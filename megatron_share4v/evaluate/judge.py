@@ -102,9 +102,9 @@ def collect_judgement(
             write_rows(directory / REQUESTS, (_batch_row(each) for each in opened))
             return None
         _ask(opened, chat, replies, on_reply)
-    said = {request.id: list(_replies(request, replies, extra)) for request in requests}
-    flat = [reply for each in said.values() for reply in each]
-    verdicts = {name: [reply.text for reply in each] for name, each in said.items()}
+    received = {request.id: list(_replies(request, replies, extra)) for request in requests}
+    flat = [reply for each in received.values() for reply in each]
+    verdicts = {name: [reply.text for reply in each] for name, each in received.items()}
     return Judgement(verdicts, model, tuple(sorted({reply.model for reply in flat if reply.model})), seed, len(flat))
 
 
@@ -153,9 +153,9 @@ def _ask(
 
 def _replies(request: Request, replies: ReplyLog, extra: Mapping[str, object]) -> Iterator[Reply]:
     """Yield the known replies to a request in order; each body depends on the replies before it."""
-    said: list[Reply] = []
-    while (opened := _opened(request, said, extra)) and (reply := replies[opened.name]):
-        said.append(reply)
+    received: list[Reply] = []
+    while (opened := _opened(request, received, extra)) and (reply := replies[opened.name]):
+        received.append(reply)
         yield reply
 
 
@@ -163,13 +163,13 @@ def _next(request: Request, replies: ReplyLog, extra: Mapping[str, object]) -> _
     return _opened(request, list(_replies(request, replies, extra)), extra)
 
 
-def _opened(request: Request, said: Sequence[Reply], extra: Mapping[str, object]) -> _Open | None:
-    body = request.body([reply.text for reply in said])
+def _opened(request: Request, received: Sequence[Reply], extra: Mapping[str, object]) -> _Open | None:
+    body = request.body([reply.text for reply in received])
     if body is None:
         return None
     body = {**extra, **body}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
-    return _Open(f"{request.id}/{len(said)}/{digest}", body)
+    return _Open(f"{request.id}/{len(received)}/{digest}", body)
 
 
 def _batch_row(opened: _Open) -> dict[str, object]:

@@ -34,7 +34,7 @@ class Flops:
         return self.forward + self.backward + self.attention_forward + self.attention_backward
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(*(mine + theirs for mine, theirs in zip(self._values, other._values)))
+        return Flops(*(own + added for own, added in zip(self._values, other._values)))
 
     def __mul__(self, factor: float) -> Flops:
         return Flops(*(value * factor for value in self._values))

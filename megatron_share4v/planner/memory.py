@@ -40,7 +40,7 @@ class Memory:
         return sum(astuple(self))
 
     def __add__(self, other: Memory) -> Memory:
-        return Memory(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
+        return Memory(*(one + added for one, added in zip(astuple(self), astuple(other))))
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,13 @@ def model_state_memory(
     """
     weights = buffer = trained = 0
     for chunk in chunks:
-        mine = 0
+        one = 0
         for elements, count, trains in weight_shapes(model, chunk, tensor=settings.tensor):
             place = math.ceil(elements / ALIGNMENT) * ALIGNMENT if sharded and trains else elements
             weights += count * place
-            mine += count * place * trains
+            one += count * place * trains
             trained += count * elements * trains
-        buffer += math.ceil(mine / math.lcm(data, 128)) * math.lcm(data, 128) if sharded else mine
+        buffer += math.ceil(one / math.lcm(data, 128)) * math.lcm(data, 128) if sharded else one
     codes = (
         WEIGHT_CODES
         * settings.fp8.engine

@@ -101,10 +101,10 @@ def assumed_workload(
             sequences=None if samples is None else round(samples / per_pack),
             source=f"{source}, packs 99 % full",
         )
-    said = "the longest of a step"
+    description = "the longest of a step"
     if data.pad_to == "micro_batch":
         left = GROUPED if data.order == "group_by_modality_length" else UNGROUPED
-        of_step, said = round(text + left * (of_step - text)), "the longest of a micro-batch, on average"
+        of_step, description = round(text + left * (of_step - text)), "the longest of a micro-batch, on average"
     multiple = config.length_multiple()
     length, worst = (-(-(patches + text) // multiple) * multiple for text in (of_step, of_run))
     return Workload(
@@ -116,5 +116,5 @@ def assumed_workload(
         images=1.0,
         head_rows=trained * text,
         sequences=samples,
-        source=f"{source}, padded to {length} ({said}; {worst} at the longest)",
+        source=f"{source}, padded to {length} ({description}; {worst} at the longest)",
     )

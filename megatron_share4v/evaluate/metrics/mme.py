@@ -143,7 +143,9 @@ def _task(task: str, text: str, profile: Profile) -> MmeTask:
                 f"{task}.txt:{number + 1}: the truth is {fields[2]!r}, not Yes or No; convert the answers again"
             )
         outcomes.append((number // 2, truth, parse(fields[3], profile=profile)))
-    images = [image for image, truth, said in outcomes if truth == said]
+    images = [image for image, truth, prediction in outcomes if truth == prediction]
     accuracy = ratio(len(images), len(outcomes))
     plus = ratio(sum(images.count(image) == 2 for image in set(images)), len(lines) // 2)
-    return MmeTask(accuracy, plus, accuracy * 100 + plus * 100, sum(said == "other" for _, _, said in outcomes))
+    return MmeTask(
+        accuracy, plus, accuracy * 100 + plus * 100, sum(prediction == "other" for _, _, prediction in outcomes)
+    )

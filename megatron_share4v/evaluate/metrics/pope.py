@@ -66,8 +66,8 @@ def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = O
     Without predicted or labelled yes the script divides by zero and stops; precision, recall or F1 are NaN here.
     `corrected`: these are 0; see also `parse`.
     """
-    said = [parse(text, profile=profile) == "yes" for text in answers]
-    pairs = list(zip(said, (label != "no" for label in labels)))
+    predicted_yes = [parse(text, profile=profile) == "yes" for text in answers]
+    pairs = list(zip(predicted_yes, (label != "no" for label in labels)))
     tp, fp, tn, fn = (pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True)))
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     if profile is not OFFICIAL:
@@ -76,7 +76,15 @@ def score(answers: Sequence[str], labels: Sequence[str], *, profile: Profile = O
     if profile is not OFFICIAL and math.isnan(f1):
         f1 = 0.0
     return PopeScores(
-        tp, fp, tn, fn, ratio(tp + tn, len(pairs)), precision, recall, f1, ratio(said.count(True), len(said))
+        tp,
+        fp,
+        tn,
+        fn,
+        ratio(tp + tn, len(pairs)),
+        precision,
+        recall,
+        f1,
+        ratio(predicted_yes.count(True), len(predicted_yes)),
     )
 
 

@@ -105,8 +105,8 @@ def _measure_seed(
     questions = [
         seed.SeedQuestion(item.question_id, item.meta["answer"], item.meta["question_type_id"]) for item in items
     ]
-    said = {item.question_id: texts[item.id] for item in items if item.id in texts}
-    found, tolerant = seed.score(questions, said), seed.score(questions, said, tolerant=True)
+    predictions = {item.question_id: texts[item.id] for item in items if item.id in texts}
+    found, tolerant = seed.score(questions, predictions), seed.score(questions, predictions, tolerant=True)
     values = {"image accuracy": found.image, "image accuracy, first character": tolerant.image}
     return values | {str(kinds.get(number, number)): value for number, value in found.by_type.items()}
 

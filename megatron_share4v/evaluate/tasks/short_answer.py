@@ -93,10 +93,13 @@ def _submit_vqav2(folder: BenchmarkFolder, items: Sequence[Doc], texts: Predicti
         ]
     else:
         names = [get_field(row, "question_id", int, where=where) for where, row in read_jsonl(path)]
-    said = {item.question_id: texts[item.id] for item in items if item.id in texts}
+    predictions = {item.question_id: texts[item.id] for item in items if item.id in texts}
     return {
         "vqav2_test2015.json": encode_json(
-            [{"question_id": name, "answer": normalise_evalai(said[name]) if name in said else ""} for name in names]
+            [
+                {"question_id": name, "answer": normalise_evalai(predictions[name]) if name in predictions else ""}
+                for name in names
+            ]
         )
     }
 
