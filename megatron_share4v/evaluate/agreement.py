@@ -86,7 +86,7 @@ class Agreement:
         equal = {True: "equal", False: "DIFFERENT"}
         return (
             f"transformers and our model, fp32, {self.questions} questions: "
-            f"ids {equal[self.ids_equal]}, pixels {equal[self.pixels_equal]}, "
+            f"ids {'equal' if self.ids_equal else 'of its tokenizer DIFFERENT'}, pixels {equal[self.pixels_equal]}, "
             f"greedy answers {equal[self.greedy_equal]}, largest difference of a logit {self.max_logit_diff:.3g} "
             f"(accepted: {self.accepted_logit_diff:.3g}, for logits up to {self.logit_scale:.3g}); "
             f"chat template {self.template}"
