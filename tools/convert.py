@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_share4v.config.arguments import above_zero, natural, positive
 from megatron_share4v.errors import ConversionError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.logging import configure
+from megatron_share4v.text.tokenizer_config import RULES
 
 if TYPE_CHECKING:
     from megatron_share4v.checkpoint.hf.source import HfSource
@@ -45,7 +46,7 @@ def parse() -> argparse.Namespace:
     importing.add_argument("--to", type=Path, required=True, help="the checkpoint to write")
     importing.add_argument("--dtype", choices=DTYPES, help="round all weights to this dtype (default: keep each)")
     importing.add_argument(
-        "--template", default="vicuna_v1", help="conversation template for the checkpoint's configuration"
+        "--template", help="conversation template (default: that of the model's files, or else vicuna_v1, and says so)"
     )
     importing.add_argument(
         "--image-orientation",
@@ -113,6 +114,11 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, help="tokenizer.model or a directory that has it, when it is not beside the weights"
     )
     command.add_argument(
+        "--tokenizer-rule",
+        choices=RULES,
+        help="how text after a special token is tokenised (default: as tokenizer_config.json says; docs/data.md)",
+    )
+    command.add_argument(
         "--any-tower", action="store_true", help="accept a tower other than the one that the model names"
     )
 
@@ -120,7 +126,7 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 def source_of(arguments: argparse.Namespace) -> HfSource:
     from megatron_share4v.checkpoint.hf.source import HfSource
 
-    options = ("base", "delta", "tower", "use_tower", "projector", "tokenizer", "any_tower")
+    options = ("base", "delta", "tower", "use_tower", "projector", "tokenizer", "tokenizer_rule", "any_tower")
     return HfSource(directory=arguments.source, **{name: getattr(arguments, name) for name in options}).resolve()
 
 

@@ -45,6 +45,7 @@ from megatron_share4v.observability.charts import histogram, save_png
 from megatron_share4v.parallel.launch import World
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import RULES, read_tokenizer_settings
 
 PACK_LENGTH = 4096
 RECIPE: dict[str, object] = {
@@ -160,9 +161,10 @@ def _check_data(options: argparse.Namespace) -> int:
 
 
 def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
-    tokenizer = Tokenizer(options.tokenizer)
-    if options.prepared:
-        index = Index.open(options.prepared)
+    index = Index.open(options.prepared) if options.prepared else None
+    rule = options.tokenizer_rule or (index.tokenizer_rule if index else None)
+    tokenizer = Tokenizer(options.tokenizer, settings=read_tokenizer_settings(options.tokenizer, rule=rule))
+    if index:
         template, length = (
             options.template or index.info.template,
             options.max_text_length or index.info.max_text_length,
@@ -226,6 +228,11 @@ def _add_data_options(data: argparse.ArgumentParser) -> None:
     data.add_argument("--images", type=Path, help="folder of images, as given to tools/prepare_data.py")
     data.add_argument("--config", type=Path, help="the run's YAML file, for all numbers below that are not given")
     data.add_argument("--tokenizer", type=Path, help="sentencepiece tokenizer.model (the run's)")
+    data.add_argument(
+        "--tokenizer-rule",
+        choices=RULES,
+        help="how text after a special token is tokenised (as prepared, or as the tokenizer's files say)",
+    )
     data.add_argument("--template", help="conversation template (the run's, what was prepared with, or vicuna_v1)")
     data.add_argument(
         "--max-text-length",

@@ -15,6 +15,7 @@ from megatron_share4v import logging
 from megatron_share4v.config.arguments import natural, positive, share_or_zero
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.errors import Share4VError, exit_on_closed_output
+from megatron_share4v.text.tokenizer_config import PUBLISHED_RULE, RULES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, help="directory to write; published whole or not at all")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
+    parser.add_argument(
+        "--tokenizer-rule",
+        choices=RULES,
+        help="how text after a special token is tokenised (docs/data.md); None: as tokenizer_config.json beside the "
+        f"tokenizer says, {PUBLISHED_RULE} without one",
+    )
     parser.add_argument("--template", default="vicuna_v1", help="conversation template")
     parser.add_argument(
         "--max-text-length", type=positive, default=2048, help="positions kept per sample, an image counted as one"

@@ -1,5 +1,5 @@
-"""Files that accompany a model's weights unchanged through every run: the tokenizer, and weights that only an export
-needs.
+"""Files that accompany a model's weights unchanged through every run: the tokenizer with its settings, and weights that
+only an export needs.
 
 `unused.safetensors` holds the vision tower's blocks after the feature layer and its last norm, under CLIP's names below
 `vision.`, and the vocabulary rows that a llava-hf model has beyond its tokenizer, as `embedding.added_rows` and
@@ -12,7 +12,14 @@ import shutil
 from pathlib import Path
 
 from megatron_share4v.config.data import DataConfig
-from megatron_share4v.files import atomic_write
+from megatron_share4v.files import atomic_write, atomic_write_text
+from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import (
+    LEGACY_RULE,
+    TOKENIZER_CONFIG,
+    TokenizerSettings,
+    read_tokenizer_settings,
+)
 
 TOKENIZER = "tokenizer.model"
 UNUSED = "unused.safetensors"
@@ -21,7 +28,7 @@ FOLDER = "companions"
 
 def asset_files(directory: Path) -> tuple[Path, ...]:
     """Return the asset files in `directory`: a checkpoint, or the directory that `copy_assets_to_run` returned."""
-    return tuple(path for name in (TOKENIZER, UNUSED) if (path := directory / name).is_file())
+    return tuple(path for name in (TOKENIZER, TOKENIZER_CONFIG, UNUSED) if (path := directory / name).is_file())
 
 
 def tokenizer_path(checkpoint: Path, data: DataConfig) -> Path:
@@ -30,7 +37,24 @@ def tokenizer_path(checkpoint: Path, data: DataConfig) -> Path:
     return own if own.is_file() else Path(data.tokenizer)
 
 
-def copy_assets_to_run(run: Path, *, tokenizer: Path, start: Path | None, resumes: bool) -> Path:
+def tokenizer_settings(model: Path) -> TokenizerSettings:
+    """Read the settings of a checkpoint's tokenizer; older checkpoints do not state the rule and have `legacy`."""
+    return read_tokenizer_settings(model, default=LEGACY_RULE)
+
+
+def open_tokenizer(checkpoint: Path, data: DataConfig) -> Tokenizer:
+    """Open the tokenizer of a checkpoint (see `tokenizer_path`) with its settings."""
+    path = tokenizer_path(checkpoint, data)
+    return Tokenizer(path, settings=tokenizer_settings(path))
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer's model and its settings as files of a checkpoint."""
+    _copy(tokenizer.path, directory / TOKENIZER)
+    atomic_write_text(directory / TOKENIZER_CONFIG, tokenizer.settings.to_json(first_added=tokenizer.pieces))
+
+
+def copy_assets_to_run(run: Path, *, tokenizer: Tokenizer, start: Path | None, resumes: bool) -> Path:
     """Copy the tokenizer and the unused weights of the start checkpoint into a run, for the checkpoints that it will
     write.
 
@@ -39,7 +63,7 @@ def copy_assets_to_run(run: Path, *, tokenizer: Path, start: Path | None, resume
     """
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    _copy(tokenizer, folder / TOKENIZER)
+    write_tokenizer(folder, tokenizer)
     if start is not None and (start / UNUSED).is_file():
         _copy(start / UNUSED, folder / UNUSED)
     elif not resumes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_share4v.checkpoint.assets import TOKENIZER
 from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
 from megatron_share4v.checkpoint.lazy_tensor import FLOAT_NAMES, LazyTensor, hash_components
 from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
@@ -31,6 +32,8 @@ def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Itera
     yield f"step {state.step}, {state.consumed_samples} samples consumed, plan {state.plan_fingerprint or 'none'}"
     optimizer = sum(name.startswith(STATE_PREFIX) for name in stored_tensors(opened.path))
     yield f"optimizer: {f'{optimizer} tensors, {manifest.updates} updates' if optimizer else 'none (weights only)'}"
+    if (opened.path / TOKENIZER).is_file():
+        yield from _tokenizer(opened)
     yield from _tree(opened, every_layer=every_layer)
     if opened.unused:
         yield f"stored for exports, not computed: {len(opened.unused)} tensors"
@@ -43,6 +46,12 @@ def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Itera
         yield "hashes of the other components: not stored by a training run; --hashes reads the weights for them"
     yield "configuration:"
     yield from (f"  {line}" for line in manifest.config.splitlines())
+
+
+def _tokenizer(opened: OpenCheckpoint) -> Iterator[str]:
+    tokenizer = opened.tokenizer
+    added = ", ".join(f"{token.text} {token.id}" for token in tokenizer.added)
+    yield f"tokenizer: {tokenizer.pieces} pieces{f', added tokens {added}' if added else ''}; rule {tokenizer.rule}"
 
 
 def _tree(opened: OpenCheckpoint, *, every_layer: bool) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_share4v.checkpoint.assets import tokenizer_path
+from megatron_share4v.checkpoint.assets import open_tokenizer
 from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf.auto_import import open_as_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest
@@ -30,7 +30,6 @@ from megatron_share4v.mcore.layer_config import DTYPES
 from megatron_share4v.model.chunks import build_chunks
 from megatron_share4v.model.greedy_reference import greedy_generate
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class Session:
                 ops=implementation,
             )
             load_weights(path, chunks=chunks)
-            tokenizer = Tokenizer(tokenizer_path(path, config.data))
+            tokenizer = open_tokenizer(path, config.data)
             if tokenizer.vocab_size > config.model.language.vocab_size:
                 raise DataError(
-                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} pieces, the model of {checkpoint} has "
+                    f"tokenizer {tokenizer.path}: has {tokenizer.vocab_size} tokens, the model of {checkpoint} has "
                     f"{config.model.language.vocab_size} ids; use the tokenizer that it was trained with"
                 )
             dist.barrier()  # the temporary import may be deleted only when all ranks have read it

@@ -29,6 +29,7 @@ from megatron_share4v.serve.protocol import (
 )
 from megatron_share4v.serve.request_fields import CHAT, COMPLETION, DETOKENIZE, TOKENIZE, RouteFields, check_fields
 from megatron_share4v.serve.responses import DONE, ResponseBuilder, event, usage
+from megatron_share4v.text.tokenizer_config import LEGACY_RULE
 
 MAX_DETOKENIZED = 1 << 20
 MAX_LOGGED_FIELDS = 256
@@ -177,7 +178,8 @@ class OpenAIRoutes:
         return JsonResponse(
             {
                 "tokenizer_class": "LlamaTokenizer",
-                "legacy": True,
+                "legacy": tokenizer.rule == LEGACY_RULE,
+                "tokenizer_rule": tokenizer.rule,
                 "vocab_size": tokenizer.vocab_size,
                 "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": tokenizer.eos_id,

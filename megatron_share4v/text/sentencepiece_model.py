@@ -14,6 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import TokenizerSettings
 
 
 class PieceType(IntEnum):
@@ -86,7 +87,7 @@ _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3  # SentencePiece
 
 def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel:
     """Read a model file. Raises DataError, as Tokenizer does, when it is missing or not usable."""
-    tokenizer = Tokenizer(path)
+    tokenizer = Tokenizer(path, settings=TokenizerSettings())  # of the file alone
     pieces: list[SentencePiece] = []
     trainer, normalizer = _Message(), _Message()
     for number, value in _parse_fields(Path(path).read_bytes()):
@@ -97,7 +98,7 @@ def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel
             pieces.append(_parse_piece(value))
         else:
             (trainer if number == _TRAINER else normalizer).update(value)
-    assert len(pieces) == tokenizer.vocab_size, f"read {len(pieces)} pieces of {tokenizer.vocab_size} from {path}"
+    assert len(pieces) == tokenizer.pieces, f"read {len(pieces)} pieces of {tokenizer.pieces} from {path}"
     return SentencePieceModel(
         pieces=tuple(pieces),
         bos_id=tokenizer.bos_id,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_share4v.checkpoint.assets import copy_assets_to_run
+from megatron_share4v.checkpoint.assets import TOKENIZER, copy_assets_to_run, tokenizer_settings
 from megatron_share4v.checkpoint.compatibility import check_initial_model
 from megatron_share4v.checkpoint.config_diff import check_config_changes, diff_config, format_changes
 from megatron_share4v.checkpoint.store import (
@@ -44,6 +44,7 @@ from megatron_share4v.ops.backend import OpsBackend
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import TokenizerRule, read_tokenizer_settings
 from megatron_share4v.train.backend_records import record_attention_backend, record_image_backend, record_ops_backend
 from megatron_share4v.train.data_feed import Source
 
@@ -92,13 +93,13 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
     model_chunks = _build_model(config, mesh=mesh)
     newest = find_resume_checkpoint(directory / "checkpoints")
     if newest is None:
-        _set_initial_weights(config, model_chunks, mesh=mesh)
+        _set_initial_weights(config, model_chunks, tokenizer=source.encoder.tokenizer, mesh=mesh)
     else:
         _check_config_changes(config, newest, mesh=mesh)
     if mesh.rank == 0:
         start = config.checkpoint.initialize_from if newest is None else None
         initial = resolve_checkpoint(Path(start)) if start else None
-        tokenizer = Path(config.data.tokenizer)
+        tokenizer = source.encoder.tokenizer
         copy_assets_to_run(directory, tokenizer=tokenizer, start=initial, resumes=newest is not None)
     chunks = wrap_ddp(model_chunks, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
     dtype = DTYPES[config.precision.dtype]
@@ -128,7 +129,8 @@ def _open_sources(config: RunConfig, *, device: Device) -> tuple[Source, Source 
     source = open_source(config, data.train, order=data.order, options=options)
     if not data.validation:
         return source, None
-    return source, open_source(config, data.validation, order="sequential", options=options)
+    rule = source.encoder.tokenizer.rule
+    return source, open_source(config, data.validation, order="sequential", options=options, rule=rule)
 
 
 def _build_model(config: RunConfig, *, mesh: Mesh) -> list[Share4V]:
@@ -168,17 +170,26 @@ def read_options(data: DataConfig, *, device: Device) -> LoaderOptions:
 
 
 def open_source(
-    config: RunConfig, data_sets: str | Sequence[BlendSource], *, order: Order, options: LoaderOptions
+    config: RunConfig,
+    data_sets: str | Sequence[BlendSource],
+    *,
+    order: Order,
+    options: LoaderOptions,
+    rule: TokenizerRule | None = None,
 ) -> Source:
-    """Open prepared data sets. Raises DataError when they do not fit the tokenizer and template of the run."""
+    """Open prepared data sets. Raises DataError when they do not fit the tokenizer and template of the run.
+
+    rule: how text after a special token is tokenised; None: as the data sets were prepared.
+    """
     data = config.data
-    tokenizer = Tokenizer(data.tokenizer)
+    index = open_index(data_sets)
+    tokenizer = _open_tokenizer(data, rule or index.tokenizer_rule)
     if tokenizer.vocab_size > config.model.language.vocab_size:
         raise DataError(
-            f"{data.tokenizer}: has {tokenizer.vocab_size} pieces, more than model.language.vocab_size "
+            f"{data.tokenizer}: has {tokenizer.vocab_size} tokens ({tokenizer.pieces} pieces and "
+            f"{len(tokenizer.added)} added tokens), more than model.language.vocab_size "
             f"{config.model.language.vocab_size}; name the model's own tokenizer, or give the model as many"
         )
-    index = open_index(data_sets)
     index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
     sampler = Sampler.from_config(config, index, order=order)
     for share in source_rows(index):
@@ -194,6 +205,22 @@ def open_source(
     return Source(index=index, sampler=sampler, encoder=encoder, options=options)
 
 
+def _open_tokenizer(data: DataConfig, rule: TokenizerRule) -> Tokenizer:
+    """Open the run's tokenizer with the rule of its data sets; warn when the tokenizer's files state another."""
+    settings = read_tokenizer_settings(Path(data.tokenizer))
+    if settings.stated and settings.rule != rule:
+        get_logger().warning(
+            "data: the data set was prepared with tokenizer rule %s, which this run uses; the tokenizer's is %s (%s). "
+            "Only text after </s> and other special tokens differs. To train with the tokenizer's rule, run "
+            "tools/prepare_data.py again",
+            rule,
+            settings.rule,
+            settings.origin,
+        )
+    origin = "the data set"
+    return Tokenizer(data.tokenizer, settings=replace(settings, rule=rule, origin=origin, stated=True))
+
+
 def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
     """Build the encoder that turns samples into token ids and pixels."""
     return Encoder(
@@ -204,7 +231,24 @@ def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Enc
     )
 
 
-def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, mesh: Mesh) -> None:
+def compare_tokenizer_rules(start: Path, tokenizer: Tokenizer) -> None:
+    """Warn when the checkpoint that a run starts from was trained with another tokenizer rule."""
+    if not (start / TOKENIZER).is_file():
+        return
+    found = tokenizer_settings(start / TOKENIZER).rule
+    if found != tokenizer.rule:
+        get_logger().warning(
+            "checkpoint.initialize_from: %s has tokenizer rule %s, the data set of this run %s, which is used. Only "
+            "text after </s> and other special tokens differs; to keep the checkpoint's rule, prepare the data with "
+            "--tokenizer-rule %s",
+            start,
+            found,
+            tokenizer.rule,
+            found,
+        )
+
+
+def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, tokenizer: Tokenizer, mesh: Mesh) -> None:
     start = config.checkpoint.initialize_from
     if start is None:
         initialize_weights(chunks, seed=config.run.seed, model=config.model)
@@ -213,6 +257,7 @@ def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, mesh: Mesh
     where, manifest = resolve_and_read_manifest(Path(start))
     check_initial_model(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
     load_weights(where, chunks=chunks)
+    compare_tokenizer_rules(where, tokenizer)
     get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 

@@ -32,6 +32,7 @@ from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import CheckpointConfig
 from megatron_share4v.errors import CheckpointError
+from megatron_share4v.text.tokenizer import Tokenizer
 
 SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
 
@@ -159,13 +160,13 @@ def test_a_hash_that_checks_nothing(options: dict[str, str], words: str) -> None
 
 
 def test_unused_weights_of_an_earlier_start_are_not_inherited(stage: Path, tmp_path: Path) -> None:
-    tokenizer = stage / "llama" / "tokenizer.model"
+    tokenizer = Tokenizer(stage / "llama" / "tokenizer.model")
     folder = copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage / "start", resumes=False)
-    assert len(asset_files(folder)) == 2
+    assert len(asset_files(folder)) == 3
     copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=None, resumes=True)
-    assert len(asset_files(folder)) == 2
+    assert len(asset_files(folder)) == 3
     copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage, resumes=False)  # a checkpoint without unused weights
-    assert [path.name for path in asset_files(folder)] == ["tokenizer.model"]
+    assert [path.name for path in asset_files(folder)] == ["tokenizer.model", "tokenizer_config.json"]
 
 
 def test_another_model_is_refused_and_a_longer_one_is_not(stage: Path) -> None:

@@ -17,6 +17,8 @@ CORPUS = [
     "USER: What animal is this? ASSISTANT: A cat. It is sleeping on the sofa.",
     "### Human: What is it doing? ### Assistant: ## It is looking at a bird, I think.",
     "[INST] <<SYS>> You are a helpful language and vision assistant. <</SYS>> Describe it. [/INST] Two dogs run.",
+    # As in LLaMA's vocabulary, the words that start a turn also have pieces without a leading space.
+    '"USER": (USER) "user" (user) "assistant" (assistant) "system" (system) ' * 3,
     "## What is it? ## Short questions have  short answers.   Long ones    do not.",
 ]
 

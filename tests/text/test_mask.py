@@ -23,6 +23,7 @@ from megatron_share4v.text.mask import (
 )
 from megatron_share4v.text.template import TEMPLATES, Message, get_template
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import TokenizerRule, TokenizerSettings
 
 TWO = ("vicuna_v1", "share4v_v1", "v1_mmtag")
 LLAMA_2 = ("llama_2", "share4v_llama_2", "mistral_instruct")
@@ -32,19 +33,25 @@ Counted = tuple[list[int], list[int]]
 
 
 class Counting:
-    """Official procedure with the legacy tokenizer rule: split at special tokens, encode each part, <s> first."""
+    """Official procedure: split at special tokens, encode each part by the tokenizer rule, <s> first."""
 
-    def __init__(self, model: str, specials: Sequence[str] = ("<s>", "</s>", "<unk>")) -> None:
-        self.model = sentencepiece.SentencePieceProcessor(model_file=model)
-        self.specials = specials
+    def __init__(self, tokenizer: Tokenizer, specials: Sequence[str] = ("<s>", "</s>", "<unk>")) -> None:
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+        self.specials, self.rule = specials, tokenizer.rule
 
     def ids(self, text: str) -> list[int]:
         found = [1]
-        for part in re.split("|".join(f"({re.escape(special)})" for special in self.specials), text):
+        marked = "▁" + text.replace("▁", " ")  # marks the start, as transformers does
+        for part in re.split("|".join(f"({re.escape(special)})" for special in self.specials), marked):
             if part:
-                pieces = [part] if part in self.specials else self.model.encode(part, out_type=str)
-                found += [self.model.piece_to_id(piece) for piece in pieces]
+                found += [self.model.piece_to_id(part)] if part in self.specials else self.part(part)
         return found
+
+    def part(self, part: str) -> list[int]:
+        pieces = self.model.encode(part.removeprefix("▁"), out_type=str)
+        if self.rule == "transformers-4.31" and part[0] not in "▁ ":
+            pieces = [piece for piece in (pieces[0].removeprefix("▁"), *pieces[1:]) if piece]
+        return [self.model.piece_to_id(piece) for piece in pieces]
 
     def image_ids(self, text: str, has_image: bool) -> list[int]:
         if not has_image:
@@ -182,28 +189,43 @@ def compare(tokenizer: Tokenizer, name: str, count: Callable[[list[str], bool], 
 
 @pytest.fixture(scope="module")
 def counting(tokenizer: Tokenizer) -> Counting:
-    return Counting(str(tokenizer.path))
+    return Counting(tokenizer)
 
 
 def test_every_template_is_compared():
     assert {template.name for template in TEMPLATES.values()} == {"plain", *TWO, *LLAMA_2, *MPT, *V0}
 
 
+RULED = pytest.mark.parametrize("rule", ["legacy", "transformers-4.31"])  # for 4.34, LLaVA counts otherwise
+
+
+def under(rule: TokenizerRule, tokenizer: Tokenizer) -> Tokenizer:
+    return Tokenizer(tokenizer.path, settings=TokenizerSettings(rule=rule))
+
+
+@RULED
 @pytest.mark.parametrize("name", TWO)
-def test_two_as_counted(tokenizer: Tokenizer, counting: Counting, name: str):
+def test_two_as_counted(tokenizer: Tokenizer, rule: TokenizerRule, name: str):
+    tokenizer = under(rule, tokenizer)
+    counting = Counting(tokenizer)
     system = get_template(name).system
     compare(tokenizer, name, lambda texts, has_image: counting.two(system, texts, has_image))
 
 
+@RULED
 @pytest.mark.parametrize("name", LLAMA_2)
-def test_llama_2_as_counted(tokenizer: Tokenizer, counting: Counting, name: str):
+def test_llama_2_as_counted(tokenizer: Tokenizer, rule: TokenizerRule, name: str):
+    tokenizer = under(rule, tokenizer)
+    counting = Counting(tokenizer)
     system, start = get_template(name).system, "" if name == "mistral_instruct" else "<s>"
     compare(tokenizer, name, lambda texts, has_image: counting.llama_2(system, texts, has_image, start))
 
 
+@RULED
 @pytest.mark.parametrize("name", MPT)
-def test_mpt_as_counted(chatml_tokenizer: Tokenizer, name: str):
-    counting = Counting(str(chatml_tokenizer.path), specials=("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"))
+def test_mpt_as_counted(chatml_tokenizer: Tokenizer, rule: TokenizerRule, name: str):
+    chatml_tokenizer = under(rule, chatml_tokenizer)
+    counting = Counting(chatml_tokenizer, specials=("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"))
     compare(chatml_tokenizer, name, lambda texts, has_image: counting.mpt(get_template(name).system, texts, has_image))
 
 
@@ -251,10 +273,8 @@ def test_the_quirks_by_name(tokenizer: Tokenizer):
     assert encoded.input_ids[0] == 1 and encoded.input_ids.count(1) == 1
     assert trained_runs(tokenizer, encoded) == ["A cat.</s>", "It is sleeping.</s>"]
     end = encoded.input_ids.index(2)
-    assert (
-        tokenizer.decode([encoded.input_ids[end + 1]]) == "U"
-        or encoded.input_ids[end + 1] == tokenizer.encode("USER:")[0]
-    )
+    assert tokenizer.decode([encoded.input_ids[end + 1]]) == "USER"
+    assert encoded.input_ids[end + 1] != tokenizer.encode("USER:")[0]
 
     plain = encode(tokenizer, ["Describe.\n<image>", "A cat."], name="plain")
     assert plain.input_ids == (1, IMAGE_TOKEN_INDEX, *tokenizer.encode("A cat.\n"))

@@ -10,18 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_share4v.checkpoint.hf.chat_template import detect_template
 from megatron_share4v.checkpoint.hf.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source import CONFIG, HfSource
 from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import resolve_checkpoint
-from megatron_share4v.files import read_text
-from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.parallel.collectives import run_on_rank0
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @contextlib.contextmanager
@@ -30,8 +25,8 @@ def open_as_checkpoint(path: Path, *, mesh: Mesh) -> Iterator[Path]:
     temporarily.
 
     The import is written below TMPDIR, which all ranks must see, takes as much space as the model, and is removed when
-    the block ends. Its conversation template is detected from the model's chat template, or else vicuna_v1 with a
-    warning. Collective. Raises ConversionError on all ranks when the model cannot be imported.
+    the block ends. Its conversation template is found as in `choose_template`. Collective. Raises ConversionError on
+    all ranks when the model cannot be imported.
     """
     path = open_snapshot(path)
     if not is_hf_model(path):
@@ -52,15 +47,5 @@ def is_hf_model(path: Path) -> bool:
 
 
 def _import(path: Path, target: Path) -> Path:
-    chat = path / CHAT_TEMPLATE
-    template = detect_template(read_text(chat)) if chat.is_file() else None
-    options = ImportOptions() if template is None else ImportOptions(template=template)
-    if template is None:
-        get_logger().warning(
-            "%s: its chat template is none of this project's; template %s is used. "
-            "To choose another, import it with tools/convert.py",
-            path,
-            options.template,
-        )
-    import_model(HfSource(directory=path), target, options=options)
+    import_model(HfSource(directory=path), target, options=ImportOptions())
     return target

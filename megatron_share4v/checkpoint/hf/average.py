@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED
+from megatron_share4v.checkpoint.assets import UNUSED, tokenizer_path, tokenizer_settings, write_tokenizer
 from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import log_component_hashes, write_weights_checkpoint
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS
@@ -19,6 +18,7 @@ from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
 from megatron_share4v.checkpoint.manifest import Manifest, verify_files
 from megatron_share4v.checkpoint.resumable_writer import stage_directory
 from megatron_share4v.errors import ConversionError
+from megatron_share4v.text.tokenizer import Tokenizer
 
 
 def average_checkpoints(checkpoints: Sequence[Path], target: Path) -> Manifest:
@@ -81,8 +81,9 @@ def _write_assets(opened: Sequence[OpenCheckpoint], directory: Path) -> None:
 
     Added vocabulary rows are only valid for untrained imports, so they are left out when a checkpoint was trained.
     """
-    if opened[0].tokenizer.is_file():
-        shutil.copyfile(opened[0].tokenizer, directory / TOKENIZER)
+    path = tokenizer_path(opened[0].path, opened[0].config.data)
+    if path.is_file():
+        write_tokenizer(directory, Tokenizer(path, settings=tokenizer_settings(path)))
     unused = [one.unused for one in opened]
     shared = [
         name

@@ -18,12 +18,12 @@ from typing import Literal
 
 import torch
 
-from megatron_share4v.checkpoint.assets import UNUSED, tokenizer_path
+from megatron_share4v.checkpoint.assets import UNUSED, open_tokenizer
 from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf import metadata_files
-from megatron_share4v.checkpoint.hf.importer import PROVENANCE
 from megatron_share4v.checkpoint.hf.official_loader import export_warnings, tower_name
 from megatron_share4v.checkpoint.hf.reader import open_weights_file
+from megatron_share4v.checkpoint.hf.source_template import PROVENANCE
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS, added_vocab_rows
 from megatron_share4v.checkpoint.hf.weight_map import (
     CLIP,
@@ -62,6 +62,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
 from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
 from megatron_share4v.model.initialize import initial_value
+from megatron_share4v.text.tokenizer import Tokenizer
 
 Layout = Literal["llava-hf", "share4v"]
 TOWER_FOLDER = "clip"
@@ -81,9 +82,9 @@ class OpenCheckpoint:
     """Weights stored only for exports (checkpoint/assets.py)."""
 
     @property
-    def tokenizer(self) -> Path:
-        """The checkpoint's own tokenizer file, or the one that its configuration names."""
-        return tokenizer_path(self.path, self.config.data)
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's own tokenizer, or the one that its configuration names."""
+        return open_tokenizer(self.path, self.config.data)
 
 
 def open_checkpoint(path: Path) -> OpenCheckpoint:
@@ -285,7 +286,7 @@ def _unused(opened: OpenCheckpoint, *, prefix: str) -> dict[str, LazyTensor]:
 
 
 def _with_added_rows(opened: OpenCheckpoint, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    rows = metadata_files.llava_vocab_rows(opened.config.model)
+    rows = metadata_files.llava_vocab_rows(opened.config.model, opened.tokenizer.added)
     names = {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}
     stored = opened.unused if opened.manifest.state.step == 0 else {}
     return {
@@ -334,5 +335,12 @@ def _write_files(
             dtype=dtypes["language"],
             tower_dtype=dtypes["vision"],
         )
-    content = {"step": opened.manifest.state.step, "dtype": dtypes, "weights": weights, "versions": library_versions()}
+    content = {
+        "step": opened.manifest.state.step,
+        "dtype": dtypes,
+        "template": config.data.template,
+        "tokenizer_rule": opened.tokenizer.rule,
+        "weights": weights,
+        "versions": library_versions(),
+    }
     (directory / PROVENANCE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

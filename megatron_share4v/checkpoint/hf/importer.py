@@ -10,18 +10,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED
+from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED, write_tokenizer
 from megatron_share4v.checkpoint.hf.hub_cache import model_name
 from megatron_share4v.checkpoint.hf.reader import read_json
 from megatron_share4v.checkpoint.hf.source import HfModel, HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source_template import PROVENANCE, choose_template
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS
 from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, SHARE4V, WeightMapping, weight_mappings
 from megatron_share4v.checkpoint.hf.writer import split_into_shards, write_safetensors
@@ -54,11 +54,8 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.dist_checkpoint_files import ByteRange, describe_tensors, write_tensor
 from megatron_share4v.model.initialize import initial_value
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.text.template import get_template
 
 FILE_BYTES = 1 << 30
-PROVENANCE = "provenance.json"
-"""File of exported models with the hashes of their components."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +64,8 @@ class ImportOptions:
 
     dtype: str | None = None
     """fp32, bf16 or fp16 for all weights; None keeps each dtype."""
-    template: str = "vicuna_v1"
+    template: str | None = None
+    """Conversation template; None: that of the model's files, or else vicuna_v1 with a warning."""
     image_orientation: Literal["stored", "exif"] = "stored"
     """Written into the checkpoint, as `data.image_orientation` of a run is."""
     seed: int = 42
@@ -79,8 +77,9 @@ def import_model(paths: HfSource, target: Path, *, options: ImportOptions) -> Ma
 
     Raises ConversionError naming the tensor, key or file that does not fit; `target` does not exist then.
     """
-    get_template(options.template)
     paths = paths.resolve()
+    template = choose_template([path for path in (paths.directory, paths.base) if path is not None], options.template)
+    options = replace(options, template=template)
     hf_model = open_hf_model(paths)
     as_stored = megatron_tensors(hf_model, seed=options.seed)
     _check_tower(paths, as_stored)
@@ -89,7 +88,7 @@ def import_model(paths: HfSource, target: Path, *, options: ImportOptions) -> Ma
         manifest = write_weights_checkpoint(
             staging,
             tensors,
-            config=_config(hf_model, tensors, options, target),
+            config=_config(hf_model, tensors, template, options.image_orientation, target),
             state=RunState(step=0, consumed_samples=0, plan_fingerprint=""),
             source=f"{hf_model.naming.title}: {', '.join(model_name(path) for path in hf_model.directories)}",
             write_assets=lambda: _write_assets(hf_model, staging.path, options.dtype),
@@ -187,14 +186,16 @@ def _write_tensors(group: LazyTensors, file: HashingWriter, progress: Callable[[
 
 
 def _write_assets(hf_model: HfModel, directory: Path, dtype: str | None) -> None:
-    shutil.copyfile(hf_model.tokenizer, directory / TOKENIZER)
+    write_tokenizer(directory, hf_model.tokenizer)
     unused = {f"vision.{name}": tensor for name, tensor in hf_model.unused().items()}
     added = {ADDED_ROWS[part]: tensor for part, tensor in hf_model.added_rows.items()}
     if unused or added:
         write_safetensors(directory / UNUSED, _in_dtype({**unused, **added}, dtype))
 
 
-def _config(hf_model: HfModel, tensors: LazyTensors, options: ImportOptions, target: Path) -> RunConfig:
+def _config(
+    hf_model: HfModel, tensors: LazyTensors, template: str, orientation: Literal["stored", "exif"], target: Path
+) -> RunConfig:
     model = hf_model.config
     dtype = tensors["language.embedding.weight"].dtype
     if dtype == torch.float16:
@@ -207,10 +208,10 @@ def _config(hf_model: HfModel, tensors: LazyTensors, options: ImportOptions, tar
         data=DataConfig(
             train="",
             tokenizer=TOKENIZER,
-            template=options.template,
+            template=template,
             max_text_length=text,
             image_aspect_ratio=hf_model.image_aspect_ratio,
-            image_orientation=options.image_orientation,
+            image_orientation=orientation,
         ),
         train=TrainConfig(global_batch_size=1),
     )
@@ -222,10 +223,10 @@ def _fingerprint(hf_model: HfModel, tensors: LazyTensors, options: ImportOptions
         for directory in hf_model.directories
         for path in (sorted(directory.iterdir()) if directory.is_dir() else [directory])
     ]
-    files.append(hf_model.tokenizer)
+    files.append(hf_model.tokenizer.path)
     described = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()]
     states = file_states(path for path in files if path.is_file())
-    content = [states, described, str(options), library_versions()]
+    content = [states, described, str(options), hf_model.tokenizer.rule, library_versions()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

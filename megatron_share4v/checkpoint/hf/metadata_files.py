@@ -14,11 +14,11 @@ from typing import Any
 
 from megatron_share4v.checkpoint.hf.chat_template import to_jinja
 from megatron_share4v.checkpoint.hf.tokenizer import (
-    NEW_TOKENS,
-    PAD,
     ExportedTokenizer,
-    legacy_tokenizer_config,
-    read_tokenizer,
+    export_tokenizer,
+    layout_token_ids,
+    slow_special_tokens_map,
+    slow_tokenizer_config,
     special_tokens_map,
 )
 from megatron_share4v.checkpoint.lazy_tensor import FLOATS
@@ -27,6 +27,8 @@ from megatron_share4v.data.images.pixels import CLIP_MEAN, CLIP_STD
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template
+from megatron_share4v.text.tokenizer import PAD, Tokenizer
+from megatron_share4v.text.tokenizer_config import ADDED_TOKENS, TOKENIZER_CONFIG, AddedToken
 
 _ROW_MULTIPLE = 64
 _BICUBIC = 3  # PIL.Image.Resampling
@@ -34,16 +36,21 @@ _CLASS_TOKENS = 1
 _IMAGE_POLICIES = ("pad", "square")
 
 
-def llava_vocab_rows(model: ModelConfig) -> int:
-    """Return the vocabulary rows in llava-hf: pieces, <image> and <pad>, rounded up to a multiple of 64."""
-    return -(-(model.language.vocab_size + len(NEW_TOKENS)) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+def llava_vocab_rows(model: ModelConfig, added: tuple[AddedToken, ...] = ()) -> int:
+    """Return the vocabulary rows in llava-hf: the model's tokens, <image> and <pad>, rounded up to a multiple of 64.
+
+    added: added tokens of the tokenizer, which can have <image> and <pad> already.
+    """
+    size = model.language.vocab_size
+    last = max(size - 1, *layout_token_ids(added, vocab_size=size).values())
+    return -(-(last + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def write_llava_hf_files(
     directory: Path,
     *,
     model: ModelConfig,
-    tokenizer: Path,
+    tokenizer: Tokenizer,
     template: str,
     image_aspect_ratio: str,
     dtype: str,
@@ -51,7 +58,7 @@ def write_llava_hf_files(
 ) -> None:
     """Write all files of a llava-hf model except the weights into `directory`, which is created.
 
-    tokenizer: the sentencepiece file. template: conversation template for the chat template. dtype and tower_dtype: of
+    tokenizer: of the checkpoint. template: conversation template for the chat template. dtype and tower_dtype: of
     the language model's and the tower's weights, "fp32", "bf16" or "fp16"; None for one dtype. Raises ConversionError
     when the layout cannot express this model, tokenizer or template;
     DataError when the tokenizer cannot be read.
@@ -62,8 +69,9 @@ def write_llava_hf_files(
             f"the layout llava-hf has no projector of model.projector.type {model.projector.type}; "
             "use the layout share4v"
         )
-    tokens = read_tokenizer(tokenizer, vocab_size=model.language.vocab_size)
-    chat = to_jinja(get_template(template))
+    conversation = get_template(template)
+    tokens = export_tokenizer(tokenizer, conversation, vocab_size=model.language.vocab_size)
+    chat = to_jinja(conversation)
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(
         directory / "config.json",
@@ -79,9 +87,9 @@ def write_llava_hf_files(
     )
     _write_json(directory / "processor_config.json", _processor_config(model.vision))
     _write_json(directory / "tokenizer.json", tokens.tokenizer_json())
-    shutil.copyfile(tokenizer, directory / "tokenizer.model")
+    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
     _write_json(
-        directory / "tokenizer_config.json", tokens.tokenizer_config(max_length=model.language.max_position_embeddings)
+        directory / TOKENIZER_CONFIG, tokens.tokenizer_config(max_length=model.language.max_position_embeddings)
     )
     _write_json(
         directory / "special_tokens_map.json",
@@ -95,7 +103,7 @@ def write_share4v_files(
     directory: Path,
     *,
     model: ModelConfig,
-    tokenizer: Path,
+    tokenizer: Tokenizer,
     tower_folder: str,
     tower_name: str,
     image_aspect_ratio: str,
@@ -110,10 +118,10 @@ def write_share4v_files(
     """
     _check_image_policy(image_aspect_ratio)
     folder = directory / tower_folder
-    tokens = read_sentencepiece_model(tokenizer)
-    if len(tokens.pieces) > model.language.vocab_size:
+    tokens = read_sentencepiece_model(tokenizer.path)
+    if tokenizer.vocab_size > model.language.vocab_size:
         raise ConversionError(
-            f"tokenizer {tokenizer} has {len(tokens.pieces)} pieces; the vocabulary is too small: "
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces; the vocabulary is too small: "
             f"model.language.vocab_size is {model.language.vocab_size}. "
             "Give the tokenizer.model that the model was trained with"
         )
@@ -121,12 +129,14 @@ def write_share4v_files(
     config = _share4v_config(model, tokens, tower_name=tower_name, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", _generation_config(tokens, pad_id=tokens.unk_id))
-    shutil.copyfile(tokenizer, directory / "tokenizer.model")
+    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
     _write_json(
-        directory / "tokenizer_config.json",
-        legacy_tokenizer_config(tokens, max_length=model.language.max_position_embeddings),
+        directory / TOKENIZER_CONFIG,
+        slow_tokenizer_config(tokenizer, tokens, max_length=model.language.max_position_embeddings),
     )
-    _write_json(directory / "special_tokens_map.json", special_tokens_map(tokens, pad=tokens.unk))
+    _write_json(directory / "special_tokens_map.json", slow_special_tokens_map(tokenizer, tokens))
+    if tokenizer.added:
+        _write_json(directory / ADDED_TOKENS, {token.text: token.id for token in tokenizer.added})
     _write_json(
         folder / "config.json",
         {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from megatron_share4v.checkpoint.assets import TOKENIZER
 from megatron_share4v.checkpoint.hf.adapters import is_adapter, merge_adapter, merge_delta
 from megatron_share4v.checkpoint.hf.config import (
     CONFIG,
@@ -21,7 +22,9 @@ from megatron_share4v.checkpoint.hf.config import (
 from megatron_share4v.checkpoint.hf.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, detect_naming, present_components
 from megatron_share4v.checkpoint.hf.reader import has_weights, open_weights_directory, open_weights_file, read_json
+from megatron_share4v.checkpoint.hf.source_tokenizer import open_source_tokenizer
 from megatron_share4v.checkpoint.hf.tower import TowerQuestion, UseTower, drop_ungathered_tower, find_tower
+from megatron_share4v.checkpoint.hf.vocab import cut_vocabulary
 from megatron_share4v.checkpoint.hf.weight_map import (
     COMPONENTS,
     LLAVA_HF,
@@ -37,8 +40,9 @@ from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import TokenizerRule
 
-PREPROCESSOR, TOKENIZER, PROJECTOR = "preprocessor_config.json", "tokenizer.model", "mm_projector.bin"
+PREPROCESSOR, PROJECTOR = "preprocessor_config.json", "mm_projector.bin"
 CLIP_HEAD = 64
 CLIP_TEXT = ("text_model.", "text_projection", "visual_projection", "logit_scale")
 
@@ -59,6 +63,8 @@ class HfSource:
     """A projector's file, or a directory with mm_projector.bin."""
     tokenizer: Path | None = None
     """A sentencepiece file, or a directory with tokenizer.model."""
+    tokenizer_rule: TokenizerRule | None = None
+    """How text after a special token is tokenised; None: as the files beside the tokenizer say."""
     any_tower: bool = False
     """Accept `tower` although the configuration names another one."""
 
@@ -93,7 +99,7 @@ class HfModel:
     """Tensors by Hugging Face name; embedding and head without the added rows."""
     added_rows: dict[str, LazyTensor]
     """`embedding` and `head`: vocabulary rows that llava-hf adds for its own tokens and for alignment."""
-    tokenizer: Path
+    tokenizer: Tokenizer
     image_aspect_ratio: AspectRatio
     directories: tuple[Path, ...]
 
@@ -137,13 +143,12 @@ def open_hf_model(paths: HfSource) -> HfModel:
     if tower_folder is None and config.kind != "llava-hf" and naming.tower is not None:
         vision = _vision_from_shapes(vision, naming.tower, tensors)
     components = _components(naming, config, paths)
-    tokenizer = _tokenizer(paths)
+    beside = [path for path in (paths.directory, paths.base) if path is not None]
+    tokenizer = open_source_tokenizer(beside, given=paths.tokenizer, rule=paths.tokenizer_rule)
     model = replace(
         config.model, vision=vision, projector=replace(config.model.projector, type=_projector_type(config, naming))
     )
-    model, tensors, added = _cut_vocabulary(
-        model, tensors, naming, config=config, pieces=Tokenizer(tokenizer).vocab_size
-    )
+    model, tensors, added = cut_vocabulary(model, tensors, naming, config=config, tokenizer=tokenizer)
     mappings = check_hf_weights(tensors, model, naming=naming, components=components)
     check_float_dtypes({name: tensors[name] for mapping in mappings for name in mapping.hf_names})
     _check_equal_dtypes(mappings, tensors)
@@ -287,50 +292,6 @@ def _projector_type(config: HfConfig, naming: Naming) -> Literal["linear", "mlp2
     if config.kind == "llama" and naming.projector_linear is not None:
         return "linear"
     return config.model.projector.type
-
-
-def _tokenizer(paths: HfSource) -> Path:
-    candidates = (
-        [paths.tokenizer]
-        if paths.tokenizer
-        else [path / TOKENIZER for path in (paths.directory, paths.base) if path is not None]
-    )
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise ConversionError(
-            f"{candidates[0]}: missing; give the model's sentencepiece file with --tokenizer "
-            "(a tokenizer.json is not enough)"
-        )
-    return found
-
-
-def _cut_vocabulary(
-    model: ModelConfig, tensors: dict[str, LazyTensor], naming: Naming, *, config: HfConfig, pieces: int
-) -> tuple[ModelConfig, dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """Split off the vocabulary rows that llava-hf has for `<image>`, `<pad>` and alignment after the tokenizer's."""
-    stated = model.language.vocab_size
-    names = {"embedding": f"{naming.decoder}embed_tokens.weight", "head": f"{naming.head}weight"}
-    for name in names.values():
-        rows = tensors[name].shape[0]
-        if rows < pieces:
-            raise ConversionError(
-                f"vocabulary too small: {name} has {rows} rows, the tokenizer {pieces} pieces; "
-                "give the tokenizer of this model"
-            )
-        if rows != stated:
-            raise ConversionError(f"wrong shape: {name} has {rows} rows, {CONFIG} states vocab_size {stated}")
-    if config.image_token is None:
-        return model, tensors, {}
-    if not pieces <= config.image_token < stated:
-        raise ConversionError(
-            f"image_token_index {config.image_token} in {CONFIG} lies outside {pieces} .. {stated - 1}: "
-            f"the tokenizer has {pieces} pieces, the model {stated} rows, and <image> comes after the pieces; "
-            "give the tokenizer of this model with --tokenizer, or correct the configuration"
-        )
-    vocabulary = config.image_token
-    added = {part: tensors[name].slice_rows(vocabulary, stated) for part, name in names.items()}
-    cut = {name: tensors[name].slice_rows(0, vocabulary) for name in names.values()}
-    return replace(model, language=replace(model.language, vocab_size=vocabulary)), {**tensors, **cut}, added
 
 
 def _check_equal_dtypes(mappings: tuple[WeightMapping, ...], tensors: dict[str, LazyTensor]) -> None:

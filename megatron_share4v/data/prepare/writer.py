@@ -23,6 +23,7 @@ from megatron_share4v.data.images.jpeg_damage import CAN_CHECK, NOT_CHECKED
 from megatron_share4v.data.prepare.annotations import AnnotationFile, Entry, source_name
 from megatron_share4v.data.prepare.duplicates import Duplicates, find_duplicates
 from megatron_share4v.data.prepare.image_files import ImageFiles, find_archives, scan_images
+from megatron_share4v.data.prepare.options import PrepareOptions
 from megatron_share4v.data.prepare.progress import PrepareProgress
 from megatron_share4v.data.prepare.record_keys import describe_unread, image_path, name_image_plainly, unread_keys
 from megatron_share4v.data.prepare.resume import NO_PATH, PATH_BYTES, REJECTED, Journal
@@ -33,6 +34,7 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import read_tokenizer_settings
 
 MAX_KEY_LENGTH = 64
 DUPLICATES = "duplicates.jsonl"
@@ -40,30 +42,6 @@ ARCHIVES = "archives"
 FIRST_ARCHIVE = 1 << 15  # first temporary shard number of archives used in place
 
 Validator = Callable[[tuple[Entry, bool]], Accepted | Rejected]
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Options of a preparation.
-
-    max_text_length: positions kept per sample, an image counted as one. workers: reader processes, 0: this process.
-    in_place: leave the images where they are. repeat_images: store an image with each of its samples, for readers
-    without our index; else once. restart: discard an unfinished preparation.
-    """
-
-    annotations: Path
-    images: Path
-    output: Path
-    tokenizer: Path
-    template: str = "vicuna_v1"
-    max_text_length: int = 2048
-    samples_per_shard: int = 10_000
-    max_rejected_fraction: float = 0.05
-    workers: int = 0
-    in_place: bool = False
-    repeat_images: bool = False
-    overwrite: bool = False
-    restart: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +88,8 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
     """
     if not CAN_CHECK:
         get_logger().warning(NOT_CHECKED)
-    tokenizer, template = Tokenizer(options.tokenizer), get_template(options.template)
+    settings = read_tokenizer_settings(options.tokenizer, rule=options.tokenizer_rule)
+    tokenizer, template = Tokenizer(options.tokenizer, settings=settings), get_template(options.template)
     if not options.images.is_dir():
         raise DataError(
             f"images {options.images}: not a folder; give the folder that the records' 'image' paths are relative to"
@@ -123,6 +102,7 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
         raise DataError(
             f"output {options.output}: exists and is not empty; choose another directory or pass --overwrite"
         )
+    get_logger().info("tokenizer rule: %s (%s)", settings.rule, settings.origin)
     annotations = AnnotationFile(options.annotations)
     staging = options.output.parent / f".{options.output.name}.partial"
     journal = Journal.open(
@@ -159,6 +139,7 @@ def _identity(
         "annotations_changed_ns": options.annotations.stat().st_mtime_ns,
         "images": str(options.images.resolve()),
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_rule": tokenizer.rule,
         "template": template,
         "max_text_length": options.max_text_length,
         "samples_per_shard": options.samples_per_shard,
@@ -338,6 +319,7 @@ def _finish(
         index_sha256="",
         keys_sha256="",
         tokenizer_fingerprint=tokenizer.fingerprint,
+        tokenizer_rule=tokenizer.rule,
         template=template,
         max_text_length=options.max_text_length,
         sources=_source_counts(journal),

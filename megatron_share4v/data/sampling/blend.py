@@ -19,6 +19,7 @@ from megatron_share4v.data.records import Sample
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import TokenizerRule
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class BlendedIndex:
         """sha256 over all data sets and their epochs."""
         identity = [(member.index.fingerprint, member.epochs) for member in self.members]
         return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+    @property
+    def tokenizer_rule(self) -> TokenizerRule:
+        """Rule of the first data set; `check` refuses the others if theirs differ."""
+        return self.members[0].index.tokenizer_rule
 
     @property
     def sources(self) -> tuple[SourceRows, ...]:

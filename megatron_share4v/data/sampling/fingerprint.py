@@ -12,6 +12,7 @@ from dataclasses import asdict
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.sampling.blend import BlendedIndex
 from megatron_share4v.data.sampling.sampler import Sampler
+from megatron_share4v.text.tokenizer_config import LEGACY_RULE
 
 FingerprintValue = str | int | float | None
 
@@ -29,6 +30,8 @@ def describe_data(sampler: Sampler, encoder: Encoder) -> dict[str, FingerprintVa
         "template": encoder.template.name,
         "max_text_length": encoder.max_text_length,
     }
+    if encoder.tokenizer.rule != LEGACY_RULE:  # as it was before there were rules
+        described["tokenizer_rule"] = encoder.tokenizer.rule
     policy = asdict(encoder.images)
     if policy["orientation"] == "stored":  # the only one when older checkpoints were written
         del policy["orientation"]

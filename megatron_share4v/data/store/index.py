@@ -18,6 +18,7 @@ import numpy as np
 from megatron_share4v.data.store.shards import REMEDY
 from megatron_share4v.errors import DataError
 from megatron_share4v.files import read_text
+from megatron_share4v.text.tokenizer_config import LEGACY_RULE, TokenizerRule
 
 if TYPE_CHECKING:
     from megatron_share4v.text.tokenizer import Tokenizer
@@ -81,6 +82,7 @@ class DatasetInfo:
     max_text_length: int
     sources: dict[str, SourceCount]
     images_root: str | None = None  # folder of images that were left in place
+    tokenizer_rule: TokenizerRule = LEGACY_RULE  # of data sets that do not state it
     version: int = VERSION
 
     @staticmethod
@@ -117,6 +119,11 @@ class Index:
         """sha256 of index.npy: the identity of the data set."""
         return self.info.index_sha256
 
+    @property
+    def tokenizer_rule(self) -> TokenizerRule:
+        """Rule for text after a special token that the samples were counted with, and are to be trained with."""
+        return self.info.tokenizer_rule
+
     def key(self, row: int) -> str:
         """The sample's key, unique in the data set."""
         return self._keys[row].decode("ascii")
@@ -135,9 +142,15 @@ class Index:
 
     def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
         """Raise DataError, naming each difference, unless the data set was prepared with these settings."""
-        ours = {"tokenizer": tokenizer.fingerprint, "template": template, "max_text_length": max_text_length}
+        ours = {
+            "tokenizer": tokenizer.fingerprint,
+            "tokenizer_rule": tokenizer.rule,
+            "template": template,
+            "max_text_length": max_text_length,
+        }
         theirs = {
             "tokenizer": self.info.tokenizer_fingerprint,
+            "tokenizer_rule": self.info.tokenizer_rule,
             "template": self.info.template,
             "max_text_length": self.info.max_text_length,
         }

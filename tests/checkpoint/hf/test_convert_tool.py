@@ -76,7 +76,7 @@ def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
     assert (
         manifest.source == "mean of ours1, ours2"
         and len(mean.unused) == 18
-        and mean.tokenizer.parent == tmp_path / "mean"
+        and mean.tokenizer.path.parent == tmp_path / "mean"
     )
     for name, tensor in mean.weights.items():
         assert torch.equal(tensor.read(), (one[name].read() + two[name].read()) / 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX, encode_prompt
 from megatron_share4v.text.template import TEMPLATES, Message, get_template, render_prompt
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import LEGACY_RULE, PUBLISHED_RULE, RULES, TokenizerSettings
 
 PICTURE = Image.new("RGB", (50, 20), (10, 200, 30))
 ALPHABET = [
@@ -74,11 +76,17 @@ ALPHABET = [
 ]
 
 
+@pytest.fixture(scope="module", params=RULES)
+def own(request: pytest.FixtureRequest, tokenizer_path: Path) -> Tokenizer:
+    """This project's tokenizer under each rule for text after a special token."""
+    return Tokenizer(tokenizer_path, settings=TokenizerSettings(rule=request.param))
+
+
 @pytest.fixture(scope="module")
-def exported(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(own: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llava") / "export"
     write_llava_hf_files(
-        directory, model=MODEL, tokenizer=tokenizer_path, template="vicuna_v1", image_aspect_ratio="pad", dtype="fp32"
+        directory, model=MODEL, tokenizer=own, template="vicuna_v1", image_aspect_ratio="pad", dtype="fp32"
     )
     return directory
 
@@ -88,21 +96,24 @@ def processor(exported: Path):
     return AutoProcessor.from_pretrained(exported, local_files_only=True)
 
 
-@pytest.fixture(scope="module")
-def own(tokenizer_path: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_path)
+def texts(own: Tokenizer) -> list[str]:
+    """Random texts; with the rule transformers-4.31 only a template's text or a space follows a special token.
 
-
-def texts() -> list[str]:
+    A <s> at the start is that of the prompt in an export.
+    """
     draw = random.Random(0)
-    return [
+    found = [
         "",
         " ",
         "\n",
         "A cat.</s>USER",
         " long answers " * 200,
+        "A cat.</s>USER: What</s> b",
         *("".join(draw.choices(ALPHABET, k=draw.randrange(1, 20))) for _ in range(300)),
     ]
+    if own.rule == PUBLISHED_RULE:
+        found = [re.sub("(</s>|<s>|<unk>)(?!USER: )", r"\1 ", text) for text in found]
+    return found if own.rule == LEGACY_RULE else [text for text in found if not text.startswith("<s>")]
 
 
 def expanded(ids: Sequence[int]) -> list[int]:
@@ -136,7 +147,7 @@ CONVERSATIONS = {
 
 def test_token_ids_equal_this_projects(exported: Path, own: Tokenizer):
     hf = AutoTokenizer.from_pretrained(exported, local_files_only=True)
-    for text in texts():
+    for text in texts(own):
         ids = own.encode(text)
         assert hf(text)["input_ids"] == [own.bos_id, *ids], repr(text)
         assert hf(text, add_special_tokens=False)["input_ids"] == ids, repr(text)
@@ -145,7 +156,7 @@ def test_token_ids_equal_this_projects(exported: Path, own: Tokenizer):
 
 def test_prompts_with_an_image_equal_this_projects(processor, own: Tokenizer):
     pixels = {"images": [PICTURE]}
-    for text in texts():
+    for text in texts(own):
         turns = [Message("human", f"<image>\n{text}" if text else "<image>")]
         ids = encode_prompt(own, VICUNA, turns, has_image=True)
         rendered = processor.apply_chat_template(chat(turns), add_generation_prompt=True, tokenize=False)
@@ -231,12 +242,17 @@ def test_both_template_files_are_equal(exported: Path):
 @pytest.mark.parametrize("policy", ["pad", "square"])
 def test_pixels_are_equal_bit_for_bit(tokenizer_path: Path, tmp_path: Path, policy: str):
     write_llava_hf_files(
-        tmp_path, model=MODEL, tokenizer=tokenizer_path, template="vicuna_v1", image_aspect_ratio=policy, dtype="fp32"
+        tmp_path,
+        model=MODEL,
+        tokenizer=Tokenizer(tokenizer_path),
+        template="vicuna_v1",
+        image_aspect_ratio=policy,
+        dtype="fp32",
     )
     write_share4v_files(
         tmp_path / "official",
         model=MODEL,
-        tokenizer=tokenizer_path,
+        tokenizer=Tokenizer(tokenizer_path),
         tower_folder="tower",
         tower_name="tower",
         image_aspect_ratio=policy,
@@ -310,7 +326,7 @@ def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, t
     write_share4v_files(
         tmp_path,
         model=MODEL,
-        tokenizer=tokenizer_path,
+        tokenizer=Tokenizer(tokenizer_path),
         tower_folder="tower",
         tower_name="tower",
         image_aspect_ratio="pad",

@@ -11,9 +11,18 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer
 
-from megatron_share4v.checkpoint.hf.tokenizer import ExportedTokenizer, read_tokenizer
+from megatron_share4v.checkpoint.hf.tokenizer import ExportedTokenizer, export_tokenizer
 from megatron_share4v.errors import ConversionError, DataError
+from megatron_share4v.text.template import Message, get_template, render_conversation
 from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import (
+    LEGACY_RULE,
+    PUBLISHED_RULE,
+    RULES,
+    AddedToken,
+    TokenizerRule,
+    TokenizerSettings,
+)
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -124,18 +133,59 @@ def _fast(tokenizer: ExportedTokenizer) -> FastTokenizer:
     return FastTokenizer.from_str(json.dumps(tokenizer.tokenizer_json()))
 
 
-def _assert_same(path: Path, texts: list[str]) -> None:
-    megatron = Tokenizer(path)
-    hf_weights = _fast(read_tokenizer(path, vocab_size=megatron.vocab_size))
+def _read_tokenizer(path: Path, *, vocab_size: int | None = None, rule: TokenizerRule = LEGACY_RULE, added=()):
+    tokenizer = Tokenizer(path, settings=TokenizerSettings(rule=rule, tokens=tuple(added)))
+    template = get_template("vicuna_v1")
+    return export_tokenizer(tokenizer, template, vocab_size=vocab_size or tokenizer.vocab_size)
+
+
+def _assert_same(path: Path, texts: list[str], *, rule: TokenizerRule = LEGACY_RULE, added=()) -> None:
+    megatron = Tokenizer(path, settings=TokenizerSettings(rule=rule, tokens=tuple(added)))
+    hf_weights = _fast(_read_tokenizer(path, rule=rule, added=added))
     for text in texts:
         ids = megatron.encode(text)
         assert hf_weights.encode(text, add_special_tokens=False).ids == ids, repr(text)
         assert hf_weights.encode(text).ids == [megatron.bos_id, *ids]
-        assert hf_weights.decode(ids, skip_special_tokens=True) == megatron.decode(ids), repr(text)
+        if not added:  # after an added token, tokenizers shows the leading space that its encoding added
+            assert hf_weights.decode(ids, skip_special_tokens=True) == megatron.decode(ids), repr(text)
 
 
 def test_ids_and_decoded_texts_are_ours(model_path: Path):
     _assert_same(model_path, _texts(500))
+
+
+SEG, BOX = AddedToken("[SEG]", 420), AddedToken("<box>", 421, lstrip=True, rstrip=True, special=True)
+
+
+@pytest.mark.parametrize("added", [(), (SEG, BOX)])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_after_special_tokens(model_path: Path, rule: TokenizerRule, added):
+    """transformers-4.31 after a special token: only what a template writes; a leading <s> is that of the prompt."""
+    alphabet = [*ALPHABET, "[SEG]", "<box>"]
+    texts = [text for text in _texts(500, alphabet) if not text.startswith("<s>")]
+    if rule == PUBLISHED_RULE:
+        cut = ("</s>", "<s>", "<unk>", "[SEG]", "<box>")
+        texts = [text for text in texts if not any(token in text for token in cut)]
+    turns = [
+        Message("human", "What?"),
+        Message("gpt", "A cat."),
+        Message("human", " How many?"),
+        Message("gpt", "Two."),
+    ]
+    for name in ("vicuna_v1", "share4v_v1"):
+        texts.append(render_conversation(get_template(name), turns, has_image=False).text)
+    texts += ["x</s>USER: A cat", "x</s>USER: ", "x</s>", "</s></s>", "USER: </s>USER: \nWhat</s>USER:  a</s> b"]
+    _assert_same(model_path, texts, rule=rule, added=added)
+
+
+def test_the_start_follows_bos_and_the_image(model_path: Path):
+    """Text after the prompt's <s> and after an image has the leading space under every rule."""
+    for rule in RULES:
+        megatron = Tokenizer(model_path, settings=TokenizerSettings(rule=rule))
+        fast = _fast(_read_tokenizer(model_path, rule=rule))
+        ids = fast.encode("<s>A chat USER: <image>\nWhat</s>USER: A cat", add_special_tokens=False).ids
+        expected = [1, *megatron.encode("A chat USER: "), 420, *megatron.encode("\nWhat</s>USER: A cat")]
+        assert ids == expected, rule
 
 
 def test_merges_that_overlap_are_done_in_sentencepieces_order(tmp_path: Path):
@@ -148,7 +198,7 @@ def test_merges_that_overlap_are_done_in_sentencepieces_order(tmp_path: Path):
 def test_without_byte_fallback_unknown_runs_are_one_unk(tmp_path: Path):
     path = _train(tmp_path / "tokenizer.model", byte_fallback=False, vocab_size=150)
     megatron = Tokenizer(path)
-    hf_weights = _fast(read_tokenizer(path, vocab_size=megatron.vocab_size))
+    hf_weights = _fast(_read_tokenizer(path, vocab_size=megatron.vocab_size))
     for text in ("A cat.", "A 😀😀 cat", "😀", "é x é"):
         assert hf_weights.encode(text, add_special_tokens=False).ids == megatron.encode(text), text
 
@@ -160,7 +210,7 @@ def test_control_pieces_are_cut_out(tmp_path: Path):
 
 def test_image_and_pad_come_after_the_models_vocabulary(model_path: Path):
     pieces = Tokenizer(model_path).vocab_size
-    tokenizer = read_tokenizer(model_path, vocab_size=pieces + 5)
+    tokenizer = _read_tokenizer(model_path, vocab_size=pieces + 5)
     fast = _fast(tokenizer)
     assert (tokenizer.image_id, tokenizer.pad_id) == (pieces + 5, pieces + 6)
     assert fast.encode("A<image>\nB<pad>", add_special_tokens=False).ids == [
@@ -175,7 +225,7 @@ def test_image_and_pad_come_after_the_models_vocabulary(model_path: Path):
 
 
 def test_configuration_says_what_old_and_new_readers_look_for(model_path: Path):
-    tokenizer = read_tokenizer(model_path, vocab_size=Tokenizer(model_path).vocab_size)
+    tokenizer = _read_tokenizer(model_path)
     config = tokenizer.tokenizer_config(max_length=4096)
     assert (config["legacy"], config["add_bos_token"], config["padding_side"], config["pad_token"]) == (
         True,
@@ -209,10 +259,10 @@ def test_configuration_says_what_old_and_new_readers_look_for(model_path: Path):
 def test_models_that_cannot_be_repeated_are_refused(tmp_path: Path, changes: dict, message: str):
     path = _train(tmp_path / "tokenizer.model", **changes)
     with pytest.raises(ConversionError) as caught:
-        read_tokenizer(path, vocab_size=420)
+        _read_tokenizer(path, vocab_size=420)
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_missing_file_is_named(tmp_path: Path):
     with pytest.raises(DataError, match="absent.model"):
-        read_tokenizer(tmp_path / "absent.model", vocab_size=420)
+        _read_tokenizer(tmp_path / "absent.model", vocab_size=420)

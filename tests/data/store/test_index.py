@@ -91,6 +91,7 @@ def test_other_version_is_refused(copy: Path):
 @dataclass(frozen=True)
 class OtherTokenizer:
     fingerprint: str = "f" * 64
+    rule: str = "legacy"
 
 
 def test_check_names_each_difference(prepared):
@@ -102,6 +103,8 @@ def test_check_names_each_difference(prepared):
     ):
         prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=64)
     with pytest.raises(
-        DataError, match="tokenizer is ffffffffffff, prepared with .*; template is plain, prepared with vicuna_v1"
+        DataError,
+        match="tokenizer is ffffffffffff, prepared with .*; tokenizer_rule is legacy, prepared with transformers-4.31; "
+        "template is plain, prepared with vicuna_v1",
     ):
         prepared.index.check(tokenizer=OtherTokenizer(), template="plain", max_text_length=512)

@@ -1,0 +1,93 @@
+"""Find the conversation template that a Hugging Face model was trained with, from the files beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_share4v.checkpoint.hf.chat_template import detect_template
+from megatron_share4v.checkpoint.hf.reader import read_json
+from megatron_share4v.errors import ConversionError
+from megatron_share4v.files import read_text
+from megatron_share4v.logging import get_logger
+from megatron_share4v.text.template import TEMPLATES, get_template
+
+PROVENANCE = "provenance.json"
+"""File of exported models: their conversation template, tokenizer rule, and the hashes of their components."""
+ASSUMED = "vicuna_v1"
+"""Template of ShareGPT4V and LLaVA-1.5, whose files do not name it."""
+CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE_FILES = ("chat_template.json", "tokenizer_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class SourceTemplate:
+    """Name of a conversation template, and the reason for it. assumed: no file of the model states it."""
+
+    name: str
+    reason: str
+    assumed: bool = False
+
+
+def choose_template(directories: Sequence[Path], given: str | None) -> str:
+    """Return the template to import a model with: `given`, or else that of its files, or else ASSUMED, with a warning.
+
+    Raises ConfigError for an unknown `given`; ConversionError for a damaged file.
+    """
+    if given is not None:
+        return get_template(given).name
+    found = find_template(directories)
+    if found.assumed:
+        get_logger().warning(
+            "template: %s is assumed, because %s. If the model was trained with another conversation template, import "
+            "it with tools/convert.py import --template NAME (one of %s)",
+            found.name,
+            found.reason,
+            ", ".join(sorted({template.name for template in TEMPLATES.values()})),
+        )
+    else:
+        get_logger().info("template: %s, from %s", found.name, found.reason)
+    return found.name
+
+
+def find_template(directories: Sequence[Path]) -> SourceTemplate:
+    """Recognise the conversation template of a model in `directories` (the model, then its base model)."""
+    foreign = None
+    for directory in directories:
+        provenance = directory / PROVENANCE
+        stated = read_json(provenance).get("template") if provenance.is_file() else None
+        if stated is not None:
+            if stated not in TEMPLATES:
+                raise ConversionError(f"{provenance}: template {stated!r} is not known here; give one with --template")
+            return SourceTemplate(name=stated, reason=str(provenance))
+        for path, source in _chat_templates(directory):
+            name = detect_template(source)
+            if name is not None:
+                return SourceTemplate(name=name, reason=str(path))
+            foreign = foreign or path
+    if foreign is not None:
+        reason = f"the chat template in {foreign} is none of this project's"
+    else:
+        reason = f"no file in {directories[0]} states a template; ShareGPT4V and LLaVA-1.5 were trained with this one"
+    return SourceTemplate(name=ASSUMED, reason=reason, assumed=True)
+
+
+def _chat_templates(directory: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the Jinja chat templates of a model's files, where transformers looks for them."""
+    path = directory / CHAT_TEMPLATE
+    if path.is_file():
+        yield path, read_text(path)
+    for name in CHAT_TEMPLATE_FILES:
+        path = directory / name
+        content = read_json(path).get("chat_template") if path.is_file() else None
+        if isinstance(content, str):
+            yield path, content
+        elif isinstance(content, list):  # several by name
+            for entry in content:
+                if (
+                    isinstance(entry, dict)
+                    and entry.get("name") == "default"
+                    and isinstance(entry.get("template"), str)
+                ):
+                    yield path, entry["template"]
