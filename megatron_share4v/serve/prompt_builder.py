@@ -72,7 +72,11 @@ class PromptBuilder:
         """The prompt of texts with one image between consecutive texts. Raises ApiError."""
         check_length(served, pieces, param=place)
         policy = served.encoder.images
-        pixels = [await self.images.load(image, policy=policy, place=place) for image in images]
+        own = place.replace("prompts", "images")
+        pixels = [
+            await self.images.load(image, policy=policy, place=f"{own}[{number}]")
+            for number, image in enumerate(images)
+        ]
         return await self.run(_pieces, served, pieces, pixels, place, add_bos)
 
     async def run(self, function: Callable[..., T], *args: object) -> T:

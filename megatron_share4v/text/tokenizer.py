@@ -87,8 +87,8 @@ class Tokenizer:
 
     @property
     def special_pieces(self) -> frozenset[str]:
-        """Names of the special tokens, which `encode` finds in a text."""
-        return frozenset(self._special)
+        """Names of the special tokens, which `encode` finds in a text; not of added tokens that are ordinary words."""
+        return frozenset([*self._special, *(token.text for token in self.added if token.special)])
 
     def encode(self, text: str) -> list[int]:
         """Encode `text` without a leading <s>. Raises DataError for a text that is not valid Unicode."""

@@ -240,6 +240,16 @@ def test_refusals_over_http(server: Running) -> None:
     assert not server.engine.requests
 
 
+def test_damaged_images_are_named_by_message_and_part(server: Running) -> None:
+    content = [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": data_url(picture()[:-30])}]
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, *user(content=content)]
+    error = post(server, "/v1/chat/completions", messages=asked).json()["error"]
+    assert error["param"] == "messages[2].content[1]" and error["message"].startswith("messages[2].content[1]: image")
+    assert "record" not in error["message"]
+    broken = {"prompts": ["a", "<image> b"], "images": [[], [data_url(picture()[:-30])]]}
+    assert post(server, "/api", **broken).json()["error"]["param"] == "images[1][0]"
+
+
 def test_context_length_error(server: Running) -> None:
     limit = server.engine.limits.max_positions
     for words in (600, 100_000):
