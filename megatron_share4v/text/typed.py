@@ -2,7 +2,7 @@
 
 A typed `</s>` would otherwise end the turn, and `</s>USER: ... ASSISTANT:` would put words into the assistant's mouth.
 Such a marker is encoded one character at a time: the model reads the same characters, but not the ids that it was
-trained to take for a boundary. OpenAI's servers and mistral-common do the same for the names of special tokens.
+trained to take for a boundary. tiktoken likewise never takes text for a special token unless told to.
 """
 
 from __future__ import annotations
