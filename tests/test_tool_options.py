@@ -154,8 +154,8 @@ def test_each_option_is_parsed(tool: str, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("tool", OPENS_INPUT_LAST)
 def test_options_are_accepted(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_server = tool == "serve.py"
-    if is_server:
-        make_directory(tmp_path / MISSING)  # its parser already refuses a checkpoint that is no directory
+    if tool in ("evaluate.py", "serve.py"):
+        make_directory(tmp_path / MISSING)  # their parsers already refuse a checkpoint that is no directory
     for command in commands_of(tool, tmp_path / MISSING, monkeypatch):
         groups = APART.get(f"{tool} {command.name}".strip(), [])
         apart = {name for group in groups for name in group}

@@ -26,6 +26,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from megatron_share4v.errors import exit_on_closed_output
+
 ROOT = Path(__file__).resolve().parents[1]
 OPEN_FILES, IDLE = 1024, 1050
 HONEST_S, KEPT_S = 1.0, 0.003
@@ -195,4 +197,5 @@ def compare_connections(port: int, *, rounds: int) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_closed_output():
+        sys.exit(main())

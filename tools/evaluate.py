@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_share4v.config.arguments import positive
+from megatron_share4v.config.arguments import model_directory, positive
 from megatron_share4v.errors import ConfigError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.evaluate.metrics.profile import Profile
 from megatron_share4v.exit_codes import ExitCode
@@ -149,7 +149,7 @@ def score_file(benchmark: Any, given: argparse.Namespace, world: World, more: di
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, metavar="CKPT")
+    parser.add_argument("checkpoint", nargs="?", type=model_directory, metavar="CKPT")
     parser.add_argument(
         "--benchmark",
         required=True,

@@ -15,7 +15,7 @@ from megatron_share4v.config.arguments import model_directory
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.config.options import add_config_options, build_config
 from megatron_share4v.config.serve import ServeConfig, find_api_key
-from megatron_share4v.errors import exit_on_user_error
+from megatron_share4v.errors import exit_on_closed_output, exit_on_user_error
 from megatron_share4v.logging import configure
 from megatron_share4v.parallel.launch import World
 
@@ -46,4 +46,5 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

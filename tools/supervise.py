@@ -12,7 +12,12 @@ import sys
 from pathlib import Path
 
 from megatron_share4v.config.arguments import at_least_zero, natural
-from megatron_share4v.errors import ConfigError, disk_errors_as_config_error, exit_on_user_error
+from megatron_share4v.errors import (
+    ConfigError,
+    disk_errors_as_config_error,
+    exit_on_closed_output,
+    exit_on_user_error,
+)
 from megatron_share4v.logging import configure
 from megatron_share4v.resilience.supervisor import RestartPolicy, Supervisor, run_directory
 
@@ -48,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()

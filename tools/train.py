@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_share4v.config.load import load_run
-from megatron_share4v.errors import exit_on_user_error
+from megatron_share4v.errors import exit_on_closed_output, exit_on_user_error
 from megatron_share4v.parallel.launch import World
 
 
@@ -26,4 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_closed_output():
+        main()
