@@ -60,6 +60,7 @@ class ServeConfig:
     """Images per conversation; the models are trained with one."""
     max_image_bytes: PositiveInt = 20_000_000
     max_image_pixels: PositiveInt = 50_000_000
+    """Largest image in pixels; at most 64 million, the limit of training."""
     image_workers: PositiveInt = 2
     """Processes that decode images."""
     image_decode_timeout_s: PositiveFloat = 10.0

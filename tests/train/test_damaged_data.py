@@ -51,7 +51,7 @@ DAMAGE = {
         "image",
         lambda data: decompression_bomb() + bytes(len(data) - len(decompression_bomb())),
         True,
-        "60000 x 60000 pixels|DecompressionBomb",
+        "more pixels than are accepted, 64000000",
     ),
 }
 

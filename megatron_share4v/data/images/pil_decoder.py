@@ -19,7 +19,13 @@ from PIL import Image
 from megatron_share4v.data.images.decode_limits import TimedFile, check_jpeg_scans, count_jpeg_scans
 from megatron_share4v.data.images.file_kind import describe_file
 from megatron_share4v.data.images.png_metadata import drop_long_metadata
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size
+from megatron_share4v.data.images.policy import (
+    MAX_PIXELS,
+    PAD_COLOUR,
+    ImagePolicy,
+    OversizedImage,
+    check_image_size,
+)
 from megatron_share4v.data.images.tall_padding import resize_padded_width
 from megatron_share4v.errors import DataError
 
@@ -137,11 +143,15 @@ def pad_to_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image
     return canvas
 
 
-def open_header(data: bytes) -> Image.Image:
+def open_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read format, mode and size and check them, without decoding. Raises DataError."""
     scans = count_jpeg_scans(data)
     try:
         image = Image.open(TimedFile(drop_long_metadata(data)))
+    except Image.DecompressionBombError as error:
+        raise OversizedImage(
+            f"image has more pixels than are accepted, {max_pixels}. Scale it down or leave it out"
+        ) from error
     except _UNREADABLE as error:
         kind = describe_file(data) if isinstance(error, PIL.UnidentifiedImageError) else None
         raise DataError(
@@ -152,7 +162,7 @@ def open_header(data: bytes) -> Image.Image:
         raise DataError(
             f"image is in {image.format} format; accepted are {', '.join(EXTENSIONS)}. Convert it or leave it out"
         )
-    check_image_size(*image.size)
+    check_image_size(*image.size, max_pixels=max_pixels)
     check_jpeg_scans(scans, width=image.width, height=image.height)
     return image
 

@@ -54,11 +54,11 @@ class ImagePolicy:
         return left, top, left + self.image_size, top + self.image_size
 
 
-def check_image_size(width: int, height: int) -> None:
+def check_image_size(width: int, height: int, *, max_pixels: int = MAX_PIXELS) -> None:
     """Reject implausible sizes before decoding. Raises OversizedImage."""
-    if not width or not height or width * height > MAX_PIXELS:
+    if not width or not height or width * height > max_pixels:
         raise OversizedImage(
-            f"image is {width} x {height} pixels; accepted are 1 to {MAX_PIXELS}. Scale it down or leave it out"
+            f"image is {width} x {height} pixels; accepted are 1 to {max_pixels}. Scale it down or leave it out"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise OversizedImage(

@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 import torch
-from PIL import Image
 
 from megatron_share4v.data.images.jpeg_damage import find_jpeg_damage
 from megatron_share4v.data.images.pil_decoder import ImageHeader, validate_image
@@ -178,8 +177,7 @@ def check_image(found: EncodedImage, *, keep_bytes: bool) -> CheckedImage | Reje
     try:
         header = validate_image(data)
     except DataError as error:
-        is_oversized = isinstance(error, OversizedImage) or isinstance(error.__cause__, Image.DecompressionBombError)
-        return Rejected(OVERSIZED if is_oversized else CORRUPT, str(error))
+        return Rejected(OVERSIZED if isinstance(error, OversizedImage) else CORRUPT, str(error))
     return CheckedImage(
         data=data if keep_bytes else b"",
         length=len(data),
