@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from megatron_share4v.checkpoint.manifest import StoredFile, digest_of_ranges, fsync_directory
-from megatron_share4v.errors import ConversionError
+from megatron_share4v.errors import ConversionError, disk_errors_as_config_error
 from megatron_share4v.files import append_json_lines, read_text, truncate_partial_line, try_lock
 from megatron_share4v.logging import get_logger
 
@@ -165,8 +165,10 @@ def stage_directory(target: Path, *, fingerprint: str) -> Iterator[StagingDirect
     staging = StagingDirectory(
         target.with_name(f".{target.name}.converting"), target.with_name(f".{target.name}.journal")
     )
-    staging.path.mkdir(parents=True, exist_ok=True)
-    with open(staging.journal, "a+b") as journal:
+    with disk_errors_as_config_error(target.parent):
+        staging.path.mkdir(parents=True, exist_ok=True)
+        journal = open(staging.journal, "a+b")  # noqa: SIM115  (closed below)
+    with journal:
         if try_lock(journal) is False:
             raise ConversionError(f"{target}: is being written by another process; wait for it")
         _refuse_existing(target)  # published by a process that held the lock until now

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import get_field, read_json
 from megatron_share4v.evaluate.metrics.profile import OFFICIAL
-from megatron_share4v.evaluate.tasks import get_task
+from megatron_share4v.evaluate.tasks import TASKS, get_task
 from megatron_share4v.evaluate.tasks.mmbench import OPEN_ROWS
 from megatron_share4v.observability.charts import Series, bar_chart, save_png
 
@@ -22,6 +23,7 @@ COLUMNS = (
     "VQAv2", "VizWiz", "GQA", "TextVQA", "POPE",
 )  # fmt: skip
 CUSTOM = "custom"
+_REMEDY = "Give a result.json that tools/evaluate.py wrote"
 _COLUMN_OF = {  # benchmark and score: column
     ("llava_bench", "all"): "LLaVA-W",
     ("mme", "perception"): "MME-P",
@@ -104,11 +106,17 @@ class BenchmarkResult:
         """Read a result.json. Raises DataError for other content."""
         content = read_json(path, dict)
         fields = {
-            key: get_field(content, key, str, where=str(path)) for key in ("model", "benchmark", "split", "profile")
+            key: get_field(content, key, str, where=str(path), remedy=_REMEDY)
+            for key in ("model", "benchmark", "split", "profile")
         }
-        scores = get_field(content, "scores", dict, where=str(path))
+        if fields["benchmark"] not in TASKS:
+            raise DataError(f"{path}: 'benchmark' is {fields['benchmark']!r}, which does not exist here. {_REMEDY}")
+        scores = get_field(content, "scores", dict, where=str(path), remedy=_REMEDY)
+        for name, value in scores.items():
+            if value is not None:
+                get_field(scores, name, (int, float), where=f"{path}, scores", remedy=_REMEDY)
         judge = content.get("judge")
-        named = get_field(judge, "model", str, where=f"{path}, judge") if judge else None
+        named = get_field(judge, "model", str, where=f"{path}, judge", remedy=_REMEDY) if judge else None
         data = str(content.get("data", ""))
         return cls(**fields, scores=scores, data=data, judge=named, complete=content.get("complete", True))
 

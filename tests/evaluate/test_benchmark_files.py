@@ -262,8 +262,11 @@ def test_mmbench_row_may_refer_to_the_image_of_another_row(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("image_of", "message"),
     [
-        ({"300": "99"}, "row 300: its image is the one of row 99, which is not there"),
-        ({"300": "301", "301": "300"}, "row 300: its image is the one of row 300, which refers back to it"),
+        ({"300": "99"}, "row 300: its image is the one of row 99, and there is no row 99"),
+        (
+            {"300": "301", "301": "300"},
+            "row 300: its image is the one of row 301, and the rows refer to each other",
+        ),
         ({"300": "301", "301": "!!"}, "row 301: its image is no base64"),
     ],
 )

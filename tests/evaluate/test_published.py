@@ -113,9 +113,15 @@ def test_results_are_read_from_their_files(tmp_path: Path) -> None:
     assert BenchmarkResult.read(tmp_path / "result.json") == measured(
         "mm_vet", {"total": 31.0}, model="m", judge="gpt-4-0613"
     )
-    (tmp_path / "result.json").write_text(json.dumps({**content, "profile": None}))
-    with pytest.raises(DataError, match="result.json: 'profile' is 'None'"):
-        BenchmarkResult.read(tmp_path / "result.json")
+    for other, words in (
+        ({"profile": None}, "result.json: 'profile' is 'None'"),
+        ({"benchmark": "nope"}, "result.json: 'benchmark' is 'nope', which does not exist here"),
+        ({"scores": {"total": "31"}}, "result.json, scores: 'total' is '31'; expected"),
+        ({"judge": "gpt"}, "result.json, judge: 'model' is 'None'"),
+    ):
+        (tmp_path / "result.json").write_text(json.dumps({**content, **other}))
+        with pytest.raises(DataError, match=f"{words}.*Give a result.json"):
+            BenchmarkResult.read(tmp_path / "result.json")
 
 
 def test_chart_has_longer_bars_for_larger_numbers(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megatron_share4v.checkpoint.hf.reader import read_json
 from megatron_share4v.errors import ConversionError
@@ -19,6 +19,7 @@ from megatron_share4v.errors import ConversionError
 CONFIG = "adapter_config.json"
 Kind = Literal["LORA", "LOHA", "LOKR", "IA3"]
 Residual = Literal["pissa", "olora"]
+Number = TypeVar("Number", int, float)
 ELSEWHERE = "merge it with peft (merge_and_unload) and import the result"
 
 PROMPTS = (
@@ -108,7 +109,7 @@ class AdapterConfig:
 
     def rank_of(self, module: str) -> int:
         """Return the rank that the configuration states for a module, by its full name in the adapted model."""
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
+        return _by_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
         """Return the factor of the adapter's product for a module, by its full name in the adapted model."""
@@ -128,19 +129,13 @@ def read_adapter_config(path: Path) -> AdapterConfig:
             raise ConversionError(f"{path}: {key} is {value!r}, which is not merged here; {ELSEWHERE}")
     if kind == "IA3":
         return AdapterConfig(kind=kind, path=path)
-    alpha = "lora_alpha" if kind == "LORA" else "alpha"
-    for key in ("r", alpha):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise ConversionError(
-                f"{path}: {key} is {config.get(key)!r}; expected a positive number: copy the adapter again"
-            )
     return AdapterConfig(
         kind=kind,
         path=path,
-        rank=config["r"],
-        alpha=config[alpha],
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        rank=_rank(config.get("r"), "r", path),
+        alpha=_alpha(config.get(alpha := "lora_alpha" if kind == "LORA" else "alpha"), alpha, path),
+        rank_pattern=_by_module(config, "rank_pattern", _rank, path),
+        alpha_pattern=_by_module(config, "alpha_pattern", _alpha, path),
         rank_stabilised=bool(config.get("use_rslora")),
         decomposed=bool(config.get("use_dora")),
         residual=_residual(config.get("init_lora_weights"), path),
@@ -148,17 +143,46 @@ def read_adapter_config(path: Path) -> AdapterConfig:
 
 
 def _kind(config: Mapping[str, Any], path: Path) -> Kind:
-    kind = config.get("peft_type")
+    kind: Any = config.get("peft_type")
     if kind in PROMPTS:
         raise ConversionError(
             f"{path}: peft_type is {kind!r}, which adds virtual tokens to the prompt and changes no weights: "
             "there is nothing to merge; train a LoRA adapter, or use this one with peft"
         )
-    if kind not in USED:
+    if not isinstance(kind, str) or kind not in USED:
         raise ConversionError(
             f"{path}: peft_type is {kind!r}, which is not merged here ({', '.join(USED)} are); {ELSEWHERE}"
         )
     return kind
+
+
+def _rank(value: Any, name: str, path: Path) -> int:
+    if type(value) is not int or value <= 0:
+        raise ConversionError(f"{path}: {name} is {value!r}; expected a positive integer: copy the adapter again")
+    return value
+
+
+def _alpha(value: Any, name: str, path: Path) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConversionError(f"{path}: {name} is {value!r}; expected a positive number: copy the adapter again")
+    return value
+
+
+def _by_module(
+    config: Mapping[str, Any], key: str, check: Callable[[Any, str, Path], Number], path: Path
+) -> dict[str, Number]:
+    """Return the values of `key` by the pattern of modules. Raises ConversionError."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ConversionError(f"{path}: {key} is {found!r}; expected an object: copy the adapter again")
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConversionError(
+                f"{path}: {key} has {pattern!r}, which is no regular expression ({error}): copy the adapter again"
+            ) from error
+    return {pattern: check(value, f"{key}[{pattern!r}]", path) for pattern, value in found.items()}
 
 
 def _residual(initialised: Any, path: Path) -> Residual | None:
@@ -173,7 +197,7 @@ def _residual(initialised: Any, path: Path) -> Residual | None:
     )
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def _by_pattern(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
     """Return the value of the first regular expression that fits the end of a module's name, as peft does."""
     return next(
         (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),

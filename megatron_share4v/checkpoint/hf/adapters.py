@@ -13,7 +13,7 @@ from megatron_share4v.checkpoint.hf.adapter_merge import FACTOR_NAMES, MergedWei
 from megatron_share4v.checkpoint.hf.naming import component_of, detect_naming, present_components, rename
 from megatron_share4v.checkpoint.hf.reader import open_weights_file
 from megatron_share4v.checkpoint.hf.weight_map import Naming
-from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors, check_not_empty
+from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors, check_float_dtypes, check_not_empty
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
 
@@ -49,7 +49,10 @@ def merge_adapter(base: LazyTensors, directory: Path) -> dict[str, LazyTensor]:
         raise ConversionError(f"{directory}: has {CONFIG} and none of {', '.join(WEIGHTS)}; copy the adapter again")
     naming = detect_naming(base, title="base")
     adapter = open_weights_file(path)
+    if not adapter:
+        raise ConversionError(f"{path}: holds no tensors; copy the adapter again")
     check_not_empty(adapter)
+    check_float_dtypes(adapter)
     modules, whole = _group(adapter, path)
     beside = _replacements(whole, base, naming, path)
     replaced = set(beside)

@@ -127,8 +127,9 @@ def open_hf_model(paths: HfSource) -> HfModel:
     Raises ConversionError naming the tensor, key or file that is missing, unsupported or present twice.
     """
     paths = paths.resolve()
-    if not paths.directory.is_dir():
-        raise ConversionError(f"{paths.directory}: there is no such directory; give the directory of a model")
+    for directory in (paths.directory, paths.base):
+        if directory is not None and not directory.is_dir():
+            raise ConversionError(f"{directory}: there is no such directory; give the directory of a model")
     config_path = _config_path(paths)
     config = parse_model_config(read_json(config_path), where=str(config_path))
     if config.kind == "llava-hf" and (paths.tower is not None or paths.use_tower == "folder"):
@@ -170,13 +171,21 @@ def _config_path(paths: HfSource) -> Path:
     for directory in (paths.directory, paths.base):
         if directory is not None and (directory / CONFIG).is_file():
             return directory / CONFIG
-    raise ConversionError(f"{paths.directory / CONFIG}: missing; give the directory of a model, with its config.json")
+    what = "an adapter" if is_adapter(paths.directory) else "only a projector" if _is_projector(paths.directory) else ""
+    if paths.base is None and what:
+        raise ConversionError(f"{paths.directory}: is {what}; give the model that it belongs to with --base")
+    missing = paths.base or paths.directory
+    raise ConversionError(f"{missing / CONFIG}: missing; give the directory of a model, with its config.json")
+
+
+def _is_projector(directory: Path) -> bool:
+    return not has_weights(directory) and (directory / PROJECTOR).is_file()
 
 
 def _main_tensors(paths: HfSource) -> dict[str, LazyTensor]:
     directory, base = paths.directory, paths.base
     adapter = is_adapter(directory)
-    only_projector = not adapter and not has_weights(directory) and (directory / PROJECTOR).is_file()
+    only_projector = not adapter and _is_projector(directory)
     if paths.delta and (adapter or only_projector):
         what = "an adapter" if adapter else "only a projector"
         raise ConversionError(f"{directory}: is {what}, no delta weights; leave --delta out")

@@ -26,6 +26,8 @@ _SIGNATURES = (
     (0, b"PAR1", "a Parquet file"),
     (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"\x80\x02", "a Python pickle"),
+    (0, b"\xff\xfe", "UTF-16 text"),
+    (0, b"\xfe\xff", "UTF-16 text"),
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
@@ -36,7 +38,8 @@ _IMAGE_SIGNATURES = (
     b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*",
     b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51",
 )  # fmt: skip
-_SAMPLE = 4096  # bytes of a text file that are searched
+SAMPLE = 4096
+"""Bytes of a file that describe it."""
 
 
 def begins_like_image(head: bytes) -> bool:
@@ -55,7 +58,7 @@ def describe_file(data: bytes) -> str | None:
         return "a HEIC/HEIF image, which is not decoded here: convert it" if is_heif else "an MP4 or QuickTime video"
     if not data.strip(b"\0"):
         return f"{len(data)} zero bytes: the file was never written, or was lost" if data else "an empty file"
-    head = data[:_SAMPLE].removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = data[:SAMPLE].removeprefix(b"\xef\xbb\xbf").lstrip()
     if _HTML.match(head):
         title = _TITLE.search(head)
         return "an HTML page" + (f" ({_printable(title[1])!r})" if title else "")
@@ -66,7 +69,7 @@ def describe_file(data: bytes) -> str | None:
         return "an XML document" + (f" (error {_printable(code[1])})" if code else "")
     if head.startswith((b"{", b"[")):
         return "JSON text"
-    return "text" if _is_text(data[:_SAMPLE]) else None
+    return "text" if _is_text(data[:SAMPLE]) else None
 
 
 def _printable(text: bytes) -> str:

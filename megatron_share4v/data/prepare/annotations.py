@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from megatron_share4v.data.images.file_kind import SAMPLE, describe_file
 from megatron_share4v.data.prepare.record_keys import IMAGE, image_path, is_empty, shorten
 from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
@@ -27,6 +28,7 @@ CHUNK_BYTES = 1 << 20
 MAX_RECORD = 64 << 20  # characters
 REMEDY = "give the path of a LLaVA/ShareGPT4V JSON file"
 LONGEST_TOKEN = 16  # characters of a literal, number or escape that the end of a chunk may cut
+_LONGEST_PATH = 4096  # characters that an operating system takes
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -84,10 +86,16 @@ class AnnotationFile:
         except OSError as error:
             raise DataError(f"annotations {self.path}: cannot be read ({error.strerror}); {REMEDY}") from error
         except UnicodeDecodeError as error:
+            reason = self.describe() or f"not UTF-8 before byte {self.bytes_read}: {error}"
             raise DataError(
-                f"annotations {self.path}: not JSON (not UTF-8 before byte {self.bytes_read}: {error}); "
-                "download the file again"
+                f"annotations {self.path}: not JSON ({reason}); save it as UTF-8, or download the file again"
             ) from error
+
+    def describe(self) -> str | None:
+        """Say what a file that is no JSON is by its first bytes; None for text and unknown kinds."""
+        with self.path.open("rb") as file:
+            kind = describe_file(file.read(SAMPLE))
+        return None if kind in ("text", "JSON text") else kind
 
 
 @dataclass
@@ -129,9 +137,9 @@ def _elements(annotations: AnnotationFile) -> Iterator[object]:
         yield from _lines(window, annotations.path)
         return
     if first != "[":
-        kind = {'"': "string", "": "document of nothing"}.get(first, "value")
+        found = "is empty" if not first else f"is {annotations.describe() or 'no JSON list'}"
         raise DataError(
-            f"annotations {annotations.path}: holds a JSON {kind}; expected a list of records with 'conversations'"
+            f"annotations {annotations.path}: {found}; expected a JSON list of records with 'conversations'"
         )
     window.start += 1
     count, mark = 0, window.skip_space()
@@ -186,8 +194,8 @@ def _element(window: _TextWindow, path: Path, count: int) -> object:
                 raise _not_json(path, count, error.msg) from error
         except RecursionError as error:
             raise _not_json(path, count, "nested too deeply") from error
-        except ValueError as error:  # Python's limit on the digits of an integer
-            raise _not_json(path, count, str(error)) from error
+        except ValueError as error:  # Python's limit on the digits of an integer; its advice is for programmers
+            raise _not_json(path, count, str(error).partition(";")[0]) from error
         length = len(window.text) - window.start
         if length > MAX_RECORD:
             raise _not_json(path, count, f"a record longer than {MAX_RECORD} characters")
@@ -214,7 +222,7 @@ def parse_record(content: object, *, where: str) -> Record:
     conversations = content.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise DataError(f"{where}: 'conversations' is {shorten(conversations)}; expected a list of {{'from', 'value'}}")
-    turns = tuple(_parse_turn(item, where=f"{where}, turn {number}") for number, item in enumerate(conversations))
+    turns = tuple(_parse_turn(item, where=f"{where}, turn {number}") for number, item in enumerate(conversations, 1))
     if IMAGE in content and image is None and any(IMAGE_PLACEHOLDER in turn.text for turn in turns):
         raise DataError(
             f"{where}: 'image' is {content[IMAGE]!r} and a turn has {IMAGE_PLACEHOLDER}; expected one relative path, "
@@ -224,7 +232,12 @@ def parse_record(content: object, *, where: str) -> Record:
 
 
 def _check_path(image: str, *, where: str) -> None:
-    """Raise DataError for a path that is not below the folder of images."""
+    """Raise DataError for a path that is not below the folder of images, and for an image in the record itself."""
+    if image.startswith("data:") or len(image) > _LONGEST_PATH:
+        raise DataError(
+            f"{where}: 'image' is {shorten(image)}, {len(image)} characters; expected a relative path: write the image "
+            "to a file"
+        )
     if "://" in image:
         raise DataError(f"{where}: 'image' is {shorten(image)}, a URL; download the picture and give its path")
     if image.startswith("/") or PurePosixPath(os.path.normpath(image)).parts[:1] == ("..",):

@@ -25,8 +25,12 @@ _LONGEST = 60
 
 
 def is_empty(value: object) -> bool:
-    """Whether a value says that there is none: null, "", [], {}, NaN, as exports from tables have them."""
-    return value is None or value in ("", [], {}) or value != value  # only NaN differs from itself
+    """Whether a value says that there is none: null, "", [], {}, NaN, or a list of these, as exports from tables have
+    them.
+    """
+    if isinstance(value, list):
+        return all(entry is None or entry == "" for entry in value)
+    return value is None or value in ("", {}) or value != value  # only NaN differs from itself
 
 
 def find_image(content: Mapping[str, Any]) -> tuple[str | None, object]:
@@ -58,14 +62,25 @@ def find_lost_media(content: Mapping[str, Any]) -> str | None:
 
     content: a record in which find_image found no path.
     """
-    found, media = find_image(content), ((key, content[key]) for key in MEDIA_KEYS if not is_empty(content.get(key)))
+    turns = content.get("conversations")
+    parts = [("", content)] + [
+        (f"turn {number}: ", turn)
+        for number, turn in enumerate(turns if isinstance(turns, list) else (), 1)
+        if isinstance(turn, dict) and len(turn) > len(_READ_OF_TURN)
+    ]
+    return next((where + reason for where, part in parts if (reason := _find_media(part))), None)
+
+
+def _find_media(part: Mapping[str, Any]) -> str | None:
+    """Say which key of a record or of a turn has pictures, video or audio."""
+    found, media = find_image(part), ((key, part[key]) for key in MEDIA_KEYS if not is_empty(part.get(key)))
     for key, value in (found, *media):
         if key is not None:
             what = f"has {len(value)} entries" if isinstance(value, list) else f"is {shorten(value)}"
-            return f"{key!r} {what}; a record has one picture, a relative path under 'image'"
-    for key, value in content.items():
+            return f"{key!r} {what}; a record has one picture, a relative path under its 'image'"
+    for key, value in part.items():
         if key not in _READ and any(word in key.lower() for word in _PICTURE_WORDS) and _names_picture(value):
-            return f"{key!r} is {shorten(value)}, which is not read; give the picture under 'image'"
+            return f"{key!r} is {shorten(value)}, which is not read; give the picture under the record's 'image'"
     return None
 
 
@@ -77,7 +92,7 @@ def describe_missing_image(content: Mapping[str, Any]) -> str:
         hint = f"is the picture under {', '.join(map(repr, named))}? Give it under 'image'"
     else:
         hint = "add the image or remove the placeholder"
-    of_key = f" ({', '.join(f'{key!r} is {content[key]!r}' for key in empty)})" if empty else ""
+    of_key = f" ({', '.join(f'{key!r} is {shorten(content[key])}' for key in empty)})" if empty else ""
     return f"a turn has {IMAGE_PLACEHOLDER} and the record has no image{of_key}; {hint}"
 
 
@@ -97,7 +112,7 @@ def unread_keys(content: object) -> Iterator[str]:
 def describe_unread(counts: Mapping[str, int], *, shown: int = 10) -> str:
     """Format the numbers of records by key that is not read; "" without one."""
     common = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-    listed = ", ".join(f"{key!r} in {count} records" for key, count in common[:shown])
+    listed = ", ".join(f"{shorten(key)} in {count} records" for key, count in common[:shown])
     return listed + (f" and {len(common) - shown} other keys" if len(common) > shown else "")
 
 

@@ -96,10 +96,9 @@ class _Pictures:
         while (cell := self._cells[owner][1]).isdigit() and len(cell) <= _LONGEST_INDEX:
             path.append(owner)
             if cell in path or cell not in self._cells:
-                raise DataError(
-                    f"{self._cells[index][0]}: its image is the one of row {cell}, which "
-                    f"{'refers back to it' if cell in path else 'is not there'}; fetch the file again"
-                )
+                named = f"its image is the one of row {self._cells[index][1]}"
+                end = "the rows refer to each other in a circle" if cell in path else f"there is no row {cell}"
+                raise DataError(f"{self._cells[index][0]}: {named}, and {end}; fetch the file again")
             owner = cell
         if owner not in self._decoded:
             try:

@@ -229,6 +229,7 @@ def test_the_base_says_how_pictures_are_prepared(llava: Path, base: Tensors, tmp
 PLAIN = ("lora_A.weight", "lora_B.weight")
 REFUSED: dict[str, tuple[dict[str, object], dict[str, tuple[int, ...]], str]] = {
     "no kind": ({"peft_type": None}, {}, "peft_type is None"),
+    "a list of kinds": ({"peft_type": ["LORA"]}, {}, r"peft_type is \['LORA'\]"),
     "another kind": ({"peft_type": "VERA"}, {}, "peft_type is 'VERA', which is not merged here"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, {}, "'PROMPT_TUNING', which adds virtual tokens"),
     "prefix tuning": ({"peft_type": "PREFIX_TUNING"}, {}, "there is nothing to merge"),
@@ -247,7 +248,19 @@ REFUSED: dict[str, tuple[dict[str, object], dict[str, tuple[int, ...]], str]] = 
     "Conv1D": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is True"),
     "biases of factors": ({"lora_bias": True}, {}, "lora_bias is True"),
     "later key": ({"use_magic": True}, {}, "use_magic is True"),
-    "no rank": ({"r": None}, {}, "r is None; expected a positive number"),
+    "no rank": ({"r": None}, {}, "r is None; expected a positive integer"),
+    "half a rank": ({"r": 2.5}, {}, "r is 2.5; expected a positive integer"),
+    "a rank of true": ({"r": True}, {}, "r is True; expected a positive integer"),
+    "alpha of no value": ({"lora_alpha": float("nan")}, {}, "lora_alpha is nan; expected a positive number"),
+    "ranks in a list": ({"rank_pattern": ["q_proj"]}, {}, "rank_pattern is .*; expected an object"),
+    "a rank in words": ({"rank_pattern": {"q_proj": "x"}}, {}, r"rank_pattern\['q_proj'\] is 'x'; expected"),
+    "alpha in words": (
+        {"alpha_pattern": {"q_proj": "x"}},
+        {},
+        r"alpha_pattern\['q_proj'\] is 'x'; expected",
+    ),
+    "no expression": ({"rank_pattern": {"q_proj(": 2}}, {}, "'q_proj.', which is no regular expression"),
+    "no tensors": ({}, {}, "adapter_model.bin: holds no tensors"),
     "no alpha": ({"lora_alpha": "8"}, {}, "lora_alpha is '8'; expected a positive number"),
     "half a pair": ({}, {"lora_B.weight": (48, 2)}, "q_proj has lora_B, which is no complete set"),
     "another rank": ({}, dict(zip(PLAIN, ((3, 48), (48, 3)))), "lora_A is .3, 48., and .*states rank 2"),

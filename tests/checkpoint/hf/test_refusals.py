@@ -274,6 +274,28 @@ def test_options_that_would_be_ignored(copy: Path, tmp_path: Path) -> None:
         )
 
 
+def test_parts_without_their_base_are_named(copy: Path, tmp_path: Path) -> None:
+    target, adapter, projector = tmp_path / "megatron", tmp_path / "lora", tmp_path / "stage1"
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    projector.mkdir()
+    torch.save({}, projector / "mm_projector.bin")
+    assert "lora: is an adapter; give the model that it belongs to with --base" in refused(
+        HfSource(directory=adapter), target
+    )
+    assert "stage1: is only a projector; give the model" in refused(HfSource(directory=projector), target)
+    for source in (adapter, copy):
+        assert "nowhere: there is no such directory" in refused(
+            HfSource(directory=source, base=tmp_path / "nowhere"), target
+        )
+    assert "stage1/config.json: missing" in refused(HfSource(directory=adapter, base=projector), target)
+
+
+def test_a_target_that_cannot_be_created(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/.* cannot be read or written .*: Not a directory"):
+        import_model(HfSource(directory=copy), tmp_path / "file" / "megatron", options=ImportOptions())
+
+
 @pytest.mark.parametrize("token", [7, 299, 320, -1])
 def test_an_image_token_that_is_no_added_one(token: int, copy: Path, tmp_path: Path) -> None:
     write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "image_token_index": token})

@@ -33,10 +33,14 @@ def test_entries_carry_file_and_position(tmp_path: Path):
         ("[1,]", "a comma before the end"),
         ("[1], []", "',' after the end of the list"),
         ("[" * 100_000, "nested too deeply"),
-        (f"[{'9' * 5000}, 1]", "after 0 records (Exceeds the limit"),
+        (f"[{'9' * 5000}, 1]", "value has 5000 digits); download"),
         ('{"a": 1}', "holds a JSON object"),
-        ("", "holds a JSON document of nothing"),
-        ("[\udcff]", "not UTF-8"),
+        ("", "is empty; expected a JSON list"),
+        ("17", "is no JSON list; expected"),
+        ("\0\0\0", "is 3 zero bytes"),
+        ("\x1f\udc8b\udcff", "not JSON (gzip-compressed data: unpack it)"),
+        ("\udcff\udcfe[\0]\0", "not JSON (UTF-16 text); save it as UTF-8"),
+        ("[\udcff]", "not UTF-8 before byte 3"),
     ],
 )
 def test_files_that_are_no_list_are_refused(tmp_path: Path, text: str, message: str):
@@ -112,9 +116,14 @@ def test_record_with_and_without_image():
         ({"conversations": TURNS, "image": "/etc/hosts"}, "outside the folder of images"),
         ({"conversations": TURNS, "image": "a/../../b.jpg"}, "outside the folder of images"),
         ({"conversations": TURNS, "image": None}, "expected one relative path"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0: 'from' is 'bot'"),
-        ({"conversations": [TURNS[0], {"from": "gpt", "value": None}]}, "turn 1: 'value' is None"),
-        ({"conversations": ["hello"]}, "turn 0: 'from' is None"),
+        (
+            {"conversations": TURNS, "image": f"data:image/png;base64,{'A' * 9000}"},
+            "9022 characters; .* write the image",
+        ),
+        ({"conversations": TURNS, "image": "x" * 5000}, "'image' is 'xxx.{1,60}, 5000 characters"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 1: 'from' is 'bot'"),
+        ({"conversations": [TURNS[0], {"from": "gpt", "value": None}]}, "turn 2: 'value' is None"),
+        ({"conversations": ["hello"]}, "turn 1: 'from' is None"),
     ],
 )
 def test_bad_records_are_refused_by_name(content: object, message: str):

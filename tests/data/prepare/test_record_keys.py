@@ -35,7 +35,12 @@ TAKEN = {
     "img": "a.png",
 }
 EMPTY = [{"image": None}, {"image": ""}, {"image": []}, {"image": float("nan")}, {"images": []}, {"video": None}]
+EMPTY += [{"images": [None]}, {"images": [""]}]
+PICTURE_IN_TURN = [{**TEXT[0], "image": "a.png"}, TEXT[1]]
 REFUSED: list[tuple[dict[str, object], str, str]] = [
+    ({"conversations": PICTURE_IN_TURN}, "bad record", "turn 1: 'image' is 'a.png'"),
+    ({"conversations": [{**TEXT[0], "photo": "a.png"}, TEXT[1]]}, "bad record", "turn 1: 'photo' is 'a.png', which"),
+    ({"images": [None], "conversations": ABOUT}, "placeholder without image", "no image ('images' is [None])"),
     ({"images": ["a.png", "b.png"], "conversations": ABOUT}, "bad record", "'images' has 2 entries"),
     ({"images": [{"path": "a.png"}], "conversations": ABOUT}, "bad record", "'images' is {'path': 'a.png'}"),
     ({"picture": "a.png", "conversations": TEXT}, "bad record", "'picture' is 'a.png', which is not read"),
