@@ -146,8 +146,10 @@ def _scene_wide_questions(scene: Scene) -> list[SceneQuestion]:
 def scene_questions(scene: Scene, limit: int, rng: Random) -> list[SceneQuestion]:
     """Return up to `limit` questions in random order, for one conversation.
 
-    No answer follows from earlier turns: once two attributes of an object are linked by questions, directly or through
-    others, no later question links them again.
+    Questions that link a colour and a place are preferred: such a pair is asked in one of its two directions only, so
+    each direction would be half as frequent as questions about shape or size. No answer follows from earlier turns:
+    once two attributes of an object are linked by questions, directly or through others, no later question links them
+    again.
     """
     found = _scene_wide_questions(scene)
     for item in scene.objects:
@@ -159,7 +161,9 @@ def scene_questions(scene: Scene, limit: int, rng: Random) -> list[SceneQuestion
             group = {name: new if label == old else label for name, label in group.items()}
             found.append(_attribute_question(item, given, requested))
     rng.shuffle(found)
-    return found[:limit]
+    chosen = sorted(found, key=lambda question: question.kind not in ("color", "place"))[:limit]
+    rng.shuffle(chosen)
+    return chosen
 
 
 def _candidates(scene: Scene) -> list[SceneQuestion]:
