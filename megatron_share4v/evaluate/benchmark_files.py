@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class BenchmarkFolder:
     def image(self, name: object, key: str = "images") -> Path:
         """Path of an image in the folder `key`. Raises DataError when the file is not there."""
         path = self[key] / str(name)
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for an unusable name as well
             raise DataError(f"image {path} does not exist\n{self.layout}")
         return path
 

@@ -141,7 +141,9 @@ class RunWriters:
             self._board.add_image("preview/image", preview.pixels, step, dataformats="HWC")
             self._board.add_text(
                 "preview/answer",
-                "\n\n".join(f"{ours} (record: {theirs})" for ours, theirs in zip(preview.answers, preview.references)),
+                "\n\n".join(
+                    f"{answer} (record: {reference})" for answer, reference in zip(preview.answers, preview.references)
+                ),
                 step,
             )
             self._board.add_scalar("preview/exact_match", preview.exact_match, step)

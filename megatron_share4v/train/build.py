@@ -323,9 +323,9 @@ def _log_choices(
 ) -> None:
     """Log layout, precision, optimizer, recomputation, stages and parameter counts, once."""
     logger = get_logger()
-    ours = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
+    is_native = ops.implementation == "native" or config.optim.moments == "bf16" or config.optim.offload
     place = " on the host" if config.optim.offload else ""
-    update = f"{'ours' if ours else 'torch, fused'}; moments in {config.optim.moments}{place}"
+    update = f"{'native' if is_native else 'torch, fused'}; moments in {config.optim.moments}{place}"
     logger.info("layout: %s on %s", mesh.layout, mesh.device.describe())
     logger.info(
         "precision: %s, gradients summed in %s; FP8: %s; optimizer: AdamW (%s)",

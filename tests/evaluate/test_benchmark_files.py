@@ -134,6 +134,12 @@ OWN_QUESTIONS = [  # questions.jsonl, message
         "jsonl:1: is a JSON list; expected one object per line, without the brackets",
     ),
     ('{"question_id": 1, "text": "a", "image": ["0.png", "1.png"]}', r"'image' is .*; expected a str. Write a line as"),
+    (
+        '{"question_id": 1, "text": "a", "images": ["0.png", "1.png"]}',
+        r"'images' is .*; expected a str. Write a line as",
+    ),
+    ('{"question_id": 1, "text": "a", "picture": "0.png"}', "'picture' is '0.png', which is not read"),
+    ('{"question_id": 1, "text": "a", "image": "' + 5000 * "x" + '"}', r"image 'xx.{1,60} is neither in"),
     ('{"question_id": 1, "image": "0.png"}', "'text' is 'None'; expected a str. Write a line as"),
 ]
 
@@ -149,9 +155,10 @@ def test_own_questions_with_a_mistake(content: str, message: str, tmp_path: Path
 def test_own_questions_may_list_one_picture_or_none(tmp_path: Path) -> None:
     WRITERS["custom", None](tmp_path)
     rows = [{"question_id": k, "text": "a", "image": image} for k, image in enumerate((["0.png"], [], None, "2.png"))]
+    rows += [{"question_id": 4, "text": "a", "images": ["1.png"]}]
     write_jsonl(tmp_path / "questions.jsonl", rows)
     images = [item.image and item.image.name for item in items("custom", tmp_path)]
-    assert images == ["0.png", None, None, "2.png"]
+    assert images == ["0.png", None, None, "2.png", "1.png"]
 
 
 def test_mme_without_its_own_text_files(tmp_path: Path) -> None:
@@ -257,6 +264,15 @@ def test_mmbench_row_may_refer_to_the_image_of_another_row(tmp_path: Path) -> No
     owners = {1000241: 241, 300: 1000301, 301: 1000301}
     assert [item.image for item in after] == [images[owners.get(item.question_id, item.question_id)] for item in after]
     assert [item.prompt for item in after] == [item.prompt for item in before]
+
+
+@pytest.mark.parametrize("index", ["\u00b2", "9" * 5000, "1.0"])
+def test_mmbench_row_with_another_index(index: str, tmp_path: Path) -> None:
+    WRITERS["mmbench", None](tmp_path)
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text(encoding="utf-8").replace("\n300\t", f"\n{index}\t"), encoding="utf-8")
+    with pytest.raises(DataError, match="has no number in index"):
+        items("mmbench", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -120,16 +120,16 @@ class _DecodeProcess:
             process.wait()
 
     def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
-        with theirs:
+        parent_end, child_end = socket.socketpair()
+        with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-c", _PROGRAM, str(child_end.fileno())],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[child_end.fileno()],
             )
-        self._connection = connection = Connection(ours.detach())
+        self._connection = connection = Connection(parent_end.detach())
         if self._closed:
             self._process.kill()
         connection.send(self._function)

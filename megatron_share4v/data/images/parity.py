@@ -67,11 +67,11 @@ def measure_parity(
     expected = open_decoder("pil", policy).decode_batch(files)
     got = decoder.decode_batch(files)
     kept = [position for position in range(len(files)) if position not in expected.failures]
-    ours, theirs = got.pixels.cpu()[kept], expected.pixels[kept]
-    error = (ours.int() - theirs.int()).abs()
+    decoded, reference = got.pixels.cpu()[kept], expected.pixels[kept]
+    error = (decoded.int() - reference.int()).abs()
     cosine = None
     if features is not None:
-        found, wanted = (features(pixels).float() for pixels in (ours, theirs))
+        found, wanted = (features(pixels).float() for pixels in (decoded, reference))
         cosine = float(cosine_similarity(found, wanted).min()) if len(found) else None
     return ParityResult(
         backend=backend,

@@ -146,12 +146,12 @@ class _Worker(Generic[Request, Result]):
     def _start(self) -> None:
         self._is_ready = False
         context = _context()
-        self._pipe, theirs = context.Pipe()
+        self._pipe, worker_end = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(self._function, theirs), name=f"reader-{self._number}", daemon=True
+            target=_serve, args=(self._function, worker_end), name=f"reader-{self._number}", daemon=True
         )
         self._process.start()
-        theirs.close()
+        worker_end.close()
 
     def _send(self, request: Request) -> None:
         try:

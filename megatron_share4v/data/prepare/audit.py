@@ -348,9 +348,11 @@ def _content(index: Index, row: int, shards: tuple[str, ...], *, key: str) -> di
 
 def _differences(entry: np.void, text: CheckedText) -> str:
     """Differences between a text and its index row."""
-    ours = {"words": text.words, "n_tok": text.n_tok, "n_lab": text.n_lab}
+    computed = {"words": text.words, "n_tok": text.n_tok, "n_lab": text.n_lab}
     return ", ".join(
-        f"{name} is {value}, {int(entry[name])} in the index" for name, value in ours.items() if value != entry[name]
+        f"{name} is {value}, {int(entry[name])} in the index"
+        for name, value in computed.items()
+        if value != entry[name]
     )
 
 

@@ -142,22 +142,22 @@ class Index:
 
     def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
         """Raise DataError, naming each difference, unless the data set was prepared with these settings."""
-        ours = {
+        configured = {
             "tokenizer": tokenizer.fingerprint,
             "tokenizer_rule": tokenizer.rule,
             "template": template,
             "max_text_length": max_text_length,
         }
-        theirs = {
+        prepared = {
             "tokenizer": self.info.tokenizer_fingerprint,
             "tokenizer_rule": self.info.tokenizer_rule,
             "template": self.info.template,
             "max_text_length": self.info.max_text_length,
         }
         differences = [
-            f"{name} is {_brief(ours[name])}, prepared with {_brief(theirs[name])}"
-            for name in ours
-            if ours[name] != theirs[name]
+            f"{name} is {_brief(configured[name])}, prepared with {_brief(prepared[name])}"
+            for name in configured
+            if configured[name] != prepared[name]
         ]
         if differences:
             raise DataError(

@@ -4,9 +4,11 @@ images beside it or in images/.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_share4v.data.prepare.record_keys import find_image, find_lost_media, shorten
 from megatron_share4v.errors import DataError
 from megatron_share4v.evaluate.benchmark_files import BenchmarkFolder, RequiredFile, Row, get_field, read_jsonl
 from megatron_share4v.evaluate.metrics.profile import Profile
@@ -35,16 +37,17 @@ def _read(folder: BenchmarkFolder) -> Iterator[Doc]:
 
 def _find_image(folder: BenchmarkFolder, row: Row, *, where: str) -> Path | None:
     """Return the picture of a question, if it has one. Raises DataError when it is not there."""
-    given = row.get("image")
-    if given is None or given == []:
+    key, given = find_image(row)
+    if key is None or given is None:
+        if reason := find_lost_media(row):
+            raise DataError(f"{where}: {reason}. {_REMEDY}")
         return None
-    if isinstance(given, list) and len(given) == 1:
-        row = row | {"image": given[0]}
-    name = get_field(row, "image", str, where=where, remedy=_REMEDY)
-    image = next((p for p in (folder.root / "images" / name, folder.root / name) if p.is_file()), None)
+    name = get_field({key: given}, key, str, where=where, remedy=_REMEDY)
+    image = next((p for p in (folder.root / "images" / name, folder.root / name) if os.path.isfile(p)), None)
     if image is None:
         raise DataError(
-            f"{where}: image {name} is neither in {folder.root / 'images'} nor in {folder.root}\n{folder.layout}"
+            f"{where}: image {shorten(name)} is neither in {folder.root / 'images'} nor in {folder.root}\n"
+            f"{folder.layout}"
         )
     return image
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ _NOTHING = frozenset(
     ]
 )
 _LONGEST_CELL = 1 << 27
-_LONGEST_INDEX = 64  # digits; the official toolkit takes longer cells as images too
+_INDEX = re.compile(r"[0-9]{1,64}")  # the official toolkit takes longer cells as images too
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
@@ -93,7 +94,7 @@ class _Pictures:
     def __getitem__(self, index: str) -> bytes:
         """Return the picture of a row; rows with the same picture share its bytes. Raises DataError."""
         path, owner = [], index
-        while (cell := self._cells[owner][1]).isdigit() and len(cell) <= _LONGEST_INDEX:
+        while _INDEX.fullmatch(cell := self._cells[owner][1]):
             path.append(owner)
             if cell in path or cell not in self._cells:
                 named = f"its image is the one of row {self._cells[index][1]}"
@@ -111,7 +112,7 @@ class _Pictures:
 
 def _check_cells(where: str, row: Mapping[str, str | None]) -> None:
     missing = [name for name in ("index", "question", "image") if row.get(name) is None]
-    if missing or not (row["index"] or "").isdigit():
+    if missing or not _INDEX.fullmatch(row["index"] or ""):
         raise DataError(
             f"{where}: has no {', '.join(missing) or 'number in index'}; the file is damaged, or another than MMBench's"
         )

@@ -32,7 +32,7 @@ def convert(*arguments: object) -> CompletedProcess:
     return run_tool("tools/convert.py", *arguments)
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+def test_an_export_of_an_import_has_the_same_weights(tmp_path: Path) -> None:
     source, megatron, back = write_llava_hf(tmp_path / "hf"), tmp_path / "megatron", tmp_path / "back"
     done = convert("import", "--from", source, "--to", megatron, "--image-orientation", "exif")
     assert open_checkpoint(megatron).config.data.image_orientation == "exif"

@@ -26,7 +26,7 @@ def _cases() -> list[tuple[Transform, list[tuple[int, ...]]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("transform", "shapes"), _cases())
-def test_there_and_back_is_bitwise_equal(
+def test_a_transform_and_its_inverse_are_bitwise_equal(
     transform: Transform, shapes: list[tuple[int, ...]], dtype: torch.dtype
 ) -> None:
     parts = [torch.randn(shape).to(dtype) for shape in shapes]

@@ -71,7 +71,7 @@ def test_the_map_has_the_models_tensors_at_every_layout(parallel: ParallelConfig
 @pytest.mark.parametrize(
     ("model", "naming"), [(MODEL, LLAVA_HF), (MODEL, LLAVA_IN_MEMORY), (MODEL, SHARE4V), (LINEAR, SHARE4V)]
 )
-def test_there_and_back(model: ModelConfig, naming: Naming) -> None:
+def test_every_weight_survives_the_mapping_and_its_inverse(model: ModelConfig, naming: Naming) -> None:
     hf_weights = _hf_weights(model, naming)
     back = to_hf(to_megatron(hf_weights, model, naming=naming), model, naming=naming)
     assert set(back) == set(hf_weights)
