@@ -35,7 +35,7 @@ from megatron_share4v.checkpoint.retention import (
     step_directory_name,
 )
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.files import atomic_write_text, read_text
+from megatron_share4v.files import atomic_write_text
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.async_writer import HostBuffers
 from megatron_share4v.mcore.dist_checkpoint import count_updates, load_sharded, take_snapshot
@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 LATEST = "latest"
+MAX_POINTER_BYTES = 1024  # of a file like `latest`
 CHECKPOINTS = "checkpoints"
 FinishSave = Callable[[dist.ProcessGroup | None], Path]
 """Writes a snapshot over a group of all ranks (None: the default group) and returns the checkpoint directory.
@@ -239,11 +240,11 @@ def resolve_checkpoint(path: Path) -> Path:
     directory.
 
     The run directory's `checkpoints/` is accepted too. Raises CheckpointError when such a directory has no complete
-    checkpoint.
+    checkpoint, and for a file that names none.
     """
     path = Path(path)
     if path.is_file():
-        return path.parent / read_text(path).strip()
+        return path.parent / _read_pointer(path)
     holders = [directory for directory in (path, path / CHECKPOINTS) if list_checkpoints(directory)]
     if (path / MANIFEST).exists() or not holders:
         return path
@@ -251,6 +252,22 @@ def resolve_checkpoint(path: Path) -> Path:
     if newest is None:
         raise CheckpointError(f"{holders[0]}: holds no complete checkpoint; give the path of one")
     return newest
+
+
+def _read_pointer(path: Path) -> str:
+    """Read the name of a directory from a file like `latest`. Raises CheckpointError for any other file."""
+    with path.open("rb") as file:
+        content = file.read(MAX_POINTER_BYTES + 1)
+    try:
+        name = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        name = ""
+    if not name or len(content) > MAX_POINTER_BYTES or not name.isprintable():
+        raise CheckpointError(
+            f"{path}: is a file that names no checkpoint; give the directory of a checkpoint, a run or a Hugging Face "
+            "export"
+        )
+    return name
 
 
 def _newest_complete(directory: Path, *, contents: bool, skipped: dict[Path, str] | None = None) -> Path | None:

@@ -15,7 +15,7 @@ from megatron_share4v.errors import ConfigError
 from megatron_share4v.files import read_text
 
 _ORIGIN = re.compile(r"https?://[^/\s?#@]+")
-_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+HOST_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 API_KEY_VARIABLE = "SHARE4V_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -91,7 +91,7 @@ class ServeConfig:
                 message = f"allowed_origins {origin!r} must be http://NAME, https://NAME, either with :PORT, or *"
                 yield Conflict(message, ("allowed_origins",))
         for host in self.allowed_hosts:
-            if host != "*" and not _HOST.fullmatch(host):
+            if host != "*" and not HOST_NAME.fullmatch(host):
                 message = f"allowed_hosts {host!r} must be a name without scheme, port and path, *.NAME or *"
                 yield Conflict(message, ("allowed_hosts",))
         if self.max_buffered_bytes < self.max_body_bytes:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from megatron_share4v.config.serve import ServeConfig
+from megatron_share4v.config.serve import HOST_NAME, ServeConfig
 from megatron_share4v.serve.api_error import ApiError
 from megatron_share4v.serve.http import ErrorResponse
 
@@ -39,8 +39,9 @@ class HostMiddleware:
             host = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1")
             if not self._allows(host):
                 error = ApiError(
-                    f"this server does not answer to the host name {host[:100]!r}; use its address, or start it with "
-                    "--allowed-hosts NAME",
+                    f"this server does not answer under the host name {host[:100]!r}, so that no web page can reach it "
+                    "by DNS rebinding; use the server's address, or list the name when it starts: --allowed-hosts "
+                    f"{_name_of(host)}",
                     status=403,
                 )
                 await ErrorResponse(error)(scope, receive, send)
@@ -61,6 +62,12 @@ class HostMiddleware:
                 name.endswith(allowed[1:]) if allowed.startswith("*.") else name == allowed for allowed in self._allowed
             )
         return True
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, for the option that allows it; NAME for anything else."""
+    name = host.partition(":")[0]
+    return name if len(name) <= 100 and HOST_NAME.fullmatch(name) else "NAME"
 
 
 def access_middleware(config: ServeConfig) -> list[Middleware]:

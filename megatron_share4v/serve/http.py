@@ -50,9 +50,12 @@ class ErrorResponse(JsonResponse):
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.body(), error.status, error.headers)
+        self._message = str(error)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one ASGI call."""
+        if RECORD in scope:
+            scope[RECORD].error = self._message
         unread = scope["method"] in ("POST", "PUT") and not scope.get(BODY_READ)
         if unread:
             self.headers["connection"] = "close"
@@ -144,7 +147,11 @@ class BodyReader:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Also blocks other origins: a browser needs a CORS preflight for this type, which is not granted.
-            raise ApiError("content-type must be application/json", status=415)
+            raise ApiError(
+                f"content-type must be application/json, got {kind[:60] or 'none'!r}; with curl: "
+                "-H 'Content-Type: application/json'",
+                status=415,
+            )
         counted = 0
         try:
             body = bytearray()
@@ -201,7 +208,7 @@ def _declared_size(request: Request) -> int:
 
 
 class AuthMiddleware:
-    """ASGI middleware: checks the API key, adds security headers, counts errors."""
+    """ASGI middleware: checks the API key, adds security headers, counts errors, answers unexpected ones with 500."""
 
     def __init__(self, app: Any, *, config: ServeConfig, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -239,6 +246,13 @@ class AuthMiddleware:
             get_logger().info("the server is stopping: an answer was cut off")
             if not started:
                 await ErrorResponse(unavailable_error("the server is stopping"))(scope, receive, send_guarded)
+        except Exception:
+            # Here and not in Starlette's outermost handler, so that the response has the request's id.
+            get_logger().exception("%s %s failed", scope["method"], scope["path"][:200])
+            if started:
+                raise
+            error = ApiError("internal server error; see the server's log", status=500)
+            await ErrorResponse(error)(scope, receive, send_guarded)
 
     def _allows(self, scope: Any) -> bool:
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -254,18 +268,14 @@ def _digest(key: bytes) -> bytes:
 
 
 async def handle_exception(request: Request, error: Exception) -> Response:
-    """Starlette exception handler: ApiError, Starlette's own (unknown path, wrong method), and unexpected errors."""
+    """Starlette exception handler: ApiError, and Starlette's own for an unknown path and a wrong method."""
     if isinstance(error, ApiError):
-        if RECORD in request.scope:
-            request.scope[RECORD].error = str(error)
         return ErrorResponse(error)
-    if isinstance(error, HTTPException):
-        what = {
-            404: f"{request.url.path[:200]} does not exist",
-            405: f"{request.method[:20]} is not a method of {request.url.path[:200]}",
-        }
-        return ErrorResponse(
-            ApiError(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers)
-        )
-    get_logger().error("%s %s failed", request.method, request.url.path[:200], exc_info=error)
-    return ErrorResponse(ApiError("internal server error; see the server's log", status=500))
+    assert isinstance(error, HTTPException)
+    what = {
+        404: f"{request.url.path[:200]} does not exist",
+        405: f"{request.method[:20]} is not a method of {request.url.path[:200]}",
+    }
+    return ErrorResponse(
+        ApiError(what.get(error.status_code, error.detail), status=error.status_code, headers=error.headers)
+    )

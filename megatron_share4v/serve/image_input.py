@@ -62,6 +62,8 @@ def _base64_mistake(content: str) -> str:
     if re.search(r"%(2B|2F|3D)", content, re.IGNORECASE):
         return "is percent-encoded; write it as it is"
     strange = re.search(r"[^A-Za-z0-9+/=]", content)
+    if strange is None and re.search(r"=[^=]|={3}", content):
+        return "has padding (=) in its middle; encode the whole file at once"
     if strange is None:
         return f"is cut off or lacks its padding: it has {len(content)} characters, which must be a multiple of 4"
     if strange[0] in "-_":

@@ -123,12 +123,9 @@ class JsonFields:
         if value is None:
             return default
         if type(value) is not int or not low <= value <= high:
-            raise self.refuse(
-                key,
-                f"an integer from {low} to {high}"
-                if low > -INT64 or high < INT64 - 1
-                else "an integer of at most 64 bits",
-            )
+            least = f" from {low}" if low > -INT64 else ""
+            most = f" to {high}" if high < INT64 - 1 else ""
+            raise self.refuse(key, f"an integer{least}{most}" if least + most else "an integer of at most 64 bits")
         return value
 
     def number(self, key: str, default: Any = None, *, low: float, high: float, above: bool = False) -> Any:

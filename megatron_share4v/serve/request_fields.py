@@ -194,7 +194,7 @@ _UNSUPPORTED_PREFIXES = ("guided_", "dry_", "xtc_")
 _MEDIA = _words("image img picture photo pixel video audio media file attachment")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _WHERE_IMAGES_GO = (
-    "an image is a part of a message's content: "
+    "An image is a part of a message's content: "
     '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
 )
 
@@ -228,8 +228,8 @@ def check_unsupported(fields: JsonFields, honoured: frozenset[str]) -> list[str]
                 raise ApiError(
                     f"{place} ({format_value(value)}) is not supported by this server; {remedy}", param=place
                 )
-        elif _speaks_of_media(name):
-            raise ApiError(f"{place} is not read by this server; {_WHERE_IMAGES_GO}", param=place)
+        elif value is not False and _speaks_of_media(name):
+            raise ApiError(f"{place} is not read by this server; leave it out. {_WHERE_IMAGES_GO}", param=place)
         else:
             unknown.append(name)
     return unknown

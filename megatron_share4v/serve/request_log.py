@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_share4v.logging import get_logger
 from megatron_share4v.serve.generation import Generation
-from megatron_share4v.serve.http import RECORD
+from megatron_share4v.serve.http import OPEN_PATHS, RECORD
 
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _FOREIGN = ("uvicorn.error", "asyncio")
@@ -39,7 +39,8 @@ class RequestRecord:
 class RequestLog:
     """Outermost ASGI middleware: gives each request an id, sent back as X-Request-Id, and logs a line at its end.
 
-    A client may choose the id with the same header. Successful GET requests (the page, health, metrics) are not logged.
+    A client may choose the id with the same header. Successful requests for the page, health and metrics (GET, and
+    POST /ping) are not logged.
     """
 
     def __init__(self, app: Any) -> None:
@@ -62,7 +63,7 @@ class RequestLog:
             await self._app(scope, receive, send_with_id)
         finally:
             refused = record.status >= 400
-            if refused or scope["method"] in ("POST", "PUT"):
+            if refused or (scope["method"] in ("POST", "PUT") and scope["path"] not in OPEN_PATHS):
                 client = (scope.get("client") or ("-",))[0]
                 path = scope["raw_path"].decode("ascii", "backslashreplace")[:200]
                 log = get_logger().getChild("refused") if refused else get_logger()

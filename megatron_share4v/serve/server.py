@@ -90,7 +90,7 @@ def build_app(
             *page.routes(),
         ],
         middleware=_middleware(config, metrics),
-        exception_handlers={ApiError: handle_exception, HTTPException: handle_exception, Exception: handle_exception},
+        exception_handlers={ApiError: handle_exception, HTTPException: handle_exception},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

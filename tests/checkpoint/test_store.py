@@ -360,3 +360,14 @@ def test_killed_save_leaves_the_one_before(tmp_path: Path, moment: str) -> None:
     assert any("removed" in message and ".step_00000002.writing, left behind" in message for message in messages)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000002"]
     assert (tmp_path / "latest").read_text() == "step_00000002\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"# A readme\n\nof several lines\n", b"a" * 5000, b"\x80\x02}q\x00"])
+def test_a_file_that_names_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    from megatron_share4v.checkpoint.store import resolve_checkpoint
+    from megatron_share4v.errors import CheckpointError
+
+    file = tmp_path / "README.md"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"README\.md: is a file that names no checkpoint; give the directory"):
+        resolve_checkpoint(file)

@@ -56,7 +56,7 @@ HALF_BODY = HALF_HEADER + b"Type: application/json\r\nContent-Length: 100\r\n\r\
 @pytest.mark.parametrize("data", [b"", HALF_HEADER, HALF_BODY])
 def test_idle_clients_do_not_keep_others_out(crowded: Running, data: bytes) -> None:
     idle = [connect(crowded, data) for _ in range(40)]
-    until(lambda: sum(map(is_closed, idle)) >= 32)
+    until(lambda: sum(map(is_closed, idle)) >= 32, timeout_s=30)
     assert httpx.get(f"{crowded.url}/health", timeout=20).status_code == 200
     assert not is_closed(idle[-1]), "the longest idle connections are closed first"
     assert len(crowded.http.server_state.connections) <= 8
@@ -69,16 +69,18 @@ def test_running_answers_are_not_closed_for_others(crowded: Running) -> None:
         answers = [
             clients.submit(httpx.post, f"{crowded.url}/v1/chat/completions", json=BODY, timeout=60) for _ in range(8)
         ]
-        until(lambda: len(crowded.engine.running) == 8)
+        crowded.engine.step_s = 0.2  # slow, until the refusal has come
+        until(lambda: len(crowded.engine.running) == 8, timeout_s=30)
         refused = httpx.get(f"{crowded.url}/health", timeout=20)
         assert refused.status_code == 503 and "8 connections are being answered" in refused.json()["error"]["message"]
         assert refused.headers["retry-after"]
+        crowded.engine.step_s = 0.0
         assert [answer.result().json()["usage"]["completion_tokens"] for answer in answers] == [300] * 8
 
 
 @pytest.mark.parametrize("data", [b"", HALF_HEADER, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET"])
 def test_a_slow_header_ends_the_connection(encoder: Encoder, data: bytes) -> None:
-    with running(encoder, header_timeout_s=0.3, idle_timeout_s=1) as server:
+    with running(encoder, header_timeout_s=1.5, idle_timeout_s=3) as server:
         connection = connect(server, data)
         received = bytearray()
         while part := connection.recv(1 << 16):

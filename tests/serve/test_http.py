@@ -55,7 +55,7 @@ def test_disconnect_cancels(encoder: Encoder, path: str, stream: bool) -> None:
         start = time.monotonic()
         clients[0].close()
         until(lambda: not engine.running)
-        assert time.monotonic() - start < 2  # 0.05 s on an idle machine, and an answer of 300 tokens takes 6
+        assert time.monotonic() - start < 5  # 0.05 s on an idle machine, and an answer of 300 tokens takes 6
         metrics = server.app.state.metrics
         assert metrics.value("request_success_total", finished_reason="abort") == 2
 
@@ -93,7 +93,8 @@ def test_errors_have_openai_shape(http: httpx.Client, method: str, path: str, st
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "half a surrogate pair"),
         ({"temperature": "hot"}, "temperature", "a number from 0 to 100, got 'hot'"),
         ({"n": True}, "n", "an integer from 1 to 128, got true"),
-        ({"max_tokens": 0}, "max_tokens", "got 0"),
+        ({"max_tokens": 0}, "max_tokens", "an integer from 1, got 0"),
+        ({"max_tokens": 10**30}, "max_tokens", "an integer from 1, got an integer of more than 64 bits"),
         ({"stop": ["a"] * 5}, "stop", "an array of 0 to 4 values, got an array of 5"),
         ({"stop": ""}, "stop", "1 to 256 characters"),
         ({"top_logprobs": 3}, "logprobs", "true where top_logprobs is given"),

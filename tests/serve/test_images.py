@@ -184,6 +184,8 @@ def test_text_never_waits_for_images_and_their_queue_is_bounded(encoder: Encoder
         ("blob:http://x/1", "blob: URLs are not supported"),
         ("ftp://example.org/a.png", "ftp: URLs are not supported"),
         ("the cat", "'the cat' is not a URL"),
+        ("data:image/png;base64,iVBORw==iVBORw==", "has padding (=) in its middle"),
+        ("data:image/png;base64,iVBORw", "has 6 characters, which must be a multiple of 4"),
         ("", "is empty"),
     ],
 )

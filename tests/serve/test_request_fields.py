@@ -92,6 +92,7 @@ def test_refused_fields_are_accepted_with_the_value_that_changes_nothing() -> No
 def test_bookkeeping_and_unknown_fields_are_ignored() -> None:
     known = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": False}
     assert check_fields(fields(**known, x_trace="1", user_profile={"a": 1}), CHAT) == ["x_trace", "user_profile"]
+    assert check_fields(fields(return_images=False), CHAT) == ["return_images"]
     assert check_fields(fields(temperature=0.5, max_tokens=5, stream=True), TOKENIZE) == []
     assert check_fields(fields(tokens=[1], temperature=0.5), DETOKENIZE) == []
     error = refusal(check_fields, fields(**{f"k{number}": number for number in range(200)}), CHAT)

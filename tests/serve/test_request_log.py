@@ -32,6 +32,12 @@ class _Messages:
     def all(self) -> list[str]:
         return [record.getMessage() for record in self._caplog.records]
 
+    def of(self, *answers: httpx.Response) -> list[str]:
+        """The lines of requests, once the last one has its line; other tests' requests may still be logged."""
+        ids = [answer.headers["x-request-id"] for answer in answers]
+        until(lambda: any(ids[-1] in line for line in self.all()))
+        return [line for line in self.all() if any(one in line for one in ids)]
+
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_line_per_request(server: Running, lines: _Messages, stream: bool) -> None:
@@ -40,8 +46,7 @@ def test_a_line_per_request(server: Running, lines: _Messages, stream: bool) -> 
     headers = {"x-request-id": "my-id.7"}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=20)
     assert answer.headers["x-request-id"] == "my-id.7" and '"id":"chatcmpl-my-id.7"' in answer.text
-    until(lambda: any("request=my-id.7" in line for line in lines.all()))
-    [line] = [line for line in lines.all() if "request=my-id.7" in line]
+    [line] = lines.of(answer)
     prompt = server.engine.requests[0].prompt.token_ids.numel()
     assert re.fullmatch(
         rf"POST /v1/chat/completions 200 request=my-id\.7 client=127\.0\.0\.1 prompt_tokens={prompt} images=1 "
@@ -56,17 +61,49 @@ def test_refused_requests_are_logged_with_their_reason(server: Running, lines: _
     )
     made = answer.headers["x-request-id"]
     assert re.fullmatch("[0-9a-f]{32}", made), "an id that could break a log line is replaced"
-    until(lambda: any(made in line for line in lines.all()))
-    [line] = [line for line in lines.all() if made in line]
+    [line] = lines.of(answer)
     assert line.startswith("POST /v1/chat/completions 400 ") and "error='n must be an integer from 1 to 128" in line
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "reason"),
+    [
+        ("GET", "/v1/models", {"host": "evil.example:80"}, 403, '--allowed-hosts evil.example"'),
+        ("GET", "/nothing", {}, 404, "/nothing does not exist"),
+        ("DELETE", "/health", {}, 405, "DELETE is not a method of /health"),
+        ("POST", "/v1/completions", {"content-type": "text/plain"}, 415, "application/json, got 'text/plain'"),
+    ],
+)
+def test_every_refusal_is_logged_with_its_reason(
+    server: Running, lines: _Messages, method: str, path: str, headers: dict, status: int, reason: str
+) -> None:
+    answer = httpx.request(method, server.url + path, headers=headers, timeout=20)
+    [line] = lines.of(answer)
+    assert (
+        answer.status_code == status
+        and line.startswith(f"{method} {path} {status} ")
+        and reason in line.replace("\\'", "'")
+    ), line
+
+
+def test_an_unexpected_error_has_the_id_of_its_request(
+    server: Running, lines: _Messages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of the server")
+
+    monkeypatch.setattr("megatron_share4v.serve.http.parse_object", fail)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=20)
+    assert answer.status_code == 500 and "see the server's log" in answer.json()["error"]["message"]
+    [line] = lines.of(answer)
+    assert line.startswith("POST /v1/chat/completions 500 ")
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["POST /v1/chat/completions failed"]
+
+
 def test_health_and_metrics_are_not_logged(server: Running, lines: _Messages) -> None:
-    for path in ("/", "/health", "/metrics", "/load", "/v1/models"):
-        assert httpx.get(f"{server.url}{path}").headers["x-request-id"]
-    httpx.get(f"{server.url}/nothing%0A{'x' * 300}")
-    until(lambda: lines.all())
-    [line] = lines.all()
+    answers = [httpx.get(f"{server.url}{path}") for path in ("/", "/health", "/metrics", "/load", "/v1/models")]
+    answers += [httpx.post(f"{server.url}/ping"), httpx.get(f"{server.url}/nothing%0A{'x' * 300}")]
+    [line] = lines.of(*answers)
     assert line.startswith("GET /nothing%0Axxx") and " 404 " in line and len(line) < 1000
 
 
