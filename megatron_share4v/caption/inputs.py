@@ -112,7 +112,7 @@ def _parse_list(text: str, *, is_lines: bool) -> object:
 
 
 def _expand_item(item: str, root: Path, skipped: Counter[str]) -> Iterator[EntryFields]:
-    if (root / item).exists():
+    if os.path.exists(root / item):  # False for an unusable name as well
         yield from _entries_at(item, root, skipped, explicit=True)
         return
     matches = sorted(glob.glob(item, root_dir=root, recursive=True)) if glob.has_magic(item) else []

@@ -132,6 +132,8 @@ def test_invalid_lists_are_rejected(listed: str, name: str, what: str, tmp_path:
 def test_missing_and_damaged_inputs_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file, folder or match"):
         read(tmp_path, "nowhere/*.jpg")
+    with pytest.raises(DataError, match="no such file, folder or match"):
+        read(tmp_path, "x" * 5000)
     (tmp_path / "a.tar.gz").write_bytes(b"")
     with pytest.raises(DataError, match="compressed as a whole"):
         read(tmp_path, "a.tar.gz")

@@ -21,8 +21,6 @@ from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 
-pytest.importorskip("simplejpeg")
-
 
 def jpeg(mode: str = "RGB", **options: object) -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
