@@ -30,6 +30,8 @@ QUESTION_KINDS = ("color", "shape", "place", "size", "count", "background")
 _COUNTS = ("zero", "one", "two", "three")
 # (attribute that identifies the object, attribute asked for); no two objects of a scene share a colour or a place
 _LINKS = (("color", "shape"), ("color", "size"), ("color", "place"), ("place", "color"))
+# Training asks for the colour at a place, which is learned last, twice as often as for the place of a colour.
+_TRAINED_LINKS = (*_LINKS, ("place", "color"))
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def scene_questions(scene: Scene, limit: int, rng: Random) -> list[SceneQuestion
     found = _scene_wide_questions(scene)
     for item in scene.objects:
         group = {name: name for name in ("shape", "color", "place", "size")}
-        for given, requested in rng.sample(_LINKS, len(_LINKS)):
+        for given, requested in rng.sample(_TRAINED_LINKS, len(_TRAINED_LINKS)):
             if group[given] == group[requested]:
                 continue
             old, new = group[requested], group[given]
