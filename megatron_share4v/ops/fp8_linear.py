@@ -153,6 +153,10 @@ def _scaled_matmul(
     """
     if not left.numel():
         return torch.zeros(left.size(0), right.size(0), dtype=dtype, device=left.device)
+    if left.device.type == "cpu":
+        # torch's CPU kernel is a reference loop on some processors (torch 2.13 with AMX: 0.58 s for 256 x 128 x 384
+        # against 0.6 ms here). Codes are exact in fp32, so only the order of summation differs.
+        return ((left.float() @ right.float().t()) * (left_scale * right_scale)).to(dtype)
     return torch._scaled_mm(
         left, right.t(), scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast
     )
