@@ -126,7 +126,8 @@ def test_another_tokenizer_is_reported_apart(exported: tuple[Path, Path], publis
     """Tokenizers that transformers converted itself drop the space after an image; the computation is the same."""
     path = published / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["normalizer"]["normalizers"] = content["normalizer"]["normalizers"][1:]
+    steps = content["normalizer"]["normalizers"]
+    content["normalizer"]["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
     path.write_text(json.dumps(content))
     found = compare(exported[0], published, questions=generated_questions()[:1], mesh=mesh, max_new_tokens=2)
     assert found.holds and not found.ids_equal and "ids of its tokenizer DIFFERENT" in str(found)
