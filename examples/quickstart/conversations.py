@@ -1,7 +1,7 @@
 """Captions of and questions about the quickstart's scenes, and the scoring of generated text against them.
 
-A caption states every object's attributes and the background. Every question is answered in one sentence. The scoring
-functions are pure: text in, numbers out.
+A caption states every object's attributes, the relations of consecutive objects, and the background. Every question is
+answered in one sentence. The scoring functions are pure: text in, numbers out.
 
 A *fact* is a triple `(subject, attribute, value)` of strings; its subject is an object's colour or "background".
 """
@@ -47,35 +47,50 @@ class SceneQuestion:
 # --- captions ---------------------------------------------------------------
 
 
+def _relations(first: SceneObject, second: SceneObject) -> tuple[str, ...]:
+    """Return the position of `first` relative to `second`: one or two of the four directions."""
+    words = []
+    if first.row != second.row:
+        words.append("above" if first.row < second.row else "below")
+    if first.column != second.column:
+        words.append("left of" if first.column < second.column else "right of")
+    return tuple(words)
+
+
 def _count_sentence(scene: Scene) -> str:
     count = len(scene.objects)
     return "There is one object." if count == 1 else f"There are {_COUNTS[count]} objects."
 
 
-def caption(scene: Scene) -> str:
-    """Return the detailed caption of a scene, one line of English.
+def _relation_sentence(first: SceneObject, second: SceneObject) -> str:
+    return f"The {first.color} object is {' and '.join(_relations(first, second))} the {second.color} object."
 
-    One sentence per object: a random half of the scenes names objects by their colours, sorted as in `COLORS`, the
-    other half by their places, in reading order. So captions teach both ways to find an object, and no sentence can be
-    copied from an earlier one.
-    """
-    if scene_rng(scene.seed, scene.split, scene.index, "caption").random() < 0.5:
-        by_place = sorted(scene.objects, key=lambda item: PLACES.index(item.place))
-        objects = [f"The object at the {item.place} is a {item.size} {item.color} {item.shape}." for item in by_place]
-    else:
-        objects = [
-            f"The {item.color} object is a {item.size} {item.shape} at the {item.place}." for item in scene.objects
-        ]
-    return " ".join([_count_sentence(scene), *objects, f"The background is {scene.shade}."])
+
+def caption(scene: Scene) -> str:
+    """Return the detailed caption of a scene, one line of English; objects are sorted by colour as in `COLORS`."""
+    parts = [_count_sentence(scene)]
+    for item in scene.objects:
+        parts.append(f"The {item.color} object is a {item.size} {item.shape} at the {item.place}.")
+    parts += [
+        _relation_sentence(first, second) for first, second in zip(scene.objects, scene.objects[1:], strict=False)
+    ]
+    parts.append(f"The background is {scene.shade}.")
+    return " ".join(parts)
 
 
 def caption_facts(scene: Scene) -> frozenset[Fact]:
-    """Return every true fact about `scene`: size, shape and place of each object, and the background's shade."""
+    """Return every true fact that a complete caption of `scene` states.
+
+    Size, shape and place of each object (subject: its colour), one or two directions for each pair of consecutive
+    objects, and the background's shade.
+    """
     facts: set[Fact] = {("background", "shade", scene.shade)}
     for item in scene.objects:
         facts.add((item.color, "size", item.size))
         facts.add((item.color, "shape", item.shape))
         facts.add((item.color, "place", item.place))
+    for first, second in zip(scene.objects, scene.objects[1:], strict=False):
+        facts.update((first.color, word, second.color) for word in _relations(first, second))
     return frozenset(facts)
 
 
@@ -83,32 +98,44 @@ def _alternatives(words: Sequence[str]) -> str:
     return "(" + "|".join(sorted(words, key=len, reverse=True)) + ")"
 
 
+_DIRECTIONS = ("above", "below", "left of", "right of")
+_OPPOSITE = {
+    "above": "below",
+    "below": "above",
+    "left of": "right of",
+    "right of": "left of",
+}
 _OBJECT_RE = re.compile(
     rf"\bthe {_alternatives(COLORS)} object is a {_alternatives(SIZES)} {_alternatives(SHAPES)} "
     rf"at the {_alternatives(PLACES)}\b"
 )
 _BACKGROUND_RE = re.compile(rf"\bthe background is {_alternatives(SHADES)}\b")
-_PLACE_RE = re.compile(
-    rf"\bthe object at the {_alternatives(PLACES)} is a {_alternatives(SIZES)} {_alternatives(COLORS)} "
-    rf"{_alternatives(SHAPES)}\b"
+_RELATION_RE = re.compile(
+    rf"\bthe {_alternatives(COLORS)} object is {_alternatives(_DIRECTIONS)}(?: and {_alternatives(_DIRECTIONS)})? "
+    rf"the {_alternatives(COLORS)} object\b"
 )
 
 
 def stated_facts(text: str) -> frozenset[Fact]:
     """Parse the facts that a caption states; any text is accepted.
 
-    Contradictions count as not stated: two values for one attribute of one subject cancel.
+    Contradictions count as not stated: two values for one attribute of one subject, or a direction and its opposite.
     """
     plain = " ".join(text.lower().split())
     values: dict[tuple[str, str], set[str]] = {}
-    by_place = [(color, size, shape, place) for place, size, color, shape in _PLACE_RE.findall(plain)]
-    for color, size, shape, place in _OBJECT_RE.findall(plain) + by_place:
+    for color, size, shape, place in _OBJECT_RE.findall(plain):
         values.setdefault((color, "size"), set()).add(size)
         values.setdefault((color, "shape"), set()).add(shape)
         values.setdefault((color, "place"), set()).add(place)
     for shade in _BACKGROUND_RE.findall(plain):
         values.setdefault(("background", "shade"), set()).add(shade)
-    return frozenset((*key, next(iter(found))) for key, found in values.items() if len(found) == 1)
+    facts = {(*key, next(iter(found))) for key, found in values.items() if len(found) == 1}
+    related = {
+        (one, word, two) for one, first, second, two in _RELATION_RE.findall(plain) for word in (first, second) if word
+    }
+    return frozenset(
+        facts | {(one, word, two) for one, word, two in related if (one, _OPPOSITE[word], two) not in related}
+    )
 
 
 def caption_attribute_accuracy(scenes: Sequence[Scene], captions: Sequence[str]) -> float:

@@ -46,12 +46,12 @@ def _true_value(scene: Scene, text: str) -> str | None:
         return ("zero", "one", "two", "three")[len(scene.objects)]
     by_color = {item.color: item for item in scene.objects}
     place = re.fullmatch(r"Where is the (.+)\?", text)
-    requested, name = ("place", place[1]) if place else re.fullmatch(r"What (\w+) is the (.+)\?", text).groups()
+    asked, name = ("place", place[1]) if place else re.fullmatch(r"What (\w+) is the (.+)\?", text).groups()
     if name == "background":
         return scene.shade
     by_place = {f"object at the {item.place}": item for item in scene.objects}
     item = by_place.get(name) or by_color.get(name.removesuffix(" object"))
-    return getattr(item, requested) if item else None
+    return getattr(item, asked) if item else None
 
 
 def test_scene_is_a_function_of_seed_split_and_index() -> None:
@@ -105,7 +105,6 @@ def test_caption_round_trip_and_swap() -> None:
     for scene, text in zip(scenes, captions, strict=True):
         assert stated_facts(text) == caption_facts(scene)
     assert caption_attribute_accuracy(scenes, captions) == 1.0
-    assert 100 < sum("The object at" in text for text in captions) < 200
     swapped = captions[1:] + captions[:1]
     assert caption_attribute_accuracy(scenes, swapped) < 0.25
     assert caption_attribute_accuracy(scenes, [""] * len(scenes)) == 0.0
@@ -124,12 +123,9 @@ def test_caption_accuracy_counts_facts() -> None:
 def test_contradicting_captions_state_nothing() -> None:
     text = (
         "The red object is a large cross at the top. The red object is a small cross at the top. "
-        "The object at the left is a small blue ring. The object at the right is a large blue square."
+        "The red object is above the blue object. The red object is below the blue object."
     )
     assert stated_facts(text) == {("red", "shape", "cross"), ("red", "place", "top")}
-    assert stated_facts("The object at the left is a small blue ring.") == {
-        ("blue", "place", "left"), ("blue", "size", "small"), ("blue", "shape", "ring"),
-    }  # fmt: skip
     assert stated_facts("nonsense \u0000 words") == frozenset()
 
 
@@ -144,13 +140,11 @@ def test_answers_are_right() -> None:
 def test_no_answer_follows_from_earlier_turns() -> None:
     """No question links two attributes of an object that earlier turns already link."""
     for scene in _scenes(200):
-        requested = [q.text for q in scene_questions(scene, 99, Random(scene.index))]
-        assert len(set(requested)) == len(requested)
+        asked = [q.text for q in scene_questions(scene, 99, Random(scene.index))]
+        assert len(set(asked)) == len(asked)
         for item in scene.objects:
             mine = [
-                t
-                for t in requested
-                if t.endswith((f"is the {item.color} object?", f"is the object at the {item.place}?"))
+                t for t in asked if t.endswith((f"is the {item.color} object?", f"is the object at the {item.place}?"))
             ]
             assert len(mine) == 3  # a tree over four attributes
 
