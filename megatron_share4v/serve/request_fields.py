@@ -228,14 +228,14 @@ def check_unsupported(fields: JsonFields, honoured: frozenset[str]) -> list[str]
                 raise ApiError(
                     f"{place} ({format_value(value)}) is not supported by this server; {remedy}", param=place
                 )
-        elif value is not False and _speaks_of_media(name):
+        elif value is not False and _names_media(name):
             raise ApiError(f"{place} is not read by this server; leave it out. {_WHERE_IMAGES_GO}", param=place)
         else:
             unknown.append(name)
     return unknown
 
 
-def _speaks_of_media(name: str) -> bool:
+def _names_media(name: str) -> bool:
     words = {word.lower() for word in _WORD.findall(name[:100])}
     return not _MEDIA.isdisjoint(words | {word.removesuffix("s") for word in words})
 

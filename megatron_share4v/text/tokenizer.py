@@ -94,8 +94,14 @@ class Tokenizer:
         """Encode `text` without a leading <s>. Raises DataError for a text that is not valid Unicode."""
         return self.encode_with_offsets(text)[0]
 
-    def encode_with_offsets(self, text: str) -> Encoding:
+    def encode_continuation(self, text: str) -> list[int]:
+        """Encode `text` as what follows other text: without the leading space. Raises DataError as `encode`."""
+        return self.encode_with_offsets(text, continues=True)[0]
+
+    def encode_with_offsets(self, text: str, *, continues: bool = False) -> Encoding:
         """Encode `text`; return the ids and, for each, its half-open span of characters.
+
+        continues: other text stands before, so that the first part has no leading space.
 
         The leading space that sentencepiece adds has no character: a token of it alone has an empty span, at the start
         of its part. When a character is encoded as several byte tokens, the last has its span, the others an empty one
@@ -113,7 +119,10 @@ class Tokenizer:
                 ids.append(self._cut_out[part.strip()] if token_id is None else token_id)
                 spans.append((start, start + len(part)))
             elif part:
-                part_ids, part_spans = self._encode_part(part, first=number == 0)
+                starts = number == 0
+                part_ids, part_spans = (
+                    _encode(self._bare, part) if starts and continues else self._encode_part(part, first=starts)
+                )
                 ids += part_ids
                 spans += [(start + begin, start + end) for begin, end in part_spans]
             start += len(part)

@@ -15,7 +15,6 @@ from megatron_share4v.text.tokenizer import Tokenizer
 
 # Half surrogate pairs, which cannot occur in a text that passed check_unicode.
 TYPED_PLACEHOLDER, TOKEN_BREAK = "\ud800", "\ud801"
-ANCHOR = "\n"  # a piece, or a byte, of its own: what follows it has no leading space
 
 
 def escape_placeholder(text: str) -> str:
@@ -35,18 +34,10 @@ def escape_typed(text: str, template: Template, tokenizer: Tokenizer) -> str:
 
 def encode_escaped(text: str, tokenizer: Tokenizer) -> list[int]:
     """Encode a text with marks of escape_typed: no token crosses a TOKEN_BREAK."""
-    first, *others = text.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER).split(TOKEN_BREAK)
-    ids = tokenizer.encode(first) if first or not others else []
-    anchor = tokenizer.encode(ANCHOR) if others else []
-    for part in others:
-        if not part:
-            continue
-        if not ids:
-            ids = tokenizer.encode(part)
-            continue
-        continued = tokenizer.encode(ANCHOR + part)
-        assert continued[: len(anchor)] == anchor, f"{tokenizer.path} has a piece that continues a line break"
-        ids += continued[len(anchor) :]
+    ids: list[int] = []
+    for part in text.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER).split(TOKEN_BREAK):
+        if part:
+            ids += tokenizer.encode_continuation(part) if ids else tokenizer.encode(part)
     return ids
 
 

@@ -1,7 +1,7 @@
 """Find the vision tower of a model: among its weights, in a folder beside them, or where its config.json names it.
 
 The same configuration fits OpenAI's CLIP and every fine-tuned tower, so a wrong one would change the outputs silently:
-towers that are named or lie in the model's own directory are told from guesses, and two of them need a choice.
+towers that are named or lie in the model's own directory are distinguished from guesses, and two of them need a choice.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ class RecordValidator:
 
 
 def check_text_only(content: object, turns: tuple[Turn, ...], *, where: str) -> Rejected | None:
-    """Refuse a record that is read as text only, although a key or a placeholder speaks of a picture."""
+    """Refuse a record that is read as text only, although a key or a placeholder names a picture."""
     keys = content if isinstance(content, dict) else {}
     if reason := find_lost_media(keys):
         return Rejected(BAD_RECORD, f"{where}: {reason}")
