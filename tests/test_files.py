@@ -11,7 +11,7 @@ import pytest
 
 from megatron_share4v import files
 from megatron_share4v.caption.inputs import read_image_entries
-from megatron_share4v.checkpoint.hf.reader import read_json
+from megatron_share4v.checkpoint.hf.source.reader import read_json
 from megatron_share4v.config.load import load_run
 
 

@@ -213,7 +213,7 @@ def convert(command: str, start: str, end: str, *, shard_bytes: int) -> None:
     """Convert in the child process, and print the measurements as JSON."""
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-    from megatron_share4v.checkpoint.hf.source import HfSource
+    from megatron_share4v.checkpoint.hf.source.model import HfSource
 
     baseline, started, cpu = peak_resident_gb(), time.perf_counter(), time.process_time()
     if command == "import":

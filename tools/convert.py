@@ -22,7 +22,7 @@ from megatron_share4v.logging import configure
 from megatron_share4v.text.tokenizer_config import RULES
 
 if TYPE_CHECKING:
-    from megatron_share4v.checkpoint.hf.source import HfSource
+    from megatron_share4v.checkpoint.hf.source.model import HfSource
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -124,7 +124,7 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def source_of(arguments: argparse.Namespace) -> HfSource:
-    from megatron_share4v.checkpoint.hf.source import HfSource
+    from megatron_share4v.checkpoint.hf.source.model import HfSource
 
     options = ("base", "delta", "tower", "use_tower", "projector", "tokenizer", "tokenizer_rule", "any_tower")
     return HfSource(directory=arguments.source, **{name: getattr(arguments, name) for name in options}).resolve()

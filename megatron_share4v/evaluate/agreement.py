@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 
 from megatron_share4v.checkpoint.hf.naming import detect_naming
-from megatron_share4v.checkpoint.hf.reader import open_weights_directory
+from megatron_share4v.checkpoint.hf.source.reader import open_weights_directory
 from megatron_share4v.checkpoint.hf.weight_map import weight_mappings
 from megatron_share4v.data.images.pil_decoder import encode_png, open_rgb
 from megatron_share4v.data.images.pixels import normalise

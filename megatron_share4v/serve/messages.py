@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_share4v.serve.api_error import ApiError
-from megatron_share4v.serve.image_url import check_image_url
+from megatron_share4v.serve.images.url import check_image_url
 from megatron_share4v.serve.json_fields import JsonFields, format_value
 from megatron_share4v.serve.request_fields import check_unsupported, keys_of
 from megatron_share4v.text.template import GPT, HUMAN

@@ -16,8 +16,8 @@ from megatron_share4v.data.records import Turn
 from megatron_share4v.errors import DataError
 from megatron_share4v.serve.api_error import ApiError, context_length_error
 from megatron_share4v.serve.engine_thread import ServedModel
-from megatron_share4v.serve.image_fetch import ImageFetcher
-from megatron_share4v.serve.image_loader import ImageLoader
+from megatron_share4v.serve.images.fetch import ImageFetcher
+from megatron_share4v.serve.images.loader import ImageLoader
 from megatron_share4v.serve.messages import Conversation
 from megatron_share4v.serve.protocol import CompletionRequest
 from megatron_share4v.text.detokenizer import IncrementalDetokenizer

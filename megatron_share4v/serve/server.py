@@ -31,7 +31,7 @@ from megatron_share4v.serve.api_openai import OpenAIRoutes
 from megatron_share4v.serve.connection import BACKLOG, connection_class, fit_connections, report_loop_error
 from megatron_share4v.serve.engine_thread import EngineThread, ServedModel
 from megatron_share4v.serve.http import AuthMiddleware, BodyReader, JsonResponse, handle_exception
-from megatron_share4v.serve.image_fetch import ImageFetcher
+from megatron_share4v.serve.images.fetch import ImageFetcher
 from megatron_share4v.serve.metrics import CONTENT_TYPE, EngineCollector, Metrics
 from megatron_share4v.serve.prompt_builder import PromptBuilder
 from megatron_share4v.serve.request_log import RequestLog, limit_log

@@ -19,7 +19,7 @@ from examples.quickstart.scenes import draw_scene, make_scene
 from megatron_share4v.caption.job import JobOptions
 from megatron_share4v.caption.records import CaptionSettings
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.parallel.launch import World
 

@@ -27,7 +27,7 @@ from megatron_share4v.checkpoint.assets import asset_files, copy_assets_to_run
 from megatron_share4v.checkpoint.compatibility import check_initial_model
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import CheckpointConfig

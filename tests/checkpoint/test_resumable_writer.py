@@ -19,7 +19,7 @@ from megatron_share4v.checkpoint import resumable_writer
 from megatron_share4v.checkpoint.hf import exporter, importer
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.writer import safetensors_files, write_index
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, hash_components, tensor_sha256
 from megatron_share4v.checkpoint.manifest import digest_of_ranges, read_manifest, verify_files
@@ -216,7 +216,7 @@ from megatron_share4v.checkpoint.hf import importer
 from megatron_share4v.checkpoint.hf import exporter
 from megatron_share4v.checkpoint.hf import writer
 from megatron_share4v.checkpoint import resumable_writer
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 importer.FILE_BYTES = 100_000
 count, write = 0, resumable_writer._write
 def dies(*arguments):

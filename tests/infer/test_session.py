@@ -18,7 +18,7 @@ from PIL import Image
 from examples.quickstart.tokenizer import train_tokenizer
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.config.engine import EngineConfig
 from megatron_share4v.data.loading.prompt import make_prompt
 from megatron_share4v.data.records import Turn

@@ -20,7 +20,7 @@ from hf_fixtures import (
 from tolerances import FP32_MODULE
 
 from megatron_share4v.checkpoint.hf.importer import megatron_tensors
-from megatron_share4v.checkpoint.hf.source import HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source.model import HfSource, open_hf_model
 
 peft = pytest.importorskip("peft", reason="peft is in the dev extra")
 DECODER = r".*language_model.*(q_proj|v_proj|down_proj)"

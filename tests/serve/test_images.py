@@ -24,7 +24,7 @@ from server_fixture import Running, data_url, picture, running, until
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.serve.api_error import ApiError
-from megatron_share4v.serve.image_fetch import ImageFetcher, is_public
+from megatron_share4v.serve.images.fetch import ImageFetcher, is_public
 
 
 def ask(server: Running, url: str) -> httpx.Response:

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_share4v.checkpoint.hf.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import CONFIG, HfSource
+from megatron_share4v.checkpoint.hf.source.hub_cache import open_snapshot
+from megatron_share4v.checkpoint.hf.source.model import CONFIG, HfSource
 from megatron_share4v.checkpoint.manifest import MANIFEST
 from megatron_share4v.checkpoint.store import resolve_checkpoint
 from megatron_share4v.mcore.groups import Mesh

@@ -22,8 +22,8 @@ from megatron_share4v.checkpoint.assets import UNUSED, open_tokenizer
 from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf import metadata_files
 from megatron_share4v.checkpoint.hf.official_loader import export_warnings, tower_name
-from megatron_share4v.checkpoint.hf.reader import open_weights_file
-from megatron_share4v.checkpoint.hf.source_template import PROVENANCE
+from megatron_share4v.checkpoint.hf.source.reader import open_weights_file
+from megatron_share4v.checkpoint.hf.source.template import PROVENANCE
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS, added_vocab_rows
 from megatron_share4v.checkpoint.hf.weight_map import (
     CLIP,

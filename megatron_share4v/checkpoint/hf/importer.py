@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 
 from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED, write_tokenizer
-from megatron_share4v.checkpoint.hf.hub_cache import model_name
-from megatron_share4v.checkpoint.hf.reader import read_json
-from megatron_share4v.checkpoint.hf.source import HfModel, HfSource, open_hf_model
-from megatron_share4v.checkpoint.hf.source_template import PROVENANCE, choose_template
+from megatron_share4v.checkpoint.hf.source.hub_cache import model_name
+from megatron_share4v.checkpoint.hf.source.model import HfModel, HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source.reader import read_json
+from megatron_share4v.checkpoint.hf.source.template import PROVENANCE, choose_template
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS
 from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, SHARE4V, WeightMapping, weight_mappings
 from megatron_share4v.checkpoint.hf.writer import split_into_shards, write_safetensors

@@ -15,7 +15,7 @@ import torch
 from megatron_share4v.checkpoint.compatibility import model_differences
 from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import megatron_tensors
-from megatron_share4v.checkpoint.hf.source import HfModel, HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source.model import HfModel, HfSource, open_hf_model
 from megatron_share4v.checkpoint.hf.transforms import ConcatRows, InterleaveQKV
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS, added_vocab_rows
 from megatron_share4v.checkpoint.hf.weight_map import WeightMapping, check_megatron_weights

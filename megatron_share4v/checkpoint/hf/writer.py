@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_share4v.checkpoint.hf.reader import DTYPES
+from megatron_share4v.checkpoint.hf.source.reader import DTYPES
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors, prefetch_tensors, tensor_bytes
 from megatron_share4v.checkpoint.resumable_writer import HashingWriter, OutputFile
 

@@ -45,7 +45,7 @@ def answer(folder: Path, dtype: str) -> None:
 
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-    from megatron_share4v.checkpoint.hf.source import HfSource
+    from megatron_share4v.checkpoint.hf.source.model import HfSource
     from megatron_share4v.data.images.pixels import normalise
     from megatron_share4v.data.loading.prompt import make_prompt
     from megatron_share4v.evaluate.agreement import compute_logits, generated_questions, to_messages

@@ -14,7 +14,7 @@ import torch
 from hf_fixtures import MODEL, SHARE4V, random_hf_weights, read_safetensors, write_json, write_llava_hf, write_weights
 
 from megatron_share4v.checkpoint.hf.importer import megatron_tensors
-from megatron_share4v.checkpoint.hf.source import HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source.model import HfSource, open_hf_model
 from megatron_share4v.errors import ConversionError
 
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"

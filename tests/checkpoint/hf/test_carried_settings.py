@@ -18,9 +18,9 @@ from megatron_share4v.checkpoint.assets import open_tokenizer
 from megatron_share4v.checkpoint.hf.chat_template import to_jinja
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
-from megatron_share4v.checkpoint.hf.source_template import find_template
-from megatron_share4v.checkpoint.hf.source_tokenizer import open_source_tokenizer
+from megatron_share4v.checkpoint.hf.source.model import HfSource
+from megatron_share4v.checkpoint.hf.source.template import find_template
+from megatron_share4v.checkpoint.hf.source.tokenizer_rule import open_source_tokenizer
 from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.inspect import describe_checkpoint
 from megatron_share4v.config.data import DataConfig

@@ -18,7 +18,7 @@ from hf_fixtures import read_safetensors, write_clip, write_llama, write_llava_h
 from megatron_share4v.checkpoint.hf.average import average_checkpoints
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.inspect import describe_checkpoint
 from megatron_share4v.checkpoint.manifest import read_manifest, write_manifest

@@ -13,7 +13,7 @@ from hf_fixtures import MODEL, read_safetensors, write_clip, write_json, write_s
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.errors import CheckpointError, ConversionError
 

@@ -15,7 +15,7 @@ from hf_fixtures import MODEL, SHARE4V, random_hf_weights, read_safetensors, wri
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.official_loader import LLAVA, SHAREGPT4V
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.errors import ConversionError
 
 

@@ -23,7 +23,7 @@ from hf_fixtures import (
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.weight_map import LLAVA_HF, SHARE4V
 from megatron_share4v.errors import ConfigError, ConversionError
 

@@ -23,7 +23,7 @@ from hf_fixtures import (
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.manifest import RunState, hash_files, read_manifest, write_manifest
 from megatron_share4v.config.model import LanguageConfig, VisionConfig

@@ -27,7 +27,7 @@ from hf_fixtures import (
 )
 
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, megatron_tensors
-from megatron_share4v.checkpoint.hf.source import HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source.model import HfSource, open_hf_model
 from megatron_share4v.checkpoint.hf.weight_map import LLAVA_IN_MEMORY, Naming, to_megatron
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
 from megatron_share4v.config.load import restore

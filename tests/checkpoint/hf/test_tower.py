@@ -24,7 +24,7 @@ from hf_fixtures import (
 
 from megatron_share4v.checkpoint.hf.auto_import import is_hf_model
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, megatron_tensors
-from megatron_share4v.checkpoint.hf.source import HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.source.model import HfSource, open_hf_model
 from megatron_share4v.errors import ConversionError
 
 OPENAI, TUNED = "openai/clip-vit-large-patch14-336", "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12"

@@ -16,7 +16,7 @@ from megatron_share4v.checkpoint.assets import asset_files
 from megatron_share4v.checkpoint.hf import verify as verify_module
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model, write_weights_checkpoint
-from megatron_share4v.checkpoint.hf.source import HfSource
+from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor
 from megatron_share4v.checkpoint.resumable_writer import stage_directory

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_share4v.checkpoint.hf.config import CONFIG, HfConfig
-from megatron_share4v.checkpoint.hf.hub_cache import cached_sibling, model_name
 from megatron_share4v.checkpoint.hf.naming import TOWER, component_of
-from megatron_share4v.checkpoint.hf.reader import has_weights
+from megatron_share4v.checkpoint.hf.source.hub_cache import cached_sibling, model_name
+from megatron_share4v.checkpoint.hf.source.reader import has_weights
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_share4v.checkpoint.hf.adapter_config import AdapterConfig, Residual
+from megatron_share4v.checkpoint.hf.adapters.config import AdapterConfig, Residual
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
 from megatron_share4v.errors import ConversionError
 

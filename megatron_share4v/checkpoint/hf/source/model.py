@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_share4v.checkpoint.assets import TOKENIZER
-from megatron_share4v.checkpoint.hf.adapters import is_adapter, merge_adapter, merge_delta
+from megatron_share4v.checkpoint.hf.adapters.apply import is_adapter, merge_adapter, merge_delta
 from megatron_share4v.checkpoint.hf.config import (
     CONFIG,
     AspectRatio,
@@ -19,11 +19,16 @@ from megatron_share4v.checkpoint.hf.config import (
     parse_model_config,
     parse_vision_config,
 )
-from megatron_share4v.checkpoint.hf.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, detect_naming, present_components
-from megatron_share4v.checkpoint.hf.reader import has_weights, open_weights_directory, open_weights_file, read_json
-from megatron_share4v.checkpoint.hf.source_tokenizer import open_source_tokenizer
-from megatron_share4v.checkpoint.hf.tower import TowerQuestion, UseTower, drop_ungathered_tower, find_tower
+from megatron_share4v.checkpoint.hf.source.hub_cache import open_snapshot
+from megatron_share4v.checkpoint.hf.source.reader import (
+    has_weights,
+    open_weights_directory,
+    open_weights_file,
+    read_json,
+)
+from megatron_share4v.checkpoint.hf.source.tokenizer_rule import open_source_tokenizer
+from megatron_share4v.checkpoint.hf.source.tower import TowerQuestion, UseTower, drop_ungathered_tower, find_tower
 from megatron_share4v.checkpoint.hf.vocab import cut_vocabulary
 from megatron_share4v.checkpoint.hf.weight_map import (
     COMPONENTS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_share4v.checkpoint.hf.chat_template import detect_template
-from megatron_share4v.checkpoint.hf.reader import read_json
+from megatron_share4v.checkpoint.hf.source.reader import read_json
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.files import read_text
 from megatron_share4v.logging import get_logger

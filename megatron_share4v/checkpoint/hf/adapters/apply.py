@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.hf.adapter_config import CONFIG, ELSEWHERE, read_adapter_config
-from megatron_share4v.checkpoint.hf.adapter_merge import FACTOR_NAMES, MergedWeight, check_factors, scaled_bias
+from megatron_share4v.checkpoint.hf.adapters.config import CONFIG, ELSEWHERE, read_adapter_config
+from megatron_share4v.checkpoint.hf.adapters.merge import FACTOR_NAMES, MergedWeight, check_factors, scaled_bias
 from megatron_share4v.checkpoint.hf.naming import component_of, detect_naming, present_components, rename
-from megatron_share4v.checkpoint.hf.reader import open_weights_file
+from megatron_share4v.checkpoint.hf.source.reader import open_weights_file
 from megatron_share4v.checkpoint.hf.weight_map import Naming
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors, check_float_dtypes, check_not_empty
 from megatron_share4v.errors import ConversionError

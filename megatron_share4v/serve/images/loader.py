@@ -15,8 +15,8 @@ from megatron_share4v.data.images.decode_pool import DecodePool, DecodeRequest
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.errors import DataError
 from megatron_share4v.serve.api_error import ApiError
-from megatron_share4v.serve.image_fetch import ImageFetcher
-from megatron_share4v.serve.image_input import check_image, decode_data_uri, is_inline
+from megatron_share4v.serve.images.fetch import ImageFetcher
+from megatron_share4v.serve.images.input import check_image, decode_data_uri, is_inline
 
 
 class ImageLoader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_share4v.serve.api_error import ApiError
-from megatron_share4v.serve.image_input import is_inline
+from megatron_share4v.serve.images.input import is_inline
 from megatron_share4v.serve.json_fields import format_value
 
 _BASE64_STARTS = {"iVBORw0KGgo": "png", "/9j/": "jpeg", "R0lGOD": "gif", "UklGR": "webp", "Qk": "bmp"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from megatron_share4v.checkpoint.hf.reader import read_json
+from megatron_share4v.checkpoint.hf.source.reader import read_json
 from megatron_share4v.errors import ConversionError
 
 CONFIG = "adapter_config.json"
