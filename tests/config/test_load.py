@@ -83,7 +83,7 @@ def test_load_without_overrides(path: Path) -> None:
             "parallel.tensor=3",
             "parallel.tensor: model.language.num_attention_heads 32 is not divisible by parallel.tensor 3",
         ),
-        ("model.vision.image_size=335", "model.vision.image_size: image_size 335 is not a multiple of patch_size 14"),
+        ("model.vision.image_size=13", "model.vision.image_size: patch_size 14 is larger than image_size 13"),
         (
             "data.max_text_length=4000",
             "data.max_text_length: data.max_text_length 4000 with one image takes 4575 positions",
@@ -112,7 +112,7 @@ def test_all_problems_are_reported_in_file_order(path: Path) -> None:
         "  pipelin: 2\n"
         "  sequence: true\n"
         "model:\n"
-        "  vision: {image_size: 335, zebra: 1}\n"
+        "  vision: {image_size: 13, zebra: 1}\n"
         "  language: {hidden_size: 100, num_layers: 2}\n"
         "  trainable: {language: false, projector: false}\n"
         "train: {global_batch_size: 3, micro_batch_size: 2, steps: many}\n",
@@ -125,9 +125,11 @@ def test_all_problems_are_reported_in_file_order(path: Path) -> None:
         "run.yaml:1: run.directory: required key is missing",
         "run.yaml:4: parallel.pipelin: unknown key; did you mean 'pipeline'?",
         "run.yaml:5: parallel.sequence: sequence true needs tensor > 1, got tensor 1",
-        "run.yaml:7: model.vision.zebra: unknown key; known here: image_size, patch_size, hidden_size, "
-        "intermediate_size, num_layers, num_attention_heads, layer_norm_eps, feature_layer",
-        "run.yaml:7: model.vision.image_size: image_size 335 is not a multiple of patch_size 14",
+        "run.yaml:7: model.vision.zebra: unknown key; known here: model_type, image_size, patch_size, hidden_size, "
+        "intermediate_size, num_layers, num_attention_heads, layer_norm_eps, feature_layer, feature_select, "
+        "class_token, patch_bias, pre_norm, layer_scale, activation, image_mean, image_std, resample, resize, "
+        "resize_edge",
+        "run.yaml:7: model.vision.image_size: patch_size 14 is larger than image_size 13",
         "run.yaml:8: model.language.hidden_size: hidden_size 100 is not a multiple of num_attention_heads 32",
         "run.yaml:9: model.trainable.language: nothing trains: switch on language, projector or vision_from_block",
         'run.yaml:10: train.steps: should be a valid integer, got "many"',
@@ -193,7 +195,7 @@ def test_objects_built_in_python_are_validated_and_frozen() -> None:
         ParallelConfig(sequence=True, virtual=2)
     with pytest.raises(ValidationError, match="tower has blocks 0..22"):
         ModelConfig(trainable={"vision_from_block": 23})
-    with pytest.raises(ValidationError, match="image_size 337"):
-        dataclasses.replace(ModelConfig().vision, image_size=337)
+    with pytest.raises(ValidationError, match="patch_size 14 is larger than image_size 13"):
+        dataclasses.replace(ModelConfig().vision, image_size=13)
     with pytest.raises(dataclasses.FrozenInstanceError):
         ParallelConfig().tensor = 2

@@ -104,7 +104,7 @@ def parse_model_config(config: Json, *, where: str) -> HfConfig:
         raise ConversionError(f"{where}: {error}") from error
 
 
-def parse_vision_config(config: Json, *, feature_layer: int, where: str) -> VisionConfig:
+def parse_vision_config(config: Json, *, feature_layer: int | tuple[int, ...], where: str) -> VisionConfig:
     """Parse the config.json of a CLIP model as a vision tower. Raises ConversionError."""
     if config.get("model_type") == "clip":
         config = config.get("vision_config") or {}
@@ -174,7 +174,9 @@ def _language(config: Json, where: str) -> LanguageConfig:
     )
 
 
-def _vision(config: Json, defaults: Mapping[str, int], *, feature_layer: int, where: str) -> VisionConfig:
+def _vision(
+    config: Json, defaults: Mapping[str, int], *, feature_layer: int | tuple[int, ...], where: str
+) -> VisionConfig:
     _refuse_unsupported(config, VISION_ONLY, where)
     if not isinstance(feature_layer, int):
         raise ConversionError(f"{where}: features of the layers {feature_layer}; only one layer is supported")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from megatron_share4v.checkpoint.assets import TOKENIZER
 from megatron_share4v.checkpoint.hf.adapters.apply import is_adapter, merge_adapter, merge_delta
@@ -302,7 +301,7 @@ def _components(naming: Naming, config: HfConfig, paths: HfSource) -> tuple[Comp
     return COMPONENTS
 
 
-def _projector_type(config: HfConfig, naming: Naming) -> Literal["linear", "mlp2x_gelu"]:
+def _projector_type(config: HfConfig, naming: Naming) -> str:
     if config.kind == "llama" and naming.projector_linear is not None:
         return "linear"
     return config.model.projector.type
