@@ -42,6 +42,22 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class SqueezeLeading:
+    """One part, without its `count` leading dimensions of 1."""
+
+    count: int
+
+    def to_megatron(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[1, ..., R, W] -> [R, W]"""
+        (tensor,) = parts
+        return tensor.reshape(tensor.shape[self.count :])
+
+    def to_hf(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[R, W] -> [1, ..., R, W]"""
+        return (tensor.reshape(*(1,) * self.count, *tensor.shape),)
+
+
+@dataclass(frozen=True)
 class ConcatRows:
     """Concatenate `count` equal shapes along the rows: gate and up, which tensor parallelism splits separately."""
 

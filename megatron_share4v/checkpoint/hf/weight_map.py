@@ -12,8 +12,16 @@ from typing import Literal, Protocol
 
 import torch
 
-from megatron_share4v.checkpoint.hf.transforms import ConcatRows, Identity, InterleaveQKV, PadVocabulary, Transform
-from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.checkpoint.hf.families import TOWER_FAMILIES, TowerNames
+from megatron_share4v.checkpoint.hf.transforms import (
+    ConcatRows,
+    Identity,
+    InterleaveQKV,
+    PadVocabulary,
+    SqueezeLeading,
+    Transform,
+)
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 
 Component = Literal["vision", "projector", "language"]
@@ -28,13 +36,40 @@ class Naming:
 
     title: str
     tower: str | None = None
-    """Prefix of `embeddings.`, `pre_layrnorm.` and `encoder.`"""
-    projector_mlp: tuple[str, str] | None = None
-    """Prefixes of the two linear layers of mlp2x_gelu."""
+    """Prefix of the tower; of a layout, with CLIP's inner `vision_model.`, which other families can lack."""
+    in_memory: bool = False
+    """Whether the tower has the names of transformers 5's classes where they differ from those of files (DINOv2)."""
+    projector_mlp: tuple[str, ...] | None = None
+    """Prefixes of the linear layers of mlpNx_gelu: of two, which is the only depth then, or of as many as can be."""
     projector_linear: str | None = None
     decoder: str | None = None
     """Prefix of `embed_tokens.`, `layers.` and `norm.`"""
     head: str | None = None
+
+    def tower_prefix(self, vision: VisionConfig) -> str:
+        """Return the prefix of the tower of `vision` in this layout."""
+        prefix = self.tower or ""
+        inner = TOWER_FAMILIES[vision.model_type].inner
+        return prefix if inner else prefix.removesuffix("vision_model.")
+
+    def tower_names(self, vision: VisionConfig) -> TowerNames:
+        """Return the names of the tower's tensors after the prefix."""
+        family = TOWER_FAMILIES[vision.model_type]
+        return (family.names_in_memory if self.in_memory else None) or family.names
+
+    def projector_layers(self, depth: int) -> tuple[str, ...] | None:
+        """Return the prefixes of the linear layers of mlpNx_gelu with N = `depth`; None without such a projector."""
+        layers = self.projector_mlp or ()
+        return layers[:depth] if len(layers) == depth or len(layers) > max(2, depth) else None
+
+
+MAX_PROJECTOR_DEPTH = 9
+"""Largest N of mlpNx_gelu in the configuration."""
+
+
+def sequential_layers(prefix: str) -> tuple[str, ...]:
+    """Return the prefixes of the linear layers of LLaVA's projector `prefix`: every other layer is an activation."""
+    return tuple(f"{prefix}{2 * number}." for number in range(MAX_PROJECTOR_DEPTH))
 
 
 LLAVA_HF = Naming(
@@ -49,6 +84,7 @@ LLAVA_HF = Naming(
 LLAVA_IN_MEMORY = Naming(
     title="transformers 5 LlavaForConditionalGeneration",
     tower="model.vision_tower.",
+    in_memory=True,
     projector_mlp=("model.multi_modal_projector.linear_1.", "model.multi_modal_projector.linear_2."),
     decoder="model.language_model.",
     head="lm_head.",
@@ -58,7 +94,7 @@ LLAVA_IN_MEMORY = Naming(
 SHARE4V = Naming(
     title="share4v",
     tower="model.vision_tower.vision_tower.vision_model.",
-    projector_mlp=("model.mm_projector.0.", "model.mm_projector.2."),
+    projector_mlp=sequential_layers("model.mm_projector."),
     projector_linear="model.mm_projector.",
     decoder="model.",
     head="lm_head.",
@@ -66,9 +102,12 @@ SHARE4V = Naming(
 """Official ShareGPT4V and LLaVA; also a bare LlamaForCausalLM, with components=("language",)."""
 
 CLIP = Naming(title="CLIPVisionModel", tower="vision_model.")
-"""A vision tower beside its language model, as ShareGPT4V publishes it."""
+"""A vision tower of any family beside its language model, as ShareGPT4V publishes CLIP's."""
 
-CLIP_IN_MEMORY = Naming(title="transformers 5 CLIPVisionModel", tower="")
+CLIP_IN_MEMORY = Naming(title="transformers 5 CLIPVisionModel", tower="", in_memory=True)
+"""`state_dict()` of a vision tower's class in transformers 5."""
+
+_BARE_TOWER = Naming(title="tower without prefix", tower="")
 
 
 @dataclass(frozen=True)
@@ -108,83 +147,106 @@ def _with_bias(
     yield WeightMapping(f"{megatron}.bias", (width,), tuple(f"{name}.bias" for name in hf), transform)
 
 
-def _vision_rows(model: ModelConfig, prefix: str) -> Iterator[WeightMapping]:
+def _vision_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping]:
     vision, same = model.vision, Identity()
-    width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    prefix, names = naming.tower_prefix(vision), naming.tower_names(vision)
+    width, patch = vision.hidden_size, vision.patch_size
+    if vision.class_token:
+        transform = SqueezeLeading(2) if names.batched else same
+        yield WeightMapping("vision.class_embedding", (width,), (prefix + names.class_token,), transform)
+    yield WeightMapping(
+        "vision.patch_embedding.weight", (width, 3, patch, patch), (f"{prefix}{names.patch}.weight",), same
+    )
+    if vision.patch_bias:
+        yield WeightMapping("vision.patch_embedding.bias", (width,), (f"{prefix}{names.patch}.bias",), same)
+    yield WeightMapping(
+        "vision.position_embedding",
+        (vision.num_positions, width),
+        (prefix + names.position,),
+        SqueezeLeading(1) if names.batched else same,
+    )
+    if vision.pre_norm:
+        yield from _with_bias("vision.pre_layernorm", width, [prefix + names.pre_norm], same, inputs=())
+    for i in range(vision.num_built_layers):
+        yield from _block_rows(vision, f"vision.layers.{i}", f"{prefix}{names.blocks}{i}.", names)
+
+
+def _block_rows(vision: VisionConfig, megatron: str, hf: str, names: TowerNames) -> Iterator[WeightMapping]:
+    width, inner, same = vision.hidden_size, vision.intermediate_size, Identity()
     heads = InterleaveQKV(
         groups=vision.num_attention_heads, queries_per_group=1, head_dim=width // vision.num_attention_heads
     )
-    yield WeightMapping("vision.class_embedding", (width,), (f"{prefix}embeddings.class_embedding",), same)
-    yield WeightMapping(
-        "vision.patch_embedding.weight", (width, 3, patch, patch), (f"{prefix}embeddings.patch_embedding.weight",), same
-    )
-    yield WeightMapping(
-        "vision.position_embedding",
-        (vision.num_patches + 1, width),
-        (f"{prefix}embeddings.position_embedding.weight",),
-        same,
-    )
-    # `pre_layrnorm` is CLIP's spelling.
-    yield from _with_bias("vision.pre_layernorm", width, [f"{prefix}pre_layrnorm"], same, inputs=())
-    for i in range(vision.num_built_layers):
-        megatron, hf = f"vision.layers.{i}", f"{prefix}encoder.layers.{i}"
-        qkv = [f"{hf}.self_attn.{part}_proj" for part in "qkv"]
-        yield from _with_bias(f"{megatron}.input_layernorm", width, [f"{hf}.layer_norm1"], same, inputs=())
-        yield from _with_bias(f"{megatron}.self_attention.linear_qkv", 3 * width, qkv, heads, inputs=(width,))
-        yield from _with_bias(
-            f"{megatron}.self_attention.linear_proj", width, [f"{hf}.self_attn.out_proj"], same, inputs=(width,)
-        )
-        yield from _with_bias(f"{megatron}.pre_mlp_layernorm", width, [f"{hf}.layer_norm2"], same, inputs=())
-        yield from _with_bias(f"{megatron}.mlp.linear_fc1", inner, [f"{hf}.mlp.fc1"], same, inputs=(width,))
-        yield from _with_bias(f"{megatron}.mlp.linear_fc2", width, [f"{hf}.mlp.fc2"], same, inputs=(inner,))
+    qkv = [hf + part for part in (names.query, names.key, names.value)]
+    yield from _with_bias(f"{megatron}.input_layernorm", width, [hf + names.norms[0]], same, inputs=())
+    yield from _with_bias(f"{megatron}.self_attention.linear_qkv", 3 * width, qkv, heads, inputs=(width,))
+    yield from _with_bias(f"{megatron}.self_attention.linear_proj", width, [hf + names.out], same, inputs=(width,))
+    yield from _with_bias(f"{megatron}.pre_mlp_layernorm", width, [hf + names.norms[1]], same, inputs=())
+    yield from _with_bias(f"{megatron}.mlp.linear_fc1", inner, [hf + names.mlp[0]], same, inputs=(width,))
+    yield from _with_bias(f"{megatron}.mlp.linear_fc2", width, [hf + names.mlp[1]], same, inputs=(inner,))
+    if vision.layer_scale:
+        for part, name in zip(("self_attention", "mlp"), names.scales):
+            yield WeightMapping(f"{megatron}.{part}.layer_scale", (width,), (hf + name,), same)
 
 
 def _projector_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping]:
-    source, width, same = model.vision.hidden_size, model.language.hidden_size, Identity()
-    kind = model.projector.type
-    if kind == "mlp2x_gelu" and naming.projector_mlp is not None:
-        first, second = (prefix.removesuffix(".") for prefix in naming.projector_mlp)
-        yield from _with_bias("projector.mlp.linear_fc1", width, [first], same, inputs=(source,))
-        yield from _with_bias("projector.mlp.linear_fc2", width, [second], same, inputs=(width,))
-    elif kind == "linear" and naming.projector_linear is not None:
-        yield from _with_bias(
-            "projector.linear", width, [naming.projector_linear.removesuffix(".")], same, inputs=(source,)
-        )
-    else:
+    width, depth, kind = model.language.hidden_size, model.projector.depth, model.projector.type
+    layers = naming.projector_layers(depth)
+    if kind == "linear":
+        layers = None if naming.projector_linear is None else (naming.projector_linear,)
+    if layers is None:
         raise ConversionError(
             f"the layout {naming.title} has no projector of model.projector.type {kind}; use another layout"
         )
+    for number, (name, prefix) in enumerate(zip(_projector_names(depth), layers, strict=True)):
+        inputs = width if number else model.vision.feature_width
+        yield from _with_bias(f"projector.{name}", width, [prefix.removesuffix(".")], Identity(), inputs=(inputs,))
+
+
+def _projector_names(depth: int) -> tuple[str, ...]:
+    """Return our names of a projector's linear layers."""
+    if depth == 1:
+        return ("linear",)
+    return ("mlp.linear_fc1", "mlp.linear_fc2") if depth == 2 else tuple(f"layers.{i}" for i in range(depth))
 
 
 def _language_rows(model: ModelConfig, naming: Naming) -> Iterator[WeightMapping]:
-    language, same = model.language, Identity()
-    width, inner, groups = language.hidden_size, language.intermediate_size, language.num_key_value_heads
-    heads = InterleaveQKV(
-        groups=groups,
-        queries_per_group=language.num_attention_heads // groups,
-        head_dim=width // language.num_attention_heads,
-    )
+    language, same, width = model.language, Identity(), model.language.hidden_size
     vocabulary = PadVocabulary(rows=language.vocab_size, padded=language.padded_vocab_size)
-    qkv_rows = groups * (heads.queries_per_group + 2) * heads.head_dim
     yield WeightMapping(
         "language.embedding.weight", (vocabulary.padded, width), (f"{naming.decoder}embed_tokens.weight",), vocabulary
     )
     for i in range(language.num_layers):
-        megatron, hf = f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}"
-        qkv = tuple(f"{hf}.self_attn.{part}_proj.weight" for part in "qkv")
-        gate_up = tuple(f"{hf}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-        yield WeightMapping(f"{megatron}.input_layernorm.weight", (width,), (f"{hf}.input_layernorm.weight",), same)
-        yield WeightMapping(f"{megatron}.self_attention.linear_qkv.weight", (qkv_rows, width), qkv, heads)
-        yield WeightMapping(
-            f"{megatron}.self_attention.linear_proj.weight", (width, width), (f"{hf}.self_attn.o_proj.weight",), same
-        )
-        yield WeightMapping(
-            f"{megatron}.pre_mlp_layernorm.weight", (width,), (f"{hf}.post_attention_layernorm.weight",), same
-        )
-        yield WeightMapping(f"{megatron}.mlp.linear_fc1.weight", (2 * inner, width), gate_up, ConcatRows())
-        yield WeightMapping(f"{megatron}.mlp.linear_fc2.weight", (width, inner), (f"{hf}.mlp.down_proj.weight",), same)
+        yield from _layer_rows(language, f"language.decoder.layers.{i}", f"{naming.decoder}layers.{i}")
     yield WeightMapping("language.decoder.final_layernorm.weight", (width,), (f"{naming.decoder}norm.weight",), same)
-    yield WeightMapping("language.head.weight", (vocabulary.padded, width), (f"{naming.head}weight",), vocabulary)
+    if not language.tie_word_embeddings:
+        yield WeightMapping("language.head.weight", (vocabulary.padded, width), (f"{naming.head}weight",), vocabulary)
+
+
+def _layer_rows(language: LanguageConfig, megatron: str, hf: str) -> Iterator[WeightMapping]:
+    width, inner, same = language.hidden_size, language.intermediate_size, Identity()
+    groups, head = language.num_key_value_heads, language.attention_head_dim
+    heads = InterleaveQKV(groups=groups, queries_per_group=language.num_attention_heads // groups, head_dim=head)
+    qkv_rows, out_columns = groups * (heads.queries_per_group + 2) * head, language.num_attention_heads * head
+    qkv, out = [f"{hf}.self_attn.{part}_proj" for part in "qkv"], [f"{hf}.self_attn.o_proj"]
+    attention = f"{megatron}.self_attention"
+    linears = (
+        (f"{attention}.linear_qkv", qkv_rows, qkv, heads, width, language.qkv_bias),
+        (f"{attention}.linear_proj", width, out, same, out_columns, language.out_bias),
+        (f"{megatron}.mlp.linear_fc1", 2 * inner, [f"{hf}.mlp.{p}_proj" for p in ("gate", "up")], ConcatRows(), width,
+         False),
+        (f"{megatron}.mlp.linear_fc2", width, [f"{hf}.mlp.down_proj"], same, inner, False),
+    )  # fmt: skip
+    norms = [
+        (f"{megatron}.input_layernorm", width, f"{hf}.input_layernorm"),
+        (f"{megatron}.pre_mlp_layernorm", width, f"{hf}.post_attention_layernorm"),
+    ]
+    if language.qk_norm:
+        norms += [(f"{attention}.{part}_layernorm", head, f"{hf}.self_attn.{part}_norm") for part in "qk"]
+    for name, rows, sources, transform, inputs, bias in linears:
+        whole = tuple(_with_bias(name, rows, sources, transform, inputs=(inputs,)))
+        yield from whole if bias else whole[:1]
+    for name, size, source in norms:
+        yield WeightMapping(f"{name}.weight", (size,), (f"{source}.weight",), same)
 
 
 def weight_mappings(
@@ -198,7 +260,7 @@ def weight_mappings(
         if component == "projector":
             yield from _projector_rows(model, naming)
         elif component == "vision" and naming.tower is not None:
-            yield from _vision_rows(model, naming.tower)
+            yield from _vision_rows(model, naming)
         elif component == "language" and naming.decoder is not None:
             yield from _language_rows(model, naming)
         else:
@@ -211,16 +273,15 @@ def ignored_weights(
     """Yield the Hugging Face tensors that are ignored on purpose, with the reason."""
     for component in components:
         if component == "vision" and naming.tower is not None:
-            yield IgnoredWeights(
-                f"{naming.tower}post_layernorm.",
-                "",
-                "affects only the pooled class token, which is not used",
-                weights=True,
-            )
-            yield IgnoredWeights(f"{naming.tower}embeddings.", "position_ids", "a buffer that counts up from zero")
-            for i in range(model.vision.num_built_layers, model.vision.num_layers):
+            vision, prefix = model.vision, naming.tower_prefix(model.vision)
+            for name in TOWER_FAMILIES[vision.model_type].unused_shapes(vision):
+                reason = "has no effect on the features of model.vision.feature_layer"
+                yield IgnoredWeights(prefix + name, "", reason, weights=True)
+            yield IgnoredWeights(f"{prefix}embeddings.", "position_ids", "a buffer that counts up from zero")
+            for i in range(vision.num_built_layers, vision.num_layers):
                 reason = "comes after model.vision.feature_layer, so it is never computed"
-                yield IgnoredWeights(f"{naming.tower}encoder.layers.{i}.", "", reason, weights=True)
+                blocks = naming.tower_names(vision).blocks
+                yield IgnoredWeights(f"{prefix}{blocks}{i}.", "", reason, weights=True)
         if component == "language" and naming.decoder is not None:
             yield IgnoredWeights(
                 f"{naming.decoder}layers.",
@@ -230,19 +291,18 @@ def ignored_weights(
 
 
 def unused_tower_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tower weights that the model does not compute but an export has, by CLIP names without
-    prefix.
+    """Return the shapes of the tower weights that the model does not compute but an export has, by the family's names
+    in files without prefix.
     """
     tower = replace(model, vision=replace(model.vision, feature_layer=model.vision.num_layers))
-    built = {name for mapping in _vision_rows(model, "") for name in mapping.hf_names}
+    built = {name for mapping in _vision_rows(model, _BARE_TOWER) for name in mapping.hf_names}
     unused = {
         name: shape
-        for mapping in _vision_rows(tower, "")
+        for mapping in _vision_rows(tower, _BARE_TOWER)
         for name, shape in mapping.hf_shapes().items()
         if name not in built
     }
-    width = (model.vision.hidden_size,)
-    return {**unused, "post_layernorm.weight": width, "post_layernorm.bias": width}
+    return unused | TOWER_FAMILIES[model.vision.model_type].unused_shapes(model.vision)
 
 
 class HasShape(Protocol):

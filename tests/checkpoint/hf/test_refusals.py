@@ -29,6 +29,7 @@ from megatron_share4v.errors import ConfigError, ConversionError
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 EMBEDDING, CLASS = "language_model.model.embed_tokens.weight", "vision_tower.vision_model.embeddings.class_embedding"
+PATCH = CLASS.replace("class_embedding", "patch_embedding.weight")
 QUERY = "language_model.model.layers.1.self_attn.q_proj.weight"
 DOWN = "language_model.model.layers.2.mlp.down_proj.weight"
 
@@ -51,7 +52,8 @@ def _set(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
 
 TENSORS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "missing": (_drop(DOWN), ("missing", DOWN)),
-    "missing class token": (_drop(CLASS), ("class_embedding", "no vision tower")),
+    "missing class token": (_drop(CLASS), ("missing", CLASS)),
+    "missing patch convolution": (_drop(PATCH), ("missing tensor", "patch_embedding.weight", "no vision tower")),
     "missing head": (_drop("language_model.lm_head.weight"), ("missing tensor", "lm_head.weight")),
     "missing projector": (
         _drop("multi_modal_projector.linear_1.weight"),
@@ -78,8 +80,8 @@ TENSORS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "vocabulary cut": (_set(EMBEDDING, lambda tensor: tensor[:310]), ("wrong shape", EMBEDDING, "310", "320")),
     "two towers": (
-        lambda tensors: tensors.update({"vision_model.embeddings.class_embedding": torch.zeros(32)}),
-        ("two towers", CLASS),
+        lambda tensors: tensors.update({"vision_model.embeddings.patch_embedding.weight": torch.zeros(32)}),
+        ("two towers", PATCH),
     ),
     "two language models": (
         lambda tensors: tensors.update({"model.embed_tokens.weight": torch.zeros(2, 2)}),
@@ -185,7 +187,7 @@ def test_towers(tmp_path: Path) -> None:
     assert "is no tower" in refused(HfSource(directory=source, tower=tmp_path, any_tower=True), target)
     inside = write_share4v(tmp_path / "inside", inside=True)
     message = refused(HfSource(directory=inside, tower=tower, any_tower=True), target)
-    assert "two towers" in message and "embeddings.class_embedding" in message
+    assert "two towers" in message and "embeddings.patch_embedding.weight" in message
     write_clip(source / "clip")
     write_clip(source / "vision_tower")
     assert "two towers" in refused(HfSource(directory=source), target)

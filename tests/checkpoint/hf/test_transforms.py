@@ -7,12 +7,20 @@ import random
 import pytest
 import torch
 
-from megatron_share4v.checkpoint.hf.transforms import ConcatRows, Identity, InterleaveQKV, PadVocabulary, Transform
+from megatron_share4v.checkpoint.hf.transforms import (
+    ConcatRows,
+    Identity,
+    InterleaveQKV,
+    PadVocabulary,
+    SqueezeLeading,
+    Transform,
+)
 
 
 def _cases() -> list[tuple[Transform, list[tuple[int, ...]]]]:
     draw = random.Random(0)
     cases: list[tuple[Transform, list[tuple[int, ...]]]] = [(Identity(), [(3, 5, 2, 2)]), (Identity(), [(7,)])]
+    cases += [(SqueezeLeading(2), [(1, 1, 7)]), (SqueezeLeading(1), [(1, 3, 5)])]
     for _ in range(20):
         groups, queries, head = draw.choice([1, 2, 3, 8]), draw.choice([1, 2, 4, 7]), draw.choice([1, 4, 6])
         tail = draw.choice([(), (draw.randint(1, 9),)])

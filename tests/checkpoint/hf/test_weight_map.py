@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from harness import run_world
+from hf_fixtures import read_safetensors
 
 from megatron_share4v.checkpoint.hf.weight_map import (
     CLIP,
+    CLIP_IN_MEMORY,
     LLAVA_HF,
     LLAVA_IN_MEMORY,
     SHARE4V,
@@ -15,6 +21,7 @@ from megatron_share4v.checkpoint.hf.weight_map import (
     ignored_weights,
     to_hf,
     to_megatron,
+    unused_tower_shapes,
     weight_mappings,
 )
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -33,6 +40,24 @@ MODEL = ModelConfig(
     language=LanguageConfig(
         vocab_size=30, hidden_size=24, intermediate_size=20, num_layers=4, num_attention_heads=4, num_key_value_heads=2
     ),
+)
+SIGLIP = replace(
+    MODEL.vision,
+    model_type="siglip_vision_model",
+    class_token=False,
+    feature_select="full",
+    patch_bias=True,
+    pre_norm=False,
+    activation="gelu_tanh",
+)
+DINOV2 = replace(
+    MODEL.vision,
+    model_type="dinov2",
+    intermediate_size=32,
+    patch_bias=True,
+    pre_norm=False,
+    layer_scale=True,
+    activation="gelu",
 )
 LINEAR = ModelConfig(vision=MODEL.vision, language=MODEL.language, projector=ProjectorConfig(type="linear"))
 
@@ -165,3 +190,118 @@ def test_a_layout_without_the_part_says_so() -> None:
         list(weight_mappings(LINEAR, naming=LLAVA_HF))
     with pytest.raises(ConversionError, match="CLIPVisionModel has no component language"):
         list(weight_mappings(MODEL, naming=CLIP, components=("language",)))
+
+
+@pytest.fixture
+def all_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accept families whose layers are not built."""
+    monkeypatch.setattr(ModelConfig, "_unsupported", lambda model: iter(()), raising=False)
+
+
+TOWERS = {
+    "clip_vision_model": (MODEL.vision, "CLIPVisionConfig", {}),
+    "siglip_vision_model": (SIGLIP, "SiglipVisionConfig", {}),
+    "dinov2": (DINOV2, "Dinov2Config", {"mlp_ratio": 2}),
+}
+
+
+def _tower_class(name: str) -> Any:
+    """Return transformers' tower with the sizes of TOWERS, with random weights."""
+    import transformers
+
+    vision, config, own = TOWERS[name]
+    sizes = {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+    }
+    inner = own or {"intermediate_size": vision.intermediate_size}
+    return transformers.AutoModel.from_config(getattr(transformers, config)(**sizes, **inner))
+
+
+@pytest.mark.usefixtures("all_families")
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_of_every_family_has_the_names_of_transformers(name: str, tmp_path: Path) -> None:
+    """Classes and files; transformers 5 writes DINOv2 with other names than its classes have."""
+    model = replace(MODEL, vision=TOWERS[name][0])
+    tower = _tower_class(name)
+    in_memory = to_megatron(tower.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",))
+    tower.save_pretrained(tmp_path)
+    written, naming = read_safetensors(tmp_path), replace(CLIP_IN_MEMORY, in_memory=False)
+    from_file = to_megatron(written, model, naming=naming, components=("vision",))
+    assert set(from_file) == set(in_memory)
+    assert all(torch.equal(from_file[key], in_memory[key]) for key in from_file)
+    unused = {key: tuple(written[key].shape) for key in unused_tower_shapes(model)}
+    assert unused == unused_tower_shapes(model)
+    back = to_hf(from_file, model, naming=naming, components=("vision",))
+    assert set(back) | set(unused) == set(written) and not set(back) & set(unused)
+    assert all(torch.equal(back[key], written[key]) for key in back)
+
+
+def test_published_towers_have_the_inner_prefix_of_their_family() -> None:
+    prefixes = {name: LLAVA_HF.tower_prefix(vision) for name, (vision, _, _) in TOWERS.items()}
+    inner = "vision_tower.vision_model."
+    assert prefixes == {"clip_vision_model": inner, "siglip_vision_model": inner, "dinov2": "vision_tower."}
+
+
+LANGUAGE = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 30,
+}
+LANGUAGES = {
+    "llama with biases": ("LlamaConfig", {"attention_bias": True}, {"qkv_bias": True, "out_bias": True}),
+    "qwen2 tied": ("Qwen2Config", {"tie_word_embeddings": True}, {"qkv_bias": True, "tie_word_embeddings": True}),
+    "qwen2 untied": ("Qwen2Config", {}, {"qkv_bias": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}, {"head_dim": 8, "qk_norm": True}),
+    "mistral": ("MistralConfig", {"head_dim": 8}, {"head_dim": 8}),
+}
+
+
+@pytest.mark.usefixtures("all_families")
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_language_model_of_every_family_has_the_names_of_transformers(name: str) -> None:
+    import transformers
+
+    config, theirs, ours = LANGUAGES[name]
+    reference = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**LANGUAGE, **theirs))
+    weights = reference.state_dict()
+    if "tied" in name and "untied" not in name:
+        weights.pop("lm_head.weight")
+    model = replace(MODEL, language=replace(MODEL.language, num_layers=2, **ours))
+    megatron = to_megatron(weights, model, naming=SHARE4V, components=("language",))
+    back = to_hf(megatron, model, naming=SHARE4V, components=("language",))
+    assert set(back) == set(weights)
+    assert all(torch.equal(back[key], weights[key]) for key in weights)
+    assert ("language.head.weight" in megatron) == ("lm_head.weight" in weights)
+
+
+@pytest.mark.usefixtures("all_families")
+def test_a_group_has_its_queries_key_and_value_in_the_bias_too() -> None:
+    """A bias row belongs to the weight row of the same number, whose first column it is here."""
+    model = replace(MODEL, language=replace(MODEL.language, qkv_bias=True, num_layers=1))
+    table = {row.name: row for row in weight_mappings(model, naming=SHARE4V, components=("language",))}
+    weight, bias = (table[f"language.decoder.layers.0.self_attention.linear_qkv.{part}"] for part in ("weight", "bias"))
+    parts = [torch.randn(rows, 24) for rows in (24, 12, 12)]
+    fused = weight.transform.to_megatron(parts)
+    assert torch.equal(bias.transform.to_megatron([part[:, 0] for part in parts]), fused[:, 0])
+
+
+@pytest.mark.usefixtures("all_families")
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_projectors_of_every_depth_have_llavas_names(depth: int) -> None:
+    vision = replace(MODEL.vision, feature_layer=(-2, -1))
+    model = replace(MODEL, vision=vision, projector=ProjectorConfig(type=f"mlp{depth}x_gelu"))
+    rows = list(weight_mappings(model, naming=SHARE4V, components=("projector",)))
+    names = [name for row in rows for name in row.hf_names if name.endswith("weight")]
+    assert names == [f"model.mm_projector.{2 * number}.weight" for number in range(depth)]
+    shapes = [row.shape for row in rows if row.name.endswith("weight")]
+    assert shapes == [(24, 32), *[(24, 24)] * (depth - 1)]
+    if depth != 2:
+        with pytest.raises(ConversionError, match=f"llava-hf has no projector of model.projector.type mlp{depth}x"):
+            list(weight_mappings(model, naming=LLAVA_HF, components=("projector",)))

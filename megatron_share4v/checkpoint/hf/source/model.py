@@ -18,7 +18,14 @@ from megatron_share4v.checkpoint.hf.config import (
     parse_model_config,
     parse_vision_config,
 )
-from megatron_share4v.checkpoint.hf.naming import DECODER, HEAD, TOWER, detect_naming, present_components
+from megatron_share4v.checkpoint.hf.naming import (
+    DECODER,
+    HEAD,
+    TOWERS,
+    detect_naming,
+    find_tower_tensor,
+    present_components,
+)
 from megatron_share4v.checkpoint.hf.source.hub_cache import open_snapshot
 from megatron_share4v.checkpoint.hf.source.reader import (
     has_weights,
@@ -234,7 +241,7 @@ def _with_tower(
         return None, vision, tensors
     described = read_json(folder / CONFIG)
     vision = parse_vision_config(described, feature_layer=vision.feature_layer, where=str(folder / CONFIG))
-    if not any(name == TOWER or name.endswith(f".{TOWER}") for name in tensors):
+    if find_tower_tensor(tensors) is None:
         # Of a whole CLIP model, the text encoder is not needed.
         tower = open_weights_directory(folder).items()
         tensors = merge_disjoint(tensors, {name: t for name, t in tower if not name.startswith(CLIP_TEXT)})
@@ -252,7 +259,7 @@ def _vision_from_shapes(vision: VisionConfig, prefix: str, tensors: dict[str, La
             raise ConversionError(f"missing tensor: {prefix}{name}")
         return tensors[f"{prefix}{name}"].shape
 
-    width, patch = shape(TOWER)[0], shape("embeddings.patch_embedding.weight")[-1]
+    width, patch = shape("embeddings.class_embedding")[0], shape("embeddings.patch_embedding.weight")[-1]
     side = round((shape("embeddings.position_embedding.weight")[0] - 1) ** 0.5)
     layers = sum(
         name.startswith(f"{prefix}encoder.layers.") and name.endswith("layer_norm1.weight") for name in tensors
@@ -286,7 +293,7 @@ def _components(naming: Naming, config: HfConfig, paths: HfSource) -> tuple[Comp
             f"{paths.directory}: missing tensor: {HEAD}; models with tied embeddings are not supported"
         )
     if naming.tower is None:
-        raise ConversionError(f"{paths.directory}: missing tensor: {TOWER}: has no vision tower")
+        raise ConversionError(f"{paths.directory}: missing tensor: {TOWERS[0]}: has no vision tower")
     # Only the start of stage 1 (a bare LLaMA) may lack the projector.
     if config.kind == "llama":
         return present

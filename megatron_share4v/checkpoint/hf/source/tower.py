@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_share4v.checkpoint.hf.config import CONFIG, HfConfig
-from megatron_share4v.checkpoint.hf.naming import TOWER, component_of
+from megatron_share4v.checkpoint.hf.naming import TOWERS, component_of, find_tower_tensor
 from megatron_share4v.checkpoint.hf.source.hub_cache import cached_sibling, model_name
 from megatron_share4v.checkpoint.hf.source.reader import has_weights
 from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
@@ -57,7 +57,7 @@ def find_tower(question: TowerQuestion, tensors: LazyTensors) -> tuple[Path | No
     The folder has the tower's weights unless they are among the tensors; None when nothing describes those. Raises
     ConversionError for a missing tower, for another one than the model names, and for two without a choice.
     """
-    inside = next((name for name in tensors if name == TOWER or name.endswith(f".{TOWER}")), None)
+    inside = find_tower_tensor(tensors)
     if question.use == "inside" and inside is None:
         raise ConversionError(f"{question.directory}: has no vision tower among its weights; leave --use-tower out")
     if question.given is not None:
@@ -148,9 +148,12 @@ def _source(question: TowerQuestion) -> str:
 def _missing(question: TowerQuestion) -> str:
     if question.is_start:
         return (
-            f"{question.directory}: missing tensor: {TOWER}: its vision tower was trained "
+            f"{question.directory}: missing tensor: {TOWERS[0]}: its vision tower was trained "
             f"({question.config.tower_trained} is true in {CONFIG}) and is not here; {question.config.tower} is what "
             "it started from. Give the trained one with --tower"
         )
     named = f" (trained with {question.named}, by {_source(question)})" if question.named else ""
-    return f"{question.directory}: missing tensor: {TOWER}: has no vision tower{named}; give its directory with --tower"
+    return (
+        f"{question.directory}: missing tensor: {TOWERS[0]}: has no vision tower{named}; "
+        "give its directory with --tower"
+    )
