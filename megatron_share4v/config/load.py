@@ -2,7 +2,7 @@
 
 Precedence: defaults < base files < file < overrides `dotted.key=value`. All errors are reported at once, with file
 and line. Relative paths inside a configuration stay relative to the working directory; only `base:` is relative to its
-file (config/locate.py).
+file (config/locate.py), and presets are searched from there (config/presets.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_share4v.config.base import Conflict, ConflictError
-from megatron_share4v.config.locate import BASE, COMMAND_LINE, Reader, Section, merge
+from megatron_share4v.config.locate import BASE, COMMAND_LINE, Keys, Reader, Section, merge
+from megatron_share4v.config.presets import PRESET
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 
 T = TypeVar("T")
-Keys = tuple[str, ...]
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's name for it
 
 
@@ -35,10 +35,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Load a `@config` class from a YAML file and `dotted.key=value` overrides; ConfigError lists all errors."""
-    reader = Reader()
+    reader = Reader(presets=frozenset(_preset_sections(cls)))
     tree = reader.read_file(Path(path))
     for override in overrides:
-        tree = merge(tree, reader.read_override(override))
+        tree = merge(tree, reader.read_override(override, presets_from=Path(path).parent))
     problems = list(reader.problems)
     result: T | None = None
     if reader.complete:
@@ -194,6 +194,15 @@ def _fields(cls: Any, section: Keys = ()) -> Iterator[tuple[Keys, bool]]:
         yield (*section, name), bool(inner)
         for kind in inner:
             yield from _fields(kind, (*section, name))
+
+
+def _preset_sections(cls: Any, section: Keys = ()) -> Iterator[Keys]:
+    """Iterate over the keys of the sections that may be written as the name of a preset."""
+    for name, field in cls.__pydantic_fields__.items():
+        if PRESET in field.metadata:
+            yield (*section, name)
+        if dataclasses.is_dataclass(field.annotation):
+            yield from _preset_sections(field.annotation, (*section, name))
 
 
 def _reading_order(problem: str) -> tuple[str, int]:

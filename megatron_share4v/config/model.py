@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_share4v.config.base import Bool, Conflict, Fraction, Int, PositiveFloat, PositiveInt, config
+from megatron_share4v.config.presets import PRESET
 
 
 @config
@@ -242,11 +243,14 @@ UNSUPPORTED = {
 
 @config
 class ModelConfig:
-    """Tower, projector, language model, and what of them trains."""
+    """Tower, projector, language model, and what of them trains.
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
+    The first three may be written as the name of a preset: `language: qwen2.5_7b` (config/presets.py).
+    """
+
+    vision: Annotated[VisionConfig, PRESET] = field(default_factory=VisionConfig)
+    projector: Annotated[ProjectorConfig, PRESET] = field(default_factory=ProjectorConfig)
+    language: Annotated[LanguageConfig, PRESET] = field(default_factory=LanguageConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     init_std: PositiveFloat = 0.02
     """Standard deviation of freshly initialised matrices; init_std / sqrt(2 * layers) for output projections of
