@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from megatron_share4v.config.load import dump, load, load_run
-from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.locate import Reader
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.train.lr_schedule import warmup_steps
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-CLASSES = {"models": ModelConfig}  # folders without training runs
+PRESETS = {"vision": VisionConfig, "language": LanguageConfig}
+CLASSES = {"models": ModelConfig, **{f"models/{kind}": cls for kind, cls in PRESETS.items()}}  # no training runs
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
 
 GPUS = 16
@@ -33,7 +36,7 @@ def recipe(name: str) -> RunConfig:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
 def test_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
-    cls = CLASSES.get(path.relative_to(EXAMPLES).parts[0], RunConfig)
+    cls = CLASSES.get(path.parent.relative_to(EXAMPLES).as_posix(), RunConfig)
     config = load(cls, path)
     (tmp_path / "resolved.yaml").write_text(dump(config), encoding="utf-8")
     assert load(cls, tmp_path / "resolved.yaml") == config
@@ -101,13 +104,64 @@ def test_settings_of_each_stage(name: str) -> None:
     assert trainable.projector
 
 
-@pytest.mark.parametrize(("size", "million"), [("7b", 6738), ("13b", 13016)])
-def test_language_parameters_of_the_presets(size: str, million: int) -> None:
-    language = load(ModelConfig, EXAMPLES / f"models/share4v_{size}.yaml").language
-    width, rows = language.hidden_size, language.vocab_size
-    block = 4 * width**2 + 3 * width * language.intermediate_size + 2 * width
-    assert round((language.num_layers * block + 2 * rows * width + width) / 1e6) == million
-    assert language.padded_vocab_size == rows
+# Parameters of the published checkpoints, a tied matrix counted once: totals of their safetensors files, except where
+# a file repeats the tied matrix (Qwen3-1.7B) or holds more than the model (Vicuna: the model's own count).
+LANGUAGE_MODELS = {
+    "vicuna_7b": 6_738_415_616,
+    "vicuna_13b": 13_015_864_320,
+    "llama_3_8b": 8_030_261_248,
+    "llama_3.1_8b": 8_030_261_248,
+    "llama_3.2_1b": 1_235_814_400,
+    "llama_3.2_3b": 3_212_749_824,
+    "qwen2.5_0.5b": 494_032_768,
+    "qwen2.5_1.5b": 1_543_714_304,
+    "qwen2.5_3b": 3_085_938_688,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen2.5_14b": 14_770_033_664,
+    "qwen3_0.6b": 596_049_920,
+    "qwen3_1.7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "mistral_7b": 7_241_732_096,
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_sizes_of_the_language_models(name: str) -> None:
+    model = load(LanguageConfig, EXAMPLES / f"models/language/{name}.yaml")
+    assert parameters(model) == LANGUAGE_MODELS[name]
+    assert model.padded_vocab_size == model.vocab_size, "published tables have rows of a multiple of 64"
+    assert f"{LANGUAGE_MODELS[name]:,} parameters" in (EXAMPLES / f"models/language/{name}.yaml").read_text("utf-8")
+
+
+def parameters(model: LanguageConfig) -> int:
+    """Number of parameters by the layers' formulas."""
+    width, head = model.hidden_size, model.attention_head_dim
+    queries, keys = head * model.num_attention_heads, head * model.num_key_value_heads
+    attention = width * (2 * queries + 2 * keys) + model.qkv_bias * (queries + 2 * keys) + model.qk_norm * 2 * head
+    block = attention + 3 * width * model.intermediate_size + 2 * width
+    tables = 1 if model.tie_word_embeddings else 2
+    return tables * model.vocab_size * width + model.num_layers * block + width
+
+
+def test_every_language_model_has_a_published_size() -> None:
+    assert set(LANGUAGE_MODELS) == {path.stem for path in (EXAMPLES / "models/language").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in PRESETS], ids=lambda path: path.stem)
+def test_presets_state_every_field(path: Path) -> None:
+    stated = set(Reader().read_file(path).entries)
+    assert stated == {field.name for field in dataclasses.fields(PRESETS[path.parent.name])}
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [("clip_l_336", 576), ("siglip_so400m_384", 729), ("siglip2_so400m_384", 729), ("dinov2_l", 1369)],
+)
+def test_positions_of_the_towers(name: str, positions: int) -> None:
+    tower = load(VisionConfig, EXAMPLES / f"models/vision/{name}.yaml")
+    assert (tower.num_features, tower.num_built_layers) == (positions, tower.num_layers - 1)
 
 
 def test_presets_differ_only_in_the_language_model() -> None:
