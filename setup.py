@@ -26,6 +26,7 @@ requirements = [
     "pillow>=10",
     "simplejpeg>=1.7",  # reports libjpeg's warnings about damaged data, which Pillow drops
     "sentencepiece>=0.2.3",
+    "tokenizers>=0.22",  # tokenizer.json of byte-level BPE; brings no torch
     "webdataset>=1.0",
     "tensorboard>=2.16",
     "tqdm>=4.60",
