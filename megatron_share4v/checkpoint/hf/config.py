@@ -1,63 +1,42 @@
-"""Parse config.json of llava-hf, ShareGPT4V/LLaVA and LLaMA models into a model configuration; refuse unsupported keys.
+"""Parse config.json of llava-hf, ShareGPT4V/LLaVA and language models into a model configuration; refuse unsupported
+keys.
 
-Knows no weights. Defaults are those of transformers' LlamaConfig, CLIPVisionConfig and LlavaConfig: transformers writes
-only values that differ from them.
+Knows no weights. transformers writes only values that differ from its defaults, so absent keys have those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
+from megatron_share4v.checkpoint.hf.families import LANGUAGE_FAMILIES
+from megatron_share4v.checkpoint.hf.supported_keys import (
+    Json,
+    Supported,
+    describe_invalid,
+    refuse_model_type,
+    refuse_unsupported,
+)
+from megatron_share4v.checkpoint.hf.text_config import parse_text_config
+from megatron_share4v.checkpoint.hf.vision_config import LLAVA_TOWER, parse_vision_config
 from megatron_share4v.config.base import ConflictError
-from megatron_share4v.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megatron_share4v.config.model import ModelConfig, ProjectorConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 
 CONFIG = "config.json"
-Kind = Literal["llava-hf", "share4v", "llama"]
+Kind = Literal["llava-hf", "share4v", "language"]
 AspectRatio = Literal["square", "pad"]
-Json = Mapping[str, Any]
 
-LLAMA = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-}
-LLAMA_REST = {"vocab_size": 32000, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-CLIP = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-}
-LLAVA_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-LLAVA_TOWER |= {"image_size": 336, "patch_size": 14}
-
-# Keys that change the computation, with the supported values; an absent or null key has the first one.
-LANGUAGE_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "tie_word_embeddings": (False,),
-    "rope_scaling": (None,),
-}
-VISION_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu",)}
-LLAVA_ONLY: dict[str, tuple[Any, ...]] = {
+LLAVA_ONLY: Supported = {
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
-    "vision_feature_select_strategy": ("default",),
-    "tie_word_embeddings": (False,),
+    "vision_feature_select_strategy": ("default", "full"),
 }
 TOWER_TRAINED = ("tune_entire_model", "tune_vision_tower", "unfreeze_mm_vision_tower")
 """share4v: keys that are true when training changed the tower, whose start `mm_vision_tower` names."""
-SHARE4V_ONLY: dict[str, tuple[Any, ...]] = {
-    "mm_projector_type": ("linear", "mlp2x_gelu"),
-    "mm_vision_select_feature": ("patch",),
+_SELECT: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
+SHARE4V_ONLY: Supported = {
+    "mm_vision_select_feature": tuple(_SELECT),
     "mm_use_im_start_end": (False,),
     "mm_use_im_patch_token": (False,),
     "image_aspect_ratio": ("square", "pad"),
@@ -85,11 +64,14 @@ def parse_model_config(config: Json, *, where: str) -> HfConfig:
     try:
         if kind == "llava-hf":
             return _read_llava_hf(config, where)
-        language = _language(config, where)
-        if kind == "llama":
+        language = parse_text_config({**config, **({"model_type": "llama"} if kind == "share4v" else {})}, where=where)
+        if kind == "language":
             return HfConfig(kind=kind, model=ModelConfig(language=language))
-        _refuse_unsupported(config, SHARE4V_ONLY, where)
-        vision = VisionConfig(feature_layer=config.get("mm_vision_select_layer", -2))
+        refuse_unsupported(config, SHARE4V_ONLY, where)
+        vision = VisionConfig(
+            feature_layer=config.get("mm_vision_select_layer", -2),
+            feature_select=_SELECT[config.get("mm_vision_select_feature") or "patch"],
+        )
         projector = ProjectorConfig(type=config.get("mm_projector_type") or "linear")
         model = ModelConfig(vision=vision, language=language, projector=projector)
         tower = config.get("mm_vision_tower") or config.get("vision_tower")
@@ -100,19 +82,8 @@ def parse_model_config(config: Json, *, where: str) -> HfConfig:
             tower=tower,
             tower_trained=next((key for key in TOWER_TRAINED if config.get(key)), None),
         )
-    except (ConflictError, ValueError) as error:
-        raise ConversionError(f"{where}: {error}") from error
-
-
-def parse_vision_config(config: Json, *, feature_layer: int | tuple[int, ...], where: str) -> VisionConfig:
-    """Parse the config.json of a CLIP model as a vision tower. Raises ConversionError."""
-    if config.get("model_type") == "clip":
-        config = config.get("vision_config") or {}
-    elif config.get("model_type") != "clip_vision_model":
-        raise ConversionError(
-            f"{where}: model_type {config.get('model_type')!r} is no CLIP ViT; give the directory of a CLIPVisionModel"
-        )
-    return _vision(config, CLIP, feature_layer=feature_layer, where=where)
+    except (ConflictError, TypeError, ValueError) as error:
+        raise ConversionError(f"{where}: {describe_invalid(error)}") from error
 
 
 def _kind_of(config: Json, where: str) -> Kind:
@@ -122,85 +93,40 @@ def _kind_of(config: Json, where: str) -> Kind:
     originals = {"Share4VLlamaForCausalLM", "LlavaLlamaForCausalLM"}
     if config.get("model_type") in ("share4v", "llava", "llava_llama") or originals.intersection(architectures):
         return "share4v"
-    if config.get("model_type") == "llama":
-        return "llama"
-    raise ConversionError(
-        f"{where}: foreign architecture: model_type {config.get('model_type')!r}, architectures {architectures}; "
-        "llava (transformers), share4v, llava_llama and llama can be imported"
+    refuse_model_type(
+        config.get("model_type"),
+        known=("llava", "share4v", "llava_llama", *LANGUAGE_FAMILIES),
+        where=where,
+        what=f"a model (architectures {architectures})",
     )
+    return "language"
 
 
 def _read_llava_hf(config: Json, where: str) -> HfConfig:
-    _refuse_unsupported(config, LLAVA_ONLY, where)
-    text, layer = config.get("text_config") or {}, config.get("vision_feature_layer", -2)
-    if text.get("model_type", "llama") != "llama":
-        raise ConversionError(f"{where}: text_config.model_type {text['model_type']!r}; only llama is supported")
-    tower = config.get("vision_config") or {}
-    if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
-        raise ConversionError(
-            f"{where}: vision_config.model_type {tower['model_type']!r}; only clip_vision_model is supported"
-        )
-    vision = _vision(tower, CLIP if tower else LLAVA_TOWER, feature_layer=layer, where=f"{where}: vision_config")
-    model = ModelConfig(
-        vision=vision, language=_language(text, f"{where}: text_config"), projector=ProjectorConfig(type="mlp2x_gelu")
+    refuse_unsupported(config, LLAVA_ONLY, where)
+    text, tower = config.get("text_config") or {}, config.get("vision_config") or {}
+    vision = parse_vision_config(
+        tower or LLAVA_TOWER,
+        feature_layer=config.get("vision_feature_layer", -2),
+        feature_select=config.get("vision_feature_select_strategy") or "default",
+        where=f"{where}: vision_config",
     )
+    language = parse_text_config(
+        {**text, "tie_word_embeddings": _tied(config, text, where)}, where=f"{where}: text_config"
+    )
+    model = ModelConfig(vision=vision, language=language, projector=ProjectorConfig(type="mlp2x_gelu"))
     token = config.get("image_token_index", config.get("image_token_id", 32000))
     return HfConfig(
         kind="llava-hf", model=model, image_aspect_ratio=config.get("image_aspect_ratio"), image_token=token
     )
 
 
-def _language(config: Json, where: str) -> LanguageConfig:
-    _refuse_unsupported(config, LANGUAGE_ONLY, where)
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConversionError(f"{where}: rope_parameters.rope_type {rope['rope_type']!r}; only default is supported")
-    size = {**LLAMA, **LLAMA_REST, **{key: value for key, value in config.items() if value is not None}}
-    head = size["hidden_size"] // size["num_attention_heads"]
-    if size.get("head_dim", head) != head:
+def _tied(config: Json, text: Json, where: str) -> bool:
+    """Return whether the head is the embedding: stated by the whole, the text_config or both."""
+    whole, inner = config.get("tie_word_embeddings"), text.get("tie_word_embeddings")
+    if whole and inner is False:
         raise ConversionError(
-            f"{where}: head_dim {size['head_dim']} is not hidden_size / num_attention_heads = {head}, which is required"
+            f"{where}: tie_word_embeddings is true, and text_config.tie_word_embeddings false; releases of "
+            "transformers differ in which one they follow, so make them equal"
         )
-    return LanguageConfig(
-        vocab_size=size["vocab_size"],
-        hidden_size=size["hidden_size"],
-        intermediate_size=size["intermediate_size"],
-        num_layers=size["num_hidden_layers"],
-        num_attention_heads=size["num_attention_heads"],
-        num_key_value_heads=size.get("num_key_value_heads", size["num_attention_heads"]),
-        max_position_embeddings=size["max_position_embeddings"],
-        rope_theta=float(rope.get("rope_theta", size["rope_theta"])),
-        rms_norm_eps=size["rms_norm_eps"],
-    )
-
-
-def _vision(
-    config: Json, defaults: Mapping[str, int], *, feature_layer: int | tuple[int, ...], where: str
-) -> VisionConfig:
-    _refuse_unsupported(config, VISION_ONLY, where)
-    if not isinstance(feature_layer, int):
-        raise ConversionError(f"{where}: features of the layers {feature_layer}; only one layer is supported")
-    size = {**defaults, **{key: value for key, value in config.items() if value is not None}}
-    vision = VisionConfig(
-        image_size=size["image_size"],
-        patch_size=size["patch_size"],
-        hidden_size=size["hidden_size"],
-        intermediate_size=size["intermediate_size"],
-        num_layers=size["num_hidden_layers"],
-        num_attention_heads=size["num_attention_heads"],
-        layer_norm_eps=size.get("layer_norm_eps", 1e-5),
-    )
-    return replace(vision, feature_layer=feature_layer)
-
-
-def _refuse_unsupported(config: Json, allowed: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    problems = list(_unsupported(config, allowed))
-    if problems:
-        raise ConversionError(f"{where}: foreign architecture: {'; '.join(problems)}")
-
-
-def _unsupported(config: Json, allowed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
-    for key, values in allowed.items():
-        value = config.get(key)
-        if value is not None and value not in values:
-            yield f"{key} is {value!r}, supported is {' or '.join(repr(value) for value in values)}"
+    return bool(whole or inner)

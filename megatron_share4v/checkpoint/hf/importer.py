@@ -200,7 +200,7 @@ def _config(
     dtype = tensors["language.embedding.weight"].dtype
     if dtype == torch.float16:
         get_logger().info("weights: fp16 is kept in the checkpoint; runs and sessions compute in bf16, which rounds it")
-    text = min(2048, model.language.max_position_embeddings - model.vision.num_patches + 1)
+    text = min(2048, model.language.max_position_embeddings - model.vision.num_features + 1)
     return RunConfig(
         run=RunSection(directory=target.name),
         model=model,

@@ -23,6 +23,16 @@ ADDED_ROWS = {"embedding": "embedding.added_rows", "head": "head.added_rows"}
 """Tensor names of the imported rows in a checkpoint's unused.safetensors (checkpoint/assets.py)."""
 
 
+ROW_MULTIPLE = 64
+LAYOUT_TOKEN_COUNT = 2
+"""<image> and <pad>."""
+
+
+def padded_llava_rows(tokens: int) -> int:
+    """Return the vocabulary rows of llava-hf for `tokens` tokens."""
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
 def added_vocab_rows(values: torch.Tensor, count: int, *, imported: LazyTensor | None) -> torch.Tensor:
     """Return `count` added rows for a matrix: [V, W] -> [count, W], in its dtype.
 
@@ -38,13 +48,16 @@ def cut_vocabulary(
 ) -> tuple[ModelConfig, dict[str, LazyTensor], dict[str, LazyTensor]]:
     """Split off the vocabulary rows that llava-hf has for `<image>`, `<pad>` and alignment after the tokenizer's.
 
-    `<image>` and `<pad>` stay where a token was added after them, which keeps its id. Returns the model with its
+    `<image>` and `<pad>` stay where a token was added after them, which keeps its id, and where the language model has
+    more rows than the layout would add (Qwen's spare ones). Returns the model with its
     vocabulary size, the tensors, and the rows split off as `embedding` and `head`. Raises ConversionError when the
     model does not have a row for each token.
     """
     pieces = tokenizer.vocab_size
     stated = model.language.vocab_size
     names = {"embedding": f"{naming.decoder}embed_tokens.weight", "head": f"{naming.head}weight"}
+    if naming.head is None:
+        del names["head"]
     for name in names.values():
         rows = tensors[name].shape[0]
         if rows < pieces:
@@ -70,6 +83,8 @@ def cut_vocabulary(
             "give the tokenizer of this model with --tokenizer, or correct the configuration"
         )
     vocabulary = config.image_token if image is None else pieces
+    if stated > padded_llava_rows(vocabulary + LAYOUT_TOKEN_COUNT):
+        return model, tensors, {}  # the language model had spare rows, in which the layout's tokens are
     added = {part: tensors[name].slice_rows(vocabulary, stated) for part, name in names.items()}
     cut = {name: tensors[name].slice_rows(0, vocabulary) for name in names.values()}
     return replace(model, language=replace(model.language, vocab_size=vocabulary)), {**tensors, **cut}, added

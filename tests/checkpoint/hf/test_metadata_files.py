@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from megatron_share4v.checkpoint.hf.chat_template import to_jinja
-from megatron_share4v.checkpoint.hf.config import parse_model_config, parse_vision_config
+from megatron_share4v.checkpoint.hf.config import parse_model_config
 from megatron_share4v.checkpoint.hf.metadata_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
+from megatron_share4v.checkpoint.hf.vision_config import parse_vision_config
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.images.pixels import normalise

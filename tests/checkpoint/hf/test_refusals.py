@@ -104,14 +104,9 @@ CONFIGS: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
     "another model": ({"model_type": "qwen2_vl"}, {}, ("foreign architecture", "qwen2_vl")),
     "activation": ({}, {"hidden_act": "gelu"}, ("hidden_act", "'gelu'")),
     "tied": ({}, {"tie_word_embeddings": True}, ("tie_word_embeddings",)),
-    "attention bias": ({}, {"attention_bias": True}, ("attention_bias",)),
     "rope scaling": ({}, {"rope_scaling": {"type": "linear"}}, ("rope_scaling",)),
     "rope kind": ({}, {"rope_parameters": {"rope_type": "llama3"}}, ("rope_type", "llama3")),
-    "head size": ({}, {"head_dim": 20}, ("head_dim 20",)),
-    "class token kept": ({"vision_feature_select_strategy": "full"}, {}, ("vision_feature_select_strategy", "'full'")),
-    "several layers": ({"vision_feature_layer": [-2, -3]}, {}, ("[-2, -3]",)),
     "feature layer": ({"vision_feature_layer": -9}, {}, ("feature_layer -9",)),
-    "another decoder": ({}, {"model_type": "mistral"}, ("mistral",)),
 }
 
 

@@ -192,12 +192,6 @@ def test_a_layout_without_the_part_says_so() -> None:
         list(weight_mappings(MODEL, naming=CLIP, components=("language",)))
 
 
-@pytest.fixture
-def all_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept families whose layers are not built."""
-    monkeypatch.setattr(ModelConfig, "_unsupported", lambda model: iter(()), raising=False)
-
-
 TOWERS = {
     "clip_vision_model": (MODEL.vision, "CLIPVisionConfig", {}),
     "siglip_vision_model": (SIGLIP, "SiglipVisionConfig", {}),

@@ -11,13 +11,9 @@ from pathlib import Path
 
 from megatron_share4v.checkpoint.assets import TOKENIZER
 from megatron_share4v.checkpoint.hf.adapters.apply import is_adapter, merge_adapter, merge_delta
-from megatron_share4v.checkpoint.hf.config import (
-    CONFIG,
-    AspectRatio,
-    HfConfig,
-    parse_model_config,
-    parse_vision_config,
-)
+from megatron_share4v.checkpoint.hf.config import CONFIG, AspectRatio, HfConfig, parse_model_config
+from megatron_share4v.checkpoint.hf.families import TOWER_FAMILIES
+from megatron_share4v.checkpoint.hf.image_processor import find_image_processor, parse_image_processor
 from megatron_share4v.checkpoint.hf.naming import (
     DECODER,
     HEAD,
@@ -33,8 +29,11 @@ from megatron_share4v.checkpoint.hf.source.reader import (
     open_weights_file,
     read_json,
 )
+from megatron_share4v.checkpoint.hf.source.tied_head import resolve_head
 from megatron_share4v.checkpoint.hf.source.tokenizer_rule import open_source_tokenizer
 from megatron_share4v.checkpoint.hf.source.tower import TowerQuestion, UseTower, drop_ungathered_tower, find_tower
+from megatron_share4v.checkpoint.hf.source.tower_shapes import clip_tower_from_shapes
+from megatron_share4v.checkpoint.hf.vision_config import parse_vision_config
 from megatron_share4v.checkpoint.hf.vocab import cut_vocabulary
 from megatron_share4v.checkpoint.hf.weight_map import (
     COMPONENTS,
@@ -53,9 +52,8 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerRule
 
-PREPROCESSOR, PROJECTOR = "preprocessor_config.json", "mm_projector.bin"
-CLIP_HEAD = 64
-CLIP_TEXT = ("text_model.", "text_projection", "visual_projection", "logit_scale")
+PROJECTOR = "mm_projector.bin"
+TEXT_ENCODER = ("text_model.", "text_projection", "visual_projection", "logit_scale", "logit_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +118,13 @@ class HfModel:
         return any(mapping.name.startswith("projector.") for mapping in self.mappings)
 
     def unused(self) -> dict[str, LazyTensor]:
-        """Return the tower weights that are not computed, by CLIP names."""
+        """Return the tower weights that are not computed, by the family's names in files without prefix."""
         kept = [
             drop for drop in ignored_weights(self.config, naming=self.naming, components=("vision",)) if drop.weights
         ]
-        prefix = self.naming.tower or ""
+        prefix, family = self.naming.tower_prefix(self.config.vision), TOWER_FAMILIES[self.config.vision.model_type]
         return {
-            name.removeprefix(prefix): tensor
+            family.file_name(name.removeprefix(prefix)): tensor
             for name, tensor in self.tensors.items()
             if any(drop.covers(name) for drop in kept)
         }
@@ -151,14 +149,20 @@ def open_hf_model(paths: HfSource) -> HfModel:
     tensors = drop_ungathered_tower(_with_projector(_main_tensors(paths), paths), directory=paths.directory)
     tower_folder, vision, tensors = _with_tower(paths, config, tensors)
     check_not_empty(tensors)
-    naming = detect_naming(tensors, title=config.kind)
+    naming = detect_naming(
+        tensors, title=config.model.language.model_type if config.kind == "language" else config.kind
+    )
     if tower_folder is None and config.kind != "llava-hf" and naming.tower is not None:
-        vision = _vision_from_shapes(vision, naming.tower, tensors)
+        vision = clip_tower_from_shapes(vision, naming.tower, tensors)
+    vision = _with_image_processor(vision, paths, config, tower_folder)
+    tensors, naming = resolve_head(tensors, naming, config.model.language, where=str(config_path))
     components = _components(naming, config, paths)
     beside = [path for path in (paths.directory, paths.base) if path is not None]
     tokenizer = open_source_tokenizer(beside, given=paths.tokenizer, rule=paths.tokenizer_rule)
     model = replace(
-        config.model, vision=vision, projector=replace(config.model.projector, type=_projector_type(config, naming))
+        config.model,
+        vision=vision,
+        projector=replace(config.model.projector, type=_projector_type(config, naming, tensors)),
     )
     model, tensors, added = cut_vocabulary(model, tensors, naming, config=config, tokenizer=tokenizer)
     mappings = check_hf_weights(tensors, model, naming=naming, components=components)
@@ -240,46 +244,30 @@ def _with_tower(
     if folder is None:
         return None, vision, tensors
     described = read_json(folder / CONFIG)
-    vision = parse_vision_config(described, feature_layer=vision.feature_layer, where=str(folder / CONFIG))
+    # Only a bare language model does not say which positions its tower gives it.
+    select = None if config.kind == "language" else vision.feature_select
+    vision = parse_vision_config(
+        described, feature_layer=vision.feature_layer, feature_select=select, where=str(folder / CONFIG)
+    )
     if find_tower_tensor(tensors) is None:
-        # Of a whole CLIP model, the text encoder is not needed.
+        # Of a whole CLIP or SigLIP model, the text encoder is not needed.
         tower = open_weights_directory(folder).items()
-        tensors = merge_disjoint(tensors, {name: t for name, t in tower if not name.startswith(CLIP_TEXT)})
+        tensors = merge_disjoint(tensors, {name: t for name, t in tower if not name.startswith(TEXT_ENCODER)})
     return folder, vision, tensors
 
 
-def _vision_from_shapes(vision: VisionConfig, prefix: str, tensors: dict[str, LazyTensor]) -> VisionConfig:
-    """Derive the configuration of a tower inside a model from its tensor shapes.
-
-    The number of heads does not follow from shapes; CLIP's heads have 64 channels.
-    """
-
-    def shape(name: str) -> tuple[int, ...]:
-        if f"{prefix}{name}" not in tensors:
-            raise ConversionError(f"missing tensor: {prefix}{name}")
-        return tensors[f"{prefix}{name}"].shape
-
-    width, patch = shape("embeddings.class_embedding")[0], shape("embeddings.patch_embedding.weight")[-1]
-    side = round((shape("embeddings.position_embedding.weight")[0] - 1) ** 0.5)
-    layers = sum(
-        name.startswith(f"{prefix}encoder.layers.") and name.endswith("layer_norm1.weight") for name in tensors
-    )
-    heads = max(1, width // CLIP_HEAD)
-    get_logger().info(
-        "tower inside, without configuration: %d layers of width %d found, %d heads assumed (64 channels each)",
-        layers,
-        width,
-        heads,
-    )
-    return replace(
-        vision,
-        image_size=side * patch,
-        patch_size=patch,
-        hidden_size=width,
-        intermediate_size=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_layers=layers,
-        num_attention_heads=heads,
-    )
+def _with_image_processor(
+    vision: VisionConfig, paths: HfSource, config: HfConfig, tower_folder: Path | None
+) -> VisionConfig:
+    """Read the image processor of the model, or of the tower's folder; the family's where no file describes one."""
+    whole = config.kind == "llava-hf"
+    for directory in (paths.directory, paths.base) if whole else (tower_folder,):
+        found = None if directory is None else find_image_processor(directory)
+        if found is not None:
+            path, described = found
+            return parse_image_processor(described, vision, is_trained=whole, where=str(path))
+    get_logger().info("image processor: that of %s, because no file describes one", vision.model_type)
+    return vision
 
 
 def _components(naming: Naming, config: HfConfig, paths: HfSource) -> tuple[Component, ...]:
@@ -288,14 +276,15 @@ def _components(naming: Naming, config: HfConfig, paths: HfSource) -> tuple[Comp
         raise ConversionError(
             f"{paths.directory}: missing tensor: {DECODER}: has no language model; give its directory"
         )
-    if naming.head is None:
+    if naming.head is None and not config.model.language.tie_word_embeddings:
         raise ConversionError(
-            f"{paths.directory}: missing tensor: {HEAD}; models with tied embeddings are not supported"
+            f"{paths.directory}: missing tensor: {HEAD}, and {CONFIG} does not state tie_word_embeddings true; "
+            "copy the model again"
         )
     if naming.tower is None:
         raise ConversionError(f"{paths.directory}: missing tensor: {TOWERS[0]}: has no vision tower")
-    # Only the start of stage 1 (a bare LLaMA) may lack the projector.
-    if config.kind == "llama":
+    # Only the start of stage 1 (a bare language model) may lack the projector.
+    if config.kind == "language":
         return present
     layout = LLAVA_HF if config.kind == "llava-hf" else SHARE4V
     linear = config.model.projector.type == "linear"
@@ -308,10 +297,14 @@ def _components(naming: Naming, config: HfConfig, paths: HfSource) -> tuple[Comp
     return COMPONENTS
 
 
-def _projector_type(config: HfConfig, naming: Naming) -> str:
-    if config.kind == "llama" and naming.projector_linear is not None:
+def _projector_type(config: HfConfig, naming: Naming, tensors: dict[str, LazyTensor]) -> str:
+    """Return the type of the projector; for parts, that of the projector's file."""
+    if config.kind != "language" or (naming.projector_linear is None and naming.projector_mlp is None):
+        return config.model.projector.type
+    if naming.projector_linear is not None:
         return "linear"
-    return config.model.projector.type
+    depth = sum(f"{prefix}weight" in tensors for prefix in naming.projector_mlp or ())
+    return f"mlp{depth}x_gelu"
 
 
 def _check_equal_dtypes(mappings: tuple[WeightMapping, ...], tensors: dict[str, LazyTensor]) -> None:
@@ -328,6 +321,7 @@ def _check_equal_dtypes(mappings: tuple[WeightMapping, ...], tensors: dict[str, 
 def _aspect_of_processor(paths: HfSource) -> AspectRatio:
     """Read how pictures are made square; an adapter's base says it where the adapter does not."""
     for directory in (paths.directory, paths.base):
-        if directory is not None and (directory / PREPROCESSOR).is_file():
-            return "pad" if read_json(directory / PREPROCESSOR).get("do_pad") else "square"
+        found = None if directory is None else find_image_processor(directory)
+        if found is not None:
+            return "pad" if found[1].get("do_pad") else "square"
     return "square"
