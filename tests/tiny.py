@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 
-from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig, VisionConfig
+from megatron_share4v.config.model import (
+    LanguageConfig,
+    ModelConfig,
+    RopeScalingConfig,
+    TrainableConfig,
+    VisionConfig,
+)
 from megatron_share4v.data.records import Batch
 from megatron_share4v.data.sampling.sampler import GlobalBatch
 
@@ -29,6 +38,29 @@ def tiny_model(**trainable) -> ModelConfig:
         ),
         trainable=TrainableConfig(**(trainable or {"vision_from_block": 1})),
     )
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "qk_norm": {"qk_norm": True, "head_dim": 12},
+    "biased": {"qkv_bias": True, "out_bias": True},
+    "all": {
+        "tie_word_embeddings": True,
+        "qk_norm": True,
+        "head_dim": 12,
+        "qkv_bias": True,
+        "out_bias": True,
+        "rope_scaling": RopeScalingConfig(rope_type="llama3", factor=8.0, original_max_position_embeddings=16),
+    },
+}
+"""Fields of the language model that differ between families, as changes of tiny_model's."""
+
+
+def tiny_family(name: str, **trainable) -> ModelConfig:
+    """Return tiny_model with a language model of another family."""
+    model = tiny_model(**trainable)
+    return replace(model, language=replace(model.language, **FAMILIES[name]))
 
 
 def micro_batches(step: int) -> list[Batch]:

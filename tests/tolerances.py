@@ -6,6 +6,11 @@ few hundred terms in another order (fused query-key-value, tensor-parallel parti
 differ by a few units of 2**-24 each, and six layers multiply that by about ten.
 """
 
+FP32_GRADIENT = 1e-4
+"""Same as FP32_MODULE, of a gradient of one tensor relative to its own largest value: sums over all positions, through
+the layers twice.
+"""
+
 LAYOUT_LOSS = 2e-6
 """Absolute, on losses near 4.6 after up to 5 updates: a few fp32 roundings of the summed loss (2**-24 x 4.6 = 3e-7)."""
 

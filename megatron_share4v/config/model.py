@@ -199,6 +199,16 @@ class LanguageConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def query_width(self) -> int:
+        """Width of the queries of all heads, which is also that of attention's result."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Width of the keys of all key/value heads, which is also that of the values."""
+        return self.num_key_value_heads * self.attention_head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         """Number of rows of the embedding and of the head."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -233,9 +243,6 @@ UNSUPPORTED = {
     "vision": (
         "model_type", "feature_select", "class_token", "patch_bias", "pre_norm", "layer_scale", "activation",
         "image_mean", "image_std", "resample", "resize", "resize_edge",
-    ),
-    "language": (
-        "model_type", "head_dim", "qkv_bias", "out_bias", "qk_norm", "tie_word_embeddings", "rope_scaling",
     ),
 }  # fmt: skip
 """Fields that have only one supported value, their default."""

@@ -89,7 +89,11 @@ def _head_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
     tensor, context = parallel.tensor, parallel.context
     heads, groups = model.language.num_attention_heads, model.language.num_key_value_heads
     if groups % tensor and tensor % groups:
-        message = f"model.language.num_key_value_heads {groups} and parallel.tensor {tensor} do not divide each other"
+        message = (
+            f"model.language.num_key_value_heads {groups} and parallel.tensor {tensor} do not divide each other: each "
+            f"tensor rank needs whole key/value heads, or several ranks share one; set parallel.tensor to a divisor or "
+            f"a multiple of {groups}"
+        )
         yield Conflict(message, ("parallel.tensor", "model.language.num_key_value_heads"))
     if context > 1 and heads % (tensor * context):
         degrees = f"parallel.tensor {tensor} x parallel.context {context}"
@@ -99,6 +103,6 @@ def _head_conflicts(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
     if heads % (tensor * context) == 0 and own % context and context % own:
         message = (
             f"the {own} model.language.num_key_value_heads of a tensor rank and parallel.context {context} "
-            "do not divide each other"
+            f"do not divide each other; set parallel.context to a divisor or a multiple of {own}"
         )
         yield Conflict(message, ("parallel.tensor", "parallel.context", "model.language.num_key_value_heads"))

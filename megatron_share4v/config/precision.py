@@ -115,14 +115,14 @@ def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int
             message, ("precision.fp8_first_layers", "precision.fp8_last_layers", "model.language.num_layers")
         )
     language = model.language
-    head = language.hidden_size // language.num_attention_heads
+    head = language.attention_head_dim
     groups = max(language.num_key_value_heads, tensor)  # fewer groups than ranks are repeated
     widths = {
         "model.language.hidden_size": language.hidden_size,
         "model.language.num_attention_heads": (language.num_attention_heads + 2 * groups) * head // tensor,
         "model.language.intermediate_size": language.intermediate_size // tensor,
     }
-    widths["model.language.num_attention_heads "] = language.num_attention_heads * head // tensor
+    widths["model.language.num_attention_heads "] = language.query_width // tensor
     if precision.fp8_tower:
         widths |= {
             "model.vision.hidden_size": model.vision.hidden_size // tensor,

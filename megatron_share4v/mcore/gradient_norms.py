@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_share4v.mcore.dist_checkpoint import named_weights, optimizer_shards
 from megatron_share4v.mcore.groups import Mesh
@@ -37,7 +38,8 @@ def grad_norms_by_module(
             continue  # all replicas hold the same gradients
         for shard in optimizer_shards(part):
             gradient = shard.tensors["param"].grad
-            if gradient is not None and param_is_not_tensor_parallel_duplicate(shard.parameter):
+            counted = param_is_not_shared(shard.parameter) and param_is_not_tensor_parallel_duplicate(shard.parameter)
+            if gradient is not None and counted:
                 module = _module(names[id(shard.parameter)])
                 squares[module] = (
                     squares.get(module, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2

@@ -42,6 +42,8 @@ class LayerConfig(TransformerConfig):
     """Attention kernel (attention.py); backends.py decides."""
     precise_weight_gradient: bool = False
     """Whether FP8 layers (fp8.py) compute weight gradients in the weight's dtype."""
+    out_bias: bool = False
+    """Whether attention's output projection has a bias; core ties it to the biases of the MLP."""
     activation: Callable[..., torch.Tensor] = partial(bias_gelu, implementation="reference")  # noqa: RUF009 (immutable)
     """Activation of an MLP, called as f(x, bias=bias of fc1) (mlp.py). Core's own `activation_func` is not used."""
 
@@ -77,7 +79,7 @@ def language_config(
     options: LayerOptions = LayerOptions(),
     layers_per_stage: Sequence[int],
 ) -> LayerConfig:
-    """LLaMA: RMSNorm, SwiGLU, rotary positions, grouped queries, no biases.
+    """Decoder: RMSNorm, SwiGLU, rotary positions, grouped queries; biases and q/k norms as `model.language` says.
 
     `layers_per_stage` covers pipeline x virtual stages in order.
     """
@@ -108,10 +110,14 @@ def language_config(
         ffn_hidden_size=language.intermediate_size,
         num_attention_heads=language.num_attention_heads,
         num_query_groups=language.num_key_value_heads,
-        kv_channels=language.hidden_size // language.num_attention_heads,
+        kv_channels=language.attention_head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=language.rms_norm_eps,
         add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        out_bias=language.out_bias,
+        # The norms themselves are in the layer spec; with this, core sums their gradients over the TP group.
+        qk_layernorm=language.qk_norm,
         gated_linear_unit=True,
         activation=partial(bias_swiglu, implementation=ops),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,20 +87,45 @@ def _linear_classes(*, fp8: bool, transformer_engine: bool) -> LinearClasses:
     return FP8 if fp8 else PLAIN
 
 
+@cache
+def _with_bias(linear: type) -> type:
+    """Return a subclass of `linear` that always has a bias, whatever core asks for."""
+
+    def initialize(self: Any, *sizes: int, bias: bool, **options: Any) -> None:
+        linear.__init__(self, *sizes, bias=True, **options)
+
+    return type(f"{linear.__name__}WithBias", (linear,), {"__init__": initialize})
+
+
 def mlp_submodules(linears: LinearClasses = PLAIN) -> MLPSubmodules:
     """Column-parallel fc1, row-parallel fc2."""
     return MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
 
 
 def layer_spec(
-    *, causal: bool, mesh: Mesh, linears: LinearClasses = PLAIN, attention: type = CoreAttention
+    *,
+    causal: bool,
+    mesh: Mesh,
+    linears: LinearClasses = PLAIN,
+    attention: type = CoreAttention,
+    qk_norm: bool = False,
+    out_bias: bool = False,
 ) -> ModuleSpec:
     """Spec of a pre-norm transformer layer.
 
-    `causal=False` is for the vision tower (core's ViT spec is causal, CLIP is not).
+    `causal=False` is for the vision tower (core's ViT spec is causal, CLIP is not). `qk_norm`: each head's queries and
+    keys pass a norm before the rotation. `out_bias`: attention's output projection has a bias also where the MLP has
+    none.
     """
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    submodules = SelfAttentionSubmodules(linear_qkv=linears.column, core_attention=attention, linear_proj=linears.row)
+    head_norm = Norm if qk_norm else None
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=linears.column,
+        core_attention=attention,
+        linear_proj=_with_bias(linears.row) if out_bias else linears.row,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
+    )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -113,8 +139,10 @@ def layer_spec(
     )
 
 
-def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: LayerOptions) -> TransformerBlockSubmodules:
-    """Specs of one stage's decoder layers `numbers` (counted from 0) of `layers`, and the final norm.
+def decoder_submodules(
+    numbers: range, *, config: LayerConfig, mesh: Mesh, options: LayerOptions
+) -> TransformerBlockSubmodules:
+    """Specs of one stage's decoder layers `numbers` (counted from 0) of the model's, and the final norm.
 
     Core builds the final norm on the last stage only.
     """
@@ -128,9 +156,12 @@ def decoder_submodules(numbers: range, *, layers: int, mesh: Mesh, options: Laye
             causal=True,
             mesh=mesh,
             linears=_linear_classes(
-                fp8=options.fp8.covers(number, layers=layers), transformer_engine=options.transformer_engine != "none"
+                fp8=options.fp8.covers(number, layers=config.num_layers),
+                transformer_engine=options.transformer_engine != "none",
             ),
             attention=attention,
+            qk_norm=config.qk_layernorm,
+            out_bias=config.out_bias,
         )
         for number in numbers
     ]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -28,7 +26,6 @@ __all__ = [
     "MegatronModule",
     "ModelType",
     "ModuleSpec",
-    "RotaryEmbedding",
     "RowParallelLinear",
     "ShardedTensor",
     "ShardedTensorFactory",
@@ -37,8 +34,8 @@ __all__ = [
     "build_module",
     "gather_from_sequence_parallel_region",
     "mark_parallel_weights",
+    "mark_tied_copies",
     "scatter_to_sequence_parallel_region",
-    "vocab_parallel_cross_entropy",
 ]
 
 
@@ -53,6 +50,18 @@ class LayerList(torch.nn.ModuleList):
         return sharded
 
 
+def mark_tied_copies(*, embedding: torch.Tensor | None, head: torch.Tensor | None) -> None:
+    """Mark the two copies of a tied embedding on the first and the last pipeline stage; None on the other stages.
+
+    Core then gives both the same buckets, so that the ranks of the embedding group hold the same part of the gradient
+    when they add it up, and leaves the copy of the last stage out of the gradient norm.
+    """
+    if embedding is not None:
+        embedding.shared_embedding = True
+    if head is not None:
+        head.shared_embedding = head.shared = True
+
+
 def mark_parallel_weights(model: torch.nn.Module) -> None:
     """Set the tensor-parallel attributes of sharded weights.
 
@@ -62,5 +71,5 @@ def mark_parallel_weights(model: torch.nn.Module) -> None:
     dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in model.modules():
         for kind, split in dimension.items():
-            if isinstance(module, kind):
+            if isinstance(module, kind) and module.weight is not None:
                 set_tensor_model_parallel_attributes(module.weight, True, split, 1)

@@ -73,7 +73,7 @@ class ExecutionOptions:
     """Modules that `selective` recomputes, in decoder and tower."""
 
     @classmethod
-    def of(cls, config: RunConfig, *, fused_head: bool, layers_per_stage: tuple[int, ...]) -> ExecutionOptions:
+    def of(cls, config: RunConfig, *, layers_per_stage: tuple[int, ...], fused_head: bool = True) -> ExecutionOptions:
         """Execution options of a run's configuration."""
         train, layers = config.train, config.train.recompute_layers
         recomputed = sum(count if layers is None else min(layers, count) for count in layers_per_stage)
@@ -141,8 +141,7 @@ def _attention(products: float, *, backward: bool, execution: ExecutionOptions |
 def layer_weights(model: ModelConfig) -> int:
     """Elements of the matrices of one decoder layer."""
     language = model.language
-    head_dim = language.hidden_size // language.num_attention_heads
-    attention = 2 * language.hidden_size * (language.hidden_size + language.num_key_value_heads * head_dim)
+    attention = 2 * language.hidden_size * (language.query_width + language.key_width)
     return attention + 3 * language.hidden_size * language.intermediate_size
 
 
@@ -152,7 +151,7 @@ def _layer(model: ModelConfig, amounts: WorkloadCounts, execution: ExecutionOpti
     matrices = _products(
         amounts.positions * layer_weights(model), input_gradient=True, weight_gradient=model.trainable.language
     )
-    attention = _attention(amounts.squares / 2 * model.language.hidden_size, backward=True, execution=execution)
+    attention = _attention(amounts.squares / 2 * model.language.query_width, backward=True, execution=execution)
     mlp = 3 * model.language.hidden_size * model.language.intermediate_size / layer_weights(model)
     recomputed = (
         _recomputed(matrices + attention, execution.recompute, execution.recompute_modules, mlp=mlp)

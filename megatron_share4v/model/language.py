@@ -1,6 +1,8 @@
-"""The LLaMA decoder of one pipeline stage: embedding on the first, decoder layers on all, head and loss on the last.
+"""The decoder of one pipeline stage: embedding on the first, decoder layers on all, head and loss on the last.
 
-Touvron et al. 2023 (LLaMA); Hugging Face `LlamaForCausalLM` semantics.
+Touvron et al. 2023 (LLaMA) with the variations of LanguageConfig; semantics of Hugging Face's `LlamaForCausalLM`,
+`Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `MistralForCausalLM`. A tied head is the embedding's parameter; with pipeline
+parallelism the last stage has a copy, whose gradient and the embedding's are added up in each step.
 
 S: positions of a sequence (S / TP on each rank between matrices under sequence parallelism); B: sequences; H: width; T:
 positions that reach the head, or new positions of an inference step.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -23,14 +26,13 @@ from megatron_share4v.mcore.layer_specs import decoder_submodules
 from megatron_share4v.mcore.layers import (
     ColumnParallelLinear,
     MegatronModule,
-    RotaryEmbedding,
     TransformerBlock,
     VocabParallelEmbedding,
     gather_from_sequence_parallel_region,
+    mark_tied_copies,
 )
-from megatron_share4v.model.loss import summed_cross_entropy
 from megatron_share4v.ops.linear_cross_entropy import linear_cross_entropy
-from megatron_share4v.ops.rope import rope_table
+from megatron_share4v.ops.rope import inverse_frequencies, rope_table
 
 
 class Head(ColumnParallelLinear):
@@ -41,21 +43,27 @@ class Head(ColumnParallelLinear):
     """
 
     def forward(
-        self, hidden: torch.Tensor, *, targets: torch.Tensor | None = None, vocabulary: int = 0
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        *,
+        targets: torch.Tensor | None = None,
+        vocabulary: int = 0,
     ) -> torch.Tensor:
         """[T, H] -> [T, vocab / TP].
 
-        With `targets` [T] -> the sum of -log p(target), by native ops, without logits in memory.
+        `weight`: the embedding's, for a head without its own. With `targets` [T] -> the sum of -log p(target), without
+        all logits in memory.
         """
         if targets is None:
-            return super().forward(hidden)[0]
+            return super().forward(hidden, weight)[0]
         return linear_cross_entropy(
             hidden,
-            weight=self.weight,
+            weight=self.weight if weight is None else weight,
             targets=targets,
             vocabulary=vocabulary,
             group=self.tp_group,
-            implementation="native",
+            implementation=self.config.ops,
         )
 
 
@@ -78,6 +86,11 @@ class LanguageModel(MegatronModule):
         super().__init__(config)
         self.language = language
         self.mesh = mesh
+        tied = language.tie_word_embeddings
+        self.head_is_embedding = tied and first and last
+        """Whether the head has no weight of its own."""
+        self.head_is_copy = tied and last and not first
+        """Whether the head's weight is the second copy of the embedding, which counts nowhere."""
         if first:
             self.embedding = VocabParallelEmbedding(
                 language.padded_vocab_size,
@@ -86,15 +99,12 @@ class LanguageModel(MegatronModule):
                 config=config,
                 tp_group=mesh.tp_group,
             )
-        self.rotary = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=language.rope_theta,
-            use_cpu_initialization=mesh.device.kind == "cpu",
-        )
+        self.inverse_frequencies = inverse_frequencies(
+            language.attention_head_dim, theta=language.rope_theta, scaling=language.rope_scaling
+        ).to(mesh.device.torch_device)
         self.decoder = TransformerBlock(
             config,
-            decoder_submodules(numbers, layers=language.num_layers, mesh=mesh, options=options),
+            decoder_submodules(numbers, config=config, mesh=mesh, options=options),
             pre_process=first,
             post_process=last,
             pg_collection=mesh.groups,
@@ -108,11 +118,25 @@ class LanguageModel(MegatronModule):
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
+                skip_weight_param_allocation=self.head_is_embedding,
                 tp_group=mesh.tp_group,
             )
             # Rows are selected from the full sequence before the head, so the head must not gather it again.
             self.head.sequence_parallel = False
             self.head.allreduce_dgrad = mesh.layout.tensor > 1
+        if tied and not (first and last):
+            mark_tied_copies(
+                embedding=self.embedding.weight if first else None, head=self.head.weight if last else None
+            )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return the entries of this stage; a copy of the embedding is a replica of the embedding's entry."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        name = f"{prefix}head.weight"
+        if self.head_is_copy:
+            entry = sharded[name]
+            sharded[name] = replace(entry, key=f"{prefix}embedding.weight", replica_id=(1, *entry.replica_id[1:]))
+        return sharded
 
     def forward(
         self,
@@ -144,26 +168,27 @@ class LanguageModel(MegatronModule):
 
     def _rope_angles(self, length: int) -> torch.Tensor:
         """[length, head_dim / 2] angles of whole sequences, also where this CP rank holds a part of their positions."""
-        return self.rotary.get_freqs_non_repeated(length)
+        positions = torch.arange(length, dtype=torch.float32, device=self.inverse_frequencies.device)
+        return torch.outer(positions, self.inverse_frequencies)
+
+    def _run_head(self, hidden: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Run the head, with the embedding's weight where it has none of its own."""
+        return self.head(hidden, self.embedding.weight if self.head_is_embedding else None, **options)
 
     def summed_loss(self, hidden: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Sum of -log p(target), an fp32 scalar, over the flat positions `rows` [T] (as in `logits`); targets [T] ids.
 
-        With T = 0 the head still runs, for its collectives. With native ops the logits are never in memory at once.
+        With T = 0 the head still runs, for its collectives. The logits are never in memory at once.
         """
-        if self.config.ops == "native":
-            return self.head(self._select_rows(hidden, rows), targets=targets, vocabulary=self.language.vocab_size)
-        if rows.numel() == 0:
-            blank = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-            return 0.0 * summed_cross_entropy(self.logits(hidden, blank), blank)
-        return summed_cross_entropy(self.logits(hidden, rows), targets)
+        selected = self._select_rows(hidden, rows)
+        return self._run_head(selected, targets=targets, vocabulary=self.language.vocab_size)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Compute this rank's fp32 logits, [T, vocab / TP], at the flat positions `rows` of `hidden` [S, B, H].
 
         `rows` [T] are b * S + s. Only these reach the head: in stage 1 about a quarter of all positions have a label.
         """
-        return self._mask_padding(self.head(self._select_rows(hidden, rows)).float())
+        return self._mask_padding(self._run_head(self._select_rows(hidden, rows)).float())
 
     def _select_rows(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Select [T, H] of the flat positions `rows`."""

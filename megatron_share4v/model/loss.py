@@ -7,8 +7,6 @@ from typing import Literal
 
 import torch
 
-from megatron_share4v.mcore.layers import vocab_parallel_cross_entropy
-
 
 @dataclass(frozen=True)
 class TokenLoss:
@@ -20,11 +18,6 @@ class TokenLoss:
     total: torch.Tensor
     tokens: int
     whole: int
-
-
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of -log p(target) over T rows; logits [T, vocab / TP] of this rank, targets [T] global ids."""
-    return vocab_parallel_cross_entropy(logits, targets).sum()
 
 
 def loss_and_divisor(

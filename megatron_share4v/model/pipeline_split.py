@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.parallel import ParallelConfig
+from megatron_share4v.model.flops import layer_weights
 
 # Mean caption length of ShareGPT4V-PT in tokens; affects only the balance of the pipeline.
 TYPICAL_TEXT_LENGTH = 200
@@ -30,15 +31,13 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
     """Estimate the cost of a sample with one image and `text_length` text tokens.
 
     A fraction `trained_share` of the text tokens have a label. A trained matrix costs three products (forward, input
-    gradient, weight gradient), a frozen one with trained parameters before it two, a frozen one without them one.
+    gradient, weight gradient), a frozen one with trained parameters before it two, a frozen one without them one; the
+    head one more, since its backward pass computes the logits again.
     """
     vision, language, trainable = model.vision, model.language, model.trainable
     length = vision.num_patches + text_length
-    head_dim = language.hidden_size // language.num_attention_heads
-    matrices = 2 * language.hidden_size * (language.hidden_size + language.num_key_value_heads * head_dim)
-    matrices += 3 * language.hidden_size * language.intermediate_size
     products = 3 if trainable.language else 2
-    layer = products * length * (matrices + length * language.hidden_size)
+    layer = products * length * (layer_weights(model) + length * language.query_width)
     tokens = vision.num_patches + 1
     block = tokens * (
         4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size + 2 * tokens * vision.hidden_size
@@ -47,7 +46,7 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
     trained_blocks = 0 if start is None else vision.num_built_layers - max(start, 0)
     tower = block * (vision.num_built_layers + 2 * trained_blocks)
     projector = 3 * vision.num_patches * (vision.hidden_size + language.hidden_size) * language.hidden_size
-    head = products * trained_share * text_length * language.hidden_size * language.padded_vocab_size
+    head = (products + 1) * trained_share * text_length * language.hidden_size * language.padded_vocab_size
     return StageCosts(layer=layer, first=tower + projector, last=head)
 
 

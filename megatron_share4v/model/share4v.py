@@ -74,7 +74,7 @@ class Share4V(MegatronModule):
         self.model, self.mesh, self.pipeline_stage, self.vp_stage = model, mesh, pipeline_stage, pipeline_stage.chunk
         # Read by core's schedule and gradient finalization.
         self.model_type = ModelType.encoder_or_decoder
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         self.pre_process, self.post_process = pipeline_stage.first, pipeline_stage.last
         trainable = model.trainable
         # Overlapped reduction waits for every bucket, so a micro-batch without images must still give the tower and the
@@ -108,6 +108,12 @@ class Share4V(MegatronModule):
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """Set the previous stage's output as input; called by core's schedule."""
         self.language.decoder.set_input_tensor(tensor[0] if isinstance(tensor, list) else tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """Return this chunk's copy of a tied embedding; called by core's gradient finalization."""
+        if self.pipeline_stage.first:
+            return self.language.embedding.weight
+        return self.language.head.weight if self.pipeline_stage.last else None
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return [S, B, H] hidden states, or the summed loss (scalar) on the last stage."""

@@ -49,11 +49,13 @@ def _trains(name: str, component: Component, trainable: TrainableConfig) -> bool
 def parameter_counts(chunks: Iterable[nn.Module], *, mesh: Mesh) -> dict[tuple[Component, bool], int]:
     """Count the elements of the whole model by (component, trained).
 
-    Collective; replicated weights are counted once.
+    Collective; replicated weights are counted once, and so is a tied embedding of which the last stage has a copy.
     """
     counts = {(component, trains): 0 for component in COMPONENTS for trains in (True, False)}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
+            if getattr(parameter, "shared", False):
+                continue
             split = getattr(parameter, "tensor_model_parallel", False)
             if mesh.is_first_replica and (split or mesh.coordinates.tensor == 0):
                 counts[component_of(name), parameter.requires_grad] += parameter.numel()

@@ -20,6 +20,10 @@ from torch.autograd.function import once_differentiable
 from megatron_share4v.ops.op import Implementation, register_op, upcast
 
 BLOCK_LOGITS = 1 << 23  # logits at a time; 16 MB in bf16
+BLOCK_SHARE: dict[Implementation, int] = {"native": 12, "reference": 32}
+"""Blocks in a head with few labelled rows: the peak stays under an eighth of the logits. The reference holds three
+copies of a block.
+"""
 MIN_BLOCK_COLUMNS = 1024  # products with fewer columns are inefficient
 
 
@@ -45,18 +49,18 @@ def linear_cross_entropy(
     """
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     real, first = weight.size(0) * ranks if vocabulary is None else vocabulary, weight.size(0) * rank
-    columns = block_columns or _block_columns(hidden.size(0), weight.size(0))
+    columns = block_columns or _block_columns(hidden.size(0), weight.size(0), implementation)
     return _LinearCrossEntropy.apply(
         hidden, weight, targets, (first, real, columns), group if ranks > 1 else None, implementation
     )
 
 
-def _block_columns(rows: int, columns: int) -> int:
-    """Columns of a block: as many as BLOCK_LOGITS allows, but at most an eighth of the head.
+def _block_columns(rows: int, columns: int, implementation: Implementation) -> int:
+    """Columns of a block: as many as BLOCK_LOGITS allows, but at most a share (BLOCK_SHARE) of the head.
 
     The limit keeps the logits small beside the head also for few rows.
     """
-    fitting = min(BLOCK_LOGITS // max(rows, 1), columns // 8)
+    fitting = min(BLOCK_LOGITS // max(rows, 1), columns // BLOCK_SHARE[implementation])
     return max(MIN_BLOCK_COLUMNS, fitting // 64 * 64)
 
 
@@ -107,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is None:
                 continue
             if logits.dtype == grad_hidden.dtype:
-                grad_hidden.addmm_(logits, weight[rows])
+                torch.addmm(grad_hidden, logits, weight[rows], out=grad_hidden)
             else:
                 grad_hidden.add_(logits @ weight[rows])
         if grad_hidden is not None:
@@ -143,7 +147,7 @@ def _statistics(
     if real.numel() == 0:
         return
     peak = torch.maximum(maximum, real.amax(1))
-    total.mul_(torch.exp(maximum - peak)).add_(torch.exp(real - peak.unsqueeze(1)).sum(1))
+    total.mul_(torch.exp(maximum - peak)).add_((real - peak.unsqueeze(1)).exp_().sum(1))
     maximum.copy_(peak)
     column = targets - first
     here = (column >= 0) & (column < real.size(1))
@@ -158,9 +162,12 @@ def _gradient(
     first: int,
     vocabulary: int,
 ) -> None:
-    column = torch.arange(first, first + logits.size(1), device=logits.device)
-    slope = torch.exp(upcast(logits) - logsumexp.unsqueeze(1)) - (column == targets.unsqueeze(1)).to(logsumexp.dtype)
-    logits.copy_((slope * scale).masked_fill(column >= vocabulary, 0))
+    slope = (upcast(logits) - logsumexp.unsqueeze(1)).exp_()
+    column = targets - first
+    here = (column >= 0) & (column < logits.size(1))
+    slope.scatter_add_(1, column.clamp(0, logits.size(1) - 1).unsqueeze(1), -here.to(slope.dtype).unsqueeze(1))
+    slope[:, max(0, vocabulary - first) :] = 0
+    logits.copy_(slope.mul_(scale))
 
 
 def register_ops() -> None:

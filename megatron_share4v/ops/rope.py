@@ -8,10 +8,12 @@ S: positions; B: sequences; D: width of a head (even).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from megatron_share4v.config.model import RopeScalingConfig
 from megatron_share4v.ops.op import Implementation, register_op, upcast
 
 
@@ -38,6 +40,27 @@ def rope(
         return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
     return rotate(query), rotate(key)
+
+
+def inverse_frequencies(width: int, *, theta: float, scaling: RopeScalingConfig) -> torch.Tensor:
+    """Angle per position of each pair of a head of `width`, [width / 2] fp32 on the CPU, of the scaling's kind.
+
+    `linear`: all divided by `factor`. `llama3` (Llama 3.1): frequencies with more than `high_freq_factor` turns in the
+    original length stay, those with less than `low_freq_factor` are divided by `factor`, those between are blended.
+    Equal to transformers' values in every bit, so the order of operations matters.
+    """
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
+    base = 1.0 / (theta ** (steps / width))
+    if scaling.rope_type == "default":
+        return base
+    slow = base / scaling.factor
+    if scaling.rope_type == "linear":
+        return slow
+    length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * math.pi / base
+    share = (length / wavelength - low) / (high - low)
+    blend = (1 - share) * base / scaling.factor + share * base
+    return torch.where(wavelength > length / low, slow, torch.where(wavelength < length / high, base, blend))
 
 
 def rope_table(angles: torch.Tensor) -> torch.Tensor:

@@ -187,4 +187,4 @@ class Case:
     @property
     def execution(self) -> ExecutionOptions:
         """Recomputation and padding that hardware FLOPs count."""
-        return ExecutionOptions.of(self.config, fused_head=self.settings.native, layers_per_stage=self.counts)
+        return ExecutionOptions.of(self.config, layers_per_stage=self.counts)

@@ -100,24 +100,21 @@ def _cast_bytes(case: Case, forward: bool) -> float:
     """
     language, settings = case.config.model.language, case.settings
     e, n, width, inner = settings.element, case.micro_batch.positions, language.hidden_size, language.intermediate_size
-    grouped = language.num_key_value_heads * width // language.num_attention_heads
-    ins = n * (2 * width + (width + inner) / settings.tensor)
-    outs = n * (2 * width + (width + 2 * grouped + 2 * inner) / settings.tensor)
+    ins = n * (2 * width + (language.query_width + inner) / settings.tensor)
+    outs = n * (2 * width + (language.query_width + 2 * language.key_width + 2 * inner) / settings.tensor)
     weights = layer_weights(case.config.model) / settings.tensor * (2 * e + 1 if forward else e + 1)
     return (ins if forward else outs) * (2 * e + 2) + weights / (case.micro_batches if settings.fp8.engine else 1)
 
 
 def _layer_bytes(case: Case, forward: bool) -> float:
-    """Bytes read and written between the products of a decoder layer: two norms, two residual sums, RoPE, SwiGLU;
-    twice as many backward.
+    """Bytes read and written between the products of a decoder layer: two norms, two residual sums, RoPE, norms of
+    queries and keys, SwiGLU; twice as many backward.
     """
     language, settings = case.config.model.language, case.settings
     n = case.micro_batch.positions
     rows = n / (settings.tensor if settings.sequence else 1)
-    grouped = language.num_key_value_heads * language.hidden_size // language.num_attention_heads
-    values = 10 * rows * language.hidden_size + n / settings.tensor * (
-        2 * (language.hidden_size + grouped) + 3 * language.intermediate_size
-    )
+    turned = (2 + 2 * language.qk_norm) * (language.query_width + language.key_width)
+    values = 10 * rows * language.hidden_size + n / settings.tensor * (turned + 3 * language.intermediate_size)
     return settings.element * values * (1 if forward else 2)
 
 
@@ -171,13 +168,8 @@ def context_bytes(case: Case, chunk: Chunk) -> tuple[float, int]:
     language, settings, ranks = case.config.model.language, case.settings, case.layout.context
     if ranks == 1:
         return 0.0, 0
-    grouped = (
-        settings.head_copies(case.config.model)
-        * language.num_key_value_heads
-        * language.hidden_size
-        // language.num_attention_heads
-    )
-    values = case.micro_batch.positions / settings.tensor * (2 * language.hidden_size + 2 * grouped)
+    copied = settings.head_copies(case.config.model) * language.key_width
+    values = case.micro_batch.positions / settings.tensor * 2 * (language.query_width + copied)
     return chunk.layers * values * settings.element * ring_fraction(ranks), 2 * chunk.layers
 
 

@@ -30,7 +30,7 @@ class Memory:
     activations: float = 0.0
     """Activations saved for the backward pass by all micro-batches in flight."""
     logits: float = 0.0
-    """Logits and their gradients: one block at a time in the fused head, all of them without it."""
+    """Logits and their gradients, one block of the vocabulary at a time."""
     workspace: float = 0.0
     """Largest set of short-lived gradients."""
 
@@ -124,22 +124,24 @@ class MemorySettings:
 def weight_shapes(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[tuple[int, int, bool]]:
     """Yield (elements on one rank, number of such tensors, trained) for every weight of a chunk."""
     language, trains = model.language, model.trainable
-    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
+    width, head = language.hidden_size, language.attention_head_dim
     if chunk.first:
         yield from _tower(model, tensor)
         yield from _projector(model, tensor)
         yield language.padded_vocab_size // tensor * width, 1, trains.language
-    grouped = width + 2 * language.num_key_value_heads * head
+    projected = language.query_width + 2 * language.key_width
     matrices = (
-        grouped * width,
-        width * width,
+        projected * width,
+        language.query_width * width,
         2 * language.intermediate_size * width,
         language.intermediate_size * width,
+        projected * language.qkv_bias,
     )
     for elements in matrices:
         yield elements // tensor, chunk.layers, trains.language
-    yield width, 2 * chunk.layers + chunk.last, trains.language
-    if chunk.last:
+    yield width, (2 + language.out_bias) * chunk.layers + chunk.last, trains.language
+    yield head, 2 * language.qk_norm * chunk.layers, trains.language
+    if chunk.last and not (chunk.first and language.tie_word_embeddings):  # its own weight, or a copy of the embedding
         yield language.padded_vocab_size // tensor * width, 1, trains.language
 
 
@@ -215,7 +217,7 @@ def activations(
     total += (chunk.layers - again - codes) * _layer(model, settings, n, rows)
     if chunk.layers > again:
         # The table of rotary positions, of one sequence's length, whoever holds it.
-        total += FP32 * settings.context * n / sequences * width / model.language.num_attention_heads
+        total += FP32 * settings.context * n / sequences * model.language.attention_head_dim
     if chunk.first:
         total += (
             INT64 * n
@@ -240,8 +242,7 @@ def _layer(
 ) -> float:
     language, e, split, trains = model.language, settings.element, settings.tensor, model.trainable.language
     width, inner = language.hidden_size, language.intermediate_size
-    grouped = language.num_key_value_heads * width // language.num_attention_heads
-    grouped *= settings.head_copies(model)
+    queries, keys = language.query_width, language.key_width * settings.head_copies(model)
     no_attention, no_mlp = (
         settings.recompute.drops(settings.recompute.language, module) for module in ("core_attn", "mlp")
     )
@@ -253,20 +254,25 @@ def _layer(
     total = 2 * _norm(settings, rows * width, rows, output=False) + taken(rows, width)
     # The projection, of which the values are a view, and the result, which the kernel keeps, or the next matrix in its
     # place.
-    total += e * n * (width + 2 * grouped) / split + e * n * width / split * (
+    total += e * n * (queries + 2 * keys) / split + e * n * queries / split * (
         fp8 is None or fp8.precise or not no_attention
     )
     if fp8 is not None and not fp8.precise:
-        total += taken(n, width / split)
+        total += taken(n, queries / split)
+    # Queries of several groups are no view of the projection.
+    copied = e * n * queries / split * (keys < queries and language.num_key_value_heads > split)
+    if language.qk_norm:  # its input, sums, and output where that is not rotated at once
+        heads = language.num_attention_heads + language.num_key_value_heads
+        total += copied + FP32 * n * heads / split + e * n * (queries + keys) / split * no_attention
+        if settings.context > 1 and not no_attention:  # the projection beside what is exchanged for it
+            total += e * n * (queries + 2 * language.key_width) / split
     if not no_attention:  # keys and queries, turned, and the kernel's sums
-        total += e * n * (width + grouped) / split + FP32 * n * language.num_attention_heads / split
+        total += e * n * (queries + keys) / split + FP32 * n * language.num_attention_heads / split
         total += (
-            e * n * width / split * (settings.context > 1) * (fp8 is None or fp8.precise)
+            e * n * queries / split * (settings.context > 1) * (fp8 is None or fp8.precise)
         )  # the result once more, before it is exchanged
-    elif (
-        grouped < width and language.num_key_value_heads > split
-    ):  # queries of several groups are no view of the projection
-        total += e * n * width / split
+    elif not language.qk_norm:
+        total += copied
     if no_mlp:
         return total + e * rows * width * trains
     total += taken(rows, width) + taken(n, inner / split)
@@ -330,14 +336,14 @@ def _projector_activations(model: ModelConfig, settings: MemorySettings) -> floa
 def logits(model: ModelConfig, rows: float, settings: MemorySettings) -> float:
     """Bytes of the logits and their gradients: one block at a time in ops/linear_cross_entropy.py."""
     columns, width = model.language.padded_vocab_size // settings.tensor, model.language.hidden_size
-    if not settings.native:
-        return rows * columns * (2 * FP32 + settings.element)
-    return rows * min(head_columns(rows, columns), columns) * settings.element + rows * width * FP32
+    block = rows * min(head_columns(rows, columns, native=settings.native), columns)
+    copies = 0 if settings.native else FP32 * (1 + (settings.element < FP32))  # in fp32, of the block
+    return block * (settings.element + copies) + rows * width * FP32
 
 
-def head_columns(rows: float, columns: int) -> int:
-    """Columns of logits in one block of the fused head, as chosen in ops/linear_cross_entropy.py."""
-    return max(1024, int(min((1 << 23) // max(rows, 1), columns // 8)) // 64 * 64)
+def head_columns(rows: float, columns: int, *, native: bool = True) -> int:
+    """Columns of logits in one block of the head, as chosen in ops/linear_cross_entropy.py."""
+    return max(1024, int(min((1 << 23) // max(rows, 1), columns // (12 if native else 32))) // 64 * 64)
 
 
 def workspace(model: ModelConfig, chunks: list[Chunk], amounts: WorkloadCounts, settings: MemorySettings) -> float:

@@ -23,9 +23,16 @@ class StepFlops:
 
 
 def step_flops(
-    config: RunConfig, items: GlobalBatch, *, trained_tokens: int, images_per_sample: np.ndarray, fused_head: bool
+    config: RunConfig,
+    items: GlobalBatch,
+    *,
+    trained_tokens: int,
+    images_per_sample: np.ndarray,
+    fused_head: bool = True,
 ) -> StepFlops:
     """Compute the FLOPs of a step over `items`; `images_per_sample` [n] belongs to items.rows.
+
+    `fused_head` false: for a step of another trainer, whose backward pass does not compute the logits again.
 
     Blank images: with overlapped gradient reduction a micro-batch without images runs one blank image through the
     tower. Not counted is what context parallelism adds: an image across a CP border runs through the tower of two

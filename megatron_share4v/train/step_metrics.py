@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_share4v.mcore.optimizer import unwrap_model
 from megatron_share4v.observability.writers import StepRecord
 from megatron_share4v.planner.gpus import known_gpu
 from megatron_share4v.train.build import Training
@@ -20,7 +19,6 @@ def make_step_record(training: Training, state: StepState) -> StepRecord:
         items,
         trained_tokens=result.trained_tokens,
         images_per_sample=training.source.index.rows["n_img"][items.rows],
-        fused_head=unwrap_model(training.chunks[0]).config.ops == "native",
     )
     consumed = training.source.sampler.consumed(state.step)
     rank_seconds = state.seconds * mesh.layout.world_size

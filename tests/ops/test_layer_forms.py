@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from megatron_share4v.mcore.attention import positions_in_samples
-from megatron_share4v.mcore.layers import RotaryEmbedding
 from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.rope import rope, rope_table
@@ -72,6 +71,8 @@ def rotated_by_core(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 @implementations
 @pytest.mark.parametrize("segments", [None, ((5, 6), (9,), (3, 3, 3))], ids=["whole", "packed"])
 def test_rotation_is_that_of_core(implementation: Implementation, segments: tuple[tuple[int, ...], ...] | None) -> None:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
     length, batch, width = 11, 3, 16
     angles = RotaryEmbedding(kv_channels=width, rotary_percent=1.0, rotary_base=10000, use_cpu_initialization=True)(
         length

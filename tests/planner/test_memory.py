@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
-from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
+from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_family
 
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.parallel import ParallelConfig
@@ -51,6 +51,7 @@ class Case:
     short: bool = False
     """Gradients and AdamW's moments are in bf16."""
     fp8: tuple = ()
+    family: str = "plain"
 
     @property
     def train(self) -> TrainConfig:
@@ -59,7 +60,7 @@ class Case:
     @property
     def model(self) -> ModelConfig:
         """Tiny model; for FP8 its MLP divides over two ranks in multiples of 16."""
-        model = tiny_model(**dict(self.trainable))
+        model = tiny_family(self.family, **dict(self.trainable))
         return replace(model, language=replace(model.language, intermediate_size=64)) if self.fp8 else model
 
     @property
@@ -198,12 +199,15 @@ CASES = {
         Case(fp8=FP8, trainable=PROJECTOR), Case(fp8=FP8, recompute=SOME), Case(fp8=TOWER, recompute=ATTENTION),
         Case(fp8=TOWER, recompute=MLP), Case(fp8=FP8, ops="reference", dtype="fp32"),
         Case(recompute=FULL, trainable=ALL), Case(recompute=SOME), Case(recompute=ATTENTION, trainable=ALL),
-        Case(recompute=MLP)],
+        Case(recompute=MLP), Case(family="tied"), Case(family="qk_norm"), Case(family="biased"), Case(family="all"),
+        Case(family="all", recompute=ATTENTION), Case(family="qk_norm", fp8=FP8, trainable=PROJECTOR)],
     2: [Case(tensor=2, recompute=ATTENTION), Case(tensor=2, short=True), Case(short=True),
         Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2),
         Case(pipeline=2, virtual=2, dtype="fp32"), Case(context=2), Case(context=2, recompute=ATTENTION),
         Case(tensor=2, sequence=True, fp8=FP8), Case(tensor=2, fp8=FP8), Case(pipeline=2, fp8=ENDS),
-        Case(context=2, fp8=FP8), Case(context=2, fp8=FP8, recompute=ATTENTION)],
+        Case(context=2, fp8=FP8), Case(context=2, fp8=FP8, recompute=ATTENTION),
+        Case(tensor=2, sequence=True, family="all"), Case(pipeline=2, family="tied"),
+        Case(pipeline=2, family="all", sharded=False), Case(context=2, family="qk_norm")],
     4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2),
         Case(tensor=2, trainable=ALL), Case(pipeline=4), Case(tensor=2, context=2, sequence=True)],
 }  # fmt: skip

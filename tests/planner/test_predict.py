@@ -274,4 +274,5 @@ def test_logit_blocks_match_the_op(config: RunConfig) -> None:
 
     for rows in (0, 1, 200, 3200, 50_000):
         for columns in (4000, 16_000, 32_000, 128_256):
-            assert head_columns(rows, columns) == _block_columns(rows, columns)
+            for ops in ("native", "reference"):
+                assert head_columns(rows, columns, native=ops == "native") == _block_columns(rows, columns, ops)

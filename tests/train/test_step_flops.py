@@ -81,7 +81,7 @@ def flops_of_step(
         None if counts is None else np.array(counts),
         None if padded is None else np.array(padded),
     )
-    return step_flops(config, items, trained_tokens=100, images_per_sample=np.array(images), fused_head=False)
+    return step_flops(config, items, trained_tokens=100, images_per_sample=np.array(images))
 
 
 def test_padding_adds_hardware_flops_only() -> None:
