@@ -54,13 +54,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": RopeScalingConfig(rope_type="llama3", factor=8.0, original_max_position_embeddings=16),
     },
 }
-"""Fields of the language model that differ between families, as changes of tiny_model's."""
+"""Fields of the language model that differ between families, as changes of tiny_model's; plain has none."""
 
 
 def tiny_family(name: str, **trainable) -> ModelConfig:
-    """Return tiny_model with a language model of another family."""
+    """Return tiny_model with a language model of another family, of 4 layers."""
     model = tiny_model(**trainable)
-    return replace(model, language=replace(model.language, **FAMILIES[name]))
+    return (
+        model if name == "plain" else replace(model, language=replace(model.language, num_layers=4, **FAMILIES[name]))
+    )
 
 
 def micro_batches(step: int) -> list[Batch]:

@@ -88,7 +88,7 @@ def _linear_classes(*, fp8: bool, transformer_engine: bool) -> LinearClasses:
 
 
 @cache
-def _with_bias(linear: type) -> type:
+def _with_bias(linear: Any) -> type:
     """Return a subclass of `linear` that always has a bias, whatever core asks for."""
 
     def initialize(self: Any, *sizes: int, bias: bool, **options: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import (
@@ -50,7 +52,7 @@ class LayerList(torch.nn.ModuleList):
         return sharded
 
 
-def mark_tied_copies(*, embedding: torch.Tensor | None, head: torch.Tensor | None) -> None:
+def mark_tied_copies(*, embedding: Any, head: Any) -> None:
     """Mark the two copies of a tied embedding on the first and the last pipeline stage; None on the other stages.
 
     Core then gives both the same buckets, so that the ranks of the embedding group hold the same part of the gradient

@@ -32,6 +32,7 @@ SELECTION: dict[int, dict[tuple[int, int, int, int], list[dict[str, Any]]]] = {
         (2, 2, 1, 1): [{"family": "all", "sequence": True}, {"family": "biased", "recompute": "full"}],
         # two key/value heads on four ranks
         (4, 1, 1, 1): [{"family": "all"}, {"family": "qk_norm", "sequence": True}],
+        (1, 4, 1, 1): [{"family": "tied"}],
         (1, 1, 1, 4): [{"family": "biased"}],
     },
     8: {(2, 2, 2, 1): [{"family": "all", "sequence": True, "overlap": True, "gather": True}]},
@@ -60,13 +61,12 @@ def every_family(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> dict[tuple[str, str, str], Outcome]:
-    """Outcomes of one rank for each family, trainable set and implementation of the ops."""
-    wanted = [Variant(family=name, ops=ops) for name in OTHERS for ops in ("auto", "reference")]
-    wanted += [
-        Variant(family=name, ops="auto", trainable=part) for name in OTHERS for part in ("projector", "frozen_tower")
-    ]
-    [results] = run_world(1, run_variants, [((1, 1, 1, 1), wanted)])
+def reference(request: pytest.FixtureRequest) -> dict[tuple[str, str, str], Outcome]:
+    """Outcomes of one rank for each family, trainable set and implementation of the ops that the tests need."""
+    full = any("full" in item.name for item in request.session.items)
+    variants = [variant for world in SELECTION for _, found in selection_of(world, full=full) for variant in found]
+    wanted = dict.fromkeys(Variant(family=v.family, trainable=v.trainable, ops=v.ops) for v in variants)
+    [results] = run_world(1, run_variants, [((1, 1, 1, 1), list(wanted))])
     return {(variant.family, variant.trainable, variant.ops): outcome for variant, outcome in results}
 
 

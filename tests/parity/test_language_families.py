@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tolerances import FP32_GRADIENT, FP32_MODULE
 
-from megatron_share4v.checkpoint.hf.transforms import ConcatRows, Identity, InterleaveQKV, PadVocabulary, Transform
+from megatron_share4v.checkpoint.hf.weight_map import SHARE4V, to_megatron
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, RopeScalingConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.data.records import Batch
@@ -118,45 +118,6 @@ def _reference(family: Family) -> torch.nn.Module:
     return model.eval()
 
 
-def _rows(language: LanguageConfig) -> Iterator[tuple[str, tuple[str, ...], Transform]]:
-    """Yield (our name, transformers' names, transform) of every tensor."""
-    groups = language.num_key_value_heads
-    qkv = InterleaveQKV(
-        groups=groups,
-        queries_per_group=language.num_attention_heads // groups,
-        head_dim=language.attention_head_dim,
-    )
-    vocabulary = PadVocabulary(rows=language.vocab_size, padded=language.padded_vocab_size)
-    yield "embedding.weight", ("model.embed_tokens.weight",), vocabulary
-    if not language.tie_word_embeddings:
-        yield "head.weight", ("lm_head.weight",), vocabulary
-    yield "decoder.final_layernorm.weight", ("model.norm.weight",), Identity()
-    for number in range(language.num_layers):
-        own, other = f"decoder.layers.{number}", f"model.layers.{number}"
-        for kind in ("weight", "bias") if language.qkv_bias else ("weight",):
-            names = tuple(f"{other}.self_attn.{part}_proj.{kind}" for part in "qkv")
-            yield f"{own}.self_attention.linear_qkv.{kind}", names, qkv
-        for kind in ("weight", "bias") if language.out_bias else ("weight",):
-            yield f"{own}.self_attention.linear_proj.{kind}", (f"{other}.self_attn.o_proj.{kind}",), Identity()
-        for part in "qk" if language.qk_norm else "":
-            name = f"{other}.self_attn.{part}_norm.weight"
-            yield f"{own}.self_attention.{part}_layernorm.weight", (name,), Identity()
-        gate_up = tuple(f"{other}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-        yield f"{own}.mlp.linear_fc1.weight", gate_up, ConcatRows()
-        yield f"{own}.mlp.linear_fc2.weight", (f"{other}.mlp.down_proj.weight",), Identity()
-        yield f"{own}.input_layernorm.weight", (f"{other}.input_layernorm.weight",), Identity()
-        yield f"{own}.pre_mlp_layernorm.weight", (f"{other}.post_attention_layernorm.weight",), Identity()
-
-
-def _to_ours(tensors: dict[str, torch.Tensor], language: LanguageConfig) -> dict[str, torch.Tensor]:
-    used = [name for _, names, _ in _rows(language) for name in names]
-    assert sorted(used) == sorted(tensors)
-    return {
-        f"language.{own}": transform.to_megatron([tensors[name] for name in names])
-        for own, names, transform in _rows(language)
-    }
-
-
 @pytest.mark.parametrize("ops", ["native", "reference"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decoder_equals_transformers(
@@ -173,11 +134,15 @@ def test_decoder_equals_transformers(
     logits = theirs(tokens).logits
     total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     total.backward()
-    named = dict(theirs.named_parameters())
-    weights = _to_ours({name: parameter.detach() for name, parameter in named.items()}, language)
-    gradients = _to_ours({name: parameter.grad for name, parameter in named.items()}, language)
-
     model = ModelConfig(vision=VISION, language=language)
+    named = dict(theirs.named_parameters())
+    weights, gradients = (
+        to_megatron(tensors, model, naming=SHARE4V, components=("language",))
+        for tensors in (
+            {name: parameter.detach() for name, parameter in named.items()},
+            {name: parameter.grad for name, parameter in named.items()},
+        )
+    )
     (chunk,) = build_chunks(model, mesh=mesh, parallel=ParallelConfig(), dtype=torch.float32, ops=ops)
     filled = set()
 
