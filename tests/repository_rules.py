@@ -38,7 +38,8 @@ IMPORTERS = {  # library: files that may import it (paths inside the package or 
     "torch.utils.tensorboard": ("observability/writers.py",),
     "wandb": ("observability/wandb_writer.py",),
     "webdataset": ("data/store/shards.py",),
-    "sentencepiece": ("text/tokenizer.py", "examples/quickstart/*.py"),
+    "sentencepiece": ("text/sentencepiece_tokenizer.py", "examples/quickstart/*.py"),
+    "tokenizers": ("text/hf_tokenizer.py",),
     "nvidia.dali": ("data/images/dali_decoder.py",),
     "PIL": (
         "data/*",

@@ -27,8 +27,8 @@ from megatron_share4v.infer.engine import EngineStats
 from megatron_share4v.infer.request import GenerationRequest, TokenEvent, TokenLogprobs
 from megatron_share4v.serve.engine_thread import ServedModel
 from megatron_share4v.serve.server import HttpServer, build_app, http_server
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 TOKENS_PER_IMAGE, IMAGE_SIZE, VOCABULARY = 16, 32, 700
 SENTENCES = [
@@ -49,7 +49,7 @@ def train_tokenizer(path: Path) -> Path:
 
 def make_encoder(directory: Path) -> Encoder:
     """Encoder with template vicuna_v1 and padded images, as in most checkpoints."""
-    tokenizer = Tokenizer(train_tokenizer(directory / "tokenizer.model"))
+    tokenizer = SentencePieceTokenizer(train_tokenizer(directory / "tokenizer.model"))
     return Encoder(
         tokenizer=tokenizer,
         template=get_template("vicuna_v1"),

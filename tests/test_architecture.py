@@ -142,7 +142,7 @@ PLANTED = [
         third_parties_have_one_importer,
         "data/a.py",
         "import sentencepiece",
-        "outside text/tokenizer.py and examples/quickstart/*.py",
+        "outside text/sentencepiece_tokenizer.py and examples/quickstart/*.py",
     ),
     (configuration_stays_free_of_torch, "config/a.py", "from torch import nn", "imports torch.nn"),
     (lines_are_short, "ops/a.py", "x = '" + "y" * MAX_LINE_LENGTH + "'\n", f"{MAX_LINE_LENGTH + 6} characters"),

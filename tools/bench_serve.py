@@ -167,7 +167,7 @@ def make_prompts(session: Session, count: int, arguments: argparse.Namespace, *,
         ids = torch.randint(
             300, session.encoder.tokenizer.vocab_size, (1 + vision.num_patches + arguments.words,), generator=generator
         )
-        ids[0], ids[slots] = session.encoder.tokenizer.bos_id, 0
+        ids[0], ids[slots] = session.encoder.tokenizer.eos_id, 0
         pixels = torch.randint(
             0, 256, (1, vision.image_size, vision.image_size, 3), generator=generator, dtype=torch.uint8
         )

@@ -111,7 +111,9 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--projector", type=Path, help="mm_projector.bin, or a directory that has it")
     command.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.model or a directory that has it, when it is not beside the weights"
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.model or tokenizer.json, or its directory, if not beside the weights",
     )
     command.add_argument(
         "--tokenizer-rule",

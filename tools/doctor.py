@@ -43,9 +43,9 @@ from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import Share4VError, exit_on_closed_output, exit_on_user_error
 from megatron_share4v.observability.charts import histogram, save_png
 from megatron_share4v.parallel.launch import World
+from megatron_share4v.text.load_tokenizer import load_tokenizer, with_rule
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.text.tokenizer_config import RULES, read_tokenizer_settings
+from megatron_share4v.text.tokenizer_config import RULES
 
 PACK_LENGTH = 4096
 RECIPE: dict[str, object] = {
@@ -162,8 +162,9 @@ def _check_data(options: argparse.Namespace) -> int:
 
 def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
     index = Index.open(options.prepared) if options.prepared else None
-    rule = options.tokenizer_rule or (index.tokenizer_rule if index else None)
-    tokenizer = Tokenizer(options.tokenizer, settings=read_tokenizer_settings(options.tokenizer, rule=rule))
+    tokenizer = load_tokenizer(options.tokenizer, rule=options.tokenizer_rule)
+    if index and index.tokenizer_rule and tokenizer.rule and not options.tokenizer_rule:
+        tokenizer = with_rule(tokenizer, index.tokenizer_rule, origin="the data set")
     if index:
         template, length = (
             options.template or index.info.template,
@@ -227,7 +228,7 @@ def _add_data_options(data: argparse.ArgumentParser) -> None:
     data.add_argument("--annotations", type=Path, help="JSON or JSON Lines file, as given to tools/prepare_data.py")
     data.add_argument("--images", type=Path, help="folder of images, as given to tools/prepare_data.py")
     data.add_argument("--config", type=Path, help="the run's YAML file, for all numbers below that are not given")
-    data.add_argument("--tokenizer", type=Path, help="sentencepiece tokenizer.model (the run's)")
+    data.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json (the run's)")
     data.add_argument(
         "--tokenizer-rule",
         choices=RULES,

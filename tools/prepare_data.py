@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         help="folder that the records' image paths are relative to; tar and zip archives in it need not be unpacked",
     )
     parser.add_argument("--output", type=Path, required=True, help="directory to write; published whole or not at all")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece tokenizer.model")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="tokenizer.model (sentencepiece) or tokenizer.json"
+    )
     parser.add_argument(
         "--tokenizer-rule",
         choices=RULES,

@@ -12,46 +12,44 @@ import shutil
 from pathlib import Path
 
 from megatron_share4v.config.data import DataConfig
-from megatron_share4v.files import atomic_write, atomic_write_text
+from megatron_share4v.files import atomic_write
+from megatron_share4v.text.load_tokenizer import TOKENIZER_FILES, find_tokenizer, load_tokenizer
 from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.text.tokenizer_config import (
-    LEGACY_RULE,
-    TOKENIZER_CONFIG,
-    TokenizerSettings,
-    read_tokenizer_settings,
-)
+from megatron_share4v.text.tokenizer_config import LEGACY_RULE, TOKENIZER_CONFIG
 
-TOKENIZER = "tokenizer.model"
 UNUSED = "unused.safetensors"
 FOLDER = "companions"
 
 
 def asset_files(directory: Path) -> tuple[Path, ...]:
     """Return the asset files in `directory`: a checkpoint, or the directory that `copy_assets_to_run` returned."""
-    return tuple(path for name in (TOKENIZER, TOKENIZER_CONFIG, UNUSED) if (path := directory / name).is_file())
+    return tuple(path for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG, UNUSED) if (path := directory / name).is_file())
 
 
 def tokenizer_path(checkpoint: Path, data: DataConfig) -> Path:
     """Return the checkpoint's own tokenizer file, or else the file that its configuration names."""
-    own = checkpoint / TOKENIZER
-    return own if own.is_file() else Path(data.tokenizer)
+    return find_tokenizer(checkpoint) or Path(data.tokenizer)
 
 
-def tokenizer_settings(model: Path) -> TokenizerSettings:
-    """Read the settings of a checkpoint's tokenizer; older checkpoints do not state the rule and have `legacy`."""
-    return read_tokenizer_settings(model, default=LEGACY_RULE)
+def open_stored_tokenizer(path: Path) -> Tokenizer:
+    """Open a checkpoint's tokenizer file; older checkpoints do not state sentencepiece's rule and have `legacy`."""
+    return load_tokenizer(path, default=LEGACY_RULE)
 
 
 def open_tokenizer(checkpoint: Path, data: DataConfig) -> Tokenizer:
     """Open the tokenizer of a checkpoint (see `tokenizer_path`) with its settings."""
-    path = tokenizer_path(checkpoint, data)
-    return Tokenizer(path, settings=tokenizer_settings(path))
+    return open_stored_tokenizer(tokenizer_path(checkpoint, data))
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer's model and its settings as files of a checkpoint."""
-    _copy(tokenizer.path, directory / TOKENIZER)
-    atomic_write_text(directory / TOKENIZER_CONFIG, tokenizer.settings.to_json(first_added=tokenizer.pieces))
+    """Write a tokenizer's files into a checkpoint, and remove those of another kind."""
+    files = tokenizer.files()
+    for name, content in files.items():
+        with atomic_write(directory / name, "wb") as file:
+            file.write(content)
+    for name in TOKENIZER_FILES:
+        if name not in files:
+            (directory / name).unlink(missing_ok=True)
 
 
 def copy_assets_to_run(run: Path, *, tokenizer: Tokenizer, start: Path | None, resumes: bool) -> Path:

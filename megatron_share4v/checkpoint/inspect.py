@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.assets import TOKENIZER
 from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
 from megatron_share4v.checkpoint.lazy_tensor import FLOAT_NAMES, LazyTensor, hash_components
 from megatron_share4v.mcore.dist_checkpoint import STATE_PREFIX
 from megatron_share4v.mcore.dist_checkpoint_files import stored_tensors
+from megatron_share4v.text.load_tokenizer import find_tokenizer
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -32,7 +32,7 @@ def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Itera
     yield f"step {state.step}, {state.consumed_samples} samples consumed, plan {state.plan_fingerprint or 'none'}"
     optimizer = sum(name.startswith(STATE_PREFIX) for name in stored_tensors(opened.path))
     yield f"optimizer: {f'{optimizer} tensors, {manifest.updates} updates' if optimizer else 'none (weights only)'}"
-    if (opened.path / TOKENIZER).is_file():
+    if find_tokenizer(opened.path):
         yield from _tokenizer(opened)
     yield from _tree(opened, every_layer=every_layer)
     if opened.unused:
@@ -51,7 +51,8 @@ def describe_checkpoint(path: Path, *, hashes: bool, every_layer: bool) -> Itera
 def _tokenizer(opened: OpenCheckpoint) -> Iterator[str]:
     tokenizer = opened.tokenizer
     added = ", ".join(f"{token.text} {token.id}" for token in tokenizer.added)
-    yield f"tokenizer: {tokenizer.pieces} pieces{f', added tokens {added}' if added else ''}; rule {tokenizer.rule}"
+    kind = tokenizer.summary() if tokenizer.rule is None else f"rule {tokenizer.rule}"
+    yield f"tokenizer: {tokenizer.pieces} pieces{f', added tokens {added}' if added else ''}; {kind}"
 
 
 def _tree(opened: OpenCheckpoint, *, every_layer: bool) -> Iterator[str]:

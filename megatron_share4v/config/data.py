@@ -31,7 +31,7 @@ class DataConfig:
     validation: str | None = None
     """Directory of the validation set; null: no validation."""
     tokenizer: str
-    """A sentencepiece `tokenizer.model`; must be the one that the data set was prepared with."""
+    """A sentencepiece `tokenizer.model`, or a `tokenizer.json`; must be the one that the data set was prepared with."""
     template: str = "vicuna_v1"
     """Conversation template; must be the one that the data set was prepared with."""
     max_text_length: PositiveInt = 2048

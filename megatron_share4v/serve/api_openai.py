@@ -148,7 +148,7 @@ class OpenAIRoutes:
                 )
                 ids = await self.prompt_builder.run(tokenizer.encode, text)
                 if fields.boolean("add_special_tokens", True):
-                    ids = [tokenizer.bos_id, *ids]
+                    ids = [*tokenizer.bos_ids, *ids]
             wants_strings = fields.boolean("return_token_strs")
         strings = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in ids] if wants_strings else None
         return JsonResponse(
@@ -177,7 +177,7 @@ class OpenAIRoutes:
         tokenizer, template = encoder.tokenizer, encoder.template
         return JsonResponse(
             {
-                "tokenizer_class": "LlamaTokenizer",
+                "tokenizer_class": tokenizer.class_name,
                 "legacy": tokenizer.rule == LEGACY_RULE,
                 "tokenizer_rule": tokenizer.rule,
                 "vocab_size": tokenizer.vocab_size,

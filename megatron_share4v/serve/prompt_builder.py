@@ -61,7 +61,7 @@ class PromptBuilder:
         return await self.run(_question, served, conversation, images)
 
     async def texts(self, served: ServedModel, request: CompletionRequest) -> list[BuiltPrompt]:
-        """Prompts of texts, with a leading <s>, and of ids, unchanged. Raises ApiError."""
+        """Prompts of texts, with a leading bos_id, and of ids, unchanged. Raises ApiError."""
         for prompt in request.prompts:
             check_length(served, [prompt], param="prompt")
         return [await self.run(_text, served, prompt, request) for prompt in request.prompts]
@@ -126,7 +126,7 @@ def _text(served: ServedModel, prompt: str | tuple[int, ...], request: Completio
     tokenizer = served.encoder.tokenizer
     if isinstance(prompt, str):
         own, spans = tokenizer.encode_with_offsets(prompt)
-        bos = [tokenizer.bos_id] * request.add_bos
+        bos = tokenizer.bos_ids * request.add_bos
         ids, text, offsets = [*bos, *own], prompt, [0] * len(bos) + [start for start, _ in spans]
     else:
         ids, text = list(prompt), tokenizer.decode(prompt)
@@ -152,7 +152,7 @@ def _pieces(
     add_bos: bool,
 ) -> BuiltPrompt:
     tokenizer = served.encoder.tokenizer
-    ids = [tokenizer.bos_id] if add_bos else []
+    ids = tokenizer.bos_ids * add_bos
     for number, piece in enumerate(pieces):
         ids += [IMAGE_TOKEN_INDEX] * (number > 0) + tokenizer.encode(piece)
     if not ids:

@@ -20,7 +20,7 @@ class IncrementalDetokenizer:
         self, tokenizer: Tokenizer, stop: Sequence[str] = (), include_stop: bool = False, *, after: Sequence[int] = ()
     ) -> None:
         self._tokenizer, self._stop, self._include_stop = tokenizer, tuple(stop), include_stop
-        self._ids = list(after)
+        self._ids = self._without_special(after)
         self._start, self._shown = 0, len(self._ids)
         self._held = ""
         self.decoded = 0
@@ -30,14 +30,20 @@ class IncrementalDetokenizer:
         """Add `ids` and return the text that they complete."""
         if self.stopped is not None:
             return ""
-        self._ids += ids
+        self._ids += self._without_special(ids)
         return self._release(self._decoded(final=False), final=False)
 
     def finish(self) -> str:
         """Return the withheld text; an incomplete character becomes U+FFFD."""
         return "" if self.stopped is not None else self._release(self._decoded(final=True), final=True)
 
+    def _without_special(self, ids: Iterable[int]) -> list[int]:
+        """Leave out ids without a text: a window that starts with one would lose the next token's space."""
+        return [i for i in ids if i not in self._tokenizer.special_ids]
+
     def _decoded(self, *, final: bool) -> str:
+        if len(self._ids) == self._shown:
+            return ""
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
         text = self._tokenizer.decode(self._ids[self._start :])
         if text.endswith(REPLACEMENT) and not final:

@@ -34,8 +34,8 @@ SHOWN_CHARACTERS = 40
 class EncodedConversation:
     """Token ids and labels of a conversation.
 
-    input_ids: <s> first, IMAGE_TOKEN_INDEX for an image. labels: same length; the id where it is trained, else
-    IGNORE_INDEX.
+    input_ids: the tokenizer's bos_id first, if it has one; IMAGE_TOKEN_INDEX for an image. labels: same length; the id
+    where it is trained, else IGNORE_INDEX.
     """
 
     input_ids: tuple[int, ...]
@@ -72,7 +72,7 @@ def encode_conversation(
     _check_placeholders(rendered.text, has_image=has_image)
     _check_marks(template, turns, rendered)
     input_ids, labels = _label(tokenizer, rendered, has_image=has_image)
-    if tokenizer.pad_id in input_ids:
+    if tokenizer.special_in_text and tokenizer.unk_id in input_ids:
         raise DataError(
             "the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it "
             "from the record"
@@ -81,7 +81,7 @@ def encode_conversation(
 
 
 def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], *, has_image: bool) -> list[int]:
-    """Ids to generate from: <s>, the conversation, the open header of the answer; `turns` ends with a human turn.
+    """Ids to generate from: bos_id, the conversation, the open header of the answer; `turns` ends with a human turn.
 
     Raises DataError as encode_conversation does, except for separators and <unk> in a text, which users may write.
     """
@@ -137,7 +137,7 @@ def encode_chat_prompt(
         )
     text = render_prompt(replace(template, system=system), opened, has_image=any(images))
     first, *others = text.split(IMAGE_PLACEHOLDER)
-    ids = [tokenizer.bos_id, *encode_escaped(first, tokenizer)]
+    ids = [*tokenizer.bos_ids, *encode_escaped(first, tokenizer)]
     for part in others:
         ids += [IMAGE_TOKEN_INDEX, *encode_escaped(part, tokenizer)]
     return ids
@@ -156,7 +156,8 @@ def _label(tokenizer: Tokenizer, rendered: RenderedConversation, *, has_image: b
     is_trained = bytearray(len(rendered.text))
     for start, stop in rendered.trained:
         is_trained[start:stop] = b"\1" * (stop - start)
-    input_ids, labels = [tokenizer.bos_id], [IGNORE_INDEX]
+    input_ids = tokenizer.bos_ids
+    labels = [IGNORE_INDEX] * len(input_ids)
     position = 0
     chunks = rendered.text.split(IMAGE_PLACEHOLDER) if has_image else [rendered.text]
     for number, chunk in enumerate(chunks):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerSettings
 
 
@@ -87,7 +87,7 @@ _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3  # SentencePiece
 
 def read_sentencepiece_model(path: str | os.PathLike[str]) -> SentencePieceModel:
     """Read a model file. Raises DataError, as Tokenizer does, when it is missing or not usable."""
-    tokenizer = Tokenizer(path, settings=TokenizerSettings())  # of the file alone
+    tokenizer = SentencePieceTokenizer(path, settings=TokenizerSettings())  # of the file alone
     pieces: list[SentencePiece] = []
     trainer, normalizer = _Message(), _Message()
     for number, value in _parse_fields(Path(path).read_bytes()):

@@ -1,264 +1,129 @@
-"""Tokenizer on sentencepiece: text to ids with character spans, ids to text.
+"""Interface of tokenizers: text to ids with character spans, ids to text.
 
-Reproduces LLaMA's slow tokenizer in transformers, with which ShareGPT4V and LLaVA were trained, in each of the three
-ways in which its versions tokenise the text after a special token (text/tokenizer_config.py).
+sentencepiece_tokenizer.py reads `tokenizer.model` (LLaMA 2, Vicuna), hf_tokenizer.py `tokenizer.json` (Llama 3, Qwen);
+load_tokenizer.py opens either.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from itertools import groupby
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import sentencepiece
 
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER
-from megatron_share4v.text.tokenizer_config import (
-    LEGACY_RULE,
-    PUBLISHED_RULE,
-    AddedToken,
-    TokenizerRule,
-    TokenizerSettings,
-    read_tokenizer_settings,
-)
+from megatron_share4v.text.tokenizer_config import AddedToken, TokenizerRule
 
-WORD_START = "\u2581"  # sentencepiece's symbol for a space
 PAD = "<pad>"
 LAYOUT_TOKENS = (IMAGE_PLACEHOLDER, PAD)
-"""Tokens that the layout llava-hf adds for itself: never found in a text here, where <image> is no token."""
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # ModelProto.normalizer_spec.add_dummy_prefix = false; protobuf merges it
+"""Tokens that the layout llava-hf adds for itself. <image> is no token here: no text gives its id."""
 Encoding = tuple[list[int], list[tuple[int, int]]]
 
 
-class Tokenizer:
-    """A sentencepiece `tokenizer.model`. Can be pickled. Raises DataError when the file is missing or not usable.
+class Tokenizer(ABC):
+    """A tokenizer. Can be pickled.
 
-    A text is split at its special tokens (`<s>`, `</s>`, `<unk>` and other control pieces of the model, written out)
-    and at added tokens. The first part gets sentencepiece's leading space; the others follow `settings.rule`.
+    Texts are split at special tokens and added tokens that are written out.
 
-    settings: default: of the files beside `path`. bos_id, eos_id, pad_id: of `<s>`, `</s>` and `<unk>` (LLaMA has no
-    padding token: <unk>, 0, is used). added: tokens after the pieces of the model, which are `pieces` many.
-    vocab_size: pieces and added tokens. max_piece_length: characters of the longest one. fingerprint: sha256 of the
-    file, and of the added tokens if there are any; the rule is not in it.
+    path: of the file. file_name: its name in a checkpoint. class_name: of transformers' class. bos_id: id that starts
+    every text; None without one (Qwen). eos_id: end of a text. pad_id: padding in exports; None without one. unk_id: id
+    for what has no token; None where every byte has one. pieces: number of ids before the added tokens. added: tokens
+    after the pieces, without <image> and <pad> at the end. vocab_size: last id plus one, without these.
+    max_piece_length: no token stands for more characters. special_pieces: names of the special tokens. special_ids: ids
+    that decoding drops. special_in_text: whether a special token written out in a record is that token, as in the
+    official code for LLaMA; else its characters are text. rule: how a sentencepiece tokenizer tokenises after a special
+    token; None for tokenizer.json. states_rule: whether a file or an option states it. fingerprint: sha256 of all that
+    determines the ids, except the rule.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, settings: TokenizerSettings | None = None) -> None:
-        self.path = Path(path)
-        content = _read(self.path)
-        self.settings = settings or read_tokenizer_settings(self.path)
-        self._model = _load(content, self.path)
-        self._bare = _load(content + _NO_DUMMY_PREFIX, self.path)
-        self.bos_id, self.eos_id, self.pad_id = self._model.bos_id(), self._model.eos_id(), self._model.unk_id()
-        if min(self.bos_id, self.eos_id) < 0:
-            raise DataError(
-                f"tokenizer {self.path}: has no <s> or no </s>; use the tokenizer.model of a LLaMA-type language model"
-            )
-        self.pieces = self._model.get_piece_size()
-        self.added = _after_pieces(self.settings.tokens, self._model, path=self.path)
-        self.vocab_size = self.pieces + len(self.added)
-        self.fingerprint = _fingerprint(content, self.added)
-        special = [i for i in range(self.pieces) if self._model.is_control(i) or self._model.is_unknown(i)]
-        self._special = {self._model.id_to_piece(i): i for i in special}
-        self._special_ids = frozenset([*special, *(token.id for token in self.added if token.special)])
-        self._names = {i: piece for piece, i in self._special.items()} | {token.id: token.text for token in self.added}
-        marked = [token for token in self.settings.tokens if token.id < self.pieces and token.id not in special]
-        found = [*marked, *(token for token in self.added if token.text not in LAYOUT_TOKENS)]
-        self._cut_out = {token.text.strip(): token.id for token in found} | {token.text: token.id for token in found}
-        self._cut_out |= self._special
-        self.max_piece_length = max(
-            *(len(self._model.id_to_piece(i)) for i in range(self.pieces)), *map(len, self._names.values())
-        )
-        self._cut = _cut_pattern(self._special, found)
+    file_name: str
+    class_name: str
+    special_in_text: bool
+    states_rule: bool = False
+    path: Path
+    bos_id: int | None
+    eos_id: int
+    pad_id: int | None
+    unk_id: int | None
+    pieces: int
+    added: tuple[AddedToken, ...]
+    vocab_size: int
+    max_piece_length: int
+    special_pieces: frozenset[str]
+    special_ids: frozenset[int]
+    rule: TokenizerRule | None
+    fingerprint: str
 
     @property
-    def rule(self) -> TokenizerRule:
-        """How the text after a special token is tokenised."""
-        return self.settings.rule
+    def bos_ids(self) -> list[int]:
+        """Ids before every text: [bos_id], or none."""
+        return [] if self.bos_id is None else [self.bos_id]
 
+    @abstractmethod
+    def summary(self) -> str:
+        """Describe the tokenizer in a few words, for a log."""
+
+    @abstractmethod
+    def files(self) -> Mapping[str, bytes]:
+        """Return the content of the files of a checkpoint, by name, from which an equal tokenizer is opened."""
+
+    @abstractmethod
+    def token_id(self, name: str) -> int | None:
+        """Return the id of the special or added token `name`; None without one. <image> is found where it has an id."""
+
+    @abstractmethod
     def is_cut_out(self, token_id: int) -> bool:
         """Whether text is split at the token: a special piece or an added token."""
-        return token_id in self._names
-
-    @property
-    def special_pieces(self) -> frozenset[str]:
-        """Names of the special tokens, which `encode` finds in a text; not of added tokens that are ordinary words."""
-        return frozenset([*self._special, *(token.text for token in self.added if token.special)])
 
     def encode(self, text: str) -> list[int]:
-        """Encode `text` without a leading <s>. Raises DataError for a text that is not valid Unicode."""
+        """Encode `text` without a leading bos_id. Raises DataError for a text that is not valid Unicode."""
         return self.encode_with_offsets(text)[0]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Encode `text` as what follows other text: without the leading space. Raises DataError as `encode`."""
+        """Encode `text` as what follows other text: without a leading space. Raises DataError as `encode`."""
         return self.encode_with_offsets(text, continues=True)[0]
 
+    @abstractmethod
     def encode_with_offsets(self, text: str, *, continues: bool = False) -> Encoding:
-        """Encode `text`; return the ids and, for each, its half-open span of characters.
+        """Encode `text`; return the ids and, for each, its half-open span of characters; the spans cover the text.
 
-        continues: other text stands before, so that the first part has no leading space.
-
-        The leading space that sentencepiece adds has no character: a token of it alone has an empty span, at the start
-        of its part. When a character is encoded as several byte tokens, the last has its span, the others an empty one
-        at its start.
+        continues: other text stands before, so that the first part has no leading space. A leading space that the
+        tokenizer adds has no character: a token of it alone has an empty span. Of several tokens of one character, the
+        last has its span, the others the same or an empty one at its start.
         """
-        check_unicode(text)
-        if self.rule != LEGACY_RULE:
-            text = text.replace(WORD_START, " ")  # as transformers; "▁" is not whitespace beside an added token
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        start = 0
-        for number, part in enumerate(self._cut.split(text)):
-            if number % 2:
-                token_id = self._cut_out.get(part)
-                ids.append(self._cut_out[part.strip()] if token_id is None else token_id)
-                spans.append((start, start + len(part)))
-            elif part:
-                starts = number == 0
-                part_ids, part_spans = (
-                    _encode(self._bare, part) if starts and continues else self._encode_part(part, first=starts)
-                )
-                ids += part_ids
-                spans += [(start + begin, start + end) for begin, end in part_spans]
-            start += len(part)
-        return ids, spans
 
-    def _encode_part(self, part: str, *, first: bool) -> Encoding:
-        """Encode the text between two special tokens; spans are relative to it."""
-        if first or self.rule == LEGACY_RULE or (self.rule == PUBLISHED_RULE and part[0] == " "):
-            return _encode(self._model, part)
-        if self.rule != PUBLISHED_RULE:
-            return _encode(self._bare, part)
-        ids, spans = _encode(self._model, part)
-        piece = self._model.id_to_piece(ids[0])
-        if not piece.startswith(WORD_START):
-            return ids, spans
-        if piece == WORD_START:
-            return ids[1:], spans[1:]
-        without = self._model.piece_to_id(piece[1:])
-        if without != self.pad_id:
-            return [without, *ids[1:]], spans
-        # transformers 4.31 gives <unk> here, which official training masks; LLaMA's vocabulary has a piece for each
-        # start of a turn.
-        first_ids, first_spans = _encode(self._bare, part[: spans[0][1]])
-        return [*first_ids, *ids[1:]], [*first_spans, *spans[1:]]
-
+    @abstractmethod
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Decode `ids`, dropping special tokens; without `skip_special` they are written out, which inverts encode.
+        """Decode `ids`, dropping special tokens; without `skip_special` they are written out.
 
         Bytes that do not (yet) form a UTF-8 character become U+FFFD.
         """
-        kept = [i for i in ids if i not in self._special_ids] if skip_special else list(ids)
-        return "".join(self._decoded_runs(kept))
 
+    @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
-        """UTF-8 bytes that one token adds after other text: one byte of a character, or a special token's name."""
-        if token_id in self._names:
-            return self._names[token_id].encode()
-        piece = self._model.id_to_piece(token_id)
-        if self._model.is_byte(token_id):
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace(WORD_START, " ").encode()
-
-    def _decoded_runs(self, ids: Sequence[int]) -> Iterator[str]:
-        at_start = True  # <s> does not end the start
-        for is_named, group in groupby(ids, key=self._names.__contains__):
-            run = list(group)
-            if is_named:
-                yield "".join(self._names[i] for i in run)
-                at_start = at_start and run == [self.bos_id]
-            else:
-                has_space = at_start or self.rule in (LEGACY_RULE, PUBLISHED_RULE)
-                yield self._decode(self._model if has_space else self._bare, run)
-                at_start = False
-
-    def _decode(self, model: sentencepiece.SentencePieceProcessor, ids: list[int]) -> str:
-        strangers = [i for i in ids if not 0 <= i < self.pieces]
-        assert not strangers, f"ids {strangers[:5]} are not among the {self.vocab_size} tokens of {self.path}"
-        return model.decode(ids)
+        """UTF-8 bytes that one token adds after other text: part of a character, or a special token's name."""
 
 
-def _encode(model: sentencepiece.SentencePieceProcessor, text: str) -> Encoding:
-    mapping = model.encode(text, return_type="offset_mapping")
-    return mapping["ids"], mapping["offsets"]
+def image_token_id(tokenizer: Tokenizer, *, reuse: str | None = None) -> int:
+    """Return the id of image positions in exported files; here they are IMAGE_TOKEN_INDEX and never embedded.
 
+    It is the id of the tokenizer's own <image>; else of the token `reuse`, if a configuration names one; else the next
+    id after the tokenizer's last one, which is a spare row of a model with more rows than tokens, or a new row.
 
-def _after_pieces(
-    tokens: Sequence[AddedToken], model: sentencepiece.SentencePieceProcessor, *, path: Path
-) -> tuple[AddedToken, ...]:
-    """Return the added tokens after the model's pieces, without those of the layout llava-hf at the end.
-
-    Raises DataError unless they follow the pieces without a gap, each with a text of its own.
+    Raises DataError when the tokenizer does not have `reuse`.
     """
-    pieces = model.get_piece_size()
-    for token in tokens:
-        if token.id < pieces and model.id_to_piece(token.id) != token.text:
-            raise DataError(
-                f"tokenizer {path}: {token.text!r} has id {token.id} in added_tokens.json or tokenizer_config.json "
-                f"beside it, which is the piece {model.id_to_piece(token.id)!r}; use the files of one model"
-            )
-    added = [token for token in tokens if token.id >= pieces]
-    while added and added[-1].text in LAYOUT_TOKENS:
-        added.pop()
-    for expected, token in enumerate(added, start=pieces):
-        if token.id != expected:
-            raise DataError(
-                f"tokenizer {path}: the added token {token.text!r} has id {token.id}, but the next free one is "
-                f"{expected} ({pieces} pieces in the file); correct added_tokens.json and tokenizer_config.json "
-                "beside it"
-            )
-        if not token.text.strip() or token.text in [other.text for other in added if other is not token]:
-            raise DataError(
-                f"tokenizer {path}: the added token {token.text!r} (id {token.id}) is blank or has two ids; correct "
-                "added_tokens.json and tokenizer_config.json beside it"
-            )
-    return tuple(added)
-
-
-def _cut_pattern(special: Iterable[str], added: Sequence[AddedToken]) -> re.Pattern[str]:
-    """Return the pattern at which a text is split: the longest token first, with the whitespace that belongs to it."""
-    patterns = {piece: re.escape(piece) for piece in special}
-    for token in added:
-        after = re.escape(token.text) + r"\s*" * token.rstrip
-        # One attempt per run of whitespace: the possessive run starts where no whitespace precedes.
-        patterns[token.text] = rf"(?<!\s)\s++{after}|{after}" if token.lstrip else after
-    return re.compile(f"({'|'.join(patterns[text] for text in sorted(patterns, key=len, reverse=True))})")
-
-
-def _fingerprint(content: bytes, added: Sequence[AddedToken]) -> str:
-    digest = hashlib.sha256(content)
-    if added:
-        digest.update(json.dumps([asdict(token) for token in added]).encode())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
+    own = tokenizer.token_id(IMAGE_PLACEHOLDER)
+    if own is not None:
+        return own
+    if reuse is None:
+        return tokenizer.vocab_size
+    found = tokenizer.token_id(reuse)
+    if found is None:
         raise DataError(
-            f"tokenizer {path}: cannot be read ({error.strerror}); give the path of a sentencepiece tokenizer.model, "
-            f"as it lies beside the "
-            "weights of the language model"
-        ) from error
-
-
-def _load(content: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(content)
-    except RuntimeError as error:
-        raise DataError(
-            f"tokenizer {path}: is not a sentencepiece model, or is damaged ({len(content)} bytes); a LLaMA "
-            f"tokenizer.model has about 500 kB. "
-            "Fetch it again (a Git LFS pointer is not the file)"
-        ) from error
-    return model
+            f"tokenizer {tokenizer.path}: has no token {reuse!r}, which is named for image positions; leave it out, "
+            f"and {IMAGE_PLACEHOLDER} is added after the last token"
+        )
+    return found
 
 
 def check_unicode(text: str) -> None:

@@ -85,7 +85,7 @@ def read_tokenizer_settings(
     transformers), else `default`. Raises DataError for a damaged file or an unknown rule.
     """
     directory = model.parent
-    config = _read_object(directory / TOKENIZER_CONFIG)
+    config = read_json_object(directory / TOKENIZER_CONFIG)
     tokens = _added_tokens(directory, config or {})
     if rule is not None:
         return TokenizerSettings(rule=rule, origin="chosen by an option", stated=True, tokens=tokens)
@@ -114,7 +114,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[AddedToke
     A token of added_tokens.json alone takes the whitespace around it, as transformers did when it wrote only that file,
     unless special_tokens_map.json describes it otherwise.
     """
-    special_map = _read_object(directory / SPECIAL_TOKENS) or {}
+    special_map = read_json_object(directory / SPECIAL_TOKENS) or {}
     special: dict[str, Mapping[str, Any] | None] = {}
     for value in special_map.values():
         for entry in value if isinstance(value, list) else [value]:
@@ -123,7 +123,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> tuple[AddedToke
             )
     found: dict[int, AddedToken] = {}
     try:
-        for text, number in (_read_object(directory / ADDED_TOKENS) or {}).items():
+        for text, number in (read_json_object(directory / ADDED_TOKENS) or {}).items():
             rules = special.get(text) or {"lstrip": True, "rstrip": True}
             found[int(number)] = _token(text, int(number), rules, special=text in special)
         for number, entry in (config.get("added_tokens_decoder") or {}).items():
@@ -140,7 +140,7 @@ def _token(text: str, number: int, rules: Mapping[str, Any], *, special: bool) -
     return AddedToken(text, number, bool(rules.get("lstrip")), bool(rules.get("rstrip")), special)
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
+def read_json_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object; None when there is no such file."""
     if not path.is_file():
         return None

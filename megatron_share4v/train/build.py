@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_share4v.checkpoint.assets import TOKENIZER, copy_assets_to_run, tokenizer_settings
+from megatron_share4v.checkpoint.assets import copy_assets_to_run, open_stored_tokenizer
 from megatron_share4v.checkpoint.compatibility import check_initial_model
 from megatron_share4v.checkpoint.config_diff import check_config_changes, diff_config, format_changes
 from megatron_share4v.checkpoint.store import (
@@ -42,9 +42,10 @@ from megatron_share4v.model.share4v import Share4V
 from megatron_share4v.model.trainable import format_parameter_table, parameter_counts
 from megatron_share4v.ops.backend import OpsBackend
 from megatron_share4v.parallel.device import Device
+from megatron_share4v.text.load_tokenizer import find_tokenizer, load_tokenizer, with_rule
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.text.tokenizer_config import TokenizerRule, read_tokenizer_settings
+from megatron_share4v.text.tokenizer_config import TokenizerRule
 from megatron_share4v.train.backend_records import record_attention_backend, record_image_backend, record_ops_backend
 from megatron_share4v.train.data_feed import Source
 
@@ -205,20 +206,20 @@ def open_source(
     return Source(index=index, sampler=sampler, encoder=encoder, options=options)
 
 
-def _open_tokenizer(data: DataConfig, rule: TokenizerRule) -> Tokenizer:
+def _open_tokenizer(data: DataConfig, rule: TokenizerRule | None) -> Tokenizer:
     """Open the run's tokenizer with the rule of its data sets; warn when the tokenizer's files state another."""
-    settings = read_tokenizer_settings(Path(data.tokenizer))
-    if settings.stated and settings.rule != rule:
+    tokenizer = load_tokenizer(data.tokenizer)
+    if rule is None or tokenizer.rule is None:  # a tokenizer.json; Index.check compares it with the data set's
+        return tokenizer
+    if tokenizer.states_rule and tokenizer.rule != rule:
         get_logger().warning(
-            "data: the data set was prepared with tokenizer rule %s, which this run uses; the tokenizer's is %s (%s). "
+            "data: the data set was prepared with tokenizer rule %s, which this run uses; the tokenizer's is %s. "
             "Only text after </s> and other special tokens differs. To train with the tokenizer's rule, run "
             "tools/prepare_data.py again",
             rule,
-            settings.rule,
-            settings.origin,
+            tokenizer.summary(),
         )
-    origin = "the data set"
-    return Tokenizer(data.tokenizer, settings=replace(settings, rule=rule, origin=origin, stated=True))
+    return with_rule(tokenizer, rule, origin="the data set")
 
 
 def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
@@ -233,10 +234,9 @@ def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Enc
 
 def compare_tokenizer_rules(start: Path, tokenizer: Tokenizer) -> None:
     """Warn when the checkpoint that a run starts from was trained with another tokenizer rule."""
-    if not (start / TOKENIZER).is_file():
-        return
-    found = tokenizer_settings(start / TOKENIZER).rule
-    if found != tokenizer.rule:
+    path = find_tokenizer(start)
+    found = open_stored_tokenizer(path).rule if path else None
+    if found != tokenizer.rule and None not in (found, tokenizer.rule):
         get_logger().warning(
             "checkpoint.initialize_from: %s has tokenizer rule %s, the data set of this run %s, which is used. Only "
             "text after </s> and other special tokens differs; to keep the checkpoint's rule, prepare the data with "

@@ -32,7 +32,7 @@ from megatron_share4v.checkpoint.manifest import read_manifest
 from megatron_share4v.config.load import dump
 from megatron_share4v.config.run import CheckpointConfig
 from megatron_share4v.errors import CheckpointError
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 SIZED = replace(MODEL, language=replace(MODEL.language, vocab_size=400))
 
@@ -160,7 +160,7 @@ def test_a_hash_that_checks_nothing(options: dict[str, str], words: str) -> None
 
 
 def test_unused_weights_of_an_earlier_start_are_not_inherited(stage: Path, tmp_path: Path) -> None:
-    tokenizer = Tokenizer(stage / "llama" / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(stage / "llama" / "tokenizer.model")
     folder = copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=stage / "start", resumes=False)
     assert len(asset_files(folder)) == 3
     copy_assets_to_run(tmp_path, tokenizer=tokenizer, start=None, resumes=True)

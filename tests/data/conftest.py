@@ -18,8 +18,8 @@ from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.prepare.writer import PrepareOptions, PrepareSummary, prepare
 from megatron_share4v.data.store.index import Index
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 IMAGE_SIZE = 28
 MAX_TEXT_LENGTH = 512
@@ -123,7 +123,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> 
 def encoder(tokenizer_path: Path) -> Encoder:
     """Encoder with the settings of `prepared` and a small image size."""
     return Encoder(
-        tokenizer=Tokenizer(tokenizer_path),
+        tokenizer=SentencePieceTokenizer(tokenizer_path),
         template=get_template("vicuna_v1"),
         max_text_length=MAX_TEXT_LENGTH,
         images=ImagePolicy(image_size=IMAGE_SIZE, aspect_ratio="pad"),

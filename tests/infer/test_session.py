@@ -27,7 +27,7 @@ from megatron_share4v.evaluate.agreement import generated_questions
 from megatron_share4v.infer.engine import Engine
 from megatron_share4v.infer.session import Session
 from megatron_share4v.parallel.layout import Layout
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 NEW = 10
 
@@ -98,7 +98,9 @@ def test_tokenizer_larger_than_the_model_is_rejected(models: tuple[Path, Path], 
         vocab_size=400,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_share4v.infer.session.open_tokenizer", lambda *_: Tokenizer(tmp_path / "larger"))
+        patch.setattr(
+            "megatron_share4v.infer.session.open_tokenizer", lambda *_: SentencePieceTokenizer(tmp_path / "larger")
+        )
         with pytest.raises(DataError, match="larger: has 400 tokens, the model of .* has 300 ids"):
             Session.open(models[0], mesh=mesh)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.tokenizer import Tokenizer
 
 CORPUS = [
@@ -42,12 +43,12 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(model_path: Path) -> Tokenizer:
-    return Tokenizer(model_path)
+    return SentencePieceTokenizer(model_path)
 
 
 @pytest.fixture(scope="session")
 def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Model with the tokens <|im_start|> and <|im_end|>, as used for chatml."""
-    return Tokenizer(
+    return SentencePieceTokenizer(
         _train(tmp_path_factory.mktemp("text") / "chatml.model", control_symbols=("<|im_start|>", "<|im_end|>"))
     )

@@ -21,6 +21,7 @@ from megatron_share4v.text.mask import (
     encode_conversation,
     encode_prompt,
 )
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import TEMPLATES, Message, get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerRule, TokenizerSettings
@@ -200,7 +201,7 @@ RULED = pytest.mark.parametrize("rule", ["legacy", "transformers-4.31"])  # for 
 
 
 def under(rule: TokenizerRule, tokenizer: Tokenizer) -> Tokenizer:
-    return Tokenizer(tokenizer.path, settings=TokenizerSettings(rule=rule))
+    return SentencePieceTokenizer(tokenizer.path, settings=TokenizerSettings(rule=rule))
 
 
 @RULED

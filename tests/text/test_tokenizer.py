@@ -11,6 +11,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_share4v.errors import DataError
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import (
     RULES,
@@ -78,7 +79,7 @@ def test_special_ids(tokenizer: Tokenizer, model_path: Path):
 
 
 def under(rule: TokenizerRule, path: Path, *added: AddedToken) -> Tokenizer:
-    return Tokenizer(path, settings=TokenizerSettings(rule=rule, tokens=added))
+    return SentencePieceTokenizer(path, settings=TokenizerSettings(rule=rule, tokens=added))
 
 
 def test_legacy_parts_between_specials_get_their_own_leading_space(model_path: Path):
@@ -141,7 +142,10 @@ def test_text_after_a_special_token_has_no_space_in_4_34(model_path: Path):
 def test_settings_are_read_beside_the_model(tmp_path: Path, model_path: Path):
     path, config = tmp_path / "tokenizer.model", tmp_path / "tokenizer_config.json"
     path.write_bytes(model_path.read_bytes())
-    assert (Tokenizer(path).rule, Tokenizer(path).settings.stated) == ("transformers-4.31", False)
+    assert (SentencePieceTokenizer(path).rule, SentencePieceTokenizer(path).settings.stated) == (
+        "transformers-4.31",
+        False,
+    )
     assert read_tokenizer_settings(path, default="legacy").rule == "legacy"
     for content, rule in (
         ({"legacy": False}, "transformers-4.31"),
@@ -150,7 +154,7 @@ def test_settings_are_read_beside_the_model(tmp_path: Path, model_path: Path):
         ({"legacy": False, "tokenizer_rule": "transformers-4.34"}, "transformers-4.34"),
     ):
         config.write_text(json.dumps(content))
-        assert (Tokenizer(path).rule, Tokenizer(path).settings.stated) == (rule, True)
+        assert (SentencePieceTokenizer(path).rule, SentencePieceTokenizer(path).settings.stated) == (rule, True)
         assert read_tokenizer_settings(path, rule="transformers-4.34").rule == "transformers-4.34"
     for content, message in (
         ({"legacy": "no"}, "legacy is 'no'"),
@@ -158,22 +162,22 @@ def test_settings_are_read_beside_the_model(tmp_path: Path, model_path: Path):
     ):
         config.write_text(json.dumps(content))
         with pytest.raises(DataError, match=message):
-            Tokenizer(path)
+            SentencePieceTokenizer(path)
     config.write_text("{")
     with pytest.raises(DataError, match="tokenizer_config.json: cannot be read"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
 
 
 def test_added_tokens(tmp_path: Path, model_path: Path):
     """A token of added_tokens.json alone takes the whitespace around it, as in transformers 4.31."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model_path.read_bytes())
-    plain = Tokenizer(path)
+    plain = SentencePieceTokenizer(path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"[SEG]": 600, "<box>": 601, "<image>": 602, "<pad>": 603}))
     (tmp_path / "special_tokens_map.json").write_text(
         json.dumps({"additional_special_tokens": [{"content": "<box>", "lstrip": False, "rstrip": False}]})
     )
-    tokenizer = Tokenizer(path)
+    tokenizer = SentencePieceTokenizer(path)
     assert [(token.text, token.lstrip, token.special) for token in tokenizer.added] == [
         ("[SEG]", True, False),
         ("<box>", False, True),
@@ -207,7 +211,7 @@ def test_added_tokens_that_do_not_fit_are_refused(tmp_path: Path, model_path: Pa
     (tmp_path / "tokenizer.model").write_bytes(model_path.read_bytes())
     (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
     with pytest.raises(DataError, match=message):
-        Tokenizer(tmp_path / "tokenizer.model")
+        SentencePieceTokenizer(tmp_path / "tokenizer.model")
 
 
 def test_spans_cover_the_text_in_order(tokenizer: Tokenizer):
@@ -274,9 +278,9 @@ def test_pickles(tokenizer: Tokenizer):
 
 def test_missing_file(tmp_path: Path):
     with pytest.raises(DataError, match=r"none\.model: cannot be read \(No such file.*give the path"):
-        Tokenizer(tmp_path / "none.model")
+        SentencePieceTokenizer(tmp_path / "none.model")
     with pytest.raises(DataError, match="directory"):
-        Tokenizer(tmp_path)
+        SentencePieceTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"garbage" * 100])
@@ -284,14 +288,14 @@ def test_damaged_file(tmp_path: Path, content: bytes):
     path = tmp_path / "bad.model"
     path.write_bytes(content)
     with pytest.raises(DataError, match="damaged"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
 
 
 def test_truncated_file(tmp_path: Path, model_path: Path):
     path = tmp_path / "cut.model"
     path.write_bytes(model_path.read_bytes()[:3000])
     with pytest.raises(DataError, match=r"cut\.model"):
-        Tokenizer(path)
+        SentencePieceTokenizer(path)
 
 
 def test_model_without_bos(tmp_path: Path):
@@ -307,7 +311,7 @@ def test_model_without_bos(tmp_path: Path):
         minloglevel=2,
     )
     with pytest.raises(DataError, match="no <s>"):
-        Tokenizer(f"{prefix}.model")
+        SentencePieceTokenizer(f"{prefix}.model")
 
 
 def test_half_a_surrogate_pair(tokenizer: Tokenizer):

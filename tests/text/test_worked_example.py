@@ -13,6 +13,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_conversation, encode_prompt
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import Message, get_template
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import RULES, TokenizerRule, TokenizerSettings
@@ -82,7 +83,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
             model.pieces.add(piece=f"<unused{i}>", score=0, type=kinds.UNUSED)
     path: Path = tmp_path_factory.mktemp("llama") / "tokenizer.model"
     path.write_bytes(model.SerializeToString())
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 def numbers(text: str) -> list[int]:
@@ -91,7 +92,7 @@ def numbers(text: str) -> list[int]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_three_rules_after_the_end_of_an_answer(llama: Tokenizer, rule: TokenizerRule):
-    ruled = Tokenizer(llama.path, settings=TokenizerSettings(rule=rule))
+    ruled = SentencePieceTokenizer(llama.path, settings=TokenizerSettings(rule=rule))
     expected = [i for segment, _ in SEGMENTS for i in numbers(segment.replace("3308 1001", AFTER_END[rule]))]
     encoded = encode_conversation(ruled, get_template("vicuna_v1"), TURNS, has_image=True, max_length=2048)
     assert list(encoded.input_ids) == expected

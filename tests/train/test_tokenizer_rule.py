@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_share4v.checkpoint.assets import TOKENIZER, write_tokenizer
+from megatron_share4v.checkpoint.assets import write_tokenizer
 from megatron_share4v.config.data import BlendSource
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
@@ -18,6 +18,7 @@ from megatron_share4v.data.sampling.fingerprint import describe_data, fingerprin
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.parallel.device import Device
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerRule, TokenizerSettings
 from megatron_share4v.train.build import compare_tokenizer_rules, open_source, read_options
@@ -50,7 +51,11 @@ def data_with_rule(old: Path, name: str, rule: TokenizerRule) -> str:
 
 
 def config_of(old: Path) -> RunConfig:
-    paths = [f"data.train={old / 'data'}", f"data.validation={old / 'data'}", f"data.tokenizer={old / TOKENIZER}"]
+    paths = [
+        f"data.train={old / 'data'}",
+        f"data.validation={old / 'data'}",
+        f"data.tokenizer={old / 'tokenizer.model'}",
+    ]
     return load_run(old / "run.yaml", paths)
 
 
@@ -67,7 +72,9 @@ def test_an_old_data_set_is_trained_with_the_old_rule(old: Path, warnings: pytes
     (old / "tokenizer_config.json").write_text('{"legacy": false}')
     assert opened(config, config.data.train).encoder.tokenizer.rule == "legacy"
     [message] = warnings.messages
-    assert "prepared with tokenizer rule legacy, which this run uses; the tokenizer's is transformers-4.31" in message
+    assert (
+        "prepared with tokenizer rule legacy, which this run uses; the tokenizer's is rule transformers-4.31" in message
+    )
     assert f"{old / 'tokenizer_config.json'} says legacy: false" in message
 
 
@@ -88,7 +95,7 @@ def test_data_sets_of_different_rules_are_refused(old: Path) -> None:
 
 
 def test_a_checkpoint_of_another_rule_is_named(old: Path, warnings: pytest.LogCaptureFixture) -> None:
-    tokenizer = Tokenizer(old / TOKENIZER)
+    tokenizer = SentencePieceTokenizer(old / "tokenizer.model")
     start = old / "start"
     start.mkdir()
     write_tokenizer(start, replace_rule(tokenizer, "legacy"))
@@ -101,10 +108,12 @@ def test_a_checkpoint_of_another_rule_is_named(old: Path, warnings: pytest.LogCa
 
 
 def replace_rule(tokenizer: Tokenizer, rule: TokenizerRule) -> Tokenizer:
-    return Tokenizer(tokenizer.path, settings=replace(tokenizer.settings, rule=rule))
+    return SentencePieceTokenizer(tokenizer.path, settings=replace(tokenizer.settings, rule=rule))
 
 
 def test_settings_survive_a_checkpoint(tmp_path: Path, old: Path) -> None:
     for rule in ("legacy", "transformers-4.31", "transformers-4.34"):
-        write_tokenizer(tmp_path, Tokenizer(old / TOKENIZER, settings=TokenizerSettings(rule=rule)))
-        assert Tokenizer(tmp_path / TOKENIZER).rule == rule
+        write_tokenizer(
+            tmp_path, SentencePieceTokenizer(old / "tokenizer.model", settings=TokenizerSettings(rule=rule))
+        )
+        assert SentencePieceTokenizer(tmp_path / "tokenizer.model").rule == rule

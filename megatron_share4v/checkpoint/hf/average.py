@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_share4v.checkpoint.assets import UNUSED, tokenizer_path, tokenizer_settings, write_tokenizer
+from megatron_share4v.checkpoint.assets import UNUSED, open_stored_tokenizer, tokenizer_path, write_tokenizer
 from megatron_share4v.checkpoint.hf.exporter import OpenCheckpoint, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import log_component_hashes, write_weights_checkpoint
 from megatron_share4v.checkpoint.hf.vocab import ADDED_ROWS
@@ -18,7 +18,6 @@ from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, LazyTensors
 from megatron_share4v.checkpoint.manifest import Manifest, verify_files
 from megatron_share4v.checkpoint.resumable_writer import stage_directory
 from megatron_share4v.errors import ConversionError
-from megatron_share4v.text.tokenizer import Tokenizer
 
 
 def average_checkpoints(checkpoints: Sequence[Path], target: Path) -> Manifest:
@@ -83,7 +82,7 @@ def _write_assets(opened: Sequence[OpenCheckpoint], directory: Path) -> None:
     """
     path = tokenizer_path(opened[0].path, opened[0].config.data)
     if path.is_file():
-        write_tokenizer(directory, Tokenizer(path, settings=tokenizer_settings(path)))
+        write_tokenizer(directory, open_stored_tokenizer(path))
     unused = [one.unused for one in opened]
     shared = [
         name

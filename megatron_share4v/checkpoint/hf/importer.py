@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_share4v.checkpoint.assets import TOKENIZER, UNUSED, write_tokenizer
+from megatron_share4v.checkpoint.assets import UNUSED, write_tokenizer
 from megatron_share4v.checkpoint.hf.source.hub_cache import model_name
 from megatron_share4v.checkpoint.hf.source.model import HfModel, HfSource, open_hf_model
 from megatron_share4v.checkpoint.hf.source.reader import read_json
@@ -207,7 +207,7 @@ def _config(
         precision=PrecisionConfig(dtype="fp32" if FLOAT_NAMES[dtype] == "fp32" else "bf16"),
         data=DataConfig(
             train="",
-            tokenizer=TOKENIZER,
+            tokenizer=hf_model.tokenizer.file_name,
             template=template,
             max_text_length=text,
             image_aspect_ratio=hf_model.image_aspect_ratio,

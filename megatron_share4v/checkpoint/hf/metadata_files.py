@@ -26,6 +26,7 @@ from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.data.images.pixels import CLIP_MEAN, CLIP_STD
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template
 from megatron_share4v.text.tokenizer import PAD, Tokenizer
 from megatron_share4v.text.tokenizer_config import ADDED_TOKENS, TOKENIZER_CONFIG, AddedToken
@@ -117,6 +118,11 @@ def write_share4v_files(
     write_llava_hf_files.
     """
     _check_image_policy(image_aspect_ratio)
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise ConversionError(
+            f"tokenizer {tokenizer.path}: the layout share4v has a sentencepiece tokenizer.model, this is a "
+            f"{tokenizer.file_name}; use the layout llava-hf"
+        )
     folder = directory / tower_folder
     tokens = read_sentencepiece_model(tokenizer.path)
     if tokenizer.vocab_size > model.language.vocab_size:

@@ -21,6 +21,7 @@ from megatron_share4v.text.sentencepiece_model import (
     SentencePieceModel,
     read_sentencepiece_model,
 )
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER, Template
 from megatron_share4v.text.tokenizer import LAYOUT_TOKENS, PAD, Tokenizer
 from megatron_share4v.text.tokenizer_config import LEGACY_RULE, PUBLISHED_RULE, RULE_KEY, AddedToken, TokenizerRule
@@ -199,6 +200,8 @@ def export_tokenizer(tokenizer: Tokenizer, template: Template, *, vocab_size: in
     Raises DataError when its file is damaged; ConversionError when it has more tokens than the model has rows, already
     has <image> or <pad> as a piece, or tokenizes in a way that tokenizer.json cannot reproduce.
     """
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        raise ConversionError(f"tokenizer {tokenizer.path}: a tokenizer.json cannot be exported yet")
     path, model = tokenizer.path, read_sentencepiece_model(tokenizer.path)
     problems = list(_problems(model, tokenizer, vocab_size))
     if problems:
@@ -212,7 +215,7 @@ def export_tokenizer(tokenizer: Tokenizer, template: Template, *, vocab_size: in
     )
 
 
-def _openings(tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, str]]:
+def _openings(tokenizer: SentencePieceTokenizer, template: Template) -> Iterator[tuple[str, str]]:
     """Yield what a prompt writes after special tokens up to the user's text, as (first token, rest)."""
     frame = template.prompt
     system = frame.opening.split("{system}")[0]
@@ -227,7 +230,9 @@ def _openings(tokenizer: Tokenizer, template: Template) -> Iterator[tuple[str, s
                 yield opening[:end], opening[end:]
 
 
-def slow_tokenizer_config(tokenizer: Tokenizer, model: SentencePieceModel, *, max_length: int) -> dict[str, Any]:
+def slow_tokenizer_config(
+    tokenizer: SentencePieceTokenizer, model: SentencePieceModel, *, max_length: int
+) -> dict[str, Any]:
     """Return the content of tokenizer_config.json of a ShareGPT4V model: slow tokenizer, right padding with <unk>."""
     return {
         **_class_settings(model, rule=tokenizer.rule, max_length=max_length),
@@ -239,7 +244,7 @@ def slow_tokenizer_config(tokenizer: Tokenizer, model: SentencePieceModel, *, ma
     }
 
 
-def slow_special_tokens_map(tokenizer: Tokenizer, model: SentencePieceModel) -> dict[str, Any]:
+def slow_special_tokens_map(tokenizer: SentencePieceTokenizer, model: SentencePieceModel) -> dict[str, Any]:
     """Return the content of special_tokens_map.json of a ShareGPT4V model.
 
     Written as objects, as published: transformers 4.31 removes the spaces around a token that is written as a string.
@@ -278,7 +283,7 @@ def _class_settings(model: SentencePieceModel, *, rule: TokenizerRule, max_lengt
     }
 
 
-def _problems(model: SentencePieceModel, tokenizer: Tokenizer, vocab_size: int) -> Iterator[str]:
+def _problems(model: SentencePieceModel, tokenizer: SentencePieceTokenizer, vocab_size: int) -> Iterator[str]:
     if tokenizer.vocab_size > vocab_size:
         yield (
             f"it has {tokenizer.vocab_size} {'tokens' if tokenizer.added else 'pieces'}, the model's vocabulary is too "

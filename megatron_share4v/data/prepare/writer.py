@@ -32,9 +32,9 @@ from megatron_share4v.data.store.index import IN_PLACE, ROW, VERSION, DatasetInf
 from megatron_share4v.data.store.shards import Member, ShardWriter
 from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
+from megatron_share4v.text.load_tokenizer import load_tokenizer
 from megatron_share4v.text.template import get_template
 from megatron_share4v.text.tokenizer import Tokenizer
-from megatron_share4v.text.tokenizer_config import read_tokenizer_settings
 
 MAX_KEY_LENGTH = 64
 DUPLICATES = "duplicates.jsonl"
@@ -88,8 +88,8 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
     """
     if not CAN_CHECK:
         get_logger().warning(NOT_CHECKED)
-    settings = read_tokenizer_settings(options.tokenizer, rule=options.tokenizer_rule)
-    tokenizer, template = Tokenizer(options.tokenizer, settings=settings), get_template(options.template)
+    tokenizer = load_tokenizer(options.tokenizer, rule=options.tokenizer_rule)
+    template = get_template(options.template)
     if not options.images.is_dir():
         raise DataError(
             f"images {options.images}: not a folder; give the folder that the records' 'image' paths are relative to"
@@ -102,7 +102,7 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
         raise DataError(
             f"output {options.output}: exists and is not empty; choose another directory or pass --overwrite"
         )
-    get_logger().info("tokenizer rule: %s (%s)", settings.rule, settings.origin)
+    get_logger().info("tokenizer %s: %s", options.tokenizer, tokenizer.summary())
     annotations = AnnotationFile(options.annotations)
     staging = options.output.parent / f".{options.output.name}.partial"
     journal = Journal.open(

@@ -71,7 +71,7 @@ class BlendedIndex:
         return hashlib.sha256(repr(identity).encode()).hexdigest()
 
     @property
-    def tokenizer_rule(self) -> TokenizerRule:
+    def tokenizer_rule(self) -> TokenizerRule | None:
         """Rule of the first data set; `check` refuses the others if theirs differ."""
         return self.members[0].index.tokenizer_rule
 

@@ -30,7 +30,7 @@ def describe_data(sampler: Sampler, encoder: Encoder) -> dict[str, FingerprintVa
         "template": encoder.template.name,
         "max_text_length": encoder.max_text_length,
     }
-    if encoder.tokenizer.rule != LEGACY_RULE:  # as it was before there were rules
+    if encoder.tokenizer.rule not in (None, LEGACY_RULE):  # as it was before there were rules
         described["tokenizer_rule"] = encoder.tokenizer.rule
     policy = asdict(encoder.images)
     if policy["orientation"] == "stored":  # the only one when older checkpoints were written

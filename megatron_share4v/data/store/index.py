@@ -82,7 +82,7 @@ class DatasetInfo:
     max_text_length: int
     sources: dict[str, SourceCount]
     images_root: str | None = None  # folder of images that were left in place
-    tokenizer_rule: TokenizerRule = LEGACY_RULE  # of data sets that do not state it
+    tokenizer_rule: TokenizerRule | None = LEGACY_RULE  # of data sets that do not state it; null: a tokenizer.json
     version: int = VERSION
 
     @staticmethod
@@ -120,8 +120,9 @@ class Index:
         return self.info.index_sha256
 
     @property
-    def tokenizer_rule(self) -> TokenizerRule:
-        """Rule for text after a special token that the samples were counted with, and are to be trained with."""
+    def tokenizer_rule(self) -> TokenizerRule | None:
+        """Rule for text after a special token that the samples were counted with, and are to be trained with; None:
+        a tokenizer.json."""
         return self.info.tokenizer_rule
 
     def key(self, row: int) -> str:

@@ -26,8 +26,8 @@ from megatron_share4v.checkpoint.inspect import describe_checkpoint
 from megatron_share4v.config.data import DataConfig
 from megatron_share4v.errors import ConfigError, ConversionError, DataError
 from megatron_share4v.logging import get_logger
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 SEG = {"content": "[SEG]", "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 LAYOUTS = ("llava-hf", "share4v")
@@ -138,7 +138,7 @@ def test_a_token_added_after_training_is_carried_from_share4v(tmp_path: Path, la
     assert open_checkpoint(checkpoint).config.model.language.vocab_size == PIECES + 1
     assert open_checkpoint(checkpoint).tokenizer.encode("[SEG]") == [PIECES]
     export_model(checkpoint, tmp_path / "export", layout=layout)
-    exported = Tokenizer(tmp_path / "export" / "tokenizer.model")
+    exported = SentencePieceTokenizer(tmp_path / "export" / "tokenizer.model")
     assert exported.encode("[SEG]") == [PIECES] and exported.added[0].lstrip
     assert open_checkpoint(import_checkpoint(tmp_path / "export", tmp_path / "again")).tokenizer.added == exported.added
     if layout == "llava-hf":

@@ -33,6 +33,7 @@ from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.text.mask import IMAGE_TOKEN_INDEX, encode_prompt
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import TEMPLATES, Message, get_template, render_prompt
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import LEGACY_RULE, PUBLISHED_RULE, RULES, TokenizerSettings
@@ -80,7 +81,7 @@ ALPHABET = [
 @pytest.fixture(scope="module", params=RULES)
 def own(request: pytest.FixtureRequest, tokenizer_path: Path) -> Tokenizer:
     """This project's tokenizer under each rule for text after a special token."""
-    return Tokenizer(tokenizer_path, settings=TokenizerSettings(rule=request.param))
+    return SentencePieceTokenizer(tokenizer_path, settings=TokenizerSettings(rule=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_pixels_are_equal_bit_for_bit(tokenizer_path: Path, tmp_path: Path, poli
     write_llava_hf_files(
         tmp_path,
         model=MODEL,
-        tokenizer=Tokenizer(tokenizer_path),
+        tokenizer=SentencePieceTokenizer(tokenizer_path),
         template="vicuna_v1",
         image_aspect_ratio=policy,
         dtype="fp32",
@@ -253,7 +254,7 @@ def test_pixels_are_equal_bit_for_bit(tokenizer_path: Path, tmp_path: Path, poli
     write_share4v_files(
         tmp_path / "official",
         model=MODEL,
-        tokenizer=Tokenizer(tokenizer_path),
+        tokenizer=SentencePieceTokenizer(tokenizer_path),
         tower_folder="tower",
         tower_name="tower",
         image_aspect_ratio=policy,
@@ -327,7 +328,7 @@ def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, t
     write_share4v_files(
         tmp_path,
         model=MODEL,
-        tokenizer=Tokenizer(tokenizer_path),
+        tokenizer=SentencePieceTokenizer(tokenizer_path),
         tower_folder="tower",
         tower_name="tower",
         image_aspect_ratio="pad",

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from megatron_share4v.checkpoint.hf.metadata_files import write_llava_hf_files, write_share4v_files
 from megatron_share4v.config.model import ModelConfig, ProjectorConfig
 from megatron_share4v.errors import ConfigError, ConversionError
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 TOWER = "released/vision_tower"
 SHARE4V_7B_CONFIG = {
@@ -62,7 +62,7 @@ def test_official_layout(tokenizer_path: Path, tmp_path: Path):
     write_share4v_files(
         tmp_path,
         model=ModelConfig(),
-        tokenizer=Tokenizer(tokenizer_path),
+        tokenizer=SentencePieceTokenizer(tokenizer_path),
         tower_folder="vision_tower",
         tower_name=TOWER,
         image_aspect_ratio="pad",
@@ -113,7 +113,7 @@ def test_unsupported_llava_hf_settings_are_refused_before_writing(
 ):
     options = {
         "model": MODEL,
-        "tokenizer": Tokenizer(tokenizer_path),
+        "tokenizer": SentencePieceTokenizer(tokenizer_path),
         "template": "vicuna_v1",
         "image_aspect_ratio": "pad",
         "dtype": "fp32",
@@ -135,7 +135,7 @@ def test_unsupported_share4v_settings_are_refused_before_writing(
 ):
     options = {
         "model": MODEL,
-        "tokenizer": Tokenizer(tokenizer_path),
+        "tokenizer": SentencePieceTokenizer(tokenizer_path),
         "tower_folder": "clip",
         "tower_name": "Lin-Chen/tower",
         "image_aspect_ratio": "pad",

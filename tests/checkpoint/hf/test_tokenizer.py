@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from megatron_share4v.checkpoint.hf.tokenizer import ExportedTokenizer, export_tokenizer
 from megatron_share4v.errors import ConversionError, DataError
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import Message, get_template, render_conversation
-from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import (
     LEGACY_RULE,
     PUBLISHED_RULE,
@@ -134,13 +134,13 @@ def _fast(tokenizer: ExportedTokenizer) -> FastTokenizer:
 
 
 def _read_tokenizer(path: Path, *, vocab_size: int | None = None, rule: TokenizerRule = LEGACY_RULE, added=()):
-    tokenizer = Tokenizer(path, settings=TokenizerSettings(rule=rule, tokens=tuple(added)))
+    tokenizer = SentencePieceTokenizer(path, settings=TokenizerSettings(rule=rule, tokens=tuple(added)))
     template = get_template("vicuna_v1")
     return export_tokenizer(tokenizer, template, vocab_size=vocab_size or tokenizer.vocab_size)
 
 
 def _assert_same(path: Path, texts: list[str], *, rule: TokenizerRule = LEGACY_RULE, added=()) -> None:
-    megatron = Tokenizer(path, settings=TokenizerSettings(rule=rule, tokens=tuple(added)))
+    megatron = SentencePieceTokenizer(path, settings=TokenizerSettings(rule=rule, tokens=tuple(added)))
     hf_weights = _fast(_read_tokenizer(path, rule=rule, added=added))
     for text in texts:
         ids = megatron.encode(text)
@@ -181,7 +181,7 @@ def test_every_rule_after_special_tokens(model_path: Path, rule: TokenizerRule, 
 def test_the_start_follows_bos_and_the_image(model_path: Path):
     """Text after the prompt's <s> and after an image has the leading space under every rule."""
     for rule in RULES:
-        megatron = Tokenizer(model_path, settings=TokenizerSettings(rule=rule))
+        megatron = SentencePieceTokenizer(model_path, settings=TokenizerSettings(rule=rule))
         fast = _fast(_read_tokenizer(model_path, rule=rule))
         ids = fast.encode("<s>A chat USER: <image>\nWhat</s>USER: A cat", add_special_tokens=False).ids
         expected = [1, *megatron.encode("A chat USER: "), 420, *megatron.encode("\nWhat</s>USER: A cat")]
@@ -197,7 +197,7 @@ def test_merges_that_overlap_are_done_in_sentencepieces_order(tmp_path: Path):
 
 def test_without_byte_fallback_unknown_runs_are_one_unk(tmp_path: Path):
     path = _train(tmp_path / "tokenizer.model", byte_fallback=False, vocab_size=150)
-    megatron = Tokenizer(path)
+    megatron = SentencePieceTokenizer(path)
     hf_weights = _fast(_read_tokenizer(path, vocab_size=megatron.vocab_size))
     for text in ("A cat.", "A 😀😀 cat", "😀", "é x é"):
         assert hf_weights.encode(text, add_special_tokens=False).ids == megatron.encode(text), text
@@ -209,14 +209,14 @@ def test_control_pieces_are_cut_out(tmp_path: Path):
 
 
 def test_image_and_pad_come_after_the_models_vocabulary(model_path: Path):
-    pieces = Tokenizer(model_path).vocab_size
+    pieces = SentencePieceTokenizer(model_path).vocab_size
     tokenizer = _read_tokenizer(model_path, vocab_size=pieces + 5)
     fast = _fast(tokenizer)
     assert (tokenizer.image_id, tokenizer.pad_id) == (pieces + 5, pieces + 6)
     assert fast.encode("A<image>\nB<pad>", add_special_tokens=False).ids == [
-        *Tokenizer(model_path).encode("A"),
+        *SentencePieceTokenizer(model_path).encode("A"),
         pieces + 5,
-        *Tokenizer(model_path).encode("\nB"),
+        *SentencePieceTokenizer(model_path).encode("\nB"),
         pieces + 6,
     ]
     assert fast.get_vocab_size() == pieces + 7, (

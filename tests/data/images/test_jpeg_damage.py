@@ -18,8 +18,8 @@ from megatron_share4v.data.prepare.audit import AnnotationSource, audit_records
 from megatron_share4v.data.prepare.image_files import ImageFiles
 from megatron_share4v.data.prepare.validate import RecordValidator
 from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 
 def jpeg(mode: str = "RGB", **options: object) -> bytes:
@@ -89,7 +89,9 @@ def test_preparation_counts_what_the_doctor_names(tmp_path: Path, tokenizer_path
     assert "; 2 JPEGs decode with damage (tools/doctor.py data names them)" in str(summary)
     assert "damage" not in str(dataclasses.replace(summary, damaged=0))
     images = ImageFiles(options.images, archives=(), table=None)
-    validator = RecordValidator(images, Tokenizer(tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False)
+    validator = RecordValidator(
+        images, SentencePieceTokenizer(tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False
+    )
     found = audit_records(AnnotationSource(AnnotationFile(options.annotations), validator), workers=0)
     assert found.counts["damaged JPEG"] == 3  # records
     assert "libjpeg: Corrupt JPEG data" in found.examples["damaged JPEG"][0].reason

@@ -292,7 +292,7 @@ SCRIPT = """
     from megatron_share4v.data.loading.loader import Loader, LoaderOptions
     from megatron_share4v.data.sampling.sampler import Sampler
     from megatron_share4v.text.template import get_template
-    from megatron_share4v.text.tokenizer import Tokenizer
+    from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
     if __name__ == "__main__":
         index = Index.open(sys.argv[1])
@@ -300,7 +300,7 @@ SCRIPT = """
             index, order="random", group_size=None, seed=0, global_batch_size=4, micro_batch_size=2,
             tokens_per_image=4, pad_multiple=8,
         )
-        encoder = Encoder(Tokenizer(sys.argv[2]), get_template("vicuna_v1"), 512, ImagePolicy(28))
+        encoder = Encoder(SentencePieceTokenizer(sys.argv[2]), get_template("vicuna_v1"), 512, ImagePolicy(28))
         options = LoaderOptions(num_workers=2, prefetch=4)
         role = StageRole(True, True)
         loader = Loader(index, sampler, encoder, role=role, data_rank=0, data_size=1, options=options)

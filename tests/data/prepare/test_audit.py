@@ -31,8 +31,8 @@ from megatron_share4v.data.sampling.orders import modality_length_order, random_
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.logging import get_logger
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "doctor.py"
 
@@ -40,7 +40,9 @@ TOOL = Path(__file__).parents[3] / "tools" / "doctor.py"
 @pytest.fixture(scope="module")
 def examine(prepared) -> RecordValidator:
     images = ImageFiles(prepared.images, archives=(), table=None)
-    return RecordValidator(images, Tokenizer(prepared.tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False)
+    return RecordValidator(
+        images, SentencePieceTokenizer(prepared.tokenizer_path), get_template("vicuna_v1"), 512, keep_bytes=False
+    )
 
 
 @pytest.fixture

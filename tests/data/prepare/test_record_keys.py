@@ -19,8 +19,8 @@ from megatron_share4v.data.prepare.writer import PrepareOptions, prepare
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import get_template
-from megatron_share4v.text.tokenizer import Tokenizer
 
 ABOUT = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a cat"}]
 TEXT = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a cat"}]
@@ -92,7 +92,9 @@ def prepare_and_audit(options: PrepareOptions, records: list[dict[str, object]])
     summary = prepare(options)
     lines = [json.loads(line) for line in (options.output / "rejected.jsonl").read_text().splitlines()]
     images = ImageFiles(options.images, archives=(), table=None)
-    validator = RecordValidator(images, Tokenizer(options.tokenizer), get_template("vicuna_v1"), 512, keep_bytes=False)
+    validator = RecordValidator(
+        images, SentencePieceTokenizer(options.tokenizer), get_template("vicuna_v1"), 512, keep_bytes=False
+    )
     found = []
     source = AnnotationSource(AnnotationFile(options.annotations), validator)
     result = audit_records(source, workers=0, on_finding=lambda finding: found.append((finding.kind, finding.reason)))

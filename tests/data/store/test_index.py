@@ -12,7 +12,7 @@ import pytest
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ class OtherTokenizer:
 
 
 def test_check_names_each_difference(prepared):
-    tokenizer = Tokenizer(prepared.tokenizer_path)
+    tokenizer = SentencePieceTokenizer(prepared.tokenizer_path)
     prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=512)
     with pytest.raises(
         DataError,

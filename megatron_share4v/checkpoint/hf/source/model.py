@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_share4v.checkpoint.assets import TOKENIZER
 from megatron_share4v.checkpoint.hf.adapters.apply import is_adapter, merge_adapter, merge_delta
 from megatron_share4v.checkpoint.hf.config import CONFIG, AspectRatio, HfConfig, parse_model_config
 from megatron_share4v.checkpoint.hf.families import TOWER_FAMILIES
@@ -49,6 +48,7 @@ from megatron_share4v.checkpoint.lazy_tensor import LazyTensor, check_float_dtyp
 from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
+from megatron_share4v.text.load_tokenizer import TOKENIZER_FILES, find_tokenizer
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerRule
 
@@ -71,7 +71,7 @@ class HfSource:
     projector: Path | None = None
     """A projector's file, or a directory with mm_projector.bin."""
     tokenizer: Path | None = None
-    """A sentencepiece file, or a directory with tokenizer.model."""
+    """A tokenizer.model or tokenizer.json, or a directory with one."""
     tokenizer_rule: TokenizerRule | None = None
     """How text after a special token is tokenised; None: as the files beside the tokenizer say."""
     any_tower: bool = False
@@ -92,8 +92,16 @@ class HfSource:
             base=None if self.base is None else open_snapshot(self.base),
             tower=None if self.tower is None else open_snapshot(self.tower),
             projector=file_in(self.projector, PROJECTOR),
-            tokenizer=file_in(self.tokenizer, TOKENIZER),
+            tokenizer=None if self.tokenizer is None else _tokenizer_file(self.tokenizer),
         )
+
+
+def _tokenizer_file(path: Path) -> Path:
+    """Return the tokenizer file that `path` is or has; the name of the first kind where it has none."""
+    if not path.is_dir():
+        return path
+    directory = open_snapshot(path)
+    return find_tokenizer(directory) or directory / TOKENIZER_FILES[0]
 
 
 @dataclass(frozen=True, kw_only=True)
