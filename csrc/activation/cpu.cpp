@@ -60,6 +60,7 @@ template <class Body>
 int with_kind(int kind, Body body) {
   if (kind == kGelu) return body(std::integral_constant<int, kGelu>{});
   if (kind == kQuickGelu) return body(std::integral_constant<int, kQuickGelu>{});
+  if (kind == kGeluTanh) return body(std::integral_constant<int, kGeluTanh>{});
   return body(std::integral_constant<int, kSwiglu>{});
 }
 

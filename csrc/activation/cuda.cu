@@ -104,6 +104,7 @@ extern "C" int share4v_activation_forward_cuda(int type, int kind, const void* x
       constexpr int V = decltype(length)::value;
       const auto kernel = kind == kGelu        ? forward<T, V, kGelu>
                           : kind == kQuickGelu ? forward<T, V, kQuickGelu>
+                          : kind == kGeluTanh  ? forward<T, V, kGeluTanh>
                                                : forward<T, V, kSwiglu>;
       return launch(kernel, grid_of(width, V, (rows + kRowsOfThread - 1) / kRowsOfThread), dim3(kThreads), 0, stream,
                     static_cast<const T*>(x), static_cast<const T*>(bias), static_cast<T*>(y), rows, width);
@@ -122,6 +123,7 @@ extern "C" int share4v_activation_backward_cuda(int type, int kind, const void* 
       constexpr int V = decltype(length)::value;
       const auto kernel = kind == kGelu        ? backward<T, V, kGelu>
                           : kind == kQuickGelu ? backward<T, V, kQuickGelu>
+                          : kind == kGeluTanh  ? backward<T, V, kGeluTanh>
                                                : backward<T, V, kSwiglu>;
       const dim3 grid = grid_of(width, V, partial ? chunks : (rows + kRowsOfThread - 1) / kRowsOfThread);
       return launch(kernel, grid, dim3(kThreads), 0, stream, static_cast<const T*>(grad), static_cast<const T*>(x),

@@ -5,7 +5,7 @@
 #include "../common/types.h"
 
 // Activation kind, shared by schema and kernels; kSwiglu takes two inputs, the others one.
-enum Activation : int { kGelu = 0, kQuickGelu = 1, kSwiglu = 2 };
+enum Activation : int { kGelu = 0, kQuickGelu = 1, kSwiglu = 2, kGeluTanh = 3 };
 
 // Normal CDF at x, given exp(-x^2 / 2). For negative x the product of that and exp(x^2 / 2) * erfc(-x / sqrt 2) / 2,
 // which keeps its relative accuracy where 1 + erf cancels; the second factor is a polynomial in 1 / (1 + 0.3 |x|),
@@ -29,17 +29,22 @@ struct Value {
   float value, slope;
 };
 
-// gelu(x) = x * P(N < x); quick gelu(x) = x * sigmoid(1.702 x) (both Hendrycks & Gimpel 2016); for kSwiglu silu(x) = x
-// * sigmoid(x), the gate.
+// gelu(x) = x * P(N < x); quick gelu(x) = x * sigmoid(1.702 x); tanh gelu(x) = x * (1 + tanh(u)) / 2 with u = sqrt(2 /
+// pi) * (x + 0.044715 x^3), which is x * sigmoid(2 u) (all Hendrycks & Gimpel 2016); for kSwiglu silu(x) = x *
+// sigmoid(x), the gate.
 template <int kKind, class M>
 SHARE4V_INLINE Value activate(float x) {
   if (kKind == kGelu) {
     const float bell = M::exponential(-0.5f * x * x), below = normal_below<M>(x, bell);
     return {x * below, below + x * bell * 0.39894228f};
   }
-  const float steepness = kKind == kQuickGelu ? 1.702f : 1.0f;
+  // The sigmoid's argument at |x|, divided by |x|, and its derivative. 2 * sqrt(2 / pi) = 1.5957691.
+  const float slant = kKind == kQuickGelu  ? 1.702f
+                      : kKind == kGeluTanh ? 1.5957691f + 0.071354816f * x * x
+                                           : 1.0f,
+              steepness = kKind == kGeluTanh ? 1.5957691f + 0.21406445f * x * x : slant;
   // Of -|x|, so that the exponential does not overflow.
-  const float down = M::exponential(-steepness * (x < 0.0f ? -x : x)),
+  const float down = M::exponential(-slant * (x < 0.0f ? -x : x)),
               sigmoid = (x < 0.0f ? down : 1.0f) * M::reciprocal(1.0f + down);
   return {x * sigmoid, sigmoid * (1.0f + steepness * x * (1.0f - sigmoid))};
 }

@@ -1,4 +1,4 @@
-// Bias + GELU (erf), bias + quick GELU, bias + SwiGLU. Rows of `width` results; SwiGLU's input has 2 * width columns,
+// Bias + GELU (erf, tanh or quick), bias + SwiGLU. Rows of `width` results; SwiGLU's input has 2 * width columns,
 // gates first. Included by binding.cpp.
 #include "formulas.h"
 
@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& grad_, const Tensor
 
 Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias) { return activation<kGelu>(x, bias); }
 Tensor bias_quick_gelu(const Tensor& x, const std::optional<Tensor>& bias) { return activation<kQuickGelu>(x, bias); }
+Tensor bias_gelu_tanh(const Tensor& x, const std::optional<Tensor>& bias) { return activation<kGeluTanh>(x, bias); }
 Tensor bias_swiglu(const Tensor& x, const std::optional<Tensor>& bias) { return activation<kSwiglu>(x, bias); }
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias) {
   return activation_backward<kGelu>(grad, x, bias);
@@ -69,6 +70,10 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& 
 std::tuple<Tensor, Tensor> bias_quick_gelu_backward(const Tensor& grad, const Tensor& x,
                                                     const std::optional<Tensor>& bias) {
   return activation_backward<kQuickGelu>(grad, x, bias);
+}
+std::tuple<Tensor, Tensor> bias_gelu_tanh_backward(const Tensor& grad, const Tensor& x,
+                                                   const std::optional<Tensor>& bias) {
+  return activation_backward<kGeluTanh>(grad, x, bias);
 }
 std::tuple<Tensor, Tensor> bias_swiglu_backward(const Tensor& grad, const Tensor& x,
                                                 const std::optional<Tensor>& bias) {
@@ -79,7 +84,9 @@ std::tuple<Tensor, Tensor> bias_swiglu_backward(const Tensor& grad, const Tensor
 
 SHARE4V_OP(bias_gelu, "(Tensor x, Tensor? bias) -> Tensor")
 SHARE4V_OP(bias_quick_gelu, "(Tensor x, Tensor? bias) -> Tensor")
+SHARE4V_OP(bias_gelu_tanh, "(Tensor x, Tensor? bias) -> Tensor")
 SHARE4V_OP(bias_swiglu, "(Tensor x, Tensor? bias) -> Tensor")
 SHARE4V_OP(bias_gelu_backward, "(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)")
 SHARE4V_OP(bias_quick_gelu_backward, "(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)")
+SHARE4V_OP(bias_gelu_tanh_backward, "(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)")
 SHARE4V_OP(bias_swiglu_backward, "(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)")

@@ -13,14 +13,15 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ T values[kValues];
   for (int i = threadIdx.x; i < kValues; i += blockDim.x) values[i] = table[i];
   __syncthreads();
-  const unsigned size = static_cast<unsigned>(height) * width * 3, area = patch * patch, across = width / patch;
+  const unsigned area = patch * patch, across = width / patch, covered = across * patch;
+  const unsigned size = height / patch * across * 3 * area;  // of one image's output
   const unsigned first = (blockIdx.x * blockDim.x + threadIdx.x) * V;
   if (first >= size) return;
   const unsigned number = first / (3 * area), within = first % (3 * area);
   for (int64_t image = blockIdx.y; image < images; image += gridDim.y) {
     unsigned channel = within / area, row = within % area / patch, column = within % patch;
     unsigned down = number / across * patch, right = number % across * patch;
-    const uint8_t* const from = pixels + image * size;
+    const uint8_t* const from = pixels + image * height * width * 3;
     Vector<T, V> out;
 #pragma unroll
     for (int k = 0; k < V; ++k) {
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
           if (++channel == 3) {
             channel = 0;
             right += patch;
-            if (right == width) {
+            if (right == covered) {
               right = 0;
               down += patch;
             }
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
 
 extern "C" int share4v_patchify_cuda(int type, const uint8_t* pixels, const void* table, void* patches, int64_t images,
                                      int64_t height, int64_t width, int64_t patch, void* stream) {
-  const int64_t size = height * width * 3;
+  const int64_t size = height / patch * (width / patch) * 3 * patch * patch;
   if (images == 0 || size == 0) return kDone;
   return with_type(type, [&](auto zero) {
     using T = decltype(zero);

@@ -1,4 +1,5 @@
-// uint8 pixels to normalized patches. N images of H x W pixels, p the side of a patch, P = H / p * W / p patches.
+// uint8 pixels to normalized patches. N images of H x W pixels, p the side of a patch, P = floor(H / p) * floor(W / p)
+// patches; pixels right of and below the last whole patch are not read.
 // Included by binding.cpp.
 
 // pixels [N, H, W, 3], table [3, 256] -> patches [N, P, 3 * p * p], each in the order channel, row, column
@@ -9,9 +10,9 @@ namespace {
 
 Tensor patchify(const Tensor& pixels_, const Tensor& table_, int64_t patch) {
   const bool fits = pixels_.dim() == 4 && pixels_.size(3) == 3 && pixels_.scalar_type() == ScalarType::Byte &&
-                    patch > 0 && pixels_.size(1) % patch == 0 && pixels_.size(2) % patch == 0 &&
+                    patch > 0 && pixels_.size(1) >= patch && pixels_.size(2) >= patch &&
                     pixels_.size(1) * pixels_.size(2) < (int64_t{1} << 28);
-  STD_TORCH_CHECK(fits, "patchify takes uint8 pixels [N, H, W, 3] whose sides are multiples of the patch's, got ",
+  STD_TORCH_CHECK(fits, "patchify takes uint8 pixels [N, H, W, 3] whose sides are at least the patch's, got ",
                   describe(pixels_), " and patch ", patch);
   STD_TORCH_CHECK(
       table_.dim() == 2 && table_.size(0) == 3 && table_.size(1) == 256 && table_.device() == pixels_.device(),

@@ -1,6 +1,7 @@
-"""Fused bias + GELU, bias + quick GELU, bias + SwiGLU.
+"""Fused bias + GELU (exact, tanh or quick form), bias + SwiGLU.
 
-Hendrycks & Gimpel 2016 (GELU with the exact normal distribution, not its tanh approximation); Shazeer 2020 (SwiGLU).
+Hendrycks & Gimpel 2016 (GELU with the exact normal distribution, and its tanh and sigmoid approximations); Shazeer 2020
+(SwiGLU).
 All compute in fp32 and round once. The backward pass keeps only the input and recomputes the rest.
 
 R: rows (all leading dimensions); W: width of the result.
@@ -22,6 +23,18 @@ def bias_gelu(x: torch.Tensor, *, bias: torch.Tensor | None = None, implementati
     if implementation == "native":
         return torch.ops.share4v.bias_gelu(x, bias)
     return F.gelu(_add_bias(x, bias)).to(x.dtype)
+
+
+def bias_gelu_tanh(
+    x: torch.Tensor, *, bias: torch.Tensor | None = None, implementation: Implementation
+) -> torch.Tensor:
+    """z * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3))) / 2, z = x + bias; x [..., W], bias [W].
+
+    SigLIP's activation.
+    """
+    if implementation == "native":
+        return torch.ops.share4v.bias_gelu_tanh(x, bias)
+    return F.gelu(_add_bias(x, bias), approximate="tanh").to(x.dtype)
 
 
 def bias_quick_gelu(
@@ -62,7 +75,7 @@ def _fake_backward(grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | Non
 
 def register_ops() -> None:
     """Register fake kernels and gradients with torch."""
-    for name, parts in (("bias_gelu", 1), ("bias_quick_gelu", 1), ("bias_swiglu", 2)):
+    for name, parts in (("bias_gelu", 1), ("bias_gelu_tanh", 1), ("bias_quick_gelu", 1), ("bias_swiglu", 2)):
 
         def fake(x: torch.Tensor, bias: torch.Tensor | None, parts: int = parts) -> torch.Tensor:
             return x.new_empty(*x.shape[:-1], x.size(-1) // parts)
@@ -73,6 +86,7 @@ def register_ops() -> None:
 
 OPS = (
     "bias_gelu",
+    "bias_gelu_tanh",
     "bias_quick_gelu",
     "swiglu",
     "bias_swiglu",

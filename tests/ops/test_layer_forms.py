@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_share4v.mcore.attention import positions_in_samples
-from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
+from megatron_share4v.ops.activation import bias_gelu, bias_gelu_tanh, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation
 from megatron_share4v.ops.rope import rope, rope_table
 from tools.op_cases.record import draw
@@ -26,6 +26,9 @@ def test_activations_equal_those_of_core_layers(implementation: Implementation) 
     # Another formula of one activation, in fp32.
     close = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(bias_gelu(x, bias=bias, implementation=implementation), F.gelu(x + bias), **close)
+    torch.testing.assert_close(
+        bias_gelu_tanh(x, bias=bias, implementation=implementation), F.gelu(x + bias, approximate="tanh"), **close
+    )
     torch.testing.assert_close(
         bias_quick_gelu(x, bias=bias, implementation=implementation),
         (x + bias) * torch.sigmoid(1.702 * (x + bias)),
@@ -49,7 +52,7 @@ def test_gelu_is_precise_in_the_tail() -> None:
 
 def test_non_finite_values_are_not_hidden() -> None:
     x = torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])
-    for function in (bias_gelu, bias_quick_gelu, bias_swiglu):
+    for function in (bias_gelu, bias_gelu_tanh, bias_quick_gelu, bias_swiglu):
         assert (
             function(x, implementation="native").isnan().flatten().tolist()
             == function(x, implementation="reference").isnan().flatten().tolist()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
+from megatron_share4v.ops.activation import bias_gelu, bias_gelu_tanh, bias_quick_gelu, bias_swiglu
 from tools.op_cases.record import Bench, Case, OpCases, Tolerance, draw
 
 Shape = tuple[int, int]
 LANGUAGE_7B, TOWER, PROJECTOR = (12_416, 11_008), (16 * 577, 4096), (16 * 576, 4096)
+SIGLIP = (16 * 729, 4304)  # SO400M/14 at 384 pixels
 
 
 def _cases(*, parts: int, biased: bool) -> Iterator[Case]:
@@ -36,6 +37,10 @@ def _cases(*, parts: int, biased: bool) -> Iterator[Case]:
 
 def _eager_gelu(x: torch.Tensor, *, bias: torch.Tensor) -> torch.Tensor:
     return F.gelu(x + bias)
+
+
+def _eager_gelu_tanh(x: torch.Tensor, *, bias: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x + bias, approximate="tanh")
 
 
 def _eager_quick_gelu(x: torch.Tensor, *, bias: torch.Tensor) -> torch.Tensor:
@@ -93,6 +98,7 @@ def _op(
 
 OPS = (
     _op("bias_gelu", bias_gelu, PROJECTOR, 576, _eager_gelu, parts=1, biased=True),
+    _op("bias_gelu_tanh", bias_gelu_tanh, SIGLIP, 729, _eager_gelu_tanh, parts=1, biased=True),
     _op("bias_quick_gelu", bias_quick_gelu, TOWER, 577, _eager_quick_gelu, parts=1, biased=True),
     _op("swiglu", bias_swiglu, LANGUAGE_7B, 256, _eager_swiglu, parts=2, biased=False),
     _op("bias_swiglu", bias_swiglu, LANGUAGE_7B, 256, _eager_swiglu, parts=2, biased=True),

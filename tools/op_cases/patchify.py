@@ -29,6 +29,10 @@ def _cases() -> Iterator[Case]:
             (1, 5, 5, 5),
             (0, 8, 8, 4),
             (2, 3, 2, 1),
+            (2, 31, 33, 14),  # pixels left over at the right and below
+            (2, 5, 7, 4),
+            (1, 9, 8, 4),
+            (1, 8, 11, 4),
         ):
             yield Case(
                 f"{name} {images}x{height}x{width} by {patch}",
