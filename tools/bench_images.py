@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from megatron_share4v.data.images.decoder import Backend, open_decoder
 from megatron_share4v.data.images.parity import measure_parity
 from megatron_share4v.data.images.pixels import normalise
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.workers import ordered_map
 
 POLICY = ImagePolicy(336, "pad")
@@ -128,7 +128,7 @@ class _LlavaDataset(torch.utils.data.Dataset):
         """Decode, pad to a square, resize and normalise: [3, S, S] float32."""
         image = Image.open(io.BytesIO(data)).convert("RGB")
         side = max(image.size)
-        square = Image.new("RGB", (side, side), PAD_COLOUR)
+        square = Image.new("RGB", (side, side), POLICY.pad_colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return torch.as_tensor(np.asarray(self._processor(square)["pixel_values"]))[0]
 

@@ -104,15 +104,16 @@ def _check_machines(options: argparse.Namespace) -> int:
 
 def _fill_in(options: argparse.Namespace) -> None:
     """Set the options that were not given to the run's values, without --config to those of the ShareGPT4V recipe."""
-    values = RECIPE
+    values, options.policy = RECIPE, ImagePolicy(336)
     if options.config is not None:
         run = load_run(options.config)
         data, train, vision = run.data, run.train, run.model.vision
+        options.policy = ImagePolicy.from_config(vision, data)
         values = {
             "tokenizer": Path(data.tokenizer),
             "template": data.template,
             "max_text_length": data.max_text_length,
-            "tokens_per_image": vision.num_patches,
+            "tokens_per_image": vision.num_features,
             "image_size": vision.image_size,
             "image_aspect_ratio": data.image_aspect_ratio,
             "image_orientation": data.image_orientation,
@@ -183,7 +184,11 @@ def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
 
 
 def _print_samples(options: argparse.Namespace, records: RecordSource, result: AuditResult) -> None:
-    policy = ImagePolicy(options.image_size, options.image_aspect_ratio, options.image_orientation)
+    policy = dataclasses.replace(
+        options.policy, aspect_ratio=options.image_aspect_ratio, orientation=options.image_orientation
+    )
+    if options.image_size != policy.image_size:
+        policy = dataclasses.replace(policy, image_size=options.image_size, resize_edge=None)
     validator = records.validator
     for position, item in result.chosen:
         sample = records.sample(item)

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from megatron_share4v.checkpoint.hf.naming import detect_naming
 from megatron_share4v.checkpoint.hf.source.reader import open_weights_directory
 from megatron_share4v.checkpoint.hf.weight_map import weight_mappings
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.images.pil_decoder import encode_png, open_rgb
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.loading.prompt import Prompt, make_prompt
@@ -116,13 +117,17 @@ def compare(
     session = Session.open(checkpoint, mesh=mesh, dtype="fp32")
     processor, model = _load(export)
     _round_weights(session, export)
-    patches = session.config.model.vision.num_patches
+    vision = session.config.model.vision
     ids_equal = pixels_equal = greedy_equal = True
     largest = scale = 0.0
     template = "equal"
     for question in questions:
         prompt = make_prompt(
-            session.encoder, question.turns, image=question.image, tokens_per_image=patches, name=question.name
+            session.encoder,
+            question.turns,
+            image=question.image,
+            tokens_per_image=vision.num_features,
+            name=question.name,
         )
         text = render_prompt(session.encoder.template, question.turns, has_image=question.image is not None)
         inputs = _process(processor, text, question)
@@ -130,11 +135,13 @@ def compare(
         if template == "equal":
             template = _compare_template(processor, text, question, name=session.encoder.template.name)
         if question.image is not None:
-            pixels_equal &= torch.equal(inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32))
+            pixels_equal &= torch.equal(
+                inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32, vision=vision)
+            )
         actual, reference = _both_logits(session, model, prompt)
         largest, scale = max(largest, _largest_difference(actual, reference)), max(scale, float(actual.abs().max()))
         greedy_equal &= (
-            _generate_greedy(model, session, _model_inputs(prompt, model), max_new_tokens)
+            _generate_greedy(model, session, _model_inputs(prompt, model, vision=vision), max_new_tokens)
             == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
         )
     return Agreement(
@@ -240,11 +247,13 @@ def to_messages(question: Question) -> list[dict[str, Any]]:
     return messages
 
 
-def _model_inputs(prompt: Prompt, model: Any) -> dict[str, torch.Tensor]:
+def _model_inputs(prompt: Prompt, model: Any, *, vision: VisionConfig) -> dict[str, torch.Tensor]:
     """Return the inputs of transformers' model for a prompt: ids, mask and pixels."""
     ids = _transformers_ids(prompt, model).unsqueeze(0)
-    images = {"pixel_values": normalise(prompt.pixels, dtype=torch.float32)} if prompt.pixels.size(0) else {}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.pixels.size(0):
+        inputs["pixel_values"] = normalise(prompt.pixels, dtype=torch.float32, vision=vision)
+    return inputs
 
 
 def logit_difference(session: Session, model: Any, prompt: Prompt) -> float:
@@ -264,7 +273,8 @@ def _largest_difference(actual: torch.Tensor, reference: torch.Tensor) -> float:
 def _both_logits(session: Session, model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the [L, V] logits of our model and of transformers' model."""
     actual = compute_logits(session, prompt)
-    return actual, model(**_model_inputs(prompt, model)).logits[0, :, : actual.shape[1]]
+    inputs = _model_inputs(prompt, model, vision=session.config.model.vision)
+    return actual, model(**inputs).logits[0, :, : actual.shape[1]]
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class LocalClient:
         vision = replica.session.config.model.vision
         images = replace(replica.session.encoder.images, aspect_ratio=decoding.aspect_ratio)
         self._encoder = replace(replica.session.encoder, template=get_template(decoding.template), images=images)
-        self._tokens_per_image = vision.num_patches
+        self._tokens_per_image = vision.num_features
 
     def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:
         """Yield outcomes; an answer ends where the context is full.

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_share4v.checkpoint.manifest import library_versions
 from megatron_share4v.data.images.pil_decoder import VERSION
-from megatron_share4v.data.images.policy import PAD_COLOUR
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.evaluate.judge import Judgement
 from megatron_share4v.evaluate.loaded_benchmark import Evaluation
 from megatron_share4v.evaluate.records import Scores
@@ -26,11 +26,13 @@ class ModelFacts:
     """Identity of the evaluated model.
 
     name: shown in results. fingerprint: changes with weights and dtype. facts: recorded in result.json.
+    images: preprocessing of images; None where it is not done here.
     """
 
     name: str
     fingerprint: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    images: ImagePolicy | None = None
 
     @classmethod
     def of_replica(cls, replica: Replica, *, name: str) -> ModelFacts:
@@ -42,7 +44,7 @@ class ModelFacts:
             "dtype": replica.dtype,
             "image_size": replica.session.config.model.vision.image_size,
         }
-        return cls(name, replica.name, facts)
+        return cls(name, replica.name, facts, replica.session.encoder.images)
 
     @classmethod
     def of_answers(cls, path: Path, *, name: str | None) -> ModelFacts:
@@ -102,9 +104,24 @@ def result_of(
             "system": get_template(decoding.template).system,
             "first": first.turn,
         },
-        "preprocessing": {"image_mode": decoding.image_mode, "pad_colour": PAD_COLOUR, "decoder": VERSION},
+        "preprocessing": {"image_mode": decoding.image_mode, "decoder": VERSION, **_describe_images(model.images)},
         "decoding": {"greedy": True, "beams": 1, "max_new_tokens": decoding.max_new_tokens, "stop": decoding.stop},
         "versions": library_versions(),
+    }
+
+
+def _describe_images(policy: ImagePolicy | None) -> dict[str, Any]:
+    """Describe how the tower's images are made. The aspect ratio is not the policy's here: image_mode replaces it."""
+    if policy is None:
+        return {}
+    return {
+        "pad_colour": policy.pad_colour,
+        "image_mean": policy.image_mean,
+        "image_std": policy.image_std,
+        "resample": policy.resample,
+        "resize": policy.resize,
+        "resize_edge": policy.resize_edge,
+        "orientation": policy.orientation,
     }
 
 

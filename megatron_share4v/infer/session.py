@@ -86,9 +86,7 @@ class Session:
             dist.barrier()  # the temporary import may be deleted only when all ranks have read it
         for chunk in chunks:
             chunk.eval()
-        images = ImagePolicy(
-            config.model.vision.image_size, config.data.image_aspect_ratio, config.data.image_orientation
-        )
+        images = ImagePolicy.from_config(config.model.vision, config.data)
         template, length = get_template(config.data.template), config.data.max_text_length
         encoder = Encoder(tokenizer=tokenizer, template=template, max_text_length=length, images=images)
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)
@@ -101,7 +99,7 @@ class Session:
         Raises DataError for a bad conversation or image.
         """
         return make_chat_prompt(
-            self.encoder, turns, images=images, tokens_per_image=self.config.model.vision.num_patches
+            self.encoder, turns, images=images, tokens_per_image=self.config.model.vision.num_features
         )
 
     def answer(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[str]:
@@ -114,7 +112,7 @@ class Session:
 
     def answer_ids(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers as token ids, without the end token: see `answer`."""
-        patches, tokenizer = self.config.model.vision.num_patches, self.encoder.tokenizer
+        patches, tokenizer = self.config.model.vision.num_features, self.encoder.tokenizer
         prompts = [
             make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions
         ]

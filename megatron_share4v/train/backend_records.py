@@ -14,6 +14,7 @@ import torch
 
 from megatron_share4v.data.images.decoder import backend_version
 from megatron_share4v.data.images.parity import Features, check_backend_parity
+from megatron_share4v.data.images.torch_decoder import FILTERS as TORCH_FILTERS
 from megatron_share4v.files import atomic_write_json
 from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.backends import AttentionBackend
@@ -51,7 +52,9 @@ def record_image_backend(source: Source, chunk: Share4V, *, mesh: Mesh, director
         "on": on,
         "library": backend_version(options.image_backend),
     }
-    get_logger().info("images: %s on %s (%s)", *record.values())
+    get_logger().info("images: %s on %s (%s); %s", *record.values(), source.encoder.images)
+    if options.image_backend == "torch_u8" and source.encoder.images.resample not in TORCH_FILTERS:
+        get_logger().info("images: torch has no %s filter; all are left to pil", source.encoder.images.resample)
     if result is not None:
         get_logger().info(str(result))
         record["gate"] = asdict(result)

@@ -18,6 +18,7 @@ from megatron_share4v.checkpoint.store import (
     resolve_checkpoint,
 )
 from megatron_share4v.config.data import BlendSource, DataConfig
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
@@ -202,7 +203,7 @@ def open_source(
             sampler.packing.length,
             100 * sampler.fill,
         )
-    encoder = make_encoder(config.model.vision.image_size, data, tokenizer)
+    encoder = make_encoder(config.model.vision, data, tokenizer)
     return Source(index=index, sampler=sampler, encoder=encoder, options=options)
 
 
@@ -222,13 +223,13 @@ def _open_tokenizer(data: DataConfig, rule: TokenizerRule | None) -> Tokenizer:
     return with_rule(tokenizer, rule, origin="the data set")
 
 
-def make_encoder(image_size: int, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
+def make_encoder(vision: VisionConfig, data: DataConfig, tokenizer: Tokenizer) -> Encoder:
     """Build the encoder that turns samples into token ids and pixels."""
     return Encoder(
         tokenizer=tokenizer,
         template=get_template(data.template),
         max_text_length=data.max_text_length,
-        images=ImagePolicy(image_size, data.image_aspect_ratio, data.image_orientation),
+        images=ImagePolicy.from_config(vision, data),
     )
 
 

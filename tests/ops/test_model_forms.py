@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.images.pixels import normalise, normalised_values
 from megatron_share4v.ops.image_merge import image_merge
 from megatron_share4v.ops.norm import add_rms_norm, layer_norm, rms_norm
@@ -22,10 +23,14 @@ def native(native_ops: None) -> None:
 
 @implementations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_patches_times_weight_are_the_convolution(implementation: Implementation, dtype: torch.dtype) -> None:
-    pixels = torch.randint(0, 256, (2, 28, 42, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("size", [(28, 42), (34, 55)], ids=["whole", "remainder"])
+def test_patches_times_weight_are_the_convolution(
+    implementation: Implementation, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    pixels = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     pixels_in_order = normalise(pixels, dtype=dtype)
-    patches = patchify(pixels, table=normalised_values(pixels.device, dtype), patch=14, implementation=implementation)
+    table = normalised_values(VisionConfig(), device=pixels.device, dtype=dtype)
+    patches = patchify(pixels, table=table, patch=14, implementation=implementation)
     unfolded = torch.nn.functional.unfold(pixels_in_order, 14, stride=14).transpose(1, 2)
     assert torch.equal(patches, unfolded)
     convolution = torch.nn.Conv2d(3, 8, 14, stride=14, bias=False, dtype=torch.float64)
@@ -95,9 +100,9 @@ def test_mismatched_arguments_raise_with_names() -> None:
         rms_norm(x, weight=torch.ones(8, dtype=torch.bfloat16), eps=0.0, implementation="native")
     with pytest.raises(RuntimeError, match=r"float32 and bfloat16, got Double"):
         rms_norm(x.double(), weight=torch.ones(8).double(), eps=0.0, implementation="native")
-    with pytest.raises(RuntimeError, match=r"multiples of the patch's, got Byte \[1, 9, 8, 3\] and patch 4"):
+    with pytest.raises(RuntimeError, match=r"at least the patch's, got Byte \[1, 3, 8, 3\] and patch 4"):
         patchify(
-            torch.zeros(1, 9, 8, 3, dtype=torch.uint8), table=torch.zeros(3, 256), patch=4, implementation="native"
+            torch.zeros(1, 3, 8, 3, dtype=torch.uint8), table=torch.zeros(3, 256), patch=4, implementation="native"
         )
 
 

@@ -19,13 +19,15 @@ from nvidia.dali.pipeline import Pipeline
 from megatron_share4v.data.images import pil_decoder
 from megatron_share4v.data.images.pil_decoder import read_orientation
 from megatron_share4v.data.images.pixels import DecodedBatch, mean_colour_images
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.errors import DataError, OpsError
 from megatron_share4v.logging import get_logger
 
 VERSION = f"DALI {nvidia.dali.__version__}"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000")
 MIN_BATCH_SIZE = 8  # smallest batch size of the graph; a larger batch rebuilds it
+FILTERS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR, "lanczos": types.INTERP_LANCZOS3}
+"""DALI's filters by ImagePolicy.resample."""
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK")
 
 
@@ -58,15 +60,15 @@ def make_graph(
         )
         padded = fn.crop(
             images, crop_h=canvas[0], crop_w=canvas[1], crop_pos_x=0.5, crop_pos_y=0.5, rounding="truncate",
-            out_of_bounds_policy="pad", fill_values=[float(value) for value in PAD_COLOUR],
+            out_of_bounds_policy="pad", fill_values=[float(value) for value in policy.pad_colour],
         )  # fmt: skip
-        # uint8: a float result would be neither rounded nor clipped where bicubic interpolation overshoots.
+        # uint8: a float result would be neither rounded nor clipped where interpolation overshoots.
         scaled = fn.resize(
             padded,
             resize_y=resized[0],
             resize_x=resized[1],
             mode="stretch",
-            interp_type=types.INTERP_CUBIC,
+            interp_type=FILTERS[policy.resample],
             antialias=True,
             dtype=types.UINT8,
         )

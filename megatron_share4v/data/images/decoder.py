@@ -27,10 +27,12 @@ class Decoder(Protocol):
 
 
 class PerImageDecoder:
-    """Decoder based on a function for one image that raises DataError."""
+    """Decoder based on a function for one image that raises DataError; `by_reference`: the function is Pillow's."""
 
-    def __init__(self, function: Callable[[bytes, ImagePolicy], np.ndarray], policy: ImagePolicy) -> None:
-        self._function, self._policy = function, policy
+    def __init__(
+        self, function: Callable[[bytes, ImagePolicy], np.ndarray], policy: ImagePolicy, *, by_reference: bool = False
+    ) -> None:
+        self._function, self._policy, self._by_reference = function, policy, by_reference
 
     def decode_batch(self, files: Sequence[bytes]) -> DecodedBatch:
         """Decode one file after the other."""
@@ -41,7 +43,8 @@ class PerImageDecoder:
                 pixels[position] = torch.from_numpy(np.array(self._function(data, self._policy)))
             except DataError as error:
                 failures[position] = str(error)
-        return DecodedBatch(pixels, failures)
+        left = tuple(n for n in range(len(files)) if n not in failures) if self._by_reference else ()
+        return DecodedBatch(pixels, failures, left)
 
 
 def backend_version(backend: Backend) -> str:
@@ -56,11 +59,13 @@ def backend_version(backend: Backend) -> str:
 def open_decoder(backend: Backend, policy: ImagePolicy, *, device_index: int | None = None) -> Decoder:
     """Open the decoder of a backend; device_index: the GPU that `dali` decodes on, None for the CPU.
 
-    Raises OpsError when the backend is not installed.
+    A policy whose filter the backend lacks is left to Pillow. Raises OpsError when the backend is not installed.
     """
     if backend == "pil":
         return PerImageDecoder(pil_decoder.decode, policy)
     if backend == "torch_u8":
+        if policy.resample not in torch_decoder.FILTERS:
+            return PerImageDecoder(pil_decoder.decode, policy, by_reference=True)
         return PerImageDecoder(torch_decoder.decode, policy)
     try:
         from megatron_share4v.data.images.dali_decoder import DaliDecoder

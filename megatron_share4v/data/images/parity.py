@@ -22,10 +22,11 @@ from megatron_share4v.logging import get_logger
 PROBES = 16
 # Largest and mean error of uint8 values, and smallest cosine of the tower's features. DALI does not round between its
 # two passes and repeats edge pixels where Pillow renormalises: errors of at most 7 on photographs and up to 24 at edges
-# between black and white. The features change less than by rounding to bf16.
+# between black and white. The features change less than by rounding to bf16. Where an image's aspect ratio is not kept,
+# Pillow 13 may resize the height first; torch resizes the width first and rounds a fifth of the values the other way.
 LIMITS: dict[Backend, tuple[int, float, float]] = {
     "pil": (0, 0.0, 1.0),
-    "torch_u8": (2, 0.05, 0.999),
+    "torch_u8": (2, 0.3, 0.999),
     "dali": (24, 0.5, 0.99),
 }
 

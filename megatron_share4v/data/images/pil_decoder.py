@@ -1,7 +1,7 @@
 """Pillow decoder, the reference for all other decoders: encoded image files to uint8 pixels.
 
 The same pixels as LLaVA's: EXIF orientation ignored (unless the policy asks for it), expand2square, then the resize and
-crop of CLIPImageProcessorPil.
+crop of Hugging Face's image processors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_share4v.data.images.file_kind import describe_file
 from megatron_share4v.data.images.png_metadata import drop_long_metadata
 from megatron_share4v.data.images.policy import (
     MAX_PIXELS,
-    PAD_COLOUR,
+    Colour,
     ImagePolicy,
     OversizedImage,
     check_image_size,
@@ -43,6 +43,13 @@ EXTENSIONS = {
 }
 _SUBTYPES = {"jpg": "jpeg", "tif": "tiff"}
 """Media subtypes that differ from the file extension."""
+
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Pillow's filters by ImagePolicy.resample."""
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -83,17 +90,21 @@ def validate_image(data: bytes) -> ImageHeader:
 def decode(data: bytes, policy: ImagePolicy) -> np.ndarray:
     """Decode one image to [S, S, 3] uint8 under `policy`. Raises DataError when it cannot be decoded."""
     image = open_rgb(data, policy=policy)
-    size = policy.image_size
-    if policy.aspect_ratio == "pad":
-        width, height = policy.canvas(*image.size)
+    width, height = policy.canvas(*image.size)
+    size, resample = policy.resized(width, height), FILTERS[policy.resample]
+    if image.size != (width, height):
         if image.width > image.height:
             # Pillow resizes the width first and rounds in between. Constant rows of padding can be added after that.
-            image, width = image.resize((size, image.height), resample=Image.Resampling.BICUBIC), size
+            image, width = image.resize((size[0], image.height), resample=resample), size[0]
         elif policy.is_canvas_huge(*image.size):
-            image, width = resize_padded_width(image, side=height, size=size), size
-        image = pad_to_canvas(image, width=width, height=height).resize((size, size), resample=Image.Resampling.BICUBIC)
-    else:
-        image = image.resize(policy.resized(*image.size), resample=Image.Resampling.BICUBIC)
+            image, width = (
+                resize_padded_width(
+                    image, side=height, size=size[0], resample=policy.resample, colour=policy.pad_colour
+                ),
+                size[0],
+            )
+        image = pad_to_canvas(image, width=width, height=height, colour=policy.pad_colour)
+    image = image.resize(size, resample=resample)
     return np.asarray(image.crop(policy.crop_box(*image.size)))
 
 
@@ -125,7 +136,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 
 def crop_centre_square(data: bytes) -> bytes:
-    """Crop the centre square, as the policy `square` does, in full resolution; PNG. Raises DataError."""
+    """Crop the centre square, as CLIP's policy `square` does, in full resolution; PNG. Raises DataError."""
     image = open_rgb(data)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -134,11 +145,11 @@ def crop_centre_square(data: bytes) -> bytes:
     return kept.getvalue()
 
 
-def pad_to_canvas(image: Image.Image, *, width: int, height: int) -> Image.Image:
+def pad_to_canvas(image: Image.Image, *, width: int, height: int, colour: Colour) -> Image.Image:
     """LLaVA's expand2square to any size: image centred, an odd pixel of padding at the right or bottom."""
     if image.size == (width, height):
         return image
-    canvas = Image.new("RGB", (width, height), PAD_COLOUR)
+    canvas = Image.new("RGB", (width, height), colour)
     canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     return canvas
 

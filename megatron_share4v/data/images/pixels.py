@@ -1,4 +1,4 @@
-"""Pixels of decoded images: the decoders' result, and normalisation by CLIP's mean and deviation.
+"""Pixels of decoded images: the decoders' result, and normalisation by the tower's mean and standard deviation.
 
 N images, S the vision tower's input side.
 """
@@ -10,10 +10,12 @@ from functools import lru_cache
 
 import torch
 
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy
+from megatron_share4v.config.model import VisionConfig
+from megatron_share4v.data.images.policy import CLIP_MEAN as CLIP_MEAN
+from megatron_share4v.data.images.policy import CLIP_STD as CLIP_STD
+from megatron_share4v.data.images.policy import ImagePolicy, Statistics
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP = VisionConfig()
 
 
 @dataclass(frozen=True)
@@ -31,25 +33,30 @@ class DecodedBatch:
 
 def mean_colour_images(count: int, policy: ImagePolicy) -> torch.Tensor:
     """[count, S, S, 3] uint8 in the mean colour, in place of missing images."""
-    return (
-        torch.tensor(PAD_COLOUR, dtype=torch.uint8).expand(count, policy.image_size, policy.image_size, 3).contiguous()
-    )
+    colour = torch.tensor(policy.pad_colour, dtype=torch.uint8)
+    return colour.expand(count, policy.image_size, policy.image_size, 3).contiguous()
 
 
-def normalise(pixels: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, *, dtype: torch.dtype, vision: VisionConfig = CLIP) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] of `dtype`, on the same device: (value / 255 - mean) / deviation.
 
-    In fp32 bit-equal to Hugging Face's CLIPImageProcessorPil: the 256 values of a channel are computed once, by its
-    formula.
+    In fp32 bit-equal to Hugging Face's image processors: the 256 values of a channel are computed once, by their
+    formula. `vision` gives mean and deviation.
     """
-    table = normalised_values(pixels.device, dtype).flatten()
+    table = normalised_values(vision, device=pixels.device, dtype=dtype).flatten()
     channels = torch.arange(3, device=pixels.device).mul_(256).view(1, 3, 1, 1)
     return table[pixels.permute(0, 3, 1, 2).long() + channels]
 
 
-@lru_cache(maxsize=8)
-def normalised_values(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def normalised_values(vision: VisionConfig, *, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """[3, 256]: normalised form of each value of each channel. Shared by all callers: read-only."""
+    return _normalised_values(vision.image_mean, vision.image_std, device, dtype)
+
+
+@lru_cache(maxsize=8)
+def _normalised_values(
+    image_mean: Statistics, image_std: Statistics, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     scaled = (torch.arange(256, dtype=torch.float64) * (1 / 255)).float()
-    mean, std = (torch.tensor(numbers, dtype=torch.float32).unsqueeze(1) for numbers in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(numbers, dtype=torch.float32).unsqueeze(1) for numbers in (image_mean, image_std))
     return ((scaled - mean) / std).to(device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from megatron_share4v.data.images.policy import ImagePolicy
 from megatron_share4v.data.loading.encode import Encoder
 from megatron_share4v.data.sampling.blend import BlendedIndex
 from megatron_share4v.data.sampling.sampler import Sampler
@@ -32,10 +33,17 @@ def describe_data(sampler: Sampler, encoder: Encoder) -> dict[str, FingerprintVa
     }
     if encoder.tokenizer.rule not in (None, LEGACY_RULE):  # as it was before there were rules
         described["tokenizer_rule"] = encoder.tokenizer.rule
-    policy = asdict(encoder.images)
-    if policy["orientation"] == "stored":  # the only one when older checkpoints were written
-        del policy["orientation"]
-    return described | {f"image policy {name}": value for name, value in policy.items()}
+    return described | {f"image policy {name}": value for name, value in _describe_policy(encoder.images).items()}
+
+
+def _describe_policy(policy: ImagePolicy) -> dict[str, FingerprintValue]:
+    """Describe a policy, without the values that were the only ones when older checkpoints were written."""
+    first = asdict(ImagePolicy(policy.image_size, policy.aspect_ratio))
+    return {
+        name: ", ".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in asdict(policy).items()
+        if name in ("image_size", "aspect_ratio") or value != first[name]
+    }
 
 
 def fingerprint_differences(saved: Mapping[str, FingerprintValue], now: Mapping[str, FingerprintValue]) -> list[str]:

@@ -155,7 +155,7 @@ class Sampler:
             seed=config.run.seed,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            tokens_per_image=config.model.vision.num_patches,
+            tokens_per_image=config.model.vision.num_features,
             pad_multiple=config.length_multiple(),
             blocks=BlockShuffle(size=data.block_size, window=data.block_window),
             packing=Packing(length=data.pack_length, window=data.pack_window) if data.pack_length else None,

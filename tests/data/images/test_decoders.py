@@ -26,10 +26,18 @@ from megatron_share4v.errors import OpsError
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="extra [dali] is not installed")
-POLICIES = [ImagePolicy(28, "pad"), ImagePolicy(28, "square"), ImagePolicy(45, "pad")]
+GRAY = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+POLICIES = [
+    ImagePolicy(28, "pad"),
+    ImagePolicy(28, "square"),
+    ImagePolicy(45, "pad"),
+    ImagePolicy(28, "square", resample="bilinear", resize="square", **GRAY),
+    ImagePolicy(28, "pad", resize_edge=36, resample="lanczos", **GRAY),
+    ImagePolicy(28, "square", resize_edge=32),
+]
 BACKENDS = ["torch_u8", pytest.param("dali", marks=needs_dali)]
 LARGEST = {"torch_u8": 2, "dali": 24}
-MEAN = {"torch_u8": 0.05, "dali": 1.5}  # largest error: dithered black and white
+MEAN = {"torch_u8": 0.05, "dali": 2.5}  # largest error: dithered black and white, tiny images
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -131,9 +139,12 @@ def test_formats(backend: str, policy: ImagePolicy) -> None:
     assert got.pixels.shape == (len(files), policy.image_size, policy.image_size, 3) and got.pixels.dtype == torch.uint8
     error = (got.pixels.int() - expected.pixels.int()).abs().flatten(1)
     assert {name: int(e.max()) for name, e in zip(files, error) if e.max() > LARGEST[backend]} == {}
-    assert {name: float(e.float().mean()) for name, e in zip(files, error) if e.float().mean() > MEAN[backend]} == {}
+    # Pillow 13 may resize the height first, torch never does.
+    mean = 0.3 if backend == "torch_u8" and policy.resize == "square" else MEAN[backend]
+    assert {name: float(e.float().mean()) for name, e in zip(files, error) if e.float().mean() > mean} == {}
     left = [list(files)[position] for position in got.by_reference]
-    assert left == (["16-bit gray", "gif"] if backend == "dali" else [])
+    expected_left = {"dali": ["16-bit gray", "gif"], "torch_u8": list(files) if policy.resample == "lanczos" else []}
+    assert left == expected_left[backend]
 
 
 @pytest.mark.parametrize("backend", ["pil", *BACKENDS])
@@ -275,7 +286,7 @@ def test_the_gate_refuses_what_is_too_far_off(prepared) -> None:
         ),
         policy,
     )
-    with pytest.raises(OpsError, match="accepted are 2, a mean of 0.05"):
+    with pytest.raises(OpsError, match="accepted are 2, a mean of 0.3"):
         check_limits(measure_parity("torch_u8", nearest, read_probe_images(prepared.index), policy))
     with pytest.raises(OpsError, match="accepted are 24"):
         check_limits(replace(passed, backend="dali", mean_error=0.6))

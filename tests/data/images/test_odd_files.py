@@ -13,9 +13,16 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from megatron_share4v.data.images.file_kind import describe_file
-from megatron_share4v.data.images.pil_decoder import decode, open_header, open_rgb, read_orientation, validate_image
+from megatron_share4v.data.images.pil_decoder import (
+    FILTERS,
+    decode,
+    open_header,
+    open_rgb,
+    read_orientation,
+    validate_image,
+)
 from megatron_share4v.data.images.png_metadata import drop_long_metadata
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy
+from megatron_share4v.data.images.policy import Filter, ImagePolicy
 from megatron_share4v.data.images.tall_padding import resize_padded_width
 from megatron_share4v.errors import DataError
 
@@ -78,13 +85,15 @@ def test_other_metadata_stays_in_place() -> None:
 
 
 @pytest.mark.parametrize("width, height", [(1, 200), (10, 600), (37, 401), (255, 900), (500, 500), (7, 1399)])
-def test_tall_images_are_bit_equal_to_pillow(width: int, height: int) -> None:
+@pytest.mark.parametrize("resample", list(FILTERS))
+def test_tall_images_are_bit_equal_to_pillow(width: int, height: int, resample: Filter) -> None:
+    colour = ImagePolicy(28).pad_colour
     for target in (28, 45, min(336, height)):
         image = noise(width, height, seed=width)
-        canvas = Image.new("RGB", (height, height), PAD_COLOUR)
+        canvas = Image.new("RGB", (height, height), colour)
         canvas.paste(image, ((height - width) // 2, 0))
-        expected = canvas.resize((target, height), Image.Resampling.BICUBIC)
-        got = resize_padded_width(image, side=height, size=target)
+        expected = canvas.resize((target, height), FILTERS[resample])
+        got = resize_padded_width(image, side=height, size=target, resample=resample, colour=colour)
         assert np.array_equal(np.asarray(got), np.asarray(expected)), target
 
 
@@ -93,7 +102,8 @@ def test_the_tallest_strip_takes_seconds_and_no_gigabytes() -> None:
     started = time.process_time()
     pixels = decode(data, ImagePolicy(336))
     assert time.process_time() - started < 20  # the padded square has 10 billion pixels
-    assert pixels[100, 168].tolist()[0] > PAD_COLOUR[0] and pixels[100, 10].tolist() == list(PAD_COLOUR)
+    colour = ImagePolicy(336).pad_colour
+    assert pixels[100, 168].tolist()[0] > colour[0] and pixels[100, 10].tolist() == list(colour)
 
 
 NOT_IMAGES = {

@@ -3,16 +3,21 @@
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from megatron_share4v.data.images.pil_decoder import decode, validate_image
+from megatron_share4v.config.data import DataConfig
+from megatron_share4v.config.model import VisionConfig
+from megatron_share4v.data.images.pil_decoder import FILTERS, decode, validate_image
 from megatron_share4v.data.images.pixels import normalise
-from megatron_share4v.data.images.policy import PAD_COLOUR, ImagePolicy, check_image_size
+from megatron_share4v.data.images.policy import ImagePolicy, check_image_size
 from megatron_share4v.errors import DataError
 
 SIZES = [(64, 48), (37, 91), (91, 37), (55, 55), (28, 28), (13, 14), (200, 31), (1, 3)]
@@ -35,7 +40,7 @@ def _reference(data: bytes, *, size: int, aspect_ratio: str) -> torch.Tensor:
     if aspect_ratio == "pad":
         width, height = image.size
         side = max(width, height)
-        square = Image.new("RGB", (side, side), PAD_COLOUR)
+        square = Image.new("RGB", (side, side), ImagePolicy(size).pad_colour)
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image = square
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
@@ -96,6 +101,67 @@ def test_16_bit_gray_is_scaled_and_not_clipped():
     Image.fromarray(values).save(buffer, "PNG")
     pixels = decode(buffer.getvalue(), ImagePolicy(image_size=28))
     assert np.array_equal(pixels[..., 0], np.round(values / 257).astype(np.uint8))
+
+
+IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+FAMILIES = {
+    "siglip": ImagePolicy(27, resize="square", image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)),
+    "siglip2": ImagePolicy(
+        24, resample="bilinear", resize="square", image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5)
+    ),
+    "dinov2": ImagePolicy(28, resize_edge=32, **IMAGENET),
+    "clip, bilinear": ImagePolicy(28, resample="bilinear"),
+    "lanczos": ImagePolicy(28, resample="lanczos", resize_edge=45, **IMAGENET),
+    "square, lanczos": ImagePolicy(20, resample="lanczos", resize="square"),
+}
+
+
+def _processor(policy: ImagePolicy) -> object:
+    """Make the image processor of a family with these values."""
+    size = {"height": policy.image_size, "width": policy.image_size}
+    values = {
+        "resample": FILTERS[policy.resample], "image_mean": list(policy.image_mean), "image_std": list(policy.image_std)
+    }  # fmt: skip
+    if policy.resize == "square":
+        return SiglipImageProcessorPil(size=size, **values)
+    edge = policy.resize_edge or policy.image_size
+    return BitImageProcessorPil(size={"shortest_edge": edge}, crop_size=size, **values)
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_of_every_family_equal_transformers(picture, family: str, aspect_ratio: str):
+    policy = replace(FAMILIES[family], aspect_ratio=aspect_ratio)
+    vision = VisionConfig(image_mean=policy.image_mean, image_std=policy.image_std)
+    processor = _processor(policy)
+    for number, size in enumerate([*SIZES, (333, 250), (120, 400)]):
+        data = picture(number, size=size)
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if aspect_ratio == "pad":
+            square = Image.new("RGB", (max(size), max(size)), tuple(int(mean * 255) for mean in policy.image_mean))
+            square.paste(image, ((max(size) - size[0]) // 2, (max(size) - size[1]) // 2))
+            image = square
+        pixels = torch.tensor(decode(data, policy))[None]
+        plain = torch.as_tensor(np.asarray(processor(image, do_rescale=False, do_normalize=False)["pixel_values"]))
+        assert torch.equal(pixels.permute(0, 3, 1, 2), plain), size
+        values = torch.as_tensor(np.asarray(processor(image)["pixel_values"]))
+        assert torch.equal(normalise(pixels, dtype=torch.float32, vision=vision), values), size
+
+
+def test_policy_is_made_of_the_tower_and_the_data_section():
+    vision = VisionConfig(
+        image_size=384, resample="lanczos", resize_edge=400, image_mean=(0.5, 0.25, 0.999), image_std=(0.1, 0.2, 0.3)
+    )
+    data = DataConfig(train="shards", tokenizer="t", image_aspect_ratio="square", image_orientation="exif")
+    policy = ImagePolicy.from_config(vision, data)
+    assert policy == ImagePolicy(
+        384, "square", "exif", "lanczos", "shortest_edge", 400, (0.5, 0.25, 0.999), (0.1, 0.2, 0.3)
+    )
+    assert policy.pad_colour == (127, 63, 254)
+    assert ImagePolicy.from_config(VisionConfig(), DataConfig(train="s", tokenizer="t")) == ImagePolicy(336)
+    assert ImagePolicy(336).pad_colour == (122, 116, 104)
+    assert str(policy) == "short side resized to 400 (lanczos), centre 384 x 384 cropped"
+    assert str(FAMILIES["siglip"]) == "padded to a square with (127, 127, 127), resized to 27 x 27 (bicubic)"
 
 
 def _png_of(width: int, height: int) -> bytes:

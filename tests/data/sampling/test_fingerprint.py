@@ -71,6 +71,26 @@ def test_orientation_counts_only_when_it_is_applied(prepared, encoder):
     ]
 
 
+def test_preprocessing_of_other_towers_is_in_it(prepared, encoder):
+    """Checkpoints of before these fields have no entries for CLIP's values."""
+    plan = _plan(prepared.index)
+    saved = describe_data(plan, encoder)
+    assert [name for name in saved if name.startswith("image policy")] == [
+        "image policy image_size",
+        "image policy aspect_ratio",
+    ]
+    policy = dataclasses.replace(
+        encoder.images, resample="lanczos", resize="square", image_mean=(0.5, 0.5, 0.5), image_std=(0.25, 0.5, 1.0)
+    )
+    now = describe_data(plan, dataclasses.replace(encoder, images=policy))
+    assert fingerprint_differences(saved, now) == [
+        "image policy resample: was not set, is lanczos",
+        "image policy resize: was not set, is square",
+        "image policy image_mean: was not set, is 0.5, 0.5, 0.5",
+        "image policy image_std: was not set, is 0.25, 0.5, 1.0",
+    ]
+
+
 def test_long_hashes_are_shown_in_short():
     assert fingerprint_differences({"index": "a" * 64}, {"index": "b" * 64}) == [
         f"index: was {'a' * 12}, is {'b' * 12}"
