@@ -65,7 +65,27 @@ def tiny_family(name: str, **trainable) -> ModelConfig:
     )
 
 
-def micro_batches(step: int) -> list[Batch]:
+TOWERS = {
+    "clip": {},
+    "siglip": {
+        "model_type": "siglip_vision_model", "image_size": 19, "class_token": False, "feature_select": "full",
+        "patch_bias": True, "pre_norm": False, "activation": "gelu_tanh", "layer_norm_eps": 1e-6,
+        "image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), "resize": "square",
+    },
+    "dinov2": {
+        "model_type": "dinov2", "patch_bias": True, "pre_norm": False, "layer_scale": True, "activation": "gelu",
+        "layer_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+"""Values of VisionConfig by family, beside the sizes."""
+
+
+def with_tower(model: ModelConfig, family: str, **changes) -> ModelConfig:
+    """Return `model` with a tower of another family, of the same sizes and number of features."""
+    return replace(model, vision=replace(model.vision, **TOWERS[family], **changes))
+
+
+def micro_batches(step: int, *, image_size: int = 16) -> list[Batch]:
     """Build all micro-batches of a global batch: with two, one and no images (the last too), one without labels."""
     generator = torch.Generator().manual_seed(step)
     result = []
@@ -82,7 +102,9 @@ def micro_batches(step: int) -> list[Batch]:
             Batch(
                 token_ids=ids,
                 image_slots=slots,
-                pixels=torch.randint(0, 256, (images, 16, 16, 3), generator=generator, dtype=torch.uint8),
+                pixels=torch.randint(
+                    0, 256, (images, image_size, image_size, 3), generator=generator, dtype=torch.uint8
+                ),
                 target_rows=torch.randperm(MICRO_BATCH * LENGTH, generator=generator)[:labels].sort().values,
                 targets=torch.randint(1, 100, (labels,), generator=generator),
             )

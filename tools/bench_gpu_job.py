@@ -69,7 +69,7 @@ def pack_length(config: RunConfig) -> int:
 
 def pack_shape(job: Job, config: RunConfig) -> tuple[list[int], int, int]:
     """Return (positions of each sample of a pack, text positions, trained text positions)."""
-    patches, length = config.model.vision.num_patches, pack_length(config)
+    patches, length = config.model.vision.num_features, pack_length(config)
     text = max(2, min(job.text or TEXT[job.stage][0], length - patches))
     return [patches + text] * (length // (patches + text)), text, max(1, int(TEXT[job.stage][1] * (text - 1)))
 
@@ -86,7 +86,7 @@ def make_batches(job: Job, config: RunConfig, *, device: torch.device) -> tuple[
         ids[0, : sum(samples)] = torch.randint(
             3, config.model.language.vocab_size, (sum(samples),), generator=generator
         )
-        slots = (starts.unsqueeze(1) + 1 + torch.arange(vision.num_patches)).flatten()
+        slots = (starts.unsqueeze(1) + 1 + torch.arange(vision.num_features)).flatten()
         rows = (starts.unsqueeze(1) + samples[0] - 1 - trained + torch.arange(trained)).flatten()
         targets = ids[0, rows + 1]
         ids[0, slots] = 0

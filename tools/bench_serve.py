@@ -161,11 +161,11 @@ def load_transformers(
 def make_prompts(session: Session, count: int, arguments: argparse.Namespace, *, seed: int) -> list[Prompt]:
     """Build prompts with random images and words."""
     vision, generator = session.config.model.vision, torch.Generator().manual_seed(seed)
-    slots = torch.arange(1, 1 + vision.num_patches)
+    slots = torch.arange(1, 1 + vision.num_features)
     found = []
     for _ in range(count):
         ids = torch.randint(
-            300, session.encoder.tokenizer.vocab_size, (1 + vision.num_patches + arguments.words,), generator=generator
+            300, session.encoder.tokenizer.vocab_size, (1 + vision.num_features + arguments.words,), generator=generator
         )
         ids[0], ids[slots] = session.encoder.tokenizer.eos_id, 0
         pixels = torch.randint(

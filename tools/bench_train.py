@@ -51,7 +51,7 @@ MODEL = ModelConfig(
 def make_batch(*, samples: int, seed: int) -> tuple[Batch, torch.Tensor]:
     """Build a micro-batch of captions of 40 to 120 tokens, and its labels [B, S] in transformers' form."""
     generator = torch.Generator().manual_seed(seed)
-    slots = MODEL.vision.num_patches
+    slots = MODEL.vision.num_features
     lengths = torch.randint(40, 121, (samples,), generator=generator).tolist()
     size = -(-(1 + slots + max(lengths)) // 8) * 8
     ids = torch.zeros(samples, size, dtype=torch.int64)

@@ -90,7 +90,7 @@ class LocalCaptioner:
             ]
 
     def _prompt(self, picture: ImageEntry) -> Prompt:
-        patches = self._session.config.model.vision.num_patches
+        patches = self._session.config.model.vision.num_features
         return make_prompt(
             self._session.encoder, self._turns, image=picture.read(), tokens_per_image=patches, name=picture.path
         )

@@ -239,15 +239,6 @@ class TrainableConfig:
             )
 
 
-UNSUPPORTED = {
-    "vision": (
-        "model_type", "feature_select", "class_token", "patch_bias", "pre_norm", "layer_scale", "activation",
-        "image_mean", "image_std", "resample", "resize", "resize_edge",
-    ),
-}  # fmt: skip
-"""Fields that have only one supported value, their default."""
-
-
 @config
 class ModelConfig:
     """Tower, projector, language model, and what of them trains.
@@ -264,8 +255,7 @@ class ModelConfig:
     the residual blocks."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Find a first trained block beyond those that are built, and what the layers do not compute yet."""
-        yield from self._unsupported()
+        """Find a first trained block beyond those that are built."""
         start, blocks = self.trainable.vision_from_block, self.vision.num_built_layers
         if start is not None and start >= blocks:
             message = (
@@ -273,27 +263,8 @@ class ModelConfig:
             )
             yield Conflict(message, ("trainable.vision_from_block", "vision.num_layers", "vision.feature_layer"))
 
-    def _unsupported(self) -> Iterator[Conflict]:
-        for section, names in UNSUPPORTED.items():
-            config = getattr(self, section)
-            for name in names:
-                value, default = getattr(config, name), getattr(type(config)(), name)
-                if value != default:
-                    message = f"{section}.{name} {value} is not supported; supported is {default}"
-                    yield Conflict(message, (f"{section}.{name}",))
-        vision = self.vision
-        yield from _indivisible(vision, "image_size", "patch_size", section="vision.")
-        if isinstance(vision.feature_layer, tuple):
-            message = f"vision.feature_layer {vision.feature_layer} is not supported; supported is one layer"
-            yield Conflict(message, ("vision.feature_layer",))
-        if self.projector.type not in ("linear", "mlp2x_gelu"):
-            message = f"projector.type {self.projector.type} is not supported; supported are linear and mlp2x_gelu"
-            yield Conflict(message, ("projector.type",))
 
-
-def _indivisible(
-    sizes: VisionConfig | LanguageConfig, whole: str, part: str, *, section: str = ""
-) -> Iterator[Conflict]:
+def _indivisible(sizes: VisionConfig | LanguageConfig, whole: str, part: str) -> Iterator[Conflict]:
     if getattr(sizes, whole) % getattr(sizes, part):
         message = f"{whole} {getattr(sizes, whole)} is not a multiple of {part} {getattr(sizes, part)}"
-        yield Conflict(message, (section + whole, section + part))
+        yield Conflict(message, (whole, part))

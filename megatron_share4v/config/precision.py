@@ -102,12 +102,13 @@ def fp8_conflicts(model: ModelConfig, precision: PrecisionConfig, *, tensor: int
             ("precision.dtype", "transformer_engine"),
         )
     if engine != "none" and precision.fp8_tower:
-        rows = model.vision.num_patches + 1
-        message = (
-            f"precision.fp8_tower: an image has {rows} positions, and Transformer Engine's FP8 needs multiples of 8; "
-            "keep the tower in bf16"
-        )
-        yield Conflict(message, ("precision.fp8_tower", "transformer_engine"))
+        rows = model.vision.num_positions
+        if rows % 8:
+            message = (
+                f"precision.fp8_tower: an image has {rows} positions, and Transformer Engine's FP8 needs multiples of "
+                "8; keep the tower in bf16"
+            )
+            yield Conflict(message, ("precision.fp8_tower", "transformer_engine"))
     if precision.fp8_first_layers + precision.fp8_last_layers >= model.language.num_layers:
         layers = f"model.language.num_layers {model.language.num_layers}"
         message = f"precision.fp8_first_layers and fp8_last_layers leave none of {layers} in FP8"

@@ -204,7 +204,7 @@ class RunConfig:
                 f"use {-(-pack_length // multiple) * multiple}"
             )
             yield Conflict(message, ("data.pack_length", "parallel.tensor", "precision.fp8"))
-        longest = self.data.max_text_length + self.model.vision.num_patches - 1
+        longest = self.data.max_text_length + self.model.vision.num_features - 1
         limit = self.model.language.max_position_embeddings
         if longest > limit:
             message = (

@@ -73,7 +73,7 @@ class Engine:
             max_requests=config.max_requests, max_positions=min(positions, rows), cache_positions=rows
         )
         self.executor = TPExecutor(ModelRunner(model, rows=rows))
-        image_bytes = model.model.vision.num_patches * language.hidden_size * model.config.params_dtype.itemsize
+        image_bytes = model.model.vision.num_features * language.hidden_size * model.config.params_dtype.itemsize
         self._scheduler = Scheduler(config, rows=rows, image_bytes=image_bytes)
         self._cancelled: deque[str] = deque()
         get_logger().info("engine: %s", self.limits)

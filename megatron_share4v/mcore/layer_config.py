@@ -16,10 +16,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore.layer_options import LayerOptions
-from megatron_share4v.ops.activation import bias_gelu, bias_quick_gelu, bias_swiglu
+from megatron_share4v.ops.activation import bias_gelu, bias_gelu_tanh, bias_quick_gelu, bias_swiglu
 from megatron_share4v.ops.op import Implementation
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+TOWER_ACTIVATIONS = {"quick_gelu": bias_quick_gelu, "gelu": bias_gelu, "gelu_tanh": bias_gelu_tanh}
+"""Activations by VisionConfig.activation."""
 
 # Fusions that need Transformer Engine, apex or a CUDA kernel.
 _UNFUSED = dict(
@@ -131,10 +134,10 @@ def vision_config(
     ops: Implementation,
     options: LayerOptions = LayerOptions(),
 ) -> LayerConfig:
-    """CLIP ViT: pre-LayerNorm blocks, biases, quick-GELU.
+    """ViT: pre-LayerNorm blocks with biases.
 
-    On the first stage only, without sequence parallelism (its 577 tokens would be duplicated, not split); each CP rank
-    has the images of its own positions.
+    On the first stage only, without sequence parallelism (its number of positions is odd or a square, rarely a multiple
+    of the ranks); each CP rank has the images of its own positions.
     """
     vision = model.vision
     return LayerConfig(
@@ -152,14 +155,14 @@ def vision_config(
         layernorm_epsilon=vision.layer_norm_eps,
         add_bias_linear=True,
         gated_linear_unit=False,
-        activation=partial(bias_quick_gelu, implementation=ops),
+        activation=partial(TOWER_ACTIVATIONS[vision.activation], implementation=ops),
     )
 
 
 def projector_config(
     model: ModelConfig, *, parallel: ParallelConfig, dtype: torch.dtype, ops: Implementation
 ) -> LayerConfig:
-    """Two linear layers of the language model's width with erf GELU between them."""
+    """Linear layers of the language model's width with erf GELU between them."""
     width = model.language.hidden_size
     return LayerConfig(
         **_base(dtype=dtype, parallel=parallel, ops=ops, init_std=model.init_std, num_layers=1),

@@ -16,11 +16,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.mcore.attention import CoreAttention
 from megatron_share4v.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_share4v.mcore.groups import Mesh
 from megatron_share4v.mcore.layer_config import LayerConfig
 from megatron_share4v.mcore.layer_options import LayerOptions
+from megatron_share4v.mcore.layer_scale import ScaledMLP, ScaledSelfAttention
 from megatron_share4v.mcore.mlp import ActivatedMLP
 from megatron_share4v.ops.norm import layer_norm, rms_norm
 
@@ -110,14 +112,16 @@ def layer_spec(
     attention: type = CoreAttention,
     qk_norm: bool = False,
     out_bias: bool = False,
+    layer_scale: bool = False,
 ) -> ModuleSpec:
     """Spec of a pre-norm transformer layer.
 
-    `causal=False` is for the vision tower (core's ViT spec is causal, CLIP is not). `qk_norm`: each head's queries and
-    keys pass a norm before the rotation. `out_bias`: attention's output projection has a bias also where the MLP has
-    none.
+    `causal=False` is for the vision tower (core's ViT spec is causal, the towers are not). `qk_norm`: each head's
+    queries and keys pass a norm before the rotation. `out_bias`: attention's output projection has a bias also where
+    the MLP has none. `layer_scale`: learned vectors multiply the outputs of attention and MLP.
     """
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    self_attention, mlp = (ScaledSelfAttention, ScaledMLP) if layer_scale else (SelfAttention, ActivatedMLP)
     head_norm = Norm if qk_norm else None
     submodules = SelfAttentionSubmodules(
         linear_qkv=linears.column,
@@ -130,10 +134,10 @@ def layer_spec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
-            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=submodules),
+            self_attention=ModuleSpec(module=self_attention, params={"attn_mask_type": mask}, submodules=submodules),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=ActivatedMLP, submodules=mlp_submodules(linears), params={"tp_group": mesh.tp_group}),
+            mlp=ModuleSpec(module=mlp, submodules=mlp_submodules(linears), params={"tp_group": mesh.tp_group}),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -168,10 +172,11 @@ def decoder_submodules(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
 
-def tower_spec(*, mesh: Mesh, options: LayerOptions) -> ModuleSpec:
+def tower_spec(vision: VisionConfig, *, mesh: Mesh, options: LayerOptions) -> ModuleSpec:
     """Spec of a block of the vision tower."""
     return layer_spec(
         causal=False,
         mesh=mesh,
         linears=_linear_classes(fp8=options.fp8.tower, transformer_engine=options.transformer_engine == "all"),
+        layer_scale=vision.layer_scale,
     )

@@ -189,7 +189,7 @@ def trained_blocks(model: ModelConfig) -> int:
 def _tower(model: ModelConfig, execution: ExecutionOptions | None) -> Flops:
     """FLOPs of one image."""
     vision, trained = model.vision, trained_blocks(model)
-    frozen, tokens = vision.num_built_layers - trained, vision.num_patches + 1
+    frozen, tokens = vision.num_built_layers - trained, vision.num_positions
     weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     stem = _products(
         vision.num_patches * 3 * vision.patch_size**2 * vision.hidden_size,
@@ -208,9 +208,8 @@ def _tower(model: ModelConfig, execution: ExecutionOptions | None) -> Flops:
 
 def _projector(model: ModelConfig) -> Flops:
     """FLOPs of one image."""
-    width, patches, trains = model.language.hidden_size, model.vision.num_patches, model.trainable.projector
+    vision, width, trains = model.vision, model.language.hidden_size, model.trainable.projector
     before = model.trainable.vision_from_block is not None
-    first = _products(patches * model.vision.hidden_size * width, input_gradient=before, weight_gradient=trains)
-    if model.projector.type == "linear":
-        return first
-    return first + _products(patches * width * width, input_gradient=before or trains, weight_gradient=trains)
+    first = _products(vision.num_features * vision.feature_width * width, input_gradient=before, weight_gradient=trains)
+    later = _products(vision.num_features * width * width, input_gradient=before or trains, weight_gradient=trains)
+    return first + later * (model.projector.depth - 1)

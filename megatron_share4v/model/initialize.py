@@ -69,11 +69,11 @@ def fill_parameters(chunks: Iterable[nn.Module], tensor_for: Callable[[str, tupl
 def initial_value(key: str, shape: tuple[int, ...], *, seed: int, model: ModelConfig) -> torch.Tensor:
     """Return the fp32 initial value of the global tensor `key`.
 
-    Ones for norms, zeros for biases and vocabulary padding, normal for the rest.
+    Ones for norms and layer scales, zeros for biases and vocabulary padding, normal for the rest.
     """
     if key.endswith("bias"):
         return torch.zeros(shape)
-    if "norm" in key:
+    if "norm" in key or "layer_scale" in key:
         return torch.ones(shape)
     std = model.init_std
     if key.endswith(("linear_proj.weight", "linear_fc2.weight")):

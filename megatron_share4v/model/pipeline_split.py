@@ -35,17 +35,18 @@ def estimate_costs(model: ModelConfig, *, text_length: int, trained_share: float
     head one more, since its backward pass computes the logits again.
     """
     vision, language, trainable = model.vision, model.language, model.trainable
-    length = vision.num_patches + text_length
+    length = vision.num_features + text_length
     products = 3 if trainable.language else 2
     layer = products * length * (layer_weights(model) + length * language.query_width)
-    tokens = vision.num_patches + 1
+    tokens = vision.num_positions
     block = tokens * (
         4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size + 2 * tokens * vision.hidden_size
     )
     start = trainable.vision_from_block
     trained_blocks = 0 if start is None else vision.num_built_layers - max(start, 0)
     tower = block * (vision.num_built_layers + 2 * trained_blocks)
-    projector = 3 * vision.num_patches * (vision.hidden_size + language.hidden_size) * language.hidden_size
+    inputs = vision.feature_width + (model.projector.depth - 1) * language.hidden_size
+    projector = 3 * vision.num_features * inputs * language.hidden_size
     head = (products + 1) * trained_share * text_length * language.hidden_size * language.padded_vocab_size
     return StageCosts(layer=layer, first=tower + projector, last=head)
 

@@ -87,7 +87,7 @@ class Share4V(MegatronModule):
                 vision_config(model, parallel=parallel, dtype=dtype, ops=ops, options=options),
                 vision=model.vision,
                 mesh=mesh,
-                spec=tower_spec(mesh=mesh, options=options),
+                spec=tower_spec(model.vision, mesh=mesh, options=options),
             )
             self.projector = Projector(
                 projector_config(model, parallel=parallel, dtype=dtype, ops=ops), model=model, mesh=mesh

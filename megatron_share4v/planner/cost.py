@@ -120,8 +120,8 @@ def _layer_bytes(case: Case, forward: bool) -> float:
 
 def _tower_bytes(case: Case, forward: bool) -> float:
     vision, settings = case.config.model.vision, case.settings
-    tokens = case.micro_batch.images * (vision.num_patches + 1)
-    values = tokens * (10 * vision.hidden_size + 2 * vision.intermediate_size / settings.tensor)
+    tokens, whole = case.micro_batch.images * vision.num_positions, 14 if vision.layer_scale else 10
+    values = tokens * (whole * vision.hidden_size + 2 * vision.intermediate_size / settings.tensor)
     return settings.element * values * (vision.num_built_layers if forward else 2 * trained_blocks(case.config.model))
 
 
@@ -150,9 +150,11 @@ def tensor_bytes(case: Case, chunk: Chunk, forward: bool) -> tuple[float, int]:
     )
     if chunk.first:
         blocks = model.vision.num_built_layers if forward else trained_blocks(model)
-        sent += blocks * 4 * amounts.images * (model.vision.num_patches + 1) * model.vision.hidden_size * share
-        sent += (2 * whole + 2 * amounts.images * model.vision.num_patches * language.hidden_size * share) * forward
-        calls += 2 * blocks + 2 * forward
+        sent += blocks * 4 * amounts.images * model.vision.num_positions * model.vision.hidden_size * share
+        projected = amounts.images * model.vision.num_features * language.hidden_size * share
+        pairs = -(-model.projector.depth // 2)  # of column- and row-parallel layers
+        sent += (2 * whole + 2 * projected * pairs) * forward
+        calls += 2 * blocks + (1 + pairs) * forward
     if chunk.last:
         sent += whole * forward * settings.sequence + 2 * amounts.head_rows * language.hidden_size * ring_fraction(
             settings.tensor

@@ -148,22 +148,21 @@ def weight_shapes(model: ModelConfig, chunk: Chunk, *, tensor: int) -> Iterator[
 def _tower(model: ModelConfig, tensor: int) -> Iterator[tuple[int, int, bool]]:
     vision = model.vision
     width, inner = vision.hidden_size, vision.intermediate_size
-    for elements, count in ((3 * width * vision.patch_size**2, 1), (width, 3), ((vision.num_patches + 1) * width, 1)):
+    vectors = vision.class_token + vision.patch_bias + 2 * vision.pre_norm
+    for elements, count in ((3 * width * vision.patch_size**2, 1), (width, vectors), (vision.num_positions * width, 1)):
         yield elements, count, model.trainable.vision_from_block == -1
     trained = trained_blocks(model)
     for count, trains in ((trained, True), (vision.num_built_layers - trained, False)):
         for elements in (3 * width * width, 3 * width, width * width, inner * width, inner, width * inner):
             yield elements // tensor, count, trains
-        yield width, 6 * count, trains
+        yield width, (6 + 2 * vision.layer_scale) * count, trains
 
 
 def _projector(model: ModelConfig, tensor: int) -> Iterator[tuple[int, int, bool]]:
     width, trains = model.language.hidden_size, model.trainable.projector
-    yield model.vision.hidden_size * width // tensor, 1, trains
-    yield width // tensor, 1, trains
-    if model.projector.type == "mlp2x_gelu":
-        yield width * width // tensor, 1, trains
-        yield width, 1, trains
+    for number in range(model.projector.depth):
+        yield (width if number else model.vision.feature_width) * width // tensor, 1, trains
+        yield width // (1 if number % 2 else tensor), 1, trains
 
 
 def model_state_memory(
@@ -292,12 +291,11 @@ def _codes(settings: MemorySettings, fp8: Fp8Settings, rows: float, gathered: fl
 def _tower_activations(model: ModelConfig, settings: MemorySettings) -> float:
     """Bytes per image that trained vision blocks save, the output of the tower included."""
     vision, e, split = model.vision, settings.element, settings.tensor
-    width, inner, t = vision.hidden_size, vision.intermediate_size, vision.num_patches + 1
+    width, inner, t = vision.hidden_size, vision.intermediate_size, vision.num_positions
     stem = 0.0
     if model.trainable.vision_from_block == -1:
-        stem = e * vision.num_patches * 3 * vision.patch_size**2 + _norm(
-            settings, t * width, t, output=False, statistics=2
-        )
+        stem = e * vision.num_patches * 3 * vision.patch_size**2
+        stem += vision.pre_norm * _norm(settings, t * width, t, output=False, statistics=2)
     if settings.recompute.tower == "full":
         return stem + trained_blocks(model) * e * t * width
     no_attention, no_mlp = (
@@ -313,23 +311,25 @@ def _tower_activations(model: ModelConfig, settings: MemorySettings) -> float:
     block += e * t * (3 + (not in_fp8 or not no_attention)) * width / split + each * in_fp8 * t * width / split
     if not no_attention:
         block += FP32 * t * vision.num_attention_heads / split
-    if not no_mlp:
-        block += t * inner / split * (e + each if settings.native else 2 * FP32 + each)
+    if not no_mlp:  # the reference of quick GELU saves its sigmoid too
+        saved = e if settings.native else FP32 * (2 if vision.activation == "quick_gelu" else 1)
+        block += t * inner / split * (saved + each)
+    if vision.layer_scale:  # what is scaled
+        block += e * t * width * (1 + (not no_mlp))
     return stem + trained_blocks(model) * block
 
 
 def _projector_activations(model: ModelConfig, settings: MemorySettings) -> float:
     """Bytes per image that the projector saves."""
-    trainable, e, split, patches = model.trainable, settings.element, settings.tensor, model.vision.num_patches
-    width, wanted = (
-        model.language.hidden_size,
-        model.trainable.projector or model.trainable.vision_from_block is not None,
-    )
-    total = float(INT64 * patches * wanted)
+    trainable, e, vision = model.trainable, settings.element, model.vision
+    wanted = trainable.projector or trainable.vision_from_block is not None
+    total = float(INT64 * vision.num_features * wanted)
     if trainable.projector:
-        total += e * (patches + 1) * model.vision.hidden_size
-    if model.projector.type == "mlp2x_gelu":
-        total += patches * width / split * ((e if settings.native else FP32) * wanted + e * trainable.projector)
+        total += e * vision.num_positions * vision.feature_width
+    for number in range(model.projector.depth - 1):  # an activation's input, and its output where a matrix trains
+        width = model.language.hidden_size / (1 if number % 2 else settings.tensor)
+        saved = (e if settings.native else FP32) * wanted + e * trainable.projector
+        total += vision.num_features * width * saved
     return total
 
 

@@ -81,7 +81,7 @@ def assumed_workload(
     """
     usual, usual_longest, usual_most, trained = CAPTIONS if config.data.template == "plain" else INSTRUCTIONS
     text = usual if text_length is None else text_length
-    patches, data = config.model.vision.num_patches, config.data
+    patches, data = config.model.vision.num_features, config.data
     of_step = max(text, min(longest or round(usual_longest * text / usual), data.max_text_length))
     of_run = max(of_step, min(usual_most, data.max_text_length))
     position = patches + text

@@ -53,6 +53,6 @@ def _load(checkpoint: Path, mesh: Mesh, config: EngineConfig, dtype: str | None)
     return ServedModel(
         engine=engine,
         encoder=session.encoder,
-        tokens_per_image=session.config.model.vision.num_patches,
+        tokens_per_image=session.config.model.vision.num_features,
         close=engine.close,
     )

@@ -16,7 +16,7 @@ from megatron.core.extensions import transformer_engine as wrapper
 from megatron.core.transformer.enums import AttnMaskType
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
-from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore import layer_specs_te
 from megatron_share4v.mcore.attention import AttentionMetadata, build_attention_metadata, math
@@ -112,7 +112,10 @@ def test_transformer_engine_gets_the_heads_of_one_rank(
 def columns(options: LayerOptions) -> list[type]:
     mesh = SimpleNamespace(tp_group=None)
     layers = decoder_submodules(range(2, 6), layers=6, mesh=mesh, options=options).layer_specs
-    return [layer.submodules.mlp.submodules.linear_fc1 for layer in (*layers, tower_spec(mesh=mesh, options=options))]
+    return [
+        layer.submodules.mlp.submodules.linear_fc1
+        for layer in (*layers, tower_spec(VisionConfig(), mesh=mesh, options=options))
+    ]
 
 
 def test_layers_use_the_selected_linear_classes() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model
+from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model, with_tower
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,6 +105,20 @@ def test_linear_projector(mesh: Mesh) -> None:
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(expected, rel=WITHIN)
     matrices, attention = computed(model, amounts)
     assert expected == (matrices + flops_by_part(model, amounts).head.forward, attention)
+
+
+@pytest.mark.parametrize(
+    ("family", "feature_layer", "projector"),
+    [("siglip", -1, "mlp3x_gelu"), ("siglip", (-2, -1), "mlp1x_gelu"), ("dinov2", (1, 3), "mlp2x_gelu")],
+)
+def test_towers_and_projectors(family: str, feature_layer: int | tuple[int, ...], projector: str, mesh: Mesh) -> None:
+    model = with_tower(tiny_model(vision_from_block=-1), family, feature_layer=feature_layer)
+    model = without_padded_rows(dataclasses.replace(model, projector=ProjectorConfig(type=projector)))
+    batch = micro_batches(0, image_size=model.vision.image_size)[0]
+    amounts = WorkloadCounts(
+        positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
+    )
+    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(computed(model, amounts), rel=WITHIN)
 
 
 def test_packed_with_padding(mesh: Mesh) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
-from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_family
+from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_family, with_tower
 
-from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.model import ModelConfig, ProjectorConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.precision import PrecisionConfig
 from megatron_share4v.config.training import TrainConfig
@@ -52,6 +52,9 @@ class Case:
     """Gradients and AdamW's moments are in bf16."""
     fp8: tuple = ()
     family: str = "plain"
+    tower: str = "clip"
+    feature_layer: int | tuple[int, ...] = -2
+    projector: str = "mlp2x_gelu"
 
     @property
     def train(self) -> TrainConfig:
@@ -60,7 +63,10 @@ class Case:
     @property
     def model(self) -> ModelConfig:
         """Tiny model; for FP8 its MLP divides over two ranks in multiples of 16."""
-        model = tiny_family(self.family, **dict(self.trainable))
+        model = with_tower(
+            tiny_family(self.family, **dict(self.trainable)), self.tower, feature_layer=self.feature_layer
+        )
+        model = replace(model, projector=ProjectorConfig(type=self.projector))
         return replace(model, language=replace(model.language, intermediate_size=64)) if self.fp8 else model
 
     @property
@@ -160,7 +166,10 @@ def measure(cases: list[Case]) -> list[Measured]:
             optimizer_size = optimizer_bytes(optimizer, weights)
             length = LENGTH // case.context // (case.tensor if case.sequence else 1)
             batch = slice_for_context_parallel(
-                micro_batches(0)[3], rank=mesh.coordinates.context, size=case.context, sequence_length=LENGTH
+                micro_batches(0, image_size=case.model.vision.image_size)[3],
+                rank=mesh.coordinates.context,
+                size=case.context,
+                sequence_length=LENGTH,
             )
             shape = dict(width=case.model.language.hidden_size, length=length, dtype=DTYPES[case.dtype])
             results.append(
@@ -200,14 +209,20 @@ CASES = {
         Case(fp8=TOWER, recompute=MLP), Case(fp8=FP8, ops="reference", dtype="fp32"),
         Case(recompute=FULL, trainable=ALL), Case(recompute=SOME), Case(recompute=ATTENTION, trainable=ALL),
         Case(recompute=MLP), Case(family="tied"), Case(family="qk_norm"), Case(family="biased"), Case(family="all"),
-        Case(family="all", recompute=ATTENTION), Case(family="qk_norm", fp8=FP8, trainable=PROJECTOR)],
+        Case(family="all", recompute=ATTENTION), Case(family="qk_norm", fp8=FP8, trainable=PROJECTOR),
+        Case(tower="siglip", trainable=ALL), Case(tower="dinov2", trainable=ALL),
+        Case(tower="dinov2", trainable=ALL, recompute=MLP, dtype="fp32"),
+        Case(tower="dinov2", ops="reference", dtype="fp32"),
+        Case(tower="siglip", feature_layer=(-1, 0, -2), projector="mlp3x_gelu"),
+        Case(tower="dinov2", fp8=TOWER, trainable=ALL), Case(projector="mlp1x_gelu")],
     2: [Case(tensor=2, recompute=ATTENTION), Case(tensor=2, short=True), Case(short=True),
         Case(tensor=2, sequence=True), Case(), Case(sharded=False), Case(pipeline=2),
         Case(pipeline=2, virtual=2, dtype="fp32"), Case(context=2), Case(context=2, recompute=ATTENTION),
         Case(tensor=2, sequence=True, fp8=FP8), Case(tensor=2, fp8=FP8), Case(pipeline=2, fp8=ENDS),
         Case(context=2, fp8=FP8), Case(context=2, fp8=FP8, recompute=ATTENTION),
         Case(tensor=2, sequence=True, family="all"), Case(pipeline=2, family="tied"),
-        Case(pipeline=2, family="all", sharded=False), Case(context=2, family="qk_norm")],
+        Case(pipeline=2, family="all", sharded=False), Case(context=2, family="qk_norm"),
+        Case(tensor=2, tower="dinov2", trainable=ALL), Case(tensor=2, projector="mlp4x_gelu", tower="siglip")],
     4: [Case(tensor=2, pipeline=2, sequence=True), Case(pipeline=2, trainable=STAGE_2),
         Case(tensor=2, trainable=ALL), Case(pipeline=4), Case(tensor=2, context=2, sequence=True)],
 }  # fmt: skip
