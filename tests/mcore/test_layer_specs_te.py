@@ -16,7 +16,7 @@ from megatron.core.extensions import transformer_engine as wrapper
 from megatron.core.transformer.enums import AttnMaskType
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
-from megatron_share4v.config.model import ModelConfig, VisionConfig
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.mcore import layer_specs_te
 from megatron_share4v.mcore.attention import AttentionMetadata, build_attention_metadata, math
@@ -109,9 +109,16 @@ def test_transformer_engine_gets_the_heads_of_one_rank(
     assert (config.num_attention_heads, config.context_parallel_size) == (8, context)
 
 
+def decoder_config(*, layers: int) -> LayerConfig:
+    model = ModelConfig(language=LanguageConfig(num_layers=layers))
+    return language_config(
+        model, parallel=ParallelConfig(), dtype=torch.bfloat16, ops="reference", layers_per_stage=(layers,)
+    )
+
+
 def columns(options: LayerOptions) -> list[type]:
     mesh = SimpleNamespace(tp_group=None)
-    layers = decoder_submodules(range(2, 6), layers=6, mesh=mesh, options=options).layer_specs
+    layers = decoder_submodules(range(2, 6), config=decoder_config(layers=6), mesh=mesh, options=options).layer_specs
     return [
         layer.submodules.mlp.submodules.linear_fc1
         for layer in (*layers, tower_spec(VisionConfig(), mesh=mesh, options=options))
@@ -126,9 +133,8 @@ def test_layers_use_the_selected_linear_classes() -> None:
     assert columns(LayerOptions(fp8=Fp8(recipe="tensorwise", tower=True))) == [own] * 5
     assert columns(LayerOptions(fp8=fp8, transformer_engine="language")) == [engine] * 4 + [plain]
     assert columns(LayerOptions(transformer_engine="all")) == [engine] * 5
-    te = decoder_submodules(
-        range(1), layers=1, mesh=SimpleNamespace(tp_group=None), options=LayerOptions(attention="te")
-    ).layer_specs[0]
+    mesh, options = SimpleNamespace(tp_group=None), LayerOptions(attention="te")
+    te = decoder_submodules(range(1), config=decoder_config(layers=1), mesh=mesh, options=options).layer_specs[0]
     assert te.submodules.self_attention.submodules.core_attention is layer_specs_te.TEAttention
 
 
