@@ -23,7 +23,7 @@ CLASSES = {"models": ModelConfig, **{f"models/{kind}": cls for kind, cls in PRES
 FILES = sorted(EXAMPLES.rglob("*.yaml"))
 
 GPUS = 16  # A100 with 80 GB, where MACHINES names no others
-MACHINES: dict[str, tuple[int, str]] = {}
+MACHINES = {"qwen2.5_1.5b_siglip": (1, "l40s")}
 # global and micro batch, learning rate, samples, steps, warm-up steps (rounded up, as the official trainer does)
 RECIPES = {
     "share4v_7b/pretrain": (256, 16, 2e-5, 1_246_000, 4868, 147),
@@ -34,9 +34,13 @@ RECIPES = {
     "llava15_7b/finetune": (128, 16, 2e-5, 665_298, 5198, 156),
     "llama_3_8b_clip/pretrain": (256, 8, 2e-5, 1_246_000, 4868, 147),
     "llama_3_8b_clip/finetune": (128, 4, 2e-5, 665_298, 5198, 156),
+    "qwen2.5_7b_siglip/pretrain": (256, 8, 1e-5, 1_246_000, 4868, 147),
+    "qwen2.5_7b_siglip/finetune": (128, 4, 1e-5, 665_298, 5198, 156),
+    "qwen2.5_1.5b_siglip/pretrain": (256, 8, 1e-5, 1_246_000, 4868, 147),
+    "qwen2.5_1.5b_siglip/finetune": (128, 8, 1e-5, 665_298, 5198, 156),
 }
 # recipes of other pairs, which change values of share4v_7b: template of stage 2, and the keys that both stages change
-PAIRS = {"llama_3_8b_clip": "llama_3"}
+PAIRS = {"llama_3_8b_clip": "llama_3", "qwen2.5_7b_siglip": "qwen_2.5", "qwen2.5_1.5b_siglip": "qwen_2.5"}
 OFFICIAL = [name for name in RECIPES if name.split("/")[0] not in PAIRS]
 CHANGED = {
     "run.directory", "data.train", "data.tokenizer", "data.template", "optim.learning_rate", "optim.clip_grad_norm",

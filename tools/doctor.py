@@ -37,6 +37,7 @@ from megatron_share4v.data.prepare.audit import (
 from megatron_share4v.data.prepare.audit_report import BINS, BatchShape, format_report, sample_lengths
 from megatron_share4v.data.prepare.audit_samples import format_sample, write_preprocessed
 from megatron_share4v.data.prepare.image_files import ImageFiles, scan_images
+from megatron_share4v.data.prepare.model_facts import format_model_facts
 from megatron_share4v.data.prepare.validate import KINDS, RecordValidator
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
@@ -128,6 +129,9 @@ def _fill_in(options: argparse.Namespace) -> None:
     side = options.image_size
     source = str(options.config) if options.config else "ShareGPT4V's recipe; --config RUN.yaml takes a run's numbers"
     print(f"an image is {options.tokens_per_image} positions and {side} x {side} pixels, as in {source}")
+    if options.config is not None:
+        tokenizer = load_tokenizer(options.tokenizer, rule=options.tokenizer_rule)
+        print(format_model_facts(run.model, tokenizer, options.template))
 
 
 def _check_data(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ class Gpu:
     bandwidth: float
     """Memory bandwidth, bytes/s."""
     link: float
-    """Link bandwidth inside a server (NVLink), bytes/s."""
+    """Link bandwidth inside a server (NVLink; PCIe without it), bytes/s."""
     network: float = 50e9
     """Network bandwidth between servers, bytes/s: one 400 Gb/s port per GPU."""
     per_server: int = 8
@@ -39,6 +39,7 @@ GPUS = {
     "h20": Gpu(name="H20", bf16=148e12, fp8=296e12, memory=102e9, bandwidth=4e12, link=450e9),
     "a800": Gpu(name="A800", bf16=312e12, fp8=None, memory=85e9, bandwidth=2e12, link=200e9, network=25e9),
     "a100": Gpu(name="A100", bf16=312e12, fp8=None, memory=85e9, bandwidth=2e12, link=300e9, network=25e9),
+    "l40s": Gpu(name="L40S", bf16=362e12, fp8=733e12, memory=48e9, bandwidth=0.864e12, link=32e9, network=25e9),
 }
 
 

@@ -46,7 +46,9 @@ TOWERS = {
     "siglip2_so400m_384": (428_225_600, 15_239_504, 2 * 1152 + SIGLIP_HEAD),
     "dinov2_l": (304_368_640, 12_598_272, 2 * 1024 + 1024),
 }
-PAIRS = [("clip_l_336", language) for language in LANGUAGE_MODELS]
+PAIRS = [("clip_l_336", language) for language in LANGUAGE_MODELS] + [
+    (tower, "qwen2.5_0.5b") for tower in TOWERS if tower != "clip_l_336"
+]
 
 
 @pytest.fixture(scope="module")
