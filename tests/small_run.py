@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tiny import GLOBAL_BATCH, MICRO_BATCH, micro_batches, step_items, tiny_model
+from tiny import GLOBAL_BATCH, MICRO_BATCH, micro_batches, step_items, tiny_family
 
 MICRO_BATCHES = 4
 TRAINABLE = {"half_tower": {"vision_from_block": 1}, "projector": {"language": False, "projector": True}}
@@ -33,6 +33,7 @@ class Setting:
     fp8: tuple[tuple[str, object], ...] = ()
     """FP8 fields of PrecisionConfig, as (name, value)."""
     language_hidden: int = 32
+    family: str = "plain"
 
     @property
     def degrees(self) -> tuple[int, int, int]:
@@ -54,7 +55,7 @@ class Run:
         self.mesh, self.setting = mesh, setting
         names = ("tensor", "pipeline", "virtual", "sequence", "distributed_optimizer")
         parallel = ParallelConfig(**{name: getattr(setting, name) for name in names})
-        model = tiny_model(**TRAINABLE[setting.trainable])
+        model = tiny_family(setting.family, **TRAINABLE[setting.trainable])
         language = replace(model.language, num_layers=setting.language_layers, intermediate_size=setting.language_width)
         language = replace(language, hidden_size=setting.language_hidden)
         self.model = replace(model, language=language)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +21,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -31,6 +29,7 @@ from megatron_share4v.mcore.async_writer import CheckpointSnapshot, HostBuffers
 from megatron_share4v.mcore.optimizer import (
     chained_optimizers,
     gather_updated_params,
+    optimizer_shards,
     restore_step_counts,
     step_counts,
     unwrap_model,
@@ -118,15 +117,6 @@ def count_updates(optimizer: MegatronOptimizer) -> int:
 
 
 @dataclass(frozen=True)
-class OptimizerShard:
-    """Part of the fp32 weight and moments of one trained parameter on this rank, from flat position `start` on."""
-
-    parameter: torch.nn.Parameter
-    start: int
-    tensors: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
 class _LoadTarget:
     """Destination of one tensor of optimizer state.
 
@@ -183,12 +173,12 @@ def _saved_state(
     by_parameter = {id(entry.data): entry for entry in nested_values(weights)}
     for part in chained_optimizers(optimizer):
         if isinstance(part, DistributedOptimizer):
-            local = {id(shard.parameter): shard.tensors for shard in _distributed_shards(part)}
+            local = {id(shard.parameter): shard.tensors for shard in optimizer_shards(part)}
             gathers.append(OptimizerStateGather(part, local, names=STATES, buffers=buffers, label=str(len(gathers))))
             for (parameter, name), full in gathers[-1].full_tensors.items():
                 yield _state_entry(by_parameter[parameter], name, full)
         else:
-            for shard in _unsharded_shards(part):
+            for shard in optimizer_shards(part):
                 for name, tensor in shard.tensors.items():
                     yield _state_entry(by_parameter[id(shard.parameter)], name, tensor.float())
 
@@ -203,36 +193,6 @@ def _state_targets(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> Ite
                 in_place = local.numel() == shape.numel() and local.dtype is torch.float32
                 full = local.detach().view(shape) if in_place else torch.empty(shape)
                 yield _LoadTarget(_state_entry(by_parameter[id(shard.parameter)], name, full), full, local, shard.start)
-
-
-def optimizer_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
-    """Return this rank's shards of one of core's optimizers."""
-    return _distributed_shards(part) if isinstance(part, DistributedOptimizer) else _unsharded_shards(part)
-
-
-def _distributed_shards(part: DistributedOptimizer) -> Iterator[OptimizerShard]:
-    for buffer in part.gbuf_ranges:
-        for buckets in buffer.values():
-            for bucket in buckets:
-                for parameter, ranges in bucket["param_map"].items():
-                    group, position = part.model_param_group_index_map[parameter]
-                    main = part.optimizer.param_groups[group]["params"][position]
-                    yield OptimizerShard(parameter, ranges["param"].start, _state_tensors(part, main))
-
-
-def _unsharded_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
-    if isinstance(part, Float16OptimizerWithFloat16Params):
-        halves, mains = (chain.from_iterable(groups) for groups in (part.float16_groups, part.fp32_from_float16_groups))
-        pairs = [*zip(halves, mains), *((main, main) for main in chain.from_iterable(part.fp32_from_fp32_groups))]
-    else:
-        pairs = [(main, main) for group in part.param_groups for main in group["params"]]
-    for parameter, main in pairs:
-        yield OptimizerShard(parameter, 0, _state_tensors(part, main))
-
-
-def _state_tensors(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
-    state = part.optimizer.state[main]
-    return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 
 
 def _state_entry(weight: ShardedEntry, name: str, data: torch.Tensor) -> ShardedEntry:

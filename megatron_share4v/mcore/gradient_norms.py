@@ -13,9 +13,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
-from megatron_share4v.mcore.dist_checkpoint import named_weights, optimizer_shards
+from megatron_share4v.mcore.dist_checkpoint import named_weights
 from megatron_share4v.mcore.groups import Mesh
-from megatron_share4v.mcore.optimizer import chained_optimizers
+from megatron_share4v.mcore.optimizer import chained_optimizers, optimizer_shards
 from megatron_share4v.parallel.collectives import gather_objects
 
 _LAYER = re.compile(r"(.*\blayers\.\d+)\.")

@@ -7,6 +7,8 @@ these counts wrongly, so the functions at the end do it for mcore/dist_checkpoin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.module import MegatronModule
 
@@ -31,11 +35,16 @@ __all__ = [
     "build_optimizer",
     "clip_gradients",
     "gather_updated_params",
+    "optimizer_shards",
     "set_learning_rate",
     "squared_grad_norm",
     "unwrap_model",
     "wrap_ddp",
 ]
+
+
+TIED_ROUNDING_NUMBER = 1 << 32
+"""Number of a tied embedding for stochastic rounding, beyond the indices of all parameters."""
 
 
 def wrap_ddp(
@@ -116,6 +125,7 @@ def build_optimizer(
     layer_config = cast(LayerConfig, unwrap_model(chunks[0]).config)
     _use_fused_adamw(optimizer, optim, ops=layer_config.ops, seed=seed)
     _init_optimizer_state(optimizer)
+    _round_tied_copies_alike(optimizer)
     return optimizer
 
 
@@ -190,6 +200,45 @@ def chained_optimizers(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimiz
             yield part
 
 
+@dataclass(frozen=True)
+class OptimizerShard:
+    """Part of the fp32 weight and moments of one trained parameter on this rank, from flat position `start` on."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+
+def optimizer_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
+    """Return this rank's shards of one of core's optimizers."""
+    return _distributed_shards(part) if isinstance(part, DistributedOptimizer) else _unsharded_shards(part)
+
+
+def _distributed_shards(part: DistributedOptimizer) -> Iterator[OptimizerShard]:
+    for buffer in part.gbuf_ranges:
+        for buckets in buffer.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    group, position = part.model_param_group_index_map[parameter]
+                    main = part.optimizer.param_groups[group]["params"][position]
+                    yield OptimizerShard(parameter, ranges["param"].start, _state_tensors(part, main))
+
+
+def _unsharded_shards(part: MegatronOptimizer) -> Iterator[OptimizerShard]:
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        halves, mains = (chain.from_iterable(groups) for groups in (part.float16_groups, part.fp32_from_float16_groups))
+        pairs = [*zip(halves, mains), *((main, main) for main in chain.from_iterable(part.fp32_from_fp32_groups))]
+    else:
+        pairs = [(main, main) for group in part.param_groups for main in group["params"]]
+    for parameter, main in pairs:
+        yield OptimizerShard(parameter, 0, _state_tensors(part, main))
+
+
+def _state_tensors(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    state = part.optimizer.state[main]
+    return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+
+
 def _adam_states(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any], torch.device]]:
     """Yield each parameter, its state, and the device of its step count.
 
@@ -222,6 +271,15 @@ def _init_optimizer_state(optimizer: MegatronOptimizer) -> None:
                 exp_avg_sq=torch.zeros_like(parameter),
                 step=torch.tensor(0.0, device=device),
             )
+
+
+def _round_tied_copies_alike(optimizer: MegatronOptimizer) -> None:
+    """Give both copies of a tied embedding the same random bits, which would else follow from the parameter's index."""
+    for part in chained_optimizers(optimizer):
+        for shard in optimizer_shards(part):
+            if getattr(shard.parameter, "shared_embedding", False):
+                main: Any = shard.tensors["param"]
+                main.rounding_number = TIED_ROUNDING_NUMBER
 
 
 def step_counts(optimizer: MegatronOptimizer) -> Iterable[int]:

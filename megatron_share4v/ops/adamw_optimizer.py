@@ -36,10 +36,10 @@ class FusedAdamW(torch.optim.AdamW):
 
     `gradient_scale`: set before `step` to one fp32 on the parameters' device, e.g. `clip_coefficient`; gradients are
     multiplied by it as they are read, without a host sync, for one step. `seed`: parameters and squares in bf16 are
-    rounded stochastically, reproducibly by seed, step and the parameter's index; None: to nearest. `average_dtype`:
-    dtype of moments created at the first step, fp32 or bf16. `on_host`: moments of GPU parameters are in pinned host
-    memory; they are copied to the GPU, updated and copied back one parameter at a time. amsgrad, maximize, capturable,
-    differentiable and sparse gradients raise OpsError.
+    rounded stochastically, reproducibly by seed, step and the parameter's index, or its attribute `rounding_number` if
+    it has one; None: to nearest. `average_dtype`: dtype of moments created at the first step, fp32 or bf16. `on_host`:
+    moments of GPU parameters are in pinned host memory; they are copied to the GPU, updated and copied back one
+    parameter at a time. amsgrad, maximize, capturable, differentiable and sparse gradients raise OpsError.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class FusedAdamW(torch.optim.AdamW):
                 batch.grads.append(parameter.grad.contiguous())
                 batch.means.append(state["exp_avg"])
                 batch.squares.append(state["exp_avg_sq"])
-                batch.numbers.append(index)
+                batch.numbers.append(getattr(parameter, "rounding_number", index))
             yield from ((group, batch_key[0], batch) for batch_key, batch in batches.items())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checksums of the weights of data-parallel replicas, which must always be equal.
+"""Checksums of the weights of data-parallel replicas, and of the copies of a tied embedding: they must be equal.
 
 A rank with other weights has faulty hardware (memory, bus), or met a bug.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,30 +32,44 @@ class RankChecksums:
 
 
 def check_replicas(chunks: Sequence[torch.nn.Module], *, mesh: Mesh, step: int) -> None:
-    """Compare the weights of all replicas after `step`. Collective, with a host sync.
+    """Compare the weights of all replicas, and both copies of a tied embedding, after `step`. Collective, with a host
+    sync.
 
     Raises DamageError on all ranks, naming the ranks and parameters that differ from the other replicas.
     """
-    replicas = mesh.layout.data * mesh.layout.context
-    if replicas == 1:
+    tied = mesh.layout.pipeline > 1 and unwrap_model(chunks[0]).share_embeddings_and_output_weights
+    if mesh.layout.data * mesh.layout.context == 1 and not tied:
         return
     gather_updated_params(chunks)
     sums = checksums(chunks)
     own = torch.stack(list(sums.values())).to(mesh.device.torch_device)
-    gathered = [torch.empty_like(own) for _ in range(replicas)]
-    dist.all_gather(gathered, own, group=mesh.dp_cp_group)
-    unequal = any(not torch.equal(gathered[0], other) for other in gathered)
+    unequal = _differs_in_group(own, mesh.dp_cp_group)
+    if tied and (mesh.is_first_stage or mesh.is_last_stage):
+        copy = sums[find_tied_copy(sums)].to(mesh.device.torch_device)
+        unequal = _differs_in_group(copy, mesh.groups.embd) or unequal
     differs = torch.tensor(float(unequal), device=mesh.device.torch_device)
     dist.all_reduce(differs, op=dist.ReduceOp.MAX)
     if not differs.item():
         return
     values = {name: (int(pair[0]), int(pair[1])) for name, pair in sums.items()}
     checksums_by_rank = gather_objects(RankChecksums(socket.gethostname(), values))
-    where = "; ".join(find_divergent_ranks(checksums_by_rank, mesh.layout))
+    where = "; ".join(find_divergent_ranks(checksums_by_rank, mesh.layout, tied=tied))
     raise DamageError(
         f"after step {step} replicas do not hold the same weights: {where}. Take that node out and test its memory; "
         "the run continues from its newest checkpoint, which was compared before it was written"
     )
+
+
+def _differs_in_group(own: torch.Tensor, group: dist.ProcessGroup) -> bool:
+    gathered = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(gathered, own, group=group)
+    return any(not torch.equal(gathered[0], other) for other in gathered)
+
+
+def find_tied_copy(names: Iterable[str]) -> str:
+    """Return the name of a rank's copy of the tied embedding: the embedding's on the first stage, or the head's."""
+    [name] = [name for name in names if name.endswith(("language.embedding.weight", "language.head.weight"))]
+    return name
 
 
 @torch.no_grad()
@@ -78,10 +92,13 @@ def checksums(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     return sums
 
 
-def find_divergent_ranks(checksums_by_rank: Sequence[RankChecksums], layout: Layout) -> list[str]:
+def find_divergent_ranks(
+    checksums_by_rank: Sequence[RankChecksums], layout: Layout, *, tied: bool = False
+) -> list[str]:
     """Describe each rank that differs from the majority of its replicas, with the parameters.
 
-    With two replicas there is no majority, and both are named.
+    With two replicas there is no majority, and both are named; so are both ranks whose copies of a `tied` embedding
+    differ, where each equals its replicas.
     """
     found = []
     for group in layout.groups("context", "data"):
@@ -93,6 +110,11 @@ def find_divergent_ranks(checksums_by_rank: Sequence[RankChecksums], layout: Lay
                 if value != usual or (count * 2 <= len(group) and len(set(values)) > 1):
                     odd.setdefault(rank, []).append(name)
         found += [f"rank {rank} ({checksums_by_rank[rank].host}) in {_shorten(names)}" for rank, names in odd.items()]
+    if not found and tied:
+        for group in layout.groups("pipeline"):
+            ends = [(rank, checksums_by_rank[rank]) for rank in (group[0], group[-1])]
+            if len({one.sums[find_tied_copy(one.sums)] for _, one in ends}) > 1:
+                found += [f"rank {rank} ({one.host}) in {find_tied_copy(one.sums)}" for rank, one in ends]
     return found
 
 
