@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from tiny import PATCHES, tiny_model
+from tiny import PATCHES, tiny_family
 
 VOCABULARY, EOS = 100, 2
 
 
-def build(mesh, *, seed: int = 2, scale: float = 3.0):
-    """The tiny model, with weights large enough that answers depend on the prompt."""
+def build(mesh, *, seed: int = 2, scale: float = 3.0, family: str = "plain"):
+    """The tiny model, with weights large enough that answers depend on the prompt, and biases other than zero."""
     from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.model.chunks import build_chunks
     from megatron_share4v.model.initialize import initialize_weights
 
     parallel = ParallelConfig(tensor=mesh.layout.tensor, pipeline=mesh.layout.pipeline, virtual=mesh.layout.virtual)
-    model = tiny_model()
+    model = tiny_family(family)
     chunks = build_chunks(model, mesh=mesh, parallel=parallel, dtype=torch.float32)
     initialize_weights(chunks, seed=seed, model=model)
     with torch.no_grad():
@@ -25,6 +25,8 @@ def build(mesh, *, seed: int = 2, scale: float = 3.0):
             for parameter in chunk.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(scale)
+                elif family != "plain":
+                    parameter.add_(torch.linspace(-0.03, 0.03, parameter.numel()))
             chunk.eval()
     return chunks
 

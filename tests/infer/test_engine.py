@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_helpers import EOS, VOCABULARY, ask, engine_of, mixed_prompts, prompt
+from engine_helpers import EOS, VOCABULARY, ask, build, engine_of, mixed_prompts, prompt
 
 from megatron_share4v.errors import ConfigError, DataError
 from megatron_share4v.infer.request import GenerationRequest, SamplingParams
@@ -40,6 +40,17 @@ def test_answers_equal_the_reference(chunks: list, expected: list[list[int]], op
     assert ask(engine, mixed_prompts(), alone=alone) == expected
     assert ask(engine, mixed_prompts(), alone=alone) == expected  # again, with the prefix cache of the first round
     assert engine.stats.running == engine.stats.waiting == engine.stats.cache_usage == 0
+
+
+def test_answers_of_other_families_equal_the_reference(mesh) -> None:
+    """With own head width, q/k norms, biases, scaled frequencies and a tied head."""
+    chunks = build(mesh, family="all")
+    found = greedy_generate(
+        chunks, mixed_prompts(), mesh=mesh, max_new_tokens=NEW, stop_ids=frozenset({EOS}), vocabulary=VOCABULARY
+    )
+    assert len({tuple(answer) for answer in found}) == 6
+    for options in ({}, {"step_positions": 16, "cache_positions": 64}):
+        assert ask(engine_of(chunks, **options), mixed_prompts()) == found
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(chunks: list) -> None:

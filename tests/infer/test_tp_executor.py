@@ -1,4 +1,7 @@
-"""Generation at several TP sizes from a checkpoint of another layout, and a failing rank."""
+"""Generation at several TP sizes from a checkpoint of another layout, and a failing rank.
+
+The model has all that families differ by: own head width, q/k norms, biases, scaled frequencies and a tied head.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def write_checkpoint(directory: Path) -> list[list[int]] | None:
     from megatron_share4v.model.greedy_reference import greedy_generate
 
     with open_layout(tensor=2, pipeline=2) as mesh:
-        chunks = engine_helpers.build(mesh)
+        chunks = engine_helpers.build(mesh, family="all")
         state = RunState(step=0, consumed_samples=0, plan_fingerprint="")
         contents = CheckpointContents(chunks=chunks, optimizer=None, mesh=mesh, state=state, config_text="run: {}\n")
         write_checkpoint(directory, contents)
@@ -50,7 +53,7 @@ def generate(directory: Path, tensor: int) -> tuple[list[list[int]], list[list[i
     from megatron_share4v.infer.tp_executor import run_follower
 
     with open_layout(tensor=tensor) as mesh:
-        chunks = engine_helpers.build(mesh, seed=99)
+        chunks = engine_helpers.build(mesh, seed=99, family="all")
         load_weights(directory, chunks=chunks)
         engine = engine_helpers.engine_of(chunks, step_positions=16)
         if not engine.executor.is_leader:
