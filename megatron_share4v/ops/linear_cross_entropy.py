@@ -21,8 +21,8 @@ from megatron_share4v.ops.op import Implementation, register_op, upcast
 
 BLOCK_LOGITS = 1 << 23  # logits at a time; 16 MB in bf16
 BLOCK_SHARE: dict[Implementation, int] = {"native": 12, "reference": 32}
-"""Blocks in a head with few labelled rows: the peak stays under an eighth of the logits. The reference holds three
-copies of a block.
+"""Blocks in a head with few labelled rows: the peak stays under an eighth of the logits. The reference holds a
+second copy of a block, in fp32.
 """
 MIN_BLOCK_COLUMNS = 1024  # products with fewer columns are inefficient
 
@@ -143,15 +143,17 @@ def _statistics(
     total: torch.Tensor,
     target: torch.Tensor,
 ) -> None:
-    real = upcast(logits)[:, : max(0, vocabulary - first)]
+    real = logits[:, : max(0, vocabulary - first)]
     if real.numel() == 0:
         return
-    peak = torch.maximum(maximum, real.amax(1))
-    total.mul_(torch.exp(maximum - peak)).add_((real - peak.unsqueeze(1)).exp_().sum(1))
-    maximum.copy_(peak)
     column = targets - first
     here = (column >= 0) & (column < real.size(1))
-    target.copy_(torch.where(here, real.gather(1, column.clamp(0, real.size(1) - 1).unsqueeze(1)).squeeze(1), target))
+    chosen = upcast(real.gather(1, column.clamp(0, real.size(1) - 1).unsqueeze(1)).squeeze(1))
+    target.copy_(torch.where(here, chosen, target))
+    peak = torch.maximum(maximum, upcast(real.amax(1)))
+    weights = real.to(maximum.dtype, copy=True).sub_(peak.unsqueeze(1)).exp_()
+    total.mul_(torch.exp(maximum - peak)).add_(weights.sum(1))
+    maximum.copy_(peak)
 
 
 def _gradient(
@@ -162,7 +164,7 @@ def _gradient(
     first: int,
     vocabulary: int,
 ) -> None:
-    slope = (upcast(logits) - logsumexp.unsqueeze(1)).exp_()
+    slope = logits.to(logsumexp.dtype, copy=True).sub_(logsumexp.unsqueeze(1)).exp_()
     column = targets - first
     here = (column >= 0) & (column < logits.size(1))
     slope.scatter_add_(1, column.clamp(0, logits.size(1) - 1).unsqueeze(1), -here.to(slope.dtype).unsqueeze(1))

@@ -337,8 +337,7 @@ def logits(model: ModelConfig, rows: float, settings: MemorySettings) -> float:
     """Bytes of the logits and their gradients: one block at a time in ops/linear_cross_entropy.py."""
     columns, width = model.language.padded_vocab_size // settings.tensor, model.language.hidden_size
     block = rows * min(head_columns(rows, columns, native=settings.native), columns)
-    copies = 0 if settings.native else FP32 * (1 + (settings.element < FP32))  # in fp32, of the block
-    return block * (settings.element + copies) + rows * width * FP32
+    return block * (settings.element + (not settings.native) * FP32) + rows * width * FP32
 
 
 def head_columns(rows: float, columns: int, *, native: bool = True) -> int:
