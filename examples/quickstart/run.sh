@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The quickstart, on a plain CPU: draw scenes, prepare shards, train stage 1 at pipeline 2 x data 2 and stage 2 at
-# tensor 2 x pipeline 2, export to Hugging Face's layout and compare with transformers, serve the model and query it
-# over HTTP, score held-out questions.
+# The quickstart, on a plain CPU: draw scenes, prepare shards, train both stages at pipeline 2 x data 2 and the last
+# steps at tensor 2 x pipeline 2, export to Hugging Face's layout and compare with transformers, serve the model and
+# query it over HTTP, score held-out questions.
 #   bash examples/quickstart/run.sh [--out DIR] [--seed N] [--brief]
 #     --out DIR   default: runs/quickstart; a second call continues where the first one stopped
 #     --seed N    seed of the scenes, the first weights and the order of the data; default: 1
@@ -9,7 +9,7 @@
 set -euo pipefail
 started=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-out=runs/quickstart seed=1 make_data=() train=() score=()
+out=runs/quickstart seed=1 exit_at_step=1200 make_data=() train=() score=()
 usage="usage: bash examples/quickstart/run.sh [--out DIR] [--seed N] [--brief]"
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -19,7 +19,8 @@ while [ $# -gt 0 ]; do
         shift 2
         ;;
     --brief)
-        make_data=(--train-scenes 256 --held-out-scenes 128) train=(train.steps=4) score=(--captions 4 --no-floors)
+        make_data=(--train-scenes 256 --held-out-scenes 128) train=(train.steps=4) exit_at_step=2
+        score=(--captions 4 --no-floors)
         shift
         ;;
     *) echo "error: unknown argument $1; $usage" >&2; exit 2 ;;
@@ -37,7 +38,11 @@ train_stage() {  # NAME SEED [dotted.key=value ...]
 }
 python examples/quickstart/make_data.py --out "$out" --seed "$seed" "${make_data[@]}"
 train_stage pretrain "$seed"
-train_stage finetune $((seed + 1)) checkpoint.initialize_from="$out/pretrain/checkpoints/latest"
+# Stage 2 ends early and goes on at another layout: a checkpoint fits all of them.
+train_stage finetune $((seed + 1)) checkpoint.initialize_from="$out/pretrain/checkpoints/latest" \
+    run.exit_at_step="$exit_at_step"
+train_stage finetune $((seed + 1)) checkpoint.initialize_from="$out/pretrain/checkpoints/latest" \
+    parallel.tensor=2 train.micro_batch_size=24
 rm -rf "$out/hf"  # an export belongs to one checkpoint, and a second call may have trained further
 python tools/convert.py export --from "$out/finetune" --to "$out/hf" --layout llava-hf
 python examples/quickstart/compare_export.py --out "$out"

@@ -41,6 +41,9 @@ class RunSection:
     time_limit_minutes: PositiveFloat | None = None
     """Time from the start of the command by which the run is saved and ends with exit code 75. The time limit of Slurm
     applies in addition."""
+    exit_at_step: PositiveInt | None = None
+    """Save and end after this step, with exit code 0; the schedule stays that of all steps. A later start without it
+    goes on. null: train all steps."""
 
 
 @config

@@ -72,6 +72,11 @@ class Training:
     """Steps already trained when this process started."""
 
     @property
+    def last_step(self) -> int:
+        """Step after which this process ends: the last one, or run.exit_at_step."""
+        return min(self.total_steps, self.config.run.exit_at_step or self.total_steps)
+
+    @property
     def directory(self) -> Path:
         """The run directory."""
         return Path(self.config.run.directory)

@@ -47,7 +47,7 @@ class Saver:
         return (
             decision.save
             or decision.stop_reason is not None
-            or step == self._training.total_steps
+            or step == self._training.last_step
             or bool(every and step % every == 0)
         )
 

@@ -77,8 +77,8 @@ def train(
     error_report: ErrorReport | None = None,
 ) -> None:
     """Train all remaining steps of a built run. Raises RunStopped, after a save, when it stops before the last."""
-    if training.start_step >= training.total_steps:
-        get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.total_steps)
+    if training.start_step >= training.last_step:
+        get_logger().info("nothing to do: step %d of %d is already made", training.start_step, training.last_step)
         return
     mesh = training.mesh
     heartbeat = heartbeat or Heartbeat(training.directory, rank=mesh.rank, ranks=mesh.layout.world_size)
@@ -136,7 +136,7 @@ class Loop:
             training.source,
             mesh=training.mesh,
             after_step=training.start_step,
-            last_step=training.total_steps,
+            last_step=training.last_step,
             skip_steps=self._skip_list.keys(),
         )
         self._before_data(training.start_step + 1)
@@ -209,10 +209,14 @@ class Loop:
         """Close everything after the last step `state`. Raises RunStopped when the run stopped before its end."""
         training, step, reason = self._training, state.step, state.decision.stop_reason
         stopped = ""
-        if reason is not None and step < training.total_steps:
+        if reason is not None and step < training.last_step:
             stopped = f"{reason}; saved after step {step} of {training.total_steps} in {training.checkpoints}"
+        status = f"stopped: {stopped}" if stopped else "finished"
+        if status == "finished" and step < training.total_steps:
+            status = f"ended by run.exit_at_step after step {step} of {training.total_steps}"
+            get_logger().info("%s; a start without it goes on from there", status)
         for callback in self._callbacks:
-            callback.on_run_end(f"stopped: {stopped}" if stopped else "finished")
+            callback.on_run_end(status)
         if stopped:
             raise RunStopped(f"{stopped}. The same command goes on from there")
 

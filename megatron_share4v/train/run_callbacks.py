@@ -294,4 +294,4 @@ class RunCardCallback(Callback):
 
 def is_due(step: int, every: int, training: Training) -> bool:
     """Whether something that happens every so many steps, and after the last, happens after `step`; 0 means never."""
-    return bool(every) and (step % every == 0 or step == training.total_steps)
+    return bool(every) and (step % every == 0 or step == training.last_step)

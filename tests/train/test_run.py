@@ -166,7 +166,6 @@ def test_resume_after_kill_is_bitwise_equal(bench: Bench, uninterrupted: Path) -
     output, _ = process.communicate(timeout=240)
     assert process.returncode == -signal.SIGKILL, output
     assert EVERY < len(lines(directory / "metrics.jsonl")) < STEPS
-    shutil.copytree(directory / "checkpoints" / "step_00000005", bench.root / "half" / "checkpoints" / "step_00000005")
     output = finish(fork(bench.config, 4, f"run.directory={directory}", *T2P2))
     assert "resumed from" in output and "at step 5" in output
     actual, reference = lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl")
@@ -186,13 +185,19 @@ def _weights(bench: Bench, directory: Path) -> dict[str, str]:
 
 
 def test_resume_at_another_layout_trains_the_same_samples(bench: Bench, uninterrupted: Path) -> None:
-    """Resume a TP 2 x PP 2 x DP 1 run with DP 2."""
+    """Resume with DP 2 a TP 2 x PP 2 x DP 1 run that run.exit_at_step ended, with the schedule of all steps."""
     directory = bench.root / "half"
-    assert (directory / "checkpoints" / "step_00000005").exists(), "made by the test before"
+    output = finish(fork(bench.config, 4, f"run.directory={directory}", *T2P2, f"run.exit_at_step={EVERY}"))
+    assert f"ended by run.exit_at_step after step {EVERY} of {STEPS}" in output
+    ended, reference = lines(directory / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl")
+    assert [line["loss"] for line in ended] == [line["loss"] for line in reference[:EVERY]]
+    assert [line["learning_rate"] for line in ended] == [line["learning_rate"] for line in reference[:EVERY]]
+    assert "nothing to do" in finish(fork(bench.config, 2, f"run.directory={directory}", f"run.exit_at_step={EVERY}"))
     output = finish(fork(bench.config, 2, f"run.directory={directory}"))
     assert "at step 5" in output and "data 2" in output
-    assert lines(directory / "samples.jsonl") == lines(uninterrupted / "samples.jsonl")[EVERY:]
+    assert lines(directory / "samples.jsonl") == lines(uninterrupted / "samples.jsonl")
     reference = {line["step"]: line["loss"] for line in lines(uninterrupted / "metrics.jsonl")}
+    assert [line["step"] for line in lines(directory / "metrics.jsonl")] == list(reference)
     for line in lines(directory / "metrics.jsonl"):
         assert abs(line["loss"] - reference[line["step"]]) < RESUME_OTHER_LAYOUT_LOSS
 
