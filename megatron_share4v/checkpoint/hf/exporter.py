@@ -21,6 +21,7 @@ import torch
 from megatron_share4v.checkpoint.assets import UNUSED, open_tokenizer
 from megatron_share4v.checkpoint.compatibility import stored_config
 from megatron_share4v.checkpoint.hf import metadata_files
+from megatron_share4v.checkpoint.hf.families import TOWER_FAMILIES
 from megatron_share4v.checkpoint.hf.official_loader import export_warnings, tower_name
 from megatron_share4v.checkpoint.hf.source.reader import open_weights_file
 from megatron_share4v.checkpoint.hf.source.template import PROVENANCE
@@ -229,9 +230,9 @@ def hf_tensors(
     """
     if layout == "llava-hf":
         plain = _convert(opened, LLAVA_HF, ("language", "projector", "vision"), hashes)
-        return {"": {**_with_added_rows(opened, plain), **_unused(opened, prefix=LLAVA_HF.tower or "")}}
+        return {"": {**_with_added_rows(opened, plain), **_unused(opened, LLAVA_HF)}}
     main = _convert(opened, SHARE4V, ("language", "projector"), hashes)
-    tower = {**_convert(opened, CLIP, ("vision",), hashes), **_unused(opened, prefix=CLIP.tower or "")}
+    tower = {**_convert(opened, CLIP, ("vision",), hashes), **_unused(opened, CLIP)}
     return {"": main, f"{TOWER_FOLDER}/": tower}
 
 
@@ -261,13 +262,24 @@ def _read_part(cache: SplitCache, name: str, split: Callable[[], tuple[torch.Ten
     return cache.get(name, split)[index]
 
 
-def _unused(opened: OpenCheckpoint, *, prefix: str) -> dict[str, LazyTensor]:
+def has_optional_tower_weights(opened: OpenCheckpoint) -> bool:
+    """Return whether the checkpoint stores the tower family's optional weights, which exports have then."""
+    vision = opened.config.model.vision
+    names = TOWER_FAMILIES[vision.model_type].optional_shapes(vision)
+    return all(f"vision.{name}" in opened.unused for name in names)
+
+
+def _unused(opened: OpenCheckpoint, naming: Naming) -> dict[str, LazyTensor]:
     """Return the tower weights that the model does not compute: stored since the import, or else initialised with a
-    warning.
+    warning. Optional ones that are not stored are left out.
     """
-    model, dtype = opened.config.model, opened.weights["vision.class_embedding"].dtype
+    model, dtype = opened.config.model, opened.weights["vision.patch_embedding.weight"].dtype
+    shapes, prefix = unused_tower_shapes(model), naming.tower_prefix(model.vision)
+    if not has_optional_tower_weights(opened):
+        for name in TOWER_FAMILIES[model.vision.model_type].optional_shapes(model.vision):
+            del shapes[name]
     result, initialised = {}, []
-    for name, shape in unused_tower_shapes(model).items():
+    for name, shape in shapes.items():
         stored = opened.unused.get(f"vision.{name}")
         if stored is None or stored.shape != shape:
             initialised.append(name)
@@ -288,6 +300,8 @@ def _unused(opened: OpenCheckpoint, *, prefix: str) -> dict[str, LazyTensor]:
 def _with_added_rows(opened: OpenCheckpoint, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     rows = metadata_files.llava_vocab_rows(opened.config.model, opened.tokenizer.added)
     names = {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}
+    if opened.config.model.language.tie_word_embeddings:
+        del names["head"]
     stored = opened.unused if opened.manifest.state.step == 0 else {}
     return {
         **plain,
@@ -323,6 +337,7 @@ def _write_files(
             image_aspect_ratio=aspect,
             dtype=dtypes["language"],
             tower_dtype=dtypes["vision"],
+            tower_is_whole=has_optional_tower_weights(opened),
         )
     else:
         metadata_files.write_share4v_files(

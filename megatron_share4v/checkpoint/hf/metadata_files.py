@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_share4v.checkpoint.hf.chat_template import to_jinja
+from megatron_share4v.checkpoint.hf.families import CLIP_FAMILY, LLAMA_FAMILY, TOWER_FAMILIES
+from megatron_share4v.checkpoint.hf.image_processor import to_image_processor
+from megatron_share4v.checkpoint.hf.text_config import to_text_config
 from megatron_share4v.checkpoint.hf.tokenizer import (
     ExportedTokenizer,
     export_tokenizer,
@@ -21,9 +24,10 @@ from megatron_share4v.checkpoint.hf.tokenizer import (
     slow_tokenizer_config,
     special_tokens_map,
 )
+from megatron_share4v.checkpoint.hf.vision_config import to_vision_config
+from megatron_share4v.checkpoint.hf.vocab import padded_llava_rows
 from megatron_share4v.checkpoint.lazy_tensor import FLOATS
-from megatron_share4v.config.model import ModelConfig, VisionConfig
-from megatron_share4v.data.images.pixels import CLIP_MEAN, CLIP_STD
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -31,9 +35,6 @@ from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template
 from megatron_share4v.text.tokenizer import PAD, Tokenizer
 from megatron_share4v.text.tokenizer_config import ADDED_TOKENS, TOKENIZER_CONFIG, AddedToken
 
-_ROW_MULTIPLE = 64
-_BICUBIC = 3  # PIL.Image.Resampling
-_CLASS_TOKENS = 1
 _IMAGE_POLICIES = ("pad", "square")
 
 
@@ -44,7 +45,7 @@ def llava_vocab_rows(model: ModelConfig, added: tuple[AddedToken, ...] = ()) -> 
     """
     size = model.language.vocab_size
     last = max(size - 1, *layout_token_ids(added, vocab_size=size).values())
-    return -(-(last + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return padded_llava_rows(last + 1)
 
 
 def write_llava_hf_files(
@@ -56,11 +57,13 @@ def write_llava_hf_files(
     image_aspect_ratio: str,
     dtype: str,
     tower_dtype: str | None = None,
+    tower_is_whole: bool = True,
 ) -> None:
     """Write all files of a llava-hf model except the weights into `directory`, which is created.
 
     tokenizer: of the checkpoint. template: conversation template for the chat template. dtype and tower_dtype: of
-    the language model's and the tower's weights, "fp32", "bf16" or "fp16"; None for one dtype. Raises ConversionError
+    the language model's and the tower's weights, "fp32", "bf16" or "fp16"; None for one dtype. tower_is_whole: whether
+    the weights include the tower family's optional ones (SigLIP's pooling head). Raises ConversionError
     when the layout cannot express this model, tokenizer or template;
     DataError when the tokenizer cannot be read.
     """
@@ -77,15 +80,18 @@ def write_llava_hf_files(
     _write_json(
         directory / "config.json",
         _llava_config(
-            model, tokens, image_aspect_ratio=image_aspect_ratio, dtype=dtype, tower_dtype=tower_dtype or dtype
+            model,
+            tokens,
+            image_aspect_ratio=image_aspect_ratio,
+            dtype=dtype,
+            tower_dtype=tower_dtype or dtype,
+            tower_is_whole=tower_is_whole,
         ),
     )
     _write_json(directory / "generation_config.json", _generation_config(tokens.model, pad_id=tokens.pad_id))
-    image = _image_processor(model.vision, "LlavaImageProcessor")
-    _write_json(
-        directory / "preprocessor_config.json",
-        {**image, "do_pad": image_aspect_ratio == "pad", "processor_class": "LlavaProcessor"},
-    )
+    pads = image_aspect_ratio == "pad"
+    image = to_image_processor(model.vision, pads=pads)
+    _write_json(directory / "preprocessor_config.json", {**image, "do_pad": pads, "processor_class": "LlavaProcessor"})
     _write_json(directory / "processor_config.json", _processor_config(model.vision))
     _write_json(directory / "tokenizer.json", tokens.tokenizer_json())
     shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
@@ -118,6 +124,7 @@ def write_share4v_files(
     write_llava_hf_files.
     """
     _check_image_policy(image_aspect_ratio)
+    _check_share4v_family(model)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise ConversionError(
             f"tokenizer {tokenizer.path}: the layout share4v has a sentencepiece tokenizer.model, this is a "
@@ -146,20 +153,26 @@ def write_share4v_files(
     _write_json(
         folder / "config.json",
         {
-            "architectures": ["CLIPVisionModel"],
-            **_vision_config(model.vision),
+            "architectures": [TOWER_FAMILIES[model.vision.model_type].architecture],
+            **to_vision_config(model.vision),
             "torch_dtype": _torch_name(tower_dtype or dtype),
         },
     )
-    _write_json(folder / "preprocessor_config.json", _image_processor(model.vision, "CLIPImageProcessor"))
+    _write_json(folder / "preprocessor_config.json", to_image_processor(model.vision, pads=False))
 
 
 def _llava_config(
-    model: ModelConfig, tokens: ExportedTokenizer, *, image_aspect_ratio: str, dtype: str, tower_dtype: str
+    model: ModelConfig,
+    tokens: ExportedTokenizer,
+    *,
+    image_aspect_ratio: str,
+    dtype: str,
+    tower_dtype: str,
+    tower_is_whole: bool,
 ) -> dict[str, Any]:
     # transformers loads all parts in the dtype of the whole unless asked otherwise.
     own = {} if tower_dtype == dtype else {"torch_dtype": _torch_name(tower_dtype)}
-    text = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": llava_vocab_rows(model)}
+    vision = model.vision
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -167,40 +180,40 @@ def _llava_config(
         # transformers 4 reads the first, some engines the second.
         "image_token_index": tokens.image_id,
         "image_token_id": tokens.image_id,
-        "image_seq_length": model.vision.num_patches,
+        "image_seq_length": vision.num_features,
         "image_aspect_ratio": image_aspect_ratio,
         "pad_token_id": tokens.pad_id,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
-        "vision_feature_layer": model.vision.feature_layer,
-        "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
-        "text_config": {**text, **_language_config(model, tokens.model)},
-        "vision_config": {**_vision_config(model.vision), **own},
+        "vision_feature_layer": _json_value(vision.feature_layer),
+        "vision_feature_select_strategy": vision.feature_select,
+        # Releases of transformers read it here, in text_config, or in both.
+        "tie_word_embeddings": model.language.tie_word_embeddings,
+        "text_config": _language_config(model, tokens.model, vocab_size=llava_vocab_rows(model)),
+        "vision_config": {**to_vision_config(vision, has_optional=tower_is_whole), **own},
     }
 
 
 def _share4v_config(
     model: ModelConfig, tokens: SentencePieceModel, *, tower_name: str, image_aspect_ratio: str, dtype: str
 ) -> dict[str, Any]:
+    text = _language_config(model, tokens, vocab_size=model.language.vocab_size)
+    del text["attention_bias"]  # transformers 4.31 does not know it
     return {
+        **text,
         "architectures": ["Share4VLlamaForCausalLM"],
         "model_type": "share4v",
         "torch_dtype": _torch_name(dtype),
         "transformers_version": "4.31.0",
-        **_language_config(model, tokens),
-        "vocab_size": model.language.vocab_size,
         "pad_token_id": tokens.unk_id,
         "pretraining_tp": 1,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
         "image_aspect_ratio": image_aspect_ratio,
         "image_grid_pinpoints": None,
         "mm_vision_tower": tower_name,
-        "mm_hidden_size": model.vision.hidden_size,
+        "mm_hidden_size": model.vision.feature_width,
         "mm_projector_type": model.projector.type,
         "mm_vision_select_layer": model.vision.feature_layer,
-        "mm_vision_select_feature": "patch",
+        "mm_vision_select_feature": "patch" if model.vision.feature_select == "default" else "cls_patch",
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "use_mm_proj": True,
@@ -214,39 +227,9 @@ def _share4v_config(
     }
 
 
-def _language_config(model: ModelConfig, tokens: SentencePieceModel) -> dict[str, Any]:
-    language = model.language
-    return {
-        "hidden_size": language.hidden_size,
-        "intermediate_size": language.intermediate_size,
-        "num_hidden_layers": language.num_layers,
-        "num_attention_heads": language.num_attention_heads,
-        "num_key_value_heads": language.num_key_value_heads,
-        "max_position_embeddings": language.max_position_embeddings,
-        "rms_norm_eps": language.rms_norm_eps,
-        # transformers 5 reads this flat key too; transformers 4 ignores `rope_parameters`.
-        "rope_theta": language.rope_theta,
-        "hidden_act": "silu",
-        "initializer_range": model.init_std,
-        "use_cache": True,
-        "bos_token_id": tokens.bos_id,
-        "eos_token_id": tokens.eos_id,
-    }
-
-
-def _vision_config(vision: VisionConfig) -> dict[str, Any]:
-    return {
-        "model_type": "clip_vision_model",
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "layer_norm_eps": vision.layer_norm_eps,
-        "hidden_act": "quick_gelu",
-        "projection_dim": 768,  # CLIP's value; the projected output is not used
-    }
+def _language_config(model: ModelConfig, tokens: SentencePieceModel, *, vocab_size: int) -> dict[str, Any]:
+    text = to_text_config(model.language, vocab_size=vocab_size, init_std=model.init_std)
+    return {**text, "bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id}
 
 
 def _generation_config(tokens: SentencePieceModel, *, pad_id: int) -> dict[str, int]:
@@ -257,32 +240,39 @@ def _generation_config(tokens: SentencePieceModel, *, pad_id: int) -> dict[str, 
     return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": pad_id}
 
 
-def _image_processor(vision: VisionConfig, name: str) -> dict[str, Any]:
-    side = vision.image_size
-    return {
-        "image_processor_type": name,
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": _BICUBIC,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
-    }
-
-
 def _processor_config(vision: VisionConfig) -> dict[str, Any]:
     return {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE_PLACEHOLDER,
         "patch_size": vision.patch_size,
-        "num_additional_image_tokens": _CLASS_TOKENS,
-        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": int(vision.class_token),
+        "vision_feature_select_strategy": vision.feature_select,
     }
+
+
+def _json_value(layer: int | tuple[int, ...]) -> int | list[int]:
+    return list(layer) if isinstance(layer, tuple) else layer
+
+
+def _check_share4v_family(model: ModelConfig) -> None:
+    """Refuse models that the official code, LLaMA of transformers 4.31 with a CLIP tower, cannot load."""
+    vision, language, plain = model.vision, model.language, LanguageConfig()
+    problems = []
+    if vision.model_type != CLIP_FAMILY.model_type:
+        problems.append(f"model.vision.model_type {vision.model_type}")
+    if isinstance(vision.feature_layer, tuple):
+        problems.append(f"model.vision.feature_layer {vision.feature_layer}")
+    if language.model_type != LLAMA_FAMILY.model_type:
+        problems.append(f"model.language.model_type {language.model_type}")
+    else:
+        for name in ("head_dim", "qkv_bias", "out_bias", "tie_word_embeddings", "rope_scaling"):
+            if getattr(language, name) != getattr(plain, name):
+                problems.append(f"model.language.{name} {getattr(language, name)}")
+    if problems:
+        raise ConversionError(
+            f"the layout share4v cannot express {', '.join(problems)}: the official code loads a LLaMA with a CLIP "
+            "tower; use the layout llava-hf"
+        )
 
 
 def _torch_name(dtype: str) -> str:
