@@ -10,7 +10,6 @@ from exported_model import CORPUS, PIECES
 from hf_fixtures import write_llava_hf
 
 from examples.quickstart.tokenizer import train_tokenizer
-from megatron_share4v.config.model import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,3 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(llava: Path, tmp_path: Path) -> Path:
     """A writable copy of that model."""
     return Path(shutil.copytree(llava, tmp_path / "hf"))
-
-
-@pytest.fixture
-def all_families(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept families whose layers are not built."""
-    monkeypatch.setattr(ModelConfig, "_unsupported", lambda model: iter(()), raising=False)

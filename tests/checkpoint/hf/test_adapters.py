@@ -221,7 +221,8 @@ def test_a_merge_is_rounded_once(tmp_path: Path) -> None:
 def test_the_base_says_how_pictures_are_prepared(llava: Path, base: Tensors, tmp_path: Path) -> None:
     """An adapter's folder has no image processor of its own."""
     copied = Path(shutil.copytree(llava, tmp_path / "hf"))
-    write_json(copied / "preprocessor_config.json", {"do_pad": True})
+    size = {"size": 28, "crop_size": 28}
+    write_json(copied / "preprocessor_config.json", {"do_pad": True, **size})
     adapter = write_adapter(tmp_path / "adapter", {QUERY: low_rank(base, QUERY)[0]}, LORA)
     assert open_hf_model(HfSource(directory=adapter, base=copied)).image_aspect_ratio == "pad"
 

@@ -13,8 +13,6 @@ from megatron_share4v.checkpoint.hf.vision_config import parse_vision_config, to
 from megatron_share4v.config.model import LanguageConfig, RopeScalingConfig, VisionConfig
 from megatron_share4v.errors import ConversionError
 
-pytestmark = pytest.mark.usefixtures("all_families")
-
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -15,8 +15,6 @@ from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source.model import HfSource
 from megatron_share4v.checkpoint.hf.verify import verify_conversion
 
-pytestmark = pytest.mark.usefixtures("all_families")
-
 # One of each tower and of each language model; -m matrix runs all.
 CHOSEN = ("clip x llama3", "siglip x qwen2 tied", "dinov2 x qwen2 untied", "siglip x qwen3", "dinov2 x mistral",
           "clip x vicuna")  # fmt: skip

@@ -11,8 +11,6 @@ from megatron_share4v.checkpoint.hf.vision_config import parse_vision_config
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.errors import ConversionError
 
-pytestmark = pytest.mark.usefixtures("all_families")
-
 HALVES = (0.5, 0.5, 0.5)
 TOWERS = {
     "clip": {"model_type": "clip_vision_model"},

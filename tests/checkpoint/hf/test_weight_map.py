@@ -215,7 +215,6 @@ def _tower_class(name: str) -> Any:
     return transformers.AutoModel.from_config(getattr(transformers, config)(**sizes, **inner))
 
 
-@pytest.mark.usefixtures("all_families")
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_of_every_family_has_the_names_of_transformers(name: str, tmp_path: Path) -> None:
     """Classes and files; transformers 5 writes DINOv2 with other names than its classes have."""
@@ -257,7 +256,6 @@ LANGUAGES = {
 }
 
 
-@pytest.mark.usefixtures("all_families")
 @pytest.mark.parametrize("name", LANGUAGES)
 def test_a_language_model_of_every_family_has_the_names_of_transformers(name: str) -> None:
     import transformers
@@ -275,7 +273,6 @@ def test_a_language_model_of_every_family_has_the_names_of_transformers(name: st
     assert ("language.head.weight" in megatron) == ("lm_head.weight" in weights)
 
 
-@pytest.mark.usefixtures("all_families")
 def test_a_group_has_its_queries_key_and_value_in_the_bias_too() -> None:
     """A bias row belongs to the weight row of the same number, whose first column it is here."""
     model = replace(MODEL, language=replace(MODEL.language, qkv_bias=True, num_layers=1))
@@ -286,7 +283,6 @@ def test_a_group_has_its_queries_key_and_value_in_the_bias_too() -> None:
     assert torch.equal(bias.transform.to_megatron([part[:, 0] for part in parts]), fused[:, 0])
 
 
-@pytest.mark.usefixtures("all_families")
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_projectors_of_every_depth_have_llavas_names(depth: int) -> None:
     vision = replace(MODEL.vision, feature_layer=(-2, -1))
