@@ -21,6 +21,9 @@ def _inputs() -> Iterator[tuple[str, torch.Tensor]]:
         # dimensions as [S, B, W].
         for shape in ((1, 1), (3, 7), (5, 8), (3, 5, 96), (70, 64), (2, 4104), (0, 16)):
             yield f"{name} {'x'.join(map(str, shape))}", draw(shape, dtype=dtype)
+        # Keys of the fused projection, as a norm of each head sees them.
+        projection = draw((3, 2, 2, 4 * 20), dtype=dtype)
+        yield f"{name} keys", projection[..., 40:60]
         yield f"{name} transposed", draw((6, 40), dtype=dtype).t()
         yield f"{name} misaligned", draw((9 * 16 + 1,), dtype=dtype)[1:].view(9, 16)
         # A large mean: the variance must not be computed as E[x^2] - E[x]^2.
@@ -106,7 +109,7 @@ OPS = (
         "rms_norm",
         rms_norm,
         ("x", "weight"),
-        lambda: _cases(eps=1e-5),
+        lambda: _cases(eps=1e-6),
         lambda: _benches(shapes=_LANGUAGE, reads=1, writes=1, reads_back=2),
         _TOLERANCES,
     ),

@@ -21,11 +21,14 @@ def _angles(places: int, width: int, *, device: str = "cpu") -> torch.Tensor:
 def _cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        # One point, odd, grouped queries, more heads than a block handles at once, wider than a block, nothing.
+        # One point, odd, grouped queries, head widths that are no power of two, more heads than a block handles at
+        # once, wider than a block, nothing.
         shapes = (
             (1, 1, 1, 1, 2),
             (5, 2, 3, 1, 6),
             (7, 3, 4, 2, 32),
+            (3, 2, 4, 2, 20),
+            (2, 2, 3, 1, 80),
             (2, 1, 40, 8, 16),
             (3, 1, 2, 2, 544),
             (0, 2, 2, 1, 8),
