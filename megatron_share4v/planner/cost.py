@@ -185,8 +185,27 @@ def message_seconds(case: Case) -> float:
     """Time to send one micro-batch to the next stage. Neighbouring stages are tensor x context x data ranks apart."""
     if case.layout.pipeline == 1:
         return 0.0
+    return message_bytes(case) / _stage_bandwidth(case) + case.assumptions.collective_s
+
+
+def _stage_bandwidth(case: Case) -> float:
     link = case.gpu.link if case.layout.world_size <= case.gpu.per_server else case.gpu.network
-    return message_bytes(case) / (link * case.assumptions.links) + case.assumptions.collective_s
+    return link * case.assumptions.links
+
+
+def embedding_bytes(case: Case, rank: int) -> float:
+    """Bytes that a pipeline rank sends per step to add up the gradients of a tied embedding and its copy."""
+    model, pipeline = case.config.model, case.layout.pipeline
+    language = model.language
+    if not (language.tie_word_embeddings and model.trainable.language and pipeline > 1 and rank in (0, pipeline - 1)):
+        return 0.0
+    return case.gradient * language.padded_vocab_size // case.layout.tensor * language.hidden_size
+
+
+def embedding_seconds(case: Case, rank: int) -> float:
+    """Time to add up the gradients of a tied embedding and its copy, after those of the replicas."""
+    sent = embedding_bytes(case, rank)
+    return sent / _stage_bandwidth(case) + case.assumptions.collective_s if sent else 0.0
 
 
 def data_bytes(case: Case, trained: float) -> tuple[float, float]:
@@ -235,11 +254,14 @@ def traffic(case: Case) -> Traffic:
         for rank in ranks
     )
     context = max(sum(2 * context_bytes(case, case.chunk(stage))[0] for stage in case.stages(rank)) for rank in ranks)
-    stages = len(case.counts)
-    sends = max(sum((stage < stages - 1) + (stage > 0) for stage in case.stages(rank)) for rank in ranks)
+    message, last = message_bytes(case) * case.micro_batches, len(case.counts) - 1
+    between = max(
+        sum((stage < last) + (stage > 0) for stage in case.stages(rank)) * message + embedding_bytes(case, rank)
+        for rank in ranks
+    )
     return Traffic(
         tensor=tensor * case.micro_batches,
         context=context * case.micro_batches,
-        pipeline=sends * message_bytes(case) * case.micro_batches if stages > 1 else 0.0,
+        pipeline=between,
         data=max(sum(data_bytes(case, trained_weights(case, rank))) for rank in ranks),
     )

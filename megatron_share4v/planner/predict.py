@@ -14,6 +14,7 @@ from megatron_share4v.planner.cost import (
     Traffic,
     data_bandwidth,
     data_bytes,
+    embedding_seconds,
     message_seconds,
     stage_seconds,
     traffic,
@@ -109,7 +110,7 @@ class Prediction:
             case.config.parallel.overlap_param_gather
         ):  # and behind the first one's forward pass, but for the weights that it begins with
             gather = max(0.1 * gather, gather - 0.9 * sum(self.stages[stage][0] for stage in case.stages(rank)))
-        return reduce + gather + update_seconds(case, trained)
+        return reduce + embedding_seconds(case, rank) + gather + update_seconds(case, trained)
 
     @property
     def step_s(self) -> float:

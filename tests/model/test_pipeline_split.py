@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_share4v.config.model import ModelConfig, TrainableConfig
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, TrainableConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.model.pipeline_split import (
     StageCosts,
@@ -73,6 +73,25 @@ def test_the_7b_pipeline_is_balanced_within_one_layer() -> None:
     counts = split_layers(32, stages=8, pipeline=8, costs=costs)
     mean = (32 * costs.layer + costs.first + costs.last) / 8
     assert _slowest(counts, 8, costs) - mean < costs.layer
+
+
+def test_large_vocabulary_moves_layers_off_the_last_rank() -> None:
+    """Qwen2.5-0.5B: its head costs as much as one and a half of its layers, LLaMA's would a third."""
+    language = LanguageConfig(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = ModelConfig(language=language)
+    small = replace(model, language=replace(language, vocab_size=32000))
+    costs = estimate_costs(model, text_length=200)
+    assert costs.last / costs.layer == pytest.approx(1.5, abs=0.1)
+    large, few = (layers_per_stage(one, ParallelConfig(pipeline=4)) for one in (model, small))
+    assert (large, few) == ((2, 8, 8, 6), (2, 7, 8, 7))
 
 
 def test_the_log_line_shows_chunks_of_a_rank_together() -> None:

@@ -12,9 +12,16 @@ from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.planner.case import Assumptions, Case
-from megatron_share4v.planner.cost import context_bytes, data_bandwidth, data_bytes, tensor_bytes, traffic
+from megatron_share4v.planner.cost import (
+    context_bytes,
+    data_bandwidth,
+    data_bytes,
+    embedding_bytes,
+    tensor_bytes,
+    traffic,
+)
 from megatron_share4v.planner.gpus import GPUS
-from megatron_share4v.planner.memory import Chunk, head_columns, weight_shapes
+from megatron_share4v.planner.memory import Chunk, _projector, _tower, head_columns, make_chunk, weight_shapes
 from megatron_share4v.planner.predict import Prediction
 from megatron_share4v.planner.report import format_report, prediction_to_json
 from megatron_share4v.planner.search import SearchResult, search
@@ -43,6 +50,52 @@ def test_weight_counts_match_published_models(config: RunConfig) -> None:
     assert total / 8 < split < total / 8 * 1.01, (
         "norms, biases behind rows and the tower's embeddings are on every rank"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("llama_3.2_1b", 1_235_814_400),
+        ("qwen2.5_0.5b", 494_032_768),
+        ("qwen2.5_7b", 7_615_616_512),
+        ("qwen3_0.6b", 596_049_920),
+        ("qwen3_8b", 8_190_735_360),
+    ],
+)
+def test_weight_counts_of_language_families(name: str, published: int, repository: Path) -> None:
+    """Tied heads count once, on one stage; on two, the last has a copy. Norms and biases are counted."""
+    model = load_run(repository / RECIPE, [f"model.language={name}"]).model
+    language, others = model.language, (*_tower(model, 1), *_projector(model, 1))
+    counts = (language.num_layers // 2, language.num_layers - language.num_layers // 2)
+    one, two = (
+        sum(
+            elements * count
+            for stage in range(len(stages))
+            for elements, count, _ in weight_shapes(model, make_chunk(stage, stages), tensor=1)
+        )
+        for stages in ((language.num_layers,), counts)
+    )
+    assert one - sum(elements * count for elements, count, _ in others) == published
+    assert two - one == language.tie_word_embeddings * language.vocab_size * language.hidden_size
+
+
+def test_tied_copy_is_reduced_between_the_ends(repository: Path) -> None:
+    """fp32 gradients of half the embedding on each of two tensor ranks, once per step."""
+    config = load_run(repository / RECIPE, ["model.language=qwen2.5_0.5b"])
+    model = config.model
+    tied, untied = (
+        case(
+            replace(config, model=replace(model, language=replace(model.language, tie_word_embeddings=tie))),
+            16,
+            tensor=2,
+            pipeline=4,
+        )
+        for tie in (True, False)
+    )
+    each = 4 * 151_936 // 2 * 896
+    assert [embedding_bytes(tied, rank) for rank in range(4)] == [each, 0, 0, each]
+    assert not any(embedding_bytes(untied, rank) for rank in range(4))
+    assert Prediction(tied).after_s > Prediction(untied).after_s
 
 
 def test_memory_shrinks_where_the_layout_says(config: RunConfig) -> None:
