@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from harness import run_world
 from layout_training import Outcome, Variant, require_equal, run_variants
 from tiny import FAMILIES
+from tolerances import FP32_GRADIENT
 
 OTHERS = tuple(name for name in FAMILIES if name != "plain")
 SELECTION: dict[int, dict[tuple[int, int, int, int], list[dict[str, Any]]]] = {
@@ -89,3 +91,37 @@ def test_tied_embedding_counts_once(reference: dict[tuple[str, str, str], Outcom
     assert sum(count for (part, _), count in tied.counts.items() if part == "language") == sum(
         weight.numel() for name, weight in tied.weights.items() if name.startswith("language.")
     )
+
+
+def head_norm_gradients(tensor: int, sequence: bool) -> dict[str, torch.Tensor]:
+    """Return the gradients of all q/k norms after one step's backward passes."""
+    from small_run import MICRO_BATCHES, Run, Setting
+    from tiny import MICRO_BATCH, micro_batches, step_items
+
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+    from megatron_share4v.train.data_feed import StepData
+    from megatron_share4v.train.step import StepSettings, compute_gradients
+
+    setting = Setting(family="qk_norm", tensor=tensor, sequence=sequence, distributed_optimizer=False)
+    with open_mesh(Layout(tensor=tensor), device=Device("cpu")) as mesh:
+        run = Run(mesh, setting, seed=1)
+        data = StepData(step_items(0), micro_batches(0)[:MICRO_BATCHES], 0.0)
+        settings = StepSettings(mesh=mesh, micro_batch_size=MICRO_BATCH)
+        compute_gradients(run.chunks, run.optimizer, data, settings=settings)
+        return {
+            name: parameter.main_grad.clone()
+            for name, parameter in run.bare[0].named_parameters()
+            if name.endswith(("q_layernorm.weight", "k_layernorm.weight"))
+        }
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_head_norm_gradients_are_summed_over_tensor_ranks(sequence: bool) -> None:
+    """Each rank sees a part of the heads, and the weight is one for all of them."""
+    [whole] = run_world(1, head_norm_gradients, 1, False)
+    assert len(whole) == 8 and all(gradient.abs().max() > 1e-6 for gradient in whole.values())
+    for gradients in run_world(2, head_norm_gradients, 2, sequence):
+        for name, gradient in gradients.items():
+            assert (gradient - whole[name]).abs().max() <= FP32_GRADIENT * whole[name].abs().max(), name

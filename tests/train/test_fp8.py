@@ -108,6 +108,15 @@ def test_fp8_converges_like_bf16(learned: dict[str, Learned]) -> None:
         assert 0 < away.max() < FP8_CURVE, (name, away)
 
 
+def test_biases_and_norms_of_heads_beside_fp8_matrices() -> None:
+    """With what families differ by (own head width, q/k norms, biases, a tied head), as close to bf16 as without."""
+    of_families = {name: replace(setting, family="all") for name, setting in (("bf16", BF16), ("fp8", FP8))}
+    [found] = run_world(1, learn, of_families, 8)
+    assert (found["bf16"].matrices, found["fp8"].matrices) == (0, 16)
+    away = max(abs(a - b) for a, b in zip(found["fp8"].losses, found["bf16"].losses))
+    assert 0 < away < FP8_LAYOUT_LOSS and found["fp8"].losses[-1] < found["fp8"].losses[0] - 0.1
+
+
 def test_divergence_check_measures_and_limits_the_gap(learned: dict[str, Learned]) -> None:
     assert learned["bf16"].gaps == (0.0, 0.0) and not learned["bf16"].refused
     for name in set(learned) - {"bf16"}:
