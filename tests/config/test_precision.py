@@ -100,3 +100,45 @@ def test_fp8_widths_on_a_tensor_rank() -> None:
         match="multiples of 16; model.language.intermediate_size gives 88 on each of parallel.tensor 2 ranks",
     ):
         run(fp8="tensorwise", model=narrow, parallel={"tensor": 2})
+
+
+def test_fp8_widths_follow_the_width_of_a_head() -> None:
+    """Queries are 4 x 24 = 96 wide, also where the model is wider; the projection has its keys and values too."""
+    own = ModelConfig(
+        language=replace(
+            LanguageConfig(),
+            hidden_size=128,
+            intermediate_size=192,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=24,
+        )
+    )
+    run(fp8="tensorwise", model=own)
+    odd = replace(own, language=replace(own.language, head_dim=20))
+    run(fp8="tensorwise", model=odd)  # 160 and 80
+    with pytest.raises(ValueError, match="model.language.num_attention_heads gives 40 on each of parallel.tensor 2"):
+        run(fp8="tensorwise", model=odd, parallel={"tensor": 2})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            {"tensor": 6},
+            "model.language.num_key_value_heads 4 and parallel.tensor 6 do not divide each other: .* "
+            "set parallel.tensor to a divisor or a multiple of 4",
+        ),
+        (
+            {"tensor": 2, "context": 3},
+            "the 2 model.language.num_key_value_heads of a tensor rank and parallel.context 3 do not divide each "
+            "other; set parallel.context to a divisor or a multiple of 2",
+        ),
+    ],
+)
+def test_key_value_heads_that_ranks_cannot_share(parallel: dict, message: str) -> None:
+    language = replace(
+        LanguageConfig(), hidden_size=768, intermediate_size=768, num_attention_heads=24, num_key_value_heads=4
+    )
+    with pytest.raises(ValueError, match=message):
+        run(model=ModelConfig(language=language), parallel=parallel)
