@@ -13,7 +13,7 @@ from megatron_share4v.checkpoint.hf.config import parse_model_config
 from megatron_share4v.config.model import ModelConfig
 
 IMAGE_SIZE, PATCH_SIZE = 30, 14  # not a multiple, like SigLIP's 384
-ROWS = 320
+ROWS = 320  # <image>, <pad> and alignment after the pieces
 IMAGE_TOKEN = PIECES
 _TOWER = {
     "hidden_size": 32,
