@@ -36,7 +36,7 @@ def engine_of(chunks, **options):
     from megatron_share4v.config.engine import EngineConfig
     from megatron_share4v.infer.engine import Engine
 
-    return Engine(chunks[0], config=EngineConfig(**options), vocabulary=VOCABULARY, eos_id=EOS)
+    return Engine(chunks[0], config=EngineConfig(**options), vocabulary=VOCABULARY, stop_ids=frozenset({EOS}))
 
 
 def prompt(

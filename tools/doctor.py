@@ -175,10 +175,11 @@ def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
             options.template or index.info.template,
             options.max_text_length or index.info.max_text_length,
         )
-        index.check(tokenizer=tokenizer, template=get_template(template).name, max_text_length=length)
+        chosen = get_template(template, index.info.trained_markers)
+        index.check(tokenizer=tokenizer, template=chosen, max_text_length=length)
         no_images = ImageFiles(options.prepared, archives=(), table=None)
         return DatasetSource(
-            SampleReader(index), RecordValidator(no_images, tokenizer, get_template(template), length, keep_bytes=False)
+            SampleReader(index), RecordValidator(no_images, tokenizer, chosen, length, keep_bytes=False)
         )
     images = scan_images(options.images, table=scratch / "archives", in_place=False)
     template, length = get_template(options.template or "vicuna_v1"), options.max_text_length or 2048

@@ -57,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         help="how text after a special token is tokenised (docs/data.md); None: as tokenizer_config.json beside the "
         f"tokenizer says, {PUBLISHED_RULE} without one",
     )
-    parser.add_argument("--template", default="vicuna_v1", help="conversation template")
+    parser.add_argument("--template", default="vicuna_v1", help="conversation template (docs/templates.md)")
+    parser.add_argument(
+        "--trained-markers",
+        choices=("answer_only", "official"),
+        default="answer_only",
+        help="train answers and their ends, or also the markers that LLaVA-NeXT trains (qwen_1_5, llava_llama_3)",
+    )
     parser.add_argument(
         "--max-text-length", type=positive, default=2048, help="positions kept per sample, an image counted as one"
     )

@@ -34,6 +34,10 @@ class DataConfig:
     """A sentencepiece `tokenizer.model`, or a `tokenizer.json`; must be the one that the data set was prepared with."""
     template: str = "vicuna_v1"
     """Conversation template; must be the one that the data set was prepared with."""
+    trained_markers: Literal["answer_only", "official"] = "answer_only"
+    """`answer_only`: answers and their end tokens are trained, as each template says. `official`: for qwen_2 (qwen_1_5)
+    and llava_llama_3, also the markers that LLaVA-NeXT's code trains (docs/templates.md). Must be what the data set was
+    prepared with."""
     max_text_length: PositiveInt = 2048
     """Text positions kept per sample, an image counted as one (ShareGPT4V's model_max_length)."""
     image_aspect_ratio: Literal["square", "pad"] = "pad"

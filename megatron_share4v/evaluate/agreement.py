@@ -299,9 +299,9 @@ def _transformers_ids(prompt: Prompt, model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def _generate_greedy(model: Any, session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
-    """Generate greedily with transformers and return the new ids before </s>."""
+    """Generate greedily with transformers and return the new ids before the end of the answer."""
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[
         0, inputs["input_ids"].shape[1] :
     ].tolist()
-    end = session.encoder.tokenizer.eos_id
-    return output[: output.index(end)] if end in output else output
+    ends = [place for place, token in enumerate(output) if token in session.encoder.stop_ids]
+    return output[: ends[0]] if ends else output

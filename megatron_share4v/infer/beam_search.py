@@ -166,7 +166,7 @@ class BeamSearchEngine:
 
     def _extend_beams(self, search: _Search, logits: torch.Tensor) -> bool:
         """Extend the beams by one token from log-probabilities [beams, V]; True when the search has ended."""
-        given, eos, count = search.request.sampling, self._engine.eos_id, self._num_beams
+        given, ends, count = search.request.sampling, self._engine.stop_ids, self._num_beams
         beams = search.beams or [_Beam((), 0.0, search.row_starts[0])]
         scores, length = self._scores(search, beams, logits), len(beams[0].ids) + 1
         order = scores.flatten()
@@ -178,10 +178,10 @@ class BeamSearchEngine:
         for rank, flat_index in enumerate(chosen):
             parent, token = divmod(flat_index, scores.size(1))
             score = float(scores[parent, token])
-            if rank < count and (token == eos or length == given.max_new_tokens):
-                ids = beams[parent].ids if token == eos else (*beams[parent].ids, token)
-                search.finished.append((score / length, ids, "stop" if token == eos else "length"))
-            elif token != eos and len(continued) < count:
+            if rank < count and (token in ends or length == given.max_new_tokens):
+                ids = beams[parent].ids if token in ends else (*beams[parent].ids, token)
+                search.finished.append((score / length, ids, "stop" if token in ends else "length"))
+            elif token not in ends and len(continued) < count:
                 continued.append((parent, token, score))
         search.finished = sorted(search.finished, key=lambda one: one[0], reverse=True)[:count]
         if length == given.max_new_tokens or not continued:
@@ -196,7 +196,7 @@ class BeamSearchEngine:
             if given.repetition_penalty != 1.0 and beam.ids:
                 row[list(set(beam.ids))] *= given.repetition_penalty  # log-probabilities are all negative
         if not beams[0].ids:
-            values[:, self._engine.eos_id] = float("-inf")
+            values[:, sorted(self._engine.stop_ids)] = float("-inf")
         if given.temperature > GREEDY_TEMPERATURE:
             values = values / given.temperature
         return values + torch.tensor([beam.score for beam in beams]).unsqueeze(1)

@@ -59,7 +59,7 @@ class Engine:
     `vocabulary` are generated: the model's padded vocabulary may be larger than the tokenizer's.
     """
 
-    def __init__(self, model: Share4V, *, config: EngineConfig, vocabulary: int, eos_id: int) -> None:
+    def __init__(self, model: Share4V, *, config: EngineConfig, vocabulary: int, stop_ids: frozenset[int]) -> None:
         language = model.model.language
         positions = config.max_positions or language.max_position_embeddings
         if positions > language.max_position_embeddings:
@@ -68,7 +68,7 @@ class Engine:
                 "which it was never trained"
             )
         rows = config.cache_positions or _default_cache_positions(model, config.max_requests * positions)
-        self.vocabulary, self.eos_id = vocabulary, eos_id
+        self.vocabulary, self.stop_ids = vocabulary, stop_ids
         self.limits = EngineLimits(
             max_requests=config.max_requests, max_positions=min(positions, rows), cache_positions=rows
         )
@@ -86,15 +86,15 @@ class Engine:
                 f"generation supports tensor and data parallelism only, got {session.mesh.layout}; the weights of "
                 "any layout load at pipeline 1"
             )
-        tokenizer = session.encoder.tokenizer
+        encoder = session.encoder
         [model] = session.chunks
         assert isinstance(model, Share4V)
-        return cls(model, config=config, vocabulary=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+        return cls(model, config=config, vocabulary=encoder.tokenizer.vocab_size, stop_ids=encoder.stop_ids)
 
     def add(self, request: GenerationRequest) -> None:
         """Append to the waiting queue. Raises DataError for an empty prompt, invalid ids, or too many positions."""
         self._validate(request)
-        self._scheduler.add(Sequence(request, eos_id=self.eos_id))
+        self._scheduler.add(Sequence(request, end_ids=self.stop_ids))
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request; the next step emits its last event. No effect on a finished request."""

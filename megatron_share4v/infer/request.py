@@ -13,8 +13,8 @@ class SamplingParams:
     """How tokens are chosen and when generation ends, after vLLM's SamplingParams.
 
     temperature: up to 0.001 means greedy. top_k: 0 means off. logprobs: number of alternatives per token, None for
-    none. stop_ids end the answer and are not part of it. ignore_eos: the end token does not end it. min_tokens: no stop
-    before this many.
+    none. stop_ids end the answer and are not part of it. ignore_eos: the model's end tokens do not end it. min_tokens:
+    no stop before this many.
     """
 
     max_new_tokens: int

@@ -21,7 +21,7 @@ class Sequence:
     looked_up_images: digests already counted as image cache queries.
     """
 
-    def __init__(self, request: GenerationRequest, *, eos_id: int) -> None:
+    def __init__(self, request: GenerationRequest, *, end_ids: frozenset[int]) -> None:
         prompt, sampling = request.prompt, request.sampling
         self.request, self.sampling = request, sampling
         self.tokens: list[int] = prompt.token_ids.tolist()
@@ -36,7 +36,7 @@ class Sequence:
         self.prompt_keys = tuple(block_keys(self._content))
         self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._prompt_ids = frozenset(token for position, token in enumerate(self.tokens) if position not in slots)
-        self._stop_ids = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | {eos_id}
+        self._stop_ids = sampling.stop_ids if sampling.ignore_eos else sampling.stop_ids | end_ids
 
     @property
     def id(self) -> str:

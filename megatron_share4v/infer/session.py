@@ -87,7 +87,8 @@ class Session:
         for chunk in chunks:
             chunk.eval()
         images = ImagePolicy.from_config(config.model.vision, config.data)
-        template, length = get_template(config.data.template), config.data.max_text_length
+        template = get_template(config.data.template, config.data.trained_markers)
+        length = config.data.max_text_length
         encoder = Encoder(tokenizer=tokenizer, template=template, max_text_length=length, images=images)
         return cls(config=config, mesh=mesh, chunks=chunks, encoder=encoder, weights=manifest.weights)
 
@@ -112,11 +113,11 @@ class Session:
 
     def answer_ids(self, questions: Sequence[Question], *, max_new_tokens: int) -> list[list[int]]:
         """Greedy answers as token ids, without the end token: see `answer`."""
-        patches, tokenizer = self.config.model.vision.num_features, self.encoder.tokenizer
+        patches = self.config.model.vision.num_features
         prompts = [
             make_prompt(self.encoder, q.turns, image=q.image, tokens_per_image=patches, name=q.name) for q in questions
         ]
-        stop, vocabulary = frozenset({tokenizer.eos_id}), tokenizer.vocab_size
+        stop, vocabulary = self.encoder.stop_ids, self.encoder.tokenizer.vocab_size
         return greedy_generate(
             self.chunks, prompts, mesh=self.mesh, max_new_tokens=max_new_tokens, stop_ids=stop, vocabulary=vocabulary
         )

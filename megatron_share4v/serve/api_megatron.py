@@ -104,13 +104,14 @@ def read_options(fields: JsonFields, served: ServedModel) -> tuple[GenerationOpt
         )
     top_k = fields.integer("top_k", 0, low=0, high=1000)
     stops = [text for name, text in (("stop_on_eol", "\n"), ("stop_on_double_eol", "\n\n")) if fields.boolean(name)]
+    stop_token = fields.integer("stop_token", None, low=0, high=tokenizer.vocab_size - 1)
     sampling = SamplingParams(
         max_new_tokens=max(1, tokens),
         temperature=0.0 if top_k == 1 else fields.number("temperature", 1.0, low=0, high=100, above=True),
         top_k=top_k,
         top_p=fields.number("top_p", 0.0, low=0, high=1) or 1.0,  # 0 is off, as in Megatron-LM
         seed=fields.integer("random_seed", None, low=0, high=MAX_SEED),
-        stop_ids=frozenset({fields.integer("stop_token", tokenizer.eos_id, low=0, high=tokenizer.vocab_size - 1)}),
+        stop_ids=served.encoder.stop_ids if stop_token is None else frozenset({stop_token}),
         logprobs=0 if wants_logprobs else None,
         prompt_logprobs=wants_logprobs,
     )

@@ -183,6 +183,7 @@ class OpenAIRoutes:
                 "vocab_size": tokenizer.vocab_size,
                 "bos_token_id": tokenizer.bos_id,
                 "eos_token_id": tokenizer.eos_id,
+                "stop_token_ids": sorted(encoder.stop_ids),
                 "pad_token_id": tokenizer.pad_id,
                 "sha256": tokenizer.fingerprint,
                 "template": template.name,
@@ -229,7 +230,7 @@ class OpenAIRoutes:
         tokenizer = served.encoder.tokenizer
         return RequestLimits(
             vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
+            end_ids=served.encoder.stop_ids,
             max_images=self.config.max_images,
             max_choices=self.config.max_choices,
         )

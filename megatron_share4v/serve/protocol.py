@@ -58,7 +58,7 @@ class RequestLimits:
     """Limits from the served model and the configuration."""
 
     vocab_size: int
-    eos_id: int
+    end_ids: frozenset[int]
     max_images: int
     max_choices: int
 
@@ -137,7 +137,7 @@ def _options(
         presence_penalty=fields.number("presence_penalty", 0.0, low=-2, high=2),
         frequency_penalty=fields.number("frequency_penalty", 0.0, low=-2, high=2),
         seed=fields.integer("seed"),
-        stop_ids=_stop_ids(fields, limits) | (frozenset() if ignore_eos else frozenset({limits.eos_id})),
+        stop_ids=_stop_ids(fields, limits) | (frozenset() if ignore_eos else limits.end_ids),
         ignore_eos=ignore_eos,
         min_tokens=min_tokens,
         logprobs=logprobs,

@@ -60,6 +60,8 @@ class HfTokenizer(Tokenizer):
         self._tokenizer = _load(content, self.path)
         bare = _without_leading_space(content)
         self._bare = self._tokenizer if bare == content else _load(bare, self.path)
+        schemes = [part.get("prepend_scheme") for part in _parts(content["pre_tokenizer"], "pretokenizers")]
+        self.space_after_image = "first" not in schemes
         self._is_byte_level = "ByteLevel" in [part["type"] for part in _parts(content["decoder"], "decoders")]
         base: Mapping[str, int] = content["model"]["vocab"]
         self._names = {token.id: token.text for token in tokens}

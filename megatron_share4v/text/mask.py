@@ -22,8 +22,9 @@ from megatron_share4v.text.template import (
     render_conversation,
     render_prompt,
 )
-from megatron_share4v.text.tokenizer import Tokenizer, check_unicode
-from megatron_share4v.text.typed import encode_escaped, escape_placeholder, escape_typed
+from megatron_share4v.text.template_tokens import marker_ids
+from megatron_share4v.text.tokenizer import Encoding, Tokenizer, check_unicode
+from megatron_share4v.text.typed import encode_escaped, escape_placeholder, escape_special, escape_typed
 
 IGNORE_INDEX = -100
 IMAGE_TOKEN_INDEX = -200
@@ -68,10 +69,10 @@ def encode_conversation(
             f"turn 1 has no {IMAGE_PLACEHOLDER}, which template {template.name!r} needs: {_shown(turns[0].text)}; "
             f"write it there"
         )
-    rendered = render_conversation(template, turns, has_image=has_image)
+    rendered = render_conversation(template, _escape(template, turns, tokenizer), has_image=has_image)
     _check_placeholders(rendered.text, has_image=has_image)
     _check_marks(template, turns, rendered)
-    input_ids, labels = _label(tokenizer, rendered, has_image=has_image)
+    input_ids, labels = _label(tokenizer, template, rendered, has_image=has_image)
     if tokenizer.special_in_text and tokenizer.unk_id in input_ids:
         raise DataError(
             "the text has <unk>, whose id is also that of padding: the official code takes it for padding; remove it "
@@ -94,9 +95,9 @@ def encode_prompt(tokenizer: Tokenizer, template: Template, turns: Sequence[Turn
         raise DataError(
             f"template {template.name!r} asks for the caption of one image; got {len(turns)} turns {_with(has_image)}"
         )
-    text = render_prompt(template, turns, has_image=has_image)
+    text = render_prompt(template, _escape(template, turns, tokenizer), has_image=has_image)
     _check_placeholders(text, has_image=has_image)
-    return _label(tokenizer, RenderedConversation(text=text, trained=()), has_image=has_image)[0]
+    return _label(tokenizer, template, RenderedConversation(text=text, trained=()), has_image=has_image)[0]
 
 
 def encode_chat_prompt(
@@ -136,11 +137,7 @@ def encode_chat_prompt(
             f"{_with(any(images))}"
         )
     text = render_prompt(replace(template, system=system), opened, has_image=any(images))
-    first, *others = text.split(IMAGE_PLACEHOLDER)
-    ids = [*tokenizer.bos_ids, *encode_escaped(first, tokenizer)]
-    for part in others:
-        ids += [IMAGE_TOKEN_INDEX, *encode_escaped(part, tokenizer)]
-    return ids
+    return _label(tokenizer, template, RenderedConversation(text=text, trained=()), has_image=True, escaped=True)[0]
 
 
 def _prepend_image(text: str) -> str:
@@ -148,16 +145,36 @@ def _prepend_image(text: str) -> str:
     return f"{IMAGE_PLACEHOLDER}\n{text}" if text else IMAGE_PLACEHOLDER
 
 
-def _label(tokenizer: Tokenizer, rendered: RenderedConversation, *, has_image: bool) -> tuple[list[int], list[int]]:
-    """Ids and labels of a rendered text.
+def _escape(template: Template, turns: Sequence[Turn], tokenizer: Tokenizer) -> Sequence[Turn]:
+    """Mark special tokens that a record has in its texts, unless the tokenizer takes them for the tokens."""
+    if tokenizer.special_in_text:
+        return turns
+    dropped = HUMAN if template.caption_only else ""
+    return [
+        turn if turn.role == dropped else Message(turn.role, escape_special(turn.text, tokenizer)) for turn in turns
+    ]
 
-    The text on each side of an image is tokenised separately, hence with a leading space after the image as well.
+
+def _label(
+    tokenizer: Tokenizer,
+    template: Template,
+    rendered: RenderedConversation,
+    *,
+    has_image: bool,
+    escaped: bool | None = None,
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a rendered text. A token is trained if one of its characters is.
+
+    The text on each side of an image is tokenised separately, with a leading space after the image as well if the
+    tokenizer has space_after_image. escaped: whether the text has the marks of typed.py; None: as `_escape` leaves it.
     """
+    encode = encode_escaped if escaped or not tokenizer.special_in_text else _encode
+    everywhere = marker_ids(template, tokenizer)
     is_trained = bytearray(len(rendered.text))
     for start, stop in rendered.trained:
         is_trained[start:stop] = b"\1" * (stop - start)
     input_ids = tokenizer.bos_ids
-    labels = [IGNORE_INDEX] * len(input_ids)
+    labels = [i if i in everywhere else IGNORE_INDEX for i in input_ids]
     position = 0
     chunks = rendered.text.split(IMAGE_PLACEHOLDER) if has_image else [rendered.text]
     for number, chunk in enumerate(chunks):
@@ -165,11 +182,17 @@ def _label(tokenizer: Tokenizer, rendered: RenderedConversation, *, has_image: b
             input_ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
             position += len(IMAGE_PLACEHOLDER)
-        ids, spans = tokenizer.encode_with_offsets(chunk)
+        ids, spans = encode(chunk, tokenizer, continues=bool(number) and not tokenizer.space_after_image)
         input_ids += ids
-        labels += [i if is_trained[position + begin] else IGNORE_INDEX for i, (begin, _) in zip(ids, spans)]
+        for i, (begin, end) in zip(ids, spans):
+            counts = any(is_trained[position + begin : position + max(begin + 1, end)]) or i in everywhere
+            labels.append(i if counts else IGNORE_INDEX)
         position += len(chunk)
     return input_ids, labels
+
+
+def _encode(text: str, tokenizer: Tokenizer, *, continues: bool = False) -> Encoding:
+    return tokenizer.encode_with_offsets(text, continues=continues)
 
 
 def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -177,7 +200,7 @@ def _checked(template: Template, turns: Sequence[Turn]) -> Sequence[Turn]:
 
     The official code keeps a leading answer in v0, where it does not check the order.
     """
-    if template.training.answer_mark and turns and turns[0].role == GPT:
+    if (template.training.answer_mark or template.special_tokens) and turns and turns[0].role == GPT:
         turns = turns[1:]
         if turns and turns[0].role == GPT:
             raise DataError(

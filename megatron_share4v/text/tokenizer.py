@@ -32,7 +32,8 @@ class Tokenizer(ABC):
     max_piece_length: no token stands for more characters. special_pieces: names of the special tokens. special_ids: ids
     that decoding drops. special_in_text: whether a special token written out in a record is that token, as in the
     official code for LLaMA; else its characters are text. rule: how a sentencepiece tokenizer tokenises after a special
-    token; None for tokenizer.json. states_rule: whether a file or an option states it. fingerprint: sha256 of all that
+    token; None for tokenizer.json. states_rule: whether a file or an option states it. space_after_image: whether the
+    text after an image gets the leading space of a text at the start. fingerprint: sha256 of all that
     determines the ids, except the rule.
     """
 
@@ -40,6 +41,7 @@ class Tokenizer(ABC):
     class_name: str
     special_in_text: bool
     states_rule: bool = False
+    space_after_image: bool = True
     path: Path
     bos_id: int | None
     eos_id: int

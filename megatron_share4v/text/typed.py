@@ -8,10 +8,10 @@ trained to take for a boundary. tiktoken likewise never takes text for a special
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER, Template
-from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer import Encoding, Tokenizer, check_unicode
 
 # Half surrogate pairs, which cannot occur in a text that passed check_unicode.
 TYPED_PLACEHOLDER, TOKEN_BREAK = "\ud800", "\ud801"
@@ -24,21 +24,46 @@ def escape_placeholder(text: str) -> str:
 
 def escape_typed(text: str, template: Template, tokenizer: Tokenizer) -> str:
     """Mark a typed <image>, and every character of a typed special token or role header; for encode_escaped."""
-    markers = sorted({*tokenizer.special_pieces, *_headers(template)}, key=len, reverse=True)
-    return re.sub(
-        "|".join(map(re.escape, markers)),
-        lambda found: "".join(f"{TOKEN_BREAK}{character}" for character in found[0]) + TOKEN_BREAK,
-        escape_placeholder(text),
-    )
+    return _break(escape_placeholder(text), {*tokenizer.special_pieces, *_headers(template)})
 
 
-def encode_escaped(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Encode a text with marks of escape_typed: no token crosses a TOKEN_BREAK."""
+def escape_special(text: str, tokenizer: Tokenizer) -> str:
+    """Mark every character of a special token in a record's text; for encode_escaped.
+
+    Raises DataError for a text that is not valid Unicode, as the marks are.
+    """
+    check_unicode(text)
+    return _break(text, tokenizer.special_pieces)
+
+
+def encode_escaped(text: str, tokenizer: Tokenizer, *, continues: bool = False) -> Encoding:
+    """Encode a text with marks of this module: no token crosses a TOKEN_BREAK. Spans are those of the marked text.
+
+    continues: other text stands before.
+    """
     ids: list[int] = []
-    for part in text.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER).split(TOKEN_BREAK):
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for part in text.split(TOKEN_BREAK):
         if part:
-            ids += tokenizer.encode_continuation(part) if ids else tokenizer.encode(part)
-    return ids
+            written = part.replace(TYPED_PLACEHOLDER, IMAGE_PLACEHOLDER)
+            own, offsets = tokenizer.encode_with_offsets(written, continues=continues or bool(ids))
+            ids += own
+            spans += [(start + begin, start + end) for begin, end in offsets]
+        start += len(part) + len(TOKEN_BREAK)
+    return ids, spans
+
+
+def _break(text: str, markers: Iterable[str]) -> str:
+    """Put a TOKEN_BREAK around every character of a marker in `text`; the longest marker counts."""
+    found = sorted(markers, key=len, reverse=True)
+    if not found:
+        return text
+    return re.sub(
+        "|".join(map(re.escape, found)),
+        lambda marker: "".join(f"{TOKEN_BREAK}{character}" for character in marker[0]) + TOKEN_BREAK,
+        text,
+    )
 
 
 def _headers(template: Template) -> Iterator[str]:

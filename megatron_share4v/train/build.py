@@ -197,7 +197,8 @@ def open_source(
             f"{len(tokenizer.added)} added tokens), more than model.language.vocab_size "
             f"{config.model.language.vocab_size}; name the model's own tokenizer, or give the model as many"
         )
-    index.check(tokenizer=tokenizer, template=get_template(data.template).name, max_text_length=data.max_text_length)
+    template = get_template(data.template, data.trained_markers)
+    index.check(tokenizer=tokenizer, template=template, max_text_length=data.max_text_length)
     sampler = Sampler.from_config(config, index, order=order)
     for share in source_rows(index):
         get_logger().info("data: %s, %d samples, %.3g times per epoch", share.name, share.count, share.epochs)
@@ -232,7 +233,7 @@ def make_encoder(vision: VisionConfig, data: DataConfig, tokenizer: Tokenizer) -
     """Build the encoder that turns samples into token ids and pixels."""
     return Encoder(
         tokenizer=tokenizer,
-        template=get_template(data.template),
+        template=get_template(data.template, data.trained_markers),
         max_text_length=data.max_text_length,
         images=ImagePolicy.from_config(vision, data),
     )

@@ -35,7 +35,7 @@ def generate_preview(
         prompts,
         mesh=mesh,
         max_new_tokens=max_new_tokens,
-        stop_ids=frozenset({tokenizer.eos_id}),
+        stop_ids=source.encoder.stop_ids,
         vocabulary=tokenizer.vocab_size,
     )
     texts = tuple(tokenizer.decode(ids) for ids in answers)

@@ -64,7 +64,7 @@ def ask(
 ) -> list[Answer]:
     """(ids, finish reason) of each request."""
     engine = Engine.open(session, EngineConfig(max_requests=requests, cache_positions=4096))
-    engine.eos_id = engine.eos_id if eos is None else eos
+    engine.stop_ids = engine.stop_ids if eos is None else frozenset({eos})
     engine = BeamSearchEngine(engine, beams=beams)
     sampling = SamplingParams(**{"max_new_tokens": NEW, **options})
     for number, (prompt, seed) in enumerate(zip(given, seeds)):

@@ -48,7 +48,7 @@ def test_end_token(chunks: list, answer: list[int]) -> None:
     from megatron_share4v.config.engine import EngineConfig
     from megatron_share4v.infer.engine import Engine
 
-    engine = Engine(chunks[0], config=EngineConfig(), vocabulary=VOCABULARY, eos_id=answer[3])
+    engine = Engine(chunks[0], config=EngineConfig(), vocabulary=VOCABULARY, stop_ids=frozenset({answer[3]}))
     assert [event.token_id for event in events_of(engine, prompt(0))] == [*answer[:3], None]
     assert [event.token_id for event in events_of(engine, prompt(0), ignore_eos=True)] == answer
 
@@ -59,7 +59,7 @@ def test_padded_vocabulary_is_never_sampled(chunks: list) -> None:
 
     given = prompt(0, images=0)
     small = type(given)(given.token_ids % 20 + 3, given.image_slots, given.pixels)
-    engine = Engine(chunks[0], config=EngineConfig(), vocabulary=23, eos_id=EOS)
+    engine = Engine(chunks[0], config=EngineConfig(), vocabulary=23, stop_ids=frozenset({EOS}))
     assert all(
         token < 23 for token in ask(engine, [small], temperature=2.0, seeds=[1], ignore_eos=True, max_new_tokens=30)[0]
     )

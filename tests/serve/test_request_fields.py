@@ -17,7 +17,7 @@ from megatron_share4v.serve.messages import read_messages
 from megatron_share4v.serve.protocol import RequestLimits, read_chat, read_completion
 from megatron_share4v.serve.request_fields import CHAT, COMPLETION, DETOKENIZE, MEGATRON, TOKENIZE, check_fields
 
-LIMITS = RequestLimits(vocab_size=700, eos_id=2, max_images=1, max_choices=8)
+LIMITS = RequestLimits(vocab_size=700, end_ids=frozenset({2}), max_images=1, max_choices=8)
 MESSAGES = [{"role": "user", "content": "What?"}]
 PNG = data_url(picture())
 

@@ -1,7 +1,7 @@
 """Convert a conversation template to the Jinja chat template of transformers and vLLM, and detect it from one.
 
-The rendered text equals text.template.render_prompt after <s>. An image is a message part {"type": "image"}; images go
-first, each on its own line. Text is not changed.
+The rendered text equals text.template.render_prompt, after the token that starts a text. An image is a message part
+{"type": "image"}; images go first, each on its own line. Text is not changed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from megatron_share4v.text.template import HUMAN, IMAGE_PLACEHOLDER, TEMPLATES, 
 
 # to_jinja replaces |NAMES| by expressions. Every tag strips the whitespace around it: only expressions write text.
 _JINJA = """\
-{{- bos_token -}}
-{%- set start = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
+|BOS|{%- set start = 1 if messages and messages[0]['role'] == 'system' else 0 -%}
 {%- set system = messages[0]['content'] if start else |SYSTEM| -%}
 {%- if system is not string -%}
   {%- set system = system | map(attribute='text') | join('\\n') -%}
@@ -46,7 +45,7 @@ one is by ' ~ message['role']) -}}
     {%- generation -%}
       {{- |ANSWER_START| ~ text ~ |ANSWER_END| -}}
     {%- endgeneration -%}
-  {%- endif -%}
+|AFTER_ANSWER|  {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
   {{- |HEADER| -}}
@@ -54,8 +53,8 @@ one is by ' ~ message['role']) -}}
 """
 
 
-def to_jinja(template: Template) -> str:
-    """Return the Jinja source of a conversation template.
+def to_jinja(template: Template, *, bos: bool = True) -> str:
+    """Return the Jinja source of a conversation template. bos: whether the tokenizer starts every text with a token.
 
     A first message of role "system" replaces the template's system prompt; an empty one removes it. Raises
     ConversionError for a template with the image in a round of its own, which message parts cannot express.
@@ -82,8 +81,9 @@ def to_jinja(template: Template) -> str:
         "HEADER": _literal(frame.header),
         "ANSWER_START": _literal(frame.answer[0]),
         "ANSWER_END": _literal(frame.answer[1]),
+        "AFTER_ANSWER": f"    {{{{- {_literal(frame.after_answer)} -}}}}\n" if frame.after_answer else "",
     }
-    source = _JINJA
+    source = _JINJA.replace("|BOS|", "{{- bos_token -}}\n" if bos else "")
     for name, expression in expressions.items():
         source = source.replace(f"|{name}|", expression)
     return source
@@ -92,7 +92,7 @@ def to_jinja(template: Template) -> str:
 def detect_template(source: str) -> str | None:
     """Return the name of the template whose Jinja source is `source`; None for other chat templates."""
     plain = (template for name, template in TEMPLATES.items() if name == template.name and not template.tags_image)
-    return next((template.name for template in plain if to_jinja(template) == source), None)
+    return next((one.name for one in plain if source in (to_jinja(one), to_jinja(one, bos=False))), None)
 
 
 def _examples(template: Template) -> str:

@@ -12,6 +12,7 @@ from megatron_share4v.data.records import Example, Sample
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.mask import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_conversation
 from megatron_share4v.text.template import Template
+from megatron_share4v.text.template_tokens import check_special_tokens, marker_ids, stop_ids
 from megatron_share4v.text.tokenizer import Tokenizer
 
 
@@ -23,6 +24,16 @@ class Encoder:
     template: Template
     max_text_length: int
     images: ImagePolicy
+
+    def __post_init__(self) -> None:
+        """Raise DataError unless the tokenizer has the template's special tokens."""
+        check_special_tokens(self.template, self.tokenizer)
+        marker_ids(self.template, self.tokenizer)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return stop_ids(self.template, self.tokenizer)
 
     def encode(self, sample: Sample, *, with_pixels: bool) -> Example:
         """Tokenise a sample and, with `with_pixels`, decode its image.

@@ -34,6 +34,8 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.logging import get_logger
 from megatron_share4v.text.load_tokenizer import load_tokenizer
 from megatron_share4v.text.template import get_template
+from megatron_share4v.text.template_format import Template
+from megatron_share4v.text.template_tokens import check_special_tokens, marker_ids
 from megatron_share4v.text.tokenizer import Tokenizer
 
 MAX_KEY_LENGTH = 64
@@ -89,7 +91,9 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
     if not CAN_CHECK:
         get_logger().warning(NOT_CHECKED)
     tokenizer = load_tokenizer(options.tokenizer, rule=options.tokenizer_rule)
-    template = get_template(options.template)
+    template = get_template(options.template, options.trained_markers)
+    check_special_tokens(template, tokenizer)
+    marker_ids(template, tokenizer)
     if not options.images.is_dir():
         raise DataError(
             f"images {options.images}: not a folder; give the folder that the records' 'image' paths are relative to"
@@ -106,7 +110,7 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
     annotations = AnnotationFile(options.annotations)
     staging = options.output.parent / f".{options.output.name}.partial"
     journal = Journal.open(
-        staging, identity=_identity(options, annotations, tokenizer, template.name), restart=options.restart
+        staging, identity=_identity(options, annotations, tokenizer, template), restart=options.restart
     )
     try:
         images = scan_images(options.images, table=staging / ARCHIVES, in_place=options.in_place)
@@ -121,7 +125,7 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
         )
         _write_samples(annotations, validator or default_validator, writer, workers=options.workers)
         _refuse_too_many(journal, options=options)
-        summary = _finish(journal, options=options, tokenizer=tokenizer, template=template.name, images=images)
+        summary = _finish(journal, options=options, tokenizer=tokenizer, template=template, images=images)
     finally:
         journal.close()
     _publish(staging, options.output)
@@ -129,7 +133,7 @@ def prepare(options: PrepareOptions, *, validator: Validator | None = None) -> P
 
 
 def _identity(
-    options: PrepareOptions, annotations: AnnotationFile, tokenizer: Tokenizer, template: str
+    options: PrepareOptions, annotations: AnnotationFile, tokenizer: Tokenizer, template: Template
 ) -> dict[str, object]:
     """Properties that must match to resume an unfinished preparation."""
     return {
@@ -140,7 +144,8 @@ def _identity(
         "images": str(options.images.resolve()),
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_rule": tokenizer.rule,
-        "template": template,
+        "template": template.name,
+        "trained_markers": template.trained_markers,
         "max_text_length": options.max_text_length,
         "samples_per_shard": options.samples_per_shard,
         "in_place": options.in_place,
@@ -301,7 +306,7 @@ def _refuse_too_many(journal: Journal, *, options: PrepareOptions) -> None:
 
 
 def _finish(
-    journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, template: str, images: ImageFiles
+    journal: Journal, *, options: PrepareOptions, tokenizer: Tokenizer, template: Template, images: ImageFiles
 ) -> PrepareSummary:
     """Write index, description and list of duplicates, which completes the directory."""
     kept, shards = journal.rows, tuple(journal.shards)
@@ -320,7 +325,8 @@ def _finish(
         keys_sha256="",
         tokenizer_fingerprint=tokenizer.fingerprint,
         tokenizer_rule=tokenizer.rule,
-        template=template,
+        template=template.name,
+        trained_markers=template.trained_markers,
         max_text_length=options.max_text_length,
         sources=_source_counts(journal),
         images_root=str(options.images.resolve()) if options.in_place else None,

@@ -18,6 +18,7 @@ from megatron_share4v.config.data import BlendSource
 from megatron_share4v.data.records import Sample
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
+from megatron_share4v.text.template_format import Template
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerRule
 
@@ -95,7 +96,7 @@ class BlendedIndex:
         member = self.members[number]
         return f"{member.name}:{member.index.key(local)}"
 
-    def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
+    def check(self, *, tokenizer: Tokenizer, template: Template, max_text_length: int) -> None:
         """Run Index.check on each member."""
         for member in self.members:
             member.index.check(tokenizer=tokenizer, template=template, max_text_length=max_text_length)

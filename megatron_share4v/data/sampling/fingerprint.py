@@ -33,6 +33,8 @@ def describe_data(sampler: Sampler, encoder: Encoder) -> dict[str, FingerprintVa
     }
     if encoder.tokenizer.rule not in (None, LEGACY_RULE):  # as it was before there were rules
         described["tokenizer_rule"] = encoder.tokenizer.rule
+    if encoder.template.trained_markers != "answer_only":  # the only one when older checkpoints were written
+        described["trained_markers"] = encoder.template.trained_markers
     return described | {f"image policy {name}": value for name, value in _describe_policy(encoder.images).items()}
 
 

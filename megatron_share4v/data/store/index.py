@@ -18,6 +18,7 @@ import numpy as np
 from megatron_share4v.data.store.shards import REMEDY
 from megatron_share4v.errors import DataError
 from megatron_share4v.files import read_text
+from megatron_share4v.text.template_format import Template, TrainedMarkers
 from megatron_share4v.text.tokenizer_config import LEGACY_RULE, TokenizerRule
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class DatasetInfo:
     sources: dict[str, SourceCount]
     images_root: str | None = None  # folder of images that were left in place
     tokenizer_rule: TokenizerRule | None = LEGACY_RULE  # of data sets that do not state it; null: a tokenizer.json
+    trained_markers: TrainedMarkers = "answer_only"
     version: int = VERSION
 
     @staticmethod
@@ -141,18 +143,20 @@ class Index:
             raise DataError(f"data set {directory}: " + "; ".join(problems) + f". {REMEDY}")
         return index
 
-    def check(self, *, tokenizer: Tokenizer, template: str, max_text_length: int) -> None:
+    def check(self, *, tokenizer: Tokenizer, template: Template, max_text_length: int) -> None:
         """Raise DataError, naming each difference, unless the data set was prepared with these settings."""
         configured = {
             "tokenizer": tokenizer.fingerprint,
             "tokenizer_rule": tokenizer.rule,
-            "template": template,
+            "template": template.name,
+            "trained_markers": template.trained_markers,
             "max_text_length": max_text_length,
         }
         prepared = {
             "tokenizer": self.info.tokenizer_fingerprint,
             "tokenizer_rule": self.info.tokenizer_rule,
             "template": self.info.template,
+            "trained_markers": self.info.trained_markers,
             "max_text_length": self.info.max_text_length,
         }
         differences = [

@@ -16,6 +16,7 @@ from megatron_share4v.data.sampling.packing import Packing
 from megatron_share4v.data.sampling.sampler import Sampler
 from megatron_share4v.data.store.index import Index
 from megatron_share4v.errors import DataError
+from megatron_share4v.text.template import get_template
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def test_rows_keys_and_samples_are_those_of_the_parts(prepared, second, encoder)
     assert store.read(27, with_image=True) == alone.read(3, with_image=True)
     store.close()
     alone.close()
-    blend.check(tokenizer=encoder.tokenizer, template="vicuna_v1", max_text_length=512)
+    blend.check(tokenizer=encoder.tokenizer, template=get_template("vicuna_v1"), max_text_length=512)
     with pytest.raises(DataError, match="template is plain, prepared with vicuna_v1"):
-        blend.check(tokenizer=encoder.tokenizer, template="plain", max_text_length=512)
+        blend.check(tokenizer=encoder.tokenizer, template=get_template("plain"), max_text_length=512)
 
 
 def test_one_directory_is_no_blend(prepared):

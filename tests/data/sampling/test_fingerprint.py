@@ -53,6 +53,8 @@ def test_encoding(prepared, encoder):
 
     assert named() == ""
     assert named(template=get_template("plain")) == "template: was vicuna_v1, is plain"
+    official = dataclasses.replace(encoder.template, trained_markers="official")
+    assert named(template=official) == "trained_markers: was not set, is official"
     assert named(max_text_length=64) == "max_text_length: was 512, is 64"
     policy = ImagePolicy(image_size=56, aspect_ratio="square")
     assert (

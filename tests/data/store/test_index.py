@@ -13,6 +13,7 @@ from megatron_share4v.data.store.index import Index
 from megatron_share4v.data.store.sample_reader import SampleReader
 from megatron_share4v.errors import DataError
 from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_share4v.text.template import get_template
 
 
 @pytest.fixture
@@ -96,15 +97,15 @@ class OtherTokenizer:
 
 def test_check_names_each_difference(prepared):
     tokenizer = SentencePieceTokenizer(prepared.tokenizer_path)
-    prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=512)
+    prepared.index.check(tokenizer=tokenizer, template=get_template("vicuna_v1"), max_text_length=512)
     with pytest.raises(
         DataError,
         match="was prepared with other settings than this run's: max_text_length is 64, prepared with 512. Set",
     ):
-        prepared.index.check(tokenizer=tokenizer, template="vicuna_v1", max_text_length=64)
+        prepared.index.check(tokenizer=tokenizer, template=get_template("vicuna_v1"), max_text_length=64)
     with pytest.raises(
         DataError,
         match="tokenizer is ffffffffffff, prepared with .*; tokenizer_rule is legacy, prepared with transformers-4.31; "
         "template is plain, prepared with vicuna_v1",
     ):
-        prepared.index.check(tokenizer=OtherTokenizer(), template="plain", max_text_length=512)
+        prepared.index.check(tokenizer=OtherTokenizer(), template=get_template("plain"), max_text_length=512)
