@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_family
+from tiny import LENGTH, MICRO_BATCH, micro_batches, step_items, tiny_family, with_tower
 from tolerances import LAYOUT_LOSS, LAYOUT_NORM, LAYOUT_WEIGHT
 
 from megatron_share4v.config.parallel import ParallelConfig
@@ -36,6 +36,7 @@ class Variant:
     gather: bool = False
     layout: str | tuple[int, ...] = "auto"
     family: str = "plain"
+    tower: str = "clip"
     lengths: str = "equal"
     """`masked`: labels beyond a length of each micro-batch are dropped.
 
@@ -47,6 +48,7 @@ TRAINABLE = {
     "half_tower": {"vision_from_block": 1},
     "projector": {"language": False, "projector": True},
     "frozen_tower": {"language": True, "projector": True},
+    "whole_tower": {"vision_from_block": -1},
 }
 
 
@@ -75,6 +77,7 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     from megatron_share4v.train.step import StepSettings, train_step
 
     model, dtype = tiny_family(variant.family, **TRAINABLE[variant.trainable]), DTYPES[variant.dtype]
+    model = with_tower(model, variant.tower)
     parallel = _parallel_config(variant)
     ops = select_ops_backend(variant.ops, mesh=mesh).implementation
     recompute = variant.recompute
@@ -95,7 +98,10 @@ def train_variant(mesh, variant: Variant) -> Outcome:
     optimizer = build_optimizer(chunks, optim, parallel=parallel, dtype=dtype)
     outcome = Outcome([], [], parameter_counts(bare, mesh=mesh), {})
     for step in range(STEPS):
-        batches = [_with_own_length(batch, number, variant.lengths) for number, batch in enumerate(micro_batches(step))]
+        batches = [
+            _with_own_length(batch, number, variant.lengths)
+            for number, batch in enumerate(micro_batches(step, image_size=model.vision.image_size))
+        ]
         own_batches = [
             slice_for_context_parallel(
                 batch, rank=mesh.coordinates.context, size=variant.context, sequence_length=batch.token_ids.size(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
-from tiny import PATCHES, tiny_family
+from tiny import PATCHES, tiny_family, with_tower
 from tolerances import PACKED_GRADIENT, PACKED_LOSS
 
 from megatron_share4v.data.loading.collate import StageRole, collate
@@ -36,7 +36,7 @@ class Result:
     gradients: dict[str, torch.Tensor]
 
 
-def examples() -> list[Example]:
+def examples(*, image_size: int) -> list[Example]:
     """Samples of 5 to 21 positions; one in four is text only, one in six has no labels."""
     generator = torch.Generator().manual_seed(3)
     result = []
@@ -49,6 +49,7 @@ def examples() -> list[Example]:
         labels = ids.clone()
         labels[: length if number % 6 == 5 else 3] = -100
         pixels = torch.randint(0, 256, (images, 16, 16, 3), generator=generator, dtype=torch.uint8)
+        pixels = pixels.repeat(1, 2, 2, 1)[:, :image_size, :image_size]
         result.append(Example(key=str(number), name=str(number), input_ids=ids, labels=labels, pixels=pixels))
     return result
 
@@ -57,9 +58,9 @@ def positions(samples: list[Example]) -> np.ndarray:
     return np.array([len(sample.input_ids) + len(sample.pixels) * (PATCHES - 1) for sample in samples])
 
 
-def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
+def micro_batches(*, packed: bool, image_size: int) -> tuple[list[Batch], int, int]:
     """Return (micro-batches, sequence length, sequences per micro-batch)."""
-    samples = examples()
+    samples = examples(image_size=image_size)
     lengths = positions(samples)
     both = dict(tokens_per_image=PATCHES, role=StageRole(first=True, last=True))
     if not packed:
@@ -85,7 +86,7 @@ def micro_batches(*, packed: bool) -> tuple[list[Batch], int, int]:
     return batches, PACK_LENGTH, 2
 
 
-def train(mesh, parallel, *, packed: bool, family: str, kernel: str = "sdpa", seed: int = 1) -> Result:
+def train(mesh, parallel, *, packed: bool, family: str, tower: str, kernel: str = "sdpa", seed: int = 1) -> Result:
     """Return loss and gradients of one step."""
     from megatron_share4v.mcore.layer_options import LayerOptions
     from megatron_share4v.mcore.optimizer import wrap_ddp
@@ -94,14 +95,15 @@ def train(mesh, parallel, *, packed: bool, family: str, kernel: str = "sdpa", se
     from megatron_share4v.train.data_feed import StepData
     from megatron_share4v.train.step import StepSettings, reduce_losses, run_micro_batches
 
-    model = tiny_family(family)
+    model = with_tower(tiny_family(family), tower)
+    image_size = model.vision.image_size
     bare = build_chunks(
         model, mesh=mesh, parallel=parallel, dtype=torch.float32, options=LayerOptions(attention=kernel)
     )
     initialize_weights(bare, seed=seed, model=model)
     chunks = wrap_ddp(bare, mesh=mesh, parallel=parallel)
-    batches, length, sequences = micro_batches(packed=packed)
-    items = GlobalBatch(0, np.arange(SAMPLES), positions(examples()), length, 0, 0)
+    batches, length, sequences = micro_batches(packed=packed, image_size=image_size)
+    items = GlobalBatch(0, np.arange(SAMPLES), positions(examples(image_size=image_size)), length, 0, 0)
     mine = [
         slice_for_context_parallel(
             batch, rank=mesh.coordinates.context, size=mesh.layout.context, sequence_length=length
@@ -123,7 +125,9 @@ def train(mesh, parallel, *, packed: bool, family: str, kernel: str = "sdpa", se
     return Result(loss, gradients)
 
 
-def compare(family: str, layouts: list[tuple[int, int, int, int, bool]]) -> list[tuple[tuple, float, float, float]]:
+def compare(
+    family: str, tower: str, layouts: list[tuple[int, int, int, int, bool]]
+) -> list[tuple[tuple, float, float, float]]:
     """Return (layout, loss, loss difference, largest gradient difference) of this rank."""
     from megatron_share4v.config.parallel import ParallelConfig
     from megatron_share4v.mcore.groups import open_mesh
@@ -143,10 +147,11 @@ def compare(family: str, layouts: list[tuple[int, int, int, int, bool]]) -> list
             distributed_optimizer=False,
         )
         with open_mesh(layout, device=Device("cpu")) as mesh:
-            alone = train(mesh, parallel, packed=False, family=family)
+            kind = dict(family=family, tower=tower)
+            alone = train(mesh, parallel, packed=False, **kind)
             assert max(float(gradient.abs().max()) for gradient in alone.gradients.values()) > 1e-3
             for kernel in KERNELS:
-                packed = train(mesh, parallel, packed=True, family=family, kernel=kernel)
+                packed = train(mesh, parallel, packed=True, kernel=kernel, **kind)
                 gradient = max(
                     float((alone.gradients[name] - packed.gradients[name]).abs().max()) for name in alone.gradients
                 )
@@ -154,9 +159,12 @@ def compare(family: str, layouts: list[tuple[int, int, int, int, bool]]) -> list
     return rows
 
 
-@pytest.mark.parametrize(("world", "family"), [(1, "all"), (2, "all"), (4, "plain")])
-def test_packed_training_equals_training_one_by_one(world: int, family: str) -> None:
-    for rows in run_world(world, compare, family, LAYOUTS[world]):
+@pytest.mark.parametrize(
+    ("world", "family", "tower"),
+    [(1, "all", "siglip"), (1, "plain", "dinov2"), (2, "all", "clip"), (4, "plain", "clip")],
+)
+def test_packed_training_equals_training_one_by_one(world: int, family: str, tower: str) -> None:
+    for rows in run_world(world, compare, family, tower, LAYOUTS[world]):
         for layout, loss, loss_difference, gradient_difference in rows:
             print(layout, loss_difference, gradient_difference)
             assert 4.0 < loss < 5.5
