@@ -41,7 +41,8 @@ class DataConfig:
     max_text_length: PositiveInt = 2048
     """Text positions kept per sample, an image counted as one (ShareGPT4V's model_max_length)."""
     image_aspect_ratio: Literal["square", "pad"] = "pad"
-    """`square`: resize the short side and crop the centre. `pad`: pad to a square with the mean colour first."""
+    """`pad`: pad to a square with the tower's mean colour first. `square`: do not; what the resize cuts or distorts
+    then follows from `model.vision.resize`."""
     image_orientation: Literal["stored", "exif"] = "stored"
     """`stored`: pixels as they are in the file, as the official code trains. `exif`: turned upright by the EXIF tag of
     cameras. Applied in training, and by everything that later runs the checkpoint."""
@@ -66,9 +67,9 @@ class DataConfig:
     """A loader process that returns nothing for this long is logged, killed and restarted at the same position; after a
     second time its micro-batch is left out. Other ranks wait meanwhile, so parallel.timeout_s must be longer."""
     image_backend: Literal["pil", "torch_u8", "dali"] = "pil"
-    """`pil`: the reference, bitwise equal to CLIP's image processor. `torch_u8`: differs by at most 2 of 255, faster.
-    `dali`: NVIDIA DALI, on the GPU when there is one (extra [dali]). All but pil are compared with it on some images
-    at start."""
+    """`pil`: the reference, bitwise equal to Hugging Face's image processors. `torch_u8`: differs by at most 2 of 255,
+    faster; leaves the filter lanczos to pil. `dali`: NVIDIA DALI, on the GPU when there is one (extra [dali]). All but
+    pil are compared with it on some images at start."""
     max_faulty_fraction: Fraction = 0.001
     """Samples that cannot be read are replaced by samples without labels and listed in quarantine.jsonl; more than this
     fraction of the consumed samples (and more than 8) ends the run. 0: the first one ends it."""

@@ -83,7 +83,8 @@ class Failure:
 class Decoding:
     """Decoding settings of a benchmark's official script; always greedy.
 
-    image_mode: padded to a square, or resized and cropped at the centre.
+    image_mode: padded to a square (`pad`), or not (`crop`): resized and cropped at the centre, or resized to a square
+    by a tower of that rule.
 
     system: "a curious user" (vicuna_v1) or "a curious human" (share4v_v1).
     """

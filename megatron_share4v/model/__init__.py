@@ -1,1 +1,1 @@
-"""The model: CLIP ViT tower, projector, LLaMA decoder, and their split into pipeline stages."""
+"""The model: ViT tower, projector, decoder, and their split into pipeline stages."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_share4v.config.data import DataConfig
-from megatron_share4v.config.model import LanguageConfig, ModelConfig
+from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
 from megatron_share4v.config.parallel import ParallelConfig
 from megatron_share4v.config.precision import PrecisionConfig, length_multiple
 from megatron_share4v.config.run import RunConfig, RunSection
@@ -86,6 +86,29 @@ def test_length_multiple_of_a_run() -> None:
 def test_invalid_fp8_configurations(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(**wrong)
+
+
+SO400M = VisionConfig(
+    image_size=384, hidden_size=1152, intermediate_size=4304, num_layers=27, num_attention_heads=16, class_token=False,
+    feature_select="full",
+)  # fmt: skip
+
+
+def test_fp8_widths_of_a_tower() -> None:
+    """4304 is 16 x 269: a tower on two tensor ranks stays in dtype."""
+    model = ModelConfig(vision=SO400M)
+    run(fp8="tensorwise", fp8_tower=True, model=model)
+    run(fp8="tensorwise", model=model, parallel={"tensor": 2})
+    message = "model.vision.intermediate_size gives 2152 on each of parallel.tensor 2 ranks"
+    with pytest.raises(ValueError, match=message):
+        run(fp8="tensorwise", fp8_tower=True, model=model, parallel={"tensor": 2})
+
+
+def test_transformer_engine_needs_positions_in_multiples_of_8() -> None:
+    choice = {"fp8": "tensorwise", "engine": "all", "fp8_tower": True}
+    with pytest.raises(ValueError, match="an image has 729 positions"):
+        run(model=ModelConfig(vision=SO400M), **choice)
+    run(model=ModelConfig(vision=replace(SO400M, image_size=336)), **choice)  # 576 positions
 
 
 def test_fp8_widths_on_a_tensor_rank() -> None:

@@ -105,6 +105,12 @@ def test_every_benchmark_end_to_end(name: str, split: str | None, replica: Repli
         and content["complete"] == (task.judged is None)  # the judge's replies are missing
         and content["checkpoint"]["dtype"] == "fp32"
     )
+    pictures = content["preprocessing"]
+    assert (pictures["pad_colour"], pictures["resample"], pictures["resize"]) == (
+        (122, 116, 104),
+        "bicubic",
+        "shortest_edge",
+    )
     assert (tmp_path / "out/submission").exists() == ((name, split) in SUBMITTED)
     assert ("| tiny" in (tmp_path / "out/table.md").read_text()) == is_scored
     if task.judged:
