@@ -11,8 +11,6 @@ from functools import lru_cache
 import torch
 
 from megatron_share4v.config.model import VisionConfig
-from megatron_share4v.data.images.policy import CLIP_MEAN as CLIP_MEAN
-from megatron_share4v.data.images.policy import CLIP_STD as CLIP_STD
 from megatron_share4v.data.images.policy import ImagePolicy, Statistics
 
 CLIP = VisionConfig()
