@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_model, with_tower
+from tiny import LENGTH, MICRO_BATCH, micro_batches, tiny_family, tiny_model, with_tower
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -91,6 +91,16 @@ def test_unpacked(trainable: str, mesh: Mesh) -> None:
     assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(expected, rel=WITHIN)
     matrices, attention = computed(model, amounts)
     assert expected == (matrices + flops_by_part(model, amounts).head.forward, attention)
+
+
+def test_own_head_width_and_tied_head(mesh: Mesh) -> None:
+    """Heads wider than hidden_size / heads; norms, biases and rotation are no matrix products."""
+    model, batch = without_padded_rows(tiny_family("all")), micro_batches(0)[0]
+    amounts = WorkloadCounts(
+        positions=MICRO_BATCH * LENGTH, squares=MICRO_BATCH * LENGTH**2, images=2, head_rows=batch.targets.numel()
+    )
+    expected = computed(model, amounts, PLAIN)
+    assert counted(model, batch, mesh=mesh, ops="reference") == pytest.approx(expected, rel=WITHIN)
 
 
 def test_linear_projector(mesh: Mesh) -> None:
