@@ -42,7 +42,7 @@ train_stage pretrain "$seed"
 train_stage finetune $((seed + 1)) checkpoint.initialize_from="$out/pretrain/checkpoints/latest" \
     run.exit_at_step="$exit_at_step"
 train_stage finetune $((seed + 1)) checkpoint.initialize_from="$out/pretrain/checkpoints/latest" \
-    parallel.tensor=2 train.micro_batch_size=24
+    parallel.tensor=2
 rm -rf "$out/hf"  # an export belongs to one checkpoint, and a second call may have trained further
 python tools/convert.py export --from "$out/finetune" --to "$out/hf" --layout llava-hf
 python examples/quickstart/compare_export.py --out "$out"
