@@ -31,10 +31,12 @@ CORPUS = (
 )
 
 
-def write_qwen_like(directory: Path, *, special: Sequence[str] = QWEN_TOKENS, **config: object) -> Path:
+def write_qwen_like(
+    directory: Path, *, special: Sequence[str] = QWEN_TOKENS, pieces: int = 500, **config: object
+) -> Path:
     """Write tokenizer.json and tokenizer_config.json as of Qwen2.5 Instruct: no bos, <|im_end|> ends a turn."""
     named = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
-    tokenizer = _byte_level(digits=1, normalizer=normalizers.NFC())
+    tokenizer = _byte_level(digits=1, normalizer=normalizers.NFC(), pieces=pieces)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in QWEN_WORDS])
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
@@ -81,7 +83,7 @@ def write_phi_3_like(directory: Path, **config: object) -> Path:
     return _write(directory, tokenizer, {**own, **named, **config})
 
 
-def _byte_level(*, digits: int, normalizer: normalizers.Normalizer | None) -> Tokenizer:
+def _byte_level(*, digits: int, normalizer: normalizers.Normalizer | None, pieces: int = 500) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=digits > 1))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -94,7 +96,7 @@ def _byte_level(*, digits: int, normalizer: normalizers.Normalizer | None) -> To
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=pieces, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
     return tokenizer

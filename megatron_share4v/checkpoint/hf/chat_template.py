@@ -95,6 +95,26 @@ def detect_template(source: str) -> str | None:
     return next((one.name for one in plain if source in (to_jinja(one), to_jinja(one, bos=False))), None)
 
 
+def recognise_template(source: str) -> str | None:
+    """Return the template whose markers a chat template of a language model's own files writes; None without one.
+
+    A ChatML template without a default system prompt counts as qwen_3, whatever it does with thoughts and tools.
+    """
+    return next((name for name, marks in _MARKS if all(mark in source for mark in marks)), None)
+
+
+_MARKS = (
+    ("llama_3", ("<|start_header_id|>", "<|eot_id|>")),
+    ("qwen_2.5", ("<|im_start|>", "You are Qwen, created by Alibaba Cloud.")),
+    ("qwen_2", ("<|im_start|>", "You are a helpful assistant")),
+    ("qwen_3", ("<|im_start|>", "<|im_end|>")),
+    ("phi_3", ("<|end|>", "<|assistant|>")),
+    ("llama_2", ("[INST]", "<<SYS>>")),
+    ("mistral", ("[INST]", "[/INST]")),
+)
+"""Templates by what a published chat template contains; the first that fits counts."""
+
+
 def _examples(template: Template) -> str:
     """Render the example rounds at the start of every prompt."""
     frame = template.prompt

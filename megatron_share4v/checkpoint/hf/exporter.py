@@ -298,7 +298,7 @@ def _unused(opened: OpenCheckpoint, naming: Naming) -> dict[str, LazyTensor]:
 
 
 def _with_added_rows(opened: OpenCheckpoint, plain: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    rows = metadata_files.llava_vocab_rows(opened.config.model, opened.tokenizer.added)
+    rows = metadata_files.llava_vocab_rows(opened.config.model, opened.tokenizer)
     names = {"embedding": f"{LLAVA_HF.decoder}embed_tokens.weight", "head": f"{LLAVA_HF.head}weight"}
     if opened.config.model.language.tie_word_embeddings:
         del names["head"]

@@ -54,6 +54,7 @@ from megatron_share4v.logging import get_logger
 from megatron_share4v.mcore.dist_checkpoint_files import ByteRange, describe_tensors, write_tensor
 from megatron_share4v.model.initialize import initial_value
 from megatron_share4v.parallel.layout import Layout
+from megatron_share4v.text.template import get_template
 
 FILE_BYTES = 1 << 30
 
@@ -78,9 +79,16 @@ def import_model(paths: HfSource, target: Path, *, options: ImportOptions) -> Ma
     Raises ConversionError naming the tensor, key or file that does not fit; `target` does not exist then.
     """
     paths = paths.resolve()
-    template = choose_template([path for path in (paths.directory, paths.base) if path is not None], options.template)
-    options = replace(options, template=template)
+    if options.template is not None:
+        get_template(options.template)  # an unknown name ends the import before the model is looked at
     hf_model = open_hf_model(paths)
+    template = choose_template(
+        [path for path in (paths.directory, paths.base) if path is not None],
+        options.template,
+        tokenizer=hf_model.tokenizer,
+        model_type=hf_model.config.language.model_type,
+    )
+    options = replace(options, template=template)
     as_stored = megatron_tensors(hf_model, seed=options.seed)
     _check_tower(paths, as_stored)
     tensors = _in_dtype(as_stored, options.dtype)

@@ -19,11 +19,10 @@ from megatron_share4v.checkpoint.hf.text_config import to_text_config
 from megatron_share4v.checkpoint.hf.tokenizer import (
     ExportedTokenizer,
     export_tokenizer,
-    layout_token_ids,
     slow_special_tokens_map,
     slow_tokenizer_config,
-    special_tokens_map,
 )
+from megatron_share4v.checkpoint.hf.tokenizer_json import ExportedHfTokenizer, layout_token_ids
 from megatron_share4v.checkpoint.hf.vision_config import to_vision_config
 from megatron_share4v.checkpoint.hf.vocab import padded_llava_rows
 from megatron_share4v.checkpoint.lazy_tensor import FLOATS
@@ -32,19 +31,18 @@ from megatron_share4v.errors import ConversionError
 from megatron_share4v.text.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template
-from megatron_share4v.text.tokenizer import PAD, Tokenizer
-from megatron_share4v.text.tokenizer_config import ADDED_TOKENS, TOKENIZER_CONFIG, AddedToken
+from megatron_share4v.text.tokenizer import Tokenizer
+from megatron_share4v.text.tokenizer_config import ADDED_TOKENS, TOKENIZER_CONFIG
 
 _IMAGE_POLICIES = ("pad", "square")
 
 
-def llava_vocab_rows(model: ModelConfig, added: tuple[AddedToken, ...] = ()) -> int:
-    """Return the vocabulary rows in llava-hf: the model's tokens, <image> and <pad>, rounded up to a multiple of 64.
+def llava_vocab_rows(model: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Return the vocabulary rows in llava-hf: the model's, <image> and <pad>, rounded up to a multiple of 64.
 
-    added: added tokens of the tokenizer, which can have <image> and <pad> already.
+    <image> and <pad> are in the model's spare rows if it has more rows than the tokenizer has tokens.
     """
-    size = model.language.vocab_size
-    last = max(size - 1, *layout_token_ids(added, vocab_size=size).values())
+    last = max(model.language.vocab_size - 1, *layout_token_ids(tokenizer).values())
     return padded_llava_rows(last + 1)
 
 
@@ -75,33 +73,30 @@ def write_llava_hf_files(
         )
     conversation = get_template(template)
     tokens = export_tokenizer(tokenizer, conversation, vocab_size=model.language.vocab_size)
-    chat = to_jinja(conversation)
+    chat = to_jinja(conversation, bos=tokens.bos_id is not None)
+    rows = llava_vocab_rows(model, tokenizer)
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(
         directory / "config.json",
         _llava_config(
             model,
             tokens,
+            rows=rows,
             image_aspect_ratio=image_aspect_ratio,
             dtype=dtype,
             tower_dtype=tower_dtype or dtype,
             tower_is_whole=tower_is_whole,
         ),
     )
-    _write_json(directory / "generation_config.json", _generation_config(tokens.model, pad_id=tokens.pad_id))
+    _write_json(directory / "generation_config.json", _generation_config(tokens))
     pads = image_aspect_ratio == "pad"
     image = to_image_processor(model.vision, pads=pads)
     _write_json(directory / "preprocessor_config.json", {**image, "do_pad": pads, "processor_class": "LlavaProcessor"})
     _write_json(directory / "processor_config.json", _processor_config(model.vision))
-    _write_json(directory / "tokenizer.json", tokens.tokenizer_json())
-    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-    _write_json(
-        directory / TOKENIZER_CONFIG, tokens.tokenizer_config(max_length=model.language.max_position_embeddings)
-    )
-    _write_json(
-        directory / "special_tokens_map.json",
-        {**special_tokens_map(tokens.model, pad=PAD), "image_token": IMAGE_PLACEHOLDER},
-    )
+    for name, content in tokens.files(max_length=model.language.max_position_embeddings).items():
+        _write_json(directory / name, content)
+    for path in tokens.copied:
+        shutil.copyfile(path, directory / tokenizer.file_name)
     (directory / "chat_template.jinja").write_text(chat, encoding="utf-8")
     _write_json(directory / "chat_template.json", {"chat_template": chat})
 
@@ -141,7 +136,8 @@ def write_share4v_files(
     folder.mkdir(parents=True, exist_ok=True)
     config = _share4v_config(model, tokens, tower_name=tower_name, image_aspect_ratio=image_aspect_ratio, dtype=dtype)
     _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", _generation_config(tokens, pad_id=tokens.unk_id))
+    ids = {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.unk_id}
+    _write_json(directory / "generation_config.json", ids)
     shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
     _write_json(
         directory / TOKENIZER_CONFIG,
@@ -163,8 +159,9 @@ def write_share4v_files(
 
 def _llava_config(
     model: ModelConfig,
-    tokens: ExportedTokenizer,
+    tokens: ExportedTokenizer | ExportedHfTokenizer,
     *,
+    rows: int,
     image_aspect_ratio: str,
     dtype: str,
     tower_dtype: str,
@@ -189,7 +186,7 @@ def _llava_config(
         "vision_feature_select_strategy": vision.feature_select,
         # Releases of transformers read it here, in text_config, or in both.
         "tie_word_embeddings": model.language.tie_word_embeddings,
-        "text_config": _language_config(model, tokens.model, vocab_size=llava_vocab_rows(model)),
+        "text_config": _language_config(model, tokens, vocab_size=rows),
         "vision_config": {**to_vision_config(vision, has_optional=tower_is_whole), **own},
     }
 
@@ -227,17 +224,21 @@ def _share4v_config(
     }
 
 
-def _language_config(model: ModelConfig, tokens: SentencePieceModel, *, vocab_size: int) -> dict[str, Any]:
+def _language_config(
+    model: ModelConfig, tokens: SentencePieceModel | ExportedTokenizer | ExportedHfTokenizer, *, vocab_size: int
+) -> dict[str, Any]:
     text = to_text_config(model.language, vocab_size=vocab_size, init_std=model.init_std)
     return {**text, "bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id}
 
 
-def _generation_config(tokens: SentencePieceModel, *, pad_id: int) -> dict[str, int]:
+def _generation_config(tokens: ExportedTokenizer | ExportedHfTokenizer) -> dict[str, int | list[int] | None]:
     """Return token ids only.
 
     Servers use a temperature written here as their default, and transformers refuses to save one without sampling.
     """
-    return {"bos_token_id": tokens.bos_id, "eos_token_id": tokens.eos_id, "pad_token_id": pad_id}
+    ends = tokens.eos_ids
+    eos = ends[0] if len(ends) == 1 else ends
+    return {"bos_token_id": tokens.bos_id, "eos_token_id": eos, "pad_token_id": tokens.pad_id}
 
 
 def _processor_config(vision: VisionConfig) -> dict[str, Any]:

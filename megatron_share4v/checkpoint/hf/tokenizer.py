@@ -9,11 +9,14 @@ pre-tokenizer. Writes no files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_share4v.checkpoint.hf.tokenizer_json import ExportedHfTokenizer, export_hf_tokenizer, layout_token_ids
 from megatron_share4v.errors import ConversionError
+from megatron_share4v.text.hf_tokenizer import HfTokenizer
 from megatron_share4v.text.sentencepiece_model import (
     ModelType,
     PieceType,
@@ -31,14 +34,15 @@ SPACE = "▁"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedTokenizer:
-    """A sentencepiece model of `vocab_size` tokens with <image> and <pad> as the next ids, unless it has them.
+    """A sentencepiece model with <image> and <pad>, whose ids are `layout_ids`.
 
     added: tokens after the pieces. openings: for the rule transformers-4.31, the texts with which a template goes on
     after a special token, each as (first token, rest).
     """
 
     model: SentencePieceModel
-    vocab_size: int
+    path: Path
+    layout_ids: Mapping[str, int]
     rule: TokenizerRule = LEGACY_RULE
     added: tuple[AddedToken, ...] = ()
     openings: tuple[tuple[str, str], ...] = ()
@@ -46,16 +50,43 @@ class ExportedTokenizer:
     @property
     def image_id(self) -> int:
         """Id of <image>, the placeholder of every image position."""
-        return self._new_ids[IMAGE_PLACEHOLDER]
+        return self.layout_ids[IMAGE_PLACEHOLDER]
 
     @property
     def pad_id(self) -> int:
         """Id of <pad>."""
-        return self._new_ids[PAD]
+        return self.layout_ids[PAD]
 
     @property
-    def _new_ids(self) -> dict[str, int]:
-        return layout_token_ids(self.added, vocab_size=self.vocab_size)
+    def bos_id(self) -> int:
+        """Id that starts every text."""
+        return self.model.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a text."""
+        return self.model.eos_id
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end an answer, for generation."""
+        return [self.model.eos_id]
+
+    @property
+    def copied(self) -> tuple[Path, ...]:
+        """Files that are copied: the sentencepiece model."""
+        return (self.path,)
+
+    def files(self, *, max_length: int) -> dict[str, dict[str, Any]]:
+        """Return the contents of the tokenizer's other files by name; max_length: positions of the model."""
+        return {
+            "tokenizer.json": self.tokenizer_json(),
+            "tokenizer_config.json": self.tokenizer_config(max_length=max_length),
+            "special_tokens_map.json": {
+                **special_tokens_map(self.model, pad=PAD),
+                "image_token": IMAGE_PLACEHOLDER,
+            },
+        }
 
     def added_tokens(self) -> dict[int, dict[str, Any]]:
         """Return the tokens that text is split at first, by id: special pieces, added tokens, <image> and <pad>.
@@ -70,7 +101,7 @@ class ExportedTokenizer:
         ]
         added = [token for token in self.added if token.text not in LAYOUT_TOKENS]
         found = {token.id: {**token.to_hf(), "normalized": self.rule != LEGACY_RULE} for token in [*special, *added]}
-        new = {i: AddedToken(text, i, special=True).to_hf() for text, i in self._new_ids.items()}
+        new = {i: AddedToken(text, i, special=True).to_hf() for text, i in self.layout_ids.items()}
         return dict(sorted((found | new).items()))
 
     def tokenizer_json(self) -> dict[str, Any]:
@@ -180,28 +211,23 @@ class ExportedTokenizer:
         }
 
     def _vocabulary(self) -> dict[str, int]:
-        """Return every token up to <pad>; model rows without a piece get names that no text tokenizes to."""
+        """Return every token up to <pad>."""
         vocabulary = {piece.text: i for i, piece in enumerate(self.model.pieces)}
-        vocabulary |= {f"<unused_{i}>": i for i in range(len(self.model.pieces), self.vocab_size)}
         vocabulary |= {token.text: token.id for token in self.added}
-        return {**vocabulary, **self._new_ids}
+        return {**vocabulary, **self.layout_ids}
 
 
-def layout_token_ids(added: tuple[AddedToken, ...], *, vocab_size: int) -> dict[str, int]:
-    """Return the ids of <image> and <pad>: those in `added`, else the next ones after `vocab_size` tokens."""
-    present = {token.text: token.id for token in added if token.text in LAYOUT_TOKENS}
-    missing = [text for text in LAYOUT_TOKENS if text not in present]
-    return {**present, **{text: vocab_size + number for number, text in enumerate(missing)}}
-
-
-def export_tokenizer(tokenizer: Tokenizer, template: Template, *, vocab_size: int) -> ExportedTokenizer:
-    """Convert the tokenizer of a model with `vocab_size` tokens that is used with `template`.
+def export_tokenizer(
+    tokenizer: Tokenizer, template: Template, *, vocab_size: int
+) -> ExportedTokenizer | ExportedHfTokenizer:
+    """Convert the tokenizer of a model with `vocab_size` rows that is used with `template`.
 
     Raises DataError when its file is damaged; ConversionError when it has more tokens than the model has rows, already
     has <image> or <pad> as a piece, or tokenizes in a way that tokenizer.json cannot reproduce.
     """
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        raise ConversionError(f"tokenizer {tokenizer.path}: a tokenizer.json cannot be exported yet")
+    if isinstance(tokenizer, HfTokenizer):
+        return export_hf_tokenizer(tokenizer, template, vocab_size=vocab_size)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
     path, model = tokenizer.path, read_sentencepiece_model(tokenizer.path)
     problems = list(_problems(model, tokenizer, vocab_size))
     if problems:
@@ -211,7 +237,12 @@ def export_tokenizer(tokenizer: Tokenizer, template: Template, *, vocab_size: in
         )
     openings = tuple(_openings(tokenizer, template)) if tokenizer.rule == PUBLISHED_RULE else ()
     return ExportedTokenizer(
-        model=model, vocab_size=vocab_size, rule=tokenizer.rule, added=tokenizer.added, openings=openings
+        model=model,
+        path=path,
+        layout_ids=layout_token_ids(tokenizer),
+        rule=tokenizer.rule,
+        added=tokenizer.added,
+        openings=openings,
     )
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformers import (
 from megatron_share4v.checkpoint.hf.chat_template import to_jinja
 from megatron_share4v.checkpoint.hf.config import parse_model_config
 from megatron_share4v.checkpoint.hf.metadata_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
+from megatron_share4v.checkpoint.hf.tokenizer_json import layout_token_ids
 from megatron_share4v.checkpoint.hf.vision_config import parse_vision_config
 from megatron_share4v.config.model import ModelConfig
 from megatron_share4v.data.images.pil_decoder import decode
@@ -284,7 +286,7 @@ def test_pixels_are_equal_bit_for_bit(tokenizer_path: Path, tmp_path: Path, poli
             ), (mode, size)
 
 
-def test_configuration_equals_the_model(exported: Path, processor):
+def test_configuration_equals_the_model(exported: Path, processor, own: Tokenizer):
     config = AutoConfig.from_pretrained(exported, local_files_only=True)
     text, tower = config.text_config, config.vision_config
     assert type(config).__name__ == "LlavaConfig" and config.architectures == ["LlavaForConditionalGeneration"]
@@ -310,14 +312,23 @@ def test_configuration_equals_the_model(exported: Path, processor):
     assert config.dtype == torch.float32
     tokenizer = processor.tokenizer
     assert (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.model_max_length) == ("left", PIECES + 1, 512)
-    assert len(tokenizer) == PIECES + 2 <= text.vocab_size == llava_vocab_rows(MODEL)
+    assert len(tokenizer) == PIECES + 2 <= text.vocab_size == llava_vocab_rows(MODEL, own)
     written = json.loads((exported / "generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PIECES + 1}
     assert GenerationConfig.from_pretrained(exported).eos_token_id == 2
 
 
-def test_published_sizes():
-    assert llava_vocab_rows(ModelConfig()) == 32064
+@pytest.mark.parametrize(
+    ("tokens", "rows", "pad_id", "written"),
+    [(32000, 32000, 0, 32064), (128256, 128256, None, 128320), (151665, 151936, 151643, 151936)],
+    ids=["Vicuna", "Llama 3", "Qwen2.5: in spare rows"],
+)
+def test_published_sizes(tokens: int, rows: int, pad_id: int | None, written: int):
+    unk = 0 if pad_id == 0 else None
+    tokenizer = SimpleNamespace(vocab_size=tokens, pad_id=pad_id, unk_id=unk, token_id=lambda name: None)
+    model = replace(ModelConfig(), language=replace(ModelConfig().language, vocab_size=rows))
+    assert llava_vocab_rows(model, tokenizer) == written
+    assert layout_token_ids(tokenizer)["<image>"] == tokens
 
 
 def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, tmp_path: Path):
@@ -348,7 +359,7 @@ def test_our_reader_reads_the_model_back(exported: Path, tokenizer_path: Path, t
     )
 
 
-def test_a_model_of_this_configuration_loads_and_generates(exported: Path, processor):
+def test_a_model_of_this_configuration_loads_and_generates(exported: Path, processor, own: Tokenizer):
     torch.manual_seed(0)
     random_model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(exported, local_files_only=True))
     hub = {
@@ -364,7 +375,7 @@ def test_a_model_of_this_configuration_loads_and_generates(exported: Path, proce
     save_file(weights, exported / "model.safetensors", metadata={"format": "pt"})
     model, info = AutoModelForImageTextToText.from_pretrained(exported, local_files_only=True, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    assert model.get_input_embeddings().num_embeddings == llava_vocab_rows(MODEL)
+    assert model.get_input_embeddings().num_embeddings == llava_vocab_rows(MODEL, own)
     chats = [chat(CONVERSATIONS[name]) for name in ("one turn", "three turns")]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     batch = processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **options)
