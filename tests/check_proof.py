@@ -1,4 +1,4 @@
-"""After a test run: has each test that docs/proof.md names run and passed?
+"""After a test run: has each test that docs/proof.md and docs/models.md name run and passed?
 
     python tests/check_proof.py REPORT.xml [REPORT.xml ...]      reports of pytest --junit-xml
 
@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = tuple(ROOT / "docs" / name for name in ("proof.md", "models.md"))
 
 
 def claims(page: Path) -> list[tuple[str, list[str]]]:
@@ -54,11 +55,12 @@ def main() -> int:
     found = outcomes([Path(argument) for argument in sys.argv[1:]])
     missing = [
         f"{name} ({', '.join(sorted(found.get(name, {'not run'})))}): {claim}"
-        for claim, named in claims(ROOT / "docs" / "proof.md")
+        for page in PAGES
+        for claim, named in claims(page)
         for name in named
         if "passed" not in found.get(name, set()) or "failed" in found[name]
     ]
-    print("\n".join(missing) or "docs/proof.md: every named test ran and passed")
+    print("\n".join(missing) or "docs/proof.md, docs/models.md: every named test ran and passed")
     return 1 if missing else 0
 
 

@@ -159,6 +159,13 @@ def test_presets_state_every_field(path: Path) -> None:
     assert stated == {field.name for field in dataclasses.fields(PRESETS[path.parent.name])}
 
 
+@pytest.mark.parametrize("kind", PRESETS)
+def test_every_preset_is_in_the_documentation(kind: str) -> None:
+    page = (EXAMPLES.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    names = {path.stem for path in (EXAMPLES / "models" / kind).glob("*.yaml") if "quickstart" not in path.stem}
+    assert names == {name for name in names if f"`{name}`" in page}
+
+
 @pytest.mark.parametrize(
     ("name", "positions"),
     [("clip_l_336", 576), ("siglip_so400m_384", 729), ("siglip2_so400m_384", 729), ("dinov2_l", 1369)],

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_share4v.config.model import LanguageConfig, ModelConfig, VisionConfig
-from megatron_share4v.text.template import TEMPLATES, Template, get_template
+from megatron_share4v.text.template import get_template
+from megatron_share4v.text.template_format import Template
+from megatron_share4v.text.template_tokens import fitting_templates
 from megatron_share4v.text.tokenizer import Tokenizer, image_token_id
 
 
@@ -50,18 +52,10 @@ def _describe_vocabulary(language: LanguageConfig, tokenizer: Tokenizer) -> Iter
 
 
 def _describe_template(template: Template, tokenizer: Tokenizer) -> Iterator[str]:
-    fitting = sorted({row.name for row in TEMPLATES.values() if end_token(row) in tokenizer.special_pieces})
-    end = end_token(template)
-    if not end or end in tokenizer.special_pieces:
-        ending = f"answers end with {end}" if end else "answers have no end token (stage 1)"
-        yield f"{template.name}, {ending}; with end tokens of this tokenizer: {', '.join(fitting) or 'none'}"
+    fitting = f"templates with special tokens of this tokenizer: {', '.join(fitting_templates(tokenizer)) or 'none'}"
+    missing = [name for name in template.special_tokens if name not in tokenizer.special_pieces]
+    if missing:
+        yield f"! {template.name} writes {' and '.join(missing)}, no special token of this tokenizer; {fitting}"
         return
-    yield (
-        f"! {template.name} ends answers with {end}, which is no special token of this tokenizer; templates whose end "
-        f"token is: {', '.join(fitting) or 'none'}"
-    )
-
-
-def end_token(template: Template) -> str:
-    """Return the token that ends an answer of the template; empty where only a newline does."""
-    return template.training.answer[1].strip()
+    end = template.training.answer[1].strip()
+    yield f"{template.name}, answers end with {end or 'a newline and no token'}; {fitting}"

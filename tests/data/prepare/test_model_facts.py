@@ -39,8 +39,8 @@ def test_full_vocabulary(llama: Tokenizer) -> None:
     assert found["vocabulary"] == (
         f"{tokens} rows, {tokens} tokens, 0 spare rows; <image> in exports: {tokens}, a new row"
     )
-    assert found["template"].startswith("vicuna_v1, answers end with </s>; with end tokens of this tokenizer: ")
-    assert "vicuna_v1" in found["template"].partition(";")[2] and "mpt" not in found["template"]
+    start = "vicuna_v1, answers end with </s>; templates with special tokens of this tokenizer: vicuna_v1, share4v_v1"
+    assert found["template"].startswith(start) and "qwen" not in found["template"]
 
 
 def test_spare_rows_and_unseen_pixels(qwen: Tokenizer, repository: Path) -> None:
@@ -55,12 +55,14 @@ def test_spare_rows_and_unseen_pixels(qwen: Tokenizer, repository: Path) -> None
     tokens = qwen.vocab_size
     spare = f"{151936 - tokens} spare rows; <image> in exports: {tokens}, a spare row"
     assert found["vocabulary"] == f"151936 rows, {tokens} tokens, {spare}"
-    assert found["template"].startswith("plain, answers have no end token (stage 1); with end tokens of this tokenizer")
+    assert found["template"].startswith("plain, answers end with a newline and no token; templates with special tokens")
+    assert found["template"].endswith(": qwen_2, qwen_2.5, qwen_3")
 
 
 def test_what_does_not_fit(qwen: Tokenizer, llama: Tokenizer) -> None:
     model = ModelConfig(language=replace(LanguageConfig(), vocab_size=200))
     found = facts(model, qwen, "vicuna_v1")
     assert found["vocabulary"].startswith(f"! the tokenizer has {qwen.vocab_size} tokens, more than the 200 rows")
-    assert found["template"].startswith("! vicuna_v1 ends answers with </s>, which is no special token of this tokeni")
-    assert facts(model, llama, "mpt")["template"].startswith("! mpt ends answers with <|im_end|>, which is no")
+    found = facts(model, llama, "llama_3")
+    assert found["template"].startswith("! llama_3 writes <|start_header_id|>")
+    assert "no special token of this tokenizer; templates with special tokens of" in found["template"]
