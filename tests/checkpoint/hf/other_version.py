@@ -5,8 +5,9 @@ Run by hand, from the root, for each release that users are told about; it insta
 python -m venv OTHER; OTHER/bin/pip install torch transformers==4.57.6 sentencepiece pillow
     python tests/checkpoint/hf/other_version.py OTHER/bin/python
 
-This interpreter makes a checkpoint, exports it in fp32 and bf16, and answers; the other one loads each export through
-the Auto classes, offline, without this project in its path. Exit code 1 when something differs.
+This interpreter makes checkpoints, of CLIP with LLaMA in fp32 and bf16 and of pairs of other families, exports them and
+answers; the other one loads each export through the Auto classes, offline, without this project in its path. Exit code
+1 when something differs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 TOLERANCE = 1e-4  # fp32 with logits of a few units: sums in another order
 NEW_TOKENS = 16
+PAIRS = ("clip x llama3", "siglip x qwen2 tied", "dinov2 x qwen2 untied", "siglip x qwen3", "dinov2 x mistral")
 
 
 def main() -> None:
@@ -31,17 +33,18 @@ def main() -> None:
     sys.path[:0] = [str(root), str(root / "tests")]
     failed = False
     with tempfile.TemporaryDirectory() as directory:
-        for dtype in ("fp32", "bf16"):
-            folder = Path(directory) / dtype
-            answer(folder, dtype)
+        for name in ("fp32", "bf16", *PAIRS):
+            folder = Path(directory) / name
+            answer(folder, name)
             done = subprocess.run([sys.argv[1], "-I", __file__, "--load", str(folder)])
             failed |= done.returncode != 0
     sys.exit(1 if failed else 0)
 
 
-def answer(folder: Path, dtype: str) -> None:
-    """Write FOLDER/export, and FOLDER/ours.pt with this project's results for some questions."""
+def answer(folder: Path, name: str) -> None:
+    """Write FOLDER/export of a dtype or a pair, and FOLDER/ours.pt with this project's results for some questions."""
     from hf_fixtures import write_llava_hf
+    from hf_pairs import write_pair
 
     from megatron_share4v.checkpoint.hf.exporter import export_model
     from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
@@ -55,9 +58,11 @@ def answer(folder: Path, dtype: str) -> None:
     from megatron_share4v.parallel.launch import World, process_group
     from megatron_share4v.parallel.layout import Layout
 
-    import_model(
-        HfSource(directory=write_llava_hf(folder / "hf", dtype=dtype)), folder / "ours", options=ImportOptions()
-    )
+    if name in PAIRS:
+        write_pair(folder / "hf", name)
+    else:
+        write_llava_hf(folder / "hf", dtype=name)
+    import_model(HfSource(directory=folder / "hf"), folder / "ours", options=ImportOptions(template="vicuna_v1"))
     export_model(folder / "ours", folder / "export", layout="llava-hf")
     device, found = Device("cpu"), []
     with (
@@ -65,16 +70,21 @@ def answer(folder: Path, dtype: str) -> None:
         open_mesh(Layout(), device=device) as mesh,
     ):
         session = Session.open(folder / "ours", mesh=mesh, dtype="fp32")
+        vision = session.config.model.vision
         for question in generated_questions():
             prompt = make_prompt(
-                session.encoder, question.turns, image=question.image, tokens_per_image=4, name=question.name
+                session.encoder,
+                question.turns,
+                image=question.image,
+                tokens_per_image=vision.num_features,
+                name=question.name,
             )
             [answered] = session.answer_ids([question], max_new_tokens=NEW_TOKENS)
             found.append(
                 {
                     "messages": to_messages(question),
                     "ids": prompt.token_ids.index_fill(0, prompt.image_slots, session.config.model.language.vocab_size),
-                    "pixels": normalise(prompt.pixels, dtype=torch.float32),
+                    "pixels": normalise(prompt.pixels, dtype=torch.float32, vision=vision),
                     "logits": compute_logits(session, prompt),
                     "answer": answered,
                 }
