@@ -104,7 +104,7 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", type=Path, help="the model that the adapter, delta or projector belongs to")
     command.add_argument("--delta", action="store_true", help="the directory holds delta weights")
     command.add_argument(
-        "--tower", type=Path, help="directory of the CLIP tower, when it is neither inside nor beside the model"
+        "--tower", type=Path, help="directory of the vision tower, when it is neither inside nor beside the model"
     )
     command.add_argument(
         "--use-tower", choices=("inside", "folder"), help="which one, when there is one among the weights and another"

@@ -1,9 +1,9 @@
 """Files that accompany a model's weights unchanged through every run: the tokenizer with its settings, and weights that
 only an export needs.
 
-`unused.safetensors` holds the vision tower's blocks after the feature layer and its last norm, under CLIP's names below
-`vision.`, and the vocabulary rows that a llava-hf model has beyond its tokenizer, as `embedding.added_rows` and
-`head.added_rows`.
+`unused.safetensors` holds the vision tower's blocks after the feature layer and its last norm, under the names in its
+family's files below `vision.`, and the vocabulary rows that a llava-hf model has beyond its tokenizer, as
+`embedding.added_rows` and `head.added_rows`.
 """
 
 from __future__ import annotations

@@ -100,7 +100,10 @@ def drop_ungathered_tower(tensors: LazyTensors, *, directory: Path) -> dict[str,
 
 def _check_given(question: TowerQuestion, tower: Path) -> None:
     if not (tower / CONFIG).is_file():
-        raise ConversionError(f"{tower}: is no tower (no {CONFIG}); give the directory of a CLIPVisionModel")
+        raise ConversionError(
+            f"{tower}: is no tower (no {CONFIG}); give the directory of a CLIPVisionModel, SiglipVisionModel or "
+            "Dinov2Model"
+        )
     named = question.named
     if named is None or question.any_tower:
         return
