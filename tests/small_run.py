@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,24 @@ class Setting:
     @property
     def degrees(self) -> tuple[int, int, int]:
         return self.tensor, self.pipeline, self.virtual
+
+
+@contextmanager
+def opened(setting: Setting):
+    """Open the mesh of a setting over all ranks of this world."""
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    tensor, pipeline, virtual = setting.degrees
+    layout = Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=virtual,
+        data=torch.distributed.get_world_size() // (tensor * pipeline),
+    )
+    with open_mesh(layout, device=Device("cpu")) as mesh:
+        yield mesh
 
 
 class Run:

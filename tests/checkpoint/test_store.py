@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,25 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_world
-from small_run import Run, Setting, stored_tensors
+from small_run import Run, Setting, opened, stored_tensors
 from tolerances import LAYOUT_LOSS, LAYOUT_NORM
 
 HALF, WHOLE = 2, 4
 MAIN = Setting(tensor=2, pipeline=2)
-
-
-@contextmanager
-def opened(setting: Setting):
-    from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.parallel.device import Device
-    from megatron_share4v.parallel.layout import Layout
-
-    tensor, pipeline, virtual = setting.degrees
-    layout = Layout(
-        tensor=tensor, pipeline=pipeline, virtual=virtual, data=dist.get_world_size() // (tensor * pipeline)
-    )
-    with open_mesh(layout, device=Device("cpu")) as mesh:
-        yield mesh
 
 
 def resume_is_bitwise(directory: Path, setting: Setting) -> list[tuple[float, float]]:

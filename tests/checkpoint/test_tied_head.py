@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from harness import run_world
-from small_run import Run, Setting, stored_tensors
+from small_run import Run, Setting, opened, stored_tensors
 from tolerances import LAYOUT_LOSS, LAYOUT_NORM
 
 HALF, WHOLE = 2, 4
@@ -24,18 +22,6 @@ RESHARDED = {
     "interleaved": Setting(family="all", pipeline=2, virtual=2),
     "four stages": Setting(family="all", pipeline=4, distributed_optimizer=False),
 }
-
-
-@contextmanager
-def opened(setting: Setting):
-    from megatron_share4v.mcore.groups import open_mesh
-    from megatron_share4v.parallel.device import Device
-    from megatron_share4v.parallel.layout import Layout
-
-    tensor, pipeline, virtual = setting.degrees
-    data = dist.get_world_size() // (tensor * pipeline)
-    with open_mesh(Layout(tensor=tensor, pipeline=pipeline, virtual=virtual, data=data), device=Device("cpu")) as mesh:
-        yield mesh
 
 
 def four_ranks(directory: Path) -> dict:
