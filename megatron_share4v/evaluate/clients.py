@@ -24,11 +24,12 @@ class LocalClient:
     """Client of a local model. Calls yield answers as they finish; questions are taken from the iterator on demand."""
 
     def __init__(self, replica: Replica, *, decoding: Decoding, workers: int) -> None:
-        """Use the template and image mode of the benchmark instead of those of training."""
+        """Use the image mode of the benchmark instead of that of training, and its template for models of Vicuna."""
         self._replica, self._decoding, self._workers = replica, decoding, workers
         vision = replica.session.config.model.vision
         images = replace(replica.session.encoder.images, aspect_ratio=decoding.aspect_ratio)
-        self._encoder = replace(replica.session.encoder, template=get_template(decoding.template), images=images)
+        template = decoding.prompt_template(replica.session.encoder.template)
+        self._encoder = replace(replica.session.encoder, template=template, images=images)
         self._tokens_per_image = vision.num_features
 
     def __call__(self, items: Iterator[Doc]) -> Iterator[list[GenerationResult]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_share4v.errors import DataError
-from megatron_share4v.text.template import IMAGE_PLACEHOLDER
+from megatron_share4v.text.template import IMAGE_PLACEHOLDER, get_template
+from megatron_share4v.text.template_format import Template
 
 ImageMode = Literal["pad", "crop"]
 
@@ -98,6 +99,10 @@ class Decoding:
     def template(self) -> str:
         """Name of the chat template in text/template.py."""
         return {"user": "vicuna_v1", "human": "share4v_v1"}[self.system]
+
+    def prompt_template(self, own: Template | None) -> Template:
+        """Return the template of the prompts: the benchmark's, unless the model's own is of another language model."""
+        return own if own is not None and own.of_language_model else get_template(self.template)
 
     @property
     def aspect_ratio(self) -> Literal["pad", "square"]:

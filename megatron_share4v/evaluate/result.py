@@ -18,7 +18,7 @@ from megatron_share4v.evaluate.records import Scores
 from megatron_share4v.files import atomic_write_text
 from megatron_share4v.infer.data_parallel import Replica
 from megatron_share4v.remote.openai_client import Endpoint
-from megatron_share4v.text.template import get_template
+from megatron_share4v.text.template_format import Template
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,15 @@ class ModelFacts:
     """Identity of the evaluated model.
 
     name: shown in results. fingerprint: changes with weights and dtype. facts: recorded in result.json.
-    images: preprocessing of images; None where it is not done here.
+    images, template: preprocessing of images, and
+    conversation template; None where it is not done here.
     """
 
     name: str
     fingerprint: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     images: ImagePolicy | None = None
+    template: Template | None = None
 
     @classmethod
     def of_replica(cls, replica: Replica, *, name: str) -> ModelFacts:
@@ -44,7 +46,8 @@ class ModelFacts:
             "dtype": replica.dtype,
             "image_size": replica.session.config.model.vision.image_size,
         }
-        return cls(name, replica.name, facts, replica.session.encoder.images)
+        encoder = replica.session.encoder
+        return cls(name, replica.name, facts, encoder.images, encoder.template)
 
     @classmethod
     def of_answers(cls, path: Path, *, name: str | None) -> ModelFacts:
@@ -85,6 +88,7 @@ def result_of(
     if scores.headline is not None:
         headline = {"name": scores.headline, "value": scores.json_values[scores.headline]}
         headline |= {} if complete else {"partial": True}
+    template = decoding.prompt_template(model.template)
     return {
         "model": model.name,
         "benchmark": evaluation.task.name,
@@ -100,8 +104,8 @@ def result_of(
         "answered": answered,
         "checkpoint": dict(model.facts),
         "prompt": {
-            "template": decoding.template,
-            "system": get_template(decoding.template).system,
+            "template": template.name,
+            "system": template.system,
             "first": first.turn,
         },
         "preprocessing": {"image_mode": decoding.image_mode, "decoder": VERSION, **_describe_images(model.images)},

@@ -178,7 +178,7 @@ class OpenAIRoutes:
         return JsonResponse(
             {
                 "tokenizer_class": tokenizer.class_name,
-                "legacy": tokenizer.rule == LEGACY_RULE,
+                "legacy": None if tokenizer.rule is None else tokenizer.rule == LEGACY_RULE,
                 "tokenizer_rule": tokenizer.rule,
                 "vocab_size": tokenizer.vocab_size,
                 "bos_token_id": tokenizer.bos_id,

@@ -164,6 +164,11 @@ def _template(
     return Template(name, system, frame, prompt or frame, special_tokens=special, stop_tokens=stop)
 
 
+def _chat(name: str, frame: ConversationFormat, system: str = "") -> Template:
+    """Create the template of a language model."""
+    return replace(_template(name, frame, system), of_language_model=True)
+
+
 ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, aliases
     (replace(_template("plain", _PLAIN), caption_only=True), ("v0_plain",)),
     (_template("vicuna_v1", _TWO, _USER_SYSTEM), ("v1",)),
@@ -180,17 +185,15 @@ ROWS: tuple[tuple[Template, tuple[str, ...]], ...] = (  # template, aliases
     (_template("mistral_instruct", replace(_LLAMA_2, between="")), ()),
     (_template("mpt", _MPT, _MPT_SYSTEM), ()),
     (_template("chatml_direct", _MPT, "Answer the questions."), ("mistral_direct",)),
-    (_template("mistral", _MISTRAL), ()),
-    (_template("llama_3", _LLAMA_3), ()),
-    # LLaVA-NeXT also means "\\n\\n", but looks it up by a name that byte-level vocabularies do not have.
+    (_chat("mistral", _MISTRAL), ()),
+    (_chat("llama_3", _LLAMA_3), ()),
+    # LLaVA-NeXT also means "\n\n", but looks it up by a name that byte-level vocabularies do not have.
     (
-        replace(
-            _template("llava_llama_3", _LLAMA_3, _VISION_SYSTEM), official_markers=("<|begin_of_text|>", *_HEADERS)
-        ),
+        replace(_chat("llava_llama_3", _LLAMA_3, _VISION_SYSTEM), official_markers=("<|begin_of_text|>", *_HEADERS)),
         (),
     ),
-    (replace(_template("qwen_2", _CHATML, _HELPFUL_SYSTEM), official_markers=("\n", *_IM)), ("qwen_1_5",)),
-    (_template("qwen_2.5", _CHATML, f"You are Qwen, created by Alibaba Cloud. {_HELPFUL_SYSTEM}"), ()),
-    (_template("qwen_3", _CHATML), ()),
-    (_template("phi_3", _PHI_3), ()),
+    (replace(_chat("qwen_2", _CHATML, _HELPFUL_SYSTEM), official_markers=("\n", *_IM)), ("qwen_1_5",)),
+    (_chat("qwen_2.5", _CHATML, f"You are Qwen, created by Alibaba Cloud. {_HELPFUL_SYSTEM}"), ()),
+    (_chat("qwen_3", _CHATML), ()),
+    (_chat("phi_3", _PHI_3), ()),
 )

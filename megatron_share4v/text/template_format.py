@@ -84,6 +84,8 @@ class Template:
     stop_tokens: tuple[str, ...] = ()
     official_markers: tuple[str, ...] = ()
     trained_markers: TrainedMarkers = "answer_only"
+    of_language_model: bool = False
+    """Whether it is the chat template of a language model, with which evaluations prompt too."""
 
     @property
     def tags_image(self) -> bool:

@@ -15,6 +15,7 @@ from megatron_share4v.evaluate.answers import answer_id, make_answer, read_answe
 from megatron_share4v.evaluate.metrics.profile import CORRECTED
 from megatron_share4v.evaluate.records import Answer, Decoding, Doc
 from megatron_share4v.evaluate.tasks import TASKS, get_task
+from megatron_share4v.text.template import get_template
 
 LOADER, MMBENCH, CROPPED = Decoding(128, "pad", "user"), Decoding(1024, "pad", "user"), Decoding(1024, "crop", "user")
 QBENCH = Decoding(1024, "crop", "human")
@@ -319,3 +320,15 @@ def test_unknown_names() -> None:
         get_task("vqav2").split("train")
     with pytest.raises(ConfigError, match="only one"):
         get_task("gqa").split("test")
+
+
+@pytest.mark.parametrize(
+    ("own", "used"),
+    [
+        (None, "vicuna_v1"), ("plain", "vicuna_v1"), ("share4v_v1", "vicuna_v1"), ("llama_3", "llama_3"),
+        ("qwen_2.5", "qwen_2.5"), ("mistral", "mistral"),
+    ],
+)  # fmt: skip
+def test_language_models_are_prompted_with_their_own_template(own: str | None, used: str) -> None:
+    template = None if own is None else get_template(own)
+    assert get_task("mme").decoding().prompt_template(template).name == used
