@@ -355,6 +355,7 @@ def _write_files(
         "dtype": dtypes,
         "template": config.data.template,
         "tokenizer_rule": opened.tokenizer.rule,
+        "vocab_size": config.model.language.vocab_size,
         "weights": weights,
         "versions": library_versions(),
     }

@@ -44,12 +44,19 @@ def added_vocab_rows(values: torch.Tensor, count: int, *, imported: LazyTensor |
 
 
 def cut_vocabulary(
-    model: ModelConfig, tensors: dict[str, LazyTensor], naming: Naming, *, config: HfConfig, tokenizer: Tokenizer
+    model: ModelConfig,
+    tensors: dict[str, LazyTensor],
+    naming: Naming,
+    *,
+    config: HfConfig,
+    tokenizer: Tokenizer,
+    exported: int | None,
 ) -> tuple[ModelConfig, dict[str, LazyTensor], dict[str, LazyTensor]]:
     """Split off the vocabulary rows that llava-hf has for `<image>`, `<pad>` and alignment after the tokenizer's.
 
     `<image>` and `<pad>` stay where a token was added after them, which keeps its id, and where the language model has
-    more rows than the layout would add (Qwen's spare ones). Returns the model with its
+    more rows than the layout would add (Qwen's spare ones). exported: vocabulary size of the checkpoint that the model
+    is an export of; None: unknown. Returns the model with its
     vocabulary size, the tensors, and the rows split off as `embedding` and `head`. Raises ConversionError when the
     model does not have a row for each token.
     """
@@ -83,8 +90,12 @@ def cut_vocabulary(
             "give the tokenizer of this model with --tokenizer, or correct the configuration"
         )
     vocabulary = config.image_token if image is None else pieces
-    if stated > padded_llava_rows(vocabulary + LAYOUT_TOKEN_COUNT):
-        return model, tensors, {}  # the language model had spare rows, in which the layout's tokens are
+    if exported is not None and vocabulary <= exported <= stated:
+        vocabulary = exported
+    elif stated > padded_llava_rows(vocabulary + LAYOUT_TOKEN_COUNT):
+        vocabulary = stated  # the language model had spare rows, in which the layout's tokens are
+    if vocabulary == stated:
+        return model, tensors, {}
     added = {part: tensors[name].slice_rows(vocabulary, stated) for part, name in names.items()}
     cut = {name: tensors[name].slice_rows(0, vocabulary) for name in names.values()}
     return replace(model, language=replace(model.language, vocab_size=vocabulary)), {**tensors, **cut}, added

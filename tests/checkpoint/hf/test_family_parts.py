@@ -14,6 +14,7 @@ from hf_pairs import IMAGE_SIZE, PROCESSORS, ROWS, build_pair, write_pair
 from megatron_share4v.checkpoint.hf.exporter import export_model, open_checkpoint
 from megatron_share4v.checkpoint.hf.importer import ImportOptions, import_model
 from megatron_share4v.checkpoint.hf.source.model import HfModel, HfSource, open_hf_model
+from megatron_share4v.checkpoint.hf.verify import verify_conversion
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.evaluate.agreement import compare_single_process, generated_questions
 
@@ -125,6 +126,17 @@ def test_a_vocabulary_with_spare_rows_keeps_them(tmp_path: Path) -> None:
     write_json(source / "config.json", config)
     model = open_hf_model(HfSource(directory=source))
     assert model.config.language.vocab_size == ROWS + 192 and not model.added_rows
+
+
+@pytest.mark.parametrize("name", ["siglip x qwen2 tied", "clip x vicuna"])
+def test_an_export_of_parts_with_spare_rows_is_the_same_model_again(name: str, tmp_path: Path) -> None:
+    """20 spare rows: as many as the layout would add to 300 tokens, so that only the export's own file tells."""
+    import_model(_write_parts(tmp_path, name), tmp_path / "ours", options=VICUNA)
+    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    tensors = read_safetensors(tmp_path / "back")
+    assert tensors["language_model.model.embed_tokens.weight"].shape[0] == ROWS
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["image_token_index"] == 300
+    assert verify_conversion(HfSource(directory=tmp_path / "back"), tmp_path / "ours").added == 0
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from megatron_share4v.checkpoint.hf.source.reader import (
     open_weights_file,
     read_json,
 )
+from megatron_share4v.checkpoint.hf.source.template import PROVENANCE
 from megatron_share4v.checkpoint.hf.source.tied_head import resolve_head
 from megatron_share4v.checkpoint.hf.source.tokenizer_rule import open_source_tokenizer
 from megatron_share4v.checkpoint.hf.source.tower import TowerQuestion, UseTower, drop_ungathered_tower, find_tower
@@ -172,7 +173,11 @@ def open_hf_model(paths: HfSource) -> HfModel:
         vision=vision,
         projector=replace(config.model.projector, type=_projector_type(config, naming, tensors)),
     )
-    model, tensors, added = cut_vocabulary(model, tensors, naming, config=config, tokenizer=tokenizer)
+    provenance = paths.directory / PROVENANCE
+    exported = read_json(provenance).get("vocab_size") if provenance.is_file() else None
+    model, tensors, added = cut_vocabulary(
+        model, tensors, naming, config=config, tokenizer=tokenizer, exported=exported
+    )
     mappings = check_hf_weights(tensors, model, naming=naming, components=components)
     check_float_dtypes({name: tensors[name] for mapping in mappings for name in mapping.hf_names})
     _check_equal_dtypes(mappings, tensors)
