@@ -50,6 +50,7 @@ from megatron_share4v.text.tokenizer_config import RULES
 
 PACK_LENGTH = 4096
 RECIPE: dict[str, object] = {
+    "trained_markers": "answer_only",
     "tokens_per_image": 576,
     "image_size": 336,
     "image_aspect_ratio": "pad",
@@ -113,6 +114,7 @@ def _fill_in(options: argparse.Namespace) -> None:
         values = {
             "tokenizer": Path(data.tokenizer),
             "template": data.template,
+            "trained_markers": data.trained_markers,
             "max_text_length": data.max_text_length,
             "tokens_per_image": vision.num_features,
             "image_size": vision.image_size,
@@ -182,7 +184,10 @@ def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
             SampleReader(index), RecordValidator(no_images, tokenizer, chosen, length, keep_bytes=False)
         )
     images = scan_images(options.images, table=scratch / "archives", in_place=False)
-    template, length = get_template(options.template or "vicuna_v1"), options.max_text_length or 2048
+    template, length = (
+        get_template(options.template or "vicuna_v1", options.trained_markers),
+        options.max_text_length or 2048,
+    )
     return AnnotationSource(
         AnnotationFile(options.annotations), RecordValidator(images, tokenizer, template, length, keep_bytes=False)
     )
@@ -245,6 +250,11 @@ def _add_data_options(data: argparse.ArgumentParser) -> None:
         help="how text after a special token is tokenised (as prepared, or as the tokenizer's files say)",
     )
     data.add_argument("--template", help="conversation template (the run's, what was prepared with, or vicuna_v1)")
+    data.add_argument(
+        "--trained-markers",
+        choices=("answer_only", "official"),
+        help="what is trained beside answers (the run's, what was prepared with, or answer_only)",
+    )
     data.add_argument(
         "--max-text-length",
         type=positive,
