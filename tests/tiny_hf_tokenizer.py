@@ -44,10 +44,10 @@ def write_qwen_like(
     return _write(directory, tokenizer, {**own, **named, **config})
 
 
-def write_llama_3_like(directory: Path, **config: object) -> Path:
+def write_llama_3_like(directory: Path, *, pieces: int = 500, **config: object) -> Path:
     """Write tokenizer.json and tokenizer_config.json as of Llama 3 Instruct: bos by the post-processor, no pad."""
     named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
-    tokenizer = _byte_level(digits=3, normalizer=None)
+    tokenizer = _byte_level(digits=3, normalizer=None, pieces=pieces)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in LLAMA_3_TOKENS])
     bos = "<|begin_of_text|>"
     template = processors.TemplateProcessing(

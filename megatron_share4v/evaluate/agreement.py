@@ -228,7 +228,7 @@ def _compare_template(processor: Any, text: str, question: Question, *, name: st
         rendered = processor.apply_chat_template(to_messages(question), add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         return f"DIFFERENT from the checkpoint's template {name}: it cannot render {question.name!r} ({error})"
-    rendered = rendered.removeprefix(processor.tokenizer.bos_token)
+    rendered = rendered.removeprefix(processor.tokenizer.bos_token or "")
     if rendered == text:
         return "equal"
     return f"DIFFERENT from the checkpoint's template {name}: {rendered!r} in place of {text!r}"
