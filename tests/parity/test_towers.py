@@ -47,7 +47,6 @@ DINOV2 = replace(
     layer_norm_eps=1e-6, intermediate_size=128,
 )  # fmt: skip
 TOWERS = {"clip": CLIP, "siglip": SIGLIP, "dinov2": DINOV2}
-FEATURES = {"siglip": SIGLIP.num_features, "clip": 9, "dinov2": 9}
 LAYERS = [-2, -1, 0, (-2, 1, 3)]
 
 
@@ -129,9 +128,10 @@ def features_and_gradients(
     slope: torch.Tensor,
     train: dict[str, Any],
     ops: Implementation = "reference",
+    first_block: int = -1,
 ) -> tuple[torch.Tensor, list[tuple[str, tuple[int, ...], torch.Tensor]]]:
     """Return [F, N, L * V] features and (name, offset, gradient) of every shard of the tower on this rank."""
-    model = ModelConfig(vision=vision, language=LANGUAGE, trainable=TrainableConfig(vision_from_block=-1))
+    model = ModelConfig(vision=vision, language=LANGUAGE, trainable=TrainableConfig(vision_from_block=first_block))
     with open_tensor_mesh() as mesh:
         chunk = build_chunk(model, weights, mesh=mesh, ops=ops, **train)
         features = chunk.vision(random_pixels(vision))
@@ -183,6 +183,26 @@ def test_features_and_gradients_equal_transformers(
     features, gradients = features_and_gradients(vision, weights, slope, {}, ops)
     assert_equal(features.transpose(0, 1), expected, "features")
     assert {name for name, _, _ in gradients} == set(wanted)
+    for name, _, gradient in gradients:
+        assert_equal(gradient, wanted[name], name)
+
+
+def test_layers_of_a_frozen_prefix_are_selected_too(one_rank: None) -> None:
+    vision = replace(DINOV2, feature_layer=(1, -1, 0))
+    weights, expected, slope, wanted = reference(vision)
+    features, gradients = features_and_gradients(vision, weights, slope, {}, first_block=2)
+    assert_equal(features.transpose(0, 1), expected, "features")
+    for name, _, gradient in gradients:
+        trains = name.startswith("vision.layers.2.")
+        assert_equal(gradient, wanted[name] if trains else torch.zeros_like(gradient), name)
+
+
+def test_full_selection_keeps_the_class_token(one_rank: None) -> None:
+    vision = replace(DINOV2, feature_select="full", feature_layer=(-2, -1))
+    weights, expected, slope, wanted = reference(vision)
+    features, gradients = features_and_gradients(vision, weights, slope, {})
+    assert features.shape[0] == vision.num_features == vision.num_patches + 1
+    assert_equal(features.transpose(0, 1), expected, "features")
     for name, _, gradient in gradients:
         assert_equal(gradient, wanted[name], name)
 

@@ -148,6 +148,16 @@ def test_pixels_of_every_family_equal_transformers(picture, family: str, aspect_
         assert torch.equal(normalise(pixels, dtype=torch.float32, vision=vision), values), size
 
 
+@pytest.mark.parametrize("policy", [replace(FAMILIES["siglip"], image_size=384), ImagePolicy(224, resize_edge=256)])
+def test_other_families_at_the_real_size(picture, policy: ImagePolicy):
+    for size in ((640, 427), (427, 640)):
+        data = picture(1, size=size, format="JPEG")
+        image, processor = Image.open(io.BytesIO(data)), _processor(policy)
+        plain = torch.as_tensor(np.asarray(processor(image, do_rescale=False, do_normalize=False)["pixel_values"]))
+        pixels = torch.tensor(decode(data, replace(policy, aspect_ratio="square")))[None]
+        assert torch.equal(pixels.permute(0, 3, 1, 2), plain), size
+
+
 def test_policy_is_made_of_the_tower_and_the_data_section():
     vision = VisionConfig(
         image_size=384, resample="lanczos", resize_edge=400, image_mean=(0.5, 0.25, 0.999), image_std=(0.1, 0.2, 0.3)
