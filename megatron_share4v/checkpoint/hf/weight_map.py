@@ -236,17 +236,16 @@ def _layer_rows(language: LanguageConfig, megatron: str, hf: str) -> Iterator[We
          False),
         (f"{megatron}.mlp.linear_fc2", width, [f"{hf}.mlp.down_proj"], same, inner, False),
     )  # fmt: skip
-    norms = [
-        (f"{megatron}.input_layernorm", width, f"{hf}.input_layernorm"),
-        (f"{megatron}.pre_mlp_layernorm", width, f"{hf}.post_attention_layernorm"),
-    ]
+    norms = {"linear_qkv": [(f"{megatron}.input_layernorm", width, f"{hf}.input_layernorm")]}
+    norms["linear_fc1"] = [(f"{megatron}.pre_mlp_layernorm", width, f"{hf}.post_attention_layernorm")]
     if language.qk_norm:
-        norms += [(f"{attention}.{part}_layernorm", head, f"{hf}.self_attn.{part}_norm") for part in "qk"]
+        norms["linear_proj"] = [(f"{attention}.{part}_layernorm", head, f"{hf}.self_attn.{part}_norm") for part in "qk"]
+    # In the order of an export's file: each norm before the matrix that follows it.
     for name, rows, sources, transform, inputs, bias in linears:
+        for norm, size, source in norms.get(name.rpartition(".")[2], ()):
+            yield WeightMapping(f"{norm}.weight", (size,), (f"{source}.weight",), same)
         whole = tuple(_with_bias(name, rows, sources, transform, inputs=(inputs,)))
         yield from whole if bias else whole[:1]
-    for name, size, source in norms:
-        yield WeightMapping(f"{name}.weight", (size,), (f"{source}.weight",), same)
 
 
 def weight_mappings(
