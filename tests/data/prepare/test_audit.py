@@ -263,7 +263,7 @@ def test_numbers_come_from_the_run(bad: Path, prepared, tmp_path: Path, command,
     assert "an image is 36 positions and 72 x 72 pixels, as in " in out and "<image: 36 positions>" in out
     assert "36 positions per image" in out and "template    vicuna_v1, answers end with </s>" in out
     assert "26 records, 26 can be trained, 0 findings" in out and "2 repeated record (information)" in out
-    assert "keys that are not read: 'weight' in 1 records" in out and "micro-batch 24, global batch 24" in out
+    assert "keys that are not read: 'weight' in 1 records" in out and "micro-batch 12, global batch 24" in out
     assert Image.open(next((tmp_path / "out").glob("sample-*.png"))).size == (72, 72)
     with pytest.raises(SystemExit, match="2"):
         command(arguments)
