@@ -2,20 +2,22 @@
 # The quickstart, on a plain CPU: draw scenes, prepare shards, train both stages at pipeline 2 x data 2 and the last
 # steps at tensor 2 x pipeline 2, export to Hugging Face's layout and compare with transformers, serve the model and
 # query it over HTTP, score held-out questions.
-#   bash examples/quickstart/run.sh [--out DIR] [--seed N] [--brief]
-#     --out DIR   default: runs/quickstart; a second call continues where the first one stopped
+#   bash examples/quickstart/run.sh [--pair NAME] [--out DIR] [--seed N] [--brief]
+#     --pair NAME tower and language model, in small: clip_llama_2 (default), clip_llama_3 or siglip_qwen2.5
+#     --out DIR   default: runs/quickstart, or runs/quickstart_NAME of a pair; a second call continues where the first
+#                 one stopped
 #     --seed N    seed of the scenes, the first weights and the order of the data; default: 1
 #     --brief     a smoke test with few scenes and four steps, which learns nothing
 set -euo pipefail
 started=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-out=runs/quickstart seed=1 exit_at_step=1200 make_data=() train=() score=()
-usage="usage: bash examples/quickstart/run.sh [--out DIR] [--seed N] [--brief]"
+pair=clip_llama_2 out="" seed=1 exit_at_step=1200 make_data=() train=() score=()
+usage="usage: bash examples/quickstart/run.sh [--pair NAME] [--out DIR] [--seed N] [--brief]"
 while [ $# -gt 0 ]; do
     case "$1" in
-    --out | --seed)
+    --pair | --out | --seed)
         [ $# -ge 2 ] || { echo "error: $1 needs a value; $usage" >&2; exit 2; }
-        if [ "$1" = --out ]; then out="$2"; else seed="$2"; fi
+        case "$1" in --pair) pair="$2" ;; --out) out="$2" ;; --seed) seed="$2" ;; esac
         shift 2
         ;;
     --brief)
@@ -27,16 +29,23 @@ while [ $# -gt 0 ]; do
     esac
 done
 [[ "$seed" =~ ^[0-9]+$ ]] || { echo "error: --seed must be a whole number of 0 or more, not $seed" >&2; exit 2; }
+case "$pair" in
+clip_llama_2) configs=examples/quickstart tokenizer=tokenizer.model out="${out:-runs/quickstart}" ;;
+clip_llama_3 | siglip_qwen2.5)
+    configs="examples/quickstart/$pair" tokenizer=tokenizer.json out="${out:-runs/quickstart_$pair}"
+    ;;
+*) echo "error: there is no pair $pair; choose clip_llama_2, clip_llama_3 or siglip_qwen2.5" >&2; exit 2 ;;
+esac
 source tools/environment.sh
 prepare_environment cpu,hf,serve
 export OMP_NUM_THREADS=1  # several ranks share the cores of one machine
 
 train_stage() {  # NAME SEED [dotted.key=value ...]
-    torchrun --nproc-per-node 4 tools/train.py "examples/quickstart/$1.yaml" run.directory="$out/$1" run.seed="$2" \
-        data.train="$out/data/$1" data.validation="$out/data/$1_validation" data.tokenizer="$out/tokenizer.model" \
+    torchrun --nproc-per-node 4 tools/train.py "$configs/$1.yaml" run.directory="$out/$1" run.seed="$2" \
+        data.train="$out/data/$1" data.validation="$out/data/$1_validation" data.tokenizer="$out/$tokenizer" \
         "${train[@]}" "${@:3}"
 }
-python examples/quickstart/make_data.py --out "$out" --seed "$seed" "${make_data[@]}"
+python examples/quickstart/make_data.py --configs "$configs" --out "$out" --seed "$seed" "${make_data[@]}"
 train_stage pretrain "$seed"
 # Stage 2 ends early and goes on at another layout: a checkpoint fits all of them.
 train_stage finetune $((seed + 1)) checkpoint.initialize_from="$out/pretrain/checkpoints/latest" \
