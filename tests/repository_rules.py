@@ -39,7 +39,7 @@ IMPORTERS = {  # library: files that may import it (paths inside the package or 
     "wandb": ("observability/wandb_writer.py",),
     "webdataset": ("data/store/shards.py",),
     "sentencepiece": ("text/sentencepiece_tokenizer.py", "examples/quickstart/*.py"),
-    "tokenizers": ("text/hf_tokenizer.py",),
+    "tokenizers": ("text/hf_tokenizer.py", "examples/quickstart/*.py"),
     "nvidia.dali": ("data/images/dali_decoder.py",),
     "PIL": (
         "data/*",
