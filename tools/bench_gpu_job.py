@@ -195,7 +195,7 @@ def build_transformers_step(job: Job, config: RunConfig, device: torch.device) -
             ids = batch.token_ids.clone()
             ids[0, batch.image_slots] = image_id
             rows = [x[:, : sum(samples)].view(len(samples), samples[0]) for x in (ids, labels)]
-            pixels = normalise(batch.pixels, dtype=dtype)
+            pixels = normalise(batch.pixels, dtype=dtype, vision=config.model.vision)
             output = forward(input_ids=rows[0], pixel_values=pixels, labels=rows[1], use_cache=False)
             loss = output.loss / len(batches)
             loss.backward()

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.images.decoder import Backend, open_decoder
 from megatron_share4v.data.images.parity import measure_parity
 from megatron_share4v.data.images.pixels import normalise
@@ -159,6 +160,7 @@ def _check_bit_equal(files: list[Path]) -> None:
     for path in files:
         data = path.read_bytes()
         assert torch.equal(
-            normalise(pil_decoder.decode_batch([data]).pixels, dtype=torch.float32)[0], official.process(data)
+            normalise(pil_decoder.decode_batch([data]).pixels, dtype=torch.float32, vision=VisionConfig())[0],
+            official.process(data),
         ), path
     print(f"pil: bit-equal to CLIPImageProcessorPil on {len(files)} images, after normalising")

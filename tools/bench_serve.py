@@ -25,6 +25,7 @@ import torch
 
 import megatron_share4v.mcore  # noqa: F401  (before anything of megatron.core)
 from megatron_share4v.config.engine import EngineConfig
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.loading.prompt import Prompt
 from megatron_share4v.errors import exit_on_closed_output
@@ -66,7 +67,8 @@ def main() -> None:
         model = arguments.model or random_model(Path(holder) / "model", arguments)
         session = Session.open(model, mesh=mesh, dtype=arguments.dtype)
         config = EngineConfig(max_requests=max(USERS), max_positions=None if arguments.model else 1024)
-        measure(session, Engine.open(session, config), load_transformers(model, arguments, device), arguments)
+        answer = load_transformers(model, arguments, device, vision=session.config.model.vision)
+        measure(session, Engine.open(session, config), answer, arguments)
 
 
 def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
@@ -109,7 +111,7 @@ def random_model(directory: Path, arguments: argparse.Namespace) -> Path:
 
 
 def load_transformers(
-    directory: Path, arguments: argparse.Namespace, device: Device
+    directory: Path, arguments: argparse.Namespace, device: Device, *, vision: VisionConfig
 ) -> Callable[[Prompt], tuple[list[int], list[float]]]:
     """Return a function that answers one prompt with transformers: ids, and seconds from the start to each token."""
     from transformers import AutoModelForImageTextToText
@@ -140,7 +142,7 @@ def load_transformers(
             .unsqueeze(0)
             .to(device.torch_device)
         )
-        pixels = normalise(prompt.pixels.to(device.torch_device), dtype=dtype)
+        pixels = normalise(prompt.pixels.to(device.torch_device), dtype=dtype, vision=vision)
         new = arguments.new_tokens
         output = model.generate(
             input_ids=ids,

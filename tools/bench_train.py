@@ -148,7 +148,10 @@ def build_transformers_step(batch: Batch, labels: torch.Tensor) -> Callable[[], 
     def step() -> float:
         optimizer.zero_grad()
         loss = model(
-            input_ids=ids, pixel_values=normalise(pixels, dtype=torch.float32), labels=labels, use_cache=False
+            input_ids=ids,
+            pixel_values=normalise(pixels, dtype=torch.float32, vision=MODEL.vision),
+            labels=labels,
+            use_cache=False,
         ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)

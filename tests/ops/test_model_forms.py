@@ -28,7 +28,7 @@ def test_patches_times_weight_are_the_convolution(
     implementation: Implementation, dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
     pixels = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    pixels_in_order = normalise(pixels, dtype=dtype)
+    pixels_in_order = normalise(pixels, dtype=dtype, vision=VisionConfig())
     table = normalised_values(VisionConfig(), device=pixels.device, dtype=dtype)
     patches = patchify(pixels, table=table, patch=14, implementation=implementation)
     unfolded = torch.nn.functional.unfold(pixels_in_order, 14, stride=14).transpose(1, 2)

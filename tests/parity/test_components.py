@@ -109,9 +109,9 @@ def test_tower_equals_clip(feature_layer: int, mesh: Mesh, ops: Implementation) 
         model, mesh, to_megatron(clip.state_dict(), model, naming=CLIP_IN_MEMORY, components=("vision",)), ops
     )
     pixels = torch.randint(0, 256, (3, 24, 24, 3), dtype=torch.uint8)
-    reference = clip(normalise(pixels, dtype=torch.float32), output_hidden_states=True).hidden_states[feature_layer][
-        :, 1:
-    ]
+    reference = clip(
+        normalise(pixels, dtype=torch.float32, vision=model.vision), output_hidden_states=True
+    ).hidden_states[feature_layer][:, 1:]
     difference = (chunk.vision(pixels).transpose(0, 1) - reference).abs().max() / reference.abs().max()
     assert len(chunk.vision.layers) == model.vision.num_built_layers
     assert difference <= FP32_MODULE

@@ -13,8 +13,6 @@ import torch
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.images.policy import ImagePolicy, Statistics
 
-CLIP = VisionConfig()
-
 
 @dataclass(frozen=True)
 class DecodedBatch:
@@ -35,7 +33,7 @@ def mean_colour_images(count: int, policy: ImagePolicy) -> torch.Tensor:
     return colour.expand(count, policy.image_size, policy.image_size, 3).contiguous()
 
 
-def normalise(pixels: torch.Tensor, *, dtype: torch.dtype, vision: VisionConfig = CLIP) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, *, dtype: torch.dtype, vision: VisionConfig) -> torch.Tensor:
     """[N, H, W, 3] uint8 -> [N, 3, H, W] of `dtype`, on the same device: (value / 255 - mean) / deviation.
 
     In fp32 bit-equal to Hugging Face's image processors: the 256 values of a channel are computed once, by their

@@ -30,7 +30,7 @@ from megatron_share4v.checkpoint.hf.config import parse_model_config
 from megatron_share4v.checkpoint.hf.metadata_files import llava_vocab_rows, write_llava_hf_files, write_share4v_files
 from megatron_share4v.checkpoint.hf.tokenizer_json import layout_token_ids
 from megatron_share4v.checkpoint.hf.vision_config import parse_vision_config
-from megatron_share4v.config.model import ModelConfig
+from megatron_share4v.config.model import ModelConfig, VisionConfig
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.images.pixels import normalise
 from megatron_share4v.data.images.policy import ImagePolicy
@@ -282,7 +282,8 @@ def test_pixels_are_equal_bit_for_bit(tokenizer_path: Path, tmp_path: Path, poli
         pixels = torch.from_numpy(decode(content.getvalue(), ImagePolicy(image_size=28, aspect_ratio=policy)).copy())
         for hf in processors:
             assert torch.equal(
-                hf(image, return_tensors="pt")["pixel_values"], normalise(pixels[None], dtype=torch.float32)
+                hf(image, return_tensors="pt")["pixel_values"],
+                normalise(pixels[None], dtype=torch.float32, vision=VisionConfig()),
             ), (mode, size)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.data.images.decoder import PerImageDecoder, backend_version, open_decoder
 from megatron_share4v.data.images.parity import (
     ParityResult,
@@ -204,7 +205,7 @@ def test_exif_orientation_changes_nothing(backend: str) -> None:
 
 
 def test_the_mean_colour_is_the_towers_zero() -> None:
-    assert normalise(mean_colour_images(2, POLICIES[0]), dtype=torch.float32).abs().max() < 0.02
+    assert normalise(mean_colour_images(2, POLICIES[0]), dtype=torch.float32, vision=VisionConfig()).abs().max() < 0.02
 
 
 @needs_dali
@@ -261,7 +262,10 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
             files,
             policy,
             features=lambda pixels: (
-                tower(pixel_values=normalise(pixels, dtype=torch.float32), output_hidden_states=True)
+                tower(
+                    pixel_values=normalise(pixels, dtype=torch.float32, vision=VisionConfig()),
+                    output_hidden_states=True,
+                )
                 .hidden_states[-2]
                 .flatten(1)
             ),

@@ -50,7 +50,7 @@ def _reference(data: bytes, *, size: int, aspect_ratio: str) -> torch.Tensor:
 def _ours(data: bytes, *, size: int, aspect_ratio: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     pixels = decode(data, ImagePolicy(image_size=size, aspect_ratio=aspect_ratio))
     assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
-    return normalise(torch.tensor(pixels)[None], dtype=dtype)
+    return normalise(torch.tensor(pixels)[None], dtype=dtype, vision=VisionConfig())
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
@@ -81,7 +81,9 @@ def test_bf16_is_the_rounded_fp32(picture):
     data = picture(1, size=(50, 60))
     exact = _ours(data, size=28, aspect_ratio="pad")
     assert torch.equal(_ours(data, size=28, aspect_ratio="pad", dtype=torch.bfloat16), exact.bfloat16())
-    assert normalise(torch.empty(0, 28, 28, 3, dtype=torch.uint8), dtype=torch.float32).shape == (0, 3, 28, 28)
+    assert normalise(
+        torch.empty(0, 28, 28, 3, dtype=torch.uint8), dtype=torch.float32, vision=VisionConfig()
+    ).shape == (0, 3, 28, 28)
 
 
 def test_exif_orientation_is_ignored():
