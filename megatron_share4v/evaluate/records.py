@@ -97,7 +97,7 @@ class Decoding:
 
     @property
     def template(self) -> str:
-        """Name of the chat template in text/template.py."""
+        """Name of the chat template in text/template_data.py."""
         return {"user": "vicuna_v1", "human": "share4v_v1"}[self.system]
 
     def prompt_template(self, own: Template | None) -> Template:

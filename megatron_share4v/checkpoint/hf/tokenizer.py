@@ -1,9 +1,9 @@
 """Convert a sentencepiece model to Hugging Face's `tokenizer.json` and `tokenizer_config.json`, with <image> and <pad>
 added.
 
-Ids equal those of text/tokenizer.py; with the rule transformers-4.31, after a special token, for the texts that the
-template writes there. transformers' own conversion drops the leading space after an image: it makes "▁" part of the
-pre-tokenizer. Writes no files.
+Ids equal those of text/sentencepiece_tokenizer.py; with the rule transformers-4.31, after a special token, for the
+texts that the template writes there. transformers' own conversion drops the leading space after an image: it makes "▁"
+part of the pre-tokenizer. tokenizer_json.py exports tokenizers that have a tokenizer.json. Writes no files.
 """
 
 from __future__ import annotations
