@@ -34,9 +34,9 @@ LENGTH, SAMPLES = 16, 2
 QUANTITIES = ("features", "projected", "logits", "loss", "gradients")
 
 
-def write_reference(path: Path, theirs: Any, model: ModelConfig) -> Path:
-    """Write inputs, weights under our names, and what transformers' model `theirs` computes; `model` describes it."""
-    count, side, image = model.vision.num_features, model.vision.image_size, theirs.config.image_token_index
+def write_reference(path: Path, hf_model: Any, model: ModelConfig) -> Path:
+    """Write inputs, weights under our names, and what transformers' model computes; `model` describes it."""
+    count, side, image = model.vision.num_features, model.vision.image_size, hf_model.config.image_token_index
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (SAMPLES, side, side, 3), generator=generator, dtype=torch.uint8)
     tokens = torch.randint(1, image, (SAMPLES, LENGTH), generator=generator)
@@ -46,11 +46,11 @@ def write_reference(path: Path, theirs: Any, model: ModelConfig) -> Path:
     labels[0, :8], labels[1, :11] = -100, -100
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.vision.image_mean, model.vision.image_std))
     images = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
-    output = theirs(input_ids=tokens, pixel_values=images, labels=labels)
+    output = hf_model(input_ids=tokens, pixel_values=images, labels=labels)
     output.loss.backward()
-    features = _features(theirs, images, model).detach()
-    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
-    weights = dict(theirs.named_parameters())  # a tied head is not among them
+    features = _features(hf_model, images, model).detach()
+    gradients = {name: parameter.grad for name, parameter in hf_model.named_parameters() if parameter.grad is not None}
+    weights = dict(hf_model.named_parameters())  # a tied head is not among them
     torch.save(
         {
             "model": model,
@@ -60,7 +60,7 @@ def write_reference(path: Path, theirs: Any, model: ModelConfig) -> Path:
             "labels": labels,
             "weights": to_megatron({n: w.detach() for n, w in weights.items()}, model, naming=LLAVA_IN_MEMORY),
             "features": features,
-            "projected": theirs.model.multi_modal_projector(features).detach(),
+            "projected": hf_model.model.multi_modal_projector(features).detach(),
             "logits": output.logits.detach(),
             "loss": output.loss.detach(),
             "gradients": to_megatron(gradients, model, naming=LLAVA_IN_MEMORY),
@@ -70,9 +70,9 @@ def write_reference(path: Path, theirs: Any, model: ModelConfig) -> Path:
     return path
 
 
-def _features(theirs: Any, images: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+def _features(hf_model: Any, images: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """Return what the projector gets: [N, F, V]."""
-    states = theirs.model.vision_tower(images, output_hidden_states=True).hidden_states
+    states = hf_model.model.vision_tower(images, output_hidden_states=True).hidden_states
     first = int(model.vision.feature_select == "default")
     return torch.cat([states[number][:, first:] for number in model.vision.feature_layers], dim=-1)
 

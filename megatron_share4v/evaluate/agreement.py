@@ -138,8 +138,8 @@ def compare(
             pixels_equal &= torch.equal(
                 inputs["pixel_values"], normalise(prompt.pixels, dtype=torch.float32, vision=vision)
             )
-        actual, reference = _both_logits(session, model, prompt)
-        largest, scale = max(largest, _largest_difference(actual, reference)), max(scale, float(actual.abs().max()))
+        actual, reference = both_logits(session, model, prompt)
+        largest, scale = max(largest, largest_difference(actual, reference)), max(scale, float(actual.abs().max()))
         greedy_equal &= (
             _generate_greedy(model, session, _model_inputs(prompt, model, vision=vision), max_new_tokens)
             == session.answer_ids([question], max_new_tokens=max_new_tokens)[0]
@@ -256,22 +256,15 @@ def _model_inputs(prompt: Prompt, model: Any, *, vision: VisionConfig) -> dict[s
     return inputs
 
 
-def logit_difference(session: Session, model: Any, prompt: Prompt) -> float:
-    """Return the largest absolute logit difference to transformers' `model` over all L positions and V tokens.
-
-    Both models get the same ids and pixels. The result is infinite when a logit is NaN.
-    """
-    return _largest_difference(*_both_logits(session, model, prompt))
-
-
-def _largest_difference(actual: torch.Tensor, reference: torch.Tensor) -> float:
+def largest_difference(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest absolute difference; infinite when a value is NaN."""
     difference = float((actual - reference).abs().max())
     return math.inf if math.isnan(difference) else difference
 
 
 @torch.no_grad()
-def _both_logits(session: Session, model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the [L, V] logits of our model and of transformers' model."""
+def both_logits(session: Session, model: Any, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the [L, V] logits of our model and of transformers' model, of the same ids and pixels."""
     actual = compute_logits(session, prompt)
     inputs = _model_inputs(prompt, model, vision=session.config.model.vision)
     return actual, model(**inputs).logits[0, :, : actual.shape[1]]

@@ -35,9 +35,9 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Everything that transformers computes for each pair, in files."""
     folder, found = tmp_path_factory.mktemp("pairs"), {}
     for name in PAIRS:
-        theirs = build_pair(name)
-        model = replace(model_config(theirs), trainable=TrainableConfig(vision_from_block=-1))
-        found[name] = write_reference(folder / f"{name}.pt", theirs, model)
+        reference = build_pair(name)
+        model = replace(model_config(reference), trainable=TrainableConfig(vision_from_block=-1))
+        found[name] = write_reference(folder / f"{name}.pt", reference, model)
     return found
 
 

@@ -46,7 +46,7 @@ SAMPLES, LENGTH = 2, 32
 
 @dataclass(frozen=True)
 class Family:
-    """A transformers model and the fields of ours that describe it."""
+    """A transformers model and the fields that describe it."""
 
     model: str
     fields: dict[str, Any]
@@ -128,14 +128,14 @@ def test_decoder_equals_transformers(
         request.getfixturevalue("native_ops")
     family = FAMILIES[name]
     language = family.language
-    theirs = _reference(family)
+    hf_reference = _reference(family)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, language.vocab_size, (SAMPLES, LENGTH), generator=generator)
-    logits = theirs(tokens).logits
+    logits = hf_reference(tokens).logits
     total = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     total.backward()
     model = ModelConfig(vision=VISION, language=language)
-    named = dict(theirs.named_parameters())
+    named = dict(hf_reference.named_parameters())
     weights, gradients = (
         to_megatron(tensors, model, naming=SHARE4V, components=("language",))
         for tensors in (
@@ -161,8 +161,8 @@ def test_decoder_equals_transformers(
         targets=None,
     )
     with torch.no_grad():
-        ours = chunk.forward_logits(batch)[:, : language.vocab_size].view(SAMPLES, LENGTH, -1)
-    assert _relative(ours, logits.detach()) <= FP32_MODULE
+        converted = chunk.forward_logits(batch)[:, : language.vocab_size].view(SAMPLES, LENGTH, -1)
+    assert _relative(converted, logits.detach()) <= FP32_MODULE
     labelled = rows.view(SAMPLES, LENGTH)[:, :-1].flatten()
     summed = chunk(replace(batch, target_rows=labelled, targets=tokens[:, 1:].flatten()))
     assert _relative(summed.detach(), total.detach()) <= FP32_MODULE

@@ -68,7 +68,7 @@ def messages(turns: list[Message]) -> list[dict[str, str]]:
     return [{"role": {"human": "user", "gpt": "assistant"}[turn.role], "content": turn.text} for turn in turns]
 
 
-def theirs(path: Path, name: str, own: Tokenizer) -> PreTrainedTokenizerFast:
+def hf_reference(path: Path, name: str, own: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent)
     tokenizer.chat_template = to_jinja(get_template(name), bos=own.bos_id is not None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -80,7 +80,7 @@ def test_ids_and_masks_are_those_of_transformers(
     paths: dict[str, Path], tokenizers: dict[str, Tokenizer], name: str
 ) -> None:
     own, draw, template = tokenizers[TOKENIZER_OF[name]], random.Random(name), get_template(name)
-    reference = theirs(paths[TOKENIZER_OF[name]], name, own)
+    reference = hf_reference(paths[TOKENIZER_OF[name]], name, own)
     image = reference.convert_tokens_to_ids("<image>")
     for number in range(CONVERSATIONS):
         has_image = number % 2 == 0
@@ -137,13 +137,13 @@ def test_texts_are_those_published_with_the_models(name: str) -> None:
     for _ in range(CONVERSATIONS):
         turns = conversation(draw, has_image=False)
         if name == "llama_3":
-            turns = [Message(turn.role, turn.text.strip() or "x") for turn in turns]  # theirs strips texts
+            turns = [Message(turn.role, turn.text.strip() or "x") for turn in turns]  # transformers strips texts
         text = render_conversation(template, turns, has_image=False).text
         expected = published(name, turns, prompt=False)
         if name == "phi_3":
-            expected = expected.removesuffix("<|endoftext|>")  # theirs ends a conversation with it, untrained here
+            expected = expected.removesuffix("<|endoftext|>")  # transformers ends with it, untrained here
         if name == "qwen_3":
-            expected = expected.replace("<think>\n\n</think>\n\n", "")  # theirs writes it into the last answer only
+            expected = expected.replace("<think>\n\n</think>\n\n", "")  # transformers writes it into the last one only
         assert text == expected
         assert render_prompt(template, turns[:-1], has_image=False) == published(name, turns[:-1], prompt=True)
 

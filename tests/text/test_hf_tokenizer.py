@@ -43,18 +43,18 @@ def own(path: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def theirs(path: Path) -> PreTrainedTokenizerFast:
+def reference(path: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(path.parent)
 
 
-def test_ids_and_decoded_texts_are_those_of_transformers(own: Tokenizer, theirs: PreTrainedTokenizerFast):
+def test_ids_and_decoded_texts_are_those_of_transformers(own: Tokenizer, reference: PreTrainedTokenizerFast):
     for text in random_texts(3000):
         ids = own.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False), repr(text)
+        assert ids == reference.encode(text, add_special_tokens=False), repr(text)
         for skip in (True, False):
-            decoded = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            decoded = reference.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
             assert own.decode(ids, skip_special=skip) == decoded, repr(text)
-    assert [*own.bos_ids, *own.encode("A cat")] == theirs.encode("A cat")
+    assert [*own.bos_ids, *own.encode("A cat")] == reference.encode("A cat")
 
 
 def test_spans_cover_the_text_in_order(own: Tokenizer):

@@ -94,9 +94,9 @@ def test_ids_are_those_of_transformers_legacy_class(model_path: Path):
 
     tokenizer = under("legacy", model_path)
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    theirs = SentencePieceBackend(vocab_file=str(model_path), legacy=True, **special)
+    reference = SentencePieceBackend(vocab_file=str(model_path), legacy=True, **special)
     for text in TEXTS + random_texts(300):
-        assert tokenizer.encode(text) == theirs.convert_tokens_to_ids(theirs.tokenize(text)), repr(text)
+        assert tokenizer.encode(text) == reference.convert_tokens_to_ids(reference.tokenize(text)), repr(text)
 
 
 def test_the_first_token_after_a_special_one_loses_its_space_in_4_31(model_path: Path):

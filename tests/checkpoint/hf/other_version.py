@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def answer(folder: Path, name: str) -> None:
-    """Write FOLDER/export of a dtype or a pair, and FOLDER/ours.pt with this project's results for some questions."""
+    """Write FOLDER/export of a dtype or a pair, and FOLDER/results.pt with our results for some questions."""
     from hf_fixtures import write_llava_hf
     from hf_pairs import write_pair
 
@@ -62,14 +62,14 @@ def answer(folder: Path, name: str) -> None:
         write_pair(folder / "hf", name)
     else:
         write_llava_hf(folder / "hf", dtype=name)
-    import_model(HfSource(directory=folder / "hf"), folder / "ours", options=ImportOptions(template="vicuna_v1"))
-    export_model(folder / "ours", folder / "export", layout="llava-hf")
+    import_model(HfSource(directory=folder / "hf"), folder / "checkpoint", options=ImportOptions(template="vicuna_v1"))
+    export_model(folder / "checkpoint", folder / "export", layout="llava-hf")
     device, found = Device("cpu"), []
     with (
         process_group(World.single_process(), device, timeout_s=60),
         open_mesh(Layout(), device=device) as mesh,
     ):
-        session = Session.open(folder / "ours", mesh=mesh, dtype="fp32")
+        session = Session.open(folder / "checkpoint", mesh=mesh, dtype="fp32")
         vision = session.config.model.vision
         for question in generated_questions():
             prompt = make_prompt(
@@ -89,7 +89,7 @@ def answer(folder: Path, name: str) -> None:
                     "answer": answered,
                 }
             )
-    torch.save(found, folder / "ours.pt")
+    torch.save(found, folder / "results.pt")
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def load(folder: Path) -> int:
     keys = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     equal = {"ids": True, "pixels": True, "greedy": True, "one_bos": True}
     largest = scale = 0.0
-    questions = torch.load(folder / "ours.pt", weights_only=False)
+    questions = torch.load(folder / "results.pt", weights_only=False)
     for question in questions:
         inputs = processor.apply_chat_template(
             question["messages"], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -25,10 +25,10 @@ def test_an_export_computes_what_its_checkpoint_does(tmp_path: Path, pair: str, 
     (tmp_path / "hf" / "tokenizer.model").unlink()
     write = write_qwen_like if template == "qwen_2.5" else write_llama_3_like
     write(tmp_path / "hf", pieces=pieces)
-    import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "ours", options=ImportOptions(template=template))
-    export_model(tmp_path / "ours", tmp_path / "out", layout="llava-hf")
+    import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "checkpoint", options=ImportOptions(template=template))
+    export_model(tmp_path / "checkpoint", tmp_path / "out", layout="llava-hf")
     device = Device("cpu")
     with process_group(World.single_process(), device, timeout_s=60), open_mesh(Layout(), device=device) as mesh:
         questions = generated_questions()
-        found = compare(tmp_path / "ours", tmp_path / "out", questions=questions, mesh=mesh, max_new_tokens=8)
+        found = compare(tmp_path / "checkpoint", tmp_path / "out", questions=questions, mesh=mesh, max_new_tokens=8)
     assert found.holds_with_text, found

@@ -164,9 +164,9 @@ def test_a_token_after_image_and_pad_keeps_its_id(llava: Path, tmp_path: Path) -
     assert config["text_config"]["vocab_size"] == 320
     before, after = load_file(llava / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "export", local_files_only=True)
+    reference = AutoTokenizer.from_pretrained(tmp_path / "export", local_files_only=True)
     for text in ("A cat [SEG] is", "[SEG][SEG]</s>USER: is [SEG]"):
-        assert theirs(text, add_special_tokens=False)["input_ids"] == opened.tokenizer.encode(text)
+        assert reference(text, add_special_tokens=False)["input_ids"] == opened.tokenizer.encode(text)
 
 
 @pytest.mark.parametrize(

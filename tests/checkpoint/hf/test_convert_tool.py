@@ -64,7 +64,7 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     paths = []
     for seed in (1, 2):
         llama = write_llama(tmp_path / f"llama{seed}", seed=seed)
-        paths.append(tmp_path / f"ours{seed}")
+        paths.append(tmp_path / f"checkpoint{seed}")
         import_model(HfSource(directory=llama, tower=tower), paths[-1], options=ImportOptions(seed=seed))
     return paths
 
@@ -74,7 +74,7 @@ def test_average(checkpoints: list[Path], tmp_path: Path) -> None:
     manifest = average_checkpoints(checkpoints, tmp_path / "mean")
     mean = open_checkpoint(tmp_path / "mean")
     assert (
-        manifest.source == "mean of ours1, ours2"
+        manifest.source == "mean of checkpoint1, checkpoint2"
         and len(mean.unused) == 18
         and mean.tokenizer.path.parent == tmp_path / "mean"
     )
@@ -90,7 +90,7 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
     for factor in (1, 3):
         source = write_llava_hf(tmp_path / f"hf{factor}")
         write_weights(source, {name: tensor * factor for name, tensor in read_safetensors(source).items()})
-        paths.append(tmp_path / f"ours{factor}")
+        paths.append(tmp_path / f"checkpoint{factor}")
         import_model(HfSource(directory=source), paths[-1], options=ImportOptions())
     before = read_safetensors(tmp_path / "hf1")
     average_checkpoints(paths, tmp_path / "mean")
@@ -108,12 +108,14 @@ def test_rows_after_the_vocabulary_are_averaged_or_dropped(tmp_path: Path) -> No
 def test_what_cannot_be_averaged(checkpoints: list[Path], tmp_path: Path) -> None:
     write_llama(tmp_path / "half", dtype="bf16")
     import_model(
-        HfSource(directory=tmp_path / "half", tower=tmp_path / "clip"), tmp_path / "ours3", options=ImportOptions()
+        HfSource(directory=tmp_path / "half", tower=tmp_path / "clip"),
+        tmp_path / "half3",
+        options=ImportOptions(),
     )
     with pytest.raises(
-        ConversionError, match=r"ours3: cannot be averaged with .*ours1: .* torch.bfloat16, there .*float32"
+        ConversionError, match=r"half3: cannot be averaged with .*checkpoint1: .* torch.bfloat16, there .*float32"
     ):
-        average_checkpoints([checkpoints[0], tmp_path / "ours3"], tmp_path / "mean")
+        average_checkpoints([checkpoints[0], tmp_path / "half3"], tmp_path / "mean")
 
 
 def test_mixed_dtypes_are_exported_as_stored(checkpoints: list[Path], tmp_path: Path) -> None:

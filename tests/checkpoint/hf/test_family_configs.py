@@ -94,7 +94,7 @@ LANGUAGES: dict[str, tuple[str, dict[str, Any], LanguageConfig]] = {
 }
 
 
-def _theirs(name: str) -> Any:
+def _reference(name: str) -> Any:
     import transformers
 
     config, values, _ = LANGUAGES[name]
@@ -105,7 +105,10 @@ def _theirs(name: str) -> Any:
 def test_a_language_model_is_read_with_transformers_defaults(name: str) -> None:
     """The whole configuration, and the differences from the defaults, which is what transformers 4 writes."""
     expected = LANGUAGES[name][2]
-    for described in (_theirs(name).to_dict(), {**_theirs(name).to_diff_dict(), "model_type": expected.model_type}):
+    for described in (
+        _reference(name).to_dict(),
+        {**_reference(name).to_diff_dict(), "model_type": expected.model_type},
+    ):
         described = {**described, "sliding_window": None} if expected.model_type == "mistral" else described
         assert parse_text_config(described, where="config.json") == expected
 
@@ -115,16 +118,16 @@ def test_a_written_text_config_means_the_same_to_transformers(name: str) -> None
     """Written in the form of transformers 4, which ignores rope_parameters."""
     import transformers
 
-    theirs, ours = _theirs(name), LANGUAGES[name][2]
-    written = to_text_config(ours, vocab_size=ours.vocab_size, init_std=0.02)
-    assert written["rope_theta"] == ours.rope_theta and "rope_parameters" not in written
+    reference, converted = _reference(name), LANGUAGES[name][2]
+    written = to_text_config(converted, vocab_size=converted.vocab_size, init_std=0.02)
+    assert written["rope_theta"] == converted.rope_theta and "rope_parameters" not in written
     read = getattr(transformers, LANGUAGES[name][0]).from_dict(dict(written)).to_dict()
-    expected = theirs.to_dict()
+    expected = reference.to_dict()
     expected["rope_parameters"].setdefault("rope_theta", 10000.0)
     left_out = {"architectures", "transformers_version", "bos_token_id", "eos_token_id", "layer_types"}
     different = {key for key in expected if key not in left_out and expected[key] != read[key]}
     assert not different, {key: (expected[key], read[key]) for key in different}
-    assert parse_text_config(written, where="config.json") == ours
+    assert parse_text_config(written, where="config.json") == converted
 
 
 def test_absent_and_null_windows_differ() -> None:
@@ -264,12 +267,12 @@ def test_a_tower_is_read_with_transformers_defaults_and_written_back(name: str) 
     import transformers
 
     config, values, expected = TOWERS[name]
-    theirs = getattr(transformers, config)(**values)
-    for described in (theirs.to_dict(), {**theirs.to_diff_dict(), "model_type": expected.model_type}):
+    reference = getattr(transformers, config)(**values)
+    for described in (reference.to_dict(), {**reference.to_diff_dict(), "model_type": expected.model_type}):
         assert parse_vision_config(described, where="config.json") == expected
     written = to_vision_config(expected)
     read = getattr(transformers, config).from_dict(dict(written)).to_dict()
-    different = {key for key, value in theirs.to_dict().items() if key in written and read[key] != value}
+    different = {key for key, value in reference.to_dict().items() if key in written and read[key] != value}
     assert different <= {"projection_dim"}
 
 

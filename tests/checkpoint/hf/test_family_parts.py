@@ -61,9 +61,9 @@ def test_parts_make_the_model_that_they_come_from(name: str, tmp_path: Path) -> 
 
 def test_a_missing_projector_is_initialised_for_every_family(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = _write_parts(tmp_path, "siglip x qwen3")
-    import_model(HfSource(directory=source.directory, tower=source.tower), tmp_path / "ours", options=VICUNA)
+    import_model(HfSource(directory=source.directory, tower=source.tower), tmp_path / "checkpoint", options=VICUNA)
     assert "freshly initialised" in caplog.text
-    assert open_checkpoint(tmp_path / "ours").weights["projector.mlp.linear_fc1.weight"].shape == (48, 32)
+    assert open_checkpoint(tmp_path / "checkpoint").weights["projector.mlp.linear_fc1.weight"].shape == (48, 32)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -107,8 +107,8 @@ def test_a_siglip_without_its_pooling_head_is_exported_without(tmp_path: Path) -
     source = _written(tmp_path / "hf", "siglip x mistral")
     tensors = {key: tensor for key, tensor in read_safetensors(source).items() if ".head." not in key}
     write_weights(source, tensors)
-    import_model(HfSource(directory=source), tmp_path / "ours", options=VICUNA)
-    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    import_model(HfSource(directory=source), tmp_path / "checkpoint", options=VICUNA)
+    export_model(tmp_path / "checkpoint", tmp_path / "back", layout="llava-hf")
     assert not [key for key in read_safetensors(tmp_path / "back") if ".head." in key]
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["vision_config"]["vision_use_head"] is False
@@ -131,12 +131,12 @@ def test_a_vocabulary_with_spare_rows_keeps_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["siglip x qwen2 tied", "clip x vicuna"])
 def test_an_export_of_parts_with_spare_rows_is_the_same_model_again(name: str, tmp_path: Path) -> None:
     """20 spare rows: as many as the layout would add to 300 tokens, so that only the export's own file tells."""
-    import_model(_write_parts(tmp_path, name), tmp_path / "ours", options=VICUNA)
-    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    import_model(_write_parts(tmp_path, name), tmp_path / "checkpoint", options=VICUNA)
+    export_model(tmp_path / "checkpoint", tmp_path / "back", layout="llava-hf")
     tensors = read_safetensors(tmp_path / "back")
     assert tensors["language_model.model.embed_tokens.weight"].shape[0] == ROWS
     assert json.loads((tmp_path / "back" / "config.json").read_text())["image_token_index"] == 300
-    assert verify_conversion(HfSource(directory=tmp_path / "back"), tmp_path / "ours").added == 0
+    assert verify_conversion(HfSource(directory=tmp_path / "back"), tmp_path / "checkpoint").added == 0
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_greedy_answers_and_pixels_equal_transformers(name: str, aspect: str, tm
     source = _written(tmp_path / "hf", name)
     config = json.loads((source / "config.json").read_text())
     write_json(source / "config.json", {**config, "image_aspect_ratio": aspect})
-    import_model(HfSource(directory=source), tmp_path / "ours", options=VICUNA)
-    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
-    found = compare_single_process(tmp_path / "ours", tmp_path / "back", questions=generated_questions())
+    import_model(HfSource(directory=source), tmp_path / "checkpoint", options=VICUNA)
+    export_model(tmp_path / "checkpoint", tmp_path / "back", layout="llava-hf")
+    found = compare_single_process(tmp_path / "checkpoint", tmp_path / "back", questions=generated_questions())
     assert found.holds_with_text, str(found)
 
 
@@ -163,9 +163,9 @@ def test_greedy_answers_and_pixels_equal_transformers(name: str, aspect: str, tm
     ],
 )
 def test_the_official_layout_is_for_llama_with_clip(name: str, message: str, tmp_path: Path) -> None:
-    import_model(HfSource(directory=_written(tmp_path / "hf", name)), tmp_path / "ours", options=VICUNA)
+    import_model(HfSource(directory=_written(tmp_path / "hf", name)), tmp_path / "checkpoint", options=VICUNA)
     with pytest.raises(ConversionError, match=f"share4v cannot express .*{message}.*use the layout llava-hf"):
-        export_model(tmp_path / "ours", tmp_path / "back", layout="share4v")
+        export_model(tmp_path / "checkpoint", tmp_path / "back", layout="share4v")
     assert not (tmp_path / "back").exists()
 
 

@@ -26,10 +26,10 @@ CHOSEN = ("clip x llama3", "siglip x qwen2 tied", "dinov2 x qwen2 untied", "sigl
 def test_a_pair_survives_import_and_export(name: str, tmp_path: Path) -> None:
     import transformers
 
-    theirs = write_pair(tmp_path / "hf", name)
-    source, ours, back = HfSource(directory=tmp_path / "hf"), tmp_path / "ours", tmp_path / "back"
-    import_model(source, ours, options=ImportOptions(template="vicuna_v1"))
-    export_model(ours, back, layout="llava-hf")
+    reference = write_pair(tmp_path / "hf", name)
+    source, converted, back = HfSource(directory=tmp_path / "hf"), tmp_path / "checkpoint", tmp_path / "back"
+    import_model(source, converted, options=ImportOptions(template="vicuna_v1"))
+    export_model(converted, back, layout="llava-hf")
     written, read = read_safetensors(tmp_path / "hf"), read_safetensors(back)
     tower = name.split(" x ")[0]
     inner = {} if tower == "dinov2" else {"vision_tower.": "vision_tower.vision_model."}
@@ -40,24 +40,26 @@ def test_a_pair_survives_import_and_export(name: str, tmp_path: Path) -> None:
     again, info = transformers.AutoModelForImageTextToText.from_pretrained(back, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     generator = torch.Generator().manual_seed(1)
-    features = theirs.config.image_seq_length + (theirs.config.vision_feature_select_strategy == "full") * (
+    features = reference.config.image_seq_length + (reference.config.vision_feature_select_strategy == "full") * (
         tower != "siglip"
     )
     ids = torch.randint(3, 300, (1, 8 + features), generator=generator)
-    ids[0, 2 : 2 + features] = theirs.config.image_token_index
+    ids[0, 2 : 2 + features] = reference.config.image_token_index
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     with torch.no_grad():
-        expected, found = (m(input_ids=ids, pixel_values=pixels).logits for m in (theirs, again.eval()))
+        expected, found = (m(input_ids=ids, pixel_values=pixels).logits for m in (reference, again.eval()))
     assert torch.equal(expected, found)
     for directory in (tmp_path / "hf", back):
-        assert verify_conversion(HfSource(directory=directory), ours).unused > 0
+        assert verify_conversion(HfSource(directory=directory), converted).unused > 0
 
 
 def test_the_written_files_of_a_siglip_and_a_tied_model(tmp_path: Path) -> None:
     """What transformers 4, vLLM and the processor need to know."""
     write_pair(tmp_path / "hf", "siglip x qwen2 tied")
-    import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "ours", options=ImportOptions(template="vicuna_v1"))
-    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    import_model(
+        HfSource(directory=tmp_path / "hf"), tmp_path / "checkpoint", options=ImportOptions(template="vicuna_v1")
+    )
+    export_model(tmp_path / "checkpoint", tmp_path / "back", layout="llava-hf")
     files = {path.name: json.loads(path.read_text()) for path in (tmp_path / "back").glob("*config.json")}
     config = files["config.json"]
     assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is True

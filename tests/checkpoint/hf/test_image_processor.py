@@ -31,8 +31,8 @@ def test_an_image_processor_of_transformers_is_read_and_written_back(tower: str,
     size = TOWERS[tower].get("image_size", 224)
     square = {"size": {"height": size, "width": size}}
     cropped = {"size": {"shortest_edge": size + 20}, "crop_size": {"height": size, "width": size}}
-    theirs = getattr(transformers, f"{name}ImageProcessorPil")(**(square if tower == "siglip" else cropped))
-    described = theirs.to_dict()
+    reference = getattr(transformers, f"{name}ImageProcessorPil")(**(square if tower == "siglip" else cropped))
+    described = reference.to_dict()
     vision = _read_image(described, tower)
     assert vision.resize_edge == (None if tower == "siglip" else size + 20)
     assert vision.resize == ("square" if tower == "siglip" else "shortest_edge")

@@ -62,22 +62,22 @@ def write_files(directory: Path, own: Tokenizer, name: str, *, vocab_size: int) 
 def test_transformers_reads_the_exported_tokenizer(tmp_path: Path, name: str) -> None:
     own = load_tokenizer(WRITERS[name](tmp_path / "own"))
     exported = write_files(tmp_path / "hf", own, name, vocab_size=own.vocab_size)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert theirs.convert_tokens_to_ids("<image>") == exported.image_id == own.vocab_size
-    assert theirs.pad_token_id == exported.pad_id
+    reference = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert reference.convert_tokens_to_ids("<image>") == exported.image_id == own.vocab_size
+    assert reference.pad_token_id == exported.pad_id
     assert (exported.pad_id == own.vocab_size + 1) == (name == "llama_3") and exported.eos_ids == sorted(
         exported.eos_ids
     )
-    assert theirs.eos_token_id == own.eos_id and theirs.padding_side == "left"
+    assert reference.eos_token_id == own.eos_id and reference.padding_side == "left"
     for text in TEXTS:
         ids = [exported.image_id if i == IMAGE_TOKEN_INDEX else i for i in encode_parts(own, text)]
-        assert theirs.encode(text, add_special_tokens=False) == ids, text
-        assert theirs.encode(text) == [*own.bos_ids, *ids]
+        assert reference.encode(text, add_special_tokens=False) == ids, text
+        assert reference.encode(text) == [*own.bos_ids, *ids]
     turns = [Message("human", "What is it?"), Message("gpt", "A cat."), Message("human", "Where?")]
     prompt = encode_chat_prompt(own, get_template(name), turns, images=[True, False, False])
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
             {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Where?"}]  # fmt: skip
-    found = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    found = reference.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert found == [exported.image_id if i == IMAGE_TOKEN_INDEX else i for i in prompt]
     again = load_tokenizer(tmp_path / "hf" / "tokenizer.json")
     assert (again.fingerprint, again.vocab_size) == (own.fingerprint, own.vocab_size)
@@ -108,12 +108,12 @@ def test_a_model_survives_import_and_export(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "hf" / "tokenizer.model").unlink()
     own = load_tokenizer(write_qwen_like(tmp_path / "hf", pieces=283, chat_template=PUBLISHED["qwen_2.5"]))
     assert own.vocab_size == hf_pairs.IMAGE_TOKEN
-    import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "ours", options=ImportOptions())
-    opened = open_checkpoint(tmp_path / "ours")
+    import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "checkpoint", options=ImportOptions())
+    opened = open_checkpoint(tmp_path / "checkpoint")
     assert opened.config.data.template == "qwen_2.5" and opened.config.data.tokenizer == "tokenizer.json"
     assert opened.config.model.language.vocab_size == (300 if rows == 320 else 448)
-    assert opened.tokenizer.fingerprint == own.fingerprint and opened.tokenizer.path.parent == tmp_path / "ours"
-    export_model(tmp_path / "ours", tmp_path / "back", layout="llava-hf")
+    assert opened.tokenizer.fingerprint == own.fingerprint and opened.tokenizer.path.parent == tmp_path / "checkpoint"
+    export_model(tmp_path / "checkpoint", tmp_path / "back", layout="llava-hf")
     config = json.loads((tmp_path / "back" / "config.json").read_text(encoding="utf-8"))
     assert (config["image_token_id"], config["text_config"]["vocab_size"]) == (300, rows)
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text(encoding="utf-8"))
@@ -143,7 +143,7 @@ def test_without_a_chat_template_the_family_decides(tmp_path: Path, caplog: pyte
     write_qwen_like(tmp_path / "hf", pieces=283)
     get_logger().propagate, before = True, get_logger().propagate
     with caplog.at_level(logging.WARNING, logger=get_logger().name):
-        import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "ours", options=ImportOptions())
+        import_model(HfSource(directory=tmp_path / "hf"), tmp_path / "checkpoint", options=ImportOptions())
     get_logger().propagate = before
-    assert open_checkpoint(tmp_path / "ours").config.data.template == "qwen_3"
+    assert open_checkpoint(tmp_path / "checkpoint").config.data.template == "qwen_3"
     assert "qwen_3 is assumed, because no file in" in caplog.text and "family of language models" in caplog.text

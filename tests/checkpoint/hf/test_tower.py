@@ -77,7 +77,7 @@ def test_directories_of_the_hugging_face_cache(form: str, tmp_path: Path) -> Non
     model, tower, vicuna = (path / tails[form] for path in paths)
     assert torch.equal(class_token(HfSource(directory=model, tower=tower)), of_seed(5))
     assert torch.equal(class_token(HfSource(directory=model)), of_seed(5))
-    manifest = import_model(HfSource(directory=model), tmp_path / "ours", options=ImportOptions())
+    manifest = import_model(HfSource(directory=model), tmp_path / "checkpoint", options=ImportOptions())
     assert manifest.source == "share4v: ShareGPT4V-7B, ShareGPT4V-7B_Pretrained_vit-large336-l12"
     stage_1 = tmp_path / "stage_1"
     write_json(stage_1 / "config.json", json.loads((tmp_path / "s4v" / "config.json").read_text()))

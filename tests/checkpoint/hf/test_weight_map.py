@@ -260,12 +260,12 @@ LANGUAGES = {
 def test_a_language_model_of_every_family_has_the_names_of_transformers(name: str) -> None:
     import transformers
 
-    config, theirs, ours = LANGUAGES[name]
-    reference = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**LANGUAGE, **theirs))
+    config, hf_reference, converted = LANGUAGES[name]
+    reference = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**LANGUAGE, **hf_reference))
     weights = reference.state_dict()
     if "tied" in name and "untied" not in name:
         weights.pop("lm_head.weight")
-    model = replace(MODEL, language=replace(MODEL.language, num_layers=2, **ours))
+    model = replace(MODEL, language=replace(MODEL.language, num_layers=2, **converted))
     megatron = to_megatron(weights, model, naming=SHARE4V, components=("language",))
     back = to_hf(megatron, model, naming=SHARE4V, components=("language",))
     assert set(back) == set(weights)

@@ -47,7 +47,7 @@ def _reference(data: bytes, *, size: int, aspect_ratio: str) -> torch.Tensor:
     return torch.as_tensor(np.asarray(processor(image)["pixel_values"]))
 
 
-def _ours(data: bytes, *, size: int, aspect_ratio: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def _decoded(data: bytes, *, size: int, aspect_ratio: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     pixels = decode(data, ImagePolicy(image_size=size, aspect_ratio=aspect_ratio))
     assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
     return normalise(torch.tensor(pixels)[None], dtype=dtype, vision=VisionConfig())
@@ -59,7 +59,7 @@ def test_bit_equal_to_the_reference_at_odd_sizes(picture, aspect_ratio: str, siz
     for number, image_size in enumerate(SIZES):
         data = picture(number, size=image_size)
         assert torch.equal(
-            _ours(data, size=size, aspect_ratio=aspect_ratio), _reference(data, size=size, aspect_ratio=aspect_ratio)
+            _decoded(data, size=size, aspect_ratio=aspect_ratio), _reference(data, size=size, aspect_ratio=aspect_ratio)
         ), image_size
 
 
@@ -68,19 +68,19 @@ def test_bit_equal_to_the_reference_for_many_formats(picture, mode: str, format:
     data = picture(3, mode=mode, size=(61, 40), format=format)
     for aspect_ratio in ("pad", "square"):
         assert torch.equal(
-            _ours(data, size=28, aspect_ratio=aspect_ratio), _reference(data, size=28, aspect_ratio=aspect_ratio)
+            _decoded(data, size=28, aspect_ratio=aspect_ratio), _reference(data, size=28, aspect_ratio=aspect_ratio)
         )
 
 
 def test_bit_equal_at_the_real_size(picture):
     data = picture(1, size=(640, 427), format="JPEG")
-    assert torch.equal(_ours(data, size=336, aspect_ratio="pad"), _reference(data, size=336, aspect_ratio="pad"))
+    assert torch.equal(_decoded(data, size=336, aspect_ratio="pad"), _reference(data, size=336, aspect_ratio="pad"))
 
 
 def test_bf16_is_the_rounded_fp32(picture):
     data = picture(1, size=(50, 60))
-    exact = _ours(data, size=28, aspect_ratio="pad")
-    assert torch.equal(_ours(data, size=28, aspect_ratio="pad", dtype=torch.bfloat16), exact.bfloat16())
+    exact = _decoded(data, size=28, aspect_ratio="pad")
+    assert torch.equal(_decoded(data, size=28, aspect_ratio="pad", dtype=torch.bfloat16), exact.bfloat16())
     assert normalise(
         torch.empty(0, 28, 28, 3, dtype=torch.uint8), dtype=torch.float32, vision=VisionConfig()
     ).shape == (0, 3, 28, 28)
