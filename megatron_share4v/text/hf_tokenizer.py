@@ -51,7 +51,7 @@ class HfTokenizer(Tokenizer):
         content = _read(self.path)
         self.config = _read_config(self.path.parent)
         self.class_name = self.config.get("tokenizer_class", "PreTrainedTokenizerFast")
-        named = [_added_token(entry) for entry in sorted(content["added_tokens"], key=lambda entry: entry["id"])]
+        named = _read_added_tokens(content["added_tokens"], self.path)
         self._own_image = next((token.id for token in named if token.text == IMAGE_PLACEHOLDER), None)
         tokens = _drop_layout_tokens(content, named)
         self._tokenizer = _load(content, self.path)
@@ -141,6 +141,11 @@ class HfTokenizer(Tokenizer):
         name = stated.get("content") if isinstance(stated, dict) else stated
         if name is None:
             return None
+        if not isinstance(name, str):
+            raise DataError(
+                f"tokenizer {self.path}: {key} in {TOKENIZER_CONFIG} beside it is {name!r}, not the name of a token; "
+                "use the file as published"
+            )
         found = self._tokenizer.token_to_id(name)
         if found is None and name in LAYOUT_TOKENS:
             return None
@@ -168,13 +173,18 @@ class HfTokenizer(Tokenizer):
                     f"tokenizer {self.path}: the added token {token.text!r} has id {token.id}, but gets {found}: the "
                     "ids of added tokens follow the vocabulary without a gap; use the file as published"
                 )
-        known = {*self._names.values(), *LAYOUT_TOKENS}
-        for number, entry in (self.config.get("added_tokens_decoder") or {}).items():
-            if entry.get("content") not in known:
+        decoder = self.config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict) or not all(isinstance(entry, dict) for entry in decoder.values()):
+            raise DataError(
+                f"tokenizer {self.path}: added_tokens_decoder in {TOKENIZER_CONFIG} beside it is not an object of "
+                "added tokens by id; use the file as published"
+            )
+        for number, entry in decoder.items():
+            name = entry.get("content")
+            if name not in LAYOUT_TOKENS and self._names.get(int(number) if number.isdecimal() else -1) != name:
                 raise DataError(
-                    f"tokenizer {self.path}: {TOKENIZER_CONFIG} beside it has the added token "
-                    f"{entry.get('content')!r} with id {number}, which the file does not have; use the files of one "
-                    "model"
+                    f"tokenizer {self.path}: {TOKENIZER_CONFIG} beside it has the added token {name!r} with id "
+                    f"{number}, which the file does not have; use the files of one model"
                 )
 
 
@@ -200,7 +210,9 @@ def _read(path: Path) -> dict[str, Any]:
             "sentencepiece tokenizer.model, as it lies beside the weights of the language model"
         ) from error
     except ValueError as error:
-        raise DataError(f"tokenizer {path}: is no JSON ({error}); copy it again") from error
+        raise DataError(
+            f"tokenizer {path}: is no JSON ({error}); copy it again (a Git LFS pointer is not the file)"
+        ) from error
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise DataError(
@@ -228,9 +240,19 @@ def _load(content: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    flags = {name: bool(entry.get(name)) for name in ("lstrip", "rstrip", "special")}
-    return AddedToken(entry["content"], entry["id"], **flags)
+def _read_added_tokens(entries: Any, path: Path) -> list[AddedToken]:
+    """Return the added tokens of a tokenizer.json, by id. Raises DataError for entries without a name and an id."""
+    tokens = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        name, number = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(number, int):
+            raise DataError(
+                f"tokenizer {path}: added_tokens has {entry!r}, which is not an added token with its content and id; "
+                "use the file as published"
+            )
+        flags = {flag: bool(entry.get(flag)) for flag in ("lstrip", "rstrip", "special")}
+        tokens.append(AddedToken(name, number, **flags))
+    return sorted(tokens, key=lambda token: token.id)
 
 
 def _drop_layout_tokens(content: dict[str, Any], tokens: list[AddedToken]) -> list[AddedToken]:

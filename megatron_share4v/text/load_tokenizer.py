@@ -29,6 +29,12 @@ def load_tokenizer(
     `default`; `beside` names a file of another directory whose settings apply. Raises DataError when the file is not
     usable, or for a `rule` with a tokenizer.json.
     """
+    if Path(path).is_dir():
+        found = find_tokenizer(Path(path))
+        remedy = (
+            f"give the path of its tokenizer file, {found}" if found else f"no {' or '.join(TOKENIZER_FILES)} in it"
+        )
+        raise DataError(f"tokenizer {path}: is a directory; {remedy}")
     if not is_tokenizer_json(Path(path)):
         settings = read_tokenizer_settings(beside or Path(path), rule=rule, default=default)
         return SentencePieceTokenizer(path, settings=settings)
@@ -53,8 +59,11 @@ def find_tokenizer(directory: Path) -> Path | None:
 
 
 def is_tokenizer_json(path: Path) -> bool:
-    """Whether the file holds a JSON object, as a tokenizer.json does; a missing file is judged by its name."""
-    if not path.is_file():
+    """Whether the file holds a JSON object, as a tokenizer.json does; a file without content is judged by its name."""
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64)
+    if not start or start.startswith(b"version https://git-lfs"):
         return path.suffix == ".json"
-    with path.open("rb") as file:
-        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")

@@ -176,6 +176,9 @@ def test_half_a_surrogate_pair(own: Tokenizer):
             lambda content: {**content, "added_tokens": [{**t, "id": t["id"] + 5} for t in content["added_tokens"]]},
             "without a gap",
         ),
+        (lambda content: {**content, "added_tokens": {"a": 1}}, r"added_tokens has \{'a': 1\}, which is not"),
+        (lambda content: {**content, "added_tokens": ["a"]}, "added_tokens has 'a', which is not an added token"),
+        (lambda content: {**content, "added_tokens": [{"content": "a"}]}, "with its content and id"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, change: Callable, message: str):
@@ -183,6 +186,37 @@ def test_damaged_files_are_refused(tmp_path: Path, change: Callable, message: st
     path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
     with pytest.raises(DataError, match=message):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": 5}, "eos_token in tokenizer_config.json beside it is 5, not the name of a token"),
+        ({"pad_token": ["a"]}, r"pad_token in .* is \['a'\]"),
+        ({"eos_token": "</s>"}, "is no token of the file"),
+        ({"added_tokens_decoder": [1]}, "not an object of added tokens by id"),
+        ({"added_tokens_decoder": {"1": "a"}}, "not an object of added tokens by id"),
+        ({"added_tokens_decoder": {"1": {"content": "<|im_end|>"}}}, r"token '<\|im_end\|>' with id 1, which the file"),
+    ],
+)
+def test_damaged_settings_are_refused(tmp_path: Path, changes: dict[str, object], message: str):
+    path = write_qwen_like(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(path)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"is a directory; no tokenizer.model or tokenizer.json in it"):
+        load_tokenizer(tmp_path)
+    path = write_qwen_like(tmp_path)
+    with pytest.raises(DataError, match=f"is a directory; give the path of its tokenizer file, {path}"):
+        load_tokenizer(tmp_path)
+    for content in ("", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(DataError, match=r"tokenizer.json: is no JSON .*a Git LFS pointer is not the file"):
+            load_tokenizer(path)
 
 
 def test_missing_files_are_named(tmp_path: Path):
