@@ -16,7 +16,7 @@ from typing import Any, overload
 
 import yaml
 
-from megatron_share4v.config.presets import find_preset, is_name
+from megatron_share4v.config.presets import SUFFIXES, find_preset, is_name
 from megatron_share4v.errors import ConfigError
 from megatron_share4v.files import read_text
 
@@ -215,6 +215,11 @@ class Reader:
             )
         except ConfigError as error:
             return self._unreadable(f"{place}: {'.'.join(keys)}: {error}")
+        if keys in self.presets and not path.name.endswith(SUFFIXES) and not path.is_file():
+            return self._unreadable(
+                f"{place}: {'.'.join(keys)}: there is no file {text!r}; the name of a preset has no folder, as in "
+                f"{path.name}, and a path ends with {SUFFIXES[0]}"
+            )
         section = self.read_file(path, keys=keys, asked_at=place, opened=source.opened)
         return replace(section, complete=named)
 

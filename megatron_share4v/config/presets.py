@@ -46,11 +46,14 @@ def find_preset(name: str, kind: str, *, folder: Path, opened: Sequence[Path] = 
 
     ConfigError with the nearest names and the folders searched when there is none.
     """
-    folders = list(_folders(folder, kind))
-    for place in folders:
-        path = place / f"{name}{SUFFIXES[0]}"
-        if path.is_file() and path.resolve() not in opened:
+    folders = list(dict.fromkeys(_folders(folder, kind)))
+    files = [path for place in folders if (path := place / f"{name}{SUFFIXES[0]}").is_file()]
+    for path in files:
+        if path.resolve() not in opened:
             return path
+    if files:
+        chain = " -> ".join(path.name for path in (*opened, files[0]))
+        raise ConfigError(f"the preset {name!r} cannot be its own base ({chain})")
     raise ConfigError(
         f"there is no preset {name!r}; {_suggestion(name, kind, folders[1:])} "
         f"(searched for {name}{SUFFIXES[0]} in {', '.join(map(str, folders))})"
@@ -58,12 +61,14 @@ def find_preset(name: str, kind: str, *, folder: Path, opened: Sequence[Path] = 
 
 
 def _suggestion(name: str, kind: str, folders: Sequence[Path]) -> str:
-    own = [place for place in folders if place.name == kind]  # others may hold whole models as well
-    known = sorted({path.stem for place in own or folders for path in place.glob(f"*{SUFFIXES[0]}")})
+    own = [place for place in folders if place.name == kind]  # others hold whole models as well
+    known = sorted({path.stem for place in own for path in place.glob(f"*{SUFFIXES[0]}")})
     near = get_close_matches(name, known, n=3)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"known names: {', '.join(known)}" if known else f"write a path that ends with {SUFFIXES[0]}"
+    if known:
+        return f"known names: {', '.join(known)}"
+    return f"write a section of `key: value` lines, or a path that ends with {SUFFIXES[0]}"
 
 
 def _folders(folder: Path, kind: str) -> Iterator[Path]:

@@ -137,7 +137,11 @@ def test_unknown_name_on_the_command_line(folder: Path) -> None:
 
 def test_folder_without_presets(tmp_path: Path) -> None:
     found = problem(tmp_path / "a.yaml", "{vision: eye}")
-    assert "there is no preset 'eye'; write a path that ends with .yaml (searched for eye.yaml in" in found
+    assert (
+        "there is no preset 'eye'; write a section of `key: value` lines, or a path that ends with .yaml (sear" in found
+    )
+    write(tmp_path / "models/pair.yaml", "language: {num_layers: 2}\n")
+    assert "pair" not in problem(tmp_path / "a.yaml", "{projector: mlp2x_gelu}").partition("(searched")[0]
 
 
 def test_errors_of_files_name_their_place(folder: Path) -> None:
@@ -148,6 +152,13 @@ def test_errors_of_files_name_their_place(folder: Path) -> None:
     assert problem(path, "{language: 7}").startswith(f"{path}:4: model.language: should be a section of")
     write(folder / "models/vision/round.yaml", "base: round.yaml\n")
     assert "a file cannot be its own base (a.yaml -> round.yaml -> round.yaml)" in problem(path, "{vision: round}")
+    write(folder / "models/vision/loop.yaml", "base: pool\n")
+    write(folder / "models/vision/pool.yaml", "base: loop\n")
+    chain = "the preset 'loop' cannot be its own base (a.yaml -> loop.yaml -> pool.yaml -> loop.yaml)"
+    assert chain in problem(path, "{vision: loop}")
+    assert "there is no file 'Qwen/large_7b'; the name of a preset has no folder, as in large_7b, and" in problem(
+        path, "{language: Qwen/large_7b}"
+    )
     assert problem(path, "{trainable: eye}").startswith(f"{path}:4: model.trainable: should be a section of")
 
 
