@@ -50,7 +50,6 @@ from megatron_share4v.text.tokenizer_config import RULES
 
 PACK_LENGTH = 4096
 RECIPE: dict[str, object] = {
-    "trained_markers": "answer_only",
     "tokens_per_image": 576,
     "image_size": 336,
     "image_aspect_ratio": "pad",
@@ -177,7 +176,7 @@ def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
             options.template or index.info.template,
             options.max_text_length or index.info.max_text_length,
         )
-        chosen = get_template(template, index.info.trained_markers)
+        chosen = get_template(template, options.trained_markers or index.info.trained_markers)
         index.check(tokenizer=tokenizer, template=chosen, max_text_length=length)
         no_images = ImageFiles(options.prepared, archives=(), table=None)
         return DatasetSource(
@@ -185,7 +184,7 @@ def _open_records(options: argparse.Namespace, scratch: Path) -> RecordSource:
         )
     images = scan_images(options.images, table=scratch / "archives", in_place=False)
     template, length = (
-        get_template(options.template or "vicuna_v1", options.trained_markers),
+        get_template(options.template or "vicuna_v1", options.trained_markers or "answer_only"),
         options.max_text_length or 2048,
     )
     return AnnotationSource(

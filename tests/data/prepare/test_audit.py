@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_hf_tokenizer import write_qwen_like
 
 from megatron_share4v.data.images.pil_decoder import decode
 from megatron_share4v.data.images.policy import ImagePolicy
@@ -285,6 +286,24 @@ def test_the_command_on_a_prepared_directory(prepared, tmp_path: Path, command, 
     ):
         with pytest.raises(SystemExit, match="2"):
             command(wrong)
+
+
+def test_trained_markers_of_a_prepared_directory(prepared, tmp_path: Path, command, capsys):
+    tokenizer = write_qwen_like(tmp_path / "tokenizer")
+    prepare(
+        PrepareOptions(
+            annotations=prepared.annotations,
+            images=prepared.images,
+            output=tmp_path / "data",
+            tokenizer=tokenizer,
+            template="qwen_1_5",
+            trained_markers="official",
+        )
+    )
+    arguments = ["data", tmp_path / "data", "--tokenizer", tokenizer, "--workers", 0, "--out", tmp_path / "report"]
+    assert command(arguments) == command([*arguments, "--trained-markers", "official"]) == 0
+    assert command([*arguments, "--trained-markers", "answer_only"]) == 2
+    assert "trained_markers is answer_only, prepared with official" in capsys.readouterr().err
 
 
 def test_prepare_and_doctor_agree(bad: Path, prepared, examine: RecordValidator):
