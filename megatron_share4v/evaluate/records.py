@@ -104,6 +104,10 @@ class Decoding:
         """Return the template of the prompts: the benchmark's, unless the model's own is of another language model."""
         return own if own is not None and own.of_language_model else get_template(self.template)
 
+    def answer_end(self, own: Template | None) -> str:
+        """Return the token that ends an answer in the template of the prompts."""
+        return self.prompt_template(own).training.answer[1].strip()
+
     @property
     def aspect_ratio(self) -> Literal["pad", "square"]:
         """Aspect ratio setting for ImagePolicy in data/images/policy.py."""

@@ -109,7 +109,12 @@ def result_of(
             "first": first.turn,
         },
         "preprocessing": {"image_mode": decoding.image_mode, "decoder": VERSION, **_describe_images(model.images)},
-        "decoding": {"greedy": True, "beams": 1, "max_new_tokens": decoding.max_new_tokens, "stop": decoding.stop},
+        "decoding": {
+            "greedy": True,
+            "beams": 1,
+            "max_new_tokens": decoding.max_new_tokens,
+            "stop": decoding.answer_end(model.template),
+        },
         "versions": library_versions(),
     }
 

@@ -331,4 +331,6 @@ def test_unknown_names() -> None:
 )  # fmt: skip
 def test_language_models_are_prompted_with_their_own_template(own: str | None, used: str) -> None:
     template = None if own is None else get_template(own)
-    assert get_task("mme").decoding().prompt_template(template).name == used
+    decoding = get_task("mme").decoding()
+    assert decoding.prompt_template(template).name == used
+    assert decoding.answer_end(template) == {"llama_3": "<|eot_id|>", "qwen_2.5": "<|im_end|>"}.get(used, "</s>")
