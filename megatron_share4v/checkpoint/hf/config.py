@@ -11,11 +11,15 @@ from typing import Literal
 
 from megatron_share4v.checkpoint.hf.families import LANGUAGE_FAMILIES
 from megatron_share4v.checkpoint.hf.supported_keys import (
+    BOOLEAN,
+    INTEGER,
+    MAPPING,
     Json,
     Supported,
     describe_invalid,
     refuse_model_type,
     refuse_unsupported,
+    refuse_wrong_types,
 )
 from megatron_share4v.checkpoint.hf.text_config import parse_text_config
 from megatron_share4v.checkpoint.hf.vision_config import LLAVA_TOWER, parse_vision_config
@@ -31,7 +35,10 @@ LLAVA_ONLY: Supported = {
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
     "vision_feature_select_strategy": ("default", "full"),
+    "image_aspect_ratio": ("square", "pad"),
 }
+_LLAVA_TYPES = {"text_config": MAPPING, "vision_config": MAPPING, "tie_word_embeddings": BOOLEAN}
+_LLAVA_TYPES |= {"image_token_index": INTEGER, "image_token_id": INTEGER}
 TOWER_TRAINED = ("tune_entire_model", "tune_vision_tower", "unfreeze_mm_vision_tower")
 """share4v: keys that are true when training changed the tower, whose start `mm_vision_tower` names."""
 _SELECT: dict[str, Literal["default", "full"]] = {"patch": "default", "cls_patch": "full"}
@@ -103,6 +110,7 @@ def _kind_of(config: Json, where: str) -> Kind:
 
 
 def _read_llava_hf(config: Json, where: str) -> HfConfig:
+    refuse_wrong_types(config, _LLAVA_TYPES, where)
     refuse_unsupported(config, LLAVA_ONLY, where)
     text, tower = config.get("text_config") or {}, config.get("vision_config") or {}
     vision = parse_vision_config(

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from megatron_share4v.checkpoint.hf.families import CLIP_FAMILY, SIGLIP_FAMILY, TOWER_FAMILIES
 from megatron_share4v.checkpoint.hf.source.reader import read_json
-from megatron_share4v.checkpoint.hf.supported_keys import Json
+from megatron_share4v.checkpoint.hf.supported_keys import INTEGER, MAPPING, Json, describe_invalid, refuse_wrong_types
+from megatron_share4v.config.base import ConflictError
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.errors import ConversionError
 from megatron_share4v.logging import get_logger
@@ -62,17 +63,24 @@ def parse_image_processor(config: Json, vision: VisionConfig, *, is_trained: boo
     is_trained: whether a LLaVA was trained with it, so that its size must be the tower's; a bare tower is used at the
     size for which it has positions, with a warning. Raises ConversionError naming a step that is not built.
     """
+    try:
+        return _parse(config, vision, is_trained=is_trained, where=where)
+    except (ConflictError, TypeError, ValueError) as error:
+        raise ConversionError(f"{where}: {describe_invalid(error)}") from error
+
+
+def _parse(config: Json, vision: VisionConfig, *, is_trained: bool, where: str) -> VisionConfig:
     defaults = _class_of(config, vision, where)
     problems = list(_unsupported_steps(config))
     if problems:
         raise ConversionError(f"{where}: {'; '.join(problems)}")
     resample = config.get("resample", 3)
-    if resample not in _RESAMPLE:
+    if resample not in tuple(_RESAMPLE):
         raise ConversionError(f"{where}: resample {resample!r} is not supported; supported are {_RESAMPLE}")
-    size = config.get("size", defaults.size)
+    size = _pixels(config, "size", defaults.size, where)
     if isinstance(size, int):
         size = {"height": size, "width": size} if "height" in defaults.size else {"shortest_edge": size}
-    crop = _crop_size(config) if config.get("do_center_crop", defaults.crops) else None
+    crop = _crop_size(config, where) if config.get("do_center_crop", defaults.crops) else None
     edge, side = size.get("shortest_edge"), size.get("height")
     if edge is None and (side is None or side != size.get("width")):
         raise ConversionError(f"{where}: size {size} is neither a square nor a shortest_edge, which are supported")
@@ -92,7 +100,7 @@ def parse_image_processor(config: Json, vision: VisionConfig, *, is_trained: boo
         image_mean=_three(config, "image_mean", where) or defaults.colours["image_mean"],
         image_std=_three(config, "image_std", where) or defaults.colours["image_std"],
         resample=_RESAMPLE[resample],
-        resize="square" if edge is None and crop is None else "shortest_edge",
+        resize="square" if side is not None and edge is None else "shortest_edge",
         resize_edge=None if edge == vision.image_size else edge,
     )
 
@@ -131,18 +139,30 @@ def _class_of(config: Json, vision: VisionConfig, where: str) -> _ProcessorClass
 
 def _unsupported_steps(config: Json) -> Iterator[str]:
     for key in ("do_resize", "do_rescale", "do_normalize"):
-        if config.get(key) is False:
-            yield f"{key} false is not supported"
+        if config.get(key) not in (None, True):
+            yield f"{key} {str(config[key]).lower()} is not supported"
     factor = config.get("rescale_factor")
-    if factor is not None and abs(factor - _RESCALE) > 1e-9:
-        yield f"rescale_factor {factor} is not supported; supported is 1/255"
+    if factor is not None and not (isinstance(factor, float) and abs(factor - _RESCALE) < 1e-9):
+        yield f"rescale_factor {factor!r} is not supported; supported is 1/255"
 
 
-def _crop_size(config: Json) -> int:
-    crop = config.get("crop_size", 224)
+def _pixels(config: Json, key: str, default: Any, where: str) -> Any:
+    """Return the number of pixels of `key`, or the mapping of them; null is as absent."""
+    value = default if config.get(key) is None else config[key]
+    refuse_wrong_types({key: value}, {key: INTEGER if not isinstance(value, Mapping) else MAPPING}, where)
+    if isinstance(value, Mapping):
+        refuse_wrong_types(value, dict.fromkeys(value, INTEGER), f"{where}: {key}")
+    return value
+
+
+def _crop_size(config: Json, where: str) -> int:
+    crop = _pixels(config, "crop_size", 224, where)
     if isinstance(crop, int):
         return crop
-    return crop["height"] if crop.get("height") == crop.get("width") else -1
+    side = crop.get("height")
+    if side is None or side != crop.get("width"):
+        raise ConversionError(f"{where}: crop_size {crop} is no square, which is supported")
+    return side
 
 
 def _three(config: Json, key: str, where: str) -> tuple[float, float, float] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +15,16 @@ Supported = Mapping[str, tuple[Any, ...]]
 """Keys that change the computation, with the supported values; an absent or null key has the first one."""
 
 
+INTEGER, NUMBER, BOOLEAN, MAPPING, LIST = "an integer", "a number", "true or false", "a mapping", "a list"
+_IS: dict[str, Callable[[Any], bool]] = {
+    INTEGER: lambda value: isinstance(value, int) and not isinstance(value, bool),
+    NUMBER: lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    BOOLEAN: lambda value: isinstance(value, bool),
+    MAPPING: lambda value: isinstance(value, Mapping),
+    LIST: lambda value: isinstance(value, list),
+}
+
+
 def refuse_unsupported(config: Json, supported: Supported, where: str) -> None:
     """Raise ConversionError naming every key of `config` with another value than `supported` allows."""
     problems = list(_unsupported(config, supported))
@@ -22,6 +32,17 @@ def refuse_unsupported(config: Json, supported: Supported, where: str) -> None:
         problems.append("quantization_config: quantised weights cannot be imported; give the original in fp32 or bf16")
     if problems:
         raise ConversionError(f"{where}: foreign architecture: {'; '.join(problems)}")
+
+
+def refuse_wrong_types(config: Json, types: Mapping[str, str], where: str) -> None:
+    """Raise ConversionError naming every key of `config` that is not of its type in `types`; null counts as absent."""
+    problems = [
+        f"{key} is {config[key]!r}, not {kind}"
+        for key, kind in types.items()
+        if config.get(key) is not None and not _IS[kind](config[key])
+    ]
+    if problems:
+        raise ConversionError(f"{where}: {'; '.join(problems)}; correct the file, or copy it again")
 
 
 def refuse_model_type(model_type: object, *, known: Iterable[str], where: str, what: str) -> None:

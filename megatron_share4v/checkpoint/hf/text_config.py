@@ -10,7 +10,17 @@ from dataclasses import fields
 from typing import Any
 
 from megatron_share4v.checkpoint.hf.families import LANGUAGE_FAMILIES, LanguageFamily
-from megatron_share4v.checkpoint.hf.supported_keys import Json, refuse_model_type, refuse_unsupported
+from megatron_share4v.checkpoint.hf.supported_keys import (
+    BOOLEAN,
+    INTEGER,
+    LIST,
+    MAPPING,
+    NUMBER,
+    Json,
+    refuse_model_type,
+    refuse_unsupported,
+    refuse_wrong_types,
+)
 from megatron_share4v.config.model import LanguageConfig, RopeScalingConfig
 from megatron_share4v.errors import ConversionError
 
@@ -22,6 +32,18 @@ _ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """Supported kinds of rotary scaling and the values that each needs."""
+_ROPE_TYPES = dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), NUMBER) | {
+    "original_max_position_embeddings": INTEGER
+}
+_SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+_SIZES += ["num_key_value_heads", "max_position_embeddings", "sliding_window", "max_window_layers"]
+_TYPES = {
+    **dict.fromkeys(_SIZES, INTEGER),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), NUMBER),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "use_sliding_window"), BOOLEAN),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), MAPPING),
+    "layer_types": LIST,
+}
 _NOT_WRITTEN = ("vocab_size", "vocab_multiple")
 
 
@@ -30,10 +52,12 @@ def parse_text_config(config: Json, *, where: str) -> LanguageConfig:
     model_type = config.get("model_type", "llama")
     refuse_model_type(model_type, known=LANGUAGE_FAMILIES, where=where, what="a language model")
     family = LANGUAGE_FAMILIES[model_type]
+    refuse_wrong_types(config, _TYPES, where)
     refuse_unsupported(config, _ONLY | dict(family.only), where)
     size = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
     _refuse_window(config, size, family, where)
     heads, width = size["num_attention_heads"], size["hidden_size"]
+    keys = config.get("num_key_value_heads", size.get("num_key_value_heads"))
     bias = bool(family.bias_key and config.get(family.bias_key))
     theta, scaling = _parse_rope(config, size, where)
     head_dim = size.get("head_dim") if "head_dim" not in config else config["head_dim"]
@@ -45,7 +69,7 @@ def parse_text_config(config: Json, *, where: str) -> LanguageConfig:
         num_layers=size["num_hidden_layers"],
         num_attention_heads=heads,
         # transformers takes null, unlike an absent key, for as many as queries.
-        num_key_value_heads=config.get("num_key_value_heads", size.get("num_key_value_heads")) or heads,
+        num_key_value_heads=heads if keys is None else keys,
         head_dim=None if head_dim is None or head_dim * heads == width else head_dim,
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         max_position_embeddings=size["max_position_embeddings"],
@@ -105,11 +129,18 @@ def _parse_rope(config: Json, size: Json, where: str) -> tuple[float, RopeScalin
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise ConversionError(f"{where}: {name} differs by layer ({', '.join(nested)}), which is not supported")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or _parameters_theta(config) or _ROPE_THETA)
+    refuse_wrong_types(rope, _ROPE_TYPES, f"{where}: {name}")
+    stated_thetas = (rope.get("rope_theta"), config.get("rope_theta"), _parameters_theta(config))
+    theta = float(next((value for value in stated_thetas if value is not None), _ROPE_THETA))
     kind: Any = rope.get("rope_type") or rope.get("type") or "default"
     if "mrope_section" in rope:
         kind = "mrope"
-    if kind not in _ROPE_KEYS:
+    if kind == "default" and rope.get("factor") not in (None, 1):
+        raise ConversionError(
+            f"{where}: {name} has factor {rope['factor']}, which has no effect without a rope_type; state the type "
+            f"({' or '.join(key for key in _ROPE_KEYS if key != kind)}), or leave the factor out"
+        )
+    if kind not in tuple(_ROPE_KEYS):
         raise ConversionError(
             f"{where}: foreign architecture: {name} of rope_type {kind!r} is not supported; "
             f"supported are {', '.join(_ROPE_KEYS)}"
@@ -147,7 +178,7 @@ def _refuse_window(config: Json, size: Json, family: LanguageFamily, where: str)
     """Refuse attention over a window that is shorter than the longest sequence; absent and null differ."""
     window = config["sliding_window"] if "sliding_window" in config else family.defaults.get("sliding_window")
     longest = size["max_position_embeddings"]
-    if window is None or window >= longest or not any(_windowed_layers(config, size, family)):
+    if window is None or window >= longest or not any(_windowed_layers(config, size, family, where)):
         return
     stated = "" if "sliding_window" in config else f" (that of {family.model_type} when the key is absent)"
     raise ConversionError(
@@ -157,10 +188,14 @@ def _refuse_window(config: Json, size: Json, family: LanguageFamily, where: str)
     )
 
 
-def _windowed_layers(config: Json, size: Json, family: LanguageFamily) -> Iterator[bool]:
+def _windowed_layers(config: Json, size: Json, family: LanguageFamily, where: str) -> Iterator[bool]:
     if family.window is None or (family.window == "switched" and not config.get("use_sliding_window")):
         return
     kinds = config.get("layer_types") if family.window == "switched" else None
+    if kinds and len(kinds) != size["num_hidden_layers"]:
+        raise ConversionError(
+            f"{where}: layer_types names {len(kinds)} layers, num_hidden_layers is {size['num_hidden_layers']}"
+        )
     first = size["max_window_layers"] if family.window == "switched" else 0
     for number in range(size["num_hidden_layers"]):
         yield kinds[number] == "sliding_attention" if kinds else number >= first

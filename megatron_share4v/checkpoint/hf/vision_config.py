@@ -6,7 +6,15 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from megatron_share4v.checkpoint.hf.families import TOWER_FAMILIES, WHOLE_MODELS, TowerFamily
-from megatron_share4v.checkpoint.hf.supported_keys import Json, describe_invalid, refuse_model_type, refuse_unsupported
+from megatron_share4v.checkpoint.hf.supported_keys import (
+    MAPPING,
+    NUMBER,
+    Json,
+    describe_invalid,
+    refuse_model_type,
+    refuse_unsupported,
+    refuse_wrong_types,
+)
 from megatron_share4v.config.base import ConflictError
 from megatron_share4v.config.model import VisionConfig
 from megatron_share4v.errors import ConversionError
@@ -42,6 +50,7 @@ def parse_vision_config(
 
 def _parse(config: Json, *, feature_layer: Any, feature_select: Any, where: str) -> VisionConfig:
     model_type = config.get("model_type", "clip_vision_model")
+    refuse_wrong_types(config, {"vision_config": MAPPING, "mlp_ratio": NUMBER}, where)
     if model_type in WHOLE_MODELS:
         model_type, config = WHOLE_MODELS[model_type], config.get("vision_config") or {}
     refuse_model_type(model_type, known=[*TOWER_FAMILIES, *WHOLE_MODELS], where=where, what="a vision tower")

@@ -322,6 +322,34 @@ def test_contradicting_ties_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3', not a mapping"),
+        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, "rope_scaling: factor is '8', not a number"),
+        ({"rope_parameters": {**LLAMA3, "rope_type": None}}, "rope_parameters has factor 8.0, .* without a rope_type"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, r"rope_type \['llama3'\] is not supported"),
+        ({"rope_theta": 0}, "rope_theta: Input should be greater than 0"),
+        ({"rope_theta": "1e6"}, "rope_theta is '1e6', not a number"),
+        ({"head_dim": 0}, "head_dim: Input should be greater than 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: Input should be greater than 0"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings is '4096', not an integer"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+        ({"attention_bias": "true"}, "attention_bias is 'true', not true or false"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"]},
+            "layer_types names 1 layers, num_hidden_layers is 32",
+        ),
+        ({"model_type": "llava", "text_config": [1]}, r"text_config is \[1\], not a mapping"),
+        ({"model_type": "llava", "text_config": {}, "vision_config": [1]}, r"vision_config is \[1\], not a mapping"),
+        ({"model_type": "llava", "text_config": {}, "image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+    ],
+)
+def test_values_of_another_type_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=f"config.json: .*{message}"):
+        parse_model_config({"model_type": "qwen2", **change}, where="config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"qkv_bias": True}, r"out_bias False cannot be exported: a model of model_type llama has True"),
         ({"model_type": "qwen2"}, r"qkv_bias False cannot be exported: .* qwen2 has True"),
         ({"qk_norm": True}, "qk_norm True cannot be exported"),

@@ -66,6 +66,15 @@ def test_a_bare_tower_is_used_at_the_size_of_its_positions(caplog: pytest.LogCap
         _read_image(described, "dinov2")
 
 
+def test_a_crop_of_the_resized_square_changes_nothing() -> None:
+    square = {"height": 224, "width": 224}
+    described = {"image_processor_type": "CLIPImageProcessor", "size": square, "do_center_crop": True}
+    for crop in (square, 224):
+        vision = _read_image({**described, "crop_size": crop}, "clip")
+        assert (vision.resize, vision.resize_edge) == ("square", None)
+    assert to_image_processor(vision, pads=False)["size"] == square
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -76,6 +85,15 @@ def test_a_bare_tower_is_used_at_the_size_of_its_positions(caplog: pytest.LogCap
         ({"do_center_crop": False}, "not square"),
         ({"size": {"height": 224, "width": 200}}, "neither a square"),
         ({"image_mean": [0.5, 0.5]}, "not three numbers"),
+        ({"image_mean": [127, 127, 127]}, "image_mean.0: Input should be less than or equal to 1"),
+        ({"image_std": [0, 0, 0]}, "image_std.0: Input should be greater than 0"),
+        ({"rescale_factor": "1/255"}, "rescale_factor '1/255' is not supported"),
+        ({"do_resize": "false"}, "do_resize false is not supported"),
+        ({"size": "224"}, "size is '224', not an integer"),
+        ({"size": {"shortest_edge": "224"}}, "size: shortest_edge is '224', not an integer"),
+        ({"size": {"shortest_edge": 200}}, "resize_edge 200 .* at least image_size 224"),
+        ({"crop_size": {"height": 224}}, "crop_size .* is no square"),
+        ({"resample": [3]}, r"resample \[3\] is not supported"),
     ],
 )
 def test_steps_that_are_not_built_are_refused(change: dict[str, Any], message: str) -> None:
