@@ -276,7 +276,7 @@ def test_the_gate_measures_pixels_and_features(backend: str) -> None:
     assert "features' cosine at least 0.99" in str(
         result
     ) and f"image backend {backend}: against pil on 7 images" in str(result)
-    check_limits(result)
+    check_limits(result, policy)
 
 
 def test_the_gate_refuses_what_is_too_far_off(prepared) -> None:
@@ -290,12 +290,20 @@ def test_the_gate_refuses_what_is_too_far_off(prepared) -> None:
         ),
         policy,
     )
-    with pytest.raises(OpsError, match="accepted are 2, a mean of 0.3"):
-        check_limits(measure_parity("torch_u8", nearest, read_probe_images(prepared.index), policy))
+    with pytest.raises(OpsError, match="accepted are 2, a mean of 0.05"):
+        check_limits(measure_parity("torch_u8", nearest, read_probe_images(prepared.index), policy), policy)
     with pytest.raises(OpsError, match="accepted are 24"):
-        check_limits(replace(passed, backend="dali", mean_error=0.6))
+        check_limits(replace(passed, backend="dali", mean_error=0.6), policy)
     with pytest.raises(OpsError, match="a cosine of 0.999"):
-        check_limits(replace(passed, cosine=0.998))
+        check_limits(replace(passed, cosine=0.998), policy)
+
+
+def test_rounding_of_other_passes_is_accepted_only_where_the_aspect_ratio_changes() -> None:
+    result = ParityResult("torch_u8", images=1, max_error=2, mean_error=0.2, different=0.2, by_reference=0)
+    check_limits(result, ImagePolicy(28, "square", resize="square"))
+    for kept in (ImagePolicy(28, "pad", resize="square"), ImagePolicy(28, "square"), ImagePolicy(28, "pad")):
+        with pytest.raises(OpsError, match=r"a mean of 0\.05"):
+            check_limits(result, kept)
 
 
 def test_libraries_are_named() -> None:
