@@ -292,9 +292,13 @@ def _transformers_ids(prompt: Prompt, model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 def _generate_greedy(model: Any, session: Session, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
-    """Generate greedily with transformers and return the new ids before the end of the answer."""
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[
-        0, inputs["input_ids"].shape[1] :
-    ].tolist()
+    """Generate greedily with transformers and return the new ids before the end of the answer.
+
+    Rows beyond the tokenizer's tokens are no answers: the session never generates them, and transformers does not here.
+    """
+    rows = range(session.encoder.tokenizer.vocab_size, model.get_output_embeddings().weight.size(0))
+    output = model.generate(
+        **inputs, do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=list(rows) or None
+    )[0, inputs["input_ids"].shape[1] :].tolist()
     ends = [place for place, token in enumerate(output) if token in session.encoder.stop_ids]
     return output[: ends[0]] if ends else output

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import hf_pairs
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_hf_tokenizer import write_llama_3_like, write_qwen_like
 
 from megatron_share4v.checkpoint.hf.exporter import export_model
@@ -22,6 +24,7 @@ from megatron_share4v.parallel.layout import Layout
 def test_an_export_computes_what_its_checkpoint_does(tmp_path: Path, pair: str, template: str) -> None:
     pieces = 283 if template == "qwen_2.5" else 294
     hf_pairs.write_pair(tmp_path / "hf", pair)
+    _enlarge_spare_rows(tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "tokenizer.model").unlink()
     write = write_qwen_like if template == "qwen_2.5" else write_llama_3_like
     write(tmp_path / "hf", pieces=pieces)
@@ -32,3 +35,11 @@ def test_an_export_computes_what_its_checkpoint_does(tmp_path: Path, pair: str, 
         questions = generated_questions()
         found = compare(tmp_path / "checkpoint", tmp_path / "out", questions=questions, mesh=mesh, max_new_tokens=8)
     assert found.holds_with_text, found
+
+
+def _enlarge_spare_rows(path: Path) -> None:
+    """Let rows beyond the tokenizer's tokens have the largest logits, as those of an untrained model may have."""
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("lm_head.weight"))
+    tensors[name][hf_pairs.IMAGE_TOKEN :] = torch.randn_like(tensors[name][hf_pairs.IMAGE_TOKEN :]) * 10
+    save_file(tensors, path, metadata={"format": "pt"})
