@@ -61,7 +61,8 @@ def check_initial_model(
         what = "another tower" if all(key.startswith("vision.") for key, _, _ in found) else "another model"
         listed = "; ".join(f"model.{key} is {mine!r} here, {stored!r} in the checkpoint" for key, mine, stored in found)
         raise CheckpointError(
-            f"{where}: is of {what} than this run's: {listed}; use its model section, or start from another checkpoint"
+            f"{where}: is of {what} than this run's: {listed}; use its model section "
+            f"(tools/convert.py inspect {where} prints it), or start from another checkpoint"
         )
     stored = manifest.weights.get("vision")
     if expect_tower is None or stored == expect_tower:

@@ -237,7 +237,10 @@ def _check_fit(directory: Path, tensors: Sequence[ShardedTensor], *, with_state:
     if wrong[0].startswith(STATE_PREFIX):
         what, remedy = "holds optimizer state of other trained parts", "train the same parts (model.trainable)"
     else:
-        what, remedy = "is of another model", "use the model section that it was made with (in its manifest.json)"
+        what, remedy = (
+            "is of another model",
+            "use the model section that it was made with (tools/convert.py inspect prints it)",
+        )
     advice = (
         f"{remedy}, or start another run.directory from its weights with checkpoint.initialize_from"
         if with_state

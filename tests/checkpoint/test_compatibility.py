@@ -175,7 +175,8 @@ def test_another_model_is_refused_and_a_longer_one_is_not(stage: Path) -> None:
     check_initial_model(manifest, longer, where=stage)
     with pytest.raises(
         CheckpointError,
-        match=r"another model than this run's: model.language.rope_theta is 5.0 here, 10000.0 in the checkpoint",
+        match=r"another model than this run's: model.language.rope_theta is 5.0 here, 10000.0 in the checkpoint; "
+        r"use its model section \(tools/convert.py inspect .* prints it\)",
     ):
         check_initial_model(manifest, replace(SIZED, language=replace(SIZED.language, rope_theta=5.0)), where=stage)
     with pytest.raises(CheckpointError, match="configuration is of another version"):
