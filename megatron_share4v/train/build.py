@@ -55,6 +55,8 @@ DATA_CHANGES = "data_changes.jsonl"
 
 CONFIG_CHANGES = "config_changes.jsonl"
 """File in the run directory that records resumes with another configuration than the checkpoint's."""
+SAMPLE_TEXT = "The image shows a cat that is sleeping on a red sofa, and 12 people in the background.\n"
+"""Text by whose ids the vocabularies of two tokenizers are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,10 +241,22 @@ def make_encoder(vision: VisionConfig, data: DataConfig, tokenizer: Tokenizer) -
     )
 
 
-def compare_tokenizer_rules(start: Path, tokenizer: Tokenizer) -> None:
-    """Warn when the checkpoint that a run starts from was trained with another tokenizer rule."""
+def check_start_tokenizer(start: Path, tokenizer: Tokenizer) -> None:
+    """Raise DataError when the checkpoint that a run starts from has other ids for a text; warn about another rule.
+
+    A tokenizer with more added tokens, and the other file of a model that has both, give the same ids.
+    """
     path = find_tokenizer(start)
-    found = open_stored_tokenizer(path).rule if path else None
+    if path is None:
+        return
+    stored = open_stored_tokenizer(path)
+    if stored.encode(SAMPLE_TEXT) != tokenizer.encode(SAMPLE_TEXT):
+        raise DataError(
+            f"checkpoint.initialize_from: {start} was trained with another tokenizer ({path}) than this run's "
+            f"data.tokenizer {tokenizer.path}: they have different ids for the same text; prepare the data with the "
+            "checkpoint's tokenizer, or start from a checkpoint of the other language model"
+        )
+    found = stored.rule
     if found != tokenizer.rule and None not in (found, tokenizer.rule):
         get_logger().warning(
             "checkpoint.initialize_from: %s has tokenizer rule %s, the data set of this run %s, which is used. Only "
@@ -264,7 +278,7 @@ def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, tokenizer:
     where, manifest = resolve_and_read_manifest(Path(start))
     check_initial_model(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
     load_weights(where, chunks=chunks)
-    compare_tokenizer_rules(where, tokenizer)
+    check_start_tokenizer(where, tokenizer)
     get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_hf_tokenizer import write_llama_3_like, write_qwen_like
 
-from megatron_share4v.checkpoint.assets import asset_files, copy_assets_to_run, open_stored_tokenizer
+from megatron_share4v.checkpoint.assets import asset_files, copy_assets_to_run, open_stored_tokenizer, write_tokenizer
 from megatron_share4v.config.load import load_run
 from megatron_share4v.config.run import RunConfig
 from megatron_share4v.data.prepare.options import PrepareOptions
@@ -20,7 +20,7 @@ from megatron_share4v.errors import DataError
 from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.load_tokenizer import load_tokenizer
 from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_share4v.train.build import open_source, read_options
+from megatron_share4v.train.build import check_start_tokenizer, open_source, read_options
 from megatron_share4v.train.data_feed import Source
 
 
@@ -96,3 +96,22 @@ def test_checkpoints_carry_the_files_of_one_tokenizer(root: Path, tmp_path: Path
     assert (stored.fingerprint, stored.eos_id) == (own.fingerprint, own.eos_id)
     copy_assets_to_run(tmp_path, tokenizer=SentencePieceTokenizer(root / "tokenizer.model"), start=None, resumes=False)
     assert [path.name for path in asset_files(folder)] == ["tokenizer.model", "tokenizer_config.json"]
+
+
+def test_a_start_with_another_vocabulary_is_refused(root: Path, tmp_path: Path) -> None:
+    own = load_tokenizer(root / "qwen" / "tokenizer.json")
+    write_tokenizer(tmp_path, own)
+    check_start_tokenizer(tmp_path, own)
+    content = json.loads((root / "qwen" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["added_tokens"].append({**content["added_tokens"][-1], "content": "[SEG]", "id": own.vocab_size})
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    shutil.copyfile(root / "qwen" / "tokenizer_config.json", tmp_path / "more" / "tokenizer_config.json")
+    check_start_tokenizer(tmp_path, load_tokenizer(tmp_path / "more" / "tokenizer.json"))
+    others = (
+        load_tokenizer(write_llama_3_like(tmp_path / "llama", pieces=300)),
+        SentencePieceTokenizer(root / "tokenizer.model"),
+    )
+    for other in others:
+        with pytest.raises(DataError, match="was trained with another tokenizer .* than this run's data.tokenizer"):
+            check_start_tokenizer(tmp_path, other)

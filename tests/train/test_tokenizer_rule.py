@@ -21,7 +21,7 @@ from megatron_share4v.parallel.device import Device
 from megatron_share4v.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from megatron_share4v.text.tokenizer import Tokenizer
 from megatron_share4v.text.tokenizer_config import TokenizerRule, TokenizerSettings
-from megatron_share4v.train.build import compare_tokenizer_rules, open_source, read_options
+from megatron_share4v.train.build import check_start_tokenizer, open_source, read_options
 from megatron_share4v.train.data_feed import Source
 
 
@@ -99,9 +99,9 @@ def test_a_checkpoint_of_another_rule_is_named(old: Path, warnings: pytest.LogCa
     start = old / "start"
     start.mkdir()
     write_tokenizer(start, replace_rule(tokenizer, "legacy"))
-    compare_tokenizer_rules(start, replace_rule(tokenizer, "legacy"))
+    check_start_tokenizer(start, replace_rule(tokenizer, "legacy"))
     assert not warnings.messages
-    compare_tokenizer_rules(start, tokenizer)
+    check_start_tokenizer(start, tokenizer)
     [message] = warnings.messages
     assert f"{start} has tokenizer rule legacy, the data set of this run transformers-4.31" in message
     assert "--tokenizer-rule legacy" in message
