@@ -68,7 +68,10 @@ def _suggestion(name: str, kind: str, folders: Sequence[Path]) -> str:
         return f"did you mean {' or '.join(near)}?"
     if known:
         return f"known names: {', '.join(known)}"
-    return f"write a section of `key: value` lines, or a path that ends with {SUFFIXES[0]}"
+    return (
+        f"write a section of `key: value` lines, or a path that ends with {SUFFIXES[0]}, as of the presets in this "
+        f"project's examples/{FOLDER}/{kind}/"
+    )
 
 
 def _folders(folder: Path, kind: str) -> Iterator[Path]:

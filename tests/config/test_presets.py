@@ -138,7 +138,8 @@ def test_unknown_name_on_the_command_line(folder: Path) -> None:
 def test_folder_without_presets(tmp_path: Path) -> None:
     found = problem(tmp_path / "a.yaml", "{vision: eye}")
     assert (
-        "there is no preset 'eye'; write a section of `key: value` lines, or a path that ends with .yaml (sear" in found
+        "there is no preset 'eye'; write a section of `key: value` lines, or a path that ends with .yaml, as of the"
+        in found
     )
     write(tmp_path / "models/pair.yaml", "language: {num_layers: 2}\n")
     assert "pair" not in problem(tmp_path / "a.yaml", "{projector: mlp2x_gelu}").partition("(searched")[0]
