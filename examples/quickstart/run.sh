@@ -11,7 +11,7 @@
 set -euo pipefail
 started=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-pair=clip_llama_2 out="" seed=1 exit_at_step=1200 make_data=() train=() score=()
+pair=clip_llama_2 out="" seed=1 exit_at_step=1400 make_data=() train=() score=()
 usage="usage: bash examples/quickstart/run.sh [--pair NAME] [--out DIR] [--seed N] [--brief]"
 while [ $# -gt 0 ]; do
     case "$1" in
