@@ -200,8 +200,12 @@ class Reader:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             return self._unreadable(f"{base.place}: {BASE}: should be a path or a list of paths, got {paths!r}")
         section = Section({}, place)
-        for path in paths:
-            section = merge(section, self._read_base(path, base.place, source, keys))
+        for number, path in enumerate(paths):
+            added = self._read_base(path, base.place, source, keys)
+            if added.complete and number:
+                pair = f"the preset {path!r} would replace {paths[number - 1]!r} before it"
+                return self._unreadable(f"{base.place}: {'.'.join(keys)}: {pair}; put a preset first, or leave one out")
+            section = merge(section, added)
         return merge(section, Section({key: entry for key, entry in entries.items() if key != BASE}, place))
 
     def _read_base(self, text: str, place: str, source: _Source, keys: Keys) -> Section:
@@ -221,6 +225,8 @@ class Reader:
                 f"{path.name}, and a path ends with {SUFFIXES[0]}"
             )
         section = self.read_file(path, keys=keys, asked_at=place, opened=source.opened)
+        if named and not section.entries and self.complete:
+            return self._unreadable(f"{place}: {'.'.join(keys)}: the preset {os.path.normpath(path)} is empty")
         return replace(section, complete=named)
 
 

@@ -169,7 +169,7 @@ def _stop_ids(fields: JsonFields, limits: RequestLimits) -> frozenset[int]:
 
 def _stops(fields: JsonFields) -> tuple[str, ...]:
     if isinstance(fields.values.get("stop"), str):
-        stops = [fields.values["stop"]]
+        stops = [fields.text("stop")]
     else:
         stops = fields.items("stop", longest=MAX_STOPS, kind=str)
     if not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in stops):

@@ -163,6 +163,16 @@ def test_errors_of_files_name_their_place(folder: Path) -> None:
     assert problem(path, "{trainable: eye}").startswith(f"{path}:4: model.trainable: should be a section of")
 
 
+def test_presets_without_effect_are_refused(folder: Path) -> None:
+    path = folder / "runs/a.yaml"
+    write(folder / "models/vision/blank.yaml", "# nothing yet\n")
+    assert problem(path, "{vision: blank}").endswith(
+        f"model.vision: the preset {folder}/models/vision/blank.yaml is empty"
+    )
+    found = problem(path, "{language: {base: [small_1.5b, large_7b]}}")
+    assert "model.language: the preset 'large_7b' would replace 'small_1.5b' before it; put a preset first" in found
+
+
 def test_dump_holds_values_not_names(folder: Path) -> None:
     model = model_of(folder / "runs/a.yaml", "{vision: eye, language: large_7b}")
     assert "eye" not in dump(model) and load(ModelConfig, write(folder / "x.yaml", dump(model))) == model

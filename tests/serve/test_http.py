@@ -97,6 +97,8 @@ def test_errors_have_openai_shape(http: httpx.Client, method: str, path: str, st
         ({"max_tokens": 10**30}, "max_tokens", "an integer from 1, got an integer of more than 64 bits"),
         ({"stop": ["a"] * 5}, "stop", "an array of 0 to 4 values, got an array of 5"),
         ({"stop": ""}, "stop", "1 to 256 characters"),
+        ({"stop": "\ud800"}, "stop", "half a surrogate pair"),
+        ({"stop": ["a", "\ud800"]}, "stop[1]", "half a surrogate pair"),
         ({"top_logprobs": 3}, "logprobs", "true where top_logprobs is given"),
         ({"stream_options": {}}, "stream_options", "stream: true only"),
         ({"tools": [{}]}, "tools", "not supported"),
