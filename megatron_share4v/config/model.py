@@ -1,7 +1,8 @@
 """The model section: vision tower, projector, language model, and which parts train.
 
 Fields follow Hugging Face's names. Sizes are per model, never per rank. A family (CLIP, SigLIP, DINOv2; LLaMA, Qwen2,
-Qwen3, Mistral) is a set of values of these fields; `model_type` names it for conversion, and nothing else reads it.
+Qwen3, Mistral) is a set of values of these fields; `model_type` names it for conversion, and no computation depends on
+it.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from pathlib import Path
 from megatron_share4v.checkpoint.assets import copy_assets_to_run, open_stored_tokenizer
 from megatron_share4v.checkpoint.compatibility import check_initial_model
 from megatron_share4v.checkpoint.config_diff import check_config_changes, diff_config, format_changes
+from megatron_share4v.checkpoint.manifest import Manifest
 from megatron_share4v.checkpoint.store import (
     RunState,
     find_resume_checkpoint,
     load_checkpoint,
     load_weights,
     resolve_and_read_manifest,
-    resolve_checkpoint,
 )
 from megatron_share4v.config.data import BlendSource, DataConfig
 from megatron_share4v.config.model import VisionConfig
@@ -99,17 +99,19 @@ def build(config: RunConfig, *, mesh: Mesh) -> Training:
         global_batch_size=config.train.global_batch_size, micro_batch_size=config.train.micro_batch_size
     )
     source, validation = _open_sources(config, device=mesh.device)
-    model_chunks = _build_model(config, mesh=mesh)
+    # Compared before the model is built: the memory may not hold a wrong one.
     newest = find_resume_checkpoint(directory / "checkpoints")
+    initial_weights = None
     if newest is None:
-        _set_initial_weights(config, model_chunks, tokenizer=source.encoder.tokenizer, mesh=mesh)
+        initial_weights = _check_initial_weights(config, tokenizer=source.encoder.tokenizer)
     else:
         _check_config_changes(config, newest, mesh=mesh)
+    model_chunks = _build_model(config, mesh=mesh)
+    if newest is None:
+        _set_initial_weights(config, model_chunks, start=initial_weights)
     if mesh.rank == 0:
-        start = config.checkpoint.initialize_from if newest is None else None
-        initial = resolve_checkpoint(Path(start)) if start else None
-        tokenizer = source.encoder.tokenizer
-        copy_assets_to_run(directory, tokenizer=tokenizer, start=initial, resumes=newest is not None)
+        start = None if initial_weights is None else initial_weights[0]
+        copy_assets_to_run(directory, tokenizer=source.encoder.tokenizer, start=start, resumes=newest is not None)
     chunks = wrap_ddp(model_chunks, mesh=mesh, parallel=config.parallel, gradients=config.precision.gradients)
     dtype = DTYPES[config.precision.dtype]
     optimizer = build_optimizer(chunks, config.optim, parallel=config.parallel, dtype=dtype, seed=config.run.seed)
@@ -269,17 +271,29 @@ def check_start_tokenizer(start: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    start = config.checkpoint.initialize_from
+def _check_initial_weights(config: RunConfig, *, tokenizer: Tokenizer) -> tuple[Path, Manifest] | None:
+    """Return the checkpoint of checkpoint.initialize_from; None without it.
+
+    Raises CheckpointError or DataError when it is of another model or tokenizer.
+    """
+    if config.checkpoint.initialize_from is None:
+        return None
+    where, manifest = resolve_and_read_manifest(Path(config.checkpoint.initialize_from))
+    check_initial_model(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
+    check_start_tokenizer(where, tokenizer)
+    return where, manifest
+
+
+def _set_initial_weights(config: RunConfig, chunks: list[Share4V], *, start: tuple[Path, Manifest] | None) -> None:
+    """Load the weights of the checkpoint `start`, or initialise them by the seed."""
     if start is None:
         initialize_weights(chunks, seed=config.run.seed, model=config.model)
         get_logger().info("weights: freshly initialised, seed %d", config.run.seed)
         return
-    where, manifest = resolve_and_read_manifest(Path(start))
-    check_initial_model(manifest, config.model, where=where, expect_tower=config.checkpoint.expect_tower)
+    where, manifest = start
     load_weights(where, chunks=chunks)
-    check_start_tokenizer(where, tokenizer)
-    get_logger().info("weights: from %s, tower sha256 %s", start, manifest.weights.get("vision", "not stated"))
+    tower = manifest.weights.get("vision", "not stated")
+    get_logger().info("weights: from %s, tower sha256 %s", config.checkpoint.initialize_from, tower)
 
 
 def _check_config_changes(config: RunConfig, path: Path, *, mesh: Mesh) -> None:

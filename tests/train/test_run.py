@@ -215,7 +215,7 @@ def test_reference_ops_are_used_and_reported_without_a_compiler(bench: Bench) ->
     assert "fused ops: reference (no C++ compiler" in output and len(lines(directory / "metrics.jsonl")) == 2
     record = json.loads((directory / "ops.json").read_text())
     assert record["ops"] == "reference" and "no C++ compiler" in record["reason"]
-    message = refused(bench, "ops=native", *few, path="")
+    message = refused(bench, "ops=native", "train.steps=2", *few, path="")
     assert (
         "error: ops: native was requested on cpu" in message
         and "install g++" in message
