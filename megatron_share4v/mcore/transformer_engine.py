@@ -20,9 +20,11 @@ def te_unavailable_reason() -> str | None:
         return "this torch is built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    if find_spec("transformer_engine_torch") is None:
+    # Its extension transformer_engine_torch cannot be looked for: a wheel keeps it outside the import path until
+    # transformer_engine.pytorch loads it, which importing megatron-core does.
+    if find_spec("transformer_engine") is None:
         return "Transformer Engine is not installed"
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     # Core looks up names in it and silently continues where a later version has dropped one.
-    return None if HAVE_TE else "megatron-core does not recognise the installed Transformer Engine"
+    return None if HAVE_TE else "megatron-core cannot use the installed Transformer Engine (is its PyTorch part there?)"
