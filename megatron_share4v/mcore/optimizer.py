@@ -1,7 +1,7 @@
 """DDP gradient buffers and AdamW through megatron-core: per-component learning rates, sharded optimizer state.
 
-Without Transformer Engine or apex, core's optimizer is torch's AdamW, which counts steps per parameter; core restores
-these counts wrongly, so the functions at the end do it for mcore/dist_checkpoint.py.
+Core's optimizer is always torch's AdamW here, which counts steps per parameter; core restores these counts wrongly, so
+the functions at the end do it for mcore/dist_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, cast
 
+import megatron.core.optimizer as core_optimizer
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -119,6 +120,9 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
         clip_grad=optim.clip_grad_norm,
     )
+    # Where Transformer Engine or apex is installed, core would take its FusedAdam, which counts steps per group; a
+    # resume restores the counts of parameters, so its bias correction would start again.
+    core_optimizer.USING_PYTORCH_OPTIMIZER = True
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_config_overrides(optim))
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]

@@ -1,4 +1,4 @@
-"""FusedAdamW inside Megatron's distributed optimizer on two DP ranks: steps, clipping, checkpoints."""
+"""AdamW inside Megatron's optimizers on two DP ranks: steps, clipping, checkpoints, FusedAdam of others installed."""
 
 from __future__ import annotations
 
@@ -69,3 +69,50 @@ def test_checkpoint_resume_is_bitwise_exact(ranks: list[dict]) -> None:
     for rank in ranks:
         assert rank["resumed"][0] == rank["resumed"][1]
         assert all(torch.equal(a, b) for a, b in zip(*rank["weights"][1:], strict=True))
+
+
+class FusedAdam:
+    """Stands in for the one of Transformer Engine or apex, which must not be chosen."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        raise AssertionError("core chose FusedAdam")
+
+
+def resume_beside_fused_adam(folder: str, distributed_optimizer: bool) -> dict[str, object]:
+    """Train four steps; save after step 3 and resume, where megatron-core has found another library's FusedAdam."""
+    from unittest.mock import patch
+
+    import megatron.core.optimizer as core
+    import torch.distributed as dist
+    from megatron.core.optimizer import distrib_optimizer
+    from small_run import Run, Setting
+
+    from megatron_share4v.config.parallel import ParallelConfig
+    from megatron_share4v.mcore.groups import open_mesh
+    from megatron_share4v.mcore.optimizer import chained_optimizers, step_counts
+    from megatron_share4v.parallel.device import Device
+    from megatron_share4v.parallel.layout import Layout
+
+    parallel = ParallelConfig(distributed_optimizer=distributed_optimizer)
+    layout = Layout.for_world(parallel, world_size=dist.get_world_size())
+    with (
+        patch.multiple(core, Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False),
+        patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True),
+        open_mesh(layout, device=Device("cpu")) as mesh,
+    ):
+        run, resumed = (Run(mesh, Setting(language_layers=2), seed=seed) for seed in (1, 2))
+        run.train(0, 3)
+        resumed.load(run.save(Path(folder), 3))
+        counts = set(step_counts(resumed.optimizer))
+        losses = (run.train(3, 4), resumed.train(3, 4))
+        kinds = {type(part.optimizer) for part in chained_optimizers(run.optimizer)}
+        return {"losses": losses, "weights": (run.weights(), resumed.weights()), "counts": counts, "kinds": kinds}
+
+
+@pytest.mark.parametrize("distributed_optimizer", [True, False])
+def test_resume_where_fused_adam_is_installed(tmp_path: Path, distributed_optimizer: bool) -> None:
+    for rank in run_world(2, resume_beside_fused_adam, str(tmp_path), distributed_optimizer):
+        assert rank["kinds"] == {torch.optim.AdamW}
+        assert rank["counts"] == {3}
+        assert rank["losses"][0] == rank["losses"][1]
+        assert all(torch.equal(a, b) for a, b in zip(*rank["weights"], strict=True))
