@@ -1,4 +1,4 @@
-"""Transformer Engine is found where it is installed, before anything of megatron-core or of it has been imported."""
+"""Transformer Engine is found where it is installed, before it or megatron-core has been imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW inside Megatron's optimizers on two DP ranks: steps, clipping, checkpoints, FusedAdam of others installed."""
+"""AdamW inside Megatron's optimizers on two DP ranks: steps, clipping, resume, also beside another FusedAdam."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_checkpoint_resume_is_bitwise_exact(ranks: list[dict]) -> None:
 
 
 class FusedAdam:
-    """Stands in for the one of Transformer Engine or apex, which must not be chosen."""
+    """Stand-in for the FusedAdam of Transformer Engine or apex, which must not be chosen."""
 
     def __init__(self, *args: object, **options: object) -> None:
         raise AssertionError("core chose FusedAdam")
 
 
 def resume_beside_fused_adam(folder: str, distributed_optimizer: bool) -> dict[str, object]:
-    """Train four steps; save after step 3 and resume, where megatron-core has found another library's FusedAdam."""
+    """Train four steps, save after step 3 and resume, with megatron-core set as where it has found such a FusedAdam."""
     from unittest.mock import patch
 
     import megatron.core.optimizer as core
